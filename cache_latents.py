@@ -5,11 +5,12 @@ All options: python cache_latents.py --help
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_latent_caching
 from families import identify
 from hunyuan_model.options import HunyuanLatentCachingOptions, add_latent_caching_arguments
-from modules.command import command_line
+from modules.command import as_typed, command_line
 from modules.options import require
 
 
@@ -28,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataset.commands import run_latent_caching  # torch loads here, after every option has been read
     from hunyuan_model.family import family_for_latent_caching
 
-    run_latent_caching(family_for_latent_caching(hunyuan_options), config, options, debug)
+    encoders = [word for n in "12" for word in (f"--text_encoder{n}", f"TEXT_ENCODER{n}")]
+    words = ["python", "cache_text_encoder_outputs.py", *encoders]
+    following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
+    run_latent_caching(family_for_latent_caching(hunyuan_options), config, options, debug, following)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ All options: python cache_text_encoder_outputs.py --help
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_text_caching
 from families import identify
 from hunyuan_model.options import HunyuanTextCachingOptions, add_text_caching_arguments
-from modules.command import command_line
+from modules.command import as_typed, command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataset.commands import run_text_caching  # torch loads here, after every option has been read
     from hunyuan_model.family import family_for_text_caching
 
-    run_text_caching(family_for_text_caching(hunyuan_options), config, options)
+    following = as_typed(
+        ["python", "hv_train_network.py", "--dataset_config", str(options.dataset_config), "--check"]
+    )
+    run_text_caching(family_for_text_caching(hunyuan_options), config, options, following)
 
 
 if __name__ == "__main__":

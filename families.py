@@ -1,7 +1,9 @@
 """The list of families, and how to identify their files."""
 
-from importlib import import_module
 from pathlib import Path
+
+from downloads.catalogue import download_hint
+from modules.installation import import_own
 
 # name -> the module with `identify` for its files; Wan's is last: it also recognises files of no family
 FAMILIES = {
@@ -14,11 +16,13 @@ FAMILIES = {
 def identify(path: Path) -> str | None:
     """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
 
-    Returns None if no family knows the file. Families are imported only here: a script that only prints its
-    help loads none of them.
+    Returns None if no family knows the file, and for a missing file how to download it. Families are imported
+    only here: a script that only prints its help loads none of them.
     """
+    if not path.exists():
+        return download_hint(path)
     for module in FAMILIES.values():
-        found: str | None = import_module(module).identify(path)
+        found: str | None = import_own(module).identify(path)
         if found is not None:
             return found
     return None

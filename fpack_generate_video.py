@@ -6,6 +6,7 @@ All options: python fpack_generate_video.py --help
 from collections.abc import Sequence
 from dataclasses import replace
 
+import modules.interpreter  # noqa: F401
 from families import identify
 from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, add_generation_arguments
 from frame_pack.section_syntax import parse_entries

@@ -6,6 +6,7 @@ All options: python hv_generate_video.py --help
 from collections.abc import Sequence
 from dataclasses import replace
 
+import modules.interpreter  # noqa: F401
 from families import identify
 from generation.options import ScriptDefaults, read_generation
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS

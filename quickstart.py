@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.environment import ROOT, prepare_environment
 from modules.errors import UserError
@@ -56,7 +57,13 @@ def main() -> None:
         (FOLDER / f"{name}.txt").write_text(lines, encoding="utf-8")
     for name, line in SAMPLES.items():
         (FOLDER / f"{name}_samples.txt").write_text(line, encoding="utf-8")
-    runner = Runner(python)
+    take_steps(planned := Runner(None))
+    take_steps(Runner(python, len(planned.commands)))
+    say(f"Done in {time.monotonic() - started:.0f} s. Open {FOLDER / 'report.html'}")
+
+
+def take_steps(runner: "Runner") -> None:
+    """Run every step, one after the other."""
     show_footage(runner)
     runner.run(
         "Drawing clips of two things that the model has never seen", ["-m", "pocket.concepts", "quickstart"]
@@ -71,7 +78,6 @@ def main() -> None:
     runner.run("Converting the LoRA for other tools", ["convert_lora.py", *convert])
     (FOLDER / "commands.json").write_text(json.dumps(runner.commands), encoding="utf-8")
     runner.run("Checking the results and writing the report", ["-m", "pocket.report", "quickstart"])
-    say(f"Done in {time.monotonic() - started:.0f} s. Open {FOLDER / 'report.html'}")
 
 
 def clear(folder: Path) -> None:
@@ -136,29 +142,26 @@ def lora(name: str, folder: str | None = None) -> str:
 
 
 class Runner:
-    """Run steps with the environment's Python and record their commands."""
+    """Run steps with the environment's Python and record their commands; without one, only record."""
 
-    def __init__(self, python: Path) -> None:
+    def __init__(self, python: Path | None, total: int = 0) -> None:
         self.commands: list[str] = []
-        self._python = python
+        self._python, self._total = python, total
 
     def run(self, title: str, arguments: list[str]) -> None:
         """Announce and run one step; its output goes to quickstart/log.txt.
 
         Raises UserError if it fails.
         """
-        say(title)
         self.commands.append(" ".join(["python", *arguments]))
+        if self._python is None:
+            return
+        say(f"Step {len(self.commands)} of {self._total}: {title}")
         log = FOLDER / "log.txt"
         with log.open("ab") as file:
             environment = {**os.environ, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(
-                [str(self._python), *arguments],
-                cwd=ROOT,
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+            command = [str(self._python), *arguments]
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             raise UserError(f"this step failed; the end of {log}:\n{tail}")
@@ -169,4 +172,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, needs_packages=False)

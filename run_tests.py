@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.environment import ROOT, prepare_environment
 
@@ -43,4 +44,4 @@ def _run(python: Path, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, needs_packages=False)

@@ -5,10 +5,11 @@ All options: python wan_cache_latents.py --help
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_latent_caching
 from families import identify
-from modules.command import command_line
+from modules.command import as_typed, command_line
 from modules.options import require
 from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
 
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataset.commands import run_latent_caching  # torch loads here, after every option has been read
     from wan.family import family_for_latent_caching
 
-    run_latent_caching(family_for_latent_caching(wan_options), config, options, debug)
+    words = ["python", "wan_cache_text_encoder_outputs.py", "--t5", "T5"]
+    following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
+    run_latent_caching(family_for_latent_caching(wan_options), config, options, debug, following)
 
 
 if __name__ == "__main__":

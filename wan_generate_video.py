@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from families import identify
 from generation.options import FASTER, ScriptDefaults, read_generation
 from modules.command import command_line

@@ -1,22 +1,28 @@
 """Train a LoRA for Wan2.1. All options: python wan_train_network.py --help"""
 
 from collections.abc import Sequence
+from functools import partial
 
+import modules.interpreter  # noqa: F401
 from families import identify
 from modules.command import command_line
 from training.options import read_training
-from wan.options import WanTrainingOptions, add_training_arguments, caching_commands
+from wan.options import WanTrainingOptions, add_training_arguments, caching_commands, generation_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, wan_options = read_training(__doc__, add_training_arguments, WanTrainingOptions, argv)
 
     from dataset.batches.finding import CachingCommands
+    from training.following import FamilyScripts
     from training.run import train_network  # torch loads here, after every option has been read
     from wan.family import family_for_training
 
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, wan_options))
-    code = train_network(family_for_training(wan_options), options, commands)
+    scripts = FamilyScripts(
+        "wan_train_network.py", add_training_arguments, partial(generation_words, wan_options)
+    )
+    code = train_network(family_for_training(wan_options), options, commands, scripts)
     if code:
         raise SystemExit(code)
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BAR = 0.3
+BAR = 0.1
 NOT_COMMANDS = {"families.py", "run_tests.py", "quickstart.py"}
 
 

@@ -1,5 +1,6 @@
-"""Metadata of outputs: `bt_*` texts in latent files, PNG and Matroska, with the keys of existing tools."""
+"""Metadata of outputs: `bt_*` texts in latent files, pictures and videos, with the keys of existing tools."""
 
+import json
 import math
 import re
 import shlex
@@ -9,8 +10,9 @@ from typing import Any
 
 from modules.atomic_write import make_storable
 from modules.contract.prepared import Prepared
+from modules.version import VERSION
 
-TUNER_VERSION = "reelsmith 0.1.0"
+TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there
@@ -122,8 +124,54 @@ def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata for PNG and Matroska, whose values are one line: a line break becomes a `\\n`."""
+    """Return metadata for PNG and videos, whose values are one line: a line break becomes a `\\n`."""
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
+
+
+def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata for PNG: the tags, and `parameters`, which viewers of generated pictures read."""
+    text = parameters_of(metadata)
+    return as_tags(metadata) | ({} if text is None else {"parameters": text})
+
+
+NEGATIVE = "Negative prompt:"
+# name in `parameters` -> key of the metadata
+PARAMETERS = {
+    "Steps": "infer_steps",
+    "Sampler": "sample_solver",
+    "CFG scale": "guidance_scale",
+    "Seed": "seeds",
+}
+
+
+def parameters_of(metadata: Mapping[str, str]) -> str | None:
+    """Return metadata as the text that AUTOMATIC1111's web UI writes into PNG files; None without a prompt.
+
+    The prompt's lines, then a line with the negative prompt, then one with all settings. A prompt with lines
+    that would be taken for these becomes one line.
+    """
+    prompt, negative = value_in(metadata, "prompt"), value_in(metadata, "negative_prompt")
+    if prompt is None:
+        return None
+    if any(line.strip().startswith(NEGATIVE) for line in prompt.splitlines()[1:]):
+        prompt = " ".join(prompt.split())
+    found = {name: value_in(metadata, key) for name, key in PARAMETERS.items()}
+    width, height = value_in(metadata, "width"), value_in(metadata, "height")
+    found["Size"] = f"{width}x{height}" if width and height else None
+    model = [value_in(metadata, name) for name in ("model_type", "task")]
+    file = value_in(metadata, "dit")
+    found["Model"] = Path(file).stem if file else " ".join(part for part in model if part and part != NOT_SET)
+    found["Version"] = value_in(metadata, "tunerver")
+    settings = [f"{name}: {_quote(text)}" for name, text in found.items() if text and text != NOT_SET]
+    lines = [prompt.strip()]
+    if negative and negative != NOT_SET:
+        lines.append(f"{NEGATIVE} {negative.strip()}")
+    return "\n".join([*lines, ", ".join(settings)])
+
+
+def _quote(text: str) -> str:
+    """Quote a value that holds what separates values."""
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:

@@ -164,9 +164,15 @@ def add_rescale_argument(group: argparse._ArgumentGroup) -> None:
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `FormatOptions`."""
     group = parser.add_argument_group("video format")
-    group.add_argument("--codec", type=str, default="h264", choices=["prores", "h264", "h265"])
     group.add_argument(
-        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="only mkv holds metadata"
+        "--codec",
+        type=str,
+        default="h264",
+        choices=["prores", "h264", "h265"],
+        help="h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
+    )
+    group.add_argument(
+        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="kind of video file"
     )
     group.add_argument(
         "--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`"

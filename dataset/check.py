@@ -1,10 +1,9 @@
-"""`--check`: report what a configuration amounts to, and what is wrong with it, before a long run."""
+"""`--check`: report what a configuration amounts to, and all that is wrong with it, before a long run."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, find_items
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, TrainingItem, find_items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
@@ -19,41 +18,21 @@ from dataset.caching.planning import (
     plan_all,
 )
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import decode_ahead, progress
+from dataset.caching.source_jobs import decode_ahead
 from dataset.caching.texts import plan_text
+from dataset.checking.captions import Counters, check_captions, load_counters
+from dataset.checking.findings import CheckResult, TableFindings, indent
+from dataset.checking.folders import check_unused, folder_id
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.decoding import decode_source
-from dataset.sources.listing import MediaSource, find_sources, missing_captions
-from modules.contract.family import Encodes, LatentSpec
+from dataset.sources.decoding import check_resolution, decode_source
+from dataset.sources.faults import Fault
+from dataset.sources.listing import MediaSource, find_sources
+from modules.bars import Bar
+from modules.contract.family import LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
-LISTED = 50  # at most so many lines of one kind
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """Lines to print, and whether nothing is wrong."""
-
-    lines: tuple[str, ...]
-    ok: bool
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.ok else 1
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Result of comparing one table with its caches."""
-
-    sources: Sequence[MediaSource]
-    plans: Sequence[SourcePlan]
-    unreadable: Sequence[Failure]
-
-    @property
-    def buckets(self) -> Counter[tuple[int, ...]]:
-        """Count items by (width, height[, frames])."""
-        return Counter(item for plan in self.plans for item in plan.items)
+NO_COUNTERS = Counters(())
+UNUSABLE = "tables cannot be used"
 
 
 def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
@@ -62,61 +41,49 @@ def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existi
     Sources whose records are missing or outdated are decoded; nothing is encoded or written.
     """
     try:
-        encoder, files = (
-            dict(family.media_identity),
-            [f"{name}: {value}" for name, value in family.media_identity.items()],
-        )
+        encoder = dict(family.media_identity)
+        files = [f"{name}: {value}" for name, value in encoder.items()]
     except OptionError as error:
         encoder, files = {}, [f"caches are not compared: {error}"]
     recipe = Recipe(
         family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of
     )
-    lines, ok = ["Files recognised:", *_indent(files)], True
-    batches = 0
+    head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
-        sources = find_sources(table)
-        try:
-            family.check_table(media_table(table, any(source.control for source in sources)))
-        except DatasetError as error:
-            lines, ok = [*lines, str(error)], False
-            continue
-        found = _look_at(table, sources, recipe, workers)
-        captions = missing_captions(found.sources)
-        dropped = [Failure.of(plan.source, plan.reason) for plan in found.plans if plan.reason is not None]
-        kept = sum(len(plan.kept) for plan in found.plans)
-        to_encode = sum(len(plan.missing or ()) for plan in found.plans)
-        lines += [f"{table.name}: {len(found.sources)} {table.kind}s, {found.buckets.total()} items"]
-        lines += _indent(_bucket_lines(table, found.buckets))
-        if encoder:
-            lines += _indent([f"caches: {kept} files are valid, {to_encode} items need encoding"])
-        batches += _num_batches(table, found.buckets)
-        lines += _list_names("give no item", dropped)
-        lines += _list_names("cannot be read", found.unreadable)
-        lines += _list_names("have no caption", captions)
-        ok = ok and not captions and not found.unreadable
-    lines += [f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"]
-    return CheckResult((*lines, _verdict(ok)), ok)
+        found = _find(config, table)
+        if found.sources:
+            if _is_usable(family, found):
+                _check_sources(found, recipe, workers)
+            check_captions(found, NO_COUNTERS)
+        found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
+        tables.append(found)
+    batches = sum(found.num_batches for found in tables)
+    tail = f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"
+    return CheckResult(head, tuple(tables), (tail,))
 
 
-def check_texts(family: Encodes, config: DatasetConfig, skip_existing: bool) -> CheckResult:
-    """Report what text caching would do. No encoder is loaded."""
+def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> CheckResult:
+    """Report what text caching would do, and which captions are longer than an encoder reads.
+
+    No encoder is loaded.
+    """
+    counters = load_counters(family.text_encoders)
     encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
-    lines, ok = ["Files recognised:"], True
-    lines += _indent(
+    files = [
         f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items()
-    )
+    ]
+    head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
-        sources = find_sources(table)
-        captions = missing_captions(sources)
-        lines += [f"{table.name}: {len(sources)} {table.kind}s"]
-        plans = [plan_text(source, family.cache_tag, encoders, skip_existing) for source in sources]
+        found = _find(config, table)
+        plans = [plan_text(source, family.cache_tag, encoders, skip_existing) for source in found.sources]
         for encoder, _ in encoders:
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
-            lines += _indent([f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding"])
-        lines += _list_names("have no caption", captions)
-        ok = ok and not captions
-    return CheckResult((*lines, _verdict(ok)), ok)
+            found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
+        check_captions(found, counters)
+        found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
+        tables.append(found)
+    return CheckResult(head, tuple(tables))
 
 
 def check_training(
@@ -128,44 +95,86 @@ def check_training(
     processes: int = 1,
     files: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
+    counters: Counters = NO_COUNTERS,
 ) -> CheckResult:
     """Report what a training run would see in its caches; every cache file is read and verified.
 
     accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
     checkpoints that the caller recognised. text_keys: keys of a complete text cache.
     """
-    found = find_items(config, cache_tag, latent, text_keys)
-    lines, ok = ["Files recognised:", *_indent(files)], True
+    cached = find_items(config, cache_tag, latent, text_keys)
     encoders = SameEncoders(commands)
+    head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
-        items = [item for item in found.items if item.table.index == table.index]
-        buckets = Counter(item.bucket for item in items)
-        lines += [
-            f"{table.name}: {len(items)} cached items" + (", for validation" if table.validation else "")
-        ]
-        lines += _indent(_bucket_lines(table, buckets))
-        missing = [path for path in found.missing_text if path.parent == table.cache_directory]
-        unfinished = [path for path in found.unfinished_text if path.parent == table.cache_directory]
-        faults, remarks = _unusable(items, latent, encoders)
-        lines += _list_names("text caches are missing", missing)
-        lines += _list_names("text caches are unfinished", unfinished)
-        lines += _list_names("cannot be used", faults)
-        lines += _indent(remarks)
-        lines += _source_lines(table, items)
-        ok = ok and not missing and not unfinished and not faults and bool(items)
-    training = [item for item in found.items if not item.table.validation]
-    order = BatchOrder(training, seed=0)
+        found = TableFindings(table)
+        items = [item for item in cached.items if item.table.index == table.index]
+        found.buckets.update(item.bucket for item in items)
+        _check_caches(found, items, cached, latent, encoders)
+        _compare_sources(config, found, items, counters)
+        is_held_back = ", for validation" if table.validation else ""
+        found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
+        tables.append(found)
+    order = BatchOrder([item for item in cached.items if not item.table.validation], seed=0)
     steps = -(-order.num_batches // (accumulation * processes))
-    lines += [
+    tail = [
         f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps} steps"
         f" ({accumulation} accumulated, {processes} processes)"
     ]
-    if not ok:
-        lines += ["Caches are made by:", *_indent([commands.latents, commands.text])]
-    return CheckResult((*lines, _verdict(ok)), ok)
+    if any(found.faults for found in tables):
+        tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    return CheckResult(head, tuple(tables), tuple(tail))
 
 
-def _look_at(table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe, workers: int) -> _Table:
+def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:
+    """List the sources of a table with all faults of the listing, and the files beside them."""
+    found = TableFindings(table)
+    try:
+        found.sources = find_sources(table, faults=found.faults)
+    except DatasetError as error:
+        found.faults.append(Fault(UNUSABLE, str(error)))
+        return found
+    others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
+    check_unused(found, others)
+    return found
+
+
+def _is_usable(family: Caches, found: TableFindings) -> bool:
+    """Return whether the family can cache the table; if not, add why."""
+    try:
+        check_resolution(found.table, family.latent.pixel_step)
+        family.check_table(media_table(found.table, any(source.control for source in found.sources)))
+    except DatasetError as error:
+        found.faults.append(Fault(UNUSABLE, str(error)))
+        return False
+    return True
+
+
+def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
+    """Compare the sources with their caches; decode those of which too little is known."""
+    table = found.table
+    try:
+        plans, unreadable = _look_at(table, found.sources, recipe, workers)
+    except DatasetError as error:
+        found.faults.append(Fault(UNUSABLE, str(error)))
+        return
+    found.buckets = Counter(item for plan in plans for item in plan.items)
+    found.faults += [Fault("cannot be read", str(one), one.stem) for one in unreadable]
+    for kind, lines in (
+        ("give no item", [(plan, plan.reason) for plan in plans if plan.reason is not None]),
+        ("give no item of some lengths", [(plan, plan.short) for plan in plans if plan.short is not None]),
+    ):
+        found.remarks += [
+            Fault(kind, f"{plan.source.path}: {line}", plan.source.stem) for plan, line in lines
+        ]
+    if recipe.encoder:
+        kept = sum(len(plan.kept) for plan in plans)
+        to_encode = sum(len(plan.missing or ()) for plan in plans)
+        found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
+
+
+def _look_at(
+    table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe, workers: int
+) -> tuple[list[SourcePlan], list[Failure]]:
     existing = {table.index: list_names(table, recipe.tag)}
     plans, unreadable = plan_all(sources, existing, recipe, workers)
 
@@ -176,72 +185,56 @@ def _look_at(table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe
     known = [plan for plan in plans if plan.missing is not None]
     unknown = [plan for plan in plans if plan.missing is None]
     for _, result in decode_ahead(
-        unknown, lambda plan: plan.source, decoded, workers, progress(len(unknown), "decoding")
+        unknown, lambda plan: plan.source, decoded, workers, Bar(len(unknown), "Decoding", "source")
     ):
         if isinstance(result, Failure):
             unreadable.append(result)
         else:
             known.append(result)
-    return _Table(sources, known, unreadable)
+    return known, unreadable
 
 
-def _bucket_lines(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) -> list[str]:
-    size = table.batch_size
-    lines = []
-    for bucket, count in sorted(buckets.items()):
-        repeated = count * table.num_repeats
-        frames = "" if len(bucket) == 2 else f", {bucket[2]} frames"
-        lines.append(
-            f"{bucket[0]}x{bucket[1]}{frames}: {count} items x {table.num_repeats}, {-(-repeated // size)} "
-            f"batches of {size}"
-        )
-    return lines
-
-
-def _num_batches(table: DatasetTable, buckets: Mapping[tuple[int, ...], int]) -> int:
-    return sum(-(-count * table.num_repeats // table.batch_size) for count in buckets.values())
-
-
-def _unusable(
-    items: Sequence[TrainingItem], latent: LatentSpec, encoders: SameEncoders
-) -> tuple[list[str], list[str]]:
-    """Read every item; return why some cannot be trained on, and remarks about the others."""
-    faults, remarks = [], []
+def _check_caches(
+    found: TableFindings,
+    items: Sequence[TrainingItem],
+    cached: FoundItems,
+    latent: LatentSpec,
+    encoders: SameEncoders,
+) -> None:
+    """Read every item of a table; add why some cannot be trained on."""
+    folder = found.table.cache_directory
+    for kind, paths in (
+        ("text caches are missing", cached.missing_text),
+        ("text caches are unfinished", cached.unfinished_text),
+    ):
+        found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
+    if not items:
+        found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
+    remarks = []
     for item in items:
         try:
             said = encoders.difference(read_batch([item], latent, encoders.commands).made_by)
         except CacheError as error:
-            faults.append(str(error).splitlines()[0])
+            found.faults.append(Fault("cannot be used", str(error).splitlines()[0], item.source_stem))
         else:
             remarks += [] if said is None else said.splitlines()
-    return faults, remarks
+    found.caches += remarks
 
 
-def _source_lines(table: DatasetTable, items: Sequence[TrainingItem]) -> list[str]:
-    """List sources without a cache or a caption, if the sources exist: training needs only the caches."""
-    try:
-        sources = find_sources(table)
-    except DatasetError as error:
-        return _indent([f"its sources are not checked: {error}"])
+def _compare_sources(
+    config: DatasetConfig, found: TableFindings, items: Sequence[TrainingItem], counters: Counters
+) -> None:
+    """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
+    sources = _find(config, found.table)
+    if not sources.sources:
+        found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
+        return
+    found.sources = sources.sources
+    check_captions(sources, counters)
+    found.remarks += [*sources.faults, *sources.remarks]
     stems = {item.source_stem for item in items}
-    uncached = [one.path for one in sources if one.stem not in stems]
-    return [
-        *_list_names("have no cache: too short, unreadable, or not cached yet", uncached),
-        *_list_names("have no caption", missing_captions(sources)),
+    found.remarks += [
+        Fault("have no cache: too short, unreadable, or not cached yet", str(one.path), one.stem)
+        for one in found.sources
+        if one.stem not in stems
     ]
-
-
-def _list_names(what: str, ones: Sequence[object]) -> list[str]:
-    """Return lines with a count and at most LISTED of the objects."""
-    if not ones:
-        return []
-    more = [f"... and {len(ones) - LISTED} more"] if len(ones) > LISTED else []
-    return _indent([f"{len(ones)} {what}:", *_indent([str(one) for one in ones[:LISTED]]), *more])
-
-
-def _indent(lines: Iterable[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
-
-
-def _verdict(ok: bool) -> str:
-    return "Nothing is wrong." if ok else "Something is wrong: see above."

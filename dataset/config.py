@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from dataset.config_keys import KEYS, MODES, SECTION_DEFAULTS, SOURCES, Unfit
 from modules.errors import DatasetError
-from modules.text_files import parse_json, parse_toml, read_text
+from modules.text_encodings import guess_encoding
+from modules.text_files import explain_toml, parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +127,18 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     ]
     general = _without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
+    is_misspelt = entries is None and any("Did you mean datasets?" in problem for problem in problems)
     if not isinstance(entries, list) or not entries:
-        problems.append(
-            "there is no [[datasets]] table; the file needs one for each folder or list of images or videos"
+        problems += (
+            []
+            if is_misspelt
+            else [
+                "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
+                if isinstance(entries, dict)
+                else "there is no [[datasets]] table; each folder or list of images or videos needs one"
+            ]
         )
-        entries = []
+        entries = [entries] if isinstance(entries, dict) else []
     _check_general(general, problems)
     tables = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
     datasets = tuple(table for table in tables if table is not None)
@@ -154,8 +162,10 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
     except UnicodeDecodeError as error:
+        guess = guess_encoding(error.object)
+        seems = "" if guess is None else f"; it looks like {guess.name}"
         raise DatasetError(
-            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 in your editor."
+            f"{path} is not UTF-8 text (byte {error.start}{seems}). Save it as UTF-8 in your editor."
         ) from None
     except OSError as error:
         raise DatasetError(
@@ -164,9 +174,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, _no_repeats)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
-        hint = (
-            "\n  A Windows path needs forward slashes or single quotes: 'C:\\data'." if "\\" in text else ""
-        )
+        hint = explain_toml(text, str(error)) if path.suffix.lower() == ".toml" else ""
         raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from None
     if not isinstance(content, dict):
         raise DatasetError(f'{path}: the top level must be an object with "datasets"')
@@ -187,7 +195,12 @@ def _without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]
     if table is None:
         return {}
     if not isinstance(table, dict):
-        problems.append(f"{name} = {_show(table)} is not a table of keys")
+        is_doubled = name == "[general]" and isinstance(table, list)
+        problems.append(
+            "[[general]] needs one pair of brackets: write [general]"
+            if is_doubled
+            else f"{name} = {_show(table)} is not a table of keys"
+        )
         return {}
     return {key: value for key, value in table.items() if value is not None}
 
@@ -318,6 +331,13 @@ def _round_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:
 def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[str]) -> None:
     users: dict[str, DatasetTable] = {}
     for table in datasets:
+        folder = table.cache_directory
+        there = next((place for place in (folder, *folder.parents) if place.exists()), None)
+        if there is not None and not there.is_dir():
+            problems.append(
+                f"[[datasets]] {table.index + 1}: cache_directory = {folder}: {there} is a file; name a "
+                "folder, which is made if it is not there"
+            )
         first = users.setdefault(os.path.normcase(table.cache_directory.resolve()), table)
         if first is not table:
             problems.append(

@@ -18,6 +18,7 @@ MOST_COUNT = 10**9
 MOST_REPEATS = 100_000
 MOST_SAMPLES = 10_000  # spans of a clip
 LONGEST_SIDE = 16_384  # pixels
+MOST_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
 RATES = (0.001, 1_000_000)  # frames a second
 
 
@@ -76,11 +77,13 @@ def _path(value: Any) -> Path:
 
 
 def _resolution(value: Any) -> tuple[int, int]:
-    if isinstance(value, list):
-        if len(value) != 2:
-            raise Unfit
-        return _side(value[0]), _side(value[1])
-    return _side(value), _side(value)
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2:
+        raise Unfit
+    width, height = _side(sides[0]), _side(sides[1])
+    if width * height > MOST_PIXELS:
+        raise Unfit
+    return width, height
 
 
 def _counts(value: Any) -> tuple[int, ...]:
@@ -128,7 +131,10 @@ class Key:
 
 
 _POSITIVE = "a whole number, 1 or more"
-_PIXELS = f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}"
+_PIXELS = (
+    f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "
+    f"together at most {MOST_PIXELS:,} pixels"
+)
 _RATE = f"a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})"
 _BOOL = "true or false, without quotes"
 _FOLDER = "a path in quotes"

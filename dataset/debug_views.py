@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.caching.reports import CacheReport, Failure
-from dataset.caching.source_jobs import decode_ahead, progress
+from dataset.caching.source_jobs import decode_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedSource, Item, decode_source
 from dataset.sources.listing import find_sources
+from modules.bars import Bar
 from modules.contract.family import Described
 from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video
@@ -106,7 +107,7 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
 def _decode(family: Described, table: DatasetTable, workers: int) -> Iterator[DecodedSource | Failure]:
     latent, fps = family.latent, family.defaults.fps
     sources = find_sources(table)
-    bar = progress(len(sources), "decoding", shown=False)
+    bar = Bar(len(sources), "Decoding", "source", shown=False)
     found = decode_ahead(
         sources,
         lambda one: one,

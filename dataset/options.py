@@ -13,9 +13,31 @@ from modules.options import check_at_most, read_options, refuse_unsupported
 T = TypeVar("T")
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
+GUESS = "guess"  # of --repair_captions without a value
 MOST_AT_ONCE = 1024  # items or threads
 MOST_CHARACTERS = 1000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
+
+
+@dataclass(frozen=True)
+class CheckPageOptions:
+    """The page of --check."""
+
+    html: Path | None
+    html_items: int
+
+    def __post_init__(self) -> None:
+        if self.html_items < 1:
+            raise OptionError(f"--html_items {self.html_items}: give at least 1")
+        if self.html is not None and self.html.suffix.lower() not in {".html", ".htm"}:
+            raise OptionError(f"--html {self.html}: name a file that ends in .html")
+        if self.html is not None and self.html.is_dir():
+            raise OptionError(f"--html {self.html}: there is a folder of that name; name a file")
+
+    def require_check(self, check: bool) -> None:
+        """Raise OptionError if the page is asked for without --check."""
+        if self.html is not None and not check:
+            raise OptionError("--html writes what --check finds: add --check")
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,8 @@ class CachingOptions:
     skip_existing: bool
     keep_cache: bool
     check: bool
+    repair_captions: str | None  # an encoding, or GUESS
+    page: CheckPageOptions
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
@@ -37,6 +61,25 @@ class CachingOptions:
             raise OptionError(f"--num_workers {self.num_workers}: give at least 1")
         check_at_most("--batch_size", self.batch_size, MOST_AT_ONCE, "items to encode at once")
         check_at_most("--num_workers", self.num_workers, MOST_AT_ONCE, "threads that read ahead")
+        self.page.require_check(self.check)
+        if self.repair_captions is None:
+            return
+        if not self.check:
+            raise OptionError("--repair_captions is a part of --check: add --check")
+        if self.repair_captions != GUESS and not _is_encoding(self.repair_captions):
+            raise OptionError(
+                f"--repair_captions {self.repair_captions}: no such encoding. Use for example cp1252, "
+                "shift_jis or gbk, or leave it out to guess."
+            )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return isinstance(b"a".decode(name), str)
+    except LookupError:
+        return False
+    except ValueError:  # of two bytes a character
+        return True
 
 
 @dataclass(frozen=True)
@@ -120,6 +163,34 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         action="store_true",
         help="print what would be cached and what is wrong with the dataset, then exit (0 or 1)",
+    )
+    group.add_argument(
+        "--repair_captions",
+        nargs="?",
+        const=GUESS,
+        default=None,
+        metavar="ENCODING",
+        help="with --check: rewrite captions that are not UTF-8 as UTF-8 and keep the old files as .bak; "
+        "without ENCODING only if the guess is sure",
+    )
+    add_page_arguments(group)
+
+
+def add_page_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the page that --check writes."""
+    group.add_argument(
+        "--html",
+        type=str,
+        default=None,
+        metavar="FILE",
+        help="with --check: also write an HTML page that shows every item: frames with the crop, caption "
+        "with its tokens, sizes, what is left out and why",
+    )
+    group.add_argument(
+        "--html_items",
+        type=int,
+        default=500,
+        help="most files that the page shows: those with faults first, then an even choice; default: 500",
     )
 
 

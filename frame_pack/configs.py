@@ -2,6 +2,16 @@
 
 from dataclasses import dataclass
 
+from modules.contract.release import ModelRelease
+
+DERIVED = (
+    "Tencent Hunyuan Community, by derivation",  # from HunyuanVideo
+    "other",
+    "https://huggingface.co/lllyasviel/FramePackI2V_HY",
+)
+FRAMEPACK = ModelRelease(("lllyasviel/FramePackI2V_HY",), *DERIVED)
+FRAMEPACK_F1 = ModelRelease(("lllyasviel/FramePack_F1_I2V_HY_20250503",), *DERIVED)
+
 
 @dataclass(frozen=True)
 class FramePackConfig:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
 from frame_pack.checkpoints import load_dit
+from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import one_frame_inputs, video_inputs
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
+    FRAMES_PER_SECOND,
     WINDOW,
     FramePackGenerationOptions,
     FramePackLatentCachingOptions,
@@ -26,7 +28,7 @@ from frame_pack.options import (
 )
 from frame_pack.positions import position_scale
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
-from frame_pack.sections import ANTI_DRIFTING, F1, FRAMES_PER_SECOND, Order, parse_paddings, video_frames
+from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
@@ -40,6 +42,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Sect
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.devices import send
 from modules.options import NO_OPTIONS
 from modules.vae_options import VAE_TILE
@@ -106,6 +109,11 @@ class FramePack:
             frames=video_frames(USUAL_SECTIONS, self.window),
             noise_on_cpu=True,
         )
+
+    @property
+    def release(self) -> ModelRelease:
+        """Where the model comes from."""
+        return FRAMEPACK_F1 if self.is_f1 else FRAMEPACK
 
     @property
     def metadata(self) -> Mapping[str, str]:

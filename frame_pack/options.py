@@ -3,9 +3,10 @@
 import argparse
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from frame_pack.section_syntax import parse_entries
 from hunyuan_model.options import (
@@ -14,6 +15,7 @@ from hunyuan_model.options import (
     add_te_multiplier,
     add_text,
     add_vae,
+    model_words,
     read_multipliers,
 )
 from modules.command import as_typed
@@ -31,6 +33,7 @@ REQUEST_OPTIONS = {
     "control_image_path": "control_image_path",
     "control_image_mask_path": "control_image_mask_path",
 }
+FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 WINDOW = 9  # latent frames of a section, as the model was trained
 LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
 ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
@@ -263,6 +266,30 @@ def caching_commands(
         as_typed(["python", "fpack_cache_latents.py", *dataset, *latents, *switches]),
         as_typed(["python", "fpack_cache_text_encoder_outputs.py", *dataset, *texts]),
     )
+
+
+def generation_words(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
+    """Return the script and the options that generate with the models of a training.
+
+    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    """
+    words = ["fpack_generate_video.py", *model_words(options.dit, options.vae, options.text)]
+    words += ["--image_encoder", str(options.image_encoder or "IMAGE_ENCODER")]
+    words += ["--image_path", str(sample.get("image_path") or "IMAGE_FILE")]
+    extra, frames, guidance = (sample.get(name) for name in ("extra", "frames", "embedded_guidance"))
+    words += [] if guidance is None else ["--embedded_cfg_scale", f"{guidance:g}"]
+    words += (
+        []
+        if options.latent_window_size == WINDOW
+        else ["--latent_window_size", str(options.latent_window_size)]
+    )
+    if options.one_frame:
+        named = extra or {}
+        words += ["--one_frame_inference", named.get("one_frame", "default")]
+        controls = named.get("control_image_path", "").split("\n")
+        return words + (["--control_image_path", *controls] if any(controls) else [])
+    words += ["--f1"] if options.f1 else []
+    return words + ([] if not frames else ["--video_seconds", f"{frames / FRAMES_PER_SECOND:.4g}"])
 
 
 def _add_encoders(group: argparse._ArgumentGroup) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frame_pack.one_frame import OneFrame, parse_one_frame
+from frame_pack.options import FRAMES_PER_SECOND
 from frame_pack.section_syntax import MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
-    FRAMES_PER_SECOND,
     LATENT_STRIDE,
     count_sections,
     count_tokens,

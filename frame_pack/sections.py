@@ -17,10 +17,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from frame_pack.options import FRAMES_PER_SECOND
 from modules.errors import OptionError
 from modules.media.fading import cross_fade
 
-FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 LATENT_STRIDE = 4  # frames in a latent frame; the first one holds a single frame
 FRAMES_2X = 2  # latent frames of the past seen at half resolution
 FRAMES_4X = 16  # and at quarter resolution

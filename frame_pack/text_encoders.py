@@ -15,6 +15,7 @@ from hunyuan_model.text_encoders import VIDEO_TEMPLATE, ClipTextEncoder, LlavaTe
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens
 
 TEXT_ROWS = 512  # rows for the language model's states, zeros after those of the prompt
 LLAMA_KEYS = frozenset({"llama_vec", "llama_attention_mask"})
@@ -39,6 +40,13 @@ class FramePackTextEncoder:
         Raises CheckpointError if the file holds another model.
         """
         return self.encoder.identity
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens; only the tokenizer is loaded.
+
+        Raises CheckpointError if there is no tokenizer here; none is downloaded.
+        """
+        return self.encoder.token_counter()
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""

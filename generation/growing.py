@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,7 @@ class GrowingVideo:
     needed: int | None  # bytes that decoding takes on the device, if known
     parts: Path  # hidden folder of segments; created with the first piece
     give_name: Callable[[Path, Path], None] = give_name
+    tags: Mapping[str, str] = field(default_factory=dict)  # stored in the preview
     _segments: list[Segment] = field(default_factory=list)  # in playing order
     _edge: Tensor | None = None
     _grows_in_front: bool | None = None
@@ -162,7 +163,7 @@ class GrowingVideo:
             edge = self._segment(self._edge)
             segments = self._with(edge)
         joined = self.parts / "joined.mp4"
-        join_videos(joined, segments, self.fps)
+        join_videos(joined, segments, self.fps, self.tags)
         if edge is not None:
             edge.path.unlink()
         self._publish(joined)
@@ -198,16 +199,21 @@ def preview_path(folder: Path, stem: str) -> Path:
 
 @contextmanager
 def grow_preview(
-    session: Session, folder: Path, stem: str, fps: float, needed: int | None = None
+    session: Session,
+    folder: Path,
+    stem: str,
+    fps: float,
+    needed: int | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Iterator[GrowingVideo]:
     """Yield a preview for a block that generates the sections of one video with the session's DiT.
 
     needed: bytes that decoding takes on the device. If that much is free, the DiT stays on the device, else
-    it leaves during decoding. Temporary files are removed at the end. The preview stays; its path is logged
-    if the block fails.
+    it leaves during decoding. tags: stored in the preview. Temporary files are removed at the end. The
+    preview stays; its path is logged if the block fails.
     """
     parts = folder / f".{stem}_progress.{_machine()}-{os.getpid()}.parts"
-    video = GrowingVideo(session, preview_path(folder, stem), fps, needed, parts)
+    video = GrowingVideo(session, preview_path(folder, stem), fps, needed, parts, tags=tags or {})
     try:
         with name_preview_on_failure(video.path):
             yield video

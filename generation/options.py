@@ -132,6 +132,7 @@ class OutputOptions:
     no_metadata: bool
     trim_tail_frames: int = field(metadata=OF_DECODING)
     no_progressive_save: bool
+    prompt_in_name: bool = field(metadata=NO_PIXELS)
     numbers_single: bool  # a single picture is NAME_000.png, never in a folder
     format: FormatOptions
 
@@ -256,7 +257,7 @@ def read_generation(
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
     """Build a parser with the shared options, as the family's script has them."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     _add_request_arguments(parser, defaults)
     if "video_path" in defaults.media:
         add_video_to_video_arguments(parser)
@@ -408,6 +409,11 @@ def _add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
     )
     group.add_argument(
         "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
+    )
+    group.add_argument(
+        "--prompt_in_name",
+        action="store_true",
+        help="add the first words of the prompt to the file's name, after time and seed",
     )
     group.add_argument(
         "--trim_tail_frames",

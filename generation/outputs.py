@@ -1,6 +1,8 @@
 """Output files of a generation: latents, videos, images, and their names."""
 
 import logging
+import re
+import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +17,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blissful_tuner.metadata import as_tags, output_metadata, with_plain_keys
+from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata, with_plain_keys
 from generation.options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.checkpoints.containers import load_pickled
@@ -34,12 +36,25 @@ PREVIEW_SUFFIX = "_progress.mp4"
 SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
 
 
-def output_stem(when: datetime, seed: int, origin: Path | None = None) -> str:
+NAMED_CHARACTERS = 40  # of a prompt in a file's name
+NAMED_BYTES = 100  # in UTF-8: names have 255 at most
+
+
+def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: str = "") -> str:
     """Name an output without suffix, the same for all families: time, seed, and the latent file it was
     decoded from.
+
+    prompt: its first words are added.
     """
-    stem = f"{when:%Y%m%d-%H%M%S}_{seed}"
-    return stem if origin is None else f"{stem}_{origin.stem}"
+    parts = [f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem, words_of(prompt)]
+    return "_".join(part for part in parts if part)
+
+
+def words_of(prompt: str) -> str:
+    """Return the first words of a prompt as part of a file's name: letters and digits, joined by `-`."""
+    words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt)))
+    cut = words[:NAMED_CHARACTERS].encode("utf-8")[:NAMED_BYTES].decode("utf-8", errors="ignore")
+    return cut.rpartition("-")[0] or cut if len(cut) < len(words) else cut
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
@@ -116,13 +131,13 @@ def save_pixels(
     fps: float,
     metadata: Mapping[str, str] | None,
 ) -> Path:
-    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come, and log the path.
+    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script does not number single images).
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
-    tags = as_tags(metadata or {})
+    tags, texts = as_tags(metadata or {}), as_png_texts(metadata or {})
     ending = "_000.png" if options.numbers_single else ".png"
     first = list(islice(frames, 2))
     playing: Iterable[Frame] = chain(first, frames)
@@ -130,13 +145,12 @@ def save_pixels(
     if options.writes_images and not is_picture:
         path = options.save_path / free_stem(options.save_path, stem, [""])
         with atomic_folder(path) as folder:
-            count = sum(1 for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", tags))
-        logger.info("Images: %s (%d)", path, count)
+            for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", texts):
+                pass
         return path
     if is_picture:
         path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
-        write_png(path, first[0], tags)
-        logger.info("Image: %s", path)
+        write_png(path, first[0], texts)
         return path
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
@@ -145,18 +159,17 @@ def save_pixels(
     if options.format.keep_pngs:
         pngs = options.save_path / free_stem(options.save_path, "frames", [""])
         pngs.mkdir(parents=True)
-        playing = write_frames(playing, pngs, "{:06d}.png", tags)
+        playing = write_frames(playing, pngs, "{:06d}.png", texts)
         logger.info("Frames: %s", pngs)
     write_video(path, playing, fps, codec=options.format.codec, tags=tags)
-    logger.info("Video: %s", path)
     return path
 
 
 def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.device) -> dict[str, str]:
     """Metadata of a sample made while training. model: the file name of the weights it was made with."""
-    return as_tags(
-        output_metadata(prepared, family.metadata, settings={"sampled_from": model}, device=device.type)
-    )
+    settings = {"sampled_from": model}
+    metadata = output_metadata(prepared, family.metadata, settings=settings, device=device.type)
+    return as_png_texts(metadata) if prepared.frames == 1 else as_tags(metadata)
 
 
 def write_frames(

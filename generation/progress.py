@@ -1,29 +1,124 @@
-"""Console output while a video is generated."""
+"""Console output of a generation: boxes at its start and end, and bars and lines between them."""
 
 import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from pathlib import Path
 
-from tqdm import tqdm
+import torch
 
+from modules.bars import Bar
+from modules.console import Row, as_size, count_of, in_words, show_box
+from modules.contract.family import Family
 from modules.contract.generation import Section
 from modules.contract.prepared import Prepared
 from modules.contract.steps import StepDone
+from modules.planning.device_memory import peak_in_words
 
 logger = logging.getLogger(__name__)
 
+PROMPT_LENGTH = 100  # characters of a prompt in a line
+FLOAT_BYTES = 4  # latent files are float32
 
-def describe(label: str, prepared: Prepared) -> None:
-    """Log one line about the video that is generated next."""
-    logger.info(
-        "%s: %s x %s (width x height), %s, %s steps, seed %d",
-        label,
-        prepared.width,
-        prepared.height,
-        "1 frame" if prepared.frames == 1 else f"{prepared.frames} frames",
-        prepared.num_steps,
-        prepared.seed,
+
+def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
+    """Return the beginning of a prompt as one line."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+def size_in_words(prepared: Prepared) -> str:
+    """Return what is generated for a request, without its prompt."""
+    return (
+        f"{prepared.width} x {prepared.height} (width x height), {count_of(prepared.frames, 'frame')}, "
+        f"{prepared.num_steps} steps, seed {prepared.seed}"
     )
+
+
+def show_start(
+    family: Family,
+    requests: Sequence[Prepared],
+    loras: Sequence[tuple[str, float]],
+    folder: Path,
+    device: torch.device,
+) -> None:
+    """Show what will be generated. loras: file name and strength of each."""
+    step, rows, columns = family.latent.stride
+    sizes = [
+        (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)
+        for one in requests
+    ]
+    first = requests[0]
+    is_one = len(requests) == 1
+    free = shutil.disk_usage(folder).free
+    box: list[Row] = [
+        ("model", name_model(family.metadata)),
+        ("LoRAs", "\n".join(f"{name}, strength {strength:g}" for name, strength in loras)),
+        ("clip", size_in_words(first) if is_one else None),
+        ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
+        ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
+        ("device", str(device)),
+        ("disk", f"latents {as_size(FLOAT_BYTES * sum(map(prod, sizes)))}; {as_size(free)} free"),
+        ("folder", str(folder)),
+    ]
+    show_box("Generating", box)
+
+
+def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
+    """Show what was generated and what it took. Several paths were logged as they were made."""
+    size = as_size(sum(map(bytes_of, paths)))
+    rows: list[Row] = [
+        ("result", f"{paths[0]} ({size})" if len(paths) == 1 else None),
+        ("results", f"{len(paths)} in {paths[0].parent} ({size})" if len(paths) > 1 else None),
+        ("failed", str(failed) if failed else None),
+        ("time", in_words(seconds)),
+        ("peak memory", peak_in_words(device)),
+    ]
+    show_box("Generation is finished", rows)
+
+
+def name_model(metadata: Mapping[str, str]) -> str:
+    """Return a family's model in words."""
+    names = [metadata.get("model_type"), metadata.get("task"), metadata.get("sd_model_name")]
+    return ", ".join(name for name in names if name)
+
+
+def bytes_of(path: Path) -> int:
+    """Return the bytes of a file, or of the files in a folder."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+@dataclass
+class Queue:
+    """The requests of a run, one after the other, and the time that they take."""
+
+    requests: Sequence[Prepared]
+    now: Callable[[], float] = time.monotonic
+    _begun: int = field(default=0, init=False)
+    _start: float = field(default=0.0, init=False)
+
+    def begin(self, label: str) -> None:
+        """Log a line about the next request, if there are several: "3 of 40, about 2 h left"."""
+        if self._begun == 0:
+            self._start = self.now()
+        done = sum(map(work_of, self.requests[: self._begun]))
+        to_do = sum(map(work_of, self.requests[self._begun :]))
+        prepared = self.requests[self._begun]
+        self._begun += 1
+        if len(self.requests) == 1:
+            return
+        left = f", about {in_words((self.now() - self._start) * to_do / done)} left" if done else ""
+        where = f"{self._begun} of {len(self.requests)}{left}"
+        logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.asked.prompt))
+
+
+def work_of(prepared: Prepared) -> float:
+    """Return the work of a request, in units of its own: clips of one size take equally long."""
+    return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 
 @dataclass
@@ -31,7 +126,7 @@ class Bars:
     """Progress bar over the steps of each section; use it as a context manager."""
 
     num_steps: int  # of a section
-    _bar: Any = field(default=None, init=False)
+    _bar: Bar | None = field(default=None, init=False)
 
     def __enter__(self) -> "Bars":
         return self
@@ -41,11 +136,12 @@ class Bars:
 
     def begin(self, section: Section) -> None:
         """Start the bar of a section."""
-        self._bar = tqdm(total=self.num_steps, desc=section.label or "denoising", unit="step")
+        self._bar = Bar(self.num_steps, section.label or "Denoising")
 
     def advance(self, _: StepDone) -> bool:
         """Show that one more step of it is done. Never says "enough"."""
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.update()
         return False
 
     def end(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import needs
-from blissful_tuner.metadata import frame_rate_in, output_metadata, read_decoded_metadata, seed_in
+from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.options import STRENGTH
 from generation.dressing import dit_loader
 from generation.growing import (
@@ -24,7 +25,7 @@ from generation.growing import (
     remove_preview,
 )
 from generation.memory import Peaks, plan_generation, resolve_options
-from generation.options import GenerationOptions, OutputOptions
+from generation.options import GenerationOptions
 from generation.outputs import (
     LATENT_SUFFIX,
     SavedLatents,
@@ -36,16 +37,17 @@ from generation.outputs import (
     save_pixels,
 )
 from generation.preset import leave_out_missing
-from generation.progress import Bars, describe
+from generation.progress import Bars, Queue, show_end, show_start
 from generation.prompt_lines import is_blank, parse_generation_line, read_generation_lines
 from generation.request import prepare_line
 from generation.sections import OnSection, make_latents
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, wanted_texts
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
+from modules.bars import track
 from modules.command import each_warning_once
 from modules.compile import check_compilation
-from modules.contract.data import Conditions
+from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Section
 from modules.contract.loading import Placement
@@ -121,12 +123,18 @@ class GenerationRun:
         """Return the metadata of an output; None with --no_metadata."""
         if self.options.output.no_metadata:
             return None
-        lora = self.options.lora
-        names = [path.name for path in lora.lora_weight or ()]
-        loras = list(zip(names, lora.multipliers(), strict=True))
         return output_metadata(
-            prepared, self.family.metadata, loras, self.options.settings, self.session.device.type
+            prepared, self.family.metadata, self.loras, self.options.settings, self.session.device.type
         )
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Return the file name and the strength of each LoRA."""
+        lora = self.options.lora
+        return [
+            (path.name, strength)
+            for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
+        ]
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
         """Parse a prompt line. where: names it in warnings. Raises OptionError."""
@@ -163,7 +171,6 @@ def do(family: Family, options: GenerationOptions) -> None:
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
     run = GenerationRun(family, options, session, predicted)
-    tell_where_metadata_is(options.output)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
@@ -178,17 +185,6 @@ def do(family: Family, options: GenerationOptions) -> None:
         job = make_job(run, "the prompt", {})
         tell_unused_strength(options.request.strength, [job])
         make(run, [job], Failures(strict=True))
-
-
-def tell_where_metadata_is(output: OutputOptions) -> None:
-    """Log once that MP4 files have no metadata, if the output is MP4 and metadata were not turned off."""
-    if (
-        output.decodes
-        and not output.writes_images
-        and output.format.suffix == ".mp4"
-        and not output.no_metadata
-    ):
-        logger.info("MP4 files store no prompt and settings; --container mkv, PNG and latent files do")
 
 
 def tell_unused_strength(strength: float | None, jobs: Sequence[GenerationJob]) -> None:
@@ -281,16 +277,22 @@ def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) 
         run.family.check_files(media=True)  # before gigabytes are loaded
     if run.options.forces_split and any(needs(job.prepared, run.options.guidance).negative for job in jobs):
         logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
+    start, requests = time.monotonic(), [job.prepared for job in jobs]
     make_folder(run.options.output.save_path, "--save_path")
     remove_parts(run.options.output.save_path)
+    if not run.options.interactive:
+        show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
     texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
         (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
     ]
     done = denoise_all(run, ready, failures) if ready else []
+    paths = [one.latent_path for one in done if run.options.output.keeps_latents]
     if run.options.output.decodes and done:
-        decode_all(run, done, failures)
+        paths += decode_all(run, done, failures)
+    if paths and not run.options.interactive:
+        show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
     if done and run.predicted is not None and run.session.device.type == "cuda":
         most = max(run.predicted.most, run.session.most_beside)
         logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
@@ -320,13 +322,15 @@ Ready = tuple[GenerationJob, Mapping[int, EncodedPrompts], Mapping[int, Conditio
 def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
     """Return the latents of each job; each is written when it is done, so a kill loses at most one."""
     done = []
+    queue = Queue([job.prepared for job, _, _ in ready])
     with run.session.dit() as dit_at:
         for job, texts, inputs in ready:
             with failures.note_errors(job.label):
-                describe(job.label, job.prepared)
-                with own_stem(
-                    run.options.output.save_path, output_stem(datetime.now(), job.prepared.seed)
-                ) as stem:
+                queue.begin(job.label)
+                output = run.options.output
+                prompt = job.prepared.asked.prompt if output.prompt_in_name else ""
+                name = output_stem(datetime.now(), job.prepared.seed, prompt=prompt)
+                with own_stem(output.save_path, name) as stem:
                     with watch(run, job, stem) as (watcher, on_section):
                         latents = make_latents(
                             run.family,
@@ -350,8 +354,9 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[W
     """Yield the callbacks for one job: progress bars over the steps, previews of a video in sections."""
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
+    tags = as_tags(run.metadata(prepared) or {})
     with (
-        grow_preview(run.session, output.save_path, stem, prepared.fps, needed) as video,
+        grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
         Bars(prepared.num_steps) as bars,
     ):
 
@@ -380,21 +385,31 @@ def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: 
     return Denoised(job, latents, path, stem, preview)
 
 
-def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures) -> None:
-    """Turn latents into videos or images.
+def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures) -> list[Path]:
+    """Turn latents into videos or images and return their paths.
 
     Latent files and previews that are not part of the result are then removed.
     """
-    output = run.options.output
+    output, paths = run.options.output, []
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
             with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
                 prepared = one.job.prepared
-                chunks = run.family.decode(encoders, one.latents)
-                save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared))
+                chunks = decode(run.family, encoders, one.latents)
+                paths.append(save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared)))
+                if len(done) > 1 or run.options.interactive:  # else the last box says it
+                    logger.info("%s: %s", one.job.label, paths[-1])
                 remove_preview(one.preview)
                 if not output.keeps_latents:
                     one.latent_path.unlink(missing_ok=True)
+    return paths
+
+
+def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+    """Decode latents (1 C F h w) to chunks of pixels 1 3 F H W, with a bar over the frames."""
+    frames = (latents.shape[2] - 1) * family.latent.stride[0] + 1
+    chunks = family.decode(encoders, latents)
+    return track(chunks, "Decoding", frames, lambda chunk: chunk.shape[2], "frame")
 
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
@@ -402,6 +417,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     saved = [check_latents(run.family, path) for path in paths]
     options, output = run.options, run.options.output
     failures = Failures(strict=len(paths) == 1)
+    start, results = time.monotonic(), []
     make_folder(output.save_path, "--save_path")
     with run.session.media(images=False, again=False) as encoders:
         for path, one in zip(paths, saved, strict=True):
@@ -412,7 +428,12 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                 with own_stem(
                     output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
                 ) as stem:
-                    save_pixels(output, stem, run.family.decode(encoders, one.latents), fps, metadata)
+                    chunks = decode(run.family, encoders, one.latents)
+                    results.append(save_pixels(output, stem, chunks, fps, metadata))
+                    if len(paths) > 1:
+                        logger.info("%s: %s", path, results[-1])
+    if results:
+        show_end(results, time.monotonic() - start, run.session.device, len(failures.reasons))
     failures.raise_if_any(len(paths))
 
 

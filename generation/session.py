@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import needs
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.sections import conditions_to
+from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder
 from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts
@@ -86,7 +87,7 @@ class Session:
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new else ():
             with _at_work(encoder, self.device, self.keep), torch.no_grad():
-                for text in new:
+                for text in track(new, "Encoding texts", len(new), unit="text"):
                     (conditions,) = encoder.encode([text])
                     outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
         self._known.update(outputs)  # only now: an interrupted text is not known by half

@@ -2,10 +2,24 @@
 
 from dataclasses import dataclass
 
+from modules.contract.release import ModelRelease
+
 # default of --hidden_state_skip_layer: layers of the language model after the state used in training
 SKIP_LAYERS = 2
 # channels of the first frame's latents, after the noisy ones if a model is conditioned on an image
 IMAGE_CHANNELS = 16
+HUNYUAN_VIDEO = ModelRelease(
+    ("tencent/HunyuanVideo",),
+    "Tencent Hunyuan Community",
+    "other",
+    "https://github.com/Tencent-Hunyuan/HunyuanVideo/blob/main/LICENSE.txt",
+)
+SKYREELS_I2V = ModelRelease(
+    ("Skywork/SkyReels-V1-Hunyuan-I2V",),
+    "Skywork Community",
+    "other",
+    "https://huggingface.co/Skywork/SkyReels-V1-Hunyuan-T2V",
+)
 
 
 @dataclass(frozen=True)

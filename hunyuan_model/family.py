@@ -16,7 +16,7 @@ from hunyuan_model.conditioning import (
     first_frame_of,
     posterior_generator,
 )
-from hunyuan_model.configs import SKIP_LAYERS
+from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
@@ -35,6 +35,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Reque
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
@@ -92,6 +93,11 @@ class HunyuanVideo:
             height=256,
             frames=129,
         )
+
+    @property
+    def release(self) -> ModelRelease:
+        """Where the model comes from; SkyReels V1's text-to-video cannot be told from HunyuanVideo."""
+        return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
 
     @property
     def metadata(self) -> Mapping[str, str]:

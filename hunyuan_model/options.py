@@ -2,9 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hunyuan_model.configs import SKIP_LAYERS
 from modules.attention.options import add_split_argument
@@ -214,6 +215,33 @@ def caching_commands(
         for word in (f"--text_encoder{number}", str(path or f"ENCODER{number}"))
     ]
     return as_typed(latents), as_typed(["python", "cache_text_encoder_outputs.py", *dataset, *files])
+
+
+def generation_words(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
+    """Return the script and the options that generate with the models of a training.
+
+    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    """
+    words = ["hv_generate_video.py", *model_words(options.dit, options.vae, options.text)]
+    values = {
+        "--image_path": sample.get("image_path") or ("IMAGE_FILE" if options.dit_in_channels == 32 else None),
+        "--video_length": sample.get("frames"),
+        "--embedded_cfg_scale": sample.get("embedded_guidance"),
+    }
+    return words + [word for name, value in values.items() if value for word in (name, str(value))]
+
+
+def model_words(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> list[str]:
+    """Return the options that name the models of a training, as generation takes them."""
+    files = {
+        "--dit": dit or "DIT_FILE",
+        "--vae": vae.file.vae or "VAE_FILE",
+        "--text_encoder1": text.text_encoder1 or "ENCODER1",
+        "--text_encoder2": text.text_encoder2 or "ENCODER2",
+        "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,
+        "--text_encoder2_tokenizer": text.text_encoder2_tokenizer,
+    }
+    return [word for name, path in files.items() if path is not None for word in (name, str(path))]
 
 
 def add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:

@@ -23,13 +23,16 @@ from hunyuan_model.tokenizer import (
     LlamaTokenizer,
     clip_tokenizer_identity,
     llama_tokenizer_identity,
+    load_clip_ends,
     load_clip_tokenizer,
+    load_llama_ends,
     load_llama_tokenizer,
 )
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.offload.loaded import Loaded
@@ -134,6 +137,22 @@ class LlavaTextEncoder:
         }
         return identity | ({"llm_weights": "fp8"} if self.in_fp8 else {})
 
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens with the end token of its turn in the chat.
+
+        Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
+        """
+        find_ends = load_llama_ends(self.tokenizer, self.path)
+        before, known = self.template.before, self.template.crop_start
+        start = len(find_ends(before)) if known is None else known
+
+        def count(text: str) -> TokenCount:
+            ends = [end - len(before) for end in find_ends(self.template.of(text))]
+            kept = kept_characters(ends, start + PROMPT_TOKENS, len(text))
+            return TokenCount(text, max(len(ends) - start, 0), PROMPT_TOKENS, min(max(kept, 0), len(text)))
+
+        return count
+
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         self._loaded.load(device, self._read)
@@ -233,6 +252,20 @@ class ClipTextEncoder:
             "clipL_tokenizer": clip_tokenizer_identity(self.tokenizer, self.path),
             "clipL_dtype": dtype_name(self.dtype),
         }
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens with the start and the end token.
+
+        Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
+        """
+        find_ends = load_clip_ends(self.tokenizer, self.path)
+
+        def count(text: str) -> TokenCount:
+            ends = find_ends(text)
+            kept = kept_characters(ends, CLIP_TOKENS - 2, len(text))
+            return TokenCount(text, len(ends) + 2, CLIP_TOKENS, kept)
+
+        return count
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""

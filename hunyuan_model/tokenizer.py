@@ -28,8 +28,8 @@ LLAMA_FILES = TokenizerFiles(
     names=("tokenizer.json",),
     folder="tokenizer",
     repository="hunyuanvideo-community/HunyuanVideo",
-    # inside the encoder's folder (official); beside text_encoder (diffusers); beside a single file
-    beside=(".", "tokenizer", "../tokenizer"),
+    # inside the encoder's folder (official); beside a single file; beside text_encoder (diffusers)
+    beside=(".", "llava_llama3", "tokenizer", "../tokenizer"),
     token=BEGIN,
 )
 CLIP_FILES = TokenizerFiles(
@@ -37,9 +37,13 @@ CLIP_FILES = TokenizerFiles(
     names=("tokenizer.json", "vocab.json"),
     folder="",
     repository="openai/clip-vit-large-patch14",
-    beside=(".", "tokenizer_2", "../tokenizer_2"),
+    beside=(".", "clip_l", "tokenizer_2", "../tokenizer_2"),
     token=CLIP_START,
 )
+
+
+# text -> the end of each token in it, however many; of CLIP's without the tokens around a text
+TokenEnds = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,30 @@ def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
     """
     file = LLAMA_FILES.find(path, encoder) or LLAMA_FILES.download(encoder)
     logger.info("tokenizer of text encoder 1: %s", file)
-    tokenizer = LLAMA_FILES.read(file)
-    begin = tokenizer.token_to_id(BEGIN)
-    # some files leave it to transformers to add the begin token
-    first = [] if begin is None or tokenizer.encode("").ids[:1] == [begin] else [begin]
+    tokenizer, first = _read_llama(file)
 
     def tokenize(text: str) -> list[int]:
         return [*first, *tokenizer.encode(text).ids]
 
     return LlamaTokenizer(tokenize, _pad(tokenizer, file))
+
+
+def load_llama_ends(path: Path | None, encoder: Path) -> TokenEnds:
+    """Load the language model's tokenizer to count tokens. path: as for `load_llama_tokenizer`.
+
+    Raises CheckpointError if there is none here or it cannot be read; none is downloaded.
+    """
+    tokenizer, first = _read_llama(LLAMA_FILES.find(path, encoder) or LLAMA_FILES.require_local(encoder))
+    return lambda text: [*(0 for _ in first), *(end for _, end in tokenizer.encode(text).offsets)]
+
+
+def load_clip_ends(path: Path | None, encoder: Path) -> TokenEnds:
+    """Load CLIP's tokenizer to count tokens. path: as for `load_clip_tokenizer`.
+
+    Raises CheckpointError if there is none here or it cannot be read; none is downloaded.
+    """
+    tokenizer = _read_clip(CLIP_FILES.find(path, encoder) or CLIP_FILES.require_local(encoder))
+    return lambda text: [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
 
 
 def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
@@ -103,8 +122,7 @@ def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
     """
     file = CLIP_FILES.find(path, encoder) or CLIP_FILES.download(encoder)
     logger.info("tokenizer of text encoder 2: %s", file)
-    merges = _merges_of(file)
-    tokenizer = CLIP_FILES.read(file) if merges is None else _from_merges(file, merges)
+    tokenizer = _read_clip(file)
     tokenizer.enable_truncation(CLIP_TOKENS)
     around = tokenizer.encode("").ids
     if len(around) != 2 or around[1] != tokenizer.token_to_id(CLIP_END):
@@ -117,6 +135,23 @@ def load_clip_tokenizer(path: Path | None, encoder: Path) -> ClipTokenizer:
         return ids
 
     return ClipTokenizer(tokenize, around[1])
+
+
+def _read_llama(file: Path) -> tuple[Tokenizer, list[int]]:
+    """Return the tokenizer, and the begin token if it does not add that itself.
+
+    Some files leave it to transformers to add the begin token.
+    """
+    tokenizer = LLAMA_FILES.read(file)
+    begin = tokenizer.token_to_id(BEGIN)
+    has_own = tokenizer.encode("").ids[:1] == [begin]
+    return tokenizer, [] if begin is None or has_own else [begin]
+
+
+def _read_clip(file: Path) -> Tokenizer:
+    """Read tokenizer.json, or vocab.json with merges.txt."""
+    merges = _merges_of(file)
+    return CLIP_FILES.read(file) if merges is None else _from_merges(file, merges)
 
 
 def _merges_of(file: Path) -> Path | None:

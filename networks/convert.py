@@ -5,6 +5,7 @@ from pathlib import Path
 
 from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import checkpoint_paths
+from modules.console import as_size, show_box
 from modules.errors import CheckpointError
 from networks.hashes import add_hashes
 from networks.key_formats import OURS, add_missing_alphas, to_other
@@ -50,4 +51,9 @@ def convert_file(source: Path, output: Path, target: str) -> None:
     if family is FRAMEPACK and made is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
     save_tensors(output, tensors, add_hashes(tensors, metadata))
-    logger.info(f"{output}: {len(tensors)} tensors written")
+    rows = [
+        ("from", f"{source}, names as of {lora.dialect}"),
+        ("to", f"{output} ({as_size(output.stat().st_size)})"),
+        ("tensors", f"{len(tensors)} written"),
+    ]
+    show_box("The LoRA is converted", rows)

@@ -17,6 +17,7 @@ from torch import Tensor
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
+from modules.installation import own_name
 from modules.text_files import parse_json, read_text
 from networks.deltas import find_fault, group_by_module, rank_of
 from networks.hashes import is_damaged
@@ -225,7 +226,7 @@ def import_network_module(name: str) -> ModuleType:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(own_name(name))
     except ImportError as error:
         raise OptionError(
             f"--network_module {name} cannot be imported: {error}."

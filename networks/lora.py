@@ -18,7 +18,7 @@ from modules.atomic_write import save_tensors
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
-from networks.deltas import LORA, Factors, group_by_module, rank_of
+from networks.deltas import DORA, LORA, Factors, group_by_module, rank_of
 from networks.hashes import add_hashes, saved_dtype
 from networks.key_formats import OURS, add_missing_alphas, to_native
 from networks.loading import list_some, read_lora, warn_of_other_family
@@ -56,10 +56,24 @@ def create_arch_network(
 
     `vae` and `text_encoders` are not used. Raises OptionError if no module is left.
     """
-    spec = spec_of(unet)
     settings = read_settings(network_dim, network_alpha, neuron_dropout, arguments)
+    layers = {
+        name: LoraLayer(module, rank, alpha, settings.decomposes)
+        for name, (module, rank, alpha) in choose_modules(unet, settings).items()
+    }
+    return LoraNetwork(layers, settings, multiplier)
+
+
+def choose_modules(
+    unet: nn.Module, settings: LoraSettings
+) -> dict[str, tuple[nn.Linear | nn.Conv2d, int, float]]:
+    """Return the modules that the DiT's spec and the patterns choose, by our names, with rank and alpha.
+
+    Raises OptionError if no module is left.
+    """
+    spec = spec_of(unet)
     settings = replace(settings, exclude=(*settings.exclude, *map(_anywhere, spec.lora_exclude)))
-    layers = {}
+    found = {}
     for path, module in _modules_in_blocks(unet, spec):
         size = _size(module, settings)
         chosen = size is not None and settings.takes(path)
@@ -68,13 +82,13 @@ def create_arch_network(
                 f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}"
             )
         if size is not None and chosen:
-            layers[OURS + replace_dots(path)] = LoraLayer(module, *size)
-    if not layers:
+            found[OURS + replace_dots(path)] = (module, *size)
+    if not found:
         raise OptionError(
             "--network_args exclude_patterns: the LoRA has no module left. Exclude fewer, or add some with "
             "include_patterns"
         )
-    return LoraNetwork(layers, settings, multiplier)
+    return found
 
 
 def build_network_from_weights(
@@ -108,7 +122,8 @@ def build_network_from_weights(
         if LORA[0] not in factors or not isinstance(factors.get("alpha"), Tensor):
             raise CheckpointError(f"--dim_from_weights needs a plain LoRA; {name} has {', '.join(factors)}")
         if name in known:
-            layers[name] = LoraLayer(known[name], factors[LORA[0]].shape[0], float(factors["alpha"]))
+            rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
+            layers[name] = LoraLayer(known[name], rank, alpha, DORA in factors)
         else:
             missed.append(name)
     if not layers:
@@ -123,7 +138,7 @@ def build_network_from_weights(
     return LoraNetwork(layers, settings, multiplier)
 
 
-_FROM_FILE = {"conv_dim", "conv_alpha", "include_patterns", "exclude_patterns"}
+_FROM_FILE = {"conv_dim", "conv_alpha", "include_patterns", "exclude_patterns", "dora_wd"}
 _BESIDE_FILE = {"rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"}
 
 
@@ -206,9 +221,10 @@ class LoraNetwork(nn.Module):
         if ratio is None:
             return [{"params": list(self.parameters()), **rate}], ["unet"]
         ups = [layer.lora_up.weight for layer in self.layers]
-        downs = [layer.lora_down.weight for layer in self.layers]
+        fast = set(map(id, ups))
+        others = [weight for weight in self.parameters() if id(weight) not in fast]
         faster = {key: value * ratio for key, value in rate.items()}
-        return [{"params": downs, **rate}, {"params": ups, **faster}], ["unet", "unet plus"]
+        return [{"params": others, **rate}, {"params": ups, **faster}], ["unet", "unet plus"]
 
     def prepare_grad_etc(self, unet: nn.Module) -> None:
         self.requires_grad_(True)

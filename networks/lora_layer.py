@@ -1,6 +1,6 @@
 """One LoRA layer: its addition to the output of a frozen Linear or Conv2d, and its dropouts.
 
-Source: Hu et al. 2021, arXiv 2106.09685.
+Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu et al. 2024, arXiv 2402.09353.
 """
 # Letters: B batch, L tokens, R rank
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.devices import numbers_on
+from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.seeds import derive_seed
 
 _32_BITS = 0xFFFFFFFF
@@ -63,11 +64,14 @@ class LoraLayer(nn.Module):
     """
 
     alpha: Tensor
+    squares: Tensor  # of the norms of the frozen weight's rows, for DoRA
     lora_down: nn.Linear | nn.Conv2d
     lora_up: nn.Linear | nn.Conv2d
 
-    def __init__(self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
-        """alpha: 0 means rank.
+    def __init__(
+        self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float, decomposes: bool = False
+    ) -> None:
+        """alpha: 0 means rank. decomposes: train the norms of the weight's rows beside the LoRA (DoRA).
 
         Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
         """
@@ -78,6 +82,11 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
+        self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
+        if decomposes and isinstance(original, nn.Linear):
+            norms = row_norms(original)
+            self.dora_scale = nn.Parameter(norms.view(-1, 1))
+            self.register_buffer("squares", norms.square(), persistent=False)
         self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
@@ -104,6 +113,7 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # x: B L in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)
+        given = x.dtype
         if autocast and x.dtype == torch.float32:
             # cast once, not in both the original and the LoRA
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -118,13 +128,43 @@ class LoraLayer(nn.Module):
         hidden = self.lora_down(x) * (self.multiplier * self.scale)
         if dropping:
             hidden = self._drop(hidden)
-        whole = out + self.lora_up(hidden).to(out.dtype)
+        added = self.lora_up(hidden).to(out.dtype)
+        whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
         # compiled code computes it in any case
         if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
             return torch.where(
                 self.seed_table[KINDS.index("module"), 0] < self.dropouts.module * (_32_BITS + 1), out, whole
             )
         return whole
+
+    def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.
+
+        out, added: of the frozen module and of the LoRA, ... out. dtype: what the frozen module takes.
+        Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+        """
+        assert self.dora_scale is not None
+        ratio = self.dora_scale.flatten() / self._row_norms(dtype)
+        bias = self._original[0].bias
+        plain = out if bias is None else out - bias.to(out.dtype)
+        return out + plain * (self.multiplier * (ratio - 1)).to(out.dtype) + added * ratio.to(out.dtype)
+
+    @torch.no_grad()
+    def _row_norms(self, dtype: torch.dtype) -> Tensor:
+        """Return the norms of the rows of W + change, float32, by products of the rank's width only.
+
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. A w comes from the frozen module's forward,
+        so that its weight may be stored in any way.
+        """
+        down, up, bias = self.lora_down.weight, self.lora_up.weight, self._original[0].bias
+        products = self._original_forward(down.to(dtype)).float()  # R out
+        with torch.autocast(down.device.type, enabled=False):
+            if bias is not None:
+                products = products - bias.float()
+            mixed = (up * products.T).sum(1)
+            own = ((up @ (down @ down.T)) * up).sum(1)
+            squares = self.squares + 2 * self.scale * mixed + self.scale**2 * own
+            return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
 
     def _skips(self) -> bool:
         share = self.dropouts.module
@@ -152,6 +192,12 @@ class LoraLayer(nn.Module):
         # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, with
         # the same sign in all elements
         return hidden.masked_fill(~keep, 0.0) / (1 - share)
+
+
+def row_norms(layer: nn.Linear) -> Tensor:
+    """Return the norms of the rows of a layer's weight, float32 on the CPU."""
+    weight = dequantise(layer.weight, scale_of(layer)) if is_fp8(layer.weight.dtype) else layer.weight
+    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).cpu()
 
 
 def _factors(

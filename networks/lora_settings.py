@@ -39,6 +39,7 @@ class LoraSettings:
     include: tuple[re.Pattern[str], ...] = ()  # matched at the start of module paths
     exclude: tuple[re.Pattern[str], ...] = ()
     loraplus_lr_ratio: float | None = None
+    decomposes: bool = False  # DoRA
     verbose: bool = False
 
     def takes(self, path: str) -> bool:
@@ -69,6 +70,7 @@ def read_settings(
         include=_patterns(rest, "include_patterns"),
         exclude=_patterns(rest, "exclude_patterns"),
         loraplus_lr_ratio=_number(rest, "loraplus_lr_ratio", float, 0, math.inf),
+        decomposes=_switch(rest, "dora_wd"),
         verbose=str(rest.pop("verbose", False)) == "True",
     )
     for key in rest:
@@ -96,6 +98,14 @@ def _number(
             f"--network_args {key}={text}: give {'a whole' if kind is int else 'a'} number {limits}"
         )
     return value
+
+
+def _switch(rest: dict[str, Any], key: str) -> bool:
+    """Remove True or False, or its text, from `rest` and return it; False if missing."""
+    text = str(rest.pop(key, False))
+    if text not in {"True", "False"}:
+        raise OptionError(f"--network_args {key}={text}: give True or False")
+    return text == "True"
 
 
 def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:

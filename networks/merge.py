@@ -2,6 +2,8 @@
 
 import math
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -13,6 +15,7 @@ from torch import Tensor
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
+from modules.console import as_size, in_words, show_box
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
@@ -392,6 +395,7 @@ def merge_into_file(
     unusable or a LoRA fits nothing, OptionError where the result would replace one of them, OutputError where
     it cannot be written.
     """
+    start = time.monotonic()
     refuse_replacing(
         "--save_merged_model", output, [*checkpoint_paths(model), *(use.lora.path for use in uses)]
     )
@@ -412,13 +416,25 @@ def merge_into_file(
             finite.note(name, tensor)
             return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
 
+        needed = sum(info.size_bytes for info in checkpoint.tensors.values())
+        _show_start(model, uses, output, needed)
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
             logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
         else:
             metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
         stream_tensors(output, checkpoint.tensors, read, metadata)
-    logger.info("Merged model: %s", output)
+    result = f"{output} ({as_size(output.stat().st_size)})"
+    show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+
+
+def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
+    """Show what is merged. needed: bytes of the result."""
+    folder = next(path for path in output.resolve().parents if path.exists())
+    free = shutil.disk_usage(folder).free
+    loras = "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
+    rows = [("model", str(model)), ("LoRAs", loras), ("result", str(output))]
+    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {as_size(free)} free")])
 
 
 def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:

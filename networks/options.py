@@ -165,8 +165,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--network_module",
-        help="module that builds the network, e.g. networks.lora_wan or lycoris.kohya; default: the family's "
-        "LoRA",
+        help="module that builds the network: networks.lora, networks.loha, networks.lokr, or another "
+        "package's, such as lycoris.kohya; default: the family's LoRA",
     )
     group.add_argument("--network_dim", type=int, help="rank of the network; default 4")
     group.add_argument(

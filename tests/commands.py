@@ -34,8 +34,19 @@ def run_python(
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python with arguments."""
+    return run_program(sys.executable, *arguments, folder=folder, environment=environment, check=check)
+
+
+def run_program(
+    program: str | Path,
+    *arguments: object,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Run any program with arguments."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [str(program), *map(str, arguments)],
         cwd=folder,
         env={**os.environ, **QUIET, **(environment or {})},
         capture_output=True,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from modules import command
 from modules.errors import OptionError
 from modules.options import refuse_unsupported
 from tests.faults.messages import assert_one_message, run_here
+from tests.test_imports import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
@@ -104,7 +107,7 @@ def test_a_mistyped_option_is_one_short_message_in_every_script(manifest: Path, 
     description = json.loads(manifest.read_text(encoding="utf-8"))
     script, option = (
         description["script"],
-        max((option["flags"][0] for option in description["options"]), key=len),
+        max((option["flags"][0] for option in description["options"] if option["flags"]), key=len),
     )
     code, said = run_here(script, option[:-2] + option[-1], "x", folder=tmp_path)
     words = (
@@ -115,3 +118,30 @@ def test_a_mistyped_option_is_one_short_message_in_every_script(manifest: Path, 
     message = assert_one_message(code, said, *words)
     assert (code, said) == (2, message + "\n")
     assert len(said) < 250
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_has_a_help_text(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = _parser_of(script, monkeypatch)
+
+    without = [action.option_strings for action in parser._actions if not (action.help or "").strip()]
+
+    assert not without
+
+
+def test_help_shows_defaults_and_colours_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = _parser_of("wan_generate_video.py", monkeypatch)
+
+    parser.print_help()
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(command, "wants_colour", lambda _: True)
+    parser.print_help()
+    coloured = capsys.readouterr().out
+
+    assert "(default: h264)" in " ".join(plain.split())
+    assert "None)" not in plain
+    assert "\x1b" not in plain
+    assert "\x1b[36m--codec\x1b[0m" in coloured
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain

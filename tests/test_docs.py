@@ -20,7 +20,8 @@ from tests.tiny.project import (
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-NOT_HERE = ("quickstart.py", "run_tests.py")  # they have tests of their own, or are running this one
+# they have tests of their own, or are running this one
+NOT_HERE = ("quickstart.py", "run_tests.py", "download.py")
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
 QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
@@ -41,6 +42,8 @@ SMALLER = {  # appended, so that the last value wins
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
+    "wan_train.py": TRAINING,
+    "fpack_train.py": [*TRAINING, "--latent_window_size", "1"],
     "fpack_train_network.py": [
         *TRAINING,
         "--network_dim",
@@ -78,6 +81,8 @@ CACHES = {
     "wan_train_network.py": WAN_CACHES,
     "hv_train_network.py": HUNYUAN_CACHES,
     "hv_train.py": HUNYUAN_CACHES,
+    "wan_train.py": WAN_CACHES,
+    "fpack_train.py": FRAMEPACK_CACHES,
     "fpack_train_network.py": FRAMEPACK_CACHES,
 }
 DATASET = """[general]
@@ -142,7 +147,7 @@ def lay_out_inputs(folder: Path) -> None:
     for name in ("start", "sofa", "end", "person", "person_mask", "dress", "dress_mask"):
         write_image(folder / f"{name}.png", 32, 32)
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
-    for name in ("my_lora", "style"):
+    for name in ("my_lora", "style", "my_lora-step00000200", "my_lora-step00000400"):
         write_lora(
             folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"
         )

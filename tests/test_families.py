@@ -5,6 +5,10 @@ The first training is a program of its own; the other commands run in this proce
 time.
 """
 
+import html
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,11 +128,36 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
     assert (ours - without).abs().mean() > 12
 
 
+def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path: Path) -> None:
+    """They go on with the training, generate the first sample again, and convert the LoRA."""
+    family, original = trained
+    folder = shutil.copytree(original, tmp_path / "a copy")
+    page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    texts = re.findall(r"(?s)</h3>.*?<pre>(.*?)</pre>", page)  # of each the first, for bash
+    commands = [shlex.split(html.unescape(re.sub("<[^>]*>", "", text))) for text in texts]
+    assert [words[:2] for words in commands] == [
+        ["python", family.train[0]],
+        ["python", family.generate[0]],
+        ["python", "convert_lora.py"],
+    ]
+
+    shutil.move(folder / "output" / "sample", folder / "output" / "sample first")
+    for words in commands[1:] + commands[:1]:
+        succeed_here(*words[1:], folder=folder)
+
+    assert " of 6" in (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    assert (folder / "output" / "lora_comfy.safetensors").is_file()
+    theirs, ours = (shown(folder / name).float() for name in ("output/generated", "output/sample first"))
+    assert theirs.shape == ours.shape
+    assert (theirs - ours).abs().mean() < 6
+
+
 def shown(folder: Path) -> torch.Tensor:
     """The frames of the only video or picture in a folder."""
     from modules.media.reading import read_image, video_frames
 
-    (path,) = (path for path in folder.iterdir() if path.suffix in {".mp4", ".png"})
+    files = [path for path in folder.iterdir() if path.suffix in {".mp4", ".png"}]
+    (path,) = (path for path in files if not path.stem.endswith("_sheet"))
     frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))
     return torch.stack([torch.from_numpy(frame) for frame in frames])
 

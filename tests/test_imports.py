@@ -18,14 +18,17 @@ MAY_IMPORT = {
     "frame_pack": {"modules", "networks.names", "hunyuan_model"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "training": {"modules", "networks", "dataset", "generation"},
-    "families": {"wan", "hunyuan_model", "frame_pack"},
+    "downloads": {"modules"},
+    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "seeds", "text_files"},
-        {"atomic_write", "command", "devices", "environment", "fp8", "options"},
-        {"attention", "compile_options", "layers", "media", "vae_options"},
+        {"control_codes", "errors", "flow", "interpreter", "seeds"}
+        | {"text_encodings", "text_files", "version"},
+        {"atomic_write", "devices", "fp8", "installation", "options"},
+        {"command", "console", "environment"},
+        {"attention", "bars", "compile_options", "layers", "media", "vae_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
@@ -39,11 +42,13 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
+        {"checking"},
         {"check", "debug_views"},
         {"commands"},
     ),
     "training": (
         {
+            "average_options",
             "config_options",
             "loop_options",
             "loss_options",
@@ -52,12 +57,13 @@ FLOORS = {
             "reports",
             "sample_options",
         }
-        | {"steps", "stopping", "trainable", "whole_dit_options"},
+        | {"steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
-        {"options", "validation"},
-        {"dressing", "early_checks", "loop", "metadata", "resuming", "unused_options"},
+        {"averages", "changes", "options", "validation"},
+        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
+        {"reporting", "summary"},
         {"run"},
     ),
 }
@@ -66,11 +72,15 @@ LIGHT_FILES = {
     "modules/command.py",
     "modules/errors.py",
     "modules/control_codes.py",
+    "modules/installation.py",
+    "modules/interpreter.py",
+    "modules/version.py",
     "modules/text_files.py",
+    "modules/text_encodings.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
-} | {"frame_pack/section_syntax.py"}
+} | {"frame_pack/section_syntax.py", "downloads/catalogue.py"}
 HEAVY = (
     "torch",
     "numpy",
@@ -83,6 +93,8 @@ HEAVY = (
     "einops",
     "jinja2",
     "matplotlib",
+    "rich",
+    "tqdm",
 )
 SCRIPTS = sorted(
     path.name

@@ -172,15 +172,13 @@ def test_a_whole_transformer_is_trained_to_the_same_bits(
     """Saved in between, resumed, and sampled from; both the file and the state hold what the blocks have
     learned.
     """
-    if project.family.name != "hunyuan_video":
-        pytest.skip("a LoRA is all that is trained for the others")
     models = project.family.train[1 : project.family.train.index("--network_module")]
     (tmp_path / "prompts.txt").write_text(project.family.sample_line, encoding="utf-8")
     samples = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", "2")
 
     def train(name: str, *arguments: object, steps: int = 4) -> dict[str, Tensor]:
         output = ("--output_dir", tmp_path / name, "--max_train_steps", steps)
-        project.run("hv_train.py", *models, *OUTPUT, *FUSED, *more, *output, *arguments)
+        project.run(project.family.train_whole, *models, *OUTPUT, *FUSED, *more, *output, *arguments)
         return load_file(tmp_path / name / "x.safetensors")
 
     expected = train("plain")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from training.resuming import (
     first_progress,
 )
 from training.saving.states import ForeignState, SavedState
-from training.steps import StepPlan, total_steps
+from training.steps import StepPlan
 from training.unused_options import list_unused_options
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
 
     Raises CacheError with the caching commands if there are none.
     """
-    loop, family = job.options.loop, job.family
+    family = job.family
     found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
@@ -123,9 +123,22 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
             "true` in a table"
         )
     order = BatchOrder(training, job.progress.seed)
-    processes, accumulation = job.accelerator.num_processes, loop.gradient_accumulation_steps
-    steps = total_steps(
-        loop.max_train_steps, loop.max_train_epochs, order.num_batches, processes * accumulation
-    )
-    plan = StepPlan(order.num_batches, processes, accumulation, steps)
+    plan = plan_steps(job, order)
     return Data(config, training, order, validation, plan, SameEncoders(job.commands))
+
+
+def plan_steps(job: TrainingJob, order: BatchOrder) -> StepPlan:
+    """Plan the steps of the run; epochs, if given, replace steps."""
+    loop, progress = job.options.loop, job.progress
+    plan = StepPlan(
+        num_batches=order.num_batches,
+        processes=job.accelerator.num_processes,
+        accumulation=loop.gradient_accumulation_steps,
+        total_steps=loop.max_train_steps,
+        first_epoch=progress.plan_epoch,
+        first_position=progress.plan_position,
+        first_step=progress.plan_step,
+    )
+    if loop.max_train_epochs is None:
+        return plan
+    return replace(plan, total_steps=plan.steps_until(loop.max_train_epochs))

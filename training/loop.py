@@ -24,6 +24,8 @@ from modules.errors import UserError
 from modules.planning.device_memory import MemoryWatch
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
+from networks.added import AddedLoras
+from training.averages import WeightAverage
 from training.data.feed import Feed, MicroBatch
 from training.loss import Autocast, Trains, training_loss
 from training.optimizers.finished_weights import evaluation
@@ -35,14 +37,24 @@ from training.processes.gradients import fill_missing_gradients, is_any, norm_of
 from training.progress import Progress
 from training.reports.logs import Logs, StepReport, name_rates
 from training.reports.readings import Notes, Reading, Readings
+from training.reports.reporter import RunReporter
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.saving.files import MinuteClock, Saver
 from training.steps import StepPlan
 from training.stopping import StopRequest
 from training.trainable import Trainable
+from training.triggers import SAMPLE, SAVE, TriggerFiles
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all processes agree to do after a step, besides what is due."""
+
+    saves: bool
+    samples: bool
 
 
 @dataclass(frozen=True)
@@ -64,16 +76,22 @@ class TrainingRun:
     device: torch.device
     autocast: Autocast
     logs: Logs
+    compute_dtype: torch.dtype = torch.float32  # of the DiT
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
     steps: ParameterSteps | None = None  # if weights are stepped one by one
     fused: FusedBackward | None = None  # if that happens inside the backward pass
     saver: Saver | None = None  # in the main process only
     sampler: Sampler | None = None
     validation: Validation | None = None
+    reporter: RunReporter | None = None  # to the page; in the main process
     memory: MemoryWatch | None = None  # on a CUDA device, in the main process
+    validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
+    average: WeightAverage | None = None  # of the trained weights
+    sample_loras: AddedLoras | None = None  # switched on for samples
+    triggers: TriggerFiles = field(default_factory=TriggerFiles)  # watched by the main process only
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -110,12 +128,12 @@ def train(run: TrainingRun) -> bool:
 
 def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
     """Take a step and do what is due after it. Returns whether the run has to end here."""
-    is_due_by_clock = take_step(run, group, micro_batches)
+    asked = take_step(run, group, micro_batches)
     progress = run.progress
     if run.memory is not None:
         run.memory.after_step()
     progress.step, progress.position = progress.step + 1, group.stop
-    _after_step(run, is_due_by_clock)
+    _after_step(run, asked)
     return is_ending(run)
 
 
@@ -124,19 +142,22 @@ def is_ending(run: TrainingRun) -> bool:
     return run.stop.agreed and run.progress.step < run.plan.total_steps
 
 
-def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
-    """Take one optimizer step on the micro-batches of `group`. Returns whether the clock asks for saving."""
+def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
+    """Take one optimizer step on the micro-batches of `group`. Returns what clock and files ask for."""
     run.trainable.start_step()
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     loss, keys = _accumulate(run, group, micro_batches)
     numbers = loss.view(1)
     is_alone = run.plan.processes == 1
+    here = Asked(run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
     if not is_alone:
-        wishes = numbers_on(run.device, [run.stop.asked, run.clock.is_due()], torch.float32)
+        wishes = numbers_on(run.device, [run.stop.asked, here.saves, here.samples], torch.float32)
         numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes]))
     norm = _update(run)
     norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
+    if run.average is not None:
+        run.average.after_step()
     reading = run.readings.push(
         run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), Notes(keys, rates)
     )
@@ -144,9 +165,9 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         _note(run, reading)
     if is_alone:
         run.stop.agreed = run.stop.asked
-        return run.clock.is_due()
+        return here
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    return reading is not None and reading.values[2] > 0
+    return Asked(*(reading is not None and reading.values[index] > 0 for index in (2, 3)))
 
 
 def _accumulate(
@@ -244,7 +265,10 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         run.stop.agreed = run.stop.agreed or reading.values[1] > 0
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
-    run.logs.step(StepReport(reading.step, loss, average, reading.notes.rates, norm, norms))
+    report = StepReport(reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds)
+    run.logs.step(report)
+    if run.reporter is not None:
+        run.reporter.note_step(report)
 
 
 def _settle(run: TrainingRun) -> None:
@@ -252,6 +276,12 @@ def _settle(run: TrainingRun) -> None:
     reading = run.readings.flush()
     if reading is not None:
         _note(run, reading)
+
+
+def _restart_clock(run: TrainingRun) -> None:
+    """Exclude a pause (samples, validation, saving) from the time of the next step."""
+    run.readings.restart_clock(run.device)
+    run.logs.skip_next_time()
 
 
 def _begin(run: TrainingRun) -> None:
@@ -265,21 +295,21 @@ def _begin(run: TrainingRun) -> None:
         logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
     elif progress.step == 0 and run.validation is not None:
         _validate(run)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
-def _after_step(run: TrainingRun, saves: bool) -> None:
+def _after_step(run: TrainingRun, asked: Asked) -> None:
     """Do what is due after an optimizer step.
 
     Samples come before saving. If the run is to end, its samples are generated after resuming.
     """
     progress, options = run.progress, run.options
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
-    saves = saves or is_ending(run) or (every is not None and progress.step % every == 0)
+    saves = asked.saves or is_ending(run) or (every is not None and progress.step % every == 0)
     validates = (
         run.validation is not None and validate_every is not None and progress.step % validate_every == 0
     )
-    samples = is_due_at_step(options.samples, progress.step)
+    samples = asked.samples or is_due_at_step(options.samples, progress.step)
     if not (saves or validates or samples):
         return
     _settle(run)
@@ -295,7 +325,10 @@ def _after_step(run: TrainingRun, saves: bool) -> None:
         run.clock.restart()
         if run.saver is not None:
             run.saver.save_step(progress.step)
-    run.logs.restart_clock()
+    for kind, is_done in ((SAVE, asked.saves), (SAMPLE, asked.samples)):
+        if is_done:
+            run.triggers.finish(kind)
+    _restart_clock(run)
 
 
 def _after_epoch(run: TrainingRun) -> None:
@@ -327,7 +360,7 @@ def _after_epoch(run: TrainingRun) -> None:
         _save_to_go_on(run)
     elif run.validation is not None and options.validation.validate_every_n_steps is None:
         _validate(run)
-    run.logs.restart_clock()
+    _restart_clock(run)
 
 
 def _save_to_go_on(run: TrainingRun) -> None:
@@ -350,7 +383,7 @@ def _sample(run: TrainingRun) -> None:
         modules = (run.dit, *run.trainable.modules.values())
         was_stopped = False
         try:
-            with evaluation(modules, run.optimizer, run.parameters):
+            with evaluation(modules, run.optimizer, run.parameters), _as_sampled(run):
                 run.sampler.make(run.dit, run.autocast, progress.sample_pending, lambda: run.stop.asked)
         except SamplingStopped:
             was_stopped = True
@@ -358,7 +391,20 @@ def _sample(run: TrainingRun) -> None:
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.stop.agreed = True
             return
+        if run.reporter is not None:
+            run.reporter.note_samples(progress.step, progress.sample_pending)
     progress.sample_pending, progress.sampled_step = "", progress.step
+
+
+@contextlib.contextmanager
+def _as_sampled(run: TrainingRun) -> Iterator[None]:
+    """Let the network be what samples show: with LoRAs of their own, with the average of the weights."""
+    with contextlib.ExitStack() as stack:
+        if run.sample_loras is not None:
+            stack.enter_context(run.sample_loras.switched_on(run.device, run.compute_dtype))
+        if run.average is not None and run.options.average.sample_ema:
+            stack.enter_context(run.average.in_place())
+        yield
 
 
 def _validate(run: TrainingRun) -> None:
@@ -366,6 +412,9 @@ def _validate(run: TrainingRun) -> None:
     with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
         losses = run.validation.measure(run.dit, run.autocast)
     run.logs.values(losses, run.progress.step)
+    if run.reporter is not None:
+        run.reporter.note_validation(run.progress.step, losses)
+    run.validations[run.progress.step] = losses["validation/loss"]
     logger.info(
         "Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
     )

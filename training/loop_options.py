@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset.options import CheckPageOptions, add_page_arguments
 from modules.errors import OptionError
 from modules.options import HABIT, check_at_least, check_at_most, check_below, check_seed
 
@@ -30,8 +31,10 @@ class LoopOptions:
     gradient_accumulation_steps: int  # micro-batches per optimizer step and process
     embedded_guidance: float = field(metadata={"option": "guidance_scale", **HABIT})
     check: bool  # print what would be trained on, then exit
+    page: CheckPageOptions
 
     def __post_init__(self) -> None:
+        self.page.require_check(self.check)
         check_at_least("--max_train_steps", self.max_train_steps, 1, "how many optimizer steps to train")
         check_at_least(
             "--max_train_epochs", self.max_train_epochs, 1, "how many times to go through the data"
@@ -150,6 +153,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--check", action="store_true", help="print items, buckets, batches and what is missing, then exit"
     )
+    add_page_arguments(group)
     group = parser.add_argument_group("validation")
     group.add_argument(
         "--validation_split",

@@ -10,10 +10,13 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
+from generation.prompt_lines import read_sample_prompts
 from modules.atomic_write import make_storable
+from modules.contract.release import ModelRelease
 from networks.loading import TRAINED_FOR
 from training.loss_options import L2
 from training.options import TrainingOptions
+from training.saving.model_card import CardFacts, write_card
 
 DEFAULT_RANK = 4
 RESOLUTION = "1280x720"  # constant in all files of other tuners
@@ -35,6 +38,7 @@ class RunFacts:
     lr_scheduler: str
     network_module: str
     datasets: Sequence[Mapping[str, Any]]  # `DatasetTable.describe()` of each
+    changes: Sequence[str] = ()  # what --resume_changed changed on the way
 
 
 def run_metadata(
@@ -64,6 +68,8 @@ def run_metadata(
         values |= _training_values(options, facts)
         if options.loss != L2:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
+        if facts.changes:
+            values["ss_resume_changes"] = json.dumps(list(facts.changes), ensure_ascii=False)
         values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
         if "trained_for" in family_metadata:
             values[TRAINED_FOR] = family_metadata["trained_for"]
@@ -77,10 +83,12 @@ def file_metadata(
     step: int,
     epoch: int,
     now: datetime,
+    licence: str | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
 
-    epoch: the current or just finished one, from 1. Hashes of a LoRA are added when its tensors are written.
+    epoch: the current or just finished one, from 1. licence: of the model, used without --metadata_license.
+    Hashes of a LoRA are added when its tensors are written.
     """
     values = dict(run)
     if not options.metadata.no_metadata:
@@ -89,8 +97,21 @@ def file_metadata(
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
         }
-    values |= _modelspec(options, family_metadata, now)
+    values |= _modelspec(options, family_metadata, now, licence)
     return {key: make_storable(text) for key, text in values.items()}
+
+
+def model_card(options: TrainingOptions, release: ModelRelease, metadata: Mapping[str, str]) -> str | None:
+    """Return the card for the repository that files are uploaded to, or None without one.
+
+    metadata: of the trained file.
+    """
+    if options.hub.huggingface_repo_id is None:
+        return None
+    file = options.samples.sample_prompts
+    prompts = [] if file is None else [str(entry["prompt"]) for entry in read_sample_prompts(file)]
+    name = options.saving.output_name or ""
+    return write_card(CardFacts(name, options.network is not None, release, metadata, prompts))
 
 
 def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
@@ -130,7 +151,9 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
     }
 
 
-def _modelspec(options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime) -> dict[str, str]:
+def _modelspec(
+    options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, licence: str | None
+) -> dict[str, str]:
     """Source: https://github.com/Stability-AI/ModelSpec, version 1.0.0."""
     given, times = options.metadata, options.timesteps
     architecture = family_metadata.get("architecture")
@@ -145,7 +168,7 @@ def _modelspec(options: TrainingOptions, family_metadata: Mapping[str, str], now
         "date": now.isoformat(timespec="seconds"),
         "author": given.author,
         "description": given.description,
-        "license": given.license,
+        "license": given.license or licence,
         "tags": given.tags,
     }
     if times.min_timestep is not None or times.max_timestep is not None:

@@ -11,6 +11,7 @@ from modules.errors import OptionError
 from modules.options import FREE, HABIT, read_options, refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
+from training.average_options import AverageOptions, add_average_arguments
 from training.config_options import add_config_argument, read_config_file
 from training.data.options import SAMPLERS, TimestepOptions, add_timestep_arguments
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
@@ -34,7 +35,10 @@ T = TypeVar("T")
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
-OWN_NETWORKS = "networks."  # a rank beyond all sense has a meaning in others: LoKr's whole matrix
+OWN_NETWORKS = (
+    "networks.lora",
+    "networks.loha",
+)  # in others a huge rank may have a meaning: LoKr's whole matrix
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class TrainingOptions:
     hub: HubOptions = field(metadata=FREE)
     metadata: MetadataOptions = field(metadata=FREE)
     samples: SampleOptions = field(metadata=FREE)
+    average: AverageOptions = field(metadata=FREE)
     logs: LogOptions = field(metadata=FREE)
     accelerator: AcceleratorOptions
     speed: TrainingSpeedOptions
@@ -93,7 +98,12 @@ class TrainingOptions:
         if self.speed.fp8.fp8_base:
             raise OptionError(
                 "--fp8_base: trained weights are kept in float32, or in bfloat16 with --full_bf16, because "
-                "fp8 would lose the steps; leave it out, or train a LoRA with hv_train_network.py"
+                "fp8 would lose the steps; leave it out, or train a LoRA"
+            )
+        if self.average.sample_ema:
+            raise OptionError(
+                "--sample_ema: the average of a whole model lies in host memory. Leave it out, and generate "
+                "with the ...-ema.safetensors file"
             )
         swap = self.speed.swap
         if swap.blocks_to_swap and not options.fused_backward_pass:
@@ -160,6 +170,7 @@ def training_parser(
     add_accelerator_arguments(parser)
     add_saving_arguments(parser)
     add_sample_arguments(parser)
+    add_average_arguments(parser)
     add_log_arguments(parser)
     add_metadata_arguments(parser)
     add_hub_arguments(parser)

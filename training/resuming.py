@@ -4,7 +4,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,20 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError
 from modules.options import NO_OPTIONS, options_with, to_path
+from training.averages import PART as AVERAGE
+from training.averages import WeightAverage
+from training.changes import (
+    BATCHES,
+    GROUP_SIZE,
+    Change,
+    changeable,
+    list_changes,
+    listed_settings,
+    plan_of,
+    rebuild_schedule,
+    take_over,
+    with_rates,
+)
 from training.optimizers.checks import RecordedState, check_like
 from training.optimizers.lr_schedule import Imported, LrSchedule, OwnRates
 from training.optimizers.state import (
@@ -58,6 +72,7 @@ class Learning:
     device: torch.device  # where steps are computed; swapped weights may be elsewhere
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
     steps_in_float32: bool = False  # weights in bf16 too: `ParameterSteps`
+    average: WeightAverage | None = None
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
@@ -127,8 +142,8 @@ def identity_of(
         "--seed": seed if options.loop.seed is None else options.loop.seed,
         **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
         **{f"--{name}": value for name, value in own_values(own, "identity").items()},
-        "micro-batches per step (processes x --gradient_accumulation_steps)": plan.group_size,
-        "batches of an epoch (--dataset_config and its caches)": batches,
+        GROUP_SIZE: plan.group_size,
+        BATCHES: batches,
     }
 
 
@@ -164,9 +179,13 @@ def habits_of(
 
 
 def capture(
-    progress: Progress, learning: Learning, identity: Mapping[str, Any], habits: Mapping[str, Any]
+    progress: Progress,
+    learning: Learning,
+    identity: Mapping[str, Any],
+    habits: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> SavedState:
-    """Return everything that resuming needs, not copied.
+    """Return everything that resuming needs, not copied. settings: see `listed_settings`.
 
     Call between steps, while the training weights are loaded.
     """
@@ -176,23 +195,53 @@ def capture(
         "optimizer": description,
         "schedule": learning.schedule.state_dict(),
         "scaler": None if learning.scaler is None else learning.scaler.state_dict(),
+        "settings": dict(settings),
     }
+    if learning.average is not None:
+        parts[AVERAGE] = learning.average.tensors()
+        described[AVERAGE] = learning.average.described()
     return SavedState(
         Path(), progress, identity, habits, described, {**parts, "optimizer": optimizer_tensors}
     )
 
 
 def check_resumable(
-    saved: SavedState | ForeignState | None, identity: Mapping[str, Any], habits: Mapping[str, Any]
-) -> None:
+    saved: SavedState | ForeignState | None,
+    identity: Mapping[str, Any],
+    habits: Mapping[str, Any],
+    options: TrainingOptions,
+) -> list[Change]:
     """Raise OptionError if the saved run is a different one; warn of what has changed.
 
-    Call it before anything large is loaded.
+    Returns what --resume_changed changes; nothing without it. Call it before anything large is loaded.
     """
-    if isinstance(saved, SavedState):
-        _warn_of_unknown(saved, {*identity} - {*saved.identity} | {*habits} - {*saved.habits})
-        check_identity(saved.identity, identity, saved.folder)
+    if not isinstance(saved, SavedState):
+        return []
+    _warn_of_unknown(saved, {*identity} - {*saved.identity} | {*habits} - {*saved.habits})
+    may_change = options.saving.resume_changed
+    check_identity(saved.identity, identity, saved.folder, changeable(TrainingOptions), may_change)
+    if not may_change:
         warn_of_changes(saved.habits, habits)
+        return []
+    settings = saved.described.get("settings"), listed_settings(options)
+    return list_changes((saved.identity, identity), (saved.habits, habits), settings)
+
+
+def resume_progress(
+    saved: SavedState | ForeignState | None, changes: Sequence[Change], progress: Progress, plan: StepPlan
+) -> None:
+    """Check the saved progress and begin a new plan of steps in it if changes ask for that.
+
+    Raises CheckpointError as `check_progress`. plan: of this run, made from the saved progress.
+    """
+    if not isinstance(saved, SavedState):
+        return
+    before = plan_of(saved, plan) if any(change.name in {GROUP_SIZE, BATCHES} for change in changes) else plan
+    if before is None:
+        raise refuse(saved.folder / RECORD, "identity", "it does not say how many batches an epoch had")
+    check_progress(saved, before)
+    if changes:
+        take_over(changes, progress, before)
 
 
 def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
@@ -205,13 +254,11 @@ def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
         )
 
 
-def check_progress(saved: SavedState | ForeignState | None, plan: StepPlan) -> None:
+def check_progress(saved: SavedState, plan: StepPlan) -> None:
     """Raise CheckpointError if the counts of a state contradict each other, or its own settings.
 
     For after `check_resumable`.
     """
-    if not isinstance(saved, SavedState):
-        return
     progress, record = saved.progress, saved.folder / RECORD
     if saved.identity.get("--seed") != progress.seed:
         raise refuse(
@@ -219,14 +266,17 @@ def check_progress(saved: SavedState | ForeignState | None, plan: StepPlan) -> N
             "progress.seed",
             f"it is {progress.seed}, and identity says {saved.identity.get('--seed')!r:.60}",
         )
-    is_between_steps = progress.position % plan.group_size == 0 or progress.position == plan.num_batches
+    begin = progress.plan_epoch, progress.plan_position
+    if begin > (progress.epoch, progress.position) or progress.plan_position > plan.num_batches:
+        raise refuse(record, "progress.plan_epoch", f"the present plan began later: {begin}")
+    is_between_steps = plan.is_between_steps(progress.epoch, progress.position)
     if progress.position > plan.num_batches or not is_between_steps:
         reason = (
             f"it is {progress.position}; an epoch has {plan.num_batches} micro-batches, a step "
             f"{plan.group_size} of them"
         )
         raise refuse(record, "progress.position", reason)
-    step = progress.epoch * plan.steps_per_epoch + -(-progress.position // plan.group_size)
+    step = plan.steps_until(progress.epoch, progress.position)
     if progress.step != step:
         reason = (
             f"it is {progress.step}; epoch {progress.epoch} and position {progress.position} are step {step}"
@@ -237,8 +287,11 @@ def check_progress(saved: SavedState | ForeignState | None, plan: StepPlan) -> N
         raise refuse(record, "progress.sampled_step", reason)
 
 
-def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
-    """Restore everything from a saved state. Raises CheckpointError if something does not fit."""
+def restore(saved: SavedState | ForeignState, learning: Learning, is_changed: bool = False) -> None:
+    """Restore everything from a saved state. Raises CheckpointError if something does not fit.
+
+    is_changed: learning rates follow from this run's settings, not from the state.
+    """
     if isinstance(saved, ForeignState):
         _restore_foreign(saved, learning)
         return
@@ -254,12 +307,19 @@ def restore(saved: SavedState | ForeignState, learning: Learning) -> None:
         record, saved.progress.step > 0, learning.steps_in_float32, isinstance(learning.schedule, OwnRates)
     )
     described, tensors = saved.described["optimizer"], saved.parts.get("optimizer", {})
+    if is_changed:
+        described = with_rates(described, learning.optimizer)
     restore_optimizer(learning.optimizer, trainable.names, described, tensors, learning.device, recorded)
-    _restore_schedule(
-        learning.schedule, learning.optimizer, saved.described["schedule"], saved.progress.step, record
-    )
+    if is_changed:
+        rebuild_schedule(learning.schedule, saved.progress.step)
+    else:
+        _restore_schedule(
+            learning.schedule, learning.optimizer, saved.described["schedule"], saved.progress.step, record
+        )
     if learning.scaler is not None:
         restore_scaler(learning.scaler, saved.described.get("scaler"), record)
+    if learning.average is not None:
+        learning.average.restore(saved)
     for part in saved.parts.values():
         if isinstance(part, StoredPart):
             part.close()
@@ -318,6 +378,8 @@ def restore_scaler(scaler: Any, state: Any, record: Path) -> None:
 def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
     (module,) = learning.trainable.modules.values()
     load_module(module, saved.network, saved.folder)
+    if learning.average is not None:
+        learning.average.begin()
     if saved.optimizer is not None:
         restore_foreign_optimizer(learning.optimizer, saved.optimizer)
         move_states(learning.optimizer, learning.device)

@@ -20,6 +20,8 @@ from dataset.batches.finding import (
     split_validation,
 )
 from dataset.check import check_training
+from dataset.checking.captions import load_counters
+from dataset.checking.page import write_check_page
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.contract.family import Family
@@ -32,15 +34,19 @@ from modules.offload.block_swap import HostWeights, settle
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
 from networks.adapter import make_network
+from networks.added import AddedFile, add_loras
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
+from training.averages import make_average, metadata_of
+from training.changes import listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
-from training.data.timesteps import show_timesteps
+from training.data.shown_timesteps import show_timesteps
 from training.dressing import AUTOCAST, dress, placement_of
 from training.early_checks import check_before_loading
-from training.job import Data, TrainingJob, find_data, read_config, start_job
+from training.following import NO_SCRIPTS, FamilyScripts
+from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.loop import TrainingRun, train
-from training.metadata import RunFacts, file_metadata, run_metadata
+from training.metadata import RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
@@ -49,32 +55,41 @@ from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
 from training.planning.memory import plan_training, prepare_memory
 from training.processes.gradients import largest
+from training.reporting import make_reporter, plan_next_steps
 from training.reports.logs import TRACKER_NAME, public_config, start_logs
 from training.resuming import (
     Learning,
     capture,
-    check_progress,
     check_resumable,
     habits_of,
     identity_of,
     own_values,
     restore,
+    resume_progress,
 )
 from training.samples import Sampler, prepare_samples
-from training.saving.files import MinuteClock, Names, Saver
+from training.saving.files import MinuteClock, Names, Publish, Saver
 from training.saving.states import SavedState, write_state
-from training.saving.upload import Uploads, make_uploads
-from training.trainable import train_dit
+from training.saving.upload import make_uploads
+from training.summary import show_end, show_start, watch_run
+from training.trainable import Trainable, train_dit
 from training.trainable import train_network as as_trainable
+from training.triggers import TriggerFiles, trigger_paths
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
-def train_network(family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS) -> int:
+def train_network(
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands = NO_COMMANDS,
+    scripts: FamilyScripts = NO_SCRIPTS,
+) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: what to type if caches are missing. Returns the program's exit code.
+    commands: what to type if caches are missing. scripts: what the page tells to type next. Returns the
+    program's exit code.
     Raises UserError if the user has to change something.
     """
     if options.timesteps.show_timesteps is not None:
@@ -88,7 +103,7 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
         _plan(family, options, commands)
         return 0
     try:
-        with prepare_run(family, options, commands) as run:
+        with prepare_run(family, options, commands, scripts) as run:
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
@@ -99,7 +114,10 @@ def train_network(family: Family, options: TrainingOptions, commands: CachingCom
 
 @contextlib.contextmanager
 def prepare_run(
-    family: Family, options: TrainingOptions, commands: CachingCommands = NO_COMMANDS
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands = NO_COMMANDS,
+    scripts: FamilyScripts = NO_SCRIPTS,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = read_config(options)  # a fault in it is told before anything is started
@@ -113,8 +131,10 @@ def prepare_run(
         options, job.progress.seed, data.order, data.plan, job.network_module, family.options
     )
     habits = habits_of(options, family.metadata, family.options)
-    check_resumable(job.saved, identity, habits)
-    check_progress(job.saved, data.plan)
+    changes = check_resumable(job.saved, identity, habits, options)
+    resume_progress(job.saved, changes, job.progress, data.plan)
+    data = replace(data, plan=plan_steps(job, data.order))
+    extra = [AddedFile(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
     # each process looked at its own device, but all share the weights on the host
@@ -125,9 +145,13 @@ def prepare_run(
     job = replace(job, options=options)
     host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
     dit = _load_dit(job, host)
-    learning, optimizer_name = _make_learning(job, dit, host, data.plan.total_steps)
+    trainable = _make_trainable(job, dit)
+    sample_loras = (
+        add_loras(dit, extra, options.speed.compilation.choice is not None) if sampler and extra else None
+    )
+    learning, optimizer_name = _make_learning(job, dit, trainable, host, data.plan.total_steps)
     if job.saved is not None:
-        restore(job.saved, learning)
+        restore(job.saved, learning, bool(changes))
         job = replace(job, saved=None)  # gives its tensors free
     steps, fused = _make_steps(job, learning)
 
@@ -136,19 +160,36 @@ def prepare_run(
 
     def take_state() -> SavedState:
         settle(dit)
-        return capture(job.progress, learning, identity, habits)
+        return capture(job.progress, learning, identity, habits, listed_settings(options))
 
-    saver = _make_saver(job, dit, learning, facts, uploads, take_state)
+    following = plan_next_steps(job, scripts, data.plan.total_steps, sampler)
+    reporter = make_reporter(job, following, sampler, memory)
+
+    def publish(path: Path, card: str | None) -> None:
+        uploads.publish(path, card)
+        if reporter is not None:
+            reporter.note_saved(path, job.progress.step)
+
+    saver = _make_saver(job, dit, learning, facts, publish, uploads.publish_state, take_state)
     log_config = public_config(options) if options.logs.log_config else None
     tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
     with (
         uploads.finish_uploads(),
         start_logs(
-            job.accelerator, options.logs, data.plan.total_steps, job.progress.step, log_config, tracker
+            job.accelerator,
+            options.logs,
+            data.plan.total_steps,
+            job.progress.step,
+            log_config,
+            tracker,
+            extras=watch_run(job, data.plan),
         ) as logs,
+        contextlib.nullcontext() if reporter is None else reporter,
     ):
-        logger.info(_summary(job, data))
-        yield TrainingRun(
+        if reporter is not None:
+            reporter.logs = logs
+        show_start(job, data, learning.trainable.parameters, _file_dtype(options, dit))
+        run = TrainingRun(
             options=options,
             family=family,
             dit=dit,
@@ -166,11 +207,26 @@ def prepare_run(
             fused=fused,
             saver=saver,
             sampler=sampler,
+            average=learning.average,
+            sample_loras=sample_loras,
+            compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, _dtype_of(dit)),
             validation=_make_validation(job, data),
+            reporter=reporter,
             memory=memory if job.accelerator.is_main_process else None,
+            triggers=_watch_files(job, can_sample=sampler is not None),
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
+        yield run
         job.accelerator.wait_for_everyone()
+    if saver is not None and job.progress.step >= data.plan.total_steps:
+        show_end(run, saver.names, following)
+
+
+def _watch_files(job: TrainingJob, can_sample: bool) -> TriggerFiles:
+    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
+    if not (job.options.samples.sample_now and job.accelerator.is_main_process):
+        return TriggerFiles()
+    return TriggerFiles(trigger_paths(job.output_dir, job.output_name), can_sample)
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
@@ -179,9 +235,23 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
+    counters = load_counters(family.text_encoders)
     result = check_training(
-        config, family.cache_tag, family.latent, commands, accumulation, processes, files, family.text_keys
+        config,
+        family.cache_tag,
+        family.latent,
+        commands,
+        accumulation,
+        processes,
+        files,
+        family.text_keys,
+        counters,
     )
+    page, workers = options.loop.page, max(1, os.cpu_count() or 1)
+    if page.html is not None:
+        write_check_page(
+            page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
+        )
     sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     return result.exit_code
 
@@ -203,16 +273,26 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
     options, accelerator = job.options.samples, job.accelerator
     if options.sample_prompts is None:
         return None
-    if not options.is_timed:
+    if not (options.is_timed or options.sample_now):
         logger.warning(
-            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs and "
-            "--sample_at_first is given."
+            "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs, "
+            "--sample_at_first and --sample_now is given."
         )
         return None
     share = accelerator.process_index, accelerator.num_processes
     folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
+    weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
+    if job.options.average.sample_ema:
+        weights = " (EMA)" + weights
     return prepare_samples(
-        job.family, options.sample_prompts, folder, job.output_name, accelerator.device, *share, has_metadata
+        job.family,
+        options.sample_prompts,
+        folder,
+        job.output_name,
+        accelerator.device,
+        *share,
+        has_metadata,
+        weights,
     )
 
 
@@ -256,22 +336,25 @@ def _load_dit(job: TrainingJob, host: HostWeights | None) -> nn.Module:
     return dit.requires_grad_(False)
 
 
+def _make_trainable(job: TrainingJob, dit: nn.Module) -> Trainable:
+    """Put the network into the DiT, or choose what of the DiT itself learns."""
+    options = job.options
+    if options.network is None:
+        assert options.whole_dit is not None  # one of the two is there
+        return train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+    network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
+    max_norm = options.network.scale_weight_norms
+    return as_trainable(network, options.optimizer.learning_rate, max_norm, job.accelerator.device)
+
+
 def _make_learning(
-    job: TrainingJob, dit: nn.Module, host: HostWeights | None, steps: int
+    job: TrainingJob, dit: nn.Module, trainable: Trainable, host: HostWeights | None, steps: int
 ) -> tuple[Learning, str]:
-    """Wrap the DiT (network, compiling, checkpointing, swap) and make optimizer and schedule.
+    """Dress the DiT (compiling, checkpointing, swap) and make optimizer and schedule.
 
     Also returns the optimizer's name for metadata.
     """
     options, device = job.options, job.accelerator.device
-    if options.network is not None:
-        network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
-        trainable = as_trainable(
-            network, options.optimizer.learning_rate, options.network.scale_weight_norms, device
-        )
-    else:
-        assert options.whole_dit is not None  # one of the two is there
-        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
     dress(dit, job.family.dit, options.loop, device, options.speed.compilation.choice, host)
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
@@ -280,7 +363,8 @@ def _make_learning(
     in_float32 = (
         whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer))
     )
-    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32), name
+    average = make_average(options.average, dit, trainable, optimizer, job.accelerator.is_main_process)
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32, average), name
 
 
 def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
@@ -340,10 +424,14 @@ def _make_saver(
     dit: nn.Module,
     learning: Learning,
     facts: RunFacts,
-    uploads: Uploads,
+    publish: Callable[[Path, str | None], None],
+    publish_state: Publish,
     take_state: Callable[[], SavedState],
 ) -> Saver | None:
-    """Make the saver in the main process; the others save nothing."""
+    """Make the saver in the main process; the others save nothing.
+
+    publish: is given the file and the model card.
+    """
     if not job.accelerator.is_main_process:
         return None
     options, progress, trainable = job.options, job.progress, learning.trainable
@@ -354,28 +442,33 @@ def _make_saver(
         facts,
         own_values(job.family.options, "identity", "habit"),
     )
-    precision = options.saving.save_precision
-    if precision is not None:
-        dtype: torch.dtype | None = DTYPES[precision]
-    else:  # of a whole DiT every tensor as it is
-        dtype = None if options.network is None else _dtype_of(dit)
+    dtype = _file_dtype(options, dit)
+
+    def metadata_now() -> dict[str, str]:
+        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
+        licence = job.family.release.licence
+        return file_metadata(
+            run_values, options, job.family.metadata, progress.step, epoch, datetime.now(), licence
+        )
 
     def write_file(path: Path) -> None:
-        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        metadata = file_metadata(
-            run_values, options, job.family.metadata, progress.step, epoch, datetime.now()
-        )
         settle(dit)
         with finished_weights(learning.optimizer, trainable.parameters):
-            trainable.write(path, dtype, metadata)
+            trainable.write(path, dtype, metadata_now())
 
+    def write_average(path: Path) -> None:
+        assert learning.average is not None
+        with learning.average.in_place():
+            trainable.write(path, dtype, {**metadata_now(), **metadata_of(learning.average)})
+
+    card = model_card(options, job.family.release, metadata_now())
     saver = Saver(
         options.saving,
         Names(job.output_dir, job.output_name),
         write_file,
         lambda folder: write_state(folder, take_state()),
-        uploads.publish,
-        uploads.publish_state,
+        lambda path: publish(path, card),
+        publish_state,
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for
@@ -398,20 +491,19 @@ def _facts(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFa
         lr_scheduler=schedule,
         network_module=job.network_module,
         datasets=[table.describe() for table in data.config.datasets],
+        changes=tuple(progress.changes),
     )
+
+
+def _file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
+    """Return the dtype of saved models; None: every tensor as it is."""
+    precision = options.saving.save_precision
+    if precision is not None:
+        return DTYPES[precision]
+    return None if options.network is None else _dtype_of(dit)
 
 
 def _dtype_of(dit: nn.Module) -> torch.dtype:
     """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
-
-
-def _summary(job: TrainingJob, data: Data) -> str:
-    plan = data.plan
-    held_back = f", {len(data.validation)} items for validation" if data.validation else ""
-    return (
-        f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches, "
-        f"{plan.steps_per_epoch} steps an epoch, "
-        f"{plan.total_steps} steps in {plan.num_epochs} epochs, seed {job.progress.seed}"
-    )

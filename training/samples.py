@@ -58,7 +58,8 @@ class Sampler:
     session: Session  # holds the VAE, on the CPU between uses
     folder: Path
     name: str  # --output_name
-    has_metadata: bool = True  # pictures say what made them, as those of a generation do; MP4 holds nothing
+    has_metadata: bool = True  # samples say what made them, as the files of a generation do
+    weights: str = ""  # for the metadata: what of the run's weights they show, or what is added to them
 
     def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -90,7 +91,7 @@ class Sampler:
                 )
             seed = f"_{prepared.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
-            paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}"))
+            paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}{self.weights}"))
             logger.info("Sample %s", paths[-1])
         return paths
 
@@ -98,17 +99,14 @@ class Sampler:
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
         with self.session.media(images=False, again=True) as encoders:
             frames = frames_of(self.session.family.decode(encoders, latents))
+            tags = sample_tags(self.session.family, prepared, model, self.session.device)
+            tags = tags if self.has_metadata else {}
             if prepared.frames == 1:
                 path = self.folder / f"{stem}_000.png"
-                tags = (
-                    sample_tags(self.session.family, prepared, model, self.session.device)
-                    if self.has_metadata
-                    else None
-                )
                 write_png(path, next(frames), tags)
             else:
                 path = self.folder / f"{stem}.mp4"
-                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE)
+                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags)
         return path
 
 
@@ -121,6 +119,7 @@ def prepare_samples(
     process: int,
     processes: int,
     has_metadata: bool = True,
+    weights: str = "",
 ) -> Sampler:
     """Read and check the prompts, and encode this process' share of texts and images.
 
@@ -160,7 +159,7 @@ def prepare_samples(
     samples = [
         Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)
     ]
-    return Sampler(samples, session, folder, name, has_metadata)
+    return Sampler(samples, session, folder, name, has_metadata, weights)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:

@@ -17,6 +17,10 @@ class StepPlan:
     processes: int
     accumulation: int  # micro-batches of an optimizer step per process
     total_steps: int
+    # where this plan began: what came before may have had other clips, or steps of another size
+    first_epoch: int = 0
+    first_position: int = 0
+    first_step: int = 0
 
     @property
     def group_size(self) -> int:
@@ -30,14 +34,32 @@ class StepPlan:
     @property
     def num_epochs(self) -> int:
         """Return the number of epochs begun; the last one may be unfinished."""
-        return -(-self.total_steps // self.steps_per_epoch)
+        rest = self.total_steps - self.steps_until(self.first_epoch + 1)
+        return self.first_epoch + 1 + max(0, -(-rest // self.steps_per_epoch))
+
+    def steps_until(self, epoch: int, position: int = 0) -> int:
+        """Return the steps of the run before micro-batch `position` of epoch `epoch` (from 0)."""
+        if (epoch, position) <= (self.first_epoch, self.first_position):
+            return self.first_step
+        if epoch == self.first_epoch:
+            return self.first_step - (self.first_position - position) // self.group_size
+        first = -((self.first_position - self.num_batches) // self.group_size)
+        between = (epoch - self.first_epoch - 1) * self.steps_per_epoch
+        return self.first_step + first + between - (-position // self.group_size)
+
+    def is_between_steps(self, epoch: int, position: int) -> bool:
+        """Return whether a step can end before micro-batch `position` of epoch `epoch`."""
+        first = self.first_position if epoch == self.first_epoch else 0
+        return position == self.num_batches or (
+            position >= first and (position - first) % self.group_size == 0
+        )
 
     def groups(self, epoch: int, position: int = 0) -> Iterator[range]:
         """Yield the micro-batches of each optimizer step of epoch `epoch` (from 0).
 
         Starts at micro-batch `position` and stops at the end of the run.
         """
-        done = epoch * self.steps_per_epoch + -(-position // self.group_size)
+        done = self.steps_until(epoch, position)
         starts = range(position, self.num_batches, self.group_size)
         for start in starts[: max(0, self.total_steps - done)]:
             yield range(start, min(start + self.group_size, self.num_batches))
@@ -59,11 +81,3 @@ class StepPlan:
             for group in self.groups(number, position if number == epoch else 0):
                 keys += [(number, index) for index in self.share(group, process)]
         return keys
-
-
-def total_steps(max_train_steps: int, max_train_epochs: int | None, num_batches: int, group_size: int) -> int:
-    """Return the optimizer steps of a run; epochs, if given, replace steps.
-
-    The last step of an epoch may be a short one.
-    """
-    return max_train_steps if max_train_epochs is None else max_train_epochs * -(-num_batches // group_size)

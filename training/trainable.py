@@ -91,14 +91,16 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
             f"such as {some}"
         )
 
+    dtypes = {name: tensor.dtype for name, tensor in dit.state_dict().items()}
+
     def write(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        tensors = dit.state_dict()  # no copies
+        tensors = dit.state_dict()  # no copies; an average in their place is in float32
 
-        def kept(tensor: Tensor) -> torch.dtype:
-            return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+        def kept(name: str) -> torch.dtype:
+            return dtypes[name] if dtype is None or not dtypes[name].is_floating_point else dtype
 
-        infos = {name: TensorInfo(kept(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        stream_tensors(path, infos, lambda name: tensors[name].to(kept(tensors[name])), metadata)
+        infos = {name: TensorInfo(kept(name), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        stream_tensors(path, infos, lambda name: tensors[name].to(kept(name)), metadata)
 
     return Trainable(
         modules={"dit": dit},

@@ -29,6 +29,18 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
         *_of_hub(options.hub),
         *_of_attention(options.speed.attention),
     ]
+    samples = options.samples
+    no_samples = samples.sample_prompts is None or not (samples.is_timed or samples.sample_now)
+    found.append(("--sample_lora", samples.sample_lora and no_samples, "no samples are made"))
+    found.append(("--sample_ema", options.average.sample_ema and no_samples, "no samples are made"))
+    no_average = options.average.ema_decay is None
+    found.append(
+        (
+            "--ema_update_every",
+            options.average.ema_update_every != 1 and no_average,
+            "there is no --ema_decay",
+        )
+    )
     fp8 = options.speed.fp8
     found.append(
         (
@@ -109,6 +121,7 @@ def _of_schedule(options: LrScheduleOptions) -> Iterator[Given]:
 
 
 def _of_saving(options: SavingOptions) -> Iterator[Given]:
+    yield "--resume_changed", options.resume_changed and options.resume is None, "there is no --resume"
     saves_by_step = options.save_every_n_steps is not None or options.save_every_n_minutes is not None
     for kind, is_saved, files, states in (
         (

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from modules.contract.release import ModelRelease
+
 HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a file
 
 
@@ -46,6 +48,14 @@ class WanTask:
     steps: int
     frames: int
     sizes: tuple[tuple[int, int], ...]  # width, height as trained
+    repositories: tuple[str, ...]  # of the release, on the hub
+
+    @property
+    def release(self) -> ModelRelease:
+        """Where the task's model comes from."""
+        return ModelRelease(
+            self.repositories, "Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0"
+        )
 
     @property
     def in_dim(self) -> int:
@@ -57,18 +67,20 @@ class WanTask:
 
 _480P = ((480, 832), (832, 480))
 _720P = ((720, 1280), (1280, 720), *_480P)
+_I2V = ("Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.1-I2V-14B-720P")
+_FUN = ("alibaba-pai/Wan2.1-Fun-14B-Control",)
 
 TASKS: dict[str, WanTask] = {
     task.name: task
     for task in (
-        WanTask("t2v-14B", "t2v", False, 5120, 50, 81, _720P),
-        WanTask("t2v-1.3B", "t2v", False, 1536, 50, 81, _480P),
-        WanTask("i2v-14B", "i2v", False, 5120, 40, 81, _720P),
-        WanTask("flf2v-14B", "flf2v", False, 5120, 50, 81, _720P),
-        WanTask("t2i-14B", "t2v", False, 5120, 50, 1, (*_720P, (1024, 1024))),
-        WanTask("t2v-1.3B-FC", "t2v", True, 1536, 50, 81, _480P),
-        WanTask("t2v-14B-FC", "t2v", True, 5120, 50, 81, _720P),
-        WanTask("i2v-14B-FC", "i2v", True, 5120, 40, 81, _720P),
+        WanTask("t2v-14B", "t2v", False, 5120, 50, 81, _720P, ("Wan-AI/Wan2.1-T2V-14B",)),
+        WanTask("t2v-1.3B", "t2v", False, 1536, 50, 81, _480P, ("Wan-AI/Wan2.1-T2V-1.3B",)),
+        WanTask("i2v-14B", "i2v", False, 5120, 40, 81, _720P, _I2V),
+        WanTask("flf2v-14B", "flf2v", False, 5120, 50, 81, _720P, ("Wan-AI/Wan2.1-FLF2V-14B-720P",)),
+        WanTask("t2i-14B", "t2v", False, 5120, 50, 1, (*_720P, (1024, 1024)), ("Wan-AI/Wan2.1-T2V-14B",)),
+        WanTask("t2v-1.3B-FC", "t2v", True, 1536, 50, 81, _480P, ("alibaba-pai/Wan2.1-Fun-1.3B-Control",)),
+        WanTask("t2v-14B-FC", "t2v", True, 5120, 50, 81, _720P, _FUN),
+        WanTask("i2v-14B-FC", "i2v", True, 5120, 40, 81, _720P, _FUN),
     )
 }
 

@@ -17,6 +17,7 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Sect
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import CacheError, DatasetError, OptionError
@@ -94,6 +95,11 @@ class Wan:
             height=256,
             frames=task.frames,
         )
+
+    @property
+    def release(self) -> ModelRelease:
+        """Where the task's model comes from."""
+        return self.task.release
 
     @property
     def metadata(self) -> Mapping[str, str]:

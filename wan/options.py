@@ -1,8 +1,10 @@
 """Wan2.1's own options for caching, training and generation."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modules.command import as_typed
 from modules.errors import OptionError
@@ -220,3 +222,22 @@ def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -
         str(options.text.t5 or "T5_FILE"),
     ]
     return as_typed(latents), as_typed(text)
+
+
+def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
+    """Return the script and the options that generate with the models of a training.
+
+    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    """
+    files = {"--dit": options.dit, "--vae": options.vae.vae, "--t5": options.text.t5}
+    words = ["wan_generate_video.py", "--task", options.task]
+    words += [
+        word for name, path in files.items() for word in (name, str(path or f"{name[2:].upper()}_FILE"))
+    ]
+    media = ["image_path", "end_image_path", "control_path"]
+    if options.task.startswith(("i2v", "flf2v")):
+        words += ["--clip", str(options.clip or "CLIP_FILE")]
+        words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
+    words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
+    words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]
+    return words + (["--video_length", str(sample["frames"])] if sample.get("frames") else [])

@@ -20,11 +20,12 @@ from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.offload.loaded import Loaded
 from wan.encoder_checkpoints import T5Config, read_t5
-from wan.tokenizer import Tokenize, find_tokenizer, load_tokenizer
+from wan.tokenizer import Tokenize, find_tokenizer, load_token_counter, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,14 @@ class WanTextEncoder:
             "t5_tokenizer": find_tokenizer(self.tokenizer, self.path).identity,
         }
         return identity | ({"t5_weights": "fp8"} if self.in_fp8 else {})
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
+
+        Raises CheckpointError if there is no tokenizer here; none is downloaded.
+        """
+        count = load_token_counter(self.tokenizer, self.path)
+        return lambda text: count(clean_text(text))
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""

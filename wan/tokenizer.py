@@ -1,5 +1,6 @@
 """The tokenizer of umT5, found as a folder or file, beside the checkpoint, inside it, or on the hub."""
 
+import bisect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ import sentencepiece
 
 from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters
 from modules.errors import CheckpointError
 from wan.encoder_checkpoints import SPIECE_MODEL
 
 logger = logging.getLogger(__name__)
 
+LONGEST_PIECE = 64  # characters of a token, at most
 MAX_TOKENS = 512  # with the end token, as trained
 END = "</s>"
 FILES = TokenizerFiles(
@@ -71,6 +74,42 @@ def load_tokenizer(path: Path | None, checkpoint_path: Path) -> Tokenize:
     return _from_sentencepiece(FILES.read_bytes(file), file)
 
 
+def load_token_counter(path: Path | None, checkpoint_path: Path) -> CountTokens:
+    """Load the tokenizer to count tokens. path: as for `load_tokenizer`. Nothing is downloaded.
+
+    Raises CheckpointError if there is none here or it cannot be read.
+    """
+    place = find_tokenizer(path, checkpoint_path)
+    if place.inside is not None:
+        return _count_pieces(_sentencepiece(_read_embedded(place.inside), place.inside))
+    file = place.file or FILES.require_local(checkpoint_path)
+    if file.suffix != ".json":
+        return _count_pieces(_sentencepiece(FILES.read_bytes(file), file))
+    tokenizer = FILES.read(file)
+
+    def count(text: str) -> TokenCount:
+        ends = [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
+        return TokenCount(text, len(ends) + 1, MAX_TOKENS, kept_characters(ends, MAX_TOKENS - 1, len(text)))
+
+    return count
+
+
+def _count_pieces(processor: sentencepiece.SentencePieceProcessor) -> CountTokens:
+    """Count the tokens of a SentencePiece model, which does not tell where a piece stands in the text."""
+
+    def fits(text: str) -> bool:
+        return len(processor.encode(text)) < MAX_TOKENS
+
+    def count(text: str) -> TokenCount:
+        tokens, kept = len(processor.encode(text)) + 1, len(text)
+        if tokens > MAX_TOKENS:  # the longest beginning that fits
+            most = range(min(len(text), LONGEST_PIECE * MAX_TOKENS))
+            kept = bisect.bisect_left(most, True, key=lambda length: not fits(text[: length + 1]))
+        return TokenCount(text, tokens, MAX_TOKENS, kept)
+
+    return count
+
+
 def _read_embedded(checkpoint_path: Path) -> bytes:
     with open_checkpoint(checkpoint_path) as checkpoint:
         name = next(name for name in checkpoint.tensors if name.endswith(SPIECE_MODEL))
@@ -92,12 +131,17 @@ def _from_json(file: Path) -> Tokenize:
     return tokenize
 
 
-def _from_sentencepiece(model: bytes, origin: Path) -> Tokenize:
+def _sentencepiece(model: bytes, origin: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise FILES.unreadable(origin, error) from error
     FILES.check_sentencepiece(model, origin)
+    return processor
+
+
+def _from_sentencepiece(model: bytes, origin: Path) -> Tokenize:
+    processor = _sentencepiece(model, origin)
     end = processor.eos_id()
     if end < 0:
         raise CheckpointError(

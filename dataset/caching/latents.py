@@ -29,10 +29,11 @@ from dataset.caching.planning import (
 )
 from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import check_memory, decode_ahead, progress
+from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.frames import Span, frames_wanted
+from modules.bars import Bar
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
 from modules.devices import free_memory
@@ -151,7 +152,7 @@ class LatentEncoding:
         def work(plan: SourcePlan) -> Decoded:
             return decode(plan, names_of(existing, plan.source), self._recipe)
 
-        bar = progress(len(plans), "encoding", shown=show_progress)
+        bar = Bar(len(plans), "Encoding", "source", show_progress)
         ahead = decode_ahead(plans, lambda plan: plan.source, work, workers, bar)
         with self._writer, contextlib.closing(ahead), torch.no_grad():
             for _, result in ahead:

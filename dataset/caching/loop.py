@@ -7,6 +7,7 @@ partial, so the same command continues a run that was killed. The encoding is in
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 
 from dataset.cache.files import text_file_name
@@ -18,10 +19,15 @@ from dataset.caching.reports import CacheReport, Failure, join_reports
 from dataset.caching.texts import TextEncoding
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
-from dataset.sources.listing import find_sources, require_captions
+from dataset.sources.decoding import check_resolution
+from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
+from modules.console import Row, as_size, show_box
 from modules.devices import choose_device
+from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
+
+NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
@@ -31,11 +37,9 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    sources = []
-    for table in config.datasets:
-        found = find_sources(table, captions=False)
-        family.check_table(media_table(table, any(source.control for source in found)))
-        sources += found
+    sources = find_all_sources(config, captions=False)
+    _check_tables(family, config, sources)
+    warn_missing_captions(sources)
     family.check_given_files()
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
@@ -43,12 +47,15 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     with join_processes() as share:
         plans, failures = plan_all(share.of(sources), existing, recipe, workers, share.is_main)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        logger.info(
-            "%s: %d sources, %d of them to encode", _who(share), len(plans) + len(failures), len(to_do)
-        )
-        encoding = LatentEncoding(
-            family, recipe, choose_device(share.device_name(options.device)), options.batch_size
-        )
+        device = choose_device(share.device_name(options.device))
+        encoding = LatentEncoding(family, recipe, device, options.batch_size)
+        rows: list[Row] = [
+            ("data", str(config.path)),
+            (_who(share), f"{len(plans) + len(failures)} sources, {len(to_do)} of them to encode"),
+            ("disk", _disk(config, family, to_do)),
+            ("device", str(device)),
+        ]
+        show_box("Caching latents", rows)
         if to_do:
             encoding.run(to_do, existing, workers, share.is_main)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
@@ -60,6 +67,9 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             failures=(*failures, *encoding.failures),
             dropped=tuple(
                 Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
+            ),
+            shortened=tuple(
+                Failure.of(plan.source, plan.short) for plan in finished if plan.short is not None
             ),
         )
         right = {
@@ -83,7 +93,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     run continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be
     loaded, OutputError if a file cannot be written.
     """
-    sources = [source for table in config.datasets for source in find_sources(table)]
+    sources = find_all_sources(config)
     require_captions(sources)
     family.check_given_files()
     with join_processes() as share:
@@ -105,6 +115,20 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
+def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError with the reasons of all tables that cannot be cached."""
+    problems = []
+    for table in config.datasets:
+        has_control = any(source.control for source in sources if source.table is table)
+        try:
+            check_resolution(table, family.latent.pixel_step)
+            family.check_table(media_table(table, has_control))
+        except DatasetError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError("\n".join(problems))
+
+
 def log_outdated(plans: Sequence[SourcePlan]) -> None:
     """Log why existing files were made again, so that the extra work is explained."""
     reasons = [plan.outdated for plan in plans if plan.outdated is not None]
@@ -114,6 +138,23 @@ def log_outdated(plans: Sequence[SourcePlan]) -> None:
             len(reasons),
             reasons[0],
         )
+
+
+def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) -> str | None:
+    """Estimate what the latents of some sources take on disk; None if no size is known yet."""
+    spec, sizes = family.latent, [size for plan in plans for size in plan.items]
+    known = sum(plan.missing is not None for plan in plans)
+    if not sizes:
+        return None
+    step, rows, columns = spec.stride
+
+    def numbers(width: int, height: int, frames: int = 1) -> int:
+        return spec.channels * ((frames - 1) // step + 1) * (height // rows) * (width // columns)
+
+    needed = sum(numbers(*size) for size in sizes) * NUMBER_BYTES * len(plans) / known
+    folder = config.datasets[0].cache_directory.resolve()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
 
 def recipe_of(family: Caches, skip_existing: bool) -> Recipe:

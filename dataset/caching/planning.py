@@ -22,11 +22,12 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import progress, read_ahead
+from dataset.caching.source_jobs import read_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
-from dataset.sources.frames import Span, frames_wanted, spans
+from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.listing import MediaSource
+from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError
@@ -72,6 +73,7 @@ class SourcePlan:
     # width, height and, for videos, frames of what training sees; only if `missing` is known
     items: tuple[tuple[int, ...], ...] = ()
     reason: str | None = None  # why there is no item at all
+    short: str | None = None  # for which target_frames the clip is too short, if it gives other items
     outdated: str | None = None  # why an existing file is made again
 
 
@@ -105,7 +107,7 @@ def plan_all(
     def work(source: MediaSource) -> SourcePlan:
         return plan_latents(source, names_of(existing, source), recipe)
 
-    bar = progress(len(sources), "comparing", shown=show_progress)
+    bar = Bar(len(sources), "Comparing", "source", show_progress)
     for _, result in read_ahead(sources, lambda source: source, work, workers, bar):
         if isinstance(result, Failure):
             failures.append(result)
@@ -135,7 +137,9 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
                 else f"{clip.kept_frames} frames, "
                 f"target_frames are {', '.join(map(str, table.target_frames))}"
             )
-            return dataclasses.replace(compare(source, clip.size, found, existing, recipe), reason=reason)
+            short = describe_short(table, found, clip.kept_frames)
+            plan = compare(source, clip.size, found, existing, recipe)
+            return dataclasses.replace(plan, reason=reason, short=short)
     if recipe.skip_existing:
         # the header may be wrong about the number of frames, so it counts only if it agrees with the existing
         # files
@@ -187,9 +191,9 @@ def complete(plan: SourcePlan, media: DecodedSource, existing: Names, recipe: Re
     """Return the plan of a source that has been decoded."""
     if plan.missing is not None:
         return plan
-    return dataclasses.replace(
-        compare(plan.source, media.size, media.spans, existing, recipe), reason=media.reason
-    )
+    short = describe_short(plan.source.table, media.spans, len(media.frames))
+    plan = compare(plan.source, media.size, media.spans, existing, recipe)
+    return dataclasses.replace(plan, reason=media.reason, short=short)
 
 
 def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:

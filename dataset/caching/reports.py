@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.sources.listing import MediaSource
+from modules.console import Row, show_box
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
+
+NAMED = 3  # how many of the clips that give fewer items
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class CacheReport:
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
+    shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     is_main: bool = True  # whether this process reports for all
 
 
@@ -52,12 +56,13 @@ def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool
         removed=removed,
         failures=tuple(sorted((one for report in reports for one in report.failures), key=_by_path)),
         dropped=tuple(sorted((one for report in reports for one in report.dropped), key=_by_path)),
+        shortened=tuple(sorted((one for report in reports for one in report.shortened), key=_by_path)),
         is_main=is_main,
     )
 
 
-def conclude(report: CacheReport) -> None:
-    """Log what was done.
+def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
+    """Show what was done. rows, commands: what else the box says.
 
     Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
     """
@@ -68,15 +73,20 @@ def conclude(report: CacheReport) -> None:
     if report.dropped:
         lines = "\n  ".join(map(str, report.dropped))
         logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
+    if report.shortened:
+        logger.warning(
+            "%d clips give no item of some lengths. The first: %s",
+            len(report.shortened),
+            "; ".join(map(str, report.shortened[:NAMED])),
+        )
     if report.foreign:
         logger.warning(
             "%d files were made by another program: only their sizes could be compared (--skip_existing)",
             report.foreign,
         )
     if report.written or report.kept or report.removed:
-        logger.info(
-            "cache files: %d written, %d kept, %d removed", report.written, report.kept, report.removed
-        )
+        files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
+        show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
     if report.failures:
         lines = "\n  ".join(map(str, report.failures))
         raise DatasetError(

@@ -5,12 +5,11 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
 from dataset.sources.frames import frames_wanted
 from dataset.sources.listing import MediaSource
+from modules.bars import Bar
 from modules.errors import MediaError, UserError
 from modules.media.reading import video_info
 
@@ -27,7 +26,7 @@ def read_ahead(
     source_of: Callable[[T], MediaSource],
     work: Callable[[T], R],
     workers: int,
-    bar: "tqdm[None]",
+    bar: Bar,
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while threads work on later jobs, which read little."""
     return _finish_done(jobs, source_of, work, workers, lambda _: 0, bar)
@@ -38,17 +37,12 @@ def decode_ahead(
     source_of: Callable[[T], MediaSource],
     work: Callable[[T], R],
     workers: int,
-    bar: "tqdm[None]",
+    bar: Bar,
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Do as `read_ahead` for work that decodes its source: waiting frames stay under DECODED_BYTES."""
     return _finish_done(
         jobs, source_of, work, workers, lambda job: estimate_decoded_bytes(source_of(job)), bar
     )
-
-
-def progress(total: int, what: str, unit: str = "source", shown: bool = True) -> "tqdm[None]":
-    """Return a progress bar that appears if the work takes longer than a second."""
-    return tqdm(total=total, desc=what, unit=unit, delay=1, disable=not shown)
 
 
 def estimate_decoded_bytes(source: MediaSource) -> int:
@@ -95,7 +89,7 @@ def _finish_done(
     work: Callable[[T], R],
     workers: int,
     size_bytes: Callable[[T], int],
-    bar: "tqdm[None]",
+    bar: Bar,
 ) -> Generator[tuple[T, R | Failure], None, None]:
     with bar, contextlib.closing(run_ahead(jobs, work, workers, size_bytes, DECODED_BYTES)) as ahead:
         for job, result in ahead:

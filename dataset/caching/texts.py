@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset.cache.files import (
     FORMAT_VERSION,
@@ -40,13 +39,15 @@ from dataset.cache.records import (
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
-from dataset.caching.source_jobs import progress
+from dataset.caching.reports import NAMED
+from dataset.sources.captions import describe_cut
 from dataset.sources.listing import MediaSource
 from modules.atomic_write import give_name
+from modules.bars import Bar
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
-from modules.errors import CacheError
+from modules.errors import CacheError, CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,9 @@ class TextEncoding:
             if not to_do:
                 continue
             encoder.load(self._device)
+            warn_cut_captions(encoder, [plan.source for plan in to_do.values()])
             try:
-                with progress(len(to_do), encoder.name, "caption", self._show_progress) as bar:
+                with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
                     self._encode(encoder, identity, sources, to_do, bar)
             finally:
                 encoder.free()
@@ -156,7 +158,7 @@ class TextEncoding:
         identity: Mapping[str, str],
         sources: Sequence[MediaSource],
         to_do: Mapping[Path, TextPlan],
-        bar: "tqdm[None]",
+        bar: Bar,
     ) -> None:
         """Encode every batch of `sources` in which something is missing, and write what is missing.
 
@@ -183,6 +185,30 @@ class TextEncoding:
 
     def _path(self, source: MediaSource) -> Path:
         return source.table.cache_directory / text_file_name(source.stem, self._family.cache_tag)
+
+
+def warn_cut_captions(encoder: TextEncoder, sources: Sequence[MediaSource]) -> None:
+    """Warn about captions with more tokens than the encoder reads: their ends are not used."""
+    try:
+        count_tokens = encoder.token_counter()
+    except CheckpointError as error:
+        logger.info("tokens of the captions are not counted: %s", error)
+        return
+    number = 0
+    lines: list[str] = []
+    for source in sources:
+        count = count_tokens(source.caption or "")
+        number += count.is_cut
+        if count.is_cut and len(lines) < NAMED:
+            lines.append(describe_cut(source.caption_path or source.path, encoder.name, count))
+    if number:
+        logger.warning(
+            "%d of %d captions are longer than %s reads; the rest of them is not used. The first:\n  %s",
+            number,
+            len(sources),
+            encoder.name,
+            "\n  ".join(lines),
+        )
 
 
 def write_text(

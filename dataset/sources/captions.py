@@ -1,14 +1,20 @@
 """Caption files: a text file beside an image or a clip."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from modules.contract.tokens import TokenCount
 from modules.errors import DatasetError
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_text
+from modules.text_encodings import EncodingGuess, guess_encodings
+from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_content, read_text
 
 
 def caption_path(media: Path, extension: str) -> Path:
     """Return the path of a caption: the media's path with `extension` (with the dot) as its suffix."""
     return media.with_name(media.stem + extension)
+
+
+SHOWN = 60  # characters of a caption in a message
 
 
 def read_caption(path: Path) -> str | None:
@@ -32,3 +38,36 @@ def read_caption(path: Path) -> str | None:
     if found is not None:
         raise DatasetError(f"{path}: this caption holds {found}. Save it as UTF-8.")
     return caption
+
+
+def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
+    """Guess the encoding of caption files that are not UTF-8, judged together.
+
+    None for a file that is probably no text, or cannot be read.
+    """
+    return guess_encodings([_content(path) for path in paths])
+
+
+def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
+    """Return the messages of `read_caption` with the probable encoding and first words of each file."""
+    explained = []
+    for error, guess in zip(errors, guess_captions(paths), strict=True):
+        if guess is not None and "UTF-8" in error:
+            words = " ".join(guess.text.split())[:SHOWN]
+            error = f"{error} It looks like {guess.name}: {words!r}; --check --repair_captions converts it."
+        explained.append(error)
+    return explained
+
+
+def describe_cut(place: Path, encoder: str, count: TokenCount) -> str:
+    """Say how much of a caption is read and what is lost."""
+    words = " ".join(count.cut_text.split())
+    lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
+    return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_content(path, MAX_CAPTION_BYTES)
+    except OSError:
+        return b""

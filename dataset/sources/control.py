@@ -1,12 +1,17 @@
 """Match control files with the images or clips of a folder."""
 
 import bisect
+import difflib
+import itertools
+import os
 import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 
 from modules.errors import DatasetError
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+
+MOST_NAMES = 10_000  # of a folder, among which one like a missing one is searched
 
 
 class ControlFolder:
@@ -96,4 +101,18 @@ def list_folder(folder: Path, key: str) -> Sequence[Path]:
         return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=str)
     except OSError as error:
         looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
-        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. Correct the path.") from error
+        near = _near_name(folder) if isinstance(error, FileNotFoundError) else None
+        hint = "Correct the path." if near is None else f"Did you mean {near}?"
+        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. {hint}") from error
+
+
+def _near_name(folder: Path) -> Path | None:
+    """Return the existing folder whose name is most like that of a missing one, if there is one."""
+    missing = next((one for one in (folder, *folder.parents) if one.parent.is_dir()), folder)
+    try:
+        with os.scandir(missing.parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if entry.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(missing.name, names, 1)
+    return missing.with_name(near[0]) / folder.relative_to(missing) if near else None

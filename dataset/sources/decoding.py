@@ -19,6 +19,7 @@ from modules.media.reading import Frame, image_size, read_image, resize_cover, v
 Clip = NDArray[np.uint8]  # F H W C
 
 NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
+LARGE = 1 << 14  # the side of a picture that no table finds too small
 GROWTH = 64  # frames by which memory grows at a time
 IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
@@ -126,6 +127,17 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     )
 
 
+def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
+    """Yield the frames of a source that are used, H W 3, at their own size: one of an image.
+
+    Raises MediaError if the file cannot be read.
+    """
+    if source.table.kind == "image":
+        yield read_image(source.path)
+    else:
+        yield from _kept_frames(source.path, source.table, fps)
+
+
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
     """Return the size that an image of `size` is resized to. path: for messages.
 
@@ -148,11 +160,16 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
     try:
         sizes = _bucket_sizes(width, height, step)
     except ValueError as error:
-        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}") from None
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
     try:
         return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
+
+
+def check_resolution(table: DatasetTable, step: int) -> None:
+    """Raise DatasetError if a table's resolution does not fit `step`, of the family's LatentSpec."""
+    bucket_of(table, (LARGE, LARGE), step)
 
 
 _bucket_sizes = functools.cache(bucket_sizes)

@@ -3,7 +3,7 @@
 A span is (first frame, number of frames), counted in kept frames. Plain numbers only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from dataset.config import DatasetTable
 
@@ -57,6 +57,15 @@ def _even_starts(last: int, count: int) -> Iterator[int]:
     step = last / (count - 1)
     yield from (int(index * step) for index in range(count - 1))
     yield last
+
+
+def describe_short(table: DatasetTable, found: Collection[Span], kept_frames: int) -> str | None:
+    """Say for which target_frames a clip with these spans is too short; None if for none, or for all."""
+    lengths = {length for _, length in found}
+    if not found or table.kind == "image" or table.frame_extraction == "full":
+        return None
+    missing = [str(target) for target in table.target_frames if target not in lengths]
+    return f"{kept_frames} frames, too few for {', '.join(missing)} of target_frames" if missing else None
 
 
 def frames_wanted(table: DatasetTable) -> int | None:

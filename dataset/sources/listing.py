@@ -4,21 +4,21 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.config import DatasetTable
-from dataset.sources.captions import caption_path, read_caption
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.captions import caption_path, explain_captions, guess_captions, read_caption
 from dataset.sources.control import ControlFolder, list_folder
+from dataset.sources.faults import Fault, raise_faults
 from modules.errors import DatasetError
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines
 
 logger = logging.getLogger(__name__)
-
-LISTED = 20  # how many problems of one kind a message shows
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,45 @@ class MediaSource:
     table: DatasetTable
 
 
-def find_sources(table: DatasetTable, captions: bool = True) -> list[MediaSource]:
+def find_sources(
+    table: DatasetTable, captions: bool = True, faults: list[Fault] | None = None
+) -> list[MediaSource]:
     """Return all sources of a table, sorted by path.
 
     captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
     checked whether files named by a JSONL list exist. Raises DatasetError if a folder or list is missing or
-    empty, a line is malformed, control media are missing or misnamed, or two sources have the same stem and
-    would share a cache file.
+    empty, and with all faults if captions cannot be read, lines are malformed, control media are missing or
+    misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
+    faults instead, so that what is usable is returned.
     """
-    sources = _from_folder(table, captions) if table.directory is not None else _from_list(table)
-    if not sources:
-        kinds = ", ".join(sorted(_suffixes(table)))
-        holds = (
-            f"has no {table.kind}s ({kinds}; folders inside it are not searched)"
-            if table.directory
-            else "has no lines"
-        )
+    found: list[Fault] = []
+    if table.directory is not None:
+        sources = _from_folder(table, captions, found)
+    else:
+        sources = _from_list(table, found)
+    if not sources and not found:
+        holds = _describe_entries(table) if table.directory is not None else "has no lines"
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
     sources.sort(key=lambda source: str(source.path))
-    _check_stems(table, sources)
+    found += _same_stems(table, sources)
+    if faults is None:
+        raise_faults(found)
+    else:
+        faults += found
+    return sources
+
+
+def find_all_sources(config: DatasetConfig, captions: bool = True) -> list[MediaSource]:
+    """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables."""
+    sources: list[MediaSource] = []
+    problems = []
+    for table in config.datasets:
+        try:
+            sources += find_sources(table, captions)
+        except DatasetError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError("\n".join(problems))
     return sources
 
 
@@ -63,9 +83,24 @@ def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError listing the sources without a caption."""
-    _raise_listed(
-        f"of {len(sources)} captions are missing; write them, then run again", missing_captions(sources)
-    )
+    kind = f"of {len(sources)} captions are missing; write them, then run again"
+    raise_faults([Fault(kind, line) for line in missing_captions(sources)])
+
+
+def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
+    """Warn about sources without a caption file: text caching will refuse them. No caption is read."""
+    missing = [
+        source
+        for source in sources
+        if source.caption is None and not (source.caption_path and source.caption_path.exists())
+    ]
+    if missing:
+        logger.warning(
+            "%d of %d have no caption, and text caching needs one for each. The first: %s",
+            len(missing),
+            len(sources),
+            missing_captions(missing[:1])[0],
+        )
 
 
 def _where_caption(source: MediaSource) -> str:
@@ -79,56 +114,79 @@ def _where_caption(source: MediaSource) -> str:
 
 
 def _suffixes(table: DatasetTable) -> frozenset[str]:
-    return image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES
+    return _suffixes_of(table.kind)
 
 
-def _check_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
+def _suffixes_of(kind: str) -> frozenset[str]:
+    return image_suffixes() if kind == "image" else VIDEO_SUFFIXES
+
+
+def _same_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
     first: dict[str, MediaSource] = {}
+    kind = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
     clashes = []
     for source in sources:
         other = first.setdefault(os.path.normcase(source.stem), source)
         if other is not source:
-            clashes.append(f"{other.path} and {source.path}")
-    _raise_listed(
-        f"pairs of {table.name} would share a cache file; rename one of each, or use two tables", clashes
-    )
-
-
-def _raise_listed(what: str, lines: Sequence[str]) -> None:
-    """Raise DatasetError with the number of lines, `what`, and the lines, if there are any."""
-    if lines:
-        more = [f"... and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-        raise DatasetError("\n  ".join([f"{len(lines)} {what}:", *lines[:LISTED], *more]))
+            clashes.append(Fault(kind, f"{other.path} and {source.path}", source.stem))
+    return clashes
 
 
 # --- folders
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _from_folder(table: DatasetTable, captions: bool) -> list[MediaSource]:
+def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     assert table.directory is not None
     suffixes = _suffixes(table)
     entries = list_folder(table.directory, f"{table.name}: {table.kind}_directory")
-    paths = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
-    unnameable = [ascii(str(path)) for path in paths if bad_character(path.name)]
-    _raise_listed(
-        f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files", unnameable
-    )
-    controls = _folder_controls(table, paths)
+    there = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
+    paths = [path for path in there if not bad_character(path.name)]
+    kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
+    faults += [Fault(kind, ascii(str(path))) for path in there if bad_character(path.name)]
+    controls = _folder_controls(table, paths, faults)
     sources = []
+    bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
         text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
-        caption = read_caption(text_path) if captions and text_path else None
+        caption = None
+        try:
+            caption = read_caption(text_path) if captions and text_path else None
+        except DatasetError as error:
+            assert text_path is not None
+            bad[text_path] = path.stem, str(error)
         sources.append(MediaSource(path, path.stem, caption, text_path, control, table))
+    messages = explain_captions(list(bad), [message for _, message in bad.values()])
+    kind = "captions cannot be used"
+    faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
     return sources
 
 
-def _folder_controls(table: DatasetTable, paths: Sequence[Path]) -> list[tuple[Path, ...]]:
+def _describe_entries(table: DatasetTable) -> str:
+    """Say what a folder without usable files has instead."""
+    assert table.directory is not None
+    suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
+    other = "image" if table.kind == "video" else "video"
+    there = sum(suffix in _suffixes_of(other) for suffix in suffixes)
+    if there:
+        return f"has no {table.kind}s but {there} {other}s, for which the key is {other}_directory"
+    folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
+    found = ", ".join(
+        f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
+    )
+    what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
+    kinds = ", ".join(sorted(_suffixes(table)))
+    return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
+
+
+def _folder_controls(
+    table: DatasetTable, paths: Sequence[Path], faults: list[Fault]
+) -> list[tuple[Path, ...]]:
     if table.control_directory is None:
         return [()] * len(paths)
     folder = ControlFolder(table.control_directory, {path.stem for path in paths})
     controls: list[tuple[Path, ...]] = []
-    problems = []
+    kind = f"problems with the control media of {table.name}"
     for path in paths:
         try:
             controls.append(
@@ -137,9 +195,9 @@ def _folder_controls(table: DatasetTable, paths: Sequence[Path]) -> list[tuple[P
                 else (folder.for_video(path),)
             )
         except DatasetError as error:
-            problems.append(str(error))
-    _raise_listed(f"problems with the control media of {table.name}", problems)
-    if table.kind == "image":
+            controls.append(())
+            faults.append(Fault(kind, str(error), path.stem))
+    if table.kind == "image" and all(controls):
         _tell_unused(
             table, [unused for path in paths for unused in folder.beyond(path.stem, table.control_count)]
         )
@@ -162,22 +220,28 @@ def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _from_list(table: DatasetTable) -> list[MediaSource]:
+def _from_list(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     path = table.jsonl_file
     assert path is not None
     sources = []
+    number = 0
     try:
         for number, line in enumerate(read_lines(path), 1):
-            sources.append(_from_line(table, f"{path}, line {number}", line))
+            try:
+                sources.append(_from_line(table, f"{path}, line {number}", line))
+            except DatasetError as error:
+                faults.append(Fault(f"lines of {path} cannot be used", f"{str(error).rstrip('.')}."))
     except UnicodeDecodeError:
+        guess = guess_captions([path])[0]
+        seems = "" if guess is None else f"; it looks like {guess.name}"
         raise DatasetError(
-            f"{path} is not UTF-8 text (after line {len(sources)}). Save it as UTF-8."
+            f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8."
         ) from None
     except OSError as error:
         raise DatasetError(
             f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."
         ) from error
-    return _check_controls(table, sources)
+    return _check_controls(table, sources, faults)
 
 
 def _from_line(table: DatasetTable, where: str, line: str) -> MediaSource:
@@ -232,13 +296,16 @@ def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> t
     return tuple(Path(numbered[number]).expanduser() for number in sorted(numbered))[: table.control_count]
 
 
-def _check_controls(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:
+def _check_controls(
+    table: DatasetTable, sources: list[MediaSource], faults: list[Fault]
+) -> list[MediaSource]:
     if any(source.control for source in sources):
-        lacking = [str(source.path) for source in sources if len(source.control) < table.control_count]
+        lacking = [source for source in sources if len(source.control) < table.control_count]
         needed = (
             "control_path"
             if table.control_count == 1
             else f"control_path_0 to control_path_{table.control_count - 1}"
         )
-        _raise_listed(f"lines of {table.jsonl_file} have no {needed}, while others have", lacking)
+        kind = f"lines of {table.jsonl_file} have no {needed}, while others have"
+        faults += [Fault(kind, str(source.path), source.stem) for source in lacking]
     return sources

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from modules.bars import BYTES, track
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.fp8_layers import Fp8Loading
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
@@ -75,7 +76,15 @@ def load_module(
     scratch = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
     is_filled_here = host is None or host.is_filled_here
     finite = FiniteCheck(checkpoint.path)
-    for name, target in plan.items():
+    sizes = {name: _stored_bytes(sources[name], checkpoint) for name in wanted}
+    for name, target in track(
+        plan.items(),
+        f"Loading {checkpoint.path.name}",
+        sum(sizes.values()),
+        lambda item: sizes[item[0]],
+        BYTES,
+        shown=any(place.type != "meta" for place in devices.values()),
+    ):
         place = held.get(name)
         if fp8 is not None and name in fp8:
             _place_fp8(
@@ -169,6 +178,11 @@ def _is_as_stored(
     return (
         device.type == "cpu" and source.build is None and checkpoint.tensors[source.names[0]].dtype == target
     )
+
+
+def _stored_bytes(source: TensorSource, checkpoint: Checkpoint) -> int:
+    """Return the bytes that a tensor's parts take in the file."""
+    return sum(checkpoint.tensors[part].size_bytes for part in source.names)
 
 
 def _room(source: TensorSource, checkpoint: Checkpoint) -> int:

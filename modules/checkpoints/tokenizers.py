@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
@@ -83,6 +83,18 @@ class TokenizerFiles:
                 f"cannot be reached ({first_line(error)})\n  Give {self.option} {self._describe()}.",
                 checkpoint_path,
             ) from error
+
+    def require_local(self, checkpoint_path: Path) -> Path:
+        """Return tokenizer.json of the hub if it was downloaded before. Raises CheckpointError if not."""
+        name = "/".join(filter(None, (self.folder, "tokenizer.json")))
+        file = try_to_load_from_cache(self.repository, name)
+        if not isinstance(file, str):
+            raise CheckpointError(
+                f"no tokenizer for {checkpoint_path} beside it, inside it or in the hub's cache. Give "
+                f"{self.option} {self._describe()}.",
+                checkpoint_path,
+            )
+        return Path(file)
 
     def read(self, file: Path) -> Tokenizer:
         """Read the tokenizer of a tokenizer.json, without padding and truncation.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import atomic_path
+from modules.bars import BYTES, track
 from modules.checkpoints.containers import SAFETENSORS_DTYPES
 from modules.contract.loading import TensorInfo
 
@@ -33,7 +34,9 @@ def stream_tensors(
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
     with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
         file.write(header)
-        for name in order:
+        for name in track(
+            order, f"Writing {path.name}", size_bytes, lambda name: tensors[name].size_bytes, BYTES
+        ):
             tensor = read(name)
             if (tensor.dtype, tuple(tensor.shape)) != (tensors[name].dtype, tensors[name].shape):
                 raise ValueError(

@@ -19,6 +19,8 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Reque
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
+from modules.contract.tokens import CountTokens
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class TextEncoder(Protocol):
     # what an output depends on beside the text; found without loading the weights
     def identity(self) -> Mapping[str, str]: ...
 
+    # loads the tokenizer only, and downloads nothing; CheckpointError if there is none
+    def token_counter(self) -> CountTokens: ...
+
     def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
 
     def encode(
@@ -145,6 +150,9 @@ class Described(Protocol):
 
     @property
     def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
+
+    @property
+    def release(self) -> ModelRelease: ...  # for licence and card of what is trained from it
 
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files

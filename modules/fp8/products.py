@@ -25,7 +25,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from torch.nn.functional import ScalingType
 
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
@@ -71,7 +70,7 @@ def row_scaled_product(
     fast_sums: bool,
 ) -> Tensor:
     """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers."""
-    by_row = ScalingType.RowWise
+    by_row = functional.ScalingType.RowWise
     added = None if bias is None else bias.to(dtype)
     return functional.scaled_mm(
         a, b, scale_a, by_row, scale_b, by_row, bias=added, output_dtype=dtype, use_fast_accum=fast_sums
@@ -92,7 +91,7 @@ def tensor_scaled_product(
     The unscaled sums are rounded to bfloat16 and scaled afterwards. That costs one more pass over the result
     and a second rounding of 2^-9, which is small compared with that to e4m3.
     """
-    one, whole = torch.ones(1, device=a.device), ScalingType.TensorWise
+    one, whole = torch.ones(1, device=a.device), functional.ScalingType.TensorWise
     sums = functional.scaled_mm(
         a, b, one, whole, one, whole, output_dtype=torch.bfloat16, use_fast_accum=fast_sums
     )
@@ -124,6 +123,10 @@ def choose_product(
     if not supported(device):
         raise OptionError(
             f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}"
+        )
+    if not hasattr(functional, "scaled_mm"):
+        raise OptionError(
+            f"--fp8_fast: it needs torch 2.10 or later, and this is {torch.__version__}. {remedy}"
         )
     reasons = []
     for product in products:

@@ -65,8 +65,8 @@ def write_video(
     """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
-    tags: stored in .mkv only. The last row or column of an odd size is cropped. Colours are BT.709 and
-    tagged so. No time and no random id is written.
+    tags: text to store by name; .mkv shows names in upper case. The last row or column of an odd size is
+    cropped. Colours are BT.709 and tagged so. No time and no random id is written.
     Raises MediaError if there is no frame or the codec does not fit the suffix, OutputError if the file
     cannot be written.
     """
@@ -83,9 +83,8 @@ def write_video(
         raise MediaError(f"{path}: there is no frame to write")
     with atomic_path(path) as temporary, name_write_errors():
         # no random ids
-        container = av.open(file_url(temporary), "w", format=_MUXERS[suffix], options={"fflags": "+bitexact"})
+        container = _create(temporary, suffix, tags)
         with container:
-            container.metadata.update(tags if tags and suffix == ".mkv" else {})
             stream = _add_stream(container, kind, first, fps)
             if bit_rate is not None:
                 stream.bit_rate = bit_rate
@@ -96,6 +95,16 @@ def write_video(
             for index, frame in enumerate(itertools.chain([first], remaining)):
                 container.mux(stream.encode(_video_frame(frame, stream, index)))
             container.mux(stream.encode())
+
+
+def _create(path: Path, suffix: str, tags: Mapping[str, str] | None) -> Any:
+    """Open a file to write, without random ids and with tags."""
+    options = {"fflags": "+bitexact"}
+    if tags and suffix != ".mkv":
+        options["movflags"] = "use_metadata_tags"  # else only names known to the format are stored
+    container = av.open(file_url(path), "w", format=_MUXERS[suffix], options=options)
+    container.metadata.update(tags or {})
+    return container
 
 
 def _add_stream(container: Any, kind: _Codec, first: Frame, fps: float) -> Any:
@@ -137,8 +146,10 @@ def measure_segment(path: Path, fps: float) -> Segment:
     return Segment(path, len(places), max(order - place for order, place in enumerate(places)))
 
 
-def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
-    """Concatenate segments to one video (.mp4), completely or not at all.
+def join_videos(
+    path: Path, segments: Sequence[Segment], fps: float, tags: Mapping[str, str] | None = None
+) -> None:
+    """Concatenate segments to one video (.mp4), completely or not at all. tags: as of `write_video`.
 
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one. Raises MediaError if the segments' settings differ, OutputError if the file cannot be
@@ -146,7 +157,7 @@ def join_videos(path: Path, segments: Sequence[Segment], fps: float) -> None:
     """
     lead = max(segment.lead for segment in segments)
     with atomic_path(path) as temporary, name_write_errors():
-        target = av.open(file_url(temporary), "w", format=_MUXERS[".mp4"], options={"fflags": "+bitexact"})
+        target = _create(temporary, ".mp4", tags)
         with target:
             stream: Any = None
             settings, frames, order = b"", 0, 0

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -22,28 +23,72 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     smoothing: float = 0.0  # 0 to below 1, as in TensorBoard
+    # lowest and highest value behind each y, if y are means: drawn as a band
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    has_dots: bool = False  # show each value, for curves of few
+    best: int | None = None  # index of a value to mark
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Hold one diagram: curves and what its axes say. A `width` of 2 is drawn twice as wide as one of 1."""
+
+    curves: Sequence[Curve]
+    x_label: str
+    y_label: str
+    title: str
+    width: int = 1
 
 
 def draw_curves(curves: Sequence[Curve], x_label: str, y_label: str, title: str) -> Markup:
     """Return an image tag with the curves in one diagram. NaN and infinite values leave a gap."""
-    # text is text, not a formula; equal curves give equal files
-    with rc_context({"text.parse_math": False, "svg.hashsalt": "reelsmith"}):
-        figure = Figure(figsize=(8, 3.2), layout="constrained")
-        axes = figure.add_subplot()
-        for curve in curves:
-            (line,) = axes.plot(curve.x, curve.y, label=curve.name, alpha=FADED if curve.smoothing else 1.0)
-            if curve.smoothing:
-                axes.plot(curve.x, smooth(curve.y, curve.smoothing), color=line.get_color(), label=curve.name)
-                line.set_label("_hidden")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-        if len(curves) > 1:
-            axes.legend()
+    return draw_charts([Chart(curves, x_label, y_label, title)], title)
+
+
+def draw_charts(charts: Sequence[Chart], text: str, width: float = 8.0) -> Markup:
+    """Return an image tag with diagrams side by side; `text` says what it shows.
+
+    width: in inches of 100 points; the height is 3.2.
+    """
+    # text is text, not a formula, and drawn by the browser; equal curves give equal files
+    settings: Any = {"text.parse_math": False, "svg.hashsalt": "reelsmith", "svg.fonttype": "none"}
+    with rc_context(settings):
+        figure = Figure(figsize=(width, 3.2))
+        # fixed margins, in inches: measuring all texts would double the time
+        figure.subplots_adjust(
+            0.85 / width, 0.17, 1 - 0.15 / width, 0.9, wspace=len(charts) / max(width - 3, 1)
+        )
+        ratios = [chart.width for chart in charts]
+        for axes, chart in zip(
+            figure.subplots(1, len(charts), squeeze=False, width_ratios=ratios)[0], charts, strict=True
+        ):
+            _draw(axes, chart)
         data = io.StringIO()
         figure.savefig(data, format="svg", metadata={"Date": None})
-    return embed_svg(data.getvalue(), title)
+    return embed_svg(data.getvalue(), text)
+
+
+def _draw(axes: Any, chart: Chart) -> None:
+    for curve in chart.curves:
+        marker = "o" if curve.has_dots else ""
+        alpha = FADED if curve.smoothing else 1.0
+        (line,) = axes.plot(curve.x, curve.y, label=curve.name, alpha=alpha, marker=marker, markersize=3)
+        colour = line.get_color()
+        if curve.low is not None and curve.high is not None:
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=FADED / 2, linewidth=0)
+        if curve.smoothing:
+            axes.plot(curve.x, smooth(curve.y, curve.smoothing), color=colour, label=curve.name)
+            line.set_label("_hidden")
+        if curve.best is not None:
+            axes.plot(curve.x[curve.best], curve.y[curve.best], "*", color=colour, markersize=13)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.set_title(chart.title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(chart.curves) > 1:
+        axes.legend()
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:

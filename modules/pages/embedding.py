@@ -22,7 +22,7 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
 
     A frame with a longer side than `largest_side` pixels is reduced.
     """
-    image = Image.fromarray(_reduce(frame, largest_side))
+    image = Image.fromarray(reduce_frame(frame, largest_side))
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=quality)
     return Markup('<img src="{}" alt="{}" width="{}" height="{}">').format(
@@ -30,20 +30,24 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
     )
 
 
-def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
+def embed_clip(
+    frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512, has_controls: bool = True
+) -> Markup:
     """Return a tag that plays the frames (each H W 3) in a loop; one frame becomes a picture.
 
-    Frames with a longer side than `largest_side` pixels are reduced. Raises MediaError if there is no frame.
+    has_controls: show the browser's buttons, too large for a small clip. Frames with a longer side than
+    `largest_side` pixels are reduced. Raises MediaError if there is no frame.
     """
     if len(frames) == 1:
         return embed_picture(frames[0], text, largest_side)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        reduced = (_reduce(frame, largest_side) for frame in frames)
+        reduced = (reduce_frame(frame, largest_side) for frame in frames)
         write_video(path, reduced, fps, crf=CLIP_CRF, preset="veryfast")
         data = path.read_bytes()
-    return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline controls></video>').format(
-        _as_url("video/mp4", data), text
+    controls = Markup(" controls" if has_controls else "")
+    return Markup('<video src="{}" aria-label="{}" autoplay loop muted playsinline{}></video>').format(
+        _as_url("video/mp4", data), text, controls
     )
 
 
@@ -54,14 +58,15 @@ def embed_svg(svg: str, text: str) -> Markup:
     )
 
 
-def _as_url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _reduce(frame: Frame, largest_side: int) -> Frame:
+def reduce_frame(frame: Frame, largest_side: int) -> Frame:
+    """Return a frame (H W 3) whose longer side is at most `largest_side` pixels."""
     height, width = frame.shape[:2]
     scale = largest_side / max(height, width)
     if scale >= 1:
         return frame
     size = (max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2))
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+
+
+def _as_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

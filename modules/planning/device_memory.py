@@ -2,10 +2,12 @@
 
 import logging
 import re
+import sys
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -80,6 +82,22 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     return None if found is None else int(found[1]) * 1024
 
 
+def host_peak() -> int:
+    """Return the most host memory that this process has held, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_in_words(device: torch.device) -> str:
+    """Return the most memory used so far: of a CUDA device, else of this process."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
+    return f"{gib(used)} GiB"
+
+
 EVERY = 50  # steps between two checks of the driver
 
 
@@ -94,6 +112,7 @@ class MemoryWatch:
     # bytes of tensors at the peak of a step with the largest batch; None: unknown
     predicted: int | None = None
     largest: int = 0  # elements of that batch's latents
+    measured: int | None = field(default=None, init=False)  # the peak of such a step
     _steps: int = field(default=0, init=False)
     _has_seen: bool = field(default=False, init=False)  # a batch of that size, in a measured step
     _has_warned: bool = field(default=False, init=False)
@@ -107,9 +126,9 @@ class MemoryWatch:
         self._steps += 1
         if self._steps == 1:
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif self._has_seen and self.predicted is not None:
-            logger.info(comparison(self.predicted, torch.cuda.max_memory_allocated(self.device)))
-            self.predicted = None
+        elif self._has_seen and self.predicted is not None and self.measured is None:
+            self.measured = torch.cuda.max_memory_allocated(self.device)
+            logger.info(comparison(self.predicted, self.measured))
         if self._steps % EVERY == 2:
             self.warn_if_full()
 

@@ -1,5 +1,6 @@
 """What outputs say about themselves."""
 
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,11 @@ import pytest
 
 from blissful_tuner.metadata import (
     TUNER_VERSION,
+    as_png_texts,
     as_tags,
     frame_rate_in,
     output_metadata,
+    parameters_of,
     read_decoded_metadata,
     seed_in,
     with_plain_keys,
@@ -158,3 +161,54 @@ def test_the_version_is_that_of_the_project() -> None:
         "project"
     ]
     assert f"reelsmith {project['version']}" == TUNER_VERSION
+
+
+def read_parameters(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt and settings, as AUTOMATIC1111's web UI reads them from a PNG."""
+    *lines, last = text.strip().split("\n")
+    prompt, negative = [], []
+    for line in map(str.strip, lines):
+        if not negative and line.startswith("Negative prompt:"):
+            negative.append(line.removeprefix("Negative prompt:").strip())
+        else:
+            (negative or prompt).append(line)
+    settings = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    return "\n".join(prompt), "\n".join(negative), dict(settings)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative"),
+    [
+        ("a cat", "bad"),
+        ("ein Käfer 漢字\nin two lines", "blurry,\nSteps: 9, Seed: 8"),
+        ('</script> "quoted", Steps: 3, Size: 1x1', "Negative prompt: twice"),
+        ("x" * 100_000, "y" * 100_000),
+    ],
+)
+def test_pictures_say_what_made_them_in_the_words_of_other_viewers(prompt: str, negative: str) -> None:
+    request = replace(REQUEST, asked=replace(ASKED, prompt=prompt), negative_prompt=negative)
+    metadata = output_metadata(
+        request, {"model_type": "wan", "task": "t2v-14B"}, settings={"sample_solver": "unipc"}
+    )
+
+    found = read_parameters(as_png_texts(metadata)["parameters"])
+
+    assert found[:2] == (prompt, negative)
+    assert found[2] == {
+        "Steps": "50",
+        "Sampler": "unipc",
+        "CFG scale": "5.0",
+        "Seed": "7",
+        "Size": "832x480",
+        "Model": "wan t2v-14B",
+        "Version": TUNER_VERSION,
+    }
+    assert as_tags(metadata).items() <= as_png_texts(metadata).items()
+
+
+def test_a_prompt_that_looks_like_the_settings_does_not_replace_them() -> None:
+    text = parameters_of({"bt_prompt": "a cat\nNegative prompt: a dog\nSteps: 1", "bt_seeds": "7"})
+
+    assert text == "a cat Negative prompt: a dog Steps: 1\nSeed: 7"
+    assert parameters_of({"bt_seeds": "7"}) is None
+    assert parameters_of({"bt_prompt": "p", "bt_guidance_scale": "3.0, 4.0"}) == 'p\nCFG scale: "3.0, 4.0"'

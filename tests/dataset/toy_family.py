@@ -3,6 +3,7 @@ counted.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 
-from dataset.options import CachingOptions
+from dataset.options import CachingOptions, CheckPageOptions
 from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters
 from modules.errors import DatasetError, MediaError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
@@ -25,6 +27,8 @@ OPTIONS = CachingOptions(
     skip_existing=False,
     keep_cache=False,
     check=False,
+    repair_captions=None,
+    page=CheckPageOptions(html=None, html_items=500),
 )
 
 
@@ -46,6 +50,15 @@ class ToyText:
     @property
     def keys(self) -> frozenset[str]:
         return frozenset({self.name})
+
+    def token_counter(self) -> CountTokens:
+        """Count words, of which four are read."""
+
+        def count(text: str) -> TokenCount:
+            ends = [found.end() for found in re.finditer(r"\S+", text)]
+            return TokenCount(text, len(ends), 4, kept_characters(ends, 4, len(text)))
+
+        return count
 
     def load(self, device: torch.device) -> None:
         self.loaded += 1

@@ -37,7 +37,7 @@ def options(
     numbered: bool = False,
 ) -> OutputOptions:
     return OutputOptions(
-        folder, output_type, False, trim, False, numbered, FormatOptions(codec, container, pngs)
+        folder, output_type, False, trim, False, False, numbered, FormatOptions(codec, container, pngs)
     )
 
 
@@ -128,14 +128,17 @@ def test_a_video_has_its_frames_and_rate(tmp_path: Path) -> None:
     assert path == tmp_path / "a.mp4"
     assert (info.width, info.height, info.fps) == (32, 16, 16.0)
     assert len(list(video_frames(path))) == 5
-    assert "bt_seeds" not in read_tags(path)  # mp4 holds no tags
 
 
-def test_matroska_and_png_hold_the_metadata(tmp_path: Path) -> None:
+def test_videos_and_pictures_hold_the_metadata(tmp_path: Path) -> None:
     metadata = {"bt_prompt": "a\nä", "bt_seeds": "1"}
-    video = save_pixels(options(tmp_path, container="mkv"), "a", clip(), 16.0, metadata)
+    matroska = save_pixels(options(tmp_path, container="mkv"), "a", clip(), 16.0, metadata)
+    video = save_pixels(options(tmp_path), "a", clip(), 16.0, metadata)
     image = save_pixels(options(tmp_path), "a", clip(1), 16.0, metadata)
-    assert read_tags(video)["bt_prompt"] == read_tags(image)["bt_prompt"] == "a\\nä"
+    for path in (matroska, video, image):
+        found = read_tags(path)
+        assert (found["bt_prompt"], found["bt_seeds"]) == ("a\\nä", "1")
+    assert read_tags(image)["parameters"] == "a\nä\nSeed: 1"
 
 
 def test_a_single_frame_becomes_a_png(tmp_path: Path) -> None:
@@ -200,3 +203,22 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(OptionError, match="it is a file"):
         options(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("A red kite, over the sea!", "A-red-kite-over-the-sea"),
+        ("../../etc/passwd <b>\x1b[31m NUL:", "etc-passwd-b-31m-NUL"),
+        ("one two three four five six seven eight nine ten", "one-two-three-four-five-six-seven-eight"),
+        ("ein Käfer läuft", "ein-Käfer-läuft"),
+        ("漢" * 80, "漢" * 33),
+        ("?!", ""),
+        ("", ""),
+    ],
+)
+def test_the_words_of_a_prompt_may_follow_the_known_name(prompt: str, words: str) -> None:
+    stem = output_stem(datetime(2030, 1, 2, 3, 4, 5), 7, prompt=prompt)
+
+    assert stem == "20300102-030405_7" + (f"_{words}" if words else "")
+    assert len(stem.encode()) < 140

@@ -183,6 +183,7 @@ LISTS = {
             "output_type",
             "no_metadata",
             "no_progressive_save",
+            "prompt_in_name",
             "keep_pngs",
             "codec",
             "container",

@@ -191,15 +191,6 @@ def test_blocks_that_are_not_there_cannot_be_skipped(tmp_path: Path) -> None:
         run(tmp_path, *more, "--slg_layers", "0,2")
 
 
-@pytest.mark.parametrize(("more", "times"), [((), 1), (("--container", "mkv"), 0), (("--no_metadata",), 0)])
-def test_that_mp4_holds_no_metadata_is_told_once(
-    tmp_path: Path, more: tuple[str, ...], times: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        run(tmp_path / "out", "--from_file", prompts(tmp_path, "cat", "dog"), *more)
-    assert caplog.text.count("MP4 files store no") == times
-
-
 def test_the_log_says_which_latents_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run(tmp_path / "a", "--prompt", "cat")

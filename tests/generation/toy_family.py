@@ -14,9 +14,12 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
+from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, MediaError, OptionError
 
+TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 WINDOW = 3
 
@@ -33,6 +36,9 @@ class ToyTextEncoder:
         self.diary = diary
         self.stop = stop
         self.loaded = False
+
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, 1, 1, len(text))
 
     def load(self, device: torch.device) -> None:
         self.diary.append("move text" if self.loaded else "load text")
@@ -137,6 +143,10 @@ class ToyFamily:
         if network in self.stop_loading:
             self.stop_loading.remove(network)
             raise KeyboardInterrupt
+
+    @property
+    def release(self) -> ModelRelease:
+        return TOY_RELEASE
 
     @property
     def metadata(self) -> Mapping[str, str]:

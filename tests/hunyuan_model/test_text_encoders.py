@@ -18,7 +18,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.text_encoders import (
+    IMAGE_TEMPLATE,
+    VIDEO_TEMPLATE,
+    ClipTextEncoder,
+    LlavaTextEncoder,
+    PromptTemplate,
+)
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from tests.fp8_reference import quantised_layers
@@ -316,3 +322,23 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(tmp_path: Path
         encoder.load(CPU)
         with pytest.raises(CheckpointError, match=r"knows 100 tokens.*--text_encoder[12]_tokenizer"):
             encoder.encode([Prompt("a rabbit")])
+
+
+@pytest.mark.parametrize("kind", [LlavaTextEncoder, ClipTextEncoder])
+def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(folder: Path, kind: type) -> None:
+    # its own tokenizer makes another number of tokens of the template than the released one
+    more = {"template": PromptTemplate(VIDEO_TEMPLATE.system)} if kind is LlavaTextEncoder else {}
+    encoder = kind(folder, torch.float32, **more)
+    count = encoder.token_counter()
+    encoder.load(CPU)
+
+    for text in PROMPTS:
+        (encoded,) = encoder.encode([Prompt(text)])
+        mask = next(value for key, value in encoded.items() if key.endswith("mask"))
+        found = count(text)
+        assert int(mask.sum()) == min(found.tokens, found.limit)
+        assert found.is_cut == (found.tokens > found.limit)
+        if found.is_cut:  # its last word may be cut too, and then has other tokens
+            assert abs(count(text[: found.kept]).tokens - found.limit) <= 2
+            assert count(text[: found.kept + 12]).tokens > found.limit
+    assert count(PROMPTS[-1]).is_cut

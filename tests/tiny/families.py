@@ -28,6 +28,7 @@ class TinyFamily:
     # options with which a state of `train` is not resumed; none if the model's file excludes them
     another_run: Command
     changed_habit: Command  # options that a resumed run may change, with a warning
+    train_whole: str  # the script that trains the transformer itself, with the models of `train`
     sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"
 
 
@@ -86,6 +87,7 @@ def _wan(
         generate=["wan_generate_video.py", *models, *clip, *media, *LENGTH],
         another_run=["--task", "t2v-14B"] if task == "t2v-1.3B" else [],
         changed_habit=["--rope_func", "comfy"],
+        train_whole="wan_train.py",
         sample_line=f"{TinyFamily.sample_line} {line}".strip(),
     )
 
@@ -110,6 +112,7 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
         generate=["hv_generate_video.py", *models, *media, "--negative_prompt", "dull", *LENGTH],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="hv_train.py",
         sample_line=f"{TinyFamily.sample_line} --n dull {line}".strip(),
     )
 
@@ -161,6 +164,7 @@ def _framepack(
         changed_habit={"": ["--f1"], "--f1": ["--one_frame"]}.get(
             " ".join(switches), ["--guidance_scale", "5"]
         ),
+        train_whole="fpack_train.py",
         sample_line=f"a cat --w 32 --h 32 --f 9 --d 7 --s 2 --l 3 --n dull --i start.png {line}".strip(),
     )
 

@@ -74,6 +74,6 @@ def lay_out_models(folder: Path) -> None:
     state = tiny_state(
         dtype=torch.bfloat16, text_dim=LLM_DIM, pooled_dim=CLIP_DIM, image_dim=SIGLIP_DIM, single_blocks=5
     )
-    for name in ("FramePackI2V_HY_bf16", "FramePack_F1_I2V_HY_20250503_bf16"):
-        write_dit(folder, state, name=name)
+    write_dit(folder, state, name="FramePackI2V_HY_bf16")
+    write_dit(folder / "FramePack_F1_I2V_HY_20250503", state, name="diffusion_pytorch_model")
     write_siglip(folder / "sigclip_vision_patch14_384.safetensors")

@@ -140,3 +140,16 @@ def test_of_a_model_with_several_uses_the_file_says_what_it_was_trained_for() ->
     made = run_metadata(options, "framepack", {**FAMILY, "trained_for": "single pictures"}, FACTS)
     assert made["reelsmith_trained_for"] == "single pictures"
     assert "reelsmith_trained_for" not in metadata()
+
+
+def test_the_licence_is_the_models_where_none_is_given() -> None:
+    def licence(*argv: str, of_model: str | None) -> str | None:
+        options = read_options(
+            TrainingOptions,
+            read_arguments(training_parser(None), ["--show_timesteps", "console", *argv], {}),
+        )
+        return file_metadata({}, options, FAMILY, 5, 2, NOW, of_model).get("modelspec.license")
+
+    assert licence(of_model="Apache-2.0") == "Apache-2.0"
+    assert licence("--metadata_license", "mine", of_model="Apache-2.0") == "mine"
+    assert licence(of_model=None) is None

@@ -15,6 +15,7 @@ from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.media.reading import read_image, video_info
 from networks.adapter import make_network
+from tests.media_tags import read_tags
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
 from training.run import train_network
 from training.samples import is_due_after_epoch, is_due_at_step, sample_request
@@ -156,6 +157,9 @@ def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_pictu
     (video,), (picture,) = ((tmp_path / "output" / "sample").glob(pattern) for pattern in ("*.mp4", "*.png"))
     info = video_info(video)
     assert (info.width, info.height, info.frames, info.fps) == (32, 64, 5, 16.0)
+    assert read_tags(video)["bt_seeds"] == "11"
+    assert read_tags(video)["bt_sampled_from"] == "x_000008"
+    assert "\nNegative prompt: " in read_tags(picture)["parameters"]
     assert read_image(picture).shape == (256, 256, 3)
 
 

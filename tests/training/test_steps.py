@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.steps import StepPlan, total_steps
+from training.steps import StepPlan
 
 
 def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
@@ -36,6 +36,16 @@ def test_the_run_ends_at_its_total_in_the_middle_of_an_epoch() -> None:
     assert list(plan.groups(1, 2)) == []
 
 
-def test_epochs_replace_steps() -> None:
-    assert total_steps(1600, None, 7, 4) == 1600
-    assert total_steps(1600, 3, 7, 4) == 6
+@pytest.mark.parametrize("begin", [(0, 0, 0), (2, 0, 9), (1, 3, 5), (1, 7, 5)])
+def test_steps_are_counted_from_where_the_plan_began(begin: tuple[int, int, int]) -> None:
+    epoch, position, step = begin
+    plan = StepPlan(7, 1, 4, 30, *begin)
+
+    for number in range(epoch, plan.num_epochs):
+        for group in plan.groups(number, position):
+            assert plan.steps_until(number, position) == step
+            assert plan.is_between_steps(number, position)
+            step, position = step + 1, group.stop
+        position = 0
+    assert step == plan.total_steps
+    assert not plan.is_between_steps(plan.first_epoch + 1, 3)

@@ -18,7 +18,9 @@ from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Reque
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
+from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from training.loss import Trains
@@ -26,6 +28,7 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 from training.whole_dit_options import add_whole_dit_arguments
 
+TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.5)
 WIDTH = 8
 
@@ -80,6 +83,9 @@ class ToyTextEncoder:
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
 
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, 1, 1, len(text))
+
     def load(self, device: torch.device) -> None: ...
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -111,6 +117,10 @@ class ToyFamily:
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients
     requests: list[Request] = field(default_factory=list)
+
+    @property
+    def release(self) -> ModelRelease:
+        return TOY_RELEASE
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -220,10 +230,12 @@ def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
         write_tensors(entry.header.path, entry.named, text_metadata({"letters": record}))
 
 
-def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> TrainingOptions:
+def toy_options(
+    folder: Path, *arguments: object, whole_dit: bool = False, has_page: bool = False
+) -> TrainingOptions:
     """Options as from a command line; output goes to `folder`/output under the name x.
 
-    whole_dit: full fine-tuning.
+    whole_dit: full fine-tuning. has_page: write the page too, which takes longer than the toy's training.
     """
     usual = [
         "--dataset_config",
@@ -236,6 +248,7 @@ def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> Tr
         3,
     ]
     usual += ["--learning_rate", "1e-2", "--max_train_steps", 8, "--max_data_loader_n_workers", 0]
+    usual += [] if has_page else ["--no_page"]
     parser = training_parser("", add_whole_dit_arguments) if whole_dit else training_parser("")
     return read_options(
         TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
@@ -243,10 +256,11 @@ def toy_options(folder: Path, *arguments: object, whole_dit: bool = False) -> Tr
 
 
 def train_toy(
-    folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False
+    folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False, has_page: bool = False
 ) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file."""
-    assert train_network(family or ToyFamily(), toy_options(folder, *arguments, whole_dit=whole_dit)) == 0
+    options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
+    assert train_network(family or ToyFamily(), options) == 0
     return load_file(folder / "output" / "x.safetensors")
 
 

@@ -14,8 +14,9 @@ from modules.contract.family import DitSpec, LatentSpec, SamplingDefaults, TextE
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
+from modules.contract.release import ModelRelease
 from modules.options import NO_OPTIONS
-from tests.training.toy import WIDTH, ToyBlock, ToyTextEncoder
+from tests.training.toy import TOY_RELEASE, WIDTH, ToyBlock, ToyTextEncoder
 from training.loss import Trains
 
 LATENT = LatentSpec(channels=3, stride=(1, 8, 8), pixel_step=16, frame_step=1, scale=2.0, shift=-1.0)
@@ -77,6 +78,7 @@ class PictureFamily:
     options: Any = NO_OPTIONS
     dit_files: tuple[Path, ...] = ()
     media_identity: Mapping[str, str] = field(default_factory=lambda: {"vae": "means"})
+    release: ModelRelease = TOY_RELEASE
     metadata: Mapping[str, str] = field(default_factory=lambda: {"architecture": "pictures"})
     network: PictureDit = field(default_factory=PictureDit)
 

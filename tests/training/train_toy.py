@@ -1,7 +1,7 @@
 """Train the toy family in a process of its own: `python train_toy.py FOLDER ARGUMENTS...`.
 
 With TOY_STOP_AT=n in the environment, the first process is asked to end at its n-th micro-batch; with
-TOY_WHOLE_DIT=1 the DiT itself learns.
+TOY_WHOLE_DIT=1 the DiT itself learns; with TOY_PAGE=1 it writes its page.
 """
 
 import os
@@ -19,5 +19,8 @@ def ask_to_end(passes: int) -> None:
 
 
 if __name__ == "__main__":
-    options = toy_options(Path(sys.argv[1]), *sys.argv[2:], whole_dit="TOY_WHOLE_DIT" in os.environ)
+    has_page = "TOY_PAGE" in os.environ
+    options = toy_options(
+        Path(sys.argv[1]), *sys.argv[2:], whole_dit="TOY_WHOLE_DIT" in os.environ, has_page=has_page
+    )
     raise SystemExit(train_network(ToyFamily(watch=ask_to_end), options))

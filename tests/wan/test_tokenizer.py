@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from modules.errors import CheckpointError
 from tests.tiny.wan_encoders import T5_FILE, sentencepiece_model, t5_hf_tensors, t5_tensors, write_tokenizer
-from wan.tokenizer import find_tokenizer, load_tokenizer
+from wan.tokenizer import find_tokenizer, load_token_counter, load_tokenizer
 
 TEXT = "a small rabbit runs through tall grass; two dogs & a cat, 7:30!"
 
@@ -94,3 +94,22 @@ def test_a_damaged_tokenizer_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"neither json nor a model")
     with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
         load_tokenizer(folder / name, folder / "model" / T5_FILE)
+
+
+@pytest.mark.parametrize("given", ["tokenizer.json", "spiece.model"])
+def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(folder: Path, given: str) -> None:
+    place = folder / "tokens" / given
+    count = load_token_counter(place, folder / "model" / T5_FILE)
+    tokenize = load_tokenizer(place, folder / "model" / T5_FILE)
+    long = " ".join(f"rabbit {number}" for number in range(600))
+
+    assert (count(TEXT).tokens, count(TEXT).is_cut) == (len(tokenize(TEXT)), False)
+    assert count(long).tokens > count(long).limit == 512
+    assert len(tokenize(long[: count(long).kept])) == 512
+    assert tokenize(long[: count(long).kept]) == tokenize(long)
+    assert long.endswith(count(long).cut_text)
+
+
+def test_counting_downloads_no_tokenizer(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer for .*--t5_tokenizer"):
+        load_token_counter(None, folder / "model" / T5_FILE)

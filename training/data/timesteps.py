@@ -1,4 +1,4 @@
-"""Choose how noisy each training sample is: draw timesteps, weight losses, and show both.
+"""Choose how noisy each training sample is: draw timesteps, and weight losses.
 
 Letters: u is uniform in 0..1, n standard normal, t the share of noise (sigma). Every sampler is a function of
 one number per sample, so draws can be spread evenly by spreading u.
@@ -6,23 +6,19 @@ one number per sample, so draws can be spread evenly by spreading u.
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from modules.contract.noise import FLOW, NoiseSpec
-from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from training.data.options import NUM_TIMESTEPS, SIZE_SAMPLERS, TimestepOptions
 
 SCAN = 10_000  # points at which the accepted part of a sampler is looked for
 NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
-SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels, for --show_timesteps
 
 
 @dataclass(frozen=True)
@@ -232,69 +228,3 @@ def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Te
             orders[deal] = torch.randperm(num_buckets, generator=generator)
         spread[i] = (orders[deal][place] + u[i]) / num_buckets
     return spread
-
-
-# --show_timesteps
-
-
-def show_timesteps(
-    options: TimestepOptions, seed: int = 0, folder: Path = Path(), noise: NoiseSpec = FLOW
-) -> None:
-    """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png."""
-    counts, weights = timestep_statistics(options, seed, noise=noise)
-    if options.show_timesteps == "console":
-        sys.stdout.write(f"timesteps drawn\n{bars(counts)}\nloss weights\n{bars(weights)}\n")
-        return
-    from modules.media.writing import write_png  # slow to import, and only this needs it
-
-    path = folder / "timesteps.png"
-    write_png(path, _plots(counts, weights).numpy())
-    what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
-    sys.stdout.write(escape_control_codes(f"{path}: {what}\n"))
-
-
-def timestep_statistics(
-    options: TimestepOptions,
-    seed: int,
-    num_batches: int = 100,
-    batch_size: int = 1000,
-    noise: NoiseSpec = FLOW,
-) -> tuple[Tensor, Tensor]:
-    """How often each of 1000 timesteps is drawn, and the loss weight of each."""
-    counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
-    for number in range(num_batches):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "shown timesteps", number))
-        times = draw(options, batch_size, generator, seed, number * batch_size, noise, SHOWN_LATENTS)
-        shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.sigmas
-        # float32 holds 0.7 as 0.69999999
-        index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
-        counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
-    each = torch.arange(NUM_TIMESTEPS).float()
-    return counts, loss_weights(options, Timesteps(each / NUM_TIMESTEPS, each)).double()
-
-
-def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
-    """Return text with a bar for the mean of each of `lines` equal runs, the longest `width` characters."""
-    means = values.double().view(lines, -1).mean(1)
-    step = len(values) // lines
-    scale = width / max(float(means.max()), 1e-12)
-    return "\n".join(
-        f"{i * step:4d}..{(i + 1) * step - 1:4d} {mean:10.2f} {'#' * round(mean * scale)}"
-        for i, mean in enumerate(means.tolist())
-    )
-
-
-def _plots(*rows: Tensor, height: int = 300, margin: int = 20) -> Tensor:
-    """Return an image H W 3 uint8 with one bar plot per row of 1000 values, a mark at every hundred."""
-    plots = []
-    for values in rows:
-        # first filled line of each column
-        tops = height - (values / max(float(values.max()), 1e-12) * height).round().long()
-        filled = torch.arange(height).view(-1, 1) >= tops
-        axis = torch.zeros(margin, len(values), dtype=torch.bool)
-        axis[0] = True
-        axis[: margin // 2, ::100] = True
-        plots.append(torch.cat([torch.zeros(margin, len(values), dtype=torch.bool), filled, axis]))
-    dark = torch.nn.functional.pad(torch.cat(plots), (margin, margin))
-    white, blue = torch.tensor([255, 255, 255]), torch.tensor([40, 90, 160])
-    return torch.where(dark.unsqueeze(-1), blue, white).to(torch.uint8)

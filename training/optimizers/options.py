@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.options import HABIT, IDENTITY, check_at_least, check_below, read_literals
+from modules.options import CHANGEABLE, HABIT, IDENTITY, check_at_least, check_below, read_literals
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class OptimizerOptions:
 
     optimizer_type: str = field(metadata=IDENTITY)  # a name or an import path; "" means AdamW
     optimizer_args: tuple[str, ...] | None = field(metadata=IDENTITY)  # key=value
-    learning_rate: float = field(metadata=IDENTITY)
+    learning_rate: float = field(metadata=CHANGEABLE)
     max_grad_norm: float = field(metadata=HABIT)  # 0 turns clipping off
 
     def __post_init__(self) -> None:
@@ -65,7 +65,12 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help='arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
     )
-    group.add_argument("--learning_rate", type=float, default=2.0e-6)
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        default=2.0e-6,
+        help="how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+    )
     group.add_argument(
         "--max_grad_norm",
         type=float,

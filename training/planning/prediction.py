@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from modules.contract.family import Described
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
@@ -37,6 +38,7 @@ class StepPrediction:
     weights: str  # their dtypes
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     workspace: MemoryPart
+    average: int = 0  # bytes of a whole model's average (EMA) in host memory
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -48,8 +50,11 @@ class StepPrediction:
             notes[KEPT] = "the rest waits in host memory"
         return Phase(
             f"training step, {self.batch}",
-            (*parts_of(moment, self.swaps[blocks], notes, self.waiting), self.workspace),
+            (*parts_of(moment, self.swaps[blocks], notes, self.waiting), *self._average(), self.workspace),
         )
+
+    def _average(self) -> tuple[MemoryPart, ...]:
+        return (MemoryPart("average of the weights (EMA)", 0, self.average),) if self.average else ()
 
     def device(self, blocks: int) -> int:
         """Return the bytes of the device with this many blocks swapped."""
@@ -79,6 +84,7 @@ def predict(
     with quiet():
         dit = family.load_dit(placement)
     weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
+    average = _average_bytes(options, dit)
     with quiet():
         moments, waiting = rehearse(family, options, dit, noisy_batch)
     return StepPrediction(
@@ -90,6 +96,19 @@ def predict(
         weights,
         swaps,
         workspace(device, is_training=True),
+        average,
+    )
+
+
+def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:
+    whole = options.whole_dit
+    if whole is None or options.average.ema_decay is None:
+        return 0
+    parts = whole.name_parts
+    return 4 * sum(
+        weight.numel()
+        for name, weight in dit.named_parameters()
+        if not parts or any(part in name for part in parts)
     )
 
 

@@ -56,7 +56,7 @@ class Rehearsal:
     steps: ParameterSteps | None
     is_fused: bool  # weights are stepped inside the backward pass
     fused: FusedBackward | None  # steps the weights, once the optimizer has its states
-    states: list[Tensor]  # stand-ins for states that a rehearsal cannot make
+    states: list[Tensor]  # stand-ins for the average (EMA), and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
 
     @property
@@ -207,7 +207,16 @@ def dress_trainable(family: Trains, options: TrainingOptions, dit: nn.Module, le
     steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0)) if by_itself else None
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda each: ledger.see(each.grad, GRADIENTS))
-    return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, is_fused, None, [], blocks)
+    average: list[Tensor] = []
+    if options.average.ema_decay is not None and whole is None:
+        with ledger.allocating(NETWORK):
+            average = [
+                torch.empty(parameter.shape, dtype=torch.float32, device=ledger.device)
+                for parameter in parameters
+            ]
+    return Rehearsal(
+        family, options, ledger, dit, parameters, optimizer, steps, is_fused, None, average, blocks
+    )
 
 
 def step_in_backward(rehearsal: Rehearsal) -> None:

@@ -5,6 +5,8 @@ Only the main process reports.
 
 import dataclasses
 import logging
+import math
+import sys
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +20,22 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from modules.bars import LINE_EVERY
+from modules.console import in_words
 from modules.errors import OptionError, UserError
 from modules.options import option_name, record_of
 from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
 from training.reports.options import LogOptions
+from training.reports.pace import Pace
 from training.reports.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
 TRACKER_NAME = "network_train"  # of LoRA training; as in other tuners
 FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
+SHOW_EVERY = 0.2  # seconds between two changes of the numbers beside the bar
 PRIVATE = {"wandb_api_key", "huggingface_token", "resume"}  # and every option whose type is a path
 
 
@@ -43,6 +49,7 @@ class StepReport:
     rates: Mapping[str, float]  # as `name_rates` gives them
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
+    seconds: float | None = None  # that the step took, without pauses
 
 
 @dataclass
@@ -53,14 +60,16 @@ class Logs:
     bar: "tqdm[Any]"
     now: Callable[[], float] = time.monotonic
     clock: StepClock = field(default_factory=StepClock)
-    _last: float | None = field(default=None, init=False)
+    pace: Pace = field(default_factory=Pace)
+    # what else the bar shows at a step, by name: memory, the next sample
+    extras: Callable[[int], Mapping[str, str]] = lambda _: {}
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
+    _shown: float = field(default=-math.inf, init=False)
 
     def __enter__(self) -> "Logs":
         self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
         self._redirect.__enter__()
-        self.restart_clock()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -68,36 +77,59 @@ class Logs:
         self._redirect.__exit__(*error)
         self.accelerator.end_training()
 
-    def restart_clock(self) -> None:
-        """Exclude the time since the last step (samples, saving) from the steps per second."""
-        self._last = self.now()
+    def skip_next_time(self) -> None:
+        """Leave the next step out of the search for slow steps: it follows a pause."""
         self.clock.skip()
 
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
-        now = self.now()
-        seconds = now - self._last if self._last is not None else 0.0
-        self._last = now
-        slow = self.clock.note(report.step, seconds)
+        slow = None
+        if report.seconds is not None:
+            slow = self.clock.note(report.step, report.seconds)
+            self.pace.note(report.seconds)
         if slow is not None:
             logger.warning(slow)
         values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
-        shown: dict[str, Any] = {"avr_loss": f"{report.average:.4g}"}
         if report.gradient_norm is not None:
             values["grad_norm"] = report.gradient_norm
-        if seconds > 0:
-            values["steps_per_second"] = 1 / seconds
+        if report.seconds:
+            values["steps_per_second"] = 1 / report.seconds
         if report.norms is not None:
             values["max_norm/keys_scaled"] = report.norms.keys_scaled
             values["max_norm/average_key_norm"] = report.norms.mean_norm
             values["max_norm/max_key_norm"] = report.norms.max_norm
-            shown |= {
-                "keys_scaled": report.norms.keys_scaled,
-                "average_key_norm": f"{report.norms.mean_norm:.4g}",
-            }
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(report.step - self.bar.n)
+        self._show(report, self.now())
         self.values(values, report.step)
+
+    def _show(self, report: StepReport, now: float) -> None:
+        """Move the bar; where there is none, log a line now and then."""
+        if self.bar.disable:
+            if self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
+                if self._shown > -math.inf:
+                    numbers = ", ".join(f"{name} {value}" for name, value in self._numbers(report).items())
+                    logger.info("Step %d of %d: %s", report.step, self.bar.total, numbers)
+                self._shown = now
+            return
+        if now - self._shown >= SHOW_EVERY:
+            self._shown = now
+            self.bar.set_postfix(self._numbers(report), refresh=False)
+        self.bar.update(report.step - self.bar.n)
+
+    def _numbers(self, report: StepReport) -> dict[str, str]:
+        """Return what is shown beside the bar, by name."""
+        shown = {}
+        seconds = self.pace.seconds_per_step
+        if seconds is not None:
+            left = seconds * (self.bar.total - report.step)
+            shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
+        shown["avr_loss"] = f"{report.average:.4g}"
+        rate = next(iter(report.rates.values()), None)
+        if rate is not None:
+            shown["lr"] = f"{rate:.3g}"
+        if report.norms is not None:
+            shown["keys_scaled"] = f"{report.norms.keys_scaled:g}"
+            shown["average_key_norm"] = f"{report.norms.mean_norm:.4g}"
+        return {**shown, **self.extras(report.step)}
 
     def values(self, values: Mapping[str, float], step: int) -> None:
         """Report other numbers at a step: `loss/epoch`, validation losses."""
@@ -116,9 +148,10 @@ class Logs:
         """
         for name, value in values.items():
             writer.add_scalar(name, value, step)
-        if self._last is not None and self._last - self._flushed >= FLUSH_SECONDS:
+        now = self.now()
+        if now - self._flushed >= FLUSH_SECONDS:
             writer.flush()
-            self._flushed = self._last
+            self._flushed = now
 
 
 def start_logs(
@@ -129,12 +162,13 @@ def start_logs(
     config: Mapping[str, Any] | None = None,
     tracker_name: str = TRACKER_NAME,
     now: Callable[[], float] = time.monotonic,
+    extras: Callable[[int], Mapping[str, str]] = lambda _: {},
 ) -> Logs:
     """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
 
     config: what to store with the run, from `public_config`; None stores nothing. tracker_name: used if the
-    options give none. now: returns seconds. Raises OptionError if wandb is missing, UserError if
-    --log_tracker_config cannot be read.
+    options give none. now: returns seconds. extras: see `Logs`. Raises OptionError if wandb is missing,
+    UserError if --log_tracker_config cannot be read.
     """
     if options.trackers:
         arguments = tracker_arguments(options)
@@ -149,10 +183,12 @@ def start_logs(
         total=total_steps,
         initial=first_step,
         desc="steps",
-        smoothing=0.1,
-        disable=not accelerator.is_main_process,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        dynamic_ncols=True,
+        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
     )
-    return Logs(accelerator, bar, now)
+    bar.total = total_steps  # a bar that is not shown does not keep it
+    return Logs(accelerator, bar, now, extras=extras)
 
 
 def run_folder(options: LogOptions, started: datetime) -> Path | None:

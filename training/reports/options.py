@@ -19,6 +19,7 @@ class LogOptions:
     log_tracker_config: Path | None  # TOML, one table per tracker
     wandb_api_key: str | None
     log_config: bool
+    no_page: bool  # write neither OUTPUT_NAME.html, nor its history, nor sheets of samples
 
     def __post_init__(self) -> None:
         if self.logging_dir is not None and self.logging_dir.is_file():
@@ -65,4 +66,10 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wandb_api_key", help="log in to wandb with this key; it is never written anywhere")
     group.add_argument(
         "--log_config", action="store_true", help="send the options, without keys and paths, to the trackers"
+    )
+    group.add_argument(
+        "--no_page",
+        action="store_true",
+        help="do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
+        "each time that samples are made",
     )

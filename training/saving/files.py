@@ -33,6 +33,9 @@ class Names:
     def file(self, stem: str) -> Path:
         return self.folder / f"{stem}.safetensors"
 
+    def average(self, stem: str) -> Path:
+        return self.folder / f"{stem}-ema.safetensors"
+
     def state(self, stem: str) -> Path:
         return self.folder / f"{stem}-state"
 
@@ -65,6 +68,7 @@ class Saver:
     write_state: WriteFile
     publish: Publish
     publish_state: Publish
+    write_average: WriteFile | None = None  # of the weights' average, beside each file
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         """Save under the step's name; then remove what is older than --save_last_n_steps."""
@@ -103,23 +107,27 @@ class Saver:
     ) -> tuple[tuple[str, int | None], ...]:
         """Return the pattern of files and that of states, each with how many are kept."""
         start = re.escape(self.names.name) + number
-        return (start + r"\.safetensors", last_n), (
+        return (start + r"(?:-ema)?\.safetensors", last_n), (
             start + "-state",
             last_n if last_n_states is None else last_n_states,
         )
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
-        pattern = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?(-state|\.safetensors)\..+\.tmp"
+        pattern = (
+            rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?(-state|(-ema)?\.safetensors)\..+\.tmp"
+        )
         for entry in sorted(self.names.folder.iterdir()) if self.names.folder.is_dir() else []:
             if re.fullmatch(pattern, entry.name):
                 _remove(entry)
 
     def _save(self, stem: str, with_state: bool) -> None:
         file, state = self.names.file(stem), self.names.state(stem)
-        self.write_file(file)
-        logger.info("Saved %s", file)
-        self.publish(file)
+        for path, write in ((self.names.average(stem), self.write_average), (file, self.write_file)):
+            if write is not None:
+                write(path)
+                logger.info("Saved %s", path)
+                self.publish(path)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)

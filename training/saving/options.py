@@ -32,6 +32,12 @@ class SavingOptions:
     save_state_on_train_end: bool
     # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
     resume: str | None
+    resume_changed: bool  # go on although settings or clips differ
+
+    @property
+    def result(self) -> Path:
+        """Return the file that a finished run leaves."""
+        return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
 
     def __post_init__(self) -> None:
         for name in ("save_every_n_epochs", "save_every_n_steps"):
@@ -110,8 +116,8 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SAVE_PRECISIONS,
         help="dtype of saved weights; the model's dtype when not given",
     )
-    group.add_argument("--save_every_n_epochs", type=int)
-    group.add_argument("--save_every_n_steps", type=int)
+    group.add_argument("--save_every_n_epochs", type=int, help="save the model after every so many epochs")
+    group.add_argument("--save_every_n_steps", type=int, help="save the model after every so many steps")
     group.add_argument(
         "--save_every_n_minutes",
         type=float,
@@ -134,12 +140,21 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--save_state_on_train_end", action="store_true", help="save it at the end only")
     group.add_argument("--resume", help="state folder to continue from, or latest")
+    group.add_argument(
+        "--resume_changed",
+        action="store_true",
+        help="go on from --resume with another learning rate, other clips or more accumulation: lists what "
+        "differs, old -> new; the network and the optimizer have to stay",
+    )
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `HubOptions`."""
     group = parser.add_argument_group("Hugging Face hub")
-    group.add_argument("--huggingface_repo_id", help="upload each saved file to this repository (owner/name)")
+    group.add_argument(
+        "--huggingface_repo_id",
+        help="upload each saved file to this repository (owner/name); it gets a model card if it has none",
+    )
     group.add_argument("--huggingface_repo_type", help="model (when not given), dataset or space")
     group.add_argument("--huggingface_path_in_repo", help="folder in the repository")
     group.add_argument(
@@ -167,7 +182,7 @@ def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_metadata", action="store_true", help="keep only what loading the file needs")
     group.add_argument("--training_comment", help="free text")
     group.add_argument("--metadata_title", help="title; --output_name when not given")
-    group.add_argument("--metadata_author")
-    group.add_argument("--metadata_description")
-    group.add_argument("--metadata_license")
+    group.add_argument("--metadata_author", help="who made the model")
+    group.add_argument("--metadata_description", help="what the model is for, in a sentence")
+    group.add_argument("--metadata_license", help="licence of the model, for example apache-2.0")
     group.add_argument("--metadata_tags", help="words, separated by commas")

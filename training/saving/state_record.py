@@ -69,6 +69,16 @@ PROGRESS: Mapping[str, Kind] = {
         lambda value: isinstance(value, list) and all(is_finite_number(one) for one in value),
     ),
 }
+# fields younger than the format: states of before do not have them
+YOUNGER: Mapping[str, Kind] = {
+    "plan_epoch": COUNT,
+    "plan_position": COUNT,
+    "plan_step": COUNT,
+    "changes": Kind(
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    ),
+}
 RECORD: Mapping[str, Kind] = {
     "progress": MAPPING,
     "identity": MAPPING,
@@ -88,8 +98,9 @@ def check_record(record: Mapping[str, Any], path: Path) -> None:
     path: of the record.
     """
     _check_fields(record, RECORD, "", path)
-    _check_fields(record["progress"], PROGRESS, "progress.", path)
-    if unknown := sorted(record["progress"].keys() - PROGRESS.keys()):
+    younger = {name: kind for name, kind in YOUNGER.items() if name in record["progress"]}
+    _check_fields(record["progress"], {**PROGRESS, **younger}, "progress.", path)
+    if unknown := sorted(record["progress"].keys() - PROGRESS.keys() - YOUNGER.keys()):
         raise refuse(path, f"progress.{unknown[0]}", "it is not known here")
     for part, file in record["parts"].items():
         if not _is_part_name(part):

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,22 +156,38 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     return max(found)[2] if found else None
 
 
-def check_identity(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+def check_identity(
+    saved: Mapping[str, Any],
+    here: Mapping[str, Any],
+    folder: Path,
+    changeable: Collection[str] = (),
+    may_change: bool = False,
+) -> None:
     """Raise OptionError if a setting that decides the numbers differs from the saved run's. Keys name the
     options.
 
-    What the saved run did not record is not compared.
+    What the saved run did not record is not compared. may_change: nor is what is `changeable`
+    (--resume_changed).
     """
     changed = {name: value for name, value in here.items() if name in saved and saved[name] != value}
+    if may_change:
+        changed = {name: value for name, value in changed.items() if name not in changeable}
     lines = [
-        f"  {name}: {_short(saved.get(name))} in the state, {_short(value)} now"
+        f"  {name}: {short_text(saved.get(name))} in the state, {short_text(value)} now"
         for name, value in changed.items()
     ]
-    if lines:
-        raise OptionError(
-            f"--resume {folder}: this run is not the one that was saved.\n" + "\n".join(lines) + "\n"
-            f"  Use the saved values, or start a new run from what was trained: {FRESH_START}"
-        )
+    if not lines:
+        return
+    also = ", add --resume_changed to go on with those of now" if changed.keys() <= {*changeable} else ""
+    which = (
+        "not even --resume_changed can change this"
+        if may_change
+        else "this run is not the one that was saved"
+    )
+    raise OptionError(
+        f"--resume {folder}: {which}.\n" + "\n".join(lines) + "\n"
+        f"  Use the saved values{also}, or start a new run from what was trained: {FRESH_START}"
+    )
 
 
 def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -181,8 +197,8 @@ def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             logger.warning(
                 "%s was %s when the state was saved; it is %s from here on.",
                 name,
-                _short(saved[name]),
-                _short(value),
+                short_text(saved[name]),
+                short_text(value),
             )
 
 
@@ -325,6 +341,7 @@ def _damage_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {reason}.\n  Resume from another state folder.", path=path)
 
 
-def _short(value: Any) -> str:
+def short_text(value: Any) -> str:
+    """Return a value as text of at most 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

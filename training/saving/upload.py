@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from training.saving.model_card import CARD, may_replace
 from training.saving.options import HubOptions
 
 logger = logging.getLogger(__name__)
@@ -30,22 +31,24 @@ class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id; do nothing without one.
 
     api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
-    created once.
+    created once. The model card is uploaded once a run, if the repository has none or an unchanged one of the
+    same run.
     """
 
     options: HubOptions
     api: Any = None
     _waiting: list[threading.Thread] = field(default_factory=list)
+    _sent_cards: set[str] = field(default_factory=set)
 
-    def publish(self, path: Path) -> None:
-        """Upload a file or a folder; with --async_upload in the background."""
+    def publish(self, path: Path, card: str | None = None) -> None:
+        """Upload a file or a folder, and its model card; with --async_upload in the background."""
         if self.options.huggingface_repo_id is None:
             return
         if not self.options.async_upload:
-            self._try_upload(path)
+            self._try_upload(path, card)
             return
         before = self._waiting[-1] if self._waiting else None
-        thread = threading.Thread(target=self._upload_after, args=(before, path), daemon=True)
+        thread = threading.Thread(target=self._upload_after, args=(before, path, card), daemon=True)
         self._waiting.append(thread)
         thread.start()
 
@@ -67,14 +70,16 @@ class Uploads:
         while self._waiting:
             self._waiting.pop(0).join()
 
-    def _upload_after(self, before: threading.Thread | None, path: Path) -> None:
+    def _upload_after(self, before: threading.Thread | None, path: Path, card: str | None) -> None:
         if before is not None:
             before.join()
-        self._try_upload(path)
+        self._try_upload(path, card)
 
-    def _try_upload(self, path: Path) -> None:
+    def _try_upload(self, path: Path, card: str | None) -> None:
         try:
             self._upload(path)
+            if card is not None and self.options.huggingface_repo_type in (None, "model"):
+                self._upload_card(card)
         except Exception as error:  # whatever it is, the file is saved and training continues
             logger.error(
                 "%s was saved but not uploaded to %s: %s", path, self.options.huggingface_repo_id, error
@@ -97,6 +102,25 @@ class Uploads:
         else:
             self.api.upload_file(**where, path_or_fileobj=str(path), path_in_repo=target)
         logger.info("Uploaded %s to %s", path.name, options.huggingface_repo_id)
+
+    def _upload_card(self, card: str) -> None:
+        """Upload the model card, unless the repository has one of somebody else."""
+        repo = self.options.huggingface_repo_id
+        if card in self._sent_cards:
+            return
+        self._sent_cards.add(card)  # also if it fails: the files matter more than the card
+        where = {"repo_id": repo, "repo_type": "model"}
+        try:
+            if self.api.file_exists(filename=CARD, **where):
+                existing = Path(self.api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8")
+                if not may_replace(existing, card):
+                    logger.info("%s keeps its own %s", repo, CARD)
+                    return
+            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
+        except Exception as error:  # the files are there, so the run continues
+            logger.warning("the model card was not uploaded to %s: %s", repo, error)
+            return
+        logger.info("Uploaded the model card to %s", repo)
 
 
 def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None) -> Uploads:

@@ -138,13 +138,31 @@ def test_a_bit_rate_replaces_the_quality_setting(tmp_path: Path) -> None:
     assert 10 * (tmp_path / "small.mp4").stat().st_size < (tmp_path / "large.mp4").stat().st_size
 
 
-def test_tags_stand_in_mkv_but_not_in_mp4(tmp_path: Path) -> None:
-    tags = {"bt_prompt": "ein Käfer, 漢字 --f 9", "bt_seeds": "7"}
-    for name in ("clip.mkv", "clip.mp4"):
-        write_video(tmp_path / name, gradients(2), 16, preset="ultrafast", tags=tags)
+HOSTILE = "</script><b>'\"\\ \x1b[31m; key=value\\n# 漢字 🐈‍⬛ \u202e"
 
-    assert tags.items() <= read_tags(tmp_path / "clip.mkv").items()
-    assert not [name for name in read_tags(tmp_path / "clip.mp4") if name.startswith("bt_")]
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
+def test_tags_of_any_text_are_read_back_as_written(tmp_path: Path, suffix: str) -> None:
+    tags = {"bt_prompt": "ein Käfer, 漢字 --f 9", "bt_seeds": "7", "bt_negative_prompt": HOSTILE}
+    tags["bt_long"] = "wörd " * 20_000
+    path = tmp_path / f"clip{suffix}"
+
+    write_video(path, gradients(2), 16, preset="ultrafast", tags=tags)
+
+    assert tags.items() <= read_tags(path).items()
+    assert len(list(video_frames(path))) == 2
+
+
+def test_joined_videos_have_tags_of_their_own(tmp_path: Path) -> None:
+    for name in ("1.mp4", "2.mp4"):
+        write_video(tmp_path / name, gradients(2), 16, preset="ultrafast", tags={"bt_prompt": "a part"})
+    parts = [measure_segment(tmp_path / name, 16) for name in ("1.mp4", "2.mp4")]
+
+    join_videos(tmp_path / "joined.mp4", parts, 16, {"bt_prompt": "ein Käfer", "bt_seeds": "7"})
+
+    found = read_tags(tmp_path / "joined.mp4")
+    assert (found["bt_prompt"], found["bt_seeds"]) == ("ein Käfer", "7")
+    assert len(list(video_frames(tmp_path / "joined.mp4"))) == 4
 
 
 def test_png_text_is_read_back_as_written(tmp_path: Path) -> None:

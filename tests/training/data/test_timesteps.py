@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +16,13 @@ from tests.golden_cases import read_case
 from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions, add_timestep_arguments
 from training.data.timesteps import (
     Timesteps,
-    bars,
     draw,
     find_shift,
     loss_weights,
     shares_of,
     shares_of_uniform,
-    show_timesteps,
     takes_normal,
     times_at,
-    timestep_statistics,
     timesteps_at,
 )
 
@@ -244,29 +240,3 @@ def test_the_network_is_fed_one_more_except_on_the_table() -> None:
         timesteps_at(options("--timestep_sampling", "shift"), sigmas), torch.tensor([101.0, 901.0])
     )
     torch.testing.assert_close(timesteps_at(options(), sigmas), torch.tensor([100.0, 900.0]))
-
-
-def test_statistics_count_every_draw_once() -> None:
-    counts, weights = timestep_statistics(
-        options("--weighting_scheme", "sigma_sqrt"), seed=0, num_batches=3, batch_size=100
-    )
-
-    assert float(counts.sum()) == 300
-    assert counts.shape == weights.shape == (1000,)
-    assert torch.isfinite(weights).all()
-
-
-def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    show_timesteps(options("--show_timesteps", "console", "--timestep_sampling", "uniform"))
-
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 82
-    assert max(line.count("#") for line in lines) == 64
-    assert bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
-
-
-def test_the_image_is_written_into_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show_timesteps(options("--show_timesteps", "image"), folder=tmp_path)
-
-    assert (tmp_path / "timesteps.png").stat().st_size > 500
-    assert "timesteps.png" in capsys.readouterr().out

@@ -51,12 +51,12 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
     given = options("--logging_dir", str(tmp_path), "--log_prefix", "run-", "--log_config").logs
     folder = run_folder(given, datetime(2030, 1, 2, 3, 4, 5))
     assert folder == tmp_path / "run-20300102030405"
-    clock = itertools.count(0, 0.5)
+    clock = itertools.count(0, 5)
     accelerator = make_accelerator(PLAIN, given.trackers, folder)
 
     with start_logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
         for step in (2, 3, 4):
-            logs.step(StepReport(step, 1 / step, 0.5, {"lr/unet": 1e-4}, 2.0, NormReport(3, 0.5, 0.9)))
+            logs.step(StepReport(step, 1 / step, 0.5, {"lr/unet": 1e-4}, 2.0, NormReport(3, 0.5, 0.9), 0.5))
         logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
 
     events = EventAccumulator(str(folder / "network_train"))
@@ -86,32 +86,6 @@ def test_without_trackers_only_the_bar_moves() -> None:
         assert logs.bar.n == 5
 
     assert "avr_loss=0.1235" in out.getvalue()
-
-
-def test_the_clock_leaves_out_what_is_no_training() -> None:
-    sent: list[dict[str, float]] = []
-
-    class Tracker:
-        """Only what Logs calls."""
-
-        name = "wandb"
-
-        def log(self, values: dict[str, float], step: int) -> None:
-            sent.append(values)
-
-    class Accelerator:
-        """One process with that tracker."""
-
-        trackers = (Tracker(),)
-        is_main_process = True
-
-    times = iter([0.0, 90.0, 92.0])
-    logs = Logs(Accelerator(), tqdm(disable=True), lambda: next(times))  # type: ignore[arg-type]
-    logs.restart_clock()
-    logs.restart_clock()  # a sample took 90 seconds
-    logs.step(StepReport(1, 1.0, 1.0, {}))
-
-    assert sent[0]["steps_per_second"] == 0.5
 
 
 def test_the_config_that_is_logged_has_no_keys_and_no_paths() -> None:

@@ -1,0 +1,105 @@
+"""Measure what reporting costs a training: python benchmarks/reports.py
+
+Trains a small Wan transformer with a LoRA on a terminal of its own, with the progress bar, TensorBoard and
+boxes. The time inside the reports is summed and compared with the time of all steps of the same run: two runs
+side by side would differ by more than the reports cost.
+"""
+
+import argparse
+import contextlib
+import os
+import pty
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+AIM = 1.005
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, terminal() as read:
+        whole, inside = measure(Path(folder), args.steps)
+    print(
+        f"{args.steps} steps in {whole:.2f} s, {1000 * inside:.1f} ms of it in reports; {read()} bytes shown"
+    )
+    ratio = whole / (whole - inside)
+    print(f"ratio {ratio:.4f} against the same steps without reports, aim at most {AIM}")
+    raise SystemExit(ratio > AIM)
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[Any]:
+    """Make standard error a terminal for a block; yields a function that counts what was written to it."""
+    master, slave = pty.openpty()
+    count = [0]
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(master, 65536):
+                count[0] += len(data)
+
+    threading.Thread(target=drain, daemon=True).start()
+    before, sys.stderr = sys.stderr, open(slave, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+    try:
+        yield lambda: count[0]
+    finally:
+        sys.stderr = before
+
+
+def measure(folder: Path, steps: int) -> tuple[float, float]:
+    """Return the seconds of all steps and of what is inside the reports."""
+    from benchmarks.train_step import _write_project
+    from modules.command import start_logging
+    from modules.options import read_options
+    from training.loop import advance
+    from training.options import TrainingOptions, read_arguments, training_parser
+    from training.run import prepare_run
+    from training.summary import show_end
+    from wan.family import family_for_training
+    from wan.options import WanTrainingOptions, add_training_arguments
+
+    start_logging()
+    parser = training_parser("")
+    add_training_arguments(parser)
+    shape = argparse.Namespace(dim=384, layers=3, size=128, precision="no")
+    given = read_arguments(parser, _write_project(folder, shape), {})
+    family = family_for_training(read_options(WanTrainingOptions, given))
+    inside = 0.0
+    with (
+        prepare_run(family, read_options(TrainingOptions, given)) as run,
+        contextlib.closing(run.feed.start(0, 0)) as micro_batches,
+    ):
+        report = run.logs.step
+
+        def timed(one: Any) -> None:
+            nonlocal inside
+            begin = time.perf_counter()
+            report(one)
+            inside += time.perf_counter() - begin
+
+        run.logs.step = timed  # type: ignore[method-assign]
+        groups = run.plan.groups(0)
+        for _ in range(4):  # warm up
+            advance(run, next(groups), micro_batches)
+        inside, start = 0.0, time.perf_counter()
+        for _ in range(steps):
+            advance(run, next(groups), micro_batches)
+        whole = time.perf_counter() - start
+        begin = time.perf_counter()
+        assert run.saver is not None
+        show_end(run, run.saver.names, "")
+        inside += time.perf_counter() - begin
+    return whole + time.perf_counter() - begin, inside
+
+
+if __name__ == "__main__":
+    main()

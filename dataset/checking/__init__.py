@@ -1,0 +1,1 @@
+"""What --check finds: faults and remarks of each table, the page that shows every item, captions repaired."""

@@ -1,0 +1,46 @@
+"""Look at files of a table's folder that are not used: media of the other kind, captions without media."""
+
+import os
+from collections import Counter
+from collections.abc import Collection
+
+from dataset.checking.findings import TableFindings
+from dataset.sources.faults import Fault
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+
+USUAL = frozenset(
+    {".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db"}
+)  # are left alone
+
+
+def check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
+    """Add remarks about files beside the sources that look as if they were meant to be used.
+
+    folders_in_use: `folder_id` of the folders of other tables, whose files are used there.
+    """
+    table = found.table
+    if table.directory is None or folder_id(table.directory) in folders_in_use:
+        return
+    used = {source.path for source in found.sources} | {source.caption_path for source in found.sources}
+    other = "video" if table.kind == "image" else "image"
+    others = VIDEO_SUFFIXES if other == "video" else image_suffixes()
+    names: Counter[str] = Counter()
+    for path in table.directory.iterdir():
+        suffix = path.suffix.lower()
+        if path in used or path.name.startswith(".") or suffix in USUAL or not path.is_file():
+            continue
+        names[suffix] += 1
+    for suffix, count in sorted(names.items()):
+        if suffix in others:
+            why = f"{other}s: give them a table with {other}_directory"
+        elif suffix == table.caption_extension:
+            why = f"captions without {'an image' if table.kind == 'image' else 'a clip'} of the same name"
+        else:
+            why = f"neither {table.kind}s nor captions"
+        line = f"{table.directory}: {count} of {suffix or 'no suffix'}, {why}"
+        found.remarks.append(Fault("kinds of files are not used", line))
+
+
+def folder_id(folder: "os.PathLike[str]") -> str:
+    """Return a text that is the same for all ways to write a folder's path."""
+    return os.path.normcase(os.path.realpath(folder))

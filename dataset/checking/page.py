@@ -1,0 +1,185 @@
+"""Write the page of --check: totals, what is wrong, the buckets, and a card for each file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset.caching.reports import Failure
+from dataset.caching.source_jobs import read_ahead
+from dataset.checking.captions import Counters
+from dataset.checking.findings import CheckResult, TableFindings
+from dataset.checking.looks import Look, look_at
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.faults import Fault
+from dataset.sources.listing import MediaSource
+from modules.bars import Bar
+from modules.contract.family import LatentSpec
+from modules.contract.tokens import TokenCount
+from modules.control_codes import escape_control_codes
+from modules.pages.page import write_page
+
+TEMPLATE = Path(__file__).resolve().parent / "check.html"
+MOST_CHARACTERS = 6000  # of a caption
+MOST_LINES = 200  # of one kind of fault
+MOST_SPANS = 120  # of one length in the drawing of a clip
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a caption, and who does not read it."""
+
+    text: str
+    unread_by: tuple[str, ...]
+    is_lost: bool  # no encoder reads it
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the page shows of one file."""
+
+    source: MediaSource
+    look: Look
+    faults: Sequence[Fault]
+    remarks: Sequence[Fault]
+    counts: Sequence[tuple[str, TokenCount]]
+    texts: Sequence[Sequence[Segment]]  # the caption as each group of encoders reads it
+    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # length, (start, width) in %, how many
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its cards."""
+
+    found: TableFindings
+    settings: str
+    cards: Sequence[Card]
+
+
+def write_check_page(
+    path: Path,
+    config: DatasetConfig,
+    result: CheckResult,
+    counters: Counters,
+    latent: LatentSpec,
+    fps: float,
+    most: int,
+    workers: int,
+) -> None:
+    """Write the page: at most `most` files, of which every one is read once, in `workers` threads.
+
+    Raises OutputError if the page cannot be written.
+    """
+    chosen = choose_sources(result.tables, most)
+    pairs = [
+        (found, source) for found, sources in zip(result.tables, chosen, strict=True) for source in sources
+    ]
+    cards: dict[int, list[Card]] = {found.table.index: [] for found in result.tables}
+    bar = Bar(len(pairs), "Reading pictures", "file")
+
+    def work(pair: tuple[TableFindings, MediaSource]) -> Card:
+        return _make_card(*pair, look_at(pair[1], fps, latent), counters)
+
+    for (found, _), card in read_ahead(pairs, lambda pair: pair[1], work, workers, bar):
+        assert not isinstance(card, Failure)  # what cannot be read is told on the card
+        cards[found.table.index].append(card)
+    sections = [Section(found, _describe(found.table), cards[found.table.index]) for found in result.tables]
+    values = {
+        "sections": sections,
+        "result": result,
+        "missing": counters.missing,
+        "fps": fps,
+        "shown": len(pairs),
+        "files": sum(len(found.sources) for found in result.tables),
+        "tail": result.tail,
+        "most_lines": MOST_LINES,
+    }
+    write_page(path, TEMPLATE, f"{config.path.name}: {len(pairs)} files checked", values)
+
+
+def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[MediaSource]]:
+    """Choose at most `most` sources: those with faults, those with remarks, then evenly from the others.
+
+    Returns the sources of each table in this order.
+    """
+    ranked: list[list[tuple[int, int]]] = [[], [], []]  # table and place of: faults, remarks, all others
+    for index, found in enumerate(tables):
+        wrong, remarked = ({one.stem for one in ones} for ones in (found.faults, found.remarks))
+        for place, source in enumerate(found.sources):
+            rank = 0 if source.stem in wrong else 1 if source.stem in remarked else 2
+            ranked[rank].append((index, place))
+    chosen: list[list[MediaSource]] = [[] for _ in tables]
+    left = most
+    for places in ranked:
+        for index, place in _spread(places, left):
+            chosen[index].append(tables[index].sources[place])
+        left = max(0, left - len(places))
+    return chosen
+
+
+def _spread(places: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Return at most `most` of the places, evenly chosen."""
+    if len(places) <= most:
+        return list(places)
+    return [places[int(index)] for index in np.linspace(0, len(places) - 1, most).round()] if most else []
+
+
+def _make_card(found: TableFindings, source: MediaSource, look: Look, counters: Counters) -> Card:
+    faults = [one for one in found.faults if one.stem == source.stem]
+    remarks = [one for one in found.remarks if one.stem == source.stem]
+    counts = counters.count(source.caption) if source.caption else []
+    return Card(source, look, faults, remarks, counts, caption_segments(source, counts), _windows(look))
+
+
+def caption_segments(source: MediaSource, counts: Sequence[tuple[str, TokenCount]]) -> list[list[Segment]]:
+    """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
+    if source.caption is None:
+        return []
+    if not counts:
+        return [[Segment(_shorten(source.caption), (), False)]]
+    by_text: dict[str, list[tuple[str, TokenCount]]] = {}
+    for name, count in counts:
+        by_text.setdefault(count.text, []).append((name, count))
+    found = []
+    for text, readers in by_text.items():
+        places = sorted({0, len(text), *(count.kept for _, count in readers)})
+        segments = []
+        for start, end in zip(places, places[1:], strict=False):
+            unread = tuple(name for name, count in readers if count.kept <= start)
+            segments.append(Segment(_shorten(text[start:end]), unread, len(unread) == len(readers)))
+        found.append(segments)
+    return found
+
+
+def _shorten(text: str) -> str:
+    text = escape_control_codes(text)
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]} [... and {len(text) - MOST_CHARACTERS:,} more characters]"
+
+
+def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
+    """Return the spans of each length, as parts of the frames that are used, in percent."""
+    by_length: dict[int, list[tuple[float, float]]] = {}
+    for start, length in look.spans:
+        place = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
+        by_length.setdefault(length, []).append(place)
+    return [(length, places[:MOST_SPANS], len(places)) for length, places in sorted(by_length.items())]
+
+
+def _describe(table: DatasetTable) -> str:
+    width, height = table.resolution
+    buckets = "one size" if not table.enable_bucket else "buckets"
+    parts = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
+    parts += [f"num_repeats {table.num_repeats}"] if table.num_repeats != 1 else []
+    if table.kind == "video":
+        targets = ", ".join(map(str, table.target_frames))
+        parts.append(
+            table.frame_extraction
+            if table.frame_extraction == "full"
+            else f"{table.frame_extraction}: {targets} frames"
+        )
+        parts += [f"source_fps {table.source_fps}"] if table.source_fps is not None else []
+    parts += ["for validation"] if table.validation else []
+    return "; ".join(parts)

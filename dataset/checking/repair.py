@@ -1,0 +1,88 @@
+"""Rewrite captions that are not UTF-8 as UTF-8; the old file stays beside it as .bak."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.config import DatasetConfig
+from dataset.options import GUESS
+from dataset.sources.captions import SHOWN, guess_captions, read_caption
+from dataset.sources.listing import find_sources
+from modules.atomic_write import write_bytes, write_text
+from modules.errors import DatasetError
+from modules.text_encodings import EncodingGuess
+from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_content
+
+BACKUP = ".bak"
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """What was done, as lines, and whether something is left to do."""
+
+    lines: tuple[str, ...]
+    num_left: int
+
+
+def repair_captions(config: DatasetConfig, encoding: str) -> Repairs:
+    """Convert the captions of all tables that are not UTF-8. encoding: Python's name, or GUESS.
+
+    A file of which the encoding is not sure is left as it is. Raises OutputError if a file cannot be written.
+    """
+    lines, left = [], 0
+    for paths in (_unreadable(config, index) for index in range(len(config.datasets))):
+        guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
+        for path, guess in zip(paths, guesses, strict=True):
+            trouble = _why_not(path, guess)
+            if trouble is not None or guess is None:
+                left += 1
+                lines.append(f"{path}: left as it is, {trouble}")
+                continue
+            _convert(path, guess.text)
+            words = " ".join(guess.text.split())[:SHOWN]
+            lines.append(f"{path}: was {guess.name}, now UTF-8: {words!r}")
+    count = len(lines) - left
+    summary = f"{count} captions converted to UTF-8 (the old files end in {BACKUP}), {left} left as they are"
+    return Repairs((summary, *(f"  {line}" for line in lines)), left)
+
+
+def _unreadable(config: DatasetConfig, index: int) -> list[Path]:
+    """Return the caption files of a table that are there and not UTF-8 text."""
+    table = config.datasets[index]
+    try:
+        sources = find_sources(table, captions=False, faults=[])
+    except DatasetError:
+        return []  # the check reports it
+    found = []
+    for source in sources:
+        try:
+            if source.caption_path is not None:
+                read_caption(source.caption_path)
+        except DatasetError:
+            found.append(source.caption_path)
+    return [path for path in found if path is not None and path.is_file()]
+
+
+def _decode(path: Path, encoding: str) -> EncodingGuess | None:
+    try:
+        return EncodingGuess(encoding, read_content(path, MAX_CAPTION_BYTES).decode(encoding), is_sure=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _why_not(path: Path, guess: EncodingGuess | None) -> str | None:
+    """Return why a file is not converted; None if it can be."""
+    if guess is None or bad_character(guess.text):
+        return "it is no text in that encoding"
+    if not guess.is_sure:
+        return (
+            f"it may be {guess.name}: {' '.join(guess.text.split())[:SHOWN]!r}. If that is right, name it: "
+            f"--repair_captions {guess.encoding}"
+        )
+    backup = path.with_name(path.name + BACKUP)
+    return f"{backup.name} is there already; move it away" if backup.exists() else None
+
+
+def _convert(path: Path, text: str) -> None:
+    """Write the backup first, so that the old text is never lost."""
+    write_bytes(path.with_name(path.name + BACKUP), read_content(path, MAX_CAPTION_BYTES))
+    write_text(path, text.removeprefix("\ufeff"))

@@ -1,0 +1,121 @@
+"""Draw the figures of these pages from the functions that they explain: python docs/figures.py"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+
+from dataset.config import DatasetTable, load_dataset_config  # noqa: E402
+from dataset.sources.frames import spans  # noqa: E402
+from modules.flow.schedule import make_schedule, shift_sigmas  # noqa: E402
+from modules.media.buckets import Size, bucket_sizes, choose_bucket, fit_cover  # noqa: E402
+
+KEPT = 40  # frames of the clip in the figure of frame extraction
+MODES = (
+    ("head", "target_frames = [1, 17, 33]"),
+    ("chunk", "target_frames = [9, 17]"),
+    ("slide", "target_frames = [17]\nframe_stride = 8"),
+    ("uniform", "target_frames = [9, 25]\nframe_sample = 4"),
+    ("full", "max_frames = 129"),
+)
+RESOLUTION = (960, 544)
+SOURCES = ((1920, 1080), (1080, 1920), (1024, 1024), (3000, 1000))
+SHIFTS = (1.0, 3.0, 5.0, 7.0, 14.5)
+
+
+def main() -> None:
+    for name, figure in (
+        ("frame_extraction", draw_extraction()),
+        ("buckets", draw_buckets()),
+        ("flow_shift", draw_shifts()),
+    ):
+        figure.savefig(ROOT / "docs" / f"{name}.png", dpi=90, metadata={"Software": None})
+
+
+def draw_extraction() -> Figure:
+    """Draw the spans that each mode cuts from one clip."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.add_subplot()
+    row, ticks = 0, []
+    for number, (mode, keys) in enumerate(MODES):
+        begin = row
+        for start, length in spans(_table(mode, keys), KEPT):
+            axes.add_patch(Rectangle((start, row + 0.15), length, 0.7, color=f"C{number}", alpha=0.75))
+            row += 1
+        ticks.append(((begin + row) / 2, f'"{mode}"\n{keys}'))
+        row += 1
+    axes.set_xlim(0, KEPT)
+    axes.set_ylim(row - 1, 0)
+    axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+    axes.set_xlabel(f"frame of a clip of {KEPT} frames; each bar is one item")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_buckets() -> Figure:
+    """Draw what is kept of pictures of different shapes, without and with buckets."""
+    width, height = RESOLUTION
+    sizes = bucket_sizes(width, height, 16)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    rows = figure.subfigures(2, 1)
+    for row, enabled in zip(rows, (False, True), strict=True):
+        row.suptitle(f"enable_bucket = {str(enabled).lower()}", fontsize=11)
+        for axes, source in zip(row.subplots(1, len(SOURCES)), SOURCES, strict=True):
+            bucket = RESOLUTION
+            if enabled:
+                bucket = choose_bucket(source, sizes, width * height, 16, no_upscale=False)
+            fit = fit_cover(source, bucket)
+            _draw_picture(axes, fit.resized, fit.crop, bucket)
+            axes.set_title(f"{source[0]}x{source[1]} becomes {bucket[0]}x{bucket[1]}", fontsize=8)
+    return figure
+
+
+def draw_shifts() -> Figure:
+    """Draw how a shift moves noise levels, in training and over the steps of a generation."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    training, steps = figure.subplots(1, 2)
+    drawn = torch.linspace(0, 1, 201)
+    for shift in SHIFTS:
+        training.plot(drawn, shift_sigmas(drawn, shift), label=f"shift {shift:g}")
+        steps.plot(make_schedule("euler", 20, shift).sigmas, marker=".", label=f"shift {shift:g}")
+    training.set_xlabel("number drawn, uniform in 0..1")
+    training.set_ylabel("share of noise trained at")
+    training.set_title("--timestep_sampling shift --discrete_flow_shift")
+    steps.set_xticks(range(0, 21, 5))
+    steps.set_xlabel("step of 20")
+    steps.set_ylabel("share of noise left")
+    steps.set_title("--flow_shift")
+    for axes in (training, steps):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def _draw_picture(axes: Axes, resized: Size, crop: Size, bucket: Size) -> None:
+    axes.add_patch(Rectangle((0, 0), *resized, color="tab:red", alpha=0.8))
+    axes.add_patch(Rectangle(crop, *bucket, facecolor="#cfe2f3", edgecolor="#1f4e79"))
+    axes.set_xlim(-30, max(resized) + 30)
+    axes.set_ylim(max(resized) + 30, -30)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+
+
+def _table(mode: str, keys: str) -> DatasetTable:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dataset.toml"
+        path.write_text(
+            f'[[datasets]]\nvideo_directory = "clips"\nframe_extraction = "{mode}"\n{keys}\n',
+            encoding="utf-8",
+        )
+        return load_dataset_config(path).datasets[0]
+
+
+if __name__ == "__main__":
+    main()

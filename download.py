@@ -1,0 +1,27 @@
+"""Download the models that a task needs. All options: python download.py --help"""
+
+from collections.abc import Sequence
+
+import modules.interpreter  # noqa: F401
+from downloads.listing import print_list
+from downloads.options import DownloadOptions, add_download_arguments
+from modules.command import Parser, command_line
+from modules.options import read_options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_download_arguments(parser)
+    options = read_options(DownloadOptions, parser.parse_args(argv))
+
+    if options.list_only:
+        print_list(options.sets(), options.to)
+        return
+
+    from downloads.run import run_download  # the libraries for the network load here
+
+    run_download(options)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,1 @@
+"""Released model files: which there are, their licences, and how they are downloaded."""

@@ -1,0 +1,168 @@
+"""Read the list of released files, catalogue.toml. Standard library only."""
+
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from modules.command import as_typed
+
+STEPS = ("latents", "texts", "train", "generate")  # the commands of a set, in the order they are run
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence of weights. `key` is its identifier on the hub, "other" for those that have none."""
+
+    name: str
+    key: str
+    url: str
+    terms: str  # what somebody who downloads the weights should know of it
+    verified: bool = True  # False: the release's own page does not say it, or could not be read
+
+
+@dataclass(frozen=True)
+class ReleasedFile:
+    """A file on the hub, and its path `name` below the folder that models are downloaded to."""
+
+    repository: str
+    file: str
+    name: str
+    licence: Licence
+    size_bytes: int | None  # exact; None: the hub is asked
+    sha256: str | None  # None: the hub is asked
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network or tokenizer that a task needs: a file, or the files of one folder."""
+
+    role: str
+    option: str | None  # None: found beside the encoder
+    files: tuple[ReleasedFile, ...]
+    tensor_bytes: int | None  # of its tensors, if the exact size is not known
+    in_fp8: str | None  # the component that is the same in 8 bits
+
+    @property
+    def path(self) -> PurePosixPath:
+        """What the option is given, below the folder of the models."""
+        names = [PurePosixPath(file.name) for file in self.files]
+        return names[0] if len(names) == 1 else names[0].parent
+
+    @property
+    def licence(self) -> Licence:
+        """The licence of its files."""
+        return self.files[0].licence
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Return the size as far as it is known: exact, or that of the tensors, or None for a few MB."""
+        return self.files[0].size_bytes or self.tensor_bytes
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """All that a task needs. commands: step -> command, with `{dit}`, `{vae}`, ... instead of paths."""
+
+    family: str
+    task: str
+    about: str
+    released_by: str  # the repository of the original release
+    components: tuple[Component, ...]
+    commands: Mapping[str, str]
+
+    def typed_commands(self, folder: Path) -> list[str]:
+        """Return the commands for files below `folder`, as a user types them."""
+        paths = {
+            f"{{{component.option.lstrip('-')}}}": str(folder / component.path)
+            for component in self.components
+            if component.option is not None
+        }
+        lines = [shlex.split(self.commands[step]) for step in STEPS]
+        return [as_typed([paths.get(word, word) for word in words]) for words in lines]
+
+
+def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
+    """Return all sets. fp8_encoders: with the text encoders in 8 bits."""
+    data, components = _read(), known_components()
+    sets = []
+    for entry in data["set"]:
+        chosen = [components[name] for name in entry["components"]]
+        if fp8_encoders:
+            chosen = [components[one.in_fp8] if one.in_fp8 else one for one in chosen]
+        more = entry.get("more", {})
+        templates = data["family"][entry["family"]]["commands"]
+        commands = {step: f"{templates[step]} {more.get(step, '')}".rstrip() for step in STEPS}
+        sets.append(
+            ModelSet(
+                entry["family"],
+                entry["task"],
+                entry["about"],
+                entry["released_by"],
+                tuple(chosen),
+                commands,
+            )
+        )
+    return sets
+
+
+def known_components() -> dict[str, Component]:
+    """Return every component by its name in the list."""
+    data = _read()
+    licences = {name: Licence(**entry) for name, entry in data["licence"].items()}
+    return {name: _component(entry, licences) for name, entry in data["component"].items()}
+
+
+def families() -> list[str]:
+    """Return the names of the families, in the order of the list."""
+    return list(_read()["family"])
+
+
+def describe_family(family: str) -> tuple[str, str]:
+    """Return the name of a family for people and its page in docs/."""
+    entry = _read()["family"][family]
+    return entry["title"], entry["page"]
+
+
+def known_licences() -> list[Licence]:
+    """Return the licences that occur, in the order of the list."""
+    return [Licence(**entry) for entry in _read()["licence"].values()]
+
+
+def download_hint(path: Path) -> str | None:
+    """Return the command that downloads a file that does not exist, if it is a released one."""
+    for in_fp8 in (False, True):
+        for one in model_sets(in_fp8):
+            for component in one.components:
+                parts = component.path.parts
+                if component.option is not None and path.parts[-len(parts) :] == parts:
+                    words = ["python", "download.py", "--family", one.family, "--task", one.task]
+                    words += ["--fp8_encoders"] if in_fp8 else []
+                    words += ["--to", str(path.parents[len(parts) - 1])]
+                    return f"{as_typed(words)} downloads it"
+    return None
+
+
+def _component(entry: Mapping[str, Any], licences: Mapping[str, Licence]) -> Component:
+    paths = entry.get("files") or [entry["file"]]
+    folder = PurePosixPath(entry.get("folder", ""))
+    files = tuple(
+        ReleasedFile(
+            entry["repository"],
+            path,
+            str(folder / entry.get("name", PurePosixPath(path).name)),
+            licences[entry["licence"]],
+            entry.get("size"),
+            entry.get("sha256"),
+        )
+        for path in paths
+    )
+    return Component(entry["role"], entry.get("option"), files, entry.get("tensors"), entry.get("fp8"))
+
+
+@lru_cache(maxsize=1)
+def _read() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

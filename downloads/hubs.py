@@ -1,0 +1,134 @@
+"""Ask a site for the address, size and checksum of a file before it is downloaded."""
+
+import os
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url
+
+from downloads.catalogue import ReleasedFile
+from modules.errors import DownloadError
+
+TIMEOUTS = (10.0, 60.0)  # seconds: to connect; between two pieces of data
+# the owners' names on ModelScope, where they differ; other repositories are tried under their own name
+ON_MODELSCOPE = {
+    "tencent/HunyuanVideo": "AI-ModelScope/HunyuanVideo",
+    "openai/clip-vit-large-patch14": "AI-ModelScope/clip-vit-large-patch14",
+}
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on a site. Checksums are hexadecimal; None: the site has none."""
+
+    url: str
+    size_bytes: int
+    sha256: str | None
+    git_sha1: str | None  # of small files, which git stores itself
+    headers: Mapping[str, str]  # for the request: the user's token
+    page: str  # for people
+
+
+def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
+    """Look up a file on the Hugging Face hub, or its mirror `endpoint`; None: what HF_ENDPOINT says.
+
+    Raises DownloadError if the hub cannot be reached, or does not have or does not give the file.
+    """
+    site = (endpoint or constants.ENDPOINT).rstrip("/")
+    page = f"{site}/{file.repository}"
+    token = get_token()
+    try:
+        url = hf_hub_url(file.repository, file.file, endpoint=site)
+        found = get_hf_file_metadata(url, token=token or False)
+    except Exception as error:  # one class for each reason, and others in each version of the library
+        raise _explain_hub(error, file, page, token is not None) from error
+    if found.size is None:
+        raise DownloadError(f"{page} does not say how large {file.file} is: this is no mirror of the hub.")
+    # the commit's own address: a later change of the repository does not mix two files
+    url = hf_hub_url(file.repository, file.file, revision=found.commit_hash or "main", endpoint=site)
+    sum_text = (found.etag or "").strip('"').lower()
+    return RemoteFile(
+        url,
+        found.size,
+        sum_text if re.fullmatch("[0-9a-f]{64}", sum_text) else None,
+        sum_text if re.fullmatch("[0-9a-f]{40}", sum_text) else None,
+        {"authorization": f"Bearer {token}"} if token else {},
+        page,
+    )
+
+
+def _explain_hub(error: Exception, file: ReleasedFile, page: str, has_token: bool) -> DownloadError:
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return DownloadError(f"{page}: HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return explain_status(status, file.file, page, has_token)
+    return unreachable(page, error)
+
+
+def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:
+    """Return the error for an answer of a site that is not the file."""
+    if status in (401, 403):
+        hint = (
+            "The token that is stored on this machine or in HF_TOKEN may lack the rights."
+            if has_token
+            else "Log in with `huggingface-cli login`, or set HF_TOKEN."
+        )
+        return DownloadError(
+            f"{page}: access to {file} is refused ({status}). Accept the licence on that page with your "
+            f"account.\n  {hint}"
+        )
+    if status == 404:
+        return DownloadError(f"{page} has no file {file} (404). The page shows what it has now.")
+    return DownloadError(f"{page}: the site answers {status} for {file}. Try again later.")
+
+
+def unreachable(page: str, error: Exception) -> DownloadError:
+    """Return the error for a site that does not answer."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return DownloadError(
+        f"{page} cannot be reached ({reason}).\n  Check the connection; HF_ENDPOINT can name a mirror, and "
+        "--source modelscope is another site."
+    )
+
+
+def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
+    """Look up a file on ModelScope by its HTTP interface; endpoint None: what MODELSCOPE_DOMAIN says.
+
+    Raises DownloadError if the site cannot be reached or does not have the file.
+    Source: the paths of modelscope/hub/file_download.py in the package modelscope.
+    """
+    site = endpoint or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+    site = (site if "://" in site else f"https://{site}").rstrip("/")
+    repository = ON_MODELSCOPE.get(file.repository) or re.sub("^alibaba-pai/", "PAI/", file.repository)
+    page, address = f"{site}/models/{repository}", f"{site}/api/v1/models/{repository}/repo"
+    try:
+        answer = requests.get(
+            f"{address}/files", {"Revision": "master", "Recursive": "true"}, timeout=TIMEOUTS
+        )
+        if answer.status_code == 404:
+            raise DownloadError(f"{page} does not exist. Use --source huggingface for {file.file}.")
+        if not answer.ok:
+            raise explain_status(answer.status_code, file.file, page, has_token=False)
+        entry = _entry(answer.json(), file.file)
+        if entry is None:
+            raise DownloadError(f"{page} has no file {file.file}. Use --source huggingface.")
+        size, sum_text = int(entry["Size"]), str(entry.get("Sha256") or "").lower()
+    except requests.JSONDecodeError as error:
+        raise DownloadError(f"{page}: the answer is no list of files. Try again later.") from error
+    except requests.RequestException as error:
+        raise unreachable(page, error) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DownloadError(f"{page}: the list of files has another form than before.") from error
+    query = urllib.parse.urlencode({"Revision": "master", "FilePath": file.file})
+    sha256 = sum_text if re.fullmatch("[0-9a-f]{64}", sum_text) else None
+    return RemoteFile(f"{address}?{query}", size, sha256, None, {}, page)
+
+
+def _entry(answer: Any, path: str) -> Mapping[str, Any] | None:
+    """Return the entry of a file in ModelScope's list, or None."""
+    return next((entry for entry in answer["Data"]["Files"] if entry["Path"] == path), None)

@@ -1,0 +1,22 @@
+"""Average the saved LoRA files of a run (post-hoc EMA). All options: python lora_post_hoc_ema.py --help"""
+
+from collections.abc import Sequence
+
+from families import identify
+from modules.command import Parser, command_line
+from modules.options import read_options
+from networks.averaging_options import AveragingOptions, add_averaging_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_averaging_arguments(parser)
+    options = read_options(AveragingOptions, parser.parse_args(argv))
+
+    from networks.averaging import average_files
+
+    average_files(options)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,108 @@
+"""Progress bars of one look, for loops that may take longer than a second.
+
+On a terminal a bar appears after a second. Anywhere else (a file, a pipe) a log line is written now and then
+instead. Boxes, log lines and bars share standard error.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from modules.console import as_size, in_words
+from modules.control_codes import escape_control_codes
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+BYTES = "B"
+DELAY = 1.0  # seconds until a bar appears
+LINE_EVERY = 30.0  # seconds between two log lines where no bar can be shown
+
+
+@dataclass
+class Bar:
+    """Progress of one loop. Use it as a context manager, or call `close`."""
+
+    total: float
+    what: str
+    unit: str = "step"
+    shown: bool = True
+    now: Callable[[], float] = time.monotonic
+    is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty()
+    done: float = field(default=0, init=False)
+    _bar: Any = field(default=None, init=False)
+    _open: ExitStack = field(default_factory=ExitStack, init=False)
+    _start: float = field(default=0.0, init=False)
+    _told: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.what = escape_control_codes(self.what)
+        self._start = self._told = self.now()
+        self.shown = self.shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
+        if self.shown and self.is_terminal():
+            self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+            self._bar = self._open.enter_context(
+                tqdm(
+                    total=self.total,
+                    desc=self.what,
+                    unit=self.unit,
+                    unit_scale=self.unit == BYTES,
+                    delay=DELAY,
+                    dynamic_ncols=True,
+                    leave=False,
+                )
+            )
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, amount: float = 1) -> None:
+        """Note that more is done."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif self.shown and self.now() - self._told >= LINE_EVERY:
+            self._told = self.now()
+            logger.info("%s", self.line())
+
+    def line(self) -> str:
+        """Return the progress in words, with an estimate of the time left."""
+        passed = self.now() - self._start
+        if self.unit == BYTES:
+            done = f"{as_size(self.done)} of {as_size(self.total)}"
+        else:
+            done = f"{self.done:g} of {self.total:g}"
+        left = passed * (self.total - self.done) / self.done if self.done else None
+        return f"{self.what}: {done}" + ("" if left is None else f", about {in_words(left)} left")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar = None
+        self._open.close()
+
+
+def track(
+    items: Iterable[T],
+    what: str,
+    total: float,
+    size: Callable[[T], float] = lambda _: 1,
+    unit: str = "step",
+    shown: bool = True,
+) -> Iterator[T]:
+    """Yield the items and show how far the loop is. size: what an item adds to `total` once it is used."""
+    with Bar(total, what, unit, shown) as bar:
+        for item in items:
+            amount = size(item)
+            yield item
+            del item  # the consumer may have freed it
+            bar.update(amount)

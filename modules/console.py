@@ -1,0 +1,121 @@
+"""Show a summary as a box: what a run will do, and what came of it.
+
+On a terminal the box is drawn with borders; anywhere else it is aligned lines. It is a log record of level
+INFO, so other processes than the main one stay silent, and a progress bar moves out of its way.
+"""
+
+import io
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from modules.control_codes import escape_control_codes
+
+logger = logging.getLogger(__name__)
+
+NARROWEST, WIDEST = 40, 110  # columns of a box
+Row = tuple[str, str | None]
+
+
+def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:
+    """Log a box with one line per row: (label, text). Rows whose text is None or empty are left out.
+
+    commands: (what it does, command) below the box, never wrapped, so that they can be copied. All texts are
+    shown as they are: markup is not interpreted and control codes are written out.
+    """
+    kept = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
+    below = [(escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text]
+    title = escape_control_codes(title)
+    draw = partial(draw_box, title, kept, below)
+    logger.info("%s", "\n".join([title, *align(kept), *_lines_below(below)]), extra={"draw": draw})
+
+
+def align(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return rows as lines: indented, with the texts below each other."""
+    width = max((cell_len(label) for label, _ in rows), default=0)
+    lines = []
+    for label, text in rows:
+        start = f"  {label}: " + " " * (width - cell_len(label))
+        first, *others = text.split("\n")
+        lines += [start + first, *(" " * (width + 4) + other for other in others)]
+    return lines
+
+
+def draw_box(
+    title: str,
+    rows: Sequence[tuple[str, str]],
+    commands: Sequence[tuple[str, str]],
+    colour: bool,
+    unicode: bool,
+    columns: int | None = None,
+) -> str:
+    """Return the box for a terminal.
+
+    colour: use ANSI colours. unicode: draw with line characters instead of ASCII. columns: of the terminal,
+    asked from the system if None.
+    """
+    columns = shutil.get_terminal_size().columns if columns is None else columns
+    console = Console(
+        file=io.StringIO(),
+        width=max(NARROWEST, min(columns, WIDEST)),
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        legacy_windows=False,
+        _environ={},
+    )
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(Text(label), Text(text))
+    panel = Panel(
+        table,
+        title=Text(title, style="bold"),
+        title_align="left",
+        box=box.ROUNDED if unicode else box.ASCII,
+        border_style="dim",
+    )
+    console.print(panel)
+    drawn: str = console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+    return "\n".join([drawn, *_lines_below(commands)])
+
+
+def _lines_below(commands: Sequence[tuple[str, str]]) -> list[str]:
+    return [line for what, command in commands for line in (f"{what}:", f"  {command}")]
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration as people say it: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
+    whole = max(0, round(seconds))
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(round(whole / 3600), 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def as_size(size_bytes: float) -> str:
+    """Return a number of bytes as people say it: `312 MB`, `1.4 GB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= size:
+            value = size_bytes / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{round(size_bytes)} bytes"
+
+
+def count_of(number: int, what: str) -> str:
+    """Return a count with its noun: `1 clip`, `2 clips`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

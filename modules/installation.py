@@ -1,0 +1,107 @@
+"""What this copy of Reelsmith is, checkout or installed package, and whether its requirements are there.
+
+Standard library only. In the package, all of our code lies below `reelsmith` (package/staging.py).
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from modules.errors import InstallationError
+
+ROOT = Path(__file__).resolve().parent.parent
+# "" in a checkout, "reelsmith." in the package
+PREFIX = __name__.rpartition("modules.")[0]
+# distribution -> what it is imported as, if that is another name
+IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
+
+
+def import_own(name: str) -> ModuleType:
+    """Import a module of ours by the name that it has in a checkout, such as `networks.lora_wan`."""
+    return importlib.import_module(PREFIX + name)
+
+
+def own_name(name: str) -> str:
+    """Return the name to import a module by that is ours or somebody else's.
+
+    name: as a user types it: `networks.lora_wan`, `lycoris.kohya`.
+    """
+    if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
+        return name
+    file = ROOT.joinpath(*name.split("."))
+    return PREFIX + name if file.with_suffix(".py").is_file() or (file / "__init__.py").is_file() else name
+
+
+def command_words(words: Sequence[str]) -> list[str]:
+    """Return a command of ours as this copy has it.
+
+    words: as in a checkout: `python wan_train_network.py ...` or `accelerate launch ... wan_train_network.py
+    ...`. In the package this is `wan_train_network ...` or `accelerate launch ... -m
+    reelsmith.wan_train_network ...`.
+    """
+    words = list(words)
+    if not PREFIX:
+        return words
+    if words[:1] == ["python"] and any(map(_is_script, words[1:2])):
+        return [words[1].removesuffix(".py"), *words[2:]]
+    place = next((index for index, word in enumerate(words) if _is_script(word)), None)
+    if words[:2] == ["accelerate", "launch"] and place is not None:
+        return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
+    return words
+
+
+def _is_script(word: str) -> bool:
+    is_name = re.fullmatch(r"\w+(\.py)?", word) is not None
+    return is_name and (ROOT / f"{word.removesuffix('.py')}.py").is_file()
+
+
+def read_requirements() -> list[str]:
+    """Return the lines of requirements.txt, without comments."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def requirement_name(requirement: str) -> str:
+    """Return the name of the distribution that a line asks for: `torch` of `torch>=2.7`."""
+    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
+
+
+def check_requirements() -> None:
+    """Raise InstallationError if a package of requirements.txt is missing. Nothing is imported."""
+    names = [requirement_name(line) for line in read_requirements() if ";" not in line]
+    missing = [
+        name
+        for name in names
+        if importlib.util.find_spec(IMPORTED_AS.get(name, name.replace("-", "_"))) is None
+    ]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        # without torch this is not the Python that was set up: no need to name the rest
+        what = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
+        raise InstallationError(
+            f"{what} not installed in this Python ({sys.executable}).\n  {_remedy(missing)}"
+        )
+
+
+def _remedy(missing: Sequence[str]) -> str:
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    if PREFIX:
+        return f"Install what is missing: {python} -m pip install {' '.join(missing)}"
+    if "torch" not in missing:
+        return f'Install it: {python} -m pip install -r "{ROOT / "requirements.txt"}"'
+    folder = ROOT / ".venv"
+    commands = folder / ("Scripts" if os.name == "nt" else "bin")
+    if folder.is_dir() and not Path(sys.prefix).is_relative_to(folder):
+        return (
+            f'Activate the environment: . "{commands / "activate"}"\n'
+            f'  (PowerShell: & "{commands / "Activate.ps1"}"), then run the command again.'
+        )
+    return (
+        "Activate the environment that has it, or set one up: python quickstart.py makes one in .venv and "
+        "shows it at work;\n  docs/install.md has the commands for each system and GPU."
+    )

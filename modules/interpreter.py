@@ -1,0 +1,13 @@
+"""Refuse a Python that cannot run Reelsmith. Every script imports this before anything else of ours.
+
+The check runs at import, because the next imports need modules and syntax of Python 3.11: this file has to
+be readable by older ones. Newer ones are refused too: nothing here has been tried with them.
+"""
+
+import sys
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit(
+        f"Python {sys.version.split()[0]} ({sys.executable}) is not supported: use 3.11, 3.12 or 3.13.\n"
+        "Make an environment with one of them: docs/install.md says how."
+    )

@@ -1,0 +1,216 @@
+"""Guess the encoding of a text file that is not UTF-8, to say what it is and to convert it. Standard library
+only.
+
+Each encoding that decodes the bytes is scored by how usual its characters are in a text: letters that stand
+in words of their own script, and the most frequent letters and signs of the languages that use the encoding.
+"""
+
+import codecs
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Python's name -> what people call it; of equal scores the first counts
+NAMES = {
+    "utf-8": "damaged UTF-8",
+    "utf-16": "UTF-16",
+    "utf-16-le": "UTF-16",
+    "utf-16-be": "UTF-16 (big endian)",
+    "utf-32": "UTF-32",
+    "cp1252": "Windows-1252 (Western European)",
+    "cp1250": "Windows-1250 (Central European)",
+    "cp1251": "Windows-1251 (Cyrillic)",
+    "koi8_r": "KOI8-R (Cyrillic)",
+    "cp1253": "Windows-1253 (Greek)",
+    "cp932": "Shift-JIS (Japanese)",
+    "euc_jp": "EUC-JP (Japanese)",
+    "gb18030": "GBK (Chinese)",
+    "big5": "Big5 (Chinese)",
+    "cp949": "EUC-KR (Korean)",
+}
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# frequent letters and signs of the languages of each encoding, most of them from the words of captions
+_FREQUENT = {
+    "cp1252": "éèàçêäöüßñáíóúåæøâîôûëïãõ",
+    "cp1250": "ąćęłńóśźżčďěňřšťůžýáíéúőű",
+    "cp1251": "оеаинтсрвлкмдпуыяьзбгй",
+    "koi8_r": "оеаинтсрвлкмдпуыяьзбгй",
+    "cp1253": "αοιετσνηυρπκμλςάόίέήύώ",
+    "cp949": "이다는의에을가고하한로은도를지서인사기자정어대리나시과라해있수그일아장부원성제보전주상조"
+    "국우동구마들것선만비여화"
+    "빨간파란노란색검흰여남소년녀강고양개걷달고앉위래안옆집길산바다꽃나무",
+    "gb18030": "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能"
+    "下过子说种面而方后多定行学法所"
+    "得十三之进着等部度家里如水高自二理起小物现两体当使点从本去把性好开它合还其些前外天四日事"
+    "平形相全间样与关各重新内正心"
+    "看红绿蓝黄黑白色猫狗女男孩走跑站坐穿衣服头发眼睛手车路树花草山海边房子城市街道光夜雨雪风画面镜",
+    "big5": "的一是在不了有和人這中大為上個國我以要他時來用們生到作地於出就分對成會可主發年動同工也能"
+    "下過子說種面而方後多定行學法所"
+    "得十三之進著等部度家裡如水高自二理起小物現兩體當使點從本去把性好開它合還其些前外天四日事"
+    "平形相全間樣與關各重新內正心"
+    "看紅綠藍黃黑白色貓狗女男孩走跑站坐穿衣服頭髮眼睛手車路樹花草山海邊房子城市街道光夜雨雪風畫面鏡",
+}
+_SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # others write Latin or signs
+_PUNCTUATION = set("“”‘’„–—…•«»¿¡€°、。，！？「」『』（）：；・ー～　")
+LETTERS = 0.6  # least share of letters, blanks and punctuation
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+SCORED = 20_000  # characters of a file that are looked at
+_SURE = 0.75  # least score of a guess that is converted without being asked
+_AHEAD = 0.4  # and how far the next one must be behind,
+_AHEAD_IN_ALL = 1.5  # or how far in the sum over all characters
+
+
+@dataclass(frozen=True)
+class EncodingGuess:
+    """What a file's bytes probably are, and their text."""
+
+    encoding: str  # Python's name
+    text: str
+    is_sure: bool
+
+    @property
+    def name(self) -> str:
+        return NAMES.get(self.encoding, self.encoding)
+
+
+def guess_encoding(content: bytes) -> EncodingGuess | None:
+    """Return the most probable encoding of bytes that are not UTF-8; None if they are probably no text."""
+    marked = next((name for mark, name in _MARKS if content.startswith(mark)), None)
+    if marked is not None or b"\0" in content:
+        return _guess_wide(content, marked)
+    if _CONTROL.search(content):
+        return None
+    damaged = content.decode("utf-8", "replace")
+    wrong = damaged.count("\ufffd")
+    if (
+        sum(char > "\x7f" for char in damaged) - wrong > 3 * wrong
+    ):  # single bytes of another encoding are rare
+        return EncodingGuess("utf-8", damaged, is_sure=False)
+    ranked = sorted(_scores(content), key=lambda found: -found[0])  # stable: NAMES has the order of equals
+    if not ranked or ranked[0][0] < 0:
+        return None
+    score, name, text = ranked[0]
+    ahead = score - next((other for other, _, others in ranked if others != text), -1.0)
+    count = sum(char > "\x7f" for char in text)
+    is_ahead = ahead >= _AHEAD or ahead * count >= _AHEAD_IN_ALL
+    return EncodingGuess(name, text, is_sure=score >= _SURE and is_ahead)
+
+
+def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
+    """Return the guess for two or four bytes a character. marked: by a byte order mark."""
+    half = len(content) // 2
+    zeros = content[::2].count(0), content[1::2].count(0)
+    # without a mark only ASCII is recognised, half of whose bytes are 0
+    name = marked or ("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be")
+    text = _decode(content, name)
+    if text is None or "\0" in text or _share_of_letters(text) < LETTERS:
+        return None
+    return EncodingGuess(name, text, is_sure=True) if marked or max(zeros) > LETTERS * half else None
+
+
+def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
+    """Return a guess for each of several files, probably written by one program in one encoding.
+
+    A short text alone says little: the files whose own encoding is not sure take that of all together, if it
+    decodes them.
+    """
+    alone = [guess_encoding(content) for content in contents]
+    plain = [
+        content
+        for content, guess in zip(contents, alone, strict=True)
+        if guess is None or not guess.encoding.startswith("utf")
+    ]
+    together = guess_encoding(b"\n".join(plain)) if len(plain) > 1 else None
+    if together is None or together.encoding.startswith("utf"):
+        return alone
+    found: list[EncodingGuess | None] = []
+    for content, guess in zip(contents, alone, strict=True):
+        text = _decode(content, together.encoding) if _is_unsure(guess) else None
+        found.append(guess if text is None else EncodingGuess(together.encoding, text, together.is_sure))
+    return found
+
+
+def _is_unsure(guess: EncodingGuess | None) -> bool:
+    return guess is None or not (guess.is_sure or guess.encoding.startswith("utf"))
+
+
+def _scores(content: bytes) -> list[tuple[float, str, str]]:
+    """Score every encoding that decodes the bytes: (score, name, text)."""
+    found = []
+    for name in NAMES:
+        text = None if name.startswith("utf") else _decode(content, name)
+        if text is not None:
+            found.append((_score(text, name), name, text))
+    return found
+
+
+def _decode(content: bytes, encoding: str) -> str | None:
+    try:
+        return content.decode(encoding)
+    except (UnicodeDecodeError, UnicodeError):
+        return None
+
+
+def _share_of_letters(text: str) -> float:
+    usual = sum(char.isalnum() or char.isspace() or char in _PUNCTUATION or char < "\x7f" for char in text)
+    return usual / max(len(text), 1)
+
+
+def _score(text: str, encoding: str) -> float:
+    """Return how usual the characters beyond ASCII are: 1 and more for a text, below 0 for nonsense."""
+    padded = f" {text[:SCORED]} "
+    points = [
+        _points(padded[index - 1], char, padded[index + 1], encoding)
+        for index, char in enumerate(padded[1:-1], 1)
+        if char > "\x7f"
+    ]
+    return sum(points) / max(len(points), 1)
+
+
+def _points(before: str, char: str, after: str, encoding: str) -> float:
+    if char in _PUNCTUATION:
+        return 0.8
+    category = unicodedata.category(char)
+    if category[0] != "L":  # symbols, control codes, private use
+        return -3.0 if category in {"Cc", "Co", "Cn"} else -1.0
+    bonus = 0.5 if char.lower() in _FREQUENT.get(encoding, "") else 0.0
+    if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":
+        return 1.5
+    if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
+        return -0.5
+    if char >= "\u2e80":
+        return _sign_points(char, encoding) + 2 * bonus
+    neighbours = [other for other in (before, after) if other.isalpha()]
+    script = _SCRIPTS.get(encoding, "LATIN")
+    if script not in unicodedata.name(char, "") or any(
+        script not in unicodedata.name(one, "") for one in neighbours
+    ):
+        return -1.0
+    if char.isupper() and before.isalpha():  # inside a word
+        return -1.0 if before.islower() else 0.0
+    if encoding == "cp1252" and any(one > "\x7f" for one in neighbours):
+        return -0.5  # two accents side by side
+    return 0.3 + bonus + (0.2 if script != "LATIN" or bonus else 0.0)
+
+
+def _sign_points(char: str, encoding: str) -> float:
+    """Return points of a Chinese or Japanese sign or a Korean syllable: is it among those of daily use?"""
+    lead = char.encode(encoding)[0]
+    match encoding:
+        case "gb18030":
+            is_usual = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
+        case "big5":
+            is_usual = 0xA4 <= lead <= 0xC6
+        case "cp932":
+            is_usual = 0x88 <= lead <= 0x97
+        case "euc_jp":
+            is_usual = 0xB0 <= lead <= 0xCF
+        case _:
+            is_usual = 0xB0 <= lead <= 0xC8 and char.encode(encoding)[1] >= 0xA1
+    return 0.4 if is_usual else -1.0

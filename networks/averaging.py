@@ -1,0 +1,175 @@
+"""Average saved files of a run after it: a moving average whose width is chosen afterwards.
+
+Source: Karras et al. 2023, arXiv 2312.02696, section 3 and appendix C.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.atomic_write import save_tensors
+from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from modules.checkpoints.writing import stream_tensors
+from modules.errors import CheckpointError
+from networks.averaging_options import AveragingOptions
+from networks.hashes import LAYOUT_KEY, add_hashes
+from networks.loading import list_some
+
+logger = getLogger(__name__)
+
+LARGEST_HASHED = 4 << 30  # bytes; the hash stands before the data, so a hashed file is made in memory
+STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)  # hashes of the last file
+NOTE = "ss_post_hoc_ema"
+
+
+def average_files(options: AveragingOptions) -> None:
+    """Write the weighted average of the files, in the dtypes and with the metadata of the last one.
+
+    Sums are computed in float64. Alphas, and tensors of whole numbers, are not averaged but have to be equal.
+    Memory: the result, or one tensor if it is larger than a LoRA; its hashes are left out then.
+    Raises CheckpointError if the files are not of one network or hold NaN or infinite values.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(path)) for path in options.files()]
+        files = _leave_out(opened if options.no_sort else sort_by_step(opened))
+        _check_same(files)
+        weights = file_weights(len(files), options)
+        for file, weight in zip(files, weights, strict=True):
+            logger.info("%6.2f %%  %s", 100 * weight, file.path)
+        last = files[-1]
+        metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
+        metadata[NOTE] = _note(options, files, weights)
+        read = _averaged(files, weights)
+        if sum(info.size_bytes for info in last.tensors.values()) > LARGEST_HASHED:
+            stream_tensors(options.output_file, last.tensors, read, metadata)
+        else:
+            tensors = {name: read(name) for name in last.tensors}
+            save_tensors(options.output_file, tensors, add_hashes(tensors, metadata))
+    logger.info("%s: the average of %d files", options.output_file, len(files))
+
+
+def file_weights(count: int, options: AveragingOptions) -> list[float]:
+    """Return the share of each of `count` files in the average; the sum is 1.
+
+    At file k (from 2 on) the average so far is multiplied by a decay, and the file by 1 - decay. The decay is
+    --beta, moving to --beta2; or (1 - 1/k)^(gamma + 1) with the gamma of --sigma_rel.
+    """
+    merges = range(count - 1)
+    if options.sigma_rel is not None:
+        power = exponent_of(options.sigma_rel) + 1
+        decays = [(1 - 1 / (index + 2)) ** power for index in merges]
+    else:
+        end = options.beta if options.beta2 is None else options.beta2
+        decays = [options.beta + (end - options.beta) * index / max(count - 2, 1) for index in merges]
+    weights = [1.0]
+    for decay in decays:
+        weights = [*(weight * decay for weight in weights), 1 - decay]
+    return weights
+
+
+def exponent_of(sigma_rel: float) -> float:
+    """Return the gamma >= 0 of the power function t^gamma whose standard deviation is this share of the run.
+
+    Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
+    """
+    low, high = 0.0, 1.0
+    while _width(high) > sigma_rel:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _width(middle) > sigma_rel else (low, middle)
+    return low
+
+
+def _width(gamma: float) -> float:
+    return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
+
+
+def sort_by_step(files: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the files by the step in their metadata; if one does not say it, all by their time of change."""
+    steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
+    if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
+        return sorted(files, key=lambda file: (int(steps[file.path]), file.path.name))
+    logger.info("The files do not all say their step, so they are sorted by their time of change.")
+    return sorted(files, key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
+
+
+def _leave_out(files: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the files without copies, and without averages (EMA) if there are others."""
+    found: list[Checkpoint] = []
+    has_others = any("ss_ema_decay" not in file.metadata for file in files)
+    hashes: dict[str, Path] = {}
+    for file in files:
+        own = file.metadata.get("sshs_model_hash", "")
+        if has_others and "ss_ema_decay" in file.metadata:
+            logger.warning("%s is left out: it is an average (EMA) already.", file.path)
+        elif own and own in hashes:
+            logger.warning("%s is left out: it holds the same as %s.", file.path, hashes[own])
+        else:
+            hashes[own] = file.path
+            found.append(file)
+    if len(found) < 2:
+        raise CheckpointError(f"{found[0].path} is the only file that is left: give two or more of one run")
+    if len({file.metadata.get("ss_session_id") for file in found}) > 1:
+        logger.warning("The files are of different runs; an average of those rarely makes sense.")
+    return found
+
+
+def _check_same(files: Sequence[Checkpoint]) -> None:
+    """Raise CheckpointError if names or shapes differ."""
+    first = files[0]
+    for file in files[1:]:
+        names = sorted(first.tensors.keys() ^ file.tensors.keys())
+        shapes = [
+            f"{name} {list(info.shape)} and {list(first.tensors[name].shape)}"
+            for name, info in file.tensors.items()
+            if name in first.tensors and info.shape != first.tensors[name].shape
+        ]
+        if names or shapes:
+            what = f"only one has {list_some(names, 3)}" if names else f"sizes differ: {list_some(shapes, 3)}"
+            raise CheckpointError(
+                f"{file.path} holds another network than {first.path}: {what}.\n"
+                "  Give files of one run, with equal ranks.",
+                file.path,
+            )
+
+
+def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
+    """Return what reads a tensor of all files and returns their average, in the last one's dtype."""
+    checks = [FiniteCheck(file.path) for file in files]
+
+    def read(name: str) -> Tensor:
+        last = files[-1].read(name)
+        if name.rpartition(".")[2] == "alpha" or not last.is_floating_point():
+            for file in files[:-1]:
+                if not torch.equal(file.read(name).double(), last.double()):
+                    raise CheckpointError(
+                        f"{name} differs between {file.path} and {files[-1].path}.\n"
+                        "  Give files of one run, with equal alphas.",
+                        file.path,
+                    )
+            return last
+        total = torch.zeros(last.shape, dtype=torch.float64)
+        for file, check, weight in zip(files, checks, weights, strict=True):
+            tensor = last if file is files[-1] else file.read(name)
+            check.note(name, tensor)
+            total.add_(tensor.double(), alpha=weight)
+        return total.to(last.dtype)
+
+    return read
+
+
+def _note(options: AveragingOptions, files: Sequence[Checkpoint], weights: Sequence[float]) -> str:
+    rule: Mapping[str, float | None] = (
+        {"beta": options.beta, "beta2": options.beta2}
+        if options.sigma_rel is None
+        else {"sigma_rel": options.sigma_rel}
+    )
+    shares = {file.path.name: round(weight, 6) for file, weight in zip(files, weights, strict=True)}
+    return json.dumps({**rule, "files": shares}, ensure_ascii=False)

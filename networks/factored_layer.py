@@ -1,0 +1,174 @@
+"""One layer of LoHa or LoKr: its addition to the output of a frozen Linear.
+
+The change of the weight is a product of small factors: LoHa's is (w1_a w1_b) * (w2_a w2_b), element by
+element; LoKr's is kron(w1, w2). Neither needs the frozen weight, whatever it is stored as, nor keeps the
+whole change for the backward pass. Factors have the names and shapes of LyCORIS' files.
+Source: Yeh et al. 2023, arXiv 2309.14859.
+"""
+# Letters: R rank; out = l * k and in = m * n, the sizes that LoKr splits
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class FactoredLayer(nn.Module):
+    """`y + multiplier * scale * x @ change(factors)` in place of the forward of a frozen Linear.
+
+    The factors are float32 and compute in autocast's dtype, or in float32 without autocast.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, original: nn.Linear, shapes: Shapes, rank: int, alpha: float) -> None:
+        """shapes: of the factors by name, by `loha_shapes` or `lokr_shapes`. alpha: 0 means rank."""
+        super().__init__()
+        self.is_scaled = not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank) if self.is_scaled else float(rank)))
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            _fill(name, self.get_parameter(name), shapes)
+        self.rank, self.multiplier = rank, 1.0
+        self.factors = tuple(shapes)
+        self._add: Callable[..., Tensor] = add_loha if "hada_w1_a" in shapes else add_lokr
+        self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
+        self._before: Callable[[Tensor], Tensor] = original.forward
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
+        self.read_alpha()
+
+    def read_alpha(self) -> None:
+        """Update the scale alpha / rank; two whole matrices are not scaled."""
+        self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
+
+    def attach(self) -> None:
+        """Replace the original module's forward by this one's."""
+        self._before = self._original[0].forward
+        self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: ... in
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the original too
+        out = self._before(x)
+        if self.multiplier == 0:
+            return out
+        if not autocast:
+            x = x.to(self.alpha.dtype)
+        factors = {name: self.get_parameter(name) for name in self.factors}
+        return out + self._add(x, factors, self.multiplier * self.scale).to(out.dtype)
+
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm of the change at multiplier 1."""
+        factors = {name: self.get_parameter(name) for name in self.factors}
+        if "hada_w1_a" in factors:
+            pairs = [factors[f"hada_w{index}_a"] @ factors[f"hada_w{index}_b"] for index in (1, 2)]
+            return torch.linalg.vector_norm(pairs[0] * pairs[1]) * self.scale
+        whole = [_whole(factors, name) for name in ("lokr_w1", "lokr_w2")]
+        return torch.linalg.vector_norm(whole[0]) * torch.linalg.vector_norm(whole[1]) * self.scale
+
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the change by a number."""
+        self.get_parameter(self.factors[0]).mul_(ratio)
+
+
+def loha_shapes(out_features: int, in_features: int, rank: int) -> Shapes:
+    """Return the factors of a LoHa."""
+    first, second = (out_features, rank), (rank, in_features)
+    return {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": first, "hada_w2_b": second}
+
+
+def lokr_shapes(
+    out_features: int, in_features: int, rank: int, factor: int = -1, decompose_both: bool = False
+) -> Shapes:
+    """Return the factors of a LoKr: a matrix whose larger side is at most twice the rank stays whole.
+
+    factor: see `split_size`. decompose_both: the small matrix gets two factors too, if that makes it smaller.
+    """
+    (l, k), (m, n) = split_size(out_features, factor), split_size(in_features, factor)  # noqa: E741
+    first: Shapes = {"lokr_w1": (l, m)}
+    if decompose_both and rank < max(l, m) / 2:
+        first = {"lokr_w1_a": (l, rank), "lokr_w1_b": (rank, m)}
+    if rank < max(k, n) / 2:
+        return {**first, "lokr_w2_a": (k, rank), "lokr_w2_b": (rank, n)}
+    return {**first, "lokr_w2": (k, n)}
+
+
+def split_size(size: int, factor: int) -> tuple[int, int]:
+    """Return two numbers whose product is `size`, the smaller one first.
+
+    factor: one of them, if it divides the size; else the smaller one is the largest divisor up to it. -1: as
+    equal as can be.
+    """
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
+    small = next(number for number in range(most, 0, -1) if size % number == 0)
+    return small, size // small
+
+
+def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+    """Return x @ kron(w1, w2)^T without forming the product. x: ... m*n. Returns ... l*k."""
+    first, second = _parts(factors, "lokr_w1"), _parts(factors, "lokr_w2")
+    width = second[0].shape[1]  # n
+    hidden = x.unflatten(-1, (x.shape[-1] // width, width))
+    for factor in second:
+        hidden = functional.linear(hidden, factor.to(x.dtype))
+    hidden = hidden.transpose(-1, -2)  # ... k m
+    for factor in (first[0] * strength, *first[1:]):
+        hidden = functional.linear(hidden, factor.to(x.dtype))
+    return hidden.transpose(-1, -2).flatten(-2)
+
+
+def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T. x: ... in. Returns ... out."""
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    first, *others = (factors[name] for name in names)
+    cast = [factor.to(x.dtype) for factor in (first * strength, *others)]
+    result: Tensor = _HadamardLinear.apply(x, *cast)
+    return result
+
+
+class _HadamardLinear(torch.autograd.Function):
+    """Keeps the factors for the backward pass, not the three matrices of the weight's size made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w1_a, w1_b, w2_a, w2_b)
+        return functional.linear(x, (w1_a @ w1_b).mul_(w2_a @ w2_b))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
+        first, second = w1_a @ w1_b, w2_a @ w2_b  # out in
+        of_x = gradient @ (first * second) if ctx.needs_input_grad[0] else None
+        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # out in
+        of_first, of_second = of_weight * second, of_weight * first
+        return of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second
+
+
+def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Return a matrix of a LoKr as what is applied one after the other."""
+    return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
+
+
+def _whole(factors: Mapping[str, Tensor], name: str) -> Tensor:
+    return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
+
+
+def _fill(name: str, weight: Tensor, shapes: Shapes) -> None:
+    """Set the first values, as LyCORIS does: one factor is zero, so the change begins with nothing."""
+    zero = "hada_w2_a" if "hada_w1_a" in shapes else "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
+    if name == zero:
+        nn.init.zeros_(weight)
+    elif name.startswith("hada"):
+        nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
+    else:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

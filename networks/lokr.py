@@ -1,0 +1,59 @@
+"""LoKr for the Linear layers of a network's blocks: `--network_module networks.lokr`, for every family.
+
+`--network_args factor=8` splits sizes into 8 and the rest (-1, the default: as equal as can be);
+`decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger matrix's
+side or more keeps that matrix whole.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from modules.errors import OptionError
+from networks.factored import FactoredNetwork, build_factored, rebuild_factored
+from networks.factored_layer import lokr_shapes
+
+SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+
+
+def create_arch_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: object,
+    text_encoders: object,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    factor: Any = -1,
+    decompose_both: Any = False,
+    **arguments: Any,
+) -> FactoredNetwork:
+    """Build a network by the call that LoRA tuners share. `vae` and `text_encoders` are not used.
+
+    Raises OptionError if `factor` or `decompose_both` cannot be used.
+    """
+    try:
+        size = int(factor)
+    except ValueError:
+        size = 0
+    if size < 1 and size != -1:
+        raise OptionError(
+            f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
+        )
+    if str(decompose_both) not in SWITCH:
+        raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
+    shapes = functools.partial(lokr_shapes, factor=size, decompose_both=SWITCH[str(decompose_both)])
+    return build_factored(unet, multiplier, network_dim, network_alpha, neuron_dropout, arguments, shapes)
+
+
+def create_arch_network_from_weights(
+    multiplier: float,
+    weights_sd: Mapping[str, Tensor],
+    text_encoders: object = None,
+    unet: nn.Module | None = None,
+    **_: Any,
+) -> FactoredNetwork:
+    """Build a network with the modules, factors and alphas of a file's tensors, but not their values."""
+    return rebuild_factored(unet, multiplier, weights_sd, ("lokr_w1", "lokr_w1_a"))

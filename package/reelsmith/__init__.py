@@ -1,0 +1,1 @@
+"""Teach open video models something new, and make videos with them. Commands: reelsmith --help"""

@@ -1,0 +1,276 @@
+"""The list of released files, the pages and the commands say the same."""
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+import hv_generate_video
+import wan_generate_video
+from dataset.options import read_latent_caching, read_text_caching
+from downloads.catalogue import (
+    ModelSet,
+    ReleasedFile,
+    describe_family,
+    download_hint,
+    families,
+    known_components,
+    model_sets,
+)
+from downloads.listing import describe_set, family_table, models_tables
+from downloads.options import DownloadOptions, add_download_arguments
+from fpack_generate_video import DEFAULTS as FRAMEPACK_DEFAULTS
+from frame_pack import options as frame_pack
+from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
+from generation.options import read_generation
+from hunyuan_model import options as hunyuan_model
+from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
+from modules.command import Parser, as_typed
+from modules.errors import UserError
+from modules.options import read_options
+from tests.commands import ROOT
+from tests.manifests import WIDTHS, tensor_list
+from tests.test_docs import PAGES
+from training.options import read_training
+from wan import options as wan
+from wan.configs import TASKS
+
+SETS = [*model_sets(), *model_sets(fp8_encoders=True)]
+FILES = [file for component in known_components().values() for file in component.files]
+READERS: dict[str, Callable[[list[str]], Any]] = {
+    "wan_cache_latents.py": lambda argv: read_latent_caching(
+        "", wan.add_latent_caching_arguments, wan.WanLatentCachingOptions, argv
+    ),
+    "wan_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
+        "", wan.add_text_caching_arguments, wan.WanTextCachingOptions, argv
+    ),
+    "wan_train_network.py": lambda argv: read_training(
+        "", wan.add_training_arguments, wan.WanTrainingOptions, argv
+    ),
+    "wan_generate_video.py": lambda argv: read_generation(
+        "",
+        wan_generate_video.DEFAULTS,
+        wan.add_generation_arguments,
+        wan.WanGenerationOptions,
+        argv,
+    ),
+    "cache_latents.py": lambda argv: read_latent_caching(
+        "", hunyuan_model.add_latent_caching_arguments, hunyuan_model.HunyuanLatentCachingOptions, argv
+    ),
+    "cache_text_encoder_outputs.py": lambda argv: read_text_caching(
+        "", hunyuan_model.add_text_caching_arguments, hunyuan_model.HunyuanTextCachingOptions, argv
+    ),
+    "hv_train_network.py": lambda argv: read_training(
+        "", hunyuan_model.add_training_arguments, hunyuan_model.HunyuanTrainingOptions, argv
+    ),
+    "hv_generate_video.py": lambda argv: read_generation(
+        "",
+        hv_generate_video.DEFAULTS,
+        hunyuan_model.add_generation_arguments,
+        hunyuan_model.HunyuanGenerationOptions,
+        argv,
+    ),
+    "fpack_cache_latents.py": lambda argv: read_latent_caching(
+        "", frame_pack.add_latent_caching_arguments, frame_pack.FramePackLatentCachingOptions, argv
+    ),
+    "fpack_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
+        "", hunyuan_model.add_text_caching_arguments, hunyuan_model.HunyuanTextCachingOptions, argv
+    ),
+    "fpack_train_network.py": lambda argv: read_training(
+        "", frame_pack.add_training_arguments, frame_pack.FramePackTrainingOptions, argv
+    ),
+    "fpack_generate_video.py": lambda argv: read_generation(
+        "",
+        FRAMEPACK_DEFAULTS,
+        frame_pack.add_generation_arguments,
+        frame_pack.FramePackGenerationOptions,
+        argv,
+    ),
+}
+
+
+def _split(command: str) -> list[str]:
+    if os.name != "nt":
+        return shlex.split(command)
+    return [word.strip('"') for word in shlex.split(command, posix=False)]
+
+
+def _title(model_set: ModelSet) -> str:
+    return f"{model_set.family} {model_set.task}"
+
+
+def read_download(argv: list[str]) -> DownloadOptions:
+    """The options of a command line of download.py."""
+    parser = Parser()
+    add_download_arguments(parser)
+    return read_options(DownloadOptions, parser.parse_args(argv))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.repository}/{file.file}")
+def test_a_file_is_named_and_measured_plausibly(file: ReleasedFile) -> None:
+    name = PurePosixPath(file.name)
+    assert not name.is_absolute()
+    assert ".." not in name.parts
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", file.repository)
+    assert re.fullmatch(r"[\w./-]+", file.file)
+    assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
+    assert file.size_bytes is None or file.sha256 is not None  # both come from the same list
+
+
+def test_no_two_files_have_the_same_place() -> None:
+    assert len({file.name.lower() for file in FILES}) == len(FILES)
+
+
+@pytest.mark.parametrize(
+    ("component", "manifest", "width"),
+    [
+        ("wan_t2v_small", "wan2.1-t2v-1.3b", 2),
+        ("wan_t2v", "wan2.1-t2v-14b", 2),
+        ("wan_i2v_480p", "wan2.1-i2v-14b", 2),
+        ("wan_i2v_720p", "wan2.1-i2v-14b", 2),
+        ("wan_flf2v", "wan2.1-flf2v-14b", 2),
+        ("wan_fun_small", "wan2.1-fun-1.3b-control", None),
+        ("wan_fun", "wan2.1-fun-14b-control", None),
+        ("wan_vae", "wan2.1-vae", None),
+        ("umt5", "umt5-xxl-enc-wan", None),
+        ("wan_clip", "clip-xlm-roberta-vit-h-14", None),
+        ("hunyuan_t2v", "hunyuanvideo-t2v-dit", None),
+        ("hunyuan_vae", "hunyuanvideo-vae", None),
+        ("llava_llama3", "llava-llama3-single", None),
+        ("clip_l", "clip-l-text", None),
+        ("skyreels_t2v", "skyreels-v1-t2v", None),
+        ("skyreels_i2v", "skyreels-v1-i2v", None),
+        ("framepack", "framepack-dit", None),
+        ("framepack_f1", "framepack-dit", None),
+        ("siglip", "sigclip-vision-384", None),
+    ],
+)
+def test_sizes_are_those_of_the_tensors(component: str, manifest: str, width: int | None) -> None:
+    found = known_components()[component]
+    total = 0
+    for dtype, shape in tensor_list(manifest).values():
+        count = 1
+        for length in shape:
+            count *= length
+        total += count * (width or WIDTHS[dtype])
+
+    if found.tensor_bytes is not None:
+        assert found.tensor_bytes == total
+    else:  # the exact size of the file: a header or the structure of a pickle more, for Llama a tokenizer too
+        assert found.size_bytes is not None
+        assert total < found.size_bytes < total + (10_000_000 if component == "llava_llama3" else 400_000)
+
+
+@pytest.mark.parametrize("family", families())
+def test_the_page_of_a_family_has_the_table_of_its_files(family: str) -> None:
+    page = (ROOT / "docs" / describe_family(family)[1]).read_text(encoding="utf-8")
+
+    assert "\n".join(family_table(family)) in page
+
+
+def test_the_page_of_all_models_is_current() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+    # to renew: write the text before "## Wan2.1", then downloads.listing.models_tables()
+    assert page[page.index("## Wan2.1") :] == models_tables()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_model_that_a_page_names_is_in_the_list(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    known = {component.path.as_posix() for component in known_components().values()}
+    repositories = {file.repository for file in FILES} | {one.released_by for one in SETS}
+
+    named = {path.rstrip(".") for path in re.findall(r"\bmodels/([\w./-]+)", text)} - {""}
+    assert named - known == set()
+    owners = {name.split("/")[0] for name in repositories}
+    mentioned = {name for name in re.findall(r"`([\w.-]+/[\w.-]+)`", text) if name.split("/")[0] in owners}
+    assert mentioned - repositories == set()
+
+
+@pytest.mark.parametrize("model_set", SETS, ids=_title)
+def test_commands_after_a_download_are_valid(
+    model_set: ModelSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my models"
+    for component in model_set.components:
+        for file in component.files:
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).touch()
+    for name in ("start.png", "end.png", "control.mp4", "dataset.toml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    used = set()
+    for command in model_set.typed_commands(folder):
+        words = _split(command)
+        start = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        assert (ROOT / words[start]).is_file()
+        READERS[words[start]](words[start + 1 :])
+        assert "{" not in command
+        used |= set(words)
+
+    named = {str(folder / component.path) for component in model_set.components if component.option}
+    assert named <= used
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_downloads_that_a_page_shows_are_valid(page: Path) -> None:
+    for command in re.findall(r"^python download\.py (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        read_download(shlex.split(command, comments=True))
+
+
+def test_a_missing_file_is_answered_with_its_download() -> None:
+    command = ["python", "download.py", "--family", "wan", "--task", "t2v-1.3B", "--to", "my models"]
+    found = download_hint(Path("my models/wan2.1_t2v_1.3B_bf16.safetensors"))
+    assert found == f"{as_typed(command)} downloads it"
+    nested = download_hint(Path("m/hunyuan-video-t2v-720p/vae/pytorch_model.pt"))
+    assert nested == "python download.py --family hunyuan_video --task t2v --to m downloads it"
+    in_fp8 = download_hint(Path("llava_llama3_fp8_scaled.safetensors"))
+    assert in_fp8 is not None
+    assert "--fp8_encoders --to ." in in_fp8
+    assert download_hint(Path("m/pytorch_model.pt")) is None
+
+
+def test_the_list_of_a_task_names_files_sizes_sources_and_licences(tmp_path: Path) -> None:
+    text = "\n".join(describe_set(SETS[0], Path("models")))
+
+    for word in ("--dit", "Wan2.1_VAE.pth", "11.4 GB", "Wan-AI/Wan2.1-T2V-1.3B", "Apache-2.0", "14.7 GB"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "--family is missing"),
+        ("--task t2v-1.3B", "--family is missing"),
+        ("--family wan", "--task is missing: t2v-1.3B"),
+        ("--family wan --task t2v", "Did you mean t2v-"),
+        ("--family wan --task t2v-1.3B --to {file}", "this is a file"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_refused_at_once(words: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(UserError, match=message):
+        read_download(words.format(file=tmp_path / "file").split())
+
+
+def test_a_family_with_one_task_needs_no_task() -> None:
+    assert read_download(["--family", "hunyuan_video"]).task is None
+
+
+def test_families_name_the_releases_and_licences_of_the_list() -> None:
+    known = {one.released_by: one.components[0].licence for one in SETS}
+    releases = [task.release for task in TASKS.values()]
+    for release in [*releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
+        for repository in release.repositories:
+            licence = known[repository]
+            assert (release.licence, release.licence_key, release.licence_url) == (
+                licence.name,
+                licence.key,
+                licence.url,
+            )

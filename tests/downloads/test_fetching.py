@@ -1,0 +1,239 @@
+"""A file gets its name when all of it has arrived and is right; what has arrived before is not sent again."""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from downloads.catalogue import Licence, ReleasedFile
+from downloads.fetching import download_file, partial_path
+from downloads.hubs import RemoteFile, find_on_hub, find_on_modelscope
+from modules.errors import DownloadError
+from tests.downloads.fake_hub import COMMIT, FakeHub, serve
+
+DATA = bytes(range(256)) * 1000
+LICENCE = Licence("none", "other", "", "")
+FILE = ReleasedFile("owner/name", "folder/weights.bin", "weights.bin", LICENCE, None, None)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    # the library reads these once, at import
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serve() as served:
+        served.add("owner/name", "folder/weights.bin", DATA)
+        yield served
+
+
+def _fetch(hub: FakeHub, target: Path, waited: list[float] | None = None) -> RemoteFile:
+    remote = find_on_hub(FILE, hub.address)
+    download_file(remote, target, wait=(waited if waited is not None else []).append)
+    return remote
+
+
+def _left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_arrives_whole_with_the_token_and_nothing_else_stays(hub: FakeHub, tmp_path: Path) -> None:
+    remote = _fetch(hub, tmp_path / "models" / "weights.bin")
+
+    assert (tmp_path / "models" / "weights.bin").read_bytes() == DATA
+    assert remote.sha256 == hashlib.sha256(DATA).hexdigest()
+    assert f"/resolve/{COMMIT}/" in remote.url
+    assert hub.requests[-1][2]["authorization"] == "Bearer hf_secret"
+    assert _left(tmp_path / "models") == ["weights.bin"]
+
+
+def test_a_broken_connection_is_continued_where_it_broke(hub: FakeHub, tmp_path: Path) -> None:
+    hub.cuts = [131_072, 65_536]
+    waited: list[float] = []
+
+    _fetch(hub, tmp_path / "weights.bin", waited)
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    assert hub.sent_ranges() == [None, "bytes=131072-", "bytes=196608-"]
+    assert waited == [1.0, 1.0]
+
+
+def test_a_connection_that_stays_broken_keeps_what_arrived_for_the_next_run(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.cuts = [131_072] + [0] * 6
+    remote = find_on_hub(FILE, hub.address)
+
+    with pytest.raises(DownloadError, match=r"broke 6 times.*\n.*run the same command again"):
+        download_file(remote, tmp_path / "weights.bin", wait=lambda _: None)
+
+    assert not (tmp_path / "weights.bin").exists()
+    assert partial_path(remote, tmp_path / "weights.bin").stat().st_size == 131_072
+    hub.requests.clear()
+    download_file(remote, tmp_path / "weights.bin")
+    assert hub.sent_ranges() == ["bytes=131072-"]
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+
+
+def test_a_site_that_cannot_continue_sends_the_whole_file_again(hub: FakeHub, tmp_path: Path) -> None:
+    hub.cuts, hub.ignores_ranges = [131_072], True
+
+    _fetch(hub, tmp_path / "weights.bin")
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+
+
+def test_a_busy_site_is_asked_again(hub: FakeHub, tmp_path: Path) -> None:
+    hub.busy = 3
+    waited: list[float] = []
+
+    _fetch(hub, tmp_path / "weights.bin", waited)
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    assert waited == [2.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [DATA[:-1] + b"x", DATA + b"more"], ids=["another last byte", "too many bytes"]
+)
+def test_damaged_data_are_loaded_once_more_and_never_get_the_name(
+    hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: bytes
+) -> None:
+    hub.sends_instead["owner/name/folder/weights.bin"] = wrong
+
+    with caplog.at_level(logging.WARNING), pytest.raises(DownloadError, match="arrived damaged twice"):
+        _fetch(hub, tmp_path / "weights.bin")
+
+    assert "It is downloaded again" in caplog.text
+    assert len(hub.sent_ranges()) == 2
+    assert not [name for name in _left(tmp_path) if not name.endswith(".lock")]
+
+
+def test_a_partial_file_with_other_bytes_is_found_out_by_its_checksum(hub: FakeHub, tmp_path: Path) -> None:
+    remote = find_on_hub(FILE, hub.address)
+    partial_path(remote, tmp_path / "weights.bin").write_bytes(b"\0" * 1000)
+
+    download_file(remote, tmp_path / "weights.bin")
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    assert hub.sent_ranges() == ["bytes=1000-", None]
+
+
+def test_a_small_file_is_compared_by_the_checksum_of_git(hub: FakeHub, tmp_path: Path) -> None:
+    hub.small.add("owner/name/folder/weights.bin")
+    _fetch(hub, tmp_path / "right.bin")
+    hub.sends_instead["owner/name/folder/weights.bin"] = DATA[::-1]
+
+    with pytest.raises(DownloadError, match="its SHA-1"):
+        _fetch(hub, tmp_path / "wrong.bin")
+
+    assert (tmp_path / "right.bin").read_bytes() == DATA
+    assert not (tmp_path / "wrong.bin").exists()
+
+
+def test_an_empty_file_is_a_file(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("owner/name", "folder/weights.bin", b"")
+
+    _fetch(hub, tmp_path / "weights.bin")
+
+    assert (tmp_path / "weights.bin").read_bytes() == b""
+
+
+def test_two_runs_at_once_load_the_file_once(hub: FakeHub, tmp_path: Path) -> None:
+    remote = find_on_hub(FILE, hub.address)
+    hub.requests.clear()
+    runs = [threading.Thread(target=download_file, args=(remote, tmp_path / "weights.bin")) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    assert hub.sent_ranges() == [None]
+    assert _left(tmp_path) == ["weights.bin"]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, r"refused \(401\).*Accept the licence.*\n.*token"),
+        (403, r"refused \(403\).*Accept the licence.*\n.*token"),
+        (404, "has no file folder/weights.bin"),
+        (500, "answers 500"),
+    ],
+)
+def test_an_answer_that_is_no_file_says_what_to_do(hub: FakeHub, status: int, words: str) -> None:
+    hub.status["owner/name"] = status
+
+    with pytest.raises(DownloadError, match=f"(?s){hub.address}/owner/name.*{words}"):
+        find_on_hub(FILE, hub.address)
+
+
+def test_without_a_token_the_message_says_how_to_log_in(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.status["owner/name"] = 401
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+
+    with pytest.raises(DownloadError, match="huggingface-cli login"):
+        find_on_hub(FILE, hub.address)
+    assert "authorization" not in hub.requests[-1][2]
+
+
+@pytest.mark.parametrize("find", [find_on_hub, find_on_modelscope])
+def test_a_host_that_is_not_there_is_named(find: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    with pytest.raises(DownloadError, match=r"http://127.0.0.1:9.* cannot be reached") as raised:
+        find(FILE, "http://127.0.0.1:9")  # type: ignore[operator]
+
+    assert len(str(raised.value).splitlines()) <= 2
+
+
+def test_modelscope_gives_size_checksum_and_data(hub: FakeHub, tmp_path: Path) -> None:
+    hub.cuts = [131_072]
+
+    remote = find_on_modelscope(FILE, hub.address)
+    download_file(remote, tmp_path / "weights.bin", wait=lambda _: None)
+
+    assert (remote.size_bytes, remote.sha256) == (len(DATA), hashlib.sha256(DATA).hexdigest())
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    assert hub.sent_ranges()[-1] == "bytes=131072-"
+    assert "authorization" not in hub.requests[-1][2]
+
+
+def test_modelscope_without_the_repository_or_the_file_names_the_other_site(hub: FakeHub) -> None:
+    other = ReleasedFile("owner/other", "a", "a", LICENCE, None, None)
+    missing = ReleasedFile("owner/name", "a", "a", LICENCE, None, None)
+    for file in (other, missing):
+        with pytest.raises(DownloadError, match="--source huggingface"):
+            find_on_modelscope(file, hub.address)
+
+
+def test_the_token_goes_to_the_hub_and_not_to_the_host_that_sends_the_data(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.redirects_to = hub.address.replace("127.0.0.1", "localhost")
+    hub.cuts = [131_072]
+
+    _fetch(hub, tmp_path / "weights.bin")
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    of_hub, of_other = ([], [])  # type: ignore[var-annotated]
+    for _, _, headers in hub.requests:
+        (of_other if headers["host"].startswith("localhost") else of_hub).append("authorization" in headers)
+    assert (of_hub, of_other) == ([True] * 3, [False] * 2)
+
+
+def test_data_of_an_earlier_version_are_removed_when_the_file_is_complete(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    (tmp_path / ".weights.bin.0123456789ab.part").write_bytes(b"earlier")
+    (tmp_path / ".weights.bin2.0123456789ab.part").write_bytes(b"another file")
+
+    _fetch(hub, tmp_path / "weights.bin")
+
+    assert _left(tmp_path) == [".weights.bin2.0123456789ab.part", "weights.bin"]

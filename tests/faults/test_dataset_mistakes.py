@@ -1,0 +1,277 @@
+"""Mistakes that users make with dataset files: one short message each, before any model is opened.
+
+The models that the commands name do not exist: a message about them would come too late.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.dataset.making import make_clip, make_image
+from tests.faults.messages import assert_one_message, run_here
+
+CONFIG = """[general]
+resolution = [32, 32]
+caption_extension = ".txt"
+enable_bucket = true
+batch_size = 1
+
+[[datasets]]
+video_directory = "clips"
+cache_directory = "cache"
+target_frames = [5]
+"""
+SECOND = '\n[[datasets]]\nvideo_directory = "more"\ncache_directory = "cache 2"\n'
+LATENTS = ("wan_cache_latents.py", "--vae", "no vae.safetensors")
+TEXTS = ("wan_cache_text_encoder_outputs.py", "--t5", "no t5.safetensors")
+MOST_LINES = 4  # of a message about one mistake
+
+# what is replaced in dataset.toml, by what, and what the message has to hold
+IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "huge side": ("[32, 32]", "100000", ("resolution = 100000", "at most 16384")),
+    "one huge side": ("[32, 32]", "[100000, 32]", ("resolution = [100000, 32]", "16384")),
+    "huge area": ("[32, 32]", "[16384, 16384]", ("[16384, 16384]", "33,177,600 pixels")),
+    "size as a text": ("[32, 32]", '"512x512"', ('"512x512" (text)', "[960, 544]")),
+    "one side": ("[32, 32]", "[32]", ("resolution = [32]",)),
+    "no size": ("[32, 32]", "0", ("resolution = 0",)),
+    "negative size": ("[32, 32]", "[-32, 32]", ("[-32, 32]",)),
+    "smaller than a bucket": ("[32, 32]", "[8, 8]", ("resolution = [8, 8]", "16x16")),
+    "no multiple": ("enable_bucket = true\n", "", ("[40, 40] is not a multiple of 16", "enable_bucket")),
+    "None": ("[32, 32]", "None", ("TOML has no word for nothing", "line 2")),
+    "null": ('".txt"', "null", ("TOML has no word for nothing", "line 3")),
+    "True": ("true", "True", ("true or false, in lower case", "line 4")),
+    "yes": ("true", "yes", ("true or false, in lower case",)),
+    "a switch in quotes": ("true", '"true"', ("without quotes",)),
+    "text without quotes": ('".txt"', "txt", ("A text needs quotes", "line 3")),
+    "path without quotes": ('"clips"', "/data/clips", ("A text needs quotes", "line 8")),
+    "curly quotes": ('".txt"', "\u201c.txt\u201d", ("straight quotes",)),
+    "backslashes": ('"clips"', '"C:\\data\\clips"', ("forward slashes or single quotes",)),
+    "a colon": ("resolution =", "resolution:", ("joined with =", "line 2")),
+    "a key twice": (
+        "batch_size = 1",
+        "batch_size = 1\nbatch_size = 2",
+        ("not valid TOML", "line 6", "remove one of the two"),
+    ),
+    "one bracket": ("[[datasets]]", "[datasets]", ("[[datasets]]", "needs two pairs of brackets")),
+    "one bracket, twice": ("[[datasets]]", "[datasets]\n[datasets]", ("may stand once", "[[datasets]]")),
+    "two brackets": ("[general]", "[[general]]", ("write [general]",)),
+    "two general tables": ("[[datasets]]", "[general]\n[[datasets]]", ("may stand once", "join the tables")),
+    "misspelt table": ("[[datasets]]", "[[dataset]]", ("Did you mean datasets?",)),
+    "misspelt key": ("batch_size", "batch_sise", ("Did you mean batch_size?",)),
+    "key of the folder misspelt": ("video_directory", "video_dir", ("Did you mean video_directory?",)),
+    "key in the wrong table": ("batch_size", "target_frames", ("only in a [[datasets]] table",)),
+    "extension without a dot": ('".txt"', '"txt"', ("with its dot",)),
+    "no batch": ("batch_size = 1", "batch_size = 0", ("batch_size = 0", "1 or more")),
+    "batch with a fraction": ("batch_size = 1", "batch_size = 1.5", ("1.5 (a number)",)),
+    "negative repeats": ("batch_size = 1", "num_repeats = -5", ("num_repeats = -5",)),
+    "a number for a list": ("[5]", "5", ("target_frames = 5", "[1, 25, 45]")),
+    "texts for numbers": ("[5]", '["5"]', ('target_frames = ["5"]',)),
+    "no frames": ("[5]", "[0]", ("target_frames = [0]",)),
+    "unknown mode": ("[5]", '[5]\nframe_extraction = "heads"', ('Did you mean "head"?',)),
+    "mode in capitals": ("[5]", '[5]\nframe_extraction = "Head"', ('"head"',)),
+    "no rate": ("[5]", "[5]\nsource_fps = 0", ("source_fps = 0",)),
+    "infinite rate": ("[5]", "[5]\nsource_fps = inf", ("source_fps",)),
+    "key of images": ("[5]", "[5]\nfp_1f_target_index = 1", ("is for image tables",)),
+    "two sources": ('"clips"', '"clips"\nimage_directory = "clips"', ("exclude each other",)),
+    "no source": ("video_directory", "#", ("video_directory", "missing")),
+    "near folder": ('"clips"', '"clip"', ("clip: No such file", "Did you mean clips?")),
+    "far folder": ('"clips"', '"/nowhere/at all"', ("nowhere", "Correct the path")),
+    "a file as folder": ('"clips"', '"clips/a.mp4"', ("a.mp4", "Not a directory")),
+    "empty folder": ('"clips"', '"empty"', ("has no videos (it is empty",)),
+    "only folders": ('"clips"', '"."', ("has no videos", "folders inside it are not searched")),
+    "pictures": ('"clips"', '"pictures"', ("no videos but 2 images", "image_directory")),
+    "cache is a file": ('"cache"', '"clips/a.mp4"', ("cache_directory", "a.mp4 is a file", "folder")),
+    "cache below a file": ('"cache"', '"clips/a.mp4/x/y"', ("a.mp4 is a file",)),
+    "no control": ("[5]", '[5]\ncontrol_directory = "controls"', ("controls", "Did you mean control?")),
+    "control of other names": ("[5]", '[5]\ncontrol_directory = "pictures"', ("no control clip for a.mp4",)),
+    "a shared cache": ("[5]", f"[5]{SECOND.replace('cache 2', 'cache')}", ("share the cache directory",)),
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("clips", "pictures", "empty", "more", "control"):
+        (folder / name).mkdir()
+    make_clip(folder / "clips" / "a.mp4", 5)
+    for path in ("clips/b.mp4", "clips/c.mp4", "more/d.mp4"):
+        shutil.copy(folder / "clips" / "a.mp4", folder / path)
+    for path in ("clips/a", "clips/b", "clips/c", "more/d"):
+        (folder / f"{path}.txt").write_text("a square", encoding="utf-8")
+    make_image(folder / "pictures" / "p.png")
+    make_image(folder / "pictures" / "q.png")
+    return folder
+
+
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> Path:
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "dataset.toml").write_text(CONFIG, encoding="utf-8")
+    return tmp_path
+
+
+def told(folder: Path, command: tuple[str, ...], *words: str, more: tuple[str, ...] = ()) -> str:
+    code, said = run_here(*command, "--dataset_config", "dataset.toml", *more, folder=folder)
+    message = assert_one_message(code, said, *words, remedy=False)
+    assert len(message.splitlines()) <= MOST_LINES, message
+    assert "no vae" not in message
+    assert "no t5" not in message
+    return message
+
+
+@pytest.mark.parametrize("mistake", IN_THE_FILE)
+def test_a_mistake_in_the_configuration_is_one_short_message(mistake: str, folder: Path) -> None:
+    old, new, words = IN_THE_FILE[mistake]
+    assert old in CONFIG
+    text = CONFIG.replace(old, new, 1)
+    if mistake == "no multiple":
+        text = text.replace("[32, 32]", "40")
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+
+    told(folder, LATENTS, *words)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_a_configuration_in_another_encoding_is_told_with_it(encoding: str, folder: Path) -> None:
+    content = f"# für die Schönheit der Küste\n{CONFIG}".encode(encoding)
+    (folder / "dataset.toml").write_bytes(content)
+
+    told(
+        folder, LATENTS, "not UTF-8", "UTF-16" if encoding == "utf-16" else "Windows-1252", "Save it as UTF-8"
+    )
+
+
+def test_a_byte_order_mark_is_no_mistake(folder: Path) -> None:
+    (folder / "dataset.toml").write_text(CONFIG, encoding="utf-8-sig")
+
+    _, said = run_here(*LATENTS, "--dataset_config", "dataset.toml", folder=folder)
+
+    assert "no vae.safetensors" in said  # all before it was right
+
+
+@pytest.mark.parametrize("name", ["nowhere.toml", "clips", "dataset.yaml", "dataset"])
+def test_a_configuration_that_cannot_be_read_is_named(name: str, folder: Path) -> None:
+    (folder / "dataset.yaml").write_text(CONFIG, encoding="utf-8")
+
+    told(folder, LATENTS, name, more=("--dataset_config", name))
+
+
+def test_faults_of_two_tables_are_told_together(folder: Path) -> None:
+    text = CONFIG.replace("target_frames", "target_frame") + SECOND + "numrepeats = 2\n"
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+
+    told(folder, LATENTS, "[[datasets]] 1", "Did you mean target_frames?", "[[datasets]] 2", "num_repeats")
+
+
+def test_missing_folders_of_two_tables_are_told_together(folder: Path) -> None:
+    text = (CONFIG + SECOND).replace('"clips"', '"clip"').replace('"more"', '"mor"')
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+
+    told(folder, LATENTS, "Did you mean clips?", "Did you mean more?")
+
+
+def test_clips_among_pictures_are_told(folder: Path) -> None:
+    text = CONFIG.replace("video_directory", "image_directory").replace("target_frames = [5]", "")
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+
+    told(folder, LATENTS, "no images but 3 videos", "video_directory")
+
+
+def test_a_json_file_with_a_comma_too_many_is_told_with_its_place(folder: Path) -> None:
+    (folder / "dataset.json").write_text('{"datasets": [{"video_directory": "clips",}]}', encoding="utf-8")
+
+    told(folder, LATENTS, "not valid JSON", "line 1", more=("--dataset_config", "dataset.json"))
+
+
+# --- captions and lists -------------------------------------------------------------------------------------
+
+
+def write_list(folder: Path, content: bytes) -> None:
+    (folder / "list.jsonl").write_bytes(content)
+    text = CONFIG.replace('video_directory = "clips"', 'video_jsonl_file = "list.jsonl"')
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+
+
+def two_encodings(folder: Path) -> None:
+    (folder / "clips" / "a.txt").write_bytes("ein Käfer fährt über die Straße".encode("cp1252"))
+    (folder / "clips" / "b.txt").write_bytes("赤いドレスを着た女性".encode("cp932"))
+
+
+def no_captions(folder: Path) -> None:
+    (folder / "clips" / "a.txt").unlink()
+    (folder / "clips" / "c.txt").unlink()
+
+
+def no_extension(folder: Path) -> None:
+    (folder / "dataset.toml").write_text(CONFIG.replace('caption_extension = ".txt"', ""), encoding="utf-8")
+
+
+def caption_is_a_folder(folder: Path) -> None:
+    (folder / "clips" / "a.txt").unlink()
+    (folder / "clips" / "a.txt").mkdir()
+
+
+def two_bad_lines(folder: Path) -> None:
+    good = json.dumps({"video_path": "clips/a.mp4", "caption": "a"})
+    write_list(folder, f"{good}\n{{'video_path': 1}}\n\n".encode())
+
+
+def without_caption(folder: Path) -> None:
+    write_list(folder, json.dumps({"video_path": "clips/a.mp4"}).encode())
+
+
+IN_TEXTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "captions in other encodings": (
+        two_encodings,
+        ("2 captions", "a.txt", "Windows-1252", "Käfer", "b.txt", "Shift-JIS", "赤い", "--repair_captions"),
+    ),
+    "no captions": (no_captions, ("2 of 3 captions are missing", "no a.txt", "no c.txt")),
+    "no extension": (no_extension, ("caption_extension",)),
+    "a folder": (caption_is_a_folder, ("a.txt", "Is a directory")),
+    "two bad lines": (two_bad_lines, ("2 lines", "line 2", "line 3", "an empty line")),
+    "a line without a caption": (without_caption, ('no "caption" in its line',)),
+    "a list in UTF-16": (lambda folder: write_list(folder, "{}".encode("utf-16")), ("UTF-16", "list.jsonl")),
+    "an empty list": (lambda folder: write_list(folder, b""), ("has no lines",)),
+}
+
+
+@pytest.mark.parametrize("mistake", IN_TEXTS)
+def test_a_mistake_in_captions_is_told_before_the_encoder_is_opened(mistake: str, folder: Path) -> None:
+    make, words = IN_TEXTS[mistake]
+    make(folder)
+
+    told(folder, TEXTS, *words)
+
+
+def test_latent_caching_warns_of_missing_captions(folder: Path) -> None:
+    no_captions(folder)
+
+    _, said = run_here(*LATENTS, "--dataset_config", "dataset.toml", folder=folder)
+
+    assert "2 of 3 have no caption, and text caching needs one for each. The first: " in said
+    assert "no a.txt beside it" in said
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--html", "x.html"), ("--check",)),
+        (("--check", "--html", "clips"), ("--html clips", ".html")),
+        (("--check", "--html", "x.html", "--html_items", "0"), ("--html_items 0",)),
+        (("--repair_captions",), ("--check",)),
+        (("--check", "--repair_captions", "klingon"), ("--repair_captions klingon", "cp1252")),
+        (("--batch_size", "0"), ("--batch_size 0",)),
+        (("--num_workers", "-1"), ("--num_workers -1",)),
+        (("--htlm", "x.html"), ("Did you mean --html?",)),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_short_message(
+    options: tuple[str, ...], words: tuple[str, ...], folder: Path
+) -> None:
+    told(folder, LATENTS, *words, more=options)

@@ -1,0 +1,65 @@
+"""Progress of a loop: a bar on a terminal, lines now and then elsewhere."""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from modules.bars import BYTES, LINE_EVERY, Bar, track
+
+
+def clock_of(*times: float) -> Callable[[], float]:
+    moments = iter(times)
+    last = times[-1]
+    return lambda: next(moments, last)
+
+
+def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    with Bar(100, "Loading dit\x1b[31m", BYTES, now=lambda: now[0], is_terminal=lambda: False) as bar:
+        for moment in (1.0, LINE_EVERY, LINE_EVERY + 1, 2 * LINE_EVERY):
+            now[0] = moment
+            bar.update(10)
+
+    assert caplog.messages == [
+        r"Loading dit\x1b[31m: 20 bytes of 100 bytes, about 2 min left",
+        r"Loading dit\x1b[31m: 40 bytes of 100 bytes, about 90 s left",
+    ]
+
+
+def test_a_short_loop_says_nothing(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    for is_terminal in (False, True):
+        with Bar(3, "Decoding", is_terminal=lambda is_terminal=is_terminal: is_terminal) as bar:  # type: ignore[misc]
+            bar.update(3)
+
+    assert not caplog.messages
+    assert not capsys.readouterr().err
+
+
+def test_tracking_passes_the_items_on_and_counts_what_they_add() -> None:
+    done: list[float] = []
+
+    def items() -> Iterator[int]:
+        yield from (1, 2, 3)
+
+    found = list(track(items(), "Merging", 6, size=lambda item: done.append(item) or item))  # type: ignore[func-returns-value]
+
+    assert (found, done) == ([1, 2, 3], [1, 2, 3])
+
+
+def test_an_error_in_the_loop_closes_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(Bar, "close", lambda self: closed.append(self.what))
+
+    def use() -> None:
+        for _ in track([1, 2], "Loading", 2):
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        use()
+
+    assert closed == ["Loading"]

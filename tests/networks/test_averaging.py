@@ -1,0 +1,196 @@
+"""The average of saved files, against closed forms."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modules.atomic_write import save_tensors
+from networks import averaging
+from networks.averaging import exponent_of, file_weights
+from networks.averaging_options import LARGEST_SIGMA, AveragingOptions
+from networks.hashes import add_hashes, model_hashes
+from networks.loading import read_lora
+from tests.faults.messages import assert_one_message, run_here
+
+NAME = "lora_unet_blocks_0_self_attn_q"
+
+
+def factors(index: int, rank: int = 2, alpha: float = 1.0) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(index)
+    return {
+        f"{NAME}.lora_down.weight": torch.randn(rank, 8, generator=made).bfloat16(),
+        f"{NAME}.lora_up.weight": torch.randn(8, rank, generator=made).bfloat16(),
+        f"{NAME}.alpha": torch.tensor(alpha),
+    }
+
+
+def write(folder: Path, index: int, step: int | None = None, **sizes: float) -> Path:
+    path = folder / f"my lora-{index}.safetensors"
+    tensors = factors(index, **sizes)  # type: ignore[arg-type]
+    metadata = {"ss_session_id": "7", "ss_output_name": f"run {index}"}
+    metadata |= {} if step is None else {"ss_steps": str(step)}
+    save_tensors(path, tensors, add_hashes(tensors, metadata))
+    return path
+
+
+def run(folder: Path, *arguments: object) -> dict[str, Tensor]:
+    code, said = run_here(
+        "lora_post_hoc_ema.py", *arguments, "--output_file", "out.safetensors", folder=folder
+    )
+    assert code == 0, said
+    return load_file(folder / "out.safetensors")
+
+
+def options(**values: object) -> AveragingOptions:
+    known = {"no_sort": False, "beta": 0.95, "beta2": None, "sigma_rel": None, **values}
+    made = object.__new__(AveragingOptions)  # files are not looked for
+    for name, value in known.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def test_a_beta_counts_files_as_its_powers() -> None:
+    assert file_weights(4, options(beta=0.9)) == pytest.approx([0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1])
+
+
+def test_a_second_beta_is_reached_at_the_last_file() -> None:
+    found = file_weights(4, options(beta=0.8, beta2=0.6))
+    assert found == pytest.approx([0.8 * 0.7 * 0.6, 0.2 * 0.7 * 0.6, 0.3 * 0.6, 0.4])
+    assert file_weights(2, options(beta=0.8, beta2=0.6)) == pytest.approx([0.8, 0.2])
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2, LARGEST_SIGMA])
+def test_a_width_gives_the_power_function_with_that_deviation(sigma: float) -> None:
+    gamma = exponent_of(sigma)
+    # Karras et al. 2023: a density proportional to t^gamma on 0..1
+    mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
+    assert (square - mean**2) ** 0.5 == pytest.approx(sigma)
+    count = 500
+    weights = torch.tensor(file_weights(count, options(sigma_rel=sigma)), dtype=torch.float64)
+    edges = torch.linspace(0, 1, count + 1, dtype=torch.float64) ** (gamma + 1)
+    torch.testing.assert_close(weights, edges.diff())  # file k stands for the time from (k - 1) to k
+
+
+def test_at_the_largest_width_all_files_count_alike() -> None:
+    assert file_weights(5, options(sigma_rel=LARGEST_SIGMA)) == pytest.approx([0.2] * 5)
+
+
+def test_files_are_averaged_by_their_step_in_more_than_their_own_precision(tmp_path: Path) -> None:
+    paths = [write(tmp_path, index, step) for index, step in ((1, 300), (2, 100), (3, 200))]
+
+    found = run(tmp_path, *paths, "--beta", 0.5)
+
+    first, second, last = factors(2), factors(3), factors(1)
+    for name, tensor in found.items():
+        exact = 0.25 * first[name].double() + 0.25 * second[name].double() + 0.5 * last[name].double()
+        assert torch.equal(tensor, exact.to(last[name].dtype))
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_output_name"] == "run 1"
+    assert metadata["sshs_model_hash"] == model_hashes(found, metadata)["sshs_model_hash"]
+    assert json.loads(metadata["ss_post_hoc_ema"]) == {
+        "beta": 0.5,
+        "beta2": None,
+        "files": {"my lora-2.safetensors": 0.25, "my lora-3.safetensors": 0.25, "my lora-1.safetensors": 0.5},
+    }
+    assert read_lora(tmp_path / "out.safetensors").metadata == metadata
+
+
+@pytest.mark.parametrize(("switch", "last"), [([], 1), (["--no_sort"], 2)])
+def test_without_steps_time_decides_or_the_order_given(tmp_path: Path, switch: list[str], last: int) -> None:
+    paths = [write(tmp_path, index) for index in (1, 2)]
+    os.utime(paths[1], (1, 1))
+
+    found = run(tmp_path, *paths, "--beta", 0, *switch)
+
+    assert all(torch.equal(found[name], tensor) for name, tensor in factors(last).items())
+
+
+def test_a_pattern_stands_for_its_files(tmp_path: Path) -> None:
+    for index in (1, 2):
+        write(tmp_path, index, index)
+
+    assert run(tmp_path, tmp_path / "my lora-*.safetensors", "--sigma_rel", 0.2).keys() == factors(1).keys()
+
+
+def test_copies_and_averages_are_left_out(tmp_path: Path) -> None:
+    paths = [write(tmp_path, index, index) for index in (1, 2)]
+    tensors = factors(2)
+    copy, average = tmp_path / "copy.safetensors", tmp_path / "x-ema.safetensors"
+    save_tensors(copy, tensors, add_hashes(tensors, {"ss_steps": "2"}))
+    save_tensors(average, factors(3), add_hashes(factors(3), {"ss_steps": "2", "ss_ema_decay": "0.9"}))
+
+    found = run(tmp_path, *paths, copy, average, "--beta", 0.5)
+
+    expected = run(tmp_path, *paths, "--beta", 0.5)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_file_larger_than_a_lora_is_written_tensor_by_tensor_without_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write(tmp_path, index, index) for index in (1, 2)]
+    expected = run(tmp_path, *paths)
+    monkeypatch.setattr(averaging, "LARGEST_HASHED", 0)
+
+    given = options(path=tuple(paths), output_file=tmp_path / "large.safetensors")
+    averaging.average_files(given)
+
+    found = load_file(tmp_path / "large.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with safe_open(tmp_path / "large.safetensors", "pt") as file:
+        assert not [key for key in file.metadata() if key.startswith("sshs")]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "arguments", "words"),
+    [
+        ({"rank": 3}, (), ("holds another network", "equal ranks")),
+        ({"alpha": 2.0}, (), ("alpha differs", "equal alphas")),
+        ({}, ("--beta", "1.5"), ("--beta 1.5",)),
+        ({}, ("--beta2", "nan"), ("--beta2 nan",)),
+        ({}, ("--sigma_rel", "0.5"), ("--sigma_rel 0.5", "0.2887")),
+        ({}, ("--sigma_rel", "0"), ("--sigma_rel 0",)),
+        ({}, ("--output_file", "my lora-1.safetensors"), ("--output_file", "one of the files")),
+        ({}, ("--output_file", "folder"), ("--output_file", "folder")),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(
+    tmp_path: Path, sizes: dict[str, float], arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    paths = [write(tmp_path, 1, 1), write(tmp_path, 2, 2, **sizes)]
+    output = () if "--output_file" in arguments else ("--output_file", "out.safetensors")
+
+    code, said = run_here("lora_post_hoc_ema.py", *paths, *arguments, *output, folder=tmp_path)
+
+    assert_one_message(code, said, *words)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("given", [["one"], ["one", "one"], ["none*"], ["one", "none"]])
+def test_less_than_two_files_are_refused(tmp_path: Path, given: list[str]) -> None:
+    write(tmp_path, 1).rename(tmp_path / "one")
+
+    code, said = run_here("lora_post_hoc_ema.py", *given, "--output_file", "out", folder=tmp_path)
+
+    assert_one_message(code, said)
+
+
+def test_a_file_that_holds_nan_is_refused(tmp_path: Path) -> None:
+    tensors = factors(2)
+    tensors[f"{NAME}.lora_up.weight"][0, 0] = torch.nan
+    save_tensors(tmp_path / "bad.safetensors", tensors, {})
+
+    code, said = run_here(
+        *("lora_post_hoc_ema.py", write(tmp_path, 1), "bad.safetensors", "--output_file", "out"),
+        folder=tmp_path,
+    )
+
+    assert_one_message(code, said, "bad.safetensors")

@@ -1,0 +1,112 @@
+"""The words of the command `reelsmith`."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from modules.version import VERSION
+from package.reelsmith import commands
+from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words, read_summary
+from package.staging import find_rooms
+from tests.commands import ROOT
+from tests.test_imports import SCRIPTS
+
+FOUND = [
+    ScriptCommand(tuple(name_words(name).split()), ROOT / f"{name}.py")
+    for name in ("wan_cache_latents", "merge_lora", "hv_train_network", "wan_train_network")
+]
+
+
+def test_every_script_of_the_checkout_is_a_command() -> None:
+    assert sorted(f"{command.script}.py" for command in find_commands(ROOT)) == SCRIPTS
+    assert all((ROOT / f"{name}.py").is_file() for name in OF_A_CHECKOUT)
+
+
+def test_each_command_has_its_own_words_and_none_hides_another() -> None:
+    words = [command.words for command in find_commands(ROOT)]
+    for one in words:
+        assert [other for other in words if other[: len(one)] == one] == [one]
+
+
+def test_every_command_says_what_it_is_for() -> None:
+    for command in find_commands(ROOT):
+        assert read_summary(command).endswith("."), command
+        assert "python" not in read_summary(command), command
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("wan_train_network", "train wan"),
+        ("hv_train", "finetune hv"),
+        ("fpack_generate_video", "generate fpack"),
+        ("cache_latents", "cache latents hv"),
+        ("wan_cache_text_encoder_outputs", "cache text wan"),
+        ("merge_lora", "merge"),
+        ("convert_lora", "convert"),
+        ("some_new_tool", "some-new-tool"),
+    ],
+)
+def test_words_follow_from_the_name(script: str, words: str) -> None:
+    assert name_words(script) == words
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("train", "train: which one? train hv, train wan"),
+        ("train wn --task x", "'train wn' is no command. Did you mean reelsmith train wan?"),
+        ("wan train", "'wan train' is no command. Did you mean reelsmith train wan?"),
+        ("mrege", "'mrege' is no command. Did you mean reelsmith merge?"),
+        ("--task", "'--task' is no command."),
+        ("teapot", "'teapot' is no command."),
+        ("teapot --help", "'teapot' is no command."),
+    ],
+)
+def test_other_words_are_answered_with_what_was_meant(
+    typed: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        commands._explain(FOUND, typed.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"reelsmith: error: {answer}\nreelsmith --help lists all commands\n"
+
+
+@pytest.mark.parametrize(("typed", "count"), [("", 4), ("--help", 4), ("train --help", 2), ("cache -h", 1)])
+def test_help_lists_the_commands_that_begin_so(
+    typed: str, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands._explain(FOUND, typed.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("  ")]) == count
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path("bin/reelsmith")), "--version"])
+    commands.main()
+    assert capsys.readouterr().out == f"reelsmith {VERSION}\n"
+
+
+def test_the_pages_name_commands_that_exist() -> None:
+    known = {command.words: command.script for command in find_commands(ROOT)}
+    named = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            words = line.split()
+            if line.startswith("reelsmith "):
+                named.append(words)
+                has_command = any(tuple(words[1 : 1 + len(one)]) == one for one in known)
+                assert has_command or words[1:] == ["--help"], line
+            for module in (word for word in words if word.startswith("reelsmith.")):
+                assert module.removeprefix("reelsmith.") in known.values(), line
+    assert len(named) >= 5
+
+
+def test_nobody_is_told_to_install_the_other_project_of_this_name_from_pypi() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    sources = [path for room in find_rooms(ROOT) for path in (ROOT / room).rglob("*.py")]
+    for path in [*pages, *sources, *ROOT.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"""pip install(?: [^`\n]*)?["' ]reelsmith(?![\w-])""", text), path

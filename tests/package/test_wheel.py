@@ -1,0 +1,211 @@
+"""The wheel: what is in it, and that it does what the checkout does."""
+
+import json
+import re
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import families
+from modules.version import VERSION
+from package.rewriting import find_own_imports
+from package.staging import find_own_names, find_rooms
+from tests.commands import ROOT, assert_user_error, run_python, run_script
+from tests.package.installing import Installed, build, install
+from tests.test_imports import HEAVY, SCRIPTS
+from tests.tiny.families import FAMILIES
+from tests.tiny.wan_dit import tiny_state, write_dit
+
+NAMES = [script.removesuffix(".py") for script in SCRIPTS]
+# {script: help}, with nothing heavy to import; wide, so that no line is broken
+HELP = f"""
+import contextlib, io, json, importlib, sys
+sys.modules.update(dict.fromkeys({HEAVY!r}))
+said = {{}}
+for name in {NAMES!r}:
+    sys.argv = [name, "--help"]
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        importlib.import_module("PREFIX" + name).main()
+    said[name] = text.getvalue()
+print(json.dumps(said))
+"""
+SHOW = """
+from reelsmith.modules.command import as_typed
+print(as_typed(["python", "wan_generate_video.py", "--prompt", "merge_lora.py"]))
+print(as_typed(["accelerate", "launch", "--num_processes", "2", "wan_train_network", "--seed", "1"]))
+print(as_typed(["git", "lfs", "pull"]))
+print(as_typed(["merge_lora"]))
+"""
+WIDE = {"COLUMNS": "9999"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(wheel, tmp_path_factory.mktemp("installed"))
+
+
+def test_the_wheel_has_one_top_level_name_and_every_file_of_the_rooms(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name.partition("/")[0] for name in names} == {"reelsmith", f"reelsmith-{VERSION}.dist-info"}
+    assert not [name for name in names if any(word in name for word in ("tests", "pocket", "__pycache__"))]
+    assert not {"reelsmith/quickstart.py", "reelsmith/run_tests.py"} & names
+    for room in find_rooms(ROOT):
+        for path in (ROOT / room).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                assert f"reelsmith/{path.relative_to(ROOT).as_posix()}" in names
+
+
+def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> None:
+    ours = find_own_names(ROOT)
+    found: dict[str, list[str]] = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".py"):
+                text = archive.read(name).decode()
+                found[name] = find_own_imports(text, ours)
+                assert not [script for script in SCRIPTS if f" {script}" in text], name
+    assert {name: imports for name, imports in found.items() if imports} == {}
+    assert len(found) > 200
+    assert find_own_imports((ROOT / "wan" / "family.py").read_text(encoding="utf-8"), ours)  # they are seen
+
+
+def test_texts_that_name_our_modules_are_those_that_are_resolved() -> None:
+    """Plain importlib finds none in a wheel: `import_own` imports families, `own_name` names networks."""
+    named = re.compile(rf"""["'](?:{"|".join(find_rooms(ROOT))})(?:\.\w+)+["']""")
+    found = set()
+    for room in [*find_rooms(ROOT), "."]:
+        for path in (ROOT / room).glob("*.py" if room == "." else "**/*.py"):
+            for match in named.findall(path.read_text(encoding="utf-8")):
+                if (ROOT / match[1:-1].replace(".", "/")).with_suffix(".py").is_file():
+                    found.add(match[1:-1])
+    assert "networks.lora_wan" in found
+    assert {name for name in found if not name.startswith("networks.")} == set(families.FAMILIES.values())
+
+
+def test_every_script_is_a_console_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"reelsmith-{VERSION}.dist-info/entry_points.txt").decode()
+    parser = ConfigParser()
+    parser.read_string(text)
+    scripts = {name: f"reelsmith.{name}:run" for name in NAMES}
+    assert dict(parser["console_scripts"]) == {"reelsmith": "reelsmith.commands:main", **scripts}
+
+
+def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed) -> None:
+    ours = json.loads(
+        installed.run("python", "-c", HELP.replace("PREFIX", "reelsmith."), environment=WIDE).stdout
+    )
+    code = HELP.replace("PREFIX", "")
+    scripts = json.loads(run_python("-c", code, folder=ROOT, environment=WIDE).stdout)
+    for name in NAMES:
+        expected = scripts[name]
+        for other in NAMES:
+            expected = expected.replace(f"python {other}.py", other).replace(f" {other}.py", f" {other}")
+        assert "--" in expected
+        assert ours[name] == expected
+
+
+def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installed: Installed) -> None:
+    dit = write_dit(installed.folder, tiny_state("t2v"), name="dit")
+
+    wrong = installed.run(
+        "convert_lora", "--input", dit, "--output", "x.safetensors", "--target", "other", check=False
+    )
+    mistyped = installed.run("python", "-m", "reelsmith.wan_train_network", "--tusk", check=False)
+
+    bare = {"PYTHONPATH": str(installed.packages)}  # with -S: no other package
+    start = "from reelsmith.merge_lora import run; run()"
+    lacking = installed.run("python", "-S", "-c", start, environment=bare, check=False)
+    names = ("networks.lora_wan", "networks.mine", "lycoris.kohya")
+    ask = f"from reelsmith.modules.installation import own_name; print(*map(own_name, {names}))"
+    resolved = installed.run("python", "-c", ask).stdout.split()
+    shown = installed.run("python", "-c", SHOW).stdout.splitlines()
+
+    assert resolved == ["reelsmith.networks.lora_wan", "networks.mine", "lycoris.kohya"]
+    assert shown == [
+        "wan_generate_video --prompt merge_lora.py",
+        "accelerate launch --num_processes 2 -m reelsmith.wan_train_network --seed 1",
+        "git lfs pull",
+        "merge_lora",
+    ]
+    assert_user_error(lacking, "torch is not installed", "-m pip install torch accelerate")
+    assert_user_error(wrong, "it is a Wan2.1 transformer")  # `families.identify` found the family's module
+    assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
+    assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
+    assert "train wan " in installed.run("reelsmith").stdout
+
+
+@pytest.mark.slow
+def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installed, tmp_path: Path) -> None:
+    """To the same LoRA, by `reelsmith`, by `accelerate launch -m`, and with spawned workers."""
+    family = FAMILIES[0]
+    network = ["--network_module", "networks.lora_wan", "--network_dim", "4"]
+    assert network == family.train[-6:-2]
+    steps = [
+        "--seed",
+        "1",
+        "--max_train_steps",
+        "3",
+        "--output_dir",
+        "output",
+        "--max_data_loader_n_workers",
+        "2",
+    ]
+    family.prepare(tmp_path)
+    family.prepare(installed.folder)
+    for script, *options in (
+        family.cache_latents,
+        family.cache_texts,
+        [*family.train, *steps, "--output_name", "lora"],
+    ):
+        run_script(script, *options, folder=tmp_path)
+
+    installed.run("reelsmith", "cache", "latents", "wan", *family.cache_latents[1:])
+    installed.run("wan_cache_text_encoder_outputs", *family.cache_texts[1:])
+    training = [*family.train[1:], *steps, "--output_name"]
+    launch = ["python", "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m"]
+    installed.run(*launch, "reelsmith.wan_train_network", *training, "launched")
+    installed.run("reelsmith", "train", "wan", *training, "direct")
+    spawning = (
+        "import multiprocessing, runpy, sys; multiprocessing.set_start_method('spawn'); "
+        "runpy.run_module('reelsmith.wan_train_network', run_name='__main__', alter_sys=True)"
+    )
+    installed.run("python", "-c", spawning, *training, "spawned")
+    generate = [*family.generate[1:], "--prompt", "a cat", "--video_size", 32, 32, "--infer_steps", 2]
+    installed.run(
+        "reelsmith",
+        "generate",
+        "wan",
+        *generate,
+        "--lora_weight",
+        "output/direct.safetensors",
+        "--save_path",
+        "videos",
+    )
+
+    expected = load_file(tmp_path / "output" / "lora.safetensors")
+    for name in ("launched", "direct", "spawned"):
+        made = load_file(installed.folder / "output" / f"{name}.safetensors")
+        assert made.keys() == expected.keys()
+        assert all(tensor.equal(expected[key]) for key, tensor in made.items()), name
+    assert list((installed.folder / "videos").glob("*.mp4"))
+
+
+def test_pip_builds_the_same_wheel_from_the_sdist(wheel: Path, tmp_path: Path) -> None:
+    sdist = build("sdist", tmp_path / "sdist")
+    flags = ["--no-deps", "--no-index", "--no-build-isolation", "-q", "-w", tmp_path / "again"]
+    run_python("-m", "pip", "wheel", *flags, sdist, folder=tmp_path)
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(tmp_path / "again" / wheel.name) as other:
+        assert {name: one.getinfo(name).CRC for name in one.namelist() if "RECORD" not in name} == {
+            name: other.getinfo(name).CRC for name in other.namelist() if "RECORD" not in name
+        }

@@ -1,0 +1,120 @@
+"""Full fine-tuning from the command line of every family: its file is a checkpoint for generation."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.commands import run_script
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.test_families import SIZE, shown
+from tests.tiny.families import FAMILIES, TinyFamily
+
+CHOSEN = ("wan t2v-1.3B", "wan i2v-14B-FC", "framepack", "framepack one frame")  # hv_train.py: its own tests
+SLOW = ("wan i2v-14B-FC", "framepack one frame")
+CASES = [
+    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in SLOW else ())
+    for each in FAMILIES
+    if each.name in CHOSEN
+]
+SEED = ("--seed", "1", "--max_data_loader_n_workers", "0")
+OUTPUT = ("--output_dir", "output", *SEED, "--max_train_steps", "3")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def project(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyFamily, Path]:
+    """A folder with models and caches."""
+    family: TinyFamily = request.param
+    folder = tmp_path_factory.mktemp("whole")
+    family.prepare(folder)
+    (folder / "prompts.txt").write_text(f"{family.sample_line}\n", encoding="utf-8")
+    succeed_here(*family.cache_latents, folder=folder)
+    succeed_here(*family.cache_texts, folder=folder)
+    return family, folder
+
+
+def whole(family: TinyFamily) -> list[str]:
+    """The command that trains the transformer itself."""
+    return [family.train_whole, *family.train[1 : family.train.index("--network_module")]]
+
+
+def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[TinyFamily, Path]) -> None:
+    """The sample made while training is what the script makes of the file, and not of the one before."""
+    family, folder = project
+    samples = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3"]
+    rate = ["--learning_rate", "1e-2", "--optimizer_type", "adamw"]
+
+    succeed_here(*whole(family), *OUTPUT, "--output_name", "x", *rate, *samples, folder=folder)
+
+    before, after = (load_file(folder / name) for name in ("model/dit.safetensors", "output/x.safetensors"))
+    assert {name: tensor.shape for name, tensor in after.items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert sum(not torch.equal(after[name], tensor) for name, tensor in before.items()) > 0.9 * len(before)
+    with safe_open(folder / "output" / "x.safetensors", "pt") as file:
+        assert "lora" not in file.metadata()["modelspec.architecture"]
+    generate = [*family.generate, *SIZE, "--prompt", "a cat", "--seed", "7"]
+    succeed_here(*generate, "--dit", "output/x.safetensors", "--save_path", "videos", folder=folder)
+    succeed_here(*generate, "--save_path", "untrained", folder=folder)
+    ours, theirs, untrained = (
+        shown(folder / name).float() for name in ("output/sample", "videos", "untrained")
+    )
+    # mean levels of 255, as in test_families; the sample's video differs by its encoder's settings
+    assert (ours - theirs).abs().mean() < 6
+    assert (ours - untrained).abs().mean() > 12
+
+
+def test_the_plan_counts_the_weights_that_learn(project: tuple[TinyFamily, Path]) -> None:
+    family, folder = project
+
+    plan = run_script(*whole(family), "--learning_rate", "1e-5", "--plan", "24", folder=folder)
+
+    rows = [line.strip() for line in plan.stdout.splitlines()]
+    assert any(row.startswith("weights of the transformer") and row.endswith("float32") for row in rows)
+    assert {"gradients", "optimizer"} <= {row.split("  ")[0] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--blocks_to_swap", "1"], ["--blocks_to_swap 1", "Add --fused_backward_pass"]),
+        (["--fp8_base"], ["--fp8_base", "--full_bf16"]),
+        (["--trainable_modules", "nonsense"], ["--trainable_modules nonsense"]),
+        (["--network_module", "networks.lora"], ["--network_module"]),
+    ],
+    ids=lambda case: case[0],
+)
+def test_what_makes_no_sense_for_trained_weights_is_refused(
+    project: tuple[TinyFamily, Path], arguments: list[str], words: list[str]
+) -> None:
+    family, folder = project
+
+    code, said = run_here(*whole(family), *OUTPUT, "--output_name", "refused", *arguments, folder=folder)
+
+    assert_one_message(code, said, *words)
+
+
+def test_wan_weights_are_not_kept_in_the_dtypes_of_the_file(project: tuple[TinyFamily, Path]) -> None:
+    family, folder = project
+    if family.train_whole != "wan_train.py":
+        pytest.skip("an option of Wan")
+
+    code, said = run_here(
+        *whole(family), *OUTPUT, "--output_name", "x", "--mixed_precision_transformer", folder=folder
+    )
+
+    assert_one_message(code, said, "--mixed_precision_transformer", "--full_bf16")

@@ -1,0 +1,126 @@
+"""A script started with the wrong Python, or without its packages, says so in a few lines."""
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from modules.environment import TORCH
+from modules.installation import IMPORTED_AS, command_words, own_name, read_requirements, requirement_name
+from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
+from package.staging import find_rooms
+from tests.commands import ROOT, assert_user_error, run_python
+
+SCRIPTS = sorted(command.script for command in find_commands(ROOT))
+FRONT_DOORS = [f"{name}.py" for name in (*SCRIPTS, *sorted(OF_A_CHECKOUT))]
+OLDEST = (3, 8)  # that a distribution may still have
+OLDER = [found for minor in (10, 9, 8) if (found := shutil.which(f"python3.{minor}")) is not None]
+
+
+@pytest.mark.parametrize("script", FRONT_DOORS)
+def test_nothing_of_ours_is_imported_before_the_interpreter_is_checked(script: str) -> None:
+    before = []
+    for name in (script, "modules/__init__.py", "modules/interpreter.py"):
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=OLDEST)
+        for node in tree.body:
+            if isinstance(node, ast.Import) and node.names[0].name == "modules.interpreter":
+                break
+            if isinstance(node, ast.Import):
+                before += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                before.append(str(node.module))
+        else:
+            assert name != script, "it does not import modules.interpreter"
+    assert {name.partition(".")[0] for name in before} <= set(sys.stdlib_module_names)
+    assert "tomllib" not in before
+
+
+@pytest.mark.parametrize("version", [(3, 10, 13), (3, 14, 0)])
+def test_every_script_names_the_pythons_it_runs_with(version: tuple[int, int, int]) -> None:
+    others = f"""
+import runpy, sys
+sys.version_info, sys.version = {(*version, "final", 0)}, "{".".join(map(str, version))} (main)"
+sys.modules.update(tomllib=None)  # as 3.10 has none
+for script in {FRONT_DOORS!r}:
+    for name in [name for name in sys.modules if name.startswith("modules")]:
+        del sys.modules[name]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print(script, end.code.splitlines()[0])
+"""
+    said = run_python("-c", others, folder=ROOT).stdout.splitlines()
+    number = ".".join(map(str, version))
+    assert said == [
+        f"{script} Python {number} ({sys.executable}) is not supported: use 3.11, 3.12 or 3.13."
+        for script in FRONT_DOORS
+    ]
+
+
+@pytest.mark.skipif(not OLDER, reason="no older Python on PATH")
+@pytest.mark.parametrize("python", OLDER, ids=lambda path: Path(path).name)
+def test_an_older_python_is_refused_in_two_lines(python: str) -> None:
+    if subprocess.run([python, "--version"], capture_output=True).returncode:
+        pytest.skip("a name without a Python behind it")
+    for script in FRONT_DOORS:
+        done = subprocess.run([python, script], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "use 3.11, 3.12 or 3.13." in done.stderr
+        assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_torch_a_script_says_how_to_get_to_it(script: str) -> None:
+    done = run_python("-S", ROOT / f"{script}.py", check=False)  # -S: no packages at all
+    assert_user_error(done, f"torch is not installed in this Python ({sys.executable})", "Activate")
+    assert len(done.stderr.splitlines()) <= 3
+    assert "usage:" in run_python("-S", ROOT / f"{script}.py", "--help").stdout
+
+
+def test_an_environment_that_is_there_is_named_with_its_command(tmp_path: Path) -> None:
+    copy = tmp_path / "a checkout"
+    for name in find_rooms(ROOT):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("families.py", "convert_lora.py", "requirements.txt"):
+        shutil.copy(ROOT / name, copy / name)
+    (copy / ".venv").mkdir()
+
+    done = run_python("-S", copy / "convert_lora.py", check=False)
+
+    commands = copy / ".venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    assert_user_error(done, f'. "{commands / "activate"}"', f'PowerShell: & "{commands / "Activate.ps1"}"')
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_another_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    lacking = "import sys; sys.modules.update(einops=None, av=None); sys.argv = ['convert_lora.py']; "
+    run = "import runpy; runpy.run_path('convert_lora.py', run_name='__main__')"
+    done = run_python("-c", lacking + run, folder=ROOT, check=False)
+    assert_user_error(done, "av, einops are not installed", "-m pip install -r", "requirements.txt")
+
+
+def test_every_requirement_is_known_by_the_name_it_is_imported_by() -> None:
+    for line in read_requirements():
+        name = requirement_name(line)
+        imported = IMPORTED_AS.get(name, name.replace("-", "_"))
+        assert importlib.util.find_spec(imported) is not None, f"{line}: not imported as {imported}"
+
+
+def test_what_the_quickstart_installs_is_in_the_range_of_torch() -> None:
+    torch = next(Requirement(line) for line in read_requirements() if requirement_name(line) == "torch")
+    (installed,) = Requirement(TORCH).specifier
+    assert installed.operator == "=="
+    assert installed.version in torch.specifier
+    assert "2.6.0" not in torch.specifier  # it has no float8_e8m0fnu
+
+
+def test_in_a_checkout_a_module_is_imported_by_the_name_that_was_typed() -> None:
+    assert own_name("networks.lora_wan") == "networks.lora_wan"
+    assert own_name("lycoris.kohya") == "lycoris.kohya"
+    words = ["python", "wan_train_network.py", "--seed", "1"]
+    assert command_words(words) == words

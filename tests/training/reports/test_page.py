@@ -1,0 +1,374 @@
+"""The page of a training: it fills itself, shows hostile text as text, and never ends a training."""
+
+import html
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from modules.errors import UserError
+from modules.media.reading import read_image, video_frames
+from tests.browser import open_page
+from tests.training.test_resume import train_in_two_processes
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from training.loop import train
+from training.reports.history import History, SampleRow
+from training.reports.logs import Logs
+from training.reports.page import ClipStore, PageFacts, Standing, choose_columns, write_training_page
+from training.reports.reporter import PAUSE, RunReporter
+from training.reports.sample_logs import log_samples
+from training.reports.sheets import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, write_sheet
+from training.run import prepare_run, train_network
+
+HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
+PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing is tidied up by the loop."""
+
+
+def killed_at(count: int) -> ToyFamily:
+    """A family whose run dies at the `count`-th micro-batch."""
+
+    def watch(passes: int) -> None:
+        if passes == count:
+            raise Killed
+
+    return ToyFamily(watch=watch)
+
+
+@pytest.fixture
+def sampling(tmp_path: Path) -> list[object]:
+    """Options that make samples of two prompts every third step."""
+    write_caches(tmp_path)
+    (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    return ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 3]
+
+
+def page_of(folder: Path, name: str = "x") -> str:
+    return (folder / "output" / f"{name}.html").read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    """What a page says, without its embedded data."""
+    return html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r'"data:[^"]*"', '""', page)))
+
+
+def columns_of(page: str) -> list[str]:
+    head = page.partition("<thead>")[2].partition("</thead>")[0]
+    return [text.split(" best")[0] for text in re.findall(r"<th>([^<]*)", head)]
+
+
+def test_the_page_is_there_after_samples_and_complete_at_the_end(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    with pytest.raises(Killed):
+        train_network(killed_at(4), toy_options(tmp_path, *sampling, has_page=True))
+    page = page_of(tmp_path)
+    assert columns_of(page) == ["step 3"]
+    assert "running" in text_of(page)
+
+    train_toy(tmp_path, *sampling, "--validation_split", "0.2", "--validate_every_n_steps", 4, has_page=True)
+
+    with open_page(tmp_path / "output" / "x.html") as shown:
+        assert shown.title() == "x: training"
+        shown.wait_for_function(
+            "[...document.querySelectorAll('video')].every(clip => clip.currentTime > 0 && !clip.paused)"
+        )
+        assert shown.locator("video").count() == 2
+        assert shown.evaluate("Math.min(...[...document.images].map(image => image.naturalWidth))") > 0
+        assert shown.locator(".chart").count() == 3
+        assert "finished" in shown.inner_text("body")
+        assert "8 of 8" in shown.inner_text("body")
+        assert shown.problems == []
+
+
+def test_a_resumed_run_shows_the_whole_history(tmp_path: Path, sampling: list[object]) -> None:
+    """The run dies at its seventh step, after a state at the fourth: steps 5 to 7 are trained again."""
+    options = [*sampling, "--save_every_n_steps", 4, "--save_state", "--resume", "latest"]
+    with pytest.raises(Killed):
+        train_network(killed_at(6), toy_options(tmp_path, *options, has_page=True))
+
+    train_toy(tmp_path, *options, has_page=True)
+
+    page = page_of(tmp_path)
+    assert columns_of(page) == ["step 3", "step 6"]
+    assert "resumed at step 4" in text_of(page)
+    assert page.count("<video") == 2
+    lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [int(found[1]) for line in lines if (found := re.match(r'\{"step": (\d+), "loss"', line))]
+    assert steps == list(range(1, 9))
+
+
+def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    entry = {"prompt": HOSTILE, "sample_steps": 1, "width": 32, "height": 32}
+    (tmp_path / "prompts.json").write_text(json.dumps([entry]), encoding="utf-8")
+    # Windows allows no such characters in a name
+    name = "'%41&amp; \u00fc #" + ("" if sys.platform == "win32" else "<img src=x onerror=alert(3)>?")
+    options = ["--sample_prompts", tmp_path / "prompts.json", "--sample_every_n_steps", 2]
+    options += ["--output_name", name, "--training_comment", HOSTILE, "--max_train_steps", 2]
+    options += ["--huggingface_token", "hf_secret", "--wandb_api_key", "w_secret"]
+
+    assert train_network(ToyFamily(), toy_options(tmp_path, *options, has_page=True)) == 0
+
+    file = tmp_path / "output" / f"{name}.html"
+    with open_page(file) as page:
+        assert page.title() == f"{name}: training"
+        assert HOSTILE.split(" \u202e")[0] in page.inner_text(".prompt")
+        page.click("summary:has-text('options')")
+        assert "onerror=alert(2)" in page.inner_text(".options")
+        assert page.locator("script").count() == 0
+        links = page.evaluate("[...document.querySelectorAll('a')].map(link => link.href)")
+        assert page.problems == []
+    here = (tmp_path / "output").as_uri()
+    assert links
+    assert all(link.startswith(here) and Path(unquote(urlparse(link).path)).is_file() for link in links)
+    assert "secret" not in file.read_text(encoding="utf-8")
+
+
+def test_without_the_page_nothing_of_it_is_written(tmp_path: Path, sampling: list[object]) -> None:
+    train_toy(tmp_path, *sampling)
+
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {"x.safetensors", "sample"}
+
+
+def test_the_page_changes_no_weight(tmp_path: Path, sampling: list[object]) -> None:
+    assert same(train_toy(tmp_path, *sampling), train_toy(tmp_path, *sampling, has_page=True))
+
+
+@pytest.mark.parametrize("blocked", ["x.html", "x-history.jsonl"])
+def test_a_file_that_cannot_be_written_is_one_warning_and_the_training_goes_on(
+    tmp_path: Path, sampling: list[object], blocked: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "output" / blocked).mkdir(parents=True)
+    (tmp_path / "output" / blocked / "kept").touch()
+
+    train_toy(tmp_path, *sampling, "--save_every_n_steps", 2, has_page=True)
+
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len([line for line in said if "x.html is not complete, the training goes on" in line]) == 1
+    assert list((tmp_path / "output" / "sample").glob("*.mp4"))
+
+
+def test_a_run_that_ends_by_an_error_says_so_on_its_page(tmp_path: Path) -> None:
+    write_caches(tmp_path, bad=2)
+
+    with pytest.raises(UserError, match="clip2"):
+        train_network(ToyFamily(), toy_options(tmp_path, has_page=True))
+
+    assert re.search(r"ended by an error after step \d: step \d: the loss is", text_of(page_of(tmp_path)))
+
+
+def test_samples_that_are_gone_or_broken_leave_a_note(tmp_path: Path, sampling: list[object]) -> None:
+    options = [*sampling, "--save_state", "--resume", "latest"]
+    train_toy(tmp_path, *options, "--max_train_steps", 6, has_page=True)
+    first, second = sorted((tmp_path / "output" / "sample").glob("*.mp4"))
+    first.unlink()
+    second.write_bytes(b"no video")
+
+    train_toy(tmp_path, *options, "--max_train_steps", 7, has_page=True)
+
+    assert text_of(page_of(tmp_path)).count("the file is gone, or cannot be read") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    train_in_two_processes(tmp_path, 29647, *map(str, sampling), environment={"TOY_PAGE": "1"})
+
+    page = page_of(tmp_path)
+    assert columns_of(page) == ["step 3", "step 6"]
+    assert page.count("<video") == 2
+    assert page.count('<a href="./sample/') == 4
+    assert "accelerate launch --num_processes 2" in text_of(page)
+    lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if '"loss"' in line]) == 8
+
+
+def facts(folder: Path, total_steps: int = 100, **changed: Any) -> PageFacts:
+    plain = PageFacts("x", "toy", folder, total_steps, [], [], lambda best, done: [], lambda: [])
+    return replace(plain, **changed)
+
+
+def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, float]) -> str:
+    """The text of a page of a run that saved these files (of which b.safetensors is gone)."""
+    history = History(folder / "h.jsonl", 1)
+    for step, loss in validations.items():
+        history.note_validation(step, {"validation/loss": loss})
+    for name, step in saved.items():
+        history.note_saved(step, name)
+        if name != "b.safetensors":
+            (folder / name).write_bytes(b"x" * 2000)
+    clips = ClipStore(folder)
+    write_training_page(
+        folder / "x.html", facts(folder), history, Standing(9, "running"), clips, datetime.now()
+    )
+    return text_of((folder / "x.html").read_text(encoding="utf-8"))
+
+
+def test_the_best_file_is_the_one_with_the_lowest_validation_loss_of_those_that_are_there(
+    tmp_path: Path,
+) -> None:
+    saved = {"a.safetensors": 10, "b.safetensors": 20, "c.safetensors": 30}
+
+    page = page_with(tmp_path, saved, {10: 0.5, 20: 0.1, 28: 0.4})
+
+    assert "Best file by validation loss: c.safetensors. The lowest loss of all is 0.1 at step 20" in page
+    assert "0.4 (at step 28)" in page
+    assert "b.safetensors" not in page
+
+
+def test_without_validation_the_page_says_how_to_get_one(tmp_path: Path) -> None:
+    page = page_with(tmp_path, {"a.safetensors": 10}, {})
+
+    assert "--validation_split 0.1 --validate_every_n_steps 100" in page
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 12, 100, 1000])
+def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> None:
+    rows = [SampleRow(10 * index, f"{index:06d}", {}, {}) for index in range(count)]
+    best = 10 * (count * 2 // 3)
+
+    chosen = [row.step for row in choose_columns(rows, best, 10)]
+
+    assert len(chosen) <= 10
+    assert len(chosen) >= min(count, 5)
+    assert {0, 10 * (count - 1), min(best, 10 * (count - 1))} <= set(chosen)
+    assert chosen == sorted(chosen)
+
+
+def test_a_clip_is_encoded_once_and_forgotten_with_its_column(tmp_path: Path, sampling: list[object]) -> None:
+    train_toy(tmp_path, *sampling)
+    name = next((tmp_path / "output" / "sample").glob("*.mp4")).name
+    clips = ClipStore(tmp_path / "output" / "sample", now=lambda: 5.0)
+
+    assert clips.load(name, "a", deadline=4.0) == "shown when the page is written next"
+    first = clips.load(name, "a", deadline=6.0)
+    (tmp_path / "output" / "sample" / name).unlink()
+    assert clips.load(name, "a", deadline=4.0) is first
+    clips.keep(set())
+    assert clips.load(name, "a", deadline=6.0) == "the file is gone, or cannot be read"
+
+
+def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    train_toy(tmp_path, *sampling, "--max_train_steps", 3, has_page=True)
+
+    video, picture, sheet = sorted((tmp_path / "output" / "sample").iterdir())
+    assert sheet.name == "x_000003_sheet.png"
+    shown = read_image(sheet).astype(int)
+    for row, frame in zip((0, 1), (next(iter(video_frames(video))), read_image(picture)), strict=True):
+        top = TITLE_SIZE + 3 * GAP + TEXT_SIZE + GAP + row * (TEXT_SIZE + GAP + 32 + 2 * GAP)
+        assert abs(shown[top : top + 32, GAP : GAP + 32] - frame).mean() < 3
+
+
+def test_a_sheet_of_any_prompt_can_be_drawn(tmp_path: Path) -> None:
+    strips = {index: np.zeros((16, 16, 3), np.uint8) for index in range(3)}
+
+    write_sheet(tmp_path / "s.png", HOSTILE, strips, {0: HOSTILE, 1: "\u732b " * 5000, 2: "\ud800 \n\0"})
+
+    assert read_image(tmp_path / "s.png").shape[1] == LEAST_WIDTH + 2 * GAP
+
+
+def test_samples_go_to_tensorboard_with_and_without_a_page(tmp_path: Path, sampling: list[object]) -> None:
+    for name, has_page in (("with", True), ("without", False)):
+        logs = tmp_path / name
+        train_toy(tmp_path, *sampling, "--logging_dir", logs, "--max_train_steps", 6, has_page=has_page)
+
+        (events,) = logs.rglob("events.out.tfevents.*")
+        accumulator = EventAccumulator(str(events), size_guidance={"images": 0})
+        accumulator.Reload()
+        assert accumulator.Tags()["images"] == ["samples/00", "samples/01"]
+        images = accumulator.Images("samples/00")
+        assert [image.step for image in images] == [3, 6]
+        assert (images[0].width, images[0].height) == (3 * 32 + 2 * 4, 32)
+
+
+def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[dict[str, Any], int]] = []
+
+    class Tracker:
+        """Only what is called of it."""
+
+        name = "wandb"
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            sent.append((values, step))
+
+    class Accelerator:
+        """One process with that tracker."""
+
+        trackers = (Tracker(),)
+        is_main_process = True
+
+    def media(kind: str) -> Any:
+        return lambda path, **settings: (kind, path, settings)
+
+    stand_in = SimpleNamespace(Video=media("video"), Image=media("image"))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
+    logs = Logs(Accelerator(), tqdm(disable=True))  # type: ignore[arg-type]
+    files = {0: tmp_path / "a.mp4", 1: tmp_path / "b.png"}
+
+    log_samples(logs, 5, files, {}, {0: "a cat", 1: "a dog"})
+
+    assert sent == [
+        (
+            {
+                "samples/00": ("video", str(files[0]), {"caption": "a cat", "format": "mp4"}),
+                "samples/01": ("image", str(files[1]), {"caption": "a dog"}),
+            },
+            5,
+        )
+    ]
+
+
+def test_pages_without_new_samples_are_far_apart(tmp_path: Path) -> None:
+    seconds = [0.0]
+    reporter = RunReporter(
+        tmp_path / "x.html",
+        facts(tmp_path),
+        History(tmp_path / "h.jsonl", 1),
+        {},
+        0,
+        now=lambda: seconds[0],
+    )
+
+    def is_written_after(more: float) -> bool:
+        seconds[0] += more
+        (tmp_path / "x.html").unlink(missing_ok=True)
+        reporter.note_saved(tmp_path / "x.safetensors", 1)
+        return (tmp_path / "x.html").exists()
+
+    assert [is_written_after(more) for more in (PAUSE - 1, 1, PAUSE - 1, 1)] == [False, True, False, True]
+    reporter._cost = 2.0  # a page that took two seconds: the next ones come after more than ten minutes
+    assert [is_written_after(more) for more in (PAUSE, 600)] == [False, True]
+
+
+def test_the_loop_reports_through_it(tmp_path: Path) -> None:
+    """A run of which the page is replaced by one of its own: as benchmarks do."""
+    write_caches(tmp_path)
+    with prepare_run(ToyFamily(), toy_options(tmp_path)) as run:
+        assert run.reporter is None
+        reporter = RunReporter(tmp_path / "x.html", facts(tmp_path), History(tmp_path / "h.jsonl", 1), {}, 0)
+        train(replace(run, reporter=reporter))
+
+    assert [each.step for each in reporter.history.loss] == list(range(1, 9))
+    assert torch.tensor([each.mean for each in reporter.history.seconds]).gt(0).all()

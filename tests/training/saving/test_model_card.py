@@ -1,0 +1,204 @@
+"""The model card: what it says, what hostile text cannot do, and whose card is left alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+from modules.contract.release import ModelRelease
+from tests.training.toy import toy_options, train_toy, write_caches
+from training.saving.model_card import CardFacts, may_replace, write_card
+from training.saving.upload import make_uploads
+
+RELEASE = ModelRelease(("Wan-AI/Wan2.1-T2V-1.3B",), "Apache-2.0", "apache-2.0", "https://example.org/apache")
+METADATA = {
+    "modelspec.title": "My cat",
+    "modelspec.license": "Apache-2.0",
+    "modelspec.tags": "cat, video",
+    "ss_network_dim": "32",
+    "ss_learning_rate": "0.0002",
+    "ss_training_comment": "None",
+    "ss_datasets": json.dumps(
+        [{"resolution": [480, 480], "video_directory": "secret", "trigger_word": "blorp"}]
+    ),
+}
+HOSTILE = (
+    "x\n---\nlicense: mit\n# <script>alert(1)</script>\n```\n[a](javascript:b) --> <!-- \u2028 \x1b[31m "
+    '"quoted": {a: b} *&anchor !!python/object:os.system\r\n\'; | > - ?'
+)
+
+
+def card_of(release: ModelRelease = RELEASE, name: str = "my_cat", **metadata: str) -> str:
+    """The card of a run with some metadata changed."""
+    changed = {key.replace("__", "."): text for key, text in metadata.items()}
+    return write_card(CardFacts(name, True, release, {**METADATA, **changed}, ["a cat walks"]))
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The YAML of a card, read as the hub does: between the first two lines of `---`."""
+    start, block, _ = card.split("---\n", 2)
+    assert start == ""
+    values: dict[str, Any] = yaml.safe_load(block)
+    return values
+
+
+def test_the_card_says_what_the_file_is_and_how_it_was_made() -> None:
+    card = card_of()
+
+    assert front_matter(card) == {
+        "base_model": ["Wan-AI/Wan2.1-T2V-1.3B"],
+        "base_model_relation": "adapter",
+        "tags": ["reelsmith", "lora", "cat", "video"],
+        "license": "apache-2.0",
+        "instance_prompt": "blorp",
+        "widget": [{"text": "a cat walks"}],
+    }
+    for words in ("# My cat\n", "    rank: 32\n", "    data: resolution [480, 480]\n", "taught: blorp\n"):
+        assert words in card
+    assert "    --lora_weight my_cat.safetensors --lora_multiplier 1.0\n" in card
+    assert "secret" not in card  # names of the user's folders
+    assert "comment" not in card
+
+
+def test_another_licence_is_named_as_the_hub_wants_it() -> None:
+    tencent = ModelRelease(("tencent/HunyuanVideo",), "Tencent Hunyuan Community", "other", "https://e.org/l")
+    own = front_matter(card_of(tencent, modelspec__license="Tencent Hunyuan Community"))
+    given = front_matter(card_of(tencent, modelspec__license="All mine, ask"))
+    known = front_matter(card_of(tencent, modelspec__license="CC-BY-4.0"))
+
+    assert own["license"] == "other"
+    assert own["license_name"] == "tencent-hunyuan-community"
+    assert own["license_link"] == "https://e.org/l"
+    assert (given["license"], given["license_name"]) == ("other", "all-mine-ask")
+    assert "license_link" not in given
+    assert known["license"] == "cc-by-4.0"
+
+
+def test_hostile_text_stays_text() -> None:
+    tables = json.dumps([{"resolution": [1, 1], "trigger_word": HOSTILE}])
+    card = write_card(
+        CardFacts(
+            HOSTILE,
+            True,
+            RELEASE,
+            {
+                **{f"modelspec.{key}": HOSTILE for key in ("title", "description", "license", "tags")},
+                "ss_training_comment": HOSTILE,
+                "ss_network_args": HOSTILE,
+                "ss_datasets": tables,
+            },
+            [HOSTILE, "\ud83d"],
+        )
+    )
+
+    values = front_matter(card)
+    own = {"base_model", "base_model_relation", "tags", "license", "license_name"}
+    assert set(values) == {*own, "instance_prompt", "widget"}
+    assert values["license"] == "other"
+    assert values["widget"][0]["text"].startswith("x --- license: mit")
+    body = card.split("---\n", 2)[2]
+    headings = [line for line in body.splitlines() if line.startswith("#")]
+    assert headings[1:] == ["## Use", "## Training", "## Licence"]
+    text = "\n".join(line for line in body.splitlines() if not line.startswith("    "))
+    assert "<script" not in text
+    assert "](" not in text.replace("[Wan-AI/Wan2.1-T2V-1.3B](https://huggingface.co/", "")
+    assert text.count("<!--") == text.count("-->") == 1  # the mark at the end
+    assert not [code for code in card if code != "\n" and (ord(code) < 32 or code == "\u2028")]
+    assert may_replace(card, card)
+
+
+@pytest.mark.parametrize(
+    ("existing", "expected"),
+    [
+        (card_of(), True),
+        (card_of().replace("\n", "\r\n"), True),
+        (card_of(modelspec__title="Before"), True),
+        (card_of().replace("My cat", "My own words"), False),
+        (card_of(name="another"), False),
+        ("# Written by hand\n", False),
+        ("", False),
+    ],
+    ids=["unchanged", "line ends", "earlier run", "edited", "other file", "by hand", "empty"],
+)
+def test_only_an_unchanged_card_of_the_same_file_is_replaced(existing: str, expected: bool) -> None:
+    assert may_replace(existing, card_of()) is expected
+
+
+class FakeRepository:
+    """A repository that may have a README.md, and notes uploads."""
+
+    def __init__(self, folder: Path, readme: str | None = None, fails: bool = False) -> None:
+        self.file, self.readme, self.fails = folder / "downloaded.md", readme, fails
+        self.uploaded: dict[str, Any] = {}
+
+    def __call__(self, token: str | None) -> "FakeRepository":
+        return self
+
+    def create_repo(self, **_: Any) -> None: ...
+
+    def file_exists(self, filename: str, **_: Any) -> bool:
+        if self.fails:
+            raise ConnectionError("no network")
+        return self.readme is not None
+
+    def hf_hub_download(self, filename: str, **_: Any) -> str:
+        self.file.write_text(self.readme or "", encoding="utf-8")
+        return str(self.file)
+
+    def upload_file(self, path_or_fileobj: Any, path_in_repo: str, **_: Any) -> None:
+        self.uploaded[path_in_repo] = path_or_fileobj
+
+
+def publish(tmp_path: Path, api: FakeRepository, *more: str) -> FakeRepository:
+    """Upload a file twice with its card."""
+    uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras", *more).hub, api)
+    for name in ("x-000001.safetensors", "x.safetensors"):
+        uploads.publish(tmp_path / name, card_of())
+    uploads.wait()
+    return api
+
+
+@pytest.mark.parametrize("more", [(), ("--async_upload",)])
+def test_a_repository_without_a_card_gets_one(tmp_path: Path, more: tuple[str, ...]) -> None:
+    api = publish(tmp_path, FakeRepository(tmp_path), *more, "--huggingface_path_in_repo", "wan")
+
+    assert sorted(api.uploaded) == ["README.md", "wan/x-000001.safetensors", "wan/x.safetensors"]
+    assert api.uploaded["README.md"] == card_of().encode()
+
+
+def test_a_users_own_card_is_kept(tmp_path: Path) -> None:
+    api = publish(tmp_path, FakeRepository(tmp_path, "# Written by hand\n"))
+
+    assert "README.md" not in api.uploaded
+    assert "x.safetensors" in api.uploaded
+
+
+def test_other_kinds_of_repositories_get_no_card(tmp_path: Path) -> None:
+    api = publish(tmp_path, FakeRepository(tmp_path), "--huggingface_repo_type", "dataset")
+
+    assert sorted(api.uploaded) == ["x-000001.safetensors", "x.safetensors"]
+
+
+def test_a_card_that_fails_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    api = publish(tmp_path, FakeRepository(tmp_path, fails=True))
+
+    assert sorted(api.uploaded) == ["x-000001.safetensors", "x.safetensors"]
+    assert caplog.text.count("the model card was not uploaded to me/loras: no network") == 1
+
+
+def test_a_run_uploads_a_card_and_marks_its_file_with_the_models_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_caches(tmp_path)
+    api = FakeRepository(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", api)
+
+    train_toy(tmp_path, "--huggingface_repo_id", "me/loras")
+
+    values = front_matter(api.uploaded["README.md"].decode())
+    assert (values["base_model"], values["license_name"]) == (["owner/toy"], "toy-licence")
+    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.license"] == "Toy licence"

@@ -1,0 +1,147 @@
+"""Command lines that follow a training give the same options again, in any shell, and no secret."""
+
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hunyuan_model.options import HunyuanTrainingOptions
+from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
+from hunyuan_model.options import generation_words as generate_hunyuan
+from modules.options import read_options
+from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
+from training.options import TrainingOptions, read_arguments, read_training, training_parser
+from training.reports.page import PageCommand
+from training.whole_dit_options import add_whole_dit_arguments
+from wan.options import WanTrainingOptions, add_training_arguments, generation_words
+
+NEEDED = ["--dataset_config", "my data.toml", "--output_dir", "out put", "--output_name", "it's \u00fc"]
+SCRIPTS = FamilyScripts("wan_train_network.py", add_training_arguments)
+EVERY_KIND = [
+    *("--task", "i2v-14B", "--dit", "mo dels/dit.safetensors", "--vae", "v.pth", "--vae_tiling"),
+    *("--network_args", "exclude_patterns=[r'.*ffn.*']", "rank_dropout=0.1", "--network_alpha", "16"),
+    *("--optimizer_args", "betas=0.9,0.95", "--lr_warmup_steps", "5%", "--lr_scheduler", "cosine"),
+    *("--training_comment=-begins with a dash", "--mixed_precision", "bf16", "--seed", "4"),
+    *("--blocks_to_swap", "auto", "--gradient_checkpointing", "--compile_args", "inductor", "default"),
+    *("auto", "False", "--max_train_steps", "40", "--save_every_n_minutes", "2.5"),
+]
+
+
+def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions]:
+    return read_training(None, add_training_arguments, WanTrainingOptions, words)
+
+
+def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any) -> NextSteps:
+    options, own = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
+    scripts = FamilyScripts("wan_train_network.py", add_training_arguments, partial(generation_words, own))
+    file = folder / "x.safetensors"
+    return NextSteps(given_options(options, own, scripts), scripts, options, file, 40, processes, sample)
+
+
+def words_of(command: PageCommand) -> list[str]:
+    return shlex.split(command.bash)
+
+
+@pytest.mark.parametrize("more", [[], EVERY_KIND], ids=["few", "many"])
+def test_the_words_of_a_run_give_its_options_again(more: list[str]) -> None:
+    options = read([*NEEDED, *more])
+
+    words = given_options(*options, SCRIPTS).words(set())
+
+    assert read(words) == options
+    assert not any(word.startswith("--") and word in {"--network_dim", "--rope_func"} for word in words)
+
+
+def test_options_that_differ_from_their_defaults_are_told_from_the_others() -> None:
+    given = given_options(*read([*NEEDED, "--network_alpha", "1", "--learning_rate", "3e-5"]), SCRIPTS)
+
+    changed, unchanged = dict(given.rows(is_changed=True)), dict(given.rows(is_changed=False))
+    assert changed["learning_rate"] == "3e-05"
+    assert changed["output_name"] == "it's \u00fc"
+    assert {"network_alpha", "task", "sdpa"} <= set(unchanged)
+    assert not changed.keys() & unchanged.keys()
+
+
+def test_keys_and_tokens_are_never_told() -> None:
+    given = given_options(*read([*NEEDED, "--huggingface_token", "hf_1", "--wandb_api_key=w_1"]), SCRIPTS)
+
+    told = str([given.words(set()), given.rows(is_changed=True), given.rows(is_changed=False)])
+    assert "hf_1" not in told
+    assert "w_1" not in told
+
+
+def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -> None:
+    steps = next_steps(tmp_path, ["--max_train_epochs", "3"])
+
+    going, *_ = steps.commands(None, is_finished=False)
+    without, *_ = steps.commands(None, is_finished=True)
+    (tmp_path / "x-state").mkdir()
+    longer, *_ = steps.commands(None, is_finished=True)
+
+    assert words_of(going)[-4:] == ["--max_train_steps", "40", "--resume", "latest"]
+    assert words_of(without)[-1] == "--save_state"
+    assert "No state was saved" in without.note
+    assert words_of(longer)[-4:] == ["--max_train_steps", "80", "--resume", "latest"]
+    assert not any("--max_train_epochs" in words_of(each) for each in (going, without, longer))
+
+
+def test_several_processes_are_launched_again(tmp_path: Path) -> None:
+    first, *_ = next_steps(tmp_path, [], processes=2).commands(None, is_finished=False)
+
+    launch = ["accelerate", "launch", "--num_processes", "2", "wan_train_network.py"]
+    assert words_of(first)[:5] == launch
+
+
+def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
+    steps = next_steps(tmp_path, [], prompt="a cat's $HOME", negative_prompt="-", width=64, height=32)
+
+    _, generate, convert = steps.commands(tmp_path / "x-step00000010.safetensors", is_finished=True)
+
+    words = words_of(generate)
+    assert words[words.index("--lora_weight") + 1] == str(tmp_path / "x-step00000010.safetensors")
+    assert words[words.index("--prompt") + 1] == "a cat's $HOME"
+    assert words[words.index("--video_size") + 1 :][:2] == ["32", "64"]
+    assert "--negative_prompt=-" in words
+    assert words_of(convert)[-3:] == [
+        str(tmp_path / "x-step00000010_comfy.safetensors"),
+        "--target",
+        "other",
+    ]
+
+
+def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
+    parser = training_parser("", add_whole_dit_arguments)
+    add_hunyuan_arguments(parser)
+    args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
+    options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
+    scripts = FamilyScripts(
+        "hv_train.py", add_hunyuan_arguments, partial(generate_hunyuan, own), add_whole_dit_arguments
+    )
+    given = given_options(options, own, scripts)
+
+    steps = NextSteps(given, scripts, options, tmp_path / "x.safetensors", 9, 1, {})
+    resume, generate = steps.commands(None, is_finished=False)
+
+    assert words_of(resume)[:2] == ["python", "hv_train.py"]
+    words = words_of(generate)
+    assert words[words.index("--dit") + 1] == str(tmp_path / "x.safetensors")
+    assert "--lora_weight" not in words
+
+
+@pytest.mark.parametrize(
+    ("word", "quoted"),
+    [
+        ("a\\b.mp4", "a\\b.mp4"),
+        ("my file", "'my file'"),
+        ("$HOME", "'$HOME'"),
+        ("it's", "'it''s'"),
+        ("\u2019", "'\u2019\u2019'"),
+        ("", "''"),
+        ("a;b", "'a;b'"),
+        ("r'.*'", "'r''.*'''"),
+    ],
+)
+def test_powershell_takes_words_literally_in_single_quotes(word: str, quoted: str) -> None:
+    assert quote_for_powershell(["python", word]) == f"python {quoted}"

@@ -1,0 +1,88 @@
+"""The boxes at the start and the end of a training, and the commands that they name."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.toy import toy_options, train_toy, write_caches
+from training.reports.pace import Pace
+from training.saving.files import Names
+from training.steps import StepPlan
+from training.summary import Saves, Written, count_saves, describe_best, disk_needed
+
+
+def test_a_run_says_what_it_does_and_what_came_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    caplog.set_level(logging.INFO)
+
+    train_toy(tmp_path, "--validation_split", 0.4, "--validate_every_n_steps", 2, "--save_every_n_steps", 4)
+
+    start, end = (text for text in caplog.messages if text.startswith(("Training x", "x is trained")))
+    assert "3 items with repeats, 2 items for validation" in start
+    assert "  steps:    8 in 3 epochs of 3" in start
+    assert "for 3 models" in start
+    assert f"  result:             {tmp_path / 'output' / 'x.safetensors'} (" in end
+    assert "best by validation: step " in end
+    assert "8 in " in end
+
+
+def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_caches(tmp_path)
+    train_toy(tmp_path, "--save_state_on_train_end", "--max_train_steps", 5)
+    caplog.set_level(logging.INFO)
+
+    train_toy(tmp_path, "--resume", tmp_path / "output" / "x-state")
+
+    assert "8 in 2 epochs of 5, from step 6 on" in caplog.text
+    assert "steps:        3 in " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), Saves(1, 0)),
+        (("--save_every_n_steps", 3, "--save_state"), Saves(3, 3)),
+        (("--save_every_n_steps", 2, "--save_last_n_steps", 2), Saves(3, 0)),
+        (("--save_every_n_epochs", 1, "--save_state_on_train_end"), Saves(2, 1)),
+    ],
+)
+def test_the_files_of_a_run_are_counted_before(
+    tmp_path: Path, arguments: tuple[object, ...], expected: Saves
+) -> None:
+    plan = StepPlan(num_batches=5, processes=1, accumulation=1, total_steps=8)
+    write_caches(tmp_path)
+
+    assert count_saves(toy_options(tmp_path, *arguments).saving, plan, 0) == expected
+
+    train_toy(tmp_path, *arguments)
+    found = [path.name for path in (tmp_path / "output").iterdir()]
+    assert len([name for name in found if name.endswith(".safetensors")]) == expected.models
+    assert len([name for name in found if name.endswith("-state")]) == expected.states
+
+
+def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
+    written = Written.of([torch.zeros(10, 10)], torch.bfloat16)
+    assert written.model == 200
+    assert "TOO LITTLE" not in disk_needed(tmp_path / "new", Saves(2, 1), written)
+    assert "TOO LITTLE" in disk_needed(tmp_path, Saves(2, 1), Written(1 << 60, 1))
+
+
+def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
+    names = Names(tmp_path, "x")
+    assert describe_best({}, names) is None
+    assert describe_best({2: 0.5, 4: 0.25, 6: 0.3}, names) == "step 4, loss 0.25000, not saved"
+    names.file(names.step(4)).touch()
+    assert f"loss 0.25000: {tmp_path / 'x-step00000004.safetensors'}" in str(describe_best({4: 0.25}, names))
+
+
+def test_pauses_do_not_count_as_training() -> None:
+    pace = Pace()
+    for seconds in (2, 3, 1):
+        pace.note(seconds)
+
+    assert pace.active == 6
+    assert pace.seconds_per_step == 2

@@ -1,0 +1,148 @@
+"""The exponential moving average (EMA) of the trained weights.
+
+average <- decay * average + (1 - decay) * weights, in float32. The decay rises with the number of steps n, as
+min(--ema_decay, (1 + n) / (10 + n)): the average forgets the untrained weights it begins with, and covers
+about the last ninth of the steps until the decay is reached.
+Source of the rise: tf.train.ExponentialMovingAverage, `num_updates`.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from modules.errors import CheckpointError, OptionError
+from modules.offload.block_swap import settle
+from training.average_options import AverageOptions
+from training.optimizers.optimizer import is_schedule_free
+from training.saving.state_record import is_count, refuse
+from training.saving.states import RECORD, SavedState, info_of, require_finite
+from training.trainable import Trainable
+
+logger = logging.getLogger(__name__)
+
+PART = "ema"  # its file in a state folder, and its entry in `described`
+
+
+class WeightAverage:
+    """Keeps the average of a run's trained weights."""
+
+    def __init__(
+        self, options: AverageOptions, dit: nn.Module, trainable: Trainable, on_host: bool = False
+    ) -> None:
+        """Begin with the weights of now. on_host: keep the average in host memory (of a whole model)."""
+        assert options.ema_decay is not None
+        self.decay, self.every, self.on_host = options.ema_decay, options.ema_update_every, on_host
+        self._dit, self._parameters = dit, trainable.parameters
+        names = trainable.names
+        self._names = [names[parameter] for parameter in self._parameters]
+        self.steps, self.values = 0, list[Tensor]()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin again with the weights of now."""
+        self.steps = 0  # since it began
+        self.values.clear()  # before there is another
+        settle(self._dit)
+        for weight in self._parameters:
+            device = "cpu" if self.on_host else weight.device
+            self.values.append(weight.detach().to(device, torch.float32, copy=True))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Count a step; update the average if it is due. Nothing waits for the device of a network."""
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        settle(self._dit)
+        share = 1 - decay_at(self.steps, self.decay) ** self.every
+        if not self.on_host:
+            torch._foreach_lerp_(self.values, list[Tensor](self._parameters), share)
+            return
+        for value, weight in zip(self.values, self._parameters, strict=True):  # one copy at a time
+            value.lerp_(weight.detach().to(value.device, torch.float32), share)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the parameters hold the average, in float32 and where it lies; then their own values again."""
+        settle(self._dit)
+        kept = [weight.data for weight in self._parameters]
+        try:
+            for weight, value in zip(self._parameters, self.values, strict=True):
+                weight.data = value
+            yield
+        finally:
+            for weight, data in zip(self._parameters, kept, strict=True):
+                weight.data = data
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the average by the names of the weights, not copied: for a state."""
+        return dict(zip(self._names, self.values, strict=True))
+
+    def described(self) -> dict[str, Any]:
+        """Return what a state has to know besides the tensors."""
+        return {"steps": self.steps}
+
+    def restore(self, saved: SavedState) -> None:
+        """Take the average of a saved state; without one it goes on from the weights of now.
+
+        Raises CheckpointError if it belongs to other weights or is damaged.
+        """
+        if PART not in saved.parts:
+            logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
+            self.begin()
+            return
+        tensors, described = saved.parts[PART], saved.described.get(PART)
+        steps = described.get("steps") if isinstance(described, dict) else None
+        if not is_count(steps) or steps > saved.progress.step:  # type: ignore[operator]
+            raise refuse(saved.folder / RECORD, f"described.{PART}.steps", f"it is {steps!r:.60}")
+        own = self.tensors()
+        misshaped = [
+            name
+            for name in own.keys() & tensors.keys()
+            if info_of(tensors, name).shape != tuple(own[name].shape)
+            or info_of(tensors, name).dtype != torch.float32
+        ]
+        if own.keys() != tensors.keys() or misshaped:
+            some = sorted(own.keys() ^ tensors.keys()) + sorted(misshaped)
+            raise CheckpointError(
+                f"{saved.folder}: the average (EMA) in it belongs to other weights, such as {some[0]}.\n"
+                "  Resume without --ema_decay, or from another state folder.",
+                saved.folder,
+            )
+        for name, value in own.items():
+            value.copy_(require_finite(tensors[name], name, saved.folder))
+        self.steps = int(steps)  # type: ignore[arg-type]
+
+
+def decay_at(step: int, decay: float) -> float:
+    """Return the decay of a step, counted from 1."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def make_average(
+    options: AverageOptions, dit: nn.Module, trainable: Trainable, optimizer: Optimizer, keeps: bool
+) -> WeightAverage | None:
+    """Begin the average that the options ask for. A whole model's lies in host memory.
+
+    keeps: whether this process writes files or samples with it; a whole model's is kept by those alone.
+    Raises OptionError if the optimizer averages by itself.
+    """
+    if options.ema_decay is None:
+        return None
+    if is_schedule_free(optimizer):
+        raise OptionError(
+            f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
+            "Leave it out"
+        )
+    is_whole = any(module is dit for module in trainable.modules.values())
+    return None if is_whole and not keeps else WeightAverage(options, dit, trainable, on_host=is_whole)
+
+
+def metadata_of(average: WeightAverage) -> Mapping[str, str]:
+    """Return what a file of the average says besides what the run's files say."""
+    return {"ss_ema_decay": str(average.decay), "ss_ema_steps": str(average.steps)}

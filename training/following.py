@@ -1,0 +1,185 @@
+"""What can follow a training: the command lines to go on, to generate and to convert; and its settings."""
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.installation import command_words
+from modules.options import option_values
+from networks.options import add_network_arguments
+from training.options import TrainingOptions, training_parser
+from training.reports.page import PageCommand
+from training.saving.options import LATEST
+
+SECRET = {"wandb_api_key", "huggingface_token"}  # never shown
+RESUMING = {"resume", "resume_from_huggingface", "max_train_steps", "max_train_epochs"}
+PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
+
+
+@dataclass(frozen=True)
+class FamilyScripts:
+    """Hold the scripts of a family and the options that they have besides the shared ones."""
+
+    train: str = "the training script"
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    # given a sample as `Request` names its values: the script and the options that generate
+    generation: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+    add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments
+
+
+NO_SCRIPTS = FamilyScripts()
+
+
+@dataclass(frozen=True)
+class GivenOptions:
+    """Hold all options of a run by name, with their defaults and how they are typed."""
+
+    actions: Sequence[argparse.Action]
+    values: Mapping[str, Any]
+
+    def rows(self, is_changed: bool) -> list[tuple[str, str]]:
+        """Return names and values of the options that differ from their defaults, or of those that do not."""
+        return [
+            (action.dest, " ".join(_texts(self.values[action.dest])))
+            for action in self.actions
+            if _is_default(self.values[action.dest], action.default) != is_changed
+        ]
+
+    def words(self, without: set[str]) -> list[str]:
+        """Return what has to be typed to give the same options again."""
+        words: list[str] = []
+        for action in self.actions:
+            value = self.values[action.dest]
+            if action.dest not in without and not _is_default(value, action.default):
+                words += _typed(action, value)
+        return words
+
+
+def given_options(options: TrainingOptions, own: Any, scripts: FamilyScripts) -> GivenOptions:
+    """Return the options of a run; own: the family's. Keys and tokens are left out."""
+    parser = training_parser(None, scripts.add_learner)
+    scripts.add_arguments(parser)
+    values = option_values(own) | option_values(options)
+    known = [
+        action
+        for action in parser._actions
+        if action.dest in values and action.dest not in SECRET and action.option_strings
+    ]
+    return GivenOptions(known, values)
+
+
+@dataclass(frozen=True)
+class NextSteps:
+    """Make the command lines that can follow a run. `sample`: of the first sample, see `FamilyScripts`."""
+
+    given: GivenOptions
+    scripts: FamilyScripts
+    options: TrainingOptions
+    file: Path  # that the run ends with
+    total_steps: int
+    processes: int
+    sample: Mapping[str, Any]
+
+    def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
+        """Return the commands: train on, generate with the best file, convert it."""
+        chosen = best or self.file
+        found = [self._resume(is_finished)]
+        if self.scripts.generation is not None:
+            found.append(self._generate(self.scripts.generation, chosen))
+        if self.options.network is not None:
+            converted = chosen.with_name(f"{chosen.stem}_comfy.safetensors")
+            files = ["--input", str(chosen), "--output", str(converted), "--target", "other"]
+            found.append(
+                _command("Convert the LoRA for other programs", ["python", "convert_lora.py", *files])
+            )
+        return found
+
+    def _resume(self, is_finished: bool) -> PageCommand:
+        words = ["python", self.scripts.train]
+        if self.processes > 1:
+            words = ["accelerate", "launch", "--num_processes", str(self.processes), self.scripts.train]
+        words += self.given.words(RESUMING)
+        name = self.file.stem
+        has_state = any(
+            entry.name.startswith(name) and entry.name.endswith("-state")
+            for entry in self.file.parent.iterdir()
+        )
+        steps = ["--max_train_steps", str(self.total_steps * (2 if is_finished else 1))]
+        words += [*steps, "--resume", LATEST]
+        if not is_finished:
+            note = "Ctrl-C saves a state and ends the run; this goes on from the newest state."
+            return _command("Go on after a stop", words, note)
+        if has_state:
+            return _command("Train longer", words, "From the newest state to twice as many steps.")
+        note = "No state was saved, so this begins anew; with --save_state it can go on the next time."
+        return _command("Train longer", [*words, "--save_state"], note)
+
+    def _generate(self, generation: Callable[[Mapping[str, Any]], Sequence[str]], file: Path) -> PageCommand:
+        sample, words = self.sample, ["python", *generation(self.sample)]
+        if self.options.network is None:
+            words[words.index("--dit") + 1] = str(file)
+        else:
+            words += ["--lora_weight", str(file)]
+        words += _option("--prompt", sample.get("prompt") or "what the video should show")
+        size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
+        words += ["--video_size", *size] if len(size) == 2 else []
+        for name, key in (
+            ("--infer_steps", "steps"),
+            ("--guidance_scale", "guidance_scale"),
+            ("--flow_shift", "flow_shift"),
+            ("--seed", "seed"),
+            ("--negative_prompt", "negative_prompt"),
+        ):
+            words += [] if sample.get(key) is None else _option(name, _texts(sample[key])[0])
+        return _command(
+            "Generate with it",
+            [*words, "--save_path", str(file.parent / "generated")],
+            "The first sample again; change the prompt." if sample else "",
+        )
+
+
+def quote_for_powershell(words: Sequence[str]) -> str:
+    """Return a command as it is typed into PowerShell: in single quotes nothing but these has a meaning."""
+    return " ".join(
+        word
+        if PLAIN_IN_POWERSHELL.fullmatch(word)
+        else "'" + re.sub("(['\u2018-\u201b])", r"\1\1", word) + "'"
+        for word in words
+    )
+
+
+def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
+    words = command_words(words)
+    return PageCommand(title, shlex.join(words), quote_for_powershell(words), note)
+
+
+def _option(name: str, text: str) -> list[str]:
+    """Return the words of an option; a text that begins with - goes behind an equals sign."""
+    return [f"{name}={text}"] if text.startswith("-") else [name, text]
+
+
+def _typed(action: argparse.Action, value: Any) -> list[str]:
+    name = next(each for each in action.option_strings if each.startswith("--"))
+    if action.nargs == 0:
+        return [name]
+    texts = _texts(value)
+    return _option(name, texts[0]) if len(texts) == 1 else [name, *texts]
+
+
+def _texts(value: Any) -> list[str]:
+    """Return an option's value as the words of a command line."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [text for each in value for text in _texts(each)]
+    return [repr(value) if isinstance(value, float) else str(value)]
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if isinstance(value, (int, float)) and isinstance(default, (int, float)):
+        return value == default
+    return _texts(value) == _texts(default)

@@ -1,0 +1,97 @@
+"""Build what reports a run to its page from its options, data and samples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from generation.prompt_lines import read_sample_prompts
+from modules.planning.device_memory import MemoryWatch, host_peak
+from modules.planning.memory_plan import gib
+from training.following import FamilyScripts, NextSteps, given_options
+from training.job import TrainingJob
+from training.reports.history import open_history
+from training.reports.page import PageFacts
+from training.reports.reporter import RunReporter
+from training.samples import Sampler
+
+
+def plan_next_steps(
+    job: TrainingJob, scripts: FamilyScripts, total_steps: int, sampler: Sampler | None
+) -> NextSteps:
+    """Return what makes the command lines that can follow the run."""
+    return NextSteps(
+        given_options(job.options, job.family.options, scripts),
+        scripts,
+        job.options,
+        job.output_dir / f"{job.output_name}.safetensors",
+        total_steps,
+        job.accelerator.num_processes,
+        _first_sample(job, sampler),
+    )
+
+
+def make_reporter(
+    job: TrainingJob, following: NextSteps, sampler: Sampler | None, memory: MemoryWatch | None
+) -> RunReporter | None:
+    """Return what reports the run, in the main process; None if there is nothing to report to."""
+    logs = job.options.logs
+    if not job.accelerator.is_main_process or (logs.no_page and not logs.trackers):
+        return None
+    folder, name, progress = job.output_dir, job.output_name, job.progress
+    device = job.accelerator.device
+    facts = PageFacts(
+        name,
+        job.family.name,
+        folder,
+        following.total_steps,
+        following.given.rows(is_changed=True),
+        following.given.rows(is_changed=False),
+        following.commands,
+        lambda: list_memory(device, memory),
+    )
+    history = open_history(folder / f"{name}-history.jsonl", progress.session_id, progress.step)
+    page = None if logs.no_page else folder / f"{name}.html"
+    return RunReporter(page, facts, history, _prompts(job, sampler), progress.step)
+
+
+def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
+    """Return what the page says of memory: names and values."""
+    host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
+    if device.type != "cuda":
+        return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]
+    rows = [
+        ("device", torch.cuda.get_device_name(device)),
+        ("a training step, predicted", _gib(None if watch is None else watch.predicted)),
+        ("a training step, measured", _gib(None if watch is None else watch.measured)),
+        ("highest of the run with samples, measured", _gib(torch.cuda.max_memory_allocated(device))),
+    ]
+    return [*rows, host]
+
+
+def _gib(size: int | None) -> str:
+    return "not known" if size is None else f"{gib(size)} GiB"
+
+
+def _prompts(job: TrainingJob, sampler: Sampler | None) -> Mapping[int, str]:
+    """Return the prompts of the samples, those of other processes too, by their place in the file."""
+    file: Path | None = job.options.samples.sample_prompts
+    if sampler is None or file is None:
+        return {}
+    return {index: str(entry.get("prompt", "")) for index, entry in enumerate(read_sample_prompts(file))}
+
+
+def _first_sample(job: TrainingJob, sampler: Sampler | None) -> Mapping[str, Any]:
+    """Return the values of the first sample, by the names of `Request`."""
+    if sampler is None or not sampler.samples:
+        return {}
+    sample = sampler.samples[0]
+    made = sample.prepared
+    settled = {
+        name: getattr(made, name) for name in ("width", "height", "frames", "steps", "embedded_guidance")
+    }
+    settled["guidance_scale"] = made.guidance_scale[0]
+    settled["seed"] = made.seed if sample.is_seeded else None
+    settled["flow_shift"] = made.flow_shift if job.family.defaults.flow_shift is not None else None
+    return vars(made.asked) | settled

@@ -1,0 +1,326 @@
+"""Describe a training on one HTML page: samples, curves, files, memory, commands to go on, and settings."""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from modules.errors import UserError
+from modules.pages.charts import Chart, Curve, draw_charts
+from modules.pages.embedding import embed_clip
+from modules.pages.page import write_page
+from training.reports.curves import BinnedCurve
+from training.reports.history import History, SampleRow
+from training.reports.sample_files import SIDE, ReducedClip, read_reduced
+
+TEMPLATE = Path(__file__).resolve().parent / "page.html"
+MOST_COLUMNS = 10  # of the grid of samples
+MOST_PROMPTS = 20
+MOST_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller
+SMALL_SIDE = 128
+OLD_CLIPS_SECONDS = 5.0  # what a page spends on clips of before a resume; the rest follows on the next one
+SMOOTHING = 0.9
+
+
+@dataclass(frozen=True)
+class PageCommand:
+    """Hold a command line that goes on from here, for two kinds of shells."""
+
+    title: str
+    bash: str
+    powershell: str
+    note: str = ""
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """Return both, cut before each option: a line of the page ends there, not within one."""
+        return [re.split(r" (?=--)", text) for text in (self.bash, self.powershell)]
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """Hold what the page says and the history does not know."""
+
+    name: str  # --output_name
+    model: str
+    folder: Path  # --output_dir
+    total_steps: int
+    changed: Sequence[tuple[str, str]]  # options that differ from their defaults
+    unchanged: Sequence[tuple[str, str]]
+    commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
+    memory: Callable[[], Sequence[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Hold where the run stands."""
+
+    step: int
+    text: str  # such as "running"
+    kind: str = ""  # good or bad
+    is_finished: bool = False
+
+
+@dataclass
+class ClipStore:
+    """Hold the reduced clips of the grid, each encoded once."""
+
+    folder: Path
+    now: Callable[[], float] = time.monotonic
+    _clips: dict[str, Markup] = field(default_factory=dict)
+
+    def load(self, name: str, text: str, deadline: float) -> Markup | str:
+        """Return the clip, or why there is none. After the deadline, only clips that are there are given."""
+        if name in self._clips:
+            return self._clips[name]
+        if self.now() > deadline:
+            return "shown when the page is written next"
+        try:
+            return self.add(name, text, read_reduced(self.folder / name))
+        except (OSError, UserError):
+            return "the file is gone, or cannot be read"
+
+    def add(self, name: str, text: str, clip: ReducedClip) -> Markup:
+        """Encode a clip that was read. Raises UserError if that fails."""
+        tag = embed_clip(clip.frames, clip.fps, text, SIDE, has_controls=False)
+        if len(tag) > MOST_CLIP_BYTES:
+            tag = embed_clip(clip.frames, clip.fps, text, SMALL_SIDE, has_controls=False)
+        self._clips[name] = tag
+        return tag
+
+    def keep(self, names: set[str]) -> None:
+        """Forget all other clips."""
+        self._clips = {name: tag for name, tag in self._clips.items() if name in names}
+
+
+def write_training_page(
+    path: Path, facts: PageFacts, history: History, standing: Standing, clips: ClipStore, written: datetime
+) -> None:
+    """Write the page. Raises OutputError if that fails."""
+    best = best_file(history, facts.folder)
+    values = {
+        "facts": facts,
+        "standing": standing,
+        "written": f"{written:%Y-%m-%d %H:%M:%S}",
+        "cards": _cards(facts, history, standing),
+        "grid": _grid(history, clips),
+        "charts": _charts(history, facts.total_steps),
+        "files": _files(history, facts.folder, best),
+        "advice": _advice(history, facts.folder, best),
+        "memory": facts.memory(),
+        "commands": facts.commands(None if best is None else facts.folder / best, standing.is_finished),
+    }
+    write_page(path, TEMPLATE, f"{facts.name}: training", values)
+
+
+def nearest_validation(history: History, step: int) -> tuple[int, float] | None:
+    """Return step and loss of the validation nearest to a step, the earlier one of two."""
+    return min(history.validations.items(), key=lambda found: (abs(found[0] - step), found[0]), default=None)
+
+
+def best_file(history: History, folder: Path) -> str | None:
+    """Return the saved file with the lowest validation loss of those that are still there."""
+    found = [
+        (validated[1], -step, name)
+        for name, step in history.saved.items()
+        if (validated := nearest_validation(history, step)) is not None and (folder / name).is_file()
+    ]
+    return min(found)[2] if found else None
+
+
+def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
+    """Return at most `most` rows: the first, the last, the one nearest to the best step, and others evenly.
+
+    Of a longer list, those chosen before stay unless they were the last or the best.
+    """
+    if len(rows) <= most:
+        return list(rows)
+    stride = 1
+    while -(-len(rows) // stride) > most - 2:
+        stride *= 2
+    chosen = {*range(0, len(rows), stride), len(rows) - 1}
+    if best_step is not None:
+        chosen.add(min(range(len(rows)), key=lambda index: abs(rows[index].step - best_step)))
+    return [rows[index] for index in sorted(chosen)]
+
+
+def _grid(history: History, clips: ClipStore) -> dict[str, Any]:
+    rows = [history.samples[key] for key in sorted(history.samples)]
+    best = min(history.validations, key=lambda step: (history.validations[step], step), default=None)
+    columns = choose_columns(rows, best, MOST_COLUMNS)
+    prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
+    shown = sorted(prompts)[:MOST_PROMPTS]
+    best_column = (
+        min(columns, key=lambda row: abs(row.step - best), default=None) if best is not None else None
+    )
+    deadline = clips.now() + OLD_CLIPS_SECONDS
+    cells: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for row in reversed(columns):  # the newest first: they are shown in any case
+        for index, prompt in shown:
+            name = row.files.get(index)
+            if name is None or row.prompts.get(index, "") != prompt:
+                continue
+            tag = clips.load(
+                name, describe_clip(prompt, row.step), math.inf if row is columns[-1] else deadline
+            )
+            cells[index, prompt, _key(row)] = {"clip": tag, "href": link("sample", name)}
+    clips.keep({name for row in columns for name in row.files.values()})
+    return {
+        "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
+        "rows": [
+            {
+                "prompt": prompt,
+                "index": index,
+                "cells": [cells.get((index, prompt, _key(row))) for row in columns],
+            }
+            for index, prompt in shown
+        ],
+        "times": len(rows),
+        "prompts": len(prompts),
+        "most_columns": MOST_COLUMNS,
+    }
+
+
+def describe_clip(prompt: str, step: int) -> str:
+    """Return what a clip shows, for those who cannot see it."""
+    return f"{prompt}, step {step}"
+
+
+def _key(row: SampleRow) -> str:
+    return f"{row.step} {row.mark}"
+
+
+def _column_title(row: SampleRow) -> str:
+    if row.step == 0:
+        return "before training"
+    return f"step {row.step:,}" + (
+        f", epoch {int(row.mark[1:])}" if row.mark[1:].isdigit() and row.mark[0] == "e" else ""
+    )
+
+
+def link(*parts: str) -> str:
+    """Return a relative address of a file below the page's folder."""
+    return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
+
+
+def _charts(history: History, total_steps: int) -> list[Markup]:
+    curves = []
+    if len(history.loss):
+        curves.append(_curve("loss", history.loss, SMOOTHING if len(history.loss) > 20 else 0.0))
+    if history.validations:
+        steps = sorted(history.validations)
+        losses = [history.validations[step] for step in steps]
+        curves.append(
+            Curve("validation", steps, losses, has_dots=len(steps) < 60, best=losses.index(min(losses)))
+        )
+    charts = [[Chart(curves, "step", "loss", "Loss")]] if curves else []
+    small = []
+    if history.rates:
+        rates = [_curve(name.removeprefix("lr/"), rate) for name, rate in history.rates.items()]
+        small.append(Chart(rates, "step", "learning rate", "Learning rate"))
+    if len(history.seconds):
+        small.append(Chart([_curve("seconds", history.seconds)], "step", "seconds", "Seconds per step"))
+    if small:
+        charts.append(small)
+    if history.bands:
+        bands = [
+            _curve(f"timestep {name.rpartition('_')[2]}", band, has_dots=len(band) < 60)
+            for name, band in history.bands.items()
+        ]
+        charts.append([Chart(bands, "step", "loss", "Validation loss by noise")])
+    return [draw_charts(row, ", ".join(chart.title for chart in row), 10) for row in charts]
+
+
+def _curve(name: str, curve: BinnedCurve, smoothing: float = 0.0, has_dots: bool = False) -> Curve:
+    bins = list(curve)
+    is_binned = any(each.count > 1 for each in bins)
+    low, high = (
+        ([each.lowest for each in bins], [each.highest for each in bins]) if is_binned else (None, None)
+    )
+    return Curve(
+        name, [each.step for each in bins], [each.mean for each in bins], smoothing, low, high, has_dots
+    )
+
+
+def _cards(facts: PageFacts, history: History, standing: Standing) -> list[tuple[str, str, str]]:
+    cards = [("Step", f"{standing.step:,} of {facts.total_steps:,}", _since(history))]
+    bins = list(history.loss)
+    if bins:
+        latest = bins[-max(1, len(bins) // 10) :]
+        count = sum(each.count for each in latest)
+        mean = sum(each.total for each in latest) / count
+        note = f"mean of the last {count:,} steps"
+        if history.loss.left_out:
+            note += f"; {history.loss.left_out:,} steps without a finite loss"
+        cards.append(("Loss", f"{mean:.4g}", note))
+    if history.validations:
+        step, loss = min(history.validations.items(), key=lambda found: (found[1], found[0]))
+        cards.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
+    mean_seconds = history.seconds.mean
+    if mean_seconds is not None:
+        total = sum(each.total for each in history.seconds)
+        cards.append(
+            ("Seconds per step", f"{mean_seconds:.3g}", f"without pauses; {_duration(total)} in all")
+        )
+    return cards
+
+
+def _since(history: History) -> str:
+    resumed = [f"{step:,}" for step in history.starts if step > 0]
+    return f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _files(history: History, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
+    rows: list[Mapping[str, Any]] = []
+    for name, step in sorted(history.saved.items(), key=lambda saved: (saved[1], saved[0])):
+        path = folder / name
+        if not path.is_file():
+            continue
+        validated = nearest_validation(history, step)
+        loss = "" if validated is None else f"{validated[1]:.4g}"
+        if validated is not None and validated[0] != step:
+            loss += f" (at step {validated[0]:,})"
+        size = path.stat().st_size
+        rows.append(
+            {
+                "name": name,
+                "href": link(name),
+                "step": f"{step:,}",
+                "loss": loss,
+                "size": f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB",
+                "is_best": name == best,
+            }
+        )
+    return rows
+
+
+def _advice(history: History, folder: Path, best: str | None) -> str:
+    """Return what to say of the best file, or how to find out which one it is."""
+    if not history.validations:
+        return (
+            "No validation loss was measured, so the page cannot say which file is best. Add "
+            "--validation_split 0.1 --validate_every_n_steps 100, or `validation = true` in a dataset table."
+        )
+    step, loss = min(history.validations.items(), key=lambda found: (found[1], found[0]))
+    if best is None:
+        return f"The lowest validation loss is {loss:.4g} at step {step:,}; no file has been saved yet."
+    if history.saved[best] == step:
+        return f"Best file by validation loss: {best}."
+    return (
+        f"Best file by validation loss: {best}. The lowest loss of all is {loss:.4g} at step {step:,}, where "
+        "no file is kept: save and validate at the same steps to have both."
+    )

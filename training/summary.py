@@ -1,0 +1,191 @@
+"""The boxes of a training run: what it will do, and what came of it."""
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.command import as_typed
+from modules.console import Row, as_size, count_of, in_words, show_box
+from modules.planning.device_memory import peak_in_words
+from training.following import NextSteps
+from training.job import Data, TrainingJob
+from training.loop import TrainingRun
+from training.saving.files import Names
+from training.saving.options import SavingOptions
+from training.steps import StepPlan
+
+MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
+FLOAT_BYTES = 4  # states are saved in float32
+SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
+
+
+@dataclass(frozen=True)
+class Saves:
+    """How many models and states are on disk when a run is over, as far as that is known before."""
+
+    models: int
+    states: int
+
+
+def count_saves(options: SavingOptions, plan: StepPlan, first_step: int) -> Saves:
+    """Count what the steps after `first_step` save. Saves by the clock are left out."""
+    models = 0
+    if options.save_every_n_steps is not None:
+        every = options.save_every_n_steps
+        kept = plan.total_steps // every - first_step // every
+        if options.save_last_n_steps is not None:
+            kept = min(kept, options.save_last_n_steps // every + 1)
+        models += kept
+    if options.save_every_n_epochs is not None:
+        done = first_step // plan.steps_per_epoch
+        kept = (plan.num_epochs - 1) // options.save_every_n_epochs - done // options.save_every_n_epochs
+        if options.save_last_n_epochs is not None:
+            kept = min(kept, options.save_last_n_epochs)
+        models += max(0, kept)
+    is_last = options.save_state or options.save_state_on_train_end
+    return Saves(models + 1, (models if options.save_state else 0) + is_last)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Bytes of one model and of one state."""
+
+    model: int
+    state: int
+
+    @staticmethod
+    def of(parameters: Sequence[Tensor], dtype: torch.dtype | None) -> "Written":
+        """Estimate both from the trained weights. dtype: of saved models; None: as they are."""
+        model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
+        return Written(model, sum(one.numel() for one in parameters) * (FLOAT_BYTES + MOMENTS_BYTES))
+
+
+def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> None:
+    """Show what the run will do."""
+    options, plan = job.options, data.plan
+    written = Written.of(parameters, dtype)
+    saves = count_saves(options.saving, plan, job.progress.step)
+    network = options.network
+    learns = count_of(sum(one.numel() for one in parameters), "weight")
+    rank = "" if network is None or network.network_dim is None else f", rank {network.network_dim}"
+    held_back = f", {count_of(len(data.validation), 'item')} for validation" if data.validation else ""
+    begun = f", from step {job.progress.step + 1} on" if job.progress.step else ""
+    rows: list[Row] = [
+        ("model", _model(job.family.metadata)),
+        ("learns", f"{'the whole model' if network is None else job.network_module}{rank}, {learns}"),
+        ("data", f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches"),
+        (
+            "steps",
+            f"{plan.total_steps} in {count_of(plan.num_epochs, 'epoch')} of {plan.steps_per_epoch}{begun}",
+        ),
+        (
+            "settings",
+            f"{options.optimizer.optimizer_type or 'AdamW'}, learning rate "
+            f"{options.optimizer.learning_rate:g}, seed {job.progress.seed}",
+        ),
+        ("saves", _saves(options.saving)),
+        ("samples", _samples(job)),
+        ("disk", disk_needed(job.output_dir, saves, written)),
+        ("folder", str(job.output_dir)),
+    ]
+    show_box(f"Training {job.output_name}", rows)
+
+
+def show_end(run: TrainingRun, names: Names, following: NextSteps) -> None:
+    """Show what came of a run that took its last step, and what can follow."""
+    result, pace = names.file(names.name), run.logs.pace
+    seconds = pace.seconds_per_step
+    speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
+    losses = run.progress.losses
+    samples = names.folder / "sample"
+    rows: list[Row] = [
+        ("result", f"{result} ({as_size(result.stat().st_size)})" if result.exists() else None),
+        ("best by validation", describe_best(run.validations, names)),
+        ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
+        ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
+        ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
+        ("peak memory", peak_in_words(run.device)),
+    ]
+    best = find_best(run.validations, names)
+    commands: list[Row] = [
+        (command.title, command.powershell if sys.platform == "win32" else command.bash)
+        for command in following.commands(best, is_finished=True)
+    ]
+    if run.options.logs.logging_dir is not None:
+        board = as_typed(["tensorboard", "--logdir", str(run.options.logs.logging_dir)])
+        commands.append(("Look at the curves", board))
+    show_box(f"{names.name} is trained", rows, commands)
+
+
+def describe_best(validations: Mapping[int, float], names: Names) -> str | None:
+    """Return the step with the lowest validation loss (step -> loss), with its file if that was saved."""
+    if not validations:
+        return None
+    step, loss = min(validations.items(), key=lambda item: item[1])
+    path = find_best(validations, names)
+    return f"step {step}, loss {loss:.5f}" + (", not saved" if path is None else f": {path}")
+
+
+def find_best(validations: Mapping[int, float], names: Names) -> Path | None:
+    """Return the file of the step with the lowest validation loss, if that was saved."""
+    if not validations:
+        return None
+    path = names.file(names.step(min(validations, key=lambda step: validations[step])))
+    return path if path.exists() else None
+
+
+def disk_needed(folder: Path, saves: Saves, written: Written) -> str:
+    """Return how much a run writes, and what is free; says so if that is too little."""
+    needed = saves.models * written.model + saves.states * written.state
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    states = f" and {count_of(saves.states, 'state')}" if saves.states else ""
+    text = f"about {as_size(needed)} for {count_of(saves.models, 'model')}{states}; {as_size(free)} free"
+    return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
+
+
+def watch_run(job: TrainingJob, plan: StepPlan) -> Callable[[int], Mapping[str, str]]:
+    """Return what the bar shows beside losses at a step: the peak of memory, the step of the next samples."""
+    options, device = job.options.samples, job.accelerator.device
+    epochs = options.sample_every_n_epochs
+    every = options.sample_every_n_steps or (None if epochs is None else epochs * plan.steps_per_epoch)
+
+    def watch(step: int) -> Mapping[str, str]:
+        peak = peak_in_words(device)
+        shown = {} if peak is None else {"memory": peak}
+        if every is not None and options.sample_prompts is not None:
+            following = (step // every + 1) * every
+            shown |= {"next_sample": str(following)} if following <= plan.total_steps else {}
+        return shown
+
+    return watch
+
+
+def _model(metadata: Mapping[str, str]) -> str:
+    names = [metadata.get("architecture"), metadata.get("task"), metadata.get("sd_model_name")]
+    return ", ".join(name for name in names if name)
+
+
+def _saves(options: SavingOptions) -> str:
+    times = {
+        "steps": options.save_every_n_steps,
+        "epochs": options.save_every_n_epochs,
+        "minutes": options.save_every_n_minutes,
+    }
+    found = [f"every {number:g} {unit}" for unit, number in times.items() if number is not None]
+    return " and ".join([*found, "at the end"])
+
+
+def _samples(job: TrainingJob) -> str | None:
+    options = job.options.samples
+    if options.sample_prompts is None or not options.is_timed:
+        return None
+    times = {"steps": options.sample_every_n_steps, "epochs": options.sample_every_n_epochs}
+    found = [f"every {number} {unit}" for unit, number in times.items() if number is not None]
+    first = ["before the first step"] if options.sample_at_first else []
+    return f"{' and '.join([*first, *found])}, from {options.sample_prompts}"

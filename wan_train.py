@@ -1,0 +1,35 @@
+"""Fine-tune the whole transformer of Wan2.1. All options: python wan_train.py --help"""
+
+from collections.abc import Sequence
+
+import modules.interpreter  # noqa: F401
+from families import identify
+from modules.command import command_line
+from modules.errors import OptionError
+from training.options import read_training
+from training.whole_dit_options import add_whole_dit_arguments
+from wan.options import WanTrainingOptions, add_training_arguments, caching_commands
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, wan_options = read_training(
+        __doc__, add_training_arguments, WanTrainingOptions, argv, add_learner=add_whole_dit_arguments
+    )
+    if wan_options.mixed_precision_transformer:
+        raise OptionError(
+            "--mixed_precision_transformer: trained weights are kept in float32, or in bfloat16 with "
+            "--full_bf16; leave it out"
+        )
+
+    from dataset.batches.finding import CachingCommands
+    from training.run import train_network  # torch loads here, after every option has been read
+    from wan.family import family_for_training
+
+    commands = CachingCommands(*caching_commands(options.loop.dataset_config, wan_options))
+    code = train_network(family_for_training(wan_options), options, commands)
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)
