@@ -48,6 +48,7 @@ NUMBERS = (
     wrong(GENERATIONS, "--video_size 32 -32", "--video_size, width -32", "from 1"),
     wrong(GENERATIONS, "--video_size 33 47", "--video_size 33 47", "Nearest"),
     wrong(GENERATIONS, "--video_size 480x832", "give two numbers: --video_size 480 832"),
+    wrong(WAN, "--video_size=480,832", "give two numbers: --video_size 480 832"),
     wrong(GENERATIONS, "--video_size 480", "--video_size", "expected 2 arguments"),
     wrong(GENERATIONS, "--video_size large small", "large is not a whole number. Give one"),
     wrong(GENERATIONS, "--guidance_scale nan", "--guidance_scale nan", "give a"),
