@@ -11,6 +11,12 @@ FAMILIES = {
     "hunyuan_video": "hunyuan_model.checkpoints",
     "wan": "wan.checkpoints",
 }
+# name -> its generation script
+GENERATION_SCRIPTS = {
+    "framepack": "fpack_generate_video",
+    "hunyuan_video": "hv_generate_video",
+    "wan": "wan_generate_video",
+}
 
 
 def identify(path: Path) -> str | None:

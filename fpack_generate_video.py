@@ -3,7 +3,7 @@
 All options: python fpack_generate_video.py --help
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
@@ -32,7 +32,8 @@ DEFAULTS = ScriptDefaults(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
+    """Read the options, then `make(family, options)`; None: generate."""
     options, fpack_options = read_generation(
         __doc__, DEFAULTS, add_generation_arguments, FramePackGenerationOptions, argv
     )
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from generation.run import generate  # torch loads here, after every option has been read
 
     window = saved_window(options.latent_path or (), fpack_options.latent_window_size)
-    generate(family_for_generation(replace(fpack_options, latent_window_size=window)), options)
+    (make or generate)(family_for_generation(replace(fpack_options, latent_window_size=window)), options)
 
 
 if __name__ == "__main__":

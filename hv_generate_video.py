@@ -3,7 +3,7 @@
 All options: python hv_generate_video.py --help
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
@@ -28,7 +28,8 @@ DEFAULTS = ScriptDefaults(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
+    """Read the options, then `make(family, options)`; None: generate."""
     options, hunyuan_options = read_generation(
         __doc__, DEFAULTS, add_generation_arguments, HunyuanGenerationOptions, argv
     )
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if hunyuan_options.reproduce:
         make_deterministic()
-    generate(family_for_generation(hunyuan_options), options)
+    (make or generate)(family_for_generation(hunyuan_options), options)
 
 
 if __name__ == "__main__":

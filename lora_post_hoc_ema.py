@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import modules.interpreter  # noqa: F401
 from families import identify
 from modules.command import Parser, command_line
 from modules.options import read_options

@@ -1,6 +1,6 @@
 """Generate videos and images with Wan2.1. All options: python wan_generate_video.py --help"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import modules.interpreter  # noqa: F401
 from families import identify
@@ -13,7 +13,8 @@ DEFAULTS = ScriptDefaults(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
+    """Read the options, then `make(family, options)`; None: generate."""
     options, wan_options = read_generation(
         __doc__, DEFAULTS, add_generation_arguments, WanGenerationOptions, argv
     )
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from generation.run import generate  # torch loads here, after every option has been read
     from wan.family import family_for_generation
 
-    generate(family_for_generation(wan_options), options)
+    (make or generate)(family_for_generation(wan_options), options)
 
 
 if __name__ == "__main__":

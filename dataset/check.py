@@ -7,6 +7,8 @@ from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, Tr
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
+from dataset.cache.files import EMPTY
+from dataset.caching.caption_files import list_caption_files
 from dataset.caching.planning import (
     Caches,
     Recipe,
@@ -28,6 +30,7 @@ from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
 from dataset.sources.listing import MediaSource, find_sources
 from modules.bars import Bar
+from modules.contract.data import MediaTable
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
@@ -35,24 +38,34 @@ NO_COUNTERS = Counters(())
 UNUSABLE = "tables cannot be used"
 
 
-def check_media(family: Caches, config: DatasetConfig, workers: int, skip_existing: bool) -> CheckResult:
+def check_media(
+    family: Caches, config: DatasetConfig, workers: int, skip_existing: bool, encodes_media: bool = True
+) -> CheckResult:
     """Report what latent caching would do.
 
-    Sources whose records are missing or outdated are decoded; nothing is encoded or written.
+    Sources whose records are missing or outdated are decoded; nothing is encoded or written. encodes_media:
+    False if the family was made for another script, without the options of latent caching.
     """
-    try:
-        encoder = dict(family.media_identity)
-        files = [f"{name}: {value}" for name, value in encoder.items()]
-    except OptionError as error:
-        encoder, files = {}, [f"caches are not compared: {error}"]
-    recipe = Recipe(
-        family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, family.sections_of
-    )
+    encoder: dict[str, str] = {}
+    files: list[str] = []
+    if encodes_media:
+        try:
+            encoder = dict(family.media_identity)
+            files = [f"{name}: {value}" for name, value in encoder.items()]
+        except OptionError as error:
+            files = [f"caches are not compared: {error}"]
+
+    def sections(table: MediaTable, frames: int) -> int | None:
+        # whether images are taken alone is an option of latent caching
+        is_whole = table.kind == "image" and not encodes_media
+        return None if is_whole else family.sections_of(table, frames)
+
+    recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, sections)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = _find(config, table)
         if found.sources:
-            if _is_usable(family, found):
+            if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
             check_captions(found, NO_COUNTERS)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
@@ -75,7 +88,8 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = _find(config, table)
-        plans = [plan_text(source, family.cache_tag, encoders, skip_existing) for source in found.sources]
+        texts = list_caption_files(found.sources, family.cache_tag)
+        plans = [plan_text(text, encoders, skip_existing) for text in texts]
         for encoder, _ in encoders:
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
@@ -138,11 +152,12 @@ def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     return found
 
 
-def _is_usable(family: Caches, found: TableFindings) -> bool:
-    """Return whether the family can cache the table; if not, add why."""
+def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> bool:
+    """Return whether the table can be cached; if not, add why."""
     try:
         check_resolution(found.table, family.latent.pixel_step)
-        family.check_table(media_table(found.table, any(source.control for source in found.sources)))
+        if encodes_media:
+            family.check_table(media_table(found.table, any(source.control for source in found.sources)))
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return False
@@ -166,6 +181,9 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         found.remarks += [
             Fault(kind, f"{plan.source.path}: {line}", plan.source.stem) for plan, line in lines
         ]
+    masked = sum(source.mask is not None for source in found.sources)
+    if masked:
+        found.caches.append(f"{masked} of {len(found.sources)} have a mask; the others are learned whole")
     if recipe.encoder:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
@@ -204,16 +222,20 @@ def _check_caches(
     """Read every item of a table; add why some cannot be trained on."""
     folder = found.table.cache_directory
     for kind, paths in (
-        ("text caches are missing", cached.missing_text),
+        ("text caches are missing", (*cached.missing_text, *cached.missing_empty)),
         ("text caches are unfinished", cached.unfinished_text),
     ):
         found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
     remarks = []
-    for item in items:
+    drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
+    # each caption, and the empty prompt once
+    pairs = [(item, number) for item in items for number in range(item.captions)]
+    for item, number in [*pairs, *((item, number) for item in items[:1] for number in drops)]:
         try:
-            said = encoders.difference(read_batch([item], latent, encoders.commands).made_by)
+            batch = read_batch([item], latent, encoders.commands, captions=[number])
+            said = encoders.difference(batch.made_by)
         except CacheError as error:
             found.faults.append(Fault("cannot be used", str(error).splitlines()[0], item.source_stem))
         else:

@@ -8,7 +8,7 @@ from dataset.caching.loop import cache_media, cache_texts, workers_of
 from dataset.caching.planning import Caches
 from dataset.caching.reports import conclude
 from dataset.check import check_media, check_texts
-from dataset.checking.captions import load_counters
+from dataset.checking.captions import Counters, load_counters
 from dataset.checking.findings import CheckResult, join_findings
 from dataset.checking.page import write_check_page
 from dataset.checking.repair import repair_captions
@@ -19,6 +19,8 @@ from modules.console import Row, in_words
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.planning.device_memory import peak_in_words
+
+TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 
 
 def run_latent_caching(
@@ -33,8 +35,9 @@ def run_latent_caching(
     elif options.check:
         _repair(config, options)
         result = check_media(family, config, workers_of(options), options.skip_existing)
-        _write_page(family, config, options, result)
-        _end_with(result)
+        _say(result.lines)
+        _write_page(family, config, options, result, TOKENS_ELSEWHERE)
+        raise SystemExit(result.exit_code)
     else:
         start = time.monotonic()
         report = cache_media(family, config, options)
@@ -52,10 +55,12 @@ def run_text_caching(
         _repair(config, options)
         result = check_texts(family, config, options.skip_existing)
         if options.page.html is not None:  # it shows the media too
-            media = check_media(family, config, workers_of(options), options.skip_existing)
+            workers = workers_of(options)
+            media = check_media(family, config, workers, options.skip_existing, encodes_media=False)
             result = join_findings(media, result)
-        _write_page(family, config, options, result)
-        _end_with(result)
+        _say(result.lines)
+        _write_page(family, config, options, result, load_counters(family.text_encoders))
+        raise SystemExit(result.exit_code)
     start = time.monotonic()
     report = cache_texts(family, config, options)
     conclude(report, _costs(options, start), [("Next, check all before training", following)])
@@ -72,18 +77,14 @@ def _repair(config: DatasetConfig, options: CachingOptions) -> None:
         _say(repair_captions(config, options.repair_captions).lines)
 
 
-def _write_page(family: Caches, config: DatasetConfig, options: CachingOptions, result: CheckResult) -> None:
-    page = options.page
+def _write_page(
+    family: Caches, config: DatasetConfig, options: CachingOptions, result: CheckResult, counters: Counters
+) -> None:
+    page, fps = options.page, family.defaults.fps
     if page.html is not None:
-        counters, fps = load_counters(family.text_encoders), family.defaults.fps
         write_check_page(
             page.html, config, result, counters, family.latent, fps, page.html_items, workers_of(options)
         )
-
-
-def _end_with(result: CheckResult) -> None:
-    _say(result.lines)
-    raise SystemExit(result.exit_code)
 
 
 def _say(lines: Sequence[str]) -> None:

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import KEYS, MODES, SECTION_DEFAULTS, SOURCES, Unfit
+from dataset.config_keys import (
+    CAPTION_DEFAULTS,
+    KEYS,
+    LEARNING_DEFAULTS,
+    MODES,
+    SECTION_DEFAULTS,
+    SOURCES,
+    Unfit,
+)
 from modules.errors import DatasetError
 from modules.text_encodings import guess_encoding
 from modules.text_files import explain_toml, parse_json, parse_toml, read_text
@@ -37,17 +45,25 @@ class DatasetTable:
     cache_directory: Path
     resolution: tuple[int, int]  # width, height
     caption_extension: str | None
+    trigger_word: str  # these three: "" for none
+    caption_prefix: str
+    caption_suffix: str
+    multi_caption: bool  # each line of a caption file is a caption
+    caption_dropout_rate: float
     batch_size: int
     num_repeats: int
     enable_bucket: bool
     bucket_no_upscale: bool  # always False if enable_bucket is False
+    mask_directory: Path | None
+    alpha_mask: bool  # transparent parts are not learned
     validation: bool  # not trained on
+    prior_loss_weight: float  # factor on the loss of its items in training
     target_frames: tuple[int, ...]  # ascending, each 4n + 1
     frame_extraction: str
     frame_stride: int
     frame_sample: int
     max_frames: int
-    source_fps: float | None
+    source_fps: float | str | None  # AUTO: by the times in each file
     fp_latent_window_size: int
     fp_1f_clean_indices: tuple[int, ...] | None
     fp_1f_target_index: int | None
@@ -71,14 +87,29 @@ class DatasetTable:
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
 
     @property
+    def stated_fps(self) -> float | None:
+        """Return source_fps if it is a number."""
+        return None if isinstance(self.source_fps, str) else self.source_fps
+
+    @property
     def section_keys(self) -> dict[str, Any]:
         """Return the keys of SECTION_DEFAULTS that are set to another value, as JSON values."""
-        given = {
-            name: getattr(self, name)
-            for name, usual in SECTION_DEFAULTS.items()
-            if getattr(self, name) != usual
-        }
+        given = self._changed(SECTION_DEFAULTS)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+    @property
+    def caption_settings(self) -> dict[str, Any]:
+        """Return the keys of CAPTION_DEFAULTS that are set to another value."""
+        return self._changed(CAPTION_DEFAULTS)
+
+    @property
+    def learning_keys(self) -> dict[str, Any]:
+        """Return the keys of LEARNING_DEFAULTS that are set to another value, as JSON values."""
+        masks = {} if self.mask_directory is None else {"mask_directory": self.mask_directory.name}
+        return self._changed(LEARNING_DEFAULTS) | masks
+
+    def _changed(self, defaults: Table) -> dict[str, Any]:
+        return {name: getattr(self, name) for name, usual in defaults.items() if getattr(self, name) != usual}
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """Return the table's entry of the metadata list `ss_datasets`.
@@ -101,7 +132,7 @@ class DatasetTable:
             entry["target_frames"] = list(self.target_frames)
             names = ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
             entry |= {name: getattr(self, name) for name in names}
-        return entry | self.section_keys
+        return entry | self.section_keys | self.learning_keys
 
 
 @dataclass(frozen=True)
@@ -128,17 +159,17 @@ def load_dataset_config(path: Path) -> DatasetConfig:
     general = _without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     is_misspelt = entries is None and any("Did you mean datasets?" in problem for problem in problems)
-    if not isinstance(entries, list) or not entries:
-        problems += (
-            []
-            if is_misspelt
-            else [
-                "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
-                if isinstance(entries, dict)
-                else "there is no [[datasets]] table; each folder or list of images or videos needs one"
-            ]
+    if isinstance(entries, dict):
+        problems.append(
+            "[datasets] needs two pairs of brackets: write [[datasets]], once for each folder or list"
         )
-        entries = [entries] if isinstance(entries, dict) else []
+        entries = [entries]
+    elif not isinstance(entries, list) or not entries:
+        if not is_misspelt:
+            problems.append(
+                "there is no [[datasets]] table; each folder or list of images or videos needs one"
+            )
+        entries = []
     _check_general(general, problems)
     tables = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
     datasets = tuple(table for table in tables if table is not None)
@@ -304,6 +335,10 @@ def _finish_table(
         fields["control_directory"] = None
     if fields["cache_directory"] is None and jsonl_file:
         problems.append(f"{where}: cache_directory is required with {kind}_jsonl_file")
+        return None
+    if fields["mask_directory"] and (jsonl_file or fields["alpha_mask"]):
+        other = "give mask_path in the lines of the list" if jsonl_file else "leave out it or alpha_mask"
+        problems.append(f"{where}: mask_directory cannot be used here; {other}")
         return None
     fields["cache_directory"] = fields["cache_directory"] or directory
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]

@@ -17,9 +17,12 @@ FAR = 10_000  # latent frames; places in time stay far below
 MOST_COUNT = 10**9
 MOST_REPEATS = 100_000
 MOST_SAMPLES = 10_000  # spans of a clip
+MOST_WEIGHT = 100
+MOST_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
 LONGEST_SIDE = 16_384  # pixels
 MOST_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
 RATES = (0.001, 1_000_000)  # frames a second
+AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
 
 
 class Unfit(Exception):
@@ -58,6 +61,10 @@ def _rate(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not RATES[0] <= value <= RATES[1]:
         raise Unfit
     return float(value)
+
+
+def _source_fps(value: Any) -> float | str:
+    return AUTO if value == AUTO else _rate(value)
 
 
 def _yes_no(value: Any) -> bool:
@@ -110,6 +117,30 @@ def _caption_extension(value: Any) -> str:
     return str(value)
 
 
+def _words(value: Any) -> str:
+    """Return a part of captions; an empty one overrides [general]."""
+    if (
+        not isinstance(value, str)
+        or len(value) > MOST_WORDS
+        or len(value.splitlines()) > 1
+        or bad_character(value)
+    ):
+        raise Unfit
+    return value.strip()
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise Unfit
+    return float(value)
+
+
+def _weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_WEIGHT:
+        raise Unfit
+    return float(value)
+
+
 def _mode(value: Any) -> str:
     if value not in MODES:
         raise Unfit
@@ -135,15 +166,21 @@ _PIXELS = (
     f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "
     f"together at most {MOST_PIXELS:,} pixels"
 )
-_RATE = f"a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})"
+_RATE = f'"{AUTO}", or a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})'
 _BOOL = "true or false, without quotes"
 _FOLDER = "a path in quotes"
+_WORDS = f"text in quotes, one line of at most {MOST_WORDS} characters"
 
 KEYS: Mapping[str, Key] = {
     "resolution": Key(_resolution, _PIXELS, (960, 544), in_general=True),
     "caption_extension": Key(
         _caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True
     ),
+    "trigger_word": Key(_words, _WORDS, "", in_general=True),
+    "caption_prefix": Key(_words, _WORDS, "", in_general=True),
+    "caption_suffix": Key(_words, _WORDS, "", in_general=True),
+    "multi_caption": Key(_yes_no, _BOOL, False, in_general=True),
+    "caption_dropout_rate": Key(_share, "a number from 0 to 1, such as 0.1", 0.0, in_general=True),
     "batch_size": Key(_count, _POSITIVE, 1, in_general=True),
     "num_repeats": Key(_repeats, f"{_POSITIVE}, at most {MOST_REPEATS}", 1, in_general=True),
     "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
@@ -154,7 +191,10 @@ KEYS: Mapping[str, Key] = {
     "video_directory": Key(_path, _FOLDER, None, ("video",)),
     "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
     "control_directory": Key(_path, _FOLDER, None),
+    "mask_directory": Key(_path, _FOLDER, None),
+    "alpha_mask": Key(_yes_no, _BOOL, False),
     "validation": Key(_yes_no, _BOOL, False),
+    "prior_loss_weight": Key(_weight, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5", 1.0),
     "target_frames": Key(
         _counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)
     ),
@@ -162,7 +202,7 @@ KEYS: Mapping[str, Key] = {
     "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
     "frame_sample": Key(_samples, f"{_POSITIVE}, at most {MOST_SAMPLES}", 1, ("video",)),
     "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
-    "source_fps": Key(_rate, _RATE, None, ("video",)),
+    "source_fps": Key(_source_fps, _RATE, None, ("video",)),
     "fp_latent_window_size": Key(_count, _POSITIVE, 9),
     "fp_1f_clean_indices": Key(
         _indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)
@@ -172,4 +212,15 @@ KEYS: Mapping[str, Key] = {
 }
 # what the latents of a family with sections depend on besides the frames
 SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
+# what text caches depend on besides the caption files
+CAPTION_DEFAULTS = {
+    name: KEYS[name].default for name in ("trigger_word", "caption_prefix", "caption_suffix", "multi_caption")
+}
+# what a run depends on besides names, sizes and order of its items
+LEARNING_DEFAULTS = {
+    **CAPTION_DEFAULTS,
+    **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight", "alpha_mask")},
+}
+# `mask` of a latent record: where the mask of its loss is from
+FROM_FILE, FROM_ALPHA = "file", "alpha"
 SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")

@@ -64,8 +64,10 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
 
 def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
-    """Return an item's frames (F H W 3), control media to the right; transparent parts are grey."""
+    """Return an item's frames (F H W 3), to the right control media and the mask; transparent is grey."""
     parts = [media.crop(item.span), *map(_opaque, media.control_crops(item.span))]
+    mask = media.mask_crop(item.span)
+    parts += [] if mask is None else [np.repeat(mask[..., None], 3, axis=3)]
     return np.concatenate(parts, axis=2)
 
 

@@ -144,7 +144,8 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
         named = {f"latents_clean{name}": part for name, part in zip(COARSENESS, past, strict=True)}
         # a copy; else each section would keep the whole history
         tensors = {name: part[0].clone() for name, part in {"latents": target, **named}.items()}
-        entries.append(_entry(tensors, plan.indices, features, section=plan.index))
+        entry = _entry(tensors, plan.indices, features, section=plan.index)
+        entries.append(replace(entry, start=start.shape[2] + plan.index * window))
         history = order.grown(history, target)
     return entries
 

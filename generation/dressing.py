@@ -12,20 +12,25 @@ from modules.dressing import dress, swapped_weights
 from modules.errors import OptionError
 from modules.fp8.products import add_product
 from networks.merge import LoraPatch, LoraUse
+from networks.switching import OriginalWeights
 
 
 def dit_loader(
-    family: Family, uses: Sequence[LoraUse], device: torch.device, options: GenerationOptions
+    family: Family,
+    uses: Sequence[LoraUse],
+    device: torch.device,
+    options: GenerationOptions,
+    originals: OriginalWeights | None = None,
 ) -> Callable[[int], nn.Module]:
     """expert -> its network on the device, the LoRAs merged; blocks compiled and swapped as the options say.
 
-    Raises OptionError.
+    originals: notes the weights while they are loaded, in place of merging. Raises OptionError.
     """
     speed = options.speed
     fp8 = add_product(speed.fp8.quantisation, device)
 
     def load_dit(expert: int) -> nn.Module:
-        patch = LoraPatch(uses) if uses else None
+        patch = originals or (LoraPatch(uses) if uses else None)
         host = swapped_weights(family.dit, speed.swap, device)
         placement = Placement(device, attention=speed.attention.choice, patch=patch, fp8=fp8, host=host)
         dit = family.load_dit(placement, expert)

@@ -46,19 +46,6 @@ class Bar:
         self.what = escape_control_codes(self.what)
         self._start = self._told = self.now()
         self.shown = self.shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
-        if self.shown and self.is_terminal():
-            self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
-            self._bar = self._open.enter_context(
-                tqdm(
-                    total=self.total,
-                    desc=self.what,
-                    unit=self.unit,
-                    unit_scale=self.unit == BYTES,
-                    delay=DELAY,
-                    dynamic_ncols=True,
-                    leave=False,
-                )
-            )
 
     def __enter__(self) -> "Bar":
         return self
@@ -69,11 +56,32 @@ class Bar:
     def update(self, amount: float = 1) -> None:
         """Note that more is done."""
         self.done += amount
+        if not self.shown:
+            return
         if self._bar is not None:
             self._bar.update(amount)
-        elif self.shown and self.now() - self._told >= LINE_EVERY:
+        elif self.is_terminal():
+            if self.now() - self._start >= DELAY:
+                self._open_bar()
+        elif self.now() - self._told >= LINE_EVERY:
             self._told = self.now()
             logger.info("%s", self.line())
+
+    def _open_bar(self) -> None:
+        """Show the bar. Only now: a log line would show one that is still waiting for its time."""
+        self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+        bar = tqdm(
+            total=self.total,
+            desc=self.what,
+            unit=self.unit,
+            unit_scale=self.unit == BYTES,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._bar = self._open.enter_context(bar)
+        bar.start_t -= self.now() - self._start
+        bar.update(self.done)
+        bar.refresh()
 
     def line(self) -> str:
         """Return the progress in words, with an estimate of the time left."""

@@ -26,6 +26,7 @@ GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps"
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
 QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
 SMALLER = {  # appended, so that the last value wins
+    "compare.py": GENERATION,
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
     "fpack_cache_latents.py": QUICK_VAE,

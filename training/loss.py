@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from modules.contract.data import Batch, Conditions
+from modules.contract.data import LOSS_MASK, Batch, Conditions
 from modules.contract.family import Described, Predicts
 from modules.contract.noise import NoiseSpec
 from modules.devices import send
@@ -19,7 +19,8 @@ from training.loss_options import L2, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 
-MASK = "alpha_mask"  # in a batch: how much each place of the picture counts, 0..1, B H W in any size
+# in a batch of pictures: how much each place counts, 0..1, B H W in any size; for clips see LOSS_MASK
+MASK = "alpha_mask"
 
 
 class Trains(Described, Predicts, Protocol):
@@ -64,7 +65,8 @@ def measure_errors(
     """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
     batch.
 
-    If the batch has a mask (`MASK`), errors are multiplied by it before the mean over all elements.
+    If the batch has a mask (`MASK`, `LOSS_MASK`), errors are multiplied by it before the mean over all
+    elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss.
     """
     latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
     noise, sigmas, spec = noisy_batch.noise, noisy_batch.sigmas, family.noise
@@ -80,6 +82,9 @@ def measure_errors(
     mask = noisy_batch.batch.tensors.get(MASK)
     if isinstance(mask, Tensor):
         errors = errors * resize_mask(mask, errors)
+    mask = noisy_batch.batch.tensors.get(LOSS_MASK)
+    if isinstance(mask, Tensor):
+        errors = errors * mask.float().unsqueeze(1)  # B 1 F H W
     return errors.flatten(1).mean(1)
 
 

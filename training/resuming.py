@@ -137,7 +137,7 @@ def identity_of(
     own: `Family.options`.
     """
     config = {**public_config(options), "network_module": network_module}
-    batches = f"{plan.num_batches}, {epoch_digest(order)}"
+    batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     return {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
         **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "identity")},

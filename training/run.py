@@ -33,25 +33,22 @@ from modules.errors import OptionError
 from modules.offload.block_swap import HostWeights, settle
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
-from networks.adapter import make_network
 from networks.added import AddedFile, add_loras
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from training.averages import make_average, metadata_of
+from training.averages import metadata_of
 from training.changes import listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.shown_timesteps import show_timesteps
-from training.dressing import AUTOCAST, dress, placement_of
+from training.dressing import AUTOCAST, placement_of
 from training.early_checks import check_before_loading
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
+from training.learning import make_learning, make_steps, make_trainable, watch_files
 from training.loop import TrainingRun, train
 from training.metadata import RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
-from training.optimizers.fused_backward import FusedBackward
-from training.optimizers.lr_schedule import make_lr_schedule, warmup_steps
-from training.optimizers.optimizer import make_optimizer, set_training
-from training.optimizers.parameter_steps import ParameterSteps, steps_alone
+from training.optimizers.lr_schedule import warmup_steps
 from training.options import TrainingOptions
 from training.planning.memory import plan_training, prepare_memory
 from training.processes.gradients import largest
@@ -72,9 +69,6 @@ from training.saving.files import MinuteClock, Names, Publish, Saver
 from training.saving.states import SavedState, write_state
 from training.saving.upload import make_uploads
 from training.summary import show_end, show_start, watch_run
-from training.trainable import Trainable, train_dit
-from training.trainable import train_network as as_trainable
-from training.triggers import TriggerFiles, trigger_paths
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -145,15 +139,15 @@ def prepare_run(
     job = replace(job, options=options)
     host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
     dit = _load_dit(job, host)
-    trainable = _make_trainable(job, dit)
+    trainable = make_trainable(job, dit)
     sample_loras = (
         add_loras(dit, extra, options.speed.compilation.choice is not None) if sampler and extra else None
     )
-    learning, optimizer_name = _make_learning(job, dit, trainable, host, data.plan.total_steps)
+    learning, optimizer_name = make_learning(job, dit, trainable, host, data.plan.total_steps)
     if job.saved is not None:
         restore(job.saved, learning, bool(changes))
         job = replace(job, saved=None)  # gives its tensors free
-    steps, fused = _make_steps(job, learning)
+    steps, fused = make_steps(job, learning)
 
     uploads = make_uploads(options.hub)
     facts = _facts(job, data, optimizer_name, learning.schedule.name)
@@ -213,20 +207,13 @@ def prepare_run(
             validation=_make_validation(job, data),
             reporter=reporter,
             memory=memory if job.accelerator.is_main_process else None,
-            triggers=_watch_files(job, can_sample=sampler is not None),
+            triggers=watch_files(job, can_sample=sampler is not None),
             clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
         )
         yield run
         job.accelerator.wait_for_everyone()
     if saver is not None and job.progress.step >= data.plan.total_steps:
         show_end(run, saver.names, following)
-
-
-def _watch_files(job: TrainingJob, can_sample: bool) -> TriggerFiles:
-    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
-    if not (job.options.samples.sample_now and job.accelerator.is_main_process):
-        return TriggerFiles()
-    return TriggerFiles(trigger_paths(job.output_dir, job.output_name), can_sample)
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
@@ -247,12 +234,12 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         family.text_keys,
         counters,
     )
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     page, workers = options.loop.page, max(1, os.cpu_count() or 1)
     if page.html is not None:
         write_check_page(
             page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
         )
-    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     return result.exit_code
 
 
@@ -334,59 +321,6 @@ def _load_dit(job: TrainingJob, host: HostWeights | None) -> nn.Module:
             "the model's dtype."
         )
     return dit.requires_grad_(False)
-
-
-def _make_trainable(job: TrainingJob, dit: nn.Module) -> Trainable:
-    """Put the network into the DiT, or choose what of the DiT itself learns."""
-    options = job.options
-    if options.network is None:
-        assert options.whole_dit is not None  # one of the two is there
-        return train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
-    network = make_network(options.network, job.family.lora_module, dit, job.progress.seed)
-    max_norm = options.network.scale_weight_norms
-    return as_trainable(network, options.optimizer.learning_rate, max_norm, job.accelerator.device)
-
-
-def _make_learning(
-    job: TrainingJob, dit: nn.Module, trainable: Trainable, host: HostWeights | None, steps: int
-) -> tuple[Learning, str]:
-    """Dress the DiT (compiling, checkpointing, swap) and make optimizer and schedule.
-
-    Also returns the optimizer's name for metadata.
-    """
-    options, device = job.options, job.accelerator.device
-    dress(dit, job.family.dit, options.loop, device, options.speed.compilation.choice, host)
-    optimizer, name = make_optimizer(options.optimizer, trainable.groups)
-    schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
-    set_training(optimizer, True)
-    whole = options.whole_dit
-    in_float32 = (
-        whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer))
-    )
-    average = make_average(options.average, dit, trainable, optimizer, job.accelerator.is_main_process)
-    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32, average), name
-
-
-def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
-    """Return what steps single weights and what does so in the backward pass, if the options ask for it."""
-    whole, trainable, optimizer = job.options.whole_dit, learning.trainable, learning.optimizer
-    if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
-        return None, None
-    if not steps_alone(type(optimizer)):
-        logger.warning(
-            "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
-        )
-        return None, None
-    steps = ParameterSteps(optimizer, trainable.names, job.progress)
-    if not whole.fused_backward_pass:
-        return steps, None
-    max_norm = job.options.optimizer.max_grad_norm
-    if max_norm > 0:
-        logger.warning(
-            "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
-            f"{max_norm}."
-        )
-    return steps, FusedBackward(steps, trainable.parameters, max_norm)
 
 
 def _make_feed(job: TrainingJob, data: Data) -> Feed:

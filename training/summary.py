@@ -157,10 +157,10 @@ def watch_run(job: TrainingJob, plan: StepPlan) -> Callable[[int], Mapping[str, 
 
     def watch(step: int) -> Mapping[str, str]:
         peak = peak_in_words(device)
-        shown = {} if peak is None else {"memory": peak}
+        shown = {} if peak is None else {"mem": peak.replace(" GiB", "G")}
         if every is not None and options.sample_prompts is not None:
             following = (step // every + 1) * every
-            shown |= {"next_sample": str(following)} if following <= plan.total_steps else {}
+            shown |= {"sample": str(following)} if following <= plan.total_steps else {}
         return shown
 
     return watch

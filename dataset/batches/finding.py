@@ -9,7 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dataset.cache.files import PART, SUFFIX, LatentName, parse_latent_name, part_path, text_file_name
+from dataset.cache.files import (
+    EMPTY,
+    PART,
+    SUFFIX,
+    LatentName,
+    empty_text_name,
+    parse_latent_name,
+    parse_more_text_name,
+    part_path,
+    text_file_name,
+)
 from dataset.cache.records import section_frames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
@@ -54,6 +64,7 @@ class TrainingItem:
     bucket: tuple[int, ...]
     kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
+    captions: int = 1  # how many text files of the source are there, besides the empty prompt's
 
     @property
     def source_stem(self) -> str:
@@ -66,7 +77,14 @@ class TrainingItem:
 
     @property
     def text_path(self) -> Path:
-        return self.table.cache_directory / text_file_name(self.source_stem, self.kind.tag)
+        """The file of the first caption."""
+        return self.caption_path(0)
+
+    def caption_path(self, number: int) -> Path:
+        """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""
+        tag = self.kind.tag
+        name = empty_text_name(tag) if number == EMPTY else text_file_name(self.source_stem, tag, number)
+        return self.table.cache_directory / name
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,7 @@ class FoundItems:
     missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
     empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
     unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
+    missing_empty: tuple[Path, ...] = ()  # of tables with caption_dropout_rate: files of the empty prompt
 
 
 def find_items(
@@ -91,12 +110,18 @@ def find_items(
     missing: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     empty: list[DatasetTable] = []
+    missing_empty: list[Path] = []
     for table in config.datasets:
         names = _names_in(table.cache_directory)
         found = _table_items(table, names, kind, latent)
         if not found:
             empty.append(table)
         has_parts = any(name.endswith(PART) for name in names)
+        if table.multi_caption:
+            found = _with_captions(found, names)
+        if table.caption_dropout_rate and found and empty_text_name(cache_tag) not in names:
+            missing_empty.append(found[0].caption_path(EMPTY))
+        unfinished |= dict.fromkeys(_unfinished_more(table, names, cache_tag)) if has_parts else {}
         for item in found:
             text = text_file_name(item.source_stem, cache_tag)
             if text in names:
@@ -105,7 +130,34 @@ def find_items(
                 unfinished[item.text_path] = None
             elif text not in names:
                 missing[item.text_path] = None
-    return FoundItems(tuple(items), tuple(missing), tuple(empty), tuple(map(part_path, unfinished)))
+    return FoundItems(
+        tuple(items), tuple(missing), tuple(empty), tuple(map(part_path, unfinished)), tuple(missing_empty)
+    )
+
+
+def _with_captions(items: Sequence[TrainingItem], names: Iterable[str]) -> list[TrainingItem]:
+    """Count the text files of each source: the first, and further ones up to a gap in their numbers."""
+    further: dict[str, set[int]] = {}
+    for name in names:
+        found = parse_more_text_name(name, items[0].kind.tag) if items else None
+        if found is not None:
+            further.setdefault(found[0], set()).add(found[1])
+    counts = {
+        stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
+        for stem, numbers in further.items()
+    }
+    return [replace(item, captions=counts.get(item.source_stem, 1)) for item in items]
+
+
+def _unfinished_more(table: DatasetTable, names: Iterable[str], tag: str) -> list[Path]:
+    """Return the unfinished files of further captions and of the empty prompt, if the table uses these."""
+    finished = [name.removesuffix(PART) for name in names if name.endswith(PART)]
+    return [
+        table.cache_directory / name
+        for name in finished
+        if (table.multi_caption and parse_more_text_name(name, tag) is not None)
+        or (table.caption_dropout_rate and name == empty_text_name(tag))
+    ]
 
 
 def _names_in(folder: Path) -> set[str]:
@@ -175,6 +227,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     ]
     if not faults and not found.items:
         faults = [f"no text cache in {folder}" for folder in untexted]
+    faults += [f"caption_dropout_rate needs the empty prompt's cache, {path}" for path in found.missing_empty]
     if faults:
         raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, commands.text]))
     if found.missing_text:

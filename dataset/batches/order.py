@@ -33,6 +33,16 @@ class BatchOrder:
             for bucket in self._buckets.values()
         )
 
+    @property
+    def learning_keys(self) -> list[str]:
+        """Return what the tables set that changes the run but not its items, in words."""
+        tables = {bucket[0].table.index: bucket[0].table for bucket in self._buckets.values()}
+        return [
+            f"{name} = {value} in [[datasets]] {index + 1}"
+            for index, table in sorted(tables.items())
+            for name, value in table.learning_keys.items()
+        ]
+
     def epoch(self, number: int) -> tuple[tuple[TrainingItem, ...], ...]:
         """Return the batches of an epoch in order. number: from 0."""
         shuffle = random.Random(derive_seed(self._seed, "items", number)).shuffle

@@ -2,25 +2,29 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _join_sides
 from dataset.cache.checks import CacheChecks
-from dataset.cache.files import Entry, read_entry
+from dataset.cache.files import EMPTY, Entry, read_entry
 from dataset.cache.records import (
     LatentRecord,
     TextRecord,
+    difference,
     latent_record,
     options_difference,
     text_records,
     verify_tensors,
 )
-from dataset.config_keys import SECTION_DEFAULTS
+from dataset.config_keys import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
-from modules.contract.data import LATENTS_MADE, Batch, MadeBy
+from dataset.sources.masks import has_mask
+from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, MadeBy
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 
@@ -30,23 +34,30 @@ def read_batch(
     latent: LatentSpec,
     commands: CachingCommands = NO_COMMANDS,
     checks: CacheChecks | None = None,
+    captions: Sequence[int] | None = None,
 ) -> Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
 
     Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
     options, made from a source or a caption that has changed since, or not of the shape that the
-    configuration asks for. checks: of the run, which remembers what it has looked at.
+    configuration asks for. checks: of the run, which remembers what it has looked at. captions: the number of
+    the caption to use of each item, or EMPTY; without it the first.
     """
     checks = checks or CacheChecks()
-    read = [_read_item(item, latent, commands, checks) for item in items]
+    read = [
+        _read_item(item, latent, commands, checks, number)
+        for item, number in zip(items, captions or [0] * len(items), strict=True)
+    ]
+    if any(LOSS_MASK in one.tensors for one in read):
+        read = [_with_mask(one) for one in read]
     first = read[0]
     for item, other in zip(items, read, strict=True):
         if other.tensors.keys() != first.tensors.keys():
             odd = ", ".join(sorted(other.tensors.keys() ^ first.tensors.keys()))
             in_text = other.text != first.text
             paths = (
-                (item.text_path, items[0].text_path) if in_text else (item.latent_path, items[0].latent_path)
+                (other.text_path, first.text_path) if in_text else (item.latent_path, items[0].latent_path)
             )
             raise CacheError(
                 f"{paths[0]} and {paths[1]} do not have the same tensors: {odd}.\n"
@@ -54,12 +65,26 @@ def read_batch(
             )
     tensors = {name: _stack(name, items, read, commands) for name in first.tensors}
     made_by = tuple(made for one in read for made in one.made_by)
-    return Batch(tensors, tuple(one.caption for one in read), tuple(item.key for item in items), made_by)
+    weights = tuple(item.table.prior_loss_weight for item in items)
+    return Batch(
+        tensors,
+        tuple(one.caption for one in read),
+        tuple(item.key for item in items),
+        made_by,
+        () if set(weights) == {1.0} else weights,
+    )
+
+
+def _with_mask(read: "_ReadItem") -> "_ReadItem":
+    """Return an item with a mask; one that has none gets ones, which change nothing."""
+    whole = torch.ones(read.tensors["latents"].shape[1:], dtype=torch.float16)
+    return replace(read, tensors={LOSS_MASK: whole, **read.tensors})
 
 
 @dataclass(frozen=True)
 class _ReadItem:
     tensors: Mapping[str, Tensor]
+    text_path: Path
     text: frozenset[str]  # names of those that come from the text cache
     variable: frozenset[str]
     caption: str
@@ -67,27 +92,29 @@ class _ReadItem:
 
 
 def _read_item(
-    item: TrainingItem, latent: LatentSpec, commands: CachingCommands, checks: CacheChecks
+    item: TrainingItem, latent: LatentSpec, commands: CachingCommands, checks: CacheChecks, number: int
 ) -> _ReadItem:
     with _remedy(commands.latents):
         latents, media = _read_latents(item, latent, checks)
     with _remedy(commands.text):
-        text = read_entry(item.text_path)
+        text_path = item.caption_path(number)
+        text = read_entry(text_path)
         absent = sorted(item.kind.text_keys - text.tensors.keys())
         if absent:
             maker = text.header.metadata.get("architecture", "")
             raise CacheError(
-                f"{item.text_path}: the text cache is incomplete, it has no {', '.join(absent)}"
+                f"{text_path}: the text cache is incomplete, it has no {', '.join(absent)}"
                 + (f" (made for {maker})" if maker else "")
             )
         texts = text_records(text.header)
-        caption = _check_caption(item, text, texts, checks)
+        caption = _check_caption(item, number, text, texts, checks)
     checks.add(item.table.index, item.key)
+    checks.add(item.table.index, text_path.name)
     tensors = {**latents.tensors, **text.tensors}
     made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
-    made_by += [MadeBy(item.text_path, name, record.encoder) for name, record in texts.items()]
+    made_by += [MadeBy(text_path, name, record.encoder) for name, record in texts.items()]
     return _ReadItem(
-        tensors, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by)
+        tensors, text_path, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by)
     )
 
 
@@ -100,15 +127,12 @@ def _read_latents(
             f"{item.latent_path}: it has no latents, so it is not a cache; move it out of the cache folder"
         )
     record = latent_record(entry.header)
+    _check_mask(item, record)
     if record is not None:
         verify_tensors(entry, record.crc32)
         _check_options(item, record, latent)
-        folders = tuple(
-            folder for folder in (item.table.directory, item.table.control_directory) if folder is not None
-        )
-        changed = (
-            None if checks.knows(item.table.index, item.key) else checks.changed_file(folders, record.files)
-        )
+        is_known = checks.knows(item.table.index, item.key)
+        changed = None if is_known else checks.changed_file(_folders_of(item, record), record.files)
         if changed is not None:
             raise CacheError(f"{item.latent_path}: {changed} has changed since it was encoded")
     width, height, frames = (*item.bucket, 1)[:3]
@@ -121,7 +145,42 @@ def _read_latents(
             f"{_join_sides(expected)}"
             f" ({frames} frames of {width}x{height})"
         )
+    mask = entry.tensors.get(LOSS_MASK)
+    if mask is not None and list(mask.shape) != expected[1:]:
+        raise CacheError(
+            f"{item.latent_path}: the mask of its loss is {_join_sides(mask.shape)}, its latents are "
+            f"{_join_sides(expected[1:])}"
+        )
     return entry, record
+
+
+def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:
+    """Return the folder of each file of a record: the source, its control media, its mask."""
+    table, count = item.table, len(record.files)
+    if table.directory is None:
+        return [None] * count
+    folders = [table.directory, *[table.control_directory] * (count - 1)][:count]
+    if record.options.get("mask") == FROM_FILE:
+        folders[-1] = table.mask_directory
+    return folders
+
+
+def _check_mask(item: TrainingItem, record: LatentRecord | None) -> None:
+    """Raise CacheError if the mask of an item is not from where its table says."""
+    table = item.table
+    made_from = None if record is None else record.options.get("mask")
+    if table.alpha_mask:
+        wanted: set[str | None] = {FROM_ALPHA}
+    elif table.mask_directory is not None:
+        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
+    else:
+        wanted = {FROM_FILE, None} if table.jsonl_file is not None else {None}
+    if made_from not in wanted:
+        now = "alpha_mask = true" if table.alpha_mask else "no mask" if wanted == {None} else "a mask for it"
+        raise CacheError(
+            f"{item.latent_path}: the mask of its loss is from {made_from or 'nowhere'}, {table.name} has "
+            f"{now}"
+        )
 
 
 def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec) -> None:
@@ -150,20 +209,34 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
 
 
 def _check_caption(
-    item: TrainingItem, text: Entry, records: Mapping[str, TextRecord], checks: CacheChecks
+    item: TrainingItem, number: int, text: Entry, records: Mapping[str, TextRecord], checks: CacheChecks
 ) -> str:
-    is_known = checks.knows(item.table.index, item.key)
+    """Return the caption of a text file. Raises CacheError if its table or caption file has changed since."""
+    path = text.header.path
+    is_known = number == EMPTY or checks.knows(item.table.index, path.name)
+    if not is_known and not records:
+        _check_settings(item, path, {})
     for record in records.values():
         verify_tensors(text, record.crc32)
-        if is_known or record.file is None or item.table.directory is None:
+        if is_known:
             continue
-        now = checks.changed_caption(item.table.directory / record.file.name, record.caption)
+        _check_settings(item, path, record.settings)
+        if record.file is None or item.table.directory is None:
+            continue
+        caption_path = item.table.directory / record.file.name
+        now = checks.changed_caption(caption_path, record.caption, item.table, number)
         if now is not None:
-            raise CacheError(
-                f"{item.text_path}: made from the caption {record.caption!r}, which now is {now!r}"
-            )
+            raise CacheError(f"{path}: made from the caption {record.caption!r}, which now is {now!r}")
     stored = [record.caption for record in records.values()]
     return stored[0] if stored else text.header.metadata.get("caption1", "")
+
+
+def _check_settings(item: TrainingItem, path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise CacheError if a caption was made with other keys of its table, or is one of another number."""
+    then = {**CAPTION_DEFAULTS, "captions": 1, **settings}
+    changed = difference(then, {**CAPTION_DEFAULTS, **item.table.caption_settings, "captions": item.captions})
+    if changed is not None:
+        raise CacheError(f"{path}: {changed} in {item.table.name}")
 
 
 def _stack(

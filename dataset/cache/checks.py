@@ -3,11 +3,13 @@ reads.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.cache.records import FileIdentity, is_unchanged, modified_ns
-from dataset.sources.captions import read_caption
+from dataset.config import DatasetTable
+from dataset.sources.captions import captions_in, read_caption
 
 MOST_KNOWN = 1 << 16  # items that are remembered: a few megabytes
 
@@ -37,13 +39,13 @@ class CacheChecks:
             self._known.clear()
         self._known.add((table, key))
 
-    def changed_file(self, folders: tuple[Path, ...], files: tuple[FileIdentity, ...]) -> Path | None:
+    def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
         """Return the first source that is there and not what it was.
 
-        folders: of the source, then of its control media.
+        folders: of each file; None if unknown.
         """
-        for place, file in enumerate(files):
-            path = folders[min(place, len(folders) - 1)] / file.name if folders else None
+        for folder, file in zip(folders, files, strict=True):
+            path = None if folder is None else folder / file.name
             if (
                 path is not None
                 and path.exists()
@@ -53,7 +55,9 @@ class CacheChecks:
                 return path
         return None
 
-    def changed_caption(self, path: Path, caption: str) -> str | None:
-        """Return the text of a caption file if it is there and not `caption`."""
+    def changed_caption(self, path: Path, caption: str, table: DatasetTable, number: int = 0) -> str | None:
+        """Return the text of a caption file if it is there and its caption `number` is not `caption`."""
         now = read_caption(path)
-        return now if now is not None and now != caption and modified_ns(path) <= self.started_ns else None
+        if now is None or captions_in(now, table)[number : number + 1] == (caption,):
+            return None
+        return now if modified_ns(path) <= self.started_ns else None

@@ -26,11 +26,14 @@ SUFFIX = ".safetensors"
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
+EMPTY = -1  # instead of the number of a caption: the empty prompt
+
 Grid = tuple[int, int, int]  # F, H, W of latents
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
 _LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(\d+)x(\d+)x(\d+)_{_DTYPE}", re.ASCII)
+_MORE_TEXT = re.compile(r"(.+)_([a-z0-9]+)_te\.caption([2-9]|[1-9][0-9]{1,5})\.safetensors", re.DOTALL)
 _SPAN = re.compile(r"(\d+)-(\d+)(?:-(\d+))?")
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -72,9 +75,34 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
     return LatentName("_".join(tokens), (width, height), (int(span[1]), int(span[2])), section)
 
 
-def text_file_name(stem: str, tag: str) -> str:
-    """Return e.g. `clip_wan_te.safetensors`: one for all items of a source."""
-    return f"{stem}_{tag}_te{SUFFIX}"
+def text_file_name(stem: str, tag: str, number: int = 0) -> str:
+    """Return e.g. `clip_wan_te.safetensors`: one for all items of a source.
+
+    number: which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names that
+    other programs take for neither a text cache nor a latent cache.
+    """
+    return f"{stem}_{tag}_te{f'.caption{number + 1}' if number else ''}{SUFFIX}"
+
+
+def empty_text_name(tag: str) -> str:
+    """Return `wan_te.empty.safetensors`: the empty prompt of a table, for caption dropout."""
+    return f"{tag}_te.empty{SUFFIX}"
+
+
+def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
+    """Return stem and number, from 1, of a further caption's file name; None if it is none."""
+    match = _MORE_TEXT.fullmatch(file_name)
+    is_one = match is not None and match[2] == tag and not file_name.startswith(".")
+    return (match[1], int(match[3]) - 1) if match is not None and is_one else None
+
+
+def is_text_name(file_name: str, tag: str) -> bool:
+    """Whether a file name is that of any text cache of the family."""
+    return (
+        parse_text_name(file_name, tag) is not None
+        or parse_more_text_name(file_name, tag) is not None
+        or file_name == empty_text_name(tag)
+    )
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:

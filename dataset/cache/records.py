@@ -11,7 +11,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class TextRecord:
     caption: str
     file: FileIdentity | None  # of the caption; None if it is in a JSONL list
     crc32: Mapping[str, str]
+    # what the table adds to captions, and how many there are if several; only what is not the default
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def latent_metadata(record: LatentRecord) -> dict[str, str]:
@@ -76,7 +78,11 @@ def latent_metadata(record: LatentRecord) -> dict[str, str]:
 
 def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
     """Return the metadata entries for the records of a text cache, by encoder name."""
-    return _guard({"texts": {name: dataclasses.asdict(record) for name, record in records.items()}})
+    texts = {name: dataclasses.asdict(record) for name, record in records.items()}
+    for text in texts.values():
+        if not text["settings"]:
+            del text["settings"]
+    return _guard({"texts": texts})
 
 
 def latent_record(header: Header) -> LatentRecord | None:
@@ -125,6 +131,7 @@ def text_records(header: Header) -> dict[str, TextRecord]:
                 caption=str(data["caption"]),
                 file=None if data["file"] is None else FileIdentity(**data["file"]),
                 crc32=dict(data["crc32"]),
+                settings=dict(data.get("settings", {})),
             )
             for name, data in found["texts"].items()
         }

@@ -12,8 +12,9 @@ from dataset.cache.files import (
     Header,
     is_latent_cache,
     is_text_cache,
+    is_text_name,
     parse_latent_name,
-    parse_text_name,
+    parse_more_text_name,
     read_header,
 )
 from dataset.caching.planning import Caches
@@ -49,18 +50,28 @@ def remove_caches(paths: Iterable[Path], architecture: str) -> int:
     return _remove(paths, lambda header: is_latent_cache(header, architecture))
 
 
-def remove_stale_texts(table: DatasetTable, family: Caches, names: Container[str]) -> int:
-    """Remove text caches not in `names`, also unfinished ones. Returns how many were removed."""
+def remove_stale_texts(
+    table: DatasetTable, family: Caches, names: Container[str], surplus_of: Container[str] | None = None
+) -> int:
+    """Remove text caches not in `names`, also unfinished ones. Returns how many were removed.
+
+    surplus_of: only further captions of these sources (by stem), which have fewer captions now.
+    """
 
     def is_text(name: str) -> bool:
-        return parse_text_name(name.removesuffix(PART), family.cache_tag) is not None
+        return is_text_name(name.removesuffix(PART), family.cache_tag)
 
     stale = [
         path
         for path in _list_names(table)
         if is_text(path.name) and path.name.removesuffix(PART) not in names
     ]
-    _remove_leftovers(table, is_text)
+    if surplus_of is not None:
+        names_of = {path: path.name.removesuffix(PART) for path in stale}
+        further = [(path, parse_more_text_name(name, family.cache_tag)) for path, name in names_of.items()]
+        stale = [path for path, name in further if name is not None and name[0] in surplus_of]
+    else:
+        _remove_leftovers(table, is_text)
     return _remove(stale, lambda header: is_text_cache(header, family.name))
 
 

@@ -33,9 +33,10 @@ from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.frames import Span, frames_wanted
+from dataset.sources.masks import shrink_mask
 from modules.bars import Bar
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 
@@ -51,10 +52,11 @@ class Crop:
     frames: Tensor  # F H W C uint8
     control: tuple[Tensor, ...]  # each F H W C uint8
     alpha: Tensor | None  # H W uint8
+    mask: Tensor | None = None  # F H W uint8: of the loss
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors of the crop."""
+        """Return what is encoded."""
         return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
 
 
@@ -95,7 +97,8 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
         # overlapping or large: cut each when its turn comes
         return Decoded(plan, media, {}, files, clip)
     crops = {span: cut(media, span) for span in missing}
-    return Decoded(plan, dataclasses.replace(media, frames=NO_FRAMES, control=()), crops, files, clip)
+    media = dataclasses.replace(media, frames=NO_FRAMES, control=(), mask=None)
+    return Decoded(plan, media, crops, files, clip)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
@@ -105,7 +108,13 @@ def cut(media: DecodedSource, span: Span) -> Crop:
         torch.from_numpy(clip.copy() if alone else clip)
         for clip in (media.crop(span), *media.control_crops(span))
     )
-    return Crop(frames, tuple(control), None if media.alpha is None else torch.from_numpy(media.alpha))
+    mask = media.mask_crop(span)
+    return Crop(
+        frames,
+        tuple(control),
+        None if media.alpha is None else torch.from_numpy(media.alpha),
+        None if mask is None else torch.from_numpy(mask.copy()),
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,8 @@ class _Pending:
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.crop.tensors)
+        mask = 0 if self.crop.mask is None else self.crop.mask.nbytes
+        return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
 class LatentEncoding:
@@ -184,7 +194,7 @@ class LatentEncoding:
         source, media, recipe = decoded.plan.source, decoded.media, self._recipe
         is_image = source.table.kind == "image"
         name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
-        options = recipe.options(source.table, media.size, media.bucket, span)
+        options = recipe.options(source, media.size, media.bucket, span)
         return _Pending(
             table=source.table,
             path=source.table.cache_directory / name.file_name(recipe.tag),
@@ -220,10 +230,14 @@ class LatentEncoding:
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
         """Write an item's files, then remove its other files: sections that it no longer has."""
         names = set()
+        crop, stride = item.crop, self._recipe.latent.stride
+        mask = None if crop.mask is None else shrink_mask(crop.mask, stride)
         for entry in entries:
             name = dataclasses.replace(item.name, section=entry.section)
             path = item.path.with_name(name.file_name(self._recipe.tag))
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+            if mask is not None:
+                tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
             record = dataclasses.replace(item.record, parts=len(entries))
             whole = dataclasses.replace(entry, tensors=tensors)
             self._writer.submit(partial(write_latents, path, name, record, whole, self._family.name))

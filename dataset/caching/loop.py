@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from dataset.cache.files import text_file_name
+from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.caching.latents import LatentEncoding
 from dataset.caching.planning import Caches, Recipe, SourcePlan, list_names, media_table, plan_all
@@ -21,7 +21,7 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
-from modules.console import Row, as_size, show_box
+from modules.console import Row, as_size, count_of, show_box
 from modules.devices import choose_device
 from modules.errors import DatasetError
 
@@ -55,7 +55,8 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             ("disk", _disk(config, family, to_do)),
             ("device", str(device)),
         ]
-        show_box("Caching latents", rows)
+        if share.is_main:
+            show_box("Caching latents", rows)
         if to_do:
             encoding.run(to_do, existing, workers, share.is_main)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
@@ -101,17 +102,18 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
         encoding = TextEncoding(
             family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main
         )
-        encoding.run(share.of(sources))
+        files = list_caption_files(sources, family.cache_tag)
+        if share.is_main:
+            captions = count_of(len(files), "caption")
+            show_box("Caching texts", [("data", f"{config.path}, {captions}"), ("device", str(device))])
+        encoding.run(share.of(files))
         reports = share.gather(CacheReport(encoding.written, encoding.kept, encoding.foreign))
         removed = 0
-        if share.is_main and not options.keep_cache:
+        if share.is_main:
             for table in config.datasets:
-                names = {
-                    text_file_name(one.stem, family.cache_tag)
-                    for one in sources
-                    if one.table.index == table.index
-                }
-                removed += remove_stale_texts(table, family, names)
+                stems = {one.stem for one in sources if one.table.index == table.index}
+                names = {file.path.name for file in files if file.table.index == table.index}
+                removed += remove_stale_texts(table, family, names, stems if options.keep_cache else None)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 

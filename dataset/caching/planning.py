@@ -54,11 +54,14 @@ class Recipe:
     skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
 
-    def options(self, table: DatasetTable, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
+    def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """Return what the record of an item contains besides the encoders."""
+        table = source.table
         options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
         if table.kind == "video":
             options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
+        if source.mask_from is not None:
+            options["mask"] = source.mask_from
         return options | table.section_keys
 
 
@@ -227,12 +230,14 @@ def _check_item(
         entry = read_entry(path)
         record = latent_record(entry.header)
         if record is None:
+            if source.mask_from is not None:
+                raise CacheError(f"{path}: it has no mask of the loss")
             _check_foreign(entry, bucket, span, files[file].section, source.table, recipe)
             foreign += 1
             continue
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
-        expected = recipe.options(source.table, size, bucket, span)
+        expected = recipe.options(source, size, bucket, span)
         changed = (
             difference(record.encoder, recipe.encoder)
             or options_difference(record.options, expected, recipe.latent)
@@ -270,7 +275,7 @@ def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
 
 def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe) -> ClipFacts | None:
     """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
-    rate = recipe.options(source.table, (0, 0), (0, 0), (0, 0))
+    rate = recipe.options(source, (0, 0), (0, 0), (0, 0))
     known = []
     for file in existing:
         try:
@@ -304,4 +309,4 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
 
 def paths_of(source: MediaSource) -> tuple[Path, ...]:
     """Return the files or folders that a source's latents are made from."""
-    return (source.path, *source.control)
+    return (source.path, *source.control, *(() if source.mask is None else (source.mask,)))

@@ -7,10 +7,12 @@ from typing import TypeVar
 
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
+from dataset.config_keys import AUTO
 from dataset.sources.frames import frames_wanted
 from dataset.sources.listing import MediaSource
 from modules.bars import Bar
 from modules.errors import MediaError, UserError
+from modules.media.animations import is_animation
 from modules.media.reading import video_info
 
 T = TypeVar("T")
@@ -52,7 +54,8 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     """
     width, height = source.table.resolution
     frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
-    return int(frames) * width * height * 3 * (1 + len(source.control))
+    channels = 3 * (1 + len(source.control)) + (source.mask_from is not None)
+    return int(frames) * width * height * channels
 
 
 def check_memory(source: MediaSource) -> None:
@@ -77,10 +80,14 @@ def machine_bytes() -> int | None:
 
 def _frames_in_header(source: MediaSource) -> float:
     try:
-        frames = video_info(source.path).frames or UNKNOWN_FRAMES
+        info = video_info(source.path)
+        is_timed = source.table.source_fps == AUTO or is_animation(source.path)
     except UserError:
         return 0  # decoding reports the reason
-    return frames * min(1.0, FASTEST_FPS / (source.table.source_fps or FASTEST_FPS))
+    frames = info.frames or UNKNOWN_FRAMES
+    if is_timed and info.fps:  # they may be repeated too
+        return frames * FASTEST_FPS / info.fps
+    return frames * min(1.0, FASTEST_FPS / (source.table.stated_fps or FASTEST_FPS))
 
 
 def _finish_done(

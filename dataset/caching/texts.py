@@ -1,8 +1,9 @@
 """Encode the captions without a valid text cache.
 
-One file per source serves all its items and holds the tensors of all encoders. Each text encoder runs in a
-pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a `.part`
-beside the file; the last pass joins everything and gives it the file's name. So a file is always complete.
+One file per caption serves all items of its source and holds the tensors of all encoders. Each text encoder
+runs in a pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a
+`.part` beside the file; the last pass joins everything and gives it the file's name. So a file is always
+complete.
 """
 
 import dataclasses
@@ -24,11 +25,9 @@ from dataset.cache.files import (
     read_entry,
     tensor_key,
     tensor_name,
-    text_file_name,
     write_tensors,
 )
 from dataset.cache.records import (
-    FileIdentity,
     TextRecord,
     difference,
     identify,
@@ -36,12 +35,12 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
+from dataset.caching.caption_files import CaptionFile
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
 from dataset.sources.captions import describe_cut
-from dataset.sources.listing import MediaSource
 from modules.atomic_write import give_name
 from modules.bars import Bar
 from modules.contract.data import Conditions
@@ -57,9 +56,8 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What to do for one source, by names of encoders."""
+    """What to do for one text, by names of encoders."""
 
-    source: MediaSource
     path: Path  # of its cache file
     missing: tuple[str, ...]  # those that must encode, in order
     in_part: tuple[str, ...]  # those whose outputs are valid in the unfinished file only
@@ -70,17 +68,16 @@ class TextPlan:
         return encoder == self.missing[-1]
 
 
-def plan_text(source: MediaSource, tag: str, encoders: Encoders, skip_existing: bool) -> TextPlan:
-    """Compare a source's file, finished or not, with what the encoders would write. Nothing is changed."""
-    path = source.table.cache_directory / text_file_name(source.stem, tag)
-    right, _ = _right(path, source, encoders, skip_existing)
-    part, others = _right(part_path(path), source, encoders, skip_existing=False)
+def plan_text(file: CaptionFile, encoders: Encoders, skip_existing: bool) -> TextPlan:
+    """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed."""
+    path = file.path
+    right, _ = _right(path, file, encoders, skip_existing)
+    part, others = _right(part_path(path), file, encoders, skip_existing=False)
     if others:
         # it is from a run with other encoders or another caption: joining it would corrupt the valid outputs
         part = {}
     names = [encoder.name for encoder, _ in encoders]
     return TextPlan(
-        source,
         path,
         missing=tuple(name for name in names if name not in right and name not in part),
         in_part=tuple(name for name in names if name not in right and name in part),
@@ -89,7 +86,7 @@ def plan_text(source: MediaSource, tag: str, encoders: Encoders, skip_existing: 
 
 
 class TextEncoding:
-    """The text encoders' passes over this process's sources, with counters of files.
+    """The text encoders' passes over this process's texts, with counters of files.
 
     written: files to which an encoder added something. kept: all others. foreign: files with outputs that
     have no record.
@@ -112,31 +109,31 @@ class TextEncoding:
         self._skip_existing = skip_existing
         self._show_progress = show_progress
 
-    def run(self, sources: Sequence[MediaSource]) -> None:
+    def run(self, files: Sequence[CaptionFile]) -> None:
         """Encode what is missing, one encoder after the other; an encoder without work is not loaded."""
         encoders = [(encoder, dict(encoder.identity)) for encoder in self._family.text_encoders()]
-        plans = self._plan(sources, encoders)
+        plans = self._plan(files, encoders)
         for encoder, identity in encoders:
             to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
-            logger.info("%s: %d captions, %d of them to encode", encoder.name, len(sources), len(to_do))
+            logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if not to_do:
                 continue
             encoder.load(self._device)
-            warn_cut_captions(encoder, [plan.source for plan in to_do.values()])
+            warn_cut_captions(encoder, [file for file in files if file.path in to_do])
             try:
                 with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
-                    self._encode(encoder, identity, sources, to_do, bar)
+                    self._encode(encoder, identity, files, to_do, bar)
             finally:
                 encoder.free()
 
-    def _plan(self, sources: Sequence[MediaSource], encoders: Encoders) -> list[TextPlan]:
-        """Compare all sources with their files. Finish or remove unfinished files that need nothing else."""
+    def _plan(self, files: Sequence[CaptionFile], encoders: Encoders) -> list[TextPlan]:
+        """Compare all texts with their files. Finish or remove unfinished files that need nothing else."""
 
-        def compare(source: MediaSource) -> TextPlan:
-            return plan_text(source, self._family.cache_tag, encoders, self._skip_existing)
+        def compare(file: CaptionFile) -> TextPlan:
+            return plan_text(file, encoders, self._skip_existing)
 
         plans = []
-        for _, plan in run_ahead(sources, compare, self._workers, lambda _: 0, limit_bytes=1):
+        for _, plan in run_ahead(files, compare, self._workers, lambda _: 0, limit_bytes=1):
             if isinstance(plan, Exception):
                 raise plan
             plans.append(plan)
@@ -156,38 +153,36 @@ class TextEncoding:
         self,
         encoder: TextEncoder,
         identity: Mapping[str, str],
-        sources: Sequence[MediaSource],
+        files: Sequence[CaptionFile],
         to_do: Mapping[Path, TextPlan],
         bar: Bar,
     ) -> None:
-        """Encode every batch of `sources` in which something is missing, and write what is missing.
+        """Encode every batch of `files` in which something is missing, and write what is missing.
 
         Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
         killed and continued gives the same files as an uninterrupted one.
         """
         with WriteBehind() as writer, torch.no_grad():
-            for batch in _batches(sources, self._batch_size):
-                missing = [source for source in batch if self._path(source) in to_do]
+            for batch in _batches(files, self._batch_size):
+                missing = {file.path for file in batch if file.path in to_do}
                 if not missing:
                     continue
-                encoded = encoder.encode([Prompt(source.caption or "") for source in batch])
-                for source, conditions in zip(batch, encoded, strict=True):
-                    if source not in missing:
+                encoded = encoder.encode([Prompt(file.caption or "") for file in batch])
+                for file, conditions in zip(batch, encoded, strict=True):
+                    if file.path not in missing:
                         continue
-                    tensors = _named_tensors(conditions, encoder, source.stem)
-                    record = TextRecord(identity, source.caption or "", _caption_file(source), crc32={})
-                    path = self._path(source)
+                    path = file.path
+                    tensors = _named_tensors(conditions, encoder, file.name)
+                    source = None if file.caption_path is None else identify(file.caption_path)
+                    record = TextRecord(identity, file.caption or "", source, {}, file.settings)
                     is_last = to_do[path].is_last(encoder.name)
                     writer.submit(
                         partial(write_text, path, tensors, encoder.name, record, self._family.name, is_last)
                     )
                 bar.update(len(missing))
 
-    def _path(self, source: MediaSource) -> Path:
-        return source.table.cache_directory / text_file_name(source.stem, self._family.cache_tag)
 
-
-def warn_cut_captions(encoder: TextEncoder, sources: Sequence[MediaSource]) -> None:
+def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> None:
     """Warn about captions with more tokens than the encoder reads: their ends are not used."""
     try:
         count_tokens = encoder.token_counter()
@@ -196,16 +191,16 @@ def warn_cut_captions(encoder: TextEncoder, sources: Sequence[MediaSource]) -> N
         return
     number = 0
     lines: list[str] = []
-    for source in sources:
-        count = count_tokens(source.caption or "")
+    for file in files:
+        count = count_tokens(file.caption or "")
         number += count.is_cut
         if count.is_cut and len(lines) < NAMED:
-            lines.append(describe_cut(source.caption_path or source.path, encoder.name, count))
+            lines.append(describe_cut(file.caption_path or file.name, encoder.name, count))
     if number:
         logger.warning(
             "%d of %d captions are longer than %s reads; the rest of them is not used. The first:\n  %s",
             number,
-            len(sources),
+            len(files),
             encoder.name,
             "\n  ".join(lines),
         )
@@ -275,7 +270,7 @@ def _join(old: Entry, new: Entry) -> Entry:
 
 
 def _right(
-    path: Path, source: MediaSource, encoders: Encoders, skip_existing: bool
+    path: Path, file: CaptionFile, encoders: Encoders, skip_existing: bool
 ) -> tuple[dict[str, bool], frozenset[str]]:
     """Return the encoders whose outputs in a file are valid (name -> has a record), and all other records.
 
@@ -294,11 +289,11 @@ def _right(
     for encoder, identity in encoders:
         record = records.get(encoder.name)
         if record is None:
-            if skip_existing and _is_foreign(entry.header, encoder, source.caption):
+            if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
                 right[encoder.name] = False
             continue
         changed = difference(record.encoder, identity) or difference(
-            {"caption": record.caption}, {"caption": source.caption}
+            {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
         )
         if changed is not None:
             logger.debug("%s: %s", path, changed)
@@ -337,21 +332,18 @@ def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> d
     return named
 
 
-def _caption_file(source: MediaSource) -> FileIdentity | None:
-    return None if source.caption_path is None else identify(source.caption_path)
-
-
-def _batches(sources: Sequence[MediaSource], batch_size: int | None) -> list[Sequence[MediaSource]]:
-    """Group consecutive sources of one table by `batch_size`, or by the table's batch size."""
-    batches: list[list[MediaSource]] = []
-    for source in sources:
+def _batches(files: Sequence[CaptionFile], batch_size: int | None) -> list[Sequence[CaptionFile]]:
+    """Group consecutive texts of one table and kind by `batch_size`, or by the table's batch size."""
+    batches: list[list[CaptionFile]] = []
+    for file in files:
         last = batches[-1] if batches else None
         if (
             last is None
-            or last[0].table is not source.table
-            or len(last) >= (batch_size or source.table.batch_size)
+            or last[0].table is not file.table
+            or last[0].pass_over != file.pass_over
+            or len(last) >= (batch_size or file.table.batch_size)
         ):
-            batches.append([source])
+            batches.append([file])
         else:
-            last.append(source)
+            last.append(file)
     return [tuple(batch) for batch in batches]

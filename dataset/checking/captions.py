@@ -61,7 +61,8 @@ def _is_unread(source: MediaSource) -> bool:
 def _cut(source: MediaSource, counters: Counters) -> list[Fault]:
     place = source.caption_path or source.path
     return [
-        Fault(f"captions are longer than {name} reads", describe_cut(place, name, count), source.stem)
-        for name, count in counters.count(source.caption or "")
+        Fault(f"have a caption longer than {name} reads", describe_cut(place, name, count), source.stem)
+        for caption in (source.caption or "", *source.more_captions)
+        for name, count in counters.count(caption)
         if count.is_cut
     ]

@@ -1,5 +1,6 @@
 """Write the page of --check: totals, what is wrong, the buckets, and a card for each file."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,16 @@ from modules.contract.tokens import TokenCount
 from modules.control_codes import escape_control_codes
 from modules.pages.page import write_page
 
+logger = logging.getLogger(__name__)
+
 TEMPLATE = Path(__file__).resolve().parent / "check.html"
 MOST_CHARACTERS = 6000  # of a caption
+MOST_LOST = 1000  # of what no encoder reads
 MOST_LINES = 200  # of one kind of fault
 MOST_SPANS = 120  # of one length in the drawing of a clip
+
+# "fault" or "remark", table and stem -> what was found
+_Told = dict[tuple[str, int, str], list[Fault]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Segment:
 class Card:
     """What the page shows of one file."""
 
+    name: str
     source: MediaSource
     look: Look
     faults: Sequence[Fault]
@@ -53,7 +61,11 @@ class Section:
     """A table with its cards."""
 
     found: TableFindings
+    place: str
     settings: str
+    caches: Sequence[str]
+    faults: Sequence[Fault]
+    remarks: Sequence[Fault]
     cards: Sequence[Card]
 
 
@@ -78,24 +90,27 @@ def write_check_page(
     cards: dict[int, list[Card]] = {found.table.index: [] for found in result.tables}
     bar = Bar(len(pairs), "Reading pictures", "file")
 
+    told = _by_source(result.tables)
+
     def work(pair: tuple[TableFindings, MediaSource]) -> Card:
-        return _make_card(*pair, look_at(pair[1], fps, latent), counters)
+        return _make_card(pair[1], look_at(pair[1], fps, latent), counters, told)
 
     for (found, _), card in read_ahead(pairs, lambda pair: pair[1], work, workers, bar):
         assert not isinstance(card, Failure)  # what cannot be read is told on the card
         cards[found.table.index].append(card)
-    sections = [Section(found, _describe(found.table), cards[found.table.index]) for found in result.tables]
+    sections = [_make_section(found, cards[found.table.index]) for found in result.tables]
     values = {
         "sections": sections,
         "result": result,
-        "missing": counters.missing,
+        "missing": list(map(escape_control_codes, counters.missing)),
         "fps": fps,
         "shown": len(pairs),
         "files": sum(len(found.sources) for found in result.tables),
-        "tail": result.tail,
+        "tail": list(map(escape_control_codes, result.tail)),
         "most_lines": MOST_LINES,
     }
-    write_page(path, TEMPLATE, f"{config.path.name}: {len(pairs)} files checked", values)
+    write_page(path, TEMPLATE, f"{config.path.name}: {values['files']} files checked", values)
+    logger.info("wrote %s", path)
 
 
 def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[MediaSource]]:
@@ -125,19 +140,46 @@ def _spread(places: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int
     return [places[int(index)] for index in np.linspace(0, len(places) - 1, most).round()] if most else []
 
 
-def _make_card(found: TableFindings, source: MediaSource, look: Look, counters: Counters) -> Card:
-    faults = [one for one in found.faults if one.stem == source.stem]
-    remarks = [one for one in found.remarks if one.stem == source.stem]
+def _make_section(found: TableFindings, cards: Sequence[Card]) -> Section:
+    place, caches = (
+        escape_control_codes(str(found.table.source)),
+        list(map(escape_control_codes, found.caches)),
+    )
+    faults, remarks = _escape(found.faults), _escape(found.remarks)
+    return Section(found, place, _describe(found.table), caches, faults, remarks, cards)
+
+
+def _make_card(source: MediaSource, look: Look, counters: Counters, told: _Told) -> Card:
+    index = source.table.index
+    faults, remarks = (told.get((which, index, source.stem), []) for which in ("fault", "remark"))
     counts = counters.count(source.caption) if source.caption else []
-    return Card(source, look, faults, remarks, counts, caption_segments(source, counts), _windows(look))
+    name = escape_control_codes(source.path.name)
+    texts = [] if source.caption is None else caption_segments(source.caption, counts)
+    for caption in source.more_captions:
+        texts += caption_segments(caption, counters.count(caption))
+    return Card(name, source, look, faults, remarks, counts, texts, _windows(look))
 
 
-def caption_segments(source: MediaSource, counts: Sequence[tuple[str, TokenCount]]) -> list[list[Segment]]:
+def _by_source(tables: Sequence[TableFindings]) -> _Told:
+    """Return what was found of each source."""
+    told: _Told = {}
+    for found in tables:
+        for which, ones in (("fault", found.faults), ("remark", found.remarks)):
+            for one in _escape(ones):
+                if one.stem is not None:
+                    told.setdefault((which, found.table.index, one.stem), []).append(one)
+    return told
+
+
+def _escape(faults: Sequence[Fault]) -> list[Fault]:
+    """Write control codes out: they would hide or reorder what is shown."""
+    return [Fault(one.kind, escape_control_codes(one.text), one.stem) for one in faults]
+
+
+def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[Segment]]:
     """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
-    if source.caption is None:
-        return []
     if not counts:
-        return [[Segment(_shorten(source.caption), (), False)]]
+        return [[Segment(_shorten(caption), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
     for name, count in counts:
         by_text.setdefault(count.text, []).append((name, count))
@@ -147,16 +189,16 @@ def caption_segments(source: MediaSource, counts: Sequence[tuple[str, TokenCount
         segments = []
         for start, end in zip(places, places[1:], strict=False):
             unread = tuple(name for name, count in readers if count.kept <= start)
-            segments.append(Segment(_shorten(text[start:end]), unread, len(unread) == len(readers)))
+            is_lost = len(unread) == len(readers)
+            shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
+            segments.append(Segment(shown, unread, is_lost))
         found.append(segments)
     return found
 
 
-def _shorten(text: str) -> str:
-    text = escape_control_codes(text)
-    if len(text) <= MOST_CHARACTERS:
-        return text
-    return f"{text[:MOST_CHARACTERS]} [... and {len(text) - MOST_CHARACTERS:,} more characters]"
+def _shorten(text: str, most: int = MOST_CHARACTERS) -> str:
+    more = f" [... and {len(text) - most:,} more characters]" if len(text) > most else ""
+    return escape_control_codes(text[:most]) + more
 
 
 def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:

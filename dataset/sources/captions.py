@@ -1,8 +1,10 @@
-"""Caption files: a text file beside an image or a clip."""
+"""Caption files: a text file beside an image or a clip, and what a table adds to their text."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dataset.config import DatasetTable
 from modules.contract.tokens import TokenCount
 from modules.errors import DatasetError
 from modules.text_encodings import EncodingGuess, guess_encodings
@@ -40,6 +42,30 @@ def read_caption(path: Path) -> str | None:
     return caption
 
 
+def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
+    """Return the captions in the text of a caption file, as they are encoded; at least one.
+
+    With multi_caption each line that is not empty is one.
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip()] if table.multi_caption else [text]
+    return complete_captions(lines or [""], table)
+
+
+def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
+    """Return captions with trigger word, prefix and suffix of their table, equal ones once."""
+    return tuple(dict.fromkeys(_complete(caption, table) for caption in captions))
+
+
+def _complete(caption: str, table: DatasetTable) -> str:
+    """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is."""
+    trigger = table.trigger_word
+    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        caption = f"{trigger}, {caption}" if caption else trigger
+    if not (table.caption_prefix or table.caption_suffix):
+        return caption
+    return " ".join(part for part in (table.caption_prefix, caption, table.caption_suffix) if part)
+
+
 def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
     """Guess the encoding of caption files that are not UTF-8, judged together.
 
@@ -59,7 +85,7 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
     return explained
 
 
-def describe_cut(place: Path, encoder: str, count: TokenCount) -> str:
+def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
     """Say how much of a caption is read and what is lost."""
     words = " ".join(count.cut_text.split())
     lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"

@@ -9,6 +9,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from modules.errors import DatasetError
+from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
 MOST_NAMES = 10_000  # of a folder, among which one like a missing one is searched
@@ -24,7 +25,12 @@ class ControlFolder:
         entries = list_folder(folder, "control_directory")
         self._by_name = {path.name: path for path in entries}
         # of equal names the first is kept
-        self._clips = {path.stem: path for path in reversed(entries) if path.suffix.lower() in VIDEO_SUFFIXES}
+        self._clips = {
+            path.stem: path
+            for suffixes in (ANIMATION_SUFFIXES, VIDEO_SUFFIXES)
+            for path in reversed(entries)
+            if path.suffix.lower() in suffixes
+        }
         self._images = sorted(
             (path for path in entries if path.suffix.lower() in image_suffixes()), key=lambda path: path.stem
         )

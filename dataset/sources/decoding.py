@@ -10,11 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
+from dataset.config_keys import AUTO
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.listing import MediaSource
+from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
 from modules.errors import DatasetError, MediaError
+from modules.media.animations import is_animation
 from modules.media.buckets import Size, bucket_sizes, choose_bucket
-from modules.media.reading import Frame, image_size, read_image, resize_cover, video_frames, video_info
+from modules.media.reading import (
+    Frame,
+    frames_at_rate,
+    image_size,
+    read_image,
+    resize_cover,
+    video_frames,
+    video_info,
+)
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -48,6 +59,7 @@ class DecodedSource:
     spans: tuple[Span, ...]
     reason: str | None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
+    mask: Mask | None = None  # of the loss: 255 is learned; as many as frames; None: all of them whole
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -65,6 +77,10 @@ class DecodedSource:
     def crop(self, span: Span) -> Clip:
         """Return the frames of a span, F H W 3, not copied."""
         return _cut(self.frames, span)
+
+    def mask_crop(self, span: Span) -> Mask | None:
+        """Return the masks of a span, F H W, not copied."""
+        return None if self.mask is None else _cut(self.mask, span)
 
     def control_crops(self, span: Span) -> tuple[Clip, ...]:
         """Return the frames of a span for each control, F H W C, not copied."""
@@ -86,21 +102,29 @@ def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: i
         bucket = bucket_of(table, size, step, source.path)
         control = tuple(_control_image(read_image(path, alpha=True), bucket) for path in source.control)
         alpha = None if alpha is None or alpha.min() == 255 else resize_cover(alpha, bucket)
+        mask = None if source.mask is None else read_still(source.mask, bucket, size, 1)
+        if table.alpha_mask:
+            mask, alpha = stack_alphas([alpha]), None
         return DecodedSource(
-            source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha
+            source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha, mask
         )
-    decoded = _kept_frames(source.path, table, fps)
+    decoded = _kept_frames(source.path, table, fps, table.alpha_mask)
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, source.path)
-    frames = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
+    alphas: list[NDArray[np.uint8] | None] = []
+    colours = _split_alphas(itertools.chain([first], decoded), bucket, alphas)
+    frames = _gather(colours, bucket, frames_wanted(table))
+    mask = stack_alphas(alphas)
+    if source.mask is not None:
+        mask = _mask_of_clip(source.mask, table, fps, bucket, size, len(frames))
     found, reason = _spans_or_reason(table, len(frames), frame_step)
     control = (
         tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control)
         if found
         else ()
     )
-    return DecodedSource(source, size, bucket, frames, control, found, reason)
+    return DecodedSource(source, size, bucket, frames, control, found, reason, mask=mask)
 
 
 def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
@@ -117,10 +141,10 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
         )
     info = video_info(source.path)
     size = (info.width, info.height)
-    if info.frames is None:
+    if info.frames is None or table.source_fps == AUTO or is_animation(source.path):
         kept = sum(1 for _ in _kept_frames(source.path, table, fps))
     else:
-        kept = len(resample_indices(info.frames, table.source_fps, fps))
+        kept = len(resample_indices(info.frames, table.stated_fps, fps))
     found, reason = _spans_or_reason(table, kept, frame_step)
     return DecodedSource(
         source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
@@ -175,14 +199,24 @@ def check_resolution(table: DatasetTable, step: int) -> None:
 _bucket_sizes = functools.cache(bucket_sizes)
 
 
-def _kept_frames(path: Path, table: DatasetTable, fps: float) -> Iterator[Frame]:
-    """Yield the frames kept at `fps`, at their own size, no more than the table needs."""
-    kept = (
-        frame
-        for frame, keep in zip(video_frames(path), keep_pattern(table.source_fps, fps), strict=False)
-        if keep
-    )
+def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Frame]:
+    """Yield the frames kept at `fps`, at their own size, no more than the table needs.
+
+    alpha: with their transparency, if they have any.
+    """
+    frames = _played_frames(path, table, fps, alpha)
+    kept = (frame for frame, keep in zip(frames, keep_pattern(table.stated_fps, fps), strict=False) if keep)
     return itertools.islice(kept, frames_wanted(table))
+
+
+def _played_frames(path: Path, table: DatasetTable, fps: float, alpha: bool) -> Iterator[Frame]:
+    """Yield all frames of a clip, or what it shows at `fps`: with source_fps = "auto", and of GIF and WebP.
+
+    These are played at the source_fps of their table if it is a number, as if they were clips of that rate. A
+    folder of images has no times: all of them are frames.
+    """
+    is_timed = is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
+    return frames_at_rate(path, table.stated_fps or fps, alpha) if is_timed else video_frames(path, alpha)
 
 
 def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
@@ -197,6 +231,25 @@ def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)
     return clip
+
+
+def _split_alphas(
+    frames: Iterable[Frame], bucket: Size, alphas: list[NDArray[np.uint8] | None]
+) -> Iterator[Frame]:
+    """Yield the colours of frames; add the alpha of each one that has it, at bucket size, to `alphas`."""
+    for frame in frames:
+        colours, alpha = _colours_and_alpha(frame)
+        alphas.append(None if alpha is None else resize_cover(alpha, bucket))
+        yield colours
+
+
+def _mask_of_clip(
+    path: Path, table: DatasetTable, fps: float, bucket: Size, size: Size, num_frames: int
+) -> Mask:
+    """Read the mask of a clip: one image for all frames, or a clip at the same rate."""
+    if is_still(path) and not is_animation(path):
+        return read_still(path, bucket, size, num_frames)
+    return read_moving(path, _kept_frames(path, table, fps), bucket, size, num_frames)
 
 
 def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
@@ -232,10 +285,13 @@ def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[t
     found = spans(table, kept, frame_step)
     if found:
         return found, None
-    rate = f" after dropping from source_fps = {table.source_fps:g}" if table.source_fps else ""
+    stated = table.stated_fps
+    rate = f" after dropping from source_fps = {stated:g}" if stated else ""
+    if table.source_fps == AUTO:
+        rate = ' at the rate of the model (source_fps = "auto")'
     return (), f"{kept} frames{rate}, the shortest of target_frames is {min(table.target_frames)}"
 
 
-def _cut(frames: Clip, span: Span) -> Clip:
+def _cut(frames: NDArray[np.uint8], span: Span) -> NDArray[np.uint8]:
     start, length = span
     return frames[start : start + length]

@@ -5,20 +5,32 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.captions import caption_path, explain_captions, guess_captions, read_caption
+from dataset.config_keys import FROM_ALPHA, FROM_FILE
+from dataset.sources.animations import animation_suffixes, find_animations
+from dataset.sources.captions import (
+    caption_path,
+    captions_in,
+    complete_captions,
+    explain_captions,
+    guess_captions,
+    read_caption,
+)
 from dataset.sources.control import ControlFolder, list_folder
 from dataset.sources.faults import Fault, raise_faults
+from dataset.sources.masks import find_masks
 from modules.errors import DatasetError
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines
 
 logger = logging.getLogger(__name__)
+
+MOST_CAPTIONS = 100  # of an item; each has a cache file
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,13 @@ class MediaSource:
     caption_path: Path | None
     control: tuple[Path, ...]  # control images in order, or one control clip; () without control
     table: DatasetTable
+    more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
+    mask: Path | None = None  # an image, clip or folder of images: white is learned
+
+    @property
+    def mask_from(self) -> str | None:
+        """Return FROM_FILE, FROM_ALPHA, or None."""
+        return FROM_ALPHA if self.table.alpha_mask else FROM_FILE if self.mask is not None else None
 
 
 def find_sources(
@@ -114,6 +133,7 @@ def _where_caption(source: MediaSource) -> str:
 
 
 def _suffixes(table: DatasetTable) -> frozenset[str]:
+    """Return the suffixes of a folder's files. For those of `find_animations` the content counts too."""
     return _suffixes_of(table.kind)
 
 
@@ -141,25 +161,38 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
     suffixes = _suffixes(table)
     entries = list_folder(table.directory, f"{table.name}: {table.kind}_directory")
     there = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
+    there = sorted([*there, *find_animations(table, entries, there)], key=str)
     paths = [path for path in there if not bad_character(path.name)]
     kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
     faults += [Fault(kind, ascii(str(path))) for path in there if bad_character(path.name)]
     controls = _folder_controls(table, paths, faults)
+    masks = _folder_masks(table, paths, faults)
     sources = []
     bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
         text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
-        caption = None
+        first: str | None = None
+        more: tuple[str, ...] = ()
         try:
-            caption = read_caption(text_path) if captions and text_path else None
+            text = read_caption(text_path) if captions and text_path else None
+            first, more = _first_and_more(None if text is None else captions_in(text, table), text_path)
         except DatasetError as error:
             assert text_path is not None
             bad[text_path] = path.stem, str(error)
-        sources.append(MediaSource(path, path.stem, caption, text_path, control, table))
+        mask = masks.get(path)
+        sources.append(MediaSource(path, path.stem, first, text_path, control, table, more, mask))
     messages = explain_captions(list(bad), [message for _, message in bad.values()])
-    kind = "captions cannot be used"
+    kind = "have a caption that cannot be used"
     faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
     return sources
+
+
+def _folder_masks(table: DatasetTable, paths: Sequence[Path], faults: list[Fault]) -> Mapping[Path, Path]:
+    try:
+        return find_masks(table, paths)
+    except DatasetError as error:
+        faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
+        return {}
 
 
 def _describe_entries(table: DatasetTable) -> str:
@@ -175,7 +208,7 @@ def _describe_entries(table: DatasetTable) -> str:
         f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
     )
     what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(_suffixes(table)))
+    kinds = ", ".join(sorted(_suffixes(table) | animation_suffixes(table)))
     return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
 
 
@@ -253,13 +286,48 @@ def _from_line(table: DatasetTable, where: str, line: str) -> MediaSource:
     name = f"{table.kind}_path"
     if not isinstance(record, dict) or not isinstance(record.get(name), str):
         raise DatasetError(f"{where}: {name} is missing. Each line is one object such as {_example(table)}")
+    _check_text(record[name], f"{where}: {name}")
+    captions = _line_captions(table, record, where)
+    first, more = _first_and_more(complete_captions(captions, table) if captions else None, where)
+    path, mask = Path(record[name]).expanduser(), _line_mask(table, record, where)
+    return MediaSource(path, path.stem, first, None, _line_controls(table, record, where), table, more, mask)
+
+
+def _line_mask(table: DatasetTable, record: dict[str, Any], where: str) -> Path | None:
+    mask = record.get("mask_path")
+    if mask is None:
+        return None
+    if table.alpha_mask:
+        raise DatasetError(f"{where}: mask_path and alpha_mask = true exclude each other; leave out one")
+    if not isinstance(mask, str):
+        raise DatasetError(f"{where}: mask_path = {json.dumps(mask)[:80]} is not a path in quotes")
+    _check_text(mask, f"{where}: mask_path")
+    return Path(mask).expanduser()
+
+
+def _line_captions(table: DatasetTable, record: dict[str, Any], where: str) -> list[str]:
+    """Return `caption`, and with multi_caption the texts of the list `captions` behind it."""
     caption = record.get("caption")
     if caption is not None and not isinstance(caption, str):
         raise DatasetError(f"{where}: caption = {json.dumps(caption)} is not a text")
-    _check_text(record[name], f"{where}: {name}")
-    _check_text(caption or "", f"{where}: caption")
-    path = Path(record[name]).expanduser()
-    return MediaSource(path, path.stem, caption, None, _line_controls(table, record, where), table)
+    more = record.get("captions") if table.multi_caption else None
+    if more is not None and not (isinstance(more, list) and all(isinstance(one, str) for one in more)):
+        raise DatasetError(f"{where}: captions = {json.dumps(more)[:80]} is not a list of texts")
+    captions = [*([] if caption is None else [caption]), *(more or ())]
+    for one in captions:
+        _check_text(one, f"{where}: caption")
+    return captions
+
+
+def _first_and_more(
+    captions: tuple[str, ...] | None, where: Path | str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    if captions and len(captions) > MOST_CAPTIONS:
+        raise DatasetError(
+            f"{where}: {len(captions)} captions, at most {MOST_CAPTIONS} are used. With multi_caption = true "
+            "each line is one; leave it out if the lines are one text."
+        )
+    return (captions[0], captions[1:]) if captions else (None, ())
 
 
 def _check_text(text: str, where: str) -> None:

@@ -15,6 +15,8 @@ from modules.errors import CacheError
 # per sample.
 Conditions = Mapping[str, Tensor | list[Tensor]]
 
+# key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
+LOSS_MASK = "reelsmith_loss_mask"
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
 
 
@@ -37,6 +39,7 @@ class Batch:
     captions: tuple[str, ...]
     keys: tuple[str, ...]  # which items, for messages
     made_by: tuple[MadeBy, ...] = ()  # of all files that say so
+    loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () where all are 1
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -138,6 +141,7 @@ class CacheEntry:
     tensors: Mapping[str, Tensor]
     section: int | None = None  # which section of the clip, from its start, where each has a file
     grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
+    start: int = 0  # which latent frame of the clip the first of `latents` is
 
 
 def add_batch_axis(conditions: Conditions) -> Conditions:

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
 from modules.errors import MediaError
+from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
 from modules.media.buckets import Size, fit_cover
-from modules.media.opening import open_image, open_video
+from modules.media.opening import MAX_PIXELS, open_image, open_video
 
 Frame = NDArray[np.uint8]  # H W C
 
@@ -29,6 +31,13 @@ Frame = NDArray[np.uint8]  # H W C
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"})
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those that Pillow always reads
+
+# where in a frame's time at a new rate its picture is looked up, as a part of that time: away from the edges
+# of pictures at the usual rates, because files round their times to milliseconds
+PLACE_IN_FRAME = 0.3
+LONGEST_SHOWN = 60.0  # seconds of one picture; more is a damaged time, or a slide show
+# decoders that read transparency, which FFmpeg's own do not, by the codec
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
@@ -95,27 +104,76 @@ def resize_cover(frame: Frame, bucket: Size) -> Frame:
     return np.ascontiguousarray(resized[top : top + bucket[1], left : left + bucket[0]])
 
 
-def video_frames(path: Path) -> Iterator[Frame]:
+@dataclass(frozen=True)
+class TimedFrame:
+    """A frame, H W C, and when it is shown, in seconds."""
+
+    pixels: Frame
+    start: float
+    end: float
+
+
+def video_frames(path: Path, alpha: bool = False) -> Iterator[Frame]:
     """Yield all frames (H W 3, upright) in playing order, of a video file or a folder of images.
 
-    Raises MediaError if the file is missing, empty, without a video stream, not decodable, or truncated
-    (an interrupted download).
+    alpha: H W 4 if they have transparency; without it GIF and WebP are blended on white. Raises MediaError if
+    the file is missing, empty, without a video stream, not decodable, or truncated (an interrupted download).
     """
     if path.is_dir():
-        yield from (read_image(image) for image in folder_images(path))
+        yield from (read_image(image, alpha) for image in folder_images(path))
+        return
+    for frame in timed_frames(path, alpha):
+        yield frame.pixels
+
+
+def timed_frames(path: Path, alpha: bool = False) -> Iterator[TimedFrame]:
+    """Yield all frames of a video file with their times, as `video_frames` does."""
+    if is_animation(path):
+        end = 0.0
+        for pixels, seconds in animation_frames(path):
+            yield TimedFrame(pixels if alpha else blend_on_white(pixels), end, end + seconds)
+            end += seconds
         return
     num_frames = 0
     end_seconds = 0.0
     with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
+        decode = _alpha_decoder(path, stream) if alpha else None
+        usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
-            for frame in packet.decode():
+            for frame in packet.decode() if decode is None else decode(packet):
                 num_frames += 1
-                end_seconds = max(end_seconds, frame.time or 0.0)
-                yield _turn_upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                start = _start_of(frame, stream, end_seconds + usual_seconds)
+                end_seconds = max(end_seconds, start)
+                shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
+                has_alpha = alpha and any(part.is_alpha for part in frame.format.components)
+                pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
+                yield TimedFrame(_turn_upright(pixels, frame.rotation), start, start + shown)
         _check_whole(path, container, stream, num_frames, end_seconds)
+
+
+def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Frame]:
+    """Yield what a video file shows at `rate` frames a second, by the times of its frames.
+
+    Frames are dropped where there are more, and repeated where there are fewer. Raises MediaError as
+    `video_frames`, and if one is shown longer than LONGEST_SHOWN.
+    """
+    count, begin = 0, 0.0
+    shown: TimedFrame | None = None
+    for frame in timed_frames(path, alpha):
+        begin = frame.start if shown is None else begin
+        while shown is not None and (count + PLACE_IN_FRAME) / rate < frame.start - begin:
+            _check_shown(path, frame.start - shown.start)
+            yield shown.pixels
+            count += 1
+        shown = frame
+    assert shown is not None  # else `timed_frames` raises
+    _check_shown(path, shown.end - shown.start)
+    while not count or (count + PLACE_IN_FRAME) / rate < shown.end - begin:
+        yield shown.pixels
+        count += 1
 
 
 def video_info(path: Path) -> VideoInfo:
@@ -127,6 +185,9 @@ def video_info(path: Path) -> VideoInfo:
         images = folder_images(path)
         width, height = image_size(images[0])
         return VideoInfo(width, height, len(images), None)
+    if is_animation(path):
+        durations = animation_durations(path)
+        return VideoInfo(*image_size(path), len(durations), len(durations) / sum(durations))
     with open_video(path) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
@@ -151,6 +212,36 @@ def folder_images(folder: Path) -> list[Path]:
     if not images:
         raise MediaError(f"{folder} is a folder without images")
     return images
+
+
+def _check_shown(path: Path, seconds: float) -> None:
+    if seconds > LONGEST_SHOWN:
+        raise MediaError(
+            f"{path} shows one frame for {seconds:.0f} s, at most {LONGEST_SHOWN:.0f} s are played. Its "
+            "times are damaged, or it is a slide show: cut it, or convert it to a constant frame rate."
+        )
+
+
+def _start_of(frame: Any, stream: Any, usual: float) -> float:
+    """Return when a frame is shown, in seconds. usual: if the file does not say."""
+    return usual if frame.pts is None else float(frame.pts * (frame.time_base or stream.time_base))
+
+
+def _alpha_decoder(path: Path, stream: Any) -> Any:
+    """Return what decodes packets with their transparency, if the stream's own decoder would drop it."""
+    codec = stream.codec_context.name
+    if stream.metadata.get("alpha_mode") != "1" or codec not in _ALPHA_DECODERS:
+        return None
+    try:
+        decoder: Any = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
+    except ValueError:
+        raise MediaError(
+            f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
+            "Convert it to ProRes 4444, or to a folder of PNG images."
+        ) from None
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    # the last packet, which has no data, makes the decoder give what it holds back
+    return lambda packet: decoder.decode(packet if packet.size else None)
 
 
 def _turn_upright(frame: Frame, degrees: float) -> Frame:

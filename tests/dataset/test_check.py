@@ -1,11 +1,14 @@
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
 from dataset.batches.finding import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.reports import conclude
 from dataset.check import check_media, check_texts, check_training
 from modules.errors import OptionError
 from tests.dataset.caching.test_loop import change, make_config
+from tests.dataset.making import make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
@@ -88,3 +91,66 @@ def test_training_is_told_what_it_cannot_use_and_what_to_run(tmp_path: Path) -> 
     cache_texts(ToyFamily(), config, options())
     text = "\n".join(check_training(change(config, resolution=(64, 64)), "toy", LATENT, COMMANDS).lines)
     assert "made for 32x32 pixels" in text
+
+
+def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 7, 9, 9), target_frames=(5, 9))
+    (tmp_path / "clip_0.txt").write_bytes("Käse auf der Straße".encode("cp1252"))
+    (tmp_path / "clip_2.txt").unlink()
+    (tmp_path / "clip_3.txt").write_text("", encoding="utf-8")
+    (tmp_path / "clip_3.mp4").write_bytes(b"")
+    (tmp_path / "cover.png").write_bytes(b"x")
+    (tmp_path / "nobody.txt").write_text("x", encoding="utf-8")
+    absent = dataclasses.replace(config.datasets[0], index=1, directory=tmp_path / "absent")
+    config = dataclasses.replace(config, datasets=(*config.datasets, absent))
+
+    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+
+    text = "\n".join(result.lines)
+    for part in (
+        "1 have a caption that cannot be used:",
+        "Windows-1252 (Western European): 'Käse auf der Straße'",
+        "clip_2.mp4: no clip_2.txt beside it",
+        "clip_3.mp4 is empty (0 bytes)",
+        "absent: No such file or directory",
+        "clip_1.mp4: 7 frames, too few for 9 of target_frames",
+        "1 have an empty caption:",
+        "1 of .png, images: give them a table with image_directory",
+        "1 of .txt, captions without a clip of the same name",
+    ):
+        assert part in text
+    assert result.lines[-1] == "Something is wrong: see above. Faults: 4. Remarks above: 4."
+    assert result.exit_code == 1
+
+
+def test_files_that_another_table_uses_are_no_remark(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    make_image(tmp_path / "picture.png")
+    (tmp_path / "picture.txt").write_text("a picture", encoding="utf-8")
+    images = make_table(tmp_path, "image_directory", caption_extension=".txt", index=1)
+    config = dataclasses.replace(config, datasets=(*config.datasets, images))
+
+    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+
+    assert result.num_remarks == 0
+
+
+def test_captions_longer_than_an_encoder_reads_are_remarks(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    (tmp_path / "clip_0.txt").write_text("one two three four five six", encoding="utf-8")
+
+    result = check_texts(ToyFamily(), config, skip_existing=False)
+
+    assert result.ok
+    assert f"    {tmp_path / 'clip_0.txt'}: 6 tokens, t5 reads 4; lost: five six" in result.lines
+
+
+def test_caching_names_clips_that_are_too_short_for_some_lengths(tmp_path: Path, caplog) -> None:
+    config = make_config(tmp_path, clips=(9, 7), target_frames=(5, 9))
+
+    for _ in range(2):  # from the frames, then from the records
+        conclude(cache_media(ToyFamily(), config, options()))
+
+        assert "1 clips give no item of some lengths. The first: " in caplog.text
+        assert "clip_1.mp4: 7 frames, too few for 9 of target_frames" in caplog.text
+        caplog.clear()

@@ -53,7 +53,7 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "a key twice": (
         "batch_size = 1",
         "batch_size = 1\nbatch_size = 2",
-        ("not valid TOML", "line 6", "remove one of the two"),
+        ("line 6", "remove one of the two"),
     ),
     "one bracket": ("[[datasets]]", "[datasets]", ("[[datasets]]", "needs two pairs of brackets")),
     "one bracket, twice": ("[[datasets]]", "[datasets]\n[datasets]", ("may stand once", "[[datasets]]")),
@@ -226,7 +226,16 @@ def without_caption(folder: Path) -> None:
 IN_TEXTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "captions in other encodings": (
         two_encodings,
-        ("2 captions", "a.txt", "Windows-1252", "Käfer", "b.txt", "Shift-JIS", "赤い", "--repair_captions"),
+        (
+            "2 have a caption that cannot be used",
+            "a.txt",
+            "Windows-1252",
+            "Käfer",
+            "b.txt",
+            "Shift-JIS",
+            "赤い",
+            "--repair_captions",
+        ),
     ),
     "no captions": (no_captions, ("2 of 3 captions are missing", "no a.txt", "no c.txt")),
     "no extension": (no_extension, ("caption_extension",)),

@@ -231,3 +231,15 @@ def test_a_mask_of_another_shape_is_cropped_to_what_covers_the_latents() -> None
     mask = torch.full((80, 20), 51, dtype=torch.uint8)
     mask[:10] = mask[70:] = 255  # further from the square in the middle than Lanczos reaches
     assert torch.equal(latent_mask(mask, 4, 4), torch.full((4, 4), 0.2))
+
+
+@pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
+def test_a_section_says_where_in_the_clip_its_target_is(order: Order) -> None:
+    """Masks of the loss are cut by it."""
+    latents = torch.randn(1, 16, 1 + 3 * 9, 2, 2)
+
+    entries = clip_sections(latents, torch.zeros(3, 4), order, 9)
+
+    assert sorted(entry.start for entry in entries) == [1, 10, 19]
+    for entry in entries:
+        assert torch.equal(entry.tensors["latents"], latents[0, :, entry.start : entry.start + 9])

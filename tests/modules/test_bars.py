@@ -63,3 +63,20 @@ def test_an_error_in_the_loop_closes_the_bar(monkeypatch: pytest.MonkeyPatch) ->
         use()
 
     assert closed == ["Loading"]
+
+
+def test_a_bar_appears_after_a_second_and_is_removed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    with Bar(4, "Decoding", "frame", now=lambda: now[0], is_terminal=lambda: True) as bar:
+        bar.update()
+        assert not capsys.readouterr().err
+        now[0] = 1.5
+        bar.update()
+        shown = capsys.readouterr().err
+    assert "Decoding:  50%|" in shown
+    assert "2/4" in shown
+    assert capsys.readouterr().err.endswith("\r")
+    assert not caplog.messages

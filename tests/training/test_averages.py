@@ -1,6 +1,7 @@
 """The average of the trained weights (EMA): what it is, where it is saved, that it resumes to the bit."""
 
 import json
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-from tests.training.test_resume import Killed, killed_at
+from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.averages import decay_at
 from training.planning.prediction import predict
@@ -203,3 +204,17 @@ def test_the_plan_counts_it(tmp_path: Path) -> None:
     found = predict(family, options, batch, torch.device("cpu"))
 
     assert found.device(0) > plain.device(0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+def test_two_processes_keep_the_same_average_as_one(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=6)
+    usual = [*EMA, "--max_train_steps", "4"]
+    train_toy(tmp_path, *usual, "--gradient_accumulation_steps", 2)
+
+    train_in_two_processes(tmp_path, 29616, *usual, "--output_dir", str(tmp_path / "two"))
+
+    found = load_file(tmp_path / "two" / "x-ema.safetensors")
+    for name, tensor in load_file(tmp_path / "output" / "x-ema.safetensors").items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from modules.contract.data import Batch
+from modules.contract.data import LOSS_MASK, Batch
 from modules.contract.noise import NoiseSpec
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily
@@ -153,3 +153,16 @@ def test_moving_a_batch_moves_every_tensor_of_it() -> None:
     ]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert len(moved.batch) == 2
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
+def test_a_mask_of_a_clip_weights_each_latent_and_the_mean_is_over_all(loss_type: str) -> None:
+    options = LossOptions(loss_type, "constant", 0.1, 1.0)
+    plain = noisy_batch()
+    mask = torch.tensor([[[[1.0, 0.5], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]], dtype=torch.float16)
+    batch = replace(plain.batch, tensors={**plain.batch.tensors, LOSS_MASK: mask})
+
+    whole = measure_errors(ToyFamily(), Constant(0.5), plain, nullcontext, options)
+    masked = measure_errors(ToyFamily(), Constant(0.5), replace(plain, batch=batch), nullcontext, options)
+
+    torch.testing.assert_close(masked, whole * torch.tensor([1.5 / 4, 1.0]))

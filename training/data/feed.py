@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dataset.batches.captions import choose_captions
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
@@ -101,7 +102,10 @@ class Randomness:
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         generator = seed_generator(self.seed, "timesteps", number)
         times = draw(self.timesteps, len(batch), generator, self.seed, first_sample, self.noise, shape)
-        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, loss_weights(self.timesteps, times))
+        weights = loss_weights(self.timesteps, times)
+        if batch.loss_weights:
+            weights = weights * torch.tensor(batch.loss_weights)
+        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, weights)
 
 
 def seed_generator(*parts: int | str) -> torch.Generator:
@@ -127,7 +131,9 @@ class MicroBatches:
         epoch, index = key
         self.open_epoch(epoch)
         number = epoch * self.order.num_batches + index
-        batch = read_batch(self._batches[index], self.latent, self.commands, self.checks)
+        items = self._batches[index]
+        captions = choose_captions(items, self.randomness.seed, number)
+        batch = read_batch(items, self.latent, self.commands, self.checks, captions)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
 
     def open_epoch(self, epoch: int) -> None:

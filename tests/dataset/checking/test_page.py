@@ -42,8 +42,8 @@ def test_hostile_names_and_captions_are_shown_and_run_nothing(tmp_path: Path) ->
     name = "<img src=x onerror=alert(3)>'\"&{{1}}"
     make_clip(tmp_path / f"{name}.mp4", 9, (64, 32))
     (tmp_path / f"{name}.txt").write_text(HOSTILE + " and more", encoding="utf-8")
-    make_clip(tmp_path / "bad.mp4", 9)
-    (tmp_path / "bad.txt").write_bytes("<b>Käse</b>".encode("cp1252"))
+    make_clip(tmp_path / "bad\u202e.mp4", 9)
+    (tmp_path / "bad\u202e.txt").write_bytes("<b>Käse</b>".encode("cp1252"))
 
     with open_page(write_page(tmp_path, make_config(tmp_path, resolution=(32, 32)))) as page:
         assert page.problems == []
@@ -53,6 +53,8 @@ def test_hostile_names_and_captions_are_shown_and_run_nothing(tmp_path: Path) ->
         assert caption.startswith("<script>alert(1)</script>")
         assert "\\u202e" in caption
         assert "<b>K" in page.locator(".problems").first.inner_text()
+        assert "bad\\u202e.txt: this caption is not UTF-8" in page.locator("body").inner_text()
+        assert "\u202e" not in page.locator("body").inner_text()
         widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
         assert len(widths) == 2
         assert min(widths) > 0
@@ -76,9 +78,8 @@ def test_the_page_says_what_is_cut_off_and_left_out_and_why(tmp_path: Path) -> N
 def test_words_that_only_one_encoder_reads_are_marked() -> None:
     text = "one two three"
     counts = [("llm", TokenCount(text, 9, 8, 7)), ("clip", TokenCount(text, 9, 4, 3))]
-    source = MediaSource(Path("a.mp4"), "a", text, None, (), None)  # type: ignore[arg-type]
 
-    (segments,) = caption_segments(source, counts)
+    (segments,) = caption_segments(text, counts)
 
     assert [(one.text, one.unread_by, one.is_lost) for one in segments] == [
         ("one", (), False),

@@ -1,0 +1,50 @@
+"""List the texts to encode: one cache file per caption, and one per table for the empty prompt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataset.cache.files import empty_text_name, text_file_name
+from dataset.config import DatasetTable
+from dataset.sources.listing import MediaSource
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """One text, and the cache file of its embeddings."""
+
+    table: DatasetTable
+    path: Path
+    name: str  # for messages
+    caption: str | None
+    caption_path: Path | None  # the text file it is from, there or not
+    settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
+    pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
+
+
+def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
+    """Return the texts of all sources, table by table: first captions, further ones, then the empty prompt.
+
+    First captions come first, so that their batches are those of a table without more texts.
+    """
+    tables: dict[int, list[MediaSource]] = {}
+    for source in sources:
+        tables.setdefault(source.table.index, []).append(source)
+    return [one for found in tables.values() for one in _files_of_table(found[0].table, found, tag)]
+
+
+def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
+    files = []
+    for source in sources:
+        captions = (source.caption, *source.more_captions)
+        settings = {**table.caption_settings, **({"captions": len(captions)} if len(captions) > 1 else {})}
+        for number, caption in enumerate(captions):
+            path = table.cache_directory / text_file_name(source.stem, tag, number)
+            files.append(
+                CaptionFile(table, path, source.stem, caption, source.caption_path, settings, min(number, 1))
+            )
+    if table.caption_dropout_rate:
+        path = table.cache_directory / empty_text_name(tag)
+        files.append(CaptionFile(table, path, "the empty prompt", "", None, pass_over=2))
+    return sorted(files, key=lambda file: file.pass_over)

@@ -1,0 +1,104 @@
+"""Options of compare.py besides those of the family's generation script. Standard library only."""
+
+import argparse
+import glob
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import OptionError
+
+MOST_HEADER = 100 << 20  # bytes of a safetensors header
+MOST_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared: every LoRA file at every strength."""
+
+    family: str | None  # None: as the first LoRA says
+    lora: tuple[Path, ...]
+    lora_multiplier: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for strength in self.lora_multiplier:
+            if not math.isfinite(strength):
+                raise OptionError(
+                    f"--lora_multiplier {strength}: give a number, 1 is the strength as trained"
+                )
+        columns = len(self.lora) * len(self.lora_multiplier) + 1
+        if columns > MOST_COLUMNS:
+            raise OptionError(
+                f"--lora and --lora_multiplier give {columns} columns, {MOST_COLUMNS} are the most. Give "
+                "fewer files or strengths."
+            )
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser, families: list[str]) -> None:
+    """Declare the options of `CompareOptions`."""
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--family",
+        choices=families,
+        default=None,
+        help="family of the model; default: as the first LoRA says",
+    )
+    group.add_argument(
+        "--lora",
+        nargs="+",
+        required=True,
+        help="LoRA files to compare; patterns such as my_lora-*.safetensors",
+    )
+    group.add_argument(
+        "--lora_multiplier", nargs="+", type=float, default=[1.0], help="strengths to compare each file at"
+    )
+
+
+def expand_patterns(given: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the files of all patterns, each once, numbers in their names in order.
+
+    Shells of Windows do not expand patterns. Raises OptionError for a pattern or a name without a file.
+    """
+    found: dict[Path, None] = {}
+    for path in given:
+        if path.is_file():
+            found[path] = None
+            continue
+        matches = [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 (of any folder)
+        files = sorted((match for match in matches if match.is_file()), key=_natural)
+        if not files:
+            raise OptionError(f"--lora {path}: no such file. Give LoRA files or a pattern that fits some.")
+        found |= dict.fromkeys(files)
+    return tuple(found)
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    parts = re.split(r"(\d+)", path.name)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def family_of(path: Path, families: list[str]) -> str:
+    """Return the family that a LoRA file's metadata name. Raises OptionError if they name none."""
+    said = " ".join(
+        _metadata(path).get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")
+    )
+    words = re.sub(r"[^a-z]", "", said.lower())
+    for name in families:
+        if name.replace("_", "") in words:
+            return name
+    raise OptionError(
+        f"--lora {path} does not say which model it is for. Give --family: {', '.join(families)}."
+    )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= MOST_HEADER else {}
+        found = header.get("__metadata__", {})
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}  # reading it as a LoRA says what is wrong

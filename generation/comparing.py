@@ -1,0 +1,330 @@
+"""Compare LoRAs: every prompt with every LoRA at every strength, on a model that is loaded once.
+
+A clip that was finished by an earlier run with the same settings and the same LoRA is kept, so that an
+interrupted comparison goes on with the same command.
+"""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from blissful_tuner.metadata import as_tags
+from generation.compare_options import CompareOptions
+from generation.dressing import dit_loader
+from generation.grids import Column, Grid, Row, write_grids
+from generation.memory import resolve_options
+from generation.options import GenerationOptions
+from generation.outputs import LATENT_SUFFIX, load_latents, own_stem, save_latents, save_pixels, words_of
+from generation.preset import leave_out_missing
+from generation.progress import Bars, Queue, in_short, name_model
+from generation.prompt_lines import read_generation_lines
+from generation.run import (
+    Failures,
+    GenerationJob,
+    GenerationRun,
+    check_models,
+    decode,
+    encode_all_inputs,
+    make_job,
+)
+from generation.sections import make_latents
+from generation.session import CPU, Session, wanted_texts
+from modules.atomic_write import make_folder
+from modules.command import as_typed
+from modules.compile import check_compilation
+from modules.console import count_of, in_words, show_box
+from modules.contract.family import Family
+from modules.contract.generation import DitAt
+from modules.devices import allow_fp16_accumulation, choose_device
+from modules.errors import OptionError, UserError
+from modules.media.tags import read_tags
+from modules.planning.device_memory import peak_in_words
+from modules.planning.memory_plan import room_on, too_little
+from networks.merge import LoraUse, lora_uses
+from networks.options import LoraOptions
+from networks.switching import OriginalWeights
+
+logger = logging.getLogger(__name__)
+
+SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
+FIRST_TIMESTEP = 1000.0
+WITHOUT = "without LoRA"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One column: a LoRA at a strength, or none."""
+
+    label: str
+    uses: tuple[LoraUse, ...] = ()
+    sha256: str = ""  # of the file
+
+    @property
+    def loras(self) -> LoraOptions:
+        """Return the options of the generation script that make the same."""
+        paths = tuple(use.lora.path for use in self.uses)
+        return LoraOptions(paths or None, tuple(use.multiplier for use in self.uses))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One clip. Files that exist under its stem are of exactly this clip."""
+
+    variant: Variant
+    job: GenerationJob
+    stem: str
+    metadata: Mapping[str, str]
+
+    def video(self, options: GenerationOptions) -> Path:
+        """Return the path of the finished clip or picture."""
+        name = f"{self.stem}{_suffix(options, self.job)}"
+        return options.output.save_path / name
+
+    def latents(self, options: GenerationOptions) -> Path:
+        return options.output.save_path / f"{self.stem}{LATENT_SUFFIX}"
+
+
+def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -> None:
+    """Make all clips that are missing, then the grids. Raises UserError."""
+    _check(options)
+    try:
+        _compare(family, options, asked)
+    except torch.OutOfMemoryError as error:
+        raise too_little(error, "Finished clips are kept: the same command goes on.") from error
+
+
+def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) -> None:
+    start, device = time.monotonic(), choose_device(options.device)
+    options = leave_out_missing(family, options, device)
+    if options.request.seed is None:
+        options = replace(options, request=replace(options.request, seed=SEED))
+    if options.speed.fp16_accumulation:
+        allow_fp16_accumulation(device)
+    check_compilation(options.speed.compilation.choice, device)
+    variants = make_variants(lora_uses(options.lora, options.lora_patterns), asked.lora_multiplier)
+    options, predicted = resolve_options(family, options, device, room_on(device))
+    session = Session(family, device, dit_loader(family, (), device, options), keep=False)
+    run = GenerationRun(family, options, session, predicted)
+    jobs = _make_jobs(run)
+    check_models(run)
+    make_folder(options.output.save_path, "--save_path")
+    cells = [make_cell(run, variant, job, line) for variant in variants for line, job in enumerate(jobs, 1)]
+    to_denoise = [one for one in cells if not (one.video(options).exists() or one.latents(options).exists())]
+    _show_start(run, variants, jobs, len(cells) - len(to_denoise))
+    if to_denoise:
+        denoise_cells(run, variants, to_denoise)
+    decode_cells(run, [one for one in cells if not one.video(options).exists()])
+    grids = write_grid(run, variants, jobs, cells)
+    costs = [("time", in_words(time.monotonic() - start)), ("peak memory", peak_in_words(device))]
+    show_box("Comparison is finished", [("look at", "\n".join(map(str, grids))), *costs])
+
+
+def _check(options: GenerationOptions) -> None:
+    refused = {
+        "--interactive": options.interactive,
+        "--latent_path": bool(options.latent_path),
+        "--save_merged_model": options.save_merged_model is not None,
+        "--plan": options.speed.plan.is_asked,
+        f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
+        "--no_metadata": options.output.no_metadata,
+        "--keep_pngs": options.output.format.keep_pngs,
+    }
+    found = [name for name, is_given in refused.items() if is_given]
+    if found:
+        raise OptionError(f"{found[0]} has no meaning for a comparison: leave it out")
+
+
+def make_variants(uses: Sequence[LoraUse], strengths: Sequence[float]) -> list[Variant]:
+    """Return the columns: without LoRA, then every file at every strength."""
+    names = [use.lora.path.stem for use in uses]
+    variants = [Variant(WITHOUT)]
+    for use, name in zip(uses, names, strict=True):
+        shown = name if names.count(name) == 1 else f"{use.lora.path.parent.name}/{name}"
+        sha256 = _hash(use.lora.path)
+        for strength in dict.fromkeys(strengths):
+            label = f"{shown} x {strength:g}"
+            variants.append(Variant(label, (replace(use, multiplier=strength),), sha256))
+    return variants
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_jobs(run: GenerationRun) -> list[GenerationJob]:
+    """Return what each prompt asks for. Raises UserError listing all lines that cannot be made."""
+    if run.options.from_file is None:
+        return [make_job(run, "the prompt", {})]
+    failures, jobs = Failures(), []
+    lines = read_generation_lines(run.options.from_file)
+    for number, line in lines:
+        with failures.note_errors(f"line {number}"):
+            jobs.append(make_job(run, f"line {number}", run.read_line(line)))
+    failures.raise_if_any(len(lines))
+    if not jobs:
+        raise UserError(f"--from_file {run.options.from_file}: there is no prompt in it")
+    return jobs
+
+
+def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> Cell:
+    """Name a clip: by its line, seed and column; a name with other content gets a `_` at its end."""
+    options = replace(run.options, lora=variant.loras)
+    metadata = dict(replace(run, options=options).metadata(job.prepared) or {})
+    if variant.sha256:
+        metadata["bt_lora_sha256_0"] = variant.sha256
+    column = words_of(variant.label.replace(".", "_")) or "lora"
+    mark = hashlib.sha256(f"{variant.label} {variant.sha256}".encode()).hexdigest()[:6]
+    cell = Cell(variant, job, f"{line:03d}_{job.prepared.seed}_{column}_{mark}", metadata)
+    while not _is_own(run.options, cell):
+        cell = replace(cell, stem=f"{cell.stem}_")
+    return cell
+
+
+def _is_own(options: GenerationOptions, cell: Cell) -> bool:
+    """Whether files of this name, if there are any, are of this very clip."""
+    video, latents = cell.video(options), cell.latents(options)
+    try:
+        if video.exists() and _own_tags(read_tags(video)) != _own_tags(as_tags(cell.metadata)):
+            return False
+        if not latents.exists():
+            return True
+        return _own_tags(load_latents(latents).metadata) == _own_tags(cell.metadata)
+    except (UserError, OSError):
+        return False  # damaged, or another program's
+
+
+def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return what this program says; videos do not store empty texts."""
+    return {name: text for name, text in tags.items() if name.startswith("bt_") and text}
+
+
+def _suffix(options: GenerationOptions, job: GenerationJob) -> str:
+    if job.prepared.frames > 1:
+        return options.output.format.suffix
+    return "_000.png" if options.output.numbers_single else ".png"
+
+
+def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequence[Cell]) -> None:
+    """Make the latents of these clips; each is written when it is done."""
+    jobs = {cell.job.label: cell.job for cell in cells}
+    texts = dict(
+        zip(
+            jobs,
+            run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]),
+            strict=True,
+        )
+    )
+    inputs = encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
+    queue = Queue([cell.job.prepared for cell in cells])
+    wanted = [variant for variant in variants if any(cell.variant is variant for cell in cells)]
+    for variant, dit_at in networks_with(run, wanted):
+        for cell in [cell for cell in cells if cell.variant is variant]:
+            job = cell.job
+            queue.begin(f"{job.label}, {variant.label}")
+            with Bars(job.prepared.num_steps) as bars:
+                latents = make_latents(
+                    run.family,
+                    dit_at,
+                    job.prepared,
+                    texts[job.label],
+                    inputs[job.label],
+                    run.session.device,
+                    run.options.cpu_noise,
+                    run.options.guidance,
+                    [bars.advance],
+                    run.options.splits_guidance,
+                    bars.begin,
+                )
+                save_latents(cell.latents(run.options), latents.to(CPU), cell.metadata)
+
+
+def networks_with(run: GenerationRun, variants: Sequence[Variant]) -> Iterator[tuple[Variant, DitAt]]:
+    """Yield each column with the network that has its LoRA.
+
+    The network is loaded once and its weights are changed. It is loaded again for each column only if its
+    weights are in 8 bits, swapped or compiled, or if there are several networks.
+    """
+    family, options, session = run.family, run.options, run.session
+    speed = options.speed
+    is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
+    if not is_plain or len(family.experts) > 1:
+        for variant in variants:
+            session.load_dit = dit_loader(family, variant.uses, session.device, options)
+            with session.dit() as dit_at:
+                yield variant, dit_at
+        return
+    originals = OriginalWeights([use for variant in variants for use in variant.uses])
+    session.load_dit = dit_loader(family, (), session.device, options, originals)
+    with session.dit() as dit_at:
+        for variant in variants:
+            originals.switch(dit_at(FIRST_TIMESTEP), variant.uses)
+            yield variant, dit_at
+
+
+def decode_cells(run: GenerationRun, cells: Sequence[Cell]) -> None:
+    """Turn latents into clips; latent files stay only with --output_type both."""
+    if not cells:
+        return
+    options = run.options
+    with run.session.media(images=False, again=False) as encoders, torch.no_grad():
+        for cell in cells:
+            latents = load_latents(cell.latents(options)).latents
+            chunks = decode(run.family, encoders, latents)
+            save_pixels(options.output, cell.stem, chunks, cell.job.prepared.fps, cell.metadata)
+            if not options.output.keeps_latents:
+                cell.latents(options).unlink(missing_ok=True)
+
+
+def write_grid(
+    run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob], cells: Sequence[Cell]
+) -> list[Path]:
+    """Write the page, the sheet and the video of all clips under a new name; return their paths."""
+    paths = {(cell.job.label, cell.variant.label): cell.video(run.options) for cell in cells}
+    rows = [
+        Row(
+            job.prepared.asked.prompt,
+            f"{job.label}, seed {job.prepared.seed}, {job.prepared.num_steps} steps",
+            job.prepared.fps,
+            tuple(paths[job.label, variant.label] for variant in variants),
+        )
+        for job in jobs
+    ]
+    columns = tuple(Column(variant.label, _command(variant)) for variant in variants)
+    with own_stem(run.options.output.save_path, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
+        return write_grids(run.options.output.save_path, stem, Grid(columns, tuple(rows)))
+
+
+def _command(variant: Variant) -> str:
+    """Return the options of the generation script that use this column's LoRA."""
+    words = [
+        word
+        for use in variant.uses
+        for word in ("--lora_weight", str(use.lora.path), "--lora_multiplier", f"{use.multiplier:g}")
+    ]
+    return as_typed(words)
+
+
+def _show_start(
+    run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob], finished: int
+) -> None:
+    total = len(variants) * len(jobs)
+    kept = f", {finished} of them made before" if finished else ""
+    labels = [re.sub(r"\s+", " ", variant.label) for variant in variants]
+    show_box(
+        "Comparing",
+        [
+            ("model", name_model(run.family.metadata)),
+            ("columns", "\n".join(labels)),
+            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.asked.prompt)}"),
+            ("clips", f"{count_of(total, 'clip')}{kept}"),
+            ("folder", str(run.options.output.save_path)),
+        ],
+    )

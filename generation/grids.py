@@ -1,0 +1,149 @@
+"""Show clips side by side: rows of prompts, columns of LoRAs, as a page, a sheet and a video."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from modules.control_codes import escape_control_codes
+from modules.media.reading import Frame, image_suffixes, read_image, video_frames
+from modules.media.writing import write_png, write_video
+from modules.pages.embedding import embed_clip
+from modules.pages.page import write_page
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).resolve().parent / "compare.html"
+CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: a cell's longer side, and the whole grid
+HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
+NARROWEST_COLUMN = 128  # pixels: for its label
+MOST_FRAMES = 2000  # of a clip that are shown
+MOST_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
+
+
+@dataclass(frozen=True)
+class Column:
+    """Heading of a column. command: the options that make its clips with the generation script."""
+
+    label: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its clips, one for each column."""
+
+    prompt: str
+    facts: str
+    fps: float
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All clips of a comparison."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+
+def write_grids(folder: Path, stem: str, grid: Grid) -> list[Path]:
+    """Write `stem`.html, .png and, unless all are pictures, .mp4; return the paths."""
+    page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
+    rows = [
+        {"prompt": row.prompt, "facts": row.facts, "cells": [*_cells(grid.columns, row)]} for row in grid.rows
+    ]
+    write_page(page, TEMPLATE, stem, {"columns": grid.columns, "rows": rows})
+    write_png(sheet, compose(grid, [[middle_of(path) for path in row.paths] for row in grid.rows]))
+    if all(is_picture(path) for row in grid.rows for path in row.paths):
+        return [page, sheet]
+    few = max(1, min(MOST_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
+    if few < len(grid.rows):
+        logger.warning("%s shows the first %d of %d prompts", video.name, few, len(grid.rows))
+    playing = replace(grid, rows=grid.rows[:few])
+    write_video(video, play(playing), grid.rows[0].fps, crf=18, preset="medium")
+    return [page, sheet, video]
+
+
+def _cells(columns: Sequence[Column], row: Row) -> Iterator[Mapping[str, str]]:
+    for column, path in zip(columns, row.paths, strict=True):
+        clip = embed_clip(list(frames_of(path)), row.fps, f"{column.label}: {row.prompt}")
+        yield {"clip": clip, "file": path.name}
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes()
+
+
+def frames_of(path: Path) -> Iterator[Frame]:
+    """Yield the frames (H W 3) of a clip or of a picture, which has one."""
+    return iter([read_image(path)]) if is_picture(path) else islice(video_frames(path), MOST_FRAMES)
+
+
+def middle_of(path: Path) -> Frame:
+    """Return the frame in the middle of a clip."""
+    count = sum(1 for _ in frames_of(path))
+    return next(islice(frames_of(path), count // 2, None))
+
+
+def play(grid: Grid) -> Iterator[Frame]:
+    """Yield frames of all clips side by side; a clip that has ended keeps its last frame."""
+    playing = [[frames_of(path) for path in row.paths] for row in grid.rows]
+    shown = [[next(frames) for frames in row] for row in playing]
+    while True:
+        yield compose(grid, shown)
+        has_more = False
+        for row, frames_in_row in enumerate(playing):
+            for column, frames in enumerate(frames_in_row):
+                frame = next(frames, None)
+                if frame is not None:
+                    shown[row][column], has_more = frame, True
+        if not has_more:
+            return
+
+
+def compose(grid: Grid, frames: list[list[Frame]]) -> Frame:
+    """Return one picture of all frames (rows of columns), with the labels above them."""
+    side = max(NARROWEST_CELL, min(CELL, WIDEST // len(grid.columns)))
+    sizes = [[_fit(frame, side) for frame in row] for row in frames]
+    width = max(NARROWEST_COLUMN, *(size[0] for row in sizes for size in row))
+    heights = [max(height for _, height in row) for row in sizes]
+    total = HEAD + sum(heights) + LINE * len(heights)
+    sheet = Image.new("RGB", (width * len(grid.columns), total + total % 2), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE)
+    for index, column in enumerate(grid.columns):
+        _write(draw, font, (index * width, 0), column.label, width)
+    top = HEAD
+    for row, of_row, sizes_of_row, height in zip(grid.rows, frames, sizes, heights, strict=True):
+        _write(draw, font, (0, top), row.prompt, sheet.width)
+        for index, (frame, size) in enumerate(zip(of_row, sizes_of_row, strict=True)):
+            sheet.paste(
+                Image.fromarray(frame).resize(size, Image.Resampling.BOX), (index * width, top + LINE)
+            )
+        top += height + LINE
+    return np.asarray(sheet)
+
+
+def _fit(frame: Frame, side: int) -> tuple[int, int]:
+    """Return the width and height of a frame in its cell; small frames are not enlarged."""
+    height, width = frame.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    at: tuple[int, int],
+    text: str,
+    width: int,
+) -> None:
+    """Write one line, cut to a width in pixels."""
+    line = " ".join(escape_control_codes(text[:1000]).split())
+    while line and draw.textlength(line, font) > width - 4:
+        line = line[: min(len(line) - 1, max(1, round(len(line) * width / draw.textlength(line, font))))]
+    draw.text((at[0] + 2, at[1] + 2), line, "black", font)

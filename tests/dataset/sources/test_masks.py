@@ -1,0 +1,256 @@
+"""Masks of the loss: where they are from, what is cached, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.reading import read_batch
+from dataset.cache.files import read_entry
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.config import DatasetConfig, load_dataset_config
+from dataset.sources.decoding import decode_source
+from dataset.sources.listing import find_sources
+from dataset.sources.masks import shrink_mask
+from modules.contract.data import LOSS_MASK
+from modules.errors import CacheError, DatasetError, MediaError
+from tests.dataset.making import make_clip, make_frames, make_image, make_table
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+
+COMMANDS = CachingCommands("latents again", "texts again")
+
+
+def half(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
+    """A picture whose left half is white."""
+    picture = Image.new("RGB", size)
+    picture.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))
+    picture.save(path)
+    return path
+
+
+def make_dataset(folder: Path, keys: str, count: int = 2) -> DatasetConfig:
+    for index in range(count):
+        if not (folder / f"clip{index}.mkv").exists():
+            make_clip(folder / f"clip{index}.mkv", 9)
+            (folder / f"clip{index}.txt").write_text("a clip", encoding="utf-8")
+    path = folder / "data.toml"
+    lines = ["[[datasets]]", f'video_directory = "{folder.as_posix()}"', "resolution = 32", "batch_size = 2"]
+    lines += ['caption_extension = ".txt"', f'cache_directory = "{folder.as_posix()}/cache"']
+    path.write_text("\n".join([*lines, "target_frames = [9]", keys]), encoding="utf-8")
+    return load_dataset_config(path)
+
+
+def masks(folder: Path) -> str:
+    (folder / "masks").mkdir(exist_ok=True)
+    return f'mask_directory = "{(folder / "masks").as_posix()}"'
+
+
+def cache(config: DatasetConfig) -> int:
+    """Cache all; returns how many items were encoded."""
+    family = ToyFamily()
+    cache_media(family, config, options())
+    cache_texts(family, config, options())
+    return sum(map(len, family.seen))
+
+
+def test_a_mask_is_averaged_over_what_a_latent_stands_for() -> None:
+    mask = torch.zeros(9, 16, 16, dtype=torch.uint8)
+    mask[0] = 255  # the first frame alone
+    mask[1:3] = 255  # half of the second group
+    mask[5:, :, :8] = 255  # the left half of the third
+    mask[5:, :4, 8:] = 255  # and half of its upper right latent
+
+    found = shrink_mask(mask, (4, 8, 8))
+
+    assert found.dtype == torch.float16
+    expected = [[[1, 1], [1, 1]], [[0.5, 0.5], [0.5, 0.5]], [[1, 0.5], [1, 0]]]
+    assert found.tolist() == expected
+    assert shrink_mask(mask[:1], (4, 8, 8)).tolist() == expected[:1]
+    assert shrink_mask(mask[:1], (1, 8, 8)).tolist() == expected[:1]
+
+
+def test_masks_are_cached_beside_latents_and_items_without_one_are_whole(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path, masks(tmp_path))
+    half(tmp_path / "masks" / "clip0.png")
+    cache(config)
+    items = find_items(config, "toy", LATENT).items
+
+    batch = read_batch(items, LATENT)
+
+    left = [1.0, 1.0, 0.0, 0.0]
+    assert batch.tensor(LOSS_MASK).shape == (2, 3, 4, 4)
+    assert batch.tensor(LOSS_MASK)[0].tolist() == [[left] * 4] * 3
+    assert (batch.tensor(LOSS_MASK)[1] == 1).all()
+    assert LOSS_MASK not in read_batch(items[1:], LATENT).tensors
+    names = read_entry(items[0].latent_path).header.names
+    assert sorted(names) == ["latents_3x4x4_bfloat16", "reelsmith_loss_mask"]
+
+
+@pytest.mark.parametrize("kind", ["clip", "short clip", "folder"])
+def test_a_mask_may_be_a_clip_or_a_folder_of_images(tmp_path: Path, kind: str) -> None:
+    make_clip(tmp_path / "clip.mkv", 9)
+    (tmp_path / "masks").mkdir()
+    if kind == "folder":
+        make_frames(tmp_path / "masks" / "clip", 9)
+    else:
+        make_clip(tmp_path / "masks" / "clip.mkv", 9 if kind == "clip" else 5)
+    table = make_table(tmp_path, target_frames=(9,), resolution=(32, 32), mask_directory=tmp_path / "masks")
+    (source,) = find_sources(table)
+
+    mask = decode_source(source, 16.0).mask
+
+    assert mask is not None
+    greys = [round(float(frame.mean()) / 4) - 1 for frame in mask]
+    assert greys == [0, 1, 2, 3, 4, *([4] * 4 if kind == "short clip" else [5, 6, 7, 8])]
+
+
+def test_transparent_parts_of_images_are_not_learned(tmp_path: Path) -> None:
+    make_image(tmp_path / "opaque.png")
+    picture = np.zeros((32, 32, 4), np.uint8)
+    picture[:, :16, 3] = 255
+    Image.fromarray(picture).save(tmp_path / "clear.png")
+    table = make_table(tmp_path, "image_directory", resolution=(32, 32), alpha_mask=True)
+
+    clear, opaque = (decode_source(source, 16.0) for source in find_sources(table))
+
+    assert opaque.mask is None
+    assert clear.mask is not None
+    assert clear.alpha is None  # else families would multiply latents by it
+    assert clear.mask.shape == (1, 32, 32)
+    assert (clear.mask[0, :, :16] == 255).all()
+    assert (clear.mask[0, :, 16:] == 0).all()
+
+
+def test_transparent_parts_of_clips_are_not_learned(tmp_path: Path) -> None:
+    frames = []
+    for index in range(5):
+        frames.append(Image.new("RGBA", (32, 32), (200, 100, 50 * index, 255)))
+        frames[-1].paste((0, 0, 0, 0), (16, 4, 28, 28))
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=60, disposal=2)
+    table = make_table(tmp_path, target_frames=(5,), resolution=(32, 32))
+    (source,) = find_sources(table)
+    (masked,) = find_sources(make_table(tmp_path, target_frames=(5,), resolution=(32, 32), alpha_mask=True))
+
+    assert decode_source(source, 16.0).mask is None
+    mask = decode_source(masked, 16.0).mask
+    assert mask is not None
+    assert (mask.shape, int(mask[2, 8, 20]), int(mask[2, 8, 8])) == ((5, 32, 32), 0, 255)
+    assert decode_source(masked, 16.0).frames.shape == (5, 32, 32, 3)
+
+
+def test_a_list_names_masks_in_its_lines(tmp_path: Path) -> None:
+    half(tmp_path / "mask.png")
+    make_image(tmp_path / "a.png")
+    line = {"image_path": str(tmp_path / "a.png"), "mask_path": str(tmp_path / "mask.png")}
+    (tmp_path / "list.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    (source,) = find_sources(make_table(tmp_path, "image_jsonl_file", resolution=(32, 32)))
+
+    mask = decode_source(source, 16.0).mask
+
+    assert mask is not None
+    assert mask[0, 0].tolist() == [255] * 16 + [0] * 16
+
+
+@pytest.mark.parametrize(("keys", "value"), [({"alpha_mask": True}, '"m.png"'), ({}, "3"), ({}, '"\\u0000"')])
+def test_a_wrong_mask_path_is_named_with_its_line(tmp_path: Path, keys: dict, value: str) -> None:
+    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "a.png", "mask_path": {value}}}', encoding="utf-8")
+
+    with pytest.raises(DatasetError, match=r"line 1: mask_path"):
+        find_sources(make_table(tmp_path, "image_jsonl_file", **keys))
+
+
+def test_only_items_whose_mask_changed_are_encoded_again(tmp_path: Path) -> None:
+    assert cache(make_dataset(tmp_path, "")) == 2
+    config = make_dataset(tmp_path, masks(tmp_path))
+    half(tmp_path / "masks" / "clip0.png")
+    assert cache(config) == 1
+    assert cache(config) == 0
+
+    make_image(tmp_path / "masks" / "clip0.png")
+    assert cache(config) == 1
+    assert cache(make_dataset(tmp_path, "")) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("", "masks", "is from nowhere, .* has a mask for it"),
+        ("masks", "", "is from file, .* has no mask"),
+        ("", "alpha_mask = true", "is from nowhere, .* has alpha_mask = true"),
+        ("alpha_mask = true", "masks", "is from alpha, .* has a mask for it"),
+    ],
+)
+def test_training_refuses_caches_with_other_masks(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    directory = masks(tmp_path)
+    half(tmp_path / "masks" / "clip0.png")
+    cache(make_dataset(tmp_path, before.replace("masks", directory), count=1))
+    (item,) = find_items(make_dataset(tmp_path, after.replace("masks", directory), 1), "toy", LATENT).items
+
+    with pytest.raises(CacheError, match=f"{message}.*\n.*latents again"):
+        read_batch([item], LATENT, COMMANDS)
+
+
+def test_training_notices_a_changed_mask(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path, masks(tmp_path), count=1)
+    half(tmp_path / "masks" / "clip0.png")
+    cache(config)
+    (item,) = find_items(config, "toy", LATENT).items
+    assert len(read_batch([item], LATENT)) == 1
+    make_image(tmp_path / "masks" / "clip0.png", (64, 64))
+
+    with pytest.raises(CacheError, match=r"clip0\.png has changed since it was encoded"):
+        read_batch([item], LATENT, COMMANDS)
+
+
+def test_other_files_in_the_folder_are_no_masks(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path, masks(tmp_path))
+    half(tmp_path / "masks" / "clip0.png")
+    (tmp_path / "masks" / "clip1.txt").write_text("a note", encoding="utf-8")
+    cache(config)
+
+    assert len(read_batch(find_items(config, "toy", LATENT).items, LATENT)) == 2
+
+
+def test_a_folder_without_any_mask_and_two_masks_of_a_clip_are_errors(tmp_path: Path) -> None:
+    make_clip(tmp_path / "clip.mkv", 2)
+    (tmp_path / "masks").mkdir()
+    table = make_table(tmp_path, mask_directory=tmp_path / "masks")
+    half(tmp_path / "masks" / "other.png")
+    with pytest.raises(DatasetError, match=r"has no mask for any video.*cat\.mp4"):
+        find_sources(table)
+
+    half(tmp_path / "masks" / "clip.png")
+    half(tmp_path / "masks" / "clip.bmp")
+    with pytest.raises(DatasetError, match=r"clip\.bmp and clip\.png are masks of the same video"):
+        find_sources(table)
+
+
+def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
+    make_clip(tmp_path / "clip.mkv", 2)
+    (tmp_path / "masks").mkdir()
+    half(tmp_path / "masks" / "clip.png", (64, 32))
+    (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), mask_directory=tmp_path / "masks"))
+
+    with pytest.raises(MediaError, match=r"clip\.png has 64x32 pixels, what it masks has 32x32"):
+        decode_source(source, 16.0)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        'video_directory = "a"\nmask_directory = "m"\nalpha_mask = true',
+        'video_jsonl_file = "a"\ncache_directory = "c"\nmask_directory = "m"',
+    ],
+)
+def test_a_table_has_one_place_for_masks(tmp_path: Path, keys: str) -> None:
+    path = tmp_path / "data.toml"
+    path.write_text(f"[[datasets]]\n{keys}", encoding="utf-8")
+
+    with pytest.raises(DatasetError, match="mask_directory cannot be used here"):
+        load_dataset_config(path)

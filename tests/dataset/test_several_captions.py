@@ -1,0 +1,284 @@
+"""Several captions of a clip, words that a table adds, and the empty prompt: files, validity, choice."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dataset.batches.captions import choose_captions
+from dataset.batches.finding import CachingCommands, find_items, require_items
+from dataset.batches.reading import read_batch
+from dataset.cache.files import EMPTY, read_entry
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.check import check_training
+from dataset.config import DatasetConfig, load_dataset_config
+from dataset.sources.captions import captions_in
+from dataset.sources.listing import find_sources
+from modules.errors import CacheError, DatasetError
+from tests.dataset.making import make_image, make_table
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+
+COMMANDS = CachingCommands("latents again", "texts again")
+
+
+def make_dataset(folder: Path, keys: str, captions: dict[str, str]) -> DatasetConfig:
+    for stem, caption in captions.items():
+        make_image(folder / f"{stem}.png")
+        (folder / f"{stem}.txt").write_text(caption, encoding="utf-8")
+    path = folder / "data.toml"
+    table = f'[[datasets]]\nimage_directory = "{folder.as_posix()}"\nresolution = 32\n'
+    table += 'caption_extension = ".txt"\n'
+    path.write_text(f'{table}cache_directory = "{(folder / "cache").as_posix()}"\n{keys}\n', encoding="utf-8")
+    return load_dataset_config(path)
+
+
+def cache(config: DatasetConfig, keep_cache: bool = False) -> list[str]:
+    """Cache all; returns the texts that were encoded."""
+    family = ToyFamily()
+    cache_media(family, config, options())
+    cache_texts(family, config, options(keep_cache=keep_cache))
+    return family.text[0].calls
+
+
+def text_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "cache").iterdir() if "_te" in path.name)
+
+
+@pytest.mark.parametrize(
+    ("keys", "caption", "expected"),
+    [
+        ({"trigger_word": "ohwx"}, "a cat", "ohwx, a cat"),
+        ({"trigger_word": "ohwx"}, "an ohwx cat", "an ohwx cat"),
+        ({"trigger_word": "ohwx"}, "ohwxes", "ohwx, ohwxes"),
+        ({"trigger_word": "ohwx"}, "", "ohwx"),
+        ({"trigger_word": "a (b"}, "x", "a (b, x"),
+        ({"caption_prefix": "film of", "caption_suffix": "in fog"}, "a cat", "film of a cat in fog"),
+        ({"caption_prefix": "film of", "trigger_word": "ohwx"}, "a cat", "film of ohwx, a cat"),
+        ({}, "two\nlines", "two\nlines"),
+    ],
+)
+def test_a_table_adds_words_to_captions(tmp_path: Path, keys: dict, caption: str, expected: str) -> None:
+    assert captions_in(caption, make_table(tmp_path, **keys)) == (expected,)
+
+
+def test_each_line_is_a_caption_and_equal_ones_count_once(tmp_path: Path) -> None:
+    table = make_table(tmp_path, multi_caption=True, trigger_word="ohwx")
+
+    assert captions_in("a cat\n\n  a dog \na cat\n", table) == ("ohwx, a cat", "ohwx, a dog")
+    assert captions_in(" \n", table) == ("ohwx",)
+
+
+def test_a_list_may_give_several_captions_in_a_line(tmp_path: Path) -> None:
+    lines = ['{"image_path": "a.png", "caption": "one", "captions": ["two", "three"]}']
+    lines += ['{"image_path": "b.png", "captions": ["two"]}', '{"image_path": "c.png", "captions": []}']
+    (tmp_path / "list.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+    several = find_sources(make_table(tmp_path, "image_jsonl_file", multi_caption=True))
+    single = find_sources(make_table(tmp_path, "image_jsonl_file"))
+
+    assert [(one.caption, one.more_captions) for one in several] == [
+        ("one", ("two", "three")),
+        ("two", ()),
+        (None, ()),
+    ]
+    assert [one.caption for one in single] == ["one", None, None]  # as other keys, it is ignored
+
+
+def test_a_text_of_many_lines_is_no_list_of_captions(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(map(str, range(101))), encoding="utf-8")
+    make_image(tmp_path / "a.png")
+    table = make_table(tmp_path, "image_directory", multi_caption=True, caption_extension=".txt")
+
+    with pytest.raises(DatasetError, match=r"a\.txt: 101 captions, at most 100 .* multi_caption"):
+        find_sources(table)
+
+
+@pytest.mark.parametrize("value", ['"two"', "[1]", '["\\u0000"]'])
+def test_captions_of_a_list_have_to_be_texts(tmp_path: Path, value: str) -> None:
+    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "a.png", "captions": {value}}}', encoding="utf-8")
+
+    with pytest.raises(DatasetError, match="line 1: caption"):
+        find_sources(make_table(tmp_path, "image_jsonl_file", multi_caption=True))
+
+
+def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp_path: Path) -> None:
+    keys = "multi_caption = true\ncaption_dropout_rate = 0.1"
+    config = make_dataset(tmp_path, keys, {"a": "one two\nthree", "b": "x"})
+
+    assert cache(config) == ["one two", "x", "three", ""]
+    assert text_files(tmp_path) == [
+        "a_toy_te.caption2.safetensors",
+        "a_toy_te.safetensors",
+        "b_toy_te.safetensors",
+        "toy_te.empty.safetensors",
+    ]
+    known = list((tmp_path / "cache").glob("*_toy.safetensors")) + list(
+        (tmp_path / "cache").glob("*_toy_te.safetensors")
+    )
+    assert len(known) == 4  # the patterns of other tuners: two latents, two texts
+    assert read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["caption1"] == "one two"
+
+
+def test_nothing_changes_for_a_table_without_the_keys(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path, "", {"a": "one two\nthree"})
+    cache(config)
+    record = read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["reelsmith_record"]
+
+    assert text_files(tmp_path) == ["a_toy_te.safetensors"]
+    assert "settings" not in record
+    assert not {"trigger_word", "multi_caption"} & config.datasets[0].describe().keys()
+
+
+def test_only_what_changed_is_encoded_again(tmp_path: Path) -> None:
+    captions = {"a": "one\ntwo", "b": "three"}
+    config = make_dataset(tmp_path, "multi_caption = true", captions)
+    cache(config)
+    assert cache(config) == []
+
+    assert cache(make_dataset(tmp_path, 'multi_caption = true\ntrigger_word = "T"', captions)) == [
+        "T, one",
+        "T, three",
+        "T, two",
+    ]
+    # the number of its captions is part of each record
+    assert cache(make_dataset(tmp_path, 'multi_caption = true\ntrigger_word = "T"', {"a": "one"})) == [
+        "T, one"
+    ]
+    assert text_files(tmp_path) == ["a_toy_te.safetensors", "b_toy_te.safetensors"]
+
+
+@pytest.mark.parametrize("keep_cache", [False, True])
+def test_captions_that_are_gone_leave_no_file(tmp_path: Path, keep_cache: bool) -> None:
+    cache(make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo\nthree"}))
+
+    config = make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo"})
+    cache(config, keep_cache)
+
+    (item,) = find_items(config, "toy", LATENT).items
+    assert item.captions == 2
+    assert read_batch([item], LATENT, captions=[1]).captions == ("two",)
+
+
+def test_batches_hold_the_chosen_texts(tmp_path: Path) -> None:
+    keys = "multi_caption = true\ncaption_dropout_rate = 0.1\nbatch_size = 2"
+    config = make_dataset(tmp_path, keys, {"a": "one two\nthree", "b": "x"})
+    cache(config)
+    items = find_items(config, "toy", LATENT, frozenset({"t5"})).items
+
+    batch = read_batch(items, LATENT, captions=(1, EMPTY))
+
+    assert batch.captions == ("three", "")
+    assert [tuple(one.shape) for one in batch.tensors["t5"]] == [(1, 4), (0, 4)]
+    assert check_training(config, "toy", LATENT).ok
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ('multi_caption = true\ntrigger_word = "T"', "trigger_word was , is now T in"),
+        ("multi_caption = false", "captions was 2, is now 1, multi_caption was True, is now False in"),
+        ('multi_caption = true\ncaption_suffix = "S"', "caption_suffix was , is now S in"),
+    ],
+)
+def test_training_refuses_texts_made_with_other_keys(tmp_path: Path, keys: str, message: str) -> None:
+    captions = {"a": "one\ntwo"}
+    cache(make_dataset(tmp_path, "multi_caption = true", captions))
+    config = make_dataset(tmp_path, keys, captions)
+    for stem in captions:  # training needs no sources
+        (tmp_path / f"{stem}.txt").unlink()
+    (item,) = find_items(config, "toy", LATENT).items
+
+    with pytest.raises(CacheError, match=f"{message}.*\n.*texts again"):
+        read_batch([item], LATENT, COMMANDS)
+
+
+def test_training_notices_a_changed_line_and_a_missing_file(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo"})
+    cache(config)
+    (item,) = find_items(config, "toy", LATENT).items
+    (tmp_path / "a.txt").write_text("one\nzwei", encoding="utf-8")
+
+    assert len(read_batch([item], LATENT, captions=[0])) == 1
+    with pytest.raises(CacheError, match="made from the caption 'two'"):
+        read_batch([item], LATENT, captions=[1])
+
+    (tmp_path / "cache" / "a_toy_te.caption2.safetensors").unlink()
+    (item,) = find_items(config, "toy", LATENT).items
+    with pytest.raises(CacheError, match="captions was 2, is now 1"):
+        read_batch([item], LATENT)
+
+
+def test_dropout_without_the_empty_prompt_names_the_command(tmp_path: Path) -> None:
+    captions = {"a": "one"}
+    cache(make_dataset(tmp_path, "", captions))
+    config = make_dataset(tmp_path, "caption_dropout_rate = 0.1", captions)
+    found = find_items(config, "toy", LATENT)
+
+    with pytest.raises(
+        CacheError, match=r"needs the empty prompt's cache.*\n.*\n.*latents again\n.*texts again"
+    ):
+        require_items(found, COMMANDS)
+    assert not check_training(config, "toy", LATENT).ok
+
+
+def test_unfinished_further_captions_are_refused(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo"})
+    cache(config)
+    part = tmp_path / "cache" / "a_toy_te.caption2.safetensors"
+    part.rename(part.with_name(part.name + ".part"))
+
+    with pytest.raises(CacheError, match=r"unfinished, such as .*caption2"):
+        require_items(find_items(config, "toy", LATENT), COMMANDS)
+
+
+def test_the_choice_follows_the_rate_and_depends_on_seed_number_and_place_alone(tmp_path: Path) -> None:
+    keys = "multi_caption = true\ncaption_dropout_rate = 0.25"
+    config = make_dataset(tmp_path, keys, {"a": "one\ntwo", "b": "x"})
+    cache(config)
+    items = find_items(config, "toy", LATENT).items
+
+    chosen = [choose_captions(items, 3, number) for number in range(2000)]
+
+    firsts, seconds = (Counter(one[place] for one in chosen) for place in (0, 1))
+    assert firsts[EMPTY] / 2000 == pytest.approx(0.25, abs=0.04)
+    assert firsts[0] / 2000 == pytest.approx(0.375, abs=0.04)
+    assert seconds.keys() == {0, EMPTY}
+    assert (
+        chosen[700] == choose_captions(items, 3, 700) == choose_captions(items[:1], 3, 700) + chosen[700][1:]
+    )
+    assert chosen != [choose_captions(items, 4, number) for number in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("caption_dropout_rate = 1.5", "a number from 0 to 1"),
+        ("caption_dropout_rate = nan", "a number from 0 to 1"),
+        ("caption_dropout_rate = true", "a number from 0 to 1"),
+        ("prior_loss_weight = 0", "a number above 0"),
+        ("prior_loss_weight = inf", "a number above 0"),
+        ('prior_loss_weight = "1"', "a number above 0"),
+        ('multi_caption = "yes"', "true or false"),
+        ("trigger_word = 3", "text in quotes"),
+        ('trigger_word = "a\\nb"', "text in quotes"),
+        ('source_fps = "Auto"', "unknown"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path: Path, line: str, allowed: str) -> None:
+    if line.startswith("source_fps"):
+        allowed = "for video tables"
+    with pytest.raises(DatasetError, match=allowed):
+        make_dataset(tmp_path, line, {})
+
+
+def test_a_table_overrides_general_with_an_empty_text(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    path = tmp_path / "data.toml"
+    path.write_text(
+        '[general]\ntrigger_word = "T"\n[[datasets]]\nimage_directory = "a"\n'
+        '[[datasets]]\nimage_directory = "b"\ntrigger_word = ""\n',
+        encoding="utf-8",
+    )
+
+    assert [table.trigger_word for table in load_dataset_config(path).datasets] == ["T", ""]

@@ -1,0 +1,199 @@
+"""compare.py: every prompt with every LoRA at every strength, on a model that is loaded once."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compare
+import wan_generate_video
+from generation.compare_options import expand_patterns, family_of
+from modules.errors import OptionError, UserError
+from modules.media.reading import read_image, video_frames, video_info
+from modules.media.tags import read_tags
+from tests.browser import open_page
+from tests.tiny.project import write_lora
+from tests.tiny.wan import TinyWan, write_tiny_wan
+
+SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "2", "--device", "cpu")
+HOSTILE = "<script>alert(1)</script> a cat"
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyWan:
+    files = write_tiny_wan(tmp_path_factory.mktemp("t2v"))
+    for rank in (2, 10):
+        write_lora(files.dit.parent / f"style-{rank:06d}.safetensors", files.dit, rank)
+    return files
+
+
+def run(folder: Path, files: TinyWan, *more: object, loras: str = "style-*.safetensors") -> None:
+    words = ["--family", "wan", "--lora", str(files.dit.parent / loras), "--save_path", str(folder)]
+    compare.main([*words, "--task", "t2v-1.3B", *SIZE, *files.models, *map(str, more)])
+
+
+def prompts(folder: Path) -> Path:
+    path = folder / "p.txt"
+    path.write_text(f"{HOSTILE} --d 7\na dog\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("speed", [(), ("--fp8_scaled",)], ids=["in place", "loaded for each"])
+def test_a_clip_equals_what_the_generation_script_makes(
+    tmp_path: Path, t2v: TinyWan, speed: tuple[str, ...]
+) -> None:
+    more = ("--prompt", "a cat", *speed)
+    run(tmp_path / "grid", t2v, *more, "--lora_multiplier", 0.6, 1, "--output_type", "both")
+
+    made = {path.name: load_file(path)["latent"] for path in (tmp_path / "grid").glob("*_latent.safetensors")}
+    assert len(made) == 5
+    lora = t2v.dit.parent / "style-000010.safetensors"
+    for column, weights in {
+        "without-LoRA": [],
+        "style-000010-x-0-6": ["--lora_weight", str(lora), "--lora_multiplier", "0.6"],
+        "style-000010-x-1": ["--lora_weight", str(lora)],
+    }.items():
+        folder = tmp_path / column
+        wan_generate_video.main(
+            ["--save_path", str(folder), "--task", "t2v-1.3B", *SIZE, *t2v.models, *more]
+            + ["--seed", "0", "--output_type", "latent", *weights]
+        )
+        (path,) = folder.iterdir()
+        (name,) = (name for name in made if name.startswith(f"001_0_{column}_"))
+        assert torch.equal(made[name], load_file(path)["latent"]), column
+    tensors = list(made.values())
+    assert not any(torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
+
+
+def test_the_grids_show_every_clip_with_its_labels(
+    tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    run(tmp_path / "grid", t2v, "--from_file", prompts(tmp_path))
+
+    page, sheet, video = (
+        next((tmp_path / "grid").glob(f"compare_*.{kind}")) for kind in ("html", "png", "mp4")
+    )
+    assert len(list((tmp_path / "grid").glob("00[12]_*.mp4"))) == 6
+    assert caplog.text.count("style-000002 x 1\n") == 1
+    assert "6 clips" in caplog.text
+    assert caplog.text.count(f"Loading {t2v.dit}") == 1
+    assert len(list(video_frames(video))) == 5
+    info = video_info(video)
+    assert read_image(sheet).shape == (info.height, info.width, 3)
+    with open_page(page) as opened:
+        assert opened.locator("td video").count() == 6
+        assert opened.locator("script").count() == 0
+        headings = [" ".join(text.split()) for text in opened.locator("thead th").all_inner_texts()]
+        assert [heading.split(" --")[0] for heading in headings] == [
+            "without LoRA",
+            "style-000002 x 1",
+            "style-000010 x 1",
+        ]
+        assert HOSTILE in opened.locator("tbody th").first.inner_text()
+        assert not opened.problems
+
+
+def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
+    tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, caplog_text = tmp_path / "grid", "4 of them made before"
+    run(folder, t2v, "--from_file", prompts(tmp_path))
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("00*.mp4")}
+    gone = sorted(times)[:2]
+    for path in gone:
+        path.unlink()
+    caplog.set_level(logging.INFO)
+
+    run(folder, t2v, "--from_file", prompts(tmp_path))
+
+    assert caplog_text in caplog.text
+    assert {path for path in times if path.stat().st_mtime_ns == times[path]} == set(times) - set(gone)
+    assert len(list(folder.glob("compare_*.html"))) == 2
+
+    run(folder, t2v, "--from_file", prompts(tmp_path), "--guidance_scale", 3)
+
+    again = [path for path in folder.glob("00*.mp4") if path.stem.endswith("_")]
+    assert len(again) == 6
+    assert {read_tags(path)["bt_guidance_scale"] for path in again} == {"3.0"}
+
+
+def test_a_retrained_lora_of_the_same_name_is_not_taken_for_the_old_one(tmp_path: Path, t2v: TinyWan) -> None:
+    lora = t2v.dit.parent / "other.safetensors"
+    write_lora(lora, t2v.dit)
+    run(tmp_path / "grid", t2v, "--prompt", "a cat", loras=lora.name)
+    save_file({name: tensor * 2 for name, tensor in load_file(lora).items()}, lora)
+
+    run(tmp_path / "grid", t2v, "--prompt", "a cat", loras=lora.name)
+
+    assert len(list((tmp_path / "grid").glob("001_*_other*.mp4"))) == 2
+    assert len(list((tmp_path / "grid").glob("001_*_without*.mp4"))) == 1
+
+
+def test_pictures_are_compared_too(tmp_path: Path, t2v: TinyWan) -> None:
+    run(tmp_path / "grid", t2v, "--prompt", "a cat", "--video_length", 1)
+
+    names = sorted(path.suffix for path in (tmp_path / "grid").iterdir())
+    assert names == [".html", ".png", ".png", ".png", ".png"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--interactive",), "--interactive has no meaning"),
+        (("--prompt", "a", "--output_type", "latent"), "--output_type latent has no meaning"),
+        (("--prompt", "a", "--no_metadata"), "--no_metadata has no meaning"),
+        (("--prompt", "a", "--lora_multiplier", "nan"), "--lora_multiplier nan: give a number"),
+        (("--prompt", "a", "--lora_multiplier", *("1" * 70)), "64 are the most"),
+        (("--prompt", "a", "--lora", "no-*.safetensors"), "--lora no-.*: no such file"),
+    ],
+)
+def test_what_makes_no_comparison_is_refused(
+    tmp_path: Path, t2v: TinyWan, more: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, t2v, *more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lora_weight_belongs_to_the_columns(
+    tmp_path: Path, t2v: TinyWan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, t2v, "--lora_weight", "x.safetensors")
+    assert "give the files to --lora" in capsys.readouterr().err
+
+
+def test_patterns_are_expanded_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("a-10.safetensors", "a-9.safetensors", "b.safetensors", "c[1].safetensors"):
+        (tmp_path / name).touch()
+
+    found = expand_patterns((tmp_path / "a-*.safetensors", tmp_path / "c[1].safetensors", tmp_path / "a-9*"))
+
+    assert [path.name for path in found] == ["a-9.safetensors", "a-10.safetensors", "c[1].safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "family"),
+    [
+        ({"ss_base_model_version": "wan2.1"}, "wan"),
+        ({"modelspec.architecture": "hunyuan-video/lora"}, "hunyuan_video"),
+        ({"ss_base_model_version": "framepack"}, "framepack"),
+        ({"title": "x"}, None),
+    ],
+)
+def test_the_family_is_what_the_lora_says(
+    tmp_path: Path, metadata: dict[str, str], family: str | None
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata)
+    families = ["framepack", "hunyuan_video", "wan"]
+    if family is None:
+        with pytest.raises(OptionError, match=re.escape("Give --family: framepack, hunyuan_video, wan")):
+            family_of(path, families)
+    else:
+        assert family_of(path, families) == family
