@@ -30,7 +30,6 @@ def run_latent_caching(
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
-    family.check_given_files()
     if debug.debug_mode is not None:
         conclude(show_datasets(family, config, debug, workers_of(options)))
     elif options.check:
@@ -52,7 +51,6 @@ def run_text_caching(
 
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
-    family.check_given_files()
     if options.check:
         _repair(config, options)
         result = check_texts(family, config, options.skip_existing)

@@ -113,7 +113,7 @@ def command_line(
         main()
     except UserError as error:
         print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
-        has_room = len(str(error).splitlines()) < MOST_LINES
+        has_room = str(error).count("\n") + 1 < MOST_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             if hint and hint not in str(error):
@@ -206,7 +206,8 @@ class Parser(argparse.ArgumentParser):
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Say how to write two numbers if they are typed as one word: 480x832."""
         pairs = {flag for action in self._actions if action.nargs == 2 for flag in action.option_strings}
-        for before, word in pairwise(words):
+        typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+        for before, word in pairwise(typed):
             found = _JOINED.fullmatch(word)
             if before in pairs and found is not None:
                 self.error(f"{before} {word}: give two numbers: {before} {found[1]} {found[2]}")

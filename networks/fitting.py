@@ -26,10 +26,10 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse]) -> None:
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:
-    """Return about how large a LoRA of this rank for a model is at least, from the header of its file.
+    """Return how large a LoRA of this rank for a model is at least, from the header of its file.
 
-    It counts the matrices of the blocks, with two bytes a number.
+    It counts the matrices of the blocks with one byte a number: a LoRA has two or four, but leaves some out.
     """
     with open_checkpoint(model) as checkpoint:
         shapes = [info.shape for name, info in checkpoint.tensors.items() if "blocks." in name]
-    return sum(2 * rank * sum(shape) for shape in shapes if len(shape) == 2 and min(shape) > rank)
+    return sum(rank * sum(shape) for shape in shapes if len(shape) == 2 and min(shape) > rank)

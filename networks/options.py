@@ -294,7 +294,8 @@ def refuse_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
         is_same = output.resolve() == path.resolve()
         if is_same or (output.exists() and path.exists() and output.samefile(path)):
             raise OptionError(
-                f"{option} {output} is the file that is read, {path}, which would be lost. Give a new name."
+                f"{option} {output} is one of the files to read, {path}, which would be lost. Give a new "
+                "name."
             )
 
 

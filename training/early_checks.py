@@ -63,7 +63,8 @@ def _check_room(family: Family, options: TrainingOptions) -> None:
         return
     size = 0
     if options.whole_dit is not None:
-        size = sum(file.stat().st_size for file in family.dit_files if file.is_file())
+        # half: a file in float32 may be saved in 16 bits
+        size = sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
     elif options.network is not None and not options.network.arguments():
         rank = options.network.network_dim or DEFAULT_RANK
         size = sum(smallest_lora_bytes(file, rank) for file in family.dit_files)

@@ -28,8 +28,9 @@ class SampleOptions:
         check_at_least(
             "--sample_every_n_epochs", self.sample_every_n_epochs, 1, "leave it out for no samples by epoch"
         )
-        if self.sample_prompts is not None and not self.sample_prompts.is_file():
-            what = "is a folder" if self.sample_prompts.is_dir() else "no such file"
+        path = self.sample_prompts
+        if path is not None and (path.is_dir() or not path.exists()):
+            what = "is a folder" if path.is_dir() else "no such file"
             raise OptionError(
                 f"--sample_prompts {self.sample_prompts}: {what}; give a .txt, .toml or .json file of prompts"
             )

@@ -40,6 +40,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     sources = find_all_sources(config, captions=False)
     _check_tables(family, config, sources)
     warn_missing_captions(sources)
+    family.check_given_files()
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
     workers = workers_of(options)
@@ -95,6 +96,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     """
     sources = find_all_sources(config)
     require_captions(sources)
+    family.check_given_files()
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
         encoding = TextEncoding(

@@ -138,6 +138,7 @@ def made_projects(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFa
             words = (*COMMANDS[scripts.train_script].words, "--max_train_steps", "1")
             code, said = run_here(*words, "--output_name", "lora", "--output_dir", ".", folder=folder)
             assert code == 0, said
+        shutil.copy(folder / "lora.safetensors", folder / "second.safetensors")
         if not (folder / "latent.safetensors").exists():
             shutil.copy(folder / "lora.safetensors", folder / "latent.safetensors")  # never read
     return {name: projects[name] for name in MISTAKEN}

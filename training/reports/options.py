@@ -26,7 +26,7 @@ class LogOptions:
             raise OptionError(
                 f"--logging_dir {self.logging_dir}: is a file; give a folder, it will be created"
             )
-        if self.log_tracker_config is not None and not self.log_tracker_config.is_file():
+        if self.log_tracker_config is not None and not self.log_tracker_config.exists():
             raise OptionError(
                 f"--log_tracker_config {self.log_tracker_config}: no such file; give a TOML file with a "
                 "table [wandb] or [tensorboard]"
