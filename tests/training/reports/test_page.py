@@ -65,7 +65,8 @@ def page_of(folder: Path, name: str = "x") -> str:
 
 def text_of(page: str) -> str:
     """What a page says, without its embedded data."""
-    return html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r'"data:[^"]*"', '""', page)))
+    text = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r'"data:[^"]*"', '""', page)))
+    return " ".join(text.split())
 
 
 def columns_of(page: str) -> list[str]:
