@@ -148,6 +148,8 @@ def lay_out_inputs(folder: Path) -> None:
     for name in ("start", "sofa", "end", "person", "person_mask", "dress", "dress_mask"):
         write_image(folder / f"{name}.png", 32, 32)
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
+    ignored = shutil.ignore_patterns("*.py", "__pycache__")
+    shutil.copytree(ROOT / "pocket", folder / "pocket", ignore=ignored)
     for name in ("my_lora", "style", "my_lora-step00000200", "my_lora-step00000400"):
         write_lora(
             folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"
@@ -156,6 +158,9 @@ def lay_out_inputs(folder: Path) -> None:
 
 def run_in(folder: Path, command: str, makes_caches: bool) -> None:
     words = shlex.split(command)
+    if words[1] == "-m":  # a tool of the checkout
+        run_python(*words[1:], folder=folder, environment={"PYTHONPATH": str(ROOT)})
+        return
     if words[0] == "accelerate":
         start = next(index for index, word in enumerate(words) if word.endswith(".py"))
         if not makes_caches or not (folder / "cache").exists():
