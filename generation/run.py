@@ -16,6 +16,7 @@ from torch import Tensor
 from blissful_tuner.guidance import needs
 from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.options import STRENGTH
+from generation.asking import line_reader
 from generation.dressing import dit_loader
 from generation.growing import (
     grow_preview,
@@ -240,17 +241,14 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
 
 def converse(run: GenerationRun) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
-    try:
-        import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
-    except ImportError:
-        logger.info("Line editing is limited to what the console offers: this Python has no readline")
+    ask = line_reader(PROMPT_SIGN)
     logger.info(
         "Enter a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C cancels the current prompt, Ctrl-D "
         "quits."
     )
     while True:
         try:
-            line = input(PROMPT_SIGN)
+            line = ask()
             if not is_blank(line):
                 failures = Failures()
                 with failures.note_errors("the prompt"):

@@ -1,0 +1,31 @@
+"""Asking for a line at the console."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from generation.asking import line_reader
+
+
+def test_without_a_terminal_a_line_is_read_from_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda sign: f"after {sign}")
+
+    assert line_reader("> ")() == "after > "
+
+
+def test_on_a_terminal_prompt_toolkit_asks_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PromptSession:
+        def __init__(self, sign: str) -> None:
+            self.sign = sign
+
+        def prompt(self) -> str:
+            return f"edited after {self.sign}"
+
+    package = ModuleType("prompt_toolkit")
+    package.PromptSession = PromptSession  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+    assert line_reader("> ")() == "edited after > "
