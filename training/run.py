@@ -469,6 +469,7 @@ def _make_saver(
         lambda folder: write_state(folder, take_state()),
         lambda path: publish(path, card),
         publish_state,
+        None if learning.average is None else write_average,
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for
