@@ -1,10 +1,16 @@
 """Fine-tune the whole transformer of FramePack and FramePack-F1. All options: python fpack_train.py --help"""
 
 from collections.abc import Sequence
+from functools import partial
 
 import modules.interpreter  # noqa: F401
 from families import identify
-from frame_pack.options import FramePackTrainingOptions, add_training_arguments, caching_commands
+from frame_pack.options import (
+    FramePackTrainingOptions,
+    add_training_arguments,
+    caching_commands,
+    generation_words,
+)
 from modules.command import command_line
 from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
@@ -17,13 +23,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dataset.batches.finding import CachingCommands
     from frame_pack.family import family_for_training
+    from training.following import FamilyScripts
     from training.run import train_network  # torch loads here, after every option has been read
 
     family = family_for_training(fpack_options)
     commands = CachingCommands(
         *caching_commands(options.loop.dataset_config, fpack_options, family.caching_switches)
     )
-    code = train_network(family, options, commands)
+    scripts = FamilyScripts(
+        "fpack_train.py",
+        add_training_arguments,
+        partial(generation_words, fpack_options),
+        add_whole_dit_arguments,
+    )
+    code = train_network(family, options, commands, scripts)
     if code:
         raise SystemExit(code)
 

@@ -1,6 +1,7 @@
 """Fine-tune the whole transformer of Wan2.1. All options: python wan_train.py --help"""
 
 from collections.abc import Sequence
+from functools import partial
 
 import modules.interpreter  # noqa: F401
 from families import identify
@@ -8,7 +9,7 @@ from modules.command import command_line
 from modules.errors import OptionError
 from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
-from wan.options import WanTrainingOptions, add_training_arguments, caching_commands
+from wan.options import WanTrainingOptions, add_training_arguments, caching_commands, generation_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,11 +23,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     from dataset.batches.finding import CachingCommands
+    from training.following import FamilyScripts
     from training.run import train_network  # torch loads here, after every option has been read
     from wan.family import family_for_training
 
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, wan_options))
-    code = train_network(family_for_training(wan_options), options, commands)
+    scripts = FamilyScripts(
+        "wan_train.py",
+        add_training_arguments,
+        partial(generation_words, wan_options),
+        add_whole_dit_arguments,
+    )
+    code = train_network(family_for_training(wan_options), options, commands, scripts)
     if code:
         raise SystemExit(code)
 
