@@ -35,9 +35,8 @@ def plan_next_steps(
 def make_reporter(
     job: TrainingJob, following: NextSteps, sampler: Sampler | None, memory: MemoryWatch | None
 ) -> RunReporter | None:
-    """Return what reports the run, in the main process; None if there is nothing to report to."""
-    logs = job.options.logs
-    if not job.accelerator.is_main_process or (logs.no_page and not logs.trackers):
+    """Return what reports the run, in the main process. With --no_page it keeps what the last box says."""
+    if not job.accelerator.is_main_process:
         return None
     folder, name, progress = job.output_dir, job.output_name, job.progress
     device = job.accelerator.device
@@ -52,7 +51,7 @@ def make_reporter(
         lambda: list_memory(device, memory),
     )
     history = open_history(folder / f"{name}-history.jsonl", progress.session_id, progress.step)
-    page = None if logs.no_page else folder / f"{name}.html"
+    page = None if job.options.logs.no_page else folder / f"{name}.html"
     return RunReporter(page, facts, history, _prompts(job, sampler), progress.step)
 
 

@@ -218,8 +218,8 @@ def prepare_run(
         )
         yield run
         job.accelerator.wait_for_everyone()
-    if saver is not None and job.progress.step >= data.plan.total_steps:
-        show_end(run, saver.names, following)
+    if saver is not None and reporter is not None and job.progress.step >= data.plan.total_steps:
+        show_end(run, reporter.history, saver.names, following)
 
 
 def _watch_files(job: TrainingJob, can_sample: bool) -> TriggerFiles:

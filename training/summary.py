@@ -15,6 +15,8 @@ from modules.planning.device_memory import peak_in_words
 from training.following import NextSteps
 from training.job import Data, TrainingJob
 from training.loop import TrainingRun
+from training.reports.best import best_file, lowest_validation
+from training.reports.history import History
 from training.saving.files import Names
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
@@ -96,7 +98,7 @@ def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype
     show_box(f"Training {job.output_name}", rows)
 
 
-def show_end(run: TrainingRun, names: Names, following: NextSteps) -> None:
+def show_end(run: TrainingRun, history: History, names: Names, following: NextSteps) -> None:
     """Show what came of a run that took its last step, and what can follow."""
     result, pace = names.file(names.name), run.logs.pace
     seconds = pace.seconds_per_step
@@ -105,16 +107,16 @@ def show_end(run: TrainingRun, names: Names, following: NextSteps) -> None:
     samples = names.folder / "sample"
     rows: list[Row] = [
         ("result", f"{result} ({as_size(result.stat().st_size)})" if result.exists() else None),
-        ("best by validation", describe_best(run.validations, names)),
+        ("best by validation", describe_best(history, names.folder)),
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
         ("peak memory", peak_in_words(run.device)),
     ]
-    best = find_best(run.validations, names)
+    best = best_file(history, names.folder)
     commands: list[Row] = [
         (command.title, command.powershell if sys.platform == "win32" else command.bash)
-        for command in following.commands(best, is_finished=True)
+        for command in following.commands(None if best is None else names.folder / best, is_finished=True)
     ]
     if run.options.logs.logging_dir is not None:
         board = as_typed(["tensorboard", "--logdir", str(run.options.logs.logging_dir)])
@@ -122,21 +124,17 @@ def show_end(run: TrainingRun, names: Names, following: NextSteps) -> None:
     show_box(f"{names.name} is trained", rows, commands)
 
 
-def describe_best(validations: Mapping[int, float], names: Names) -> str | None:
-    """Return the step with the lowest validation loss (step -> loss), with its file if that was saved."""
-    if not validations:
+def describe_best(history: History, folder: Path) -> str | None:
+    """Return the step with the lowest validation loss and the best file that is there."""
+    lowest, best = lowest_validation(history), best_file(history, folder)
+    if lowest is None:
         return None
-    step, loss = min(validations.items(), key=lambda item: item[1])
-    path = find_best(validations, names)
-    return f"step {step}, loss {loss:.5f}" + (", not saved" if path is None else f": {path}")
-
-
-def find_best(validations: Mapping[int, float], names: Names) -> Path | None:
-    """Return the file of the step with the lowest validation loss, if that was saved."""
-    if not validations:
-        return None
-    path = names.file(names.step(min(validations, key=lambda step: validations[step])))
-    return path if path.exists() else None
+    text = f"step {lowest[0]}, loss {lowest[1]:.5f}"
+    if best is None:
+        return f"{text}, not saved"
+    if history.saved[best] == lowest[0]:
+        return f"{text}: {folder / best}"
+    return f"{text}, not saved; best file: {folder / best}"
 
 
 def disk_needed(folder: Path, saves: Saves, written: Written) -> str:
