@@ -136,6 +136,7 @@ def prepare_run(
     data = replace(data, plan=plan_steps(job, data.order))
     extra = [AddedFile(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
+    following = plan_next_steps(job, scripts, data.plan.total_steps, sampler)  # before auto is resolved
     options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
     # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:
@@ -162,7 +163,6 @@ def prepare_run(
         settle(dit)
         return capture(job.progress, learning, identity, habits, listed_settings(options))
 
-    following = plan_next_steps(job, scripts, data.plan.total_steps, sampler)
     reporter = make_reporter(job, following, sampler, memory)
 
     def publish(path: Path, card: str | None) -> None:
@@ -459,7 +459,8 @@ def _make_saver(
     def write_average(path: Path) -> None:
         assert learning.average is not None
         with learning.average.in_place():
-            trainable.write(path, dtype, {**metadata_now(), **metadata_of(learning.average)})
+            own = {} if options.metadata.no_metadata else metadata_of(learning.average)
+            trainable.write(path, dtype, {**metadata_now(), **own})
 
     card = model_card(options, job.family.release, metadata_now())
     saver = Saver(

@@ -17,6 +17,7 @@ from training.job import Data, TrainingJob
 from training.loop import TrainingRun
 from training.reports.best import best_file, lowest_validation
 from training.reports.history import History
+from training.sample_options import SampleOptions
 from training.saving.files import Names
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
@@ -34,8 +35,11 @@ class Saves:
     states: int
 
 
-def count_saves(options: SavingOptions, plan: StepPlan, first_step: int) -> Saves:
-    """Count what the steps after `first_step` save. Saves by the clock are left out."""
+def count_saves(options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0) -> Saves:
+    """Count what the steps after `first_step` save. Saves by the clock are left out.
+
+    first_epoch: the first one that is not finished then.
+    """
     models = 0
     if options.save_every_n_steps is not None:
         every = options.save_every_n_steps
@@ -44,8 +48,8 @@ def count_saves(options: SavingOptions, plan: StepPlan, first_step: int) -> Save
             kept = min(kept, options.save_last_n_steps // every + 1)
         models += kept
     if options.save_every_n_epochs is not None:
-        done = first_step // plan.steps_per_epoch
-        kept = (plan.num_epochs - 1) // options.save_every_n_epochs - done // options.save_every_n_epochs
+        every = options.save_every_n_epochs
+        kept = (plan.num_epochs - 1) // every - first_epoch // every
         if options.save_last_n_epochs is not None:
             kept = min(kept, options.save_last_n_epochs)
         models += max(0, kept)
@@ -55,23 +59,24 @@ def count_saves(options: SavingOptions, plan: StepPlan, first_step: int) -> Save
 
 @dataclass(frozen=True)
 class Written:
-    """Bytes of one model and of one state."""
+    """Bytes of one model, with its average (EMA), and of one state."""
 
     model: int
     state: int
 
     @staticmethod
-    def of(parameters: Sequence[Tensor], dtype: torch.dtype | None) -> "Written":
+    def of(parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False) -> "Written":
         """Estimate both from the trained weights. dtype: of saved models; None: as they are."""
         model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
-        return Written(model, sum(one.numel() for one in parameters) * (FLOAT_BYTES + MOMENTS_BYTES))
+        count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
+        return Written(model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average))
 
 
 def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> None:
     """Show what the run will do."""
     options, plan = job.options, data.plan
-    written = Written.of(parameters, dtype)
-    saves = count_saves(options.saving, plan, job.progress.step)
+    written = Written.of(parameters, dtype, options.average.ema_decay is not None)
+    saves = count_saves(options.saving, plan, job.progress.step, job.progress.epoch)
     network = options.network
     learns = count_of(sum(one.numel() for one in parameters), "weight")
     rank = "" if network is None or network.network_dim is None else f", rank {network.network_dim}"
@@ -79,7 +84,7 @@ def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype
     begun = f", from step {job.progress.step + 1} on" if job.progress.step else ""
     rows: list[Row] = [
         ("model", _model(job.family.metadata)),
-        ("learns", f"{'the whole model' if network is None else job.network_module}{rank}, {learns}"),
+        ("learns", f"{_learner(job)}{rank}, {learns}"),
         ("data", f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches"),
         (
             "steps",
@@ -150,18 +155,28 @@ def disk_needed(folder: Path, saves: Saves, written: Written) -> str:
 def watch_run(job: TrainingJob, plan: StepPlan) -> Callable[[int], Mapping[str, str]]:
     """Return what the bar shows beside losses at a step: the peak of memory, the step of the next samples."""
     options, device = job.options.samples, job.accelerator.device
-    epochs = options.sample_every_n_epochs
-    every = options.sample_every_n_steps or (None if epochs is None else epochs * plan.steps_per_epoch)
 
     def watch(step: int) -> Mapping[str, str]:
-        peak = peak_in_words(device)
-        shown = {} if peak is None else {"mem": peak.replace(" GiB", "G")}
-        if every is not None and options.sample_prompts is not None:
-            following = (step // every + 1) * every
-            shown |= {"sample": str(following)} if following <= plan.total_steps else {}
-        return shown
+        shown = {"mem": peak_in_words(device).replace(" GiB", "G")}
+        following = next_samples(options, plan, step, job.progress.epoch)
+        return shown if following is None else {**shown, "sample": str(following)}
 
     return watch
+
+
+def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) -> int | None:
+    """Return the step after which samples are due next, None for none. epoch: of the step, from 0."""
+    every, epochs = options.sample_every_n_steps, options.sample_every_n_epochs
+    steps = [] if every is None else [(step // every + 1) * every]
+    steps += [] if epochs is None else [plan.steps_until((epoch // epochs + 1) * epochs)]
+    return min((each for each in steps if each <= plan.total_steps), default=None)
+
+
+def _learner(job: TrainingJob) -> str:
+    whole = job.options.whole_dit
+    if whole is None:
+        return job.network_module
+    return f"of the model: {' '.join(whole.name_parts)}" if whole.name_parts else "the whole model"
 
 
 def _model(metadata: Mapping[str, str]) -> str:

@@ -73,10 +73,12 @@ def test_keys_and_tokens_are_never_told() -> None:
 
 
 def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -> None:
-    steps = next_steps(tmp_path, ["--max_train_epochs", "3"])
+    steps = next_steps(tmp_path, ["--max_train_epochs", "3", "--resume", "latest", "--resume_changed"])
 
     going, *_ = steps.commands(None, is_finished=False)
     without, *_ = steps.commands(None, is_finished=True)
+    (tmp_path / "x-other-state").mkdir()  # of another run
+    assert steps.commands(None, is_finished=True)[0] == without
     (tmp_path / "x-state").mkdir()
     longer, *_ = steps.commands(None, is_finished=True)
 
@@ -84,7 +86,8 @@ def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -
     assert words_of(without)[-1] == "--save_state"
     assert "No state was saved" in without.note
     assert words_of(longer)[-4:] == ["--max_train_steps", "80", "--resume", "latest"]
-    assert not any("--max_train_epochs" in words_of(each) for each in (going, without, longer))
+    commands = [words_of(each) for each in (going, without, longer)]
+    assert not any("--max_train_epochs" in words or "--resume_changed" in words for words in commands)
 
 
 def test_several_processes_are_launched_again(tmp_path: Path) -> None:

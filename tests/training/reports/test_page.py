@@ -97,6 +97,14 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
         assert shown.problems == []
 
 
+def test_the_command_to_go_on_asks_for_auto_again(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    train_toy(tmp_path, "--blocks_to_swap", "auto", "--max_train_steps", 1, has_page=True)
+
+    assert "--blocks_to_swap auto" in text_of(page_of(tmp_path))
+
+
 def test_a_resumed_run_shows_the_whole_history(tmp_path: Path, sampling: list[object]) -> None:
     """The run dies at its seventh step, after a state at the fourth: steps 5 to 7 are trained again."""
     options = [*sampling, "--save_every_n_steps", 4, "--save_state", "--resume", "latest"]
