@@ -1,12 +1,10 @@
 """Build what reports a run to its page from its options, data and samples."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from generation.prompt_lines import read_sample_prompts
 from modules.planning.device_memory import MemoryWatch, host_peak
 from modules.planning.memory_plan import gib
 from training.following import FamilyScripts, NextSteps, given_options
@@ -52,7 +50,8 @@ def make_reporter(
     )
     history = open_history(folder / f"{name}-history.jsonl", progress.session_id, progress.step)
     page = None if job.options.logs.no_page else folder / f"{name}.html"
-    return RunReporter(page, facts, history, _prompts(job, sampler), progress.step)
+    prompts = dict(enumerate(() if sampler is None else sampler.prompts))
+    return RunReporter(page, facts, history, prompts, progress.step)
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
@@ -71,14 +70,6 @@ def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tup
 
 def _gib(size: int | None) -> str:
     return "not known" if size is None else f"{gib(size)} GiB"
-
-
-def _prompts(job: TrainingJob, sampler: Sampler | None) -> Mapping[int, str]:
-    """Return the prompts of the samples, those of other processes too, by their place in the file."""
-    file: Path | None = job.options.samples.sample_prompts
-    if sampler is None or file is None:
-        return {}
-    return {index: str(entry.get("prompt", "")) for index, entry in enumerate(read_sample_prompts(file))}
 
 
 def _first_sample(job: TrainingJob, sampler: Sampler | None) -> Mapping[str, Any]:

@@ -107,7 +107,9 @@ def prepare_run(
         if reporter is not None:
             reporter.note_saved(path, progress.step)
 
-    saver = make_saver(job, loaded.dit, learning, facts, publish, uploads.publish_state, take_state)
+    prompts = () if sampler is None else sampler.prompts
+    outlets = publish, uploads.publish_state
+    saver = make_saver(job, loaded.dit, learning, facts, *outlets, take_state, prompts)
     with (
         uploads.finish_uploads(),
         _start_logs(job, data) as logs,

@@ -1,6 +1,6 @@
 """Make what saves a run: files with their metadata, averages, states, and the model card."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -29,10 +29,11 @@ def make_saver(
     publish: Callable[[Path, str | None], None],
     publish_state: Publish,
     take_state: Callable[[], SavedState],
+    prompts: Sequence[str],
 ) -> Saver | None:
     """Make the saver in the main process; the others save nothing.
 
-    publish: is given the file and the model card.
+    publish: is given the file and the model card. prompts: of the samples, for the card.
     """
     if not job.accelerator.is_main_process:
         return None
@@ -64,7 +65,7 @@ def make_saver(
             own = {} if options.metadata.no_metadata else metadata_of(learning.average)
             trainable.write(path, dtype, {**metadata_now(), **own})
 
-    card = model_card(options, job.family.release, metadata_now())
+    card = model_card(options, job.family.release, metadata_now(), prompts)
     saver = Saver(
         options.saving,
         Names(job.output_dir, job.output_name),
