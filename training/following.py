@@ -84,6 +84,7 @@ class NextSteps:
     total_steps: int
     processes: int
     sample: Mapping[str, Any]
+    sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return the commands: train on, generate with the best file, convert it."""
@@ -118,10 +119,15 @@ class NextSteps:
 
     def _generate(self, generation: Callable[[Mapping[str, Any]], Sequence[str]], file: Path) -> PageCommand:
         sample, words = self.sample, ["python", *generation(self.sample)]
+        if self.options.average.sample_ema:  # what the samples show
+            file = file.with_name(f"{file.stem}-ema.safetensors")
+        loras = [*self.sample_loras]
         if self.options.network is None:
             words[words.index("--dit") + 1] = str(file)
         else:
-            words += ["--lora_weight", str(file)]
+            loras = [(file, 1.0), *loras]
+        words += ["--lora_weight", *(str(path) for path, _ in loras)] if loras else []
+        words += ["--lora_multiplier", *(f"{number:g}" for _, number in loras)] if self.sample_loras else []
         words += _option("--prompt", sample.get("prompt") or "what the video should show")
         size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
         words += ["--video_size", *size] if len(size) == 2 else []

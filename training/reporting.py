@@ -27,6 +27,7 @@ def plan_next_steps(
         total_steps,
         job.accelerator.num_processes,
         _first_sample(job, sampler),
+        () if sampler is None else job.options.samples.loras(),
     )
 
 

@@ -138,5 +138,7 @@ class RunReporter:
             if not self._has_warned:
                 self._has_warned = True
                 logger.warning(
-                    "%s is not complete, the training goes on: %s", self.path, error or type(error).__name__
+                    "%s is not complete, the training goes on: %s",
+                    self.path or "What the trackers get of samples",
+                    error or type(error).__name__,
                 )
