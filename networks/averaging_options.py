@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from networks.options import check_output_file, refuse_replacing, require_files
 
 # of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
 LARGEST_SIGMA = 12**-0.5
@@ -34,12 +35,9 @@ class AveragingOptions:
         files = self.files()
         if len(files) < 2:
             raise OptionError(f"{files[0]} is a single file: give two or more of one run")
-        if self.output_file.resolve() in {path.resolve() for path in files}:
-            raise OptionError(
-                f"--output_file {self.output_file} is one of the files to average. Give a new name."
-            )
-        if self.output_file.is_dir():
-            raise OptionError(f"--output_file {self.output_file} is a folder: give a file's name")
+        require_files("path", files, folders="its files end in .safetensors")
+        refuse_replacing("--output_file", self.output_file, files)
+        check_output_file("--output_file", self.output_file)
 
     def files(self) -> list[Path]:
         """Return the files, each once; patterns such as `x-*.safetensors` are expanded: not all shells do."""
