@@ -284,6 +284,11 @@ def assert_whole(folder: Path) -> None:
             assert frames in {5, 9} or (frames and path.stem.endswith("_progress")), path
         elif path.suffix == ".png":
             read_image(path)
+        elif path.suffix == ".html":
+            assert path.read_text(encoding="utf-8").rstrip().endswith("</html>"), path
+        elif path.name.endswith("-history.jsonl"):
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a kill may cut the last one
+                json.loads(line)
         else:
             assert path.name == "state.json", f"{path} is no finished file"
     for state in folder.glob("x*-state"):
