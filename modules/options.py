@@ -31,6 +31,7 @@ IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
 CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
 HABIT = {"resume": "habit"}  # it may give another one, which is warned about
 FREE = {"resume": "free"}  # it may give another one
+SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
 # What the metadata of a generated file say of an option:
 SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
 OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew

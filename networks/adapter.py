@@ -20,9 +20,9 @@ from modules.errors import CheckpointError, OptionError
 from modules.seeds import derive_seed
 from networks.factored import FactoredNetwork
 from networks.hashes import add_hashes, saved_dtype
-from networks.loading import import_network_module, read_lora
-from networks.lora import LoraNetwork, create_arch_network
-from networks.lora_settings import DEFAULT_RANK, read_settings
+from networks.loading import OWN_MODULES, import_network_module, read_lora
+from networks.lora import LoraNetwork
+from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 
 logger = getLogger(__name__)
@@ -187,8 +187,8 @@ def check_network(options: NetworkOptions, name: str) -> None:
     name: of the module. Nothing of the model is needed.
     """
     builder = import_network_module(name)
-    if getattr(builder, "create_arch_network", None) is create_arch_network:
-        read_settings(
+    if name in OWN_MODULES:
+        builder.check_settings(
             options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
         )
 

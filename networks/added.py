@@ -148,19 +148,25 @@ def add_loras(dit: nn.Module, files: Sequence[AddedFile], is_compiled: bool = Fa
     return AddedLoras(layers)
 
 
+def refuse_dora(lora: LoraFile) -> None:
+    """Raise CheckpointError if a file is a DoRA: it cannot be added beside other changes of the weights."""
+    decomposed = [name for name, factors in group_by_module(lora.tensors).items() if DORA in factors]
+    if decomposed:
+        raise CheckpointError(
+            f"--sample_lora {lora.path} is a DoRA ({decomposed[0]}), which depends on the weights it was "
+            "made for.\n  Give a LoRA, LoHa or LoKr.",
+            lora.path,
+        )
+
+
 def _fitting(lora: LoraFile, known: Mapping[str, nn.Module], is_compiled: bool) -> dict[str, Factors]:
     """Return the factors of a file for the modules of the model."""
 
     def height(name: str) -> int | None:
         return len(known[name].weight) if name in known else None  # type: ignore[arg-type]
 
+    refuse_dora(lora)
     stored = group_by_module(for_model(lora.tensors, height))
-    if decomposed := [name for name, factors in stored.items() if DORA in factors]:
-        raise CheckpointError(
-            f"--sample_lora {lora.path} is a DoRA ({decomposed[0]}), which depends on the weights it was "
-            "made for.\n  Give a LoRA, LoHa or LoKr.",
-            lora.path,
-        )
     missed = [name for name in stored if name not in known]
     fitting: dict[str, Factors] = {name: factors for name, factors in stored.items() if name in known}
     if not fitting:

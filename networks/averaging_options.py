@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from networks.options import check_output_file, refuse_replacing
+from networks.options import check_output_file, refuse_replacing, require_files
 
 # of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
 LARGEST_SIGMA = 12**-0.5
@@ -35,6 +35,7 @@ class AveragingOptions:
         files = self.files()
         if len(files) < 2:
             raise OptionError(f"{files[0]} is a single file: give two or more of one run")
+        require_files("path", files, folders="its files end in .safetensors")
         refuse_replacing("--output_file", self.output_file, files)
         check_output_file("--output_file", self.output_file)
 

@@ -137,8 +137,7 @@ def build_factored(
 
     Raises OptionError if no module is left, or for a setting that only LoRAs have.
     """
-    settings = read_settings(rank, alpha, dropout, arguments)
-    _refuse_settings(settings)
+    settings = check_factored(rank, alpha, dropout, arguments)
     layers = {}
     for name, (module, size, scaling) in choose_modules(unet, replace(settings, conv_rank=None)).items():
         if isinstance(module, nn.Linear):
@@ -187,9 +186,14 @@ def rebuild_factored(
     return FactoredNetwork(layers, multiplier)
 
 
-def _refuse_settings(settings: LoraSettings) -> None:
+def check_factored(
+    rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
+) -> LoraSettings:
+    """Read the settings. Raises OptionError for one that cannot be used, or that only LoRAs have."""
+    settings = read_settings(rank, alpha, dropout, arguments)
     if settings.dropouts or settings.decomposes or settings.loraplus_lr_ratio is not None:
         raise OptionError(
             "--network_dropout, and rank_dropout, module_dropout, dora_wd and loraplus_lr_ratio of "
             "--network_args, are for LoRAs only: leave them out, or use --network_module networks.lora"
         )
+    return settings

@@ -27,7 +27,10 @@ from networks.names.layouts import FamilyNames
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
-OWN_MODULES = ("networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack")
+OWN_MODULES = (
+    *("networks.lora", "networks.loha", "networks.lokr"),
+    *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
+)
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_b)?$|norm$")

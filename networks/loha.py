@@ -5,8 +5,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.factored import FactoredNetwork, build_factored, rebuild_factored
+from networks.factored import FactoredNetwork, build_factored, check_factored, rebuild_factored
 from networks.factored_layer import loha_shapes
+
+
+def check_settings(
+    rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
+) -> None:
+    """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
+    check_factored(rank, alpha, dropout, arguments)
 
 
 def create_arch_network(

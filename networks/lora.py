@@ -64,6 +64,13 @@ def create_arch_network(
     return LoraNetwork(layers, settings, multiplier)
 
 
+def check_settings(
+    rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
+) -> None:
+    """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
+    read_settings(rank, alpha, dropout, arguments)
+
+
 def choose_modules(
     unet: nn.Module, settings: LoraSettings
 ) -> dict[str, tuple[nn.Linear | nn.Conv2d, int, float]]:

@@ -23,6 +23,7 @@ SETTINGS = (
     "include_patterns",
     "exclude_patterns",
     "loraplus_lr_ratio",
+    "dora_wd",
     "verbose",
 )
 

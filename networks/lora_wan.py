@@ -2,6 +2,6 @@
 networks.lora_wan`.
 """
 
-from networks.lora import create_arch_network, create_arch_network_from_weights
+from networks.lora import check_settings, create_arch_network, create_arch_network_from_weights
 
-__all__ = ["create_arch_network", "create_arch_network_from_weights"]
+__all__ = ["check_settings", "create_arch_network", "create_arch_network_from_weights"]

@@ -67,6 +67,9 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
     assert sum(not torch.equal(after[name], tensor) for name, tensor in before.items()) > 0.9 * len(before)
     with safe_open(folder / "output" / "x.safetensors", "pt") as file:
         assert "lora" not in file.metadata()["modelspec.architecture"]
+    page = (folder / "output" / "x.html").read_text(encoding="utf-8")
+    assert f"python {family.train_whole}" in page
+    assert f"python {family.generate[0]}" in page
     generate = [*family.generate, *SIZE, "--prompt", "a cat", "--seed", "7"]
     succeed_here(*generate, "--dit", "output/x.safetensors", "--save_path", "videos", folder=folder)
     succeed_here(*generate, "--save_path", "untrained", folder=folder)

@@ -63,7 +63,7 @@ FLOORS = {
         {"averages", "changes", "options", "validation"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
-        {"learning", "reporting", "summary"},
+        {"learning", "previews", "reporting", "saver", "summary"},
         {"run"},
     ),
 }

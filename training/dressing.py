@@ -47,3 +47,9 @@ def dress(
         checkpointing = dressing.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
     dressing.dress(dit, spec, device, compilation, host, checkpointing, in_pieces=on_host)
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
+
+
+def dtype_of(dit: nn.Module) -> torch.dtype:
+    """Return the dtype in which the DiT computes without autocast."""
+    own = getattr(dit, "compute_dtype", None)
+    return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype

@@ -11,14 +11,15 @@ from modules.contract.family import Family
 from modules.offload.swap_plan import check_swap
 from modules.planning.dry_run import quiet
 from networks.adapter import check_network
+from networks.added import refuse_dora
 from networks.fitting import check_loras_fit, smallest_lora_bytes
-from networks.loading import read_lora
+from networks.loading import OWN_MODULES, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.merge import LoraUse
 from networks.options import NetworkOptions
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
-from training.options import OWN_NETWORKS, TrainingOptions
+from training.options import RANKED_NETWORKS, TrainingOptions
 
 
 def check_before_loading(family: Family, options: TrainingOptions, total_steps: int) -> None:
@@ -40,18 +41,29 @@ def check_before_loading(family: Family, options: TrainingOptions, total_steps: 
         make_lr_schedule(options.lr_schedule, optimizer, total_steps)
     if options.network is not None:
         _check_network(family, options.network)
+    _check_samples(family, options)
     _check_room(family, options)
 
 
 def _check_network(family: Family, options: NetworkOptions) -> None:
     """Check the module, its settings, and the LoRAs that it starts from."""
     module = options.network_module or family.lora_module
-    check_network(options, module)
     files = zip(options.base_weights or (), options.base_multipliers(), strict=True)
-    with quiet():
+    with quiet():  # all warnings come again when it is made
+        check_network(options, module)
         uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
-        if options.network_weights is not None and module.startswith(OWN_NETWORKS):
+        if options.network_weights is not None and module in OWN_MODULES:
             uses.append(LoraUse(read_lora(options.network_weights)))
+        for file in family.dit_files:
+            check_loras_fit(file, uses)
+
+
+def _check_samples(family: Family, options: TrainingOptions) -> None:
+    """Check the LoRAs that only samples have."""
+    with quiet():
+        uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
+        for use in uses:
+            refuse_dora(use.lora)
         for file in family.dit_files:
             check_loras_fit(file, uses)
 
@@ -65,7 +77,14 @@ def _check_room(family: Family, options: TrainingOptions) -> None:
     if options.whole_dit is not None:
         # half: a file in float32 may be saved in 16 bits
         size = sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
-    elif options.network is not None and not options.network.arguments():
+    elif options.network is not None and _grows_with_rank(family, options.network):
         rank = options.network.network_dim or DEFAULT_RANK
         size = sum(smallest_lora_bytes(file, rank) for file in family.dit_files)
     check_space(Path(folder) / f"{name}.safetensors", size)
+
+
+def _grows_with_rank(family: Family, options: NetworkOptions) -> bool:
+    """Return whether a network has at least two factors of --network_dim for each module."""
+    module = options.network_module or family.lora_module
+    takes_all = not options.arguments() and not options.dim_from_weights
+    return takes_all and module.startswith(RANKED_NETWORKS)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from modules.installation import command_words
-from modules.options import option_values
+from modules.options import option_values, options_with
 from networks.options import add_network_arguments
 from training.options import TrainingOptions, training_parser
 from training.reports.page import PageCommand
 from training.saving.options import LATEST
+from training.saving.states import state_pattern
 
-SECRET = {"wandb_api_key", "huggingface_token"}  # never shown
-RESUMING = {"resume", "resume_from_huggingface", "max_train_steps", "max_train_epochs"}
+RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 
 
@@ -64,10 +64,11 @@ def given_options(options: TrainingOptions, own: Any, scripts: FamilyScripts) ->
     parser = training_parser(None, scripts.add_learner)
     scripts.add_arguments(parser)
     values = option_values(own) | option_values(options)
+    secret = {*options_with(type(own), "secret", True), *options_with(TrainingOptions, "secret", True)}
     known = [
         action
         for action in parser._actions
-        if action.dest in values and action.dest not in SECRET and action.option_strings
+        if action.dest in values and action.dest not in secret and action.option_strings
     ]
     return GivenOptions(known, values)
 
@@ -83,6 +84,7 @@ class NextSteps:
     total_steps: int
     processes: int
     sample: Mapping[str, Any]
+    sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return the commands: train on, generate with the best file, convert it."""
@@ -103,11 +105,8 @@ class NextSteps:
         if self.processes > 1:
             words = ["accelerate", "launch", "--num_processes", str(self.processes), self.scripts.train]
         words += self.given.words(RESUMING)
-        name = self.file.stem
-        has_state = any(
-            entry.name.startswith(name) and entry.name.endswith("-state")
-            for entry in self.file.parent.iterdir()
-        )
+        pattern = state_pattern(self.file.name.removesuffix(".safetensors"))
+        has_state = any(pattern.fullmatch(entry.name) for entry in self.file.parent.iterdir())
         steps = ["--max_train_steps", str(self.total_steps * (2 if is_finished else 1))]
         words += [*steps, "--resume", LATEST]
         if not is_finished:
@@ -120,10 +119,15 @@ class NextSteps:
 
     def _generate(self, generation: Callable[[Mapping[str, Any]], Sequence[str]], file: Path) -> PageCommand:
         sample, words = self.sample, ["python", *generation(self.sample)]
+        if self.options.average.sample_ema:  # what the samples show
+            file = file.with_name(f"{file.stem}-ema.safetensors")
+        loras = [*self.sample_loras]
         if self.options.network is None:
             words[words.index("--dit") + 1] = str(file)
         else:
-            words += ["--lora_weight", str(file)]
+            loras = [(file, 1.0), *loras]
+        words += ["--lora_weight", *(str(path) for path, _ in loras)] if loras else []
+        words += ["--lora_multiplier", *(f"{number:g}" for _, number in loras)] if self.sample_loras else []
         words += _option("--prompt", sample.get("prompt") or "what the video should show")
         size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
         words += ["--video_size", *size] if len(size) == 2 else []

@@ -85,7 +85,6 @@ class TrainingRun:
     validation: Validation | None = None
     reporter: RunReporter | None = None  # to the page; in the main process
     memory: MemoryWatch | None = None  # on a CUDA device, in the main process
-    validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
@@ -414,7 +413,6 @@ def _validate(run: TrainingRun) -> None:
     run.logs.values(losses, run.progress.step)
     if run.reporter is not None:
         run.reporter.note_validation(run.progress.step, losses)
-    run.validations[run.progress.step] = losses["validation/loss"]
     logger.info(
         "Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
     )

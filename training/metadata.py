@@ -10,7 +10,6 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
-from generation.prompt_lines import read_sample_prompts
 from modules.atomic_write import make_storable
 from modules.contract.release import ModelRelease
 from networks.loading import TRAINED_FOR
@@ -101,17 +100,21 @@ def file_metadata(
     return {key: make_storable(text) for key, text in values.items()}
 
 
-def model_card(options: TrainingOptions, release: ModelRelease, metadata: Mapping[str, str]) -> str | None:
+def model_card(
+    options: TrainingOptions,
+    release: ModelRelease,
+    metadata: Mapping[str, str],
+    prompts: Sequence[str] = (),
+) -> str | None:
     """Return the card for the repository that files are uploaded to, or None without one.
 
-    metadata: of the trained file.
+    metadata: of the trained file. prompts: of the samples.
     """
     if options.hub.huggingface_repo_id is None:
         return None
-    file = options.samples.sample_prompts
-    prompts = [] if file is None else [str(entry["prompt"]) for entry in read_sample_prompts(file)]
     name = options.saving.output_name or ""
-    return write_card(CardFacts(name, options.network is not None, release, metadata, prompts))
+    shown = [prompt for prompt in prompts if prompt]
+    return write_card(CardFacts(name, options.network is not None, release, metadata, shown))
 
 
 def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:

@@ -35,10 +35,8 @@ T = TypeVar("T")
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
-OWN_NETWORKS = (
-    "networks.lora",
-    "networks.loha",
-)  # in others a huge rank may have a meaning: LoKr's whole matrix
+# names of the networks whose size grows with the rank begin so; LoKr's whole matrix has a huge one
+RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class TrainingOptions:
         require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
 
     def _check_rank(self, options: NetworkOptions) -> None:
-        is_own = options.network_module is None or options.network_module.startswith(OWN_NETWORKS)
-        if is_own and options.network_dim is not None and options.network_dim > MOST_RANK:
+        is_ranked = options.network_module is None or options.network_module.startswith(RANKED_NETWORKS)
+        if is_ranked and options.network_dim is not None and options.network_dim > MOST_RANK:
             raise OptionError(
                 f"--network_dim {options.network_dim}: {MOST_RANK} is the most. Usual ranks are 4 to 128."
             )

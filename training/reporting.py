@@ -1,12 +1,10 @@
 """Build what reports a run to its page from its options, data and samples."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from generation.prompt_lines import read_sample_prompts
 from modules.planning.device_memory import MemoryWatch, host_peak
 from modules.planning.memory_plan import gib
 from training.following import FamilyScripts, NextSteps, given_options
@@ -29,15 +27,15 @@ def plan_next_steps(
         total_steps,
         job.accelerator.num_processes,
         _first_sample(job, sampler),
+        () if sampler is None else job.options.samples.loras(),
     )
 
 
 def make_reporter(
     job: TrainingJob, following: NextSteps, sampler: Sampler | None, memory: MemoryWatch | None
 ) -> RunReporter | None:
-    """Return what reports the run, in the main process; None if there is nothing to report to."""
-    logs = job.options.logs
-    if not job.accelerator.is_main_process or (logs.no_page and not logs.trackers):
+    """Return what reports the run, in the main process. With --no_page it keeps what the last box says."""
+    if not job.accelerator.is_main_process:
         return None
     folder, name, progress = job.output_dir, job.output_name, job.progress
     device = job.accelerator.device
@@ -52,8 +50,9 @@ def make_reporter(
         lambda: list_memory(device, memory),
     )
     history = open_history(folder / f"{name}-history.jsonl", progress.session_id, progress.step)
-    page = None if logs.no_page else folder / f"{name}.html"
-    return RunReporter(page, facts, history, _prompts(job, sampler), progress.step)
+    page = None if job.options.logs.no_page else folder / f"{name}.html"
+    prompts = dict(enumerate(() if sampler is None else sampler.prompts))
+    return RunReporter(page, facts, history, prompts, progress.step)
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
@@ -72,19 +71,6 @@ def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tup
 
 def _gib(size: int | None) -> str:
     return "not known" if size is None else f"{gib(size)} GiB"
-
-
-def _prompts(job: TrainingJob, sampler: Sampler | None) -> Mapping[int, str]:
-    """Return the prompts of the samples, those of other processes too, by their place in the file."""
-    file: Path | None = job.options.samples.sample_prompts
-    if sampler is None or file is None:
-        return {}
-    own = {sample.index: sample.prepared.asked.prompt for sample in sampler.samples}
-    if job.accelerator.num_processes == 1:
-        return own
-    return {
-        index: str(entry.get("prompt", "")) for index, entry in enumerate(read_sample_prompts(file))
-    } | own
 
 
 def _first_sample(job: TrainingJob, sampler: Sampler | None) -> Mapping[str, Any]:

@@ -2,76 +2,55 @@
 
 import contextlib
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
-from dataset.batches.finding import (
-    NO_COMMANDS,
-    CachingCommands,
-    find_items,
-    require_items,
-    split_validation,
-)
-from dataset.check import check_training
-from dataset.checking.captions import load_counters
-from dataset.checking.page import write_check_page
+from dataset.batches.finding import NO_COMMANDS, CachingCommands
 from modules.atomic_write import make_folder
-from modules.attention.attend import check_backend
 from modules.contract.family import Family
-from modules.contract.loading import Placement
-from modules.control_codes import escape_control_codes
-from modules.devices import DTYPES, choose_device, dtype_name
-from modules.dressing import swapped_weights
-from modules.errors import OptionError
-from modules.offload.block_swap import HostWeights, settle
+from modules.offload.block_swap import settle
+from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
-from networks.added import AddedFile, add_loras
-from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
-from training.averages import metadata_of
-from training.changes import listed_settings
+from training.changes import Change, listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
-from training.data.shown_timesteps import show_timesteps
-from training.dressing import AUTOCAST, placement_of
+from training.dressing import AUTOCAST, dtype_of
 from training.early_checks import check_before_loading
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
-from training.learning import make_learning, make_steps, make_trainable, watch_files
+from training.learning import LoadedModel, check_attention, load_model
 from training.loop import TrainingRun, train
-from training.metadata import RunFacts, file_metadata, model_card, run_metadata
-from training.optimizers.finished_weights import finished_weights
-from training.optimizers.lr_schedule import warmup_steps
 from training.options import TrainingOptions
-from training.planning.memory import plan_training, prepare_memory
+from training.planning.memory import prepare_memory
+from training.previews import show_preview
 from training.processes.gradients import largest
 from training.reporting import make_reporter, plan_next_steps
-from training.reports.logs import TRACKER_NAME, public_config, start_logs
-from training.resuming import (
-    Learning,
-    capture,
-    check_resumable,
-    habits_of,
-    identity_of,
-    own_values,
-    restore,
-    resume_progress,
-)
+from training.reports.logs import TRACKER_NAME, Logs, public_config, start_logs
+from training.reports.reporter import RunReporter
+from training.resuming import capture, check_resumable, habits_of, identity_of, resume_progress
 from training.samples import Sampler, prepare_samples
-from training.saving.files import MinuteClock, Names, Publish, Saver
-from training.saving.states import SavedState, write_state
+from training.saver import facts_of_run, file_dtype, make_saver
+from training.saving.files import MinuteClock, Saver
+from training.saving.states import SavedState
 from training.saving.upload import make_uploads
 from training.summary import show_end, show_start, watch_run
+from training.triggers import TriggerFiles, trigger_paths
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Hold what a state says of its run's settings, and what --resume_changed changes."""
+
+    identity: dict[str, Any]
+    habits: dict[str, Any]
+    changes: Sequence[Change]
 
 
 def train_network(
@@ -86,16 +65,9 @@ def train_network(
     program's exit code.
     Raises UserError if the user has to change something.
     """
-    if options.timesteps.show_timesteps is not None:
-        show_timesteps(
-            options.timesteps, options.loop.seed or 0, options.saving.output_dir or Path(), family.noise
-        )
-        return 0
-    if options.loop.check:
-        return _check(family, options, commands)
-    if options.speed.plan.is_asked:
-        _plan(family, options, commands)
-        return 0
+    code = show_preview(family, options, commands)
+    if code is not None:
+        return code
     try:
         with prepare_run(family, options, commands, scripts) as run:
             train(run)
@@ -114,9 +86,52 @@ def prepare_run(
     scripts: FamilyScripts = NO_SCRIPTS,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
+    job, data, comparison = _begin(family, options, commands)
+    plan, progress = data.plan, job.progress
+    sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
+    following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
+    job, memory = _resolve_memory(job, data)
+    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples=sampler is not None)
+    job = replace(job, saved=None)  # gives its tensors free
+    uploads, learning = make_uploads(job.options.hub), loaded.learning
+    facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
+    reporter = make_reporter(job, following, sampler, memory)
+
+    def take_state() -> SavedState:
+        settle(loaded.dit)
+        settings = listed_settings(job.options)
+        return capture(progress, learning, comparison.identity, comparison.habits, settings)
+
+    def publish(path: Path, card: str | None) -> None:
+        uploads.publish(path, card)
+        if reporter is not None:
+            reporter.note_saved(path, progress.step)
+
+    prompts = () if sampler is None else sampler.prompts
+    outlets = publish, uploads.publish_state
+    saver = make_saver(job, loaded.dit, learning, facts, *outlets, take_state, prompts)
+    with (
+        uploads.finish_uploads(),
+        _start_logs(job, data) as logs,
+        contextlib.nullcontext() if reporter is None else reporter,
+    ):
+        if reporter is not None:
+            reporter.logs = logs
+        show_start(job, data, learning.trainable.parameters, file_dtype(job.options, loaded.dit))
+        run = _make_run(job, data, loaded, logs, saver, sampler, reporter, memory)
+        yield run
+        job.accelerator.wait_for_everyone()
+    if saver is not None and reporter is not None and progress.step >= plan.total_steps:
+        show_end(run, reporter.history, saver.names, following)
+
+
+def _begin(
+    family: Family, options: TrainingOptions, commands: CachingCommands
+) -> tuple[TrainingJob, Data, Comparison]:
+    """Find state, items and steps, and check all that can be known before anything large is loaded."""
     config = read_config(options)  # a fault in it is told before anything is started
     job = start_job(family, options, commands)
-    _check_attention(job)
+    check_attention(job)
     data = find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
@@ -127,129 +142,78 @@ def prepare_run(
     habits = habits_of(options, family.metadata, family.options)
     changes = check_resumable(job.saved, identity, habits, options)
     resume_progress(job.saved, changes, job.progress, data.plan)
-    data = replace(data, plan=plan_steps(job, data.order))
-    extra = [AddedFile(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
-    sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
-    options, memory = prepare_memory(family, options, data.training, commands, job.accelerator.device)
+    return job, replace(data, plan=plan_steps(job, data.order)), Comparison(identity, habits, changes)
+
+
+def _resolve_memory(job: TrainingJob, data: Data) -> tuple[TrainingJob, MemoryWatch | None]:
+    """Resolve --blocks_to_swap auto, to the same number in all processes; also return what watches memory."""
+    device, processes = job.accelerator.device, job.accelerator.num_processes
+    options, memory = prepare_memory(job.family, job.options, data.training, job.commands, device)
     # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:
-        number = options.speed.swap.number
-        number = largest(number, job.accelerator.num_processes, job.accelerator.device)
+        number = largest(options.speed.swap.number, processes, device)
         options = replace(options, speed=set_blocks_to_swap(options.speed, number))
-    job = replace(job, options=options)
-    host = swapped_weights(family.dit, options.speed.swap, job.accelerator.device)
-    dit = _load_dit(job, host)
-    trainable = make_trainable(job, dit)
-    sample_loras = (
-        add_loras(dit, extra, options.speed.compilation.choice is not None) if sampler and extra else None
+    return replace(job, options=options), memory
+
+
+def _start_logs(job: TrainingJob, data: Data) -> Logs:
+    options = job.options
+    return start_logs(
+        job.accelerator,
+        options.logs,
+        data.plan.total_steps,
+        job.progress.step,
+        public_config(options) if options.logs.log_config else None,
+        TRACKER_NAME if options.whole_dit is None else f"{job.family.name}_ft",
+        extras=watch_run(job, data.plan),
     )
-    learning, optimizer_name = make_learning(job, dit, trainable, host, data.plan.total_steps)
-    if job.saved is not None:
-        restore(job.saved, learning, bool(changes))
-        job = replace(job, saved=None)  # gives its tensors free
-    steps, fused = make_steps(job, learning)
-
-    uploads = make_uploads(options.hub)
-    facts = _facts(job, data, optimizer_name, learning.schedule.name)
-
-    def take_state() -> SavedState:
-        settle(dit)
-        return capture(job.progress, learning, identity, habits, listed_settings(options))
-
-    following = plan_next_steps(job, scripts, data.plan.total_steps, sampler)
-    reporter = make_reporter(job, following, sampler, memory)
-
-    def publish(path: Path, card: str | None) -> None:
-        uploads.publish(path, card)
-        if reporter is not None:
-            reporter.note_saved(path, job.progress.step)
-
-    saver = _make_saver(job, dit, learning, facts, publish, uploads.publish_state, take_state)
-    log_config = public_config(options) if options.logs.log_config else None
-    tracker = TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft"
-    with (
-        uploads.finish_uploads(),
-        start_logs(
-            job.accelerator,
-            options.logs,
-            data.plan.total_steps,
-            job.progress.step,
-            log_config,
-            tracker,
-            extras=watch_run(job, data.plan),
-        ) as logs,
-        contextlib.nullcontext() if reporter is None else reporter,
-    ):
-        if reporter is not None:
-            reporter.logs = logs
-        show_start(job, data, learning.trainable.parameters, _file_dtype(options, dit))
-        run = TrainingRun(
-            options=options,
-            family=family,
-            dit=dit,
-            trainable=learning.trainable,
-            optimizer=learning.optimizer,
-            schedule=learning.schedule,
-            plan=data.plan,
-            feed=_make_feed(job, data),
-            progress=job.progress,
-            device=job.accelerator.device,
-            autocast=job.accelerator.autocast,
-            logs=logs,
-            scaler=learning.scaler,
-            steps=steps,
-            fused=fused,
-            saver=saver,
-            sampler=sampler,
-            average=learning.average,
-            sample_loras=sample_loras,
-            compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, _dtype_of(dit)),
-            validation=_make_validation(job, data),
-            reporter=reporter,
-            memory=memory if job.accelerator.is_main_process else None,
-            triggers=watch_files(job, can_sample=sampler is not None),
-            clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
-        )
-        yield run
-        job.accelerator.wait_for_everyone()
-    if saver is not None and job.progress.step >= data.plan.total_steps:
-        show_end(run, saver.names, following)
 
 
-def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
-    """Print what would be trained on (--check)."""
-    config = read_config(options)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    files = [f"{name}: {value}" for name, value in family.metadata.items()]
-    accumulation = options.loop.gradient_accumulation_steps
-    counters = load_counters(family.text_encoders)
-    result = check_training(
-        config,
-        family.cache_tag,
-        family.latent,
-        commands,
-        accumulation,
-        processes,
-        files,
-        family.text_keys,
-        counters,
+def _make_run(
+    job: TrainingJob,
+    data: Data,
+    loaded: LoadedModel,
+    logs: Logs,
+    saver: Saver | None,
+    sampler: Sampler | None,
+    reporter: RunReporter | None,
+    memory: MemoryWatch | None,
+) -> TrainingRun:
+    options, learning = job.options, loaded.learning
+    return TrainingRun(
+        options=options,
+        family=job.family,
+        dit=loaded.dit,
+        trainable=learning.trainable,
+        optimizer=learning.optimizer,
+        schedule=learning.schedule,
+        plan=data.plan,
+        feed=_make_feed(job, data),
+        progress=job.progress,
+        device=job.accelerator.device,
+        autocast=job.accelerator.autocast,
+        logs=logs,
+        scaler=learning.scaler,
+        steps=loaded.steps,
+        fused=loaded.fused,
+        saver=saver,
+        sampler=sampler,
+        average=learning.average,
+        sample_loras=loaded.sample_loras,
+        compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dit)),
+        validation=_make_validation(job, data),
+        reporter=reporter,
+        memory=memory if job.accelerator.is_main_process else None,
+        triggers=_watch_files(job, can_sample=sampler is not None),
+        clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
     )
-    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
-    page, workers = options.loop.page, max(1, os.cpu_count() or 1)
-    if page.html is not None:
-        write_check_page(
-            page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
-        )
-    return result.exit_code
 
 
-def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
-    """Print how much memory the run would need (--plan)."""
-    found = require_items(
-        find_items(read_config(options), family.cache_tag, family.latent, family.text_keys), commands
-    )
-    items, _ = split_validation(found, options.validation.validation_split)
-    plan_training(family, options, items or found, commands, choose_device(None))
+def _watch_files(job: TrainingJob, can_sample: bool) -> TriggerFiles:
+    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
+    if not (job.options.samples.sample_now and job.accelerator.is_main_process):
+        return TriggerFiles()
+    return TriggerFiles(trigger_paths(job.output_dir, job.output_name), can_sample)
 
 
 def _make_sampler(job: TrainingJob) -> Sampler | None:
@@ -283,46 +247,6 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
     )
 
 
-def _placement(job: TrainingJob) -> Placement:
-    """Return where the DiT goes and its dtype; see `placement_of`."""
-    return placement_of(job.options, job.accelerator.device, job.fp8)
-
-
-def _check_attention(job: TrainingJob) -> None:
-    """Raise OptionError if the requested attention is not available; nothing is loaded yet."""
-    autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
-    placement = _placement(job)
-    check_backend(
-        placement.attention,
-        placement.device,
-        lambda: autocast or job.family.compute_dtype(placement),
-        training=True,
-    )
-
-
-def _load_dit(job: TrainingJob, host: HostWeights | None) -> nn.Module:
-    """Load the DiT onto the device, frozen, merging --base_weights while loading.
-
-    A DiT that is to be trained gets the training dtype. host: keeps the weights of swapped blocks.
-    """
-    network, precision = job.options.network, job.options.accelerator.mixed_precision
-    files = (
-        [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
-    )
-    uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
-    patch = LoraPatch(uses) if uses else None
-    dit = job.family.load_dit(replace(_placement(job), patch=patch, host=host))
-    if patch is not None:
-        patch.check()
-    dtype, autocast = _dtype_of(dit), AUTOCAST.get(precision)
-    if autocast is not None and dtype not in {autocast, torch.float32}:
-        raise OptionError(
-            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or "
-            "the model's dtype."
-        )
-    return dit.requires_grad_(False)
-
-
 def _make_feed(job: TrainingJob, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
     randomness = Randomness(job.options.timesteps, job.progress.seed, job.family.noise)
@@ -351,94 +275,3 @@ def _make_validation(job: TrainingJob, data: Data) -> Validation | None:
         job.options.loss,
         encoders=data.encoders,
     )
-
-
-def _make_saver(
-    job: TrainingJob,
-    dit: nn.Module,
-    learning: Learning,
-    facts: RunFacts,
-    publish: Callable[[Path, str | None], None],
-    publish_state: Publish,
-    take_state: Callable[[], SavedState],
-) -> Saver | None:
-    """Make the saver in the main process; the others save nothing.
-
-    publish: is given the file and the model card.
-    """
-    if not job.accelerator.is_main_process:
-        return None
-    options, progress, trainable = job.options, job.progress, learning.trainable
-    run_values = run_metadata(
-        options,
-        job.family.name,
-        job.family.metadata,
-        facts,
-        own_values(job.family.options, "identity", "habit"),
-    )
-    dtype = _file_dtype(options, dit)
-
-    def metadata_now() -> dict[str, str]:
-        epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        licence = job.family.release.licence
-        return file_metadata(
-            run_values, options, job.family.metadata, progress.step, epoch, datetime.now(), licence
-        )
-
-    def write_file(path: Path) -> None:
-        settle(dit)
-        with finished_weights(learning.optimizer, trainable.parameters):
-            trainable.write(path, dtype, metadata_now())
-
-    def write_average(path: Path) -> None:
-        assert learning.average is not None
-        with learning.average.in_place():
-            trainable.write(path, dtype, {**metadata_now(), **metadata_of(learning.average)})
-
-    card = model_card(options, job.family.release, metadata_now())
-    saver = Saver(
-        options.saving,
-        Names(job.output_dir, job.output_name),
-        write_file,
-        lambda folder: write_state(folder, take_state()),
-        lambda path: publish(path, card),
-        publish_state,
-        None if learning.average is None else write_average,
-    )
-    saver.remove_leftovers()
-    saver.tidy_steps(progress.step)  # what a run that was killed had no time for
-    saver.tidy_epochs(progress.epoch)
-    return saver
-
-
-def _facts(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFacts:
-    progress, plan = job.progress, data.plan
-    return RunFacts(
-        session_id=progress.session_id,
-        started_at=progress.started_at,
-        seed=progress.seed,
-        num_items=data.order.num_items,
-        batches_per_epoch=plan.num_batches,
-        num_epochs=plan.num_epochs,
-        total_steps=plan.total_steps,
-        warmup_steps=warmup_steps(job.options.lr_schedule, plan.total_steps),
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        network_module=job.network_module,
-        datasets=[table.describe() for table in data.config.datasets],
-        changes=tuple(progress.changes),
-    )
-
-
-def _file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
-    """Return the dtype of saved models; None: every tensor as it is."""
-    precision = options.saving.save_precision
-    if precision is not None:
-        return DTYPES[precision]
-    return None if options.network is None else _dtype_of(dit)
-
-
-def _dtype_of(dit: nn.Module) -> torch.dtype:
-    """Return the dtype in which the DiT computes without autocast."""
-    own = getattr(dit, "compute_dtype", None)
-    return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype

@@ -60,6 +60,7 @@ class Sampler:
     name: str  # --output_name
     has_metadata: bool = True  # samples say what made them, as the files of a generation do
     weights: str = ""  # for the metadata: what of the run's weights they show, or what is added to them
+    prompts: Sequence[str] = ()  # of all processes, by their place in the file
 
     def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -159,7 +160,8 @@ def prepare_samples(
     samples = [
         Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)
     ]
-    return Sampler(samples, session, folder, name, has_metadata, weights)
+    prompts = [str(entry.get("prompt", "")) for entry in entries]
+    return Sampler(samples, session, folder, name, has_metadata, weights, prompts)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:

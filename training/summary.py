@@ -15,6 +15,9 @@ from modules.planning.device_memory import peak_in_words
 from training.following import NextSteps
 from training.job import Data, TrainingJob
 from training.loop import TrainingRun
+from training.reports.best import best_file, lowest_validation
+from training.reports.history import History
+from training.sample_options import SampleOptions
 from training.saving.files import Names
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
@@ -32,8 +35,11 @@ class Saves:
     states: int
 
 
-def count_saves(options: SavingOptions, plan: StepPlan, first_step: int) -> Saves:
-    """Count what the steps after `first_step` save. Saves by the clock are left out."""
+def count_saves(options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0) -> Saves:
+    """Count what the steps after `first_step` save. Saves by the clock are left out.
+
+    first_epoch: the first one that is not finished then.
+    """
     models = 0
     if options.save_every_n_steps is not None:
         every = options.save_every_n_steps
@@ -42,8 +48,8 @@ def count_saves(options: SavingOptions, plan: StepPlan, first_step: int) -> Save
             kept = min(kept, options.save_last_n_steps // every + 1)
         models += kept
     if options.save_every_n_epochs is not None:
-        done = first_step // plan.steps_per_epoch
-        kept = (plan.num_epochs - 1) // options.save_every_n_epochs - done // options.save_every_n_epochs
+        every = options.save_every_n_epochs
+        kept = (plan.num_epochs - 1) // every - first_epoch // every
         if options.save_last_n_epochs is not None:
             kept = min(kept, options.save_last_n_epochs)
         models += max(0, kept)
@@ -53,23 +59,24 @@ def count_saves(options: SavingOptions, plan: StepPlan, first_step: int) -> Save
 
 @dataclass(frozen=True)
 class Written:
-    """Bytes of one model and of one state."""
+    """Bytes of one model, with its average (EMA), and of one state."""
 
     model: int
     state: int
 
     @staticmethod
-    def of(parameters: Sequence[Tensor], dtype: torch.dtype | None) -> "Written":
+    def of(parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False) -> "Written":
         """Estimate both from the trained weights. dtype: of saved models; None: as they are."""
         model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
-        return Written(model, sum(one.numel() for one in parameters) * (FLOAT_BYTES + MOMENTS_BYTES))
+        count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
+        return Written(model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average))
 
 
 def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> None:
     """Show what the run will do."""
     options, plan = job.options, data.plan
-    written = Written.of(parameters, dtype)
-    saves = count_saves(options.saving, plan, job.progress.step)
+    written = Written.of(parameters, dtype, options.average.ema_decay is not None)
+    saves = count_saves(options.saving, plan, job.progress.step, job.progress.epoch)
     network = options.network
     learns = count_of(sum(one.numel() for one in parameters), "weight")
     rank = "" if network is None or network.network_dim is None else f", rank {network.network_dim}"
@@ -77,7 +84,7 @@ def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype
     begun = f", from step {job.progress.step + 1} on" if job.progress.step else ""
     rows: list[Row] = [
         ("model", _model(job.family.metadata)),
-        ("learns", f"{'the whole model' if network is None else job.network_module}{rank}, {learns}"),
+        ("learns", f"{_learner(job)}{rank}, {learns}"),
         ("data", f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches"),
         (
             "steps",
@@ -96,7 +103,7 @@ def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype
     show_box(f"Training {job.output_name}", rows)
 
 
-def show_end(run: TrainingRun, names: Names, following: NextSteps) -> None:
+def show_end(run: TrainingRun, history: History, names: Names, following: NextSteps) -> None:
     """Show what came of a run that took its last step, and what can follow."""
     result, pace = names.file(names.name), run.logs.pace
     seconds = pace.seconds_per_step
@@ -105,16 +112,16 @@ def show_end(run: TrainingRun, names: Names, following: NextSteps) -> None:
     samples = names.folder / "sample"
     rows: list[Row] = [
         ("result", f"{result} ({as_size(result.stat().st_size)})" if result.exists() else None),
-        ("best by validation", describe_best(run.validations, names)),
+        ("best by validation", describe_best(history, names.folder)),
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
         ("peak memory", peak_in_words(run.device)),
     ]
-    best = find_best(run.validations, names)
+    best = best_file(history, names.folder)
     commands: list[Row] = [
         (command.title, command.powershell if sys.platform == "win32" else command.bash)
-        for command in following.commands(best, is_finished=True)
+        for command in following.commands(None if best is None else names.folder / best, is_finished=True)
     ]
     if run.options.logs.logging_dir is not None:
         board = as_typed(["tensorboard", "--logdir", str(run.options.logs.logging_dir)])
@@ -122,21 +129,17 @@ def show_end(run: TrainingRun, names: Names, following: NextSteps) -> None:
     show_box(f"{names.name} is trained", rows, commands)
 
 
-def describe_best(validations: Mapping[int, float], names: Names) -> str | None:
-    """Return the step with the lowest validation loss (step -> loss), with its file if that was saved."""
-    if not validations:
+def describe_best(history: History, folder: Path) -> str | None:
+    """Return the step with the lowest validation loss and the best file that is there."""
+    lowest, best = lowest_validation(history), best_file(history, folder)
+    if lowest is None:
         return None
-    step, loss = min(validations.items(), key=lambda item: item[1])
-    path = find_best(validations, names)
-    return f"step {step}, loss {loss:.5f}" + (", not saved" if path is None else f": {path}")
-
-
-def find_best(validations: Mapping[int, float], names: Names) -> Path | None:
-    """Return the file of the step with the lowest validation loss, if that was saved."""
-    if not validations:
-        return None
-    path = names.file(names.step(min(validations, key=lambda step: validations[step])))
-    return path if path.exists() else None
+    text = f"step {lowest[0]}, loss {lowest[1]:.5f}"
+    if best is None:
+        return f"{text}, not saved"
+    if history.saved[best] == lowest[0]:
+        return f"{text}: {folder / best}"
+    return f"{text}, not saved; best file: {folder / best}"
 
 
 def disk_needed(folder: Path, saves: Saves, written: Written) -> str:
@@ -152,18 +155,28 @@ def disk_needed(folder: Path, saves: Saves, written: Written) -> str:
 def watch_run(job: TrainingJob, plan: StepPlan) -> Callable[[int], Mapping[str, str]]:
     """Return what the bar shows beside losses at a step: the peak of memory, the step of the next samples."""
     options, device = job.options.samples, job.accelerator.device
-    epochs = options.sample_every_n_epochs
-    every = options.sample_every_n_steps or (None if epochs is None else epochs * plan.steps_per_epoch)
 
     def watch(step: int) -> Mapping[str, str]:
-        peak = peak_in_words(device)
-        shown = {} if peak is None else {"mem": peak.replace(" GiB", "G")}
-        if every is not None and options.sample_prompts is not None:
-            following = (step // every + 1) * every
-            shown |= {"sample": str(following)} if following <= plan.total_steps else {}
-        return shown
+        shown = {"mem": peak_in_words(device).replace(" GiB", "G")}
+        following = next_samples(options, plan, step, job.progress.epoch)
+        return shown if following is None else {**shown, "sample": str(following)}
 
     return watch
+
+
+def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) -> int | None:
+    """Return the step after which samples are due next, None for none. epoch: of the step, from 0."""
+    every, epochs = options.sample_every_n_steps, options.sample_every_n_epochs
+    steps = [] if every is None else [(step // every + 1) * every]
+    steps += [] if epochs is None else [plan.steps_until((epoch // epochs + 1) * epochs)]
+    return min((each for each in steps if each <= plan.total_steps), default=None)
+
+
+def _learner(job: TrainingJob) -> str:
+    whole = job.options.whole_dit
+    if whole is None:
+        return job.network_module
+    return f"of the model: {' '.join(whole.name_parts)}" if whole.name_parts else "the whole model"
 
 
 def _model(metadata: Mapping[str, str]) -> str:

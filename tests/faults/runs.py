@@ -286,9 +286,9 @@ def assert_whole(folder: Path) -> None:
             read_image(path)
         elif path.suffix == ".html":
             assert path.read_text(encoding="utf-8").rstrip().endswith("</html>"), path
-        elif path.suffix == ".jsonl":
-            # appended to: only the last line may be unfinished
-            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        elif path.name.endswith("-history.jsonl"):
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a kill may cut the last one
+                json.loads(line)
         else:
             assert path.name == "state.json", f"{path} is no finished file"
     for state in folder.glob("x*-state"):

@@ -68,6 +68,15 @@ def test_the_average_is_that_of_the_weights_of_each_step(tmp_path: Path, every: 
         assert "sshs_model_hash" in file.metadata()
 
 
+def test_without_metadata_its_file_says_nothing_of_it(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    train_toy(tmp_path, *EMA, "--no_metadata", "--max_train_steps", 1)
+
+    with safe_open(tmp_path / "output" / "x-ema.safetensors", "pt") as file:
+        assert not any("ema" in key for key in file.metadata())
+
+
 def test_the_run_is_the_same_with_and_without_it(tmp_path: Path) -> None:
     write_caches(tmp_path)
     assert same(train_toy(tmp_path), train_toy(tmp_path, *EMA, "--save_every_n_steps", 3))

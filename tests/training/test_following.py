@@ -1,6 +1,7 @@
 """Command lines that follow a training give the same options again, in any shell, and no secret."""
 
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,12 @@ def test_keys_and_tokens_are_never_told() -> None:
 
 
 def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -> None:
-    steps = next_steps(tmp_path, ["--max_train_epochs", "3"])
+    steps = next_steps(tmp_path, ["--max_train_epochs", "3", "--resume", "latest", "--resume_changed"])
 
     going, *_ = steps.commands(None, is_finished=False)
     without, *_ = steps.commands(None, is_finished=True)
+    (tmp_path / "x-other-state").mkdir()  # of another run
+    assert steps.commands(None, is_finished=True)[0] == without
     (tmp_path / "x-state").mkdir()
     longer, *_ = steps.commands(None, is_finished=True)
 
@@ -84,7 +87,8 @@ def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -
     assert words_of(without)[-1] == "--save_state"
     assert "No state was saved" in without.note
     assert words_of(longer)[-4:] == ["--max_train_steps", "80", "--resume", "latest"]
-    assert not any("--max_train_epochs" in words_of(each) for each in (going, without, longer))
+    commands = [words_of(each) for each in (going, without, longer)]
+    assert not any("--max_train_epochs" in words or "--resume_changed" in words for words in commands)
 
 
 def test_several_processes_are_launched_again(tmp_path: Path) -> None:
@@ -109,6 +113,18 @@ def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
         "--target",
         "other",
     ]
+
+
+def test_a_sample_is_generated_again_with_all_that_it_shows(tmp_path: Path) -> None:
+    steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], prompt="a cat")
+    steps = replace(steps, sample_loras=[(Path("distill.safetensors"), 0.8)])
+
+    _, generate, convert = steps.commands(None, is_finished=True)
+
+    words, file = words_of(generate), str(tmp_path / "x-ema.safetensors")
+    assert words[words.index("--lora_weight") + 1 :][:2] == [file, "distill.safetensors"]
+    assert words[words.index("--lora_multiplier") + 1 :][:2] == ["1", "0.8"]
+    assert str(tmp_path / "x.safetensors") in words_of(convert)
 
 
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:

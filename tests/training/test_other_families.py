@@ -1,5 +1,6 @@
 """Families unlike the video families go through the same caching and training: no loop knows of them."""
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from safetensors.torch import load_file
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
+from dataset.options import CachingOptions, add_caching_arguments
 from modules.contract.noise import NoiseSpec
 from modules.options import read_options
-from tests.dataset.toy_family import OPTIONS as CACHING
 from tests.training.toy import same
 from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
 from training.data.options import SAMPLERS, SIZE_SAMPLERS
@@ -42,7 +43,10 @@ def cache(folder: Path, left: int = 255, right: int = 255) -> Path:
         f"[general]\nresolution = [32, 32]\nbatch_size = 2\n[[datasets]]\n{table}", encoding="utf-8"
     )
     config = load_dataset_config(path)
-    options = replace(CACHING, dataset_config=path)
+    parser = argparse.ArgumentParser()
+    add_caching_arguments(parser)
+    given = ["--dataset_config", str(path), "--device", "cpu", "--num_workers", "1"]
+    options = read_options(CachingOptions, parser.parse_args(given))
     assert cache_media(PictureFamily(), config, options).written == 3
     assert cache_texts(PictureFamily(), config, options).written == 3
     return path

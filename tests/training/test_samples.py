@@ -86,15 +86,8 @@ def test_every_option_of_a_prompt_arrives() -> None:
 
 
 def test_times_of_samples(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a cat", encoding="utf-8")
-    times = [
-        "--sample_prompts",
-        str(tmp_path / "p.txt"),
-        "--sample_every_n_steps",
-        3,
-        "--sample_every_n_epochs",
-        2,
-    ]
+    prompts = write_prompts(tmp_path, "a cat\n")
+    times = ["--sample_prompts", prompts, "--sample_every_n_steps", 3, "--sample_every_n_epochs", 2]
     options = toy_options(tmp_path, *times).samples
 
     assert [step for step in range(10) if is_due_at_step(options, step)] == [3, 6, 9]

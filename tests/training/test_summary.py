@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.training.toy import toy_options, train_toy, write_caches
+from training.reports.history import History
 from training.reports.pace import Pace
-from training.saving.files import Names
 from training.steps import StepPlan
-from training.summary import Saves, Written, count_saves, describe_best, disk_needed
+from training.summary import Saves, Written, count_saves, describe_best, disk_needed, next_samples
 
 
 def test_a_run_says_what_it_does_and_what_came_of_it(
@@ -64,19 +64,50 @@ def test_the_files_of_a_run_are_counted_before(
     assert len([name for name in found if name.endswith("-state")]) == expected.states
 
 
+def test_the_next_samples_are_by_step_or_epoch_whichever_comes_first(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n", encoding="utf-8")
+    times = ["--sample_every_n_steps", 4, "--sample_every_n_epochs", 1, "--sample_prompts", prompts]
+    options = toy_options(tmp_path, *times).samples
+    # after --resume_changed: epoch 2 began again at step 7, with 5 steps an epoch
+    plan = StepPlan(5, 1, 1, total_steps=18, first_epoch=1, first_position=0, first_step=7)
+
+    found = [next_samples(options, plan, step, epoch) for step, epoch in ((7, 1), (8, 1), (12, 2))]
+    assert found == [8, 12, 16]
+    assert next_samples(options, plan, 17, 3) is None
+
+
 def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
     written = Written.of([torch.zeros(10, 10)], torch.bfloat16)
     assert written.model == 200
+    assert Written.of([torch.zeros(10, 10)], torch.bfloat16, has_average=True) == Written(400, 1600)
     assert "TOO LITTLE" not in disk_needed(tmp_path / "new", Saves(2, 1), written)
     assert "TOO LITTLE" in disk_needed(tmp_path, Saves(2, 1), Written(1 << 60, 1))
 
 
 def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
-    names = Names(tmp_path, "x")
-    assert describe_best({}, names) is None
-    assert describe_best({2: 0.5, 4: 0.25, 6: 0.3}, names) == "step 4, loss 0.25000, not saved"
-    names.file(names.step(4)).touch()
-    assert f"loss 0.25000: {tmp_path / 'x-step00000004.safetensors'}" in str(describe_best({4: 0.25}, names))
+    history = History(tmp_path / "h.jsonl", 1)
+    assert describe_best(history, tmp_path) is None
+    for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
+        history.note_validation(step, {"validation/loss": loss})
+    assert describe_best(history, tmp_path) == "step 4, loss 0.25000, not saved"
+    for step, name in ((8, "x.safetensors"), (4, "b.safetensors")):
+        (tmp_path / name).touch()
+        history.note_saved(step, name)
+    assert describe_best(history, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
+    (tmp_path / "b.safetensors").unlink()
+    assert f"not saved; best file: {tmp_path / 'x.safetensors'}" in str(describe_best(history, tmp_path))
+
+
+def test_a_run_without_a_page_names_its_best_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_caches(tmp_path)
+    caplog.set_level(logging.INFO)
+    options = ["--validation_split", 0.4, "--validate_every_n_steps", 8, "--ema_decay", 0.9, "--no_page"]
+
+    train_toy(tmp_path, *options)
+
+    end = next(text for text in caplog.messages if text.startswith("x is trained"))
+    assert f": {tmp_path / 'output' / 'x.safetensors'}\n" in end
 
 
 def test_pauses_do_not_count_as_training() -> None:

@@ -173,7 +173,7 @@ def rehearse(
 
 
 def dress_trainable(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
-    """The order of dressing of `training.run`: network, then `dress`; and the optimizer."""
+    """The order of dressing of `training.learning`: network, then `dress`; and the optimizer."""
     place(dit, ledger)
     dit.requires_grad_(False)
     if options.network is not None:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 TRACKER_NAME = "network_train"  # of LoRA training; as in other tuners
 FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
 SHOW_EVERY = 0.2  # seconds between two changes of the numbers beside the bar
-PRIVATE = {"wandb_api_key", "huggingface_token", "resume"}  # and every option whose type is a path
+PRIVATE = "resume"  # may be a path; so may every option of that type
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
             value, name = getattr(record, item.name), option_name(item)
             if record_of(hints[item.name]) is not None:
                 config |= {} if value is None else public_config(value)
-            elif name not in PRIVATE and not _is_path(item.type):
+            elif name != PRIVATE and not (item.metadata.get("secret") or _is_path(item.type)):
                 config[name] = value if isinstance(value, (int, float, str)) else str(value)
     return config
 

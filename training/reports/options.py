@@ -1,10 +1,11 @@
 """Options of what is reported to TensorBoard and wandb."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import SECRET
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class LogOptions:
     log_tracker_name: str | None
     wandb_run_name: str | None
     log_tracker_config: Path | None  # TOML, one table per tracker
-    wandb_api_key: str | None
+    wandb_api_key: str | None = field(metadata=SECRET)
     log_config: bool
     no_page: bool  # write neither OUTPUT_NAME.html, nor its history, nor sheets of samples
 

@@ -12,10 +12,12 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from modules.console import as_size, in_words
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_charts
 from modules.pages.embedding import embed_clip
 from modules.pages.page import write_page
+from training.reports.best import best_file, is_average, lowest_validation, nearest_validation
 from training.reports.curves import BinnedCurve
 from training.reports.history import History, SampleRow
 from training.reports.sample_files import SIDE, ReducedClip, read_reduced
@@ -120,21 +122,6 @@ def write_training_page(
     write_page(path, TEMPLATE, f"{facts.name}: training", values)
 
 
-def nearest_validation(history: History, step: int) -> tuple[int, float] | None:
-    """Return step and loss of the validation nearest to a step, the earlier one of two."""
-    return min(history.validations.items(), key=lambda found: (abs(found[0] - step), found[0]), default=None)
-
-
-def best_file(history: History, folder: Path) -> str | None:
-    """Return the saved file with the lowest validation loss of those that are still there."""
-    found = [
-        (validated[1], -step, name)
-        for name, step in history.saved.items()
-        if (validated := nearest_validation(history, step)) is not None and (folder / name).is_file()
-    ]
-    return min(found)[2] if found else None
-
-
 def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
     """Return at most `most` rows: the first, the last, the one nearest to the best step, and others evenly.
 
@@ -153,7 +140,8 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
 
 def _grid(history: History, clips: ClipStore) -> dict[str, Any]:
     rows = [history.samples[key] for key in sorted(history.samples)]
-    best = min(history.validations, key=lambda step: (history.validations[step], step), default=None)
+    lowest = lowest_validation(history)
+    best = None if lowest is None else lowest[0]
     columns = choose_columns(rows, best, MOST_COLUMNS)
     prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
     shown = sorted(prompts)[:MOST_PROMPTS]
@@ -260,28 +248,20 @@ def _cards(facts: PageFacts, history: History, standing: Standing) -> list[tuple
         if history.loss.left_out:
             note += f"; {history.loss.left_out:,} steps without a finite loss"
         cards.append(("Loss", f"{mean:.4g}", note))
-    if history.validations:
-        step, loss = min(history.validations.items(), key=lambda found: (found[1], found[0]))
+    lowest = lowest_validation(history)
+    if lowest is not None:
+        step, loss = lowest
         cards.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
     mean_seconds = history.seconds.mean
     if mean_seconds is not None:
         total = sum(each.total for each in history.seconds)
-        cards.append(
-            ("Seconds per step", f"{mean_seconds:.3g}", f"without pauses; {_duration(total)} in all")
-        )
+        cards.append(("Seconds per step", f"{mean_seconds:.3g}", f"without pauses; {in_words(total)} in all"))
     return cards
 
 
 def _since(history: History) -> str:
     resumed = [f"{step:,}" for step in history.starts if step > 0]
     return f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _files(history: History, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
@@ -294,14 +274,13 @@ def _files(history: History, folder: Path, best: str | None) -> list[Mapping[str
         loss = "" if validated is None else f"{validated[1]:.4g}"
         if validated is not None and validated[0] != step:
             loss += f" (at step {validated[0]:,})"
-        size = path.stat().st_size
         rows.append(
             {
                 "name": name,
                 "href": link(name),
                 "step": f"{step:,}",
-                "loss": loss,
-                "size": f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB",
+                "loss": "not measured (average)" if is_average(history, name) else loss,
+                "size": as_size(path.stat().st_size),
                 "is_best": name == best,
             }
         )
@@ -310,12 +289,13 @@ def _files(history: History, folder: Path, best: str | None) -> list[Mapping[str
 
 def _advice(history: History, folder: Path, best: str | None) -> str:
     """Return what to say of the best file, or how to find out which one it is."""
-    if not history.validations:
+    lowest = lowest_validation(history)
+    if lowest is None:
         return (
             "No validation loss was measured, so the page cannot say which file is best. Add "
             "--validation_split 0.1 --validate_every_n_steps 100, or `validation = true` in a dataset table."
         )
-    step, loss = min(history.validations.items(), key=lambda found: (found[1], found[0]))
+    step, loss = lowest
     if best is None:
         return f"The lowest validation loss is {loss:.4g} at step {step:,}; no file has been saved yet."
     if history.saved[best] == step:

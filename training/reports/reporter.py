@@ -26,7 +26,7 @@ PAUSE = 120.0  # seconds between two of these at least
 class RunReporter:
     """Report one run, in its main process. Use it as a context manager: leaving it writes the last page."""
 
-    path: Path | None  # of the page; None: only the trackers get the samples
+    path: Path | None  # of the page; None: nothing is written, and only the trackers get the samples
     facts: PageFacts
     history: History
     prompts: Mapping[int, str]  # of the samples
@@ -75,6 +75,8 @@ class RunReporter:
 
     def note_samples(self, step: int, mark: str) -> None:
         """Pass on the samples that all processes have made, and write a sheet of them and the page."""
+        if self.path is None and (self.logs is None or not self.logs.accelerator.trackers):
+            return
         files: dict[int, Path] = {}
         strips: dict[int, Frame] = {}
         with self._guarded():
@@ -104,9 +106,9 @@ class RunReporter:
 
     def note_saved(self, path: Path, step: int) -> None:
         """Add a saved file, and write the page unless that would take too much of the time."""
+        self.history.note_saved(step, path.name)
         if self.path is None:
             return
-        self.history.note_saved(step, path.name)
         with self._guarded():
             self.history.flush()
         if self.now() - self._written >= max(PAUSE, self._cost / SHARE):
@@ -136,5 +138,7 @@ class RunReporter:
             if not self._has_warned:
                 self._has_warned = True
                 logger.warning(
-                    "%s is not complete, the training goes on: %s", self.path, error or type(error).__name__
+                    "%s is not complete, the training goes on: %s",
+                    self.path or "What the trackers get of samples",
+                    error or type(error).__name__,
                 )

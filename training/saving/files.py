@@ -123,11 +123,14 @@ class Saver:
 
     def _save(self, stem: str, with_state: bool) -> None:
         file, state = self.names.file(stem), self.names.state(stem)
+        written = []
         for path, write in ((self.names.average(stem), self.write_average), (file, self.write_file)):
             if write is not None:
                 write(path)
                 logger.info("Saved %s", path)
-                self.publish(path)
+                written.append(path)
+        for path in reversed(written):  # the file before its average
+            self.publish(path)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import SECRET, check_at_least
 
 SAVE_PRECISIONS = ("float", "fp16", "bf16")
 LATEST = "latest"  # --resume latest: the newest complete state of this output name
@@ -71,7 +71,7 @@ class HubOptions:
     huggingface_repo_id: str | None  # None: no upload
     huggingface_repo_type: str | None  # None: model
     huggingface_path_in_repo: str | None
-    huggingface_token: str | None
+    huggingface_token: str | None = field(metadata=SECRET)
     huggingface_repo_visibility: str | None  # private unless "public"
     save_state_to_huggingface: bool
     resume_from_huggingface: bool

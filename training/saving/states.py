@@ -133,6 +133,11 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     )
 
 
+def state_pattern(name: str) -> re.Pattern[str]:
+    """Return what the names of all state folders of run `name` match, and no others."""
+    return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
+
+
 def find_latest(output_dir: Path, name: str) -> Path | None:
     """Return the complete state of run `name` with the most steps, or None.
 
@@ -140,7 +145,7 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     """
     if not output_dir.is_dir():
         return None
-    pattern = re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
+    pattern = state_pattern(name)
     for entry in list(output_dir.iterdir()):  # moved aside by a run that was killed between two renames
         if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
             recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))

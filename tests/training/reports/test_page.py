@@ -98,6 +98,14 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
         assert shown.problems == []
 
 
+def test_the_command_to_go_on_asks_for_auto_again(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+
+    train_toy(tmp_path, "--blocks_to_swap", "auto", "--max_train_steps", 1, has_page=True)
+
+    assert "--blocks_to_swap auto" in text_of(page_of(tmp_path))
+
+
 def test_a_resumed_run_shows_the_whole_history(tmp_path: Path, sampling: list[object]) -> None:
     """The run dies at its seventh step, after a state at the fourth: steps 5 to 7 are trained again."""
     options = [*sampling, "--save_every_n_steps", 4, "--save_state", "--resume", "latest"]
@@ -236,6 +244,15 @@ def test_the_best_file_is_the_one_with_the_lowest_validation_loss_of_those_that_
     assert "b.safetensors" not in page
 
 
+def test_an_average_is_never_the_best_file_because_no_loss_of_it_was_measured(tmp_path: Path) -> None:
+    saved = {"x.safetensors": 10, "x-ema.safetensors": 10, "my-ema.safetensors": 4}
+
+    page = page_with(tmp_path, saved, {4: 0.5, 10: 0.3})
+
+    assert "Best file by validation loss: x.safetensors." in page
+    assert page.count("not measured (average)") == 1
+
+
 def test_without_validation_the_page_says_how_to_get_one(tmp_path: Path) -> None:
     page = page_with(tmp_path, {"a.safetensors": 10}, {})
 
@@ -367,7 +384,8 @@ def test_the_loop_reports_through_it(tmp_path: Path) -> None:
     """A run of which the page is replaced by one of its own: as benchmarks do."""
     write_caches(tmp_path)
     with prepare_run(ToyFamily(), toy_options(tmp_path)) as run:
-        assert run.reporter is None
+        assert run.reporter is not None
+        assert run.reporter.path is None
         reporter = RunReporter(tmp_path / "x.html", facts(tmp_path), History(tmp_path / "h.jsonl", 1), {}, 0)
         train(replace(run, reporter=reporter))
 

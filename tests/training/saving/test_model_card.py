@@ -190,15 +190,20 @@ def test_a_card_that_fails_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_run_uploads_a_card_and_marks_its_file_with_the_models_licence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_caches(tmp_path)
     api = FakeRepository(tmp_path)
     monkeypatch.setattr("huggingface_hub.HfApi", api)
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('["a cat", {"seed": 3, "nonsense": 1}]', encoding="utf-8")
+    samples = ["--sample_prompts", prompts, "--sample_every_n_steps", 100]
 
-    train_toy(tmp_path, "--huggingface_repo_id", "me/loras")
+    train_toy(tmp_path, "--huggingface_repo_id", "me/loras", *samples)
 
+    assert caplog.text.count("nonsense") == 1
     values = front_matter(api.uploaded["README.md"].decode())
     assert (values["base_model"], values["license_name"]) == (["owner/toy"], "toy-licence")
+    assert values["widget"] == [{"text": "a cat"}]
     with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
         assert file.metadata()["modelspec.license"] == "Toy licence"

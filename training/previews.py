@@ -1,0 +1,70 @@
+"""Show what a run would do, without training: --show_timesteps, --check and --plan."""
+
+import os
+import sys
+from pathlib import Path
+
+from dataset.batches.finding import CachingCommands, find_items, require_items, split_validation
+from dataset.check import check_training
+from dataset.checking.captions import load_counters
+from dataset.checking.page import write_check_page
+from modules.contract.family import Family
+from modules.control_codes import escape_control_codes
+from modules.devices import choose_device
+from training.data.shown_timesteps import show_timesteps
+from training.job import read_config
+from training.options import TrainingOptions
+from training.planning.memory import plan_training
+
+
+def show_preview(family: Family, options: TrainingOptions, commands: CachingCommands) -> int | None:
+    """Show what the options ask for instead of a training; returns the exit code, or None to train.
+
+    commands: what to type if caches are missing.
+    """
+    if options.timesteps.show_timesteps is not None:
+        folder = options.saving.output_dir or Path()
+        show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise)
+        return 0
+    if options.loop.check:
+        return _check(family, options, commands)
+    if options.speed.plan.is_asked:
+        _plan(family, options, commands)
+        return 0
+    return None
+
+
+def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
+    """Print what would be trained on (--check)."""
+    config = read_config(options)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    files = [f"{name}: {value}" for name, value in family.metadata.items()]
+    accumulation = options.loop.gradient_accumulation_steps
+    counters = load_counters(family.text_encoders)
+    result = check_training(
+        config,
+        family.cache_tag,
+        family.latent,
+        commands,
+        accumulation,
+        processes,
+        files,
+        family.text_keys,
+        counters,
+    )
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
+    page, workers = options.loop.page, max(1, os.cpu_count() or 1)
+    if page.html is not None:
+        write_check_page(
+            page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
+        )
+    return result.exit_code
+
+
+def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
+    """Print how much memory the run would need (--plan)."""
+    found = require_items(
+        find_items(read_config(options), family.cache_tag, family.latent, family.text_keys), commands
+    )
+    items, _ = split_validation(found, options.validation.validation_split)
+    plan_training(family, options, items or found, commands, choose_device(None))
