@@ -220,7 +220,8 @@ class GenerationOptions:
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
                 "Use video or images"
             )
-        if self.request.prompt is not None and not self.request.prompt.strip():
+        is_empty = self.request.prompt is not None and not self.request.prompt.strip()
+        if is_empty and self.save_merged_model is None:
             raise OptionError("--prompt is empty: say what the video should show, or leave the option out")
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")

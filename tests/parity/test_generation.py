@@ -222,18 +222,15 @@ def test_cpu_noise_is_the_stream_of_the_global_generator(
     assert_equal(latents, denoise(theirs.dit, inputs, Sampling()), "cpu noise")
 
 
-@pytest.mark.parametrize("kept", [0, 600])
-def test_a_long_prompt_is_cut_at_512_tokens_and_an_empty_one_is_its_end_token(
-    tmp_path: Path, folder: Path, theirs: Theirs, kept: int
-) -> None:
-    prompt = "rabbit " * kept
-    assert len(theirs.text(prompt)) == (512 if kept else 1)
+def test_a_long_prompt_is_cut_at_512_tokens(tmp_path: Path, folder: Path, theirs: Theirs) -> None:
+    prompt = "rabbit " * 600
+    assert len(theirs.text(prompt)) == 512
 
     latents = generate_one(
         tmp_path, folder, "t2v-1.3B", *SIZE, "--prompt", prompt, "--seed", SEED, in_process=True
     )
 
-    assert_equal(latents, denoise(theirs.dit, inputs_of(theirs, prompt), Sampling()), f"{kept} words")
+    assert_equal(latents, denoise(theirs.dit, inputs_of(theirs, prompt), Sampling()), "600 words")
 
 
 def test_a_wider_model_equals_diffusers(tmp_path: Path, folder: Path) -> None:
