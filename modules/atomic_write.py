@@ -217,6 +217,12 @@ def save_tensors(
         temporary.chmod(rights)
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the volume of a folder, which need not exist yet."""
+    resolved = folder.resolve()
+    return shutil.disk_usage(next(path for path in (resolved, *resolved.parents) if path.exists())).free
+
+
 def check_space(path: Path, size_bytes: int) -> None:
     """Raise OutputError if the volume of `path` has no room for `size_bytes`."""
     free = shutil.disk_usage(path.parent).free

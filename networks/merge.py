@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.atomic_write import free_bytes
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
@@ -430,11 +430,10 @@ def merge_into_file(
 
 def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
     """Show what is merged. needed: bytes of the result."""
-    folder = next(path for path in output.resolve().parents if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = as_size(free_bytes(output.resolve().parent))
     loras = "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
     rows = [("model", str(model)), ("LoRAs", loras), ("result", str(output))]
-    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {as_size(free)} free")])
+    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])
 
 
 def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:

@@ -1,6 +1,5 @@
 """The boxes of a training run: what it will do, and what came of it."""
 
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.planning.device_memory import peak_in_words
@@ -145,8 +145,7 @@ def describe_best(history: History, folder: Path) -> str | None:
 def disk_needed(folder: Path, saves: Saves, written: Written) -> str:
     """Return how much a run writes, and what is free; says so if that is too little."""
     needed = saves.models * written.model + saves.states * written.state
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     states = f" and {count_of(saves.states, 'state')}" if saves.states else ""
     text = f"about {as_size(needed)} for {count_of(saves.models, 'model')}{states}; {as_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"

@@ -7,7 +7,6 @@ partial, so the same command continues a run that was killed. The encoding is in
 
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 
 from dataset.caching.caption_files import list_caption_files
@@ -21,6 +20,7 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
+from modules.atomic_write import free_bytes
 from modules.console import Row, as_size, count_of, show_box
 from modules.devices import choose_device
 from modules.errors import DatasetError
@@ -154,8 +154,7 @@ def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) ->
         return spec.channels * ((frames - 1) // step + 1) * (height // rows) * (width // columns)
 
     needed = sum(numbers(*size) for size in sizes) * NUMBER_BYTES * len(plans) / known
-    folder = config.datasets[0].cache_directory.resolve()
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    free = free_bytes(config.datasets[0].cache_directory)
     return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
 
