@@ -14,7 +14,7 @@ from networks.deltas import group_by_module, rank_of
 from networks.factored_layer import FactoredLayer, Shapes
 from networks.key_formats import OURS
 from networks.loading import list_some, read_lora, warn_of_other_family
-from networks.lora import choose_modules
+from networks.lora import attach_layers, choose_modules, fill_network
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import choose_family, replace_dots
 
@@ -40,11 +40,7 @@ class FactoredNetwork(nn.Module):
         apply_unet: bool = True,
     ) -> None:
         """Put the layers into the model they were built for."""
-        if apply_text_encoder:
-            raise ValueError("this network has no modules for text encoders")
-        if apply_unet:
-            for layer in self.layers:
-                layer.attach()
+        attach_layers(self.layers, apply_text_encoder, apply_unet)
 
     def set_multiplier(self, multiplier: float) -> None:
         self.multiplier = multiplier
@@ -94,19 +90,7 @@ class FactoredNetwork(nn.Module):
                 "  Give a file for this model, or another --network_module.",
                 path,
             )
-        tensors = {
-            f"{name}.{part}": tensor.reshape(own[name][part].shape)
-            for name, factors in fitting.items()
-            for part, tensor in factors.items()
-        }
-        self.load_state_dict(tensors, strict=False)
-        problems = [f"{name} is not in this network" for name in stored if name not in own]
-        problems += [f"{name} is not in the file" for name in own if name not in stored]
-        if problems:
-            logger.warning(
-                f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {list_some(problems)}"
-            )
-        return problems
+        return fill_network(self, path, stored, own)
 
     @torch.no_grad()
     def apply_max_norm_regularization(

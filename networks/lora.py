@@ -5,11 +5,11 @@ Which modules take part is stated by the network's `DitSpec`: those in its lists
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ from networks.module_names import choose_family, replace_dots
 from networks.parts import for_model
 
 logger = getLogger(__name__)
+
+
+class Attachable(Protocol):
+    """A layer that puts itself into the module it was built for."""
+
+    def attach(self) -> None: ...
 
 
 def create_arch_network_from_weights(
@@ -197,11 +203,7 @@ class LoraNetwork(nn.Module):
 
         Raises ValueError if they are requested for text encoders.
         """
-        if apply_text_encoder:
-            raise ValueError("this network has no modules for text encoders")
-        if apply_unet:
-            for layer in self.layers:
-                layer.attach()
+        attach_layers(self.layers, apply_text_encoder, apply_unet)
 
     def set_multiplier(self, multiplier: float) -> None:
         self.multiplier = multiplier
@@ -278,22 +280,7 @@ class LoraNetwork(nn.Module):
                 "another --network_module.",
                 path,
             )
-        self.load_state_dict(
-            {
-                # some tools store alpha as a list with one element
-                f"{name}.{part}": tensor.reshape(own[name][part].shape)
-                for name, factors in fitting.items()
-                for part, tensor in factors.items()
-            },
-            strict=False,
-        )
-        problems = [f"{name} is not in this network" for name in unknown]
-        problems += [f"{name} is not in the file" for name in own if name not in stored]
-        if problems:
-            logger.warning(
-                f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {list_some(problems)}"
-            )
-        return problems
+        return fill_network(self, path, stored, own)
 
     def save_weights(
         self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
@@ -318,6 +305,42 @@ class LoraNetwork(nn.Module):
             layer.lora_up.weight.mul_(root)
         after = norms * ratios
         return (ratios < 1).sum(), after.mean(), after.max()
+
+
+def attach_layers(layers: Iterable[Attachable], to_text_encoders: bool, to_model: bool) -> None:
+    """Put layers into the model they were built for.
+
+    Raises ValueError if they are requested for text encoders.
+    """
+    if to_text_encoders:
+        raise ValueError("this network has no modules for text encoders")
+    if to_model:
+        for layer in layers:
+            layer.attach()
+
+
+def fill_network(
+    network: nn.Module, path: Path, stored: Mapping[str, Factors], own: Mapping[str, Factors]
+) -> list[str]:
+    """Copy the modules that both sides have; return (and warn of) those that only one side has.
+
+    stored: of the file. own: of the network, with the shapes of the file's.
+    """
+    fitting = [name for name in stored if name in own]
+    network.load_state_dict(
+        {
+            # some tools store alpha as a list with one element
+            f"{name}.{part}": tensor.reshape(own[name][part].shape)
+            for name in fitting
+            for part, tensor in stored[name].items()
+        },
+        strict=False,
+    )
+    problems = [f"{name} is not in this network" for name in stored if name not in own]
+    problems += [f"{name} is not in the file" for name in own if name not in stored]
+    if problems:
+        logger.warning(f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {list_some(problems)}")
+    return problems
 
 
 def _norm(layer: LoraLayer) -> Tensor:
