@@ -41,13 +41,9 @@ class Chart:
     width: int = 1
 
 
-def draw_curves(curves: Sequence[Curve], x_label: str, y_label: str, title: str) -> Markup:
-    """Return an image tag with the curves in one diagram. NaN and infinite values leave a gap."""
-    return draw_charts([Chart(curves, x_label, y_label, title)], title)
-
-
 def draw_charts(charts: Sequence[Chart], text: str, width: float = 8.0) -> Markup:
-    """Return an image tag with diagrams side by side; `text` says what it shows.
+    """Return an image tag with diagrams side by side; `text` says what it shows. NaN and infinite values
+    leave a gap.
 
     width: in inches of 100 points; the height is 3.2.
     """

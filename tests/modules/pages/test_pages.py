@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 import pytest
 
-from modules.pages.charts import Curve, draw_curves, smooth
+from modules.pages.charts import Chart, Curve, draw_charts, smooth
 from modules.pages.embedding import embed_clip, embed_picture
 from modules.pages.page import render_page, write_page
 from tests.browser import open_page
@@ -30,7 +30,7 @@ def clip(length: int, height: int = 24, width: int = 32) -> list[np.ndarray]:
 
 
 def test_a_page_shows_hostile_text_and_runs_none_of_it(template: Path, tmp_path: Path) -> None:
-    chart = draw_curves([Curve(HOSTILE, [0, 1], [1, 2])], "step", HOSTILE, HOSTILE)
+    chart = draw_charts([Chart([Curve(HOSTILE, [0, 1], [1, 2])], "step", HOSTILE, HOSTILE)], HOSTILE)
     values = {
         "text": HOSTILE,
         "clip": embed_clip(clip(5), 8, HOSTILE),
