@@ -10,8 +10,9 @@ import modules.interpreter  # noqa: F401
 from families import identify
 from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, add_generation_arguments
 from frame_pack.section_syntax import parse_entries
-from generation.options import ScriptDefaults, read_generation
+from generation.options import read_generation
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
+from generation.script_options import ScriptDefaults
 from modules.command import command_line
 
 DEFAULTS = ScriptDefaults(

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
 from families import identify
-from generation.options import ScriptDefaults, read_generation
+from generation.options import read_generation
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS
+from generation.script_options import ScriptDefaults
 from hunyuan_model.options import HunyuanGenerationOptions, add_generation_arguments
 from modules.command import command_line
 

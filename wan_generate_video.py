@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import modules.interpreter  # noqa: F401
 from families import identify
-from generation.options import FASTER, ScriptDefaults, read_generation
+from generation.options import read_generation
+from generation.script_options import FASTER, ScriptDefaults
 from modules.command import command_line
 from wan.options import WanGenerationOptions, add_generation_arguments
 

@@ -267,7 +267,8 @@ def training_family(row: Row, path: Path) -> tuple[Any, Any]:
 
 def generation_family(row: Row, path: Path) -> tuple[Any, Any]:
     """Return the same for generation; only for Wan so far."""
-    from generation.options import ScriptDefaults, read_generation
+    from generation.options import read_generation
+    from generation.script_options import ScriptDefaults
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions, add_generation_arguments
 

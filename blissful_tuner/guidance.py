@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from blissful_tuner.cfg_schedule import parse_cfg_schedule
-from blissful_tuner.options import GuidanceOptions
+from blissful_tuner.guidance_options import GuidanceOptions
 from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
 from modules.contract.prepared import Prepared

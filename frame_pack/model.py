@@ -219,7 +219,15 @@ class FramePackModel(nn.Module):
         self._check(given, llama, llama_mask)
         hidden = Hidden(
             *self.embed(
-                given, timesteps, llama, llama_mask, clip_l, guidance, image_embeddings, position_scale
+                given,
+                timesteps,
+                llama,
+                llama_mask,
+                clip_l,
+                guidance,
+                image_embeddings,
+                position_scale,
+                tweaks,
             )
         )
         run_blocks(self, hidden, tweaks)
@@ -235,6 +243,7 @@ class FramePackModel(nn.Module):
         guidance: Tensor,
         image_embeddings: Tensor,
         position_scale: float,
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, HunyuanTokens]:
         """Return tokens B L+T C and the blocks' other inputs. given: latents in order, noisy ones last."""
         noisy = given[-1].latents

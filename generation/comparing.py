@@ -17,23 +17,18 @@ import torch
 
 from blissful_tuner.metadata import as_tags
 from generation.compare_options import CompareOptions
+from generation.decoding import decode
 from generation.dressing import dit_loader
 from generation.grids import Column, Grid, Row, write_grids
+from generation.jobs import Failures, GenerationJob, GenerationRun
+from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, load_latents, own_stem, save_latents, save_pixels, words_of
 from generation.preset import leave_out_missing
 from generation.progress import Bars, Queue, in_short, name_model
 from generation.prompt_lines import read_generation_lines
-from generation.run import (
-    Failures,
-    GenerationJob,
-    GenerationRun,
-    check_models,
-    decode,
-    encode_all_inputs,
-    make_job,
-)
+from generation.run import check_models
 from generation.sections import make_latents
 from generation.session import CPU, Session, wanted_texts
 from modules.atomic_write import make_folder

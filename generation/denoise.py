@@ -1,14 +1,14 @@
 """THE denoising loop: what guidance makes of the network's passes is followed by a solver."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from modules.contract.data import Conditions
 from modules.contract.family import Predicts
-from modules.contract.generation import NO_TWEAKS, DitAt, Predict, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, DitAt, Predict, Section, Turn, Tweaks
 from modules.contract.steps import Guidance, Step, StepDone, Watcher
 from modules.flow.solvers import Solver
 
@@ -45,7 +45,7 @@ def denoise(
     for made in range(num_steps):
         index = start.step + made
         step = Step(made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents)
-        velocity = guidance(step, predictor(family, dit_at, step, split), section).float()
+        velocity = guidance(step, predictor(family, dit_at, step, split, section.tweaks), section).float()
         done = StepDone(step, velocity, section)
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
         if any(answers):
@@ -54,8 +54,13 @@ def denoise(
     return latents
 
 
-def predictor(family: Predicts, dit_at: DitAt, step: Step, split: bool) -> Predict:
-    """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity B C F H W for each."""
+def predictor(
+    family: Predicts, dit_at: DitAt, step: Step, split: bool, all_passes: Tweaks = NO_TWEAKS
+) -> Predict:
+    """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity B C F H W for each.
+
+    all_passes: tweaks of every pass, to which those of the call are added.
+    """
     dit, noisy = dit_at(step.timestep), step.noisy
 
     def predict(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
@@ -64,7 +69,11 @@ def predictor(family: Predicts, dit_at: DitAt, step: Step, split: bool) -> Predi
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            velocities += family.predict(dit, rows, timesteps, stack(group), tweaks).chunk(len(group))
+            # conditions and tweaks are the same objects at all steps of a section
+            which = (*map(id, group), id(tweaks))
+            turn = Turn(step.index, step.num_steps, step.timestep, which)
+            told = replace(tweaks.within(all_passes), turn=turn)
+            velocities += family.predict(dit, rows, timesteps, stack(group), told).chunk(len(group))
         return tuple(velocities)
 
     return predict

@@ -6,25 +6,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blissful_tuner.options import (
-    FormatOptions,
-    GuidanceOptions,
-    add_format_arguments,
-    add_guidance_arguments,
-    add_later_arguments,
-    add_rescale_argument,
-    add_video_to_video_arguments,
-    refuse_video_to_video,
-)
+from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments, add_rescale_argument
+from blissful_tuner.preview_options import add_preview_arguments
+from blissful_tuner.prompt_options import add_prompt_arguments
+from blissful_tuner.steadier_options import add_steadier_arguments
+from blissful_tuner.video_to_video_options import add_video_to_video_arguments, refuse_video_to_video
+from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, use_preset
-from generation.prompt_lines import GENERATION_OPTIONS, LineOption
+from generation.prompt_lines import LineOption
+from generation.request_options import RequestOptions, add_request_arguments
+from generation.script_options import ScriptDefaults
 from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import (
     NO_PIXELS,
     OF_DECODING,
     OF_REQUEST,
-    SETTING,
     facts_of,
     option_values,
     read_options,
@@ -43,128 +40,6 @@ from networks.options import (
 T = TypeVar("T")
 
 ALWAYS_RECORDED = frozenset({"sample_solver", "guidance_rescale"})  # by the known tools too
-MOST_FPS = 1000  # more is a slip of the finger
-LATENT_OUTPUTS = ("latent", "both", "latent_images")
-IMAGE_OUTPUTS = ("images", "latent_images")
-# --optimized, of every family
-FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
-MEDIA = {
-    "image_path": "first image, for image-to-video",
-    "end_image_path": "last image",
-    "control_path": "control video or folder of images, for Fun-Control",
-}
-
-
-@dataclass(frozen=True)
-class ScriptDefaults:
-    """Defaults of the shared options in one family's script, and which of them the script has.
-
-    None means the task's default, unless the field says otherwise.
-    """
-
-    fps: int
-    guidance_scale: float
-    video_length: int | None = None
-    infer_steps: int | None = None
-    flow_shift: float | None = None
-    sample_solver: str = "unipc"
-    embedded_guidance: float | None = None  # None: no such option
-    # the image and video inputs that the script accepts
-    media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})
-    joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
-    blocks_to_swap: int | None = 0
-    has_length: bool = True  # whether there is a --video_length
-    rescales_guidance: bool = False  # whether there is a --guidance_rescale
-    noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
-    # options of the family -> their names in Request.extra
-    extras: Mapping[str, str] = field(default_factory=dict)
-    # options of a prompt line, by letter
-    line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
-    output_types: tuple[str, ...] = ("video", "images", "latent", "both")
-    in_sections: bool = False  # videos are made section by section and can be watched while they grow
-    numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
-    # what --optimized turns on
-    optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
-
-
-@dataclass(frozen=True)
-class RequestOptions:
-    """Options of each video on the command line; a prompt line can override them.
-
-    None means the task's default.
-    """
-
-    prompt: str | None
-    negative_prompt: str | None
-    video_size: tuple[int, ...]  # height, width
-    video_length: int | None
-    fps: float
-    infer_steps: int | None
-    seed: str | None  # a number or any text
-    guidance_scale: float | None
-    cfg_schedule: str | None
-    flow_shift: float | None
-    sample_solver: str = field(metadata=SETTING)  # unipc, dpm++, vanilla
-    image_path: Path | None
-    end_image_path: Path | None
-    control_path: Path | None
-    video_path: Path | None
-    strength: float | None
-    embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
-    # options of the family: their names in Request.extra -> their values
-    extras: Mapping[str, tuple[str, Any]]
-
-    def __post_init__(self) -> None:
-        if self.fps <= 0:
-            raise OptionError(f"--fps {self.fps:g}: give a number above 0")
-        if self.fps > MOST_FPS:
-            raise OptionError(f"--fps {self.fps:g}: give at most {MOST_FPS}")
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise OptionError(f"--strength {self.strength:g}: give a share of the steps from 0 to 1")
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """What is written, and where."""
-
-    save_path: Path
-    output_type: str  # video, images, latent, both, latent_images
-    no_metadata: bool
-    trim_tail_frames: int = field(metadata=OF_DECODING)
-    no_progressive_save: bool
-    prompt_in_name: bool = field(metadata=NO_PIXELS)
-    numbers_single: bool  # a single picture is NAME_000.png, never in a folder
-    format: FormatOptions
-
-    def __post_init__(self) -> None:
-        if self.trim_tail_frames < 0:
-            raise OptionError(
-                f"--trim_tail_frames {self.trim_tail_frames}: give 0 or the number of frames to cut off"
-            )
-        if self.save_path.exists() and not self.save_path.is_dir():
-            raise OptionError(
-                f"--save_path {self.save_path}: it is a file; give a folder, it will be created"
-            )
-
-    @property
-    def keeps_latents(self) -> bool:
-        """Whether latent files are part of the result."""
-        return self.output_type in LATENT_OUTPUTS
-
-    @property
-    def writes_images(self) -> bool:
-        """Whether pixels are written as PNG images even if they are a video."""
-        return self.output_type in IMAGE_OUTPUTS
-
-    @property
-    def shows_progress(self) -> bool:
-        """Whether a video made in sections has a preview that grows with it."""
-        return self.decodes and not self.no_progressive_save
-
-    @property
-    def decodes(self) -> bool:
-        """Whether pixels are part of the result."""
-        return self.output_type != "latent"
 
 
 @dataclass(frozen=True)
@@ -259,7 +134,7 @@ def read_generation(
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
-    _add_request_arguments(parser, defaults)
+    add_request_arguments(parser, defaults)
     if "video_path" in defaults.media:
         add_video_to_video_arguments(parser)
     else:
@@ -268,12 +143,13 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     if defaults.rescales_guidance:
         add_rescale_argument(parser.add_argument_group("guidance's strength"))
     _add_run_arguments(parser, defaults)
-    _add_output_arguments(parser, defaults)
-    add_format_arguments(parser)
+    add_output_arguments(parser, defaults)
     _add_lora_arguments(parser)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_preset_argument(parser, defaults.optimized)
-    add_later_arguments(parser)
+    add_preview_arguments(parser)
+    add_prompt_arguments(parser)
+    add_steadier_arguments(parser)
     parser.set_defaults(
         extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
     )
@@ -289,75 +165,6 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
         use_preset(parser, args, argv)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
-
-
-def _add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
-    group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", type=str, default=None, help="what the video should show")
-    group.add_argument(
-        "--negative_prompt",
-        type=str,
-        default=None,
-        help="what to avoid; default: the text of the model's release, if any",
-    )
-    group.add_argument(
-        "--video_size",
-        type=int,
-        nargs=2,
-        default=[256, 256],
-        metavar=("HEIGHT", "WIDTH"),
-        help="size in pixels; default 256 256",
-    )
-    length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
-    if defaults.has_length:
-        group.add_argument(
-            "--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}"
-        )
-    else:
-        parser.set_defaults(video_length=None)
-    group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the video file")
-    group.add_argument(
-        "--infer_steps", type=int, default=steps, help=f"number of denoising steps; {_else(steps)}"
-    )
-    group.add_argument(
-        "--seed", type=str, default=None, help="a number or any text; default: a random seed for each video"
-    )
-    group.add_argument(
-        "--guidance_scale",
-        type=float,
-        default=defaults.guidance_scale,
-        help="weight of the prompt; 1 turns guidance off",
-    )
-    embedded = defaults.embedded_guidance
-    if embedded is None:
-        parser.set_defaults(embedded_cfg_scale=None)
-    else:
-        group.add_argument(
-            "--embedded_cfg_scale",
-            type=float,
-            default=embedded,
-            help="guidance scale that the distilled model takes as an input; needs no second pass",
-        )
-    group.add_argument(
-        "--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}"
-    )
-    solvers = ["unipc", "dpm++", "vanilla"]
-    group.add_argument(
-        "--sample_solver",
-        type=str,
-        default=defaults.sample_solver,
-        choices=solvers,
-        help="stepping rule; vanilla is Euler",
-    )
-    for name, text in MEDIA.items():
-        if name in defaults.media:
-            group.add_argument(f"--{name}", type=str, default=None, help=text)
-        else:
-            parser.set_defaults(**{name: None})
-
-
-def _else(default: float | None) -> str:
-    return "default: the task's" if default is None else f"default {default:g}"
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
@@ -396,54 +203,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
         )
     else:
         parser.set_defaults(split_uncond=True)
-
-
-def _add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument("--save_path", type=str, required=True, help="output folder; created if missing")
-    group.add_argument(
-        "--output_type",
-        type=str,
-        default="video",
-        choices=list(defaults.output_types),
-        help=_output_help(defaults.output_types),
-    )
-    group.add_argument(
-        "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
-    )
-    group.add_argument(
-        "--prompt_in_name",
-        action="store_true",
-        help="add the first words of the prompt to the file's name, after time and seed",
-    )
-    group.add_argument(
-        "--trim_tail_frames",
-        type=int,
-        default=0,
-        help="number of frames to cut off the end, e.g. 3 that an end image has spoiled",
-    )
-    if defaults.in_sections:
-        group.add_argument(
-            "--no_progressive_save",
-            action="store_true",
-            help="do not write NAME_progress.mp4, a preview updated after each section and removed when the "
-            "video is finished; it makes the VAE decode about two more sections for each one",
-        )
-    else:
-        parser.set_defaults(no_progressive_save=False)
-
-
-OUTPUT_TYPES = {
-    "video": "a video",
-    "images": "PNG files",
-    "latent": "latents to decode later",
-    "both": "latents and a video",
-    "latent_images": "latents and PNG files",
-}
-
-
-def _output_help(types: Sequence[str]) -> str:
-    return "what to write: " + ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in types)
 
 
 def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:

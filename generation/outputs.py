@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata, with_plain_keys
-from generation.options import OutputOptions
+from generation.output_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.opening import open_checkpoint

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.guidance import needs
-from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from generation.options import GenerationOptions, RequestOptions
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
+from generation.request_options import RequestOptions
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared

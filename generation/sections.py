@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import noisy_source
 from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
@@ -88,6 +88,7 @@ def on_device(section: Section, device: torch.device) -> Section:
         negative=moved(section.negative),
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),
+        away=moved(section.away),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blissful_tuner.guidance import needs
-from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.sections import conditions_to
 from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
@@ -226,11 +226,14 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
 
 def select_texts(texts: Prompts, needed: Needs) -> Prompts:
-    """Leave out the negative text if it is not needed, and put the empty one in if it is."""
+    """Leave out the texts that are not needed, and put in those that are: the empty one, and as the one to
+    steer away from the negative one if there is no other.
+    """
     return replace(
         texts,
         negative=texts.negative if needed.negative else None,
         blank=(texts.blank or Prompt("")) if needed.blank else None,
+        away=(texts.away or texts.negative or Prompt("")) if needed.away else None,
     )
 
 
@@ -238,9 +241,8 @@ def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
     """All of them one after the other, those that are there."""
     for by_section in wanted:
         for prompts in by_section.values():
-            yield from (
-                text for text in (prompts.positive, prompts.negative, prompts.blank) if text is not None
-            )
+            texts = (prompts.positive, prompts.negative, prompts.blank, prompts.away)
+            yield from (text for text in texts if text is not None)
 
 
 def gather_encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
@@ -249,7 +251,7 @@ def gather_encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> Enco
     def of(text: Prompt | None) -> Conditions | None:
         return None if text is None else known[text]
 
-    return EncodedPrompts(known[prompts.positive], of(prompts.negative), of(prompts.blank))
+    return EncodedPrompts(known[prompts.positive], of(prompts.negative), of(prompts.blank), of(prompts.away))
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class HunyuanVideoModel(nn.Module):
         embedding does not look at it. tweaks: ideas that change this call. Raises ValueError where sizes do
         not go together.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance))
+        hidden = Hidden(*self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance, tweaks))
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 
@@ -131,6 +131,7 @@ class HunyuanVideoModel(nn.Module):
         llama_mask: Tensor,
         clip_l: Tensor,
         guidance: Tensor | None,
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, HunyuanTokens]:
         """Return video and text tokens, B L+T C, and the other inputs of the blocks."""
         self._check(noisy, llama, llama_mask, guidance)

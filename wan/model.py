@@ -241,12 +241,17 @@ class WanModel(nn.Module):
         without them takes its first 257 rows of text for the image, as older tools ran Fun-Control models;
         give zeros for no image. Raises ValueError where sizes do not go together.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds))
+        hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
-        self, noisy: Tensor, timesteps: Tensor, text: Sequence[Tensor] | Tensor, image_embeds: Tensor | None
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Sequence[Tensor] | Tensor,
+        image_embeds: Tensor | None,
+        tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, WanTokens]:
         """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
         self._check(noisy, image_embeds)

@@ -1,7 +1,7 @@
 """The frozen records of generation: what is asked for, sections, and one call of the network."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,13 +20,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of one section: what to show, what to avoid, and the empty prompt where a guidance idea needs
-    it.
-    """
+    """The texts of one section: what to show, what to avoid, and those that guidance ideas need."""
 
     positive: Prompt
     negative: Prompt | None = None
-    blank: Prompt | None = None
+    blank: Prompt | None = None  # the empty prompt
+    away: Prompt | None = None  # what attention is steered away from
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class EncodedPrompts:
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
+    away: Conditions | None = None
 
     def section(
         self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None
@@ -73,7 +73,8 @@ class EncodedPrompts:
 
         positive = joined(self.positive)
         assert positive is not None
-        return Section(noise, positive, joined(self.negative), joined(self.blank), source)
+        away = None if self.away is None else add_batch_axis(self.away)
+        return Section(noise, positive, joined(self.negative), joined(self.blank), source, away=away)
 
 
 # as `Family.decode`, but not limited to -1..1
@@ -90,17 +91,37 @@ class Piece:
     decode: DecodePart  # makes its pixels, before they fade into what is there
 
 
-@dataclass(frozen=True)
-class Section:
-    """One run of the denoising loop. Conditions have a batch dimension."""
+# outputs of attention to the text asked for and to another one, each B L N D -> what takes their place
+Steer = Callable[[Tensor, Tensor], Tensor]
 
-    noise: Tensor  # B C F H W, model space, float32
-    positive: Conditions
-    negative: Conditions | None = None
-    blank: Conditions | None = None
-    source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
-    made: Piece | None = None  # what the section before this one added to the video
-    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+
+@dataclass(frozen=True)
+class Away:
+    """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
+
+    text: Conditions  # under the names that the family's text encoders give
+    steer: Steer
+
+
+@dataclass(frozen=True)
+class SlowFrames:
+    """One frequency of the frames' rotary positions slowed down, so that a long video does not repeat.
+
+    It is the frequency of number `index` from 0, by which positions turn once in `period` of them.
+    """
+
+    index: int
+    period: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which pass of which step a call of the network is, for code that remembers something between steps."""
+
+    step: int  # from 0, of those that are made
+    num_steps: int
+    timestep: float  # what the network is fed
+    which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +132,39 @@ class Tweaks:
     """
 
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
+    away: Away | None = None
+    slow_frames: SlowFrames | None = None
+    turn: Turn | None = None  # set by the denoising loop
+
+    def within(self, all_passes: "Tweaks") -> "Tweaks":
+        """Return the tweaks of a pass together with those of all passes of its section."""
+        if all_passes is NO_TWEAKS:
+            return self
+        return replace(
+            self,
+            skip_blocks=self.skip_blocks | all_passes.skip_blocks,
+            away=self.away or all_passes.away,
+            slow_frames=self.slow_frames or all_passes.slow_frames,
+        )
 
 
 NO_TWEAKS = Tweaks()
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of the denoising loop. Conditions have a batch dimension."""
+
+    noise: Tensor  # B C F H W, model space, float32
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
+    away: Conditions | None = None  # of a text alone, without media
+    tweaks: Tweaks = NO_TWEAKS  # of every pass
+    made: Piece | None = None  # what the section before this one added to the video
+    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
 

@@ -54,6 +54,7 @@ class Needs:
 
     negative: bool = False
     blank: bool = False  # those of the empty text
+    away: bool = False  # those of the text that attention is steered away from
 
 
 def expert_at(timestep: float, experts: Sequence[float]) -> int:

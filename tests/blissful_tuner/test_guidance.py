@@ -16,7 +16,7 @@ from blissful_tuner.guidance import (
     plain_cfg,
     remember_passes,
 )
-from blissful_tuner.options import (
+from blissful_tuner.guidance_options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
     add_guidance_arguments,

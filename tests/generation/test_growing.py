@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.growing import fade_in_clip, grow_preview, remove_parts
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.outputs import pixels_to_uint8
 from generation.run import generate
+from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
 from generation.session import CPU, Session
 from modules.atomic_write import give_name

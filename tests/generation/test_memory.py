@@ -9,7 +9,8 @@ from torch import Tensor
 
 from generation.denoise import predictor
 from generation.memory import rehearse_denoising
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.script_options import ScriptDefaults
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
 from modules.contract.steps import Step

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.options import read_options

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
+from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
 from generation.session import Session, wanted_texts
 from modules.contract.data import Conditions

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blissful_tuner.options import FormatOptions
-from generation.options import OutputOptions
+from blissful_tuner.format_options import FormatOptions
+from generation.output_options import OutputOptions
 from generation.outputs import (
     drop_tail,
     free_stem,

@@ -14,9 +14,10 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from frame_pack import options as frame_pack
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_generation
+from generation.jobs import GenerationRun
+from generation.options import GenerationOptions, generation_parser, read_generation
 from generation.request import make_request
-from generation.run import GenerationRun
+from generation.script_options import ScriptDefaults
 from generation.session import Session
 from hunyuan_model import options as hunyuan
 from modules.options import facts_of

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from blissful_tuner.options import PLAIN_GUIDANCE
-from generation.options import RequestOptions
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.request import check_guidance, make_request
+from generation.request_options import RequestOptions
 from modules.contract.generation import Request
 from modules.errors import OptionError
 from tests.preparing import prepare

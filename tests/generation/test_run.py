@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from generation.options import GenerationOptions, ScriptDefaults, generation_parser, read_arguments
+from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
+from generation.script_options import ScriptDefaults
 from modules.errors import CheckpointError, MediaError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.media.reading import video_frames
 from modules.options import read_options

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from blissful_tuner.options import PLAIN_GUIDANCE
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.session import NO_ENCODERS, Session, encode_inputs, select_texts, wanted_texts
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.loading import Placement

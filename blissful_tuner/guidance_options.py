@@ -1,4 +1,4 @@
-"""Options of guidance, output formats and the other features of this folder. Standard library only."""
+"""Options of guidance beside its scale. Standard library only."""
 
 import argparse
 import logging
@@ -10,7 +10,6 @@ from modules.options import add_unsupported
 logger = logging.getLogger(__name__)
 
 MOST_SCALE = 1000  # of guidance
-STRENGTH = 0.8  # of --video_path, where nothing is said
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
@@ -79,20 +78,6 @@ def parse_layers(text: str | None) -> frozenset[int]:
 PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3, 0.0)
 
 
-@dataclass(frozen=True)
-class FormatOptions:
-    """How videos are encoded."""
-
-    codec: str  # h264, h265, prores
-    container: str  # mp4, mkv
-    keep_pngs: bool  # also keep every frame as PNG
-
-    @property
-    def suffix(self) -> str:
-        """Suffix of a video file; ProRes needs Matroska."""
-        return ".mkv" if self.codec == "prores" else f".{self.container}"
-
-
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `GuidanceOptions` and --cfg_schedule; refuse guidance that is not supported yet.
 
@@ -159,84 +144,3 @@ def add_rescale_argument(group: argparse._ArgumentGroup) -> None:
         "strong"
     )
     group.add_argument("--guidance_rescale", type=float, default=0.0, help=text)
-
-
-def add_format_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `FormatOptions`."""
-    group = parser.add_argument_group("video format")
-    group.add_argument(
-        "--codec",
-        type=str,
-        default="h264",
-        choices=["prores", "h264", "h265"],
-        help="h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
-    )
-    group.add_argument(
-        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="kind of video file"
-    )
-    group.add_argument(
-        "--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`"
-    )
-
-
-def add_later_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the features that are not supported yet; using one is refused with its reason."""
-    group = parser.add_argument_group("not supported yet")
-    preview = "watch the progress bar instead"
-    add_unsupported(
-        group, "--preview_latent_every", type=int, default=None, reason=preview, help="preview every n steps"
-    )
-    add_unsupported(
-        group, "--preview_vae", type=str, default=None, reason=preview, help="small VAE for previews"
-    )
-    prompts = "write the prompt out"
-    add_unsupported(
-        group, "--prompt_wildcards", type=str, default=None, reason=prompts, help="folder of wildcard files"
-    )
-    add_unsupported(
-        group, "--prompt_weighting", action="store_true", reason=prompts, help="(word:1.2) in prompts"
-    )
-    add_unsupported(
-        group,
-        "--riflex_index",
-        type=int,
-        default=0,
-        reason="make videos of the trained length",
-        help="longer videos with RIFLEx",
-    )
-
-
-def add_video_to_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --video_path and --strength."""
-    group = parser.add_argument_group("video to video")
-    group.add_argument(
-        "--video_path",
-        type=str,
-        default=None,
-        help="video, or folder of images, to start from instead of noise",
-    )
-    text = "with --video_path: share of the steps that are made; 1 replaces the video completely"
-    group.add_argument("--strength", type=float, default=STRENGTH, help=text)
-
-
-def refuse_video_to_video(parser: argparse.ArgumentParser) -> None:
-    """Declare video-to-video for scripts that do not support it yet; using it is refused with its reason."""
-    group = parser.add_argument_group("video to video")
-    reason = "videos start from noise; use an image-to-video or a Fun-Control task"
-    add_unsupported(group, "--video_path", type=str, default=None, reason=reason, help="video to start from")
-    add_unsupported(
-        group, "--v2v_denoise", type=float, default=0.5, reason=reason, help="how much of it is made anew"
-    )
-    add_unsupported(
-        group, "--v2v_extra_noise", type=float, default=None, reason=reason, help="noise added to it"
-    )
-    add_unsupported(group, "--v2v_pad_mode", type=str, default="end", choices=["front", "end"], reason=reason)
-    add_unsupported(
-        group,
-        "--v2v_noise_mode",
-        type=str,
-        default="traditional",
-        choices=["traditional", "direct"],
-        reason=reason,
-    )
-    parser.set_defaults(strength=None)

@@ -1,0 +1,36 @@
+"""Options of how videos are encoded. Standard library only."""
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """How videos are encoded."""
+
+    codec: str  # h264, h265, prores
+    container: str  # mp4, mkv
+    keep_pngs: bool  # also keep every frame as PNG
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of a video file; ProRes needs Matroska."""
+        return ".mkv" if self.codec == "prores" else f".{self.container}"
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `FormatOptions`."""
+    group = parser.add_argument_group("video format")
+    group.add_argument(
+        "--codec",
+        type=str,
+        default="h264",
+        choices=["prores", "h264", "h265"],
+        help="h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
+    )
+    group.add_argument(
+        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="kind of video file"
+    )
+    group.add_argument(
+        "--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`"
+    )

@@ -1,0 +1,103 @@
+"""From latents, just made or saved, to videos and images."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from torch import Tensor
+
+from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
+from generation.growing import (
+    name_preview_on_failure,
+    remove_preview,
+)
+from generation.jobs import Denoised, Failures, GenerationRun
+from generation.outputs import (
+    SavedLatents,
+    load_latents,
+    output_stem,
+    own_stem,
+    save_pixels,
+)
+from generation.progress import show_end
+from modules.atomic_write import make_folder
+from modules.bars import track
+from modules.contract.data import MediaEncoders
+from modules.contract.family import Family
+from modules.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures) -> list[Path]:
+    """Turn latents into videos or images and return their paths.
+
+    Latent files and previews that are not part of the result are then removed.
+    """
+    output, paths = run.options.output, []
+    with run.session.media(images=False, again=False) as encoders:
+        for one in done:
+            with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
+                prepared = one.job.prepared
+                chunks = decode(run.family, encoders, one.latents)
+                paths.append(save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared)))
+                if len(done) > 1 or run.options.interactive:  # else the last box says it
+                    logger.info("%s: %s", one.job.label, paths[-1])
+                remove_preview(one.preview)
+                if not output.keeps_latents:
+                    one.latent_path.unlink(missing_ok=True)
+    return paths
+
+
+def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+    """Decode latents (1 C F h w) to chunks of pixels 1 3 F H W, with a bar over the frames."""
+    frames = (latents.shape[2] - 1) * family.latent.stride[0] + 1
+    chunks = family.decode(encoders, latents)
+    return track(chunks, "Decoding", frames, lambda chunk: chunk.shape[2], "frame")
+
+
+def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
+    """Decode latent files; their metadata are passed on, with the settings of this decoding."""
+    saved = [check_latents(run.family, path) for path in paths]
+    options, output = run.options, run.options.output
+    failures = Failures(strict=len(paths) == 1)
+    start, results = time.monotonic(), []
+    make_folder(output.save_path, "--save_path")
+    with run.session.media(images=False, again=False) as encoders:
+        for path, one in zip(paths, saved, strict=True):
+            with failures.note_errors(str(path)):
+                fps = frame_rate(run, one)
+                said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
+                metadata = None if output.no_metadata else said
+                with own_stem(
+                    output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
+                ) as stem:
+                    chunks = decode(run.family, encoders, one.latents)
+                    results.append(save_pixels(output, stem, chunks, fps, metadata))
+                    if len(paths) > 1:
+                        logger.info("%s: %s", path, results[-1])
+    if results:
+        show_end(results, time.monotonic() - start, run.session.device, len(failures.reasons))
+    failures.raise_if_any(len(paths))
+
+
+def check_latents(family: Family, path: Path) -> SavedLatents:
+    """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
+    saved = load_latents(path)
+    _, channels, frames, rows, columns = saved.latents.shape
+    if channels != family.latent.channels:
+        raise CheckpointError(
+            f"--latent_path {path} has {channels} channels, {family.name} has {family.latent.channels}", path
+        )
+    step, vertical, horizontal = family.latent.stride
+    size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
+    logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")
+    return saved
+
+
+def frame_rate(run: GenerationRun, saved: SavedLatents) -> float:
+    """Return --fps if it differs from the model's, else the latent file's rate, else the model's."""
+    given, usual = run.options.request.fps, run.family.defaults.fps
+    return given if given != usual else frame_rate_in(saved.metadata) or usual

@@ -1,0 +1,98 @@
+"""What is to be made in a run, what has been made, and what failed."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blissful_tuner.metadata import output_metadata
+from generation.memory import Peaks
+from generation.options import GenerationOptions
+from generation.prompt_lines import parse_generation_line
+from generation.session import Session
+from modules.contract.family import Family
+from modules.contract.prepared import Prepared
+from modules.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """One request to generate; `label` names it in messages ("line 3")."""
+
+    label: str
+    prepared: Prepared
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written."""
+
+    job: GenerationJob
+    latents: Tensor
+    latent_path: Path
+    stem: str
+    preview: Path  # of the video while it was made, if there is one
+
+
+@dataclass
+class Failures:
+    """Jobs that failed, and why. strict: the first failure ends the run."""
+
+    strict: bool = False
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def note_errors(self, label: str, fatal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+        """Record an error of the block and go on, unless the error is `fatal`."""
+        try:
+            yield
+        except Exception as error:
+            if self.strict or isinstance(error, fatal):
+                raise
+            self.reasons[label] = f"{type(error).__name__}: {error}"
+            is_known = isinstance(error, (UserError, torch.OutOfMemoryError))
+            logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
+
+    def raise_if_any(self, total: int, where: str = "") -> None:
+        """Raise UserError listing what failed. where: begins the message, as "prompts.txt: "."""
+        if self.reasons:
+            lines = "\n".join(f"  {label}: {reason}" for label, reason in self.reasons.items())
+            raise UserError(f"{where}{len(self.reasons)} of {total} failed:\n{lines}")
+
+
+@dataclass(frozen=True)
+class GenerationRun:
+    """Family, options and session that every mode works with."""
+
+    family: Family
+    options: GenerationOptions
+    session: Session
+    predicted: Peaks | None = None  # where it is known
+
+    def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
+        """Return the metadata of an output; None with --no_metadata."""
+        if self.options.output.no_metadata:
+            return None
+        return output_metadata(
+            prepared, self.family.metadata, self.loras, self.options.settings, self.session.device.type
+        )
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Return the file name and the strength of each LoRA."""
+        lora = self.options.lora
+        return [
+            (path.name, strength)
+            for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
+        ]
+
+    def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
+        """Parse a prompt line. where: names it in warnings. Raises OptionError."""
+        return parse_generation_line(line, self.options.line_options, where)

@@ -1,0 +1,161 @@
+"""Make the videos of one or more jobs: texts, images, denoising, pixels, each for all before the next."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance import needs
+from blissful_tuner.metadata import as_tags
+from generation.decoding import decode_all
+from generation.growing import (
+    grow_preview,
+    preview_path,
+    remove_parts,
+)
+from generation.jobs import Denoised, Failures, GenerationJob, GenerationRun
+from generation.outputs import (
+    LATENT_SUFFIX,
+    free_stem,
+    output_stem,
+    own_stem,
+    save_latents,
+)
+from generation.progress import Bars, Queue, show_end, show_start
+from generation.request import prepare_line
+from generation.sections import OnSection, make_latents
+from generation.session import CPU, NO_ENCODERS, encode_inputs, wanted_texts
+from modules.atomic_write import make_folder
+from modules.contract.data import Conditions
+from modules.contract.generation import EncodedPrompts, Section
+from modules.contract.steps import Watcher
+from modules.planning.memory_plan import comparison
+
+logger = logging.getLogger(__name__)
+
+
+def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
+    """Make the job of a prompt line, or of the command line alone.
+
+    Loads no network; raises as `prepare_line`.
+    """
+    return GenerationJob(label, prepare_line(run.family, run.options, overrides))
+
+
+def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> None:
+    """Encode all texts, encode all images and videos, denoise all, decode all."""
+    if any(run.family.needs_media(job.prepared) for job in jobs):
+        run.family.check_files(media=True)  # before gigabytes are loaded
+    if run.options.forces_split and any(needs(job.prepared, run.options.guidance).negative for job in jobs):
+        logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
+    start, requests = time.monotonic(), [job.prepared for job in jobs]
+    make_folder(run.options.output.save_path, "--save_path")
+    remove_parts(run.options.output.save_path)
+    if not run.options.interactive:
+        show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
+    texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
+    inputs = encode_all_inputs(run, jobs, failures)
+    ready = [
+        (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
+    ]
+    done = denoise_all(run, ready, failures) if ready else []
+    paths = [one.latent_path for one in done if run.options.output.keeps_latents]
+    if run.options.output.decodes and done:
+        paths += decode_all(run, done, failures)
+    if paths and not run.options.interactive:
+        show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
+    if done and run.predicted is not None and run.session.device.type == "cuda":
+        most = max(run.predicted.most, run.session.most_beside)
+        logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
+
+
+def encode_all_inputs(
+    run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
+) -> Mapping[str, Mapping[int, Conditions]]:
+    """Return the media conditions of each job by its label, without the jobs that failed."""
+    inputs: dict[str, Mapping[int, Conditions]] = {}
+    with_media = [job for job in jobs if run.family.needs_media(job.prepared)]
+    without = [job for job in jobs if not run.family.needs_media(job.prepared)]
+    found = encode_inputs(run.family, NO_ENCODERS, [job.prepared for job in without])
+    inputs.update(zip([job.label for job in without], found, strict=True))
+    if with_media:
+        with run.session.media(images=True, again=run.options.output.decodes) as encoders:
+            for job in with_media:
+                with failures.note_errors(job.label):
+                    (inputs[job.label],) = encode_inputs(run.family, encoders, [job.prepared])
+        run.session.drop_image_encoder()
+    return inputs
+
+
+Ready = tuple[GenerationJob, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
+
+
+def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
+    """Return the latents of each job; each is written when it is done, so a kill loses at most one."""
+    done = []
+    queue = Queue([job.prepared for job, _, _ in ready])
+    with run.session.dit() as dit_at:
+        for job, texts, inputs in ready:
+            with failures.note_errors(job.label):
+                queue.begin(job.label)
+                output = run.options.output
+                prompt = job.prepared.asked.prompt if output.prompt_in_name else ""
+                name = output_stem(datetime.now(), job.prepared.seed, prompt=prompt)
+                with own_stem(output.save_path, name) as stem:
+                    with watch(run, job, stem) as (watcher, on_section):
+                        latents = make_latents(
+                            run.family,
+                            dit_at,
+                            job.prepared,
+                            texts,
+                            inputs,
+                            run.session.device,
+                            run.options.cpu_noise,
+                            run.options.guidance,
+                            [watcher],
+                            run.options.splits_guidance,
+                            on_section,
+                        ).to(CPU)
+                    done.append(keep_latents(run, job, latents, stem))
+    return done
+
+
+@contextmanager
+def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
+    """Yield the callbacks for one job: progress bars over the steps, previews of a video in sections."""
+    prepared, output = job.prepared, run.options.output
+    needed = None if run.predicted is None else run.predicted.decoding
+    tags = as_tags(run.metadata(prepared) or {})
+    with (
+        grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
+        Bars(prepared.num_steps) as bars,
+    ):
+
+        def on_section(section: Section) -> None:
+            bars.end()
+            if section.made is not None and output.shows_progress:
+                video.add(section.made)
+            bars.begin(section)
+
+        yield bars.advance, on_section
+
+
+def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> Denoised:
+    """Write the latents of a job, named `stem` if no other output has taken that name meanwhile.
+
+    The preview keeps its name.
+    """
+    preview = preview_path(run.options.output.save_path, stem)
+    stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
+    path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
+    save_latents(path, latents, run.metadata(job.prepared))
+    if run.options.output.keeps_latents:
+        logger.info("Latents: %s", path)
+    else:
+        logger.info("Latents: %s, kept until they are decoded", path)
+    return Denoised(job, latents, path, stem, preview)

@@ -1,0 +1,106 @@
+"""Options of what is written, and where. Standard library only."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blissful_tuner.format_options import FormatOptions, add_format_arguments
+from generation.script_options import ScriptDefaults
+from modules.errors import OptionError
+from modules.options import NO_PIXELS, OF_DECODING
+
+LATENT_OUTPUTS = ("latent", "both", "latent_images")
+IMAGE_OUTPUTS = ("images", "latent_images")
+OUTPUT_TYPES = {
+    "video": "a video",
+    "images": "PNG files",
+    "latent": "latents to decode later",
+    "both": "latents and a video",
+    "latent_images": "latents and PNG files",
+}
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and where."""
+
+    save_path: Path
+    output_type: str  # video, images, latent, both, latent_images
+    no_metadata: bool
+    trim_tail_frames: int = field(metadata=OF_DECODING)
+    no_progressive_save: bool
+    prompt_in_name: bool = field(metadata=NO_PIXELS)
+    numbers_single: bool  # a single picture is NAME_000.png, never in a folder
+    format: FormatOptions
+
+    def __post_init__(self) -> None:
+        if self.trim_tail_frames < 0:
+            raise OptionError(
+                f"--trim_tail_frames {self.trim_tail_frames}: give 0 or the number of frames to cut off"
+            )
+        if self.save_path.exists() and not self.save_path.is_dir():
+            raise OptionError(
+                f"--save_path {self.save_path}: it is a file; give a folder, it will be created"
+            )
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether latent files are part of the result."""
+        return self.output_type in LATENT_OUTPUTS
+
+    @property
+    def writes_images(self) -> bool:
+        """Whether pixels are written as PNG images even if they are a video."""
+        return self.output_type in IMAGE_OUTPUTS
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a video made in sections has a preview that grows with it."""
+        return self.decodes and not self.no_progressive_save
+
+    @property
+    def decodes(self) -> bool:
+        """Whether pixels are part of the result."""
+        return self.output_type != "latent"
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
+    """Declare the options of `OutputOptions` that the script has."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--save_path", type=str, required=True, help="output folder; created if missing")
+    group.add_argument(
+        "--output_type",
+        type=str,
+        default="video",
+        choices=list(defaults.output_types),
+        help=_output_help(defaults.output_types),
+    )
+    group.add_argument(
+        "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
+    )
+    group.add_argument(
+        "--prompt_in_name",
+        action="store_true",
+        help="add the first words of the prompt to the file's name, after time and seed",
+    )
+    group.add_argument(
+        "--trim_tail_frames",
+        type=int,
+        default=0,
+        help="number of frames to cut off the end, e.g. 3 that an end image has spoiled",
+    )
+    if defaults.in_sections:
+        group.add_argument(
+            "--no_progressive_save",
+            action="store_true",
+            help="do not write NAME_progress.mp4, a preview updated after each section and removed when the "
+            "video is finished; it makes the VAE decode about two more sections for each one",
+        )
+    else:
+        parser.set_defaults(no_progressive_save=False)
+    add_format_arguments(parser)
+
+
+def _output_help(types: Sequence[str]) -> str:
+    return "what to write: " + ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in types)

@@ -1,0 +1,124 @@
+"""Options of each video: what to make. Standard library only."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from generation.script_options import ScriptDefaults
+from modules.errors import OptionError
+from modules.options import SETTING
+
+MOST_FPS = 1000  # more is a slip of the finger
+MEDIA = {
+    "image_path": "first image, for image-to-video",
+    "end_image_path": "last image",
+    "control_path": "control video or folder of images, for Fun-Control",
+}
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Options of each video on the command line; a prompt line can override them.
+
+    None means the task's default.
+    """
+
+    prompt: str | None
+    negative_prompt: str | None
+    video_size: tuple[int, ...]  # height, width
+    video_length: int | None
+    fps: float
+    infer_steps: int | None
+    seed: str | None  # a number or any text
+    guidance_scale: float | None
+    cfg_schedule: str | None
+    flow_shift: float | None
+    sample_solver: str = field(metadata=SETTING)  # unipc, dpm++, vanilla
+    image_path: Path | None
+    end_image_path: Path | None
+    control_path: Path | None
+    video_path: Path | None
+    strength: float | None
+    embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
+    # options of the family: their names in Request.extra -> their values
+    extras: Mapping[str, tuple[str, Any]]
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0:
+            raise OptionError(f"--fps {self.fps:g}: give a number above 0")
+        if self.fps > MOST_FPS:
+            raise OptionError(f"--fps {self.fps:g}: give at most {MOST_FPS}")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise OptionError(f"--strength {self.strength:g}: give a share of the steps from 0 to 1")
+
+
+def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
+    """Declare the options of `RequestOptions` that the script has."""
+    group = parser.add_argument_group("what to make")
+    group.add_argument("--prompt", type=str, default=None, help="what the video should show")
+    group.add_argument(
+        "--negative_prompt",
+        type=str,
+        default=None,
+        help="what to avoid; default: the text of the model's release, if any",
+    )
+    group.add_argument(
+        "--video_size",
+        type=int,
+        nargs=2,
+        default=[256, 256],
+        metavar=("HEIGHT", "WIDTH"),
+        help="size in pixels; default 256 256",
+    )
+    length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
+    if defaults.has_length:
+        group.add_argument(
+            "--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}"
+        )
+    else:
+        parser.set_defaults(video_length=None)
+    group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the video file")
+    group.add_argument(
+        "--infer_steps", type=int, default=steps, help=f"number of denoising steps; {_else(steps)}"
+    )
+    group.add_argument(
+        "--seed", type=str, default=None, help="a number or any text; default: a random seed for each video"
+    )
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=defaults.guidance_scale,
+        help="weight of the prompt; 1 turns guidance off",
+    )
+    embedded = defaults.embedded_guidance
+    if embedded is None:
+        parser.set_defaults(embedded_cfg_scale=None)
+    else:
+        group.add_argument(
+            "--embedded_cfg_scale",
+            type=float,
+            default=embedded,
+            help="guidance scale that the distilled model takes as an input; needs no second pass",
+        )
+    group.add_argument(
+        "--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}"
+    )
+    solvers = ["unipc", "dpm++", "vanilla"]
+    group.add_argument(
+        "--sample_solver",
+        type=str,
+        default=defaults.sample_solver,
+        choices=solvers,
+        help="stepping rule; vanilla is Euler",
+    )
+    for name, text in MEDIA.items():
+        if name in defaults.media:
+            group.add_argument(f"--{name}", type=str, default=None, help=text)
+        else:
+            parser.set_defaults(**{name: None})
+
+
+def _else(default: float | None) -> str:
+    return "default: the task's" if default is None else f"default {default:g}"
