@@ -126,6 +126,8 @@ def _check(options: GenerationOptions) -> None:
         "--interactive": options.interactive,
         "--latent_path": bool(options.latent_path),
         "--save_merged_model": options.save_merged_model is not None,
+        "--num_videos": options.num_videos > 1,
+        "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_asked,
         f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
         "--no_metadata": options.output.no_metadata,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.metadata import output_metadata
+from blissful_tuner.prompt_rewrite import PromptRewriter
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line
@@ -75,6 +76,7 @@ class GenerationRun:
     options: GenerationOptions
     session: Session
     predicted: Peaks | None = None  # where it is known
+    rewriter: PromptRewriter | None = None
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the metadata of an output; None with --no_metadata."""

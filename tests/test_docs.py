@@ -29,6 +29,10 @@ SMALLER = {  # appended, so that the last value wins
     "compare.py": GENERATION,
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
+    "sample_video.py": [
+        *("--video-size", "32", "--video-length", "5", "--infer-steps", "2"),
+        *("--vae-precision", "fp32"),
+    ],
     "fpack_cache_latents.py": QUICK_VAE,
     "fpack_generate_video.py": [
         "--video_size",
