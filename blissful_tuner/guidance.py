@@ -7,11 +7,14 @@ A new one is a file with such a function, and a line there.
 import functools
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from blissful_tuner.cfg_zero import cfg_zero, init_factor
 from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import NEGATIVE, POSITIVE, Pass, Stage, StepPlan, Velocities, make_passes
 from blissful_tuner.guidance_steps import guidance_scales
+from blissful_tuner.perp_neg import perp_neg
 from blissful_tuner.rescaling import rescale
 from blissful_tuner.skipped_layers import active_steps, add_skipped_layers
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
@@ -49,6 +52,8 @@ def make_guidance(
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
+        if not plan.passes:
+            return torch.zeros_like(step.noisy)
         return plan.combine(make_passes(plan, predict, section, of_positive(section), join))
 
     return guide
@@ -61,22 +66,36 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepP
     """
     weakened = Pass("negative", Tweaks(skip_blocks=options.skipped_layers))
     weakens = active_steps(options, prepared.num_steps)
+    of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
 
     def plan(index: int, scale: float | None) -> StepPlan:
+        factor = init_factor(options, index)
         if scale is None:
-            return StepPlan()
+            return StepPlan(factor=factor)
         skips = index in weakens
-        stages = [plain_cfg(scale, weakened if skips and options.slg_mode == "uncond" else NEGATIVE)]
-        if skips and options.slg_mode == "original":
+        negative = weakened if skips and options.slg_mode == "uncond" else NEGATIVE
+        stages = [*_formula(scale, negative, options)]
+        if skips and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_skipped_layers(weakened, options.slg_scale))
-        if options.guidance_rescale != 0:
+        if stages and options.guidance_rescale != 0:
             stages.append(rescale(options.guidance_rescale))
-        return StepPlan(tuple(stages))
+        return StepPlan(tuple(stages), factor, of_all)
 
     return [
         tuple(plan(index, scale) for index, scale in enumerate(scales))
         for scales in guidance_scales(prepared, options)
     ]
+
+
+def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[Stage, ...]:
+    """Return the stage that joins the positive and the negative pass; none if it gives the positive one
+    back.
+    """
+    if options.perp_neg is not None:
+        return (perp_neg(scale, options.perp_neg, negative),)
+    if scale == 1:
+        return ()
+    return (cfg_zero(scale, negative) if options.cfgzerostar_scaling else plain_cfg(scale, negative),)
 
 
 def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
@@ -86,6 +105,11 @@ def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
     """
     texts = {one.text for plans in plan_steps(prepared, options) for plan in plans for one in plan.passes}
     return Needs(negative="negative" in texts, blank="blank" in texts)
+
+
+def has_batches(prepared: Prepared, options: GuidanceOptions) -> bool:
+    """Return whether some step has passes that can be one batch."""
+    return any(plan.most_together > 1 for plans in plan_steps(prepared, options) for plan in plans)
 
 
 def plain_cfg(scale: float, negative: Pass) -> Stage:
