@@ -39,8 +39,8 @@ def _refuse_zero_star(options: GuidanceOptions, plans: list[StepPlan], is_guided
             )
     if not any(plan.passes for plan in plans):
         raise OptionError(
-            f"--cfgzerostar_init_steps {steps}: no step would be left that calls the model, of {len(plans)}; "
-            "1 or 2 are usual"
+            f"--cfgzerostar_init_steps {steps}: none of the {len(plans)} steps would call the model. Give "
+            "fewer; 1 or 2 are usual"
         )
 
 
