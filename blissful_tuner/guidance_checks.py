@@ -62,8 +62,8 @@ def _unused(
     """Return the options that do nothing, as they were given, each with the reason."""
     given = {
         f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
-        f"--guidance_rescale {options.guidance_rescale}": options.guidance_rescale != 0,
-        f"--perp_neg {options.perp_neg}": options.perp_neg is not None,
+        f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,
+        f"--perp_neg {options.perp_neg or 0:g}": options.perp_neg is not None,
         "--disable_embedded_for_cfg": options.disable_embedded_for_cfg,
     }
     layers, _, perp_neg, embedded = given

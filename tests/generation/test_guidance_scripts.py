@@ -135,7 +135,7 @@ def test_an_empty_negative_prompt_shares_its_pass_with_the_empty_text(
 ) -> None:
     say = [word for word in SAY if word not in {"--negative_prompt", "dull"}]
     latents, calls = scripts[kind].run(tmp_path / "a", "--perp_neg", 2, say=say)
-    assert "--perp_neg 2.0 is ignored because the negative prompt is empty" in caplog.text
+    assert "--perp_neg 2 is ignored because the negative prompt is empty" in caplog.text
     assert per_step(calls) == PLAIN
     assert torch.equal(latents[1], scripts[kind].run(tmp_path / "b", say=say)[0][1])
 
