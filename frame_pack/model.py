@@ -253,7 +253,7 @@ class FramePackModel(nn.Module):
         latents = [self.clean_x_embedder(one.latents, one.times).to(dtype) for one in given[:-1]]
         latents.append(patches.to(dtype).flatten(2).transpose(1, 2))
         rotary = self._rotary.of(_layout(given, grid, position_scale), noisy.device)
-        vector = self.time_text_embed(timesteps, clip_l, guidance)
+        vector = self.time_text_embed(timesteps, clip_l, guidance if tweaks.embedded_guidance else None)
         image = self.image_projection(image_embeddings).to(dtype)
         longest, counts = real_tokens(llama_mask)
         text = self.context_embedder(llama[:, :longest], timesteps, counts, dtype, self.attention)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance import needs
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.guidance_checks import check_guidance
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import RequestOptions
@@ -124,24 +123,6 @@ def check_media(request: Request) -> None:
         except MediaError as error:
             kind = "an image file" if is_image else "a video, or a folder of images"
             raise OptionError(f"--{name}: {error}. Give {kind}.") from None
-
-
-def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
-    if needs(prepared, options).negative:
-        return
-    if prepared.asked.negative_prompt is not None:
-        text = prepared.asked.negative_prompt
-        logger.warning(
-            "the negative prompt %r is ignored because no step uses guidance (--guidance_scale)", text
-        )
-    given = {
-        "--slg_mode": options.skipped_layers and options.slg_mode,
-        "--guidance_rescale": options.guidance_rescale,
-    }
-    for option, value in given.items():
-        if value:
-            logger.warning("%s %s is ignored because no step uses guidance", option, value)
 
 
 def check_values(request: Request) -> None:

@@ -139,7 +139,7 @@ class HunyuanVideoModel(nn.Module):
         patches = self.img_in(noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         vector = self.time_in(timesteps) + self.vector_in(clip_l)
-        if self.config.has_guidance:
+        if self.config.has_guidance and tweaks.embedded_guidance:
             vector = vector + self.guidance_in(guidance)
         longest, counts = real_tokens(llama_mask)
         text = self.txt_in(llama[:, :longest], timesteps, counts, dtype, self.attention)
