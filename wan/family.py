@@ -19,9 +19,10 @@ from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, settle, size_of, whole_frames
+from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.pixels import image_size
+from modules.media.pixels import image_size, to_pixels
 from modules.options import NO_OPTIONS
 from wan import conditioning
 from wan.caching import encode_together
@@ -268,8 +269,8 @@ class Wan:
         flow_shift = (
             default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
         )
-        if request.image_path is not None and self.sizes_follow_image:
-            width, height = conditioning.size_like_image(image_size(request.image_path), width * height)
+        if task.kind != "t2v" and request.first_image is not None and self.sizes_follow_image:
+            width, height = conditioning.size_like_image(image_size(request.first_image), width * height)
         size = width, height, whole_frames(frames, LATENT)
         check_size((width, height, frames), LATENT)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
@@ -288,6 +289,22 @@ class Wan:
         """
         conditions = encode_inputs(encoders, prepared, self.task, stretched=self.sizes_follow_image)
         return {0: self._no_image(1) | conditions}
+
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from: a picture's task starts from a picture."""
+        makes_picture, starts_from_noise = self.task.frames == 1, self.task.kind == "t2v"
+        takes = {VIDEO: not makes_picture, IMAGE: starts_from_noise, LATENTS: True}
+        return SourceRules(
+            tuple(option for option, is_taken in takes.items() if is_taken),
+            f"--task {self.task.name}",
+            stretches=True,
+            latents_of=frozenset({"wan"}),
+        )
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8 as the means of the posterior, 1 C f h w."""
+        return encoders.vae.encode(to_pixels(frames))
 
     def sections(
         self,

@@ -25,7 +25,7 @@ def appends_end(task: WanTask, request: Request) -> bool:
 def take_inputs(task: WanTask, request: Request) -> Request:
     """Return the request with the media that the task takes. Raises OptionError if one is missing."""
     if task.kind != "t2v":
-        require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
+        require(request.first_image, "--image_path", f"--task {task.name} starts from an image")
     if task.kind == "flf2v":
         require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
     if task.has_control:
@@ -34,7 +34,6 @@ def take_inputs(task: WanTask, request: Request) -> Request:
         "image_path": task.kind != "t2v",
         "end_image_path": task.kind != "t2v",
         "control_path": task.has_control,
-        "video_path": False,
     }
     return keep_usable_media(request, taken, f"--task {task.name} does not take it")
 
@@ -55,16 +54,15 @@ def encode_inputs(
     def pixels(path: Path) -> Tensor:
         return image_pixels(path, width, height, keep_aspect=not stretched)
 
-    if task.kind != "t2v" and request.image_path is not None:
-        paths = [request.image_path] + ([end] if task.kind == "flf2v" and end is not None else [])
+    first = request.first_image
+    if task.kind != "t2v" and first is not None:
+        paths = [first] + ([end] if task.kind == "flf2v" and end is not None else [])
         features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
         conditions["clip"] = torch.cat(features, dim=1).cpu()
         if task.kind == "flf2v" and end is not None:
-            image = conditioning.first_last_condition(vae, pixels(request.image_path), pixels(end), frames)
+            image = conditioning.first_last_condition(vae, pixels(first), pixels(end), frames)
         else:
-            image = conditioning.image_condition(
-                vae, pixels(request.image_path), frames, pixels(end) if end else None
-            )
+            image = conditioning.image_condition(vae, pixels(first), frames, pixels(end) if end else None)
         conditions["condition_latents"] = image.cpu()
     if task.has_control and request.control_path is not None:
         has_end = appends_end(task, request)

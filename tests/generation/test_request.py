@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.video_to_video_options import NO_SOURCE
 from generation.request import check_guidance, make_request
 from generation.request_options import RequestOptions
 from modules.contract.generation import Request
@@ -28,8 +29,7 @@ OPTIONS = RequestOptions(
     None,
     None,
     None,
-    None,
-    None,
+    NO_SOURCE,
     None,
     {},
 )
