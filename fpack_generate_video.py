@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
 from families import identify
 from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, add_generation_arguments
 from frame_pack.section_syntax import parse_entries
@@ -22,6 +23,7 @@ DEFAULTS = ScriptDefaults(
     sample_solver="unipc",
     embedded_guidance=10.0,
     media=frozenset({"end_image_path"}),
+    source=SourceDefaults(takes_image=False),
     has_length=False,
     noise_on_cpu=True,
     extras=REQUEST_OPTIONS,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
 from families import identify
 from generation.options import read_generation
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS
@@ -22,7 +23,8 @@ DEFAULTS = ScriptDefaults(
     flow_shift=7.0,
     sample_solver="vanilla",
     embedded_guidance=6.0,
-    media=frozenset({"image_path", "video_path"}),
+    media=frozenset({"image_path"}),
+    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
     joins_guidance=True,
     blocks_to_swap=None,
     line_options=EMBEDDED_GENERATION_OPTIONS,

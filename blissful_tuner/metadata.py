@@ -63,10 +63,10 @@ def output_metadata(
     }
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
-        "strength": None if request.asked.video_path is None else request.asked.strength,
         "device": device,
+        **(request.asked.source.in_words() if request.asked.source is not None else {}),
     }
-    media = ("image_path", "end_image_path", "control_path", "video_path")
+    media = ("image_path", "end_image_path", "control_path")
     optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
     values |= {name: value for name, value in optional.items() if value is not None}
     values |= {

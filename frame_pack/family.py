@@ -16,7 +16,7 @@ from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
-from frame_pack.inputs import one_frame_inputs, video_inputs
+from frame_pack.inputs import encode_clip, one_frame_inputs, video_inputs
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
     FRAMES_PER_SECOND,
@@ -43,6 +43,7 @@ from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
+from modules.contract.source import LATENTS, VIDEO, SourceRules
 from modules.devices import send
 from modules.options import NO_OPTIONS
 from modules.vae_options import VAE_TILE
@@ -288,6 +289,15 @@ class FramePack:
     def needs_media(self, prepared: Prepared) -> bool:
         """Return True: there is always an image."""
         return True
+
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from, section by section; HunyuanVideo has the same VAE."""
+        return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w on the CPU."""
+        return encode_clip(encoders.vae, frames, seed, self.window)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the images for every section, on the CPU."""

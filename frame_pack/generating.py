@@ -60,7 +60,9 @@ def video_sections(
         }
         drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))
         label = f"section {number + 1} of {len(plan)}"
-        latents = yield replace(prompts[section.index].section(drawn, conditions), made=piece, label=label)
+        place = 1 + section.index * window  # behind the start image
+        asked = prompts[section.index].section(drawn, conditions)
+        latents = yield replace(asked, place=place, made=piece, label=label)
         device, history = latents.device, order.grown(history, latents.to(CPU))
         piece = _newest(order, history, window, number)
     return order.video(_tensor(inputs[0], "start_latents"), history, len(plan) * window).to(device)

@@ -124,9 +124,12 @@ def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
     request = keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
-    return keep_usable_media(
-        request, {"control_path": False, "video_path": False}, "FramePack does not take it"
-    )
+    if is_picture and request.source is not None:
+        raise OptionError(
+            f"--{request.source.option} {request.source.path} and --one_frame_inference: a single picture is "
+            "made from --image_path and --control_image_path. Leave one of them out"
+        )
+    return keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
 
 def _metadata_of(extra: Mapping[str, str], sections: int, window: int, is_f1: bool) -> dict[str, str]:
@@ -205,6 +208,8 @@ def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path,
     text = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
+    if text is None and request.first_image is not None:  # the first frame of the video that it starts from
+        return (request.first_image,) * sections
     entries = _entries_of(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_picture)
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):

@@ -24,7 +24,7 @@ from generation.jobs import Failures, GenerationJob, GenerationRun
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
-from generation.outputs import LATENT_SUFFIX, load_latents, own_stem, save_latents, save_pixels, words_of
+from generation.outputs import LATENT_SUFFIX, own_stem, save_latents, save_pixels, words_of
 from generation.preset import leave_out_missing
 from generation.progress import Bars, Queue, in_short, name_model
 from generation.prompt_lines import read_generation_lines
@@ -32,6 +32,7 @@ from generation.run import check_models
 from generation.sections import make_latents
 from generation.session import CPU, Session, wanted_texts
 from modules.atomic_write import make_folder
+from modules.checkpoints.latents import load_latents
 from modules.command import as_typed
 from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box

@@ -15,8 +15,6 @@ from generation.growing import (
 )
 from generation.jobs import Denoised, Failures, GenerationRun
 from generation.outputs import (
-    SavedLatents,
-    load_latents,
     output_stem,
     own_stem,
     save_pixels,
@@ -24,6 +22,7 @@ from generation.outputs import (
 from generation.progress import show_end
 from modules.atomic_write import make_folder
 from modules.bars import track
+from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.family import Family
 from modules.errors import CheckpointError

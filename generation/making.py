@@ -33,7 +33,7 @@ from generation.outputs import (
 from generation.progress import Bars, Queue, show_end, show_start
 from generation.request import prepare_line
 from generation.sections import OnSection, make_latents
-from generation.session import CPU, NO_ENCODERS, encode_inputs, wanted_texts
+from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wanted_texts
 from modules.atomic_write import make_folder
 from modules.contract.data import Conditions
 from modules.contract.generation import EncodedPrompts, Section
@@ -55,7 +55,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
 
 def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> None:
     """Encode all texts, encode all images and videos, denoise all, decode all."""
-    if any(run.family.needs_media(job.prepared) for job in jobs):
+    if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
     if run.options.forces_split and any(has_batches(job.prepared, run.options.guidance) for job in jobs):
         logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
@@ -101,8 +101,8 @@ def encode_all_inputs(
 ) -> Mapping[str, Mapping[int, Conditions]]:
     """Return the media conditions of each job by its label, without the jobs that failed."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
-    with_media = [job for job in jobs if run.family.needs_media(job.prepared)]
-    without = [job for job in jobs if not run.family.needs_media(job.prepared)]
+    with_media = [job for job in jobs if needs_media(run.family, job.prepared)]
+    without = [job for job in jobs if not needs_media(run.family, job.prepared)]
     found = encode_inputs(run.family, NO_ENCODERS, [job.prepared for job in without])
     inputs.update(zip([job.label for job in without], found, strict=True))
     if with_media:

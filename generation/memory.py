@@ -15,8 +15,8 @@ from generation.noise import SeededNoise
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import prepare_line
-from generation.sections import on_device
-from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, texts_of, wanted_texts
+from generation.sections import on_device, sections_of
+from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt
@@ -130,7 +130,7 @@ def rehearse_inputs(
     family: Family, prepared: Prepared, extra: MemoryPart
 ) -> tuple[Phase | None, Mapping[int, Conditions]]:
     """Return the phase that encodes images and videos as conditions; None if there are none."""
-    if not family.needs_media(prepared):
+    if not needs_media(family, prepared):
         return None, encode_inputs(family, NO_ENCODERS, [prepared])[0]
     encoders = family.media_encoders(META)
     with dry_run() as ledger:
@@ -160,7 +160,7 @@ def rehearse_denoising(
         place(dit, ledger)
         watch_blocks(blocks, ledger)
         section = on_device(
-            next(family.sections(prepared, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
+            next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
         )
         guidance = make_guidance(prepared, options.guidance, family.experts)
         step = heaviest_step(prepared, options, family.experts, section.noise)
@@ -280,6 +280,8 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Prepare
             errors.append(error)
     if not requests:
         raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: the file has no prompt")
+    # of equal ones the last that has something to encode
+    requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))
     sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
     largest = [
         size

@@ -11,7 +11,7 @@ from blissful_tuner.preview_options import add_preview_arguments
 from blissful_tuner.prompt_options import add_prompt_arguments
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
 from blissful_tuner.steadier_options import add_steadier_arguments
-from blissful_tuner.video_to_video_options import add_video_to_video_arguments, refuse_video_to_video
+from blissful_tuner.video_to_video_options import add_video_to_video_arguments
 from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, use_preset
 from generation.prompt_lines import LineOption
@@ -146,10 +146,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
     add_request_arguments(parser, defaults)
-    if "video_path" in defaults.media:
-        add_video_to_video_arguments(parser)
-    else:
-        refuse_video_to_video(parser)
+    add_video_to_video_arguments(parser, defaults.source)
     add_guidance_arguments(parser, has_embedded=defaults.embedded_guidance is not None)
     _add_run_arguments(parser, defaults)
     add_output_arguments(parser, defaults)

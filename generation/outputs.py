@@ -6,7 +6,6 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -20,11 +19,8 @@ from torch import Tensor
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata, with_plain_keys
 from generation.output_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
-from modules.checkpoints.containers import load_pickled
-from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
-from modules.errors import CheckpointError
 from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
@@ -90,48 +86,11 @@ def own_stem(folder: Path, stem: str) -> Iterator[str]:
         yield stem
 
 
-@dataclass(frozen=True)
-class SavedLatents:
-    """Contents of a latent file."""
-
-    latents: Tensor  # B C F H W
-    metadata: Mapping[str, str]
-
-
 def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None) -> None:
     """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space."""
     save_tensors(
         path, {"latent": latents[0].float()}, None if metadata is None else with_plain_keys(metadata)
     )
-
-
-def load_latents(path: Path) -> SavedLatents:
-    """Read a latent file: safetensors, or a pickled tensor.
-
-    Raises CheckpointError if the file is damaged or has no latents.
-    """
-    metadata: Mapping[str, str] = {}
-    if path.suffix == ".safetensors":
-        with open_checkpoint(path) as file:
-            metadata = file.metadata
-            found = file.read("latent") if "latent" in file.tensors else None
-    else:
-        content = load_pickled(path)
-        found = content.get("latent") if isinstance(content, dict) else content
-    if not isinstance(found, Tensor):
-        raise CheckpointError(
-            f"--latent_path {path} has no tensor `latent`. Give a file written with --output_type latent",
-            path,
-        )
-    if found.ndim == 4:
-        found = found[None]
-    if found.ndim != 5 or len(found) != 1 or not found.numel():
-        raise CheckpointError(
-            f"--latent_path {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is "
-            "needed",
-            path,
-        )
-    return SavedLatents(found.float(), metadata)
 
 
 def save_pixels(

@@ -106,6 +106,8 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "ei": LineOption("end_image_path", _path),
     "cn": LineOption("control_path", _path),
     "v": LineOption("video_path", _path),
+    "vd": LineOption("denoise", _number),
+    "ii": LineOption("i2i_path", _path),
     "n": LineOption("negative_prompt", str),
     "cs": LineOption("cfg_schedule", str),
 }
@@ -122,7 +124,7 @@ EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 # the same for models whose videos are made in sections: each section may have its own text and start image,
 # and lengths are in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "v"}},
+    **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "ii"}},
     "f": LineOption("video_seconds", _number, instead_of="video_sections"),
     "vs": LineOption("video_sections", _whole),
     "ci": LineOption("control_image_path", _path, repeats=True),

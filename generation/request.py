@@ -3,16 +3,20 @@
 import logging
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.video_to_video import begin_late, check_source
+from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import RequestOptions
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
+from modules.contract.source import Source
 from modules.errors import MediaError, OptionError
 from modules.options import check_seed, show_number, to_path
 from modules.text_files import bad_character
@@ -76,12 +80,35 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
-        video_path=path("video_path"),
-        strength=1.0 if options.strength is None else options.strength,
+        source=_source(options.source, line),
         extra=_extra(options, line),
     )
     check_values(request)
     return request
+
+
+def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
+    """What the command line, or a prompt line in its place, starts from. Raises OptionError for several."""
+    in_line = {name: line[name] for name in SOURCES if name in line}
+    paths = in_line or {name: getattr(options, name) for name in SOURCES}
+    given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
+    check_one_source(given)
+    if "denoise" in line:
+        check_share("--vd in a prompt line", line["denoise"])
+    if not given:
+        if "denoise" in line:
+            logger.warning("--vd %g is ignored because the line starts from no video (--v)", line["denoise"])
+        return None
+    ((name, path),) = given.items()
+    source = Source(
+        name,
+        to_path(f"--{name}", path),
+        line.get("denoise", options.denoise),
+        options.share,
+        options.v2v_noise_mode,
+        options.v2v_pad_mode,
+    )
+    return replace(source, extra_noise=getattr(options, source.extra_option) or 0.0)
 
 
 def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
@@ -100,17 +127,18 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
     Raises UserError for what cannot be made.
     """
-    prepared = family.prepare(make_request(options.request, overrides))
+    request = check_source(make_request(options.request, overrides), family.source, family.latent)
+    prepared = begin_late(family.prepare(request), family)
     check_guidance(prepared, options.guidance)
     check_media(prepared.asked)
     return prepared
 
 
 def check_media(request: Request) -> None:
-    """Raise OptionError if an image or a video cannot be opened. Reads headers, and a frame of a video."""
+    """Raise OptionError if an image or a control video cannot be opened. Reads headers and a frame."""
     from modules.media.reading import image_size, video_info
 
-    for name in ("image_path", "end_image_path", "control_path", "video_path"):
+    for name in ("image_path", "end_image_path", "control_path"):
         path = getattr(request, name)
         if path is None or not path.exists():  # which the family has checked
             continue

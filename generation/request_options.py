@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blissful_tuner.video_to_video_options import SourceOptions
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.options import SETTING
@@ -39,8 +40,7 @@ class RequestOptions:
     image_path: Path | None
     end_image_path: Path | None
     control_path: Path | None
-    video_path: Path | None
-    strength: float | None
+    source: SourceOptions
     embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
     # options of the family: their names in Request.extra -> their values
     extras: Mapping[str, tuple[str, Any]]
@@ -50,8 +50,6 @@ class RequestOptions:
             raise OptionError(f"--fps {self.fps:g}: give a number above 0")
         if self.fps > MOST_FPS:
             raise OptionError(f"--fps {self.fps:g}: give at most {MOST_FPS}")
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise OptionError(f"--strength {self.strength:g}: give a share of the steps from 0 to 1")
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:

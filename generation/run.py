@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from blissful_tuner.prompt_rewrite import PromptRewriter
-from blissful_tuner.video_to_video_options import STRENGTH
+from blissful_tuner.video_to_video_options import SourceOptions
 from generation.asking import line_reader
 from generation.decoding import decode_files
 from generation.dressing import dit_loader
@@ -92,19 +92,17 @@ def make_prompt(run: GenerationRun) -> None:
         first = None if request.seed is None else make_request(request).seed
         seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
         jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
-    tell_unused_strength(request.strength, jobs[:1])
+    tell_unused_sources(request.source, jobs[:1])
     failures = Failures(strict=count == 1)
     make(run, jobs, failures)
     failures.raise_if_any(count)
 
 
-def tell_unused_strength(strength: float | None, jobs: Sequence[GenerationJob]) -> None:
-    """Warn if --strength was given and no job starts from a video."""
-    if strength not in (None, STRENGTH) and all(job.prepared.asked.video_path is None for job in jobs):
-        logger.warning(
-            "--strength %g is ignored because --video_path is not given: all steps are made from noise",
-            strength,
-        )
+def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
+    """Warn of options of video-to-video that no job uses."""
+    used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
+    for given, needed in options.unused(used).items():
+        logger.warning("%s is ignored because %s is not given", given, needed)
 
 
 def check_models(run: GenerationRun) -> None:
@@ -144,7 +142,7 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
             with failures.note_errors(label := f"line {number}", fatal=CheckpointError):
                 jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
     if jobs:
-        tell_unused_strength(run.options.request.strength, jobs)
+        tell_unused_sources(run.options.request.source, jobs)
         make(run, jobs, failures)
     failures.raise_if_any(len(lines), f"{path}: ")
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import GENERATION_OPTIONS, LineOption
 
 # --optimized, of every family
@@ -26,6 +27,7 @@ class ScriptDefaults:
     embedded_guidance: float | None = None  # None: no such option
     # the image and video inputs that the script accepts
     media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})
+    source: SourceDefaults = SourceDefaults()  # of video-to-video
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
     has_length: bool = True  # whether there is a --video_length

@@ -1,6 +1,6 @@
 """From a checked request to clean latents: denoise the family's sections one after the other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -8,18 +8,20 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.video_to_video import noisy_source
+from blissful_tuner.video_to_video import noisy_source, part_of
 from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
 from modules.contract.data import Conditions
-from modules.contract.family import Family
+from modules.contract.family import Family, NoiseSource
 from modules.contract.generation import DitAt, EncodedPrompts, Section
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import send
 from modules.flow.solvers import Solver, solver_for
+from modules.seeds import derive_seed
 
 OnSection = Callable[[Section], None]
+SOURCE = "source_latents"  # among the inputs of section 0: what the whole video starts from
 
 
 def make_latents(
@@ -42,8 +44,11 @@ def make_latents(
     watchers, split: see `denoise`. on_section: told of each section before it is denoised; the network may
     leave its device meanwhile.
     """
-    noise = SeededNoise(prepared.seed, device, cpu_noise or family.defaults.noise_on_cpu)
-    sections = family.sections(prepared, prompts, inputs, noise)
+    on_cpu = cpu_noise or family.defaults.noise_on_cpu
+    noise = SeededNoise(prepared.seed, device, on_cpu)
+    # a stream of its own: however much of it is added, all other noise of a seed stays the same
+    extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
+    sections = sections_of(family, prepared, prompts, inputs, noise)
     try:
         section = next(sections)
         while True:
@@ -56,7 +61,7 @@ def make_latents(
                 family,
                 dit_at,
                 section,
-                start_of(section, solver, prepared),
+                start_of(section, solver, prepared, extra),
                 solver,
                 guidance,
                 watchers,
@@ -67,12 +72,37 @@ def make_latents(
         return end.value
 
 
-def start_of(section: Section, solver: Solver, prepared: Prepared) -> Start:
-    """Begin with noise, or with what a section starts from at a later step."""
-    if section.source is None:
+def sections_of(
+    family: Family,
+    prepared: Prepared,
+    prompts: Mapping[int, EncodedPrompts],
+    inputs: Mapping[int, Conditions],
+    noise: NoiseSource,
+) -> Generator[Section, Tensor, Tensor]:
+    """Yield the family's sections, each with the part of the clean latents (`SOURCE`) that it starts from."""
+    conditions = dict(inputs.get(0, {}))
+    source = conditions.pop(SOURCE, None)
+    if not isinstance(source, Tensor):
+        return (yield from family.sections(prepared, prompts, inputs, noise))
+    sections = family.sections(prepared, prompts, {**inputs, 0: conditions}, noise)
+    try:
+        section = next(sections)
+        while True:
+            section = sections.send((yield replace(section, source=part_of(source, section))))
+    except StopIteration as end:
+        return end.value
+
+
+def start_of(section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource) -> Start:
+    """Begin with noise, or with what a section starts from at a later step. extra: for --v2v_extra_noise."""
+    source = prepared.asked.source
+    if section.source is None or source is None:
         return Start(section.noise)
     step = prepared.first_step
-    return Start(noisy_source(section.source, section.noise, solver.schedule, step), step)
+    latents = noisy_source(section.source, section.noise, solver.schedule, step)
+    if source.extra_noise:
+        latents = latents + source.extra_noise * extra.draw(latents.shape)
+    return Start(latents, step)
 
 
 def on_device(section: Section, device: torch.device) -> Section:

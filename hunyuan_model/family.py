@@ -37,9 +37,10 @@ from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
+from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
-from modules.media.pixels import image_pixels, video_pixels
+from modules.media.pixels import byte_clips, image_pixels
 from modules.options import NO_OPTIONS, require
 
 logger = logging.getLogger(__name__)
@@ -273,11 +274,10 @@ class HunyuanVideo:
             "image_path": self._starts_from_image,
             "end_image_path": False,
             "control_path": False,
-            "video_path": True,
         }
         request = keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
-            require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
+            require(request.first_image, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
         if usual.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
             scale = request.embedded_guidance
@@ -295,25 +295,35 @@ class HunyuanVideo:
         return replace(prepared, prompts={0: replace(prepared.prompts[0], positive=positive)})
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image or a video must be encoded before denoising."""
-        return self._starts_from_image or prepared.asked.video_path is not None
+        """Whether an image must be encoded before denoising."""
+        return self._starts_from_image
+
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from; FramePack has the same VAE."""
+        return SourceRules(
+            (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
+        )
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w."""
+        return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the image as `condition_latents`, the start video as `video_latents`: CPU, model space."""
-        request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
+        """Encode the image as `condition_latents`: CPU, model space."""
+        image, width, height, frames = (
+            prepared.asked.first_image,
+            prepared.width,
+            prepared.height,
+            prepared.frames,
+        )
         generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
-        if self._starts_from_image and request.image_path is not None:
-            first = (
-                encoders.vae.encode(image_pixels(request.image_path, width, height), generators)
-                * LATENT.scale
-            )
+        if self._starts_from_image and image is not None:
+            first = encoders.vae.encode(image_pixels(image, width, height), generators) * LATENT.scale
             conditions["condition_latents"] = first_frame_condition(
                 first, LATENT.shape(frames, height, width)[2]
             ).cpu()
-        if request.video_path is not None:
-            pixels = video_pixels(request.video_path, "--video_path", width, height, frames)
-            conditions["video_latents"] = (encoders.vae.encode(pixels, generators) * LATENT.scale).cpu()
         return {0: conditions}
 
     def sections(
@@ -334,11 +344,9 @@ class HunyuanVideo:
             noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)
         ]
         conditions = dict(inputs.get(0, {}))
-        source = conditions.pop("video_latents", None)
-        assert source is None or isinstance(source, Tensor)
         guidance = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         conditions["guidance"] = torch.full((1,), guidance, dtype=self._dit_dtype())
-        return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions, source))
+        return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""

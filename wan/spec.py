@@ -1,7 +1,8 @@
-"""Names inside the Wan2.1 transformer, for code that acts on it from outside."""
+"""Latents of Wan2.1, and names inside its transformer for code that acts on it from outside."""
 
-from modules.contract.family import DitSpec
+from modules.contract.family import DitSpec, LatentSpec
 
+LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 DIT = DitSpec(
     block_lists=("blocks",),
     fp8_exclude=(

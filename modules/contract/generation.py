@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
+from modules.contract.source import VIDEO, Source
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,16 @@ class Request:
     image_path: Path | None = None
     end_image_path: Path | None = None
     control_path: Path | None = None
-    video_path: Path | None = None
-    strength: float = 1.0  # how much of `video_path` is made anew, 0..1
+    source: Source | None = None  # what denoising starts from; None: noise
     # options of the family as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def first_image(self) -> Path | None:
+        """The image that an image-to-video model starts from, or the video whose first frame it is."""
+        if self.image_path is None and self.source is not None and self.source.option == VIDEO:
+            return self.source.path
+        return self.image_path
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,7 @@ class EncodedPrompts:
     blank: Conditions | None = None
     away: Conditions | None = None
 
-    def section(
-        self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None
-    ) -> "Section":
+    def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
         """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised.
 
         Texts that are the same object become the same conditions, so that a pass with them runs once.
@@ -79,7 +84,7 @@ class EncodedPrompts:
             return None if text is None else made[id(text)]
 
         away = None if self.away is None else add_batch_axis(self.away)
-        return Section(noise, positive, joined(self.negative), joined(self.blank), source, away=away)
+        return Section(noise, positive, joined(self.negative), joined(self.blank), away=away)
 
 
 # as `Family.decode`, but not limited to -1..1
@@ -166,7 +171,8 @@ class Section:
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
-    source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
+    place: int = 0  # of its first latent frame in the video
+    source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
     away: Conditions | None = None  # of a text alone, without media
     tweaks: Tweaks = NO_TWEAKS  # of every pass
     made: Piece | None = None  # what the section before this one added to the video

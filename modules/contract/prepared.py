@@ -26,7 +26,7 @@ class Prepared:
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
-    first_step: int = 0  # that is made; later than 0 if denoising starts from a video
+    first_step: int = 0  # that is made; later than 0 if denoising starts from a video; set by the shared loop
     own: Any = None  # what only the family reads, in a record of its own
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 

@@ -59,15 +59,7 @@ def settle(
         flow_shift=flow_shift,
         guidance_scale=(scale,),
         embedded_guidance=embedded,
-        first_step=0 if request.video_path is None else first_step(steps, request.strength),
     )
-
-
-def first_step(steps: int, strength: float) -> int:
-    """Return the step at which video-to-video begins: the last `strength` of them are made, and at least
-    one.
-    """
-    return steps - min(max(int(steps * strength), 1), steps)
 
 
 def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:

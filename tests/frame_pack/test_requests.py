@@ -177,8 +177,8 @@ def test_what_cannot_be_made_is_said(picture: Path, said: dict[str, Any], messag
             "--control_image_path is ignored because it is for --one_frame_inference",
         ),
         (
-            {"video_path": Path("clip.mp4")},
-            "--video_path clip.mp4 is ignored because FramePack does not take it",
+            {"control_path": Path("clip.mp4")},
+            "--control_path clip.mp4 is ignored because FramePack does not take it",
         ),
         (
             {"prompt": "a;;;4:b", "extra": {"video_sections": "4"}},
@@ -195,7 +195,7 @@ def test_what_is_left_out_is_warned_about(
     request = settle(picture, **said)
     assert message in caplog.text
     assert request.asked.end_image_path is None
-    assert request.asked.video_path is None
+    assert request.asked.control_path is None
     assert own(request).controls == ()
     assert "control_image_path" not in request.own_metadata
 

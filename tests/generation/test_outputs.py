@@ -15,13 +15,13 @@ from generation.output_options import OutputOptions
 from generation.outputs import (
     drop_tail,
     free_stem,
-    load_latents,
     output_stem,
     own_stem,
     pixels_to_uint8,
     save_latents,
     save_pixels,
 )
+from modules.checkpoints.latents import load_latents
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames, video_info
 from tests.media_tags import read_tags

@@ -86,7 +86,14 @@ RECORDED = [
     for option, kind in script.facts.items()
     if kind != "nothing" and option not in FROM_FAMILY
 ]
-SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio", "slg_start", "slg_end"}  # not above 1
+SHARES = {
+    "strength",
+    "v2v_denoise",
+    "guidance_rescale",
+    "cfg_apply_ratio",
+    "slg_start",
+    "slg_end",
+}  # not above 1
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
@@ -104,7 +111,11 @@ WITH = {  # what has to be given too
     "upcast_linear": ["--fp8_scaled"],
     "upcast_quantization": ["--fp8_scaled"],
     "compile_args": ["--compile"],
-    "strength": ["--video_path", "clip.mp4"],
+    **dict.fromkeys(
+        ["strength", "v2v_denoise", "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise"],
+        ["--video_path", "clip.mp4"],
+    ),
+    "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
 }
@@ -219,6 +230,13 @@ LISTS = {
             "end_image_path",
             "control_path",
             "video_path",
+            "i2i_path",
+            "from_latent",
+            "v2v_denoise",
+            "v2v_noise_mode",
+            "v2v_pad_mode",
+            "v2v_extra_noise",
+            "i2_extra_noise",
             "control_image_path",
             "control_image_mask_path",
         ),

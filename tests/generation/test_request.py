@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.video_to_video_options import NO_SOURCE
 from generation.request import make_request
 from generation.request_options import RequestOptions
 from modules.errors import OptionError
@@ -27,8 +28,7 @@ OPTIONS = RequestOptions(
     None,
     None,
     None,
-    None,
-    None,
+    NO_SOURCE,
     None,
     {},
 )
