@@ -15,6 +15,7 @@ from hunyuan_model.conditioning import (
     first_frame_condition,
     first_frame_of,
     posterior_generator,
+    texts_for,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
 from hunyuan_model.encoders import Encoders, beside
@@ -45,6 +46,7 @@ from modules.options import NO_OPTIONS, require
 logger = logging.getLogger(__name__)
 
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
+TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}  # of the network -> in caches
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 FLOW_SHIFT = 7.0  # likewise
 
@@ -243,11 +245,9 @@ class HunyuanVideo:
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            given("llm"),
-            given("llm_mask"),
-            given("clipL"),
-            guidance.float(),
-            tweaks,
+            guidance=guidance.float(),
+            **texts_for(cond, TEXT_INPUTS, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
