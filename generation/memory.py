@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blissful_tuner.guidance import guidance_scales, make_guidance
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_steps import guidance_scales
 from generation.denoise import predictor
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
