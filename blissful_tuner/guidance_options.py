@@ -4,6 +4,7 @@ import argparse
 import logging
 from dataclasses import dataclass
 
+from blissful_tuner.nag_options import NO_NAG, NagOptions, add_nag_arguments
 from modules.errors import OptionError
 from modules.options import add_unsupported
 
@@ -25,6 +26,7 @@ class GuidanceOptions:
     slg_start: float  # shares of the steps
     slg_end: float
     guidance_rescale: float  # share of the deviation added by guidance that is taken back
+    nag: NagOptions
 
     def __post_init__(self) -> None:
         if self.cfg_skip_mode != "none" and self.cfg_apply_ratio is None:
@@ -75,7 +77,7 @@ def parse_layers(text: str | None) -> frozenset[int]:
 
 
 # for training samples: guidance at every step, nothing else
-PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3, 0.0)
+PLAIN_GUIDANCE = GuidanceOptions("none", None, None, None, 3.0, 0.0, 0.3, 0.0, NO_NAG)
 
 
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +86,7 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     Scripts that have --guidance_rescale also call `add_rescale_argument`.
     """
     parser.set_defaults(guidance_rescale=0.0)
+    add_nag_arguments(parser)
     group = parser.add_argument_group("guidance")
     group.add_argument(
         "--cfg_schedule",

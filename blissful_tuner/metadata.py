@@ -64,6 +64,7 @@ def output_metadata(
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
         "strength": None if request.asked.video_path is None else request.asked.strength,
+        "nag_prompt": request.asked.away_prompt,
         "device": device,
     }
     media = ("image_path", "end_image_path", "control_path", "video_path")

@@ -18,7 +18,7 @@ from modules.contract.generation import NO_TWEAKS, Away, Section, Tweaks
 
 @dataclass(frozen=True)
 class NormalisedGuidance:
-    """The formula, as `Away.steer`. Equal to another with the same numbers, so that compiled code serves both."""
+    """The formula, as `Away.steer`. Equal to another with the same numbers: compiled code serves both."""
 
     scale: float
     tau: float
@@ -41,7 +41,7 @@ def _size(seen: Tensor) -> Tensor:
     return torch.linalg.vector_norm(seen, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)
 
 
-def positive_tweaks(options: NagOptions) -> Callable[[Section], Tweaks]:
+def nag_tweaks(options: NagOptions) -> Callable[[Section], Tweaks]:
     """Return what makes the tweaks of a section's positive passes; none if the guidance is off.
 
     Call it once for each section, whose conditions are on the device by then.

@@ -1,27 +1,26 @@
 """Options of normalised attention guidance. Standard library only."""
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.options import OF_REQUEST
 
 MOST_SCALE = 1000
 
 
 @dataclass(frozen=True)
 class NagOptions:
-    """Options of normalised attention guidance, which steers attention away from a second text."""
+    """Options of normalised attention guidance, which steers attention away from --nag_prompt."""
 
     nag_scale: float | None  # None, 1: off
     nag_tau: float
     nag_alpha: float
-    nag_prompt: str | None = field(metadata=OF_REQUEST)  # None: the negative prompt
 
     def __post_init__(self) -> None:
         if self.nag_scale is not None and not 1 <= self.nag_scale <= MOST_SCALE:
             raise OptionError(
-                f"--nag_scale {self.nag_scale:g}: give a number from 1 (off) to {MOST_SCALE}; 4 to 11 are usual"
+                f"--nag_scale {self.nag_scale:g}: give a number from 1 (off) to {MOST_SCALE}; 4 to 11 are "
+                "usual"
             )
         if not self.nag_tau > 0:
             raise OptionError(f"--nag_tau {self.nag_tau:g}: give a number above 0; 2.5 to 5 are usual")
@@ -34,11 +33,11 @@ class NagOptions:
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
-NO_NAG = NagOptions(None, 3.5, 0.5, None)
+NO_NAG = NagOptions(None, 3.5, 0.5)
 
 
 def add_nag_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `NagOptions`."""
+    """Declare the options of `NagOptions`, and --nag_prompt of each video."""
     group = parser.add_argument_group("normalised attention guidance (NAG)")
     group.add_argument(
         "--nag_scale",

@@ -255,6 +255,8 @@ class FramePackModel(nn.Module):
 
         A second text comes behind the first one, with the same image tokens in front of it.
         """
+        if tweaks.slow_frames is not None:
+            raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         noisy = given[-1].latents
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = self.x_embedder(noisy)  # B C f h w

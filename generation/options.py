@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments, add_rescale_argument
 from blissful_tuner.preview_options import add_preview_arguments
 from blissful_tuner.prompt_options import add_prompt_arguments
-from blissful_tuner.steadier_options import add_steadier_arguments
+from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments, refuse_video_to_video
 from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, use_preset
@@ -50,6 +50,7 @@ class GenerationOptions:
     output: OutputOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
     speed: GenerationSpeedOptions
+    steadier: SteadierOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions
     lycoris: bool = field(metadata=NO_PIXELS)  # files say it themselves
@@ -149,7 +150,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_preset_argument(parser, defaults.optimized)
     add_preview_arguments(parser)
     add_prompt_arguments(parser)
-    add_steadier_arguments(parser)
+    add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
     parser.set_defaults(
         extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
     )

@@ -107,6 +107,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "cn": LineOption("control_path", _path),
     "v": LineOption("video_path", _path),
     "n": LineOption("negative_prompt", str),
+    "nag": LineOption("nag_prompt", str),
     "cs": LineOption("cfg_schedule", str),
 }
 

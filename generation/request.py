@@ -3,11 +3,13 @@
 import logging
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blissful_tuner.guidance import needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.riflex import slow_frames
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import RequestOptions
@@ -73,6 +75,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         solver=SOLVERS[options.sample_solver],
         fps=options.fps,
         negative_prompt=line.get("negative_prompt", options.negative_prompt) or None,
+        away_prompt=line.get("nag_prompt", options.nag_prompt) or None,
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
@@ -104,7 +107,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = family.prepare(make_request(options.request, overrides))
     check_guidance(prepared, options.guidance)
     check_media(prepared.asked)
-    return prepared
+    return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
 
 
 def check_media(request: Request) -> None:
@@ -128,9 +131,12 @@ def check_media(request: Request) -> None:
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
     """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
-    if needs(prepared, options).negative:
+    needed, asked = needs(prepared, options), prepared.asked
+    if asked.away_prompt is not None and not needed.away:
+        logger.warning("--nag_prompt %r is ignored because --nag_scale turns nothing on", asked.away_prompt)
+    if needed.negative:
         return
-    if prepared.asked.negative_prompt is not None:
+    if asked.negative_prompt is not None and (not needed.away or asked.away_prompt is not None):
         text = prepared.asked.negative_prompt
         logger.warning(
             "the negative prompt %r is ignored because no step uses guidance (--guidance_scale)", text
@@ -164,6 +170,7 @@ def _check_texts(request: Request) -> None:
     for name, text in {
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt or "",
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
     }.items():
         found = bad_character(text)
         if found is not None:
