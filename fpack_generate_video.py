@@ -23,7 +23,6 @@ DEFAULTS = ScriptDefaults(
     embedded_guidance=10.0,
     media=frozenset({"end_image_path"}),
     has_length=False,
-    rescales_guidance=True,
     noise_on_cpu=True,
     extras=REQUEST_OPTIONS,
     line_options=SECTIONED_GENERATION_OPTIONS,

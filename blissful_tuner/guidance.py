@@ -7,11 +7,15 @@ A new one is a file with such a function, and a line there.
 import functools
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from blissful_tuner.cfg_zero import cfg_zero, init_factor
 from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import NEGATIVE, POSITIVE, Pass, Stage, StepPlan, Velocities, make_passes
 from blissful_tuner.guidance_steps import guidance_scales
+from blissful_tuner.nag import nag_tweaks
+from blissful_tuner.perp_neg import perp_neg
 from blissful_tuner.rescaling import rescale
 from blissful_tuner.skipped_layers import active_steps, add_skipped_layers
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
@@ -22,33 +26,32 @@ from modules.contract.steps import Guidance, Needs, Step, expert_at
 PositiveTweaks = Callable[[Section], Tweaks]
 
 
-def no_positive_tweaks(section: Section) -> Tweaks:
-    """Return no tweaks: the positive passes are as they are."""
-    return NO_TWEAKS
-
-
 def make_guidance(
     prepared: Prepared,
     options: GuidanceOptions,
     experts: Sequence[float] = (0.0,),
-    positive_tweaks: PositiveTweaks = no_positive_tweaks,
+    positive_tweaks: PositiveTweaks | None = None,
 ) -> Guidance:
     """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
 
-    positive_tweaks: asked once for the section, whose conditions are on the device by then.
+    positive_tweaks: asked once for the section, whose conditions are on the device by then; None: those of
+    normalised attention guidance.
     Raises OptionError if the request's schedule and the options do not go together.
     """
     plans = plan_steps(prepared, options)
     join = functools.cache(Tweaks.within)  # the same objects at all steps, as `Tweaks.turn` requires
+    tweak = positive_tweaks or nag_tweaks(options.nag)
     asked: list[tuple[Section, Tweaks]] = []
 
     def of_positive(section: Section) -> Tweaks:
         if not asked or asked[0][0] is not section:
-            asked[:] = [(section, positive_tweaks(section))]
+            asked[:] = [(section, tweak(section))]
         return asked[0][1]
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
+        if not plan.passes:
+            return torch.zeros_like(step.noisy)
         return plan.combine(make_passes(plan, predict, section, of_positive(section), join))
 
     return guide
@@ -61,22 +64,36 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepP
     """
     weakened = Pass("negative", Tweaks(skip_blocks=options.skipped_layers))
     weakens = active_steps(options, prepared.num_steps)
+    of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
 
     def plan(index: int, scale: float | None) -> StepPlan:
+        factor = init_factor(options, index)
         if scale is None:
-            return StepPlan()
+            return StepPlan(factor=factor)
         skips = index in weakens
-        stages = [plain_cfg(scale, weakened if skips and options.slg_mode == "uncond" else NEGATIVE)]
-        if skips and options.slg_mode == "original":
+        negative = weakened if skips and options.slg_mode == "uncond" else NEGATIVE
+        stages = [*_formula(scale, negative, options)]
+        if skips and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_skipped_layers(weakened, options.slg_scale))
-        if options.guidance_rescale != 0:
+        if stages and options.guidance_rescale != 0:
             stages.append(rescale(options.guidance_rescale))
-        return StepPlan(tuple(stages))
+        return StepPlan(tuple(stages), factor, of_all)
 
     return [
         tuple(plan(index, scale) for index, scale in enumerate(scales))
         for scales in guidance_scales(prepared, options)
     ]
+
+
+def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[Stage, ...]:
+    """Return the stage that joins the positive and the negative pass; none if it gives the positive one
+    back.
+    """
+    if options.perp_neg is not None:
+        return (perp_neg(scale, options.perp_neg, negative),)
+    if scale == 1:
+        return ()
+    return (cfg_zero(scale, negative) if options.cfgzerostar_scaling else plain_cfg(scale, negative),)
 
 
 def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
@@ -85,7 +102,12 @@ def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
     Raises OptionError as `make_guidance` does.
     """
     texts = {one.text for plans in plan_steps(prepared, options) for plan in plans for one in plan.passes}
-    return Needs(negative="negative" in texts, blank="blank" in texts)
+    return Needs(negative="negative" in texts, blank="blank" in texts, away=options.nag.is_on)
+
+
+def has_batches(prepared: Prepared, options: GuidanceOptions) -> bool:
+    """Return whether some step has passes that can be one batch."""
+    return any(plan.most_together > 1 for plans in plan_steps(prepared, options) for plan in plans)
 
 
 def plain_cfg(scale: float, negative: Pass) -> Stage:

@@ -4,7 +4,8 @@ A guidance idea is a `Stage`: it declares the passes that it needs and changes t
 passes of a step's stages are requested together, each once, however many stages need it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,18 +46,27 @@ class StepPlan:
     """What one step consists of; without stages it is the positive pass alone."""
 
     stages: tuple[Stage, ...] = ()
+    factor: float = 1.0  # of the velocity in the end; 0: no pass is made
+    tweaks: Tweaks = NO_TWEAKS  # of all passes
 
     @property
     def passes(self) -> tuple[Pass, ...]:
         """Return the passes of all stages, each once, the positive one first."""
+        if self.factor == 0:
+            return ()
         return tuple(dict.fromkeys([POSITIVE, *(one for stage in self.stages for one in stage.passes)]))
 
+    @property
+    def most_together(self) -> int:
+        """Return how many passes can be one batch at most: those with the same tweaks."""
+        return max(Counter(one.tweaks for one in self.passes).values(), default=0)
+
     def combine(self, velocities: Velocities) -> Tensor:
-        """Return the velocity that the solver follows."""
+        """Return the velocity that the solver follows. There is at least one pass."""
         velocity = velocities[POSITIVE]
         for stage in self.stages:
             velocity = stage.change(velocity, velocities)
-        return velocity
+        return velocity if self.factor == 1 else velocity * self.factor
 
 
 def make_passes(
@@ -68,23 +78,19 @@ def make_passes(
     conditions and tweaks are one. of_positive: further tweaks of the passes that take the positive
     conditions. join: returns the same object whenever it is given the same ones, as `Tweaks.turn` requires.
     """
-    calls: dict[Tweaks, list[Conditions]] = {}
-    wanted: list[tuple[Pass, Tweaks, Conditions]] = []
+    calls: dict[Tweaks, dict[int, Conditions]] = {}  # the conditions of each by their identity
+    place: dict[Pass, tuple[Tweaks, int]] = {}
     for one in plan.passes:
         conditions = getattr(section, one.text)
         assert conditions is not None, f"the section has no {one.text} conditions"
-        tweaks = join(one.tweaks, of_positive) if one.text == "positive" else one.tweaks
-        wanted.append((one, tweaks, conditions))
-        together = calls.setdefault(tweaks, [])
-        if not any(other is conditions for other in together):
-            together.append(conditions)
+        tweaks = join(one.tweaks, plan.tweaks)
+        if one.text == "positive":
+            tweaks = join(tweaks, of_positive)
+        calls.setdefault(tweaks, {})[id(conditions)] = conditions
+        place[one] = tweaks, id(conditions)
     made = {
-        (id(conditions), tweaks): velocity
+        (tweaks, key): velocity
         for tweaks, together in calls.items()
-        for conditions, velocity in zip(together, _call(predict, together, tweaks), strict=True)
+        for key, velocity in zip(together, predict(*together.values(), tweaks=tweaks), strict=True)
     }
-    return {one: made[id(conditions), tweaks] for one, tweaks, conditions in wanted}
-
-
-def _call(predict: Predict, conditions: Sequence[Conditions], tweaks: Tweaks) -> tuple[Tensor, ...]:
-    return predict(*conditions, tweaks=tweaks)
+    return {one: made[where] for one, where in place.items()}

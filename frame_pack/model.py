@@ -268,7 +268,7 @@ class FramePackModel(nn.Module):
         before = rotary.shape[-4] + image.shape[1]  # tokens in front of the text
 
         def vector_of(pooled: Tensor) -> Tensor:
-            return self.time_text_embed(timesteps, pooled, guidance)
+            return self.time_text_embed(timesteps, pooled, guidance if tweaks.embedded_guidance else None)
 
         def refine(text: Tensor, counts: Sequence[int] | None) -> Tensor:
             return self.context_embedder(text, timesteps, counts, dtype, self.attention)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import needs
+from blissful_tuner.guidance import has_batches
 from blissful_tuner.metadata import as_tags
 from generation.decoding import decode_all
 from generation.growing import (
@@ -51,7 +51,7 @@ def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) 
     """Encode all texts, encode all images and videos, denoise all, decode all."""
     if any(run.family.needs_media(job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
-    if run.options.forces_split and any(needs(job.prepared, run.options.guidance).negative for job in jobs):
+    if run.options.forces_split and any(has_batches(job.prepared, run.options.guidance) for job in jobs):
         logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
     start, requests = time.monotonic(), [job.prepared for job in jobs]
     make_folder(run.options.output.save_path, "--save_path")

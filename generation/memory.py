@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_steps import guidance_scales
+from blissful_tuner.guidance import make_guidance, plan_steps
 from generation.denoise import predictor
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
@@ -170,7 +169,7 @@ def rehearse_denoising(
             keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            predict_at = predictor(family, lambda _: dit, step, options.split_uncond)
+            predict_at = predictor(family, lambda _: dit, step, options.splits_guidance)
             with ledger.guessing():  # a family may look at the timestep
                 guidance(step, predict_at, section)
             return dict(ledger.peaks)
@@ -189,12 +188,14 @@ def rehearse_denoising(
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[float], noisy: Tensor
 ) -> Step:
-    """Find a step that takes most memory: one with guidance, which may batch two passes; else the first."""
-    index, timestep = 0, FIRST_TIMESTEP
-    for lowest, scales in zip(experts, guidance_scales(prepared, options.guidance), strict=True):
-        guided = [step for step, scale in enumerate(scales) if scale is not None]
-        if guided:
-            index, timestep = guided[0], FIRST_TIMESTEP if lowest == max(experts) else lowest
+    """Find a step that takes most memory: that with most passes in one batch, or else with most of them."""
+    steps = [
+        ((plan.most_together, len(plan.passes), lowest, -index), index)
+        for lowest, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True)
+        for index, plan in enumerate(plans)
+    ]
+    (_, _, lowest, _), index = max(steps)  # of equal ones the first
+    timestep = FIRST_TIMESTEP if lowest == max(experts) else lowest
     return Step(index, prepared.num_steps, 1.0, timestep, noisy)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments, add_rescale_argument
+from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments
 from blissful_tuner.preview_options import add_preview_arguments
 from blissful_tuner.prompt_options import add_prompt_arguments
 from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
@@ -140,9 +140,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         add_video_to_video_arguments(parser)
     else:
         refuse_video_to_video(parser)
-    add_guidance_arguments(parser)
-    if defaults.rescales_guidance:
-        add_rescale_argument(parser.add_argument_group("guidance's strength"))
+    add_guidance_arguments(parser, has_embedded=defaults.embedded_guidance is not None)
     _add_run_arguments(parser, defaults)
     add_output_arguments(parser, defaults)
     _add_lora_arguments(parser)

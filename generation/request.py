@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance import needs
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.guidance_checks import check_guidance
 from blissful_tuner.riflex import slow_frames
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
@@ -127,27 +126,6 @@ def check_media(request: Request) -> None:
         except MediaError as error:
             kind = "an image file" if is_image else "a video, or a folder of images"
             raise OptionError(f"--{name}: {error}. Give {kind}.") from None
-
-
-def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
-    needed, asked = needs(prepared, options), prepared.asked
-    if asked.away_prompt is not None and not needed.away:
-        logger.warning("--nag_prompt %r is ignored because --nag_scale turns nothing on", asked.away_prompt)
-    if needed.negative:
-        return
-    if asked.negative_prompt is not None and (not needed.away or asked.away_prompt is not None):
-        text = prepared.asked.negative_prompt
-        logger.warning(
-            "the negative prompt %r is ignored because no step uses guidance (--guidance_scale)", text
-        )
-    given = {
-        "--slg_mode": options.skipped_layers and options.slg_mode,
-        "--guidance_rescale": options.guidance_rescale,
-    }
-    for option, value in given.items():
-        if value:
-            logger.warning("%s %s is ignored because no step uses guidance", option, value)
 
 
 def check_values(request: Request) -> None:

@@ -29,7 +29,6 @@ class ScriptDefaults:
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
     has_length: bool = True  # whether there is a --video_length
-    rescales_guidance: bool = False  # whether there is a --guidance_rescale
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
     extras: Mapping[str, str] = field(default_factory=dict)

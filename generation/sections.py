@@ -79,15 +79,22 @@ def start_of(section: Section, solver: Solver, prepared: Prepared) -> Start:
 
 
 def on_device(section: Section, device: torch.device) -> Section:
-    """Return the section with all inputs of the network on `device`."""
+    """Return the section with all inputs of the network on `device`.
+
+    Conditions that are the same object stay so.
+    """
+    positive = conditions_to(section.positive, device)
+    there = {id(section.positive): positive}
 
     def moved(conditions: Conditions | None) -> Conditions | None:
-        return None if conditions is None else conditions_to(conditions, device)
+        if conditions is not None and id(conditions) not in there:
+            there[id(conditions)] = conditions_to(conditions, device)
+        return None if conditions is None else there[id(conditions)]
 
     return replace(
         section,
         noise=section.noise.to(device),
-        positive=conditions_to(section.positive, device),
+        positive=positive,
         negative=moved(section.negative),
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),

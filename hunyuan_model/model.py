@@ -152,7 +152,9 @@ class HunyuanVideoModel(nn.Module):
 
         def vector_of(pooled: Tensor) -> Tensor:
             vector = self.time_in(timesteps) + self.vector_in(pooled)
-            return vector if not self.config.has_guidance else vector + self.guidance_in(guidance)
+            if self.config.has_guidance and tweaks.embedded_guidance:
+                vector = vector + self.guidance_in(guidance)
+            return vector
 
         def refine(text: Tensor, counts: Sequence[int] | None) -> Tensor:
             return self.txt_in(text, timesteps, counts, dtype, self.attention)
@@ -229,10 +231,8 @@ def embed_away(
 
     Returns its tokens and what the blocks are told of it.
     """
-    llama, mask, pooled = (
-        away.text[name].expand(batch, *[-1] * (away.text[name].ndim - 1))
-        for name in ("llama", "llama_mask", "clip_l")
-    )
+    given = [away.text[name] for name in ("llama", "llama_mask", "clip_l")]
+    llama, mask, pooled = (one.expand(batch, *one.shape[1:]) for one in given if isinstance(one, Tensor))
     text, lengths = embed_text(llama, mask, before, refine)
     return text, AwayTokens(text.shape[1], vector_of(pooled), lengths, away.steer)
 

@@ -68,13 +68,18 @@ class EncodedPrompts:
     def section(
         self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None
     ) -> "Section":
-        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised."""
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised.
+
+        Texts that are the same object become the same conditions, so that a pass with them runs once.
+        """
+        positive = {**add_batch_axis(self.positive), **(inputs or {})}
+        made = {id(self.positive): positive}
 
         def joined(text: Conditions | None) -> Conditions | None:
-            return None if text is None else {**add_batch_axis(text), **(inputs or {})}
+            if text is not None and id(text) not in made:
+                made[id(text)] = {**add_batch_axis(text), **(inputs or {})}
+            return None if text is None else made[id(text)]
 
-        positive = joined(self.positive)
-        assert positive is not None
         away = None if self.away is None else add_batch_axis(self.away)
         return Section(noise, positive, joined(self.negative), joined(self.blank), source, away=away)
 
@@ -125,6 +130,7 @@ class Tweaks:
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
     away: Away | None = None
     slow_frames: Slow | None = None  # one frequency of the frames' rotary positions (RIFLEx)
+    embedded_guidance: bool = True  # False: the network's input for it is left out
     turn: Turn | None = None  # set by the denoising loop
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
@@ -142,6 +148,7 @@ class Tweaks:
             skip_blocks=self.skip_blocks | all_passes.skip_blocks,
             away=self.away or all_passes.away,
             slow_frames=self.slow_frames or all_passes.slow_frames,
+            embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
         )
 
 

@@ -6,6 +6,7 @@ Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as in t
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -19,7 +20,8 @@ CPU = torch.device("cpu")
 THETA = 10000.0  # base of the frequencies, as trained
 
 
-class Slow(NamedTuple):
+@dataclass(frozen=True)
+class Slow:
     """A frequency of an axis that gets a longer period, so that a long video does not repeat (RIFLEx)."""
 
     index: int  # from 0, fastest first

@@ -12,7 +12,6 @@ from blissful_tuner.guidance_options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
     add_guidance_arguments,
-    add_rescale_argument,
 )
 from blissful_tuner.guidance_steps import choose_applied_steps, guidance_scales
 from modules.contract.data import Conditions
@@ -206,17 +205,12 @@ def test_rescaling_acts_on_what_skip_layer_guidance_makes() -> None:
     torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
 
 
-def test_rescaling_is_an_option_of_the_scripts_that_add_it() -> None:
+@pytest.mark.parametrize("has_embedded", [False, True])
+def test_nothing_is_on_that_is_not_given(has_embedded: bool) -> None:
     parser = argparse.ArgumentParser()
-    add_guidance_arguments(parser)
-    assert "--guidance_rescale" not in parser.format_help()
+    add_guidance_arguments(parser, has_embedded)
     assert read_options(GuidanceOptions, parser.parse_args([])) == PLAIN_GUIDANCE
-
-    add_rescale_argument(parser.add_argument_group("more"))
-
-    assert read_options(GuidanceOptions, parser.parse_args([])) == PLAIN_GUIDANCE
-    found = read_options(GuidanceOptions, parser.parse_args(["--guidance_rescale", "0.7"]))
-    assert found == replace(PLAIN_GUIDANCE, guidance_rescale=0.7)
+    assert ("--disable_embedded_for_cfg" in parser.format_help()) == has_embedded
 
 
 @pytest.mark.parametrize("share", [float("nan"), -0.1, 1.1])

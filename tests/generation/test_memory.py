@@ -82,7 +82,7 @@ TEXT: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.
 def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
     family, options = tiny_generation(tmp_path)
     phase, most = rehearse_denoising(
-        family, options, REQUEST, {0: EncodedPrompts(TEXT, TEXT)}, {0: {}}, MemoryPart("more", 0)
+        family, options, REQUEST, {0: EncodedPrompts(TEXT, {**TEXT})}, {0: {}}, MemoryPart("more", 0)
     )
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
@@ -102,7 +102,7 @@ def test_the_plan_counts_the_passes_of_a_step_with_guidance_whichever_that_is(tm
 
     def peak(schedule: str | None) -> int:
         request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
-        texts = {0: EncodedPrompts(TEXT, TEXT)}
+        texts = {0: EncodedPrompts(TEXT, {**TEXT})}  # two texts of one size
         phase, _ = rehearse_denoising(
             family, replace(options, split_uncond=False), request, texts, {0: {}}, MemoryPart("more", 0)
         )

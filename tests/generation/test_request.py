@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from blissful_tuner.guidance_checks import check_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from generation.request import check_guidance, make_request
+from generation.request import make_request
 from generation.request_options import RequestOptions
 from modules.contract.generation import Request
 from modules.errors import OptionError
