@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 # caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are
 # encoded and decoded
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
-TEXT_INPUTS = {  # of the network -> in caches
+TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "llama": "llama_vec",
     "llama_mask": "llama_attention_mask",
     "clip_l": "clip_l_pooler",
@@ -253,10 +253,10 @@ class FramePack:
         return dit(
             noisy,
             timesteps,
-            guidance=guidance.float(),
-            image_embeddings=given("image_embeddings"),
-            latent_indices=given("latent_indices"),
-            **texts_for(cond, TEXT_INPUTS, noisy.device),
+            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
+            guidance.float(),
+            given("image_embeddings"),
+            given("latent_indices"),
             **history,
             position_scale=position_scale(timesteps, self.rope_threshold, self.rope_factor),
             tweaks=tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def texts_for(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
     """Return the conditions that a text gives, under the names of the network's arguments, on its device.
 
-    names: of the network -> in caches.
+    names: argument -> name in caches.
     """
     found = {}
     for argument, name in names.items():

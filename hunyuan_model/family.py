@@ -46,7 +46,8 @@ from modules.options import NO_OPTIONS, require
 logger = logging.getLogger(__name__)
 
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
-TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}  # of the network -> in caches
+# argument of the network, in their order -> name in caches
+TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 FLOW_SHIFT = 7.0  # likewise
 
@@ -245,9 +246,9 @@ class HunyuanVideo:
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            guidance=guidance.float(),
-            **texts_for(cond, TEXT_INPUTS, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
+            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
+            guidance.float(),
+            tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
