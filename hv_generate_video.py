@@ -28,6 +28,8 @@ DEFAULTS = ScriptDefaults(
     joins_guidance=True,
     blocks_to_swap=None,
     line_options=EMBEDDED_GENERATION_OPTIONS,
+    riflex_frequencies=8,
+    riflex_beyond=50,
 )
 
 

@@ -14,6 +14,7 @@ from blissful_tuner.cfg_zero import cfg_zero, init_factor
 from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import NEGATIVE, POSITIVE, Pass, Stage, StepPlan, Velocities, make_passes
 from blissful_tuner.guidance_steps import guidance_scales
+from blissful_tuner.nag import nag_tweaks
 from blissful_tuner.perp_neg import perp_neg
 from blissful_tuner.rescaling import rescale
 from blissful_tuner.skipped_layers import active_steps, add_skipped_layers
@@ -25,29 +26,26 @@ from modules.contract.steps import Guidance, Needs, Step, expert_at
 PositiveTweaks = Callable[[Section], Tweaks]
 
 
-def no_positive_tweaks(section: Section) -> Tweaks:
-    """Return no tweaks: the positive passes are as they are."""
-    return NO_TWEAKS
-
-
 def make_guidance(
     prepared: Prepared,
     options: GuidanceOptions,
     experts: Sequence[float] = (0.0,),
-    positive_tweaks: PositiveTweaks = no_positive_tweaks,
+    positive_tweaks: PositiveTweaks | None = None,
 ) -> Guidance:
     """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
 
-    positive_tweaks: asked once for the section, whose conditions are on the device by then.
+    positive_tweaks: asked once for the section, whose conditions are on the device by then; None: those of
+    normalised attention guidance.
     Raises OptionError if the request's schedule and the options do not go together.
     """
     plans = plan_steps(prepared, options)
     join = functools.cache(Tweaks.within)  # the same objects at all steps, as `Tweaks.turn` requires
+    tweak = positive_tweaks or nag_tweaks(options.nag)
     asked: list[tuple[Section, Tweaks]] = []
 
     def of_positive(section: Section) -> Tweaks:
         if not asked or asked[0][0] is not section:
-            asked[:] = [(section, positive_tweaks(section))]
+            asked[:] = [(section, tweak(section))]
         return asked[0][1]
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
@@ -104,7 +102,7 @@ def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
     Raises OptionError as `make_guidance` does.
     """
     texts = {one.text for plans in plan_steps(prepared, options) for plan in plans for one in plan.passes}
-    return Needs(negative="negative" in texts, blank="blank" in texts)
+    return Needs(negative="negative" in texts, blank="blank" in texts, away=options.nag.is_on)
 
 
 def has_batches(prepared: Prepared, options: GuidanceOptions) -> bool:

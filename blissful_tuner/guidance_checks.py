@@ -47,7 +47,11 @@ def _refuse_zero_star(options: GuidanceOptions, plans: list[StepPlan], is_guided
 def _tell_unused_negative(
     prepared: Prepared, options: GuidanceOptions, plans: list[StepPlan], is_guided: bool
 ) -> None:
-    text = prepared.asked.negative_prompt
+    text, away = prepared.asked.negative_prompt, prepared.asked.away_prompt
+    if away is not None and not options.nag.is_on:
+        logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", away)
+    if options.nag.is_on and away is None:
+        return  # attention is steered away from it
     if text is None or any(one.text == "negative" for plan in plans for one in plan.passes):
         return
     reason = f"{NO_STEP} (--guidance_scale)" if not is_guided else "no step has a pass with it"

@@ -4,6 +4,7 @@ import argparse
 import logging
 from dataclasses import dataclass
 
+from blissful_tuner.nag_options import NO_NAG, NagOptions, add_nag_arguments
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class GuidanceOptions:
     cfgzerostar_multiplier: float  # by this
     perp_neg: float | None  # weight of what the negative prompt has across the positive one
     disable_embedded_for_cfg: bool  # no embedded guidance at steps with guidance
+    nag: NagOptions
 
     def __post_init__(self) -> None:
         self._check_steps()
@@ -136,6 +138,7 @@ PLAIN_GUIDANCE = GuidanceOptions(
     cfgzerostar_multiplier=0.0,
     perp_neg=None,
     disable_embedded_for_cfg=False,
+    nag=NO_NAG,
 )
 
 
@@ -144,6 +147,7 @@ def add_guidance_arguments(parser: argparse.ArgumentParser, has_embedded: bool =
 
     has_embedded: whether the script has embedded guidance, which --disable_embedded_for_cfg is about.
     """
+    add_nag_arguments(parser)
     group = parser.add_argument_group("guidance")
     _add_steps(group)
     _add_layers(group)

@@ -63,6 +63,7 @@ def output_metadata(
     }
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
+        "nag_prompt": request.asked.away_prompt,
         "device": device,
         **(request.asked.source.in_words() if request.asked.source is not None else {}),
     }

@@ -31,6 +31,7 @@ from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_p
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
+from hunyuan_model.conditioning import texts_for
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.spec import GUIDANCE_UNIT
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
@@ -53,6 +54,11 @@ logger = logging.getLogger(__name__)
 # caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are
 # encoded and decoded
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
+TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
+    "llama": "llama_vec",
+    "llama_mask": "llama_attention_mask",
+    "clip_l": "clip_l_pooler",
+}
 EMBEDDED_GUIDANCE = 10.0  # where nothing is said
 USUAL_SECTIONS = 4  # 5 seconds
 UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
@@ -248,15 +254,13 @@ class FramePack:
         return dit(
             noisy,
             timesteps,
-            given("llama_vec"),
-            given("llama_attention_mask"),
-            given("clip_l_pooler"),
+            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
             given("image_embeddings"),
             given("latent_indices"),
             **history,
             position_scale=position_scale(timesteps, self.rope_threshold, self.rope_factor),
-            tweaks=tweaks,
+            tweaks=tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation

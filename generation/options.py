@@ -10,7 +10,7 @@ from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_argume
 from blissful_tuner.preview_options import add_preview_arguments
 from blissful_tuner.prompt_options import add_prompt_arguments
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
-from blissful_tuner.steadier_options import add_steadier_arguments
+from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments
 from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, use_preset
@@ -54,6 +54,7 @@ class GenerationOptions:
     guidance: GuidanceOptions
     rewriting: PromptRewriteOptions
     speed: GenerationSpeedOptions
+    steadier: SteadierOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions
     lycoris: bool = field(metadata=NO_PIXELS)  # files say it themselves
@@ -156,7 +157,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_preview_arguments(parser)
     add_prompt_arguments(parser)
     add_prompt_rewrite_arguments(parser)
-    add_steadier_arguments(parser)
+    add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
     parser.set_defaults(
         extras=defaults.extras,
         line_options=defaults.line_options,

@@ -109,6 +109,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "vd": LineOption("denoise", _number),
     "ii": LineOption("i2i_path", _path),
     "n": LineOption("negative_prompt", str),
+    "nag": LineOption("nag_prompt", str),
     "cs": LineOption("cfg_schedule", str),
 }
 

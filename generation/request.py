@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.riflex import slow_frames
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
 from generation.options import GenerationOptions
@@ -76,6 +77,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         solver=SOLVERS[options.sample_solver],
         fps=options.fps,
         negative_prompt=line.get("negative_prompt", options.negative_prompt) or None,
+        away_prompt=line.get("nag_prompt", options.nag_prompt) or None,
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
@@ -131,7 +133,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = begin_late(family.prepare(request), family)
     check_guidance(prepared, options.guidance)
     check_media(prepared.asked)
-    return prepared
+    return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
 
 
 def check_media(request: Request) -> None:
@@ -173,6 +175,7 @@ def _check_texts(request: Request) -> None:
     for name, text in {
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt or "",
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
     }.items():
         found = bad_character(text)
         if found is not None:

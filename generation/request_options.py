@@ -28,6 +28,7 @@ class RequestOptions:
 
     prompt: str | None
     negative_prompt: str | None
+    nag_prompt: str | None  # declared beside the other options of this guidance
     video_size: tuple[int, ...]  # height, width
     video_length: int | None
     fps: float

@@ -37,6 +37,9 @@ class ScriptDefaults:
     # options of a prompt line, by letter
     line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")
+    # rotary frequencies of the frames that --riflex_index counts; None: no such option
+    riflex_frequencies: int | None = None
+    riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
     # what --optimized turns on

@@ -13,7 +13,7 @@ from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource
-from modules.contract.generation import DitAt, EncodedPrompts, Section
+from modules.contract.generation import DitAt, EncodedPrompts, Section, Tweaks
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import send
@@ -55,6 +55,9 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
+            if prepared.slow_frames is not None:
+                slower = Tweaks(slow_frames=prepared.slow_frames)
+                section = replace(section, tweaks=section.tweaks.within(slower))
             solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
             guidance = make_guidance(prepared, guidance_options, family.experts)
             latents = denoise(

@@ -15,6 +15,7 @@ from hunyuan_model.conditioning import (
     first_frame_condition,
     first_frame_of,
     posterior_generator,
+    texts_for,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
 from hunyuan_model.encoders import Encoders, beside
@@ -46,6 +47,8 @@ from modules.options import NO_OPTIONS, require
 logger = logging.getLogger(__name__)
 
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
+# argument of the network, in their order -> name in caches
+TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 FLOW_SHIFT = 7.0  # likewise
 
@@ -244,11 +247,9 @@ class HunyuanVideo:
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            given("llm"),
-            given("llm_mask"),
-            given("clipL"),
+            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
-            tweaks,
+            tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
 from modules.contract.source import VIDEO, Source
+from modules.layers.rope import Slow
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Request:
     fps: float | None = None
     negative_prompt: str | None = None
     cfg_schedule: str | None = None
+    away_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
     image_path: Path | None = None
     end_image_path: Path | None = None
     control_path: Path | None = None
@@ -109,19 +111,8 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 class Away:
     """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
 
-    text: Conditions  # under the names that the family's text encoders give
+    text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
     steer: Steer
-
-
-@dataclass(frozen=True)
-class SlowFrames:
-    """One frequency of the frames' rotary positions slowed down, so that a long video does not repeat.
-
-    It is the frequency of number `index` from 0, by which positions turn once in `period` of them.
-    """
-
-    index: int
-    period: float
 
 
 @dataclass(frozen=True)
@@ -143,9 +134,15 @@ class Tweaks:
 
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
     away: Away | None = None
-    slow_frames: SlowFrames | None = None
+    slow_frames: Slow | None = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out
     turn: Turn | None = None  # set by the denoising loop
+
+    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
+        """Return the tweaks with the second text as `rename` returns it, as a network takes its texts."""
+        if self.away is None:
+            return self
+        return replace(self, away=replace(self.away, text=rename(self.away.text)))
 
     def within(self, all_passes: "Tweaks") -> "Tweaks":
         """Return the tweaks of a pass together with those of all passes of its section."""

@@ -304,7 +304,13 @@ TOGETHER = (
     wrong(HV, "--dit_in_channels 32", "--dit_in_channels 32", "Leave the option out"),
     wrong(WAN, "--task i2v-14B", "t2v"),
     wrong(WAN_TRAIN, "--task i2v-14B", "t2v"),
-    wrong(WAN, "--riflex_index 3", "--riflex_index is not supported yet"),
+    wrong(WAN, "--riflex_index 3", "--riflex_index 3 with --rope_func default", "Add --rope_func comfy"),
+    wrong(WAN, "--riflex_index 23 --rope_func comfy", "--riflex_index 23", "from 1 to 22"),
+    wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
+    wrong(FP, "--riflex_index 4", "--riflex_index"),
+    wrong(GENERATIONS, "--nag_scale 0.5", "--nag_scale 0.5", "from 1 (off)"),
+    wrong(GENERATIONS, "--nag_scale 5 --nag_tau 0", "--nag_tau 0", "above 0"),
+    wrong(GENERATIONS, "--nag_scale 5 --nag_alpha 1.5", "--nag_alpha 1.5", "from 0 (off) to 1"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "together": TOGETHER}
 HEAVY_LETTERS = "x" * 50_000

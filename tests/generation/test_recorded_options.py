@@ -93,6 +93,7 @@ SHARES = {
     "cfg_apply_ratio",
     "slg_start",
     "slg_end",
+    "nag_alpha",
 }  # not above 1
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
@@ -118,6 +119,7 @@ WITH = {  # what has to be given too
     "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
+    "wan riflex_index": ["--rope_func", "comfy"],
 }
 
 
@@ -150,9 +152,8 @@ def another_value(action: argparse.Action) -> list[str]:
 def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) -> None:
     script = SCRIPTS[name]
     values, prompt = another_value(script.actions[option]), ["--prompt", "a cat"]
-    metadata = recorded(
-        script.read(*prompt, *WITH.get(option, []), script.actions[option].option_strings[0], *values)
-    )
+    needed = WITH.get(f"{name} {option}", WITH.get(option, []))
+    metadata = recorded(script.read(*prompt, *needed, script.actions[option].option_strings[0], *values))
     keys = SAID_AS.get(option, (option,))
     said = [metadata[f"bt_{key}"] for key in keys]
     for value in values or ["True"]:
@@ -217,6 +218,7 @@ LISTS = {
         *(
             "prompt",
             "negative_prompt",
+            "nag_prompt",
             "fps",
             "infer_steps",
             "guidance_scale",
