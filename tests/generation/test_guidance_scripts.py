@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from modules.errors import OptionError
+from modules.media.writing import write_video
 from tests.generation.guided import SAY, STEPS, Made, Script, is_finite, per_step, write_scripts
+from tests.tiny.project import moving_square
 
 FAMILIES = ("wan", "hunyuan", "framepack")
 KINDS = ("wan", "wan i2v", "hunyuan", "skyreels i2v", "framepack")
@@ -154,6 +156,24 @@ def test_lines_of_a_file_have_their_own_schedules(tmp_path: Path, scripts: dict[
         two = scripts[kind].latents(folder / "two", *more, "--cfg_schedule", "2-4", "--seed", 2)
         assert torch.equal(made[1], one)
         assert torch.equal(made[2], two)
+
+
+def test_first_steps_of_a_video_to_video_are_those_that_are_made(
+    tmp_path: Path, scripts: dict[str, Script]
+) -> None:
+    video = tmp_path / "clip.mp4"
+    write_video(video, moving_square(5, 32, 32, 1), fps=24)
+    half = ("--video_path", video, "--strength", 0.5, "--cfgzerostar_init_steps", 1, "--cfg_schedule", "1-2")
+    latents, calls = scripts["hunyuan"].run(tmp_path / "made", *half)
+    assert per_step(calls) == [0, 2, 0, 0]
+    assert is_finite(latents)
+
+
+def test_each_section_of_a_video_has_all_passes(tmp_path: Path, scripts: dict[str, Script]) -> None:
+    options = ("--video_sections", 2, "--perp_neg", 1.5, "--cfgzerostar_init_steps", 1)
+    latents, calls = scripts["framepack"].run(tmp_path, *options)
+    assert per_step(calls) == [0, 6, 6, 6]
+    assert is_finite(latents)
 
 
 CHOICES = (
