@@ -250,7 +250,10 @@ class FramePack:
                 history[latents] = given(name).to(noisy.dtype) if name in cond else noisy.new_zeros(black)
                 history[indices] = places
         guidance = given("guidance")
+        # a turn says on the host what the device would have to be asked for
+        known = timesteps if tweaks.turn is None else torch.tensor([tweaks.turn.timestep])
         timesteps = timesteps.to(guidance.dtype).float()
+        scale = position_scale(known.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
         return dit(
             noisy,
             timesteps,
@@ -259,7 +262,7 @@ class FramePack:
             given("image_embeddings"),
             given("latent_indices"),
             **history,
-            position_scale=position_scale(timesteps, self.rope_threshold, self.rope_factor),
+            position_scale=scale,
             tweaks=tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
