@@ -25,6 +25,7 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"image_path", "video_path"}),
     joins_guidance=True,
     blocks_to_swap=None,
+    has_second_prompt=True,
     line_options=EMBEDDED_GENERATION_OPTIONS,
 )
 

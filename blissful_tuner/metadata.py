@@ -64,8 +64,10 @@ def output_metadata(
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
         "strength": None if request.asked.video_path is None else request.asked.strength,
+        "prompt_2": request.asked.second_prompt,
         "device": device,
     }
+    optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
     media = ("image_path", "end_image_path", "control_path", "video_path")
     optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
     values |= {name: value for name, value in optional.items() if value is not None}

@@ -3,11 +3,15 @@
 import logging
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blissful_tuner.guidance import needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
+from blissful_tuner.prompt_weights import weigh_all
+from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import RequestOptions
@@ -41,11 +45,19 @@ def draw_seed() -> int:
     return secrets.randbelow(2**SEED_BITS)
 
 
-def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = None) -> Request:
+# options that are texts, in the order in which `prompts` draws in them
+TEXTS = ("prompt", "negative_prompt", "prompt_2")
+
+
+def make_request(
+    options: RequestOptions,
+    overrides: Mapping[str, Any] | None = None,
+    prompts: PromptOptions = PLAIN_PROMPTS,
+) -> Request:
     """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. What is not said stays None.
-    Raises OptionError for numbers that make no sense.
+    Without a seed each call draws its own. What is not said stays None. prompts: what is drawn in its texts.
+    Raises OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():
@@ -60,8 +72,10 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         value = None if name in options.extras else line.get(name, getattr(options, name))
         return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
+    typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
+    texts = expand_texts(typed, prompts, seed)
     request = Request(
-        prompt=line.get("prompt", options.prompt) or "",
+        prompt=texts["prompt"] or "",
         seed=seed,
         width=line.get("video_size_width", options.video_size[1]),
         height=line.get("video_size_height", options.video_size[0]),
@@ -72,7 +86,8 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         flow_shift=line.get("flow_shift", options.flow_shift),
         solver=SOLVERS[options.sample_solver],
         fps=options.fps,
-        negative_prompt=line.get("negative_prompt", options.negative_prompt) or None,
+        negative_prompt=texts["negative_prompt"] or None,
+        second_prompt=texts["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
@@ -80,6 +95,7 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         video_path=path("video_path"),
         strength=1.0 if options.strength is None else options.strength,
         extra=_extra(options, line),
+        typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
     check_values(request)
     return request
@@ -101,7 +117,9 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
     Raises UserError for what cannot be made.
     """
-    prepared = family.prepare(make_request(options.request, overrides))
+    prepared = family.prepare(make_request(options.request, overrides, options.prompts))
+    if options.prompts.prompt_weighting:
+        prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
     check_media(prepared.asked)
     return prepared
@@ -164,6 +182,7 @@ def _check_texts(request: Request) -> None:
     for name, text in {
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt or "",
+        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
     }.items():
         found = bad_character(text)
         if found is not None:

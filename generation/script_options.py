@@ -28,6 +28,7 @@ class ScriptDefaults:
     media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
+    has_second_prompt: bool = False  # whether there is a --prompt_2
     has_length: bool = True  # whether there is a --video_length
     rescales_guidance: bool = False  # whether there is a --guidance_rescale
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise

@@ -8,13 +8,18 @@ from torch import Tensor, nn
 
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
 
+Spans = tuple[tuple[int, int, float], ...]
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to encode, with weights for parts of it as (start, end, weight) in characters."""
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters.
+
+    Parts stand in the order of the text, do not overlap, and neither begin nor end with white space.
+    """
 
     text: str
-    spans: tuple[tuple[int, int, float], ...] = ()
+    spans: Spans = ()
     second: str | None = None  # for the second text encoder of a family that has two; None: the same text
 
 
@@ -44,6 +49,7 @@ class Request:
     solver: str | None = None  # euler, unipc, unipc-bh1, dpm++
     fps: float | None = None
     negative_prompt: str | None = None
+    second_prompt: str | None = None  # for the second text encoder of a family that has two
     cfg_schedule: str | None = None
     image_path: Path | None = None
     end_image_path: Path | None = None
@@ -52,6 +58,8 @@ class Request:
     strength: float = 1.0  # how much of `video_path` is made anew, 0..1
     # options of the family as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
+    # texts as they were typed, by their options, if something was drawn in them
+    typed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def settle(
     return Prepared(
         asked=request,
         seed=request.seed,
-        prompts={0: Prompts(Prompt(request.prompt), Prompt(negative or ""))},
+        prompts={0: Prompts(Prompt(request.prompt, second=request.second_prompt), Prompt(negative or ""))},
         negative_prompt=negative or "",
         width=width,
         height=height,

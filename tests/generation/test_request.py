@@ -16,6 +16,7 @@ from tests.preparing import prepare
 OPTIONS = RequestOptions(
     "a cat",
     None,
+    None,
     (480, 832),
     None,
     16.0,
