@@ -79,11 +79,14 @@ def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
 
     Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
     """
-    place = 0
+    place, last = 0, len(message) - 1
     try:
-        while place < len(message):
-            while message[place] == _PIECE and message[place + 1] < 0x80:  # 256,000 times in umT5's
+        while place <= last:
+            # 256,000 times in umT5's
+            while place < last and message[place] == _PIECE and message[place + 1] < 0x80:
                 place += 2 + message[place + 1]
+            if place == last + 1:
+                return
             key, place = _number(message, place)
             match key & 7:
                 case 0:
