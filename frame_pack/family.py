@@ -32,6 +32,7 @@ from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.conditioning import texts_for
+from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.spec import GUIDANCE_UNIT
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
@@ -77,6 +78,8 @@ class FramePack:
     bulk_decode: bool = False
     paddings: tuple[int, ...] = ()  # --latent_paddings
     system_prompt: str | None = None
+    skip_layers: int = SKIP_LAYERS
+    final_norm: bool = False
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
     rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
@@ -155,6 +158,8 @@ class FramePack:
                 dtype,
                 given.text_encoder1_tokenizer,
                 self.system_prompt,
+                self.skip_layers,
+                self.final_norm,
                 in_fp8=given.llm_in_fp8,
             ),
             framepack_clip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
@@ -406,10 +411,12 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
         paddings=() if options.latent_paddings is None else parse_paddings(options.latent_paddings),
-        system_prompt=options.custom_system_prompt,
+        system_prompt=options.reading.custom_system_prompt,
+        skip_layers=options.reading.hidden_state_skip_layer,
+        final_norm=options.reading.apply_final_norm,
         rope_threshold=options.rope_scaling_timestep_threshold,
         rope_factor=options.rope_scaling_factor,
-        text_multipliers=options.text_multipliers,
+        text_multipliers=options.reading.text_multipliers,
     )
 
 

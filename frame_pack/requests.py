@@ -82,10 +82,16 @@ def prepare_request(
     prepared = settle(request, usual, size, flow_shift, usual_negative)
     others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
+    second: tuple[str | None, ...] = (None,) * len(texts)
+    if request.second_prompt is not None:
+        second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
     return replace(
         prepared,
         solver=_solver(request),
-        prompts={index: replace(others, positive=Prompt(text)) for index, text in enumerate(texts)},
+        prompts={
+            index: replace(others, positive=Prompt(text, second=for_clip))
+            for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
+        },
         own=own,
         own_metadata=_metadata_of(extra, sections, window, is_f1),
     )

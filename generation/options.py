@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments
 from blissful_tuner.preview_options import add_preview_arguments
-from blissful_tuner.prompt_options import add_prompt_arguments
+from blissful_tuner.prompt_options import PromptOptions, add_prompt_arguments
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
 from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments
@@ -52,6 +52,7 @@ class GenerationOptions:
     request: RequestOptions = field(metadata=OF_REQUEST)
     output: OutputOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
+    prompts: PromptOptions
     rewriting: PromptRewriteOptions
     speed: GenerationSpeedOptions
     steadier: SteadierOptions

@@ -10,13 +10,18 @@ from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
 from modules.contract.source import VIDEO, Source
 from modules.layers.rope import Slow
 
+Spans = tuple[tuple[int, int, float], ...]
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to encode, with weights for parts of it as (start, end, weight) in characters."""
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters.
+
+    Parts stand in the order of the text, do not overlap, and neither begin nor end with white space.
+    """
 
     text: str
-    spans: tuple[tuple[int, int, float], ...] = ()
+    spans: Spans = ()
     second: str | None = None  # for the second text encoder of a family that has two; None: the same text
 
 
@@ -46,6 +51,7 @@ class Request:
     solver: str | None = None  # euler, unipc, unipc-bh1, dpm++
     fps: float | None = None
     negative_prompt: str | None = None
+    second_prompt: str | None = None  # for the second text encoder of a family that has two
     cfg_schedule: str | None = None
     away_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
     image_path: Path | None = None
@@ -54,6 +60,8 @@ class Request:
     source: Source | None = None  # what denoising starts from; None: noise
     # options of the family as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
+    # texts as they were typed, by their options, if something was drawn in them
+    typed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def first_image(self) -> Path | None:

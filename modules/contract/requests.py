@@ -49,7 +49,11 @@ def settle(
     return Prepared(
         asked=request,
         seed=request.seed,
-        prompts={0: Prompts(Prompt(request.prompt), Prompt(negative or ""), away=away)},
+        prompts={
+            0: Prompts(
+                Prompt(request.prompt, second=request.second_prompt), Prompt(negative or ""), away=away
+            )
+        },
         negative_prompt=negative or "",
         width=width,
         height=height,

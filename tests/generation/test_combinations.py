@@ -41,7 +41,7 @@ FEATURES = {
     "riflex": Feature("--riflex_index 1 --rope_func comfy", "wan"),
     "slow riflex": Feature("--riflex_index 1", "hunyuan skyreels"),
     "lower precision": Feature("--lower_precision_attention", "wan"),
-    "swap": Feature("--blocks_to_swap 1"),
+    "swap": Feature("--blocks_to_swap 1", "wan hunyuan skyreels"),
     "fp8": Feature("--fp8_scaled --upcast_linear"),
     "compile": Feature("--compile --compile_args eager default auto False"),
     "latents": Feature("--num_videos 2"),

@@ -98,6 +98,7 @@ SHARES = {
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
+    "prompt_wildcards": [str(Path(__file__).parent)],
     "video_size": ["48", "64"],
     "vae_spatial_tile_sample_min_size": ["64"],
     "te_multiplier": ["1.5", "0.5"],
@@ -219,6 +220,7 @@ LISTS = {
             "prompt",
             "negative_prompt",
             "nag_prompt",
+            "prompt_2",
             "fps",
             "infer_steps",
             "guidance_scale",

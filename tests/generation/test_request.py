@@ -17,6 +17,7 @@ OPTIONS = RequestOptions(
     prompt="a cat",
     negative_prompt=None,
     nag_prompt=None,
+    prompt_2=None,
     video_size=(480, 832),
     video_length=None,
     fps=16.0,
