@@ -32,7 +32,7 @@ from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.encoders import Encoders, beside
-from hunyuan_model.spec import GUIDANCE_UNIT
+from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
@@ -51,7 +51,15 @@ logger = logging.getLogger(__name__)
 
 # caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are
 # encoded and decoded
-LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
+LATENT = LatentSpec(
+    channels=16,
+    stride=(4, 8, 8),
+    pixel_step=16,
+    frame_step=4,
+    preview_factors=PREVIEW_FACTORS,
+    preview_bias=PREVIEW_BIAS,
+    in_sections=True,
+)
 EMBEDDED_GUIDANCE = 10.0  # where nothing is said
 USUAL_SECTIONS = 4  # 5 seconds
 UNCUT = 16 * 2**20  # frames of a tile: more than any clip has

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments, add_rescale_argument
-from blissful_tuner.preview_options import add_preview_arguments
+from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
 from blissful_tuner.prompt_options import add_prompt_arguments
 from blissful_tuner.steadier_options import add_steadier_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments, refuse_video_to_video
@@ -49,6 +49,7 @@ class GenerationOptions:
     request: RequestOptions = field(metadata=OF_REQUEST)
     output: OutputOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
+    preview: PreviewOptions = field(metadata=NO_PIXELS)
     speed: GenerationSpeedOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions

@@ -41,13 +41,20 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT
+from wan.spec import DIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
 logger = logging.getLogger(__name__)
 
-LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
+LATENT = LatentSpec(
+    channels=16,
+    stride=(4, 8, 8),
+    pixel_step=16,
+    frame_step=4,
+    preview_factors=PREVIEW_FACTORS,
+    preview_bias=PREVIEW_BIAS,
+)
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 FPS = 16.0
 
