@@ -87,9 +87,12 @@ class LatentPreviews:
         return Shot(lambda: enlarge(colours(), rows, columns), fps / step, is_picture)
 
     @torch.no_grad()
-    def write(self, shot: Shot) -> None:
+    def write(self, take: Callable[[], Shot | None]) -> None:
         """Write a preview in place of the one before, completely or not at all."""
         with self.optional():
+            shot = take()
+            if shot is None:
+                return
             path = self.folder / f"{NAME}.{'png' if shot.is_picture else 'mp4'}"
             if shot.is_picture:
                 write_png(path, next(shot.frames()))
@@ -121,8 +124,7 @@ class LatentPreviews:
         """Return the decoder if the device has room for it beside the network. height, width: of latents."""
         if self.vae is None or self.device.type == "cpu":
             return self.vae
-        with torch.autocast(self.device.type, enabled=False):
-            needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
+        needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
         if not self.has_room(needed):
             self._leave_out_vae(f"the device has no {needed / 2**20:,.0f} MiB free beside the transformer")
         return self.vae
@@ -138,7 +140,7 @@ class ClipPreview:
     """Watch one clip. Use it through `LatentPreviews.of`."""
 
     previews: LatentPreviews
-    writer: LatestWriter[Shot]
+    writer: LatestWriter[Callable[[], Shot | None]]
     fps: float
     _sections: int = field(default=0, init=False)
 
@@ -164,9 +166,11 @@ class ClipPreview:
     @torch.no_grad()
     def _show(self, latents: Callable[[], Tensor]) -> None:
         with self.previews.optional():
+            if self.previews.device.type == "cpu":  # all in the thread, for those that are really written
+                self.writer.put(lambda: self.previews.take(latents(), self.fps))
+                return
             shot = self.previews.take(latents(), self.fps)
-            if shot is not None:
-                self.writer.put(shot)
+            self.writer.put(lambda: shot)
 
 
 @contextmanager
