@@ -1,7 +1,7 @@
 """Show latents without a decoder: a linear map from their channels to colours, enlarged to the video's size.
 
 The maps are data of each family, `LatentSpec.preview_factors` and `preview_bias`. Source: least squares fits
-of latents to downscaled pixels, published for each VAE by ComfyUI and others.
+of latents to downscaled pixels, which all known tools use.
 """
 
 from collections.abc import Iterator

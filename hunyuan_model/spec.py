@@ -2,7 +2,7 @@
 
 from modules.contract.family import DitSpec, LatentSpec
 
-# Least squares fit of latents in model space to colours (R, G, B), as published with ComfyUI
+# Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.0395, -0.0331, 0.0445),
     (0.0696, 0.0795, 0.0518),

@@ -2,7 +2,7 @@
 
 from modules.contract.family import DitSpec
 
-# Least squares fit of latents in model space to colours (R, G, B), as published with ComfyUI
+# Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.1299, -0.1692, 0.2932),
     (0.0671, 0.0406, 0.0442),
