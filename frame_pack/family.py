@@ -34,7 +34,7 @@ from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.conditioning import texts_for
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.encoders import Encoders, beside
-from hunyuan_model.spec import GUIDANCE_UNIT
+from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
@@ -54,7 +54,15 @@ logger = logging.getLogger(__name__)
 
 # caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are
 # encoded and decoded
-LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
+LATENT = LatentSpec(
+    channels=16,
+    stride=(4, 8, 8),
+    pixel_step=16,
+    frame_step=4,
+    preview_factors=PREVIEW_FACTORS,
+    preview_bias=PREVIEW_BIAS,
+    in_sections=True,
+)
 TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "llama": "llama_vec",
     "llama_mask": "llama_attention_mask",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import has_batches
+from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import as_tags
 from blissful_tuner.prompt_rewrite import rewrite_prompts
 from generation.decoding import decode_all
@@ -128,7 +129,7 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
                 output = run.options.output
                 name = _name(output, job.prepared)
                 with own_stem(output.save_path, name) as stem:
-                    with watch(run, job, stem) as (watcher, on_section):
+                    with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
                             dit_at,
@@ -138,7 +139,7 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
                             run.session.device,
                             run.options.cpu_noise,
                             run.options.guidance,
-                            [watcher],
+                            watchers,
                             run.options.splits_guidance,
                             on_section,
                         ).to(CPU)
@@ -154,23 +155,27 @@ def _name(output: OutputOptions, prepared: Prepared) -> str:
 
 
 @contextmanager
-def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
-    """Yield the callbacks for one job: progress bars over the steps, previews of a video in sections."""
+def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[list[Watcher], OnSection]]:
+    """Yield the callbacks for one job: progress bars over the steps, previews of latents, and of a video in
+    sections.
+    """
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
     tags = as_tags(run.metadata(prepared) or {})
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
+        preview_clip(run.previews, prepared.fps) as (watchers, preview_section),
         Bars(prepared.num_steps) as bars,
     ):
 
         def on_section(section: Section) -> None:
             bars.end()
+            preview_section(section)
             if section.made is not None and output.shows_progress:
                 video.add(section.made)
             bars.begin(section)
 
-        yield bars.advance, on_section
+        yield [bars.advance, *watchers], on_section
 
 
 def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> Denoised:

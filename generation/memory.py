@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from blissful_tuner.guidance import make_guidance, plan_steps
+from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
@@ -176,13 +177,28 @@ def rehearse_denoising(
 
         moments = extrapolate(measure, tuple(map(len, blocks.values())))
     place_name, moment = largest(moments)
+    held, preview = dict(moment), preview_bytes(family, options, prepared)
+    if preview > sum(moment.values()) - moment.get(WEIGHTS, 0):  # between steps there are weights alone
+        place_name, held = "decoding a preview", {WEIGHTS: moment[WEIGHTS], WORKING: preview}
 
     def phase(count: int) -> Phase:
         note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
-        parts = parts_of(moment, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
+        parts = parts_of(held, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
         return Phase("denoising", (*parts, extra))
 
     return phase, len(swaps) - 1
+
+
+def preview_bytes(family: Family, options: GenerationOptions, prepared: Prepared) -> int:
+    """Return the device memory that --preview_vae takes between two steps; 0 if previews need none.
+
+    Raises CheckpointError if it is no TAEHV.
+    """
+    path = options.preview.preview_vae
+    if path is None:
+        return 0
+    *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
+    return decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
 
 
 def heaviest_step(

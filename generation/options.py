@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments
-from blissful_tuner.preview_options import add_preview_arguments
+from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
 from blissful_tuner.prompt_options import PromptOptions, add_prompt_arguments
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
 from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
@@ -54,6 +54,7 @@ class GenerationOptions:
     guidance: GuidanceOptions
     prompts: PromptOptions
     rewriting: PromptRewriteOptions
+    preview: PreviewOptions = field(metadata=NO_PIXELS)
     speed: GenerationSpeedOptions
     steadier: SteadierOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)

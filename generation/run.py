@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from blissful_tuner.latent_preview import check_preview
 from blissful_tuner.prompt_rewrite import PromptRewriter
 from blissful_tuner.video_to_video_options import SourceOptions
 from generation.asking import line_reader
@@ -75,6 +76,7 @@ def do(family: Family, options: GenerationOptions) -> None:
     check_models(run)
     for file in family.dit_files:
         check_loras_fit(file, uses)
+    run = run.with_previews()
     if options.from_file is not None:
         make_from_file(run, options.from_file)
     elif options.interactive:
@@ -114,6 +116,7 @@ def check_models(run: GenerationRun) -> None:
     check_backend(
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
+    check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.decodes)
     run.family.check_given_files()
     counts = run.family.block_counts()

@@ -109,6 +109,7 @@ class Piece:
     overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
     in_front: bool  # it is played before the video so far; else after it
     decode: DecodePart  # makes its pixels, before they fade into what is there
+    so_far: Tensor  # B C F H W, on the CPU: latents of all sections made until now, in playing order
 
 
 # outputs of attention to the text asked for and to another one, each B L N D -> what takes their place
@@ -182,6 +183,7 @@ class Section:
     tweaks: Tweaks = NO_TWEAKS  # of every pass
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+    count: int = 1  # how many sections the clip is made in
 
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition

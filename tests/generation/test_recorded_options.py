@@ -206,6 +206,7 @@ LISTS = {
             "container",
         ),
         *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),
+        *("preview_latent_every", "preview_vae"),
         *(
             "blocks_to_swap",
             "img_in_txt_in_offloading",
