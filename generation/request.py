@@ -10,7 +10,7 @@ from blissful_tuner.guidance import needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
-from generation.request_options import RequestOptions
+from generation.request_options import SOLVERS, RequestOptions
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
@@ -33,7 +33,6 @@ VALUES = {
     "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
     "flow_shift": ("--flow_shift", "fs", 1000),
 }
-SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.flow.solvers
 
 
 def draw_seed() -> int:

@@ -50,7 +50,10 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
-            solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
+            # what a solver draws continues the generator that the section's start came from
+            solver = solver_for(
+                prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
+            )
             guidance = make_guidance(prepared, guidance_options, family.experts)
             latents = denoise(
                 family,

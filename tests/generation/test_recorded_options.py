@@ -47,7 +47,7 @@ class Script:
         """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
         facts = facts_of(GenerationOptions) | facts_of(self.record)
         # a prompt line may give the extras; --optimized turns on options that are recorded
-        own = dict.fromkeys([*self.defaults.extras, "optimized"], "request")
+        own = dict.fromkeys([*self.defaults.extras, "optimized", "scheduler"], "request")
         return {
             name: facts[name].get("record", "setting") if name in facts else own[name]
             for name in self.actions
@@ -79,6 +79,7 @@ SAID_AS = {  # where the metadata have another name for it
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
     "optimized": ("attn_mode", "compile", "fp8_scaled"),
+    "scheduler": ("sample_solver",),
 }
 RECORDED = [
     (name, option)
@@ -90,6 +91,7 @@ SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio", "slg_start", "slg_e
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
+    "scheduler": ["dpm++"],
     "video_size": ["48", "64"],
     "vae_spatial_tile_sample_min_size": ["64"],
     "te_multiplier": ["1.5", "0.5"],
@@ -228,6 +230,7 @@ LISTS = {
             "lora_weight",
             "lora_multiplier",
             "optimized",  # turns on options that are recorded
+            "scheduler",  # another spelling of one that is
         ),
     },
     "decoding": {

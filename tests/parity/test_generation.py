@@ -46,12 +46,15 @@ def theirs(folder: Path) -> Theirs:
 def inputs_of(
     theirs: Theirs, prompt: str = PROMPT, negative: str = NEGATIVE, seed: int = SEED, frames: int = FRAMES
 ) -> Inputs:
-    return Inputs(draw_noise(seed, frames, HEIGHT, WIDTH), theirs.text(prompt), theirs.text(negative))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = draw_noise(seed, frames, HEIGHT, WIDTH, generator)
+    return Inputs(noise, theirs.text(prompt), theirs.text(negative), generator=generator)
 
 
 CASES = {
     "unipc": ([], Sampling("unipc")),
     "dpm++": (["--sample_solver", "dpm++", "--flow_shift", 3], Sampling("dpm++", 3.0)),
+    "dpm++sde": (["--sample_solver", "dpm++sde", "--flow_shift", 3], Sampling("dpm++sde", 3.0)),
     "vanilla": (["--sample_solver", "vanilla", "--flow_shift", 7], Sampling("vanilla", 7.0)),
     "guidance 1": (["--guidance_scale", 1], Sampling("unipc", scales=(N,) * STEPS)),
     "guidance 1 dpm++": (
