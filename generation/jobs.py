@@ -1,9 +1,10 @@
 """What is to be made in a run, what has been made, and what failed."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,19 @@ class GenerationRun:
     options: GenerationOptions
     session: Session
     predicted: Peaks | None = None  # where it is known
+    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the metadata of an output; None with --no_metadata."""
         if self.options.output.no_metadata:
             return None
         return output_metadata(
-            prepared, self.family.metadata, self.loras, self.options.settings, self.session.device.type
+            prepared,
+            self.family.metadata,
+            self.loras,
+            self.options.settings,
+            self.session.device.type,
+            self.now(),
         )
 
     @property

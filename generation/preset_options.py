@@ -24,8 +24,9 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
 
 
 def use_preset(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    """Turn on what --optimized stands for, but for options that are given; their names go to
-    `args.by_preset`.
+    """Turn on what --optimized stands for, except options that are given.
+
+    The names go to `args.by_preset`, those of the exceptions to `args.not_by_preset`.
     """
     given = given_among(parser, argv, {*args.preset, "fp8"})
     taken = tuple(name for name in args.preset if name not in given)
@@ -33,7 +34,7 @@ def use_preset(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: 
         taken = tuple(name for name in taken if name != "fp8_scaled")
     for name in taken:
         setattr(args, name, args.preset[name])
-    args.by_preset = taken
+    args.by_preset, args.not_by_preset = taken, tuple(name for name in args.preset if name not in taken)
 
 
 def given_among(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:

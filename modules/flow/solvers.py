@@ -86,8 +86,8 @@ class Lcm:
 class DpmPlusPlus:
     """DPM-Solver++ 2M, midpoint form; the first and the last step are of order 1.
 
-    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2; with `draw` its form for the stochastic differential
-    equation, in which each step replaces a part of the noise (appendix C of the same paper).
+    With `draw` each step replaces a part of the noise: the form for the stochastic differential equation,
+    SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
     """
 
     schedule: Schedule

@@ -165,6 +165,7 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
             "bt_negative_prompt",
             "bt_infer_steps",
             "bt_device",
+            "bt_creation_timestamp",
         ),
         *(
             "bt_guidance_scale",
@@ -188,6 +189,7 @@ LISTS = {
             "no_progressive_save",
             "prompt_in_name",
             "keep_pngs",
+            "save_last_frame",
             "codec",
             "container",
         ),
