@@ -155,7 +155,7 @@ def test_lcm_equals_diffusers_on_levels_of_its_own(steps: int) -> None:
 
 @pytest.mark.parametrize("has_table", [False, True])
 def test_lcm_by_hand(has_table: bool) -> None:
-    """x0 = x - sigma v, then (1 - sigma') x0 + sigma' noise; a model that predicts noise: x0 + sigma' noise."""
+    """x0 = x - sigma v, then (1 - sigma') x0 + sigma' noise; or x0 + sigma' noise of a noise predictor."""
     levels = TABLE if has_table else ()
     noises = [recorded_draws(9)((1, 2, 1, 2, 2)) for _ in range(3)]
     left = iter(noises)
