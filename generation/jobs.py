@@ -1,9 +1,10 @@
 """What is to be made in a run, what has been made, and what failed."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class GenerationRun:
     predicted: Peaks | None = None  # where it is known
     rewriter: PromptRewriter | None = None
     previews: LatentPreviews | None = None
+    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
         """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
@@ -97,7 +99,12 @@ class GenerationRun:
         if self.options.output.no_metadata:
             return None
         return output_metadata(
-            prepared, self.family.metadata, self.loras, self.options.settings, self.session.device.type
+            prepared,
+            self.family.metadata,
+            self.loras,
+            self.options.settings,
+            self.session.device.type,
+            self.now(),
         )
 
     @property

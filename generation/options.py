@@ -13,7 +13,7 @@ from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prom
 from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments
 from generation.output_options import OutputOptions, add_output_arguments
-from generation.preset_options import add_preset_argument, use_preset
+from generation.preset_options import add_preset_argument, given_among, use_preset
 from generation.prompt_lines import LineOption
 from generation.request_options import RequestOptions, add_request_arguments
 from generation.script_options import ScriptDefaults
@@ -165,6 +165,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         line_options=defaults.line_options,
         numbers_single=defaults.numbers_single,
         named_as_released=False,
+        solver_names=defaults.solver_names,
     )
     parser.set_defaults(settings={}, decoding_options=frozenset())  # known when all options have been read
     return parser
@@ -174,10 +175,25 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     """Parse a command line. Raises OptionError if an option is not supported yet."""
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
+    if getattr(args, "scheduler", None) is not None:
+        _use_scheduler(parser, args, argv)
     if args.optimized:
         use_preset(parser, args, argv)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
+
+
+def _use_scheduler(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
+) -> None:
+    """Set --sample_solver to what --scheduler names. Raises OptionError if both are given and differ."""
+    solver = args.solver_names[args.scheduler]
+    if args.sample_solver != solver and given_among(parser, argv, {"sample_solver"}):
+        raise OptionError(
+            f"--scheduler {args.scheduler} is --sample_solver {solver}, but --sample_solver "
+            f"{args.sample_solver} is given too: give one of them"
+        )
+    args.sample_solver = solver
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:

@@ -16,7 +16,7 @@ from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_
 from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
-from generation.request_options import RequestOptions
+from generation.request_options import SOLVERS, RequestOptions
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
@@ -40,7 +40,6 @@ VALUES = {
     "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
     "flow_shift": ("--flow_shift", "fs", 1000),
 }
-SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.flow.solvers
 
 
 def draw_seed() -> int:

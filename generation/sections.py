@@ -58,7 +58,10 @@ def make_latents(
             if prepared.slow_frames is not None:
                 slower = Tweaks(slow_frames=prepared.slow_frames)
                 section = replace(section, tweaks=section.tweaks.within(slower))
-            solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
+            # what a solver draws continues the generator that the section's start came from
+            solver = solver_for(
+                prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
+            )
             guidance = make_guidance(prepared, guidance_options, family.experts)
             latents = denoise(
                 family,

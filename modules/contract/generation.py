@@ -48,7 +48,7 @@ class Request:
     guidance_scale: float | None = None
     embedded_guidance: float | None = None
     flow_shift: float | None = None
-    solver: str | None = None  # euler, unipc, unipc-bh1, dpm++
+    solver: str | None = None  # as `modules.flow.solvers` names it
     fps: float | None = None
     negative_prompt: str | None = None
     second_prompt: str | None = None  # for the second text encoder of a family that has two
