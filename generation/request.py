@@ -70,8 +70,8 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         guidance_scale=line.get("guidance_scale", options.guidance_scale),
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
-        solver=SOLVERS[options.sample_solver],
-        fps=options.fps,
+        solver=_solver_of(line.get("sample_solver", options.sample_solver)),
+        fps=line.get("fps", options.fps),
         negative_prompt=line.get("negative_prompt", options.negative_prompt) or None,
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=path("image_path"),
@@ -148,6 +148,12 @@ def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
     _check_texts(request)
     _check_numbers(request)
+
+
+def _solver_of(name: str) -> str:
+    if name not in SOLVERS:
+        raise OptionError(f"--sample_solver {name} (in a prompt line): use {', '.join(SOLVERS)}")
+    return SOLVERS[name]
 
 
 def _seed_of(text: str) -> int:

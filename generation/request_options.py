@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from generation.prompt_lines import MOST_FPS
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.options import SETTING
 
-MOST_FPS = 1000  # more is a slip of the finger
 MEDIA = {
     "image_path": "first image, for image-to-video",
     "end_image_path": "last image",
