@@ -119,7 +119,7 @@ class GenerationOptions:
         }.items():
             if is_given:
                 raise OptionError(
-                    f"--sheet and {option} cannot be used together: a sheet is made of new videos"
+                    f"--sheet and {option} cannot be used together: a sheet shows new videos. Leave one out"
                 )
         if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")

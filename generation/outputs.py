@@ -25,7 +25,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
 from modules.errors import CheckpointError
-from modules.media.writing import write_png, write_video
+from modules.media.writing import encoder_for, write_png, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,17 @@ def save_pixels(
         pngs.mkdir(parents=True)
         playing = write_frames(playing, pngs, "{:06d}.png", texts)
         logger.info("Frames: %s", pngs)
-    write_video(path, playing, fps, codec=options.format.codec, tags=tags)
+    codec = encoder_for(options.format.codec, first[0])
+    if codec != options.format.codec:
+        height, width = first[0].shape[:2]
+        logger.warning(
+            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
+            options.format.codec,
+            codec,
+            width,
+            height,
+        )
+    write_video(path, playing, fps, codec=codec, tags=tags)
     return path
 
 

@@ -17,7 +17,11 @@ from modules.errors import OptionError
 MOST_AXES = 2
 MOST_CELLS = 100  # of a sheet: their videos are open at once while it is drawn
 PROMPT = LineOption("prompt", str)
-UNSEEN = {"fps": "it changes no picture, and the cells of a sheet play at one rate"}
+# no axes, and why
+REFUSED = {
+    "fps": "it changes no picture, and the cells of a sheet play at one rate. Leave it out",
+    "lora_multiplier": "it holds for a whole run. Use compare.py, which makes a column of each strength",
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class SheetOptions:
             return ()
         if not 1 <= len(self.sheet) <= MOST_AXES:
             raise OptionError(
-                f"--sheet takes one or two axes, {len(self.sheet)} are given: such as seed=1,2,3 "
-                "guidance_scale=3,5. A text with blanks goes in quotes"
+                f"--sheet takes one or two axes, {len(self.sheet)} are given: write them as seed=1,2,3 "
+                "guidance_scale=3,5, a text with blanks in quotes"
             )
         axes = tuple(_read_axis(text, line_options) for text in self.sheet)
         if len({axis.option.key for axis in axes}) < len(axes):
@@ -98,26 +102,26 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
     name = name.strip().lstrip("-")
     if not sign:
         raise OptionError(f"--sheet {text}: no values are given. Write AXIS=VALUE,VALUE, such as seed=1,2,3")
+    if name in REFUSED:
+        raise OptionError(f"--sheet {name}: {REFUSED[name]}")
     option = PROMPT if name == PROMPT.key else find_option(name, line_options)
     if option is None:
         known = sorted({one.key for one in line_options.values()})
         raise OptionError(
             f"--sheet {name}: it is no option of a prompt line. Use one of prompt, {', '.join(known)}"
         )
-    if option.key in UNSEEN:
-        raise OptionError(f"--sheet {name}: {UNSEEN[option.key]}")
     texts = split_values(rest)
     if len(set(texts)) < len(texts):
         twice = next(one for one in texts if texts.count(one) > 1)
-        raise OptionError(f"--sheet {name}: the value {twice!r} is given twice")
+        raise OptionError(f"--sheet {name}: the value {twice!r} is given twice. Leave one out")
     values = []
     for one in texts:
         try:
             values.append(option.read(one))
         except ValueError as error:
-            raise OptionError(f"--sheet {name}: {error}") from None
+            raise OptionError(f"--sheet {name}: {error}. Correct that value") from None
         if option is PROMPT and not one:
-            raise OptionError("--sheet prompt: one of the prompts is empty")
+            raise OptionError("--sheet prompt: one of the prompts is empty. Write it, or leave it out")
     return Axis(option.key, option, tuple(texts), tuple(values))
 
 
