@@ -49,8 +49,8 @@ _CODECS = {
     "prores": _Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
 }
 
-# width, height: with 40 x 64, 48 x 48 or 48 x 32 pixels libx265 damages memory, which at times ends the process;
-# from 64 x 40 on it did not in many trials
+# width, height: with 40 x 64, 48 x 48 or 48 x 32 pixels libx265 damages memory, which at times ends the
+# process; from 64 x 40 on it did not in many trials
 SMALLEST_H265 = (64, 48)
 _MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
