@@ -190,6 +190,7 @@ LISTS = {
             "container",
         ),
         *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),
+        "sheet",
         *(
             "blocks_to_swap",
             "img_in_txt_in_offloading",

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from generation.grids import EMPTY, HEAD, LINE
+from generation.memory import largest_requests
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.run import generate
@@ -217,6 +218,12 @@ def test_prompts_are_an_axis_too_and_need_no_other_prompt(tmp_path: Path) -> Non
     sheet = sheet_in(tmp_path)
     assert len(cells_in(sheet)) == 4
     assert ": prompt = a cat, old, seed = 2" in read_tags(sheet)["bt_sheet_cell_2_1"]
+
+
+def test_the_plan_is_made_for_the_largest_cell(tmp_path: Path) -> None:
+    asked = options(tmp_path, "--prompt", "cat", "--sheet", "f=5,13,9", "w=32,64")
+    (largest,) = largest_requests(ToyFamily(), asked)
+    assert (largest.width, largest.frames) == (64, 13)
 
 
 @pytest.mark.parametrize("codec", ["prores", "h265"])
