@@ -127,6 +127,7 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
 def _check(options: GenerationOptions) -> None:
     refused = {
         "--interactive": options.interactive,
+        "--sheet": options.sheet.is_asked,
         "--latent_path": bool(options.latent_path),
         "--save_merged_model": options.save_merged_model is not None,
         "--num_videos": options.num_videos > 1,

@@ -18,6 +18,7 @@ from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import prepare_line
 from generation.sections import on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
+from generation.sheet_options import cells_of
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt
@@ -291,7 +292,8 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Prepare
         try:
             with quiet():
                 says = parse_generation_line(line, options.line_options) if line else {}
-                requests.append(prepare_line(family, options, says))
+                for _, values in cells_of(options.axes, says):
+                    requests.append(prepare_line(family, options, values))
         except UserError as error:
             errors.append(error)
     if not requests:

@@ -17,6 +17,7 @@ from generation.preset_options import add_preset_argument, given_among, use_pres
 from generation.prompt_lines import LineOption
 from generation.request_options import RequestOptions, add_request_arguments
 from generation.script_options import ScriptDefaults
+from generation.sheet_options import Axis, SheetOptions, add_sheet_arguments
 from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import (
@@ -51,6 +52,7 @@ class GenerationOptions:
 
     request: RequestOptions = field(metadata=OF_REQUEST)
     output: OutputOptions = field(metadata=NO_PIXELS)
+    sheet: SheetOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
     prompts: PromptOptions
     rewriting: PromptRewriteOptions
@@ -82,9 +84,14 @@ class GenerationOptions:
         """Whether they do so only because attention takes one sample at a time."""
         return self.speed.attention.split_attn and not self.split_uncond
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The options that a comparison sheet varies; none without --sheet."""
+        return self.sheet.axes(self.line_options)
+
     def __post_init__(self) -> None:
         given = {
-            "--prompt": self.request.prompt is not None,
+            "--prompt": self.request.prompt is not None or self.sheet.has_prompts,
             "--from_file": self.from_file is not None,
             "--interactive": self.interactive,
             "--latent_path": bool(self.latent_path),
@@ -98,10 +105,14 @@ class GenerationOptions:
             raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
         if self.num_videos > 1 and (self.from_file is not None or self.interactive):
             raise OptionError("--num_videos is for one --prompt: leave out --from_file and --interactive")
+        if self.num_videos > 1 and self.sheet.is_asked:
+            raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
         if self.from_file is not None and self.interactive:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
             raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
+        if self.sheet.is_asked:
+            self._check_sheet()
         if self.save_merged_model is not None:
             check_output_file("--save_merged_model", self.save_merged_model)
         if self.latent_path and self.output.keeps_latents:
@@ -114,6 +125,21 @@ class GenerationOptions:
             raise OptionError("--prompt is empty: say what the video should show, or leave the option out")
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
+
+    def _check_sheet(self) -> None:
+        """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""
+        for option, is_given in {
+            "--latent_path": bool(self.latent_path),
+            "--save_merged_model": self.save_merged_model is not None,
+            "--output_type latent": not self.output.decodes,
+        }.items():
+            if is_given:
+                raise OptionError(
+                    f"--sheet and {option} cannot be used together: a sheet shows new videos. Leave one out"
+                )
+        if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
+            raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
+        _ = self.axes
 
 
 def read_generation(
@@ -153,6 +179,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_guidance_arguments(parser, has_embedded=defaults.embedded_guidance is not None)
     _add_run_arguments(parser, defaults)
     add_output_arguments(parser, defaults)
+    add_sheet_arguments(parser)
     _add_lora_arguments(parser)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_preset_argument(parser, defaults.optimized)

@@ -22,7 +22,7 @@ from generation.output_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
-from modules.media.writing import write_png, write_video
+from modules.media.writing import encoder_for, write_png, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,17 @@ def save_pixels(
         pngs.mkdir(parents=True)
         playing = write_frames(playing, pngs, "{:06d}.png", texts)
         logger.info("Frames: %s", pngs)
-    write_video(path, playing, fps, codec=options.format.codec, tags=tags)
+    codec = encoder_for(options.format.codec, first[0])
+    if codec != options.format.codec:
+        height, width = first[0].shape[:2]
+        logger.warning(
+            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
+            options.format.codec,
+            codec,
+            width,
+            height,
+        )
+    write_video(path, playing, fps, codec=codec, tags=tags)
     if last is not None:
         last.write(path.with_suffix(""), texts)
     return path

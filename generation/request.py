@@ -86,8 +86,8 @@ def make_request(
         guidance_scale=line.get("guidance_scale", options.guidance_scale),
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
-        solver=SOLVERS[options.sample_solver],
-        fps=options.fps,
+        solver=_solver_of(line.get("sample_solver", options.sample_solver)),
+        fps=line.get("fps", options.fps),
         negative_prompt=texts["negative_prompt"] or None,
         away_prompt=texts["nag_prompt"] or None,
         second_prompt=texts["prompt_2"],
@@ -176,6 +176,12 @@ def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
     _check_texts(request)
     _check_numbers(request)
+
+
+def _solver_of(name: str) -> str:
+    if name not in SOLVERS:
+        raise OptionError(f"--sample_solver {name} (in a prompt line): use {', '.join(SOLVERS)}")
+    return SOLVERS[name]
 
 
 def _seed_of(text: str) -> int:

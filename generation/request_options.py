@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.video_to_video_options import SourceOptions
+from generation.prompt_lines import MOST_FPS
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.options import SETTING
 
-MOST_FPS = 1000  # more is a slip of the finger
 SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "unipc": "unipc",
     "dpm++": "dpm++",

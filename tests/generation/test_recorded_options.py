@@ -211,6 +211,7 @@ LISTS = {
         ),
         *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),
         *("preview_latent_every", "preview_vae"),
+        "sheet",
         *(
             "blocks_to_swap",
             "img_in_txt_in_offloading",
