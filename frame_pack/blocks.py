@@ -147,6 +147,11 @@ class HunyuanVideoTransformerBlock(nn.Module):
         video = self.feed_forward(add_gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
+    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return what attention gets for the latent tokens of x: B L+T C -> B L C."""
+        shift, scale, *_ = self.norm1(tokens.vector)
+        return modulate(self.layer_norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+
     def feed_forward(
         self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:

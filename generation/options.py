@@ -10,6 +10,7 @@ from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_argume
 from blissful_tuner.preview_options import add_preview_arguments
 from blissful_tuner.prompt_options import add_prompt_arguments
 from blissful_tuner.steadier_options import add_steadier_arguments
+from blissful_tuner.step_cache_options import StepCacheOptions, add_step_cache_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments, refuse_video_to_video
 from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, use_preset
@@ -49,6 +50,7 @@ class GenerationOptions:
     request: RequestOptions = field(metadata=OF_REQUEST)
     output: OutputOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
+    step_cache: StepCacheOptions
     speed: GenerationSpeedOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions
@@ -150,6 +152,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_preview_arguments(parser)
     add_prompt_arguments(parser)
     add_steadier_arguments(parser)
+    add_step_cache_arguments(parser)
     parser.set_defaults(
         extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
     )

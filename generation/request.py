@@ -3,11 +3,13 @@
 import logging
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from blissful_tuner.guidance import needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import RequestOptions
@@ -101,8 +103,13 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
     Raises UserError for what cannot be made.
     """
-    prepared = family.prepare(make_request(options.request, overrides))
+    says = line_settings(options.step_cache, overrides)
+    request = make_request(options.request, overrides)
+    prepared = family.prepare(
+        replace(request, step_cache=choose_step_cache(options.step_cache, says), settings=says)
+    )
     check_guidance(prepared, options.guidance)
+    check_step_cache(prepared, family.dit)
     check_media(prepared.asked)
     return prepared
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import noisy_source
 from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
@@ -44,6 +45,7 @@ def make_latents(
     """
     noise = SeededNoise(prepared.seed, device, cpu_noise or family.defaults.noise_on_cpu)
     sections = family.sections(prepared, prompts, inputs, noise)
+    caches = StepCaches(prepared, family.dit)
     try:
         section = next(sections)
         while True:
@@ -52,18 +54,20 @@ def make_latents(
             section = on_device(replace(section, made=None), device)
             solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
             guidance = make_guidance(prepared, guidance_options, family.experts)
-            latents = denoise(
-                family,
-                dit_at,
-                section,
-                start_of(section, solver, prepared),
-                solver,
-                guidance,
-                watchers,
-                split,
-            )
+            with caches.section(dit_at) as cached_at:
+                latents = denoise(
+                    family,
+                    cached_at,
+                    section,
+                    start_of(section, solver, prepared),
+                    solver,
+                    guidance,
+                    watchers,
+                    split,
+                )
             section = sections.send(latents)
     except StopIteration as end:
+        caches.report()
         return end.value
 
 

@@ -117,6 +117,11 @@ class MMDoubleStreamBlock(nn.Module):
         video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
         return torch.cat([video, text], dim=1)
 
+    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return what attention gets for the video tokens of x: B L+T C -> B L C."""
+        shift, scale, *_ = self.img_mod(tokens.vector)
+        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+
     def feed_forward(
         self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
+from modules.contract.step_cache import StepCaching
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Request:
     strength: float = 1.0  # how much of `video_path` is made anew, 0..1
     # options of the family as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
+    step_cache: StepCaching | None = None  # which passes are skipped; None: none
+    # what a prompt line says in place of settings of the command line, by their names
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
