@@ -39,8 +39,8 @@ def line_settings(options: StepCacheOptions, line: Mapping[str, Any]) -> Mapping
     says = {name: line[name] for name in LETTERS if line.get(name) is not None}
     for name, value in [*says.items()]:
         letters = f"--{LETTERS[name]}"
-        check_at_least(letters, value, 0, f"it replaces --{name}")
-        check_at_most(letters, value, 1 if name in SHARES else MOST, f"it replaces --{name}")
+        check_at_least(letters, value, 0, f"give what --{name} takes")
+        check_at_most(letters, value, 1 if name in SHARES else MOST, f"give what --{name} takes")
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
         if getattr(options, switch) is None:
             logger.warning("%s %g is ignored because --%s is not given", letters, value, switch)

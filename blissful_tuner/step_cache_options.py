@@ -65,9 +65,9 @@ class StepCacheOptions:
         share = self.magcache_retention_ratio
         if not 0 <= share <= 1:  # nan too
             raise OptionError(f"--magcache_retention_ratio {share:g}: give a share of the steps from 0 to 1")
-        check_at_least("--magcache_threshold", self.magcache_threshold, 0, "0 skips nothing")
-        check_at_least("--magcache_k", self.magcache_k, 0, "0 skips nothing")
-        check_at_least("--teacache_threshold", self.teacache_threshold, 0, "0 skips nothing")
+        check_at_least("--magcache_threshold", self.magcache_threshold, 0, "give 0 to skip nothing")
+        check_at_least("--magcache_k", self.magcache_k, 0, "give 0 to skip nothing")
+        check_at_least("--teacache_threshold", self.teacache_threshold, 0, "give 0 to skip nothing")
         count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
         if not 1 <= count <= MOST_COEFFICIENTS:
             raise OptionError(

@@ -86,7 +86,14 @@ RECORDED = [
     for option, kind in script.facts.items()
     if kind != "nothing" and option not in FROM_FAMILY
 ]
-SHARES = {"strength", "guidance_rescale", "cfg_apply_ratio", "slg_start", "slg_end"}  # not above 1
+SHARES = {
+    "magcache_retention_ratio",
+    "strength",
+    "guidance_rescale",
+    "cfg_apply_ratio",
+    "slg_start",
+    "slg_end",
+}  # not above 1
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
@@ -107,6 +114,7 @@ WITH = {  # what has to be given too
     "strength": ["--video_path", "clip.mp4"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
+    "teacache_coefficients": ["--teacache_threshold", "0.1"],
 }
 
 
@@ -198,6 +206,7 @@ LISTS = {
             "lycoris",
             "dit_in_channels",
         ),
+        *("magcache_calibration", "teacache_calibration"),
     },
     "request": {
         *(
