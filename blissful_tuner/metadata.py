@@ -81,7 +81,7 @@ def output_metadata(
         for name, text in request.own_metadata.items()
     }
     values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
-    values |= _record(settings or {})
+    values |= _record({**(settings or {}), **request.asked.settings})
     return {
         f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
         for name, value in values.items()

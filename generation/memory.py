@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from blissful_tuner.guidance import make_guidance, plan_steps
+from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
 from generation.noise import SeededNoise
@@ -171,9 +172,10 @@ def rehearse_denoising(
             keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            predict_at = predictor(family, lambda _: dit, step, options.splits_guidance)
-            with ledger.guessing():  # a family may look at the timestep
-                guidance(step, predict_at, section)
+            with StepCaches(prepared, family.dit).section(lambda _: dit) as cached_at:
+                predict_at = predictor(family, cached_at, step, options.splits_guidance)
+                with ledger.guessing():  # a family may look at the timestep
+                    guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
         moments = extrapolate(measure, tuple(map(len, blocks.values())))

@@ -11,6 +11,7 @@ from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
 from blissful_tuner.prompt_options import PromptOptions, add_prompt_arguments
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
 from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
+from blissful_tuner.step_cache_options import StepCacheOptions, add_step_cache_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments
 from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, given_among, use_preset
@@ -57,6 +58,7 @@ class GenerationOptions:
     prompts: PromptOptions
     rewriting: PromptRewriteOptions
     preview: PreviewOptions = field(metadata=NO_PIXELS)
+    step_cache: StepCacheOptions
     speed: GenerationSpeedOptions
     steadier: SteadierOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
@@ -187,6 +189,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_prompt_arguments(parser)
     add_prompt_rewrite_arguments(parser)
     add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
+    add_step_cache_arguments(parser)
     parser.set_defaults(
         extras=defaults.extras,
         line_options=defaults.line_options,

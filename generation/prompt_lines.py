@@ -129,6 +129,10 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "n": LineOption("negative_prompt", str),
     "nag": LineOption("nag_prompt", str),
     "cs": LineOption("cfg_schedule", str),
+    "mcrr": LineOption("magcache_retention_ratio", _number),
+    "mct": LineOption("magcache_threshold", _number),
+    "mck": LineOption("magcache_k", _whole),
+    "tct": LineOption("teacache_threshold", _number),
 }
 
 

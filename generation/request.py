@@ -11,6 +11,7 @@ from blissful_tuner.guidance_checks import check_guidance
 from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.prompt_weights import weigh_all
 from blissful_tuner.riflex import slow_frames
+from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
 from blissful_tuner.wildcards import expand_texts
@@ -143,12 +144,15 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
     Raises UserError for what cannot be made.
     """
+    says = line_settings(options.step_cache, overrides)
     request = make_request(options.request, overrides, options.prompts)
+    request = replace(request, step_cache=choose_step_cache(options.step_cache, says), settings=says)
     request = check_source(request, family.source, family.latent)
     prepared = begin_late(family.prepare(request), family)
     if options.prompts.prompt_weighting:
         prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
+    check_step_cache(prepared, family.dit)
     check_media(prepared.asked)
     return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
 

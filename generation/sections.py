@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import noisy_source, part_of
 from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
@@ -49,6 +50,7 @@ def make_latents(
     # a stream of its own: however much of it is added, all other noise of a seed stays the same
     extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     sections = sections_of(family, prepared, prompts, inputs, noise)
+    caches = StepCaches(prepared, family.dit)
     try:
         section = next(sections)
         while True:
@@ -63,18 +65,20 @@ def make_latents(
                 prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
             )
             guidance = make_guidance(prepared, guidance_options, family.experts)
-            latents = denoise(
-                family,
-                dit_at,
-                section,
-                start_of(section, solver, prepared, extra),
-                solver,
-                guidance,
-                watchers,
-                split,
-            )
+            with caches.section(dit_at) as cached_at:
+                latents = denoise(
+                    family,
+                    cached_at,
+                    section,
+                    start_of(section, solver, prepared, extra),
+                    solver,
+                    guidance,
+                    watchers,
+                    split,
+                )
             section = sections.send(latents)
     except StopIteration as end:
+        caches.report()
         return end.value
 
 

@@ -32,7 +32,7 @@ FLOORS = {
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
-        {"dressing", "planning"},
+        {"dressing", "planning", "step_cache"},
         {"speed_options"},
         {"plan_advice"},
     ),

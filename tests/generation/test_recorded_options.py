@@ -88,6 +88,7 @@ RECORDED = [
     if kind != "nothing" and option not in FROM_FAMILY
 ]
 SHARES = {
+    "magcache_retention_ratio",
     "strength",
     "v2v_denoise",
     "guidance_rescale",
@@ -123,6 +124,7 @@ WITH = {  # what has to be given too
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
     "wan riflex_index": ["--rope_func", "comfy"],
+    "teacache_coefficients": ["--teacache_threshold", "0.1"],
 }
 
 
@@ -220,6 +222,7 @@ LISTS = {
             "lycoris",
             "dit_in_channels",
         ),
+        *("magcache_calibration", "teacache_calibration"),
     },
     "request": {
         *(
