@@ -3,13 +3,18 @@
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from diffusers import WanVideoToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
+from blissful_tuner.video_to_video import first_step
+from modules.contract.source import Source
+from modules.flow.schedule import make_schedule
 from modules.media.writing import write_png
 from modules.seeds import derive_seed
 from tests.parity.reference import (
@@ -185,6 +190,18 @@ def test_an_image_is_made_from_an_image(tmp_path: Path, folder: Path, theirs: Th
             tmp_path / task, folder, task, *size, *say, "--i2i_path", picture, in_process=True
         )
         assert_equal(latents, expected, task)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+def test_the_steps_are_those_of_diffusers_pipeline(steps: int) -> None:
+    schedule = make_schedule("unipc", steps, 5.0)
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(order=1, set_begin_index=lambda _: None))
+    for share in (0.1, 0.29, 0.3, 0.5, 0.58, 0.7, 0.8, 0.99, 1.0):
+        if int(steps * share) == 0:  # where theirs makes none, one is made here
+            continue
+        kept, _ = WanVideoToVideoPipeline.get_timesteps(pipe, steps, schedule.timesteps, share, "cpu")
+        ours = first_step(Source("video_path", Path("x.mp4"), share), schedule)
+        assert torch.equal(schedule.timesteps[ours:], kept), share
 
 
 def test_extra_noise_is_added_to_the_mixture(tmp_path: Path, folder: Path, theirs: Theirs) -> None:
