@@ -402,3 +402,23 @@ def test_a_video_of_other_proportions_is_warned_about(
     more = ("--i2i_path", tmp_path / "tall.png", "--video_length", 1)
     scripts["wan"].one(tmp_path / "a", *SAY, *more)
     assert "is stretched to 48 x 32 (width x height): --video_size 48 32 would keep" in caplog.text
+
+
+def test_interactive_lines_may_name_a_video(
+    tmp_path: Path, scripts: Scripts, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--v` and nothing behind it a line leaves out the video of the command line."""
+    lines = iter([f"a cat --d 1 --v {clip} --vd 0.25", "a dog --d 2 --v"])
+
+    def answer(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    say = ("--infer_steps", 4)
+    made = scripts["wan"].run(tmp_path / "a", *say, "--interactive", "--i2i_path", clip / "0.png")
+    first = ("--prompt", "a cat", "--seed", 1, "--video_path", clip, "--v2v_denoise", 0.25)
+    assert torch.equal(made[1], scripts["wan"].one(tmp_path / "b", *say, *first))
+    assert torch.equal(made[2], scripts["wan"].one(tmp_path / "c", *say, "--prompt", "a dog", "--seed", 2))
