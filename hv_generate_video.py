@@ -27,7 +27,10 @@ DEFAULTS = ScriptDefaults(
     source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
     joins_guidance=True,
     blocks_to_swap=None,
+    has_second_prompt=True,
     line_options=EMBEDDED_GENERATION_OPTIONS,
+    riflex_frequencies=8,
+    riflex_beyond=50,
 )
 
 

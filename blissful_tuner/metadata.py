@@ -63,9 +63,12 @@ def output_metadata(
     }
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
+        "nag_prompt": request.asked.away_prompt,
+        "prompt_2": request.asked.second_prompt,
         "device": device,
         **(request.asked.source.in_words() if request.asked.source is not None else {}),
     }
+    optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
     media = ("image_path", "end_image_path", "control_path")
     optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
     values |= {name: value for name, value in optional.items() if value is not None}

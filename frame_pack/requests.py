@@ -24,7 +24,7 @@ from frame_pack.sections import (
     video_frames,
 )
 from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Prompt, Prompts, Request
+from modules.contract.generation import Prompt, Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of
 from modules.errors import MediaError, OptionError
@@ -80,12 +80,18 @@ def prepare_request(
         _paths(extra, "control_image_mask_path"),
     )
     prepared = settle(request, usual, size, flow_shift, usual_negative)
-    negative = Prompt(prepared.negative_prompt)
+    others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
+    second: tuple[str | None, ...] = (None,) * len(texts)
+    if request.second_prompt is not None:
+        second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
     return replace(
         prepared,
         solver=_solver(request),
-        prompts={index: Prompts(Prompt(text), negative) for index, text in enumerate(texts)},
+        prompts={
+            index: replace(others, positive=Prompt(text, second=for_clip))
+            for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
+        },
         own=own,
         own_metadata=_metadata_of(extra, sections, window, is_f1),
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import as_tags
 from generation.compare_options import CompareOptions
 from generation.decoding import decode
@@ -29,7 +30,7 @@ from generation.preset import leave_out_missing
 from generation.progress import Bars, Queue, in_short, name_model
 from generation.prompt_lines import read_generation_lines
 from generation.run import check_models
-from generation.sections import make_latents
+from generation.sections import OnSection, make_latents
 from generation.session import CPU, Session, wanted_texts
 from modules.atomic_write import make_folder
 from modules.checkpoints.latents import load_latents
@@ -37,7 +38,7 @@ from modules.command import as_typed
 from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
 from modules.contract.family import Family
-from modules.contract.generation import DitAt
+from modules.contract.generation import DitAt, Section
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
 from modules.media.tags import read_tags
@@ -110,6 +111,7 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     run = GenerationRun(family, options, session, predicted)
     jobs = _make_jobs(run)
     check_models(run)
+    run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
     cells = [make_cell(run, variant, job, line) for variant in variants for line, job in enumerate(jobs, 1)]
     to_denoise = [one for one in cells if not (one.video(options).exists() or one.latents(options).exists())]
@@ -127,6 +129,8 @@ def _check(options: GenerationOptions) -> None:
         "--interactive": options.interactive,
         "--latent_path": bool(options.latent_path),
         "--save_merged_model": options.save_merged_model is not None,
+        "--num_videos": options.num_videos > 1,
+        "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_asked,
         f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
         "--no_metadata": options.output.no_metadata,
@@ -225,7 +229,15 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
         for cell in [cell for cell in cells if cell.variant is variant]:
             job = cell.job
             queue.begin(f"{job.label}, {variant.label}")
-            with Bars(job.prepared.num_steps) as bars:
+            with (
+                preview_clip(run.previews, job.prepared.fps) as (watchers, on_section),
+                Bars(job.prepared.num_steps) as bars,
+            ):
+
+                def begin(section: Section, bars: Bars = bars, show: OnSection = on_section) -> None:
+                    show(section)
+                    bars.begin(section)
+
                 latents = make_latents(
                     run.family,
                     dit_at,
@@ -235,9 +247,9 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
                     run.session.device,
                     run.options.cpu_noise,
                     run.options.guidance,
-                    [bars.advance],
+                    [bars.advance, *watchers],
                     run.options.splits_guidance,
-                    bars.begin,
+                    begin,
                 )
                 save_latents(cell.latents(run.options), latents.to(CPU), cell.metadata)
 

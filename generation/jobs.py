@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blissful_tuner.latent_preview import LatentPreviews, make_previews
 from blissful_tuner.metadata import output_metadata
+from blissful_tuner.prompt_rewrite import PromptRewriter
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line
@@ -75,6 +77,20 @@ class GenerationRun:
     options: GenerationOptions
     session: Session
     predicted: Peaks | None = None  # where it is known
+    rewriter: PromptRewriter | None = None
+    previews: LatentPreviews | None = None
+
+    def with_previews(self) -> "GenerationRun":
+        """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
+        session, options = self.session, self.options
+        made = make_previews(
+            options.preview,
+            self.family.latent,
+            options.output.save_path,
+            session.device,
+            session.dit_can_stay,
+        )
+        return replace(self, previews=made)
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the metadata of an output; None with --no_metadata."""

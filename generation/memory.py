@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blissful_tuner.guidance import guidance_scales, make_guidance
+from blissful_tuner.guidance import make_guidance, plan_steps
+from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
@@ -169,31 +170,48 @@ def rehearse_denoising(
             keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            predict_at = predictor(family, lambda _: dit, step, options.split_uncond)
+            predict_at = predictor(family, lambda _: dit, step, options.splits_guidance)
             with ledger.guessing():  # a family may look at the timestep
                 guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
         moments = extrapolate(measure, tuple(map(len, blocks.values())))
     place_name, moment = largest(moments)
+    held, preview = dict(moment), preview_bytes(family, options, prepared)
+    if preview > sum(moment.values()) - moment.get(WEIGHTS, 0):  # between steps there are weights alone
+        place_name, held = "decoding a preview", {WEIGHTS: moment[WEIGHTS], WORKING: preview}
 
     def phase(count: int) -> Phase:
         note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
-        parts = parts_of(moment, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
+        parts = parts_of(held, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
         return Phase("denoising", (*parts, extra))
 
     return phase, len(swaps) - 1
 
 
+def preview_bytes(family: Family, options: GenerationOptions, prepared: Prepared) -> int:
+    """Return the device memory that --preview_vae takes between two steps; 0 if previews need none.
+
+    Raises CheckpointError if it is no TAEHV.
+    """
+    path = options.preview.preview_vae
+    if path is None:
+        return 0
+    *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
+    return decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
+
+
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[float], noisy: Tensor
 ) -> Step:
-    """Find a step that takes most memory: one with guidance, which may batch two passes; else the first."""
-    index, timestep = 0, FIRST_TIMESTEP
-    for lowest, scales in zip(experts, guidance_scales(prepared, options.guidance), strict=True):
-        guided = [step for step, scale in enumerate(scales) if scale is not None]
-        if guided:
-            index, timestep = guided[0], FIRST_TIMESTEP if lowest == max(experts) else lowest
+    """Find a step that takes most memory: that with most passes in one batch, or else with most of them."""
+    steps = [
+        ((plan.most_together, len(plan.passes), lowest, -index), index)
+        for lowest, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True)
+        for index, plan in enumerate(plans)
+    ]
+    (_, _, lowest, _), index = max(steps)  # of equal ones the first
+    timestep = FIRST_TIMESTEP if lowest == max(experts) else lowest
     return Step(index, prepared.num_steps, 1.0, timestep, noisy)
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments, add_rescale_argument
-from blissful_tuner.preview_options import add_preview_arguments
-from blissful_tuner.prompt_options import add_prompt_arguments
-from blissful_tuner.steadier_options import add_steadier_arguments
+from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments
+from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
+from blissful_tuner.prompt_options import PromptOptions, add_prompt_arguments
+from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
+from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments
 from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, use_preset
@@ -22,6 +23,8 @@ from modules.options import (
     NO_PIXELS,
     OF_DECODING,
     OF_REQUEST,
+    check_at_least,
+    check_at_most,
     facts_of,
     option_values,
     read_options,
@@ -49,7 +52,11 @@ class GenerationOptions:
     request: RequestOptions = field(metadata=OF_REQUEST)
     output: OutputOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
+    prompts: PromptOptions
+    rewriting: PromptRewriteOptions
+    preview: PreviewOptions = field(metadata=NO_PIXELS)
     speed: GenerationSpeedOptions
+    steadier: SteadierOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions
     lycoris: bool = field(metadata=NO_PIXELS)  # files say it themselves
@@ -58,6 +65,7 @@ class GenerationOptions:
     save_merged_model: Path | None = field(metadata=NO_PIXELS)
     from_file: Path | None = field(metadata=NO_PIXELS)
     interactive: bool = field(metadata=NO_PIXELS)
+    num_videos: int = field(metadata=NO_PIXELS)  # of the prompt, each with its own seed
     latent_path: tuple[Path, ...] | None = field(metadata=NO_PIXELS)
     device: str | None = field(metadata=OF_REQUEST)
     line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
@@ -84,6 +92,12 @@ class GenerationOptions:
         }
         if not any(given.values()):
             raise OptionError(f"nothing to do: give one of {', '.join(given)}")
+        check_at_least("--num_videos", self.num_videos, 1, "how many videos to make of the prompt")
+        check_at_most("--num_videos", self.num_videos, 10_000, "how many videos to make of the prompt")
+        if self.num_videos > 1 and self.request.prompt is None:
+            raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
+        if self.num_videos > 1 and (self.from_file is not None or self.interactive):
+            raise OptionError("--num_videos is for one --prompt: leave out --from_file and --interactive")
         if self.from_file is not None and self.interactive:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
@@ -136,9 +150,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     parser = Parser(description=description)
     add_request_arguments(parser, defaults)
     add_video_to_video_arguments(parser, defaults.source)
-    add_guidance_arguments(parser)
-    if defaults.rescales_guidance:
-        add_rescale_argument(parser.add_argument_group("guidance's strength"))
+    add_guidance_arguments(parser, has_embedded=defaults.embedded_guidance is not None)
     _add_run_arguments(parser, defaults)
     add_output_arguments(parser, defaults)
     _add_lora_arguments(parser)
@@ -146,9 +158,13 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_preset_argument(parser, defaults.optimized)
     add_preview_arguments(parser)
     add_prompt_arguments(parser)
-    add_steadier_arguments(parser)
+    add_prompt_rewrite_arguments(parser)
+    add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
     parser.set_defaults(
-        extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
+        extras=defaults.extras,
+        line_options=defaults.line_options,
+        numbers_single=defaults.numbers_single,
+        named_as_released=False,
     )
     parser.set_defaults(settings={}, decoding_options=frozenset())  # known when all options have been read
     return parser
@@ -173,6 +189,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
         "--interactive",
         action="store_true",
         help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends",
+    )
+    group.add_argument(
+        "--num_videos",
+        type=int,
+        default=1,
+        help="how many videos to make of --prompt, with seed, seed + 1, ...",
     )
     group.add_argument(
         "--latent_path",

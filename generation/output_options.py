@@ -32,6 +32,7 @@ class OutputOptions:
     no_progressive_save: bool
     prompt_in_name: bool = field(metadata=NO_PIXELS)
     numbers_single: bool  # a single picture is NAME_000.png, never in a folder
+    named_as_released: bool = field(metadata=NO_PIXELS)  # TIME_seedSEED_PROMPT, as HunyuanVideo's own script
     format: FormatOptions
 
     def __post_init__(self) -> None:

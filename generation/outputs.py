@@ -46,6 +46,16 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: s
     return "_".join(part for part in parts if part)
 
 
+def released_stem(when: datetime, seed: int, prompt: str) -> str:
+    """Name an output as HunyuanVideo's own script does, but for what some file systems do not take."""
+    told = (
+        re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)[:100]
+        .encode("utf-8")[:150]
+        .decode("utf-8", errors="ignore")
+    )
+    return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{told.strip(' .')}"
+
+
 def words_of(prompt: str) -> str:
     """Return the first words of a prompt as part of a file's name: letters and digits, joined by `-`."""
     words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt)))

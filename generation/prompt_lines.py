@@ -109,6 +109,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "vd": LineOption("denoise", _number),
     "ii": LineOption("i2i_path", _path),
     "n": LineOption("negative_prompt", str),
+    "nag": LineOption("nag_prompt", str),
     "cs": LineOption("cfg_schedule", str),
 }
 
@@ -118,6 +119,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
 EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **GENERATION_OPTIONS,
     "g": LineOption("embedded_cfg_scale", _number),
+    "p2": LineOption("prompt_2", str),
 }
 
 
@@ -130,11 +132,17 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "ci": LineOption("control_image_path", _path, repeats=True),
     "cim": LineOption("control_image_mask_path", _path, repeats=True),
     "of": LineOption("one_frame_inference", str),
+    "p2": LineOption("prompt_2", str),
 }
 
 
 def _leading_whole(text: str) -> int:
     return _few_digits(_leading(r"[+-]?[0-9]+", text))
+
+
+def _sample_seed(text: str) -> int:
+    """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
+    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else text_to_seed(text)
 
 
 def _leading_number(text: str) -> float:
@@ -157,7 +165,7 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("width", _leading_whole),
     "h": LineOption("height", _leading_whole),
     "f": LineOption("frame_count", _leading_whole),
-    "d": LineOption("seed", _leading_whole),
+    "d": LineOption("seed", _sample_seed),
     "s": LineOption("sample_steps", _steps),
     "g": LineOption("guidance_scale", _leading_number),
     "l": LineOption("cfg_scale", _leading_number),
@@ -309,6 +317,8 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
             continue
         if kind is list and isinstance(value, str):
             value = [value]
+        if key == "seed" and isinstance(value, str):
+            value = _sample_seed(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -322,7 +332,7 @@ def _kind_of(option: LineOption) -> type:
         return list
     if option.read is _leading_number:
         return float
-    return int if option.read in (_leading_whole, _steps) else str
+    return int if option.read in (_leading_whole, _sample_seed, _steps) else str
 
 
 # how files begin that were saved in place of another one: a Git LFS pointer, a web page

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance import needs
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
+from blissful_tuner.prompt_weights import weigh_all
+from blissful_tuner.riflex import slow_frames
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
+from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import RequestOptions
@@ -45,11 +48,19 @@ def draw_seed() -> int:
     return secrets.randbelow(2**SEED_BITS)
 
 
-def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = None) -> Request:
+# options that are texts, in the order in which `prompts` draws in them
+TEXTS = ("prompt", "negative_prompt", "prompt_2", "nag_prompt")
+
+
+def make_request(
+    options: RequestOptions,
+    overrides: Mapping[str, Any] | None = None,
+    prompts: PromptOptions = PLAIN_PROMPTS,
+) -> Request:
     """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. What is not said stays None.
-    Raises OptionError for numbers that make no sense.
+    Without a seed each call draws its own. What is not said stays None. prompts: what is drawn in its texts.
+    Raises OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():
@@ -64,8 +75,10 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         value = None if name in options.extras else line.get(name, getattr(options, name))
         return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
+    typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
+    texts = expand_texts(typed, prompts, seed)
     request = Request(
-        prompt=line.get("prompt", options.prompt) or "",
+        prompt=texts["prompt"] or "",
         seed=seed,
         width=line.get("video_size_width", options.video_size[1]),
         height=line.get("video_size_height", options.video_size[0]),
@@ -76,13 +89,16 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         flow_shift=line.get("flow_shift", options.flow_shift),
         solver=SOLVERS[options.sample_solver],
         fps=options.fps,
-        negative_prompt=line.get("negative_prompt", options.negative_prompt) or None,
+        negative_prompt=texts["negative_prompt"] or None,
+        away_prompt=texts["nag_prompt"] or None,
+        second_prompt=texts["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
         source=_source(options.source, line),
         extra=_extra(options, line),
+        typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
     check_values(request)
     return request
@@ -128,11 +144,14 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
     Raises UserError for what cannot be made.
     """
-    request = check_source(make_request(options.request, overrides), family.source, family.latent)
+    request = make_request(options.request, overrides, options.prompts)
+    request = check_source(request, family.source, family.latent)
     prepared = begin_late(family.prepare(request), family)
+    if options.prompts.prompt_weighting:
+        prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
     check_media(prepared.asked)
-    return prepared
+    return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
 
 
 def check_media(request: Request) -> None:
@@ -152,24 +171,6 @@ def check_media(request: Request) -> None:
         except MediaError as error:
             kind = "an image file" if is_image else "a video, or a folder of images"
             raise OptionError(f"--{name}: {error}. Give {kind}.") from None
-
-
-def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
-    if needs(prepared, options).negative:
-        return
-    if prepared.asked.negative_prompt is not None:
-        text = prepared.asked.negative_prompt
-        logger.warning(
-            "the negative prompt %r is ignored because no step uses guidance (--guidance_scale)", text
-        )
-    given = {
-        "--slg_mode": options.skipped_layers and options.slg_mode,
-        "--guidance_rescale": options.guidance_rescale,
-    }
-    for option, value in given.items():
-        if value:
-            logger.warning("%s %s is ignored because no step uses guidance", option, value)
 
 
 def check_values(request: Request) -> None:
@@ -192,6 +193,8 @@ def _check_texts(request: Request) -> None:
     for name, text in {
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt or "",
+        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
     }.items():
         found = bad_character(text)
         if found is not None:

@@ -28,6 +28,8 @@ class RequestOptions:
 
     prompt: str | None
     negative_prompt: str | None
+    nag_prompt: str | None  # declared beside the other options of this guidance
+    prompt_2: str | None  # for the second text encoder
     video_size: tuple[int, ...]  # height, width
     video_length: int | None
     fps: float
@@ -62,6 +64,15 @@ def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
         default=None,
         help="what to avoid; default: the text of the model's release, if any",
     )
+    if defaults.has_second_prompt:
+        group.add_argument(
+            "--prompt_2",
+            type=str,
+            default=None,
+            help="prompt for the second text encoder, CLIP; default: --prompt",
+        )
+    else:
+        parser.set_defaults(prompt_2=None)
     group.add_argument(
         "--video_size",
         type=int,

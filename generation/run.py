@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from blissful_tuner.latent_preview import check_preview
+from blissful_tuner.prompt_rewrite import PromptRewriter
 from blissful_tuner.video_to_video_options import SourceOptions
 from generation.asking import line_reader
 from generation.decoding import decode_files
@@ -17,6 +19,7 @@ from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
+from generation.request import make_request
 from generation.session import Session
 from modules.attention.attend import check_backend
 from modules.command import each_warning_once
@@ -64,21 +67,37 @@ def do(family: Family, options: GenerationOptions) -> None:
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
-    run = GenerationRun(family, options, session, predicted)
+    mode, model = options.rewriting.prompt_rewrite, options.rewriting.prompt_rewrite_model
+    rewriter = PromptRewriter(model, mode) if mode is not None and model is not None else None
+    run = GenerationRun(family, options, session, predicted, rewriter)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
     check_models(run)
     for file in family.dit_files:
         check_loras_fit(file, uses)
+    run = run.with_previews()
     if options.from_file is not None:
         make_from_file(run, options.from_file)
     elif options.interactive:
         converse(run)
     else:
-        job = make_job(run, "the prompt", {})
-        tell_unused_sources(options.request.source, [job])
-        make(run, [job], Failures(strict=True))
+        make_prompt(run)
+
+
+def make_prompt(run: GenerationRun) -> None:
+    """Generate the prompt of the command line, --num_videos times with seeds that follow one another."""
+    request, count = run.options.request, run.options.num_videos
+    if count == 1:
+        jobs = [make_job(run, "the prompt", {})]
+    else:
+        first = None if request.seed is None else make_request(request).seed
+        seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
+        jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
+    tell_unused_sources(request.source, jobs[:1])
+    failures = Failures(strict=count == 1)
+    make(run, jobs, failures)
+    failures.raise_if_any(count)
 
 
 def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
@@ -97,6 +116,7 @@ def check_models(run: GenerationRun) -> None:
     check_backend(
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
+    check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.decodes)
     run.family.check_given_files()
     counts = run.family.block_counts()

@@ -30,14 +30,17 @@ class ScriptDefaults:
     source: SourceDefaults = SourceDefaults()  # of video-to-video
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
+    has_second_prompt: bool = False  # whether there is a --prompt_2
     has_length: bool = True  # whether there is a --video_length
-    rescales_guidance: bool = False  # whether there is a --guidance_rescale
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
     extras: Mapping[str, str] = field(default_factory=dict)
     # options of a prompt line, by letter
     line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")
+    # rotary frequencies of the frames that --riflex_index counts; None: no such option
+    riflex_frequencies: int | None = None
+    riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
     # what --optimized turns on

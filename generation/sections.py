@@ -13,7 +13,7 @@ from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource
-from modules.contract.generation import DitAt, EncodedPrompts, Section
+from modules.contract.generation import DitAt, EncodedPrompts, Section, Tweaks
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import send
@@ -57,6 +57,9 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
+            if prepared.slow_frames is not None:
+                slower = Tweaks(slow_frames=prepared.slow_frames)
+                section = replace(section, tweaks=section.tweaks.within(slower))
             solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
             guidance = make_guidance(prepared, guidance_options, family.experts)
             latents = denoise(
@@ -111,15 +114,22 @@ def start_of(section: Section, solver: Solver, prepared: Prepared, extra: NoiseS
 
 
 def on_device(section: Section, device: torch.device) -> Section:
-    """Return the section with all inputs of the network on `device`."""
+    """Return the section with all inputs of the network on `device`.
+
+    Conditions that are the same object stay so.
+    """
+    positive = conditions_to(section.positive, device)
+    there = {id(section.positive): positive}
 
     def moved(conditions: Conditions | None) -> Conditions | None:
-        return None if conditions is None else conditions_to(conditions, device)
+        if conditions is not None and id(conditions) not in there:
+            there[id(conditions)] = conditions_to(conditions, device)
+        return None if conditions is None else there[id(conditions)]
 
     return replace(
         section,
         noise=section.noise.to(device),
-        positive=conditions_to(section.positive, device),
+        positive=positive,
         negative=moved(section.negative),
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),

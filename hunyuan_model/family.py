@@ -15,6 +15,7 @@ from hunyuan_model.conditioning import (
     first_frame_condition,
     first_frame_of,
     posterior_generator,
+    texts_for,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
 from hunyuan_model.encoders import Encoders, beside
@@ -26,12 +27,12 @@ from hunyuan_model.options import (
     HunyuanTrainingOptions,
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
-from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
@@ -46,6 +47,8 @@ from modules.options import NO_OPTIONS, require
 logger = logging.getLogger(__name__)
 
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
+# argument of the network, in their order -> name in caches
+TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 FLOW_SHIFT = 7.0  # likewise
 
@@ -60,7 +63,7 @@ class HunyuanVideo:
     files: HunyuanFiles
     skip_layers: int = SKIP_LAYERS
     final_norm: bool = False
-    second_prompt: str | None = None  # --prompt_2, for CLIP
+    system_prompt: str | None = None  # None: the release's
     text_multipliers: tuple[float, float] | None = None
     dit_dtype: torch.dtype | None = None  # None: as the file says
     dit_channels: int | None = None  # that the transformer has to take
@@ -129,6 +132,7 @@ class HunyuanVideo:
                 files.text_encoder1_path,
                 dtype,
                 files.text_encoder1_tokenizer,
+                template_of(self.system_prompt),
                 skip_layers=self.skip_layers,
                 final_norm=self.final_norm,
                 in_fp8=files.llm_in_fp8,
@@ -244,11 +248,9 @@ class HunyuanVideo:
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            given("llm"),
-            given("llm_mask"),
-            given("clipL"),
+            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
-            tweaks,
+            tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
@@ -290,9 +292,7 @@ class HunyuanVideo:
         size = width, height, whole_frames(frames, LATENT)
         check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        prepared = settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
-        positive = Prompt(request.prompt, second=self.second_prompt)
-        return replace(prepared, prompts={0: replace(prepared.prompts[0], positive=positive)})
+        return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether an image must be encoded before denoising."""
@@ -399,10 +399,10 @@ def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
     return HunyuanVideo(
         HunyuanFiles(options.dit, Encoders().add_vae(options.vae).add_text(options.text)),
         dit_channels=options.dit_in_channels,
-        skip_layers=options.hidden_state_skip_layer,
-        final_norm=options.apply_final_norm,
-        second_prompt=options.prompt_2,
-        text_multipliers=options.text_multipliers,
+        skip_layers=options.reading.hidden_state_skip_layer,
+        final_norm=options.reading.apply_final_norm,
+        system_prompt=options.reading.custom_system_prompt,
+        text_multipliers=options.reading.text_multipliers,
     )
 
 

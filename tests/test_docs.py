@@ -29,6 +29,10 @@ SMALLER = {  # appended, so that the last value wins
     "compare.py": GENERATION,
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
+    "sample_video.py": [
+        *("--video-size", "32", "--video-length", "5", "--infer-steps", "2"),
+        *("--vae-precision", "fp32"),
+    ],
     "fpack_cache_latents.py": QUICK_VAE,
     "fpack_generate_video.py": [
         "--video_size",
@@ -58,6 +62,9 @@ SMALLER = {  # appended, so that the last value wins
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
     "--i2i_path start.png": ["--video_length", "1"],
+    # they make two steps
+    "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],
+    "--cfg_schedule 1-": ["--cfg_schedule", "1:3, e~2, !2"],
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "hunyuan_model": {"modules", "networks.names"},
     "frame_pack": {"modules", "networks.names", "hunyuan_model"},
     "generation": {"modules", "networks", "blissful_tuner"},
-    "training": {"modules", "networks", "dataset", "generation"},
+    "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
     "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"},
 }

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blissful_tuner.nag import NormalisedGuidance
+from modules.contract.generation import Away, Tweaks
+from modules.layers.rope import Slow
 from tests.tiny.dits import DITS, TinyDit
 
 META, HOST = torch.device("meta"), torch.device("cpu")
@@ -86,6 +89,17 @@ def test_a_pass_waits_for_nothing(tiny: TinyDit) -> None:
     inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
 
     assert waits(dit, inputs) == []  # the first pass of its size makes a table of positions too
+
+
+@pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
+def test_a_second_text_and_a_slowed_frequency_wait_for_nothing_either(tiny: TinyDit) -> None:
+    dit = tiny.make(2).to(META)
+    inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
+    text = {name: inputs[name] for name in ("text", "llama", "llama_mask", "clip_l") if name in inputs}
+    slow = None if tiny.name == "framepack" else Slow(3, 90.0)
+    tweaks = Tweaks(away=Away(text, NormalisedGuidance(5.0, 3.5, 0.5)), slow_frames=slow)
+
+    assert waits(dit, {**inputs, "tweaks": tweaks}) == []
 
 
 def test_waiting_would_be_seen() -> None:

@@ -65,6 +65,7 @@ class Wan:
     vae_tile: int | None = None
     image_kind: str | None = None  # caching: i2v, flf2v, or None for text-to-video caches
     rope: str = "default"
+    precision: torch.dtype = torch.float32  # of time embedding, modulation and rotation by position
     keep_file_dtypes: bool = False
     text_as_image_tokens: bool = False
     t5_in_fp8: bool = False
@@ -195,7 +196,8 @@ class Wan:
         """Load the transformer, checked against --task."""
         (path,) = self.dit_files
         note_size(self.files.dit_header(), self.task, path)
-        return load_dit(path, replace(placement, keep_file_dtypes=self.keep_file_dtypes), rope=self.rope)
+        placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
+        return load_dit(path, placement, self.rope, self.precision)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
@@ -231,12 +233,15 @@ class Wan:
         cond: t5 (list of n D), clip (B T 1280), condition_latents (B C F H W).
         """
         device = noisy.device
-        text = [embeds.to(device) for embeds in cond["t5"]]
+
+        def given(texts: Conditions) -> Conditions:
+            return {"text": [embeds.to(device) for embeds in texts["t5"]]}
+
         extra, clip = cond.get("condition_latents"), cond.get("clip")
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(device) if isinstance(clip, Tensor) else None
-        return dit(noisy, timesteps, text, features, tweaks)
+        return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given))
 
     # generation
 
@@ -411,6 +416,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
         text_as_image_tokens=options.text_as_image_tokens,
         t5_in_fp8=options.text.fp8_t5,
         image_noise=options.i2v_extra_noise or 0.0,
+        precision=torch.float16 if options.lower_precision_attention else torch.float32,
     )
 
 

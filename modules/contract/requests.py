@@ -45,10 +45,15 @@ def settle(
     if embedded is not None and request.embedded_guidance is not None:
         embedded = request.embedded_guidance
     steps = request.steps or usual.steps
+    away = None if request.away_prompt is None else Prompt(request.away_prompt)
     return Prepared(
         asked=request,
         seed=request.seed,
-        prompts={0: Prompts(Prompt(request.prompt), Prompt(negative or ""))},
+        prompts={
+            0: Prompts(
+                Prompt(request.prompt, second=request.second_prompt), Prompt(negative or ""), away=away
+            )
+        },
         negative_prompt=negative or "",
         width=width,
         height=height,

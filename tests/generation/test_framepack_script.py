@@ -354,7 +354,7 @@ def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(
         (["--video_size", "32", "40"], "--video_size 32 40"),
         (["--preview_latent_every", "2"], "--preview_latent_every is not supported yet: "),
         (["--preview_vae", "x"], "--preview_vae is not supported yet: "),
-        (["--prompt_wildcards", "x"], "--prompt_wildcards is not supported yet: "),
+        (["--prompt_wildcards", "x"], "--prompt_wildcards x: there is no such folder"),
     ],
 )
 def test_what_cannot_be_done_is_said(

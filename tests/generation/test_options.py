@@ -102,9 +102,7 @@ def test_only_videos_that_come_in_sections_can_be_watched_while_they_grow(tmp_pa
 
 
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
-    defaults = ScriptDefaults(
-        fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"}, rescales_guidance=True
-    )
+    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"})
     parser = generation_parser(None, defaults)
     parser.add_argument("--paws", type=int, default=4)
     args = read_arguments(

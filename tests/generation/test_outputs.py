@@ -37,7 +37,7 @@ def options(
     numbered: bool = False,
 ) -> OutputOptions:
     return OutputOptions(
-        folder, output_type, False, trim, False, False, numbered, FormatOptions(codec, container, pngs)
+        folder, output_type, False, trim, False, False, numbered, False, FormatOptions(codec, container, pngs)
     )
 
 

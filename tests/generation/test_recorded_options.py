@@ -93,10 +93,12 @@ SHARES = {
     "cfg_apply_ratio",
     "slg_start",
     "slg_end",
+    "nag_alpha",
 }  # not above 1
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
+    "prompt_wildcards": [str(Path(__file__).parent)],
     "video_size": ["48", "64"],
     "vae_spatial_tile_sample_min_size": ["64"],
     "te_multiplier": ["1.5", "0.5"],
@@ -118,6 +120,7 @@ WITH = {  # what has to be given too
     "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
+    "wan riflex_index": ["--rope_func", "comfy"],
 }
 
 
@@ -150,9 +153,8 @@ def another_value(action: argparse.Action) -> list[str]:
 def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) -> None:
     script = SCRIPTS[name]
     values, prompt = another_value(script.actions[option]), ["--prompt", "a cat"]
-    metadata = recorded(
-        script.read(*prompt, *WITH.get(option, []), script.actions[option].option_strings[0], *values)
-    )
+    needed = WITH.get(f"{name} {option}", WITH.get(option, []))
+    metadata = recorded(script.read(*prompt, *needed, script.actions[option].option_strings[0], *values))
     keys = SAID_AS.get(option, (option,))
     said = [metadata[f"bt_{key}"] for key in keys]
     for value in values or ["True"]:
@@ -196,11 +198,15 @@ LISTS = {
             "no_metadata",
             "no_progressive_save",
             "prompt_in_name",
+            "num_videos",
+            "prompt_rewrite",
+            "prompt_rewrite_model",
             "keep_pngs",
             "codec",
             "container",
         ),
         *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),
+        *("preview_latent_every", "preview_vae"),
         *(
             "blocks_to_swap",
             "img_in_txt_in_offloading",
@@ -214,6 +220,8 @@ LISTS = {
         *(
             "prompt",
             "negative_prompt",
+            "nag_prompt",
+            "prompt_2",
             "fps",
             "infer_steps",
             "guidance_scale",

@@ -250,7 +250,10 @@ class ToyFamily:
         video, made = (None if self.makes_last_first else start), None
         for number in range(self.sections_made):
             latents = yield replace(
-                prompts.section(noise.draw(shape)), made=made, label=f"section {number + 1}"
+                prompts.section(noise.draw(shape)),
+                made=made,
+                label=f"section {number + 1}",
+                count=self.sections_made,
             )
             parts = (
                 [latents]
@@ -266,6 +269,7 @@ class ToyFamily:
                 section_frames(WINDOW) if number else 0,
                 self.makes_last_first,
                 self.decode_part,
+                video,
             )
         assert video is not None
         return torch.cat([start, video], dim=2) if self.makes_last_first else video
