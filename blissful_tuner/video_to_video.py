@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # how much wider or narrower a stretched video may become before it is warned about
 UNSEEN = 1.05
+ROUNDING = 1e-6  # of a noise level in float32
 
 
 # before anything is loaded
@@ -247,7 +248,12 @@ def part_of(source: Tensor, section: Section) -> Tensor:
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Mix clean latents with noise, both B C F H W, as the schedule does at this step."""
+    """Mix clean latents with noise, both B C F H W, as the schedule does at this step.
+
+    A level that is 1 but for rounding leaves nothing of the latents.
+    """
+    if abs(1 - schedule.sigmas[step]) <= ROUNDING and schedule.alphas[step] <= ROUNDING:
+        return noise
     sigmas, alphas = (
         levels[step].float().expand(len(noise)).to(noise.device)
         for levels in (schedule.sigmas, schedule.alphas)

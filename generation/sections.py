@@ -47,8 +47,10 @@ def make_latents(
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
-    # a stream of its own: however much of it is added, all other noise of a seed stays the same
-    extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
+    extra = None
+    if prepared.asked.source is not None and prepared.asked.source.extra_noise:
+        # a stream of its own: however much of it is added, all other noise of a seed stays the same
+        extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     sections = sections_of(family, prepared, prompts, inputs, noise)
     caches = StepCaches(prepared, family.dit)
     try:
@@ -103,14 +105,17 @@ def sections_of(
         return end.value
 
 
-def start_of(section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource) -> Start:
-    """Begin with noise, or with what a section starts from at a later step. extra: for --v2v_extra_noise."""
+def start_of(section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None) -> Start:
+    """Begin with noise, or with what a section starts from at a later step.
+
+    extra: where the noise comes from that --v2v_extra_noise adds; None: none is added.
+    """
     source = prepared.asked.source
     if section.source is None or source is None:
         return Start(section.noise)
     step = prepared.first_step
     latents = noisy_source(section.source, section.noise, solver.schedule, step)
-    if source.extra_noise:
+    if extra is not None:
         latents = latents + source.extra_noise * extra.draw(latents.shape)
     return Start(latents, step)
 

@@ -61,6 +61,7 @@ SMALLER = {  # appended, so that the last value wins
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
+    "--i2i_path start.png": ["--video_length", "1"],
     # they make two steps
     "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],
     "--cfg_schedule 1-": ["--cfg_schedule", "1:3, e~2, !2"],

@@ -45,6 +45,7 @@ FEATURES = {
     "fp8": Feature("--fp8_scaled --upcast_linear"),
     "compile": Feature("--compile --compile_args eager default auto False"),
     "latents": Feature("--num_videos 2"),
+    "video": Feature("--video_path {folder}/clip.mp4 --strength 0.7 --v2v_extra_noise 0.02"),
 }
 # what excludes each other
 REFUSED = {

@@ -44,6 +44,7 @@ def test_defaults_are_read(tmp_path: Path) -> None:
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
         (["--prompt", "p", "--upcast_linear"], "--upcast_linear needs --fp8_scaled"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
+        (["--video_path", "x.mp4", "--i2i_path", "x.png"], "--video_path x.mp4 and --i2i_path x.png"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:
