@@ -39,8 +39,8 @@ def _refuse_zero_star(options: GuidanceOptions, plans: list[StepPlan], is_guided
             )
     if not any(plan.passes for plan in plans):
         raise OptionError(
-            f"--cfgzerostar_init_steps {steps}: no step would be left that calls the model, of {len(plans)}; "
-            "1 or 2 are usual"
+            f"--cfgzerostar_init_steps {steps}: none of the {len(plans)} steps would call the model. Give "
+            "fewer; 1 or 2 are usual"
         )
 
 
@@ -66,8 +66,8 @@ def _unused(
     """Return the options that do nothing, as they were given, each with the reason."""
     given = {
         f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
-        f"--guidance_rescale {options.guidance_rescale}": options.guidance_rescale != 0,
-        f"--perp_neg {options.perp_neg}": options.perp_neg is not None,
+        f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,
+        f"--perp_neg {options.perp_neg or 0:g}": options.perp_neg is not None,
         "--disable_embedded_for_cfg": options.disable_embedded_for_cfg,
     }
     layers, _, perp_neg, embedded = given

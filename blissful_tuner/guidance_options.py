@@ -77,7 +77,7 @@ class GuidanceOptions:
             )
         if not abs(self.cfgzerostar_multiplier) <= MOST_SCALE:  # nan too
             raise OptionError(
-                f"--cfgzerostar_multiplier {self.cfgzerostar_multiplier}: give a number from -{MOST_SCALE} "
+                f"--cfgzerostar_multiplier {self.cfgzerostar_multiplier:g}: give a number from -{MOST_SCALE} "
                 f"to {MOST_SCALE}; 0 is usual"
             )
         if self.cfgzerostar_multiplier != 0 and self.cfgzerostar_init_steps < 1:
@@ -90,9 +90,9 @@ class GuidanceOptions:
         if self.perp_neg is None:
             return
         if not abs(self.perp_neg) <= MOST_SCALE:  # nan too
+            most = MOST_SCALE
             raise OptionError(
-                f"--perp_neg {self.perp_neg}: give a number from -{MOST_SCALE} to {MOST_SCALE}; 1.5 to 2 are "
-                "usual"
+                f"--perp_neg {self.perp_neg:g}: give a number from -{most} to {most}; 1.5 to 2 are usual"
             )
         if self.cfgzerostar_scaling:
             raise OptionError(
@@ -100,7 +100,7 @@ class GuidanceOptions:
             )
         if self.slg_mode == "original" and self.skipped_layers:
             raise OptionError(
-                "--perp_neg and --slg_mode original cannot be used together: use --slg_mode uncond, or leave "
+                "--perp_neg and --slg_mode original cannot be used together. Use --slg_mode uncond, or leave "
                 "one of them out"
             )
 

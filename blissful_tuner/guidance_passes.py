@@ -4,6 +4,7 @@ A guidance idea is a `Stage`: it declares the passes that it needs and changes t
 passes of a step's stages are requested together, each once, however many stages need it.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class StepPlan:
     factor: float = 1.0  # of the velocity in the end; 0: no pass is made
     tweaks: Tweaks = NO_TWEAKS  # of all passes
 
-    @property
+    @functools.cached_property
     def passes(self) -> tuple[Pass, ...]:
         """Return the passes of all stages, each once, the positive one first."""
         if self.factor == 0:

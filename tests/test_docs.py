@@ -57,6 +57,9 @@ SMALLER = {  # appended, so that the last value wins
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
+    # they make two steps
+    "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],
+    "--cfg_schedule 1-": ["--cfg_schedule", "1:3, e~2, !2"],
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }

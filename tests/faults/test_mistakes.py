@@ -63,6 +63,13 @@ NUMBERS = (
     wrong(GENERATIONS, "--slg_mode original --slg_layers one", "--slg_layers 'one'", "9,10"),
     wrong(GENERATIONS, "--slg_mode original --slg_layers 9 --slg_end 7", "--slg_end 7", "0 to 1"),
     wrong(GENERATIONS, "--cfg_schedule 1-99999", "--cfg_schedule", "the steps are 1 to 1"),
+    wrong(
+        GENERATIONS, "--cfg_schedule 1:nan", "--cfg_schedule entry '1:nan'", "give a scale of at most 1000"
+    ),
+    wrong(GENERATIONS, "--cfgzerostar_init_steps=-7", "--cfgzerostar_init_steps -7", "1 or 2 are usual"),
+    wrong(GENERATIONS, "--guidance_scale 3 --cfgzerostar_init_steps 1", "none of the 1 steps", "fewer"),
+    wrong(GENERATIONS, "--guidance_scale 1 --cfgzerostar_scaling", "--cfgzerostar_scaling", "give a"),
+    wrong(GENERATIONS, "--perp_neg 9e9", "--perp_neg 9e+09", "1.5 to 2 are usual"),
     wrong(GENERATIONS, "--trim_tail_frames -4", "--trim_tail_frames -4", "give 0"),
     wrong(HV, "--hidden_state_skip_layer=-1", "--hidden_state_skip_layer -1"),
     wrong(HV, "--te_multiplier 1 many", "--te_multiplier 1 many", "two numbers"),
@@ -257,6 +264,19 @@ TOGETHER = (
     wrong(GENERATIONS, "--prompt=", "--prompt is empty", "say what the video should show"),
     wrong(GENERATIONS, "", "nothing to do", "--prompt", without=["--prompt"]),
     wrong(GENERATIONS, "--from_file prompts.txt --interactive", "cannot be used together"),
+    wrong(
+        GENERATIONS,
+        "--cfgzerostar_scaling --perp_neg 1.5",
+        "--cfgzerostar_scaling and --perp_neg",
+        "give one of them",
+    ),
+    wrong(GENERATIONS, "--perp_neg 1.5 --slg_mode original --slg_layers 1", "Use --slg_mode uncond"),
+    wrong(
+        GENERATIONS,
+        "--guidance_scale 3 --cfg_schedule 1 --cfg_skip_mode late --cfg_apply_ratio 1",
+        "--cfg_schedule '1' and --cfg_skip_mode late",
+        "give one of them",
+    ),
     wrong(GENERATIONS, "--latent_path latent.safetensors --interactive", "--latent_path only decodes"),
     wrong(GENERATIONS, "--latent_path latent.safetensors --output_type latent", "Use video or images"),
     wrong(GENERATIONS, "--cfg_skip_mode early", "--cfg_skip_mode early needs --cfg_apply_ratio"),

@@ -40,6 +40,9 @@ class Sampling:
     flow_shift: float = 5.0
     scales: Sequence[float | None] = (5.0,) * 8
     skipped: SkippedLayers | None = None
+    formula: str = "cfg"  # cfg, zero star, perpendicular
+    weight: float = 0.0  # of the perpendicular negative
+    factors: Sequence[float] = ()  # of the velocities of the first steps
 
     @property
     def steps(self) -> int:
@@ -58,6 +61,7 @@ class Inputs:
     negative: Tensor
     clip: Tensor | None = None
     extra: Tensor | None = None
+    blank: Tensor | None = None  # of the empty text
 
 
 def draw_noise(
@@ -160,22 +164,43 @@ def guided(
     if scale is None:
         return positive
     active = skip is not None and int(skip.start * sampling.steps) <= step < int(skip.end * sampling.steps)
+    blank = None if inputs.blank is None else velocity(dit, noisy, timestep, inputs.blank, inputs)
     if skip is None or not active:
         negative = velocity(dit, noisy, timestep, inputs.negative, inputs)
-        return negative + scale * (positive - negative)
+        return combined(positive, negative, blank, scale, sampling)
     with without(dit, skip.layers):
         skipped = velocity(dit, noisy, timestep, inputs.negative, inputs)
     if skip.mode == "uncond":
-        return skipped + scale * (positive - skipped)
+        return combined(positive, skipped, blank, scale, sampling)
     negative = velocity(dit, noisy, timestep, inputs.negative, inputs)
-    return negative + scale * (positive - negative) + skip.scale * (positive - skipped)
+    return combined(positive, negative, blank, scale, sampling) + skip.scale * (positive - skipped)
+
+
+def combined(
+    positive: Tensor, negative: Tensor, blank: Tensor | None, scale: float, sampling: Sampling
+) -> Tensor:
+    """One formula of guidance, of a single sample (features.md, sections 6.7 and 6.8), in double precision
+    where sums are long.
+    """
+    if sampling.formula == "cfg":
+        return negative + scale * (positive - negative)
+    if sampling.formula == "zero star":
+        dot = torch.dot(positive.flatten().double(), negative.flatten().double())
+        fit = float(dot / (negative.double().norm() ** 2 + 1e-8))
+        return fit * negative + scale * (positive - fit * negative)
+    assert blank is not None
+    wanted, unwanted = (positive - blank).double(), (negative - blank).double()
+    share = torch.dot(unwanted.flatten(), wanted.flatten()) / wanted.norm() ** 2
+    across = unwanted - share * wanted
+    return (blank + scale * (wanted - sampling.weight * across)).float()
 
 
 def denoise(dit: WanTransformer3DModel, inputs: Inputs, sampling: Sampling) -> Tensor:
     """Clean latents 16 F h w."""
     solver, latents = TheirSolver(sampling), inputs.noise
     for step, timestep in enumerate(solver.timesteps):
-        latents = solver.step(step, guided(dit, latents, timestep, step, inputs, sampling), latents)
+        factor = sampling.factors[step] if step < len(sampling.factors) else 1.0
+        latents = solver.step(step, factor * guided(dit, latents, timestep, step, inputs, sampling), latents)
     return latents
 
 
