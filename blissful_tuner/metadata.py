@@ -64,8 +64,8 @@ def output_metadata(
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
         "strength": None if request.asked.video_path is None else request.asked.strength,
-        "prompt_2": request.asked.second_prompt,
         "device": device,
+        "prompt_2": request.asked.second_prompt,
     }
     optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
     media = ("image_path", "end_image_path", "control_path", "video_path")

@@ -24,7 +24,7 @@ from frame_pack.sections import (
     video_frames,
 )
 from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Prompt, Prompts, Request
+from modules.contract.generation import Prompt, Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of
 from modules.errors import MediaError, OptionError
@@ -80,7 +80,7 @@ def prepare_request(
         _paths(extra, "control_image_mask_path"),
     )
     prepared = settle(request, usual, size, flow_shift, usual_negative)
-    negative = Prompt(prepared.negative_prompt)
+    others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
     second: tuple[str | None, ...] = (None,) * len(texts)
     if request.second_prompt is not None:
@@ -89,7 +89,7 @@ def prepare_request(
         prepared,
         solver=_solver(request),
         prompts={
-            index: Prompts(Prompt(text, second=for_clip), negative)
+            index: replace(others, positive=Prompt(text, second=for_clip))
             for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
         },
         own=own,

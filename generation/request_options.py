@@ -26,8 +26,8 @@ class RequestOptions:
     """
 
     prompt: str | None
-    negative_prompt: str | None
     prompt_2: str | None  # for the second text encoder
+    negative_prompt: str | None
     video_size: tuple[int, ...]  # height, width
     video_length: int | None
     fps: float

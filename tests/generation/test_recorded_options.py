@@ -203,8 +203,8 @@ LISTS = {
     "request": {
         *(
             "prompt",
-            "negative_prompt",
             "prompt_2",
+            "negative_prompt",
             "fps",
             "infer_steps",
             "guidance_scale",
