@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fpack_generate_video
+from blissful_tuner import step_cache
 from frame_pack.files import saved_window
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames
@@ -372,6 +373,6 @@ def test_every_option_of_a_prompt_line_is_an_option_of_the_script(files: TinyFra
     # two of one; newer; shared by all scripts
     ours = {
         *("video_size_width", "video_size_height", "flow_shift", "cfg_schedule", "prompt_2"),
-        *("video_path", "denoise"),
+        *("video_path", "denoise", *step_cache.LETTERS),
     }
     assert {option.key for option in fpack_generate_video.DEFAULTS.line_options.values()} <= known | ours
