@@ -3,22 +3,25 @@
     python benchmarks/generation.py --against v0.3.0
 
 Both states make the same latents through their own script, with no feature turned on: the pocket model and a
-tiny HunyuanVideo. Each runs in a process of its own that keeps waiting for its turn; a round is one
-generation of each, in alternating order, and gives a ratio of CPU seconds per step. The figure is the median
-of the ratios. Features that are off must cost nothing: not more than the bar, and not one more wait of the
-host for the device, which is counted on torch's meta device.
+tiny HunyuanVideo. Each stays in the middle of a generation, in a process of its own, and waits for its turn.
+A round is the denoising of each, in alternating order, and gives a ratio of CPU seconds per step; the figure
+is the median of the ratios. Features that are off must cost nothing: not more than the bar, and not one more
+wait of the host for the device, which is counted on torch's meta device.
 """
 
 import argparse
 import contextlib
+import copy
+import inspect
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ class Child:
         )
 
     def ask(self, word: str) -> Any:
-        """Have it make one generation ("run") or count ("waits"); return its answer."""
+        """Have it denoise ("run") or count ("waits"); return its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -73,8 +76,8 @@ def main() -> None:
     parser.add_argument(
         "--against", required=True, help="a commit, or the folder of another checkout, which is the baseline"
     )
-    parser.add_argument("--rounds", type=int, default=24, help="number of rounds for each model")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps of each generation")
+    parser.add_argument("--rounds", type=int, default=100, help="number of rounds for each model")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps of each round")
     args = parser.parse_args()
     is_met = True
     with tempfile.TemporaryDirectory() as name, other_tree(args.against, Path(name) / "tree") as other:
@@ -145,10 +148,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def work(tree: str, script: str, folder: str, options: Sequence[str]) -> None:
-    """Be a child: answer each line of the standard input. Only what all states of the code have is used."""
+    """Be a child: stay in the denoising of one generation and answer each line of the standard input.
+
+    Only what all states of the code have is used.
+    """
     sys.path[0] = tree
     import importlib
-    import shutil
 
     import torch
 
@@ -159,39 +164,33 @@ def work(tree: str, script: str, folder: str, options: Sequence[str]) -> None:
 
     module = importlib.import_module(script)
     assert Path(str(module.__file__)).parent == Path(tree), module.__file__
-    plain, measure = sections.denoise, {"run": timed, "waits": count_waits}
-    for line in sys.stdin:
-        found: list[float] = []
-        sections.denoise = measure[line.strip()](plain, found)
-        module.main(["--save_path", folder, *options])
-        shutil.rmtree(folder)
-        answers.write(f"{json.dumps(found[0])}\n")
-        answers.flush()
+    plain = sections.denoise
+
+    def stay(*args: Any, **named: Any) -> Any:
+        given = inspect.signature(plain).bind(*args, **named).arguments
+        for line in sys.stdin:
+            found = {"run": step_seconds, "waits": count_waits}[line.strip()](plain, given)
+            answers.write(f"{json.dumps(found)}\n")
+            answers.flush()
+        return given["section"].noise
+
+    sections.denoise = stay
+    module.main(["--save_path", folder, *options])
 
 
-def timed(denoise: Any, found: list[float]) -> Any:
-    """Return `denoise`, which notes its CPU seconds per step."""
-    import inspect
-    import time
-
-    def measured(*args: Any, **named: Any) -> Any:
-        given = inspect.signature(denoise).bind(*args, **named).arguments
-        start = time.process_time()
-        made = denoise(*args, **named)
-        found.append((time.process_time() - start) / given["solver"].schedule.num_steps)
-        return made
-
-    return measured
+def step_seconds(denoise: Any, given: Mapping[str, Any]) -> float:
+    """Denoise with these arguments from the start; return the CPU seconds of a step."""
+    fresh = {**given, "solver": copy.deepcopy(given["solver"])}  # it remembers earlier steps
+    start = time.process_time()
+    denoise(**fresh)
+    return (time.process_time() - start) / given["solver"].schedule.num_steps
 
 
-def count_waits(denoise: Any, found: list[float]) -> Any:
-    """Return `denoise`, which notes how often the host would wait for a device.
+def count_waits(denoise: Any, given: Mapping[str, Any]) -> int:
+    """Denoise with these arguments; return how often the host would wait for a device.
 
     The device is torch's meta device, which lets nobody read its numbers.
     """
-    import copy
-    import inspect
-    from dataclasses import replace
     from unittest.mock import patch
 
     import torch
@@ -199,37 +198,40 @@ def count_waits(denoise: Any, found: list[float]) -> Any:
 
     from generation.sections import on_device
 
-    meta = torch.device("meta")
+    meta, waits = torch.device("meta"), []
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             named = kwargs or {}
-            if func is torch.ops.aten._to_copy.default and named.get("device") == meta != args[0].device:
-                found[0] += not named.get("non_blocking")
-            if func is torch.ops.aten.copy_.default and args[0].device == meta != args[1].device:
-                found[0] += not any(args[2:])
+            is_made = (
+                func is torch.ops.aten._to_copy.default and named.get("device") == meta != args[0].device
+            )
+            is_filled = func is torch.ops.aten.copy_.default and args[0].device == meta != args[1].device
+            if (is_made and not named.get("non_blocking")) or (is_filled and not any(args[2:])):
+                waits.append(func)
             return func(*args, **named)
 
-    def counted(*args: Any, **named: Any) -> Any:
-        found.append(0)
-        given = inspect.signature(denoise).bind(*args, **named).arguments
-        start = replace(given["start"], latents=given["start"].latents.to(meta))
-        moved = {**given, "section": on_device(given["section"], meta), "start": start, "watchers": ()}
-        dits: dict[int, Any] = {}
+    dits: dict[int, Any] = {}
 
-        def dit_at(timestep: float) -> Any:
-            dit = given["dit_at"](timestep)
-            if id(dit) not in dits:
-                dits[id(dit)] = copy.deepcopy(dit).to(meta)
-            return dits[id(dit)]
+    def dit_at(timestep: float) -> Any:
+        dit = given["dit_at"](timestep)
+        if id(dit) not in dits:
+            dits[id(dit)] = copy.deepcopy(dit).to(meta)
+        return dits[id(dit)]
 
-        dit_at(1000.0)  # its move is not a step's
-        no_autocast = patch("torch.autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
-        with no_autocast, patch("torch.is_autocast_enabled", lambda *_: False), Copies():
-            denoise(**{**moved, "dit_at": dit_at})
-        return given["section"].noise
-
-    return counted
+    dit_at(1000.0)  # its move is not a step's
+    fresh = {
+        **given,
+        "dit_at": dit_at,
+        "section": on_device(given["section"], meta),
+        "start": replace(given["start"], latents=given["start"].latents.to(meta)),
+        "solver": copy.deepcopy(given["solver"]),
+        "watchers": (),
+    }
+    no_autocast = patch("torch.autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
+    with no_autocast, patch("torch.is_autocast_enabled", lambda *_: False), Copies():
+        denoise(**fresh)
+    return len(waits)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,11 @@ def prompts(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("speed", [(), ("--fp8_scaled",)], ids=["in place", "loaded for each"])
+@pytest.mark.parametrize(
+    "speed",
+    [(), ("--fp8_scaled",), ("--sample_solver", "lcm")],
+    ids=["in place", "loaded for each", "with fresh noise"],
+)
 def test_a_clip_equals_what_the_generation_script_makes(
     tmp_path: Path, t2v: TinyWan, speed: tuple[str, ...]
 ) -> None:

@@ -127,7 +127,7 @@ def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
     assert colour not in {verdict.colour for verdict in avoiding.values()}, (free, avoiding)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "dpm++sde"])
 def test_every_solver_draws_what_it_is_asked_for(
     plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str
 ) -> None:

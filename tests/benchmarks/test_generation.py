@@ -1,0 +1,53 @@
+"""The benchmark of plain generation sees a host that waits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.generation import count_waits, step_seconds
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from generation.denoise import Start, denoise
+from modules.contract.generation import Request, Section
+from modules.flow.solvers import solver_for
+from tests.preparing import prepare
+
+STEPS = 3
+NETWORK = torch.nn.Identity()
+
+
+class Family:
+    """A family whose passes send a tensor to the device, or do not."""
+
+    def __init__(self, waits: bool) -> None:
+        self.waits = waits
+
+    def predict(self, dit: torch.nn.Module, noisy: Tensor, *_: Any) -> Tensor:
+        return noisy * torch.ones(1).to(noisy.device) if self.waits else noisy
+
+
+def arguments(family: Family) -> dict[str, Any]:
+    noise = torch.ones(1, 2, 1, 3, 4)
+    return {
+        "family": family,
+        "dit_at": lambda timestep: NETWORK,
+        "section": Section(noise, {}),
+        "start": Start(noise),
+        "solver": solver_for("unipc", STEPS, 3.0),
+        "guidance": make_guidance(
+            prepare(Request("p", 1, guidance_scale=1.0, steps=STEPS)), PLAIN_GUIDANCE, (0.0,)
+        ),
+    }
+
+
+@pytest.mark.parametrize(("waits", "expected"), [(False, 0), (True, STEPS)])
+def test_every_wait_of_a_step_is_counted(waits: bool, expected: int) -> None:
+    assert count_waits(denoise, arguments(Family(waits))) == expected
+
+
+def test_seconds_are_those_of_a_step_and_may_be_asked_for_again() -> None:
+    given = arguments(Family(False))
+    assert 0 < step_seconds(denoise, given) < 10
+    assert 0 < step_seconds(denoise, given) < 10
