@@ -131,8 +131,7 @@ def sheet_metadata(run: GenerationRun, sheet: Sheet, paths: Mapping[Place, Path]
     for (column, row), path in sorted(paths.items(), key=lambda item: item[0][::-1]):
         places = zip(sheet.axes, (column, row), strict=False)
         said = ", ".join(_say(axis, index) for axis, index in places)
-        seed = sheet.cells[column, row].prepared.seed
-        common[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{path.name}: {said}, seeds = {seed}"
+        common[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{path.name}: {said}"
     return common
 
 

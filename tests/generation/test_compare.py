@@ -151,6 +151,7 @@ def test_pictures_are_compared_too(tmp_path: Path, t2v: TinyWan) -> None:
     [
         (("--interactive",), "--interactive has no meaning"),
         (("--prompt", "a", "--save_last_frame"), "--save_last_frame has no meaning"),
+        (("--prompt", "a", "--sheet", "seed=1,2"), "--sheet has no meaning"),
         (("--prompt", "a", "--output_type", "latent"), "--output_type latent has no meaning"),
         (("--prompt", "a", "--no_metadata"), "--no_metadata has no meaning"),
         (("--prompt", "a", "--lora_multiplier", "nan"), "--lora_multiplier nan: give a number"),

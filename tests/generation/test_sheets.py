@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from generation.grids import EMPTY, HEAD, LINE
@@ -28,7 +29,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu", "--
 # family -> two axes, whose cells all differ
 AXES = {
     "wan t2v-1.3B": ("seed=1,2", "guidance_scale=3,5"),
-    "wan i2v-14B": ("flow_shift=3,5", "seed=1,2"),
+    "wan i2v-14B": ("flow_shift=3,5", "sample_solver=unipc,dpm++"),
     "hunyuan_video": ("embedded_cfg_scale=1,6", "infer_steps=1,2"),
     "framepack": ("seed=1,2", "video_sections=1,2"),
     "framepack one frame": ("seed=1,2", "embedded_cfg_scale=3,10"),
@@ -138,7 +139,7 @@ def test_metadata_tell_what_all_cells_share_the_axes_and_the_files(tmp_path: Pat
     assert said["bt_prompt"] == "a cat\\nä"
     assert said["bt_sheet"] == "seed=1,2 'cs=1-2, 3:2|e~2'"
     assert "bt_seeds" not in said  # they differ
-    assert said["bt_sheet_cell_2_1"].endswith("_1_.mp4: seed = 1, cfg_schedule = e~2, seeds = 1")
+    assert said["bt_sheet_cell_2_1"].endswith("_1_.mp4: seed = 1, cfg_schedule = e~2")
     for file in cells_in(sheet).values():
         assert read_tags(tmp_path / file)["bt_prompt"] == said["bt_prompt"]
 
@@ -252,6 +253,27 @@ def test_folders_of_images_are_cells_too(tmp_path: Path) -> None:
 )
 def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None:
     assert split_values(text) == values
+
+
+@pytest.mark.parametrize("name", ["wan t2v-1.3B", "hunyuan_video", "framepack one frame"])
+def test_a_line_with_long_names_makes_what_the_command_line_does(name: str, tmp_path: Path) -> None:
+    family = BY_NAME[name]
+    family.prepare(tmp_path)
+    given = {"seed": 3, "infer_steps": 1, "flow_shift": 3, "fps": 12, "video_size": "32 48"}
+    words = [word for key, value in given.items() for word in (f"--{key}", *str(value).split())]
+    line = " ".join(["a cat", *(f"--{key} {value}" for key, value in given.items())])
+    (tmp_path / "p.txt").write_text(line, encoding="utf-8")
+
+    succeed_here(*family.generate, *SIZE, "--from_file", "p.txt", "--save_path", "line", folder=tmp_path)
+    succeed_here(
+        *family.generate, *SIZE, "--prompt", "a cat", *words, "--save_path", "words", folder=tmp_path
+    )
+
+    ours, theirs = (next((tmp_path / kind).glob("*_latent*")) for kind in ("line", "words"))
+    assert load_file(ours)["latent"].equal(load_file(theirs)["latent"])
+    with safe_open(ours, "pt") as one, safe_open(theirs, "pt") as other:
+        assert one.metadata() == other.metadata()
+        assert one.metadata()["bt_fps"] == "12"
 
 
 def test_a_length_counts_in_place_of_another_kind_of_length() -> None:
