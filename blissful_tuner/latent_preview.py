@@ -113,7 +113,7 @@ class LatentPreviews:
                 self._has_warned = True
                 then = "There are no more of this run" if self._has_ended else "It is tried again"
                 reason = f"{type(error).__name__}: {error}"
-                logger.warning("A latent preview has failed (%s). %s; the generation goes on.", reason, then)
+                logger.warning("A latent preview has failed: %s\n  %s; the generation goes on.", reason, then)
 
     @property
     def has_ended(self) -> bool:
@@ -126,7 +126,8 @@ class LatentPreviews:
             return self.vae
         needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
         if not self.has_room(needed):
-            self._leave_out_vae(f"the device has no {needed / 2**20:,.0f} MiB free beside the transformer")
+            room = f"{needed / 2**20:,.0f} MiB free beside the transformer"
+            self._leave_out_vae(f"the device is not known to have {room}")
         return self.vae
 
     def _leave_out_vae(self, why: str) -> None:

@@ -18,7 +18,7 @@ class LatestWriter(Generic[Item]):
     def __init__(self, write: Callable[[Item], None], rest: float = 0.0) -> None:
         self._write, self._rest = write, rest
         self._waiting: Item | None = None
-        self._is_ending = False
+        self._ending = threading.Event()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -35,7 +35,7 @@ class LatestWriter(Generic[Item]):
     def close(self, drop: bool = False) -> None:
         """Write the item that waits, without rest, or drop it; then end the thread."""
         with self._changed:
-            self._is_ending = True
+            self._ending.set()
             if drop:
                 self._waiting = None
             self._changed.notify()
@@ -45,7 +45,7 @@ class LatestWriter(Generic[Item]):
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_ending or self._waiting is not None)
+                self._changed.wait_for(lambda: self._ending.is_set() or self._waiting is not None)
                 item, self._waiting = self._waiting, None
             if item is None:
                 return
@@ -53,5 +53,4 @@ class LatestWriter(Generic[Item]):
             self._write(item)
             del item  # frees its memory
             took = time.monotonic() - start
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_ending, timeout=self._rest * took)
+            self._ending.wait(self._rest * took)

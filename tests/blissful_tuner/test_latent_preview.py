@@ -134,7 +134,7 @@ def test_an_error_is_one_warning_and_a_file_that_cannot_be_written_is_tried_agai
         for index in range(3):
             with previews.of(16.0) as clip:
                 clip.watch(step(index, 4))
-    assert caplog.text.count("A latent preview has failed (OutputError") == 1
+    assert caplog.text.count("A latent preview has failed: OutputError") == 1
     assert "the generation goes on" in caplog.text
 
     (in_the_way / "x").rmdir()

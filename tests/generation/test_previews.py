@@ -150,6 +150,14 @@ def test_a_picture_of_framepack_has_previews_of_its_steps(tmp_path: Path, script
     assert read_image(tmp_path / PNG).shape == (32, 48, 3)
 
 
+def test_a_video_of_a_single_section_has_previews_of_its_steps(
+    tmp_path: Path, scripts: dict[str, Script]
+) -> None:
+    say = ("--prompt", "a cat", "--video_sections", 1, "--output_type", "latent")
+    scripts["framepack"].run(tmp_path, *say, "--preview_latent_every", 1)
+    assert video_info(tmp_path / MP4).frames == 9
+
+
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1], ids=["anti-drifting", "f1"])
 def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(order: Order) -> None:
     generator, window = torch.Generator().manual_seed(1), 2
