@@ -422,3 +422,15 @@ def test_interactive_lines_may_name_a_video(
     first = ("--prompt", "a cat", "--seed", 1, "--video_path", clip, "--v2v_denoise", 0.25)
     assert torch.equal(made[1], scripts["wan"].one(tmp_path / "b", *say, *first))
     assert torch.equal(made[2], scripts["wan"].one(tmp_path / "c", *say, "--prompt", "a dog", "--seed", 2))
+
+
+def test_extra_noise_on_the_image_is_neutral_at_0(tmp_path: Path, clip: Path) -> None:
+    """--i2v_extra_noise is drawn behind the start noise, so that a little of it changes little."""
+    say = ("--task", "i2v-14B", "--video_length", FRAMES, "--image_path", clip / "0.png")
+    script = Script(wan_generate_video.main, write_tiny_wan(tmp_path / "models", "i2v"), say)
+    plain = script.one(tmp_path / "plain", *SAY)
+    none, little, much = (
+        script.one(tmp_path / f"{amount}", *SAY, "--i2v_extra_noise", amount) for amount in (0, 1e-4, 0.5)
+    )
+    assert torch.equal(plain, none)
+    assert 0 < float((little - plain).abs().max()) < 0.02 * float((much - plain).abs().max())
