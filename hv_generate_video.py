@@ -22,6 +22,7 @@ DEFAULTS = ScriptDefaults(
     infer_steps=50,
     flow_shift=7.0,
     sample_solver="vanilla",
+    solver_names={"default": "vanilla", "dpm++": "dpm++", "dpm++sde": "dpm++sde"},
     embedded_guidance=6.0,
     media=frozenset({"image_path"}),
     source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),

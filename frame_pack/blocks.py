@@ -193,6 +193,11 @@ class HunyuanVideoTransformerBlock(nn.Module):
         text = add_gated(text, gate1, seen)
         return self.feed_forward(text, self.ff_context, shift2, scale2, gate2, dtype)
 
+    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return what attention gets for the latent tokens of x: B L+T C -> B L C."""
+        shift, scale, *_ = self.norm1(tokens.vector)
+        return modulate(self.layer_norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+
     def feed_forward(
         self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:

@@ -36,7 +36,6 @@ SOLVER = "unipc-bh1"
 _NEEDS_IMAGE = (
     "FramePack starts from an image, and a single picture is made of one too (--i in a line of prompts)"
 )
-_TYPED = {"euler": "vanilla"}  # how --sample_solver calls the others
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def prepare_request(
         second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
     return replace(
         prepared,
-        solver=_solver(request),
+        solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
         prompts={
             index: replace(others, positive=Prompt(text, second=for_clip))
             for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
@@ -178,15 +177,6 @@ def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: b
 def _shift_of_size(width: int, height: int, latent: LatentSpec, latent_frames: int) -> float:
     _, _, _, rows, columns = latent.shape(1, height, width)
     return flow_shift_for(count_tokens(latent_frames, rows, columns))
-
-
-def _solver(request: Request) -> str:
-    if request.solver not in (None, "unipc", SOLVER):
-        name = _TYPED.get(str(request.solver), request.solver)
-        raise OptionError(
-            f"--sample_solver {name}: FramePack is sampled with unipc only. Leave the option out."
-        )
-    return SOLVER
 
 
 def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:

@@ -9,6 +9,8 @@ DIT = DitSpec(
     lora_exclude=("norm",),  # the same layers
     input_layers=("x_embedder", "clean_x_embedder", "context_embedder", "image_projection"),
     token_wise=HUNYUAN.token_wise,
+    modulated_input=HUNYUAN.modulated_input,
+    teacache_coefficients=HUNYUAN.teacache_coefficients,
     swap_counts=HUNYUAN.swap_counts,
     # as they compute so; under 1 % of the model
     keep_float32=("time_text_embed.", "context_embedder.time_text_embed.", "proj_out."),

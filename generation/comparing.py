@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from blissful_tuner.latent_preview import preview_clip
-from blissful_tuner.metadata import as_tags
+from blissful_tuner.metadata import CREATED, as_tags
 from generation.compare_options import CompareOptions
 from generation.decoding import decode
 from generation.dressing import dit_loader
@@ -127,6 +127,7 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
 def _check(options: GenerationOptions) -> None:
     refused = {
         "--interactive": options.interactive,
+        "--sheet": options.sheet.is_asked,
         "--latent_path": bool(options.latent_path),
         "--save_merged_model": options.save_merged_model is not None,
         "--num_videos": options.num_videos > 1,
@@ -135,6 +136,7 @@ def _check(options: GenerationOptions) -> None:
         f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
         "--no_metadata": options.output.no_metadata,
         "--keep_pngs": options.output.format.keep_pngs,
+        "--save_last_frame": options.output.save_last_frame,
     }
     found = [name for name, is_given in refused.items() if is_given]
     if found:
@@ -202,8 +204,12 @@ def _is_own(options: GenerationOptions, cell: Cell) -> bool:
 
 
 def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return what this program says; videos do not store empty texts."""
-    return {name: text for name, text in tags.items() if name.startswith("bt_") and text}
+    """Return what this program says of how it was made, not when; videos do not store empty texts."""
+    return {
+        name: text
+        for name, text in tags.items()
+        if name.startswith("bt_") and text and name != f"bt_{CREATED}"
+    }
 
 
 def _suffix(options: GenerationOptions, job: GenerationJob) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +55,11 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     return GenerationJob(label, prepare_line(run.family, run.options, overrides))
 
 
-def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> None:
-    """Encode all texts, encode all images and videos, denoise all, decode all."""
+def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
+    """Encode all texts, encode all images and videos, denoise all, decode all.
+
+    Returns the finished videos and pictures by the labels of their jobs.
+    """
     if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
     if run.options.forces_split and any(has_batches(job.prepared, run.options.guidance) for job in jobs):
@@ -73,13 +77,14 @@ def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) 
     ]
     done = denoise_all(run, ready, failures) if ready else []
     paths = [one.latent_path for one in done if run.options.output.keeps_latents]
-    if run.options.output.decodes and done:
-        paths += decode_all(run, done, failures)
+    made = decode_all(run, done, failures) if run.options.output.decodes and done else {}
+    paths += made.values()
     if paths and not run.options.interactive:
         show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
     if done and run.predicted is not None and run.session.device.type == "cuda":
         most = max(run.predicted.most, run.session.most_beside)
         logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
+    return made
 
 
 def rewrite_jobs(run: GenerationRun, jobs: Sequence[GenerationJob]) -> Sequence[GenerationJob]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from blissful_tuner.guidance import make_guidance, plan_steps
+from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
 from generation.noise import SeededNoise
@@ -18,6 +19,7 @@ from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import prepare_line
 from generation.sections import on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
+from generation.sheet_options import cells_of
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt
@@ -170,9 +172,10 @@ def rehearse_denoising(
             keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            predict_at = predictor(family, lambda _: dit, step, options.splits_guidance)
-            with ledger.guessing():  # a family may look at the timestep
-                guidance(step, predict_at, section)
+            with StepCaches(prepared, family.dit).section(lambda _: dit) as cached_at:
+                predict_at = predictor(family, cached_at, step, options.splits_guidance)
+                with ledger.guessing():  # a family may look at the timestep
+                    guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
         moments = extrapolate(measure, tuple(map(len, blocks.values())))
@@ -291,7 +294,8 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Prepare
         try:
             with quiet():
                 says = parse_generation_line(line, options.line_options) if line else {}
-                requests.append(prepare_line(family, options, says))
+                for _, values in cells_of(options.axes, says):
+                    requests.append(prepare_line(family, options, values))
         except UserError as error:
             errors.append(error)
     if not requests:

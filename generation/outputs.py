@@ -6,6 +6,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -21,15 +22,16 @@ from generation.output_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
-from modules.media.writing import write_png, write_video
+from modules.media.writing import encoder_for, write_png, write_video
 
 logger = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]  # H W 3, RGB
 LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
+LAST_FRAME_SUFFIX = "_last.png"
 # of every kind of output
-SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
+SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
 
 
 NAMED_CHARACTERS = 40  # of a prompt in a file's name
@@ -103,7 +105,8 @@ def save_pixels(
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
-    a single frame only if the script does not number single images).
+    a single frame only if the script does not number single images). With `--save_last_frame` the last frame
+    of what is more than a picture is written beside it.
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
     tags, texts = as_tags(metadata or {}), as_png_texts(metadata or {})
@@ -111,11 +114,17 @@ def save_pixels(
     first = list(islice(frames, 2))
     playing: Iterable[Frame] = chain(first, frames)
     is_picture = len(first) == 1 and (options.numbers_single or not options.writes_images)
+    last = LastFrame(first[0]) if first and options.save_last_frame and not is_picture else None
+    beside = []
+    if last is not None:
+        playing, beside = last.note(playing), [LAST_FRAME_SUFFIX]
     if options.writes_images and not is_picture:
-        path = options.save_path / free_stem(options.save_path, stem, [""])
+        path = options.save_path / free_stem(options.save_path, stem, ["", *beside])
         with atomic_folder(path) as folder:
             for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", texts):
                 pass
+        if last is not None:
+            last.write(path, texts)
         return path
     if is_picture:
         path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
@@ -124,14 +133,45 @@ def save_pixels(
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
-    path = options.save_path / (free_stem(options.save_path, stem, [suffix]) + suffix)
+    path = options.save_path / (free_stem(options.save_path, stem, [suffix, *beside]) + suffix)
     if options.format.keep_pngs:
         pngs = options.save_path / free_stem(options.save_path, "frames", [""])
         pngs.mkdir(parents=True)
         playing = write_frames(playing, pngs, "{:06d}.png", texts)
         logger.info("Frames: %s", pngs)
-    write_video(path, playing, fps, codec=options.format.codec, tags=tags)
+    codec = encoder_for(options.format.codec, first[0])
+    if codec != options.format.codec:
+        height, width = first[0].shape[:2]
+        logger.warning(
+            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
+            options.format.codec,
+            codec,
+            width,
+            height,
+        )
+    write_video(path, playing, fps, codec=codec, tags=tags)
+    if last is not None:
+        last.write(path.with_suffix(""), texts)
     return path
+
+
+@dataclass
+class LastFrame:
+    """The last of the frames that have gone by, for --save_last_frame."""
+
+    frame: Frame
+
+    def note(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """Pass the frames on and keep the last one."""
+        for frame in frames:
+            self.frame = frame
+            yield frame
+
+    def write(self, output: Path, texts: Mapping[str, str]) -> None:
+        """Write it beside an output. output: its path without suffix."""
+        path = output.with_name(f"{output.name}{LAST_FRAME_SUFFIX}")
+        write_png(path, self.frame, texts)
+        logger.info("Last frame: %s", path)
 
 
 def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.device) -> dict[str, str]:

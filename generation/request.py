@@ -11,12 +11,13 @@ from blissful_tuner.guidance_checks import check_guidance
 from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.prompt_weights import weigh_all
 from blissful_tuner.riflex import slow_frames
+from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
 from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
-from generation.request_options import RequestOptions
+from generation.request_options import SOLVERS, RequestOptions
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
@@ -40,7 +41,6 @@ VALUES = {
     "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
     "flow_shift": ("--flow_shift", "fs", 1000),
 }
-SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.flow.solvers
 
 
 def draw_seed() -> int:
@@ -87,8 +87,8 @@ def make_request(
         guidance_scale=line.get("guidance_scale", options.guidance_scale),
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
-        solver=SOLVERS[options.sample_solver],
-        fps=options.fps,
+        solver=_solver_of(line.get("sample_solver", options.sample_solver)),
+        fps=line.get("fps", options.fps),
         negative_prompt=texts["negative_prompt"] or None,
         away_prompt=texts["nag_prompt"] or None,
         second_prompt=texts["prompt_2"],
@@ -144,12 +144,15 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
     Raises UserError for what cannot be made.
     """
+    says = line_settings(options.step_cache, overrides)
     request = make_request(options.request, overrides, options.prompts)
+    request = replace(request, step_cache=choose_step_cache(options.step_cache, says), settings=says)
     request = check_source(request, family.source, family.latent)
     prepared = begin_late(family.prepare(request), family)
     if options.prompts.prompt_weighting:
         prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
+    check_step_cache(prepared, family.dit)
     check_media(prepared.asked)
     return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
 
@@ -177,6 +180,12 @@ def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
     _check_texts(request)
     _check_numbers(request)
+
+
+def _solver_of(name: str) -> str:
+    if name not in SOLVERS:
+        raise OptionError(f"--sample_solver {name} (in a prompt line): use {', '.join(SOLVERS)}")
+    return SOLVERS[name]
 
 
 def _seed_of(text: str) -> int:

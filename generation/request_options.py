@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.video_to_video_options import SourceOptions
+from generation.prompt_lines import MOST_FPS
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.options import SETTING
 
-MOST_FPS = 1000  # more is a slip of the finger
+SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
+    "unipc": "unipc",
+    "dpm++": "dpm++",
+    "vanilla": "euler",
+    "dpm++sde": "dpm++sde",
+    "lcm": "lcm",
+}
 MEDIA = {
     "image_path": "first image, for image-to-video",
     "end_image_path": "last image",
@@ -38,7 +45,7 @@ class RequestOptions:
     guidance_scale: float | None
     cfg_schedule: str | None
     flow_shift: float | None
-    sample_solver: str = field(metadata=SETTING)  # unipc, dpm++, vanilla
+    sample_solver: str = field(metadata=SETTING)  # a name of SOLVERS
     image_path: Path | None
     end_image_path: Path | None
     control_path: Path | None
@@ -114,14 +121,23 @@ def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
     group.add_argument(
         "--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}"
     )
-    solvers = ["unipc", "dpm++", "vanilla"]
     group.add_argument(
         "--sample_solver",
         type=str,
         default=defaults.sample_solver,
-        choices=solvers,
-        help="stepping rule; vanilla is Euler",
+        choices=list(SOLVERS),
+        help="stepping rule; vanilla is Euler, dpm++sde adds fresh noise in each step, lcm is for distilled "
+        "models and LCM LoRAs (4 to 8 steps, --guidance_scale 1)",
     )
+    if defaults.solver_names:
+        names = ", ".join(f"{name} is {solver}" for name, solver in defaults.solver_names.items())
+        group.add_argument(
+            "--scheduler",
+            type=str,
+            default=None,
+            choices=list(defaults.solver_names),
+            help=f"another spelling of --sample_solver: {names}",
+        )
     for name, text in MEDIA.items():
         if name in defaults.media:
             group.add_argument(f"--{name}", type=str, default=None, help=text)

@@ -21,6 +21,7 @@ from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
 from generation.request import make_request
 from generation.session import Session
+from generation.sheets import make_sheets
 from modules.attention.attend import check_backend
 from modules.command import each_warning_once
 from modules.compile import check_compilation
@@ -81,6 +82,9 @@ def do(family: Family, options: GenerationOptions) -> None:
         make_from_file(run, options.from_file)
     elif options.interactive:
         converse(run)
+    elif options.sheet.is_asked:
+        failures, cells = make_sheets(run, {"the prompt": None})
+        failures.raise_if_any(cells)
     else:
         make_prompt(run)
 
@@ -137,6 +141,10 @@ def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, devic
 def make_from_file(run: GenerationRun, path: Path) -> None:
     """Generate every line of a prompt file, phase by phase, so that each network is loaded once."""
     lines = read_generation_lines(path)
+    if run.options.sheet.is_asked:
+        failures, cells = make_sheets(run, {f"line {number}": line for number, line in lines}, f"{path}, ")
+        failures.raise_if_any(cells, f"{path}: ")
+        return
     failures = Failures()
     jobs = []
     with each_warning_once():
@@ -160,9 +168,13 @@ def converse(run: GenerationRun) -> None:
     while True:
         try:
             line = ask()
-            if not is_blank(line):
-                failures = Failures()
-                with failures.note_errors("the prompt"):
+            if is_blank(line):
+                continue
+            failures = Failures()
+            with failures.note_errors("the prompt"):
+                if run.options.sheet.is_asked:
+                    make_sheets(run, {"the prompt": line})
+                else:
                     make(run, [make_job(run, "the prompt", run.read_line(line))], failures)
         except EOFError:
             sys.stdout.write("\n")

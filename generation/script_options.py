@@ -24,6 +24,8 @@ class ScriptDefaults:
     infer_steps: int | None = None
     flow_shift: float | None = None
     sample_solver: str = "unipc"
+    # names of --scheduler -> those of --sample_solver; empty: there is no --scheduler
+    solver_names: Mapping[str, str] = field(default_factory=dict)
     embedded_guidance: float | None = None  # None: no such option
     # the image and video inputs that the script accepts
     media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import noisy_source, part_of
 from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
@@ -51,6 +52,7 @@ def make_latents(
         # a stream of its own: however much of it is added, all other noise of a seed stays the same
         extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     sections = sections_of(family, prepared, prompts, inputs, noise)
+    caches = StepCaches(prepared, family.dit)
     try:
         section = next(sections)
         while True:
@@ -60,20 +62,25 @@ def make_latents(
             if prepared.slow_frames is not None:
                 slower = Tweaks(slow_frames=prepared.slow_frames)
                 section = replace(section, tweaks=section.tweaks.within(slower))
-            solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
-            guidance = make_guidance(prepared, guidance_options, family.experts)
-            latents = denoise(
-                family,
-                dit_at,
-                section,
-                start_of(section, solver, prepared, extra),
-                solver,
-                guidance,
-                watchers,
-                split,
+            # what a solver draws continues the generator that the section's start came from
+            solver = solver_for(
+                prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
             )
+            guidance = make_guidance(prepared, guidance_options, family.experts)
+            with caches.section(dit_at) as cached_at:
+                latents = denoise(
+                    family,
+                    cached_at,
+                    section,
+                    start_of(section, solver, prepared, extra),
+                    solver,
+                    guidance,
+                    watchers,
+                    split,
+                )
             section = sections.send(latents)
     except StopIteration as end:
+        caches.report()
         return end.value
 
 

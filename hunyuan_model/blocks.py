@@ -167,6 +167,11 @@ class MMDoubleStreamBlock(nn.Module):
         text = add_gated(text, gate1, run(self.txt_attn_proj, seen))
         return self.feed_forward(text, self.txt_mlp, shift2, scale2, gate2, dtype)
 
+    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return what attention gets for the video tokens of x: B L+T C -> B L C."""
+        shift, scale, *_ = self.img_mod(tokens.vector)
+        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+
     def feed_forward(
         self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:

@@ -48,6 +48,9 @@ DIT = DitSpec(
     lora_exclude=("img_mod", "txt_mod", "modulation"),
     input_layers=("img_in", "txt_in"),
     token_wise=("feed_forward",),
+    modulated_input="modulated_input",
+    # of the released TeaCache code (Liu et al. 2024), which FramePack uses too
+    teacache_coefficients=(733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
     # a single block is about half as large
     swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),
     # as they compute so; under 1 % of the model

@@ -32,7 +32,7 @@ FLOORS = {
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
-        {"dressing", "planning"},
+        {"dressing", "planning", "step_cache"},
         {"speed_options"},
         {"plan_advice"},
     ),
@@ -101,6 +101,7 @@ SCRIPTS = sorted(
     for path in ROOT.glob("*.py")
     if path.name not in {"families.py", "run_tests.py", "quickstart.py"}
 )
+TOOLS = ["blissful_tuner/metaview.py"]  # scripts in a room
 
 
 def _sources() -> list[Path]:
@@ -177,7 +178,7 @@ def test_rooms_import_lower_floors_only(top: str) -> None:
             assert floor_of[other] < floor_of[room], f"{path.relative_to(ROOT)} imports {top}.{other}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *TOOLS])
 def test_help_needs_no_heavy_library(script: str) -> None:
     blocker = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); sys.argv = [{script!r}, '--help']; "
     code = blocker + f"import runpy; runpy.run_path({script!r}, run_name='__main__')"

@@ -150,6 +150,11 @@ class WanAttentionBlock(nn.Module):
         x = x + self.cross_attn(self.norm3(x).to(tokens.dtype), tokens)
         return self.feed_forward(x, shift2, scale2, gate2, tokens.dtype)
 
+    def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
+        """Return what self-attention gets for an input x of the block, both B L C."""
+        shift, scale, *_ = (self.modulation.float() + tokens.modulation).unsqueeze(2).unbind(1)
+        return torch.addcmul(shift, self.norm1(x), 1 + scale).to(tokens.dtype)
+
     def feed_forward(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
     ) -> Tensor:

@@ -46,6 +46,7 @@ DIT = DitSpec(
     ),
     input_layers=("patch_embedding", "text_embedding", "img_emb"),
     token_wise=("feed_forward",),
+    modulated_input="modulated_input",
     # as they compute so; under 1 % of the model
     keep_float32=("time_embedding.", "time_projection.", "head.head."),
 )

@@ -72,6 +72,11 @@ class DitSpec:
     token_wise: tuple[
         str, ...
     ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+    # method of the blocks of the first list: their input (x, tokens) -> what their attention gets, B L C;
+    # what TeaCache compares between steps. None: the model has none
+    modulated_input: str | None = None
+    # from its relative change to that of the output, highest power first; (): calibrate first
+    teacache_coefficients: tuple[float, ...] = ()
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
         """Return the blocks of each list by its name, in the order in which they run."""

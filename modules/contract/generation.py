@@ -3,11 +3,13 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
 from modules.contract.source import VIDEO, Source
+from modules.contract.step_cache import StepCaching
 from modules.layers.rope import Slow
 
 Spans = tuple[tuple[int, int, float], ...]
@@ -48,7 +50,7 @@ class Request:
     guidance_scale: float | None = None
     embedded_guidance: float | None = None
     flow_shift: float | None = None
-    solver: str | None = None  # euler, unipc, unipc-bh1, dpm++
+    solver: str | None = None  # as `modules.flow.solvers` names it
     fps: float | None = None
     negative_prompt: str | None = None
     second_prompt: str | None = None  # for the second text encoder of a family that has two
@@ -62,6 +64,9 @@ class Request:
     extra: Mapping[str, str] = field(default_factory=dict)
     # texts as they were typed, by their options, if something was drawn in them
     typed: Mapping[str, str] = field(default_factory=dict)
+    step_cache: StepCaching | None = None  # which passes are skipped; None: none
+    # what a prompt line says in place of settings of the command line, by their names
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def first_image(self) -> Path | None:

@@ -23,7 +23,7 @@ class Prepared:
     frames: int
     steps: int  # of the solver's schedule
     fps: float
-    solver: str  # euler, unipc, unipc-bh1, dpm++
+    solver: str  # as `modules.flow.solvers` names it
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it

@@ -19,7 +19,7 @@ the weight's name, and the weight is fetched again. Trained weights are stepped 
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 logger = logging.getLogger(__name__)
 
 _NAME = "_block_swap"  # under which a network carries its own
+MOST_PASSES = 16  # of a step, whose successors are remembered
 
 
 class HostWeights:
@@ -175,19 +176,40 @@ class BlockSwap:
         self._num_blocks, self._transfer = num_blocks, transfer
         self._owners: dict[int, tuple[Slot, int]] = {}  # address of device memory -> whose, which part
         self._turns, self._skipped = False, frozenset[int]()
+        self._which: Hashable = None
+        self._next: dict[Hashable, frozenset[int]] = {}  # pass -> what the one after it skipped the last time
         self._at: tuple[int, bool] | None = None
 
-    def begin(self, turns: bool, skipped: Set[int]) -> None:
+    def begin(self, turns: bool, skipped: Set[int], which: Hashable = None) -> None:
         """Start a forward pass.
 
-        turns: a backward pass follows. skipped: positions of blocks that do not run.
+        turns: a backward pass follows. skipped: positions of blocks that do not run. which: the pass of a
+        step (`Turn.which`); at its end, what the pass after it skipped in the step before is not fetched.
         """
-        self._turns, self._skipped, self._at = turns, frozenset(skipped), None
+        if len(self._next) >= MOST_PASSES:
+            self._next.clear()  # of sections that are done
+        self._next[self._which] = frozenset(skipped)
+        self._turns, self._skipped, self._which, self._at = turns, frozenset(skipped), which, None
         self._prepare(next(self._route(0, False), 0), False)
+
+    def bring(self, position: int, skipped: Set[int]) -> None:
+        """Have the weights of a block on the device before a pass, which skips those blocks.
+
+        Nothing is fetched if they are there, as after a pass that fetched ahead.
+        """
+        ring = self._ring_of.get(position)
+        if ring is None:
+            return
+        unit = ring.units[position]
+        if ring.slot_of(unit) is None:
+            self._skipped = frozenset(skipped) - {position}
+            self._prepare(position, backward=False)
+        self._settle_in(ring, unit, backward=False)
 
     def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
         """Run the blocks by the runner that was set before; `modules.run_blocks` calls this."""
-        self.begin(torch.is_grad_enabled(), tweaks.skip_blocks)
+        which = None if tweaks.turn is None else tweaks.turn.which
+        self.begin(torch.is_grad_enabled(), tweaks.skip_blocks, which)
         inner(dit, hidden, tweaks)
 
     def enter(self, position: int, backward: bool) -> None:
@@ -247,7 +269,11 @@ class BlockSwap:
             yield from everything
         else:
             yield from (each for each in taken if each >= position)
-            yield from reversed(taken) if self._turns else everything
+            if self._turns:
+                yield from reversed(taken)
+                return
+            skipped_next = self._next.get(self._which, frozenset())
+            yield from (each for each in everything if each not in skipped_next)
 
     def _prepare(self, position: int, backward: bool) -> None:
         """Fill the slots of all rings with the next units that are not in them yet."""

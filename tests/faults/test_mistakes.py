@@ -299,7 +299,7 @@ TOGETHER = (
     wrong(WHOLE_TRAININGS, "--blocks_to_swap 1", "--fused_backward_pass"),
     wrong(HV_WHOLE, "--dit_dtype bfloat16", "--dit_dtype", "leave it out"),
     wrong(FP, "--f1 --one_frame_inference default", "--one_frame_inference needs the FramePack model"),
-    wrong(FP, "--sample_solver vanilla", "--sample_solver vanilla", "Leave the option out"),
+    wrong(HV, "--scheduler dpm++ --sample_solver unipc", "--scheduler dpm++ is --sample_solver dpm++"),
     wrong(FP, "", "--image_path is missing", without=["--image_path"]),
     wrong(HV, "--dit_in_channels 32", "--dit_in_channels 32", "Leave the option out"),
     wrong(WAN, "--task i2v-14B", "t2v"),

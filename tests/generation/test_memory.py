@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from blissful_tuner.step_cache import StepCaches
 from generation.denoise import predictor
 from generation.memory import rehearse_denoising
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.script_options import ScriptDefaults
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
+from modules.contract.step_cache import MagCache, TeaCache
 from modules.contract.steps import Step
 from modules.options import read_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger
@@ -113,3 +115,33 @@ def test_the_plan_counts_the_passes_of_a_step_with_guidance_whichever_that_is(tm
     assert peak(None, slg_mode="uncond", slg_layers="1", slg_end=0.5) == peak(None)
     assert peak(None, cfgzerostar_init_steps=2) == peak(None)
     assert peak(None, perp_neg=1.5) > peak(None)
+
+
+@pytest.mark.parametrize(
+    "cache", [MagCache((2.0,), 0.0, 1e-9, 6), TeaCache(1e-9, (1.0, 0.0))], ids=["magcache", "teacache"]
+)
+def test_denoising_with_a_step_cache_takes_what_was_predicted(
+    tmp_path: Path, cache: MagCache | TeaCache
+) -> None:
+    """Of both passes of a step, also later, when each finds what the step before has left."""
+    family, options = tiny_generation(tmp_path)
+    texts, extra = {0: EncodedPrompts(TEXT, TEXT)}, MemoryPart("more", 0)
+    plain, _ = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
+    request = replace(REQUEST, asked=replace(REQUEST.asked, step_cache=cache))
+    phase, _ = rehearse_denoising(family, options, request, texts, {0: {}}, extra)
+
+    dit = family.load_dit(Placement(HOST)).requires_grad_(False)
+    noise, other = torch.zeros(1, 16, 3, 8, 12), dict(TEXT)
+    with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
+        for tensor in dit.parameters():
+            ledger.see(tensor, WEIGHTS)
+        with StepCaches(request, family.dit).section(lambda _: dit) as dit_at:
+            for step in range(3):
+                predict = predictor(family, dit_at, Step(step, 4, 1.0, 1000.0 - step, noise + step), True)
+                _ = predict(TEXT), predict(other)
+        real = max(sum(moment.values()) for moment in ledger.peaks.values())
+    assert phase(0).device == pytest.approx(real, rel=0.02)
+    tokens = 3 * 4 * 6 * family.files.dit_header().config.dim
+    # the input of the blocks in float32, the other pass's residual in 16 bits; what is compared of both
+    kept = tokens * (4 + 2 + (2 * 2 if isinstance(cache, TeaCache) else 0))
+    assert phase(0).device - plain(0).device == pytest.approx(kept, rel=0.25)

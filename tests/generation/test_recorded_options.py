@@ -47,7 +47,7 @@ class Script:
         """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
         facts = facts_of(GenerationOptions) | facts_of(self.record)
         # a prompt line may give the extras; --optimized turns on options that are recorded
-        own = dict.fromkeys([*self.defaults.extras, "optimized"], "request")
+        own = dict.fromkeys([*self.defaults.extras, "optimized", "scheduler"], "request")
         return {
             name: facts[name].get("record", "setting") if name in facts else own[name]
             for name in self.actions
@@ -79,6 +79,7 @@ SAID_AS = {  # where the metadata have another name for it
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
     "optimized": ("attn_mode", "compile", "fp8_scaled"),
+    "scheduler": ("sample_solver",),
 }
 RECORDED = [
     (name, option)
@@ -87,6 +88,7 @@ RECORDED = [
     if kind != "nothing" and option not in FROM_FAMILY
 ]
 SHARES = {
+    "magcache_retention_ratio",
     "strength",
     "v2v_denoise",
     "guidance_rescale",
@@ -99,6 +101,7 @@ LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
     "prompt_wildcards": [str(Path(__file__).parent)],
+    "scheduler": ["dpm++"],
     "video_size": ["48", "64"],
     "vae_spatial_tile_sample_min_size": ["64"],
     "te_multiplier": ["1.5", "0.5"],
@@ -121,6 +124,7 @@ WITH = {  # what has to be given too
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
     "wan riflex_index": ["--rope_func", "comfy"],
+    "teacache_coefficients": ["--teacache_threshold", "0.1"],
 }
 
 
@@ -176,6 +180,7 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
             "bt_negative_prompt",
             "bt_infer_steps",
             "bt_device",
+            "bt_creation_timestamp",
         ),
         *(
             "bt_guidance_scale",
@@ -202,11 +207,13 @@ LISTS = {
             "prompt_rewrite",
             "prompt_rewrite_model",
             "keep_pngs",
+            "save_last_frame",
             "codec",
             "container",
         ),
         *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),
         *("preview_latent_every", "preview_vae"),
+        "sheet",
         *(
             "blocks_to_swap",
             "img_in_txt_in_offloading",
@@ -215,6 +222,7 @@ LISTS = {
             "lycoris",
             "dit_in_channels",
         ),
+        *("magcache_calibration", "teacache_calibration"),
     },
     "request": {
         *(
@@ -254,6 +262,7 @@ LISTS = {
             "lora_weight",
             "lora_multiplier",
             "optimized",  # turns on options that are recorded
+            "scheduler",  # another spelling of one that is
         ),
     },
     "decoding": {

@@ -62,6 +62,7 @@ class Inputs:
     clip: Tensor | None = None
     extra: Tensor | None = None
     blank: Tensor | None = None  # of the empty text
+    generator: torch.Generator | None = None  # that `noise` was drawn from
 
 
 def draw_noise(
@@ -105,27 +106,43 @@ def schedule(sampling: Sampling) -> tuple[Tensor, list[float]]:
     return torch.from_numpy(shifted).float(), timesteps
 
 
-class TheirSolver:
-    """diffusers' multistep solvers on our sigmas and timesteps; Euler by hand."""
+KINDS: dict[str, tuple[Any, dict[str, str]]] = {
+    "unipc": (UniPCMultistepScheduler, {}),
+    "dpm++": (DPMSolverMultistepScheduler, {}),
+    "dpm++sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+}
 
-    def __init__(self, sampling: Sampling) -> None:
+
+class TheirSolver:
+    """diffusers' multistep solvers on our sigmas and timesteps; Euler by hand.
+
+    generator: of the noise that a solver adds, after the start was drawn from it.
+    """
+
+    def __init__(self, sampling: Sampling, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+        self.is_stochastic = sampling.solver == "dpm++sde"
         self.sigmas, self.timesteps = schedule(sampling)
         self.scheduler: Any = None
         if sampling.solver != "vanilla":
-            kinds = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
+            kind, algorithm = KINDS[sampling.solver]
             settings = {
                 "prediction_type": "flow_prediction",
                 "use_flow_sigmas": True,
                 "final_sigmas_type": "zero",
             }
-            self.scheduler = kinds[sampling.solver](solver_order=2, **settings)
+            self.scheduler = kind(solver_order=2, **algorithm, **settings)
             self.scheduler.set_timesteps(sampling.steps)
             self.scheduler.sigmas, self.scheduler.timesteps = self.sigmas, torch.tensor(self.timesteps).long()
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         if self.scheduler is None:
             return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
-        return self.scheduler.step(velocity, self.scheduler.timesteps[index], sample, return_dict=False)[0]
+        noise = torch.randn(sample.shape, generator=self.generator) if self.is_stochastic else None
+        more = {} if noise is None else {"variance_noise": noise}
+        return self.scheduler.step(
+            velocity, self.scheduler.timesteps[index], sample, return_dict=False, **more
+        )[0]
 
 
 @contextmanager
@@ -197,7 +214,7 @@ def combined(
 
 def denoise(dit: WanTransformer3DModel, inputs: Inputs, sampling: Sampling) -> Tensor:
     """Clean latents 16 F h w."""
-    solver, latents = TheirSolver(sampling), inputs.noise
+    solver, latents = TheirSolver(sampling, inputs.generator), inputs.noise
     for step, timestep in enumerate(solver.timesteps):
         factor = sampling.factors[step] if step < len(sampling.factors) else 1.0
         latents = solver.step(step, factor * guided(dit, latents, timestep, step, inputs, sampling), latents)

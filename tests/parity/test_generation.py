@@ -46,13 +46,16 @@ def theirs(folder: Path) -> Theirs:
 def inputs_of(
     theirs: Theirs, prompt: str = PROMPT, negative: str = NEGATIVE, seed: int = SEED, frames: int = FRAMES
 ) -> Inputs:
-    noise = draw_noise(seed, frames, HEIGHT, WIDTH)
-    return Inputs(noise, theirs.text(prompt), theirs.text(negative), blank=theirs.text(""))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = draw_noise(seed, frames, HEIGHT, WIDTH, generator)
+    texts = theirs.text(prompt), theirs.text(negative)
+    return Inputs(noise, *texts, blank=theirs.text(""), generator=generator)
 
 
 CASES = {
     "unipc": ([], Sampling("unipc")),
     "dpm++": (["--sample_solver", "dpm++", "--flow_shift", 3], Sampling("dpm++", 3.0)),
+    "dpm++sde": (["--sample_solver", "dpm++sde", "--flow_shift", 3], Sampling("dpm++sde", 3.0)),
     "vanilla": (["--sample_solver", "vanilla", "--flow_shift", 7], Sampling("vanilla", 7.0)),
     "guidance 1": (["--guidance_scale", 1], Sampling("unipc", scales=(N,) * STEPS)),
     "guidance 1 dpm++": (

@@ -1,0 +1,168 @@
+"""Step caches of a video: from options and a prompt line to what runs around the network's blocks."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from blissful_tuner.step_cache_options import StepCacheOptions
+from modules.contract.family import DitSpec
+from modules.contract.generation import DitAt
+from modules.contract.prepared import Prepared
+from modules.contract.step_cache import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
+from modules.errors import OptionError
+from modules.options import MOST, check_at_least, check_at_most
+from modules.step_cache.calibration import FEWEST_STEPS, Changes, Ratios, measure_pass
+from modules.step_cache.magcache import MagCacheRule, resample
+from modules.step_cache.runner import Rule, StepCache, run_around
+from modules.step_cache.teacache import TeaCacheRule
+
+logger = logging.getLogger(__name__)
+
+LETTERS = {  # option -> its letters in a prompt line
+    "magcache_retention_ratio": "mcrr",
+    "magcache_threshold": "mct",
+    "magcache_k": "mck",
+    "teacache_threshold": "tct",
+}
+SHARES = {"magcache_retention_ratio"}  # not above 1
+
+
+def line_settings(options: StepCacheOptions, line: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return what a prompt line says of step caches, by option; it replaces the command line's values.
+
+    line: the line's options by name. It can change a cache that the command line has turned on, and no other:
+    that is warned about. Raises OptionError for values that make no sense.
+    """
+    says = {name: line[name] for name in LETTERS if line.get(name) is not None}
+    for name, value in [*says.items()]:
+        letters = f"--{LETTERS[name]}"
+        check_at_least(letters, value, 0, f"give what --{name} takes")
+        check_at_most(letters, value, 1 if name in SHARES else MOST, f"give what --{name} takes")
+        switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
+        if getattr(options, switch) is None:
+            logger.warning("%s %g is ignored because --%s is not given", letters, value, switch)
+            del says[name]
+    return says
+
+
+def choose_step_cache(options: StepCacheOptions, says: Mapping[str, float]) -> StepCaching | None:
+    """Return the step cache for a video; None if nothing is skipped or measured. says: `line_settings`."""
+    chosen: StepCacheOptions = replace(options, **says) if says else options  # type: ignore[arg-type]
+    if chosen.magcache_calibration:
+        return MagCalibration()
+    if chosen.teacache_calibration:
+        return TeaCalibration()
+    if chosen.teacache_threshold:
+        return TeaCache(chosen.teacache_threshold, chosen.teacache_coefficients)
+    if chosen.magcache_mag_ratios is not None and chosen.magcache_threshold and chosen.magcache_k:
+        return MagCache(
+            chosen.magcache_mag_ratios,
+            chosen.magcache_retention_ratio,
+            chosen.magcache_threshold,
+            chosen.magcache_k,
+        )
+    return None
+
+
+def check_step_cache(prepared: Prepared, spec: DitSpec) -> None:
+    """Raise OptionError if a video cannot be made with the step cache that it asks for."""
+    choice = prepared.asked.step_cache
+    if isinstance(choice, (TeaCache, TeaCalibration)) and spec.modulated_input is None:
+        raise OptionError("TeaCache compares the modulated input of the first block, which this model lacks")
+    if isinstance(choice, TeaCache) and not (choice.coefficients or spec.teacache_coefficients):
+        raise OptionError(
+            "--teacache_threshold needs --teacache_coefficients: none are published for this model here. "
+            "Calibrate first: run once with --teacache_calibration in its place, which prints them"
+        )
+    if isinstance(choice, (MagCalibration, TeaCalibration)):
+        option = "--magcache_calibration" if isinstance(choice, MagCalibration) else "--teacache_calibration"
+        if prepared.first_step:
+            raise OptionError(
+                f"{option} measures all steps from noise on, and a video that starts from another has only "
+                "the last ones: leave out --video_path"
+            )
+        fewest = 2 if isinstance(choice, MagCalibration) else FEWEST_STEPS
+        if prepared.steps < fewest:
+            raise OptionError(
+                f"{option} with {prepared.steps} steps: at least {fewest} are needed. Use as many as the "
+                "videos will have"
+            )
+
+
+class StepCaches:
+    """What runs around the blocks of the networks that make one video."""
+
+    def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
+        self._choice, self._steps = prepared.asked.step_cache, prepared.steps
+        self._make_rule = _rule_maker(prepared, spec)
+        self._passes = self._skipped = 0
+        self._ratios, self._changes = Ratios(), Changes()
+
+    @contextmanager
+    def section(self, dit_at: DitAt) -> Iterator[DitAt]:
+        """Yield `dit_at` with the cache around the networks' blocks for one section.
+
+        What it holds is freed at the end, when the networks run as before. Without a cache it is `dit_at`.
+        """
+        measured = self._measured
+        if measured is not None:
+            measured.begin()
+            with run_around(dit_at, functools.partial(measure_pass, measured.measure)) as measured_at:
+                yield measured_at
+        elif self._make_rule is None:
+            yield dit_at
+        else:
+            cache = StepCache(self._make_rule)
+            with run_around(dit_at, cache.run) as cached_at:
+                yield cached_at
+            self._passes, self._skipped = self._passes + cache.passes, self._skipped + cache.skipped
+
+    def report(self) -> None:
+        """Log how many passes were skipped, or what was measured, when the video's latents are made."""
+        if self._choice is None:
+            return
+        if isinstance(self._choice, MagCalibration):
+            logger.info(
+                "MagCache's ratios for this model:\n  --magcache_mag_ratios %s",
+                " ".join(f"{ratio:.5f}" for ratio in self._ratios.result(self._steps)),
+            )
+        elif isinstance(self._choice, TeaCalibration):
+            self._report_coefficients(self._changes.result())
+        else:
+            name = "MagCache" if isinstance(self._choice, MagCache) else "TeaCache"
+            logger.info("%s skipped %d of %d passes", name, self._skipped, self._passes)
+
+    @property
+    def _measured(self) -> Ratios | Changes | None:
+        if isinstance(self._choice, MagCalibration):
+            return self._ratios
+        return self._changes if isinstance(self._choice, TeaCalibration) else None
+
+    def _report_coefficients(self, coefficients: Sequence[float]) -> None:
+        if not coefficients:
+            logger.warning("TeaCache's coefficients could not be fitted: the video ended after too few steps")
+            return
+        inputs = [change for change, _ in self._changes.points]
+        logger.info(
+            "TeaCache's coefficients for this model, fitted for changes of the input from %.3g to %.3g:\n"
+            "  --teacache_coefficients %s",
+            min(inputs),
+            max(inputs),
+            " ".join(f"{coefficient:.9g}" for coefficient in coefficients),
+        )
+
+
+def _rule_maker(prepared: Prepared, spec: DitSpec) -> Callable[[], Rule] | None:
+    match prepared.asked.step_cache:
+        case MagCache(ratios, retention, threshold, most_skips):
+            # calibrated from noise on; a video that starts from another has the last of these steps
+            of_steps = resample(ratios, prepared.steps)[prepared.first_step :]
+            return lambda: MagCacheRule(of_steps, retention, threshold, most_skips)
+        case TeaCache(threshold, coefficients):
+            found = coefficients or spec.teacache_coefficients
+            return lambda: TeaCacheRule(threshold, found)
+        case _:
+            return None

@@ -1,0 +1,247 @@
+"""MagCache and TeaCache through the command lines of all families, on tiny models."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.project import write_clips
+from tests.tiny.wan_dit import tiny_state, write_dit
+
+STEPS = 8
+SIZE = ("--video_size", "32", "32", "--infer_steps", str(STEPS), "--seed", "5", "--prompt", "a cat")
+GUIDED = ("--guidance_scale", "3")
+RATIOS = ("--magcache_mag_ratios", "1", *["0.99"] * (STEPS - 1))
+# anything goes
+BOLD = (*RATIOS, "--magcache_threshold", "100", "--magcache_k", "3")
+TEA = ("--teacache_threshold", "100", "--teacache_coefficients", "1", "0")
+SKIPPED = re.compile(r"(MagCache|TeaCache) skipped (\d+) of (\d+) passes")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A family's models in a folder."""
+
+    family: TinyFamily
+    folder: Path
+
+    def generate(self, output: Path, *arguments: object) -> tuple[list[Tensor], str]:
+        """The latents of all that is made, and what was said."""
+        latents = ("--output_type", "latent", "--save_path", output)
+        said = succeed_here(*self.family.generate, *SIZE, *latents, *arguments, folder=self.folder)
+        return [load_file(path)["latent"] for path in sorted(output.glob("*.safetensors"))], said
+
+    def one(self, output: Path, *arguments: object) -> tuple[Tensor, str]:
+        (latents,), said = self.generate(output, *arguments)
+        return latents, said
+
+
+NAMES = ("wan t2v-1.3B", "wan i2v-14B", "hunyuan_video", "skyreels i2v", "framepack", "framepack f1")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    family = next(each for each in FAMILIES if each.name == request.param)
+    folder = tmp_path_factory.mktemp("step cache")
+    family.prepare(folder)
+    return Project(family, folder)
+
+
+@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", "framepack"])
+def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One of each kind with blocks enough to swap and to skip."""
+    family = next(each for each in FAMILIES if each.name == request.param)
+    folder = tmp_path_factory.mktemp("deep")
+    family.prepare(folder)
+    if family.name == "hunyuan_video":
+        write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
+    elif family.name == "framepack":
+        write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
+    else:
+        write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")
+    return Project(family, folder)
+
+
+def skipped_in(said: str) -> tuple[int, int]:
+    """How many passes were skipped, of how many."""
+    found = SKIPPED.search(said)
+    assert found is not None, said[-2000:]
+    return int(found[2]), int(found[3])
+
+
+def test_neutral_values_give_the_plain_bits_and_real_ones_skip(project: Project, tmp_path: Path) -> None:
+    plain, said = project.one(tmp_path / "plain", *GUIDED)
+    assert SKIPPED.search(said) is None
+    for name, neutral in {
+        "threshold": (*RATIOS, "--magcache_threshold", 0),
+        "k": (*RATIOS, "--magcache_k", 0),
+        "retention": (*BOLD, "--magcache_retention_ratio", 1),
+        "tea": (*TEA, "--teacache_threshold", 0),
+    }.items():
+        assert torch.equal(project.one(tmp_path / name, *GUIDED, *neutral)[0], plain), name
+    for name, bold in {"mag": BOLD, "tea bold": TEA}.items():
+        found, said = project.one(tmp_path / name, *GUIDED, *bold)
+        skipped, passes = skipped_in(said)
+        assert 0 < skipped < passes
+        assert passes % STEPS == 0
+        assert torch.isfinite(found).all()
+        assert not torch.equal(found, plain)
+
+
+def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: Project) -> None:
+    """Passes by the rule: of 8 steps, the first is kept (20 %), then three of four are skipped, and the last
+    is computed.
+    """
+    sections = 2 if "framepack" in project.family.name else 1
+    joined = project.family.generate[0] == "hv_generate_video.py"
+    for scale, branches in ((1, 1), (3, 1 if joined else 2)):
+        _, said = project.one(tmp_path / str(scale), "--guidance_scale", scale, *BOLD)
+        # c s s s c s s c
+        assert skipped_in(said) == (5 * branches * sections, STEPS * branches * sections)
+
+
+def test_what_calibration_prints_can_be_given(project: Project, tmp_path: Path) -> None:
+    plain, _ = project.one(tmp_path / "plain", *GUIDED)
+    measured, said = project.one(tmp_path / "measured", *GUIDED, "--magcache_calibration")
+    assert torch.equal(measured, plain)
+    line = next(line for line in said.splitlines() if "--magcache_mag_ratios" in line)
+    option, first, *others = line.split()
+    assert first == "1.00000"
+    assert len(others) == STEPS - 1
+    assert all(re.fullmatch(r"\d+\.\d{5}", ratio) for ratio in others)
+    assert len({*others}) > 1
+    _, said = project.one(tmp_path / "mag", *GUIDED, option, first, *others, "--magcache_threshold", 9)
+    assert skipped_in(said)[0] > 0
+
+    measured, said = project.one(tmp_path / "tea measured", *GUIDED, "--teacache_calibration")
+    assert torch.equal(measured, plain)
+    line = next(line for line in said.splitlines() if "--teacache_coefficients" in line)
+    _, said = project.one(tmp_path / "tea", *GUIDED, *line.split(), "--teacache_threshold", 9)
+    assert skipped_in(said)[0] > 0
+
+
+@pytest.mark.parametrize("cache", [BOLD, TEA], ids=["magcache", "teacache"])
+def test_it_goes_with_everything_else(deep: Project, tmp_path: Path, cache: Sequence[str]) -> None:
+    slg = (*GUIDED, "--slg_mode", "original", "--slg_layers", "1", "--slg_start", "0", "--slg_end", "1")
+    expected, said = deep.one(tmp_path / "plain", *slg, *cache)
+    skipped, passes = skipped_in(said)
+    joined = deep.family.name == "hunyuan_video"
+    sections = 2 if deep.family.name == "framepack" else 1
+    assert passes == STEPS * sections * (2 if joined else 3)
+    assert 0 < skipped < passes
+
+    swap = ("--blocks_to_swap", "3")
+    found, said = deep.one(tmp_path / "swapped", *slg, *cache, *swap, "--img_in_txt_in_offloading")
+    assert torch.equal(found, expected)
+    assert skipped_in(said) == (skipped, passes)
+    compiled = ("--compile", "--compile_args", "eager", "default", "auto", "False")
+    found, said = deep.one(tmp_path / "compiled", *slg, *cache, *compiled)
+    assert skipped_in(said) == (skipped, passes)
+    # rotary turns are multiplied out in another order; over eight steps this grows
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    fp8 = ("--fp8", "--fp8_scaled")
+    expected, _ = deep.one(tmp_path / "fp8", *GUIDED, *cache, *fp8)
+    found, _ = deep.one(tmp_path / "fp8 swapped", *GUIDED, *cache, *fp8, *swap)
+    assert torch.equal(found, expected)
+
+
+def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
+    family = next(each for each in FAMILIES if each.name == "hunyuan_video")
+    family.prepare(tmp_path)
+    write_clips(tmp_path / "source", count=1)
+    start = ("--video_path", "source/clip 0.mp4", "--strength", "0.75")
+    project = Project(family, tmp_path)
+    plain, _ = project.one(tmp_path / "plain", *start)
+    found, said = project.one(tmp_path / "mag", *start, *BOLD)
+    assert skipped_in(said) == (3, 6)  # c s s s c c, of the six steps that are made
+    assert not torch.equal(found, plain)
+    code, said = run_here(*family.generate, *SIZE, *start, "--magcache_calibration", folder=tmp_path)
+    assert_one_message(code, said, "--magcache_calibration measures all steps")
+
+
+def test_prompt_lines_change_it_and_the_next_prompt_is_plain_again(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {
+        seed: project.one(tmp_path / f"plain {seed}", "--guidance_scale", 1, "--seed", seed)[0]
+        for seed in (6, 7)
+    }
+    lines = iter(["a cat --d 6 --mct 100 --mck 2 --mcrr 0.5", "a cat --d 7 --mct 0", "a cat --d 8 --tct 1"])
+
+    def answer(_: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", answer)
+    _, said = project.generate(tmp_path / "typed", "--guidance_scale", 1, *RATIOS, "--interactive")
+    paths = {seed: next((tmp_path / "typed").glob(f"*_{seed}_latent.safetensors")) for seed in (6, 7, 8)}
+    assert torch.equal(load_file(paths[7])["latent"], plain[7])
+    assert not torch.equal(load_file(paths[6])["latent"], plain[6])
+    sections = 2 if "framepack" in project.family.name else 1
+    assert SKIPPED.search(said) is not None
+    assert skipped_in(said) == (2 * sections, STEPS * sections)  # c c c c s s c c
+    assert "--tct 1 is ignored because --teacache_threshold is not given" in said
+    with safe_open(paths[6], "pt") as file:
+        metadata = file.metadata()
+    assert metadata["bt_magcache_threshold"] == "100.0"
+    assert metadata["bt_magcache_k"] == "2"
+    assert metadata["bt_magcache_retention_ratio"] == "0.5"
+    assert metadata["bt_magcache_mag_ratios"].startswith("1.0 0.99 0.99")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*RATIOS, *TEA), ["--magcache_mag_ratios and --teacache_threshold"]),
+        ((*TEA, "--magcache_calibration"), ["--magcache_calibration and --teacache_threshold"]),
+        (("--magcache_mag_ratios", "0"), ["calibrate first", "--magcache_calibration"]),
+        (("--magcache_mag_ratios", "1", "-0.5"), ["--magcache_mag_ratios -0.5"]),
+        (("--magcache_mag_ratios", "1", "nan"), ["--magcache_mag_ratios nan"]),
+        ((*RATIOS, "--magcache_threshold", "-1"), ["--magcache_threshold -1"]),
+        ((*RATIOS, "--magcache_retention_ratio", "2"), ["--magcache_retention_ratio 2"]),
+        ((*RATIOS, "--magcache_k", "-1"), ["--magcache_k -1"]),
+        (("--teacache_threshold", "-1"), ["--teacache_threshold -1"]),
+        (
+            ("--teacache_calibration", "--infer_steps", "5"),
+            ["--teacache_calibration with 5 steps", "at least 7"],
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    project: Project, tmp_path: Path, arguments: Sequence[str], words: Sequence[str]
+) -> None:
+    code, said = run_here(
+        *project.family.generate, *SIZE, "--save_path", tmp_path, *arguments, folder=project.folder
+    )
+    assert_one_message(code, said, *words)
+    assert [*tmp_path.glob("*")] == []
+
+
+def test_published_coefficients_are_used_if_there_are_any(project: Project, tmp_path: Path) -> None:
+    arguments = (
+        *SIZE,
+        *GUIDED,
+        "--output_type",
+        "latent",
+        "--save_path",
+        tmp_path,
+        "--teacache_threshold",
+        0.3,
+    )
+    code, said = run_here(*project.family.generate, *arguments, folder=project.folder)
+    if "wan" in project.family.name:
+        assert_one_message(code, said, "Calibrate first", "--teacache_calibration")
+    else:
+        assert code == 0
+        skipped_in(said)
