@@ -113,10 +113,11 @@ def test_all_of_it_made_anew_equals_a_video_from_noise(
         assert torch.equal(plain, script.one(tmp_path / mode, *SAY, *more))
 
 
-def test_so_it_is_with_the_solver_that_begins_with_pure_noise(
-    tmp_path: Path, scripts: Scripts, clip: Path
+@pytest.mark.parametrize("solver", ["dpm++", "dpm++sde", "lcm"])
+def test_so_it_is_with_the_solvers_that_begin_with_pure_noise(
+    tmp_path: Path, scripts: Scripts, clip: Path, solver: str
 ) -> None:
-    more = ("--sample_solver", "dpm++")
+    more = ("--sample_solver", solver)
     plain = scripts["wan"].one(tmp_path / "a", *SAY, *more)
     assert torch.equal(
         plain, scripts["wan"].one(tmp_path / "b", *SAY, *more, "--video_path", clip, "--denoise_strength", 1)
@@ -155,7 +156,8 @@ def test_lines_of_a_file_equal_single_runs(
 ) -> None:
     script, lines = scripts[name], tmp_path / "lines.txt"
     lines.write_text(
-        f"a cat --d 1 --v {clip} --vd 0.25\na dog --d 2 --v {clip}\na dog --d 3\na cow --d 4 --vd 0.3\n",
+        f"a cat --d 1 --v {clip} --vd 0.25\na dog --d 2 --video_path {clip} --denoise_strength 0.75\n"
+        "a dog --d 3\na cow --d 4 --vd 0.3\n",
         encoding="utf-8",
     )
     more = ("--infer_steps", 4, "--v2v_extra_noise", 0.05)
@@ -167,7 +169,7 @@ def test_lines_of_a_file_equal_single_runs(
     from_clip = ("--video_path", clip)
     single = {
         1: ("--prompt", "a cat", "--seed", 1, *from_clip, "--strength", 0.25),
-        2: ("--prompt", "a dog", "--seed", 2, *from_clip),
+        2: ("--prompt", "a dog", "--seed", 2, *from_clip, "--strength", 0.75),
         3: ("--prompt", "a dog", "--seed", 3),
     }
     assert made.keys() == {1, 2, 3, 4}
