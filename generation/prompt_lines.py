@@ -193,6 +193,8 @@ def _leading_whole(text: str) -> int:
 
 def _sample_seed(text: str) -> int:
     """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
+    if not text.strip():
+        raise ValueError("give a number or a text")
     return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else text_to_seed(text)
 
 
@@ -362,7 +364,10 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
         if kind is list and isinstance(value, str):
             value = [value]
         if key == "seed" and isinstance(value, str):
-            value = _sample_seed(value)
+            try:
+                value = _sample_seed(value)
+            except ValueError as error:
+                raise OptionError(f"{where}: seed: {error}") from None
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):

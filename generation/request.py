@@ -201,8 +201,8 @@ def _check_texts(request: Request) -> None:
     """
     for name, text in {
         "the prompt": request.prompt,
-        "the negative prompt": request.negative_prompt or "",
         "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
+        "the negative prompt": request.negative_prompt or "",
         "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
     }.items():
         found = bad_character(text)

@@ -34,9 +34,9 @@ class RequestOptions:
     """
 
     prompt: str | None
-    negative_prompt: str | None
     nag_prompt: str | None  # declared beside the other options of this guidance
     prompt_2: str | None  # for the second text encoder
+    negative_prompt: str | None
     video_size: tuple[int, ...]  # height, width
     video_length: int | None
     fps: float

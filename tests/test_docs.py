@@ -110,6 +110,11 @@ SAMPLES = {
     "samples.txt": "a cat --i start.png --w 32 --h 32 --f 5 --d 1 --s 1\n",
     "pictures.txt": "a cat --i start.png --ci start.png --w 32 --h 32 --d 1 --s 1 --of no_post\n",
 }
+WILDCARDS = {
+    "color.txt": "# a comment\nred:2\nblue\n__metal__\n",
+    "metal.txt": "silver\n",
+    "animals/birds.txt": "sparrow\n",
+}
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
 
 
@@ -158,6 +163,9 @@ def lay_out_inputs(folder: Path) -> None:
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
     ignored = shutil.ignore_patterns("*.py", "__pycache__")
     shutil.copytree(ROOT / "pocket", folder / "pocket", ignore=ignored)
+    for name, text in WILDCARDS.items():
+        (folder / "wildcards" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "wildcards" / name).write_text(text, encoding="utf-8")
     for name in ("my_lora", "style", "my_lora-step00000200", "my_lora-step00000400"):
         write_lora(
             folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"

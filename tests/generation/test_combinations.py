@@ -41,6 +41,16 @@ FEATURES = {
     "riflex": Feature("--riflex_index 1 --rope_func comfy", "wan"),
     "slow riflex": Feature("--riflex_index 1", "hunyuan skyreels"),
     "lower precision": Feature("--lower_precision_attention", "wan"),
+    "magcache": Feature("--magcache_mag_ratios 1 0.98 0.97 0.9 --magcache_threshold 0.5"),
+    "preview": Feature("--preview_latent_every 1"),
+    "weights": Feature("--prompt_weighting"),
+    "wildcards": Feature("--prompt_wildcards {folder}"),
+    "alternatives": Feature("--prompt_alternatives"),
+    "lcm": Feature("--sample_solver lcm"),
+    "sde": Feature("--sample_solver dpm++sde"),
+    "wan v2v": Feature("--video_path {folder}/clip.mp4 --v2v_denoise 0.5 --v2v_extra_noise 0.1", "wan"),
+    "hunyuan v2v": Feature("--video_path {folder}/clip.mp4 --strength 0.5", "hunyuan skyreels"),
+    "sheet": Feature("--sheet seed=1,2"),
     "swap": Feature("--blocks_to_swap 1", "wan hunyuan skyreels"),
     "fp8": Feature("--fp8_scaled --upcast_linear"),
     "compile": Feature("--compile --compile_args eager default auto False"),
@@ -52,6 +62,8 @@ REFUSED = {
     frozenset({"zero scaling", "perp neg"}),
     frozenset({"slg original", "perp neg"}),
     frozenset({"schedule", "skip mode"}),
+    frozenset({"lcm", "sde"}),  # one option
+    frozenset({"latents", "sheet"}),
 }
 KINDS = ("wan", "wan i2v", "hunyuan", "skyreels i2v", "framepack")
 

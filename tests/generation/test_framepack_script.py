@@ -370,5 +370,8 @@ def test_every_option_of_a_prompt_line_is_an_option_of_the_script(files: TinyFra
     )
     known = {option["dest"] for option in described["options"]}
     # two of one; newer; shared by all scripts
-    ours = {"video_size_width", "video_size_height", "flow_shift", "cfg_schedule", "video_path", "denoise"}
+    ours = {
+        *("video_size_width", "video_size_height", "flow_shift", "cfg_schedule", "prompt_2"),
+        *("video_path", "denoise"),
+    }
     assert {option.key for option in fpack_generate_video.DEFAULTS.line_options.values()} <= known | ours

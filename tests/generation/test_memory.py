@@ -125,7 +125,7 @@ def test_denoising_with_a_step_cache_takes_what_was_predicted(
 ) -> None:
     """Of both passes of a step, also later, when each finds what the step before has left."""
     family, options = tiny_generation(tmp_path)
-    texts, extra = {0: EncodedPrompts(TEXT, TEXT)}, MemoryPart("more", 0)
+    texts, extra = {0: EncodedPrompts(TEXT, dict(TEXT))}, MemoryPart("more", 0)
     plain, _ = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
     request = replace(REQUEST, asked=replace(REQUEST.asked, step_cache=cache))
     phase, _ = rehearse_denoising(family, options, request, texts, {0: {}}, extra)

@@ -230,3 +230,32 @@ def test_only_line_breaks_part_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("a cat\u2028in\x0crain --d 1\r\n\r\na dog\n".encode())
     assert read_generation_lines(path) == [(1, "a cat\u2028in\x0crain --d 1"), (3, "a dog")]
+
+
+@pytest.mark.parametrize(("text", "seed"), [("12abc", 12), ("-3", -3), ("hello", 2475399061)])
+def test_a_sample_of_a_training_may_have_a_text_as_seed(tmp_path: Path, text: str, seed: int) -> None:
+    assert parse_sample_line(f"a cat --d {text}")["seed"] == seed
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
+    assert read_sample_prompts(path)[0]["seed"] == seed
+
+
+@pytest.mark.parametrize("text", ["", "9" * 200])
+def test_a_seed_that_is_none_is_told(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert "seed" not in parse_sample_line(f"a cat --d {text}")
+    assert "the option is ignored" in caplog.text
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
+    with pytest.raises(OptionError, match="entry 1: seed: "):
+        read_sample_prompts(path)
+
+
+def test_a_second_prompt_has_a_letter_where_there_are_two_text_encoders() -> None:
+    line = "a cat --p2 a dog - with a hat --d 3"
+    for options in (EMBEDDED_GENERATION_OPTIONS, SECTIONED_GENERATION_OPTIONS):
+        assert parse_generation_line(line, options) == {
+            "prompt": "a cat",
+            "prompt_2": "a dog - with a hat",
+            "seed": 3,
+        }
+    assert "p2" not in GENERATION_OPTIONS

@@ -1,6 +1,7 @@
 """Weights, wildcards, alternatives and second prompts from the command line to latents, in all families."""
 
 import argparse
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,20 @@ def test_every_line_draws_by_its_own_seed_and_the_negative_prompt_too(
     assert {each.said["bt_original_negative_prompt"] for each in made.values()} == {"__color__ __beast__"}
     alone = tiny.run("--prompt", "a __beast__ __beast__", "--seed", 3, "--prompt_wildcards", cards)
     assert alone[3].said["bt_prompt"] == made[3].said["bt_prompt"]  # it draws first
+
+
+def test_lines_that_are_asked_for_draw_and_weigh_too(
+    tiny: Tiny, cards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line that cannot be drawn is told, and the next one is asked for."""
+    typed = "a __beast__ --d 1\na __no__ --d 2\na (__color__:3) car --d 3\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    made = tiny.run("--interactive", "--prompt_wildcards", cards, "--prompt_weighting")
+    assert made.keys() == {1, 3}
+    assert "__no__ needs the file" in caplog.text
+    (alone,) = tiny.run("--prompt", made[3].said["bt_prompt"], "--seed", 3, "--prompt_weighting").values()
+    assert torch.equal(made[3].latents, alone.latents)
+    assert made[1].said["bt_original_prompt"] == "a __beast__"
 
 
 def test_without_the_switches_all_marks_are_text(tiny: Tiny) -> None:

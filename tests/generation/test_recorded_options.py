@@ -227,9 +227,9 @@ LISTS = {
     "request": {
         *(
             "prompt",
-            "negative_prompt",
             "nag_prompt",
             "prompt_2",
+            "negative_prompt",
             "fps",
             "infer_steps",
             "guidance_scale",

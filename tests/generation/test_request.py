@@ -15,9 +15,9 @@ from tests.preparing import prepare
 
 OPTIONS = RequestOptions(
     prompt="a cat",
+    prompt_2=None,
     negative_prompt=None,
     nag_prompt=None,
-    prompt_2=None,
     video_size=(480, 832),
     video_length=None,
     fps=16.0,
