@@ -164,6 +164,8 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
     "video_size": LineOption("video_size", _size),
     "fps": LineOption("fps", _rate),
     "sample_solver": LineOption("sample_solver", str),
+    "from_latent": LineOption("from_latent", _path),
+    **dict.fromkeys(("strength", "v2v_denoise", "denoise_strength"), LineOption("denoise", _number)),
 }
 
 

@@ -113,10 +113,11 @@ def test_all_of_it_made_anew_equals_a_video_from_noise(
         assert torch.equal(plain, script.one(tmp_path / mode, *SAY, *more))
 
 
-def test_so_it_is_with_the_solver_that_begins_with_pure_noise(
-    tmp_path: Path, scripts: Scripts, clip: Path
+@pytest.mark.parametrize("solver", ["dpm++", "dpm++sde", "lcm"])
+def test_so_it_is_with_the_solvers_that_begin_with_pure_noise(
+    tmp_path: Path, scripts: Scripts, clip: Path, solver: str
 ) -> None:
-    more = ("--sample_solver", "dpm++")
+    more = ("--sample_solver", solver)
     plain = scripts["wan"].one(tmp_path / "a", *SAY, *more)
     assert torch.equal(
         plain, scripts["wan"].one(tmp_path / "b", *SAY, *more, "--video_path", clip, "--denoise_strength", 1)
@@ -155,7 +156,8 @@ def test_lines_of_a_file_equal_single_runs(
 ) -> None:
     script, lines = scripts[name], tmp_path / "lines.txt"
     lines.write_text(
-        f"a cat --d 1 --v {clip} --vd 0.25\na dog --d 2 --v {clip}\na dog --d 3\na cow --d 4 --vd 0.3\n",
+        f"a cat --d 1 --v {clip} --vd 0.25\na dog --d 2 --video_path {clip} --denoise_strength 0.75\n"
+        "a dog --d 3\na cow --d 4 --vd 0.3\n",
         encoding="utf-8",
     )
     more = ("--infer_steps", 4, "--v2v_extra_noise", 0.05)
@@ -167,7 +169,7 @@ def test_lines_of_a_file_equal_single_runs(
     from_clip = ("--video_path", clip)
     single = {
         1: ("--prompt", "a cat", "--seed", 1, *from_clip, "--strength", 0.25),
-        2: ("--prompt", "a dog", "--seed", 2, *from_clip),
+        2: ("--prompt", "a dog", "--seed", 2, *from_clip, "--strength", 0.75),
         3: ("--prompt", "a dog", "--seed", 3),
     }
     assert made.keys() == {1, 2, 3, 4}
@@ -422,3 +424,15 @@ def test_interactive_lines_may_name_a_video(
     first = ("--prompt", "a cat", "--seed", 1, "--video_path", clip, "--v2v_denoise", 0.25)
     assert torch.equal(made[1], scripts["wan"].one(tmp_path / "b", *say, *first))
     assert torch.equal(made[2], scripts["wan"].one(tmp_path / "c", *say, "--prompt", "a dog", "--seed", 2))
+
+
+def test_extra_noise_on_the_image_is_neutral_at_0(tmp_path: Path, clip: Path) -> None:
+    """--i2v_extra_noise is drawn behind the start noise, so that a little of it changes little."""
+    say = ("--task", "i2v-14B", "--video_length", FRAMES, "--image_path", clip / "0.png")
+    script = Script(wan_generate_video.main, write_tiny_wan(tmp_path / "models", "i2v"), say)
+    plain = script.one(tmp_path / "plain", *SAY)
+    none, little, much = (
+        script.one(tmp_path / f"{amount}", *SAY, "--i2v_extra_noise", amount) for amount in (0, 1e-4, 0.5)
+    )
+    assert torch.equal(plain, none)
+    assert 0 < float((little - plain).abs().max()) < 0.02 * float((much - plain).abs().max())
