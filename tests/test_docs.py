@@ -57,6 +57,7 @@ SMALLER = {  # appended, so that the last value wins
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
+    "--teacache_calibration": ["--infer_steps", "8"],  # with fewer there is nothing to fit
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }
