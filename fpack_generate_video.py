@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
 from families import identify
 from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, add_generation_arguments
 from frame_pack.section_syntax import parse_entries
@@ -22,8 +23,9 @@ DEFAULTS = ScriptDefaults(
     sample_solver="unipc",
     embedded_guidance=10.0,
     media=frozenset({"end_image_path"}),
+    source=SourceDefaults(takes_image=False),
+    has_second_prompt=True,
     has_length=False,
-    rescales_guidance=True,
     noise_on_cpu=True,
     extras=REQUEST_OPTIONS,
     line_options=SECTIONED_GENERATION_OPTIONS,
@@ -38,12 +40,17 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = N
     options, fpack_options = read_generation(
         __doc__, DEFAULTS, add_generation_arguments, FramePackGenerationOptions, argv
     )
-    parse_entries(options.request.prompt or "", "--prompt")  # raises OptionError if it cannot be parsed
+    if not options.prompts.draws:  # else it may be drawn for which sections a text is
+        for name in ("prompt", "prompt_2"):  # raises OptionError if one cannot be parsed
+            parse_entries(getattr(options.request, name) or "", f"--{name}")
 
     from frame_pack.family import family_for_generation
     from frame_pack.files import saved_window
     from generation.run import generate  # torch loads here, after every option has been read
+    from modules.devices import make_deterministic
 
+    if fpack_options.reproduce:
+        make_deterministic()
     window = saved_window(options.latent_path or (), fpack_options.latent_window_size)
     (make or generate)(family_for_generation(replace(fpack_options, latent_window_size=window)), options)
 

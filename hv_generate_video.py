@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
 from families import identify
 from generation.options import read_generation
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS
@@ -21,11 +22,16 @@ DEFAULTS = ScriptDefaults(
     infer_steps=50,
     flow_shift=7.0,
     sample_solver="vanilla",
+    solver_names={"default": "vanilla", "dpm++": "dpm++", "dpm++sde": "dpm++sde"},
     embedded_guidance=6.0,
-    media=frozenset({"image_path", "video_path"}),
+    media=frozenset({"image_path"}),
+    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
     joins_guidance=True,
     blocks_to_swap=None,
+    has_second_prompt=True,
     line_options=EMBEDDED_GENERATION_OPTIONS,
+    riflex_frequencies=8,
+    riflex_beyond=50,
 )
 
 

@@ -10,7 +10,10 @@ from modules.command import command_line
 from wan.options import WanGenerationOptions, add_generation_arguments
 
 DEFAULTS = ScriptDefaults(
-    fps=16, guidance_scale=5.0, optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"}
+    fps=16,
+    guidance_scale=5.0,
+    optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"},
+    riflex_frequencies=22,
 )
 
 

@@ -1,5 +1,6 @@
 """`--cfg_schedule`: at which steps classifier-free guidance runs, and how strongly. Standard library only."""
 
+from blissful_tuner.guidance_options import MOST_SCALE
 from modules.errors import OptionError
 
 
@@ -9,7 +10,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`, by default
     `guidance_scale`; `!` in front excludes. Later entries override earlier ones; exclusions override all
     entries, wherever they stand. Raises OptionError naming the entry if it is not a number, lies outside
-    1..steps, or runs backwards.
+    1..steps, runs backwards, or has a scale that is no number or too large.
     """
     scales: dict[int, float] = {}
     excluded: set[int] = set()
@@ -48,9 +49,12 @@ def _whole(text: str, entry: str) -> int:
 
 def _scale(text: str, entry: str) -> float:
     try:
-        return float(text)
+        scale = float(text)
     except ValueError:
         raise _problem(entry, f"the scale {text.strip()!r} is not a number") from None
+    if not abs(scale) <= MOST_SCALE:  # nan too
+        raise _problem(entry, f"give a scale of at most {MOST_SCALE}")
+    return scale
 
 
 def _problem(entry: str, reason: str) -> OptionError:

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from modules.version import VERSION
 
 TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"
+CREATED = "creation_timestamp"
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there
 PLAIN = (
@@ -38,12 +40,13 @@ def output_metadata(
     loras: Sequence[tuple[str, float]] = (),
     settings: Mapping[str, Any] | None = None,
     device: str | None = None,
+    created: datetime | None = None,
 ) -> dict[str, str]:
     """Metadata of one output: all that its pixels depend on; of files their names, without the folders they
     lie in.
 
     model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: the script's options
-    that were given and that nothing else here says, by name. device: the kind that made it.
+    that were given and that nothing else here says, by name. device: the kind that made it. created: when.
     """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),
@@ -63,10 +66,14 @@ def output_metadata(
     }
     optional: dict[str, object] = {
         "embedded_cfg_scale": request.embedded_guidance,
-        "strength": None if request.asked.video_path is None else request.asked.strength,
+        "nag_prompt": request.asked.away_prompt,
+        "prompt_2": request.asked.second_prompt,
         "device": device,
+        CREATED: None if created is None else created.isoformat(timespec="seconds"),
+        **(request.asked.source.in_words() if request.asked.source is not None else {}),
     }
-    media = ("image_path", "end_image_path", "control_path", "video_path")
+    optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
+    media = ("image_path", "end_image_path", "control_path")
     optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
     values |= {name: value for name, value in optional.items() if value is not None}
     values |= {

@@ -1,12 +1,259 @@
-"""Video-to-video: start denoising from a noisy video, at a later step of the schedule."""
+"""Video-to-video: start denoising from noisy latents of a video, at a later step of the schedule.
 
+Also image-to-image, which is a video of one frame, and a start from saved latents. Families say by
+`SourceRules` what they take and how frames are scaled, and encode; all else is here.
+Source: Meng et al. 2021, arXiv 2108.01073.
+"""
+
+import logging
+from dataclasses import replace
+from itertools import islice
+
+import numpy
+import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from modules.flow.schedule import Schedule, add_noise
+from modules.checkpoints.latents import load_latents
+from modules.contract.data import MediaEncoders
+from modules.contract.family import Family, LatentSpec
+from modules.contract.generation import Request, Section
+from modules.contract.prepared import Prepared
+from modules.contract.source import IMAGE, LATENTS, VIDEO, Source, SourceRules
+from modules.errors import CheckpointError, MediaError, OptionError
+from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
+
+logger = logging.getLogger(__name__)
+
+# how much wider or narrower a stretched video may become before it is warned about
+UNSEEN = 1.05
+ROUNDING = 1e-6  # of a noise level in float32
+
+
+# before anything is loaded
+
+
+def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Request:
+    """Check what a request starts from; set the number of frames if only that says it.
+
+    Reads headers, of a video also a frame, and latents. Raises OptionError if the family does not take it or
+    it does not exist, MediaError or CheckpointError if it cannot be read.
+    """
+    source = request.source
+    if source is None:
+        return request
+    named = f"--{source.option} {source.path}"
+    if source.option not in rules.takes:
+        taken = " or ".join(f"--{option}" for option in rules.takes)
+        raise OptionError(f"{named}: {rules.who} does not take it. Use {taken}")
+    if not source.path.exists():
+        raise OptionError(f"{named}: no such file or folder")
+    if source.option == LATENTS:
+        frames = (_read(source, rules, latent).shape[2] - 1) * latent.stride[0] + 1
+        return request if request.frames is not None else replace(request, frames=frames)
+    _check_opens(source)
+    if source.option == IMAGE and request.frames not in (None, 1):
+        raise OptionError(
+            f"{named} and --video_length {request.frames}: one image is made from one image. Give "
+            "--video_length 1, or a video to --video_path"
+        )
+    return replace(request, frames=1) if source.option == IMAGE else request
+
+
+def _check_opens(source: Source) -> None:
+    from modules.media.reading import image_size, video_info
+
+    try:
+        if source.option == IMAGE:
+            image_size(source.path)
+        else:
+            video_info(source.path)
+    except MediaError as error:
+        kind = "an image file" if source.option == IMAGE else "a video, or a folder of images"
+        raise OptionError(f"--{source.option}: {error}. Give {kind}.") from None
+
+
+def begin_late(prepared: Prepared, family: Family) -> Prepared:
+    """Return the request with the first step that is made of its source, which is long enough.
+
+    Raises MediaError if a video has too few frames, OptionError if latents have another number.
+    """
+    source = prepared.asked.source
+    if source is None:
+        return prepared
+    if source.option == LATENTS:
+        found = _read(source, family.source, family.latent).shape[2]
+        needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
+        if found != needed:
+            raise OptionError(
+                f"--{source.option} {source.path}: it has {found} latent frames, the video asked for has "
+                f"{needed} ({prepared.frames} frames). Ask for the length that the file was made with: "
+                f"{(found - 1) * family.latent.stride[0] + 1} frames"
+            )
+    elif source.pad_mode is None and source.option == VIDEO:
+        _check_length(source, prepared.frames)
+    if source.needs_vae and family.source.stretches:
+        _warn_of_stretch(source, prepared)
+    schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
+    return replace(prepared, first_step=first_step(source, schedule))
+
+
+def first_step(source: Source, schedule: Schedule) -> int:
+    """Return the step at which denoising begins.
+
+    "traditional": the last `denoise` of all steps are made, and at least one. "direct": begin at the step
+    whose noise level is nearest to `denoise`, the first of equals.
+    """
+    steps = schedule.num_steps
+    if source.noise_mode == "direct":
+        # rounded: levels as far above as below differ by what float32 leaves of them
+        levels = [timestep / TRAIN_TIMESTEPS for timestep in schedule.timesteps.tolist()]
+        gaps = [round(abs(level - source.denoise), 6) for level in levels]
+        return gaps.index(min(gaps))
+    return steps - min(max(int(steps * source.denoise), 1), steps)
+
+
+def _check_length(source: Source, needed: int) -> None:
+    """Raise MediaError if a video is too short. Decodes it if its header does not say how long it is."""
+    from modules.media.reading import video_frames, video_info
+
+    found = video_info(source.path).frames
+    if found is None or found < needed:  # a header may be wrong
+        found = sum(1 for _ in islice(video_frames(source.path), needed))
+    if found < needed:
+        raise _too_short(source, found, needed)
+
+
+def _too_short(source: Source, found: int, needed: int) -> MediaError:
+    return MediaError(
+        f"--{source.option} {source.path}: it has {found} frames, {needed} are needed. Lower the length, "
+        "give a longer video, or repeat its last frame with --v2v_pad_mode end."
+    )
+
+
+def _warn_of_stretch(source: Source, prepared: Prepared) -> None:
+    from modules.media.reading import image_size, video_info
+
+    if source.option == IMAGE:
+        width, height = image_size(source.path)
+    else:
+        info = video_info(source.path)
+        width, height = info.width, info.height
+    change = prepared.width * height / (prepared.height * width)
+    if max(change, 1 / change) > UNSEEN:
+        logger.warning(
+            "--%s %s of %d x %d is stretched to %d x %d (width x height): --video_size %d %d would keep its "
+            "proportions",
+            source.option,
+            source.path,
+            width,
+            height,
+            prepared.width,
+            prepared.height,
+            *_size_like(width, height, prepared),
+        )
+
+
+def _size_like(width: int, height: int, prepared: Prepared) -> tuple[int, int]:
+    """Return height and width, multiples of 16: the source's proportions, about the area asked for."""
+    factor = (prepared.width * prepared.height / (width * height)) ** 0.5
+    return max(16, round(height * factor / 16) * 16), max(16, round(width * factor / 16) * 16)
+
+
+# clean latents
+
+
+def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Tensor:
+    """Return the clean latents of a request's source: 1 C F h w of its size, in model space, on the CPU.
+
+    encoders: on their device; unused if the source is latents. Raises MediaError if a video is too short.
+    """
+    source = prepared.asked.source
+    assert source is not None
+    wanted = family.latent.shape(prepared.frames, prepared.height, prepared.width)
+    if source.option == LATENTS:
+        return resize_latents(_read(source, family.source, family.latent), wanted[-2], wanted[-1])
+    frames = read_frames(source, prepared, family.source.stretches)
+    if source.pad_mode is None and len(frames) < prepared.frames:
+        raise _too_short(source, len(frames), prepared.frames)
+    whole = (len(frames) - 1) // family.latent.frame_step * family.latent.frame_step + 1
+    latents = family.encode_source(encoders, frames[None, :whole], prepared.seed).float().cpu()
+    return fit_frames(latents, wanted[2], source.pad_mode or "end")
+
+
+def read_frames(source: Source, prepared: Prepared, stretches: bool) -> Tensor:
+    """Read the frames of an image or a video, as many as are wanted at most: F H W 3 uint8 at the size asked
+    for.
+    """
+    from modules.media.reading import read_image, resize_cover, resize_stretched, video_frames
+
+    size = prepared.width, prepared.height
+    resize = resize_stretched if stretches else resize_cover
+    found = [read_image(source.path)] if source.option == IMAGE else video_frames(source.path)
+    return torch.from_numpy(numpy.stack([resize(one, size) for one in islice(found, prepared.frames)]))
+
+
+def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
+    """Return latents B C F h w with that many frames: further ones are cut off, missing ones are copies.
+
+    pad_mode: "front" puts copies of the first frame before it, "end" copies of the last one behind it.
+    """
+    missing = frames - latents.shape[2]
+    if missing <= 0:
+        return latents[:, :, :frames]
+    if pad_mode == "front":
+        return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2)
+    return torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+
+
+def resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
+    """Scale latents B C F h w to another height and width, bicubic, each frame by itself."""
+    if latents.shape[-2:] == (height, width):
+        return latents
+    frames = rearrange(latents.float(), "b c f h w -> (b f) c h w")
+    scaled = interpolate(frames, size=(height, width), mode="bicubic", align_corners=False)
+    return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(latents))
+
+
+def _read(source: Source, rules: SourceRules, latent: LatentSpec) -> Tensor:
+    """Read saved latents, 1 C F h w. Raises CheckpointError if they are of another model."""
+    saved = load_latents(source.path, f"--{source.option}")
+    model = saved.metadata.get("bt_model_type")
+    if model is not None and model not in rules.latents_of:
+        raise CheckpointError(
+            f"--{source.option} {source.path}: the latents were made by {model}, whose latents mean "
+            f"something else to {rules.who}. Decode them with that model's script, and give the video to "
+            "--video_path",
+            source.path,
+        )
+    if saved.latents.shape[1] != latent.channels:
+        raise CheckpointError(
+            f"--{source.option} {source.path}: the latents have {saved.latents.shape[1]} channels, "
+            f"{rules.who} has {latent.channels}",
+            source.path,
+        )
+    return saved.latents
+
+
+# the start of denoising
+
+
+def part_of(source: Tensor, section: Section) -> Tensor:
+    """Return the part of a video's clean latents that a section makes anew.
+
+    What it makes behind the end of the video (the frame of an end image) starts from the last frame.
+    """
+    return fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Mix clean latents with noise, both B C F H W, as the schedule does at this step."""
+    """Mix clean latents with noise, both B C F H W, as the schedule does at this step.
+
+    A level that is 1 but for rounding leaves nothing of the latents.
+    """
+    if abs(1 - schedule.sigmas[step]) <= ROUNDING and schedule.alphas[step] <= ROUNDING:
+        return noise
     sigmas, alphas = (
         levels[step].float().expand(len(noise)).to(noise.device)
         for levels in (schedule.sigmas, schedule.alphas)

@@ -5,13 +5,22 @@ used. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import HunyuanTokens, Modulation, add_gated, attend_turned, gelu, modulate
+from hunyuan_model.blocks import (
+    Heads,
+    HunyuanTokens,
+    Modulation,
+    add_gated,
+    attend_jointly,
+    attend_turned,
+    gelu,
+    modulate,
+)
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
@@ -40,18 +49,30 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
 
-    def forward(self, video: Tensor, text: Tensor, tokens: HunyuanTokens) -> tuple[Tensor, Tensor]:
-        # video: B L C    text: B T C    returned in the same two
+    def forward(
+        self, video: Tensor, text: Tensor, tokens: HunyuanTokens, others: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, ...]:
+        # video: B L C    text: B T C    others: a second text, if there is one. What each sees is returned
         q = rotate(self.norm_q(heads(self.to_q, video, self.num_heads)), tokens.rotary)
         k = rotate(self.norm_k(heads(self.to_k, video, self.num_heads)), tokens.rotary)
+        text_q, text_k, text_v = self.text_heads(text)
         # B L+T N D
-        q = torch.cat([q, self.norm_added_q(heads(self.add_q_proj, text, self.num_heads))], dim=1)
-        k = torch.cat([k, self.norm_added_k(heads(self.add_k_proj, text, self.num_heads))], dim=1)
-        v = torch.cat(
-            [heads(self.to_v, video, self.num_heads), heads(self.add_v_proj, text, self.num_heads)], dim=1
+        q, k = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1)
+        v = torch.cat([heads(self.to_v, video, self.num_heads), text_v], dim=1)
+        seen, *others_seen = attend_jointly(q, k, v, tokens, [self.text_heads(other) for other in others])
+        return (
+            run(self.to_out[0], seen[:, : tokens.video]),
+            run(self.to_add_out, seen[:, tokens.video :]),
+            *(run(self.to_add_out, other_seen) for other_seen in others_seen),
         )
-        seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
-        return run(self.to_out[0], seen[:, : tokens.video]), run(self.to_add_out, seen[:, tokens.video :])
+
+    def text_heads(self, text: Tensor) -> Heads:
+        """Return the query, key and value of a text, B T C."""
+        q, k, v = (
+            heads(layer, text, self.num_heads)
+            for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        )
+        return self.norm_added_q(q), self.norm_added_k(k), v
 
 
 class SingleAttention(nn.Module):
@@ -66,13 +87,18 @@ class SingleAttention(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        # x: B L+T C
-        q, k = (
+    def forward(self, x: Tensor, tokens: HunyuanTokens, others: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        # x: B L+T C    others: a second text, if there is one. What each sees is returned
+        q, k, v = self.project(x)
+        return attend_turned(q, k, v, tokens, [self.project(other) for other in others])
+
+    def project(self, x: Tensor) -> Heads:
+        """Return query, key and value of tokens, B L C."""
+        return (
             self.norm_q(heads(self.to_q, x, self.num_heads)),
             self.norm_k(heads(self.to_k, x, self.num_heads)),
+            heads(self.to_v, x, self.num_heads),
         )
-        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
 
 
 class RefinerAttention(nn.Module):
@@ -131,21 +157,41 @@ class HunyuanVideoTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
+        x, others = tokens.split_away(x)
         video, text = x[:, : tokens.video], x[:, tokens.video :]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(tokens.vector)
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(
-            tokens.vector
-        )
-        seen, text_seen = self.attn(
+        text_modulation = self.norm1_context(tokens.vector)
+        modulations = [self.norm1_context(vector) for _, vector in others]
+        seen, text_seen, *others_seen = self.attn(
             modulate(self.layer_norm(video), shift1, scale1, tokens.dtype),
-            modulate(self.layer_norm(text), text_shift1, text_scale1, tokens.dtype),
+            self.modulate_text(text, text_modulation, tokens.dtype),
             tokens,
+            [
+                self.modulate_text(other, modulation, tokens.dtype)
+                for (other, _), modulation in zip(others, modulations, strict=True)
+            ],
         )
-        text = add_gated(text, text_gate1, text_seen)
-        text = self.feed_forward(text, self.ff_context, text_shift2, text_scale2, text_gate2, tokens.dtype)
+        text = self.finish_text(text, text_seen, text_modulation, tokens.dtype)
+        finished = [
+            self.finish_text(other, other_seen, modulation, tokens.dtype)
+            for (other, _), other_seen, modulation in zip(others, others_seen, modulations, strict=True)
+        ]
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         video = self.feed_forward(add_gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
-        return torch.cat([video, text], dim=1)
+        return torch.cat([video, text, *finished], dim=1)
+
+    def modulate_text(self, text: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return what a text, B T C, gives to the attention. modulation: six tensors B 1 C."""
+        shift, scale, *_ = modulation
+        return modulate(self.layer_norm(text), shift, scale, dtype)
+
+    def finish_text(
+        self, text: Tensor, seen: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Add to a text what it sees, B T C, and its feed-forward."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        text = add_gated(text, gate1, seen)
+        return self.feed_forward(text, self.ff_context, shift2, scale2, gate2, dtype)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return what attention gets for the latent tokens of x: B L+T C -> B L C."""
@@ -175,9 +221,26 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        shift, scale, gate = self.norm(tokens.vector)
-        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype)
-        seen = self.attn(h, tokens)
+        x, others = tokens.split_away(x)
+        h, gate = self.begin(x, tokens.vector, tokens.dtype)
+        begun = [self.begin(other, vector, tokens.dtype) for other, vector in others]
+        seen, *others_seen = self.attn(h, tokens, [other_h for other_h, _ in begun])
+        x = self.finish(x, seen, h, gate)
+        if not others:
+            return x
+        finished = [
+            self.finish(other, other_seen, *other_begun)
+            for (other, _), other_seen, other_begun in zip(others, others_seen, begun, strict=True)
+        ]
+        return torch.cat([x, *finished], dim=1)
+
+    def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what tokens, B L C, give to attention and feed-forward, and their gate."""
+        shift, scale, gate = self.norm(vector)
+        return modulate(self.layer_norm(x), shift, scale, dtype), gate
+
+    def finish(self, x: Tensor, seen: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+        """Add to tokens what they see and their feed-forward."""
         return add_gated(x, gate, run(self.proj_out, torch.cat([seen, gelu(run(self.proj_mlp, h))], dim=-1)))
 
 

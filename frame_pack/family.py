@@ -16,7 +16,7 @@ from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
-from frame_pack.inputs import one_frame_inputs, video_inputs
+from frame_pack.inputs import encode_clip, one_frame_inputs, video_inputs
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import (
     FRAMES_PER_SECOND,
@@ -31,8 +31,10 @@ from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_p
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
 from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
+from hunyuan_model.conditioning import texts_for
+from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.encoders import Encoders, beside
-from hunyuan_model.spec import GUIDANCE_UNIT
+from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
@@ -43,6 +45,7 @@ from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
+from modules.contract.source import LATENTS, VIDEO, SourceRules
 from modules.devices import send
 from modules.options import NO_OPTIONS
 from modules.vae_options import VAE_TILE
@@ -51,7 +54,20 @@ logger = logging.getLogger(__name__)
 
 # caches hold latents in model space already: the scale of HunyuanVideo's VAE is applied where they are
 # encoded and decoded
-LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
+LATENT = LatentSpec(
+    channels=16,
+    stride=(4, 8, 8),
+    pixel_step=16,
+    frame_step=4,
+    preview_factors=PREVIEW_FACTORS,
+    preview_bias=PREVIEW_BIAS,
+    in_sections=True,
+)
+TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
+    "llama": "llama_vec",
+    "llama_mask": "llama_attention_mask",
+    "clip_l": "clip_l_pooler",
+}
 EMBEDDED_GUIDANCE = 10.0  # where nothing is said
 USUAL_SECTIONS = 4  # 5 seconds
 UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
@@ -70,6 +86,8 @@ class FramePack:
     bulk_decode: bool = False
     paddings: tuple[int, ...] = ()  # --latent_paddings
     system_prompt: str | None = None
+    skip_layers: int = SKIP_LAYERS
+    final_norm: bool = False
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
     rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
@@ -148,6 +166,8 @@ class FramePack:
                 dtype,
                 given.text_encoder1_tokenizer,
                 self.system_prompt,
+                self.skip_layers,
+                self.final_norm,
                 in_fp8=given.llm_in_fp8,
             ),
             framepack_clip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
@@ -243,19 +263,20 @@ class FramePack:
                 history[latents] = given(name).to(noisy.dtype) if name in cond else noisy.new_zeros(black)
                 history[indices] = places
         guidance = given("guidance")
+        # a turn says on the host what the device would have to be asked for
+        known = timesteps if tweaks.turn is None else torch.tensor([tweaks.turn.timestep])
         timesteps = timesteps.to(guidance.dtype).float()
+        scale = position_scale(known.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
         return dit(
             noisy,
             timesteps,
-            given("llama_vec"),
-            given("llama_attention_mask"),
-            given("clip_l_pooler"),
+            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
             given("image_embeddings"),
             given("latent_indices"),
             **history,
-            position_scale=position_scale(timesteps, self.rope_threshold, self.rope_factor),
-            tweaks=tweaks,
+            position_scale=scale,
+            tweaks=tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
@@ -288,6 +309,15 @@ class FramePack:
     def needs_media(self, prepared: Prepared) -> bool:
         """Return True: there is always an image."""
         return True
+
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from, section by section; HunyuanVideo has the same VAE."""
+        return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w on the CPU."""
+        return encode_clip(encoders.vae, frames, seed, self.window)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the images for every section, on the CPU."""
@@ -389,10 +419,12 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
         paddings=() if options.latent_paddings is None else parse_paddings(options.latent_paddings),
-        system_prompt=options.custom_system_prompt,
+        system_prompt=options.reading.custom_system_prompt,
+        skip_layers=options.reading.hidden_state_skip_layer,
+        final_norm=options.reading.apply_final_norm,
         rope_threshold=options.rope_scaling_timestep_threshold,
         rope_factor=options.rope_scaling_factor,
-        text_multipliers=options.text_multipliers,
+        text_multipliers=options.reading.text_multipliers,
     )
 
 

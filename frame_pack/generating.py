@@ -60,7 +60,9 @@ def video_sections(
         }
         drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))
         label = f"section {number + 1} of {len(plan)}"
-        latents = yield replace(prompts[section.index].section(drawn, conditions), made=piece, label=label)
+        place = 1 + section.index * window  # behind the start image
+        asked = prompts[section.index].section(drawn, conditions)
+        latents = yield replace(asked, place=place, made=piece, label=label, count=len(plan))
         device, history = latents.device, order.grown(history, latents.to(CPU))
         piece = _newest(order, history, window, number)
     return order.video(_tensor(inputs[0], "start_latents"), history, len(plan) * window).to(device)
@@ -72,7 +74,9 @@ def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
     first = window if order.in_front else window + 1
     length = 2 * window if number else first
     latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
-    return Piece(latents, section_frames(window) if number else 0, order.in_front, decode_part)
+    made = (number + 1) * window
+    so_far = history[:, :, :made] if order.in_front else history[:, :, -(made + 1) :]
+    return Piece(latents, section_frames(window) if number else 0, order.in_front, decode_part, so_far)
 
 
 def one_frame_section(

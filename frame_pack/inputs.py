@@ -14,12 +14,14 @@ from torch import Tensor
 
 from frame_pack.masks import latent_mask
 from frame_pack.requests import FramePackRequest
+from frame_pack.sections import LATENT_STRIDE
 from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.spec import LATENT as VAE_LATENT
+from hunyuan_model.vae import HunyuanVae
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.prepared import Prepared
 from modules.media.buckets import Size
-from modules.media.pixels import image_pixels
+from modules.media.pixels import byte_clips, image_pixels
 
 
 def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
@@ -40,6 +42,21 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
     if end:
         inputs[0] = {**inputs[0], "end_latents": latents[end[0]]}
     return inputs
+
+
+def encode_clip(vae: HunyuanVae, frames: Tensor, seed: int, window: int) -> Tensor:
+    """Encode a clip of any length: frames 1 F H W 3 uint8, F = 4n + 1, to 1 16 n+1 h w in model space.
+
+    Two sections are encoded at a time, of which the first only leads up to the second, so that memory does
+    not grow with the length.
+    """
+    section, generators = LATENT_STRIDE * window, [posterior_generator(seed)]
+    parts: list[Tensor] = []
+    for start in range(0, max(frames.shape[1] - 1 - section, 1), section):
+        piece = byte_clips(frames[:, start : start + 2 * section + 1])
+        latents = (vae.encode(piece, generators) * VAE_LATENT.scale).cpu()
+        parts.append(latents[:, :, window + 1 :] if parts else latents)
+    return torch.cat(parts, dim=2)
 
 
 def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:

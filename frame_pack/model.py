@@ -8,7 +8,7 @@ image tokens in front of the text. Source: the released model code; Zhang and Ag
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as functional
@@ -23,9 +23,15 @@ from frame_pack.configs import FramePackConfig
 from frame_pack.positions import Layout, Stretch, rotary_table
 from frame_pack.spec import DIT
 from hunyuan_model.blocks import HunyuanTokens, Modulation, modulate
-from hunyuan_model.model import PatchEmbedding, check_sizes, from_patches, real_tokens, rotary_widths
+from hunyuan_model.model import (
+    PatchEmbedding,
+    check_sizes,
+    embed_away,
+    embed_text,
+    from_patches,
+    rotary_widths,
+)
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
-from modules.attention.lengths import lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm
@@ -207,8 +213,8 @@ class FramePackModel(nn.Module):
         times the scale. image_embeddings: B S image_dim, states of the image encoder. latent_indices: B F
         integers, where on the frame axis the latents stand. clean_latents and the coarser _2x, _4x: B in_dim
         n H W with their B n indices; None where there are none of that kind. position_scale: what positions
-        along rows and columns are multiplied by. tweaks: ideas that change this call. Raises ValueError where
-        sizes do not go together.
+        along rows and columns are multiplied by. tweaks: ideas that change this call; their second text has
+        the names llama, llama_mask and clip_l. Raises ValueError where sizes do not go together.
         """
         history = (
             _describe_given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
@@ -245,7 +251,12 @@ class FramePackModel(nn.Module):
         position_scale: float,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, HunyuanTokens]:
-        """Return tokens B L+T C and the blocks' other inputs. given: latents in order, noisy ones last."""
+        """Return tokens B L+T C and the blocks' other inputs. given: latents in order, noisy ones last.
+
+        A second text comes behind the first one, with the same image tokens in front of it.
+        """
+        if tweaks.slow_frames is not None:
+            raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         noisy = given[-1].latents
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = self.x_embedder(noisy)  # B C f h w
@@ -253,14 +264,22 @@ class FramePackModel(nn.Module):
         latents = [self.clean_x_embedder(one.latents, one.times).to(dtype) for one in given[:-1]]
         latents.append(patches.to(dtype).flatten(2).transpose(1, 2))
         rotary = self._rotary.of(_layout(given, grid, position_scale), noisy.device)
-        vector = self.time_text_embed(timesteps, clip_l, guidance)
         image = self.image_projection(image_embeddings).to(dtype)
-        longest, counts = real_tokens(llama_mask)
-        text = self.context_embedder(llama[:, :longest], timesteps, counts, dtype, self.attention)
         before = rotary.shape[-4] + image.shape[1]  # tokens in front of the text
-        lengths = None if counts is None else lengths_on([before + count for count in counts], noisy.device)
-        tokens = HunyuanTokens(grid, rotary, lengths, vector, dtype, self.attention)
-        return torch.cat([*latents, image, text], dim=1), tokens
+
+        def vector_of(pooled: Tensor) -> Tensor:
+            return self.time_text_embed(timesteps, pooled, guidance if tweaks.embedded_guidance else None)
+
+        def refine(text: Tensor, counts: Sequence[int] | None) -> Tensor:
+            return self.context_embedder(text, timesteps, counts, dtype, self.attention)
+
+        text, lengths = embed_text(llama, llama_mask, before, refine)
+        tokens = HunyuanTokens(grid, rotary, lengths, vector_of(clip_l), dtype, self.attention)
+        if tweaks.away is None:
+            return torch.cat([*latents, image, text], dim=1), tokens
+        away_text, away = embed_away(tweaks.away, len(noisy), before, refine, vector_of)
+        away = replace(away, count=away.count + image.shape[1])
+        return torch.cat([*latents, image, text, image, away_text], dim=1), replace(tokens, away=away)
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity of the noisy latents, B out_dim F H W in float32."""

@@ -12,11 +12,12 @@ from frame_pack.section_syntax import parse_entries
 from hunyuan_model.options import (
     HunyuanTextOptions,
     HunyuanVaeOptions,
-    add_te_multiplier,
+    TextReadingOptions,
+    add_reproduce,
     add_text,
+    add_text_reading,
     add_vae,
     model_words,
-    read_multipliers,
 )
 from modules.command import as_typed
 from modules.errors import OptionError
@@ -95,10 +96,10 @@ class FramePackGenerationOptions:
     bulk_decode: bool = field(metadata=OF_DECODING)
     f1: bool = field(metadata=OF_REQUEST)
     latent_paddings: str | None
-    custom_system_prompt: str | None
+    reading: TextReadingOptions
     rope_scaling_factor: float
     rope_scaling_timestep_threshold: int | None
-    te_multiplier: tuple[str, ...] | None
+    reproduce: bool
     # of the command line: read here only to be checked early
     image_path: str | None = field(metadata=OF_REQUEST)
     one_frame_inference: str | None = field(metadata=OF_REQUEST)  # likewise
@@ -126,12 +127,6 @@ class FramePackGenerationOptions:
                 "--rope_scaling_factor %g is ignored because --rope_scaling_timestep_threshold is not given",
                 factor,
             )
-        _ = self.text_multipliers
-
-    @property
-    def text_multipliers(self) -> tuple[float, float] | None:
-        """Return the factors of --te_multiplier for the text's tokens and for their mean."""
-        return read_multipliers(self.te_multiplier)
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,12 +182,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="distance of each section to the start image, last section first: 3,2,1,0",
     )
-    group.add_argument(
-        "--custom_system_prompt",
-        type=str,
-        default=None,
-        help="instruction to the language model on what to describe, in place of the default one",
-    )
+    add_text_reading(group)
     group.add_argument(
         "--rope_scaling_factor",
         type=float,
@@ -205,7 +195,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="apply --rope_scaling_factor at this timestep and above (0 to 1000)",
     )
-    add_te_multiplier(group)
+    add_reproduce(group)
 
 
 def _add_video_arguments(parser: argparse.ArgumentParser) -> None:

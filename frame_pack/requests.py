@@ -24,7 +24,7 @@ from frame_pack.sections import (
     video_frames,
 )
 from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Prompt, Prompts, Request
+from modules.contract.generation import Prompt, Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of
 from modules.errors import MediaError, OptionError
@@ -36,7 +36,6 @@ SOLVER = "unipc-bh1"
 _NEEDS_IMAGE = (
     "FramePack starts from an image, and a single picture is made of one too (--i in a line of prompts)"
 )
-_TYPED = {"euler": "vanilla"}  # how --sample_solver calls the others
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,18 @@ def prepare_request(
         _paths(extra, "control_image_mask_path"),
     )
     prepared = settle(request, usual, size, flow_shift, usual_negative)
-    negative = Prompt(prepared.negative_prompt)
+    others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
+    second: tuple[str | None, ...] = (None,) * len(texts)
+    if request.second_prompt is not None:
+        second = _entries_of(request.second_prompt, "--prompt_2", sections, is_picture)
     return replace(
         prepared,
-        solver=_solver(request),
-        prompts={index: Prompts(Prompt(text), negative) for index, text in enumerate(texts)},
+        solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
+        prompts={
+            index: replace(others, positive=Prompt(text, second=for_clip))
+            for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
+        },
         own=own,
         own_metadata=_metadata_of(extra, sections, window, is_f1),
     )
@@ -124,9 +129,12 @@ def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
     request = keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
-    return keep_usable_media(
-        request, {"control_path": False, "video_path": False}, "FramePack does not take it"
-    )
+    if is_picture and request.source is not None:
+        raise OptionError(
+            f"--{request.source.option} {request.source.path} and --one_frame_inference: a single picture is "
+            "made from --image_path and --control_image_path. Leave one of them out"
+        )
+    return keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
 
 def _metadata_of(extra: Mapping[str, str], sections: int, window: int, is_f1: bool) -> dict[str, str]:
@@ -171,15 +179,6 @@ def _shift_of_size(width: int, height: int, latent: LatentSpec, latent_frames: i
     return flow_shift_for(count_tokens(latent_frames, rows, columns))
 
 
-def _solver(request: Request) -> str:
-    if request.solver not in (None, "unipc", SOLVER):
-        name = _TYPED.get(str(request.solver), request.solver)
-        raise OptionError(
-            f"--sample_solver {name}: FramePack is sampled with unipc only. Leave the option out."
-        )
-    return SOLVER
-
-
 def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
     """Return `extra` without unused control images and masks. Raises OptionError if a used one is missing."""
     kept = dict(extra)
@@ -205,6 +204,8 @@ def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path,
     text = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
+    if text is None and request.first_image is not None:  # the first frame of the video that it starts from
+        return (request.first_image,) * sections
     entries = _entries_of(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_picture)
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):

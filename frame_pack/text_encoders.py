@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hunyuan_model.text_encoders import VIDEO_TEMPLATE, ClipTextEncoder, LlavaTextEncoder, PromptTemplate
+from hunyuan_model.configs import SKIP_LAYERS
+from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
@@ -71,17 +72,19 @@ def framepack_llama(
     dtype: torch.dtype = torch.float16,
     tokenizer: Path | None = None,
     system_prompt: str | None = None,
+    skip_layers: int = SKIP_LAYERS,
+    final_norm: bool = False,
     in_fp8: bool = False,
 ) -> FramePackTextEncoder:
     """Make text encoder 1: the language model's states of a prompt's own tokens, at most 256 of them.
 
     It returns {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}. path: file or
     folder of the model, or a release's folder that holds it as `text_encoder`. dtype: compute dtype.
-    system_prompt: replaces the usual description of the model's task. in_fp8: keep the linear layers in 8
-    bits.
+    system_prompt: replaces the usual description of the model's task. skip_layers, final_norm, in_fp8: as for
+    `LlavaTextEncoder`.
     """
-    template = VIDEO_TEMPLATE if system_prompt is None else PromptTemplate(system_prompt)
-    llava = LlavaTextEncoder(path, dtype, tokenizer, template, in_fp8=in_fp8)
+    template = template_of(system_prompt)
+    llava = LlavaTextEncoder(path, dtype, tokenizer, template, skip_layers, final_norm, in_fp8)
     return FramePackTextEncoder("llama", LLAMA_KEYS, llava, _in_rows)
 
 

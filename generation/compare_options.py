@@ -2,15 +2,14 @@
 
 import argparse
 import glob
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.text_files import read_safetensors_texts
 
-MOST_HEADER = 100 << 20  # bytes of a safetensors header
 MOST_COLUMNS = 64
 
 
@@ -95,10 +94,6 @@ def family_of(path: Path, families: list[str]) -> str:
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size <= MOST_HEADER else {}
-        found = header.get("__metadata__", {})
-        return {key: value for key, value in found.items() if isinstance(value, str)}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return read_safetensors_texts(path)
+    except (OSError, ValueError):
         return {}  # reading it as a LoRA says what is wrong

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from blissful_tuner.metadata import as_tags
+from blissful_tuner.latent_preview import preview_clip
+from blissful_tuner.metadata import CREATED, as_tags
 from generation.compare_options import CompareOptions
 from generation.decoding import decode
 from generation.dressing import dit_loader
@@ -24,19 +25,20 @@ from generation.jobs import Failures, GenerationJob, GenerationRun
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
-from generation.outputs import LATENT_SUFFIX, load_latents, own_stem, save_latents, save_pixels, words_of
+from generation.outputs import LATENT_SUFFIX, own_stem, save_latents, save_pixels, words_of
 from generation.preset import leave_out_missing
 from generation.progress import Bars, Queue, in_short, name_model
 from generation.prompt_lines import read_generation_lines
 from generation.run import check_models
-from generation.sections import make_latents
+from generation.sections import OnSection, make_latents
 from generation.session import CPU, Session, wanted_texts
 from modules.atomic_write import make_folder
+from modules.checkpoints.latents import load_latents
 from modules.command import as_typed
 from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
 from modules.contract.family import Family
-from modules.contract.generation import DitAt
+from modules.contract.generation import DitAt, Section
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
 from modules.media.tags import read_tags
@@ -109,6 +111,7 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     run = GenerationRun(family, options, session, predicted)
     jobs = _make_jobs(run)
     check_models(run)
+    run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
     cells = [make_cell(run, variant, job, line) for variant in variants for line, job in enumerate(jobs, 1)]
     to_denoise = [one for one in cells if not (one.video(options).exists() or one.latents(options).exists())]
@@ -124,12 +127,16 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
 def _check(options: GenerationOptions) -> None:
     refused = {
         "--interactive": options.interactive,
+        "--sheet": options.sheet.is_asked,
         "--latent_path": bool(options.latent_path),
         "--save_merged_model": options.save_merged_model is not None,
+        "--num_videos": options.num_videos > 1,
+        "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_asked,
         f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
         "--no_metadata": options.output.no_metadata,
         "--keep_pngs": options.output.format.keep_pngs,
+        "--save_last_frame": options.output.save_last_frame,
     }
     found = [name for name, is_given in refused.items() if is_given]
     if found:
@@ -197,8 +204,12 @@ def _is_own(options: GenerationOptions, cell: Cell) -> bool:
 
 
 def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return what this program says; videos do not store empty texts."""
-    return {name: text for name, text in tags.items() if name.startswith("bt_") and text}
+    """Return what this program says of how it was made, not when; videos do not store empty texts."""
+    return {
+        name: text
+        for name, text in tags.items()
+        if name.startswith("bt_") and text and name != f"bt_{CREATED}"
+    }
 
 
 def _suffix(options: GenerationOptions, job: GenerationJob) -> str:
@@ -224,7 +235,15 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
         for cell in [cell for cell in cells if cell.variant is variant]:
             job = cell.job
             queue.begin(f"{job.label}, {variant.label}")
-            with Bars(job.prepared.num_steps) as bars:
+            with (
+                preview_clip(run.previews, job.prepared.fps) as (watchers, on_section),
+                Bars(job.prepared.num_steps) as bars,
+            ):
+
+                def begin(section: Section, bars: Bars = bars, show: OnSection = on_section) -> None:
+                    show(section)
+                    bars.begin(section)
+
                 latents = make_latents(
                     run.family,
                     dit_at,
@@ -234,9 +253,9 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
                     run.session.device,
                     run.options.cpu_noise,
                     run.options.guidance,
-                    [bars.advance],
+                    [bars.advance, *watchers],
                     run.options.splits_guidance,
-                    bars.begin,
+                    begin,
                 )
                 save_latents(cell.latents(run.options), latents.to(CPU), cell.metadata)
 

@@ -15,8 +15,6 @@ from generation.growing import (
 )
 from generation.jobs import Denoised, Failures, GenerationRun
 from generation.outputs import (
-    SavedLatents,
-    load_latents,
     output_stem,
     own_stem,
     save_pixels,
@@ -24,6 +22,7 @@ from generation.outputs import (
 from generation.progress import show_end
 from modules.atomic_write import make_folder
 from modules.bars import track
+from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.family import Family
 from modules.errors import CheckpointError
@@ -31,20 +30,22 @@ from modules.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures) -> list[Path]:
-    """Turn latents into videos or images and return their paths.
+def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures) -> dict[str, Path]:
+    """Turn latents into videos or images and return their paths by the labels of their jobs.
 
     Latent files and previews that are not part of the result are then removed.
     """
-    output, paths = run.options.output, []
+    output = run.options.output
+    paths: dict[str, Path] = {}
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
             with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
                 prepared = one.job.prepared
                 chunks = decode(run.family, encoders, one.latents)
-                paths.append(save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared)))
+                path = save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared))
+                paths[one.job.label] = path
                 if len(done) > 1 or run.options.interactive:  # else the last box says it
-                    logger.info("%s: %s", one.job.label, paths[-1])
+                    logger.info("%s: %s", one.job.label, path)
                 remove_preview(one.preview)
                 if not output.keeps_latents:
                     one.latent_path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Show clips side by side: rows of prompts, columns of LoRAs, as a page, a sheet and a video."""
+"""Show clips side by side, in rows and columns: as a page, a picture, a video."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "compare.html"
 CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: a cell's longer side, and the whole grid
+BACKGROUND, EMPTY = "white", (225, 225, 225)
 HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
 NARROWEST_COLUMN = 128  # pixels: for its label
 MOST_FRAMES = 2000  # of a clip that are shown
@@ -35,12 +36,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its clips, one for each column."""
+    """A prompt and its clips, one for each column; None: it could not be made."""
 
     prompt: str
     facts: str
     fps: float
-    paths: tuple[Path, ...]
+    paths: tuple[Path | None, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Grid:
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    title: str = ""  # a line above the columns
+    cell: int = CELL  # pixels: the longer side of a clip that is not smaller
+
+    @property
+    def made(self) -> list[Path]:
+        """The clips that there are."""
+        return [path for row in self.rows for path in row.paths if path is not None]
 
 
 def write_grids(folder: Path, stem: str, grid: Grid) -> list[Path]:
@@ -59,7 +67,7 @@ def write_grids(folder: Path, stem: str, grid: Grid) -> list[Path]:
     ]
     write_page(page, TEMPLATE, stem, {"columns": grid.columns, "rows": rows})
     write_png(sheet, compose(grid, [[middle_of(path) for path in row.paths] for row in grid.rows]))
-    if all(is_picture(path) for row in grid.rows for path in row.paths):
+    if all(map(is_picture, grid.made)):
         return [page, sheet]
     few = max(1, min(MOST_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
     if few < len(grid.rows):
@@ -71,6 +79,7 @@ def write_grids(folder: Path, stem: str, grid: Grid) -> list[Path]:
 
 def _cells(columns: Sequence[Column], row: Row) -> Iterator[Mapping[str, str]]:
     for column, path in zip(columns, row.paths, strict=True):
+        assert path is not None  # a page shows finished comparisons only
         clip = embed_clip(list(frames_of(path)), row.fps, f"{column.label}: {row.prompt}")
         yield {"clip": clip, "file": path.name}
 
@@ -84,16 +93,18 @@ def frames_of(path: Path) -> Iterator[Frame]:
     return iter([read_image(path)]) if is_picture(path) else islice(video_frames(path), MOST_FRAMES)
 
 
-def middle_of(path: Path) -> Frame:
+def middle_of(path: Path | None) -> Frame | None:
     """Return the frame in the middle of a clip."""
+    if path is None:
+        return None
     count = sum(1 for _ in frames_of(path))
     return next(islice(frames_of(path), count // 2, None))
 
 
 def play(grid: Grid) -> Iterator[Frame]:
     """Yield frames of all clips side by side; a clip that has ended keeps its last frame."""
-    playing = [[frames_of(path) for path in row.paths] for row in grid.rows]
-    shown = [[next(frames) for frames in row] for row in playing]
+    playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
+    shown = [[next(frames, None) for frames in row] for row in playing]
     while True:
         yield compose(grid, shown)
         has_more = False
@@ -106,24 +117,34 @@ def play(grid: Grid) -> Iterator[Frame]:
             return
 
 
-def compose(grid: Grid, frames: list[list[Frame]]) -> Frame:
-    """Return one picture of all frames (rows of columns), with the labels above them."""
-    side = max(NARROWEST_CELL, min(CELL, WIDEST // len(grid.columns)))
-    sizes = [[_fit(frame, side) for frame in row] for row in frames]
+def compose(grid: Grid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
+    """Return one picture of all frames (rows of columns), with the labels above them.
+
+    Frames may differ in size. A missing one is an empty cell as large as the first that is there.
+    """
+    side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
+    usual = next((_fit(frame, side) for row in frames for frame in row if frame is not None), (side, side))
+    sizes = [[usual if frame is None else _fit(frame, side) for frame in row] for row in frames]
     width = max(NARROWEST_COLUMN, *(size[0] for row in sizes for size in row))
     heights = [max(height for _, height in row) for row in sizes]
-    total = HEAD + sum(heights) + LINE * len(heights)
-    sheet = Image.new("RGB", (width * len(grid.columns), total + total % 2), "white")
+    start = HEAD if not grid.title else HEAD + LINE
+    total = start + sum(heights) + LINE * len(heights)
+    whole = width * len(grid.columns)
+    sheet = Image.new("RGB", (whole + whole % 2, total + total % 2), BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE)
+    _write(draw, font, (0, 0), grid.title, sheet.width)
     for index, column in enumerate(grid.columns):
-        _write(draw, font, (index * width, 0), column.label, width)
-    top = HEAD
+        _write(draw, font, (index * width, start - HEAD), column.label, width)
+    top = start
     for row, of_row, sizes_of_row, height in zip(grid.rows, frames, sizes, heights, strict=True):
         _write(draw, font, (0, top), row.prompt, sheet.width)
         for index, (frame, size) in enumerate(zip(of_row, sizes_of_row, strict=True)):
-            sheet.paste(
-                Image.fromarray(frame).resize(size, Image.Resampling.BOX), (index * width, top + LINE)
-            )
+            at = index * width, top + LINE
+            if frame is None:
+                sheet.paste(EMPTY, (*at, at[0] + size[0], at[1] + size[1]))
+                _write(draw, font, at, "not made", size[0])
+            else:
+                sheet.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), at)
         top += height + LINE
     return np.asarray(sheet)
 

@@ -1,19 +1,23 @@
 """What is to be made in a run, what has been made, and what failed."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blissful_tuner.latent_preview import LatentPreviews, make_previews
 from blissful_tuner.metadata import output_metadata
+from blissful_tuner.prompt_rewrite import PromptRewriter
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line
+from generation.request_options import SOLVERS
 from generation.session import Session
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
@@ -75,13 +79,32 @@ class GenerationRun:
     options: GenerationOptions
     session: Session
     predicted: Peaks | None = None  # where it is known
+    rewriter: PromptRewriter | None = None
+    previews: LatentPreviews | None = None
+    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
+
+    def with_previews(self) -> "GenerationRun":
+        """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
+        session, options = self.session, self.options
+        made = make_previews(
+            options.preview,
+            self.family.latent,
+            options.output.save_path,
+            session.device,
+            session.dit_can_stay,
+        )
+        return replace(self, previews=made)
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the metadata of an output; None with --no_metadata."""
         if self.options.output.no_metadata:
             return None
+        settings, solver = dict(self.options.settings), prepared.asked.solver
+        if solver is not None and SOLVERS.get(settings.get("sample_solver", "")) not in (solver, None):
+            # a prompt line said another one than the command line
+            settings["sample_solver"] = next(name for name, kind in SOLVERS.items() if kind == solver)
         return output_metadata(
-            prepared, self.family.metadata, self.loras, self.options.settings, self.session.device.type
+            prepared, self.family.metadata, self.loras, settings, self.session.device.type, self.now()
         )
 
     @property

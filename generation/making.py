@@ -4,14 +4,18 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import needs
+from blissful_tuner.guidance import has_batches
+from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import as_tags
+from blissful_tuner.prompt_rewrite import rewrite_prompts
 from generation.decoding import decode_all
 from generation.growing import (
     grow_preview,
@@ -19,21 +23,25 @@ from generation.growing import (
     remove_parts,
 )
 from generation.jobs import Denoised, Failures, GenerationJob, GenerationRun
+from generation.output_options import OutputOptions
 from generation.outputs import (
     LATENT_SUFFIX,
     free_stem,
     output_stem,
     own_stem,
+    released_stem,
     save_latents,
 )
 from generation.progress import Bars, Queue, show_end, show_start
 from generation.request import prepare_line
 from generation.sections import OnSection, make_latents
-from generation.session import CPU, NO_ENCODERS, encode_inputs, wanted_texts
+from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wanted_texts
 from modules.atomic_write import make_folder
 from modules.contract.data import Conditions
 from modules.contract.generation import EncodedPrompts, Section
+from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
+from modules.devices import free_memory
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)
@@ -47,13 +55,17 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     return GenerationJob(label, prepare_line(run.family, run.options, overrides))
 
 
-def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> None:
-    """Encode all texts, encode all images and videos, denoise all, decode all."""
-    if any(run.family.needs_media(job.prepared) for job in jobs):
+def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
+    """Encode all texts, encode all images and videos, denoise all, decode all.
+
+    Returns the finished videos and pictures by the labels of their jobs.
+    """
+    if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
-    if run.options.forces_split and any(needs(job.prepared, run.options.guidance).negative for job in jobs):
+    if run.options.forces_split and any(has_batches(job.prepared, run.options.guidance) for job in jobs):
         logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
-    start, requests = time.monotonic(), [job.prepared for job in jobs]
+    start, jobs = time.monotonic(), rewrite_jobs(run, jobs)
+    requests = [job.prepared for job in jobs]
     make_folder(run.options.output.save_path, "--save_path")
     remove_parts(run.options.output.save_path)
     if not run.options.interactive:
@@ -65,13 +77,29 @@ def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) 
     ]
     done = denoise_all(run, ready, failures) if ready else []
     paths = [one.latent_path for one in done if run.options.output.keeps_latents]
-    if run.options.output.decodes and done:
-        paths += decode_all(run, done, failures)
+    made = decode_all(run, done, failures) if run.options.output.decodes and done else {}
+    paths += made.values()
     if paths and not run.options.interactive:
         show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
     if done and run.predicted is not None and run.session.device.type == "cuda":
         most = max(run.predicted.most, run.session.most_beside)
         logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
+    return made
+
+
+def rewrite_jobs(run: GenerationRun, jobs: Sequence[GenerationJob]) -> Sequence[GenerationJob]:
+    """Have --prompt_rewrite's model write the prompts anew; it is freed before anything else loads."""
+    if run.rewriter is None:
+        return jobs
+    run.rewriter.load(run.session.device)
+    try:
+        return [replace(job, prepared=rewrite_prompts(job.prepared, run.rewriter)) for job in jobs]
+    finally:
+        if run.options.interactive:
+            run.rewriter.load(CPU)  # it moves
+        else:
+            run.rewriter.free()
+        free_memory(run.session.device)
 
 
 def encode_all_inputs(
@@ -79,8 +107,8 @@ def encode_all_inputs(
 ) -> Mapping[str, Mapping[int, Conditions]]:
     """Return the media conditions of each job by its label, without the jobs that failed."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
-    with_media = [job for job in jobs if run.family.needs_media(job.prepared)]
-    without = [job for job in jobs if not run.family.needs_media(job.prepared)]
+    with_media = [job for job in jobs if needs_media(run.family, job.prepared)]
+    without = [job for job in jobs if not needs_media(run.family, job.prepared)]
     found = encode_inputs(run.family, NO_ENCODERS, [job.prepared for job in without])
     inputs.update(zip([job.label for job in without], found, strict=True))
     if with_media:
@@ -104,10 +132,9 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
             with failures.note_errors(job.label):
                 queue.begin(job.label)
                 output = run.options.output
-                prompt = job.prepared.asked.prompt if output.prompt_in_name else ""
-                name = output_stem(datetime.now(), job.prepared.seed, prompt=prompt)
+                name = _name(output, job.prepared)
                 with own_stem(output.save_path, name) as stem:
-                    with watch(run, job, stem) as (watcher, on_section):
+                    with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
                             dit_at,
@@ -117,7 +144,7 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
                             run.session.device,
                             run.options.cpu_noise,
                             run.options.guidance,
-                            [watcher],
+                            watchers,
                             run.options.splits_guidance,
                             on_section,
                         ).to(CPU)
@@ -125,24 +152,35 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
     return done
 
 
+def _name(output: OutputOptions, prepared: Prepared) -> str:
+    now, prompt = datetime.now(), prepared.asked.prompt
+    if output.named_as_released:
+        return released_stem(now, prepared.seed, prompt)
+    return output_stem(now, prepared.seed, prompt=prompt if output.prompt_in_name else "")
+
+
 @contextmanager
-def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[Watcher, OnSection]]:
-    """Yield the callbacks for one job: progress bars over the steps, previews of a video in sections."""
+def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[list[Watcher], OnSection]]:
+    """Yield the callbacks for one job: progress bars over the steps, previews of latents, and of a video in
+    sections.
+    """
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
     tags = as_tags(run.metadata(prepared) or {})
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
+        preview_clip(run.previews, prepared.fps) as (watchers, preview_section),
         Bars(prepared.num_steps) as bars,
     ):
 
         def on_section(section: Section) -> None:
             bars.end()
+            preview_section(section)
             if section.made is not None and output.shows_progress:
                 video.add(section.made)
             bars.begin(section)
 
-        yield bars.advance, on_section
+        yield [bars.advance, *watchers], on_section
 
 
 def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> Denoised:

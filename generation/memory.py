@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from blissful_tuner.guidance import guidance_scales, make_guidance
+from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
+from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import prepare_line
-from generation.sections import on_device
-from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, texts_of, wanted_texts
+from generation.sections import on_device, sections_of
+from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
+from generation.sheet_options import cells_of
 from modules.contract.data import Conditions
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt
@@ -131,7 +133,7 @@ def rehearse_inputs(
     family: Family, prepared: Prepared, extra: MemoryPart
 ) -> tuple[Phase | None, Mapping[int, Conditions]]:
     """Return the phase that encodes images and videos as conditions; None if there are none."""
-    if not family.needs_media(prepared):
+    if not needs_media(family, prepared):
         return None, encode_inputs(family, NO_ENCODERS, [prepared])[0]
     encoders = family.media_encoders(META)
     with dry_run() as ledger:
@@ -161,7 +163,7 @@ def rehearse_denoising(
         place(dit, ledger)
         watch_blocks(blocks, ledger)
         section = on_device(
-            next(family.sections(prepared, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
+            next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
         )
         guidance = make_guidance(prepared, options.guidance, family.experts)
         step = heaviest_step(prepared, options, family.experts, section.noise)
@@ -171,31 +173,48 @@ def rehearse_denoising(
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             with StepCaches(prepared, family.dit).section(lambda _: dit) as cached_at:
-                predict_at = predictor(family, cached_at, step, options.split_uncond)
+                predict_at = predictor(family, cached_at, step, options.splits_guidance)
                 with ledger.guessing():  # a family may look at the timestep
                     guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
         moments = extrapolate(measure, tuple(map(len, blocks.values())))
     place_name, moment = largest(moments)
+    held, preview = dict(moment), preview_bytes(family, options, prepared)
+    if preview > sum(moment.values()) - moment.get(WEIGHTS, 0):  # between steps there are weights alone
+        place_name, held = "decoding a preview", {WEIGHTS: moment[WEIGHTS], WORKING: preview}
 
     def phase(count: int) -> Phase:
         note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
-        parts = parts_of(moment, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
+        parts = parts_of(held, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
         return Phase("denoising", (*parts, extra))
 
     return phase, len(swaps) - 1
 
 
+def preview_bytes(family: Family, options: GenerationOptions, prepared: Prepared) -> int:
+    """Return the device memory that --preview_vae takes between two steps; 0 if previews need none.
+
+    Raises CheckpointError if it is no TAEHV.
+    """
+    path = options.preview.preview_vae
+    if path is None:
+        return 0
+    *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
+    return decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
+
+
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[float], noisy: Tensor
 ) -> Step:
-    """Find a step that takes most memory: one with guidance, which may batch two passes; else the first."""
-    index, timestep = 0, FIRST_TIMESTEP
-    for lowest, scales in zip(experts, guidance_scales(prepared, options.guidance), strict=True):
-        guided = [step for step, scale in enumerate(scales) if scale is not None]
-        if guided:
-            index, timestep = guided[0], FIRST_TIMESTEP if lowest == max(experts) else lowest
+    """Find a step that takes most memory: that with most passes in one batch, or else with most of them."""
+    steps = [
+        ((plan.most_together, len(plan.passes), lowest, -index), index)
+        for lowest, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True)
+        for index, plan in enumerate(plans)
+    ]
+    (_, _, lowest, _), index = max(steps)  # of equal ones the first
+    timestep = FIRST_TIMESTEP if lowest == max(experts) else lowest
     return Step(index, prepared.num_steps, 1.0, timestep, noisy)
 
 
@@ -275,11 +294,14 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Prepare
         try:
             with quiet():
                 says = parse_generation_line(line, options.line_options) if line else {}
-                requests.append(prepare_line(family, options, says))
+                for _, values in cells_of(options.axes, says):
+                    requests.append(prepare_line(family, options, values))
         except UserError as error:
             errors.append(error)
     if not requests:
         raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: the file has no prompt")
+    # of equal ones the last that has something to encode
+    requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))
     sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
     largest = [
         size

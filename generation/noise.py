@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modules.devices import send_ahead
+
 
 class SeededNoise:
     """Random generator of one request, continued by every draw.
@@ -19,6 +21,5 @@ class SeededNoise:
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw standard normal numbers of this shape; they lie on the device."""
-        return torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype).to(
-            self._device
-        )
+        drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
+        return send_ahead(drawn, self._device)  # solvers draw between steps, and must not wait there

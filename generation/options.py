@@ -6,23 +6,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments, add_rescale_argument
-from blissful_tuner.preview_options import add_preview_arguments
-from blissful_tuner.prompt_options import add_prompt_arguments
-from blissful_tuner.steadier_options import add_steadier_arguments
+from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments
+from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
+from blissful_tuner.prompt_options import PromptOptions, add_prompt_arguments
+from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
+from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
 from blissful_tuner.step_cache_options import StepCacheOptions, add_step_cache_arguments
-from blissful_tuner.video_to_video_options import add_video_to_video_arguments, refuse_video_to_video
+from blissful_tuner.video_to_video_options import add_video_to_video_arguments
 from generation.output_options import OutputOptions, add_output_arguments
-from generation.preset_options import add_preset_argument, use_preset
+from generation.preset_options import add_preset_argument, given_among, use_preset
 from generation.prompt_lines import LineOption
 from generation.request_options import RequestOptions, add_request_arguments
 from generation.script_options import ScriptDefaults
+from generation.sheet_options import Axis, SheetOptions, add_sheet_arguments
 from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import (
     NO_PIXELS,
     OF_DECODING,
     OF_REQUEST,
+    check_at_least,
+    check_at_most,
     facts_of,
     option_values,
     read_options,
@@ -49,9 +53,14 @@ class GenerationOptions:
 
     request: RequestOptions = field(metadata=OF_REQUEST)
     output: OutputOptions = field(metadata=NO_PIXELS)
+    sheet: SheetOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
+    prompts: PromptOptions
+    rewriting: PromptRewriteOptions
+    preview: PreviewOptions = field(metadata=NO_PIXELS)
     step_cache: StepCacheOptions
     speed: GenerationSpeedOptions
+    steadier: SteadierOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions
     lycoris: bool = field(metadata=NO_PIXELS)  # files say it themselves
@@ -60,6 +69,7 @@ class GenerationOptions:
     save_merged_model: Path | None = field(metadata=NO_PIXELS)
     from_file: Path | None = field(metadata=NO_PIXELS)
     interactive: bool = field(metadata=NO_PIXELS)
+    num_videos: int = field(metadata=NO_PIXELS)  # of the prompt, each with its own seed
     latent_path: tuple[Path, ...] | None = field(metadata=NO_PIXELS)
     device: str | None = field(metadata=OF_REQUEST)
     line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
@@ -76,9 +86,14 @@ class GenerationOptions:
         """Whether they do so only because attention takes one sample at a time."""
         return self.speed.attention.split_attn and not self.split_uncond
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The options that a comparison sheet varies; none without --sheet."""
+        return self.sheet.axes(self.line_options)
+
     def __post_init__(self) -> None:
         given = {
-            "--prompt": self.request.prompt is not None,
+            "--prompt": self.request.prompt is not None or self.sheet.has_prompts,
             "--from_file": self.from_file is not None,
             "--interactive": self.interactive,
             "--latent_path": bool(self.latent_path),
@@ -86,10 +101,20 @@ class GenerationOptions:
         }
         if not any(given.values()):
             raise OptionError(f"nothing to do: give one of {', '.join(given)}")
+        check_at_least("--num_videos", self.num_videos, 1, "how many videos to make of the prompt")
+        check_at_most("--num_videos", self.num_videos, 10_000, "how many videos to make of the prompt")
+        if self.num_videos > 1 and self.request.prompt is None:
+            raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
+        if self.num_videos > 1 and (self.from_file is not None or self.interactive):
+            raise OptionError("--num_videos is for one --prompt: leave out --from_file and --interactive")
+        if self.num_videos > 1 and self.sheet.is_asked:
+            raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
         if self.from_file is not None and self.interactive:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
             raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
+        if self.sheet.is_asked:
+            self._check_sheet()
         if self.save_merged_model is not None:
             check_output_file("--save_merged_model", self.save_merged_model)
         if self.latent_path and self.output.keeps_latents:
@@ -102,6 +127,21 @@ class GenerationOptions:
             raise OptionError("--prompt is empty: say what the video should show, or leave the option out")
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
+
+    def _check_sheet(self) -> None:
+        """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""
+        for option, is_given in {
+            "--latent_path": bool(self.latent_path),
+            "--save_merged_model": self.save_merged_model is not None,
+            "--output_type latent": not self.output.decodes,
+        }.items():
+            if is_given:
+                raise OptionError(
+                    f"--sheet and {option} cannot be used together: a sheet shows new videos. Leave one out"
+                )
+        if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
+            raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
+        _ = self.axes
 
 
 def read_generation(
@@ -137,24 +177,25 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
     add_request_arguments(parser, defaults)
-    if "video_path" in defaults.media:
-        add_video_to_video_arguments(parser)
-    else:
-        refuse_video_to_video(parser)
-    add_guidance_arguments(parser)
-    if defaults.rescales_guidance:
-        add_rescale_argument(parser.add_argument_group("guidance's strength"))
+    add_video_to_video_arguments(parser, defaults.source)
+    add_guidance_arguments(parser, has_embedded=defaults.embedded_guidance is not None)
     _add_run_arguments(parser, defaults)
     add_output_arguments(parser, defaults)
+    add_sheet_arguments(parser)
     _add_lora_arguments(parser)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_preset_argument(parser, defaults.optimized)
     add_preview_arguments(parser)
     add_prompt_arguments(parser)
-    add_steadier_arguments(parser)
+    add_prompt_rewrite_arguments(parser)
+    add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
     add_step_cache_arguments(parser)
     parser.set_defaults(
-        extras=defaults.extras, line_options=defaults.line_options, numbers_single=defaults.numbers_single
+        extras=defaults.extras,
+        line_options=defaults.line_options,
+        numbers_single=defaults.numbers_single,
+        named_as_released=False,
+        solver_names=defaults.solver_names,
     )
     parser.set_defaults(settings={}, decoding_options=frozenset())  # known when all options have been read
     return parser
@@ -164,10 +205,25 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     """Parse a command line. Raises OptionError if an option is not supported yet."""
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
+    if getattr(args, "scheduler", None) is not None:
+        _use_scheduler(parser, args, argv)
     if args.optimized:
         use_preset(parser, args, argv)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
+
+
+def _use_scheduler(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
+) -> None:
+    """Set --sample_solver to what --scheduler names. Raises OptionError if both are given and differ."""
+    solver = args.solver_names[args.scheduler]
+    if args.sample_solver != solver and given_among(parser, argv, {"sample_solver"}):
+        raise OptionError(
+            f"--scheduler {args.scheduler} is --sample_solver {solver}, but --sample_solver "
+            f"{args.sample_solver} is given too: give one of them"
+        )
+    args.sample_solver = solver
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
@@ -179,6 +235,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
         "--interactive",
         action="store_true",
         help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends",
+    )
+    group.add_argument(
+        "--num_videos",
+        type=int,
+        default=1,
+        help="how many videos to make of --prompt, with seed, seed + 1, ...",
     )
     group.add_argument(
         "--latent_path",

@@ -31,13 +31,20 @@ class OutputOptions:
     trim_tail_frames: int = field(metadata=OF_DECODING)
     no_progressive_save: bool
     prompt_in_name: bool = field(metadata=NO_PIXELS)
+    save_last_frame: bool  # also as NAME_last.png
     numbers_single: bool  # a single picture is NAME_000.png, never in a folder
+    named_as_released: bool = field(metadata=NO_PIXELS)  # TIME_seedSEED_PROMPT, as HunyuanVideo's own script
     format: FormatOptions
 
     def __post_init__(self) -> None:
         if self.trim_tail_frames < 0:
             raise OptionError(
                 f"--trim_tail_frames {self.trim_tail_frames}: give 0 or the number of frames to cut off"
+            )
+        if self.save_last_frame and not self.decodes:
+            raise OptionError(
+                "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
+                "or give --save_last_frame when the latents are decoded (--latent_path)"
             )
         if self.save_path.exists() and not self.save_path.is_dir():
             raise OptionError(
@@ -89,6 +96,11 @@ def add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaul
         type=int,
         default=0,
         help="number of frames to cut off the end, e.g. 3 that an end image has spoiled",
+    )
+    group.add_argument(
+        "--save_last_frame",
+        action="store_true",
+        help="also write the last frame of each video as NAME_last.png, to continue from",
     )
     if defaults.in_sections:
         group.add_argument(

@@ -20,20 +20,18 @@ from torch import Tensor
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata, with_plain_keys
 from generation.output_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
-from modules.checkpoints.containers import load_pickled
-from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
-from modules.errors import CheckpointError
-from modules.media.writing import write_png, write_video
+from modules.media.writing import encoder_for, write_png, write_video
 
 logger = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]  # H W 3, RGB
 LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
+LAST_FRAME_SUFFIX = "_last.png"
 # of every kind of output
-SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
+SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, ".mp4", ".mkv", ".png", "_000.png", "")
 
 
 NAMED_CHARACTERS = 40  # of a prompt in a file's name
@@ -48,6 +46,16 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: s
     """
     parts = [f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem, words_of(prompt)]
     return "_".join(part for part in parts if part)
+
+
+def released_stem(when: datetime, seed: int, prompt: str) -> str:
+    """Name an output as HunyuanVideo's own script does, but for what some file systems do not take."""
+    told = (
+        re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)[:100]
+        .encode("utf-8")[:150]
+        .decode("utf-8", errors="ignore")
+    )
+    return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{told.strip(' .')}"
 
 
 def words_of(prompt: str) -> str:
@@ -80,48 +88,11 @@ def own_stem(folder: Path, stem: str) -> Iterator[str]:
         yield stem
 
 
-@dataclass(frozen=True)
-class SavedLatents:
-    """Contents of a latent file."""
-
-    latents: Tensor  # B C F H W
-    metadata: Mapping[str, str]
-
-
 def save_latents(path: Path, latents: Tensor, metadata: Mapping[str, str] | None) -> None:
     """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space."""
     save_tensors(
         path, {"latent": latents[0].float()}, None if metadata is None else with_plain_keys(metadata)
     )
-
-
-def load_latents(path: Path) -> SavedLatents:
-    """Read a latent file: safetensors, or a pickled tensor.
-
-    Raises CheckpointError if the file is damaged or has no latents.
-    """
-    metadata: Mapping[str, str] = {}
-    if path.suffix == ".safetensors":
-        with open_checkpoint(path) as file:
-            metadata = file.metadata
-            found = file.read("latent") if "latent" in file.tensors else None
-    else:
-        content = load_pickled(path)
-        found = content.get("latent") if isinstance(content, dict) else content
-    if not isinstance(found, Tensor):
-        raise CheckpointError(
-            f"--latent_path {path} has no tensor `latent`. Give a file written with --output_type latent",
-            path,
-        )
-    if found.ndim == 4:
-        found = found[None]
-    if found.ndim != 5 or len(found) != 1 or not found.numel():
-        raise CheckpointError(
-            f"--latent_path {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is "
-            "needed",
-            path,
-        )
-    return SavedLatents(found.float(), metadata)
 
 
 def save_pixels(
@@ -134,7 +105,8 @@ def save_pixels(
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
-    a single frame only if the script does not number single images).
+    a single frame only if the script does not number single images). With `--save_last_frame` the last frame
+    of what is more than a picture is written beside it.
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
     tags, texts = as_tags(metadata or {}), as_png_texts(metadata or {})
@@ -142,11 +114,17 @@ def save_pixels(
     first = list(islice(frames, 2))
     playing: Iterable[Frame] = chain(first, frames)
     is_picture = len(first) == 1 and (options.numbers_single or not options.writes_images)
+    last = LastFrame(first[0]) if first and options.save_last_frame and not is_picture else None
+    beside = []
+    if last is not None:
+        playing, beside = last.note(playing), [LAST_FRAME_SUFFIX]
     if options.writes_images and not is_picture:
-        path = options.save_path / free_stem(options.save_path, stem, [""])
+        path = options.save_path / free_stem(options.save_path, stem, ["", *beside])
         with atomic_folder(path) as folder:
             for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", texts):
                 pass
+        if last is not None:
+            last.write(path, texts)
         return path
     if is_picture:
         path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
@@ -155,14 +133,45 @@ def save_pixels(
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
-    path = options.save_path / (free_stem(options.save_path, stem, [suffix]) + suffix)
+    path = options.save_path / (free_stem(options.save_path, stem, [suffix, *beside]) + suffix)
     if options.format.keep_pngs:
         pngs = options.save_path / free_stem(options.save_path, "frames", [""])
         pngs.mkdir(parents=True)
         playing = write_frames(playing, pngs, "{:06d}.png", texts)
         logger.info("Frames: %s", pngs)
-    write_video(path, playing, fps, codec=options.format.codec, tags=tags)
+    codec = encoder_for(options.format.codec, first[0])
+    if codec != options.format.codec:
+        height, width = first[0].shape[:2]
+        logger.warning(
+            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
+            options.format.codec,
+            codec,
+            width,
+            height,
+        )
+    write_video(path, playing, fps, codec=codec, tags=tags)
+    if last is not None:
+        last.write(path.with_suffix(""), texts)
     return path
+
+
+@dataclass
+class LastFrame:
+    """The last of the frames that have gone by, for --save_last_frame."""
+
+    frame: Frame
+
+    def note(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """Pass the frames on and keep the last one."""
+        for frame in frames:
+            self.frame = frame
+            yield frame
+
+    def write(self, output: Path, texts: Mapping[str, str]) -> None:
+        """Write it beside an output. output: its path without suffix."""
+        path = output.with_name(f"{output.name}{LAST_FRAME_SUFFIX}")
+        write_png(path, self.frame, texts)
+        logger.info("Last frame: %s", path)
 
 
 def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.device) -> dict[str, str]:

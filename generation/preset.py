@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from generation.options import GenerationOptions
+from generation.preset_options import as_typed
 from modules.attention.attend import check_backend
 from modules.checkpoints.opening import open_checkpoint
 from modules.compile import check_compilation
@@ -26,12 +27,13 @@ Check = Callable[[GenerationSpeedOptions], object]  # raises OptionError
 
 
 def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Turn those options of --optimized off again that cannot be had here, each with a warning that says why.
+    """Turn those options of --optimized off again that cannot be had here, each with a warning that says why,
+    and say in one line what is left.
 
     Options that were given by name stay: what is missing for them is an error later.
     """
-    if not options.speed.by_preset or options.latent_path:  # decoding runs no transformer
-        return options
+    if not options.speed.by_preset + options.speed.not_by_preset or options.latent_path:
+        return options  # decoding runs no transformer
     files = family.dit_files  # one that is missing is an error of its own
 
     def check_attention(speed: GenerationSpeedOptions) -> None:
@@ -53,6 +55,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
             logger.warning("--optimized goes without --%s here. %s", name, error)
             speed = _without(speed, name, has_loras=bool(options.lora.lora_weight))
             left_out.append(name)
+    logger.info("%s", describe_preset(options, left_out))
     if not left_out:
         return options
     settings: dict[str, Any] = {
@@ -61,6 +64,21 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     if speed.fp8.fp8 and not options.speed.fp8.fp8:
         settings["fp8"] = True
     return replace(options, speed=speed, settings=settings)
+
+
+def describe_preset(options: GenerationOptions, left_out: Sequence[str]) -> str:
+    """Return a line on what --optimized sets in this run, what it leaves out, and what is given instead."""
+    speed = options.speed
+    values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
+    used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]
+    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
+    if left_out:
+        names = ", ".join(as_typed(values, name) for name in left_out)
+        parts.append(f"left out, as the warnings above say why: {names}")
+    if speed.not_by_preset:
+        names = ", ".join(f"--{name}" for name in speed.not_by_preset)
+        parts.append(f"left to what you gave: {names}")
+    return "; ".join(parts)
 
 
 def _without(speed: GenerationSpeedOptions, name: str, has_loras: bool) -> GenerationSpeedOptions:

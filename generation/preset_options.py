@@ -24,20 +24,21 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
 
 
 def use_preset(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    """Turn on what --optimized stands for, but for options that are given; their names go to
-    `args.by_preset`.
+    """Turn on what --optimized stands for, except options that are given.
+
+    The names go to `args.by_preset`, those of the exceptions to `args.not_by_preset`.
     """
-    given = _describe_given(parser, argv, {*args.preset, "fp8"})
+    given = given_among(parser, argv, {*args.preset, "fp8"})
     taken = tuple(name for name in args.preset if name not in given)
     if "fp8" in given:  # the other way to keep weights in fp8, which --fp8_scaled would replace
         taken = tuple(name for name in taken if name != "fp8_scaled")
     for name in taken:
         setattr(args, name, args.preset[name])
-    args.by_preset = taken
+    args.by_preset, args.not_by_preset = taken, tuple(name for name in args.preset if name not in taken)
 
 
-def _describe_given(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
-    """Those of the arguments that stand on the command line, also if their values are the defaults."""
+def given_among(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
+    """Return those of the arguments that are on the command line, also if their values are the defaults."""
     nothing = object()
     defaults = {name: parser.get_default(name) for name in names}
     parser.set_defaults(**dict.fromkeys(names, nothing))

@@ -38,6 +38,14 @@ def size_in_words(prepared: Prepared) -> str:
     )
 
 
+def start_in_words(prepared: Prepared) -> str | None:
+    """Return what denoising starts from; None: noise."""
+    source = prepared.asked.source
+    if source is None:
+        return None
+    return f"{source.path}, the last {prepared.num_steps} of {count_of(prepared.steps, 'step')}"
+
+
 def show_start(
     family: Family,
     requests: Sequence[Prepared],
@@ -60,6 +68,7 @@ def show_start(
         ("clip", size_in_words(first) if is_one else None),
         ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
+        ("from", start_in_words(first) if is_one else None),
         ("device", str(device)),
         ("disk", f"latents {as_size(FLOAT_BYTES * sum(map(prod, sizes)))}; {as_size(free)} free"),
         ("folder", str(folder)),

@@ -2,7 +2,8 @@
 samples.
 
 Standard library only. Both grammars split a line at every ` --`. The first part is the prompt; in each other
-part the first word is the option and the rest its value. Unknown options are ignored with a warning.
+part the first word is the option and the rest its value. An option is given by its letters or, in lines of
+the generation scripts, by its name on the command line. Unknown options are ignored with a warning.
 """
 
 import hashlib
@@ -19,9 +20,11 @@ from modules.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
-Value = int | float | str
+# a mapping sets several keys at once
+Value = int | float | str | Mapping[str, int]
 SEED_BITS = 32
 MOST_DIGITS = 100  # of a whole number
+MOST_FPS = 1000  # more is a slip of the finger
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,21 @@ def _number(text: str) -> float:
         raise ValueError(f"{text!r} is not a number") from None
 
 
+def _rate(text: str) -> int:
+    rate = _whole(text)
+    if not 1 <= rate <= MOST_FPS:
+        raise ValueError(f"{text} is no frame rate: give a number from 1 to {MOST_FPS}")
+    return rate
+
+
+def _size(text: str) -> dict[str, int]:
+    """Read `480 832` or `480x832`, in the order of --video_size."""
+    found = re.fullmatch(r"([0-9]+)(?: +| *[x*×] *)([0-9]+)", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
+    return {"video_size_height": _few_digits(found[1]), "video_size_width": _few_digits(found[2])}
+
+
 def _path(text: str) -> str:
     """Return a path without the quotes that file managers copy around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
@@ -106,7 +124,10 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "ei": LineOption("end_image_path", _path),
     "cn": LineOption("control_path", _path),
     "v": LineOption("video_path", _path),
+    "vd": LineOption("denoise", _number),
+    "ii": LineOption("i2i_path", _path),
     "n": LineOption("negative_prompt", str),
+    "nag": LineOption("nag_prompt", str),
     "cs": LineOption("cfg_schedule", str),
     "mcrr": LineOption("magcache_retention_ratio", _number),
     "mct": LineOption("magcache_threshold", _number),
@@ -120,23 +141,59 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
 EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **GENERATION_OPTIONS,
     "g": LineOption("embedded_cfg_scale", _number),
+    "p2": LineOption("prompt_2", str),
 }
 
 
 # the same for models whose videos are made in sections: each section may have its own text and start image,
 # and lengths are in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "v"}},
+    **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "ii"}},
     "f": LineOption("video_seconds", _number, instead_of="video_sections"),
     "vs": LineOption("video_sections", _whole),
+    "embedded_cfg_scale": LineOption("embedded_cfg_scale", _number),
     "ci": LineOption("control_image_path", _path, repeats=True),
     "cim": LineOption("control_image_mask_path", _path, repeats=True),
     "of": LineOption("one_frame_inference", str),
+    "p2": LineOption("prompt_2", str),
 }
+
+
+# what generation lines know by the name on the command line only
+NAMED_OPTIONS: Mapping[str, LineOption] = {
+    "video_size": LineOption("video_size", _size),
+    "fps": LineOption("fps", _rate),
+    "sample_solver": LineOption("sample_solver", str),
+}
+
+
+def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
+    """Return the option of a generation line by its letters or its name on the command line."""
+    by_name = {option.key: option for option in options.values()}
+    return options.get(word) or by_name.get(word) or NAMED_OPTIONS.get(word)
+
+
+def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
+    """Put the value of an option among those of its line."""
+    if isinstance(value, Mapping):
+        values.update(value)
+    elif option.repeats:
+        values.setdefault(option.key, []).append(value)
+    else:
+        values[option.key] = value
+    if option.instead_of is not None:
+        values.setdefault(option.instead_of, None)
 
 
 def _leading_whole(text: str) -> int:
     return _few_digits(_leading(r"[+-]?[0-9]+", text))
+
+
+def _sample_seed(text: str) -> int:
+    """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
+    if not text.strip():
+        raise ValueError("give a number or a text")
+    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else text_to_seed(text)
 
 
 def _leading_number(text: str) -> float:
@@ -159,7 +216,7 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("width", _leading_whole),
     "h": LineOption("height", _leading_whole),
     "f": LineOption("frame_count", _leading_whole),
-    "d": LineOption("seed", _leading_whole),
+    "d": LineOption("seed", _sample_seed),
     "s": LineOption("sample_steps", _steps),
     "g": LineOption("guidance_scale", _leading_number),
     "l": LineOption("cfg_scale", _leading_number),
@@ -181,7 +238,7 @@ def parse_generation_line(
     Option names are case-sensitive. where: names the line in warnings. Raises OptionError if a value cannot
     be read.
     """
-    values, problems = _split_line(line, options, where, fold_case=False)
+    values, problems = _split_line(line, options, where, is_sample=False)
     if problems:
         raise OptionError("; ".join(problems))
     return values
@@ -192,21 +249,21 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
 
     Options whose values cannot be read are ignored with a warning. where: names the line in warnings.
     """
-    values, problems = _split_line(line, SAMPLE_OPTIONS, where, fold_case=True)
+    values, problems = _split_line(line, SAMPLE_OPTIONS, where, is_sample=True)
     for problem in problems:
         logger.warning("%s %r: %s; the option is ignored", where, line.strip(), problem)
     return values
 
 
 def _split_line(
-    line: str, options: Mapping[str, LineOption], where: str, fold_case: bool
+    line: str, options: Mapping[str, LineOption], where: str, is_sample: bool
 ) -> tuple[dict[str, Any], list[str]]:
     prompt, *parts = line.split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
     problems = []
     for part in parts:
         word, _, text = part.partition(" ")
-        option = options.get(word.lower() if fold_case else word)
+        option = options.get(word.lower()) if is_sample else find_option(word, options)
         if option is None:
             near = next((letter for letter, known in options.items() if known.key == word), None)
             logger.warning(
@@ -218,16 +275,9 @@ def _split_line(
             )
             continue
         try:
-            value = option.read(text.strip())
+            store(values, option, option.read(text.strip()))
         except ValueError as error:
             problems.append(f"--{word}: {error}")
-            continue
-        if option.repeats:
-            values.setdefault(option.key, []).append(value)
-        else:
-            values[option.key] = value
-        if option.instead_of is not None:
-            values.setdefault(option.instead_of, None)
     return values, problems
 
 
@@ -311,6 +361,11 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
             continue
         if kind is list and isinstance(value, str):
             value = [value]
+        if key == "seed" and isinstance(value, str):
+            try:
+                value = _sample_seed(value)
+            except ValueError as error:
+                raise OptionError(f"{where}: seed: {error}") from None
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -324,7 +379,7 @@ def _kind_of(option: LineOption) -> type:
         return list
     if option.read is _leading_number:
         return float
-    return int if option.read in (_leading_whole, _steps) else str
+    return int if option.read in (_leading_whole, _sample_seed, _steps) else str
 
 
 # how files begin that were saved in place of another one: a Git LFS pointer, a web page

@@ -7,15 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance import needs
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
+from blissful_tuner.prompt_weights import weigh_all
+from blissful_tuner.riflex import slow_frames
 from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
+from blissful_tuner.video_to_video import begin_late, check_source
+from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
+from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
-from generation.request_options import RequestOptions
+from generation.request_options import SOLVERS, RequestOptions
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
+from modules.contract.source import Source
 from modules.errors import MediaError, OptionError
 from modules.options import check_seed, show_number, to_path
 from modules.text_files import bad_character
@@ -35,7 +41,6 @@ VALUES = {
     "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
     "flow_shift": ("--flow_shift", "fs", 1000),
 }
-SOLVERS = {"unipc": "unipc", "dpm++": "dpm++", "vanilla": "euler"}  # --sample_solver -> modules.flow.solvers
 
 
 def draw_seed() -> int:
@@ -43,11 +48,19 @@ def draw_seed() -> int:
     return secrets.randbelow(2**SEED_BITS)
 
 
-def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = None) -> Request:
+# options that are texts, in the order in which `prompts` draws in them
+TEXTS = ("prompt", "negative_prompt", "prompt_2", "nag_prompt")
+
+
+def make_request(
+    options: RequestOptions,
+    overrides: Mapping[str, Any] | None = None,
+    prompts: PromptOptions = PLAIN_PROMPTS,
+) -> Request:
     """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. What is not said stays None.
-    Raises OptionError for numbers that make no sense.
+    Without a seed each call draws its own. What is not said stays None. prompts: what is drawn in its texts.
+    Raises OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():
@@ -62,8 +75,10 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         value = None if name in options.extras else line.get(name, getattr(options, name))
         return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
+    typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
+    texts = expand_texts(typed, prompts, seed)
     request = Request(
-        prompt=line.get("prompt", options.prompt) or "",
+        prompt=texts["prompt"] or "",
         seed=seed,
         width=line.get("video_size_width", options.video_size[1]),
         height=line.get("video_size_height", options.video_size[0]),
@@ -72,19 +87,45 @@ def make_request(options: RequestOptions, overrides: Mapping[str, Any] | None = 
         guidance_scale=line.get("guidance_scale", options.guidance_scale),
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
-        solver=SOLVERS[options.sample_solver],
-        fps=options.fps,
-        negative_prompt=line.get("negative_prompt", options.negative_prompt) or None,
+        solver=_solver_of(line.get("sample_solver", options.sample_solver)),
+        fps=line.get("fps", options.fps),
+        negative_prompt=texts["negative_prompt"] or None,
+        away_prompt=texts["nag_prompt"] or None,
+        second_prompt=texts["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
-        video_path=path("video_path"),
-        strength=1.0 if options.strength is None else options.strength,
+        source=_source(options.source, line),
         extra=_extra(options, line),
+        typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
     check_values(request)
     return request
+
+
+def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
+    """What the command line, or a prompt line in its place, starts from. Raises OptionError for several."""
+    in_line = {name: line[name] for name in SOURCES if name in line}
+    paths = in_line or {name: getattr(options, name) for name in SOURCES}
+    given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
+    check_one_source(given)
+    if "denoise" in line:
+        check_share("--vd in a prompt line", line["denoise"])
+    if not given:
+        if "denoise" in line:
+            logger.warning("--vd %g is ignored because the line starts from no video (--v)", line["denoise"])
+        return None
+    ((name, path),) = given.items()
+    source = Source(
+        name,
+        to_path(f"--{name}", path),
+        line.get("denoise", options.denoise),
+        options.share,
+        options.v2v_noise_mode,
+        options.v2v_pad_mode,
+    )
+    return replace(source, extra_noise=getattr(options, source.extra_option) or 0.0)
 
 
 def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
@@ -104,21 +145,23 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     Raises UserError for what cannot be made.
     """
     says = line_settings(options.step_cache, overrides)
-    request = make_request(options.request, overrides)
-    prepared = family.prepare(
-        replace(request, step_cache=choose_step_cache(options.step_cache, says), settings=says)
-    )
+    request = make_request(options.request, overrides, options.prompts)
+    request = replace(request, step_cache=choose_step_cache(options.step_cache, says), settings=says)
+    request = check_source(request, family.source, family.latent)
+    prepared = begin_late(family.prepare(request), family)
+    if options.prompts.prompt_weighting:
+        prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
     check_step_cache(prepared, family.dit)
     check_media(prepared.asked)
-    return prepared
+    return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
 
 
 def check_media(request: Request) -> None:
-    """Raise OptionError if an image or a video cannot be opened. Reads headers, and a frame of a video."""
+    """Raise OptionError if an image or a control video cannot be opened. Reads headers and a frame."""
     from modules.media.reading import image_size, video_info
 
-    for name in ("image_path", "end_image_path", "control_path", "video_path"):
+    for name in ("image_path", "end_image_path", "control_path"):
         path = getattr(request, name)
         if path is None or not path.exists():  # which the family has checked
             continue
@@ -133,28 +176,16 @@ def check_media(request: Request) -> None:
             raise OptionError(f"--{name}: {error}. Give {kind}.") from None
 
 
-def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
-    if needs(prepared, options).negative:
-        return
-    if prepared.asked.negative_prompt is not None:
-        text = prepared.asked.negative_prompt
-        logger.warning(
-            "the negative prompt %r is ignored because no step uses guidance (--guidance_scale)", text
-        )
-    given = {
-        "--slg_mode": options.skipped_layers and options.slg_mode,
-        "--guidance_rescale": options.guidance_rescale,
-    }
-    for option, value in given.items():
-        if value:
-            logger.warning("%s %s is ignored because no step uses guidance", option, value)
-
-
 def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
     _check_texts(request)
     _check_numbers(request)
+
+
+def _solver_of(name: str) -> str:
+    if name not in SOLVERS:
+        raise OptionError(f"--sample_solver {name} (in a prompt line): use {', '.join(SOLVERS)}")
+    return SOLVERS[name]
 
 
 def _seed_of(text: str) -> int:
@@ -170,7 +201,9 @@ def _check_texts(request: Request) -> None:
     """
     for name, text in {
         "the prompt": request.prompt,
+        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
         "the negative prompt": request.negative_prompt or "",
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
     }.items():
         found = bad_character(text)
         if found is not None:

@@ -6,11 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blissful_tuner.video_to_video_options import SourceOptions
+from generation.prompt_lines import MOST_FPS
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.options import SETTING
 
-MOST_FPS = 1000  # more is a slip of the finger
+SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
+    "unipc": "unipc",
+    "dpm++": "dpm++",
+    "vanilla": "euler",
+    "dpm++sde": "dpm++sde",
+    "lcm": "lcm",
+}
 MEDIA = {
     "image_path": "first image, for image-to-video",
     "end_image_path": "last image",
@@ -26,6 +34,8 @@ class RequestOptions:
     """
 
     prompt: str | None
+    nag_prompt: str | None  # declared beside the other options of this guidance
+    prompt_2: str | None  # for the second text encoder
     negative_prompt: str | None
     video_size: tuple[int, ...]  # height, width
     video_length: int | None
@@ -35,12 +45,11 @@ class RequestOptions:
     guidance_scale: float | None
     cfg_schedule: str | None
     flow_shift: float | None
-    sample_solver: str = field(metadata=SETTING)  # unipc, dpm++, vanilla
+    sample_solver: str = field(metadata=SETTING)  # a name of SOLVERS
     image_path: Path | None
     end_image_path: Path | None
     control_path: Path | None
-    video_path: Path | None
-    strength: float | None
+    source: SourceOptions
     embedded_guidance: float | None = field(metadata={"option": "embedded_cfg_scale"})
     # options of the family: their names in Request.extra -> their values
     extras: Mapping[str, tuple[str, Any]]
@@ -50,8 +59,6 @@ class RequestOptions:
             raise OptionError(f"--fps {self.fps:g}: give a number above 0")
         if self.fps > MOST_FPS:
             raise OptionError(f"--fps {self.fps:g}: give at most {MOST_FPS}")
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise OptionError(f"--strength {self.strength:g}: give a share of the steps from 0 to 1")
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
@@ -64,6 +71,15 @@ def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
         default=None,
         help="what to avoid; default: the text of the model's release, if any",
     )
+    if defaults.has_second_prompt:
+        group.add_argument(
+            "--prompt_2",
+            type=str,
+            default=None,
+            help="prompt for the second text encoder, CLIP; default: --prompt",
+        )
+    else:
+        parser.set_defaults(prompt_2=None)
     group.add_argument(
         "--video_size",
         type=int,
@@ -105,14 +121,23 @@ def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
     group.add_argument(
         "--flow_shift", type=float, default=shift, help=f"time shift of the schedule; {_else(shift)}"
     )
-    solvers = ["unipc", "dpm++", "vanilla"]
     group.add_argument(
         "--sample_solver",
         type=str,
         default=defaults.sample_solver,
-        choices=solvers,
-        help="stepping rule; vanilla is Euler",
+        choices=list(SOLVERS),
+        help="stepping rule; vanilla is Euler, dpm++sde adds fresh noise in each step, lcm is for distilled "
+        "models and LCM LoRAs (4 to 8 steps, --guidance_scale 1)",
     )
+    if defaults.solver_names:
+        names = ", ".join(f"{name} is {solver}" for name, solver in defaults.solver_names.items())
+        group.add_argument(
+            "--scheduler",
+            type=str,
+            default=None,
+            choices=list(defaults.solver_names),
+            help=f"another spelling of --sample_solver: {names}",
+        )
     for name, text in MEDIA.items():
         if name in defaults.media:
             group.add_argument(f"--{name}", type=str, default=None, help=text)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from blissful_tuner.video_to_video_options import STRENGTH
+from blissful_tuner.latent_preview import check_preview
+from blissful_tuner.prompt_rewrite import PromptRewriter
+from blissful_tuner.video_to_video_options import SourceOptions
 from generation.asking import line_reader
 from generation.decoding import decode_files
 from generation.dressing import dit_loader
@@ -17,7 +19,9 @@ from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
+from generation.request import make_request
 from generation.session import Session
+from generation.sheets import make_sheets
 from modules.attention.attend import check_backend
 from modules.command import each_warning_once
 from modules.compile import check_compilation
@@ -64,30 +68,47 @@ def do(family: Family, options: GenerationOptions) -> None:
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
-    run = GenerationRun(family, options, session, predicted)
+    mode, model = options.rewriting.prompt_rewrite, options.rewriting.prompt_rewrite_model
+    rewriter = PromptRewriter(model, mode) if mode is not None and model is not None else None
+    run = GenerationRun(family, options, session, predicted, rewriter)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
     check_models(run)
     for file in family.dit_files:
         check_loras_fit(file, uses)
+    run = run.with_previews()
     if options.from_file is not None:
         make_from_file(run, options.from_file)
     elif options.interactive:
         converse(run)
+    elif options.sheet.is_asked:
+        failures, cells = make_sheets(run, {"the prompt": None})
+        failures.raise_if_any(cells)
     else:
-        job = make_job(run, "the prompt", {})
-        tell_unused_strength(options.request.strength, [job])
-        make(run, [job], Failures(strict=True))
+        make_prompt(run)
 
 
-def tell_unused_strength(strength: float | None, jobs: Sequence[GenerationJob]) -> None:
-    """Warn if --strength was given and no job starts from a video."""
-    if strength not in (None, STRENGTH) and all(job.prepared.asked.video_path is None for job in jobs):
-        logger.warning(
-            "--strength %g is ignored because --video_path is not given: all steps are made from noise",
-            strength,
-        )
+def make_prompt(run: GenerationRun) -> None:
+    """Generate the prompt of the command line, --num_videos times with seeds that follow one another."""
+    request, count = run.options.request, run.options.num_videos
+    if count == 1:
+        jobs = [make_job(run, "the prompt", {})]
+    else:
+        first = None if request.seed is None else make_request(request).seed
+        seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
+        jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
+    tell_unused_sources(request.source, jobs[:1])
+    failures = Failures(strict=count == 1)
+    make(run, jobs, failures)
+    failures.raise_if_any(count)
+
+
+def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
+    """Warn of options of video-to-video that no job uses."""
+    used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
+    for given, needed in options.unused(used).items():
+        logger.warning("%s is ignored because %s is not given", given, needed)
 
 
 def check_models(run: GenerationRun) -> None:
@@ -99,6 +120,7 @@ def check_models(run: GenerationRun) -> None:
     check_backend(
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
+    check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.decodes)
     run.family.check_given_files()
     counts = run.family.block_counts()
@@ -119,6 +141,10 @@ def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, devic
 def make_from_file(run: GenerationRun, path: Path) -> None:
     """Generate every line of a prompt file, phase by phase, so that each network is loaded once."""
     lines = read_generation_lines(path)
+    if run.options.sheet.is_asked:
+        failures, cells = make_sheets(run, {f"line {number}": line for number, line in lines}, f"{path}, ")
+        failures.raise_if_any(cells, f"{path}: ")
+        return
     failures = Failures()
     jobs = []
     with each_warning_once():
@@ -127,7 +153,7 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
             with failures.note_errors(label := f"line {number}", fatal=CheckpointError):
                 jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
     if jobs:
-        tell_unused_strength(run.options.request.strength, jobs)
+        tell_unused_sources(run.options.request.source, jobs)
         make(run, jobs, failures)
     failures.raise_if_any(len(lines), f"{path}: ")
 
@@ -142,9 +168,13 @@ def converse(run: GenerationRun) -> None:
     while True:
         try:
             line = ask()
-            if not is_blank(line):
-                failures = Failures()
-                with failures.note_errors("the prompt"):
+            if is_blank(line):
+                continue
+            failures = Failures()
+            with failures.note_errors("the prompt"):
+                if run.options.sheet.is_asked:
+                    make_sheets(run, {"the prompt": line})
+                else:
                     make(run, [make_job(run, "the prompt", run.read_line(line))], failures)
         except EOFError:
             sys.stdout.write("\n")

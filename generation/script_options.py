@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import GENERATION_OPTIONS, LineOption
 
 # --optimized, of every family
@@ -23,19 +24,25 @@ class ScriptDefaults:
     infer_steps: int | None = None
     flow_shift: float | None = None
     sample_solver: str = "unipc"
+    # names of --scheduler -> those of --sample_solver; empty: there is no --scheduler
+    solver_names: Mapping[str, str] = field(default_factory=dict)
     embedded_guidance: float | None = None  # None: no such option
     # the image and video inputs that the script accepts
     media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})
+    source: SourceDefaults = SourceDefaults()  # of video-to-video
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
+    has_second_prompt: bool = False  # whether there is a --prompt_2
     has_length: bool = True  # whether there is a --video_length
-    rescales_guidance: bool = False  # whether there is a --guidance_rescale
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
     extras: Mapping[str, str] = field(default_factory=dict)
     # options of a prompt line, by letter
     line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")
+    # rotary frequencies of the frames that --riflex_index counts; None: no such option
+    riflex_frequencies: int | None = None
+    riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
     in_sections: bool = False  # videos are made section by section and can be watched while they grow
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
     # what --optimized turns on

@@ -1,6 +1,6 @@
 """From a checked request to clean latents: denoise the family's sections one after the other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,18 +9,20 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
-from blissful_tuner.video_to_video import noisy_source
+from blissful_tuner.video_to_video import noisy_source, part_of
 from generation.denoise import Start, denoise
 from generation.noise import SeededNoise
 from modules.contract.data import Conditions
-from modules.contract.family import Family
-from modules.contract.generation import DitAt, EncodedPrompts, Section
+from modules.contract.family import Family, NoiseSource
+from modules.contract.generation import DitAt, EncodedPrompts, Section, Tweaks
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import send
 from modules.flow.solvers import Solver, solver_for
+from modules.seeds import derive_seed
 
 OnSection = Callable[[Section], None]
+SOURCE = "source_latents"  # among the inputs of section 0: what the whole video starts from
 
 
 def make_latents(
@@ -43,8 +45,13 @@ def make_latents(
     watchers, split: see `denoise`. on_section: told of each section before it is denoised; the network may
     leave its device meanwhile.
     """
-    noise = SeededNoise(prepared.seed, device, cpu_noise or family.defaults.noise_on_cpu)
-    sections = family.sections(prepared, prompts, inputs, noise)
+    on_cpu = cpu_noise or family.defaults.noise_on_cpu
+    noise = SeededNoise(prepared.seed, device, on_cpu)
+    extra = None
+    if prepared.asked.source is not None and prepared.asked.source.extra_noise:
+        # a stream of its own: however much of it is added, all other noise of a seed stays the same
+        extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
+    sections = sections_of(family, prepared, prompts, inputs, noise)
     caches = StepCaches(prepared, family.dit)
     try:
         section = next(sections)
@@ -52,14 +59,20 @@ def make_latents(
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
-            solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
+            if prepared.slow_frames is not None:
+                slower = Tweaks(slow_frames=prepared.slow_frames)
+                section = replace(section, tweaks=section.tweaks.within(slower))
+            # what a solver draws continues the generator that the section's start came from
+            solver = solver_for(
+                prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
+            )
             guidance = make_guidance(prepared, guidance_options, family.experts)
             with caches.section(dit_at) as cached_at:
                 latents = denoise(
                     family,
                     cached_at,
                     section,
-                    start_of(section, solver, prepared),
+                    start_of(section, solver, prepared, extra),
                     solver,
                     guidance,
                     watchers,
@@ -71,24 +84,59 @@ def make_latents(
         return end.value
 
 
-def start_of(section: Section, solver: Solver, prepared: Prepared) -> Start:
-    """Begin with noise, or with what a section starts from at a later step."""
-    if section.source is None:
+def sections_of(
+    family: Family,
+    prepared: Prepared,
+    prompts: Mapping[int, EncodedPrompts],
+    inputs: Mapping[int, Conditions],
+    noise: NoiseSource,
+) -> Generator[Section, Tensor, Tensor]:
+    """Yield the family's sections, each with the part of the clean latents (`SOURCE`) that it starts from."""
+    conditions = dict(inputs.get(0, {}))
+    source = conditions.pop(SOURCE, None)
+    if not isinstance(source, Tensor):
+        return (yield from family.sections(prepared, prompts, inputs, noise))
+    sections = family.sections(prepared, prompts, {**inputs, 0: conditions}, noise)
+    try:
+        section = next(sections)
+        while True:
+            section = sections.send((yield replace(section, source=part_of(source, section))))
+    except StopIteration as end:
+        return end.value
+
+
+def start_of(section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None) -> Start:
+    """Begin with noise, or with what a section starts from at a later step.
+
+    extra: where the noise comes from that --v2v_extra_noise adds; None: none is added.
+    """
+    source = prepared.asked.source
+    if section.source is None or source is None:
         return Start(section.noise)
     step = prepared.first_step
-    return Start(noisy_source(section.source, section.noise, solver.schedule, step), step)
+    latents = noisy_source(section.source, section.noise, solver.schedule, step)
+    if extra is not None:
+        latents = latents + source.extra_noise * extra.draw(latents.shape)
+    return Start(latents, step)
 
 
 def on_device(section: Section, device: torch.device) -> Section:
-    """Return the section with all inputs of the network on `device`."""
+    """Return the section with all inputs of the network on `device`.
+
+    Conditions that are the same object stay so.
+    """
+    positive = conditions_to(section.positive, device)
+    there = {id(section.positive): positive}
 
     def moved(conditions: Conditions | None) -> Conditions | None:
-        return None if conditions is None else conditions_to(conditions, device)
+        if conditions is not None and id(conditions) not in there:
+            there[id(conditions)] = conditions_to(conditions, device)
+        return None if conditions is None else there[id(conditions)]
 
     return replace(
         section,
         noise=section.noise.to(device),
-        positive=conditions_to(section.positive, device),
+        positive=positive,
         negative=moved(section.negative),
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),

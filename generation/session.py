@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from blissful_tuner.guidance import needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
-from generation.sections import conditions_to
+from blissful_tuner.video_to_video import encode_source
+from generation.sections import SOURCE, conditions_to
 from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder
@@ -43,16 +44,25 @@ def encode_inputs(
     """Encode the images and videos of each request, by section. Conditions are on the CPU, with batch
     dimension.
 
-    encoders: on their device; `NO_ENCODERS` will do if no request `needs_media`.
+    What denoising starts from is among those of section 0, as `SOURCE`. encoders: on their device;
+    `NO_ENCODERS` will do if no request `needs_media`.
     """
     found: list[Mapping[int, Conditions]] = []
     with torch.no_grad():
         for prepared in requests:
-            by_section = family.request_conditions(encoders, prepared)
+            by_section = dict(family.request_conditions(encoders, prepared))
+            if prepared.asked.source is not None:
+                by_section[0] = {**by_section.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
             found.append(
                 {section: conditions_to(conditions, CPU) for section, conditions in by_section.items()}
             )
     return found
+
+
+def needs_media(family: Family, prepared: Prepared) -> bool:
+    """Whether images or videos must be encoded before denoising."""
+    source = prepared.asked.source
+    return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
 
 @dataclass

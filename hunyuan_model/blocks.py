@@ -7,7 +7,7 @@ checkpoints.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +17,35 @@ from torch import Tensor, nn
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
+from modules.contract.generation import Steer
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import run
 from modules.layers.rope import rotate
 
+Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
+
+
+@dataclass(frozen=True)
+class AwayTokens:
+    """A second text, which stands behind the first one in x and goes its own way through the blocks.
+
+    The video attends to itself and the first text, and once more to itself and the second one; what its
+    tokens see in the two is combined. Each text attends to the video and itself, as if it were the only one.
+    Source: Chen et al. 2025, arXiv 2505.21179, for transformers with joint attention.
+    """
+
+    count: int  # tokens of the second text, T'
+    vector: Tensor  # as `HunyuanTokens.vector`, of the second pooled text; modulates only this text
+    lengths: Lengths | None  # how many of the L + T' tokens are real
+    steer: Steer
+
 
 @dataclass(frozen=True)
 class HunyuanTokens:
-    """Inputs of the blocks besides the tokens x (B L+T C, the video first); built once per forward pass."""
+    """Inputs of the blocks besides the tokens x (B L+T C, the video first); built once per forward pass.
+
+    With a second text x is B L+T+T' C.
+    """
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
@@ -33,11 +54,18 @@ class HunyuanTokens:
     vector: Tensor
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
+    away: AwayTokens | None = None
 
     @property
     def video(self) -> int:
         """Number of video tokens, L."""
         return self.rotary.shape[-4]
+
+    def split_away(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Split x into video and text, B L+T C, and a list of the second text with its vector, if any."""
+        if self.away is None:
+            return x, []
+        return x[:, : -self.away.count], [(x[:, -self.away.count :], self.away.vector)]
 
 
 class Modulation(nn.Module):
@@ -94,28 +122,50 @@ class MMDoubleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
+        x, others = tokens.split_away(x)
         video, text = x[:, : tokens.video], x[:, tokens.video :]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.txt_mod(
-            tokens.vector
-        )
+        text_modulation = self.txt_mod(tokens.vector)
+        modulations = [self.txt_mod(vector) for _, vector in others]
 
         h = run(self.img_attn_qkv, modulate(self.norm(video), shift1, scale1, tokens.dtype))
         q, k, v = heads(h, self.num_heads)
         q, k = rotate(self.img_attn_q_norm(q), tokens.rotary), rotate(self.img_attn_k_norm(k), tokens.rotary)
-        h = run(self.txt_attn_qkv, modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype))
-        text_q, text_k, text_v = heads(h, self.num_heads)
-        text_q, text_k = self.txt_attn_q_norm(text_q), self.txt_attn_k_norm(text_k)
+        text_q, text_k, text_v = self.text_heads(text, text_modulation, tokens.dtype)
         # B L+T N D
         q, k, v = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)
-        seen = attend(q, k, v, tokens.attention, tokens.lengths).flatten(2)
+        del h  # holds the video's q, k and v
+        other_heads = [
+            self.text_heads(other, modulation, tokens.dtype)
+            for (other, _), modulation in zip(others, modulations, strict=True)
+        ]
+        seen, *others_seen = attend_jointly(q, k, v, tokens, other_heads)
 
         video = add_gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
-        text = add_gated(text, text_gate1, run(self.txt_attn_proj, seen[:, tokens.video :]))
-        text = self.feed_forward(text, self.txt_mlp, text_shift2, text_scale2, text_gate2, tokens.dtype)
+        text = self.finish_text(text, seen[:, tokens.video :], text_modulation, tokens.dtype)
+        finished = [
+            self.finish_text(other, one_seen, modulation, tokens.dtype)
+            for (other, _), one_seen, modulation in zip(others, others_seen, modulations, strict=True)
+        ]
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
-        return torch.cat([video, text], dim=1)
+        return torch.cat([video, text, *finished], dim=1)
+
+    def text_heads(self, text: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype) -> Heads:
+        """Return the query, key and value of a text, B T C. modulation: six tensors B 1 C."""
+        shift, scale, *_ = modulation
+        q, k, v = heads(
+            run(self.txt_attn_qkv, modulate(self.norm(text), shift, scale, dtype)), self.num_heads
+        )
+        return self.txt_attn_q_norm(q), self.txt_attn_k_norm(k), v
+
+    def finish_text(
+        self, text: Tensor, seen: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Add to a text what it sees, B T C, and its feed-forward."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        text = add_gated(text, gate1, run(self.txt_attn_proj, seen))
+        return self.feed_forward(text, self.txt_mlp, shift2, scale2, gate2, dtype)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return what attention gets for the video tokens of x: B L+T C -> B L C."""
@@ -148,12 +198,30 @@ class MMSingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        shift, scale, gate = self.modulation(tokens.vector)
-        qkv, hidden = run(self.linear1, modulate(self.norm(x), shift, scale, tokens.dtype)).split(
+        x, others = tokens.split_away(x)
+        q, k, v, hidden, gate = self.begin(x, tokens.vector, tokens.dtype)
+        begun = [self.begin(other, vector, tokens.dtype) for other, vector in others]
+        other_heads = [(self.q_norm(q2), self.k_norm(k2), v2) for q2, k2, v2, *_ in begun]
+        seen, *others_seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens, other_heads)
+        x = self.finish(x, seen, hidden, gate)
+        if not others:
+            return x
+        finished = [
+            self.finish(other, one_seen, hidden2, gate2)
+            for (other, _), one_seen, (*_, hidden2, gate2) in zip(others, others_seen, begun, strict=True)
+        ]
+        return torch.cat([x, *finished], dim=1)
+
+    def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
+        shift, scale, gate = self.modulation(vector)
+        qkv, hidden = run(self.linear1, modulate(self.norm(x), shift, scale, dtype)).split(
             self.widths, dim=-1
         )
-        q, k, v = heads(qkv, self.num_heads)
-        seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
+        return *heads(qkv, self.num_heads), hidden, gate
+
+    def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
+        """Add to tokens what they see and their feed-forward."""
         return add_gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))
 
 
@@ -167,16 +235,41 @@ def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
 
 
-def heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def heads(qkv: Tensor, num_heads: int) -> Heads:
     """Split B L 3C into query, key and value, each B L N D."""
     query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     return query, key, value
 
 
-def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
-    """Rotate the video tokens and attend; return B L+T C. query, key, value: B L+T N D, normalised."""
+def attend_jointly(
+    query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens, others: Sequence[Heads] = ()
+) -> tuple[Tensor, ...]:
+    """Compute the attention of the video with its text; return B L+T C.
+
+    query, key, value: B L+T N D, those of the video rotated. others: those of a second text, B T' N D, if
+    there is one. Then the video attends to that one too, what it sees is combined, and what the second text
+    sees, B T' C, is returned as well.
+    """
+    seen = attend(query, key, value, tokens.attention, tokens.lengths)
+    away, length = tokens.away, tokens.video
+    if away is None:
+        return (seen.flatten(2),)
+    (second,) = others
+    query, key, value = (
+        torch.cat([one[:, :length], other], dim=1)
+        for one, other in zip((query, key, value), second, strict=True)
+    )
+    other_seen = attend(query, key, value, tokens.attention, away.lengths)
+    steered = away.steer(seen[:, :length], other_seen[:, :length])
+    return torch.cat([steered, seen[:, length:]], dim=1).flatten(2), other_seen[:, length:].flatten(2)
+
+
+def attend_turned(
+    query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens, others: Sequence[Heads] = ()
+) -> tuple[Tensor, ...]:
+    """Rotate the video tokens, B L+T N D and normalised, and do as `attend_jointly`."""
     query, key = _rotate_video(query, tokens), _rotate_video(key, tokens)
-    return attend(query, key, value, tokens.attention, tokens.lengths).flatten(2)
+    return attend_jointly(query, key, value, tokens, others)
 
 
 def _rotate_video(x: Tensor, tokens: HunyuanTokens) -> Tensor:

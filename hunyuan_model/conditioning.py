@@ -5,18 +5,33 @@ alone, in latent frame 0, and zeros in the other frames. Source: the released Sk
 """
 
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hunyuan_model.vae import HunyuanVae
-from modules.contract.data import Batch, CacheEntry, MediaBatch
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch
 from modules.contract.family import LatentSpec
+from modules.devices import send
 from modules.media.pixels import byte_clips
 from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
+
+
+def texts_for(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
+    """Return the conditions that a text gives, under the names of the network's arguments, on its device.
+
+    names: argument -> name in caches.
+    """
+    found = {}
+    for argument, name in names.items():
+        value = conditions[name]
+        assert isinstance(value, Tensor)
+        found[argument] = send(value, device)
+    return found
 
 
 def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:

@@ -15,6 +15,7 @@ from hunyuan_model.conditioning import (
     first_frame_condition,
     first_frame_of,
     posterior_generator,
+    texts_for,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
 from hunyuan_model.encoders import Encoders, beside
@@ -26,25 +27,28 @@ from hunyuan_model.options import (
     HunyuanTrainingOptions,
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
-from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
+from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
-from modules.media.pixels import image_pixels, video_pixels
+from modules.media.pixels import byte_clips, image_pixels
 from modules.options import NO_OPTIONS, require
 
 logger = logging.getLogger(__name__)
 
 TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
+# argument of the network, in their order -> name in caches
+TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
 FLOW_SHIFT = 7.0  # likewise
 
@@ -59,7 +63,7 @@ class HunyuanVideo:
     files: HunyuanFiles
     skip_layers: int = SKIP_LAYERS
     final_norm: bool = False
-    second_prompt: str | None = None  # --prompt_2, for CLIP
+    system_prompt: str | None = None  # None: the release's
     text_multipliers: tuple[float, float] | None = None
     dit_dtype: torch.dtype | None = None  # None: as the file says
     dit_channels: int | None = None  # that the transformer has to take
@@ -128,6 +132,7 @@ class HunyuanVideo:
                 files.text_encoder1_path,
                 dtype,
                 files.text_encoder1_tokenizer,
+                template_of(self.system_prompt),
                 skip_layers=self.skip_layers,
                 final_norm=self.final_norm,
                 in_fp8=files.llm_in_fp8,
@@ -243,11 +248,9 @@ class HunyuanVideo:
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            given("llm"),
-            given("llm_mask"),
-            given("clipL"),
+            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
-            tweaks,
+            tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
@@ -273,11 +276,10 @@ class HunyuanVideo:
             "image_path": self._starts_from_image,
             "end_image_path": False,
             "control_path": False,
-            "video_path": True,
         }
         request = keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
-            require(request.image_path, "--image_path", f"{self.files.dit_path} starts from an image")
+            require(request.first_image, "--image_path", f"{self.files.dit_path} starts from an image")
         usual = self.defaults
         if usual.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
             scale = request.embedded_guidance
@@ -290,30 +292,38 @@ class HunyuanVideo:
         size = width, height, whole_frames(frames, LATENT)
         check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        prepared = settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
-        positive = Prompt(request.prompt, second=self.second_prompt)
-        return replace(prepared, prompts={0: replace(prepared.prompts[0], positive=positive)})
+        return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image or a video must be encoded before denoising."""
-        return self._starts_from_image or prepared.asked.video_path is not None
+        """Whether an image must be encoded before denoising."""
+        return self._starts_from_image
+
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from; FramePack has the same VAE."""
+        return SourceRules(
+            (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
+        )
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8 as a posterior sample in model space, 1 C f h w."""
+        return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the image as `condition_latents`, the start video as `video_latents`: CPU, model space."""
-        request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
+        """Encode the image as `condition_latents`: CPU, model space."""
+        image, width, height, frames = (
+            prepared.asked.first_image,
+            prepared.width,
+            prepared.height,
+            prepared.frames,
+        )
         generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
-        if self._starts_from_image and request.image_path is not None:
-            first = (
-                encoders.vae.encode(image_pixels(request.image_path, width, height), generators)
-                * LATENT.scale
-            )
+        if self._starts_from_image and image is not None:
+            first = encoders.vae.encode(image_pixels(image, width, height), generators) * LATENT.scale
             conditions["condition_latents"] = first_frame_condition(
                 first, LATENT.shape(frames, height, width)[2]
             ).cpu()
-        if request.video_path is not None:
-            pixels = video_pixels(request.video_path, "--video_path", width, height, frames)
-            conditions["video_latents"] = (encoders.vae.encode(pixels, generators) * LATENT.scale).cpu()
         return {0: conditions}
 
     def sections(
@@ -334,11 +344,9 @@ class HunyuanVideo:
             noise.draw((batch, channels, 1, rows, columns), torch.bfloat16) for _ in range(latent_frames)
         ]
         conditions = dict(inputs.get(0, {}))
-        source = conditions.pop("video_latents", None)
-        assert source is None or isinstance(source, Tensor)
         guidance = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         conditions["guidance"] = torch.full((1,), guidance, dtype=self._dit_dtype())
-        return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions, source))
+        return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
@@ -391,10 +399,10 @@ def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
     return HunyuanVideo(
         HunyuanFiles(options.dit, Encoders().add_vae(options.vae).add_text(options.text)),
         dit_channels=options.dit_in_channels,
-        skip_layers=options.hidden_state_skip_layer,
-        final_norm=options.apply_final_norm,
-        second_prompt=options.prompt_2,
-        text_multipliers=options.text_multipliers,
+        skip_layers=options.reading.hidden_state_skip_layer,
+        final_norm=options.reading.apply_final_norm,
+        system_prompt=options.reading.custom_system_prompt,
+        text_multipliers=options.reading.text_multipliers,
     )
 
 

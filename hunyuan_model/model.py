@@ -5,23 +5,30 @@ float32.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
-import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import HunyuanTokens, MMDoubleStreamBlock, MMSingleStreamBlock, modulate
+from hunyuan_model.blocks import (
+    AwayTokens,
+    HunyuanTokens,
+    MMDoubleStreamBlock,
+    MMSingleStreamBlock,
+    modulate,
+)
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
-from modules.attention.lengths import lengths_on
+from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.generation import NO_TWEAKS, Away, Tweaks
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, run, run_float32
-from modules.layers.rope import GridTable, exact_table
+from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.run_blocks import Hidden, run_blocks
 
 
@@ -93,7 +100,7 @@ class HunyuanVideoModel(nn.Module):
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(config)
         widths = rotary_widths(dim // config.num_heads)
-        self._rotary = GridTable(functools.partial(exact_table, widths=widths, theta=config.rope_theta))
+        self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -116,8 +123,8 @@ class HunyuanVideoModel(nn.Module):
         ones, zeros after it. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, the
         number as the model was trained with it (1000 times the scale in generation); a model without guidance
-        embedding does not look at it. tweaks: ideas that change this call. Raises ValueError where sizes do
-        not go together.
+        embedding does not look at it. tweaks: ideas that change this call; their second text has the names
+        llama, llama_mask and clip_l. Raises ValueError where sizes do not go together.
         """
         hidden = Hidden(*self.embed(noisy, timesteps, llama, llama_mask, clip_l, guidance, tweaks))
         run_blocks(self, hidden, tweaks)
@@ -133,22 +140,32 @@ class HunyuanVideoModel(nn.Module):
         guidance: Tensor | None,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, HunyuanTokens]:
-        """Return video and text tokens, B L+T C, and the other inputs of the blocks."""
+        """Return video and text tokens, B L+T C, and the other inputs of the blocks.
+
+        A second text comes behind the first one.
+        """
         self._check(noisy, llama, llama_mask, guidance)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = self.img_in(noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        vector = self.time_in(timesteps) + self.vector_in(clip_l)
-        if self.config.has_guidance:
-            vector = vector + self.guidance_in(guidance)
-        longest, counts = real_tokens(llama_mask)
-        text = self.txt_in(llama[:, :longest], timesteps, counts, dtype, self.attention)
-        rotary = self._rotary.of(grid, noisy.device)
-        lengths = (
-            None if counts is None else lengths_on([len(rotary) + count for count in counts], noisy.device)
-        )
-        tokens = HunyuanTokens(grid, rotary, lengths, vector, dtype, self.attention)
-        return torch.cat([rearrange(patches, "b c f h w -> b (f h w) c"), text], dim=1), tokens
+        rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
+
+        def vector_of(pooled: Tensor) -> Tensor:
+            vector = self.time_in(timesteps) + self.vector_in(pooled)
+            if self.config.has_guidance and tweaks.embedded_guidance:
+                vector = vector + self.guidance_in(guidance)
+            return vector
+
+        def refine(text: Tensor, counts: Sequence[int] | None) -> Tensor:
+            return self.txt_in(text, timesteps, counts, dtype, self.attention)
+
+        text, lengths = embed_text(llama, llama_mask, len(rotary), refine)
+        tokens = HunyuanTokens(grid, rotary, lengths, vector_of(clip_l), dtype, self.attention)
+        video = rearrange(patches, "b c f h w -> b (f h w) c")
+        if tweaks.away is None:
+            return torch.cat([video, text], dim=1), tokens
+        away_text, away = embed_away(tweaks.away, len(noisy), len(rotary), refine, vector_of)
+        return torch.cat([video, text, away_text], dim=1), replace(tokens, away=away)
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""
@@ -191,6 +208,33 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
         ph=ph,
         pw=pw,
     )
+
+
+# states of a language model B T D, the number of real ones of each sample -> text tokens B T C
+Refine = Callable[[Tensor, Sequence[int] | None], Tensor]
+
+
+def embed_text(llama: Tensor, mask: Tensor, before: int, refine: Refine) -> tuple[Tensor, Lengths | None]:
+    """Return text tokens, B T C, and how many of all tokens are real with `before` in front of the text.
+
+    llama: B T D with its mask, B T.
+    """
+    longest, counts = real_tokens(mask)
+    lengths = None if counts is None else lengths_on([before + count for count in counts], llama.device)
+    return refine(llama[:, :longest], counts), lengths
+
+
+def embed_away(
+    away: Away, batch: int, before: int, refine: Refine, vector_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, AwayTokens]:
+    """Embed the second text of a call, one for all samples or one for each, as `embed_text`.
+
+    Returns its tokens and what the blocks are told of it.
+    """
+    given = [away.text[name] for name in ("llama", "llama_mask", "clip_l")]
+    llama, mask, pooled = (one.expand(batch, *one.shape[1:]) for one in given if isinstance(one, Tensor))
+    text, lengths = embed_text(llama, mask, before, refine)
+    return text, AwayTokens(text.shape[1], vector_of(pooled), lengths, away.steer)
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:

@@ -43,6 +43,27 @@ class HunyuanTextOptions:
 
 
 @dataclass(frozen=True)
+class TextReadingOptions:
+    """How a generation reads its texts, with the encoders that HunyuanVideo and FramePack share."""
+
+    custom_system_prompt: str | None
+    hidden_state_skip_layer: int
+    apply_final_norm: bool
+    te_multiplier: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            "--hidden_state_skip_layer", self.hidden_state_skip_layer, 0, "0 takes the last layer's state"
+        )
+        _ = self.text_multipliers
+
+    @property
+    def text_multipliers(self) -> tuple[float, float] | None:
+        """Return the factors of --te_multiplier for the text's tokens and for their mean."""
+        return read_multipliers(self.te_multiplier)
+
+
+@dataclass(frozen=True)
 class HunyuanLatentCachingOptions:
     """Options of cache_latents.py besides the shared ones."""
 
@@ -80,25 +101,13 @@ class HunyuanGenerationOptions:
     dit_in_channels: int | None = field(metadata=NO_PIXELS)  # the file says it too
     vae: HunyuanVaeOptions
     text: HunyuanTextOptions
-    prompt_2: str | None
-    hidden_state_skip_layer: int
-    apply_final_norm: bool
-    te_multiplier: tuple[str, ...] | None
+    reading: TextReadingOptions
     exclude_single_blocks: bool
     reproduce: bool
 
     def __post_init__(self) -> None:
-        check_at_least(
-            "--hidden_state_skip_layer", self.hidden_state_skip_layer, 0, "0 takes the last layer's state"
-        )
         if self.dit_in_channels is not None:
             _check_channels(self.dit_in_channels)
-        _ = self.text_multipliers
-
-    @property
-    def text_multipliers(self) -> tuple[float, float] | None:
-        """Return the factors of --te_multiplier for the text's tokens and for their mean."""
-        return read_multipliers(self.te_multiplier)
 
 
 def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | None:
@@ -166,29 +175,13 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_vae(group, always_tiled=True)
     add_text(group, required=False)
-    group.add_argument(
-        "--prompt_2", type=str, default=None, help="prompt for the second text encoder; default: --prompt"
-    )
-    group.add_argument(
-        "--hidden_state_skip_layer",
-        type=int,
-        default=SKIP_LAYERS,
-        help="number of the language model's last layers to skip; the state before them is used",
-    )
-    group.add_argument(
-        "--apply_final_norm", action="store_true", help="apply the final norm to that state too"
-    )
-    add_te_multiplier(group)
+    add_text_reading(group)
     group.add_argument(
         "--exclude_single_blocks",
         action="store_true",
         help="use only the parts of LoRAs that are for the double blocks",
     )
-    group.add_argument(
-        "--reproduce",
-        action="store_true",
-        help="use only deterministic algorithms: slower, but every run gives the same result",
-    )
+    add_reproduce(group)
     add_split_argument(group)
 
 
@@ -255,8 +248,23 @@ def add_vae(group: argparse._ArgumentGroup, always_tiled: bool = False) -> None:
     )
 
 
-def add_te_multiplier(group: argparse._ArgumentGroup) -> None:
-    """Declare --te_multiplier, which `read_multipliers` reads."""
+def add_text_reading(group: argparse._ArgumentGroup) -> None:
+    """Declare the options of `TextReadingOptions`."""
+    group.add_argument(
+        "--custom_system_prompt",
+        type=str,
+        default=None,
+        help="instruction to the language model on what to describe, in place of the default one",
+    )
+    group.add_argument(
+        "--hidden_state_skip_layer",
+        type=int,
+        default=SKIP_LAYERS,
+        help="number of the language model's last layers to skip; the state before them is used",
+    )
+    group.add_argument(
+        "--apply_final_norm", action="store_true", help="apply the final norm to that state too"
+    )
     group.add_argument(
         "--te_multiplier",
         type=str,
@@ -264,6 +272,15 @@ def add_te_multiplier(group: argparse._ArgumentGroup) -> None:
         default=None,
         metavar=("llm_multiplier", "clip_multiplier"),
         help="factors for the text's tokens in the transformer's refiner, and for their mean",
+    )
+
+
+def add_reproduce(group: argparse._ArgumentGroup) -> None:
+    """Declare --reproduce."""
+    group.add_argument(
+        "--reproduce",
+        action="store_true",
+        help="use only deterministic algorithms: slower, but every run gives the same result",
     )
 
 

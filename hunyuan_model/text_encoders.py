@@ -32,7 +32,8 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters, token_weights
+from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.offload.loaded import Loaded
@@ -83,6 +84,11 @@ IMAGE_TEMPLATE = PromptTemplate(
     "quantity, text, spatial relationships of the objects and background:",
     crop_start=36,
 )
+
+
+def template_of(system: str | None) -> PromptTemplate:
+    """Return the template with a system text of one's own; None: the release's for videos."""
+    return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 
 class LlavaTextEncoder:
@@ -189,6 +195,7 @@ class LlavaTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"llm": 256 C, "llm_mask": 256 int64, 1 for real tokens} on the CPU for each prompt.
 
+        The states of a part's tokens are multiplied by the part's weight.
         Raises CheckpointError if the tokenizer has more tokens than the model.
         """
         llama, (tokenizer, start) = self._loaded.get()
@@ -213,7 +220,20 @@ class LlavaTextEncoder:
                 {"llm": state.clone(), "llm_mask": kept.clone()}
                 for state, kept in zip(states, mask[:, start:], strict=True)
             ]
-        return results
+        return [
+            {**found, "llm": weigh_rows(found["llm"], self._weights(prompt, tokenizer, start))}
+            if prompt.spans
+            else found
+            for prompt, found in zip(prompts, results, strict=True)
+        ]
+
+    def _weights(self, prompt: Prompt, tokenizer: LlamaTokenizer, start: int) -> list[float]:
+        """Return the weights of the tokens from `start` on, which are all those that are kept."""
+        before, text = len(self.template.before), prompt.text
+        places = tokenizer.places(self.template.of(text))[start : start + PROMPT_TOKENS]
+        own = [None if place is None or not 0 <= place[0] - before < len(text) else place for place in places]
+        shifted = [(first + before, last + before, weight) for first, last, weight in prompt.spans]
+        return token_weights(self.template.of(text), own, shifted)
 
     def free(self) -> None:
         """Release the encoder and its memory."""
@@ -221,7 +241,10 @@ class LlavaTextEncoder:
 
 
 class ClipTextEncoder:
-    """Text encoder 2: CLIP-L. Each prompt gives one vector, of its second text if it has one (--prompt_2)."""
+    """Text encoder 2: CLIP-L. Each prompt gives one vector, of its second text if it has one (--prompt_2).
+
+    Weights of a prompt's parts do not count: the vector is the state of the text's end, not of its tokens.
+    """
 
     name = "clipL"
     keys = frozenset({"clipL", "clipL_mask"})

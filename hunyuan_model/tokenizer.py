@@ -12,7 +12,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hunyuan_model.text_checkpoints import CLIP_TOKENS
-from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.checkpoints.tokenizers import TokenizerFiles, token_places
+from modules.contract.tokens import Place
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class LlamaTokenizer:
 
     tokenize: Callable[[str], list[int]]  # of any length
     pad: int
+    places: Callable[[str], list[Place]]  # of the same tokens; one that the tokenizer adds has none
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,10 @@ def load_llama_tokenizer(path: Path | None, encoder: Path) -> LlamaTokenizer:
     def tokenize(text: str) -> list[int]:
         return [*first, *tokenizer.encode(text).ids]
 
-    return LlamaTokenizer(tokenize, _pad(tokenizer, file))
+    def places(text: str) -> list[Place]:
+        return [*(None for _ in first), *token_places(tokenizer.encode(text))]
+
+    return LlamaTokenizer(tokenize, _pad(tokenizer, file), places)
 
 
 def load_llama_ends(path: Path | None, encoder: Path) -> TokenEnds:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT
+from modules.options import FREE, HABIT, add_unsupported
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
@@ -180,6 +180,15 @@ def add_training_compile_arguments(group: argparse._ArgumentGroup) -> None:
 def add_generation_compile_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the arguments of `GenerationCompileOptions`."""
     _add_compile_arguments(group, GENERATION_ARGS)
+    add_unsupported(
+        group,
+        "--optimized_compile",
+        action="store_true",
+        default=False,
+        reason="give --compile, which compiles whole blocks, attention and positions with them, once for all "
+        "blocks of a list",
+        help="compile attention, positions and embeddings only",
+    )
 
 
 def _add_compile_arguments(group: argparse._ArgumentGroup, usual: tuple[str, ...]) -> None:

@@ -49,6 +49,7 @@ class GenerationSpeedOptions:
     swap: SwapOptions = field(metadata=NO_PIXELS)  # equal to the bit
     plan: PlanOptions = field(metadata=NO_PIXELS)
     by_preset: tuple[str, ...] = field(metadata=NO_PIXELS)  # options that --optimized has turned on
+    not_by_preset: tuple[str, ...] = field(metadata=NO_PIXELS)  # those that are given instead
 
 
 Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
@@ -85,4 +86,4 @@ def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_sw
     add_swap_arguments(group, blocks_to_swap)
     add_generation_compile_arguments(group)
     add_plan_argument(group)
-    parser.set_defaults(by_preset=())
+    parser.set_defaults(by_preset=(), not_by_preset=())

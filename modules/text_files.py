@@ -16,6 +16,7 @@ from typing import Any
 
 MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
 MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
 MAX_LINE_CHARACTERS = 1 << 23  # of a JSONL list: a caption of 1 MiB with every character written as \uXXXX
 MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 
@@ -47,6 +48,29 @@ def require_regular_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+def read_safetensors_texts(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, {} if it has none. Reads its header only, and no tensor.
+
+    Raises OSError as `require_regular_file`, ValueError saying what is wrong with the header.
+    """
+    require_regular_file(path)
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= size <= MAX_HEADER_BYTES:
+            raise ValueError("it is no safetensors file, or its beginning is damaged")
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"it is cut short: its header has {size} bytes, {len(content)} are there")
+    header = parse_json(content.decode("utf-8"))
+    if not isinstance(header, dict):
+        raise ValueError("its header is damaged")
+    found = header.get("__metadata__") or {}
+    if not isinstance(found, dict):
+        raise ValueError("its metadata are damaged")
+    return {str(key): str(text) for key, text in found.items()}
 
 
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:

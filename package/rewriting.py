@@ -4,6 +4,8 @@ import ast
 import re
 from collections.abc import Collection, Iterator
 
+from package.reelsmith.commands import TOOLS
+
 PACKAGE = "reelsmith"
 FRONT = "package.reelsmith"  # what stands at the top of the package
 MAIN_BLOCK = re.compile(r'\nif __name__ == "__main__":\n((?:    .*\n)+)\Z')
@@ -75,7 +77,7 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     """
     names = "|".join(sorted(scripts))
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
-    return re.sub(rf"(?:\bpython )?\b({names})\.py\b", r"\1", source)
+    return re.sub(rf"(?:\bpython )?\b(?:{TOOLS}/)?({names})\.py\b", r"\1", source)
 
 
 def add_entry_point(source: str, script: str) -> str:

@@ -52,9 +52,11 @@ def lay_out_package(root: Path, folder: Path) -> None:
     shutil.copy(root / "requirements.txt", package / "requirements.txt")
     version = f'"""The version of Reelsmith."""\n\nVERSION = "{VERSION}"\n'
     (package / "modules" / "version.py").write_text(version, encoding="utf-8")
-    ours, scripts = find_own_names(root), {command.script for command in find_commands(root)}
+    commands, ours = find_commands(root), find_own_names(root)
+    scripts = {command.script for command in commands}
+    places = {package / command.path.relative_to(root) for command in commands}
     for path in sorted(package.rglob("*.py")):
-        _rewrite(path, ours, scripts, is_script=path.parent == package and path.stem in scripts)
+        _rewrite(path, ours, scripts, is_script=path in places)
 
 
 def _rewrite(path: Path, ours: Collection[str], scripts: Collection[str], is_script: bool) -> None:
@@ -79,10 +81,9 @@ def _copy_texts(root: Path, folder: Path) -> None:
 
 def entry_points(root: Path) -> dict[str, str]:
     """Return the console commands of the package: `reelsmith`, and each script by its name."""
-    scripts = [command.script for command in find_commands(root)]
     return {
         "reelsmith": "reelsmith.commands:main",
-        **{script: f"{package_name(script)}:run" for script in scripts},
+        **{command.script: f"{package_name(command.module)}:run" for command in find_commands(root)},
     }
 
 

@@ -14,13 +14,13 @@ from modules import command
 from modules.errors import OptionError
 from modules.options import refuse_unsupported
 from tests.faults.messages import assert_one_message, run_here
-from tests.test_imports import SCRIPTS
+from tests.test_imports import SCRIPTS, TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 # ours may offer more, never less
-WIDER_CHOICES = {"--attn_mode", "--task", "--timestep_sampling", "--dynamo_backend"}
-WIDER_TYPES = {"--blocks_to_swap"}  # a function of the text, which takes all that the type does
+WIDER_CHOICES = {"--attn_mode", "--sample_solver", "--task", "--timestep_sampling", "--dynamo_backend"}
+WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
 
@@ -110,17 +110,18 @@ def test_a_mistyped_option_is_one_short_message_in_every_script(manifest: Path, 
         max((option["flags"][0] for option in description["options"] if option["flags"]), key=len),
     )
     code, said = run_here(script, option[:-2] + option[-1], "x", folder=tmp_path)
+    name = Path(script).name
     words = (
-        f"{script}: error: Unknown option",
+        f"{name}: error: Unknown option",
         f"Did you mean {option}?",
-        f"{script} --help lists all options",
+        f"{name} --help lists all options",
     )
     message = assert_one_message(code, said, *words)
     assert (code, said) == (2, message + "\n")
     assert len(said) < 250
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *TOOLS])
 def test_every_option_has_a_help_text(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = _parser_of(script, monkeypatch)
 

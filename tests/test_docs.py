@@ -29,6 +29,10 @@ SMALLER = {  # appended, so that the last value wins
     "compare.py": GENERATION,
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
+    "sample_video.py": [
+        *("--video-size", "32", "--video-length", "5", "--infer-steps", "2"),
+        *("--vae-precision", "fp32"),
+    ],
     "fpack_cache_latents.py": QUICK_VAE,
     "fpack_generate_video.py": [
         "--video_size",
@@ -58,6 +62,10 @@ SMALLER = {  # appended, so that the last value wins
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
     "--teacache_calibration": ["--infer_steps", "8"],  # with fewer there is nothing to fit
+    "--i2i_path start.png": ["--video_length", "1"],
+    # they make two steps
+    "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],
+    "--cfg_schedule 1-": ["--cfg_schedule", "1:3, e~2, !2"],
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }
@@ -102,6 +110,11 @@ SECTIONS = {"target_frames = [1, 5]": "target_frames = [5]\nfp_latent_window_siz
 SAMPLES = {
     "samples.txt": "a cat --i start.png --w 32 --h 32 --f 5 --d 1 --s 1\n",
     "pictures.txt": "a cat --i start.png --ci start.png --w 32 --h 32 --d 1 --s 1 --of no_post\n",
+}
+WILDCARDS = {
+    "color.txt": "# a comment\nred:2\nblue\n__metal__\n",
+    "metal.txt": "silver\n",
+    "animals/birds.txt": "sparrow\n",
 }
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
 
@@ -151,6 +164,9 @@ def lay_out_inputs(folder: Path) -> None:
     shutil.copy(folder / "clips" / "clip 0.mp4", folder / "cat.mp4")
     ignored = shutil.ignore_patterns("*.py", "__pycache__")
     shutil.copytree(ROOT / "pocket", folder / "pocket", ignore=ignored)
+    for name, text in WILDCARDS.items():
+        (folder / "wildcards" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "wildcards" / name).write_text(text, encoding="utf-8")
     for name in ("my_lora", "style", "my_lora-step00000200", "my_lora-step00000400"):
         write_lora(
             folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"

@@ -16,8 +16,8 @@ from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
 from package.staging import find_rooms
 from tests.commands import ROOT, assert_user_error, run_python
 
-SCRIPTS = sorted(command.script for command in find_commands(ROOT))
-FRONT_DOORS = [f"{name}.py" for name in (*SCRIPTS, *sorted(OF_A_CHECKOUT))]
+SCRIPTS = sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
+FRONT_DOORS = [*SCRIPTS, *(f"{name}.py" for name in sorted(OF_A_CHECKOUT))]
 OLDEST = (3, 8)  # that a distribution may still have
 OLDER = [found for minor in (10, 9, 8) if (found := shutil.which(f"python3.{minor}")) is not None]
 
@@ -76,10 +76,10 @@ def test_an_older_python_is_refused_in_two_lines(python: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_torch_a_script_says_how_to_get_to_it(script: str) -> None:
-    done = run_python("-S", ROOT / f"{script}.py", check=False)  # -S: no packages at all
+    done = run_python("-S", ROOT / script, check=False)  # -S: no packages at all
     assert_user_error(done, f"torch is not installed in this Python ({sys.executable})", "Activate")
     assert len(done.stderr.splitlines()) <= 3
-    assert "usage:" in run_python("-S", ROOT / f"{script}.py", "--help").stdout
+    assert "usage:" in run_python("-S", ROOT / script, "--help").stdout
 
 
 def test_an_environment_that_is_there_is_named_with_its_command(tmp_path: Path) -> None:

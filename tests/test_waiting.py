@@ -5,6 +5,7 @@ The device is torch's meta device, which lets nobody read its numbers; what is s
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.nag import NormalisedGuidance
+from generation.denoise import Start, denoise
+from generation.noise import SeededNoise
+from generation.request_options import SOLVERS
+from modules.contract.data import Conditions
+from modules.contract.generation import Away, Request, Section, Tweaks
+from modules.flow.solvers import solver_for
+from modules.layers.rope import Slow
+from tests.preparing import prepare
 from tests.tiny.dits import DITS, TinyDit
 
 META, HOST = torch.device("meta"), torch.device("cpu")
@@ -59,9 +71,9 @@ class _Made(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits(dit: torch.nn.Module, inputs: dict[str, Any]) -> list[str]:
+def waits(call: Callable[..., object], inputs: dict[str, Any]) -> list[str]:
     with _Copies() as copies, _Made(copies):
-        dit(**inputs)
+        call(**inputs)
     return copies.waiting
 
 
@@ -86,6 +98,44 @@ def test_a_pass_waits_for_nothing(tiny: TinyDit) -> None:
     inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
 
     assert waits(dit, inputs) == []  # the first pass of its size makes a table of positions too
+
+
+@pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
+def test_a_second_text_and_a_slowed_frequency_wait_for_nothing_either(tiny: TinyDit) -> None:
+    dit = tiny.make(2).to(META)
+    inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
+    text = {name: inputs[name] for name in ("text", "llama", "llama_mask", "clip_l") if name in inputs}
+    slow = None if tiny.name == "framepack" else Slow(3, 90.0)
+    tweaks = Tweaks(away=Away(text, NormalisedGuidance(5.0, 3.5, 0.5)), slow_frames=slow)
+
+    assert waits(dit, {**inputs, "tweaks": tweaks}) == []
+
+
+class Halves:
+    """A family whose velocity is half of what the passes are given."""
+
+    def predict(
+        self, dit: torch.nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks
+    ) -> Tensor:
+        return 0.5 * noisy + timesteps.view(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", SOLVERS.values())
+def test_the_steps_of_a_solver_wait_for_nothing(name: str) -> None:
+    """With guidance and, as solvers that add noise ask for it, noise from the host."""
+    noise = SeededNoise(1, META, cpu_noise=True)
+    start = noise.draw((1, 2, 1, 3, 4))
+    section = Section(start, {}, {})
+    request = prepare(Request("p", 1, guidance_scale=5.0, steps=4))
+    inputs = {
+        "family": Halves(),
+        "dit_at": lambda timestep: torch.nn.Identity(),
+        "section": section,
+        "start": Start(start),
+        "solver": solver_for(name, 4, 3.0, draw=noise.draw),
+        "guidance": make_guidance(request, PLAIN_GUIDANCE, (0.0,)),
+    }
+    assert waits(denoise, inputs) == []
 
 
 def test_waiting_would_be_seen() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.nn import Parameter
 
+from blissful_tuner.latent_preview import check_preview
 from modules.atomic_write import check_space
 from modules.contract.family import Family
 from modules.offload.swap_plan import check_swap
@@ -59,7 +60,8 @@ def _check_network(family: Family, options: NetworkOptions) -> None:
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
-    """Check the LoRAs that only samples have."""
+    """Check the LoRAs that only samples have, and what previews of samples need."""
+    check_preview(options.samples.preview, family.latent)
     with quiet():
         uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
         for use in uses:

@@ -1,17 +1,37 @@
 """Options of the training run: data, length, seed, gradient accumulation and checkpointing, validation."""
 
 import argparse
+import functools
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.options import CheckPageOptions, add_page_arguments
+from generation.prompt_lines import text_to_seed
 from modules.errors import OptionError
 from modules.options import HABIT, check_at_least, check_at_most, check_below, check_seed
+
+logger = logging.getLogger(__name__)
 
 MOST_STEPS = 100_000_000  # a year at three steps a second
 MOST_READERS = 1024
 MOST_ACCUMULATED = 1_000_000
 MOST_GUIDANCE = 1000  # beyond it the model has seen nothing
+
+
+@functools.cache  # options are parsed more than once, and the seed of a text is logged once
+def read_seed(text: str) -> int:
+    """Return the number of --seed: itself, or that of a text, as generation scripts have it.
+
+    Raises ArgumentTypeError for a number that is longer than any seed.
+    """
+    try:
+        seed = text_to_seed(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if str(seed) != text.strip():
+        logger.info("Seed of the text %r: --seed %d", text, seed)
+    return seed
 
 
 @dataclass(frozen=True)
@@ -119,8 +139,9 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=int,
-        help="seed of data order, noise, timesteps, dropout and LoRA weights; random when not given",
+        type=read_seed,
+        help="seed of data order, noise, timesteps, dropout and LoRA weights, a number or any text; random "
+        "when not given",
     )
     group.add_argument(
         "--gradient_checkpointing",

@@ -244,6 +244,7 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
         *share,
         has_metadata,
         weights,
+        options.preview,
     )
 
 

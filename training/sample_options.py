@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
 from modules.errors import OptionError
 from modules.options import check_at_least
 from networks.options import require_files
@@ -20,6 +21,7 @@ class SampleOptions:
     sample_at_first: bool
     sample_now: bool  # look for files that ask for samples or a save
     sample_lora: tuple[Path, ...] | None  # "FILE" or "FILE:multiplier"; see `loras`
+    preview: PreviewOptions  # of samples while they are made
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -86,6 +88,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "
         "samples of 4 steps; neither trained nor saved",
     )
+    add_preview_arguments(parser, "previews of samples", "the samples' folder")
     group.add_argument(
         "--sample_now",
         action="store_true",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
+from blissful_tuner.preview_options import NO_PREVIEW, PreviewOptions
 from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_sample_prompts
 from generation.request import check_values
@@ -61,6 +63,7 @@ class Sampler:
     has_metadata: bool = True  # samples say what made them, as the files of a generation do
     weights: str = ""  # for the metadata: what of the run's weights they show, or what is added to them
     prompts: Sequence[str] = ()  # of all processes, by their place in the file
+    previews: LatentPreviews | None = None
 
     def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -80,7 +83,7 @@ class Sampler:
             prepared = sample.prepared
             if not sample.is_seeded:
                 prepared = replace(prepared, seed=secrets.randbelow(1 << 32))
-            with autocast():
+            with preview_clip(self.previews, prepared.fps) as (watchers, on_section), autocast():
                 latents = make_latents(
                     self.session.family,
                     lambda _: dit,
@@ -88,7 +91,8 @@ class Sampler:
                     sample.prompts,
                     sample.inputs,
                     self.session.device,
-                    watchers=[watch],
+                    watchers=[watch, *watchers],
+                    on_section=on_section,
                 )
             seed = f"_{prepared.seed}" if sample.is_seeded else ""
             stem = f"{self.name}_{mark}_{sample.index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
@@ -121,6 +125,7 @@ def prepare_samples(
     processes: int,
     has_metadata: bool = True,
     weights: str = "",
+    preview: PreviewOptions = NO_PREVIEW,
 ) -> Sampler:
     """Read and check the prompts, and encode this process' share of texts and images.
 
@@ -161,7 +166,10 @@ def prepare_samples(
         Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)
     ]
     prompts = [str(entry.get("prompt", "")) for entry in entries]
-    return Sampler(samples, session, folder, name, has_metadata, weights, prompts)
+    previews = None
+    if process == 0:  # one file for all: that of one process shows one sample after the other
+        previews = make_previews(preview, family.latent, folder, device, session.dit_can_stay)
+    return Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:

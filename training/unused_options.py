@@ -32,6 +32,8 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     samples = options.samples
     no_samples = samples.sample_prompts is None or not (samples.is_timed or samples.sample_now)
     found.append(("--sample_lora", samples.sample_lora and no_samples, "no samples are made"))
+    shows = samples.preview.preview_latent_every is not None
+    found.append(("--preview_latent_every", shows and no_samples, "no samples are made"))
     found.append(("--sample_ema", options.average.sample_ema and no_samples, "no samples are made"))
     no_average = options.average.ema_decay is None
     found.append(

@@ -80,9 +80,12 @@ def note_size(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
         )
 
 
-def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanModel:
+def load_dit(
+    path: Path, placement: Placement, rope: str = "default", precision: torch.dtype = torch.float32
+) -> WanModel:
     """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
+    rope, precision: see `WanModel`.
     dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. Time embedding and final layer are kept
     in float32. `placement.patch` is called with the published parameter names. Raises CheckpointError if the
     file is not a Wan2.1 transformer, is incomplete, or has unknown tensors.
@@ -99,7 +102,7 @@ def load_dit(path: Path, placement: Placement, rope: str = "default") -> WanMode
             dtype_name(target),
         )
         with torch.device("meta"):
-            dit = WanModel(header.config, placement.attention, rope)
+            dit = WanModel(header.config, placement.attention, rope, precision)
         sources = _sources(checkpoint, header)
         fill_dit(dit, checkpoint, sources, placement, target, DIT, f"Wan2.1 {header.kind}")
     return dit

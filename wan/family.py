@@ -18,12 +18,14 @@ from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
-from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
+from modules.contract.requests import check_size, settle, size_of, whole_frames
+from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.pixels import image_pixels, image_size, read_pixels, to_pixels, video_pixels
-from modules.options import NO_OPTIONS, require
+from modules.media.pixels import image_size, to_pixels
+from modules.options import NO_OPTIONS
 from wan import conditioning
+from wan.caching import encode_together
 from wan.checkpoints import check_task, load_dit, note_size
 from wan.clip import load_clip
 from wan.configs import (
@@ -35,19 +37,19 @@ from wan.configs import (
     default_flow_shift,
 )
 from wan.files import WanFiles
+from wan.inputs import add_image_noise, appends_end, encode_inputs, take_inputs
 from wan.options import (
     WanGenerationOptions,
     WanLatentCachingOptions,
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT
+from wan.spec import DIT, LATENT
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
 logger = logging.getLogger(__name__)
 
-LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 FPS = 16.0
 
@@ -63,6 +65,7 @@ class Wan:
     vae_tile: int | None = None
     image_kind: str | None = None  # caching: i2v, flf2v, or None for text-to-video caches
     rope: str = "default"
+    precision: torch.dtype = torch.float32  # of time embedding, modulation and rotation by position
     keep_file_dtypes: bool = False
     text_as_image_tokens: bool = False
     t5_in_fp8: bool = False
@@ -168,30 +171,9 @@ class Wan:
         With an image kind, also return the CLIP features and the image condition. Stored in the VAE's dtype,
         CLIP features in float16, as in the caches of other tuners.
         """
-        parts = media.split_for(encoders.vae.device)
-        return [[entry] for part in parts for entry in self._encode_together(encoders, part)]
-
-    def _encode_together(self, encoders: MediaEncoders, media: MediaBatch) -> list[CacheEntry]:
-        """Encode all items in one batch."""
-        vae, store = encoders.vae, self._vae_dtype()
-        pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
-        tensors = {"latents": vae.encode(pixels).to(store)}
-        if media.control:
-            tensors["latents_control"] = vae.encode(to_pixels(media.control[0].to(vae.device))).to(store)
-        if self.image_kind is not None:
-            first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
-            if self.image_kind == "flf2v":
-                condition = conditioning.first_last_condition(vae, first, last, frames)
-                features = torch.cat(
-                    [encoders.image_encoder.encode(image[:, :, 0]) for image in (first, last)], dim=1
-                )
-            else:
-                condition = conditioning.image_condition(vae, first, frames)
-                features = encoders.image_encoder.encode(first[:, :, 0])
-            tensors |= {"latents_image": condition.to(store), "clip": features.to(torch.float16)}
+        parts, store = media.split_for(encoders.vae.device), self._vae_dtype()
         return [
-            CacheEntry({name: tensor[item] for name, tensor in tensors.items()})
-            for item in range(len(pixels))
+            [entry] for part in parts for entry in encode_together(encoders, part, store, self.image_kind)
         ]
 
     # the network
@@ -214,7 +196,8 @@ class Wan:
         """Load the transformer, checked against --task."""
         (path,) = self.dit_files
         note_size(self.files.dit_header(), self.task, path)
-        return load_dit(path, replace(placement, keep_file_dtypes=self.keep_file_dtypes), rope=self.rope)
+        placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
+        return load_dit(path, placement, self.rope, self.precision)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
@@ -250,12 +233,15 @@ class Wan:
         cond: t5 (list of n D), clip (B T 1280), condition_latents (B C F H W).
         """
         device = noisy.device
-        text = [embeds.to(device) for embeds in cond["t5"]]
+
+        def given(texts: Conditions) -> Conditions:
+            return {"text": [embeds.to(device) for embeds in texts["t5"]]}
+
         extra, clip = cond.get("condition_latents"), cond.get("clip")
         if isinstance(extra, Tensor):
             noisy = torch.cat([noisy, extra.to(noisy)], dim=1)
         features = clip.to(device) if isinstance(clip, Tensor) else None
-        return dit(noisy, timesteps, text, features, tweaks)
+        return dit(noisy, timesteps, given(cond)["text"], features, tweaks.rename_away(given))
 
     # generation
 
@@ -277,7 +263,7 @@ class Wan:
         """
         task, usual = self.task, self.defaults
         self._check_dit()
-        request = self._take_inputs(request)
+        request = take_inputs(task, request)
         self.files.check_encoders(*(("clip",) if task.kind != "t2v" else ()))
         width, height, frames = size_of(request, usual)
         if task.frames == 1 and frames != 1:
@@ -288,8 +274,8 @@ class Wan:
         flow_shift = (
             default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
         )
-        if request.image_path is not None and self.sizes_follow_image:
-            width, height = conditioning.size_like_image(image_size(request.image_path), width * height)
+        if task.kind != "t2v" and request.first_image is not None and self.sizes_follow_image:
+            width, height = conditioning.size_like_image(image_size(request.first_image), width * height)
         size = width, height, whole_frames(frames, LATENT)
         check_size((width, height, frames), LATENT)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
@@ -306,38 +292,24 @@ class Wan:
 
         On the CPU, with a batch dimension.
         """
-        request, width, height, frames = prepared.asked, prepared.width, prepared.height, prepared.frames
-        vae, task = encoders.vae, self.task
-        conditions = self._no_image(1)
-        image: Tensor | None = None
-        end = request.end_image_path
+        conditions = encode_inputs(encoders, prepared, self.task, stretched=self.sizes_follow_image)
+        return {0: self._no_image(1) | conditions}
 
-        def pixels(path: Path) -> Tensor:
-            return image_pixels(path, width, height, keep_aspect=not self.sizes_follow_image)
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from: a picture's task starts from a picture."""
+        makes_picture, starts_from_noise = self.task.frames == 1, self.task.kind == "t2v"
+        takes = {VIDEO: not makes_picture, IMAGE: starts_from_noise, LATENTS: True}
+        return SourceRules(
+            tuple(option for option, is_taken in takes.items() if is_taken),
+            f"--task {self.task.name}",
+            stretches=True,
+            latents_of=frozenset({"wan"}),
+        )
 
-        if task.kind != "t2v" and request.image_path is not None:
-            paths = [request.image_path] + ([end] if task.kind == "flf2v" and end is not None else [])
-            features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
-            conditions["clip"] = torch.cat(features, dim=1).cpu()
-            if task.kind == "flf2v" and end is not None:
-                image = conditioning.first_last_condition(
-                    vae, pixels(request.image_path), pixels(end), frames
-                )
-            else:
-                image = conditioning.image_condition(
-                    vae, pixels(request.image_path), frames, pixels(end) if end else None
-                )
-            conditions["condition_latents"] = image.cpu()
-        if task.has_control and request.control_path is not None:
-            end_frames = conditioning.FRAMES_PER_LATENT if self._appends_end(request) else 0
-            control = vae.encode(
-                video_pixels(request.control_path, "--control_path", width, height, frames, end_frames)
-            )
-            start = None if image is None else image[:, -LATENT.channels :]
-            conditions["condition_latents"] = conditioning.control_condition(
-                control, start, self._appends_end(request)
-            ).cpu()
-        return {0: conditions}
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8 as the means of the posterior, 1 C f h w."""
+        return encoders.vae.encode(to_pixels(frames))
 
     def sections(
         self,
@@ -354,16 +326,11 @@ class Wan:
             prepared.frames, prepared.height, prepared.width
         )
         start = noise.draw(
-            (batch, channels, latent_frames + self._appends_end(prepared.asked), rows, columns)
+            (batch, channels, latent_frames + appends_end(self.task, prepared.asked), rows, columns)
         )
         conditions = dict(inputs.get(0, {}))
-        extra = conditions.get("condition_latents")
-        if self.image_noise and self.task.kind != "t2v" and isinstance(extra, Tensor):
-            # drawn for all channels so that seeds give the noise of existing tools; added to those of the
-            # image only
-            drawn = noise.draw(extra.shape)[:, -LATENT.channels :].to(extra)
-            noisy = extra[:, -LATENT.channels :] + self.image_noise * drawn
-            conditions["condition_latents"] = torch.cat([extra[:, : -LATENT.channels], noisy], dim=1)
+        if self.image_noise and self.task.kind != "t2v":
+            conditions |= add_image_noise(conditions, self.image_noise, noise)
         return (yield prompts[0].section(start, conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
@@ -401,27 +368,6 @@ class Wan:
                 f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
             )
         return clip
-
-    def _appends_end(self, request: Request) -> bool:
-        """Whether an end image adds a latent frame (image-to-video), or lies inside the clip (FLF2V)."""
-        return self.task.kind == "i2v" and request.end_image_path is not None
-
-    def _take_inputs(self, request: Request) -> Request:
-        """Return the request with the media that the task takes, checked."""
-        task = self.task
-        if task.kind != "t2v":
-            require(request.image_path, "--image_path", f"--task {task.name} starts from an image")
-        if task.kind == "flf2v":
-            require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
-        if task.has_control:
-            require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
-        taken = {
-            "image_path": task.kind != "t2v",
-            "end_image_path": task.kind != "t2v",
-            "control_path": task.has_control,
-            "video_path": False,
-        }
-        return keep_usable_media(request, taken, f"--task {task.name} does not take it")
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
@@ -470,6 +416,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
         text_as_image_tokens=options.text_as_image_tokens,
         t5_in_fp8=options.text.fp8_t5,
         image_noise=options.i2v_extra_noise or 0.0,
+        precision=torch.float16 if options.lower_precision_attention else torch.float32,
     )
 
 

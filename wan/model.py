@@ -1,15 +1,15 @@
 """The Wan2.1 transformer. Module names follow the published checkpoints, so official files load without
 renaming.
 
-Source: the released model code and Wan Team 2025, arXiv 2503.20314. Always float32: the residual stream, time
-embedding and modulation, norms, the final layer; rotary angles are float64. Everything else computes in the
-dtype of its weights or of autocast.
+Source: the released model code and Wan Team 2025, arXiv 2503.20314. Always float32: the residual stream,
+norms, the final layer; rotary angles are float64. Time embedding, modulation and the rotation by position are
+float32 too, unless `precision` says float16. Everything else computes in the dtype of its weights or of
+autocast.
 """
 # Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as functional
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from modules.attention.attend import attend
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.generation import NO_TWEAKS, Away, Steer, Tweaks
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import activation_dtype, run, run_float32
-from modules.layers.rope import TABLES, GridTable, rotate
+from modules.layers.rope import TABLES, Grid, GridTable, rotate, table_maker
 from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
 from wan.configs import WanConfig
@@ -32,18 +32,28 @@ REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` take
 
 
 @dataclass(frozen=True)
+class AwayText:
+    """A second text, from which the attention to the first one is steered away."""
+
+    rows: Tensor  # B T C
+    repeats: Tensor | None  # as `WanTokens.text_repeats`
+    steer: Steer
+
+
+@dataclass(frozen=True)
 class WanTokens:
     """Inputs of the blocks besides the video tokens; built once per forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
-    rotary: Tensor  # turns by position, L 1 D/2 2 float32
+    rotary: Tensor  # turns by position, L 1 D/2 2 in the model's `precision`
     text: Tensor  # B T C
     text_repeats: Tensor | None  # T float32, for how many equal rows each row of text stands; None: one each
     image: Tensor | None  # B I C
-    time: Tensor  # B C float32
-    modulation: Tensor  # B 6 C float32, the same for all tokens
+    time: Tensor  # B C in the model's `precision`
+    modulation: Tensor  # B 6 C likewise, the same for all tokens
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
+    away: AwayText | None = None
 
 
 class SelfAttention(nn.Module):
@@ -69,7 +79,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text plus attention to the image, which has its own keys and values; no mask."""
+    """Attention to the text plus attention to the image, which has its own keys and values; no mask.
+
+    With a second text, what is seen of the two is combined; what is seen of the image is not.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -88,14 +101,22 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
         q = self.norm_q(run(self.q, x)).unflatten(-1, heads)
-        k = self.norm_k(run(self.k, tokens.text)).unflatten(-1, heads)
-        v = run(self.v, tokens.text).unflatten(-1, heads)
-        seen = _attend(q, k, v, tokens, tokens.text_repeats)
+        seen = self.see_text(q, tokens.text, tokens.text_repeats, tokens)
+        away = tokens.away
+        if away is not None:
+            seen = away.steer(seen, self.see_text(q, away.rows, away.repeats, tokens))
         if tokens.image is not None:
             k = self.norm_k_img(run(self.k_img, tokens.image)).unflatten(-1, heads)
             v = run(self.v_img, tokens.image).unflatten(-1, heads)
             seen = seen + _attend(q, k, v, tokens)
         return run(self.o, seen.flatten(2))
+
+    def see_text(self, q: Tensor, text: Tensor, repeats: Tensor | None, tokens: WanTokens) -> Tensor:
+        """Attend to a text, B T C. q: B L N D. Returns B L N D."""
+        heads = (self.num_heads, -1)
+        k = self.norm_k(run(self.k, text)).unflatten(-1, heads)
+        v = run(self.v, text).unflatten(-1, heads)
+        return _attend(q, k, v, tokens, repeats)
 
 
 class WanAttentionBlock(nn.Module):
@@ -121,11 +142,11 @@ class WanAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         # x: B L C float32, also between the branches
-        modulation = self.modulation.float() + tokens.modulation
+        modulation = self.modulation.to(tokens.modulation.dtype) + tokens.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # each B 1 C
-        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1).to(tokens.dtype)
+        h = modulate(self.norm1(x), shift1, scale1, tokens.dtype)
         # x + gate * branch, in one pass over the tokens
-        x = torch.addcmul(x, gate1, self.self_attn(h, tokens).float())
+        x = torch.addcmul(x, gate1.float(), self.self_attn(h, tokens).float())
         x = x + self.cross_attn(self.norm3(x).to(tokens.dtype), tokens)
         return self.feed_forward(x, shift2, scale2, gate2, tokens.dtype)
 
@@ -139,11 +160,11 @@ class WanAttentionBlock(nn.Module):
     ) -> Tensor:
         """Add the feed-forward branch to x; each token is processed independently.
 
-        x: B L C float32; shift, scale, gate: B 1 C float32.
+        x: B L C float32; shift, scale, gate: B 1 C.
         """
-        h = torch.addcmul(shift, self.norm2(x), 1 + scale).to(dtype)
+        h = modulate(self.norm2(x), shift, scale, dtype)
         h = run(self.ffn[2], self.ffn[1](run(self.ffn[0], h)))
-        return torch.addcmul(x, gate, h.float())
+        return torch.addcmul(x, gate.float(), h.float())
 
 
 class Head(nn.Module):
@@ -200,11 +221,21 @@ class WanModel(nn.Module):
 
     spec = DIT
 
-    def __init__(self, config: WanConfig, attention: AttentionChoice = SDPA, rope: str = "default") -> None:
-        """attention: passed to `modules.attention.attend`. rope: a key of `modules.layers.rope.TABLES`."""
+    def __init__(
+        self,
+        config: WanConfig,
+        attention: AttentionChoice = SDPA,
+        rope: str = "default",
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        """attention: passed to `modules.attention.attend`. rope: a key of `modules.layers.rope.TABLES`.
+
+        precision: of time embedding, modulation and the rotation by position; float16 takes less memory.
+        """
         super().__init__()
         self.config = config
         self.attention = attention
+        self._precision = precision
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -222,7 +253,8 @@ class WanModel(nn.Module):
         width = dim // config.num_heads
         # rows and columns get a third of the pairs each, rounded down; frames get the rest
         side = 2 * (width // 6)
-        self._rotary = GridTable(functools.partial(TABLES[rope], widths=(width - 2 * side, side, side)))
+        widths = (width - 2 * side, side, side)
+        self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -241,10 +273,10 @@ class WanModel(nn.Module):
         """Velocity B out_dim F H W in float32.
 
         noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
-        sample n text_dim, at most text_len rows; or B n text_dim. tweaks: ideas that change this call.
-        image_embeds: B I image_dim of the image encoder, for models with image attention. Such a model
-        without them takes its first 257 rows of text for the image, as older tools ran Fun-Control models;
-        give zeros for no image. Raises ValueError where sizes do not go together.
+        sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image
+        encoder, for models with image attention. Such a model without them takes its first 257 rows of text
+        for the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that
+        change this call; their second text is "text". Raises ValueError where sizes do not go together.
         """
         hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
         run_blocks(self, hidden, tweaks)
@@ -266,23 +298,21 @@ class WanModel(nn.Module):
         time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
         time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
+        time, modulation = time.to(self._precision), modulation.to(self._precision)
         text_is_image = self.config.has_image and image_embeds is None
         merges = noisy.device.type == "cpu" and self.attention.mode == SDPA.mode and not text_is_image
-        rows, repeats = _pad(text, self.config.text_len, merges)
-        text_tokens = run(
-            self.text_embedding[2], self.text_embedding[1](run(self.text_embedding[0], rows))
-        ).to(dtype)
+        text_tokens, repeats = self._embed_text(text, merges, dtype)
+        away = self._embed_away(tweaks.away, len(noisy), merges, dtype)
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
-            image_tokens, text_tokens = (
-                text_tokens[:, :TEXT_ROWS_AS_IMAGE],
-                text_tokens[:, TEXT_ROWS_AS_IMAGE:],
-            )
-        rotary = self._rotary.of(grid, noisy.device)
+            image_tokens = text_tokens[:, :TEXT_ROWS_AS_IMAGE]
+            text_tokens = text_tokens[:, TEXT_ROWS_AS_IMAGE:]
+            away = None if away is None else replace(away, rows=away.rows[:, TEXT_ROWS_AS_IMAGE:])
+        rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
         tokens = WanTokens(
-            grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention
+            grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention, away
         )
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
@@ -302,6 +332,21 @@ class WanModel(nn.Module):
             pw=pw,
         )
 
+    def _embed_text(
+        self, text: Sequence[Tensor] | Tensor, merges: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens of texts, B T C, and their repeats. merges: see `_pad`."""
+        rows, repeats = _pad(text, self.config.text_len, merges)
+        hidden = self.text_embedding[1](run(self.text_embedding[0], rows))
+        return run(self.text_embedding[2], hidden).to(dtype), repeats
+
+    def _embed_away(self, away: Away | None, batch: int, merges: bool, dtype: torch.dtype) -> AwayText | None:
+        """Embed the second text of a call, one for all samples or one for each."""
+        if away is None:
+            return None
+        rows, repeats = self._embed_text(away.text["text"], merges, dtype)
+        return AwayText(rows.expand(batch, -1, -1), repeats, away.steer)
+
     def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -311,6 +356,11 @@ class WanModel(nn.Module):
             )
         if image_embeds is not None and not self.config.has_image:
             raise ValueError("image features are given, but the model has no image attention")
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return normed * (1 + scale) + shift, computed in the dtype of shift and scale."""
+    return torch.addcmul(shift, normed.to(scale.dtype), 1 + scale).to(dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:

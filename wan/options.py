@@ -89,9 +89,16 @@ class WanGenerationOptions:
     rope_func: str
     mixed_precision_transformer: bool
     text_as_image_tokens: bool
+    lower_precision_attention: bool
     i2v_extra_noise: float | None
+    riflex_index: int  # read here only to be checked early
 
     def __post_init__(self) -> None:
+        if self.riflex_index and self.rope_func != "comfy":
+            raise OptionError(
+                f"--riflex_index {self.riflex_index} with --rope_func {self.rope_func}: it changes the table "
+                "of --rope_func comfy. Add --rope_func comfy."
+            )
         usual = "0.02 to 0.04 are usual"
         check_at_least("--i2v_extra_noise", self.i2v_extra_noise, 0, usual)
         check_at_most("--i2v_extra_noise", self.i2v_extra_noise, 10, usual)
@@ -156,6 +163,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         choices=["default", "comfy"],
         help="precision of the rotary embedding: default (float64) or comfy (float32)",
+    )
+    group.add_argument(
+        "--lower_precision_attention",
+        action="store_true",
+        help="time embedding, modulation and rotary embedding in float16 instead of float32: less memory, "
+        "slightly different videos",
     )
     group.add_argument(
         "--i2v_extra_noise",

@@ -5,6 +5,7 @@ Module names follow the released file. Source: the released Wan2.1 code; UniMax 
 # Letters: L tokens of all prompts concatenated, n tokens of one, N heads, D head width, C = model width
 
 import html
+import itertools
 import logging
 import math
 import re
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens
+from modules.contract.generation import Prompt, Spans
+from modules.contract.tokens import CountTokens, token_weights
+from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.offload.loaded import Loaded
 from wan.encoder_checkpoints import T5Config, read_t5
-from wan.tokenizer import Tokenize, find_tokenizer, load_token_counter, load_tokenizer
+from wan.tokenizer import T5Tokenizer, find_tokenizer, load_token_counter, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,22 @@ def clean_text(text: str) -> str:
     """Repair encoding mistakes and full-width punctuation, unescape HTML entities, collapse white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
+    """Return `clean_text(text)`, and where in it the parts are.
+
+    A part is cleaned by itself to see how long it becomes. Where it is joined to its neighbours by what
+    cleaning does (an accent behind the last letter of a part), places may be a character or two beside.
+    """
+    cleaned, length, places = clean_text(text), 0, []
+    edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
+    for start, end in itertools.pairwise(edges):
+        piece = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text[start:end]))))
+        length += len(piece.lstrip() if length == 0 else piece)  # what a text begins with is dropped
+        places.append(min(length, len(cleaned)))
+    parts = zip(places[0::2], places[1::2], spans, strict=False)
+    return cleaned, tuple((first, last, weight) for first, last, (_, _, weight) in parts)
 
 
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
@@ -202,7 +220,7 @@ class WanTextEncoder:
         self.path = path
         self.tokenizer = tokenizer
         self.in_fp8 = in_fp8
-        self._loaded = Loaded[UmT5, Tokenize]()
+        self._loaded = Loaded[UmT5, T5Tokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -225,7 +243,7 @@ class WanTextEncoder:
         """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
         self._loaded.load(device, self._read)
 
-    def _read(self, device: torch.device) -> tuple[UmT5, Tokenize]:
+    def _read(self, device: torch.device) -> tuple[UmT5, T5Tokenizer]:
         # first, so that a bad tokenizer is reported before gigabytes are read
         tokenize = load_tokenizer(self.tokenizer, self.path)
         return load_t5(self.path, device, self.in_fp8), tokenize
@@ -234,12 +252,13 @@ class WanTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"t5": [n C]} on the CPU for each prompt.
 
-        n: the number of the prompt's tokens with the end token, at most 512.
+        n: the number of the prompt's tokens with the end token, at most 512. The rows of a part's tokens are
+        multiplied by the part's weight.
         Raises CheckpointError if the tokenizer has more tokens than the encoder.
         """
-        t5, tokenize = self._loaded.get()
+        t5, tokenizer = self._loaded.get()
         device = t5.norm.weight.device
-        ids = [tokenize(clean_text(prompt.text)) for prompt in prompts]
+        ids = [tokenizer(clean_text(prompt.text)) for prompt in prompts]
         largest, known = max((max(prompt) for prompt in ids), default=0), t5.token_embedding.num_embeddings
         if largest >= known:
             raise CheckpointError(
@@ -251,6 +270,11 @@ class WanTextEncoder:
         for group in _groups(ids):
             embeds = t5([torch.tensor(prompt, device=device) for prompt in group])
             results += [{"t5": [embed.to("cpu", copy=True)]} for embed in embeds]
+        for index, prompt in enumerate(prompts):
+            if prompt.spans:
+                text, spans = clean_spans(prompt.text, prompt.spans)
+                weights = token_weights(text, tokenizer.places(text), spans)
+                results[index] = {"t5": [weigh_rows(results[index]["t5"][0], weights)]}
         return results
 
     def free(self) -> None:

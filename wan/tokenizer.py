@@ -1,6 +1,7 @@
 """The tokenizer of umT5, found as a folder or file, beside the checkpoint, inside it, or on the hub."""
 
 import bisect
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 import sentencepiece
 
 from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters
+from modules.checkpoints.tokenizer_growth import piece_surfaces
+from modules.checkpoints.tokenizers import TokenizerFiles, token_places
+from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters
 from modules.errors import CheckpointError
 from wan.encoder_checkpoints import SPIECE_MODEL
 
@@ -29,7 +31,17 @@ FILES = TokenizerFiles(
     beside=("google/umt5-xxl", "tokenizer", "../tokenizer", "."),
 )
 
-Tokenize = Callable[[str], list[int]]  # text -> token ids, at most MAX_TOKENS, the end token last
+
+@dataclass(frozen=True)
+class T5Tokenizer:
+    """Turn text into at most MAX_TOKENS token ids, the end token last."""
+
+    tokenize: Callable[[str], list[int]]
+    places: Callable[[str], list[Place]]  # of the same tokens
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return self.tokenize(text)
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,8 @@ def find_tokenizer(path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
     return TokenizerPlace(inside=checkpoint_path) if has_own else TokenizerPlace()
 
 
-def load_tokenizer(path: Path | None, checkpoint_path: Path) -> Tokenize:
-    """Load the tokenizer as a function. path: of --t5_tokenizer; None looks for it with `find_tokenizer`.
+def load_tokenizer(path: Path | None, checkpoint_path: Path) -> T5Tokenizer:
+    """Load the tokenizer. path: of --t5_tokenizer; None looks for it with `find_tokenizer`.
 
     Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
     """
@@ -116,7 +128,7 @@ def _read_embedded(checkpoint_path: Path) -> bytes:
         return checkpoint.read(name).numpy().tobytes()
 
 
-def _from_json(file: Path) -> Tokenize:
+def _from_json(file: Path) -> T5Tokenizer:
     """Load tokenizer.json as it is (normalisation, special tokens), and truncate to the trained length."""
     tokenizer = FILES.read(file)
     tokenizer.enable_truncation(MAX_TOKENS)
@@ -128,7 +140,7 @@ def _from_json(file: Path) -> Tokenize:
         ids: list[int] = tokenizer.encode(text).ids
         return ids
 
-    return tokenize
+    return T5Tokenizer(tokenize, lambda text: token_places(tokenizer.encode(text)))
 
 
 def _sentencepiece(model: bytes, origin: Path) -> sentencepiece.SentencePieceProcessor:
@@ -140,7 +152,7 @@ def _sentencepiece(model: bytes, origin: Path) -> sentencepiece.SentencePiecePro
     return processor
 
 
-def _from_sentencepiece(model: bytes, origin: Path) -> Tokenize:
+def _from_sentencepiece(model: bytes, origin: Path) -> T5Tokenizer:
     processor = _sentencepiece(model, origin)
     end = processor.eos_id()
     if end < 0:
@@ -153,4 +165,10 @@ def _from_sentencepiece(model: bytes, origin: Path) -> Tokenize:
         ids: list[int] = processor.encode(text)
         return [*ids[: MAX_TOKENS - 1], end]
 
-    return tokenize
+    def places(text: str) -> list[Place]:
+        surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
+        # they follow one another; white space that is dropped can only stand in front of them
+        ends = itertools.accumulate(map(len, surfaces), initial=len(text) - sum(map(len, surfaces)))
+        return [*itertools.islice(itertools.pairwise(ends), MAX_TOKENS - 1), None]
+
+    return T5Tokenizer(tokenize, places)

@@ -1,5 +1,5 @@
-"""By how much a tokenizer's normaliser may lengthen a text: a small file could turn a prompt into
-terabytes.
+"""What tokenizers say in their own formats: by how much a normaliser may lengthen a text (a small file could
+turn a prompt into terabytes), and the characters of each piece of a text.
 """
 
 import base64
@@ -30,6 +30,14 @@ def check_sentencepiece(model: bytes) -> None:
     for specification in _entries(model, 3):
         for charsmap in _entries(specification, 2):
             _check(_growth_of_charsmap(charsmap))
+
+
+def piece_surfaces(encoded: bytes) -> list[str]:
+    """Return the characters of a text that each piece stands for, of a SentencePiece encoding as bytes.
+
+    Of a character's bytes as pieces only the last has it. Source: sentencepiece.proto, SentencePieceText.
+    """
+    return [b"".join(_entries(piece, 3)).decode("utf-8", "replace") for piece in _entries(encoded, 2)]
 
 
 def _check(growth: float) -> None:
@@ -71,11 +79,14 @@ def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
 
     Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
     """
-    place = 0
+    place, last = 0, len(message) - 1
     try:
-        while place < len(message):
-            while message[place] == _PIECE and message[place + 1] < 0x80:  # 256,000 times in umT5's
+        while place <= last:
+            # 256,000 times in umT5's
+            while place < last and message[place] == _PIECE and message[place + 1] < 0x80:
                 place += 2 + message[place + 1]
+            if place == last + 1:
+                return
             key, place = _number(message, place)
             match key & 7:
                 case 0:

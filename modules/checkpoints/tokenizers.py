@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizer_growth import check_sentencepiece, check_tokenizer
+from modules.contract.tokens import Place
 from modules.errors import CheckpointError
 from modules.text_files import require_regular_file
 
@@ -183,6 +184,14 @@ class TokenizerFiles:
             else f"the files of {self.repository}"
         )
         return f"{place} (or its {' or '.join(self.names[:2])})"
+
+
+def token_places(encoded: Encoding) -> list[Place]:
+    """Return where each token of an encoded text stands in it; one that the tokenizer adds has no place."""
+    return [
+        None if is_added else place
+        for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True)
+    ]
 
 
 def first_line(error: Exception) -> str:

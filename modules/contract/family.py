@@ -20,6 +20,7 @@ from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
+from modules.contract.source import SourceRules
 from modules.contract.tokens import CountTokens
 
 
@@ -234,6 +235,12 @@ class Generates(Protocol):
 
     # whether `request_conditions` needs the encoders at all
     def needs_media(self, prepared: Prepared) -> bool: ...
+
+    @property
+    def source(self) -> SourceRules: ...  # what denoising may start from
+
+    # frames 1 F H W 3 uint8, F = 4n + 1 -> latents 1 C f h w in model space; seed: of the request
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor: ...
 
     def sections(
         self,

@@ -8,15 +8,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
+from modules.contract.source import VIDEO, Source
 from modules.contract.step_cache import StepCaching
+from modules.layers.rope import Slow
+
+Spans = tuple[tuple[int, int, float], ...]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to encode, with weights for parts of it as (start, end, weight) in characters."""
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters.
+
+    Parts stand in the order of the text, do not overlap, and neither begin nor end with white space.
+    """
 
     text: str
-    spans: tuple[tuple[int, int, float], ...] = ()
+    spans: Spans = ()
     second: str | None = None  # for the second text encoder of a family that has two; None: the same text
 
 
@@ -43,20 +50,30 @@ class Request:
     guidance_scale: float | None = None
     embedded_guidance: float | None = None
     flow_shift: float | None = None
-    solver: str | None = None  # euler, unipc, unipc-bh1, dpm++
+    solver: str | None = None  # as `modules.flow.solvers` names it
     fps: float | None = None
     negative_prompt: str | None = None
+    second_prompt: str | None = None  # for the second text encoder of a family that has two
     cfg_schedule: str | None = None
+    away_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
     image_path: Path | None = None
     end_image_path: Path | None = None
     control_path: Path | None = None
-    video_path: Path | None = None
-    strength: float = 1.0  # how much of `video_path` is made anew, 0..1
+    source: Source | None = None  # what denoising starts from; None: noise
     # options of the family as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
+    # texts as they were typed, by their options, if something was drawn in them
+    typed: Mapping[str, str] = field(default_factory=dict)
     step_cache: StepCaching | None = None  # which passes are skipped; None: none
     # what a prompt line says in place of settings of the command line, by their names
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def first_image(self) -> Path | None:
+        """The image that an image-to-video model starts from, or the video whose first frame it is."""
+        if self.image_path is None and self.source is not None and self.source.option == VIDEO:
+            return self.source.path
+        return self.image_path
 
 
 @dataclass(frozen=True)
@@ -68,18 +85,21 @@ class EncodedPrompts:
     blank: Conditions | None = None
     away: Conditions | None = None
 
-    def section(
-        self, noise: Tensor, inputs: Conditions | None = None, source: Tensor | None = None
-    ) -> "Section":
-        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised."""
+    def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised.
+
+        Texts that are the same object become the same conditions, so that a pass with them runs once.
+        """
+        positive = {**add_batch_axis(self.positive), **(inputs or {})}
+        made = {id(self.positive): positive}
 
         def joined(text: Conditions | None) -> Conditions | None:
-            return None if text is None else {**add_batch_axis(text), **(inputs or {})}
+            if text is not None and id(text) not in made:
+                made[id(text)] = {**add_batch_axis(text), **(inputs or {})}
+            return None if text is None else made[id(text)]
 
-        positive = joined(self.positive)
-        assert positive is not None
         away = None if self.away is None else add_batch_axis(self.away)
-        return Section(noise, positive, joined(self.negative), joined(self.blank), source, away=away)
+        return Section(noise, positive, joined(self.negative), joined(self.blank), away=away)
 
 
 # as `Family.decode`, but not limited to -1..1
@@ -94,6 +114,7 @@ class Piece:
     overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
     in_front: bool  # it is played before the video so far; else after it
     decode: DecodePart  # makes its pixels, before they fade into what is there
+    so_far: Tensor  # B C F H W, on the CPU: latents of all sections made until now, in playing order
 
 
 # outputs of attention to the text asked for and to another one, each B L N D -> what takes their place
@@ -104,19 +125,8 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 class Away:
     """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
 
-    text: Conditions  # under the names that the family's text encoders give
+    text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
     steer: Steer
-
-
-@dataclass(frozen=True)
-class SlowFrames:
-    """One frequency of the frames' rotary positions slowed down, so that a long video does not repeat.
-
-    It is the frequency of number `index` from 0, by which positions turn once in `period` of them.
-    """
-
-    index: int
-    period: float
 
 
 @dataclass(frozen=True)
@@ -138,8 +148,15 @@ class Tweaks:
 
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
     away: Away | None = None
-    slow_frames: SlowFrames | None = None
+    slow_frames: Slow | None = None  # one frequency of the frames' rotary positions (RIFLEx)
+    embedded_guidance: bool = True  # False: the network's input for it is left out
     turn: Turn | None = None  # set by the denoising loop
+
+    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
+        """Return the tweaks with the second text as `rename` returns it, as a network takes its texts."""
+        if self.away is None:
+            return self
+        return replace(self, away=replace(self.away, text=rename(self.away.text)))
 
     def within(self, all_passes: "Tweaks") -> "Tweaks":
         """Return the tweaks of a pass together with those of all passes of its section."""
@@ -150,6 +167,7 @@ class Tweaks:
             skip_blocks=self.skip_blocks | all_passes.skip_blocks,
             away=self.away or all_passes.away,
             slow_frames=self.slow_frames or all_passes.slow_frames,
+            embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
         )
 
 
@@ -164,11 +182,13 @@ class Section:
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
-    source: Tensor | None = None  # clean latents to start from (video-to-video), B C F H W
+    place: int = 0  # of its first latent frame in the video
+    source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
     away: Conditions | None = None  # of a text alone, without media
     tweaks: Tweaks = NO_TWEAKS  # of every pass
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+    count: int = 1  # how many sections the clip is made in
 
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition

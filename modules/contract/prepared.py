@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.contract.generation import Prompts, Request
+from modules.layers.rope import Slow
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class Prepared:
     frames: int
     steps: int  # of the solver's schedule
     fps: float
-    solver: str  # euler, unipc, unipc-bh1, dpm++
+    solver: str  # as `modules.flow.solvers` names it
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
-    first_step: int = 0  # that is made; later than 0 if denoising starts from a video
+    slow_frames: Slow | None = None  # a frequency of the frames' positions, for a long video
+    first_step: int = 0  # that is made; later than 0 if denoising starts from a video; set by the shared loop
     own: Any = None  # what only the family reads, in a record of its own
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 

@@ -45,10 +45,15 @@ def settle(
     if embedded is not None and request.embedded_guidance is not None:
         embedded = request.embedded_guidance
     steps = request.steps or usual.steps
+    away = None if request.away_prompt is None else Prompt(request.away_prompt)
     return Prepared(
         asked=request,
         seed=request.seed,
-        prompts={0: Prompts(Prompt(request.prompt), Prompt(negative or ""))},
+        prompts={
+            0: Prompts(
+                Prompt(request.prompt, second=request.second_prompt), Prompt(negative or ""), away=away
+            )
+        },
         negative_prompt=negative or "",
         width=width,
         height=height,
@@ -59,15 +64,7 @@ def settle(
         flow_shift=flow_shift,
         guidance_scale=(scale,),
         embedded_guidance=embedded,
-        first_step=0 if request.video_path is None else first_step(steps, request.strength),
     )
-
-
-def first_step(steps: int, strength: float) -> int:
-    """Return the step at which video-to-video begins: the last `strength` of them are made, and at least
-    one.
-    """
-    return steps - min(max(int(steps * strength), 1), steps)
 
 
 def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:

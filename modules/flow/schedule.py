@@ -61,10 +61,10 @@ def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
 
 
 def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[float] = ()) -> Schedule:
-    """Return the noise levels that `solver` ("euler", "unipc", "unipc-bh1", "dpm++") visits in `steps` steps.
+    """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
-    0, without a shift. Without: euler and unipc-bh1 feed exact timesteps; unipc and dpm++ feed them cut to
+    0, without a shift. Without: euler, unipc-bh1 and lcm feed exact timesteps; the others feed them cut to
     whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an unknown
     solver or if steps is below 1.
     """
@@ -111,9 +111,18 @@ def _dpm_grid(steps: int, flow_shift: float) -> Schedule:
     return _whole_timesteps(1.0, steps, flow_shift)
 
 
+def _lcm_grid(steps: int, flow_shift: float) -> Schedule:
+    # down to the lowest timestep that models are trained on, from which the last jump goes to 0
+    levels = torch.linspace(1, 1 / TRAIN_TIMESTEPS, steps, dtype=torch.float32)
+    sigmas = shift_sigmas(levels, flow_shift)
+    return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]), sigmas * TRAIN_TIMESTEPS)
+
+
 _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
     "euler": _even_grid,
     "unipc": _unipc_grid,
     "unipc-bh1": _even_grid,
     "dpm++": _dpm_grid,
+    "dpm++sde": _dpm_grid,
+    "lcm": _lcm_grid,
 }

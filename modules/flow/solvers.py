@@ -16,6 +16,8 @@ from torch import Tensor
 
 from modules.flow.schedule import Schedule, make_schedule
 
+Draw = Callable[[Sequence[int]], Tensor]  # shape -> standard normal numbers, float32
+
 
 class Solver(Protocol):
     """Take steps in order of their index; the first index may be above 0 (video-to-video)."""
@@ -31,16 +33,26 @@ class Solver(Protocol):
         ...
 
 
-def make_solver(name: str, schedule: Schedule) -> Solver:
-    """Make a new solver: "euler", "unipc", "unipc-bh1" or "dpm++". Raises ValueError for another name."""
+def make_solver(name: str, schedule: Schedule, draw: Draw | None = None) -> Solver:
+    """Make a new solver: "euler", "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
+
+    draw: where that noise comes from; it is called only by a step that adds some.
+    Raises ValueError for another name, or if a solver that adds noise has no `draw`.
+    """
+    if name in _NOISY_SOLVERS:
+        if draw is None:
+            raise ValueError(f"the solver {name!r} adds noise: say where to draw it from")
+        return _NOISY_SOLVERS[name](schedule, draw)
     if name not in _SOLVERS:
-        raise ValueError(f"unknown solver {name!r}: one of {', '.join(_SOLVERS)}")
+        raise ValueError(f"unknown solver {name!r}: one of {', '.join((*_SOLVERS, *_NOISY_SOLVERS))}")
     return _SOLVERS[name](schedule)
 
 
-def solver_for(name: str, steps: int, flow_shift: float, table: Sequence[float] = ()) -> Solver:
+def solver_for(
+    name: str, steps: int, flow_shift: float, table: Sequence[float] = (), draw: Draw | None = None
+) -> Solver:
     """Return a fresh solver with the schedule that belongs to it. table: `NoiseSpec.table`."""
-    return make_solver(name, make_schedule(name, steps, flow_shift, table))
+    return make_solver(name, make_schedule(name, steps, flow_shift, table), draw)
 
 
 @dataclass(frozen=True)
@@ -54,14 +66,32 @@ class Euler:
         return sample.float() + float(sigma_next - sigma) * velocity.float()
 
 
+@dataclass(frozen=True)
+class Lcm:
+    """Jump to the predicted clean sample, then add fresh noise: for models distilled to a few such jumps.
+
+    Source: Song et al. 2023, arXiv 2303.01469, algorithm 1, on the path of a rectified flow.
+    """
+
+    schedule: Schedule
+    draw: Draw
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        here, there = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
+        x0 = _Prediction.make(here, velocity, sample).x0
+        return there.alpha * x0 + there.sigma * self.draw(sample.shape) if there.sigma > 0 else x0
+
+
 @dataclass
 class DpmPlusPlus:
     """DPM-Solver++ 2M, midpoint form; the first and the last step are of order 1.
 
-    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+    With `draw` each step replaces a part of the noise: the form for the stochastic differential equation,
+    SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
     """
 
     schedule: Schedule
+    draw: Draw | None = None  # None: the path is deterministic
     _past: list["_Prediction"] = field(default_factory=list)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
@@ -74,7 +104,9 @@ class DpmPlusPlus:
             ratio = (here.lam - before.level.lam) / (there.lam - here.lam)
             x0 = x0 + (0.5 / ratio) * (x0 - before.x0)
         self._past = [now]
-        return _move(here, there, sample.float(), x0)
+        if self.draw is None:
+            return _move(here, there, sample.float(), x0)
+        return _move_with_noise(here, there, sample.float(), x0, self.draw)
 
 
 @dataclass(frozen=True)
@@ -219,6 +251,18 @@ def _move(here: _Level, there: _Level, sample: Tensor, x0: Tensor, change: Tenso
     return (there.sigma / here.sigma) * sample - there.alpha * math.expm1(-step) * (x0 + change)
 
 
+def _move_with_noise(here: _Level, there: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
+    """Step between two levels as `_move`, twice as far in lambda, and make up for it with fresh noise.
+
+    From pure noise all of it is replaced; a step to sigma 0 adds none.
+    """
+    kept = math.exp(here.lam - there.lam)
+    moved = (there.sigma / here.sigma) * kept * sample + there.alpha * (1 - kept**2) * x0
+    if there.sigma <= 0:
+        return moved
+    return moved + there.sigma * math.sqrt(1 - kept**2) * draw(sample.shape)
+
+
 def _bh1(schedule: Schedule) -> UniPC:
     return UniPC(schedule, BH1)
 
@@ -229,3 +273,4 @@ _SOLVERS: dict[str, Callable[[Schedule], Solver]] = {
     "unipc-bh1": _bh1,
     "dpm++": DpmPlusPlus,
 }
+_NOISY_SOLVERS: dict[str, Callable[[Schedule, Draw], Solver]] = {"dpm++sde": DpmPlusPlus, "lcm": Lcm}

@@ -4,8 +4,10 @@ Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as in t
 """
 # Letters: B batch, L tokens, N heads, D head width
 
-from collections.abc import Hashable, Sequence
-from typing import Generic, Protocol, TypeVar
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,17 +20,38 @@ CPU = torch.device("cpu")
 THETA = 10000.0  # base of the frequencies, as trained
 
 
-def axis_angles(length: int, width: int, theta: float = THETA, dtype: torch.dtype = torch.float64) -> Tensor:
+@dataclass(frozen=True)
+class Slow:
+    """A frequency of an axis that gets a longer period, so that a long video does not repeat (RIFLEx)."""
+
+    index: int  # from 0, fastest first
+    period: float  # positions until it has turned once
+
+
+def axis_angles(
+    length: int,
+    width: int,
+    theta: float = THETA,
+    dtype: torch.dtype = torch.float64,
+    slow: Slow | None = None,
+) -> Tensor:
     """Return the angles of positions 0, 1, ... on one axis: length x width/2.
 
-    width: channels that belong to the axis, even.
+    width: channels that belong to the axis, even. slow: see `angles_at`.
     """
-    return angles_at(torch.arange(length, dtype=dtype), width, theta)
+    return angles_at(torch.arange(length, dtype=dtype), width, theta, slow)
 
 
-def angles_at(positions: Tensor, width: int, theta: float = THETA) -> Tensor:
-    """Return the angles of any positions on an axis: n -> n x width/2, in their dtype."""
+def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
+    """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
+
+    slow: one frequency in place of the trained one. Raises ValueError if the axis has no such frequency.
+    """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
+    if slow is not None:
+        if not 0 <= slow.index < len(frequencies):
+            raise ValueError(f"the axis has {len(frequencies)} frequencies, none of number {slow.index}")
+        frequencies[slow.index] = 2 * math.pi / slow.period
     return torch.outer(positions, frequencies)
 
 
@@ -46,32 +69,45 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
 
 
 def exact_table(
-    sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    theta: float = THETA,
+    device: torch.device = CPU,
+    slow: Slow | None = None,
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 float32 on `device`.
 
     Angles are float64. sizes: positions along each axis (frames, rows, columns). widths: channels of each
-    axis, D in total.
+    axis, D in total. slow: of the first axis.
     """
     # float64: at position 1000 a float32 angle is wrong in the fifth digit
-    return _table(sizes, widths, theta, torch.float64, device)
+    return _table(sizes, widths, theta, torch.float64, device, slow)
 
 
 def float32_table(
-    sizes: Sequence[int], widths: Sequence[int], theta: float = THETA, device: torch.device = CPU
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    theta: float = THETA,
+    device: torch.device = CPU,
+    slow: Slow | None = None,
 ) -> Tensor:
     """Return the table that `exact_table` returns, from float32 angles."""
-    return _table(sizes, widths, theta, torch.float32, device)
+    return _table(sizes, widths, theta, torch.float32, device, slow)
 
 
 def _table(
-    sizes: Sequence[int], widths: Sequence[int], theta: float, dtype: torch.dtype, device: torch.device
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    slow: Slow | None,
 ) -> Tensor:
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
     axes = [
-        turns(axis_angles(size, width, theta, dtype)).float()
-        for size, width in zip(sizes, widths, strict=True)
+        turns(axis_angles(size, width, theta, dtype, None if axis else slow)).float()
+        for axis, (size, width) in enumerate(zip(sizes, widths, strict=True))
     ]
     return on_grid([send_ahead(one, device) for one in axes]).unsqueeze(1)
 
@@ -84,10 +120,31 @@ def turns(angles: Tensor) -> Tensor:
 TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
 
 
+class Grid(NamedTuple):
+    """What the table of a counted grid depends on."""
+
+    sizes: tuple[int, ...]  # frames, rows, columns
+    slow: Slow | None = None  # of the frames
+
+
 class TableMaker(Protocol[Asked]):
     """Make a table on a device from the tokens' layout, such as the numbers of frames, rows and columns."""
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor: ...
+
+
+def table_maker(
+    make: Callable[..., Tensor],
+    widths: Sequence[int],
+    theta: float = THETA,
+    dtype: torch.dtype = torch.float32,
+) -> TableMaker[Grid]:
+    """Return what makes the tables of one network. make: of `TABLES`; dtype: see `rotate`."""
+
+    def of(grid: Grid, /, *, device: torch.device) -> Tensor:
+        return make(grid.sizes, widths, theta, device, grid.slow).to(dtype)
+
+    return of
 
 
 class GridTable(Generic[Layout]):
@@ -106,13 +163,14 @@ class GridTable(Generic[Layout]):
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the channel pairs of x (B L N D) by a table of `TABLES`; in float32, returned in x's dtype.
+    """Rotate the channel pairs of x (B L N D) by a table of `TABLES`; in the table's dtype, returned in x's.
 
     Uncompiled code multiplies complex numbers, a single pass over x; compiled code spells out the products,
-    because compilers fuse that form. The results differ only by rounding: 1e-6 of the largest number.
+    because compilers fuse that form. The results differ only by rounding: 1e-6 of the largest number. With a
+    table in 16 bits the products are spelled out too, as torch has no complex numbers of that size.
     """
-    pairs = x.float().unflatten(-1, (-1, 2))  # B L N D/2 2
-    if not torch.compiler.is_compiling():
+    pairs = x.to(table.dtype).unflatten(-1, (-1, 2))  # B L N D/2 2
+    if not torch.compiler.is_compiling() and table.dtype.itemsize >= 4:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     else:
         first, second = pairs.unbind(-1)

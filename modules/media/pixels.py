@@ -45,30 +45,30 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> Size:
-    """Return the (width, height) of an image file."""
-    from modules.media import reading as media
+    """Return the (width, height) of an image file, or of a video whose first frame serves as one."""
+    from modules.media.reading import frame_size
 
-    return media.image_size(path)
+    return frame_size(path)
 
 
 def read_pixels(path: Path) -> Tensor:
-    """Read an image file at its own size: 1 3 1 H W float32 in -1..1."""
-    from modules.media.reading import read_image
+    """Read an image, or a video's first frame, at its own size: 1 3 1 H W float32 in -1..1."""
+    from modules.media.reading import first_frame
 
-    return to_pixels(torch.from_numpy(read_image(path)[None, None]))
+    return to_pixels(torch.from_numpy(first_frame(path)[None, None]))
 
 
 def image_pixels(path: Path, width: int, height: int, keep_aspect: bool = True) -> Tensor:
-    """Read an image file at exactly width x height: 1 3 1 H W float32 in -1..1.
+    """Read an image, or a video's first frame, at exactly width x height: 1 3 1 H W float32 in -1..1.
 
     keep_aspect: scale to cover and crop the centre, as for training; else stretch, as Wan's released code
     does after choosing a size with the image's own aspect ratio.
     """
     import cv2
 
-    from modules.media.reading import read_image, resize_cover
+    from modules.media.reading import first_frame, resize_cover
 
-    image = read_image(path)
+    image = first_frame(path)
     if keep_aspect:
         image = resize_cover(image, (width, height))
     elif image.shape[:2] != (height, width):

@@ -104,6 +104,36 @@ def resize_cover(frame: Frame, bucket: Size) -> Frame:
     return np.ascontiguousarray(resized[top : top + bucket[1], left : left + bucket[0]])
 
 
+def resize_stretched(frame: Frame, size: Size) -> Frame:
+    """Resize a frame to exactly `size`, bicubic, whatever becomes of its proportions."""
+    if (frame.shape[1], frame.shape[0]) == size:
+        return frame
+    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+
+def first_frame(path: Path) -> Frame:
+    """Read an image, or the first frame of a video file or of a folder of images: H W 3.
+
+    Raises MediaError if it cannot be read.
+    """
+    return next(video_frames(path)) if _plays(path) else read_image(path)
+
+
+def frame_size(path: Path) -> Size:
+    """Return (width, height) of an image, or of the frames of a video file or of a folder of images.
+
+    Raises MediaError if it cannot be read.
+    """
+    if not _plays(path):
+        return image_size(path)
+    info = video_info(path)
+    return info.width, info.height
+
+
+def _plays(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
+
+
 @dataclass(frozen=True)
 class TimedFrame:
     """A frame, H W C, and when it is shown, in seconds."""

@@ -49,7 +49,17 @@ _CODECS = {
     "prores": _Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
 }
 
+# width, height: with 40 x 64, 48 x 48 or 48 x 32 pixels libx265 damages memory, which at times ends the
+# process; from 64 x 40 on it did not in many trials
+SMALLEST_H265 = (64, 48)
 _MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+
+
+def encoder_for(codec: str, frame: Frame) -> str:
+    """Return the codec to use for frames of this size (H W 3): h264 in place of h265 for tiny ones."""
+    height, width = (side // 2 * 2 for side in frame.shape[:2])
+    is_tiny = width < SMALLEST_H265[0] or height < SMALLEST_H265[1]
+    return "h264" if codec == "h265" and is_tiny else codec
 
 
 def write_video(
@@ -67,8 +77,8 @@ def write_video(
     codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
     tags: text to store by name; .mkv shows names in upper case. The last row or column of an odd size is
     cropped. Colours are BT.709 and tagged so. No time and no random id is written.
-    Raises MediaError if there is no frame or the codec does not fit the suffix, OutputError if the file
-    cannot be written.
+    Raises MediaError if there is no frame, the codec does not fit the suffix, or the frames are too small for
+    it; OutputError if the file cannot be written.
     """
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
@@ -81,6 +91,12 @@ def write_video(
     first = next(remaining, None)
     if first is None:
         raise MediaError(f"{path}: there is no frame to write")
+    if encoder_for(codec, first) != codec:
+        height, width = first.shape[:2]
+        raise MediaError(
+            f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
+            f"{SMALLEST_H265[1]} are the least. Use h264"
+        )
     with atomic_path(path) as temporary, name_write_errors():
         # no random ids
         container = _create(temporary, suffix, tags)

@@ -25,6 +25,7 @@ WORDS = {
     r"(\w+)_lora": "{family}",  # merge, convert
 }
 FAMILY = "hv"  # of scripts that name none
+TOOLS = "blissful_tuner"  # the one room that has scripts too
 OF_A_CHECKOUT = {"quickstart", "run_tests"}  # scripts that set up a checkout; the package has none of them
 
 
@@ -39,14 +40,19 @@ class ScriptCommand:
     def script(self) -> str:
         return self.path.stem
 
+    @property
+    def module(self) -> str:
+        """Its name as a module: `wan_train_network`, `blissful_tuner.metaview`."""
+        return f"{TOOLS}.{self.script}" if self.path.parent.name == TOOLS else self.script
+
 
 def find_commands(folder: Path) -> list[ScriptCommand]:
-    """Return the commands of all scripts in a folder, by their words.
+    """Return the commands of all scripts in a checkout's or the package's folder, by their words.
 
-    A script is a file that runs `command_line`.
+    A script is a file there, or in its room of tools, that runs `command_line`.
     """
     commands = []
-    for path in folder.glob("*.py"):
+    for path in (*folder.glob("*.py"), *(folder / TOOLS).glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if path.stem in OF_A_CHECKOUT or not re.search(r"^ +command_line\(", text, re.MULTILINE):
             continue
@@ -77,7 +83,7 @@ def main() -> None:
     if command is not None:
         name = " ".join((PROGRAM, *command.words))
         sys.argv = [name, *words[len(command.words) :]]  # the name that its help and messages show
-        importlib.import_module(f"{__package__}.{command.script}").run()
+        importlib.import_module(f"{__package__}.{command.module}").run()
     elif words[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:

@@ -7,23 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import (
-    add_skipped_layers,
-    choose_applied_steps,
-    guidance_scales,
-    make_guidance,
-    needs,
-    plain_cfg,
-    remember_passes,
-)
+from blissful_tuner.guidance import make_guidance, needs
 from blissful_tuner.guidance_options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
     add_guidance_arguments,
-    add_rescale_argument,
 )
+from blissful_tuner.guidance_steps import choose_applied_steps, guidance_scales
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Predict, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
 from modules.contract.steps import Needs, Step
 from modules.errors import OptionError
 from modules.options import read_options
@@ -88,13 +80,10 @@ def test_a_skipped_step_makes_one_pass() -> None:
     assert len(network.made) == 3
 
 
-def test_scale_1_and_a_missing_negative_make_one_pass() -> None:
+def test_scale_1_makes_one_pass() -> None:
     network = passes()
     make_guidance(replace(REQUEST, guidance_scale=(1.0,)), PLAIN_GUIDANCE)(step(0), network, network.section)
-    make_guidance(replace(REQUEST, steps=1), PLAIN_GUIDANCE)(
-        step(0), network, replace(network.section, negative=None)
-    )
-    assert network.made == [(True, frozenset())] * 2
+    assert network.made == [(True, frozenset())]
 
 
 def test_a_schedule_turns_guidance_on_where_it_says_even_at_scale_1() -> None:
@@ -161,20 +150,6 @@ def test_skip_layer_original_adds_a_third_pass_while_active() -> None:
 
 
 @pytest.mark.parametrize("mode", ["original", "uncond"])
-def test_a_pass_without_layers_is_made_once_however_often_it_is_asked_for(mode: str) -> None:
-    def asking_twice(step: Step, scale: float, predict: Predict, section: Section) -> Tensor:
-        plain_cfg(step, scale, predict, section)
-        return plain_cfg(step, scale, predict, section)
-
-    network, combine = passes(), add_skipped_layers(asking_twice, skipping(mode, "1"), 4)
-    predict = remember_passes(network)
-    for _ in range(2):
-        combine(step(0), 5.0, predict, network.section)
-
-    assert network.made.count((False, frozenset({1}))) == 1
-
-
-@pytest.mark.parametrize("mode", ["original", "uncond"])
 def test_no_layers_mean_no_skip_layer_guidance(mode: str) -> None:
     network = passes()
     assert (
@@ -230,17 +205,12 @@ def test_rescaling_acts_on_what_skip_layer_guidance_makes() -> None:
     torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
 
 
-def test_rescaling_is_an_option_of_the_scripts_that_add_it() -> None:
+@pytest.mark.parametrize("has_embedded", [False, True])
+def test_nothing_is_on_that_is_not_given(has_embedded: bool) -> None:
     parser = argparse.ArgumentParser()
-    add_guidance_arguments(parser)
-    assert "--guidance_rescale" not in parser.format_help()
+    add_guidance_arguments(parser, has_embedded)
     assert read_options(GuidanceOptions, parser.parse_args([])) == PLAIN_GUIDANCE
-
-    add_rescale_argument(parser.add_argument_group("more"))
-
-    assert read_options(GuidanceOptions, parser.parse_args([])) == PLAIN_GUIDANCE
-    found = read_options(GuidanceOptions, parser.parse_args(["--guidance_rescale", "0.7"]))
-    assert found == replace(PLAIN_GUIDANCE, guidance_rescale=0.7)
+    assert ("--disable_embedded_for_cfg" in parser.format_help()) == has_embedded
 
 
 @pytest.mark.parametrize("share", [float("nan"), -0.1, 1.1])
@@ -258,3 +228,27 @@ def test_layers_that_are_no_numbers_are_refused(layers: str) -> None:
 def test_a_skip_mode_needs_its_ratio() -> None:
     with pytest.raises(OptionError, match="--cfg_apply_ratio"):
         replace(PLAIN_GUIDANCE, cfg_skip_mode="early")
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_positive_passes_alone_get_the_tweaks_of_the_caller_the_same_at_all_steps(scale: float) -> None:
+    network, asked, told = passes(), [], []
+
+    def tweaks_of(section: Section) -> Tweaks:
+        asked.append(section)
+        return Tweaks(skip_blocks=frozenset({7}))
+
+    def predict(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
+        told.append(tweaks)
+        return network(*conditions, tweaks=tweaks)
+
+    guidance = make_guidance(
+        replace(REQUEST, guidance_scale=(scale,)), PLAIN_GUIDANCE, positive_tweaks=tweaks_of
+    )
+    for index in range(2):
+        guidance(step(index), predict, network.section)
+
+    a_step = [(True, frozenset({7})), (False, frozenset())][: 1 if scale == 1 else 2]
+    assert network.made == a_step * 2
+    assert told[0] is told[len(a_step)]
+    assert asked == [network.section]

@@ -5,22 +5,84 @@ from pathlib import Path
 import pytest
 import torch
 
-from blissful_tuner.video_to_video import noisy_source
-from modules.contract.generation import Request
+from blissful_tuner.video_to_video import first_step, fit_frames, noisy_source, part_of, resize_latents
+from modules.contract.generation import Request, Section
+from modules.contract.source import Source
 from modules.flow.schedule import make_schedule
 from tests.preparing import prepare
 
 
+def source(denoise: float, mode: str = "traditional") -> Source:
+    return Source("video_path", Path("x.mp4"), denoise, noise_mode=mode)
+
+
 @pytest.mark.parametrize(
-    ("steps", "strength", "made"), [(50, 0.8, 40), (10, 0.55, 5), (10, 0.0, 1), (10, 1.0, 10), (1, 0.5, 1)]
+    ("steps", "denoise", "made"), [(50, 0.8, 40), (10, 0.55, 5), (10, 0.0, 1), (10, 1.0, 10), (1, 0.5, 1)]
 )
-def test_the_last_steps_are_made(steps: int, strength: float, made: int) -> None:
-    prepared = prepare(Request("p", 1, steps=steps, video_path=Path("x.mp4"), strength=strength))
-    assert (prepared.num_steps, prepared.first_step) == (made, steps - made)
+def test_the_last_steps_are_made(steps: int, denoise: float, made: int) -> None:
+    assert first_step(source(denoise), make_schedule("euler", steps, 5.0)) == steps - made
+
+
+@pytest.mark.parametrize(
+    ("denoise", "step"),
+    # timesteps 1000, 983.05, 956.04, 906.25, 783.78
+    [(0.5, 4), (1.0, 0), (0.0, 4), (0.99, 1), (0.995, 0), (0.93, 3), (0.9315, 2), (0.85, 3)],
+)
+def test_direct_begins_at_the_nearest_noise_level(denoise: float, step: int) -> None:
+    assert first_step(source(denoise, "direct"), make_schedule("euler", 5, 14.5)) == step
+
+
+def test_direct_takes_the_first_of_two_that_are_equally_near() -> None:
+    """Levels 1, 0.8, 0.6, 0.4, 0.2: a half lies between the third and the fourth."""
+    schedule = make_schedule("euler", 5, 1.0)
+    for denoise, step in ((0.9, 0), (0.7, 1), (0.5, 2), (0.3, 3)):
+        assert first_step(source(denoise, "direct"), schedule) == step
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "unipc-bh1"])
+def test_direct_looks_at_the_timesteps_of_the_solver(solver: str) -> None:
+    schedule = make_schedule(solver, 20, 5.0)
+    gaps = (schedule.timesteps / 1000 - 0.5).abs()
+    assert first_step(source(0.5, "direct"), schedule) == int(gaps.argmin())
 
 
 def test_from_noise_all_steps_are_made() -> None:
-    assert prepare(Request("p", 1, steps=10, strength=0.3)).num_steps == 10
+    assert prepare(Request("p", 1, steps=10)).num_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("mode", "frames", "expected"),
+    [
+        ("front", 5, [0, 0, 0, 1, 2]),
+        ("end", 5, [0, 1, 2, 2, 2]),
+        ("front", 2, [0, 1]),
+        ("end", 2, [0, 1]),
+        ("front", 3, [0, 1, 2]),
+    ],
+)
+def test_missing_frames_are_copies_and_further_ones_are_cut_off(
+    mode: str, frames: int, expected: list[int]
+) -> None:
+    latents = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 2, 3, 4, 4)
+    assert fit_frames(latents, frames, mode)[0, 1, :, 0, 0].tolist() == expected
+
+
+def test_each_section_starts_from_its_part() -> None:
+    video = torch.arange(7.0).view(1, 1, 7, 1, 1)
+    noise = torch.zeros(1, 1, 3, 1, 1)
+    for place, expected in ((0, [0, 1, 2]), (1, [1, 2, 3]), (4, [4, 5, 6]), (5, [5, 6, 6])):
+        assert part_of(video, Section(noise, {}, place=place)).flatten().tolist() == expected
+
+
+def test_latents_are_scaled_frame_by_frame() -> None:
+    latents = torch.randn(1, 2, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    assert resize_latents(latents, 4, 6) is latents
+    scaled = resize_latents(latents, 8, 12)
+    assert scaled.shape == (1, 2, 3, 8, 12)
+    alone = resize_latents(latents[:, :, 1:2], 8, 12)
+    torch.testing.assert_close(scaled[:, :, 1:2], alone)
+    flat = resize_latents(torch.full((1, 1, 1, 4, 4), 0.7), 8, 8)
+    torch.testing.assert_close(flat, torch.full((1, 1, 1, 8, 8), 0.7))
 
 
 def test_it_begins_with_the_mixture_of_the_first_step() -> None:

@@ -32,7 +32,7 @@ from tests.faults.damage import (
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.runs import WAN, as_bytes, assert_same_tensors, copy_data
 from tests.tiny.project import moving_square
-from wan.family import LATENT
+from wan.spec import LATENT
 
 LATENTS, TEXT = "clip 1_00000-005_0032x0032_wan.safetensors", "clip 1_wan_te.safetensors"
 FAMILIES = (WAN,)  # what is wrong here is found before a family is asked

@@ -122,6 +122,14 @@ def test_the_flow_shift_follows_the_size(
     assert request.flow_shift == pytest.approx(shift, rel=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["euler", "dpm++", "dpm++sde", "lcm"])
+def test_another_solver_follows_the_same_levels(picture: Path, solver: str) -> None:
+    request = settle(picture, solver=solver)
+    released = settle(picture, solver="unipc")
+    assert (request.solver, released.solver) == (solver, "unipc-bh1")
+    assert request.flow_shift == released.flow_shift
+
+
 def test_a_flow_shift_that_is_given_counts(picture: Path) -> None:
     assert settle(picture, flow_shift=3.0).flow_shift == 3.0
 
@@ -144,8 +152,6 @@ def test_one_picture_has_one_frame_whatever_the_length(picture: Path) -> None:
         ({"extra": {"video_seconds": "1e12"}}, "sections: a video has 10000 at most"),
         ({"extra": {"one_frame": "no_3x"}}, "--one_frame_inference 'no_3x': 'no_3x' is unknown"),
         ({"extra": {"one_frame": "default"}, "f1": True}, "--one_frame_inference needs the FramePack model"),
-        ({"solver": "dpm++"}, r"--sample_solver dpm\+\+: FramePack is sampled with unipc only"),
-        ({"solver": "euler"}, "--sample_solver vanilla"),
         ({"width": 40}, "--video_size 32 40 .*multiples of 16"),
         (
             {"extra": {"one_frame": "default", "control_image_path": "no.png"}},
@@ -177,8 +183,8 @@ def test_what_cannot_be_made_is_said(picture: Path, said: dict[str, Any], messag
             "--control_image_path is ignored because it is for --one_frame_inference",
         ),
         (
-            {"video_path": Path("clip.mp4")},
-            "--video_path clip.mp4 is ignored because FramePack does not take it",
+            {"control_path": Path("clip.mp4")},
+            "--control_path clip.mp4 is ignored because FramePack does not take it",
         ),
         (
             {"prompt": "a;;;4:b", "extra": {"video_sections": "4"}},
@@ -195,7 +201,7 @@ def test_what_is_left_out_is_warned_about(
     request = settle(picture, **said)
     assert message in caplog.text
     assert request.asked.end_image_path is None
-    assert request.asked.video_path is None
+    assert request.asked.control_path is None
     assert own(request).controls == ()
     assert "control_image_path" not in request.own_metadata
 

@@ -13,6 +13,7 @@ from frame_pack.family import HISTORY, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.contract.data import Conditions
+from modules.contract.generation import Turn, Tweaks
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import read_options
@@ -60,6 +61,26 @@ def test_positions_are_scaled_from_the_threshold_on() -> None:
         options("--rope_scaling_timestep_threshold", "800", "--rope_scaling_factor", "0.7")
     )
     assert torch.equal(velocity(family, dit, 900.0), scaled(dit, 900.0, 0.7))
+
+
+def test_a_factor_of_1_leaves_every_bit() -> None:
+    words = ("--rope_scaling_timestep_threshold", "0", "--rope_scaling_factor", "1")
+    dit = tiny_model()
+
+    assert torch.equal(
+        velocity(family_for_generation(options(*words)), dit, 900.0),
+        velocity(family_for_generation(options()), dit, 900.0),
+    )
+
+
+def test_in_generation_the_host_knows_the_timestep() -> None:
+    """Reading it from the device would make the host wait."""
+    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
+    turn, fed = Tweaks(turn=Turn(0, 1, 900.0, "")), torch.tensor([100.0])
+
+    scaled_by_turn = family.predict(dit, INPUTS["noisy"], fed, CONDITIONS, turn)
+
+    assert torch.equal(scaled_by_turn, scaled(dit, 100.0, 0.5))
 
 
 def test_the_timestep_that_the_model_is_fed_decides() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import compare
@@ -145,6 +146,7 @@ def test_pictures_are_compared_too(tmp_path: Path, t2v: TinyWan) -> None:
     ("more", "message"),
     [
         (("--interactive",), "--interactive has no meaning"),
+        (("--prompt", "a", "--save_last_frame"), "--save_last_frame has no meaning"),
         (("--prompt", "a", "--output_type", "latent"), "--output_type latent has no meaning"),
         (("--prompt", "a", "--no_metadata"), "--no_metadata has no meaning"),
         (("--prompt", "a", "--lora_multiplier", "nan"), "--lora_multiplier nan: give a number"),
@@ -158,6 +160,22 @@ def test_what_makes_no_comparison_is_refused(
     with pytest.raises(UserError, match=message):
         run(tmp_path, t2v, *more)
     assert not list(tmp_path.iterdir())
+
+
+def test_clips_made_at_another_time_are_kept(tmp_path: Path, t2v: TinyWan) -> None:
+    say = ("--prompt", "a cat", "--output_type", "both")
+    run(tmp_path, t2v, *say)
+    latents = next(tmp_path.glob("001_0_without-LoRA*_latent.safetensors"))
+    with safe_open(latents, "pt") as file:
+        earlier = {**file.metadata(), "bt_creation_timestamp": "2020-01-02T03:04:05+00:00"}
+    save_file(load_file(latents), latents, earlier)
+    names = sorted(path.name for path in tmp_path.glob("001_*"))
+
+    run(tmp_path, t2v, *say)
+
+    assert sorted(path.name for path in tmp_path.glob("001_*")) == names
+    with safe_open(latents, "pt") as file:
+        assert file.metadata() == earlier
 
 
 def test_lora_weight_belongs_to_the_columns(

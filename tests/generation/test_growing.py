@@ -86,7 +86,8 @@ def clip_of(family: ToyFamily, latents: Tensor) -> Tensor:
 
 
 def black_piece(family: ToyFamily) -> Piece:
-    return Piece(torch.zeros(1, 2, WINDOW, 4, 4), 0, True, family.decode_part)
+    latents = torch.zeros(1, 2, WINDOW, 4, 4)
+    return Piece(latents, 0, True, family.decode_part, latents)
 
 
 def joined(pieces: list[Piece]) -> tuple[Tensor, Tensor]:

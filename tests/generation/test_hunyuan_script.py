@@ -85,7 +85,7 @@ def test_a_strength_without_any_video_is_said_to_be_ignored_once(
     ):
         caplog.clear()
         generate(tmp_path / "made", t2v, *arguments)
-        assert caplog.text.count("is ignored because --video_path is not given") == expected
+        assert caplog.text.count("--strength 0.5 is ignored because --video_path or") == expected
 
 
 def test_a_schedule_counts_the_steps_that_are_made_of_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ TEXT: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.
 def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
     family, options = tiny_generation(tmp_path)
     phase, most = rehearse_denoising(
-        family, options, REQUEST, {0: EncodedPrompts(TEXT, TEXT)}, {0: {}}, MemoryPart("more", 0)
+        family, options, REQUEST, {0: EncodedPrompts(TEXT, {**TEXT})}, {0: {}}, MemoryPart("more", 0)
     )
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
@@ -102,15 +103,18 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
 def test_the_plan_counts_the_passes_of_a_step_with_guidance_whichever_that_is(tmp_path: Path) -> None:
     family, options = tiny_generation(tmp_path)
 
-    def peak(schedule: str | None) -> int:
+    def peak(schedule: str | None, **guidance: Any) -> int:
         request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
-        texts = {0: EncodedPrompts(TEXT, TEXT)}
-        phase, _ = rehearse_denoising(
-            family, replace(options, split_uncond=False), request, texts, {0: {}}, MemoryPart("more", 0)
-        )
+        texts = {0: EncodedPrompts(TEXT, {**TEXT}, {**TEXT})}  # three texts of one size
+        joined = replace(options, split_uncond=False, guidance=replace(options.guidance, **guidance))
+        phase, _ = rehearse_denoising(family, joined, request, texts, {0: {}}, MemoryPart("more", 0))
         return phase(0).device
 
     assert peak("3") == peak(None) > peak("!3")
+    # its first steps have no batch
+    assert peak(None, slg_mode="uncond", slg_layers="1", slg_end=0.5) == peak(None)
+    assert peak(None, cfgzerostar_init_steps=2) == peak(None)
+    assert peak(None, perp_neg=1.5) > peak(None)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_denoising_with_a_step_cache_takes_what_was_predicted(
 ) -> None:
     """Of both passes of a step, also later, when each finds what the step before has left."""
     family, options = tiny_generation(tmp_path)
-    texts, extra = {0: EncodedPrompts(TEXT, TEXT)}, MemoryPart("more", 0)
+    texts, extra = {0: EncodedPrompts(TEXT, dict(TEXT))}, MemoryPart("more", 0)
     plain, _ = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
     request = replace(REQUEST, asked=replace(REQUEST.asked, step_cache=cache))
     phase, _ = rehearse_denoising(family, options, request, texts, {0: {}}, extra)

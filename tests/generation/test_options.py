@@ -44,7 +44,7 @@ def test_defaults_are_read(tmp_path: Path) -> None:
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
         (["--prompt", "p", "--upcast_linear"], "--upcast_linear needs --fp8_scaled"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
-        (["--prompt", "p", "--video_path", "x.mp4"], "--video_path is not supported yet"),
+        (["--video_path", "x.mp4", "--i2i_path", "x.png"], "--video_path x.mp4 and --i2i_path x.png"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -102,9 +102,7 @@ def test_only_videos_that_come_in_sections_can_be_watched_while_they_grow(tmp_pa
 
 
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
-    defaults = ScriptDefaults(
-        fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"}, rescales_guidance=True
-    )
+    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"})
     parser = generation_parser(None, defaults)
     parser.add_argument("--paws", type=int, default=4)
     args = read_arguments(

@@ -15,13 +15,13 @@ from generation.output_options import OutputOptions
 from generation.outputs import (
     drop_tail,
     free_stem,
-    load_latents,
     output_stem,
     own_stem,
     pixels_to_uint8,
     save_latents,
     save_pixels,
 )
+from modules.checkpoints.latents import load_latents
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames, video_info
 from tests.media_tags import read_tags
@@ -35,9 +35,19 @@ def options(
     container: str = "mp4",
     pngs: bool = False,
     numbered: bool = False,
+    last: bool = False,
 ) -> OutputOptions:
     return OutputOptions(
-        folder, output_type, False, trim, False, False, numbered, FormatOptions(codec, container, pngs)
+        save_path=folder,
+        output_type=output_type,
+        no_metadata=False,
+        trim_tail_frames=trim,
+        no_progressive_save=False,
+        prompt_in_name=False,
+        save_last_frame=last,
+        numbers_single=numbered,
+        named_as_released=False,
+        format=FormatOptions(codec, container, pngs),
     )
 
 
@@ -170,6 +180,40 @@ def test_images_may_come_with_latents(tmp_path: Path) -> None:
     assert asked.decodes
     path = save_pixels(asked, "a", clip(), 16, None)
     assert sorted(each.name for each in path.iterdir()) == [f"a_00{index}.png" for index in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("output_type", "codec", "trim", "grey"),
+    [("video", "h264", 0, 4), ("images", "h264", 0, 4), ("video", "prores", 0, 4), ("video", "h264", 2, 2)],
+)
+def test_the_last_frame_is_written_beside_a_video(
+    tmp_path: Path, output_type: str, codec: str, trim: int, grey: int
+) -> None:
+    """As it was decoded, not as the video's codec changed it, and behind what is cut off."""
+    said = options(tmp_path, output_type, trim=trim, codec=codec, last=True)
+    path = save_pixels(said, "a", clip(), 16.0, {"bt_seeds": "7"})
+    last = tmp_path / "a_last.png"
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, "a_last.png"}
+    assert np.array_equal(read_image(last), pixels_to_uint8(torch.full((1, 3, 1, 16, 32), grey / 10))[0])
+    assert read_tags(last)["bt_seeds"] == "7"
+
+
+def test_a_picture_has_no_last_frame_beside_it(tmp_path: Path) -> None:
+    save_pixels(options(tmp_path, last=True), "a", clip(1), 16.0, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_last_frame_takes_nobodys_place(tmp_path: Path) -> None:
+    (tmp_path / "a_last.png").touch()
+    with own_stem(tmp_path, "a") as stem:
+        assert stem == "a_"
+    save_pixels(options(tmp_path, last=True), "a", clip(), 16.0, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a_last.png", "a_.mp4", "a__last.png"}
+
+
+def test_latents_alone_have_no_last_frame(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--save_last_frame with --output_type latent"):
+        options(tmp_path, "latent", last=True)
 
 
 def test_prores_is_written_as_matroska(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """--optimized on machines that lack something, and on files that are in fp8."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import fpack_generate_video
+import hv_generate_video
 import wan_generate_video
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.preset import leave_out_missing
 from modules.devices import allow_fp16_accumulation
+from modules.errors import OptionError
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
 from tests.tiny.wan import TinyWan, write_tiny_wan
@@ -46,6 +50,51 @@ def test_what_a_cpu_lacks_is_left_out_with_a_warning_each(
         "--optimized goes without --fp16_accumulation here",
     ]
     assert "CUDA devices only" in said[0]
+
+
+def said_of(folder: Path, caplog: pytest.LogCaptureFixture, *arguments: object) -> str:
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        leave_out_missing(ToyFamily(), read(folder, *arguments), CPU)
+    (line,) = (text for text in caplog.messages if text.startswith("--optimized sets"))
+    return line
+
+
+def test_one_line_says_what_is_set_what_is_missing_and_what_was_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert said_of(tmp_path, caplog, "--optimized", "--compile") == (
+        "--optimized sets --fp8_scaled --rope_func; left out, as the warnings above say why: --attn_mode, "
+        "--fp16_accumulation; left to what you gave: --compile"
+    )
+    given = ("--compile", "--fp8", "--attn_mode", "torch", "--fp16_accumulation")
+    assert said_of(tmp_path, caplog, "--optimized", *given).endswith(
+        "sets --rope_func; left to what you gave: --attn_mode, --compile, --fp8_scaled, --fp16_accumulation"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (wan_generate_video, {"fp16_accumulation": True, "rope_func": "comfy"}),
+        (hv_generate_video, {"fp8_fast": True}),
+        (fpack_generate_video, {"fp8_fast": True}),
+    ],
+)
+def test_the_preset_of_each_script(script: ModuleType, expected: dict[str, object]) -> None:
+    everywhere = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
+    assert dict(script.DEFAULTS.optimized) == everywhere | expected
+
+
+def test_the_line_names_values(tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        video(tmp_path, t2v, "--optimized", "--compile_args", *EAGER)
+    assert "--optimized sets --compile --fp8_scaled --rope_func comfy; left out" in caplog.text
+
+
+def test_partial_compilation_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--optimized_compile is not supported yet: give --compile"):
+        read(tmp_path, "--optimized_compile")
 
 
 def test_nothing_is_said_without_optimized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from generation.prompt_lines import (
     EMBEDDED_GENERATION_OPTIONS,
+    GENERATION_OPTIONS,
     SECTIONED_GENERATION_OPTIONS,
+    LineOption,
     parse_generation_line,
     parse_sample_line,
     read_generation_lines,
@@ -52,7 +54,8 @@ IMAGES = {"image_path": "my cat.png", "end_image_path": "b.png"}
         ("p --vs 2 --f 3", {"video_sections": 2, "video_seconds": 3.0}),
         ("p --g 2 --l 3", {"guidance_scale": 3.0}),
         ("p --i 0:a.png;;;-1:b.png", {"image_path": "0:a.png;;;-1:b.png"}),
-        ("p --cn a.mp4 --v b.mp4", {}),
+        ("p --cn a.mp4 --ii b.png", {}),
+        ('p --v "b c.mp4" --vd 0.4', {"video_path": "b c.mp4", "denoise": 0.4}),
         ('p --i "my cat.png" --ei \'b.png\' --ci "c.png"', {**IMAGES, "control_image_path": ["c.png"]}),
         ('p --i " --ei "b.png', {"image_path": '"', "end_image_path": '"b.png'}),
     ],
@@ -107,6 +110,63 @@ def test_numbers_may_be_negative() -> None:
 def test_a_generation_line_with_a_wrong_number_is_refused() -> None:
     with pytest.raises(OptionError, match="--w: '5x' is not a whole number"):
         parse_generation_line("p --w 5x")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("p --guidance_scale 5 --infer_steps 3", {"guidance_scale": 5.0, "infer_steps": 3}),
+        ("p --seed hello", {"seed": 2475399061}),
+        ("p --video_size 480 832", {"video_size_height": 480, "video_size_width": 832}),
+        ("p --video_size 480x832 --w 64", {"video_size_height": 480, "video_size_width": 64}),
+        ("p --fps 24 --sample_solver vanilla", {"fps": 24, "sample_solver": "vanilla"}),
+        ("p --g 3 --guidance_scale 5", {"guidance_scale": 5.0}),
+        ("p --image_path 'a b.png' --negative_prompt", {"image_path": "a b.png", "negative_prompt": ""}),
+    ],
+)
+def test_options_have_their_long_names_too(line: str, expected: dict[str, Any]) -> None:
+    assert parse_generation_line(line) == {"prompt": "p", **expected}
+
+
+def test_long_names_are_those_of_the_script() -> None:
+    line = "p --embedded_cfg_scale 3 --video_seconds 2 --control_image_path a --control_image_path b"
+    assert parse_generation_line(line, SECTIONED_GENERATION_OPTIONS) == {
+        "prompt": "p",
+        "embedded_cfg_scale": 3.0,
+        "video_seconds": 2.0,
+        "video_sections": None,
+        "control_image_path": ["a", "b"],
+    }
+    assert parse_generation_line(line) == {"prompt": "p"}  # with a warning for each
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("p --video_size 480", "--video_size: '480' is not a height and a width, such as 480 832"),
+        ("p --fps 0", "--fps: 0 is no frame rate: give a number from 1 to 1000"),
+        ("p --infer_steps many", "--infer_steps: 'many' is not a whole number"),
+    ],
+)
+def test_long_names_with_wrong_values_are_refused(line: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_generation_line(line)
+
+
+@pytest.mark.parametrize(
+    "options", [GENERATION_OPTIONS, EMBEDDED_GENERATION_OPTIONS, SECTIONED_GENERATION_OPTIONS]
+)
+def test_a_letter_and_its_long_name_read_a_value_alike(options: dict[str, LineOption]) -> None:
+    for letter, option in options.items():
+        value = "5" if option.read is not str else "1-2"
+        by_name = parse_generation_line(f"p --{option.key} {value}", options)
+        assert by_name == parse_generation_line(f"p --{letter} {value}", options)
+        assert len(by_name) > 1
+
+
+def test_training_samples_know_letters_only(caplog: pytest.LogCaptureFixture) -> None:
+    assert parse_sample_line("p --fps 24") == {"prompt": "p"}
+    assert "--fps 24" in caplog.text
 
 
 def test_unknown_options_are_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -170,3 +230,32 @@ def test_only_line_breaks_part_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("a cat\u2028in\x0crain --d 1\r\n\r\na dog\n".encode())
     assert read_generation_lines(path) == [(1, "a cat\u2028in\x0crain --d 1"), (3, "a dog")]
+
+
+@pytest.mark.parametrize(("text", "seed"), [("12abc", 12), ("-3", -3), ("hello", 2475399061)])
+def test_a_sample_of_a_training_may_have_a_text_as_seed(tmp_path: Path, text: str, seed: int) -> None:
+    assert parse_sample_line(f"a cat --d {text}")["seed"] == seed
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
+    assert read_sample_prompts(path)[0]["seed"] == seed
+
+
+@pytest.mark.parametrize("text", ["", "9" * 200])
+def test_a_seed_that_is_none_is_told(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert "seed" not in parse_sample_line(f"a cat --d {text}")
+    assert "the option is ignored" in caplog.text
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps([{"prompt": "a cat", "seed": text}]), encoding="utf-8")
+    with pytest.raises(OptionError, match="entry 1: seed: "):
+        read_sample_prompts(path)
+
+
+def test_a_second_prompt_has_a_letter_where_there_are_two_text_encoders() -> None:
+    line = "a cat --p2 a dog - with a hat --d 3"
+    for options in (EMBEDDED_GENERATION_OPTIONS, SECTIONED_GENERATION_OPTIONS):
+        assert parse_generation_line(line, options) == {
+            "prompt": "a cat",
+            "prompt_2": "a dog - with a hat",
+            "seed": 3,
+        }
+    assert "p2" not in GENERATION_OPTIONS

@@ -47,7 +47,7 @@ class Script:
         """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
         facts = facts_of(GenerationOptions) | facts_of(self.record)
         # a prompt line may give the extras; --optimized turns on options that are recorded
-        own = dict.fromkeys([*self.defaults.extras, "optimized"], "request")
+        own = dict.fromkeys([*self.defaults.extras, "optimized", "scheduler"], "request")
         return {
             name: facts[name].get("record", "setting") if name in facts else own[name]
             for name in self.actions
@@ -79,6 +79,7 @@ SAID_AS = {  # where the metadata have another name for it
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
     "optimized": ("attn_mode", "compile", "fp8_scaled"),
+    "scheduler": ("sample_solver",),
 }
 RECORDED = [
     (name, option)
@@ -89,14 +90,18 @@ RECORDED = [
 SHARES = {
     "magcache_retention_ratio",
     "strength",
+    "v2v_denoise",
     "guidance_rescale",
     "cfg_apply_ratio",
     "slg_start",
     "slg_end",
+    "nag_alpha",
 }  # not above 1
 LORA = __file__  # a file that is there
 VALUES = {  # where any value of the right type does not do
     "seed": ["5"],
+    "prompt_wildcards": [str(Path(__file__).parent)],
+    "scheduler": ["dpm++"],
     "video_size": ["48", "64"],
     "vae_spatial_tile_sample_min_size": ["64"],
     "te_multiplier": ["1.5", "0.5"],
@@ -111,9 +116,14 @@ WITH = {  # what has to be given too
     "upcast_linear": ["--fp8_scaled"],
     "upcast_quantization": ["--fp8_scaled"],
     "compile_args": ["--compile"],
-    "strength": ["--video_path", "clip.mp4"],
+    **dict.fromkeys(
+        ["strength", "v2v_denoise", "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise"],
+        ["--video_path", "clip.mp4"],
+    ),
+    "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
+    "wan riflex_index": ["--rope_func", "comfy"],
     "teacache_coefficients": ["--teacache_threshold", "0.1"],
 }
 
@@ -147,9 +157,8 @@ def another_value(action: argparse.Action) -> list[str]:
 def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) -> None:
     script = SCRIPTS[name]
     values, prompt = another_value(script.actions[option]), ["--prompt", "a cat"]
-    metadata = recorded(
-        script.read(*prompt, *WITH.get(option, []), script.actions[option].option_strings[0], *values)
-    )
+    needed = WITH.get(f"{name} {option}", WITH.get(option, []))
+    metadata = recorded(script.read(*prompt, *needed, script.actions[option].option_strings[0], *values))
     keys = SAID_AS.get(option, (option,))
     said = [metadata[f"bt_{key}"] for key in keys]
     for value in values or ["True"]:
@@ -171,6 +180,7 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
             "bt_negative_prompt",
             "bt_infer_steps",
             "bt_device",
+            "bt_creation_timestamp",
         ),
         *(
             "bt_guidance_scale",
@@ -193,11 +203,17 @@ LISTS = {
             "no_metadata",
             "no_progressive_save",
             "prompt_in_name",
+            "num_videos",
+            "prompt_rewrite",
+            "prompt_rewrite_model",
             "keep_pngs",
+            "save_last_frame",
             "codec",
             "container",
         ),
         *("from_file", "interactive", "latent_path", "plan", "save_merged_model"),
+        *("preview_latent_every", "preview_vae"),
+        "sheet",
         *(
             "blocks_to_swap",
             "img_in_txt_in_offloading",
@@ -211,6 +227,8 @@ LISTS = {
     "request": {
         *(
             "prompt",
+            "nag_prompt",
+            "prompt_2",
             "negative_prompt",
             "fps",
             "infer_steps",
@@ -225,6 +243,13 @@ LISTS = {
             "end_image_path",
             "control_path",
             "video_path",
+            "i2i_path",
+            "from_latent",
+            "v2v_denoise",
+            "v2v_noise_mode",
+            "v2v_pad_mode",
+            "v2v_extra_noise",
+            "i2_extra_noise",
             "control_image_path",
             "control_image_mask_path",
         ),
@@ -237,6 +262,7 @@ LISTS = {
             "lora_weight",
             "lora_multiplier",
             "optimized",  # turns on options that are recorded
+            "scheduler",  # another spelling of one that is
         ),
     },
     "decoding": {

@@ -6,32 +6,33 @@ from typing import Any
 
 import pytest
 
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from generation.request import check_guidance, make_request
+from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.video_to_video_options import NO_SOURCE
+from generation.request import make_request
 from generation.request_options import RequestOptions
-from modules.contract.generation import Request
 from modules.errors import OptionError
 from tests.preparing import prepare
 
 OPTIONS = RequestOptions(
-    "a cat",
-    None,
-    (480, 832),
-    None,
-    16.0,
-    None,
-    None,
-    5.0,
-    None,
-    None,
-    "unipc",
-    None,
-    None,
-    None,
-    None,
-    None,
-    None,
-    {},
+    prompt="a cat",
+    prompt_2=None,
+    negative_prompt=None,
+    nag_prompt=None,
+    video_size=(480, 832),
+    video_length=None,
+    fps=16.0,
+    infer_steps=None,
+    seed=None,
+    guidance_scale=5.0,
+    cfg_schedule=None,
+    flow_shift=None,
+    sample_solver="unipc",
+    image_path=None,
+    end_image_path=None,
+    control_path=None,
+    source=NO_SOURCE,
+    embedded_guidance=None,
+    extras={},
 )
 
 
@@ -124,27 +125,6 @@ def test_numbers_that_make_no_sense_are_refused(line: dict[str, Any]) -> None:
         make_request(OPTIONS, line)
 
 
-def test_a_schedule_beyond_the_steps_is_found_before_anything_is_loaded() -> None:
-    with pytest.raises(OptionError, match="1 to 4"):
-        check_guidance(prepare(Request("p", 0, steps=4, guidance_scale=5.0, cfg_schedule="1-9")))
-
-
-def test_skip_layer_guidance_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
-    check_guidance(prepare(Request("p", 0, steps=4, guidance_scale=1.0)), options)
-    assert "--slg_mode uncond is ignored" in caplog.text
-
-
-@pytest.mark.parametrize(("scale", "warnings"), [(1.0, 1), (3.0, 0)])
-def test_rescaling_without_guidance_is_warned_about(
-    scale: float, warnings: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    check_guidance(
-        prepare(Request("p", 0, steps=4, guidance_scale=scale)), replace(PLAIN_GUIDANCE, guidance_rescale=0.5)
-    )
-    assert caplog.text.count("--guidance_rescale 0.5 is ignored because no step uses guidance") == warnings
-
-
 def test_a_negative_prompt_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     check_guidance(prepare(make_request(replace(OPTIONS, guidance_scale=5.0, negative_prompt="bad"))))
     # the family's own is no matter of the user's
@@ -158,9 +138,3 @@ def test_a_prompt_that_is_no_text_is_refused_before_the_work(caplog: pytest.LogC
     with pytest.raises(OptionError, match="the prompt .* is not UTF-8 text"):
         make_request(OPTIONS, {"prompt": "d\udcffog"})
     assert make_request(OPTIONS, {"prompt": "d\u00f6g", "seed": None}).prompt == "dög"
-
-
-def test_skip_layer_guidance_with_scale_0_is_guidance(caplog: pytest.LogCaptureFixture) -> None:
-    options = replace(PLAIN_GUIDANCE, slg_mode="uncond", slg_layers="1")
-    check_guidance(prepare(Request("p", 0, steps=4, guidance_scale=0.0)), options)
-    assert not caplog.text

@@ -165,7 +165,7 @@ def test_the_network_of_each_timestep_is_asked_for() -> None:
         asked.append(timestep)
         return dit
 
-    make_latents(ToyFamily(), dit_at, REQUEST, toy_texts(negative=None), {0: {}}, CPU)
+    make_latents(ToyFamily(), dit_at, REQUEST, toy_texts(), {0: {}}, CPU)
     assert asked == [999.0, 899.0, 749.0, 499.0]
 
 

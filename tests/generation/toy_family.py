@@ -16,6 +16,7 @@ from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import settle, size_of
+from modules.contract.source import SourceRules
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, MediaError, OptionError
 
@@ -136,6 +137,7 @@ class ToyFamily:
     makes_last_first: bool = True
     places: dict[str, str] = field(default_factory=dict)  # where networks were moved to, though nothing moves
     on_chunk: Callable[[], object] = lambda: None  # called with each chunk of pixels
+    source: SourceRules = SourceRules(("video_path",), "the toy", False, frozenset({"toy"}))
     # networks at whose next loading someone presses Ctrl-C
     stop_loading: set[str] = field(default_factory=set)
 
@@ -213,6 +215,9 @@ class ToyFamily:
             frames = video_frames(self.sections_made, WINDOW)
         return settle(request, self.defaults, (width, height, frames), request.flow_shift or 3.0, "bad")
 
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        raise NotImplementedError
+
     def needs_media(self, prepared: Prepared) -> bool:
         return prepared.asked.image_path is not None
 
@@ -245,7 +250,10 @@ class ToyFamily:
         video, made = (None if self.makes_last_first else start), None
         for number in range(self.sections_made):
             latents = yield replace(
-                prompts.section(noise.draw(shape)), made=made, label=f"section {number + 1}"
+                prompts.section(noise.draw(shape)),
+                made=made,
+                label=f"section {number + 1}",
+                count=self.sections_made,
             )
             parts = (
                 [latents]
@@ -261,6 +269,7 @@ class ToyFamily:
                 section_frames(WINDOW) if number else 0,
                 self.makes_last_first,
                 self.decode_part,
+                video,
             )
         assert video is not None
         return torch.cat([start, video], dim=2) if self.makes_last_first else video

@@ -107,7 +107,6 @@ def test_samples_without_negative_prompt_are_made_without_guidance(
     ("change", "message"),
     [
         ({"width": 40}, "Nearest: 32 32"),
-        ({"video_path": Path("no.mp4")}, "--video_path no.mp4: no such file"),
     ],
 )
 def test_what_cannot_be_made_is_refused(family_of: FamilyOf, change: dict[str, object], message: str) -> None:

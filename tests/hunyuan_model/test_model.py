@@ -1,11 +1,13 @@
 """The HunyuanVideo transformer against recorded vectors, against diffusers, and against itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hunyuan_model.model import HunyuanVideoModel
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import Tweaks
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
@@ -75,6 +77,19 @@ def test_guidance_changes_the_output_of_a_distilled_model_alone() -> None:
         assert torch.equal(model(**inputs), other) is not differs
 
     assert torch.equal(model(**inputs | {"guidance": None}), other)
+
+
+def test_without_embedded_guidance_a_distilled_model_is_one_that_has_none() -> None:
+    distilled, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+    plain = HunyuanVideoModel(replace(CONFIGS["t2v"], has_guidance=False))
+    plain.load_state_dict(
+        {name: value for name, value in distilled.state_dict().items() if not name.startswith("guidance_in.")}
+    )
+
+    without = distilled(**inputs, tweaks=Tweaks(embedded_guidance=False))
+
+    assert torch.equal(without, plain(**inputs))
+    assert not torch.equal(without, distilled(**inputs))
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])

@@ -11,7 +11,7 @@ from package.reelsmith import commands
 from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words, read_summary
 from package.staging import find_rooms
 from tests.commands import ROOT
-from tests.test_imports import SCRIPTS
+from tests.test_imports import SCRIPTS, TOOLS
 
 FOUND = [
     ScriptCommand(tuple(name_words(name).split()), ROOT / f"{name}.py")
@@ -20,7 +20,8 @@ FOUND = [
 
 
 def test_every_script_of_the_checkout_is_a_command() -> None:
-    assert sorted(f"{command.script}.py" for command in find_commands(ROOT)) == SCRIPTS
+    found = sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
+    assert found == sorted([*SCRIPTS, *TOOLS])
     assert all((ROOT / f"{name}.py").is_file() for name in OF_A_CHECKOUT)
 
 
@@ -47,6 +48,7 @@ def test_every_command_says_what_it_is_for() -> None:
         ("merge_lora", "merge"),
         ("convert_lora", "convert"),
         ("some_new_tool", "some-new-tool"),
+        ("metaview", "metaview"),
     ],
 )
 def test_words_follow_from_the_name(script: str, words: str) -> None:
@@ -90,7 +92,7 @@ def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_the_pages_name_commands_that_exist() -> None:
-    known = {command.words: command.script for command in find_commands(ROOT)}
+    known = {command.words: command.module for command in find_commands(ROOT)}
     named = []
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for line in page.read_text(encoding="utf-8").splitlines():

@@ -45,6 +45,7 @@ def test_texts_name_console_commands() -> None:
     text = 'f("wan_cache_latents.py", x)  # python cache_latents.py, my_cache_latents.py, or wan.py'
     renamed = 'f("wan_cache_latents", x)  # cache_latents, my_cache_latents.py, or wan.py'
     assert rename_scripts(text, scripts) == renamed
+    assert rename_scripts("python blissful_tuner/metaview.py --help", {"metaview"}) == "metaview --help"
     launch = "accelerate launch --cpu {}cache_latents --x"
     assert rename_scripts(launch.format("").replace("s --x", "s.py --x"), scripts) == launch.format(
         "-m reelsmith."

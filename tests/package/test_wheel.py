@@ -15,21 +15,23 @@ from package.rewriting import find_own_imports
 from package.staging import find_own_names, find_rooms
 from tests.commands import ROOT, assert_user_error, run_python, run_script
 from tests.package.installing import Installed, build, install
-from tests.test_imports import HEAVY, SCRIPTS
+from tests.test_imports import HEAVY, SCRIPTS, TOOLS
 from tests.tiny.families import FAMILIES
 from tests.tiny.wan_dit import tiny_state, write_dit
 
-NAMES = [script.removesuffix(".py") for script in SCRIPTS]
+MODULES = [script.removesuffix(".py").replace("/", ".") for script in (*SCRIPTS, *TOOLS)]
+NAMES = [module.rpartition(".")[2] for module in MODULES]
 # {script: help}, with nothing heavy to import; wide, so that no line is broken
 HELP = f"""
 import contextlib, io, json, importlib, sys
 sys.modules.update(dict.fromkeys({HEAVY!r}))
 said = {{}}
-for name in {NAMES!r}:
+for module in {MODULES!r}:
+    name = module.rpartition(".")[2]
     sys.argv = [name, "--help"]
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        importlib.import_module("PREFIX" + name).main()
+        importlib.import_module("PREFIX" + module).main()
     said[name] = text.getvalue()
 print(json.dumps(said))
 """
@@ -97,7 +99,7 @@ def test_every_script_is_a_console_command(wheel: Path) -> None:
         text = archive.read(f"reelsmith-{VERSION}.dist-info/entry_points.txt").decode()
     parser = ConfigParser()
     parser.read_string(text)
-    scripts = {name: f"reelsmith.{name}:run" for name in NAMES}
+    scripts = {name: f"reelsmith.{module}:run" for name, module in zip(NAMES, MODULES, strict=True)}
     assert dict(parser["console_scripts"]) == {"reelsmith": "reelsmith.commands:main", **scripts}
 
 
@@ -109,6 +111,8 @@ def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed)
     scripts = json.loads(run_python("-c", code, folder=ROOT, environment=WIDE).stdout)
     for name in NAMES:
         expected = scripts[name]
+        for tool in TOOLS:
+            expected = expected.replace(f"python {tool}", Path(tool).stem)
         for other in NAMES:
             expected = expected.replace(f"python {other}.py", other).replace(f" {other}.py", f" {other}")
         assert "--" in expected

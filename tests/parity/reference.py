@@ -40,6 +40,9 @@ class Sampling:
     flow_shift: float = 5.0
     scales: Sequence[float | None] = (5.0,) * 8
     skipped: SkippedLayers | None = None
+    formula: str = "cfg"  # cfg, zero star, perpendicular
+    weight: float = 0.0  # of the perpendicular negative
+    factors: Sequence[float] = ()  # of the velocities of the first steps
 
     @property
     def steps(self) -> int:
@@ -58,6 +61,8 @@ class Inputs:
     negative: Tensor
     clip: Tensor | None = None
     extra: Tensor | None = None
+    blank: Tensor | None = None  # of the empty text
+    generator: torch.Generator | None = None  # that `noise` was drawn from
 
 
 def draw_noise(
@@ -101,27 +106,43 @@ def schedule(sampling: Sampling) -> tuple[Tensor, list[float]]:
     return torch.from_numpy(shifted).float(), timesteps
 
 
-class TheirSolver:
-    """diffusers' multistep solvers on our sigmas and timesteps; Euler by hand."""
+KINDS: dict[str, tuple[Any, dict[str, str]]] = {
+    "unipc": (UniPCMultistepScheduler, {}),
+    "dpm++": (DPMSolverMultistepScheduler, {}),
+    "dpm++sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+}
 
-    def __init__(self, sampling: Sampling) -> None:
+
+class TheirSolver:
+    """diffusers' multistep solvers on our sigmas and timesteps; Euler by hand.
+
+    generator: of the noise that a solver adds, after the start was drawn from it.
+    """
+
+    def __init__(self, sampling: Sampling, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+        self.is_stochastic = sampling.solver == "dpm++sde"
         self.sigmas, self.timesteps = schedule(sampling)
         self.scheduler: Any = None
         if sampling.solver != "vanilla":
-            kinds = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
+            kind, algorithm = KINDS[sampling.solver]
             settings = {
                 "prediction_type": "flow_prediction",
                 "use_flow_sigmas": True,
                 "final_sigmas_type": "zero",
             }
-            self.scheduler = kinds[sampling.solver](solver_order=2, **settings)
+            self.scheduler = kind(solver_order=2, **algorithm, **settings)
             self.scheduler.set_timesteps(sampling.steps)
             self.scheduler.sigmas, self.scheduler.timesteps = self.sigmas, torch.tensor(self.timesteps).long()
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         if self.scheduler is None:
             return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
-        return self.scheduler.step(velocity, self.scheduler.timesteps[index], sample, return_dict=False)[0]
+        noise = torch.randn(sample.shape, generator=self.generator) if self.is_stochastic else None
+        more = {} if noise is None else {"variance_noise": noise}
+        return self.scheduler.step(
+            velocity, self.scheduler.timesteps[index], sample, return_dict=False, **more
+        )[0]
 
 
 @contextmanager
@@ -160,22 +181,43 @@ def guided(
     if scale is None:
         return positive
     active = skip is not None and int(skip.start * sampling.steps) <= step < int(skip.end * sampling.steps)
+    blank = None if inputs.blank is None else velocity(dit, noisy, timestep, inputs.blank, inputs)
     if skip is None or not active:
         negative = velocity(dit, noisy, timestep, inputs.negative, inputs)
-        return negative + scale * (positive - negative)
+        return combined(positive, negative, blank, scale, sampling)
     with without(dit, skip.layers):
         skipped = velocity(dit, noisy, timestep, inputs.negative, inputs)
     if skip.mode == "uncond":
-        return skipped + scale * (positive - skipped)
+        return combined(positive, skipped, blank, scale, sampling)
     negative = velocity(dit, noisy, timestep, inputs.negative, inputs)
-    return negative + scale * (positive - negative) + skip.scale * (positive - skipped)
+    return combined(positive, negative, blank, scale, sampling) + skip.scale * (positive - skipped)
+
+
+def combined(
+    positive: Tensor, negative: Tensor, blank: Tensor | None, scale: float, sampling: Sampling
+) -> Tensor:
+    """One formula of guidance, of a single sample (features.md, sections 6.7 and 6.8), in double precision
+    where sums are long.
+    """
+    if sampling.formula == "cfg":
+        return negative + scale * (positive - negative)
+    if sampling.formula == "zero star":
+        dot = torch.dot(positive.flatten().double(), negative.flatten().double())
+        fit = float(dot / (negative.double().norm() ** 2 + 1e-8))
+        return fit * negative + scale * (positive - fit * negative)
+    assert blank is not None
+    wanted, unwanted = (positive - blank).double(), (negative - blank).double()
+    share = torch.dot(unwanted.flatten(), wanted.flatten()) / wanted.norm() ** 2
+    across = unwanted - share * wanted
+    return (blank + scale * (wanted - sampling.weight * across)).float()
 
 
 def denoise(dit: WanTransformer3DModel, inputs: Inputs, sampling: Sampling) -> Tensor:
     """Clean latents 16 F h w."""
-    solver, latents = TheirSolver(sampling), inputs.noise
+    solver, latents = TheirSolver(sampling, inputs.generator), inputs.noise
     for step, timestep in enumerate(solver.timesteps):
-        latents = solver.step(step, guided(dit, latents, timestep, step, inputs, sampling), latents)
+        factor = sampling.factors[step] if step < len(sampling.factors) else 1.0
+        latents = solver.step(step, factor * guided(dit, latents, timestep, step, inputs, sampling), latents)
     return latents
 
 

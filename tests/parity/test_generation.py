@@ -46,12 +46,16 @@ def theirs(folder: Path) -> Theirs:
 def inputs_of(
     theirs: Theirs, prompt: str = PROMPT, negative: str = NEGATIVE, seed: int = SEED, frames: int = FRAMES
 ) -> Inputs:
-    return Inputs(draw_noise(seed, frames, HEIGHT, WIDTH), theirs.text(prompt), theirs.text(negative))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = draw_noise(seed, frames, HEIGHT, WIDTH, generator)
+    texts = theirs.text(prompt), theirs.text(negative)
+    return Inputs(noise, *texts, blank=theirs.text(""), generator=generator)
 
 
 CASES = {
     "unipc": ([], Sampling("unipc")),
     "dpm++": (["--sample_solver", "dpm++", "--flow_shift", 3], Sampling("dpm++", 3.0)),
+    "dpm++sde": (["--sample_solver", "dpm++sde", "--flow_shift", 3], Sampling("dpm++sde", 3.0)),
     "vanilla": (["--sample_solver", "vanilla", "--flow_shift", 7], Sampling("vanilla", 7.0)),
     "guidance 1": (["--guidance_scale", 1], Sampling("unipc", scales=(N,) * STEPS)),
     "guidance 1 dpm++": (
@@ -112,6 +116,42 @@ CASES = {
             "dpm++",
             scales=(FIVE,) * 4 + (N,) * 4,
             skipped=SkippedLayers("original", frozenset({0, 1}), end=1.0),
+        ),
+    ),
+    "cfg-zero*": (
+        ["--cfgzerostar_scaling", "--cfgzerostar_init_steps", 2],
+        Sampling(formula="zero star", factors=(0.0, 0.0)),
+    ),
+    "cfg-zero* with a factor, dpm++": (
+        ["--cfgzerostar_init_steps", 1, "--cfgzerostar_multiplier", 0.5, "--sample_solver", "dpm++"],
+        Sampling("dpm++", factors=(0.5,)),
+    ),
+    "cfg-zero*, slg uncond, first steps without guidance": (
+        [
+            *("--cfgzerostar_scaling", "--cfgzerostar_init_steps", 2, "--cfgzerostar_multiplier", 2),
+            *("--slg_mode", "uncond", "--slg_layers", "1", "--slg_end", 0.5),
+            *("--cfg_schedule", "2-8", "--sample_solver", "vanilla"),
+        ],
+        Sampling(
+            "vanilla",
+            scales=(N,) + (FIVE,) * 7,
+            skipped=SkippedLayers("uncond", frozenset({1}), end=0.5),
+            formula="zero star",
+            factors=(2.0, 2.0),
+        ),
+    ),
+    "cfg-zero*, slg original": (
+        ["--cfgzerostar_scaling", "--slg_mode", "original", "--slg_layers", "0"],
+        Sampling(skipped=SkippedLayers("original", frozenset({0})), formula="zero star"),
+    ),
+    "perpendicular negative": (
+        ["--perp_neg", 1.5],
+        Sampling(formula="perpendicular", weight=1.5),
+    ),
+    "perpendicular negative, slg uncond, dpm++": (
+        ["--perp_neg", 2, "--slg_mode", "uncond", "--slg_layers", "1", "--sample_solver", "dpm++"],
+        Sampling(
+            "dpm++", skipped=SkippedLayers("uncond", frozenset({1})), formula="perpendicular", weight=2.0
         ),
     ),
     "comfy rope": (["--rope_func", "comfy"], Sampling()),

@@ -54,3 +54,4 @@ def lay_out_models(folder: Path) -> None:
     write_dit(folder, state, name="skyreels_hunyuan_t2v_bf16")
     write_dit(folder, image, name="skyreels_hunyuan_i2v_bf16")
     write_comfy_text_encoders(folder)
+    write_text_encoders(folder)  # the release's folders

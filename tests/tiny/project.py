@@ -11,6 +11,7 @@ from PIL import Image
 from modules.atomic_write import save_tensors
 from modules.media.writing import write_png, write_video
 from tests.tiny import framepack, hunyuan
+from tests.tiny.taehv import write_taehv
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import CLIP_DIM, write_encoders
 
@@ -139,6 +140,8 @@ def lay_out_models(folder: Path) -> None:
     hunyuan.lay_out_models(folder)
     framepack.lay_out_models(folder)
     write_encoders(folder)
+    for name in ("taew2_1", "taehv"):
+        write_taehv(folder / f"{name}.pth")
     for size in ("1.3B", "14B"):
         write_dit(folder, tiny_state("t2v", dtype=torch.bfloat16), name=f"wan2.1_t2v_{size}_bf16")
     write_dit(

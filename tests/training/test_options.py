@@ -39,7 +39,9 @@ def test_each_option_of_the_manifest_agrees_with_the_parser(entry: dict[str, Any
     for flag in entry["flags"]:
         action = actions[flag]
         kind = "bool" if action.nargs == 0 else getattr(action.type, "__name__", "str").lower()
-        kind = {"number_or_auto": "int"}.get(kind, kind)  # takes more than the option of that name did
+        kind = {"number_or_auto": "int", "read_seed": "int"}.get(
+            kind, kind
+        )  # takes more than the option of that name did
         assert (action.dest, kind, action.default, action.required) == (
             entry["dest"],
             entry["type"],
@@ -234,3 +236,25 @@ def test_missing_multipliers_of_base_weights_are_one(tmp_path: Path) -> None:
     made = options("--base_weights", *map(str, files), "--base_weights_multiplier", "0.5")
 
     assert made.network.base_multipliers() == (0.5, 1.0)
+
+
+def test_a_text_as_seed_is_the_number_that_generation_makes_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    file = tmp_path / "c.toml"
+    file.write_text('seed = "hello world"\n')
+    in_file = options("--config_file", str(file)).loop
+    assert in_file.seed == 3807366404  # recorded in tests/golden/string_seeds.json
+    assert caplog.text.count("Seed of the text 'hello world': --seed 3807366404") == 1
+    # what a state compares: a resumed run may give the text or its number
+    assert in_file == options("--seed", "hello world").loop == options("--seed", "3807366404").loop
+    file.write_text("seed = 42\n")
+    assert options("--config_file", str(file)).loop.seed == 42
+    assert options("--seed", "0").loop.seed == 0
+
+
+def test_a_seed_of_many_digits_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("--seed", "1" * 200)
+    assert "200 digits" in capsys.readouterr().err

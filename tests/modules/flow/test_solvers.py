@@ -1,6 +1,7 @@
 """The solvers against recorded trajectories, against diffusers, and against a solution in closed form."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -64,6 +65,12 @@ def test_framepack_follows_the_recorded_trajectories(case: dict[str, Any]) -> No
     torch.testing.assert_close(sample, FRAMEPACK_TENSORS[f"{name}.result"], atol=FRAMEPACK_NEAR, rtol=0)
 
 
+def recorded_draws(seed: int) -> Callable[[Sequence[int]], Tensor]:
+    """A source of noise that is the same for ours and for theirs."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(*shape, generator=generator)
+
+
 def diffusers_solver(name: str) -> Any:
     diffusers = pytest.importorskip("diffusers")
     if name == "unipc":
@@ -90,6 +97,113 @@ def test_steps_equal_those_of_diffusers_on_the_same_sigmas(name: str, steps: int
         expected = theirs.step(torch.cos(3 * expected) - expected, timestep, expected, return_dict=False)[0]
 
     assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def wavy(sample: Tensor) -> Tensor:
+    return torch.cos(3 * sample) - sample
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_stochastic_form_equals_that_of_diffusers_with_the_same_noise(steps: int, first: int) -> None:
+    """Also from a later step (video-to-video). They draw for the step to sigma 0 too, where noise counts 0.
+
+    Float32 on both sides, which compute the coefficients in float32 and float64; measured: 2e-6.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    draws = recorded_draws(1)
+    solver = solver_for("dpm++sde", steps + first, 5.0, draw=recorded_draws(1))
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        solver_order=2,
+        final_sigmas_type="zero",
+    )
+    theirs.set_timesteps(steps + first)
+    theirs.sigmas, theirs.timesteps = solver.schedule.sigmas, solver.schedule.timesteps.long()
+    theirs.set_begin_index(first)
+    ours = expected = recorded_draws(0)((1, 4, 2, 3, 3))
+
+    for index in range(first, steps + first):
+        noise = draws(ours.shape)
+        ours = solver.step(index, wavy(ours), ours)
+        expected = theirs.step(
+            wavy(expected), theirs.timesteps[index], expected, variance_noise=noise, return_dict=False
+        )[0]
+
+    assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_lcm_equals_diffusers_on_levels_of_its_own(steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    solver = solver_for("lcm", steps, 5.0, draw=recorded_draws(1))
+    theirs = diffusers.FlowMatchLCMScheduler(shift=5.0)
+    theirs.set_timesteps(sigmas=torch.linspace(1, 1 / 1000, steps).tolist())
+    torch.testing.assert_close(solver.schedule.sigmas, theirs.sigmas, atol=1e-6, rtol=0)
+    torch.testing.assert_close(solver.schedule.timesteps, theirs.timesteps, atol=1e-3, rtol=0)
+    generator = torch.Generator().manual_seed(1)
+    ours = expected = recorded_draws(0)((1, 4, 2, 3, 3))
+
+    for index, timestep in enumerate(theirs.timesteps):
+        ours = solver.step(index, wavy(ours), ours)
+        expected = theirs.step(wavy(expected), timestep, expected, generator=generator, return_dict=False)[0]
+
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("has_table", [False, True])
+def test_lcm_by_hand(has_table: bool) -> None:
+    """x0 = x - sigma v, then (1 - sigma') x0 + sigma' noise; or x0 + sigma' noise of a noise predictor."""
+    levels = TABLE if has_table else ()
+    noises = [recorded_draws(9)((1, 2, 1, 2, 2)) for _ in range(3)]
+    left = iter(noises)
+    solver = solver_for("lcm", 4, 3.0, levels, draw=lambda shape: next(left))
+    sigmas = solver.schedule.sigmas.tolist()
+    ours = by_hand = recorded_draws(0)((1, 2, 1, 2, 2)) * sigmas[0]
+    for index in range(4):
+        ours = solver.step(index, 0.3 * ours + index, ours)
+        clean = by_hand - sigmas[index] * (0.3 * by_hand + index)
+        share = 1.0 if has_table else 1 - sigmas[index + 1]
+        by_hand = clean if index == 3 else share * clean + sigmas[index + 1] * noises[index]
+        torch.testing.assert_close(ours, by_hand, atol=1e-4, rtol=1e-6)
+    assert next(left, None) is None
+
+
+def test_a_step_that_needs_no_noise_draws_none() -> None:
+    drawn = []
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        drawn.append(tuple(shape))
+        return torch.zeros(*shape)
+
+    for name in ("lcm", "dpm++sde"):
+        solver, sample = solver_for(name, 3, 5.0, draw=draw), torch.ones(1, 2, 1, 2, 2)
+        for index in range(3):
+            sample = solver.step(index, 0.5 * sample, sample)
+    assert drawn == [(1, 2, 1, 2, 2)] * 4  # not in the two steps to sigma 0
+    for name in ("euler", "unipc", "unipc-bh1", "dpm++"):
+        solver_for(name, 3, 5.0, draw=draw).step(0, sample, sample)
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("name", ["lcm", "dpm++sde"])
+def test_a_solver_that_adds_noise_needs_a_source_of_it(name: str) -> None:
+    with pytest.raises(ValueError, match="adds noise: say where to draw it from"):
+        solver_for(name, 3, 5.0)
+
+
+@pytest.mark.parametrize("deviation", [0.5, 2.0])
+def test_the_stochastic_form_keeps_the_spread_of_the_data(deviation: float) -> None:
+    """Of data that are normal: where the deterministic path ends with the right spread, so does this one."""
+    spread = deviation**2
+    solver = solver_for("dpm++sde", 200, 1.0, draw=recorded_draws(1))
+    sample = recorded_draws(0)((1, 1, 1, 100, 200))
+    for index, sigma in enumerate(solver.schedule.sigmas.tolist()[:-1]):
+        variance = spread * (1 - sigma) ** 2 + sigma**2
+        sample = solver.step(index, (sigma - spread * (1 - sigma)) / variance * sample, sample)
+    assert float(sample.std()) == pytest.approx(deviation, rel=0.02)  # 20000 values: 0.5 % by chance
 
 
 def noise_table() -> tuple[float, ...]:
@@ -154,10 +268,10 @@ def test_diffusers_visits_the_same_levels_of_a_table() -> None:
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["euler", "unipc", "unipc-bh1", "dpm++"])
+@pytest.mark.parametrize("name", ["euler", "unipc", "unipc-bh1", "dpm++", "dpm++sde", "lcm"])
 def test_a_constant_clean_estimate_is_reached_from_a_table_too(name: str) -> None:
     data, noise = torch.full((1, 2, 1, 2, 2), 0.5), torch.full((1, 2, 1, 2, 2), -1.0)
-    solver = solver_for(name, 6, 3.0, TABLE)
+    solver = solver_for(name, 6, 3.0, TABLE, draw=recorded_draws(1))
     sample = data + solver.schedule.sigmas[0] * noise
 
     for index, sigma in enumerate(solver.schedule.sigmas[:-1]):

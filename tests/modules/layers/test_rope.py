@@ -1,8 +1,23 @@
+import math
+
 import pytest
 import torch
 
 from modules.layers import rope
-from modules.layers.rope import TABLES, GridTable, angles_at, axis_angles, exact_table, on_grid, rotate
+from modules.layers.rope import (
+    CPU,
+    TABLES,
+    Grid,
+    GridTable,
+    Slow,
+    angles_at,
+    axis_angles,
+    exact_table,
+    float32_table,
+    on_grid,
+    rotate,
+    table_maker,
+)
 from tests.golden_cases import read_case
 
 WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
@@ -22,6 +37,46 @@ def test_angles_are_position_times_falling_frequency() -> None:
     assert angles.dtype == torch.float64
     assert angles[1, 0] == 1
     assert angles[1000, 3] == pytest.approx(1000 * 10000 ** (-6 / 42), rel=1e-12)
+
+
+@pytest.mark.parametrize(("case", "width", "index", "frames"), [("k6", 12, 5, 21), ("k4", 16, 3, 33)])
+def test_a_slowed_frequency_equals_the_recorded_table(case: str, width: int, index: int, frames: int) -> None:
+    _, tensors = read_case("guidance")
+    expected = tensors[f"rope.riflex_{case}"][0, :, :, :, 0]  # cosine, sine
+
+    table = float32_table((9,), (width,), slow=Slow(index, frames / 0.9)).squeeze(1)
+
+    torch.testing.assert_close(table, expected, atol=1e-6, rtol=0)
+
+
+def test_a_slowed_frequency_is_one_of_the_first_axis_alone() -> None:
+    usual, slow = exact_table((9, 3, 4), WIDTHS), exact_table((9, 3, 4), WIDTHS, slow=Slow(5, 40.0))
+
+    changed = (usual != slow).any(dim=0).squeeze(0).any(dim=-1).nonzero().flatten().tolist()
+    assert changed == [5]
+    angle = torch.tensor(2 * math.pi / 40, dtype=torch.float64)
+    torch.testing.assert_close(
+        slow[12, 0, 5], torch.stack([angle.cos(), angle.sin()]).float(), atol=1e-7, rtol=0
+    )
+
+
+@pytest.mark.parametrize("index", [-1, 22])
+def test_an_axis_has_no_frequency_beyond_its_pairs(index: int) -> None:
+    with pytest.raises(ValueError, match=f"22 frequencies, none of number {index}"):
+        axis_angles(9, 44, slow=Slow(index, 40.0))
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_in_float16_rotates_in_float16(kind: str) -> None:
+    x = torch.randn(1, 12, 2, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = table_maker(TABLES[kind], WIDTHS)(Grid((1, 3, 4)), device=CPU)
+    half = table_maker(TABLES[kind], WIDTHS, dtype=torch.float16)(Grid((1, 3, 4)), device=CPU)
+
+    turned = rotate(x, half)
+
+    assert (half.dtype, turned.dtype) == (torch.float16, torch.bfloat16)
+    torch.testing.assert_close(turned, rotate(x, exact), atol=0.02, rtol=0.01)  # a rounding of bfloat16
+    assert torch.equal(half, exact.to(torch.float16))
 
 
 def test_positions_need_be_neither_counted_nor_whole() -> None:
@@ -109,7 +164,7 @@ def test_the_host_computes_and_sends_axes_but_no_table(kind: str, monkeypatch: p
 def test_a_table_is_made_anew_only_for_another_grid_or_device() -> None:
     asked = []
 
-    def make(grid: tuple[int, int, int], *, device: torch.device) -> torch.Tensor:
+    def make(grid: tuple[int, int, int], /, *, device: torch.device) -> torch.Tensor:
         asked.append(grid)
         return torch.tensor(grid, device=device)
 

@@ -15,7 +15,7 @@ from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.planning.memory import advice, cheaper, cut, largest_batch, list_halves, prepare_memory, shrunk
 from training.planning.prediction import describe, predict
-from wan.family import LATENT
+from wan.spec import LATENT
 
 CPU = torch.device("cpu")
 

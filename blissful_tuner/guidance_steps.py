@@ -1,0 +1,62 @@
+"""At which steps classifier-free guidance runs, and how strongly: schedules and skip modes."""
+
+from blissful_tuner.cfg_schedule import parse_cfg_schedule
+from blissful_tuner.guidance_options import GuidanceOptions
+from modules.contract.prepared import Prepared
+from modules.errors import OptionError
+
+
+def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
+    """List by expert the guidance scale of each step that is made; None: the positive conditions alone.
+
+    Raises OptionError if the request's schedule and the options do not go together.
+    """
+    return [_scales_of_steps(prepared, options, scale) for scale in prepared.guidance_scale]
+
+
+def _scales_of_steps(prepared: Prepared, options: GuidanceOptions, scale: float) -> tuple[float | None, ...]:
+    schedule, num_steps = prepared.asked.cfg_schedule, prepared.num_steps
+    if schedule:
+        if options.cfg_skip_mode != "none":
+            raise OptionError(
+                f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which "
+                "steps have guidance: give one of them"
+            )
+        table = parse_cfg_schedule(schedule, num_steps, scale)
+        return tuple(table.get(step + 1) for step in range(num_steps))
+    if scale == 1.0:  # the formula gives the positive velocity back
+        return (None,) * num_steps
+    applied = choose_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
+    return tuple(scale if is_applied else None for is_applied in applied)
+
+
+def choose_applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
+    """Return for each step whether `--cfg_skip_mode` keeps guidance.
+
+    int(num_steps * ratio) steps keep it, with "alternate" about that many. The mode names the steps that skip
+    it: early, late, in the middle, or early and late.
+    """
+    if mode == "none" or ratio is None:
+        return (True,) * num_steps
+    if mode == "alternate":
+        return _alternate(ratio, num_steps)
+    kept = int(num_steps * ratio)
+    skipped = num_steps - kept
+    kept_at = {
+        "early": range(skipped, num_steps),
+        "late": range(kept),
+        "early_late": range(skipped // 2, skipped // 2 + kept),
+        "middle": [step for step in range(num_steps) if not 0 <= step - (num_steps - skipped) // 2 < skipped],
+    }[mode]
+    return tuple(step in kept_at for step in range(num_steps))
+
+
+def _alternate(ratio: float, num_steps: int) -> tuple[bool, ...]:
+    # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
+    applied, due = [], 0.0
+    for _ in range(num_steps):
+        due += ratio
+        applied.append(due >= 1.0)
+        if applied[-1]:
+            due -= 1.0
+    return tuple(applied)

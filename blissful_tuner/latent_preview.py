@@ -1,0 +1,234 @@
+"""Show a clip while it is denoised: one file, `latent_preview.mp4` or `.png`, replaced every few steps.
+
+What is shown is the clean clip as predicted from a step, never the noisy one. A video made in several
+sections shows the sections that are finished instead. Nothing of the generation depends on it: an error is
+one warning, and the latents are the same bits.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blissful_tuner.latent_to_rgb import enlarge, project
+from blissful_tuner.preview_options import PreviewOptions
+from blissful_tuner.preview_writer import LatestWriter
+from blissful_tuner.taehv import TinyVae, check_taehv, decoding_bytes, dtype_on, load_taehv
+from modules.contract.family import LatentSpec
+from modules.contract.generation import Section
+from modules.contract.steps import StepDone, Watcher
+from modules.errors import OptionError, OutputError
+from modules.media.reading import Frame
+from modules.media.writing import write_png, write_video
+
+logger = logging.getLogger(__name__)
+
+NAME = "latent_preview"
+PRESET, CRF = "ultrafast", 20  # of the encoder: a quick look
+# A CPU that generates also encodes: this many times as long it then rests, for 2 % of the time at most.
+REST_ON_CPU = 50.0
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A preview that is not written yet."""
+
+    frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
+    fps: float
+    is_picture: bool
+
+
+@dataclass
+class LatentPreviews:
+    """The previews of all clips of a run, one after the other in the same file."""
+
+    every: int  # steps, or sections
+    folder: Path
+    latent: LatentSpec
+    device: torch.device
+    has_room: Callable[[int | None], bool]  # whether so many bytes of the device are free beside the network
+    vae: TinyVae | None = None
+    _has_warned: bool = field(default=False, init=False)
+    _has_ended: bool = field(default=False, init=False)
+
+    @contextmanager
+    def of(self, fps: float) -> Iterator["ClipPreview"]:
+        """Yield what watches one clip, for a block that denoises it. fps: of the finished clip."""
+        writer = LatestWriter(self.write, REST_ON_CPU if self.device.type == "cpu" else 0.0)
+        is_done = False
+        try:
+            yield ClipPreview(self, writer, fps)
+            is_done = True
+        finally:
+            writer.close(drop=not is_done)
+
+    def take(self, latents: Tensor, fps: float) -> Shot | None:
+        """Return a preview of latents (1 C F h w in model space), as far as the device has to compute it.
+
+        None if the device cannot.
+        """
+        vae = self._vae_with_room(*latents.shape[3:])
+        is_picture = latents.shape[2] == 1
+        if vae is not None:
+            try:
+                chunks = [bring_home(chunk) for chunk in vae.frames(latents[0], self.device)]
+                return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_picture)
+            except torch.OutOfMemoryError:
+                self._leave_out_vae("the device ran out of memory")
+        if not self.latent.preview_factors:
+            return None
+        step, rows, columns = self.latent.stride
+        colours = bring_home(project(latents[0], self.latent))
+        return Shot(lambda: enlarge(colours(), rows, columns), fps / step, is_picture)
+
+    @torch.no_grad()
+    def write(self, take: Callable[[], Shot | None]) -> None:
+        """Write a preview in place of the one before, completely or not at all."""
+        with self.optional():
+            shot = take()
+            if shot is None:
+                return
+            path = self.folder / f"{NAME}.{'png' if shot.is_picture else 'mp4'}"
+            if shot.is_picture:
+                write_png(path, next(shot.frames()))
+            else:
+                write_video(path, shot.frames(), shot.fps, crf=CRF, preset=PRESET)
+
+    @contextmanager
+    def optional(self) -> Iterator[None]:
+        """Turn an error of the block into a warning, the first one.
+
+        A file that cannot be written is tried again the next time; any other error ends the previews.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._has_ended |= not isinstance(error, OutputError)
+            if not self._has_warned:
+                self._has_warned = True
+                then = "There are no more of this run" if self._has_ended else "It is tried again"
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning("A latent preview has failed (%s). %s; the generation goes on.", reason, then)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether an error has ended the previews of this run."""
+        return self._has_ended
+
+    def _vae_with_room(self, height: int, width: int) -> TinyVae | None:
+        """Return the decoder if the device has room for it beside the network. height, width: of latents."""
+        if self.vae is None or self.device.type == "cpu":
+            return self.vae
+        needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
+        if not self.has_room(needed):
+            self._leave_out_vae(f"the device has no {needed / 2**20:,.0f} MiB free beside the transformer")
+        return self.vae
+
+    def _leave_out_vae(self, why: str) -> None:
+        self.vae, self._has_ended = None, not self.latent.preview_factors
+        then = "There are no more previews" if self._has_ended else "Previews are made without --preview_vae"
+        logger.warning("%s because %s.", then, why)
+
+
+@dataclass
+class ClipPreview:
+    """Watch one clip. Use it through `LatentPreviews.of`."""
+
+    previews: LatentPreviews
+    writer: LatestWriter[Callable[[], Shot | None]]
+    fps: float
+    _sections: int = field(default=0, init=False)
+
+    def watch(self, done: StepDone) -> bool:
+        """Show the clean clip predicted from a step, if it is the turn of that step. Never says "enough"."""
+        made = done.step.index + 1
+        if done.section.count == 1 and made < done.step.num_steps and self._is_due(made):
+            self._show(lambda: done.clean)
+        return False
+
+    def on_section(self, section: Section) -> None:
+        """Show the finished sections before the next one is denoised, if it is the turn of their number."""
+        if section.made is None:
+            return
+        self._sections += 1
+        if self._is_due(self._sections):
+            so_far = section.made.so_far
+            self._show(lambda: so_far)
+
+    def _is_due(self, count: int) -> bool:
+        return count % self.previews.every == 0 and not self.previews.has_ended
+
+    @torch.no_grad()
+    def _show(self, latents: Callable[[], Tensor]) -> None:
+        with self.previews.optional():
+            if self.previews.device.type == "cpu":  # all in the thread, for those that are really written
+                self.writer.put(lambda: self.previews.take(latents(), self.fps))
+                return
+            shot = self.previews.take(latents(), self.fps)
+            self.writer.put(lambda: shot)
+
+
+@contextmanager
+def preview_clip(
+    previews: LatentPreviews | None, fps: float
+) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
+    """Yield what watches the steps of one clip, and what is told of its sections. None: nothing does."""
+    if previews is None:
+        yield [], lambda _: None
+        return
+    with previews.of(fps) as clip:
+        yield [clip.watch], clip.on_section
+
+
+def bring_home(tensor: Tensor) -> Callable[[], Tensor]:
+    """Copy a tensor to the host; the function returned waits for the copy, and may be called elsewhere.
+
+    CUDA copies when it comes to it, into pinned memory; other devices are waited for.
+    """
+    if tensor.device.type != "cuda":
+        copy = tensor.to(CPU)
+        return lambda: copy
+    copy = tensor.to(CPU, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
+
+
+def make_previews(
+    options: PreviewOptions,
+    latent: LatentSpec,
+    folder: Path,
+    device: torch.device,
+    has_room: Callable[[int | None], bool],
+) -> LatentPreviews | None:
+    """Return the previews that the options ask for; None if they ask for none.
+
+    has_room: whether so many bytes of the device are free beside the network. Raises as `check_preview`.
+    """
+    if options.preview_latent_every is None:
+        return None
+    vae = None if options.preview_vae is None else load_taehv(options.preview_vae, latent, device)
+    return LatentPreviews(options.preview_latent_every, folder, latent, device, has_room, vae)
+
+
+def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
+    """Raise UserError if previews cannot be made of such latents. Loads nothing."""
+    if options.preview_latent_every is None:
+        return
+    if options.preview_vae is not None:
+        check_taehv(options.preview_vae, latent)
+    elif not latent.preview_factors:
+        raise OptionError(
+            f"--preview_latent_every {options.preview_latent_every}: there is no map from this model's "
+            "latents to colours. Leave it out, or give --preview_vae"
+        )

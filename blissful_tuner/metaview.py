@@ -1,0 +1,148 @@
+"""Show what videos, pictures, latents and LoRAs say about how they were made.
+
+All options: python blissful_tuner/metaview.py --help
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from blissful_tuner.metaview_options import MetaviewOptions, add_metaview_arguments
+from modules.command import Parser, command_line
+from modules.control_codes import escape_control_codes, shorten
+from modules.errors import MediaError, UserError
+from modules.options import read_options
+
+TENSORS = ".safetensors"
+VIDEOS = frozenset({".mkv", ".mp4", ".mov", ".webm", ".m4v"})
+PREFIX = "bt_"
+FIRST = (
+    "model_type",
+    "task",
+    "prompt",
+    "negative_prompt",
+    "seeds",
+    "infer_steps",
+    "embedded_cfg_scale",
+    "guidance_scale",
+    "cfg_schedule",
+    "fps",
+)
+# what FFmpeg writes into every file
+OF_CONTAINERS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
+MOST_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can take megabytes
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one file says, or why it could not be read."""
+
+    path: Path
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the metadata of all files. Raises UserError at the end if one could not be read."""
+    parser = Parser(description=__doc__)
+    add_metaview_arguments(parser)
+    options = read_options(MetaviewOptions, parser.parse_args(argv))
+    found = [read(path) for path in list_files(options.input_file)]
+    is_one = len(options.input_file) == 1 and not options.input_file[0].is_dir()
+    lines = list(as_json(found, is_one)) if options.json else list(as_lines(found, is_one))
+    if lines:
+        sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+    for one in found:
+        if not one.error and not one.metadata and not options.json:
+            sys.stderr.write(f"{escape_control_codes(str(one.path))} holds no metadata\n")
+    failed = [one.error for one in found if one.error]
+    if failed:
+        raise MediaError("\n".join(failed))
+
+
+def list_files(given: Sequence[Path]) -> list[Path]:
+    """Return the files, and those of folders that can hold metadata, by name."""
+    files = []
+    for path in given:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        known = VIDEOS | {TENSORS, ".png"}
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in known and file.is_file())
+        if not inside:
+            raise MediaError(f"{path} holds no video, no PNG and no safetensors file. Give another folder")
+        files += inside
+    return files
+
+
+def read(path: Path) -> Found:
+    """Read the metadata of a file of any kind."""
+    from modules.media.tags import read_tags  # with the libraries for pictures and videos
+    from modules.text_files import read_safetensors_texts
+
+    try:
+        if path.suffix.lower() == TENSORS:
+            return Found(path, read_safetensors_texts(path))
+        tags = read_tags(path)
+    except UserError as error:
+        return Found(path, error=str(error))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return Found(path, error=f"{path} cannot be read: {reason}")
+    return Found(path, {name: text for name, text in tags.items() if name not in OF_CONTAINERS})
+
+
+def as_json(found: Sequence[Found], is_one: bool) -> Iterator[str]:
+    """Yield JSON in ASCII: names and values as they are stored."""
+    objects = [
+        {"file": str(one.path), **({"error": one.error} if one.error else {"metadata": dict(one.metadata)})}
+        for one in found
+    ]
+    yield json.dumps(objects[0] if is_one else objects, indent=2)
+
+
+def as_lines(found: Sequence[Found], is_one: bool) -> Iterator[str]:
+    """Yield `NAME: value`, for several files below their paths and with an empty line between them."""
+    for index, one in enumerate(found):
+        if one.error:
+            continue
+        if not is_one:
+            yield from ([""] if index else [])
+            yield escape_control_codes(str(one.path))
+        for name, text in in_order(one.metadata):
+            yield f"{_as_line(name)}: {_as_line(text)}"
+
+
+def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return what is said about a generation first, in the usual order and in upper case, then the rest by
+    name.
+
+    What a latent file says with and without prefix is given once. Without prefix, and without any name that
+    has one, the names of FramePack's latent files are taken for the same.
+    """
+    ours = {name.removeprefix(PREFIX): text for name, text in metadata.items() if name.startswith(PREFIX)}
+    others = {name: text for name, text in metadata.items() if not name.startswith(PREFIX)}
+    if not ours and {"seeds", "prompt"} <= others.keys():
+        ours, others = others, {}
+    others = {name: text for name, text in others.items() if ours.get(name) != text}
+    first = [name for name in FIRST if name in ours]
+    rest = sorted(ours.keys() - set(first))
+    return [(name.upper(), ours[name]) for name in (*first, *rest)] + sorted(others.items())
+
+
+def _as_line(text: str) -> str:
+    """Return a text as one line: line breaks as `\\n`, control codes written out."""
+    plain = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "\\t")
+    return shorten(escape_control_codes(plain), MOST_OF_VALUE)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,156 @@
+"""Have a chat model turn what a user asks for into a description as video models were trained with.
+
+The two modes are those of the prompt rewrite model of HunyuanVideo (Kong et al. 2024, arXiv 2412.03603,
+section 4.4); the instruction is our own. Any chat model that `transformers` loads from a folder will do.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modules.contract.generation import Prompt, Prompts
+from modules.contract.prepared import Prepared
+from modules.control_codes import shorten
+from modules.errors import CheckpointError, OptionError
+from modules.offload.loaded import Loaded
+
+logger = logging.getLogger(__name__)
+
+MOST_NEW_TOKENS = 400  # more than the text encoders take
+MOST_CHARACTERS = 4000
+COMMON = (
+    "You write prompts for a model that makes short videos from text. Rewrite the request at the end of "
+    "this message as one paragraph of plain English that describes what is seen. Answer with that paragraph "
+    "alone: no heading, no quotation marks, no explanation, no remark to the reader. Translate what is not "
+    "English, but leave names, and words that are to be readable in the picture, as they are. If the request "
+    "is only a word or two, answer with one or two simple sentences."
+)
+INSTRUCTIONS: Mapping[str, str] = {
+    "normal": COMMON
+    + " Keep every detail: each thing and being, their number, colour, place and order, what they do, the "
+    "style, and all technical words about camera, lens and light. Where style, light or mood are not said, "
+    "you may add what suits the scene, in a few words. Change nothing else.",
+    "master": COMMON
+    + " Aim at a beautiful shot. Describe the main subject first and what it does from beginning to end, "
+    "then the surroundings, then the style. Say how the picture is composed, where the light comes from and "
+    "what it does to surfaces and colours, how near the camera is and how it moves. Small details of the "
+    "request may give way to a clearer picture; its subject and its action may not.",
+}
+# what models that think aloud say before their answer
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
+
+
+def instruction(prompt: str, mode: str) -> str:
+    """Return the message to the chat model: `INSTRUCTIONS[mode]`, and the prompt once, at the end."""
+    return f"{INSTRUCTIONS[mode]}\n\nRequest: {prompt}"
+
+
+def take_answer(text: str) -> str:
+    """Return the paragraph in an answer: without thoughts, line breaks and quotation marks around it."""
+    text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
+    text = " ".join(text.split())[:MOST_CHARACTERS]
+    if len(text) > 1 and (text[0], text[-1]) in {('"', '"'), ("'", "'"), ("“", "”")}:
+        text = text[1:-1].strip()
+    return text
+
+
+class PromptRewriter:
+    """A chat model with its tokenizer. Equal prompts give equal answers: nothing is drawn."""
+
+    def __init__(self, folder: Path, mode: str) -> None:
+        """Set up the rewriter; `load` reads the files. mode: normal, master.
+
+        Raises OptionError if the package transformers is missing.
+        """
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            raise OptionError(
+                "--prompt_rewrite needs the package transformers: pip install transformers"
+            ) from None
+        self.folder = folder
+        self.mode = mode
+        self._loaded = Loaded[Any, Any]()
+        self._known: dict[str, str] = {}
+
+    def load(self, device: torch.device) -> None:
+        """Load model and tokenizer. If they are loaded already, move the model to the device.
+
+        Raises CheckpointError if the folder holds none, or a tokenizer without a chat template.
+        """
+        self._loaded.load(device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
+            if tokenizer.chat_template is None:
+                raise CheckpointError(
+                    f"--prompt_rewrite_model {self.folder}: its tokenizer has no chat template, so it is no "
+                    "chat model. Give one that follows instructions.",
+                    self.folder,
+                )
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype="auto", use_safetensors=True, **local
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(
+                f"--prompt_rewrite_model {self.folder}: transformers cannot load it: "
+                f"{shorten(str(error), 300)}",
+                self.folder,
+            ) from None
+        model.eval().requires_grad_(False)
+        if device.type == "cpu":  # few CPUs are fast in 16 bits
+            model.float()
+        return model.to(device), tokenizer
+
+    def free(self) -> None:
+        """Release the model and its memory."""
+        self._loaded.free()
+
+    def rewrite(self, prompt: str) -> str:
+        """Return the prompt as the model writes it; the prompt itself if the model answers nothing."""
+        if not prompt.strip():
+            return prompt
+        if prompt not in self._known:
+            answer = take_answer(self._ask(instruction(prompt, self.mode)))
+            if not answer:
+                logger.warning("the chat model answered nothing, so this prompt is used as it is: %s", prompt)
+            self._known[prompt] = answer or prompt
+            logger.info("Prompt %r is rewritten: %s", shorten(prompt, 100), self._known[prompt])
+        return self._known[prompt]
+
+    @torch.no_grad()
+    def _ask(self, message: str) -> str:
+        model, tokenizer = self._loaded.get()
+        turns = [{"role": "user", "content": message}]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        made = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+        answer: str = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answer
+
+
+def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
+    """Return the request with the texts of its sections rewritten; outputs record them.
+
+    Negative prompts stay. Weights of a text's parts are left out: their words may be gone.
+    """
+    sections: dict[int, Prompts] = {}
+    for section, texts in prepared.prompts.items():
+        old = texts.positive
+        if old.spans:
+            logger.warning("the weights in the prompt are left out because it is rewritten: %s", old.text)
+        new = Prompt(rewriter.rewrite(old.text), second=old.second)
+        sections[section] = replace(texts, positive=new)
+    told = list(dict.fromkeys(texts.positive.text for texts in sections.values()))
+    own = {**prepared.own_metadata, "rewritten_prompt": "\n".join(told)}
+    return replace(prepared, prompts=sections, own_metadata=own)

@@ -1,0 +1,229 @@
+"""TAEHV, a tiny decoder of video latents, for previews: a few convolutions with a memory of one frame.
+
+Source: madebyollin/taehv (MIT licence), the networks `taehv`, `taew2_1` and their like. The files hold an
+encoder too, which is not used.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pixel_shuffle, relu
+
+from blissful_tuner.latent_to_rgb import to_frames
+from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.contract.family import LatentSpec
+from modules.devices import send_ahead
+from modules.errors import CheckpointError
+from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
+
+# Letters: F frames, C channels, h w height and width of the latents or of features
+
+LIMIT = 3.0  # latents are squeezed smoothly into -LIMIT..LIMIT
+WIDENING = 8  # three stages double height and width
+STAGES = (3, 9, 15)  # number of the first layer of each stage; its memory blocks are three
+FILES = "taew2_1 for Wan, taehv for HunyuanVideo and FramePack (.pth or .safetensors)"
+META, CPU = torch.device("meta"), torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class TaehvConfig:
+    """Dimensions of a decoder."""
+
+    channels: int  # of latents
+    widths: tuple[int, int, int, int]  # of the features: before and after each stage
+    strides: tuple[int, int, int]  # frames that each stage makes of one
+    patch: int = 1  # pixels that the last layer makes of one place, in height and width
+
+    @property
+    def frames(self) -> int:
+        """Frames that are made of one latent frame; of the first one, all but the last are dropped."""
+        return prod(self.strides)
+
+
+class MemoryBlock(nn.Module):
+    """Residual convolutions that see the frame before, too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x: F C h w. last: the frame before them, 1 C h w. Returns the result and what is `last` next."""
+        past = torch.cat([torch.zeros_like(x[:1]) if last is None else last, x[:-1]])
+        return relu(self.conv(torch.cat([x, past], dim=1)) + x), x[-1:]
+
+
+class Growth(nn.Module):
+    """Make several frames of each."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).reshape(-1, *x.shape[1:])
+
+
+class TinyDecoder(nn.Module):
+    """Decode latents frame by frame, so that memory does not grow with the clip."""
+
+    def __init__(self, config: TaehvConfig) -> None:
+        super().__init__()
+        first, *rest = config.widths
+        layers: dict[str, nn.Module] = {"1": nn.Conv2d(config.channels, first, 3, padding=1)}
+        width = first
+        for number, stride, wider in zip(STAGES, config.strides, rest, strict=True):
+            for block in range(3):
+                layers[str(number + block)] = MemoryBlock(width)
+            layers[str(number + 4)] = Growth(width, stride)
+            layers[str(number + 5)] = nn.Conv2d(width, wider, 3, padding=1, bias=False)
+            width = wider
+        layers["22"] = nn.Conv2d(width, 3 * config.patch**2, 3, padding=1)
+        self.decoder = nn.ModuleDict(layers)  # named as in the files
+        self.config = config
+
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield chunks F 3 H W of about 0..1, not limited, of latents C F h w in model space, anywhere."""
+        weight = next(self.parameters())
+        memory: dict[int, Tensor] = {}
+        for index in range(latents.shape[1]):
+            one = send_ahead(latents[:, index], weight.device).to(weight.dtype)
+            chunk = self._decode_frame(one[None], memory)
+            yield chunk[self.config.frames - 1 :] if index == 0 else chunk
+
+    def _decode_frame(self, x: Tensor, memory: dict[int, Tensor]) -> Tensor:
+        """x: 1 C h w. memory: the last input of each memory block, which is changed."""
+        layers = self.decoder
+        x = relu(layers["1"](torch.tanh(x / LIMIT) * LIMIT))
+        for number in STAGES:
+            for block in range(number, number + 3):
+                x, memory[block] = layers[str(block)](x, memory.get(block))
+            x = layers[str(number + 4)](interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = layers[str(number + 5)](x)
+        x = layers["22"](relu(x))
+        return x if self.config.patch == 1 else pixel_shuffle(x, self.config.patch)
+
+
+@dataclass(frozen=True)
+class TinyVae:
+    """A decoder's weights in host memory; it is on the device only while it decodes."""
+
+    config: TaehvConfig
+    weights: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def frames(self, latents: Tensor, device: torch.device) -> Iterator[Tensor]:
+        """Yield chunks of frames F H W 3, uint8 on the device, of latents C F h w anywhere."""
+        with META:
+            decoder = TinyDecoder(self.config)
+        moved = {name: send_ahead(weight, device) for name, weight in self.weights.items()}
+        decoder.load_state_dict(moved, assign=True)
+        del moved
+        with torch.autocast(device.type, enabled=False):
+            for chunk in decoder.decode(latents):
+                yield to_frames(chunk.float())
+
+
+def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
+    """Plan how to load the decoder of a TAEHV file. Raises CheckpointError for any other file."""
+    names = checkpoint.tensors
+    if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
+        raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
+    sources = {name: source for name, source in plain_sources(checkpoint).items() if name[:8] == "decoder."}
+    shape = shapes_of(checkpoint, sources)
+
+    def of(name: str) -> tuple[int, ...]:
+        found = shape(f"decoder.{name}.weight")
+        if len(found) != 4:
+            raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
+        return found
+
+    layers = [of(str(number + 5)) for number in STAGES]
+    widths = (of("1")[0], layers[0][0], layers[1][0], layers[2][0])
+    grown = [of(f"{number + 4}.conv") for number in STAGES]
+    strides = (grown[0][0] // widths[0], grown[1][0] // widths[1], grown[2][0] // widths[2])
+    config = TaehvConfig(of("1")[1], widths, strides, max(1, round((of("22")[0] / 3) ** 0.5)))
+    return LoadPlan(config, checkpoint, sources, ignore=("encoder.*",))
+
+
+def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
+    """Return the plan for a family's latents: a family of pictures leaves out the growth in time.
+
+    Raises CheckpointError if the file is for other latents.
+    """
+    config, path = plan.config, plan.checkpoint.path
+    if latent.stride[0] == 1:  # the last rows make the last frame, which is that of the first latent
+        config = replace(config, strides=(1, 1, 1))
+        sources = dict(plan.sources)
+        for number, width in zip(STAGES, config.widths, strict=False):
+            name = f"decoder.{number + 4}.conv.weight"
+            sources[name] = sources[name].then(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
+        plan = replace(plan, config=config, sources=sources)
+    size = config.patch * WIDENING
+    stride, made = (config.frames, size, size), "{} x {} x {} (frames, height, width)"
+    if (config.channels, stride) == (latent.channels, latent.stride):
+        return plan
+    raise CheckpointError(
+        f"--preview_vae {path} is for other latents: it decodes {config.channels} channels to "
+        f"{made.format(*stride)} pixels each; this model's have {latent.channels} channels of "
+        f"{made.format(*latent.stride)}.\n  Give {FILES}.",
+        path,
+    )
+
+
+def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
+    """Return the dimensions of the decoder in a file; only names and shapes are read.
+
+    Raises CheckpointError if it is no TAEHV, or one for other latents.
+    """
+    with open_checkpoint(path) as checkpoint:
+        plan = for_latents(read_taehv(checkpoint), latent)
+        _load(plan, META, torch.float32)
+        return plan.config
+
+
+def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
+    """Load a decoder into host memory, in the dtype to decode with on a device. Raises as `check_taehv`."""
+    with open_checkpoint(path) as checkpoint:
+        plan = for_latents(read_taehv(checkpoint), latent)
+        weights = _load(plan, CPU, dtype_on(device)).state_dict()
+    if device.type == "cuda":  # so that sending them does not wait for the device
+        weights = {name: weight.pin_memory() for name, weight in weights.items()}
+    return TinyVae(plan.config, weights)
+
+
+def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype) -> TinyDecoder:
+    return load_planned(plan, TinyDecoder, device, dtype, "--preview_vae")
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Return the dtype that is fast enough there; as trained: float16 suffices."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+@lru_cache(maxsize=16)  # of the sizes of a run
+def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: int) -> int:
+    """Return the device memory that decoding takes, weights included, found without a device.
+
+    height, width: of the latents. It does not depend on the number of frames.
+    """
+    with META:
+        decoder = TinyDecoder(config).to(dtype)
+    with dry_run() as ledger, torch.no_grad():
+        place(decoder, ledger)
+        latents = torch.empty(config.channels, 2, height, width, device=ACCELERATOR)
+        for chunk in decoder.decode(latents):
+            to_frames(chunk.float())
+    return sum(largest(ledger.peaks)[1].values())

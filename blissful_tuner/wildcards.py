@@ -1,0 +1,205 @@
+"""Wildcards in prompts: `a __color__ car` takes a line of color.txt in the folder of --prompt_wildcards.
+
+A line may have a relative weight, `red:2`, behind its last colon, and hold wildcards and alternatives of its
+own. Draws are made from left to right by a generator of their own that the video's seed starts, so the same
+seed gives the same prompt. Standard library only.
+"""
+
+import bisect
+import itertools
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from blissful_tuner.alternatives import choose_alternatives, unescape
+from blissful_tuner.prompt_options import PromptOptions
+from modules.control_codes import shorten
+from modules.errors import OptionError
+from modules.text_files import bad_character, read_text
+
+logger = logging.getLogger(__name__)
+
+MOST_ROUNDS = 50  # of lines that draw from a file themselves
+MOST_DRAWS = 100_000  # of a text: lines that draw several lines each have no end otherwise
+MOST_CHARACTERS = 1 << 22  # likewise
+MOST_WEIGHT = 1e9
+SHOWN = 12  # draws that are logged
+# a key neither begins nor ends with white space or _; single ones may stand in it
+_WILDCARD = re.compile(r"\\__|__(?![\s_])((?:[^_\n]|_(?!_))++)(?<!\s)__")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+# no file of a folder has such a name, or not on every system
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a wildcard draws from: a file's lines, their numbers in it, and the sums of weights up to each."""
+
+    path: Path
+    texts: tuple[str, ...]
+    numbers: tuple[int, ...]
+    sums: tuple[float, ...]
+
+
+@dataclass
+class Drawing:
+    """Draws for the texts of one video, one after the other."""
+
+    options: PromptOptions
+    random: Random
+    files: dict[str, Lines] = field(default_factory=dict)  # those that were read, by key
+    drawn: list[tuple[str, str]] = field(default_factory=list)  # for the present text
+    characters: int = 0  # likewise
+
+    def expand(self, text: str, where: str) -> str:
+        """Return a text with everything drawn. where: names it in errors.
+
+        Raises OptionError if a wildcard has no file, names a path outside the folder or draws itself.
+        """
+        self.drawn, self.characters = [], 0
+        return self._expand(text, where, ())
+
+    def _expand(self, text: str, where: str, keys: tuple[str, ...]) -> str:
+        if self.options.prompt_alternatives:
+            text = choose_alternatives(text, lambda weights: self._choose(sums_of(weights, where)))
+        if self.options.prompt_wildcards is None:
+            return unescape(text)
+        pieces, place = [], 0
+        for found in _WILDCARD.finditer(text):
+            pieces.append(self._plain(text[place : found.start()]))
+            pieces.append("__" if found[1] is None else self._draw(found[1], where, keys))
+            place = found.end()
+        return "".join([*pieces, self._plain(text[place:])])
+
+    def _plain(self, text: str) -> str:
+        return unescape(text) if self.options.prompt_alternatives else text
+
+    def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
+        if len(keys) == MOST_ROUNDS:
+            chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
+            raise OptionError(
+                f"--prompt_wildcards: {where} is drawn by wildcards that draw one another more than "
+                f"{MOST_ROUNDS} times ({chain} ...). Take the one out of the file that leads back"
+            )
+        if len(self.drawn) == MOST_DRAWS:
+            raise OptionError(f"--prompt_wildcards: {where} draws line number {MOST_DRAWS + 1:,} of a prompt")
+        if key not in self.files:
+            folder = self.options.prompt_wildcards
+            assert folder is not None
+            self.files[key] = read_lines_of(find_file(folder, key, where), where)
+        lines = self.files[key]
+        index = self._choose(lines.sums)
+        line = lines.texts[index]
+        self.drawn.append((f"__{key}__", line))
+        self.characters += len(line)
+        if self.characters > MOST_CHARACTERS:
+            raise OptionError(
+                f"--prompt_wildcards: {where} makes a prompt of more than {MOST_CHARACTERS >> 20} million "
+                "characters. Draw fewer or shorter lines"
+            )
+        return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
+
+    def _choose(self, sums: Sequence[float]) -> int:
+        """Draw an index. sums: of the weights up to each."""
+        index = bisect.bisect_right(sums, self.random.random() * sums[-1])
+        return min(index, bisect.bisect_left(sums, sums[-1]))  # the product may be rounded up to the sum
+
+
+def sums_of(weights: Sequence[float], where: str) -> tuple[float, ...]:
+    """Return the sums of weights up to each of them. Raises OptionError if nothing can be drawn with them."""
+    sums = tuple(itertools.accumulate(weights))
+    if not 0 < sums[-1] <= MOST_WEIGHT:
+        raise OptionError(
+            f"{where}: the weights of what is to draw from are together {sums[-1]:g}. Give one of them more "
+            f"than 0, and all at most {MOST_WEIGHT:g}"
+        )
+    return sums
+
+
+def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
+    """Return the texts of a video with everything drawn, in their order; by the names of their options.
+
+    Draws are logged. Raises OptionError as `Drawing.expand`.
+    """
+    if not options.draws:
+        return dict(texts)
+    drawing, expanded = Drawing(options, Random(seed)), {}
+    for name, text in texts.items():
+        expanded[name] = text if text is None else drawing.expand(text, f"--{name}")
+        if expanded[name] != text:
+            shown = [f"{what} = {shorten(line, 60)}" for what, line in drawing.drawn[:SHOWN]]
+            more = len(drawing.drawn) - len(shown)
+            logger.info(
+                "--%s by the seed %d: %s%s",
+                name,
+                seed,
+                shorten(expanded[name] or "", 1000),
+                f" ({', '.join(shown)}{f' and {more} more' if more else ''})" if shown else "",
+            )
+    return expanded
+
+
+def find_file(folder: Path, key: str, where: str) -> Path:
+    """Return the file of a wildcard. Nothing outside the folder is one, by whatever name or link.
+
+    Raises OptionError if there is none.
+    """
+    shown = f"__{shorten(key, 80)}__"
+    parts = key.split("/")
+    if _NO_NAME.search(key) or any(part.strip() in {"", ".", ".."} for part in parts):
+        raise OptionError(
+            f"{where}: {shown} does not name a file in --prompt_wildcards {folder}. Write the file's name "
+            "without .txt, and folders below that one with /: __animals/birds__. For a plain __ write \\__"
+        )
+    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.txt")
+    try:
+        real, home = path.resolve(strict=True), folder.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):  # a circle of links is a RuntimeError
+        raise OptionError(
+            f"{where}: {shown} needs the file {shorten(str(path), 300)}, which is not there. Write "
+            "it, or \\__ for a plain __"
+        ) from None
+    if not real.is_relative_to(home):
+        raise OptionError(f"{where}: {shown} is a link that leads out of --prompt_wildcards {folder}")
+    return path
+
+
+def read_lines_of(path: Path, where: str) -> Lines:
+    """Read the lines of a wildcard's file. Raises OptionError if it has none or cannot be read."""
+    try:
+        content = read_text(path)
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"{where}: {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise OptionError(f"{where}: {path}: {error.strerror}") from None
+    found = bad_character(content)
+    if found is not None:
+        raise OptionError(f"{where}: {path} holds {found}")
+    texts, weights, numbers = [], [], []
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            text, weight = _read_line(line.strip(), f"{path}, line {number}")
+            texts.append(text)
+            weights.append(weight)
+            numbers.append(number)
+    if not texts:
+        raise OptionError(f"{where}: {path} has no line to draw. Write one text on each line")
+    return Lines(path, tuple(texts), tuple(numbers), sums_of(weights, str(path)))
+
+
+def _read_line(line: str, where: str) -> tuple[str, float]:
+    """Return the text and the weight of a line; quotes around the text keep a number behind a colon."""
+    text, colon, number = line.rpartition(":")
+    is_weighted = bool(colon) and _NUMBER.fullmatch(number.strip()) is not None
+    text = text.strip() if is_weighted else line
+    weight = float(number.strip()[:40]) if is_weighted else 1.0
+    if not 0 <= weight <= MOST_WEIGHT:
+        raise OptionError(f"{where}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}")
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    return text, weight

@@ -1,0 +1,143 @@
+"""Options of comparison sheets: which options of a prompt line, and the values to compare.
+
+Standard library only.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any
+
+from generation.prompt_lines import LineOption, Value, find_option, store
+from modules.errors import OptionError
+
+MOST_AXES = 2
+MOST_CELLS = 100  # of a sheet: their videos are open at once while it is drawn
+PROMPT = LineOption("prompt", str)
+# no axes, and why
+REFUSED = {
+    "fps": "it changes no picture, and the cells of a sheet play at one rate. Leave it out",
+    "lora_multiplier": "it holds for a whole run. Use compare.py, which makes a column of each strength",
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One option and its values, as typed and as read."""
+
+    name: str  # on the command line: guidance_scale
+    option: LineOption
+    texts: tuple[str, ...]
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class SheetOptions:
+    """What a comparison sheet shows. None: none is asked for."""
+
+    sheet: tuple[str, ...] | None  # AXIS=v1,v2
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether sheets are to be made."""
+        return self.sheet is not None
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether an axis names the prompts themselves."""
+        return any(axis.partition("=")[0].strip() == PROMPT.key for axis in self.sheet or ())
+
+    def axes(self, line_options: Mapping[str, LineOption]) -> tuple[Axis, ...]:
+        """Read the axes: the first goes across, the second down. line_options: what a prompt line knows.
+
+        Raises OptionError naming the axis and the value if one cannot be read.
+        """
+        if self.sheet is None:
+            return ()
+        if not 1 <= len(self.sheet) <= MOST_AXES:
+            raise OptionError(
+                f"--sheet takes one or two axes, {len(self.sheet)} are given: write them as seed=1,2,3 "
+                "guidance_scale=3,5, a text with blanks in quotes"
+            )
+        axes = tuple(_read_axis(text, line_options) for text in self.sheet)
+        if len({axis.option.key for axis in axes}) < len(axes):
+            raise OptionError(
+                f"--sheet {' '.join(self.sheet)}: both axes are {axes[0].name}. Give two options"
+            )
+        cells = prod(len(axis.texts) for axis in axes)
+        if cells > MOST_CELLS:
+            raise OptionError(f"--sheet has {cells} cells, {MOST_CELLS} are the most: give fewer values")
+        return axes
+
+
+def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --sheet."""
+    parser.add_argument_group("comparison sheet").add_argument(
+        "--sheet",
+        nargs="*",
+        default=None,
+        metavar="AXIS=V1,V2",
+        help="make one labelled grid of all values of one or two options of a prompt line: --sheet "
+        "seed=1,2,3 guidance_scale=3,5. The first goes across, the second down. Values with commas: separate "
+        "them with | instead",
+    )
+
+
+def split_values(text: str) -> list[str]:
+    """Split the values of an axis: at each `|` if there is one, else at each comma.
+
+    A backslash before a separator makes it part of a value.
+    """
+    parts = re.split(r"(?<!\\)\|", text)
+    if len(parts) == 1:
+        parts = re.split(r"(?<!\\),", text)
+    return [re.sub(r"\\([,|])", r"\1", part).strip() for part in parts]
+
+
+def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
+    name, sign, rest = text.partition("=")
+    name = name.strip().lstrip("-")
+    if not sign:
+        raise OptionError(f"--sheet {text}: no values are given. Write AXIS=VALUE,VALUE, such as seed=1,2,3")
+    if name in REFUSED:
+        raise OptionError(f"--sheet {name}: {REFUSED[name]}")
+    option = PROMPT if name == PROMPT.key else find_option(name, line_options)
+    if option is None:
+        known = sorted({one.key for one in line_options.values()})
+        raise OptionError(
+            f"--sheet {name}: it is no option of a prompt line. Use one of prompt, {', '.join(known)}"
+        )
+    texts = split_values(rest)
+    if len(set(texts)) < len(texts):
+        twice = next(one for one in texts if texts.count(one) > 1)
+        raise OptionError(f"--sheet {name}: the value {twice!r} is given twice. Leave one out")
+    values = []
+    for one in texts:
+        try:
+            values.append(option.read(one))
+        except ValueError as error:
+            raise OptionError(f"--sheet {name}: {error}. Correct that value") from None
+        if option is PROMPT and not one:
+            raise OptionError("--sheet prompt: one of the prompts is empty. Write it, or leave it out")
+    return Axis(option.key, option, tuple(texts), tuple(values))
+
+
+def cells_of(
+    axes: Sequence[Axis], line: Mapping[str, Any]
+) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
+    """Yield the place of each cell (index of its value on each axis) and its prompt line, row by row.
+
+    line: values of the line that the sheet is made of; those of the axes take their place.
+    """
+    for place in product(*(range(len(axis.texts)) for axis in reversed(axes))):
+        place = place[::-1]
+        values = {key: value for key, value in line.items() if key not in {axis.option.key for axis in axes}}
+        for axis in axes:  # what a value is instead of must not count either, unless it is an axis
+            if axis.option.instead_of is not None:
+                values[axis.option.instead_of] = None
+        for axis, index in zip(axes, place, strict=True):
+            store(values, axis.option, axis.values[index])
+        yield place, values

@@ -1,0 +1,37 @@
+"""Generate videos with HunyuanVideo by the command line of its release.
+
+All options: python sample_video.py --help. hv_generate_video.py has more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import modules.interpreter  # noqa: F401
+import hv_generate_video
+from families import identify
+from hunyuan_model.official_options import generation_words, read_official
+from modules.command import command_line
+
+if TYPE_CHECKING:
+    from generation.options import GenerationOptions
+    from hunyuan_model.family import HunyuanVideo
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the options of the release, then do what hv_generate_video.py does with the same in its words."""
+    official = read_official(__doc__, argv)
+
+    def make(family: "HunyuanVideo", options: "GenerationOptions") -> None:
+        from generation.run import generate
+        from modules.devices import choose_compute_dtype
+
+        dtype = choose_compute_dtype(official.precision, "--precision", None)
+        output = replace(options.output, named_as_released=True)
+        generate(replace(family, dit_dtype=dtype), replace(options, output=output))
+
+    hv_generate_video.main(generation_words(official), make)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,182 @@
+"""The passes of a step; CFG-Zero* and perpendicular negative guidance on recorded values."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blissful_tuner.cfg_zero import cfg_zero
+from blissful_tuner.guidance import has_batches, make_guidance, needs, plan_steps
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, Stage
+from blissful_tuner.perp_neg import perp_neg
+from modules.contract.data import Conditions
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
+from modules.contract.steps import Needs, Step
+from tests.golden_cases import read_case
+from tests.preparing import prepare
+
+REQUEST = prepare(Request("p", 0, steps=4, guidance_scale=5.0))
+SLG = {"slg_mode": "uncond", "slg_layers": "1", "slg_end": 0.5}
+
+
+def step(index: int) -> Step:
+    return Step(index, 4, 0.5, 500.0, torch.ones(1, 1, 1, 2, 2))
+
+
+def combine(stage: Stage, positive: Tensor, negative: Tensor, blank: Tensor) -> Tensor:
+    return stage.change(positive, {POSITIVE: positive, NEGATIVE: negative, BLANK: blank})
+
+
+def by_three() -> dict[str, Tensor]:
+    """The recorded velocities as a batch of one."""
+    _, tensors = read_case("guidance")
+    return {name: tensors[name][None] for name in ("cond", "uncond", "nocond")}
+
+
+def test_zero_star_equals_the_recorded_values() -> None:
+    _, tensors = read_case("guidance")
+    velocity = combine(cfg_zero(5.0, NEGATIVE), *by_three().values())
+    torch.testing.assert_close(velocity, tensors["zerostar_batched"], atol=1e-4, rtol=0)
+
+
+def test_perpendicular_guidance_equals_the_recorded_values() -> None:
+    _, tensors = read_case("guidance")
+    velocity = combine(perp_neg(5.0, 1.5, NEGATIVE), *by_three().values())
+    torch.testing.assert_close(velocity[0], tensors["perp_neg"], atol=1e-4, rtol=0)
+
+
+def numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (cfg_zero(5.0, NEGATIVE), (-3.0, 10.0, 7.0, 20.0)),
+        (perp_neg(5.0, 1.5, NEGATIVE), (-10 / 3, 25 / 3, 28 / 3, 21.0)),
+    ],
+)
+def test_documented_examples(stage: Stage, expected: tuple[float, ...]) -> None:
+    velocity = combine(stage, numbers(1, 2, 3, 4), numbers(1, 0, 1, 0), numbers(0, 0, 1, 1))
+    torch.testing.assert_close(velocity, numbers(*expected))
+
+
+@pytest.mark.parametrize("make", [lambda: cfg_zero(5.0, NEGATIVE), lambda: perp_neg(5.0, 1.5, NEGATIVE)])
+def test_each_sample_of_a_batch_is_by_itself(make: Callable[[], Stage]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(2, 4, 2, 3, 3, generator=generator) for _ in range(3)]
+    alone = [combine(make(), *(one[sample : sample + 1] for one in rows)) for sample in range(2)]
+    torch.testing.assert_close(combine(make(), *rows), torch.cat(alone))
+
+
+def test_a_prompt_that_changes_nothing_divides_by_nothing() -> None:
+    same, other = numbers(1, 2, 3, 4), numbers(0, 0, 0, 0)
+    assert torch.isfinite(combine(perp_neg(5.0, 1.5, NEGATIVE), same, other, same)).all()
+    assert torch.isfinite(combine(cfg_zero(5.0, NEGATIVE), same, other, other)).all()
+
+
+class Network:
+    """Answers each pass with its own numbers, and notes the calls."""
+
+    def __init__(self) -> None:
+        self.section = Section(numbers(0, 0, 0, 0), {"v": numbers(1, 2, 3, 4)}, {"v": numbers(1, 0, 1, 0)})
+        self.section = replace(self.section, blank={"v": numbers(0, 0, 1, 1)})
+        self.calls: list[tuple[str, ...]] = []
+        self.tweaks: list[Tweaks] = []
+
+    def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
+        names = {id(self.section.positive): "+", id(self.section.negative): "-", id(self.section.blank): "0"}
+        mark = "!" if tweaks.skip_blocks else ""
+        self.calls.append(tuple(names[id(one)] + mark for one in conditions))
+        self.tweaks.append(tweaks)
+        return tuple(torch.as_tensor(one["v"]) for one in conditions)
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({}, [("+", "-")]),
+        ({"cfgzerostar_scaling": True, "guidance_rescale": 0.5}, [("+", "-")]),
+        ({"perp_neg": 1.5, "guidance_rescale": 0.5}, [("+", "-", "0")]),
+        ({"perp_neg": 0.0}, [("+", "0")]),
+        ({"perp_neg": 1.5, **SLG}, [("+", "0"), ("-!",)]),
+        ({**SLG, "slg_mode": "original"}, [("+", "-"), ("-!",)]),
+        ({"cfgzerostar_init_steps": 1}, []),
+        ({"cfgzerostar_init_steps": 1, "cfgzerostar_multiplier": 0.5}, [("+", "-")]),
+    ],
+)
+def test_passes_with_equal_tweaks_are_asked_for_together_and_once(
+    options: dict[str, Any], calls: list[tuple[str, ...]]
+) -> None:
+    network = Network()
+    make_guidance(REQUEST, replace(PLAIN_GUIDANCE, **options))(step(0), network, network.section)
+    assert sorted(network.calls) == sorted(calls)
+
+
+def test_the_first_steps_are_multiplied_with_and_without_guidance() -> None:
+    request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule="2-4"))
+    options = replace(PLAIN_GUIDANCE, cfgzerostar_init_steps=2, cfgzerostar_multiplier=0.5)
+    network = Network()
+
+    def velocities(options: GuidanceOptions) -> list[Tensor]:
+        guidance = make_guidance(request, options)
+        return [guidance(step(index), network, network.section) for index in range(3)]
+
+    first, second, third = velocities(PLAIN_GUIDANCE)
+    assert all(map(torch.equal, velocities(options), (0.5 * first, 0.5 * second, third)))
+    assert not torch.equal(first, second)
+
+
+def test_the_tweaks_of_a_pass_are_the_same_object_at_all_steps() -> None:
+    options = replace(PLAIN_GUIDANCE, disable_embedded_for_cfg=True, **{**SLG, "slg_end": 1.0})
+    guidance, network = make_guidance(REQUEST, options), Network()
+    for index in range(2):
+        guidance(step(index), network, network.section)
+    (first, second), (third, fourth) = network.tweaks[:2], network.tweaks[2:]
+    assert (first, second) == (third, fourth)  # equal only to themselves
+    assert not first.embedded_guidance
+    assert not second.embedded_guidance
+
+
+def test_texts_that_are_the_same_are_the_same_conditions_and_share_a_pass() -> None:
+    text: Conditions = {"v": numbers(1, 0, 1, 0)[0]}
+    prompts = EncodedPrompts({"v": numbers(1, 2, 3, 4)[0]}, text, text)
+    network = Network()
+    network.section = prompts.section(network.section.noise, {"image": numbers(0, 0, 0, 0)})
+    assert network.section.blank is network.section.negative
+    options = replace(PLAIN_GUIDANCE, perp_neg=2.0)
+    perpendicular = make_guidance(REQUEST, options)(step(0), network, network.section)
+    assert len(network.calls[0]) == 2
+    assert torch.equal(
+        perpendicular, make_guidance(REQUEST, PLAIN_GUIDANCE)(step(0), network, network.section)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule", "expected"),
+    [
+        ({"perp_neg": 1.5}, None, Needs(negative=True, blank=True)),
+        ({"perp_neg": 1.5}, "!1-4", Needs()),
+        ({"perp_neg": 0.0}, None, Needs(blank=True)),
+        ({"cfgzerostar_scaling": True}, "1-4:1", Needs()),
+        ({"cfgzerostar_init_steps": 2}, "1-2", Needs()),  # no pass at all is made there
+    ],
+)
+def test_only_texts_that_have_a_pass_are_needed(
+    options: dict[str, Any], schedule: str | None, expected: Needs
+) -> None:
+    request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
+    assert needs(request, replace(PLAIN_GUIDANCE, **options)) == expected
+
+
+def test_passes_with_own_tweaks_are_no_batch() -> None:
+    always = {**SLG, "slg_end": 1.0}
+    assert has_batches(REQUEST, PLAIN_GUIDANCE)
+    assert not has_batches(REQUEST, replace(PLAIN_GUIDANCE, **always))
+    assert has_batches(REQUEST, replace(PLAIN_GUIDANCE, perp_neg=1.5, **always))
+    ((first, *_),) = plan_steps(REQUEST, replace(PLAIN_GUIDANCE, perp_neg=1.5))
+    assert first.most_together == 3

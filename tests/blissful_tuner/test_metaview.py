@@ -1,0 +1,172 @@
+"""blissful_tuner/metaview.py: what files of every kind say, as lines and as JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from blissful_tuner.metadata import as_png_texts, as_tags
+from generation.outputs import save_latents
+from modules.media.writing import write_png, write_video
+from tests.commands import assert_user_error, run_script
+
+SCRIPT = "blissful_tuner/metaview.py"
+PROMPT = 'ein Käfer: "läuft" = 漢字 🐞, \\d\n--w 3\n' + "wide " * 1000  # 5 KB
+METADATA = {
+    "bt_tunerver": "reelsmith",
+    "bt_fps": "16",
+    "bt_cfg_schedule": "1-3, e~2",
+    "bt_guidance_scale": "5.0",
+    "bt_embedded_cfg_scale": "6.0",
+    "bt_infer_steps": "20",
+    "bt_seeds": "12345678901234567890",
+    "bt_negative_prompt": "N/A",
+    "bt_prompt": PROMPT,
+    "bt_task": "t2v-14B",
+    "bt_model_type": "wan",
+    "bt_height": "480",
+}
+LINES = [
+    "MODEL_TYPE: wan",
+    "TASK: t2v-14B",
+    "PROMPT: " + PROMPT.replace("\n", "\\n"),
+    "NEGATIVE_PROMPT: N/A",
+    "SEEDS: 12345678901234567890",
+    "INFER_STEPS: 20",
+    "EMBEDDED_CFG_SCALE: 6.0",
+    "GUIDANCE_SCALE: 5.0",
+    "CFG_SCHEDULE: 1-3, e~2",
+    "FPS: 16",
+    "HEIGHT: 480",
+    "TUNERVER: reelsmith",
+]
+FRAME = np.zeros((64, 64, 3), dtype=np.uint8)
+
+
+def write(folder: Path, name: str, metadata: Mapping[str, str] = METADATA) -> Path:
+    """A file of the kind that its name says, with metadata as outputs have them."""
+    path = folder / name
+    if path.suffix == ".png":
+        write_png(path, FRAME, as_png_texts(metadata))
+    elif path.suffix == ".safetensors":
+        save_latents(path, torch.zeros(1, 16, 1, 2, 2), metadata)
+    else:
+        write_video(path, [FRAME], 16.0, tags=as_tags(metadata))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.png", "a_latent.safetensors"])
+def test_every_kind_of_output_gives_the_same_lines(name: str, tmp_path: Path) -> None:
+    said = run_script(SCRIPT, write(tmp_path, name), folder=tmp_path)  # from another folder
+    lines = said.stdout.splitlines()
+    assert lines[: len(LINES)] == LINES
+    assert [line.partition(":")[0] for line in lines[len(LINES) :]] == (
+        ["parameters"] if name == "a.png" else []
+    )
+    assert said.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.png", "a_latent.safetensors"])
+def test_json_gives_names_and_values_as_they_are_stored(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name)
+    said = run_script(SCRIPT, path, "--json").stdout
+    assert said.isascii()
+    found = json.loads(said)
+    assert found["file"] == str(path)
+    stored = METADATA if path.suffix == ".safetensors" else as_tags(METADATA)
+    assert {key: text for key, text in found["metadata"].items() if key in METADATA} == stored
+
+
+def test_latents_of_other_framepack_tools_have_no_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    plain = {name.removeprefix("bt_"): text for name, text in METADATA.items()}
+    save_file({"latent": torch.zeros(16, 1, 2, 2)}, path, plain)
+    assert run_script(SCRIPT, path).stdout.splitlines() == LINES
+
+
+def test_a_lora_gives_its_training_notes(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"ss_network_dim": "4", "modelspec.title": "käfer", "prompt": "x"})
+    assert run_script(SCRIPT, path).stdout.splitlines() == [
+        "modelspec.title: käfer",
+        "prompt: x",
+        "ss_network_dim: 4",
+    ]
+
+
+def test_several_files_and_folders_are_shown_below_their_names(tmp_path: Path) -> None:
+    for name in ("b.mp4", "a.png"):
+        write(tmp_path, name, {"bt_seeds": name})
+    (tmp_path / "note.txt").touch()
+    expected = [str(tmp_path / "a.png"), "SEEDS: a.png", "", str(tmp_path / "b.mp4"), "SEEDS: b.mp4"]
+    assert run_script(SCRIPT, tmp_path).stdout.splitlines() == expected
+    both = run_script(SCRIPT, tmp_path / "a.png", tmp_path / "b.mp4")
+    assert both.stdout.splitlines() == expected
+    listed = json.loads(run_script(SCRIPT, tmp_path, "--json").stdout)
+    assert [one["metadata"]["bt_seeds"] for one in listed] == ["a.png", "b.mp4"]
+
+
+def test_control_codes_of_hostile_files_reach_no_terminal(tmp_path: Path) -> None:
+    hostile = {"bt_prompt": "\x1b[2J\x9b1m\u202ecat\r\n\x07", "bt_\x1b]0;x": "y"}
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1)}, path, hostile)
+    shown = run_script(SCRIPT, path).stdout + run_script(SCRIPT, path, "--json").stdout
+    assert not set(shown) & set("\x1b\x9b\u202e\r\x07")
+    assert "PROMPT: \\x1b[2J\\x9b1m\\u202ecat\\n\\x07" in shown
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.png", "a_latent.safetensors"])
+@pytest.mark.parametrize("keep", [0, 5, 100])
+def test_a_file_that_is_cut_short_is_one_message_and_the_others_are_shown(
+    name: str, keep: int, tmp_path: Path
+) -> None:
+    whole = write(tmp_path, "whole.png", {"bt_seeds": "1"})
+    cut = write(tmp_path, name)
+    cut.write_bytes(cut.read_bytes()[:keep])
+    done = run_script(SCRIPT, cut, whole, check=False)
+    assert "SEEDS: 1" in done.stdout
+    if done.returncode:  # what is there of a Matroska file can be read
+        assert_user_error(done, cut.name)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1 or (name, keep) == ("a.mkv", 100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 64,
+        (2).to_bytes(8, "little") + b"[]",
+        (30).to_bytes(8, "little") + b'{"__metadata__":["a"]}        ',
+        (1 << 20).to_bytes(8, "little") + b"[" * (1 << 20),
+        (4).to_bytes(8, "little") + b"\xff\xfe\xff\xfe",
+    ],
+)
+def test_damaged_headers_are_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    assert_user_error(run_script(SCRIPT, path, check=False), "x.safetensors cannot be read")
+
+
+def test_a_file_without_metadata_is_no_error(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.png", {})
+    done = run_script(SCRIPT, path)
+    assert (done.stdout, done.stderr) == ("", f"{path} holds no metadata\n")
+
+
+@pytest.mark.parametrize("name", ["missing.mp4", "note.txt", "empty"])
+def test_what_holds_no_metadata_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    done = run_script(SCRIPT, tmp_path / name, check=False)
+    assert_user_error(done, name)
+    assert done.returncode == 1
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    import_time = run_script(SCRIPT, write(tmp_path, "a.png"), environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert " PIL" in import_time.stderr
+    assert " torch" not in import_time.stderr

@@ -1,0 +1,145 @@
+"""Normalised attention guidance: its formula against the paper's, and which passes have it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance import make_guidance, needs
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.nag import NormalisedGuidance
+from blissful_tuner.nag_options import NO_NAG, NagOptions
+from modules.contract.data import Conditions
+from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
+from modules.contract.steps import Step
+from modules.errors import OptionError
+from tests.preparing import prepare
+
+SHAPE = (2, 5, 3, 4)  # B L N D
+ON = replace(NO_NAG, nag_scale=5.0)
+
+
+def seen(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def by_hand(toward: Tensor, away: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+    """Equations 7 to 10 of the paper, token by token, with the names of the project's page."""
+    result = torch.empty_like(toward)
+    for sample in range(len(toward)):
+        for token in range(toward.shape[1]):
+            plus, minus = toward[sample, token].flatten(), away[sample, token].flatten()
+            guided = scale * plus - (scale - 1) * minus
+            ratio = sum(map(abs, guided.tolist())) / sum(map(abs, plus.tolist()))
+            guided = guided * min(ratio, tau) / ratio
+            result[sample, token] = (alpha * guided + (1 - alpha) * plus).view(SHAPE[2:])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("scale", "tau", "alpha"), [(5, 2.5, 0.25), (11, 3.5, 0.5), (1.5, 100, 1), (4, 0.5, 1)]
+)
+def test_the_formula_is_that_of_the_paper(scale: float, tau: float, alpha: float) -> None:
+    toward, away = seen(1), seen(2)
+
+    steered = NormalisedGuidance(scale, tau, alpha)(toward, away)
+
+    torch.testing.assert_close(steered, by_hand(toward, away, scale, tau, alpha), rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_grows_by_tau_at_most() -> None:
+    toward, away = seen(1), seen(2)
+
+    steered = NormalisedGuidance(50, 2.0, 1.0)(toward, away)
+
+    sizes = [each.abs().sum((-2, -1)) for each in (steered, toward)]
+    torch.testing.assert_close(sizes[0], 2 * sizes[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("scale", "alpha"), [(1.0, 0.5), (5.0, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neutral_numbers_leave_every_bit(scale: float, alpha: float, dtype: torch.dtype) -> None:
+    toward, away = seen(1, dtype), seen(2, dtype)
+
+    assert torch.equal(NormalisedGuidance(scale, 3.5, alpha)(toward, away), toward)
+
+
+def test_the_same_text_leaves_every_bit() -> None:
+    toward = seen(1, torch.bfloat16)
+
+    assert torch.equal(NormalisedGuidance(11, 3.5, 0.5)(toward, toward.clone()), toward)
+
+
+def test_tokens_that_see_nothing_are_no_nan() -> None:
+    nothing = torch.zeros(SHAPE)
+
+    assert torch.equal(NormalisedGuidance(5, 3.5, 0.5)(nothing, nothing), nothing)
+    assert NormalisedGuidance(5, 3.5, 0.5)(nothing, seen(1)).isfinite().all()
+
+
+def test_in_bfloat16_it_is_rounded_as_often_as_a_product() -> None:
+    toward, away = seen(1, torch.bfloat16), seen(2, torch.bfloat16)
+    steer = NormalisedGuidance(11, 2.5, 0.25)
+
+    exact = steer(toward.float(), away.float())
+
+    error = (steer(toward, away).float() - exact).abs().max() / exact.abs().max()
+    assert float(error) < 3 * 2**-8  # three roundings
+
+
+class Calls:
+    """Notes which conditions the network is called with, and with which tweaks."""
+
+    def __init__(self) -> None:
+        ones = torch.ones(1, 1, 1, 2, 2)
+        self.section = Section(ones, {"v": ones}, {"v": 2 * ones}, away={"v": 3 * ones})
+        self.made: list[tuple[Conditions, Tweaks]] = []
+
+    def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
+        self.made += [(one, tweaks) for one in conditions]
+        return tuple(value for one in conditions if isinstance(value := one["v"], Tensor))
+
+
+def calls_of(nag: NagOptions, guidance_scale: float) -> Calls:
+    calls, request = Calls(), prepare(Request("p", 0, steps=3, guidance_scale=guidance_scale))
+    guide = make_guidance(request, replace(PLAIN_GUIDANCE, nag=nag))
+    for index in range(3):
+        guide(Step(index, 3, 0.5, 500.0, torch.zeros(1, 1, 1, 2, 2)), calls, calls.section)
+    return calls
+
+
+def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
+    calls = calls_of(ON, 1.0)
+
+    assert [one is calls.section.positive for one, _ in calls.made] == [True] * 3
+    (tweaks,) = {tweaks for _, tweaks in calls.made}
+    assert tweaks.away is not None
+    assert tweaks.away.text is calls.section.away
+    assert tweaks.away.steer == NormalisedGuidance(5.0, 3.5, 0.5)
+
+
+def test_beside_guidance_only_the_pass_of_the_prompt_has_it() -> None:
+    calls = calls_of(ON, 5.0)
+
+    assert len(calls.made) == 6
+    assert all((one is calls.section.positive) == (tweaks.away is not None) for one, tweaks in calls.made)
+
+
+@pytest.mark.parametrize("nag", [NO_NAG, replace(ON, nag_scale=1.0), replace(ON, nag_alpha=0.0)])
+def test_where_it_changes_nothing_it_is_off(nag: NagOptions) -> None:
+    request = prepare(Request("p", 0, steps=3, guidance_scale=1.0))
+
+    assert all(tweaks is NO_TWEAKS for _, tweaks in calls_of(nag, 1.0).made)
+    assert not needs(request, replace(PLAIN_GUIDANCE, nag=nag)).away
+    assert needs(request, replace(PLAIN_GUIDANCE, nag=ON)).away
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("scale", 0.9), ("scale", 2000), ("tau", 0), ("alpha", -0.1), ("alpha", math.nan)]
+)
+def test_numbers_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    numbers: dict[str, float] = {f"nag_{name}": value}
+    with pytest.raises(OptionError, match=f"^--nag_{name} "):
+        replace(ON, **numbers)  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""The thread that writes previews: the newest one counts, and the steps do not wait."""
+
+import threading
+
+from blissful_tuner.preview_writer import LatestWriter
+
+SOON = 30.0  # seconds that a test would wait for what should happen at once
+
+
+def test_a_newer_item_replaces_one_that_waits() -> None:
+    written: list[int] = []
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def write(item: int) -> None:
+        written.append(item)
+        began.set()
+        assert may_go_on.wait(SOON)
+
+    writer = LatestWriter(write)
+    writer.put(1)
+    assert began.wait(SOON)
+    for item in (2, 3, 4):  # returns though the first is still being written
+        writer.put(item)
+    may_go_on.set()
+    writer.close()
+
+    assert written == [1, 4]
+
+
+def test_the_thread_rests_and_still_writes_the_last_item_at_the_end() -> None:
+    written: list[int] = []
+    wrote = threading.Event()
+
+    def write(item: int) -> None:
+        written.append(item)
+        wrote.set()
+
+    writer = LatestWriter(write, rest=1e9)
+    writer.put(1)
+    assert wrote.wait(SOON)
+    for item in (2, 3):
+        writer.put(item)
+    assert written == [1]  # it rests
+    writer.close()
+    assert written == [1, 3]
+
+
+def test_what_waits_may_be_dropped() -> None:
+    written: list[int] = []
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def write(item: int) -> None:
+        began.set()
+        assert may_go_on.wait(SOON)
+        written.append(item)
+
+    writer = LatestWriter(write)
+    writer.put(1)
+    assert began.wait(SOON)
+    writer.put(2)
+    threading.Timer(0.05, may_go_on.set).start()
+    writer.close(drop=True)
+    assert written == [1]
+
+
+def test_without_an_item_there_is_no_thread() -> None:
+    before = threading.active_count()
+    writer = LatestWriter(lambda item: None)
+    assert threading.active_count() == before
+    writer.close()

@@ -1,0 +1,168 @@
+"""Prompts that a chat model rewrites."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import wan_generate_video
+from blissful_tuner.prompt_rewrite import (
+    INSTRUCTIONS,
+    PromptRewriter,
+    instruction,
+    rewrite_prompts,
+    take_answer,
+)
+from modules.contract.generation import Prompt, Prompts, Request
+from modules.errors import CheckpointError, OptionError
+from tests.preparing import prepare
+from tests.tiny.wan import write_tiny_wan
+
+transformers = pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+TEMPLATE = "{% for turn in messages %}<user> {{ turn['content'] }} <model> {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights that answers with words of its small vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("chat modél")
+    words = [
+        "<unk>",
+        "<end>",
+        "<user>",
+        "<model>",
+        *["a", "cat", "dog", "walks", "runs", "on", "the", "grass", "in", "light"],
+    ]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=1,
+        pad_token_id=1,
+        max_position_embeddings=2048,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_instruction_holds_the_prompt_once() -> None:
+    for mode in INSTRUCTIONS:
+        assert instruction("猫 {x} %s", mode).count("猫 {x} %s") == 1
+    assert INSTRUCTIONS["normal"] != INSTRUCTIONS["master"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "taken"),
+    [
+        ('  "A cat\nwalks."  ', "A cat walks."),
+        ("<think>It is a\n cat.</think>\n\nA cat.", "A cat."),
+        ("It is a cat, no start of the thought.</think> A cat.", "A cat."),
+        ("“A cat.”", "A cat."),
+        ('"A" and "B"', 'A" and "B'),
+        ("", ""),
+        ("x" * 9000, "x" * 4000),
+    ],
+)
+def test_the_answer_is_one_paragraph(answer: str, taken: str) -> None:
+    assert take_answer(answer) == taken
+
+
+def test_equal_prompts_have_equal_answers(chat_model: Path) -> None:
+    rewriter = PromptRewriter(chat_model, "normal")
+    rewriter.load(CPU)
+    first = rewriter.rewrite("a cat")
+    assert first
+    assert first != "a cat"
+    rewriter.free()
+
+    again = PromptRewriter(chat_model, "normal")
+    again.load(CPU)
+    assert again.rewrite("a cat") == first
+    assert again.rewrite("  ") == "  "  # nothing to describe
+
+
+def test_an_empty_answer_leaves_the_prompt(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewriter = PromptRewriter(chat_model, "normal")
+    monkeypatch.setattr(rewriter, "_ask", lambda message: "<think>hm</think>")
+    assert rewriter.rewrite("a cat") == "a cat"
+
+
+def test_each_section_is_rewritten_and_recorded(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewriter = PromptRewriter(chat_model, "normal")
+    monkeypatch.setattr(PromptRewriter, "rewrite", lambda self, text: f"{text}!")
+    negative = Prompt("bad")
+    prepared = replace(
+        prepare(Request("x", 0)),
+        prompts={
+            0: Prompts(Prompt("a", ((0, 1, 1.5),), "second"), negative),
+            1: Prompts(Prompt("b"), negative),
+        },
+    )
+
+    made = rewrite_prompts(prepared, rewriter)
+
+    assert made.prompts[0] == Prompts(Prompt("a!", (), "second"), negative)
+    assert made.prompts[1].positive.text == "b!"
+    assert made.own_metadata["rewritten_prompt"] == "a!\nb!"
+
+
+def test_it_is_used_and_recorded(chat_model: Path, tmp_path: Path) -> None:
+    """The video is that of the rewritten prompt typed by hand; the file says both texts."""
+    files = write_tiny_wan(tmp_path / "models")
+    words = [*files.models, "--video_size", "32", "32", "--video_length", "1", "--infer_steps", "1"]
+    words += ["--seed", "1", "--output_type", "latent", "--device", "cpu", "--task", "t2v-1.3B"]
+
+    def make(name: str, *more: str) -> tuple[torch.Tensor, dict[str, str]]:
+        wan_generate_video.main([*words, "--save_path", str(tmp_path / name), *more])
+        (path,) = (tmp_path / name).glob("*_latent.safetensors")
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("latent"), file.metadata()
+
+    rewriting = ["--prompt_rewrite", "master", "--prompt_rewrite_model", str(chat_model)]
+    latents, metadata = make("rewritten", "--prompt", "a cat", *rewriting)
+    text = metadata["bt_rewritten_prompt"]
+    assert text
+    assert metadata["bt_prompt"] == "a cat"
+    typed, _ = make("typed", "--prompt", text)
+    assert torch.equal(latents, typed)
+    plain, _ = make("plain", "--prompt", "a cat")
+    assert not torch.equal(latents, plain)
+
+
+def test_what_is_no_chat_model_is_an_error(chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot load it"):
+        PromptRewriter(tmp_path, "normal").load(CPU)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((chat_model / name).read_bytes())
+    with pytest.raises(CheckpointError, match=r"no chat template|cannot load it"):
+        PromptRewriter(tmp_path, "normal").load(CPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt_rewrite", "normal"], "--prompt_rewrite_model"),
+        (["--prompt_rewrite_model", "x"], "needs --prompt_rewrite"),
+        (["--prompt_rewrite", "normal", "--prompt_rewrite_model", "nowhere"], "no folder with a config.json"),
+    ],
+)
+def test_half_of_it_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=said):
+        wan_generate_video.main(["--prompt", "a", "--save_path", str(tmp_path), *words])

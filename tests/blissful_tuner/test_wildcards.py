@@ -1,0 +1,256 @@
+"""Wildcards draw lines of files by the seed."""
+
+import itertools
+import logging
+import re
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
+from blissful_tuner.wildcards import MOST_DRAWS, expand_texts
+from modules.errors import OptionError
+from tests.golden_cases import read_case
+
+GOLDEN, _ = read_case("wildcards")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The recorded files in a folder `cards`."""
+    for name, content in GOLDEN["files"].items():
+        write(tmp_path / "cards", name, content)
+    return tmp_path / "cards"
+
+
+def write(folder: Path, name: str, content: str) -> None:
+    path = folder / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def options(folder: Path | None, alternatives: bool = False) -> PromptOptions:
+    return replace(PLAIN_PROMPTS, prompt_wildcards=folder, prompt_alternatives=alternatives)
+
+
+def expand(folder: Path | None, text: str, seed: int = 1, alternatives: bool = False) -> str:
+    found = expand_texts({"prompt": text}, options(folder, alternatives), seed)["prompt"]
+    assert found is not None
+    return found
+
+
+def possible(text: str) -> set[str]:
+    """Every result that a text can have with the recorded files."""
+    lines = {
+        "color": ["red", "blue", "green"],
+        "animal": ["cat", "dog", "tiny fox", "huge fox"],
+        "size": ["tiny", "huge"],
+        "sub/tree": ["oak", "pine"],
+        "badw": ["x:heavy"],  # no number, so it is text
+    }
+    parts = re.split(r"__(\S+?)__", text)
+    choices = [[part] if index % 2 == 0 else lines[part] for index, part in enumerate(parts)]
+    return {"".join(picked) for picked in itertools.product(*choices)}
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=range(len(GOLDEN["cases"])))
+def test_recorded_prompts_have_possible_results_or_are_refused(folder: Path, case: dict[str, object]) -> None:
+    """Not the recorded ones: there one draw served all occurrences, and their order was not defined."""
+    text, there = str(case["prompt"]), case["result"]
+    if isinstance(there, dict) and text != "__badw__":
+        with pytest.raises(OptionError, match="--prompt"):
+            expand(folder, text)
+    else:
+        found = [expand(folder, text, seed) for seed in range(40)]
+        assert set(found) <= possible(text)
+        assert len(set(found)) == 1 or len(set(found)) > len(possible(text)) / 3
+        assert len(possible(text)) == 1 or len(set(found)) > 1
+
+
+def test_a_seed_gives_the_same_prompt_and_another_one_another(folder: Path) -> None:
+    text = "__color__ __animal__ " * 8
+    assert expand(folder, text, 7) == expand(folder, text, 7)
+    assert expand(folder, text, 7) != expand(folder, text, 8)
+
+
+def test_what_a_seed_draws_is_settled_for_good(folder: Path) -> None:
+    """Prompts in files that were made stay what they are: a change here changes what a seed means."""
+    assert expand(folder, "__color__ __animal__ __color__ __size__", 42) == "blue cat red tiny"
+
+
+def test_each_occurrence_is_drawn_and_as_often_as_its_weight_says(folder: Path) -> None:
+    counts = Counter(expand(folder, "__color__ " * 3500).split())
+    assert counts.total() == 3500
+    for color, share in {"red": 2 / 3.5, "blue": 1 / 3.5, "green": 0.5 / 3.5}.items():
+        assert abs(counts[color] / 3500 - share) < 0.04
+
+
+def test_weight_zero_is_never_drawn(folder: Path) -> None:
+    write(folder, "zero", "no:0\nyes\nnever:0.0\n")
+    assert set(expand(folder, "__zero__ " * 500).split()) == {"yes"}
+    write(folder, "nothing", "no:0\n")
+    with pytest.raises(OptionError, match=r"nothing.txt: the weights .* are together 0"):
+        expand(folder, "__nothing__")
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("16:9 screen", "16:9 screen"),
+        ('"ratio 16:9"', "ratio 16:9"),
+        ('"ratio 16:9":2', "ratio 16:9"),
+        ("a: b : 3", "a: b"),
+        ("(red:1.4):2", "(red:1.4)"),
+        ('say "hi"', 'say "hi"'),
+    ],
+)
+def test_a_weight_stands_behind_the_last_colon(folder: Path, line: str, text: str) -> None:
+    write(folder, "one", f"# what follows\n\n  {line}  \n")
+    assert expand(folder, "__one__") == text
+
+
+@pytest.mark.parametrize("text", ["a _color_ __ x", "__ color __", "snake_case_name", "__color", "_" * 50])
+def test_other_underscores_are_text(folder: Path, text: str) -> None:
+    assert expand(folder, text) == text
+
+
+def test_keys_may_have_underscores_blanks_and_folders(folder: Path) -> None:
+    write(folder, "my_own file", "it")
+    write(folder, "a/b_c/d", "deep")
+    assert expand(folder, "__my_own file__, __a/b_c/d__.") == "it, deep."
+
+
+def test_escaped_marks_are_text(folder: Path) -> None:
+    assert expand(folder, r"\__init__ \{a|b\}") == r"__init__ \{a|b\}"
+    assert expand(folder, r"\__init__ \{a|b\}", alternatives=True) == "__init__ {a|b}"
+
+
+def test_wildcards_and_alternatives_may_hold_one_another(folder: Path) -> None:
+    write(folder, "pair", "{left|left} __one__")
+    write(folder, "one", "hand")
+    assert expand(folder, "{__pair__|__pair__}!", alternatives=True) == "left hand!"
+    assert expand(folder, "__pair__") == "{left|left} hand"  # braces are text without the switch
+    assert expand(None, "{__pair__|__pair__}", alternatives=True) == "__pair__"
+
+
+def test_a_drawn_line_does_not_join_its_neighbours_to_a_wildcard(folder: Path) -> None:
+    write(folder, "half", "__")
+    assert expand(folder, "__half__color__half__") == "__color__"
+
+
+def test_texts_draw_in_their_order_with_one_generator(folder: Path) -> None:
+    texts = {"prompt": "__color__ " * 5, "negative_prompt": None, "prompt_2": "__color__ " * 5}
+    found = expand_texts(texts, options(folder), 3)
+    assert found["negative_prompt"] is None
+    assert f"{found['prompt']}{found['prompt_2']}" == expand(folder, "__color__ " * 10, 3)
+
+
+def test_draws_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    expand(folder, "plain")
+    assert not caplog.text
+    assert expand(folder, "a __size__ dog", 5) in caplog.text
+    assert "__size__ = " in caplog.text
+
+
+def test_a_wildcard_that_draws_itself_is_refused(folder: Path) -> None:
+    with pytest.raises(OptionError, match=r"loop.txt, line 1 .* more than 50 times"):
+        expand(folder, "__loop__")
+
+
+def test_wildcards_that_multiply_are_refused(folder: Path) -> None:
+    for level in range(20):
+        write(folder, f"w{level}", f"__w{level + 1}__ __w{level + 1}__")
+    write(folder, "w20", "x")
+    with pytest.raises(OptionError, match=f"draws line number {MOST_DRAWS + 1:,}"):
+        expand(folder, "__w0__")
+    write(folder, "long", "x" * 1_000_000)
+    with pytest.raises(OptionError, match="more than 4 million characters"):
+        expand(folder, "__long__" * 5)
+
+
+def test_a_missing_file_is_named_with_the_line_that_draws_it(folder: Path) -> None:
+    write(folder, "outer", "# one\n\n__inner/no__")
+    with pytest.raises(OptionError, match=r"outer.txt, line 3: __inner/no__ needs the file .*no.txt,"):
+        expand(folder, "__outer__")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "/etc/x",
+        "../x",
+        "sub/../../x",
+        "C:/x",
+        "C:x",
+        r"sub\tree",
+        "a//b",
+        "./color",
+        "a\x07b",
+        "x/",
+        "~/..",
+    ],
+)
+def test_paths_out_of_the_folder_are_no_wildcards(folder: Path, key: str) -> None:
+    (folder.parent / "x.txt").write_text("secret", encoding="utf-8")
+    with pytest.raises(OptionError, match="does not name a file in --prompt_wildcards"):
+        expand(folder, f"__{key}__")
+
+
+def test_links_that_leave_the_folder_are_refused(folder: Path) -> None:
+    (folder.parent / "x.txt").write_text("secret", encoding="utf-8")
+    (folder / "link.txt").symlink_to(folder.parent / "x.txt")
+    (folder / "out").symlink_to(folder.parent, target_is_directory=True)
+    (folder / "inside.txt").symlink_to(folder / "size.txt")
+    (folder / "circle.txt").symlink_to(folder / "circle.txt")
+    for key in ("link", "out/x"):
+        with pytest.raises(OptionError, match="is a link that leads out of"):
+            expand(folder, f"__{key}__")
+    with pytest.raises(OptionError, match="not there"):
+        expand(folder, "__circle__")
+    assert expand(folder, "__inside__") in {"tiny", "huge"}
+    (folder.parent / "home").symlink_to(folder, target_is_directory=True)
+    assert expand(folder.parent / "home", "__size__") in {"tiny", "huge"}  # the folder itself may be a link
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"a\0b", "NUL"),
+        (b"# only\n\n", "has no line to draw"),
+        (b"red\nblue:-1\n", "line 2: the weight -1"),
+        (b"red:" + b"9" * 300, "line 1: the weight"),
+        (b"x" * ((1 << 24) + 1), "larger than 16 MiB"),
+    ],
+    ids=range(6),
+)
+def test_a_bad_file_is_named(folder: Path, content: bytes, message: str) -> None:
+    (folder / "wrong.txt").write_bytes(content)
+    with pytest.raises(OptionError, match=rf"wrong.txt.*{message}"):
+        expand(folder, "__wrong__")
+
+
+def test_ten_thousand_wildcards_and_long_texts_take_seconds(folder: Path) -> None:
+    write(folder, "many", "\n".join(f"word{number}:{number % 7 + 1}" for number in range(100_000)))
+    start = time.process_time()
+    assert len(expand(folder, "__many__ " * 10_000).split()) == 10_000
+    for text in ("__a " * 250_000, "_" * 10**6, "__ a_" * 250_000, "__" + "a" * 10**6):
+        assert expand(folder, text) == text
+    assert time.process_time() - start < 20
+
+
+def test_nothing_is_drawn_without_the_options() -> None:
+    text = "__color__ {a|b}"
+    assert expand_texts({"prompt": text}, PLAIN_PROMPTS, 1) == {"prompt": text}
+
+
+def test_the_folder_has_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="there is no such folder"):
+        options(tmp_path / "no")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(OptionError, match="it is not a folder"):
+        options(tmp_path / "file")

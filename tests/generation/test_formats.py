@@ -1,0 +1,133 @@
+"""Codecs and containers of outputs, and that metadata read back from all of them with other libraries too."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from blissful_tuner.format_options import FormatOptions
+from generation.output_options import OutputOptions
+from generation.outputs import save_pixels
+from modules.errors import MediaError
+from modules.media.reading import video_frames
+from modules.media.tags import read_tags
+from modules.media.writing import encoder_for, write_video
+from tests.commands import run_script
+from tests.faults.messages import succeed_here
+from tests.tiny.families import FAMILIES
+
+BY_NAME = {family.name: family for family in FAMILIES}
+STREAMS = {"h264": ("h264", "yuv420p"), "h265": ("hevc", "yuv420p"), "prores": ("prores", "yuv422p10le")}
+PROMPT = 'käfer 漢字 🐞 "quoted" = a; b # c\\d ' + "long " * 1000
+METADATA = {"bt_prompt": PROMPT + "\nsecond line", "bt_seeds": "7", "bt_cfg_schedule": "1-3, e~2"}
+AS_ONE_LINE = {**METADATA, "bt_prompt": PROMPT + "\\nsecond line"}
+
+
+def save(
+    folder: Path, codec: str, container: str, width: int = 96, height: int = 64, frames: int = 5
+) -> Path:
+    pixels = torch.linspace(-1, 1, frames).view(1, 1, -1, 1, 1).expand(1, 3, frames, height, width)
+    format_options = FormatOptions(codec, container, False)
+    asked = OutputOptions(folder, "video", False, 0, False, False, False, format_options)
+    return save_pixels(asked, "a", iter([pixels]), 16.0, METADATA)
+
+
+def tags_by_av(path: Path) -> dict[str, str]:
+    with av.open(str(path)) as container:
+        return {name.lower(): text for name, text in container.metadata.items()}
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("codec", STREAMS)
+def test_every_codec_and_container_keeps_frames_and_metadata(
+    codec: str, container: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path, codec, container)
+    assert path.suffix == (".mkv" if codec == "prores" else f".{container}")
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == STREAMS[codec]
+        assert stream.average_rate == 16
+    grey = np.stack(list(video_frames(path))).astype(int)
+    assert grey.shape == (5, 64, 96, 3)
+    assert abs(grey.mean((1, 2, 3)) - [0, 64, 128, 191, 255]).max() < 3
+    assert np.ptp(grey, axis=3).max() <= 3  # no colour
+    for found in (read_tags(path), tags_by_av(path)):
+        assert {key: found[key] for key in METADATA} == AS_ONE_LINE
+
+
+def test_a_picture_keeps_its_metadata(tmp_path: Path) -> None:
+    path = save(tmp_path, "h264", "mp4", frames=1)
+    with Image.open(path) as image:
+        texts = dict(image.text)  # type: ignore[attr-defined]
+    assert {key: texts[key] for key in METADATA} == AS_ONE_LINE
+    assert read_tags(path) == texts
+
+
+@pytest.mark.parametrize("codec", STREAMS)
+@pytest.mark.parametrize(("width", "height"), [(97, 65), (96, 65), (97, 64)])
+def test_the_last_row_or_column_of_an_odd_size_is_cropped(
+    codec: str, width: int, height: int, tmp_path: Path
+) -> None:
+    path = save(tmp_path, codec, "mkv", width, height)
+    assert next(video_frames(path)).shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(("width", "height", "codec"), [(48, 32, "h264"), (62, 64, "h264"), (64, 48, "hevc")])
+def test_pictures_too_small_for_h265_are_written_as_h264(
+    width: int, height: int, codec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, "h265", "mkv", width, height)
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].codec_context.name == codec
+    assert ("--codec h265 is written as h264" in caplog.text) == (codec == "h264")
+    assert {key: read_tags(path)[key] for key in METADATA} == AS_ONE_LINE
+
+
+def test_the_writer_itself_refuses_them() -> None:
+    frame = np.zeros((32, 48, 3), dtype=np.uint8)
+    assert encoder_for("h265", frame) == "h264"
+    with pytest.raises(MediaError, match="h265 cannot be used for 48 x 32 pixels, 64 x 48 are the least"):
+        write_video(Path("x.mp4"), [frame], 16, codec="h265")
+    assert not Path("x.mp4").exists()
+
+
+@pytest.mark.parametrize("name", ["wan t2v-1.3B", "hunyuan_video", "framepack"])
+def test_every_family_writes_all_containers_with_the_same_metadata(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = BY_NAME[name]
+    family.prepare(tmp_path)
+    size = ["--video_size", "64", "64", "--infer_steps", "1", "--device", "cpu", "--seed", "7"]
+    command = [*family.generate, *size, "--prompt", "käfer\n漢字"]
+    succeed_here(*command, "--save_path", "out", "--output_type", "both", folder=tmp_path)
+    (latent,) = (tmp_path / "out").glob("*_latent.safetensors")
+    with safe_open(latent, "pt") as file:
+        said = file.metadata()
+    expected = {key: text.replace("\n", "\\n") for key, text in said.items() if key.startswith("bt_")}
+    assert expected["bt_prompt"] == "käfer\\n漢字"
+    files = [next((tmp_path / "out").glob("*.mp4"))]
+    decode = [word for word in family.generate if word not in {"--video_sections", "2"}]
+    for codec, container in (("h265", "mkv"), ("prores", "mkv"), ("h264", "mkv")):
+        folder = f"{codec} {container}"
+        words = ["--codec", codec, "--container", container, "--keep_pngs", "--save_path", folder]
+        succeed_here(*decode, "--latent_path", latent, *words, "--device", "cpu", folder=tmp_path)
+        files.append(next((tmp_path / folder).glob("*.mkv")))
+        pngs = sorted((tmp_path / folder / "frames").iterdir())
+        assert pngs[0].name == "000000.png"
+        with Image.open(pngs[-1]) as image:
+            assert image.text["bt_prompt"] == expected["bt_prompt"]  # type: ignore[attr-defined]
+        assert len(pngs) == len(list(video_frames(files[-1])))
+    for file in files:
+        for found in (read_tags(file), tags_by_av(file)):
+            assert {key: text for key, text in found.items() if key in expected and text} == {
+                key: text for key, text in expected.items() if text
+            }
+    shown = run_script("blissful_tuner/metaview.py", *files, latent).stdout
+    assert shown.count("PROMPT: käfer\\n漢字\n") == len(files) + 1
+    assert len(json.loads(run_script("blissful_tuner/metaview.py", tmp_path / "out", "--json").stdout)) == 2

@@ -1,0 +1,214 @@
+"""Guidance in every family, from the command line to latents: what changes them, and what it costs."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules.errors import OptionError
+from modules.media.writing import write_video
+from tests.generation.guided import SAY, STEPS, Made, Script, is_finite, per_step, write_scripts
+from tests.tiny.project import moving_square
+
+FAMILIES = ("wan", "hunyuan", "framepack")
+KINDS = ("wan", "wan i2v", "hunyuan", "skyreels i2v", "framepack")
+EMBEDDED = ("hunyuan", "framepack")
+SLG = ("--slg_layers", "1", "--slg_end", "0.5", "--slg_mode")
+PLAIN = [2] * STEPS  # passes of each step
+NEUTRAL = {
+    "zero star times 1": ("--cfgzerostar_init_steps", 2, "--cfgzerostar_multiplier", 1),
+    "zero star of no steps": ("--cfgzerostar_init_steps", 0),
+    "slg original 0": (*SLG, "original", "--slg_scale", 0),
+    "slg that ends at once": (*SLG, "uncond", "--slg_end", 0),
+    "rescale 0": ("--guidance_rescale", 0),
+    "schedule of all steps": ("--cfg_schedule", f"1-{STEPS}"),
+    "all steps kept": ("--cfg_skip_mode", "late", "--cfg_apply_ratio", 1),
+}
+ACTIVE = {  # options -> passes of each step
+    "zero star": (("--cfgzerostar_scaling",), PLAIN),
+    "zero init": (("--cfgzerostar_init_steps", 2), [0, 0, 2, 2]),
+    "zero init times 0.5": (("--cfgzerostar_init_steps", 1, "--cfgzerostar_multiplier", 0.5), PLAIN),
+    "perp neg": (("--perp_neg", 1.5), [3] * STEPS),
+    "perp neg 0": (("--perp_neg", 0), PLAIN),
+    "perp neg, slg uncond": (("--perp_neg", 1.5, *SLG, "uncond"), [3] * STEPS),
+    "zero star, slg original": (("--cfgzerostar_scaling", *SLG, "original"), [3, 3, 2, 2]),
+    "slg uncond": ((*SLG, "uncond"), PLAIN),
+    "rescale": (("--guidance_rescale", 0.7), PLAIN),
+    "schedule": (("--cfg_schedule", "1-2:4, 4:1"), [2, 2, 1, 1]),
+    "skip mode": (("--cfg_skip_mode", "middle", "--cfg_apply_ratio", 0.5), [2, 1, 1, 2]),
+    "schedule, perp neg, rescale": (
+        ("--cfg_schedule", "2-3", "--perp_neg", 2, "--guidance_rescale", 0.5),
+        [1, 3, 3, 1],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
+    return write_scripts(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def plain(scripts: dict[str, Script], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return {kind: scripts[kind].latents(tmp_path_factory.mktemp("plain")) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_values_change_no_bit(
+    tmp_path: Path, scripts: dict[str, Script], plain: dict[str, torch.Tensor], kind: str, name: str
+) -> None:
+    latents, calls = scripts[kind].run(tmp_path, *NEUTRAL[name])
+    assert torch.equal(latents[1], plain[kind])
+    assert per_step(calls) == PLAIN
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", ACTIVE)
+def test_real_values_change_the_result_and_make_no_pass_too_many(
+    tmp_path: Path, scripts: dict[str, Script], plain: dict[str, torch.Tensor], kind: str, name: str
+) -> None:
+    options, passes = ACTIVE[name]
+    latents, calls = scripts[kind].run(tmp_path, *options)
+    assert is_finite(latents)
+    assert float((latents[1] - plain[kind]).abs().max()) > 1e-4
+    assert per_step(calls) == passes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_empty_text_has_the_media_of_the_others(
+    tmp_path: Path, scripts: dict[str, Script], plain: dict[str, torch.Tensor], kind: str
+) -> None:
+    latents, calls = scripts[kind].run(tmp_path, "--perp_neg", 2)
+    assert is_finite(latents)
+    assert not torch.equal(latents[1], plain[kind])
+    assert per_step(calls) == [3] * STEPS
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_steps_with_guidance_can_leave_embedded_guidance_out(
+    tmp_path: Path, scripts: dict[str, Script], kind: str
+) -> None:
+    one = ("--cfg_schedule", "2", "--disable_embedded_for_cfg")
+    latents, calls = scripts[kind].run(tmp_path / "a", *one)
+    assert [call.embedded for call in calls if call.step == 1].count(False) == len(
+        [call for call in calls if call.step == 1]
+    )
+    assert all(call.embedded for call in calls if call.step != 1)
+    assert not torch.equal(latents[1], scripts[kind].latents(tmp_path / "b", "--cfg_schedule", "2"))
+    every = ("--disable_embedded_for_cfg", "--embedded_cfg_scale")
+    assert torch.equal(
+        scripts[kind].latents(tmp_path / "c", *every, 2), scripts[kind].latents(tmp_path / "d", *every, 9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ((), [2]),
+        (("--perp_neg", 1.5), [3]),
+        (("--perp_neg", 1.5, *SLG, "uncond"), [1, 2]),  # the pass that skips blocks is a call of its own
+        ((*SLG, "original"), [1, 2]),
+        (("--cfgzerostar_scaling", "--disable_embedded_for_cfg"), [2]),
+        (("--perp_neg", 1.5, "--split_uncond"), [1, 1, 1]),
+    ],
+)
+def test_hunyuan_video_makes_one_batch_of_the_passes_that_can_be_one(
+    tmp_path: Path, scripts: dict[str, Script], options: tuple[object, ...], rows: list[int]
+) -> None:
+    _, calls = scripts["hunyuan"].run(tmp_path, *options)
+    assert sorted(call.rows for call in calls if call.step == 0) == rows
+
+
+@pytest.mark.parametrize("options", [("--perp_neg", 1.5), ("--cfgzerostar_scaling",)])
+def test_a_batch_equals_passes_one_after_the_other(
+    tmp_path: Path, scripts: dict[str, Script], options: tuple[object, ...]
+) -> None:
+    together = scripts["hunyuan"].latents(tmp_path / "a", *options)
+    apart = scripts["hunyuan"].latents(tmp_path / "b", *options, "--split_uncond")
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)  # sums of another order
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)  # Wan has a text in place of an empty negative prompt
+def test_an_empty_negative_prompt_shares_its_pass_with_the_empty_text(
+    tmp_path: Path, scripts: dict[str, Script], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    say = [word for word in SAY if word not in {"--negative_prompt", "dull"}]
+    latents, calls = scripts[kind].run(tmp_path / "a", "--perp_neg", 2, say=say)
+    assert "--perp_neg 2 is ignored because the negative prompt is empty" in caplog.text
+    assert per_step(calls) == PLAIN
+    assert torch.equal(latents[1], scripts[kind].run(tmp_path / "b", say=say)[0][1])
+
+
+def test_lines_of_a_file_have_their_own_schedules(tmp_path: Path, scripts: dict[str, Script]) -> None:
+    for kind in FAMILIES:
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "lines.txt").write_text(
+            "a cat --d 1 --n dull --l 3 --cs 1-2:5\na cat --d 2 --n dull --l 3 --cs !1,2-4\n",
+            encoding="utf-8",
+        )
+        more = ("--perp_neg", 1.5)
+        made, _ = scripts[kind].run(folder / "file", "--from_file", folder / "lines.txt", *more, say=())
+        one = scripts[kind].latents(folder / "one", *more, "--cfg_schedule", "1-2:5")
+        two = scripts[kind].latents(folder / "two", *more, "--cfg_schedule", "2-4", "--seed", 2)
+        assert torch.equal(made[1], one)
+        assert torch.equal(made[2], two)
+
+
+def test_first_steps_of_a_video_to_video_are_those_that_are_made(
+    tmp_path: Path, scripts: dict[str, Script]
+) -> None:
+    video = tmp_path / "clip.mp4"
+    write_video(video, moving_square(5, 32, 32, 1), fps=24)
+    half = ("--video_path", video, "--strength", 0.5, "--cfgzerostar_init_steps", 1, "--cfg_schedule", "1-2")
+    latents, calls = scripts["hunyuan"].run(tmp_path / "made", *half)
+    assert per_step(calls) == [0, 2, 0, 0]
+    assert is_finite(latents)
+
+
+def test_each_section_of_a_video_has_all_passes(tmp_path: Path, scripts: dict[str, Script]) -> None:
+    options = ("--video_sections", 2, "--perp_neg", 1.5, "--cfgzerostar_init_steps", 1)
+    latents, calls = scripts["framepack"].run(tmp_path, *options)
+    assert per_step(calls) == [0, 6, 6, 6]
+    assert is_finite(latents)
+
+
+CHOICES = (
+    ("--cfgzerostar_scaling",),
+    ("--cfgzerostar_init_steps", 1),
+    ("--cfgzerostar_init_steps", 2, "--cfgzerostar_multiplier", 0.5),
+    ("--perp_neg", 1.5),
+    (*SLG, "original"),
+    (*SLG, "uncond"),
+    ("--cfg_schedule", "1, e~2:5"),
+    ("--cfg_skip_mode", "early", "--cfg_apply_ratio", 0.5),
+    ("--guidance_rescale", 0.7),
+    ("--guidance_scale", 1),
+)
+PAIRS = list(itertools.combinations(CHOICES, 2))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_any_two_ideas_work_together_or_are_refused_by_name(
+    tmp_path: Path, scripts: dict[str, Script], kind: str
+) -> None:
+    """A sample of the pairs, another one for each family, the same in every run."""
+    count = 6 if kind == "framepack" else 12  # its image encoder takes long
+    for number, (first, second) in enumerate(random.Random(kind).sample(PAIRS, count)):
+        made, refusal = try_pair(scripts[kind], tmp_path / str(number), *first, *second)
+        assert made is None or (is_finite(made[0]) and max(per_step(made[1])) <= 3)
+        if made is None:
+            assert not (tmp_path / str(number)).exists()
+            for words in (first, second):
+                assert any(str(word) in refusal for word in words if str(word).startswith("--")), refusal
+
+
+def try_pair(script: Script, folder: Path, *options: object) -> tuple[Made | None, str]:
+    """What was made, or the message of what refused it."""
+    try:
+        return script.run(folder, *options), ""
+    except OptionError as error:
+        return None, str(error)

@@ -1,0 +1,296 @@
+"""Latent previews through the generation scripts: all families and modes, and the same latents with them."""
+
+import builtins
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compare
+import fpack_generate_video
+import hv_generate_video
+import wan_generate_video
+from blissful_tuner.latent_preview import LatentPreviews
+from blissful_tuner.taehv import TaehvConfig, decoding_bytes
+from frame_pack.generating import video_sections
+from frame_pack.sections import ANTI_DRIFTING, F1, Order
+from generation.run import generate
+from modules.contract.family import LatentSpec
+from modules.contract.generation import EncodedPrompts
+from modules.errors import CheckpointError, OptionError
+from modules.media.reading import read_image, video_frames, video_info
+from modules.media.writing import write_video
+from tests.commands import assert_user_error, run_script
+from tests.generation.test_run import options
+from tests.generation.toy_family import WINDOW, ToyFamily
+from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.project import moving_square, write_image, write_lora
+from tests.tiny.taehv import write_taehv
+from tests.tiny.wan import write_tiny_wan
+
+MP4, PNG = "latent_preview.mp4", "latent_preview.png"
+COLOURED = LatentSpec(
+    channels=2,
+    stride=(4, 8, 8),
+    pixel_step=16,
+    frame_step=4,
+    preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)),
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A family's script with tiny models."""
+
+    name: str
+    main: Callable[[Sequence[str]], None]
+    words: tuple[str, ...]
+
+    def run(self, folder: Path, *more: object) -> dict[str, torch.Tensor]:
+        """Return the latents by their seed."""
+        self.main(["--save_path", str(folder), "--device", "cpu", *self.words, *map(str, more)])
+        return {
+            path.name.split("_")[1]: load_file(path)["latent"] for path in folder.glob("*_latent.safetensors")
+        }
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
+    folder = tmp_path_factory.mktemp("models")
+    parts = {name: folder / name for name in ("wan", "hunyuan", "framepack")}
+    for part in parts.values():
+        part.mkdir()
+    write_image(folder / "start.png", 48, 32)
+    size = ("--video_size", "32", "48")
+    video = (*size, "--video_length", "5", "--infer_steps", "4")
+    wan = ("--task", "t2v-1.3B", *write_tiny_wan(parts["wan"]).models, *video)
+    image = ("--image_path", str(folder / "start.png"), "--video_sections", "3", "--infer_steps", "2")
+    framepack = (*write_tiny_framepack(parts["framepack"]).models, *size, *image)
+    hunyuan = (*write_tiny_hunyuan(parts["hunyuan"]).models, *video)
+    found = [
+        Script("wan", wan_generate_video.main, wan),
+        Script("hunyuan", hv_generate_video.main, hunyuan),
+        Script("framepack", fpack_generate_video.main, framepack),
+    ]
+    return {script.name: script for script in found}
+
+
+@pytest.fixture(scope="module")
+def taehv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_taehv(tmp_path_factory.mktemp("taehv") / "taehv.safetensors")
+
+
+SHAPES = {  # frames and rate of the preview by colours, frames and rate by TAEHV
+    "wan": (2, 4.0, 5, 16.0),
+    "hunyuan": (2, 6.0, 5, 24.0),
+    "framepack": (18, 7.5, 69, 30.0),
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_latents_are_the_same_bits_with_previews_in_every_family(
+    tmp_path: Path, scripts: dict[str, Script], taehv: Path, family: str
+) -> None:
+    script, say = scripts[family], ("--prompt", "a cat", "--seed", 3, "--output_type", "latent")
+    frames, rate, all_frames, full_rate = SHAPES[family]
+
+    plain = script.run(tmp_path / "plain", *say)
+    coloured = script.run(tmp_path / "coloured", *say, "--preview_latent_every", 1)
+    decoded = script.run(tmp_path / "decoded", *say, "--preview_latent_every", 1, "--preview_vae", taehv)
+
+    assert torch.equal(plain["3"], coloured["3"])
+    assert torch.equal(plain["3"], decoded["3"])
+    assert not list((tmp_path / "plain").glob("latent_preview*"))
+    for folder, expected in (("coloured", (frames, rate)), ("decoded", (all_frames, full_rate))):
+        info = video_info(tmp_path / folder / MP4)
+        assert (info.width, info.height) == (48, 32)
+        assert (info.frames, info.fps) == expected
+
+
+def test_steps_of_a_video_that_starts_from_another_are_counted_from_its_first(
+    tmp_path: Path, scripts: dict[str, Script]
+) -> None:
+    """Of 4 steps half are made: the first has a preview, the second is the last."""
+    script = scripts["hunyuan"]
+    write_video(tmp_path / "clip.mp4", moving_square(5, 48, 32, 1), fps=16)
+    say = ("--prompt", "a cat", "--seed", 3, "--output_type", "latent", "--strength", 0.5)
+    say = (*say, "--video_path", tmp_path / "clip.mp4")
+
+    first = script.run(tmp_path / "first", *say, "--preview_latent_every", 1)
+    script.run(tmp_path / "second", *say, "--preview_latent_every", 2)
+    plain = script.run(tmp_path / "plain", *say)
+
+    assert torch.equal(first["3"], plain["3"])
+    assert (tmp_path / "first" / MP4).exists()
+    assert not (tmp_path / "second" / MP4).exists()
+
+
+@pytest.mark.parametrize("order", ["", "--f1"])
+def test_framepack_counts_sections(tmp_path: Path, scripts: dict[str, Script], order: str) -> None:
+    """Of 3 sections the first two are shown while the third is made."""
+    say = ("--prompt", "a cat", "--seed", 3, "--output_type", "latent", *([order] if order else []))
+    for every, frames in ((1, 18), (2, 18), (3, None)):
+        folder = tmp_path / str(every)
+        scripts["framepack"].run(folder, *say, "--preview_latent_every", every)
+        if frames is None:
+            assert not (folder / MP4).exists()
+        else:  # --f1 begins with the start image
+            assert video_info(folder / MP4).frames == frames + bool(order)
+
+
+def test_a_picture_of_framepack_has_previews_of_its_steps(tmp_path: Path, scripts: dict[str, Script]) -> None:
+    say = ("--prompt", "a cat", "--one_frame_inference", "default", "--output_type", "latent")
+    scripts["framepack"].run(tmp_path, *say, "--preview_latent_every", 1)
+    assert read_image(tmp_path / PNG).shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("order", [ANTI_DRIFTING, F1], ids=["anti-drifting", "f1"])
+def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(order: Order) -> None:
+    generator, window = torch.Generator().manual_seed(1), 2
+
+    class Noise:
+        def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+    inputs: dict[int, Any] = {
+        index: {"start_latents": torch.full((1, 2, 1, 2, 2), 9.0), "image_embeddings": torch.zeros(1, 1, 1)}
+        for index in range(3)
+    }
+    prompts = {index: EncodedPrompts({}) for index in range(3)}
+    sections = video_sections(prompts, inputs, Noise(), torch.ones(1), order, window, ())
+    so_far, section = [], next(sections)
+    try:
+        while True:
+            so_far.append(None if section.made is None else section.made.so_far)
+            assert section.count == 3
+            section = sections.send(section.noise)
+    except StopIteration as end:
+        video = end.value
+    assert so_far[0] is None
+    for made, part in enumerate(so_far[1:], 1):
+        assert part is not None
+        whole = video[:, :, -made * window :] if order.in_front else video[:, :, : made * window + 1]
+        assert torch.equal(part, whole)
+
+
+class Typing:
+    """Lines, then the end of input."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = list(lines)
+
+    def __call__(self, sign: str) -> str:
+        if not self.lines:
+            raise EOFError
+        return self.lines.pop(0)
+
+
+def toy(**more: Any) -> ToyFamily:
+    return ToyFamily(latent=COLOURED, **more)
+
+
+def test_a_file_of_prompts_has_one_preview_replaced_by_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[float] = []
+    write = LatentPreviews.write
+
+    def noted(self: LatentPreviews, take: Callable[[], Any]) -> None:
+        write(self, take)
+        shown.append(sum(float(frame.mean()) for frame in video_frames(self.folder / MP4)))
+
+    monkeypatch.setattr(LatentPreviews, "write", noted)
+    (tmp_path / "lines.txt").write_text("cat --d 1\ndog --d 2\n", encoding="utf-8")
+    words = ("--from_file", tmp_path / "lines.txt", "--output_type", "latent", "--preview_latent_every", 2)
+    generate(toy(), options(tmp_path / "out", *words))
+    assert len(shown) == 2  # 3 steps each
+    assert shown[0] != shown[1]
+    assert len(list((tmp_path / "out").glob("latent_preview.*"))) == 1
+
+
+def test_prompts_that_are_typed_have_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtins, "input", Typing("cat --d 1", "dog --d 2"))
+    generate(toy(), options(tmp_path, "--interactive", "--preview_latent_every", 1))
+    assert (tmp_path / MP4).exists()
+    assert len(list(tmp_path.glob("*.mp4"))) == 3
+
+
+def test_a_comparison_has_previews_and_the_same_clips(tmp_path: Path, scripts: dict[str, Script]) -> None:
+    words = scripts["wan"].words
+    dit = Path(words[words.index("--dit") + 1])
+    write_lora(tmp_path / "style.safetensors", dit)
+    for folder, more in (("plain", []), ("shown", ["--preview_latent_every", "1"])):
+        say = ["--family", "wan", "--lora", str(tmp_path / "style.safetensors"), "--prompt", "a cat"]
+        where = ["--save_path", str(tmp_path / folder), "--device", "cpu", "--output_type", "both"]
+        compare.main([*say, *where, *words, *more])
+    assert (tmp_path / "shown" / MP4).exists()
+    for path in (tmp_path / "plain").glob("*_latent.safetensors"):
+        other = tmp_path / "shown" / path.name
+        assert torch.equal(load_file(path)["latent"], load_file(other)["latent"])
+
+
+@pytest.mark.parametrize("in_front", [True, False])
+def test_previews_of_latents_and_of_decoded_sections_live_together(tmp_path: Path, in_front: bool) -> None:
+    family = toy(sections_made=3, makes_last_first=in_front)
+    generate(family, options(tmp_path, "--prompt", "cat", "--seed", 1, "--preview_latent_every", 1))
+    expected = 2 * WINDOW + (0 if in_front else 1)
+    assert video_info(tmp_path / MP4).frames == expected
+    assert len(list(tmp_path.glob("*_1.mp4"))) == 1
+
+
+def test_a_folder_in_the_way_is_one_warning_for_all_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out" / MP4 / "x").mkdir(parents=True)
+    (tmp_path / "lines.txt").write_text("cat --d 1\ndog --d 2\n", encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        words = ("--from_file", tmp_path / "lines.txt", "--preview_latent_every", 1)
+        generate(toy(), options(tmp_path / "out", *words))
+    assert caplog.text.count("A latent preview has failed") == 1
+    assert len([path for path in (tmp_path / "out").glob("*.mp4") if path.is_file()]) == 2
+
+
+def test_a_wrong_file_is_an_error_before_anything_loads(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("no model", encoding="utf-8")
+    family = toy()
+    words = ("--prompt", "cat", "--preview_latent_every", 1, "--preview_vae")
+    with pytest.raises(CheckpointError, match=r"text.pth"):
+        generate(family, options(tmp_path, *words, tmp_path / "text.pth"))
+    other = write_taehv(tmp_path / "taehv.pth")
+    with pytest.raises(CheckpointError, match=r"decodes 16 channels .*\n?.* 2 channels"):
+        generate(family, options(tmp_path, *words, other))
+    with pytest.raises(OptionError, match="no map from this model's latents to colours"):
+        generate(ToyFamily(diary=family.diary), options(tmp_path, *words[:-1]))
+    assert family.diary == []
+
+
+def test_the_script_says_so_in_one_message(tmp_path: Path, scripts: dict[str, Script]) -> None:
+    words = (*scripts["wan"].words, "--prompt", "a cat", "--save_path", tmp_path / "out")
+    script = "wan_generate_video.py"
+    lost = run_script(script, *words, "--preview_latent_every", 1, "--preview_vae", "lost.pth", check=False)
+    assert_user_error(lost, "--preview_vae lost.pth: no such file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_the_tiny_vae(
+    tmp_path: Path, scripts: dict[str, Script], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TaehvConfig(16, (256, 128, 64, 64), (1, 2, 2))
+    path = write_taehv(tmp_path / "big.pth", config)
+    words = ["--prompt", "a cat", "--save_path", str(tmp_path), "--plan", "24", "--video_size", "256", "256"]
+    said = []
+    for more in ([], ["--preview_latent_every", "1"], ["--preview_vae", str(path)]):
+        words += more
+        scripts["wan"].main([*scripts["wan"].words, *words])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert "decoding a preview" not in said[0]
+    needed = decoding_bytes(config, torch.float16, 32, 32) / 2**30
+    (line,) = [line for line in said[2].splitlines() if "decoding a preview" in line]
+    assert f" {needed:.2f} " in line

@@ -1,0 +1,332 @@
+"""Weights, wildcards, alternatives and second prompts from the command line to latents, in all families."""
+
+import argparse
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fpack_generate_video
+import hv_generate_video
+import wan_generate_video
+from frame_pack import options as frame_pack
+from hunyuan_model import options as hunyuan
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE
+from modules.errors import OptionError
+from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.project import write_image
+from tests.tiny.wan import write_tiny_wan
+
+SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu", "--output_type", "latent"]
+# the networks are random and small: what is given to them twice as large has to show
+GUIDED = ["--guidance_scale", "4", "--negative_prompt", "dull and grey"]
+SYSTEM = VIDEO_TEMPLATE.system
+
+
+@dataclass(frozen=True)
+class Made:
+    """Latents and metadata of a video."""
+
+    latents: Tensor
+    said: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's script on its tiny models."""
+
+    main: Callable[..., None]
+    words: list[str]
+    folder: Path
+
+    def run(self, *arguments: object) -> dict[int, Made]:
+        """The videos that are made, by seed."""
+        number = len(list(self.folder.glob("made*")))
+        made = self.folder / f"made{number}"
+        self.main(["--save_path", str(made), *SIZE, *self.words, *map(str, arguments)])
+        found = {}
+        for path in made.glob("*_latent.safetensors"):
+            with safe_open(path, "pt") as file:
+                found[int(path.name.split("_")[1])] = Made(load_file(path)["latent"], file.metadata())
+        return found
+
+    def one(self, *arguments: object) -> Made:
+        (made,) = self.run("--seed", 1, *arguments).values()
+        return made
+
+
+def _wan(folder: Path) -> Tiny:
+    models = write_tiny_wan(folder / "model").models
+    return Tiny(wan_generate_video.main, ["--task", "t2v-1.3B", "--video_length", "1", *models], folder)
+
+
+def _hunyuan(folder: Path) -> Tiny:
+    return Tiny(
+        hv_generate_video.main, ["--video_length", "1", *write_tiny_hunyuan(folder / "model").models], folder
+    )
+
+
+def _framepack(folder: Path) -> Tiny:
+    write_image(folder / "start.png", 32, 32)
+    words = ["--image_path", str(folder / "start.png"), "--video_sections", "1", "--latent_window_size", "1"]
+    return Tiny(fpack_generate_video.main, [*words, *write_tiny_framepack(folder / "model").models], folder)
+
+
+MAKE = {"wan": _wan, "hunyuan": _hunyuan, "framepack": _framepack}
+WITH_CLIP = ("hunyuan", "framepack")
+
+
+@pytest.fixture(scope="module")
+def tinies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    found: dict[str, Tiny] = {}
+
+    def of(name: str) -> Tiny:
+        if name not in found:
+            found[name] = MAKE[name](tmp_path_factory.mktemp(name))
+        return found[name]
+
+    return of
+
+
+@pytest.fixture(params=MAKE)
+def tiny(request: pytest.FixtureRequest, tinies: Callable[[str], Tiny]) -> Tiny:
+    return tinies(request.param)
+
+
+@pytest.fixture(params=WITH_CLIP)
+def with_clip(request: pytest.FixtureRequest, tinies: Callable[[str], Tiny]) -> Tiny:
+    return tinies(request.param)
+
+
+@pytest.fixture
+def cards(tmp_path: Path) -> Path:
+    for name, content in {
+        "color": "red\nblue\ngreen\nblack\n",
+        "beast": "__color__ cat\n__color__ dog\n",
+    }.items():
+        (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+def test_weights_of_one_and_switches_alone_change_no_bit(tiny: Tiny, cards: Path) -> None:
+    plain = tiny.one("--prompt", "a red car", *GUIDED)
+    neutral = ["--prompt", "a (red:1.0) car", "--guidance_scale", 4, "--negative_prompt", "dull (and:1) grey"]
+    weighed = tiny.one(*neutral, "--prompt_weighting")
+    drawn = tiny.one("--prompt", "a red car", *GUIDED, "--prompt_wildcards", cards, "--prompt_alternatives")
+    assert torch.equal(weighed.latents, plain.latents)
+    assert torch.equal(drawn.latents, plain.latents)
+
+
+def test_weights_change_the_video_and_stand_in_the_metadata_as_typed(tiny: Tiny) -> None:
+    say = ["--prompt", "a (red:3) car", "--prompt_weighting"]
+    plain, weighed = tiny.one("--prompt", "a red car"), tiny.one(*say)
+    assert not torch.equal(weighed.latents, plain.latents)
+    assert weighed.said["bt_prompt"] == "a (red:3) car"
+    assert weighed.said["bt_prompt_weighting"] == "True"
+    assert "bt_prompt_weighting" not in plain.said
+    assert not torch.equal(weighed.latents, tiny.one("--prompt", "a (red:3) car").latents)  # marks are text
+
+
+def test_the_negative_prompt_is_weighed_alike(tiny: Tiny) -> None:
+    plain = tiny.one("--prompt", "a red car", *GUIDED)
+    say = ["--prompt", "a red car", "--guidance_scale", 4, "--negative_prompt", "(dull:3) and grey"]
+    weighed = tiny.one(*say, "--prompt_weighting")
+    assert not torch.equal(weighed.latents, plain.latents)
+    assert weighed.said["bt_negative_prompt"] == "(dull:3) and grey"
+
+
+def test_lines_that_differ_in_weights_only_do_not_share_a_text(tiny: Tiny, tmp_path: Path) -> None:
+    lines = {1: "a (red:3) car", 2: "a (red:0.2) car", 3: "a red car"}
+    file = tmp_path / "lines.txt"
+    file.write_text("".join(f"{line} --d {seed}\n" for seed, line in lines.items()), encoding="utf-8")
+    made = tiny.run("--from_file", file, "--prompt_weighting")
+    for seed, line in lines.items():
+        (alone,) = tiny.run("--prompt", line, "--seed", seed, "--prompt_weighting").values()
+        assert torch.equal(made[seed].latents, alone.latents)
+
+
+def test_a_drawn_prompt_is_that_prompt(tiny: Tiny, cards: Path) -> None:
+    typed = "a __beast__ on a {mat|{rug|bed}}"
+    draw = ["--prompt_wildcards", cards, "--prompt_alternatives"]
+    drawn = tiny.one("--prompt", typed, *draw)
+    prompt = drawn.said["bt_prompt"]
+    assert prompt.split()[:1] == ["a"]
+    assert prompt.split()[2] in {"cat", "dog"}
+    assert prompt.split()[-1] in {"mat", "rug", "bed"}
+    assert drawn.said["bt_original_prompt"] == typed
+    assert (drawn.said["bt_prompt_wildcards"], drawn.said["bt_prompt_alternatives"]) == (cards.name, "True")
+
+    written = tiny.one("--prompt", prompt)
+    assert torch.equal(drawn.latents, written.latents)
+    assert "bt_original_prompt" not in written.said
+    again = tiny.one("--prompt", typed, *draw)
+    assert again.said["bt_prompt"] == prompt
+
+
+def test_every_line_draws_by_its_own_seed_and_the_negative_prompt_too(
+    tiny: Tiny, cards: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "lines.txt"
+    line = "a __beast__ __beast__ --n __color__ __beast__ --l 3"
+    file.write_text("".join(f"{line} --d {seed}\n" for seed in range(1, 5)), encoding="utf-8")
+    made = tiny.run("--from_file", file, "--prompt_wildcards", cards)
+    assert made.keys() == {1, 2, 3, 4}
+    texts = {(each.said["bt_prompt"], each.said["bt_negative_prompt"]) for each in made.values()}
+    assert len(texts) == 4
+    assert not any("__" in text for pair in texts for text in pair)
+    assert {each.said["bt_original_negative_prompt"] for each in made.values()} == {"__color__ __beast__"}
+    alone = tiny.run("--prompt", "a __beast__ __beast__", "--seed", 3, "--prompt_wildcards", cards)
+    assert alone[3].said["bt_prompt"] == made[3].said["bt_prompt"]  # it draws first
+
+
+def test_lines_that_are_asked_for_draw_and_weigh_too(
+    tiny: Tiny, cards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line that cannot be drawn is told, and the next one is asked for."""
+    typed = "a __beast__ --d 1\na __no__ --d 2\na (__color__:3) car --d 3\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    made = tiny.run("--interactive", "--prompt_wildcards", cards, "--prompt_weighting")
+    assert made.keys() == {1, 3}
+    assert "__no__ needs the file" in caplog.text
+    (alone,) = tiny.run("--prompt", made[3].said["bt_prompt"], "--seed", 3, "--prompt_weighting").values()
+    assert torch.equal(made[3].latents, alone.latents)
+    assert made[1].said["bt_original_prompt"] == "a __beast__"
+
+
+def test_without_the_switches_all_marks_are_text(tiny: Tiny) -> None:
+    text = r"a __color__ {red|blue} (car:1.4) \{"
+    assert tiny.one("--prompt", text).said["bt_prompt"] == text
+
+
+def test_drawn_text_may_have_weights(tiny: Tiny, cards: Path) -> None:
+    (cards / "much.txt").write_text("(red:3):2\n", encoding="utf-8")
+    drawn = tiny.one("--prompt", "a __much__ car", "--prompt_wildcards", cards, "--prompt_weighting")
+    assert torch.equal(drawn.latents, tiny.one("--prompt", "a (red:3) car", "--prompt_weighting").latents)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "a __no__"], r"--prompt: __no__ needs the file .*no.txt"),
+        (["--prompt", "a", "--negative_prompt", "__../x__"], "--negative_prompt: .* does not name a file"),
+        (["--prompt", "a __two__"], r"two.txt, line 2: __no__ needs the file"),
+        (["--prompt", "(red:500) car", "--prompt_weighting"], "--prompt_weighting: .* more than 100"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
+    tiny: Tiny, cards: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    (cards / "two.txt").write_text("# one of\n__no__\n", encoding="utf-8")
+    made = tmp_path / "made"
+    with pytest.raises(OptionError, match=message):
+        tiny.main(["--save_path", str(made), *SIZE, *tiny.words, "--prompt_wildcards", str(cards), *words])
+    assert not made.exists()  # it is made before the first network is loaded
+
+
+def test_a_second_prompt_is_for_clip_and_a_line_may_give_it(with_clip: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_text("a cat --d 1\na cat --d 2 --p2 a dog\na cat --d 3 --p2 a cat\n", encoding="utf-8")
+    made = with_clip.run("--from_file", file)
+
+    for seed, more in {1: [], 2: ["--prompt_2", "a dog"], 3: []}.items():
+        (alone,) = with_clip.run("--prompt", "a cat", "--seed", seed, *more).values()
+        assert torch.equal(made[seed].latents, alone.latents)
+    (plain,) = with_clip.run("--prompt", "a cat", "--seed", 2).values()
+    assert not torch.equal(made[2].latents, plain.latents)
+    assert made[2].said["bt_prompt_2"] == "a dog"
+    assert "bt_prompt_2" not in made[1].said
+
+
+def test_a_second_prompt_draws_third_and_loses_the_marks_of_weights(with_clip: Tiny, cards: Path) -> None:
+    say = ["--prompt", "a __beast__", "--prompt_2", "a (__color__:2) dog", "--prompt_wildcards", cards]
+    drawn = with_clip.one(*say, "--prompt_weighting")
+    second = drawn.said["bt_prompt_2"]
+    assert second.startswith("a (")
+    assert drawn.said["bt_original_prompt_2"] == "a (__color__:2) dog"
+    written = with_clip.one(
+        "--prompt", drawn.said["bt_prompt"], "--prompt_2", second.replace("(", "").replace(":2)", "")
+    )
+    assert torch.equal(drawn.latents, written.latents)
+
+
+def test_wan_has_one_text_encoder(tinies: Callable[[str], Tiny]) -> None:
+    with pytest.raises(SystemExit):
+        tinies("wan").one("--prompt", "a cat", "--prompt_2", "a dog")
+
+
+def test_sections_have_their_weights_and_second_prompts(tinies: Callable[[str], Tiny]) -> None:
+    tiny = tinies("framepack")
+    two = ["--video_sections", 2, "--prompt", "0:a cat;;;1:a dog"]
+    plain = tiny.one(*two)
+    same = tiny.one(*two, "--prompt_2", "0:a cat;;;1:a dog")
+    other = tiny.one(*two, "--prompt_2", "0:a cat;;;1:a bird")
+    assert torch.equal(plain.latents, same.latents)
+    assert not torch.equal(plain.latents, other.latents)
+    weighed = tiny.one("--video_sections", 2, "--prompt", "0:a cat;;;1:a (dog:3)", "--prompt_weighting")
+    # made from the end: the first section that is made, and so all that follow it, differ
+    assert not torch.equal(plain.latents, weighed.latents)
+    assert weighed.said["bt_prompt"] == "0:a cat;;;1:a (dog:3)"
+
+
+def test_a_drawn_line_may_hold_the_texts_of_sections(tinies: Callable[[str], Tiny], tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text("0:a cat;;;1:a dog\n", encoding="utf-8")
+    tiny, two = tinies("framepack"), ["--video_sections", 2]
+    drawn = tiny.one(*two, "--prompt", "__story__", "--prompt_wildcards", tmp_path)
+    assert torch.equal(drawn.latents, tiny.one(*two, "--prompt", "0:a cat;;;1:a dog").latents)
+    with pytest.raises(OptionError, match="3-1 is not a range"):
+        tiny.one("--prompt", "{3|3}-1:a;;;0:b", "--prompt_alternatives")
+
+
+@pytest.mark.parametrize(
+    ("neutral", "real"),
+    [
+        (["--hidden_state_skip_layer", "2"], ["--hidden_state_skip_layer", "1"]),
+        (["--hidden_state_skip_layer", "2"], ["--apply_final_norm"]),
+        (["--te_multiplier", "1", "1"], ["--te_multiplier", "2", "1"]),
+        (["--te_multiplier", "1", "1"], ["--te_multiplier", "1", "2"]),
+        (["--custom_system_prompt", SYSTEM], ["--custom_system_prompt", "Name the colours."]),
+    ],
+)
+def test_the_language_model_is_read_as_the_options_say(
+    with_clip: Tiny, neutral: list[str], real: list[str]
+) -> None:
+    plain = with_clip.one("--prompt", "a cat").latents
+    assert torch.equal(with_clip.one("--prompt", "a cat", *neutral).latents, plain)
+    changed = with_clip.one("--prompt", "a cat", *real)
+    assert not torch.equal(changed.latents, plain)
+    assert f"bt_{real[0][2:]}" in changed.said
+
+
+def test_reproduce_asks_for_deterministic_algorithms(with_clip: Tiny) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    plain = with_clip.one("--prompt", "a cat").latents
+    try:
+        assert torch.equal(with_clip.one("--prompt", "a cat", "--reproduce").latents, plain)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_hunyuan_video_and_framepack_read_texts_by_the_same_options() -> None:
+    def options(module: Any) -> dict[str, tuple[object, object]]:
+        parser = argparse.ArgumentParser()
+        module.add_generation_arguments(parser)
+        return {action.dest: (action.default, action.nargs) for action in parser._actions}
+
+    names = (
+        "custom_system_prompt",
+        "hidden_state_skip_layer",
+        "apply_final_norm",
+        "te_multiplier",
+        "reproduce",
+    )
+    first, second = options(hunyuan), options(frame_pack)
+    assert {name: first[name] for name in names} == {name: second[name] for name in names}

@@ -1,0 +1,181 @@
+"""--sample_solver in every family and mode: with fresh noise too, videos are the same alone and together."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from generation.request_options import SOLVERS
+from generation.sections import make_latents
+from modules.contract.generation import EncodedPrompts, Request
+from modules.errors import OptionError
+from modules.media.writing import write_video
+from tests.generation.toy_family import ToyDit, ToyFamily
+from tests.preparing import prepare
+from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.project import moving_square
+
+CPU = torch.device("cpu")
+NOISY = ("lcm", "dpm++sde")
+CHOSEN = {"wan t2v-1.3B", "hunyuan_video", "framepack"}
+SIZE = ["--video_size", "32", "32", "--infer_steps", "3", "--device", "cpu", "--output_type", "latent"]
+TEXTS = {0: EncodedPrompts({"letters": [torch.full((1, 1), 3.0)]}, {"letters": [torch.full((1, 1), 8.0)]})}
+REQUEST = prepare(Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0))
+
+
+def toy_path(solver: str, sections: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """The latents of a toy video, and what each of its steps began with."""
+    seen: list[Tensor] = []
+
+    def watch(done: object) -> bool:
+        seen.append(done.step.noisy)  # type: ignore[attr-defined]
+        return False
+
+    dit, family = ToyDit(), ToyFamily(sections_made=sections)
+    request = replace(REQUEST, solver=solver)
+    made = make_latents(
+        family, lambda timestep: dit, request, TEXTS, {0: {}}, CPU, cpu_noise=True, watchers=[watch]
+    )
+    return made, seen
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values())
+def test_a_seed_begins_with_the_same_noise_whatever_the_solver(solver: str) -> None:
+    shape = toy_path("euler")[1][0].shape
+    torch.manual_seed(3)
+    assert torch.equal(toy_path(solver)[1][0], torch.randn(shape))
+
+
+def test_steps_draw_behind_the_start_of_their_section() -> None:
+    """Two sections of four steps of lcm: start, three draws, start, three draws, of one generator."""
+    _, seen = toy_path("lcm", sections=2)
+    torch.manual_seed(3)
+    drawn = [torch.randn(seen[0].shape) for _ in range(5)]
+    assert torch.equal(seen[0], drawn[0])
+    assert torch.equal(seen[4], drawn[4])
+    assert not any(torch.equal(seen[4], other) for other in drawn[:4])
+
+
+def test_plain_solvers_draw_nothing_between_sections() -> None:
+    _, seen = toy_path("unipc", sections=2)
+    torch.manual_seed(3)
+    drawn = [torch.randn(seen[0].shape) for _ in range(2)]
+    assert torch.equal(seen[0], drawn[0])
+    assert torch.equal(seen[4], drawn[1])
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(one, id=one.name) for one in FAMILIES if one.name in CHOSEN]
+)
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
+    family: TinyFamily = request.param
+    folder = tmp_path_factory.mktemp("project")
+    family.prepare(folder)
+    replaced = [
+        str(folder / word) if word.startswith("model/") or word.endswith(".png") else word
+        for word in family.generate
+    ]
+    return replace(family, generate=replaced)
+
+
+def run(family: TinyFamily, folder: Path, *more: object) -> dict[int, Tensor]:
+    """The latents of a generation, by seed."""
+    words = [*family.generate, *SIZE, "--save_path", str(folder), *map(str, more)]
+    importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
+    return {
+        int(path.name.split("_")[1]): load_file(path)["latent"]
+        for path in folder.glob("*_latent.safetensors")
+    }
+
+
+def single(family: TinyFamily, folder: Path, solver: str, seed: int, prompt: str = "a cat") -> Tensor:
+    more = ("--prompt", prompt, "--seed", seed, "--sample_solver", solver)
+    return run(family, folder / f"{solver}-{seed}", *more)[seed]
+
+
+@pytest.mark.parametrize("solver", NOISY)
+def test_lines_of_a_file_and_of_the_console_equal_single_runs(
+    project: TinyFamily, solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "a cat --d 1\na dog --d 2\n"
+    (tmp_path / "lines.txt").write_text(lines, encoding="utf-8")
+    alone = single(project, tmp_path, solver, 1), single(project, tmp_path, solver, 2, "a dog")
+
+    of_file = run(
+        project, tmp_path / "file", "--from_file", tmp_path / "lines.txt", "--sample_solver", solver
+    )
+    typed = iter(lines.splitlines())
+
+    def answer(_: str) -> str:
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    of_console = run(project, tmp_path / "console", "--interactive", "--sample_solver", solver)
+
+    for found in (of_file, of_console):
+        assert torch.equal(found[1], alone[0])
+        assert torch.equal(found[2], alone[1])
+
+
+def test_every_solver_makes_another_video(project: TinyFamily, tmp_path: Path) -> None:
+    made = {solver: single(project, tmp_path, solver, 1) for solver in SOLVERS}
+    assert all(latents.isfinite().all() for latents in made.values())
+    names = list(SOLVERS)
+    for place, one in enumerate(names):
+        for other in names[:place]:
+            assert not torch.equal(made[one], made[other]), (one, other)
+
+
+def hunyuan() -> TinyFamily:
+    return next(one for one in FAMILIES if one.name == "hunyuan_video")
+
+
+@pytest.fixture(scope="module")
+def hunyuan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hunyuan")
+    hunyuan().prepare(folder)
+    write_video(folder / "clip.mp4", moving_square(5, 32, 32, 1), fps=24)
+    return folder
+
+
+@pytest.mark.parametrize("solver", NOISY)
+def test_a_video_to_start_from_counts(
+    hunyuan_folder: Path, solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a later step on; from the first one with sigma 1 nothing of it is left."""
+    monkeypatch.chdir(hunyuan_folder)
+    say = ("--prompt", "a cat", "--seed", 1, "--sample_solver", solver)
+    plain = run(hunyuan(), tmp_path / "plain", *say)[1]
+    half = run(hunyuan(), tmp_path / "half", *say, "--video_path", "clip.mp4", "--strength", 0.5)[1]
+    again = run(hunyuan(), tmp_path / "again", *say, "--video_path", "clip.mp4", "--strength", 0.5)[1]
+    whole = run(hunyuan(), tmp_path / "whole", *say, "--video_path", "clip.mp4", "--strength", 1)[1]
+    assert torch.equal(half, again)
+    assert not torch.equal(half, plain)
+    assert torch.equal(whole, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [("default", "vanilla"), ("dpm++", "dpm++"), ("dpm++sde", "dpm++sde")]
+)
+def test_scheduler_is_another_spelling(
+    hunyuan_folder: Path, name: str, solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hunyuan_folder)
+    say = ("--prompt", "a cat", "--seed", 1)
+    found = run(hunyuan(), tmp_path / "a", *say, "--scheduler", name)[1]
+    assert torch.equal(found, run(hunyuan(), tmp_path / "b", *say, "--sample_solver", solver)[1])
+    both = run(hunyuan(), tmp_path / "c", *say, "--sample_solver", solver, "--scheduler", name)
+    assert torch.equal(found, both[1])
+
+
+@pytest.mark.parametrize("solver", ["vanilla", "unipc"])
+def test_two_spellings_that_differ_are_refused(solver: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=rf"--scheduler dpm\+\+ is --sample_solver dpm\+\+.*{solver}"):
+        run(hunyuan(), tmp_path, "--prompt", "p", "--scheduler", "dpm++", "--sample_solver", solver)

@@ -1,0 +1,155 @@
+"""Speed switches act as they say in every family, and are neutral where they cannot act."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modules.errors import OptionError
+from modules.media.reading import read_image
+from tests.media_tags import read_tags
+from tests.tiny.families import FAMILIES, TinyFamily
+
+CHOSEN = {"wan t2v-1.3B", "hunyuan_video", "framepack"}
+SIZE = [
+    "--video_size",
+    "32",
+    "32",
+    "--infer_steps",
+    "2",
+    "--device",
+    "cpu",
+    "--prompt",
+    "a cat",
+    "--seed",
+    "1",
+]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(one, id=one.name) for one in FAMILIES if one.name in CHOSEN]
+)
+def float32(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
+    """A family whose commands name whole paths."""
+    family: TinyFamily = request.param
+    folder = tmp_path_factory.mktemp("project")
+    family.prepare(folder)
+    words = [
+        str(folder / word) if word.startswith("model/") or word.endswith(".png") else word
+        for word in family.generate
+    ]
+    return replace(family, generate=words)
+
+
+def rewritten(family: TinyFamily, name: str, mixed: bool = False) -> TinyFamily:
+    """The family with its transformer's weights in bfloat16; mixed: only the matrices of blocks."""
+    place = family.generate.index("--dit") + 1
+    tensors = load_file(family.generate[place])
+    path = Path(family.generate[place]).with_name(f"{name}.safetensors")
+    save_file(
+        {
+            key: tensor.bfloat16() if not mixed or ("blocks." in key and tensor.ndim == 2) else tensor
+            for key, tensor in tensors.items()
+        },
+        path,
+    )
+    words = [*family.generate]
+    words[place] = str(path)
+    return replace(family, generate=words)
+
+
+@pytest.fixture(scope="module")
+def bfloat16(float32: TinyFamily) -> TinyFamily:
+    return rewritten(float32, "bfloat16")
+
+
+def run(family: TinyFamily, folder: Path, *more: str) -> Path:
+    words = [*family.generate, *SIZE, "--save_path", str(folder), *more]
+    importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
+    return folder
+
+
+def latents(family: TinyFamily, folder: Path, *more: str) -> Tensor:
+    (path,) = run(family, folder, "--output_type", "latent", *more).glob("*_latent.safetensors")
+    return load_file(path)["latent"]
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_upcast_linear_computes_fp8_layers_in_float32(bfloat16: TinyFamily, tmp_path: Path) -> None:
+    """The formula of a layer is in tests/modules/fp8/test_weights.py; here it arrives in the script."""
+    scaled = latents(bfloat16, tmp_path / "scaled", "--fp8_scaled")
+    wide = latents(bfloat16, tmp_path / "wide", "--fp8_scaled", "--upcast_linear")
+    assert 1e-6 < apart(wide, scaled) < 0.05
+
+
+def test_upcast_quantization_takes_other_scales(bfloat16: TinyFamily, tmp_path: Path) -> None:
+    scaled = latents(bfloat16, tmp_path / "scaled", "--fp8_scaled")
+    fine = latents(bfloat16, tmp_path / "fine", "--fp8_scaled", "--upcast_quantization")
+    assert 1e-6 < apart(fine, scaled) < 0.05
+
+
+def test_upcasting_a_model_in_float32_changes_no_bit(float32: TinyFamily, tmp_path: Path) -> None:
+    scaled = latents(float32, tmp_path / "scaled", "--fp8_scaled")
+    both = latents(float32, tmp_path / "both", "--fp8_scaled", "--upcast_linear", "--upcast_quantization")
+    assert torch.equal(scaled, both)
+
+
+def test_upcast_linear_without_fp8_is_an_error_in_every_script(float32: TinyFamily, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--upcast_linear needs --fp8_scaled"):
+        run(float32, tmp_path, "--upcast_linear")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fp16_accumulation_on_a_cpu_warns_and_changes_no_bit(
+    float32: TinyFamily, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = latents(float32, tmp_path / "plain")
+    assert "--fp16_accumulation" not in caplog.text
+    assert torch.equal(plain, latents(float32, tmp_path / "sums", "--fp16_accumulation"))
+    assert "--fp16_accumulation is ignored because it is for matrix products on a CUDA GPU" in caplog.text
+
+
+def test_a_mixed_file_keeps_its_dtypes_where_asked(float32: TinyFamily, tmp_path: Path) -> None:
+    if "wan" not in float32.name:
+        return  # the other scripts have no such option
+    mixed = rewritten(float32, "mixed", mixed=True)
+    usual = latents(mixed, tmp_path / "usual")
+    kept = latents(mixed, tmp_path / "kept", "--mixed_precision_transformer")
+    assert 1e-6 < apart(kept, usual) < 0.05
+    uniform = latents(float32, tmp_path / "float32")
+    assert torch.equal(uniform, latents(float32, tmp_path / "same", "--mixed_precision_transformer"))
+
+
+def test_the_last_frame_of_a_video_and_of_decoded_latents(float32: TinyFamily, tmp_path: Path) -> None:
+    folder = run(float32, tmp_path / "made", "--output_type", "both", "--save_last_frame", "--keep_pngs")
+    (video,), (last,), (latent,) = (
+        [*folder.glob(kind)] for kind in ("*.mp4", "*_last.png", "*_latent.safetensors")
+    )
+    assert last.name == f"{video.stem}_last.png"
+    frames = sorted((folder / "frames").iterdir())
+    assert (read_image(last) == read_image(frames[-1])).all()
+    assert read_tags(last) == read_tags(frames[-1])
+
+    again = run(float32, tmp_path / "again", "--latent_path", str(latent), "--save_last_frame")
+    (decoded,) = again.glob("*_last.png")
+    assert (read_image(decoded) == read_image(last)).all()
+    plain = run(float32, tmp_path / "plain", "--latent_path", str(latent))
+    assert not list(plain.glob("*_last.png"))
+
+
+def test_a_file_says_when_it_was_made_and_decoding_keeps_that(float32: TinyFamily, tmp_path: Path) -> None:
+    (latent,) = run(float32, tmp_path / "made", "--output_type", "latent").iterdir()
+    with safe_open(latent, "pt") as file:
+        created = file.metadata()["bt_creation_timestamp"]
+    assert created.startswith(f"{latent.name[:4]}-{latent.name[4:6]}-{latent.name[6:8]}T")
+    folder = run(float32, tmp_path / "decoded", "--latent_path", str(latent), "--output_type", "images")
+    (images,) = folder.iterdir()
+    assert {read_tags(path)["bt_creation_timestamp"] for path in images.iterdir()} == {created}

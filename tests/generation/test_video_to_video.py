@@ -1,0 +1,424 @@
+"""Videos that start from a video, an image or saved latents, in all families, from the command line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fpack_generate_video
+import hv_generate_video
+import wan_generate_video
+from frame_pack.inputs import encode_clip
+from hunyuan_model.conditioning import posterior_generator
+from hunyuan_model.spec import LATENT as HUNYUAN_LATENT
+from hunyuan_model.vae import load_vae as load_hunyuan_vae
+from modules.errors import CheckpointError, MediaError, OptionError, UserError
+from modules.media.pixels import byte_clips, to_pixels
+from modules.media.writing import write_png, write_video
+from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
+from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
+from tests.tiny.project import moving_square, write_image
+from tests.tiny.wan import TinyWan, write_tiny_wan
+from wan.vae import load_vae as load_wan_vae
+
+HEIGHT, WIDTH, FRAMES = 32, 48, 9
+CPU = torch.device("cpu")
+SIZE = ("--video_size", HEIGHT, WIDTH, "--device", "cpu")
+SAY = ("--prompt", "a cat", "--seed", 1, "--infer_steps", 4)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A generation script with tiny models; `say` makes videos of FRAMES frames."""
+
+    main: Callable[[list[str]], None]
+    files: TinyWan | TinyHunyuan | TinyFramePack
+    say: tuple[object, ...]
+
+    def run(self, folder: Path, *arguments: object) -> dict[int, Tensor]:
+        """The latents that are left, C F h w, by seed."""
+        words = [*self.files.models, "--save_path", folder, "--output_type", "latent", *SIZE, *self.say]
+        self.main([str(word) for word in (*words, *arguments)])
+        return {
+            int(path.name.split("_")[1]): load_file(path)["latent"]
+            for path in folder.glob("*_latent.safetensors")
+        }
+
+    def one(self, folder: Path, *arguments: object) -> Tensor:
+        (latents,) = self.run(folder, *arguments).values()
+        return latents
+
+
+Scripts = dict[str, Script]
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Scripts:
+    folder = tmp_path_factory.mktemp("models")
+    write_image(folder / "start.png", WIDTH, HEIGHT)
+    length = ("--video_length", FRAMES)
+    sections = ("--latent_window_size", 1, "--video_sections", 2, "--image_path", folder / "start.png")
+    framepack = write_tiny_framepack(folder / "framepack")
+    plain = ("--guidance_scale", 1, "--sample_solver", "vanilla", "--task", "t2v-1.3B")
+    return {
+        "wan": Script(wan_generate_video.main, write_tiny_wan(folder / "wan"), (*length, *plain)),
+        "hv": Script(hv_generate_video.main, write_tiny_hunyuan(folder / "hv"), length),
+        "fpack": Script(fpack_generate_video.main, framepack, sections),
+        "f1": Script(fpack_generate_video.main, framepack, (*sections, "--f1")),
+    }
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, so that nothing is lost to a codec."""
+    folder = tmp_path_factory.mktemp("clip")
+    for index, frame in enumerate(moving_square(FRAMES, WIDTH, HEIGHT, 3)):
+        write_png(folder / f"{index}.png", frame)
+    return folder
+
+
+def frames_of(count: int = FRAMES) -> Tensor:
+    """The frames of `clip`, 1 F H W 3."""
+    return torch.from_numpy(numpy.stack(moving_square(FRAMES, WIDTH, HEIGHT, 3)))[None, :count]
+
+
+@torch.no_grad()
+def reconstruction(name: str, scripts: Scripts) -> Tensor:
+    """What the VAE makes of the clip, C F h w in model space."""
+    files = scripts[name].files
+    if name == "wan":
+        return load_wan_vae(files.vae, CPU, torch.float32).encode(to_pixels(frames_of()))[0]
+    vae = load_hunyuan_vae(files.vae, CPU, torch.float32)
+    return vae.encode(byte_clips(frames_of()), [posterior_generator(1)])[0] * HUNYUAN_LATENT.scale
+
+
+EVERY = ["wan", "hv", "fpack", "f1"]
+FAMILIES = ["wan", "hv", "fpack"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_all_of_it_made_anew_equals_a_video_from_noise(
+    tmp_path: Path, scripts: Scripts, clip: Path, name: str
+) -> None:
+    script = scripts[name]
+    plain = script.one(tmp_path / "plain", *SAY)
+    for mode in ("traditional", "direct"):
+        more = ("--video_path", clip, "--strength", 1, "--noise_mode", mode)
+        assert torch.equal(plain, script.one(tmp_path / mode, *SAY, *more))
+
+
+def test_so_it_is_with_the_solver_that_begins_with_pure_noise(
+    tmp_path: Path, scripts: Scripts, clip: Path
+) -> None:
+    more = ("--sample_solver", "dpm++")
+    plain = scripts["wan"].one(tmp_path / "a", *SAY, *more)
+    assert torch.equal(
+        plain, scripts["wan"].one(tmp_path / "b", *SAY, *more, "--video_path", clip, "--denoise_strength", 1)
+    )
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_little_made_anew_is_near_what_the_vae_reconstructs(
+    tmp_path: Path, scripts: Scripts, clip: Path, name: str
+) -> None:
+    """The last of 400 steps has a noise level of 0.0025; sections lie where they belong in the video."""
+    say = ("--prompt", "a cat", "--seed", 1, "--infer_steps", 400, "--flow_shift", 1, "--v2v_denoise", 0)
+    latents = scripts[name].one(tmp_path, *say, "--video_path", clip)
+    expected = reconstruction(name, scripts)
+    if name in {"fpack", "f1"}:  # the start image is no part of what is made
+        latents, expected = latents[:, 1:], expected[:, 1:]
+    off = float((latents - expected).norm() / expected.norm())
+    assert 0 < off < 0.05
+    steps = float((expected[:, 0] - expected[:, 1]).norm() / expected[:, 0].norm())
+    assert steps > 2 * off, "the frames are too alike to tell one from another"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_of_it_is_between_the_two(tmp_path: Path, scripts: Scripts, clip: Path, name: str) -> None:
+    script = scripts[name]
+    plain = script.one(tmp_path / "plain", *SAY)
+    half = script.one(tmp_path / "half", *SAY, "--video_path", clip, "--strength", 0.5)
+    assert half.shape == plain.shape
+    assert bool(half.isfinite().all())
+    assert not torch.equal(half, plain)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lines_of_a_file_equal_single_runs(
+    tmp_path: Path, scripts: Scripts, clip: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    script, lines = scripts[name], tmp_path / "lines.txt"
+    lines.write_text(
+        f"a cat --d 1 --v {clip} --vd 0.25\na dog --d 2 --v {clip}\na dog --d 3\na cow --d 4 --vd 0.3\n",
+        encoding="utf-8",
+    )
+    more = ("--infer_steps", 4, "--v2v_extra_noise", 0.05)
+
+    made = script.run(tmp_path / "file", *more, "--from_file", lines)
+
+    assert "--vd 0.3 is ignored because the line starts from no video" in caplog.text
+    assert "--v2v_extra_noise" not in caplog.text  # other lines use it
+    from_clip = ("--video_path", clip)
+    single = {
+        1: ("--prompt", "a cat", "--seed", 1, *from_clip, "--strength", 0.25),
+        2: ("--prompt", "a dog", "--seed", 2, *from_clip),
+        3: ("--prompt", "a dog", "--seed", 3),
+    }
+    assert made.keys() == {1, 2, 3, 4}
+    for seed, arguments in single.items():
+        alone = script.one(tmp_path / f"alone {seed}", *more, *arguments)
+        assert torch.equal(made[seed], alone), seed
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_latents_are_a_start_too(
+    tmp_path: Path, scripts: Scripts, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They need no VAE; another size is scaled."""
+    script = scripts[name]
+    made = script.one(tmp_path / "first", *SAY)
+    (path,) = (tmp_path / "first").iterdir()
+    say = ("--prompt", "a dog", "--seed", 2, "--infer_steps", 400, "--flow_shift", 1, "--v2v_denoise", 0)
+
+    same = script.one(tmp_path / "same", *say, "--from_latent", path)
+    wider = script.one(tmp_path / "wider", *say, "--from_latent", path, "--video_size", 64, 96)
+
+    begin = 1 if name == "fpack" else 0
+    assert float((same - made)[:, begin:].abs().max()) < 0.05 * float(made.abs().max())
+    assert wider.shape == (16, 3, 8, 12)
+    assert "VAE:" not in caplog.text or name == "fpack"  # which encodes its start image
+
+
+def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts: Scripts) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"latent": torch.zeros(16, 2, 4, 6)}, path)
+    with pytest.raises(OptionError, match=r"--from_latent .*: it has 2 latent frames.*has 3 \(9 frames\)"):
+        scripts["hv"].run(tmp_path, *SAY, "--from_latent", path)
+    save_file({"latent": torch.zeros(16, 3, 4, 6)}, path, {"bt_model_type": "wan"})
+    with pytest.raises(CheckpointError, match="the latents were made by wan"):
+        scripts["hv"].run(tmp_path, *SAY, "--from_latent", path)
+    save_file({"latent": torch.zeros(4, 3, 4, 6)}, path)
+    with pytest.raises(CheckpointError, match="have 4 channels"):
+        scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
+    path.write_text("no tensors", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="x.safetensors"):
+        scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
+
+
+def test_wan_takes_the_length_of_latents_if_none_is_given(tmp_path: Path, scripts: Scripts) -> None:
+    save_file({"latent": torch.zeros(16, 2, 4, 6)}, tmp_path / "x.safetensors")
+    script = Script(wan_generate_video.main, scripts["wan"].files, ("--task", "t2v-1.3B"))
+    made = script.one(tmp_path / "out", *SAY, "--from_latent", tmp_path / "x.safetensors")
+    assert made.shape == (16, 2, 4, 6)
+
+
+def test_without_an_image_framepack_begins_with_the_first_frame(
+    tmp_path: Path, scripts: Scripts, clip: Path
+) -> None:
+    say = ("--latent_window_size", 1, "--video_sections", 2)
+    script = Script(fpack_generate_video.main, scripts["fpack"].files, say)
+    anchored = script.one(tmp_path / "a", *SAY, "--video_path", clip)
+    given = script.one(tmp_path / "b", *SAY, "--video_path", clip, "--image_path", clip / "0.png")
+    assert torch.equal(anchored, given)
+
+
+@pytest.mark.parametrize(("mode", "order"), [("front", [0, 0, 0, 1]), ("end", [0, 1, 1, 1])])
+def test_framepack_fills_up_the_whole_video_and_not_each_section(
+    tmp_path: Path, scripts: Scripts, clip: Path, mode: str, order: list[int]
+) -> None:
+    short = tmp_path / "short"
+    short.mkdir()
+    for index in range(5):
+        (short / f"{index}.png").write_bytes((clip / f"{index}.png").read_bytes())
+    say = ("--prompt", "a cat", "--seed", 1, "--infer_steps", 400, "--flow_shift", 1, "--v2v_denoise", 0)
+    more = ("--video_path", short, "--v2v_pad_mode", mode, "--video_sections", 3)
+
+    latents = scripts["fpack"].one(tmp_path / "made", *say, *more)
+
+    vae = load_hunyuan_vae(scripts["fpack"].files.vae, CPU, torch.float32)
+    clean = encode_clip(vae, frames_of(5), 1, 1)[0][:, order]
+    assert float((latents - clean)[:, 1:].norm() / clean[:, 1:].norm()) < 0.05
+
+
+def test_a_long_clip_is_encoded_section_by_section(scripts: Scripts) -> None:
+    """Two sections at a time give about what all together do; the VAE's norms see the whole clip."""
+    vae = load_hunyuan_vae(scripts["fpack"].files.vae, CPU, torch.float32)
+    frames = torch.from_numpy(numpy.stack(moving_square(4 * 9 * 3 + 1, 32, 32, 3)))[None]
+    for count in (109, 97, 73, 5, 1):
+        whole = vae.encode(byte_clips(frames[:, :count])) * HUNYUAN_LATENT.scale
+        pieces = encode_clip(_Mean(vae), frames[:, :count], 1, 9)
+        assert pieces.shape == whole.shape
+        if count <= 73:  # two sections
+            assert torch.equal(pieces, whole)
+        else:
+            off = float((pieces - whole)[:, :, 19:].norm() / whole[:, :, 19:].norm())
+            moved = float((pieces[:, :, 19:] - whole[:, :, 18:-1]).norm() / whole[:, :, 19:].norm())
+            assert off < 0.15
+            assert moved > 2 * off, "a frame later is as near"
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A VAE without its posterior's noise."""
+
+    vae: torch.nn.Module
+
+    def encode(self, pixels: Tensor, generators: object) -> Tensor:
+        return self.vae.encode(pixels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "more"),
+    [
+        ("fun-control", "t2v-1.3B-FC", ["--control_path", "CLIP"]),
+        ("fun-control", "i2v-14B-FC", ["--control_path", "CLIP"]),
+        ("i2v", "i2v-14B", ["--end_image_path", "CLIP/8.png"]),
+        ("flf2v", "flf2v-14B", ["--end_image_path", "CLIP/8.png"]),
+    ],
+)
+def test_other_tasks_of_wan_start_from_a_video_too(
+    tmp_path: Path, clip: Path, kind: str, task: str, more: list[str]
+) -> None:
+    say = ("--task", task, "--video_length", FRAMES, "--sample_solver", "vanilla")
+    script = Script(wan_generate_video.main, write_tiny_wan(tmp_path / "models", kind), say)
+    more = [word.replace("CLIP", str(clip)) for word in more]
+    found = script.one(tmp_path / "half", *SAY, *more, "--video_path", clip)
+    image = () if task.startswith("t2v") else ("--image_path", clip / "0.png")
+    plain = script.one(tmp_path / "plain", *SAY, *more, *image)
+    again = script.one(tmp_path / "again", *SAY, *more, *image, "--video_path", clip, "--v2v_denoise", 1)
+    assert found.shape == plain.shape
+    assert not torch.equal(found, plain)
+    assert torch.equal(again, plain)
+
+
+def test_skyreels_starts_from_an_image_and_a_video(tmp_path: Path, clip: Path) -> None:
+    files = write_tiny_hunyuan(tmp_path / "models", "i2v")
+    script = Script(hv_generate_video.main, files, ("--video_length", FRAMES))
+    plain = script.one(tmp_path / "plain", *SAY, "--image_path", clip / "0.png")
+    full = ("--video_path", clip, "--strength", 1)
+    assert torch.equal(plain, script.one(tmp_path / "with", *SAY, *full, "--image_path", clip / "0.png"))
+    assert torch.equal(plain, script.one(tmp_path / "without", *SAY, *full))
+    assert not torch.equal(plain, script.one(tmp_path / "half", *SAY, "--video_path", clip))
+
+
+def test_hunyuan_video_makes_an_image_from_an_image_and_fills_up_if_asked_to(
+    tmp_path: Path, scripts: Scripts, clip: Path
+) -> None:
+    image = scripts["hv"].one(tmp_path / "a", *SAY, "--i2i_path", clip / "0.png", "--video_length", 1)
+    assert image.shape == (16, 1, 4, 6)
+    longer = ("--video_path", clip, "--video_length", 13, "--v2v_pad_mode", "end")
+    assert scripts["hv"].one(tmp_path / "b", *SAY, *longer).shape == (16, 4, 4, 6)
+
+
+def test_the_metadata_say_what_was_asked_for(tmp_path: Path, scripts: Scripts, clip: Path) -> None:
+    more = ("--v2v_denoise", 0.6, "--v2v_noise_mode", "direct", "--v2v_extra_noise", 0.02)
+    for name, share in (("wan", "v2v_denoise"), ("hv", "strength"), ("fpack", "v2v_denoise")):
+        scripts[name].one(tmp_path / name, *SAY, "--video_path", clip, *more)
+        (path,) = (tmp_path / name).iterdir()
+        with safe_open(path, "pt") as file:
+            said = file.metadata()
+        assert (said["bt_video_path"], said[f"bt_{share}"], said["bt_infer_steps"]) == (clip.name, "0.6", "4")
+        assert (said["bt_v2v_noise_mode"], said["bt_v2v_extra_noise"]) == ("direct", "0.02")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plan_counts_the_encoding(
+    tmp_path: Path, scripts: Scripts, clip: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ((), ("--video_path", clip)):
+        capsys.readouterr()
+        scripts[name].run(tmp_path, *SAY, *more, "--plan")
+        assert ("images and videos" in capsys.readouterr().out) == (bool(more) or name == "fpack")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("wan", "--video_path CLIP --i2i_path CLIP/0.png", "--video_path .* and --i2i_path"),
+        ("hv", "--video_path CLIP --from_latent x", "--video_path .* and --from_latent x"),
+        ("fpack", "--video_path no.mp4", "--video_path no.mp4: no such file"),
+        (
+            "wan",
+            "--video_path TMP/text.mp4",
+            "--video_path: .*text.mp4.* Give a video, or a folder",
+        ),
+        ("wan", "--i2i_path TMP/text.mp4 --video_length 1", "--i2i_path: .*text.mp4.*. Give an image file"),
+        ("wan", "--i2i_path CLIP/0.png", "--i2i_path .*0.png and --video_length 9"),
+        ("wan", "--video_path TMP", "a folder without images"),
+        ("wan", "--video_path CLIP --denoise_strength 1.5", "--v2v_denoise 1.5: give a share"),
+        ("hv", "--video_path CLIP --strength -0.1", "--strength -0.1: give a share"),
+        ("wan", "--video_path CLIP --v2v_extra_noise -1", "--v2v_extra_noise -1"),
+        ("fpack", "--i2i_path CLIP/0.png", "--i2i_path is not supported"),
+        ("fpack", "--video_path CLIP --one_frame_inference default", "--video_path .*--one_frame_inference"),
+        ("wan", "--task t2i-14B --video_length 1 --video_path CLIP", "--task t2i-14B does not take it"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(
+    tmp_path: Path,
+    scripts: Scripts,
+    clip: Path,
+    name: str,
+    arguments: str,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "text.mp4").write_text("no video", encoding="utf-8")
+    words = arguments.replace("CLIP", str(clip)).replace("TMP", str(tmp_path)).split()
+    with pytest.raises(UserError, match=message):
+        scripts[name].run(tmp_path / "out", *SAY, *words)
+    assert not (tmp_path / "out").exists()
+    assert "computing in" not in caplog.text
+
+
+def test_a_video_whose_header_lies_is_counted(tmp_path: Path, scripts: Scripts) -> None:
+    write_video(tmp_path / "clip.mkv", moving_square(4, WIDTH, HEIGHT, 1), fps=24)
+    with pytest.raises(MediaError, match=r"clip\.mkv: it has 4 frames, 9 are needed.*--v2v_pad_mode end"):
+        scripts["hv"].run(tmp_path / "out", *SAY, "--video_path", tmp_path / "clip.mkv")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_no_video_uses_are_said_to_be_ignored(
+    tmp_path: Path, scripts: Scripts, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ("--v2v_pad_mode", "front", "--v2v_extra_noise", 0.1, "--v2v_denoise", 0.5)
+    scripts["wan"].one(tmp_path / "a", *SAY, *given)
+    assert caplog.text.count("is ignored because --video_path") == 2  # 0.5 is what it is anyway
+    caplog.clear()
+    scripts["wan"].one(tmp_path / "b", *SAY, "--video_path", clip, *given, "--i2_extra_noise", 0.1)
+    assert "--i2_extra_noise 0.1 is ignored because --i2i_path is not given" in caplog.text
+    assert caplog.text.count("is ignored") == 1
+
+
+def test_a_video_of_other_proportions_is_warned_about(
+    tmp_path: Path, scripts: Scripts, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "tall.png", 32, 64)
+    more = ("--i2i_path", tmp_path / "tall.png", "--video_length", 1)
+    scripts["wan"].one(tmp_path / "a", *SAY, *more)
+    assert "is stretched to 48 x 32 (width x height): --video_size 48 32 would keep" in caplog.text
+
+
+def test_interactive_lines_may_name_a_video(
+    tmp_path: Path, scripts: Scripts, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--v` and nothing behind it a line leaves out the video of the command line."""
+    lines = iter([f"a cat --d 1 --v {clip} --vd 0.25", "a dog --d 2 --v"])
+
+    def answer(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    say = ("--infer_steps", 4)
+    made = scripts["wan"].run(tmp_path / "a", *say, "--interactive", "--i2i_path", clip / "0.png")
+    first = ("--prompt", "a cat", "--seed", 1, "--video_path", clip, "--v2v_denoise", 0.25)
+    assert torch.equal(made[1], scripts["wan"].one(tmp_path / "b", *say, *first))
+    assert torch.equal(made[2], scripts["wan"].one(tmp_path / "c", *say, "--prompt", "a dog", "--seed", 2))

@@ -1,0 +1,23 @@
+"""A tiny TAEHV with the names of the published files."""
+
+from pathlib import Path
+
+import torch
+
+from blissful_tuner.taehv import TaehvConfig, TinyDecoder
+from modules.atomic_write import save_tensors
+
+CONFIG = TaehvConfig(channels=16, widths=(16, 12, 8, 8), strides=(1, 2, 2))
+
+
+def write_taehv(path: Path, config: TaehvConfig = CONFIG) -> Path:
+    """Random weights, .pth or .safetensors; with an encoder, as in the published files."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = {name: tensor.half() for name, tensor in TinyDecoder(config).state_dict().items()}
+    weights["encoder.0.weight"] = torch.zeros(8, 3, 3, 3, dtype=torch.float16)
+    if path.suffix == ".safetensors":
+        save_tensors(path, weights)
+    else:
+        torch.save(weights, path)
+    return path

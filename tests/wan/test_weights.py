@@ -1,0 +1,123 @@
+"""Weights of a prompt's parts in umT5's rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.contract.generation import Prompt, Spans
+from tests.tiny.wan_encoders import T5_FILE, t5_tensors, write_tokenizer
+from wan.t5 import WanTextEncoder, clean_spans, clean_text
+from wan.tokenizer import load_tokenizer
+
+CPU = torch.device("cpu")
+TEXT = "the sun rises over the hills while a squirrel laughs"
+LONG = "rabbit " * 600
+# texts whose characters move when they are cleaned: blanks, entities, full width, mojibake, accents
+UNCLEAN = "  a \n red &amp;&amp; blue\t\tcar  ＡＢＣ cafÃ©  &lt;b&gt; "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    torch.save(t5_tensors(), folder / T5_FILE)
+    write_tokenizer(folder / "google" / "umt5-xxl")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["tokenizer.json", "spiece.model"])
+def encoder(folder: Path, request: pytest.FixtureRequest) -> WanTextEncoder:
+    encoder = WanTextEncoder(folder / T5_FILE, folder / "google" / "umt5-xxl" / request.param)
+    encoder.load(CPU)
+    return encoder
+
+
+def rows_of(encoder: WanTextEncoder, text: str, spans: Spans = ()) -> Tensor:
+    ((rows,),) = [conditions["t5"] for conditions in encoder.encode([Prompt(text, spans)])]
+    return rows
+
+
+def part(text: str, words: str, weight: float) -> tuple[int, int, float]:
+    start = text.index(words)
+    return start, start + len(words), weight
+
+
+def test_a_weight_of_one_changes_no_bit(encoder: WanTextEncoder) -> None:
+    for text in (TEXT, LONG, UNCLEAN):
+        assert torch.equal(rows_of(encoder, text, ((2, 6, 1.0),)), rows_of(encoder, text))
+
+
+def test_the_rows_of_the_parts_tokens_are_multiplied(encoder: WanTextEncoder) -> None:
+    def tokens_in(text: str) -> int:
+        return len(rows_of(encoder, text)) - 1  # without the end token
+
+    plain = rows_of(encoder, TEXT)
+    weighed = rows_of(encoder, TEXT, (part(TEXT, "sun rises", 1.5), part(TEXT, "squirrel", -0.25)))
+
+    expected = plain.clone()
+    for before, words, weight in (
+        ("the", "the sun rises", 1.5),
+        ("the sun rises over the hills while a", "the sun rises over the hills while a squirrel", -0.25),
+    ):
+        expected[tokens_in(before) : tokens_in(words)] *= weight
+    assert torch.equal(weighed, expected)
+    assert torch.equal(weighed[-1], plain[-1])  # the end token
+    assert not torch.equal(weighed, plain)
+
+
+def test_a_weight_of_all_the_text_spares_the_end_token(encoder: WanTextEncoder) -> None:
+    for text in (TEXT, LONG):
+        plain, weighed = rows_of(encoder, text), rows_of(encoder, text, ((0, len(text.rstrip()), 2.0),))
+        assert torch.equal(weighed[:-1], 2 * plain[:-1])
+        assert torch.equal(weighed[-1], plain[-1])
+
+
+def test_prompts_of_one_call_have_their_own_weights(encoder: WanTextEncoder) -> None:
+    prompts = [Prompt(TEXT), Prompt(TEXT, ((4, 7, 2.0),)), Prompt("a dog", ((2, 5, 0.0),))]
+    together = [conditions["t5"][0] for conditions in encoder.encode(prompts)]
+    for prompt, rows in zip(prompts, together, strict=True):
+        torch.testing.assert_close(rows, rows_of(encoder, prompt.text, prompt.spans), rtol=1e-5, atol=1e-5)
+    assert not together[2][-3:-1].any()  # of its letters
+
+
+def test_both_forms_of_the_tokenizer_place_tokens_alike(folder: Path) -> None:
+    json, pieces = (
+        load_tokenizer(folder / "google" / "umt5-xxl" / name, folder / T5_FILE)
+        for name in ("tokenizer.json", "spiece.model")
+    )
+    for text in (TEXT, "", "日本語 and 😀 in the hills", LONG):
+        for tokenizer in (json, pieces):
+            assert len(tokenizer.places(text)) == len(tokenizer(text))
+            assert tokenizer.places(text)[-1] is None
+    assert json.places(TEXT) == pieces.places(TEXT)
+
+
+def test_characters_that_sentencepiece_joins_keep_their_places(folder: Path) -> None:
+    """Its own rules make two letters of the one that joins f and i."""
+    tokenizer = load_tokenizer(folder / "google" / "umt5-xxl" / "spiece.model", folder / T5_FILE)
+    text = "the ﬁne rabbit"
+    places = [place for place in tokenizer.places(text) if place is not None]
+    assert "".join(text[start:end] for start, end in places) == text
+
+
+def test_parts_are_found_in_the_cleaned_text() -> None:
+    words = {
+        "red &amp;&amp; blue": "red && blue",
+        "car": "car",
+        "ＡＢＣ cafÃ©": "ABC café",
+        "&lt;b&gt;": "<b>",
+    }
+    spans = tuple(part(UNCLEAN, raw, 1.5) for raw in words)
+    cleaned, found = clean_spans(UNCLEAN, spans)
+    assert cleaned == clean_text(UNCLEAN)
+    assert [cleaned[start:end] for start, end, _ in found] == list(words.values())
+
+
+def test_an_accent_behind_a_part_moves_no_other_part_by_more_than_itself() -> None:
+    text = "cafe\u0301 noir"
+    cleaned, ((start, end, _), (first, last, _)) = clean_spans(text, ((0, 4, 2.0), (6, 10, 2.0)))
+    assert cleaned == "café noir"
+    assert (start, end) == (0, 4)
+    assert abs(first - 5) <= 1
+    assert last <= len(cleaned)

@@ -1,0 +1,35 @@
+"""Encode the items of a dataset for the cache files of Wan2.1."""
+
+import torch
+
+from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
+from modules.media.pixels import to_pixels
+from wan import conditioning
+
+
+def encode_together(
+    encoders: MediaEncoders, media: MediaBatch, store: torch.dtype, image_kind: str | None
+) -> list[CacheEntry]:
+    """Encode all items in one batch: latents, those of control videos, and with `image_kind` the image's.
+
+    store: dtype of the latents. image_kind: i2v, flf2v, or None for text-to-video caches.
+    """
+    vae = encoders.vae
+    pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
+    tensors = {"latents": vae.encode(pixels).to(store)}
+    if media.control:
+        tensors["latents_control"] = vae.encode(to_pixels(media.control[0].to(vae.device))).to(store)
+    if image_kind is not None:
+        first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
+        if image_kind == "flf2v":
+            condition = conditioning.first_last_condition(vae, first, last, frames)
+            features = torch.cat(
+                [encoders.image_encoder.encode(image[:, :, 0]) for image in (first, last)], dim=1
+            )
+        else:
+            condition = conditioning.image_condition(vae, first, frames)
+            features = encoders.image_encoder.encode(first[:, :, 0])
+        tensors |= {"latents_image": condition.to(store), "clip": features.to(torch.float16)}
+    return [
+        CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))
+    ]
