@@ -61,6 +61,7 @@ SMALLER = {  # appended, so that the last value wins
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
+    "--teacache_calibration": ["--infer_steps", "8"],  # with fewer there is nothing to fit
     "--i2i_path start.png": ["--video_length", "1"],
     # they make two steps
     "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],

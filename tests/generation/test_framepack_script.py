@@ -373,6 +373,6 @@ def test_every_option_of_a_prompt_line_is_an_option_of_the_script(files: TinyFra
     # two of one; newer; shared by all scripts
     ours = {
         *("video_size_width", "video_size_height", "flow_shift", "cfg_schedule", "prompt_2"),
-        *("video_path", "denoise", *step_cache.LETTERS),
+        *("video_path", "denoise", "nag_prompt", *step_cache.LETTERS),
     }
     assert {option.key for option in fpack_generate_video.DEFAULTS.line_options.values()} <= known | ours
