@@ -250,10 +250,21 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("precision", "vae-precision", "text-encoder-precision", "text-encoder-precision-2"):
         group.add_argument(
-            f"--{name}", type=str, default="bf16" if name == "precision" else "fp16", choices=PRECISIONS
+            f"--{name}",
+            type=str,
+            default="bf16" if name == "precision" else "fp16",
+            choices=PRECISIONS,
+            help="dtype that the network computes in",
         )
-    group.add_argument("--hidden-state-skip-layer", type=int, default=2)
-    group.add_argument("--apply-final-norm", action="store_true")
+    group.add_argument(
+        "--hidden-state-skip-layer",
+        type=int,
+        default=2,
+        help="number of the language model's last layers to skip; the state before them is used",
+    )
+    group.add_argument(
+        "--apply-final-norm", action="store_true", help="apply the final norm to that state too"
+    )
     group.add_argument("--reproduce", action="store_true", help="use only deterministic algorithms")
     group.add_argument(
         "--use-cpu-offload", action="store_true", help="swap as many blocks to host memory as it takes"
