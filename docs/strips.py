@@ -46,24 +46,27 @@ class Strip:
     both: str = ""
     before: str = ""
     prompt_after: str | None = None
+    negative: str | None = None
 
 
+RATIOS = (  # of the pocket model with 20 steps, as --magcache_calibration prints them
+    "1.00000 1.04449 0.97501 0.98634 0.97591 0.97668 0.97496 0.96903 0.96821 0.96445 "
+    "0.96144 0.95303 0.94330 0.93423 0.91887 0.90407 0.87627 0.84059 0.78352 0.70014"
+)
 STRIPS = {
     "guidance": Strip("--guidance_scale 3", before="--guidance_scale 1"),
     "cfg_zero": Strip("--cfgzerostar_scaling --cfgzerostar_init_steps 1", both="--guidance_scale 6"),
-    "perp_neg": Strip("--perp_neg 1.5", both="--guidance_scale 5 --negative_prompt a_blue_circle"),
+    "perp_neg": Strip("--perp_neg 1.5", both="--guidance_scale 5", negative="a blue circle moving left"),
     "skipped_layers": Strip("--slg_mode original --slg_layers 4 --slg_scale 2 --slg_end 0.6"),
     "schedule": Strip("--cfg_schedule 1-8"),
     "rescale": Strip("--guidance_rescale 0.7", both="--guidance_scale 7"),
-    "nag": Strip("--nag_scale 5", both="--guidance_scale 1 --negative_prompt a_blue_square"),
+    "nag": Strip("--nag_scale 5", both="--guidance_scale 1", negative="a blue square moving right"),
     "riflex": Strip("--riflex_index 2", both="--video_length 49 --rope_func comfy"),
-    "weights": Strip(
-        "--prompt_weighting", prompt_after="a red (circle:0.2) moving left", prompt="a red circle moving left"
-    ),
-    "teacache": Strip("--teacache_threshold 0.1"),
+    "weights": Strip("--prompt_weighting", prompt_after="a red (circle:0.2) moving left"),
+    "magcache": Strip(f"--magcache_threshold 0.24 --magcache_mag_ratios {RATIOS}"),
     "lcm": Strip("--sample_solver lcm", both="--infer_steps 6"),
     "video_to_video": Strip(
-        "--video_path BEFORE --v2v_denoise 0.8", prompt_after="a blue square moving left"
+        "--video_path BEFORE --v2v_denoise 0.7", prompt_after="a blue square moving left"
     ),
 }
 
@@ -77,15 +80,17 @@ def main(names: Sequence[str]) -> None:
 
 def draw(strip: Strip, folder: Path, path: Path) -> None:
     """Write a strip: the clip without the feature above the clip with it."""
-    before = make(folder / "before", strip.prompt, strip.both, strip.before)
+    texts = [] if strip.negative is None else ["--negative_prompt", strip.negative]
+    before = make(folder / "before", ["--prompt", strip.prompt, *texts], strip.both, strip.before)
     words = strip.after.replace("BEFORE", str(before))
-    after = make(folder / "after", strip.prompt_after or strip.prompt, strip.both, words)
+    texts = ["--prompt", strip.prompt_after or strip.prompt, *texts]
+    after = make(folder / "after", texts, strip.both, words)
     rows = [_row([*video_frames(clip)]) for clip in (before, after)]
     gap = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
     write_png(path, np.concatenate([rows[0], gap, rows[1]]))
 
 
-def make(folder: Path, prompt: str, *given: str) -> Path:
+def make(folder: Path, texts: Sequence[str], *given: str) -> Path:
     """Generate a clip; later options replace earlier ones. Return its path."""
     options = dict(USUAL)
     for text in given:
@@ -97,9 +102,7 @@ def make(folder: Path, prompt: str, *given: str) -> Path:
             else:
                 options[name] = f"{options[name]} {word}".strip()
     words = [word for name, values in options.items() for word in (name, *values.split())]
-    texts = ["a_blue_circle", "a_blue_square"]
-    words = [word.replace("_", " ") if word in texts else word for word in words]
-    wan_generate_video.main([*MODEL, *words, "--prompt", prompt, "--save_path", str(folder)])
+    wan_generate_video.main([*MODEL, *words, *texts, "--save_path", str(folder)])
     (clip,) = folder.glob("*.mp4")
     return clip
 
