@@ -66,7 +66,7 @@ STRIPS = {
     "magcache": Strip(f"--magcache_threshold 0.24 --magcache_mag_ratios {RATIOS}"),
     "lcm": Strip("--sample_solver lcm", both="--infer_steps 6"),
     "video_to_video": Strip(
-        "--video_path BEFORE --v2v_denoise 0.7", prompt_after="a blue square moving left"
+        "--video_path BEFORE --v2v_denoise 0.7", prompt_after="a green square moving left"
     ),
 }
 
