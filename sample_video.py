@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
-import hv_generate_video
 from families import identify
 from hunyuan_model.official_options import generation_words, read_official
+from hv_generate_video import main as generate_video
 from modules.command import command_line
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output = replace(options.output, named_as_released=True)
         generate(replace(family, dit_dtype=dtype), replace(options, output=output))
 
-    hv_generate_video.main(generation_words(official), make)
+    generate_video(generation_words(official), make)
 
 
 if __name__ == "__main__":
