@@ -5,7 +5,7 @@ A new one is a file with such a function, and a line there.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,25 +22,17 @@ from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Guidance, Needs, Step, expert_at
 
-# section -> further tweaks of its positive passes, at steps with and without guidance
-PositiveTweaks = Callable[[Section], Tweaks]
-
 
 def make_guidance(
-    prepared: Prepared,
-    options: GuidanceOptions,
-    experts: Sequence[float] = (0.0,),
-    positive_tweaks: PositiveTweaks | None = None,
+    prepared: Prepared, options: GuidanceOptions, experts: Sequence[float] = (0.0,)
 ) -> Guidance:
     """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
 
-    positive_tweaks: asked once for the section, whose conditions are on the device by then; None: those of
-    normalised attention guidance.
     Raises OptionError if the request's schedule and the options do not go together.
     """
     plans = plan_steps(prepared, options)
     join = functools.cache(Tweaks.within)  # the same objects at all steps, as `Tweaks.turn` requires
-    tweak = positive_tweaks or nag_tweaks(options.nag)
+    tweak = nag_tweaks(options.nag)  # at steps with and without guidance
     asked: list[tuple[Section, Tweaks]] = []
 
     def of_positive(section: Section) -> Tweaks:

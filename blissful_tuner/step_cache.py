@@ -79,10 +79,11 @@ def check_step_cache(prepared: Prepared, spec: DitSpec) -> None:
         )
     if isinstance(choice, (MagCalibration, TeaCalibration)):
         option = "--magcache_calibration" if isinstance(choice, MagCalibration) else "--teacache_calibration"
-        if prepared.first_step:
+        source = prepared.asked.source
+        if source is not None and prepared.first_step:
             raise OptionError(
                 f"{option} measures all steps from noise on, and a video that starts from another has only "
-                "the last ones: leave out --video_path"
+                f"the last ones: leave out --{source.option}"
             )
         fewest = 2 if isinstance(choice, MagCalibration) else FEWEST_STEPS
         if prepared.steps < fewest:
@@ -109,15 +110,20 @@ class StepCaches:
         """
         measured = self._measured
         if measured is not None:
-            measured.begin()
-            with run_around(dit_at, functools.partial(measure_pass, measured.measure)) as measured_at:
-                yield measured_at
+            try:
+                with run_around(dit_at, functools.partial(measure_pass, measured.measure)) as measured_at:
+                    yield measured_at
+            finally:
+                measured.forget()
         elif self._make_rule is None:
             yield dit_at
         else:
             cache = StepCache(self._make_rule)
-            with run_around(dit_at, cache.run) as cached_at:
-                yield cached_at
+            try:
+                with run_around(dit_at, cache.run) as cached_at:
+                    yield cached_at
+            finally:
+                cache.forget()  # what was yielded still refers to it
             self._passes, self._skipped = self._passes + cache.passes, self._skipped + cache.skipped
 
     def report(self) -> None:

@@ -36,7 +36,8 @@ def dit_loader(
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
-        check_skipped_layers(family, dit, options.guidance.skipped_layers)
+        count = sum(map(len, family.dit.blocks(dit).values()))
+        check_skipped_layers(options.guidance.skipped_layers, count)  # where no header has told it before
         dit.eval().requires_grad_(False)
         dress(dit, family.dit, device, speed.compilation.choice, host)
         return dit
@@ -44,10 +45,9 @@ def dit_loader(
     return load_dit
 
 
-def check_skipped_layers(family: Family, dit: nn.Module, layers: frozenset[int]) -> None:
-    """Raise OptionError where skip-layer guidance names blocks that the network does not have."""
-    if not layers:
-        return
-    last = sum(map(len, family.dit.blocks(dit).values())) - 1
-    if max(layers) > last:
-        raise OptionError(f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {last}")
+def check_skipped_layers(layers: frozenset[int], count: int) -> None:
+    """Raise OptionError where skip-layer guidance names blocks that a network of so many does not have."""
+    if layers and max(layers) >= count:
+        raise OptionError(
+            f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {count - 1}"
+        )

@@ -12,7 +12,7 @@ from blissful_tuner.prompt_rewrite import PromptRewriter
 from blissful_tuner.video_to_video_options import SourceOptions
 from generation.asking import line_reader
 from generation.decoding import decode_files
-from generation.dressing import dit_loader
+from generation.dressing import check_skipped_layers, dit_loader
 from generation.jobs import Failures, GenerationJob, GenerationRun
 from generation.making import make, make_job
 from generation.memory import plan_generation, resolve_options
@@ -126,6 +126,7 @@ def check_models(run: GenerationRun) -> None:
     counts = run.family.block_counts()
     if counts:
         check_swap(run.family.dit, run.options.speed.swap.number, counts)
+        check_skipped_layers(run.options.guidance.skipped_layers, sum(counts))
 
 
 def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:

@@ -165,8 +165,9 @@ def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
     found, said = project.one(tmp_path / "mag", *start, *BOLD)
     assert skipped_in(said) == (3, 6)  # c s s s c c, of the six steps that are made
     assert not torch.equal(found, plain)
-    code, said = run_here(*family.generate, *SIZE, *start, "--magcache_calibration", folder=tmp_path)
-    assert_one_message(code, said, "--magcache_calibration measures all steps")
+    more = (*start, "--save_path", "out", "--magcache_calibration")
+    code, said = run_here(*family.generate, *SIZE, *more, folder=tmp_path)
+    assert_one_message(code, said, "--magcache_calibration measures all steps", "leave out --video_path")
 
 
 def test_prompt_lines_change_it_and_the_next_prompt_is_plain_again(

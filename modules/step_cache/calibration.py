@@ -43,8 +43,8 @@ class Ratios:
         self._sizes: dict[Hashable, tuple[int, Tensor]] = {}  # by pass: step, and B L float32
         self._found: dict[int, list[Tensor]] = {}
 
-    def begin(self) -> None:
-        """Forget the last step: another section begins."""
+    def forget(self) -> None:
+        """Forget the last step, and free what was kept of it: the section is done."""
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
@@ -72,8 +72,8 @@ class Changes:
         self._before: dict[Hashable, tuple[int, Tensor, Tensor]] = {}
         self._found: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self) -> None:
-        """Forget the last step: another section begins."""
+    def forget(self) -> None:
+        """Forget the last step, and free what was kept of it: the section is done."""
         self._before.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:

@@ -6,7 +6,7 @@
 
 Each pass of a step (positive, negative, one that skips layers) has its own rule and its own residual, told
 apart by `Turn.which`. A residual lies where the tokens lie. It is freed before the blocks of its pass run
-again, and with the cache.
+again, and by `forget`.
 """
 # Letters: B batch, L tokens, C width
 
@@ -78,6 +78,10 @@ class StepCache:
         before = hidden.x
         inner(dit, hidden, tweaks)
         branch.residual = residual_of(dit, hidden.x, before)
+
+    def forget(self) -> None:
+        """Free what is remembered, whoever still refers to the cache: the section is done."""
+        self._branches.clear()
 
 
 def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:

@@ -228,27 +228,3 @@ def test_layers_that_are_no_numbers_are_refused(layers: str) -> None:
 def test_a_skip_mode_needs_its_ratio() -> None:
     with pytest.raises(OptionError, match="--cfg_apply_ratio"):
         replace(PLAIN_GUIDANCE, cfg_skip_mode="early")
-
-
-@pytest.mark.parametrize("scale", [1.0, 5.0])
-def test_positive_passes_alone_get_the_tweaks_of_the_caller_the_same_at_all_steps(scale: float) -> None:
-    network, asked, told = passes(), [], []
-
-    def tweaks_of(section: Section) -> Tweaks:
-        asked.append(section)
-        return Tweaks(skip_blocks=frozenset({7}))
-
-    def predict(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
-        told.append(tweaks)
-        return network(*conditions, tweaks=tweaks)
-
-    guidance = make_guidance(
-        replace(REQUEST, guidance_scale=(scale,)), PLAIN_GUIDANCE, positive_tweaks=tweaks_of
-    )
-    for index in range(2):
-        guidance(step(index), predict, network.section)
-
-    a_step = [(True, frozenset({7})), (False, frozenset())][: 1 if scale == 1 else 2]
-    assert network.made == a_step * 2
-    assert told[0] is told[len(a_step)]
-    assert asked == [network.section]

@@ -206,6 +206,15 @@ def test_any_two_ideas_work_together_or_are_refused_by_name(
                 assert any(str(word) in refusal for word in words if str(word).startswith("--")), refusal
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_blocks_that_a_model_lacks_are_refused_before_anything_is_made(
+    scripts: dict[str, Script], tmp_path: Path, kind: str
+) -> None:
+    with pytest.raises(OptionError, match="there is no block 99, the model has blocks 0 to"):
+        scripts[kind].run(tmp_path / "out", "--slg_mode", "uncond", "--slg_layers", "1,99")
+    assert not (tmp_path / "out").exists()
+
+
 def try_pair(script: Script, folder: Path, *options: object) -> tuple[Made | None, str]:
     """What was made, or the message of what refused it."""
     try:

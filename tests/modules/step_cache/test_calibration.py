@@ -20,7 +20,7 @@ def tokens(*sizes: float) -> Tensor:
 def test_ratios_are_means_over_tokens_passes_and_sections() -> None:
     ratios = Ratios()
     for section in range(2):
-        ratios.begin()
+        ratios.forget()
         for step, sizes in enumerate([(1.0, 2.0), (1.1, 2.6), (2.2, 2.6)]):
             ratios.measure(turn(step, 3), nothing, tokens(*sizes))
             if section == 0:
@@ -31,7 +31,7 @@ def test_ratios_are_means_over_tokens_passes_and_sections() -> None:
 
 def test_a_step_that_lacks_the_pass_has_no_ratio_and_neither_has_the_one_after() -> None:
     ratios = Ratios()
-    ratios.begin()
+    ratios.forget()
     for step, size in ((0, 1.0), (1, 2.0), (3, 5.0), (4, 10.0)):
         ratios.measure(turn(step, 5), nothing, tokens(size))
     assert ratios.result(5) == [1.0, 2.0, 1.0, 1.0, 2.0]
@@ -40,7 +40,7 @@ def test_a_step_that_lacks_the_pass_has_no_ratio_and_neither_has_the_one_after()
 def fitted(count: int, coefficients: tuple[float, ...]) -> tuple[Changes, list[float]]:
     """Coefficients fitted to `count` points of a polynomial."""
     changes, entered, residual = Changes(), 1.0, 1.0
-    changes.begin()
+    changes.forget()
     for step in range(count + 1):
         level, added = torch.full((1, 2, 4), entered), torch.full((1, 2, 4), residual)
         changes.measure(turn(step, count + 1), lambda level=level: level, added)

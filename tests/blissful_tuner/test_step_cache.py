@@ -1,0 +1,44 @@
+"""What a step cache holds is freed at the end of a section."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blissful_tuner.step_cache import StepCaches
+from modules.contract.generation import Request, Tweaks
+from modules.contract.step_cache import MagCache, StepCaching, TeaCache
+from modules.run_blocks import spec_of
+from modules.step_cache.runner import Branch
+from tests.modules.step_cache.turns import turn
+from tests.preparing import prepare
+from tests.tiny.dits import ONE_OF_EACH, TinyDit
+
+
+def branches() -> list[Branch]:
+    return [each for each in gc.get_objects() if isinstance(each, Branch)]
+
+
+CACHES = [MagCache((1.0,), 0.0, 1.0, 6), TeaCache(1.0, (1.0, 0.0))]
+
+
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda each: each.name)
+@pytest.mark.parametrize("cache", CACHES, ids=["magcache", "teacache"])
+def test_nothing_is_kept_behind_a_section_by_those_who_still_hold_its_networks(
+    tiny: TinyDit, cache: StepCaching
+) -> None:
+    prepared = prepare(Request("p", 0, steps=4))
+    prepared = replace(prepared, asked=replace(prepared.asked, step_cache=cache))
+    dit = tiny.make(2).eval()
+    others = branches()
+    inside = StepCaches(prepared, spec_of(dit)).section(lambda _: dit)
+    with inside as dit_at, torch.no_grad():
+        dit_at(0.0)(**tiny.inputs((2, 4, 4, 6), 1), tweaks=Tweaks(turn=turn(0, 4)))
+        kept = [weakref.ref(each) for each in branches() if each not in others]
+
+    gc.collect()
+    assert kept
+    assert [each() for each in kept] == [None] * len(kept)
+    assert dit_at(0.0) is dit  # still held here
