@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         dtype = choose_compute_dtype(official.precision, "--precision", None)
         output = replace(options.output, named_as_released=True)
-        generate(replace(family, dit_dtype=dtype), replace(options, output=output))
+        settings = {**options.settings, "precision": official.precision}
+        options = replace(options, output=output, settings=settings)
+        generate(replace(family, dit_dtype=dtype), options)
 
     generate_video(generation_words(official), make)
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MOST_NEW_TOKENS = 400  # more than the text encoders take
 MOST_CHARACTERS = 4000
+ATTENTION = "eager"  # which all models have; fast enough for a paragraph
 COMMON = (
     "You write prompts for a model that makes short videos from text. Rewrite the request at the end of "
     "this message as one paragraph of plain English that describes what is seen. Answer with that paragraph "
@@ -41,8 +42,8 @@ INSTRUCTIONS: Mapping[str, str] = {
     "what it does to surfaces and colours, how near the camera is and how it moves. Small details of the "
     "request may give way to a clearer picture; its subject and its action may not.",
 }
-# what models that think aloud say before their answer
-_THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
+# what models that think aloud say before their answer; a thought may have no end
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 
 
 def instruction(prompt: str, mode: str) -> str:
@@ -86,7 +87,7 @@ class PromptRewriter:
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
@@ -97,10 +98,16 @@ class PromptRewriter:
                     "chat model. Give one that follows instructions.",
                     self.folder,
                 )
+            _render(tokenizer, "a cat")  # a template that fails does so now
+            config = AutoConfig.from_pretrained(self.folder, **local)
+            # config.json may name an attention whose code is fetched from the hub and run
+            config._attn_implementation = ATTENTION
             model: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype="auto", use_safetensors=True, **local
+                self.folder, config=config, dtype="auto", use_safetensors=True, **local
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (CheckpointError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # damaged files raise errors of many libraries
             raise CheckpointError(
                 f"--prompt_rewrite_model {self.folder}: transformers cannot load it: "
                 f"{shorten(str(error), 300)}",
@@ -122,7 +129,11 @@ class PromptRewriter:
         if prompt not in self._known:
             answer = take_answer(self._ask(instruction(prompt, self.mode)))
             if not answer:
-                logger.warning("the chat model answered nothing, so this prompt is used as it is: %s", prompt)
+                logger.warning(
+                    "the chat model gave no answer within %d tokens, so this prompt is used as it is: %s",
+                    MOST_NEW_TOKENS,
+                    prompt,
+                )
             self._known[prompt] = answer or prompt
             logger.info("Prompt %r is rewritten: %s", shorten(prompt, 100), self._known[prompt])
         return self._known[prompt]
@@ -130,13 +141,25 @@ class PromptRewriter:
     @torch.no_grad()
     def _ask(self, message: str) -> str:
         model, tokenizer = self._loaded.get()
-        turns = [{"role": "user", "content": message}]
-        inputs = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
+        inputs = _render(tokenizer, message).to(model.device)
         made = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
-        answer: str = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answer
+        asked = inputs["input_ids"][0]
+        answer: str = tokenizer.decode(made[0, len(asked) :], skip_special_tokens=True)
+        # templates of some models begin the thought themselves
+        begins = tokenizer.decode(asked[-8:]).rstrip().endswith("<think>")
+        return f"<think>{answer}" if begins else answer
+
+
+def _render(tokenizer: Any, message: str) -> Any:
+    """Return the tokens of a conversation that begins with a message, for `generate`."""
+    turns = [{"role": "user", "content": message}]
+    return tokenizer.apply_chat_template(
+        turns,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        enable_thinking=False,  # read by the templates of models that can do without
+    )
 
 
 def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:

@@ -146,7 +146,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
 
     def of(name: str) -> tuple[int, ...]:
         found = shape(f"decoder.{name}.weight")
-        if len(found) != 4:
+        if len(found) != 4 or 0 in found:
             raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
         return found
 

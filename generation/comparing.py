@@ -21,7 +21,7 @@ from generation.compare_options import CompareOptions
 from generation.decoding import decode
 from generation.dressing import dit_loader
 from generation.grids import Column, Grid, Row, write_grids
-from generation.jobs import Failures, GenerationJob, GenerationRun
+from generation.jobs import Failures, GenerationJob, GenerationRun, tell_unused_sources
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
@@ -110,6 +110,7 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     session = Session(family, device, dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session, predicted)
     jobs = _make_jobs(run)
+    tell_unused_sources(options.request.source, jobs)
     check_models(run)
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")

@@ -1,7 +1,7 @@
 """What is to be made in a run, what has been made, and what failed."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -14,6 +14,7 @@ from torch import Tensor
 from blissful_tuner.latent_preview import LatentPreviews, make_previews
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.prompt_rewrite import PromptRewriter
+from blissful_tuner.video_to_video_options import SourceOptions
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line
@@ -119,3 +120,10 @@ class GenerationRun:
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
         """Parse a prompt line. where: names it in warnings. Raises OptionError."""
         return parse_generation_line(line, self.options.line_options, where)
+
+
+def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
+    """Warn of options of video-to-video that no job uses."""
+    used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
+    for given, needed in options.unused(used).items():
+        logger.warning("%s is ignored because %s is not given", given, needed)

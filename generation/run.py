@@ -9,11 +9,10 @@ import torch
 
 from blissful_tuner.latent_preview import check_preview
 from blissful_tuner.prompt_rewrite import PromptRewriter
-from blissful_tuner.video_to_video_options import SourceOptions
 from generation.asking import line_reader
 from generation.decoding import decode_files
 from generation.dressing import check_skipped_layers, dit_loader
-from generation.jobs import Failures, GenerationJob, GenerationRun
+from generation.jobs import Failures, GenerationRun, tell_unused_sources
 from generation.making import make, make_job
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
@@ -102,13 +101,6 @@ def make_prompt(run: GenerationRun) -> None:
     failures = Failures(strict=count == 1)
     make(run, jobs, failures)
     failures.raise_if_any(count)
-
-
-def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
-    """Warn of options of video-to-video that no job uses."""
-    used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
-    for given, needed in options.unused(used).items():
-        logger.warning("%s is ignored because %s is not given", given, needed)
 
 
 def check_models(run: GenerationRun) -> None:

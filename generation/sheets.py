@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grids import LINE, TALLEST, Column, Grid, Row, compose, is_picture, middle_of, play
-from generation.jobs import Failures, GenerationJob, GenerationRun
+from generation.jobs import Failures, GenerationJob, GenerationRun, tell_unused_sources
 from generation.making import make, make_job
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
@@ -52,6 +52,8 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str 
                 values = {} if line is None else run.read_line(line, f"{where}{label}")
                 sheets.append(lay_out(run, label, values, failures))
     jobs = [job for sheet in sheets for job in sheet.cells.values()]
+    if jobs:
+        tell_unused_sources(run.options.request.source, jobs)
     made = make(run, jobs, failures) if jobs else {}
     for sheet in sheets:
         if any(job.label in made for job in sheet.cells.values()):

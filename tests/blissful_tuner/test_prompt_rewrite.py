@@ -1,6 +1,7 @@
 """Prompts that a chat model rewrites."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def test_the_instruction_holds_the_prompt_once() -> None:
     [
         ('  "A cat\nwalks."  ', "A cat walks."),
         ("<think>It is a\n cat.</think>\n\nA cat.", "A cat."),
+        ("<think>Okay, the user wants a cat, and then no end of the", ""),
+        ("A cat.<thinking>Was that", "A cat."),
         ("It is a cat, no start of the thought.</think> A cat.", "A cat."),
         ("“A cat.”", "A cat."),
         ('"A" and "B"', 'A" and "B'),
@@ -153,6 +156,56 @@ def test_what_is_no_chat_model_is_an_error(chat_model: Path, tmp_path: Path) -> 
         (tmp_path / name).write_bytes((chat_model / name).read_bytes())
     with pytest.raises(CheckpointError, match=r"no chat template|cannot load it"):
         PromptRewriter(tmp_path, "normal").load(CPU)
+
+
+def test_a_thought_that_the_template_begins_is_no_answer(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewriter = PromptRewriter(chat_model, "normal")
+    rewriter.load(CPU)
+    _, tokenizer = rewriter._loaded.get()
+    answer = rewriter._ask("a cat")
+    decode = tokenizer.decode
+    monkeypatch.setattr(
+        type(tokenizer),
+        "decode",
+        lambda self, ids, **how: decode(ids, **how) if how else f"{decode(ids)} <think>\n",
+    )
+    assert rewriter._ask("a cat") == f"<think>{answer}"
+    assert rewriter.rewrite("a cat") == "a cat"
+    assert "gave no answer" in caplog.text
+
+
+@pytest.fixture
+def own_copy(chat_model: Path, tmp_path: Path) -> Path:
+    """A copy of the chat model to damage."""
+    return Path(shutil.copytree(chat_model, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_folder_cannot_name_code_to_fetch(key: str, own_copy: Path) -> None:
+    """transformers takes attention of that form from the hub and runs it, if the package kernels is there."""
+    config = json.loads((own_copy / "config.json").read_text(encoding="utf-8"))
+    (own_copy / "config.json").write_text(json.dumps({**config, key: "someone/code"}), encoding="utf-8")
+    rewriter = PromptRewriter(own_copy, "normal")
+    rewriter.load(CPU)
+    model, _ = rewriter._loaded.get()
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("damage", ["weights", "sizes", "kind", "template"])
+def test_a_damaged_folder_is_an_error_that_names_it(damage: str, own_copy: Path) -> None:
+    config = json.loads((own_copy / "config.json").read_text(encoding="utf-8"))
+    if damage == "weights":
+        weights = own_copy / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "template":
+        (own_copy / "chat_template.jinja").write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    else:
+        wrong = {"hidden_size": 64} if damage == "sizes" else {"hidden_size": "x"}
+        (own_copy / "config.json").write_text(json.dumps({**config, **wrong}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="copy: transformers cannot load it"):
+        PromptRewriter(own_copy, "normal").load(CPU)
 
 
 @pytest.mark.parametrize(

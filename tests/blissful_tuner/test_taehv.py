@@ -112,6 +112,15 @@ def test_a_file_without_one_of_its_layers_is_refused(tmp_path: Path) -> None:
         check_taehv(path, LATENT)
 
 
+@pytest.mark.parametrize("name", ["decoder.1.weight", "decoder.8.weight", "decoder.14.weight"])
+def test_a_layer_without_numbers_is_refused(name: str, tmp_path: Path) -> None:
+    tensors = tensor_list("taehv")
+    dtype, shape = tensors[name]
+    path = write_hollow(tmp_path / "t.safetensors", {**tensors, name: (dtype, [0, *shape[1:]])})
+    with pytest.raises(CheckpointError, match="not a TAEHV"):
+        check_taehv(path, LATENT)
+
+
 def test_the_memory_of_decoding_is_that_of_one_latent_frame() -> None:
     config = TaehvConfig(16, (256, 128, 64, 64), (1, 2, 2))
     small, large = (decoding_bytes(config, torch.float16, 60, width) for width in (52, 104))

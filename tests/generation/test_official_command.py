@@ -54,6 +54,7 @@ def test_it_equals_our_command(ckpts: Path, tmp_path: Path) -> None:
         "_seed5_a cat yesno.mp4",
         "_seed6_a cat yesno.mp4",
     ]
+    assert read_tags(made[0])["bt_precision"] == "fp32"  # hv_generate_video.py takes it from the file
     release = ckpts / "hunyuan-video-t2v-720p"
     ours = ["--dit", str(release / "transformers" / "mp_rank_00_model_states.pt")]
     ours += ["--vae", str(release / "vae" / "pytorch_model.pt"), "--vae_dtype", "float32"]
