@@ -109,6 +109,11 @@ class GuidanceOptions:
         """The blocks that skip-layer guidance leaves out; none if it is off."""
         return frozenset() if self.slg_mode is None else parse_layers(self.slg_layers)
 
+    @property
+    def scaled_steps(self) -> int:
+        """How many of the first steps have their velocity scaled, so that it predicts no clean clip."""
+        return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
+
 
 def parse_layers(text: str | None) -> frozenset[int]:
     """Read --slg_layers, as "9,10". Raises OptionError for what are no block numbers."""

@@ -57,12 +57,15 @@ class LatentPreviews:
     _has_ended: bool = field(default=False, init=False)
 
     @contextmanager
-    def of(self, fps: float) -> Iterator["ClipPreview"]:
-        """Yield what watches one clip, for a block that denoises it. fps: of the finished clip."""
+    def of(self, fps: float, first_step: int = 0) -> Iterator["ClipPreview"]:
+        """Yield what watches one clip, for a block that denoises it.
+
+        fps: of the finished clip. first_step: that predicts a clean clip.
+        """
         writer = LatestWriter(self.write, REST_ON_CPU if self.device.type == "cpu" else 0.0)
         is_done = False
         try:
-            yield ClipPreview(self, writer, fps)
+            yield ClipPreview(self, writer, fps, first_step)
             is_done = True
         finally:
             writer.close(drop=not is_done)
@@ -143,12 +146,14 @@ class ClipPreview:
     previews: LatentPreviews
     writer: LatestWriter[Callable[[], Shot | None]]
     fps: float
+    first_step: int
     _sections: int = field(default=0, init=False)
 
     def watch(self, done: StepDone) -> bool:
         """Show the clean clip predicted from a step, if it is the turn of that step. Never says "enough"."""
         made = done.step.index + 1
-        if done.section.count == 1 and made < done.step.num_steps and self._is_due(made):
+        is_shown = self.first_step <= done.step.index and made < done.step.num_steps
+        if done.section.count == 1 and is_shown and self._is_due(made):
             self._show(lambda: done.clean)
         return False
 
@@ -176,13 +181,16 @@ class ClipPreview:
 
 @contextmanager
 def preview_clip(
-    previews: LatentPreviews | None, fps: float
+    previews: LatentPreviews | None, fps: float, first_step: int = 0
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
-    """Yield what watches the steps of one clip, and what is told of its sections. None: nothing does."""
+    """Yield what watches the steps of one clip, and what is told of its sections. None: nothing does.
+
+    first_step: that predicts a clean clip; in those before it guidance has scaled the velocity.
+    """
     if previews is None:
         yield [], lambda _: None
         return
-    with previews.of(fps) as clip:
+    with previews.of(fps, first_step) as clip:
         yield [clip.watch], clip.on_section
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from modules.errors import OptionError
 
-MOST_SCALE = 1000
+MOST_SCALE = 100  # of some hundreds the products overflow in float16
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,12 @@ class PromptRewriter:
             config = AutoConfig.from_pretrained(self.folder, **local)
             # config.json may name an attention whose code is fetched from the hub and run
             config._attn_implementation = ATTENTION
+            if getattr(config, "quantization_config", None) is not None:
+                raise CheckpointError(
+                    f"--prompt_rewrite_model {self.folder}: its weights are quantised, for which "
+                    "transformers may fetch code. Give the model in 16 or 32 bits.",
+                    self.folder,
+                )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, config=config, dtype="auto", use_safetensors=True, **local
             )

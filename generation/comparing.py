@@ -231,13 +231,17 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
     )
     inputs = encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
     queue = Queue([cell.job.prepared for cell in cells])
+    shown_from = run.options.guidance.scaled_steps
     wanted = [variant for variant in variants if any(cell.variant is variant for cell in cells)]
     for variant, dit_at in networks_with(run, wanted):
         for cell in [cell for cell in cells if cell.variant is variant]:
             job = cell.job
             queue.begin(f"{job.label}, {variant.label}")
             with (
-                preview_clip(run.previews, job.prepared.fps) as (watchers, on_section),
+                preview_clip(run.previews, job.prepared.fps, shown_from) as (
+                    watchers,
+                    on_section,
+                ),
                 Bars(job.prepared.num_steps) as bars,
             ):
 

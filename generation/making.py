@@ -166,10 +166,14 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     """
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
+    shown_from = run.options.guidance.scaled_steps
     tags = as_tags(run.metadata(prepared) or {})
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
-        preview_clip(run.previews, prepared.fps) as (watchers, preview_section),
+        preview_clip(run.previews, prepared.fps, shown_from) as (
+            watchers,
+            preview_section,
+        ),
         Bars(prepared.num_steps) as bars,
     ):
 

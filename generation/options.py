@@ -1,6 +1,7 @@
 """Options of the generation scripts that all families share. Standard library only."""
 
 import argparse
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from networks.options import (
     check_output_file,
     require_files,
 )
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -117,6 +120,8 @@ class GenerationOptions:
             self._check_sheet()
         if self.save_merged_model is not None:
             check_output_file("--save_merged_model", self.save_merged_model)
+        if self.latent_path:
+            self._tell_unused_by_decoding()
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
@@ -127,6 +132,15 @@ class GenerationOptions:
             raise OptionError("--prompt is empty: say what the video should show, or leave the option out")
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
+
+    def _tell_unused_by_decoding(self) -> None:
+        given = {
+            "--num_videos": self.num_videos > 1,
+            "--prompt_rewrite": self.rewriting.prompt_rewrite is not None,
+            "--preview_latent_every": self.preview.preview_latent_every is not None,
+        }
+        for option in (option for option, is_given in given.items() if is_given):
+            logger.warning("%s is ignored because --latent_path only decodes", option)
 
     def _check_sheet(self) -> None:
         """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""

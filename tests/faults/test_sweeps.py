@@ -72,7 +72,8 @@ def options_where(is_one: Callable[[argparse.Action], bool], once: bool) -> Iter
 
 
 def is_number(action: argparse.Action) -> bool:
-    return action.type is not None and action.type not in (str, Path)
+    # any text is a seed
+    return action.type is not None and action.type not in (str, Path) and action.dest != "seed"
 
 
 def action_of(script: str, option: str) -> argparse.Action:

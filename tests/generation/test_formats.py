@@ -33,7 +33,18 @@ def save(
 ) -> Path:
     pixels = torch.linspace(-1, 1, frames).view(1, 1, -1, 1, 1).expand(1, 3, frames, height, width)
     format_options = FormatOptions(codec, container, False)
-    asked = OutputOptions(folder, "video", False, 0, False, False, False, format_options)
+    asked = OutputOptions(
+        save_path=folder,
+        output_type="video",
+        no_metadata=False,
+        trim_tail_frames=0,
+        no_progressive_save=False,
+        prompt_in_name=False,
+        save_last_frame=False,
+        numbers_single=False,
+        named_as_released=False,
+        format=format_options,
+    )
     return save_pixels(asked, "a", iter([pixels]), 16.0, METADATA)
 
 
