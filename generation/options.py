@@ -191,18 +191,18 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
     add_request_arguments(parser, defaults)
+    add_prompt_arguments(parser)
+    add_prompt_rewrite_arguments(parser)
     add_video_to_video_arguments(parser, defaults.source)
     add_guidance_arguments(parser, has_embedded=defaults.embedded_guidance is not None)
+    add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
     _add_run_arguments(parser, defaults)
     add_output_arguments(parser, defaults)
+    add_preview_arguments(parser)
     add_sheet_arguments(parser)
     _add_lora_arguments(parser)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_preset_argument(parser, defaults.optimized)
-    add_preview_arguments(parser)
-    add_prompt_arguments(parser)
-    add_prompt_rewrite_arguments(parser)
-    add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
     add_step_cache_arguments(parser)
     parser.set_defaults(
         extras=defaults.extras,
