@@ -20,46 +20,17 @@ from blissful_tuner.prompt_rewrite import (
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.errors import CheckpointError, OptionError
 from tests.preparing import prepare
+from tests.tiny.chat_model import write_chat_model
 from tests.tiny.wan import write_tiny_wan
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
-TEMPLATE = "{% for turn in messages %}<user> {{ turn['content'] }} <model> {% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random weights that answers with words of its small vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("chat modél")
-    words = [
-        "<unk>",
-        "<end>",
-        "<user>",
-        "<model>",
-        *["a", "cat", "dog", "walks", "runs", "on", "the", "grass", "in", "light"],
-    ]
-    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=1,
-        pad_token_id=1,
-        max_position_embeddings=2048,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_chat_model(tmp_path_factory.mktemp("chat modél"))
 
 
 def test_the_instruction_holds_the_prompt_once() -> None:
