@@ -20,6 +20,7 @@ from modules.contract.data import MediaEncoders
 from modules.contract.family import Family, LatentSpec
 from modules.contract.generation import Request, Section
 from modules.contract.prepared import Prepared
+from modules.contract.requests import check_opens
 from modules.contract.source import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
@@ -52,26 +53,13 @@ def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Re
     if source.option == LATENTS:
         frames = (_read(source, rules, latent).shape[2] - 1) * latent.stride[0] + 1
         return request if request.frames is not None else replace(request, frames=frames)
-    _check_opens(source)
+    check_opens(source.option, source.path, source.option == IMAGE)
     if source.option == IMAGE and request.frames not in (None, 1):
         raise OptionError(
             f"{named} and --video_length {request.frames}: one image is made from one image. Give "
             "--video_length 1, or a video to --video_path"
         )
     return replace(request, frames=1) if source.option == IMAGE else request
-
-
-def _check_opens(source: Source) -> None:
-    from modules.media.reading import image_size, video_info
-
-    try:
-        if source.option == IMAGE:
-            image_size(source.path)
-        else:
-            video_info(source.path)
-    except MediaError as error:
-        kind = "an image file" if source.option == IMAGE else "a video, or a folder of images"
-        raise OptionError(f"--{source.option}: {error}. Give {kind}.") from None
 
 
 def begin_late(prepared: Prepared, family: Family) -> Prepared:

@@ -238,10 +238,7 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
             job = cell.job
             queue.begin(f"{job.label}, {variant.label}")
             with (
-                preview_clip(run.previews, job.prepared.fps, shown_from) as (
-                    watchers,
-                    on_section,
-                ),
+                preview_clip(run.previews, job.prepared.fps, shown_from) as (watchers, on_section),
                 Bars(job.prepared.num_steps) as bars,
             ):
 

@@ -9,16 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
-from generation.growing import (
-    name_preview_on_failure,
-    remove_preview,
-)
+from generation.growing import name_preview_on_failure, remove_preview
 from generation.jobs import Denoised, Failures, GenerationRun
-from generation.outputs import (
-    output_stem,
-    own_stem,
-    save_pixels,
-)
+from generation.outputs import output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from modules.atomic_write import make_folder
 from modules.bars import track

@@ -18,7 +18,6 @@ from blissful_tuner.video_to_video_options import SourceOptions
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line
-from generation.request_options import SOLVERS
 from generation.session import Session
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
@@ -100,12 +99,13 @@ class GenerationRun:
         """Return the metadata of an output; None with --no_metadata."""
         if self.options.output.no_metadata:
             return None
-        settings, solver = dict(self.options.settings), prepared.asked.solver
-        if solver is not None and SOLVERS.get(settings.get("sample_solver", "")) not in (solver, None):
-            # a prompt line said another one than the command line
-            settings["sample_solver"] = next(name for name, kind in SOLVERS.items() if kind == solver)
         return output_metadata(
-            prepared, self.family.metadata, self.loras, settings, self.session.device.type, self.now()
+            prepared,
+            self.family.metadata,
+            self.loras,
+            self.options.settings,
+            self.session.device.type,
+            self.now(),
         )
 
     @property

@@ -170,10 +170,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     tags = as_tags(run.metadata(prepared) or {})
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
-        preview_clip(run.previews, prepared.fps, shown_from) as (
-            watchers,
-            preview_section,
-        ),
+        preview_clip(run.previews, prepared.fps, shown_from) as (watchers, preview_section),
         Bars(prepared.num_steps) as bars,
     ):
 

@@ -21,8 +21,9 @@ from generation.request_options import SOLVERS, RequestOptions
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
+from modules.contract.requests import check_opens
 from modules.contract.source import Source
-from modules.errors import MediaError, OptionError
+from modules.errors import OptionError
 from modules.options import check_seed, show_number, to_path
 from modules.text_files import bad_character
 
@@ -98,6 +99,7 @@ def make_request(
         control_path=path("control_path"),
         source=_source(options.source, line),
         extra=_extra(options, line),
+        settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
     check_values(request)
@@ -146,7 +148,8 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     """
     says = line_settings(options.step_cache, overrides)
     request = make_request(options.request, overrides, options.prompts)
-    request = replace(request, step_cache=choose_step_cache(options.step_cache, says), settings=says)
+    step_cache = choose_step_cache(options.step_cache, says)
+    request = replace(request, step_cache=step_cache, settings={**request.settings, **says})
     request = check_source(request, family.source, family.latent)
     prepared = begin_late(family.prepare(request), family)
     if options.prompts.prompt_weighting:
@@ -159,21 +162,10 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
 def check_media(request: Request) -> None:
     """Raise OptionError if an image or a control video cannot be opened. Reads headers and a frame."""
-    from modules.media.reading import image_size, video_info
-
-    for name in ("image_path", "end_image_path", "control_path"):
+    for name, is_image in {"image_path": True, "end_image_path": True, "control_path": False}.items():
         path = getattr(request, name)
-        if path is None or not path.exists():  # which the family has checked
-            continue
-        is_image = name in {"image_path", "end_image_path"}
-        try:
-            if is_image:
-                image_size(path)
-            else:
-                video_info(path)
-        except MediaError as error:
-            kind = "an image file" if is_image else "a video, or a folder of images"
-            raise OptionError(f"--{name}: {error}. Give {kind}.") from None
+        if path is not None and path.exists():  # which the family has checked
+            check_opens(name, path, is_image)
 
 
 def check_values(request: Request) -> None:

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.prepared import Prepared
-from modules.errors import OptionError
+from modules.errors import MediaError, OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,23 @@ def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str)
         elif not path.exists():
             raise OptionError(f"--{name} {path}: no such file or folder")
     return request
+
+
+def check_opens(name: str, path: Path, is_image: bool) -> None:
+    """Raise OptionError if an image, or a video or a folder of images, cannot be opened.
+
+    Reads headers, and a frame of a video. name: of its option.
+    """
+    from modules.media.reading import image_size, video_info
+
+    try:
+        if is_image:
+            image_size(path)
+        else:
+            video_info(path)
+    except MediaError as error:
+        kind = "an image file" if is_image else "a video, or a folder of images"
+        raise OptionError(f"--{name}: {error}. Give {kind}.") from None
 
 
 def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
