@@ -8,8 +8,9 @@ from modules.checkpoints.model_files import read_once, require_file
 from modules.errors import OptionError
 from wan.checkpoints import read_dit_header
 from wan.configs import WanConfig
-from wan.encoder_checkpoints import read_clip, read_t5, read_vae
+from wan.encoder_checkpoints import read_clip, read_t5
 from wan.tokenizer import FILES as TOKENIZER
+from wan.vae_checkpoints import read_vae
 
 # file names in the folder of the official release (--ckpt_dir)
 RELEASE = {
