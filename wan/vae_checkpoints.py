@@ -68,7 +68,8 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
     ):
         translate = str
     else:
-        raise other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", WAN_2_1.files)
+        files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
+        raise other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
     config = WanVaeConfig(
@@ -158,7 +159,7 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
         what = f"takes {colours} channels" if release else f"has {config.latent_channels} latent channels"
         raise CheckpointError(
             f"{path}: this VAE {what}; known are {WAN_2_1.about} and {WAN_2_2.about}.\n"
-            f"  Give one of these to --vae, such as {WAN_2_1.files}.",
+            f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
             path,
         )
     for part, stride in zip(("encoder", "decoder"), config.strides, strict=True):

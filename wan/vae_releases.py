@@ -8,24 +8,30 @@ class VaeRelease:
     """One generation of the VAE. Its dimensions are read from its file; these facts follow from them."""
 
     name: str
+    models: str  # whose latents these are
     channels: int  # of the latents
     stride: tuple[int, int, int]  # pixels of a latent: frames, height, width
     mean: tuple[float, ...]  # of the latents, per channel
     std: tuple[float, ...]
-    files: str  # published files, for messages
+    file: str  # in the folder of the official release
+    others: str  # published files with the same tensors, for messages
 
     @property
     def about(self) -> str:
-        """Describe it in words: the Wan2.1 VAE (16 latent channels, 8x8 pixels each)."""
-        return (
-            f"the {self.name} VAE ({self.channels} latent channels, {self.stride[1]}x{self.stride[2]} pixels "
-            "each)"
-        )
+        """Describe it in words."""
+        size = f"{self.channels} latent channels, {self.stride[1]}x{self.stride[2]} pixels each"
+        return f"the {self.name} VAE (of {self.models}: {size})"
+
+    @property
+    def files(self) -> str:
+        """The published files, to recommend one."""
+        return f"{self.file}, {self.others}"
 
 
 # fmt: off
 WAN_2_1 = VaeRelease(
     "Wan2.1",
+    "Wan2.1 and Wan2.2 A14B",
     16,
     (4, 8, 8),
     # released code, wan/modules/vae.py
@@ -37,11 +43,13 @@ WAN_2_1 = VaeRelease(
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     ),
-    files="Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder",
+    file="Wan2.1_VAE.pth",
+    others="wan_2.1_vae.safetensors or a diffusers vae folder",
 )
 
 WAN_2_2 = VaeRelease(
     "Wan2.2",
+    "Wan2.2 TI2V-5B",
     48,
     (4, 16, 16),
     # released code, wan/modules/vae2_2.py
@@ -58,7 +66,8 @@ WAN_2_2 = VaeRelease(
         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
     ),
-    files="Wan2.2_VAE.pth, wan2.2_vae.safetensors or the vae folder of Wan2.2-TI2V-5B-Diffusers",
+    file="Wan2.2_VAE.pth",
+    others="wan2.2_vae.safetensors or the vae folder of Wan2.2-TI2V-5B-Diffusers",
 )
 # fmt: on
 
