@@ -1,4 +1,4 @@
-"""Networks that take turns on a device: their frozen weights stay in host memory and are copied there to work.
+"""Take turns on a device: frozen weights of a network stay in host memory and are copied there to work.
 
     place = HostPlaceOf(device, swapped_weights(...))     # to load from disk straight into host memory
     dit = family.load_dit(Placement(device, host=place), expert)

@@ -1,7 +1,7 @@
 """A network that takes turns gives the bits of one that stays, whatever is done between.
 
-The device is the fake one of the tests of block swap: a weight that is used on the host, before it has come or
-after it has left is not a number.
+The device is the fake one of the tests of block swap: a weight that is used on the host, before it has come
+or after it has left is not a number.
 """
 
 import weakref
