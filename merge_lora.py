@@ -15,7 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(MergeOptions, parser.parse_args(argv))
 
     from modules.devices import choose_device
-    from networks.merge import lora_uses, merge_into_file
+    from networks.merge import lora_uses
+    from networks.merge_files import merge_into_file
 
     merge_into_file(
         options.dit,
