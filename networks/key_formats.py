@@ -6,6 +6,7 @@ optional) diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.
 also .lora.down / .lora.up) LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ... VideoX-Fun
 lora_unet__blocks_0_self_attn_q.lora_down.weight DiffSynth
 pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
+LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
 """
 
 import math
@@ -62,6 +63,8 @@ _ENDINGS = {
 _WITH_ADAPTER = re.compile(
     r"\.(?:(?P<factor>lora_[AB])\.[^.]+(?P<leaf>\.weight|\.bias)|lora_magnitude_vector(\.[^.]+){1,2})$"
 )
+_LEAVES = ("weight", "bias")
+_MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 
 # what other kinds of networks end their tensors' names with, which are no sum of matrices to add to a weight
@@ -124,8 +127,14 @@ def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> di
 
 
 def module_of_tensor(name: str) -> tuple[str, str]:
-    """A checkpoint's `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`)."""
+    """A checkpoint's `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
+
+    A parameter that is no module's weight or bias is a module of its own, as LoRA files have it:
+    `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
+    """
     path, _, leaf = name.rpartition(".")
+    if leaf not in _LEAVES:
+        path, leaf = name, "weight"
     for prefix in ("model.diffusion_model.", "model.model.", OTHER, "transformer.", "module.", "_orig_mod."):
         path = path.removeprefix(prefix)
     return replace_dots(path), leaf
@@ -147,6 +156,8 @@ class _Key:
 def _split(key: str) -> _Key | None:
     """Take a key apart; None if it is none of a LoRA for a DiT."""
     key = _WITH_ADAPTER.sub(_without_adapter, key)
+    if key.endswith(_MODULATION):
+        key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None or key.startswith(_TEXT_ENCODERS):
         return None

@@ -22,7 +22,7 @@ from modules.text_files import parse_json, read_text
 from networks.deltas import find_fault, group_by_module, rank_of
 from networks.hashes import is_damaged
 from networks.key_formats import OURS, NativeTensors, other_kind, to_native
-from networks.module_names import choose_family, read_family
+from networks.module_names import choose_family, is_optional, read_family
 from networks.names.layouts import FamilyNames
 from networks.peft_patterns import PeftPatterns
 
@@ -33,7 +33,7 @@ OWN_MODULES = (
 )
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
-_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_b)?$|norm$")
+_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -152,6 +152,27 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
             "was trained for. "
             "Copy it again, or give a LoRA for this model."
         )
+
+
+def warn_of_absent(
+    path: Path, absent: Sequence[str], whole: int, what: str, model: FamilyNames | None
+) -> None:
+    """Warn of parts of a LoRA that a model does not have, as `warn_of_rest`.
+
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Those that only some
+    models of the family have are told apart: without them the others still do what they were trained for.
+    """
+    optional = [
+        name
+        for name in absent
+        if model is not None and is_optional(name.removeprefix(OURS).partition(".")[0], model)
+    ]
+    if optional and model is not None:
+        logger.warning(
+            f"{path}: {len(optional)} of {whole} {what}: they are for {model.optional_words}; the rest is "
+            f"used without them: {list_some(optional)}"
+        )
+    warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import DORA, Factors, bias_delta, decompose, has_input_magnitudes, rows_of, weight_delta
+from networks.deltas import (
+    DORA,
+    Factors,
+    bias_delta,
+    decompose,
+    has_input_magnitudes,
+    other_channels,
+    rows_of,
+    weight_delta,
+)
 from networks.key_formats import OURS, module_of_tensor, rename_modules
-from networks.loading import LoraFile, list_some, read_lora, warn_of_other_family, warn_of_rest
+from networks.loading import LoraFile, list_some, read_lora, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, choose_family, relatives
-from networks.names.layouts import FamilyNames
+from networks.names.layouts import FIRST_LAYERS, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import part_rows
 
@@ -169,6 +178,8 @@ class LoraPatch:
         self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
         # use -> those of its keys that change something
         self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
+        # use -> how many channels its first layer takes, if that is another number than the model's
+        self._narrower: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
         self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
 
@@ -182,12 +193,16 @@ class LoraPatch:
     def add_to(self, name: str, weight: Tensor) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        Works on some rows at a time, so that memory holds no second copy. Raises CheckpointError if a LoRA
-        has another size.
+        Works on some rows at a time, so that memory holds no second copy. A change of the first layer for
+        another number of channels is left out, which `check` tells. Raises CheckpointError if a LoRA has
+        another size.
         """
         self._note(name)
         changes = []
         for key, change, relative in self._changes_of(name):
+            if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
+                self._narrower[id(change.use)] = other
+                continue
             self._taken[id(change.use)].add(key)
             changes.append(_fit(change, relative, weight, name, self._model).on(weight.device))
         for rows in () if weight.is_meta else _blocks(weight, changes):
@@ -222,12 +237,14 @@ class LoraPatch:
             path, keys = use.lora.path, self._keys(use)
             missed = [key for key in keys if key not in self._seen]
             taken = self._taken[id(use)]
+            if id(use) in self._narrower:
+                logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
             if not taken:
-                logger.warning(f"{path} changes nothing, because its patterns leave no tensor")
+                logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
             else:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family)
-                warn_of_rest(path, missed, len(keys), f"weights are not in {self._model}")
+                warn_of_absent(path, missed, len(keys), f"weights are not in {self._model}", family)
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""

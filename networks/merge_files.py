@@ -17,11 +17,10 @@ from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from networks.merge import LoraPatch, LoraUse
+from networks.names.layouts import FIRST_LAYERS
 from networks.options import refuse_replacing
 
 logger = getLogger(__name__)
-# out x in x kernel
-_FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
 _META = torch.device("meta")
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
@@ -92,8 +91,8 @@ def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) 
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
-    first = [name for name in checkpoint.tensors if name.endswith(_FIRST_LAYERS)]
-    found = checkpoint.tensors[first[0]].shape[1] if first else None
+    first = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
+    found = checkpoint.tensors[first[0]].shape[1] if first else None  # out x in x kernel
     if found != in_channels:
         what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
         raise CheckpointError(

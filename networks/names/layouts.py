@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 REST, SWAPPED = -1, -2
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
+# first layers; how many channels they take differs between models of a family
+FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 
 
@@ -35,6 +37,10 @@ class FamilyNames:
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
+    # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
+    parameters: tuple[tuple[str, str], ...] = ()
+    optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
+    optional_words: str = ""  # what these are, for messages
 
 
 def each(start: str, endings: str) -> tuple[str, ...]:
@@ -59,4 +65,7 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
         pattern = re.escape(part.theirs).replace(re.escape("{n}"), r"(\d+)") + r"\.(\w+)"
         ours = part.ours.replace("{n}", r"\1") + (r".\2" if blocks else r".\1")
         patterns.append((pattern, ours + place))
+    for theirs, ours in names.parameters:
+        pattern = re.escape(theirs).replace(re.escape("{n}"), r"(\d+)")
+        patterns.append((pattern, ours.replace("{n}", r"\1")))
     return tuple(patterns)

@@ -18,6 +18,12 @@ _WAN_REST = (
     "img_emb.proj.4",
 )
 
+_IMAGE_ATTENTION = (
+    *each("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
+    *each("img_emb.proj.", "0 1 3 4"),
+    "img_emb.emb_pos",
+)
+
 _DIFFUSERS_ATTENTION = (
     *(("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")),
     *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
@@ -53,5 +59,12 @@ WAN = FamilyNames(
         ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
         ("proj_out", "head.head"),
+    ),
+    optional=_IMAGE_ATTENTION,
+    optional_words="the attention to images of Wan2.1's image-to-video models",
+    parameters=(
+        ("blocks.{n}.scale_shift_table", "blocks.{n}.modulation"),
+        ("scale_shift_table", "head.modulation"),
+        ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
     ),
 )
