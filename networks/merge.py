@@ -22,7 +22,14 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor, rename_modules
-from networks.loading import LoraFile, list_some, read_lora, warn_of_absent, warn_of_other_family
+from networks.loading import (
+    LoraFile,
+    list_some,
+    read_lora,
+    warn_of_absent,
+    warn_of_other_expert,
+    warn_of_other_family,
+)
 from networks.module_names import Relative, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
@@ -57,6 +64,15 @@ class LoraUse:
                 raise OptionError(
                     f"a LoRA pattern for {self.lora.path} is no regular expression: {error}"
                 ) from None
+
+    def for_expert(self, expert: str | None) -> "LoraUse":
+        """Return the same for an expert's part of the file, if it has parts, and warn if it is another one's.
+
+        Raises as `LoraFile.for_expert`.
+        """
+        lora = self.lora.for_expert(expert)
+        warn_of_other_expert(lora, expert)
+        return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
         """Whether the patterns keep one of a module's factors; names: what the module is called, by the file
@@ -376,7 +392,8 @@ def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) ->
     excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
     rows = zip(files, loras.multipliers(), includes, excludes, strict=True)
     return [
-        LoraUse(read_lora(path), multiplier, include, exclude) for path, multiplier, include, exclude in rows
+        LoraUse(read_lora(path, by_expert=True), multiplier, include, exclude)
+        for path, multiplier, include, exclude in rows
     ]
 
 

@@ -40,9 +40,12 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
         metadata.get(TRAINED_ON),
         metadata.get("modelspec.architecture", "").removesuffix("/lora"),
     )
-    return next(
-        (family for family in FAMILIES if version == family.name or architecture == family.architecture), None
-    )
+
+    def is_named(family: FamilyNames) -> bool:
+        begins = family.versions and (version or "").lower().startswith(family.versions)
+        return version == family.name or architecture == family.architecture or bool(begins)
+
+    return next((family for family in FAMILIES if is_named(family)), None)
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
@@ -112,6 +115,21 @@ def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str], re
     """
     aliases, parts = (theirs for theirs, _ in _all_aliases(family)), (part.theirs for part in family.parts)
     return _pattern(_own_paths(family)), _pattern(aliases), _pattern(parts)
+
+
+def diffusers_path(name: str, family: FamilyNames) -> str | None:
+    """Return `blocks.0.attn1.to_q` for `blocks_0_self_attn_q`; None if the family has no such module.
+
+    For families whose weights are cut in the same way in both layouts.
+    """
+    path = module_path(name, family)
+    if path is None or not family.aliases:
+        return path
+    for theirs, ours in _all_aliases(family):
+        found = _template(ours).fullmatch(name)
+        if found is not None:
+            return theirs.replace("{n}", found["n"])
+    return path
 
 
 def _own_paths(family: FamilyNames) -> tuple[str, ...]:

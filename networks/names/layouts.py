@@ -13,6 +13,12 @@ IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module p
 FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 
+# experts, the networks of one model that share the noise levels among them (`modules.contract.experts`)
+HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
+TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, by one of these values
+EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
+FOR_BOTH = "both"  # another value: one LoRA that was trained in both
+
 
 @dataclass(frozen=True)
 class WeightPart:
@@ -41,6 +47,9 @@ class FamilyNames:
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
     optional_words: str = ""  # what these are, for messages
+    versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
+    # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
+    experts: tuple[tuple[str, str], ...] = ()
 
 
 def each(start: str, endings: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""Module names of Wan2.1, and in diffusers' layout (Wan-AI/*-Diffusers)."""
+"""Module names of Wan2.1 and Wan2.2, and in diffusers' layout (Wan-AI/*-Diffusers)."""
 
-from networks.names.layouts import FamilyNames, each
+from networks.names.layouts import HIGH_NOISE, LOW_NOISE, FamilyNames, each
 
 _WAN_BLOCK = (
     *each("blocks.{n}.self_attn.", "q k v o norm_q norm_k"),
@@ -60,6 +60,8 @@ WAN = FamilyNames(
         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
         ("proj_out", "head.head"),
     ),
+    versions=("wan2", "wan-2", "wan_2"),
+    experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
     optional=_IMAGE_ATTENTION,
     optional_words="the attention to images of Wan2.1's image-to-video models",
     parameters=(
