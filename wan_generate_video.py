@@ -1,4 +1,4 @@
-"""Generate videos and images with Wan2.1. All options: python wan_generate_video.py --help"""
+"""Generate videos and images with Wan2.1 and Wan2.2. All options: python wan_generate_video.py --help"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from wan.options import WanGenerationOptions, add_generation_arguments
 
 DEFAULTS = ScriptDefaults(
     fps=16,
-    guidance_scale=5.0,
+    has_experts=True,
     optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"},
     riflex_frequencies=22,
 )

@@ -18,13 +18,14 @@ from blissful_tuner.nag import nag_tweaks
 from blissful_tuner.perp_neg import perp_neg
 from blissful_tuner.rescaling import rescale
 from blissful_tuner.skipped_layers import active_steps, add_skipped_layers
+from modules.contract.experts import ONE_EXPERT, Expert, expert_at
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
 from modules.contract.prepared import Prepared
-from modules.contract.steps import Guidance, Needs, Step, expert_at
+from modules.contract.steps import Guidance, Needs, Step
 
 
 def make_guidance(
-    prepared: Prepared, options: GuidanceOptions, experts: Sequence[float] = (0.0,)
+    prepared: Prepared, options: GuidanceOptions, experts: Sequence[Expert] = ONE_EXPERT
 ) -> Guidance:
     """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
 

@@ -21,6 +21,7 @@ from generation.sections import on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from generation.sheet_options import cells_of
 from modules.contract.data import Conditions
+from modules.contract.experts import Expert, noisiest
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompt
 from modules.contract.loading import Placement
@@ -205,16 +206,16 @@ def preview_bytes(family: Family, options: GenerationOptions, prepared: Prepared
 
 
 def heaviest_step(
-    prepared: Prepared, options: GenerationOptions, experts: Sequence[float], noisy: Tensor
+    prepared: Prepared, options: GenerationOptions, experts: Sequence[Expert], noisy: Tensor
 ) -> Step:
     """Find a step that takes most memory: that with most passes in one batch, or else with most of them."""
     steps = [
-        ((plan.most_together, len(plan.passes), lowest, -index), index)
-        for lowest, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True)
+        ((plan.most_together, len(plan.passes), expert.lowest, -index), index)
+        for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True)
         for index, plan in enumerate(plans)
     ]
     (_, _, lowest, _), index = max(steps)  # of equal ones the first
-    timestep = FIRST_TIMESTEP if lowest == max(experts) else lowest
+    timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest
     return Step(index, prepared.num_steps, 1.0, timestep, noisy)
 
 

@@ -14,6 +14,7 @@ from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prom
 from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
 from blissful_tuner.step_cache_options import StepCacheOptions, add_step_cache_arguments
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments
+from generation.expert_options import ExpertOptions, add_expert_arguments
 from generation.output_options import OutputOptions, add_output_arguments
 from generation.preset_options import add_preset_argument, given_among, use_preset
 from generation.prompt_lines import LineOption
@@ -66,6 +67,7 @@ class GenerationOptions:
     steadier: SteadierOptions
     lora: LoraOptions = field(metadata=OF_REQUEST)
     lora_patterns: LoraPatternOptions
+    experts: ExpertOptions
     lycoris: bool = field(metadata=NO_PIXELS)  # files say it themselves
     cpu_noise: bool
     split_uncond: bool  # the passes of guidance one after the other
@@ -201,6 +203,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_preview_arguments(parser)
     add_sheet_arguments(parser)
     _add_lora_arguments(parser)
+    add_expert_arguments(parser, defaults.has_experts)
     add_generation_speed_arguments(parser, defaults.blocks_to_swap)
     add_preset_argument(parser, defaults.optimized)
     add_step_cache_arguments(parser)

@@ -163,6 +163,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 NAMED_OPTIONS: Mapping[str, LineOption] = {
     "video_size": LineOption("video_size", _size),
     "fps": LineOption("fps", _rate),
+    "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", _number),
     "sample_solver": LineOption("sample_solver", str),
     "from_latent": LineOption("from_latent", _path),
     **dict.fromkeys(("strength", "v2v_denoise", "denoise_strength"), LineOption("denoise", _number)),

@@ -18,6 +18,7 @@ from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import SOLVERS, RequestOptions
+from modules.contract.experts import HIGH_NOISE
 from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
@@ -78,6 +79,7 @@ def make_request(
 
     typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
     texts = expand_texts(typed, prompts, seed)
+    high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
     request = Request(
         prompt=texts["prompt"] or "",
         seed=seed,
@@ -86,6 +88,7 @@ def make_request(
         frames=line.get("video_length", options.video_length),
         steps=line.get("infer_steps", options.infer_steps),
         guidance_scale=line.get("guidance_scale", options.guidance_scale),
+        expert_guidance={} if high_noise is None else {HIGH_NOISE: high_noise},
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
         solver=_solver_of(line.get("sample_solver", options.sample_solver)),
@@ -205,6 +208,9 @@ def _check_texts(request: Request) -> None:
 
 
 def _check_numbers(request: Request) -> None:
+    for name, scale in request.expert_guidance.items():
+        if not abs(scale) <= VALUES["guidance_scale"][2]:
+            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most 1000")
     for name, (option, letter, most) in COUNTS.items():
         count = getattr(request, name)
         if count is not None and not 1 <= count <= most:

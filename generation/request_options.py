@@ -43,6 +43,7 @@ class RequestOptions:
     infer_steps: int | None
     seed: str | None  # a number or any text
     guidance_scale: float | None
+    guidance_scale_high_noise: float | None  # of the expert for much noise
     cfg_schedule: str | None
     flow_shift: float | None
     sample_solver: str = field(metadata=SETTING)  # a name of SOLVERS
@@ -106,8 +107,17 @@ def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
         "--guidance_scale",
         type=float,
         default=defaults.guidance_scale,
-        help="weight of the prompt; 1 turns guidance off",
+        help=f"weight of the prompt; 1 turns guidance off; {_else(defaults.guidance_scale)}",
     )
+    if defaults.has_experts:
+        group.add_argument(
+            "--guidance_scale_high_noise",
+            type=float,
+            default=None,
+            help="the same for --dit_high_noise; default: the task's",
+        )
+    else:
+        parser.set_defaults(guidance_scale_high_noise=None)
     embedded = defaults.embedded_guidance
     if embedded is None:
         parser.set_defaults(embedded_cfg_scale=None)

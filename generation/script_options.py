@@ -19,7 +19,7 @@ class ScriptDefaults:
     """
 
     fps: int
-    guidance_scale: float
+    guidance_scale: float | None = None
     video_length: int | None = None
     infer_steps: int | None = None
     flow_shift: float | None = None
@@ -34,6 +34,7 @@ class ScriptDefaults:
     blocks_to_swap: int | None = 0
     has_second_prompt: bool = False  # whether there is a --prompt_2
     has_length: bool = True  # whether there is a --video_length
+    has_experts: bool = False  # whether there are models with two experts, and options for them
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
     # options of the family -> their names in Request.extra
     extras: Mapping[str, str] = field(default_factory=dict)

@@ -20,10 +20,11 @@ from blissful_tuner.video_to_video import encode_source
 from generation.sections import SOURCE, conditions_to
 from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
+from modules.contract.experts import expert_at, noisiest
 from modules.contract.family import Family, TextEncoder
 from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts
 from modules.contract.prepared import Prepared
-from modules.contract.steps import Needs, expert_at
+from modules.contract.steps import Needs
 from modules.devices import free_memory
 from modules.errors import MemoryPlanError
 from modules.offload.block_swap import move_network
@@ -175,7 +176,7 @@ class Session:
         """
         experts = self.family.experts
         try:
-            self._bring(experts.index(max(experts)))
+            self._bring(noisiest(experts))
             yield lambda timestep: self._bring(expert_at(timestep, experts))
         finally:  # also where Ctrl-C comes in the middle of a move
             if not self.keep:

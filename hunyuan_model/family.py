@@ -31,6 +31,7 @@ from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, templ
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
@@ -80,7 +81,7 @@ class HunyuanVideo:
     noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
-    experts: tuple[float, ...] = field(default=(0.0,), init=False)
+    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
 
     @property
     def defaults(self) -> SamplingDefaults:

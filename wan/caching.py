@@ -1,4 +1,4 @@
-"""Encode the items of a dataset for the cache files of Wan2.1."""
+"""Encode the items of a dataset for the cache files of Wan."""
 
 import torch
 
@@ -12,7 +12,8 @@ def encode_together(
 ) -> list[CacheEntry]:
     """Encode all items in one batch: latents, those of control videos, and with `image_kind` the image's.
 
-    store: dtype of the latents. image_kind: i2v, flf2v, or None for text-to-video caches.
+    store: dtype of the latents. image_kind: i2v, flf2v, or None for text-to-video caches. Without an image
+    encoder there are no image features: Wan2.2 takes none.
     """
     vae = encoders.vae
     pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
@@ -22,14 +23,13 @@ def encode_together(
     if image_kind is not None:
         first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
         if image_kind == "flf2v":
-            condition = conditioning.first_last_condition(vae, first, last, frames)
-            features = torch.cat(
-                [encoders.image_encoder.encode(image[:, :, 0]) for image in (first, last)], dim=1
-            )
+            condition, images = conditioning.first_last_condition(vae, first, last, frames), [first, last]
         else:
-            condition = conditioning.image_condition(vae, first, frames)
-            features = encoders.image_encoder.encode(first[:, :, 0])
-        tensors |= {"latents_image": condition.to(store), "clip": features.to(torch.float16)}
+            condition, images = conditioning.image_condition(vae, first, frames), [first]
+        tensors["latents_image"] = condition.to(store)
+        if encoders.image_encoder is not None:
+            features = [encoders.image_encoder.encode(image[:, :, 0]) for image in images]
+            tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
     return [
         CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))
     ]

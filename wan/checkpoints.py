@@ -1,4 +1,4 @@
-"""Checkpoints of the Wan2.1 transformer: their dialects, their variants, and loading."""
+"""Checkpoints of the Wan transformers: their dialects, their variants, and loading."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from networks.names.wan import WAN
-from wan.configs import HEAD_WIDTH, TASKS, WanConfig, WanTask
+from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, WanConfig, WanTask
 from wan.model import WanModel
 from wan.spec import DIT
 
@@ -43,14 +43,14 @@ def identify(path: Path) -> str | None:
             what = _describe_other(shapes)
             if what.startswith("it looks like"):
                 return what
-            return f"it is a Wan2.1 transformer (--dit) for --task {_names_of(_header(named))}"
+            return f"it is a Wan transformer (--dit) for --task {_names_of(_header(named))}"
     except CheckpointError:
         return None
 
 
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
     """Raise CheckpointError if a file is another kind of model than --task says; its size may differ."""
-    config, kind = header.config, "fun-control" if task.has_control else task.kind
+    config, kind = header.config, task.model_kind
     if header.kind != kind:
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
@@ -191,18 +191,12 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
         )
     elif any(key.startswith("vace_blocks.") for key in shapes):
         name = "Wan2.1 VACE"
-    elif in_dim == 48 and not has_image:
-        name = "Wan2.2 TI2V-5B"
-    elif in_dim == 36 and not has_image:
-        name = "Wan2.2 I2V-A14B"
-    elif in_dim == 52:
-        name = "Wan2.2 Fun-Control"
-    elif (in_dim, has_image) not in {(16, False), (36, True), (48, True)}:
-        name = f"an unknown variant of Wan2.1 with {in_dim} input channels"
+    elif in_dim not in INPUT_CHANNELS[has_image].values():
+        name = f"an unknown variant of Wan with {in_dim} input channels"
     if name is not None:
         raise CheckpointError(
             f"{path} is {name}, which is not supported.\n"
-            "  Give a Wan2.1 T2V, I2V, FLF2V, Fun-InP or Fun-Control checkpoint to --dit.",
+            "  Give a T2V, I2V, FLF2V, TI2V, Fun-InP or Fun-Control checkpoint to --dit.",
             path,
         )
 
@@ -234,11 +228,7 @@ def _describe_other(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def _names_of(header: DitHeader[WanConfig]) -> str:
     """Return the names of the tasks that a file fits, those of its size if there are any."""
     kind = header.kind
-    tasks = [
-        task
-        for task in TASKS.values()
-        if ("fun-control" if task.has_control else task.kind) == kind and task.frames > 1
-    ]
+    tasks = [task for task in TASKS.values() if task.model_kind == kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return " or ".join(task.name for task in sized or tasks)
 
@@ -246,6 +236,8 @@ def _names_of(header: DitHeader[WanConfig]) -> str:
 def _difference(config: WanConfig, task: WanTask) -> str:
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
+    if config.has_image != (task.has_features or task.model_kind == "fun-control"):
+        return f"img_emb is {'there' if config.has_image else 'missing'}, which takes features of an image."
     if config.image_positions:
         return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
     return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."

@@ -1,4 +1,4 @@
-"""Wan2.1 variants as data: the dimensions of a transformer, and the meaning of each `--task`."""
+"""Wan2.1 and Wan2.2 as data: the dimensions of a transformer, and the meaning of each `--task`."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Dimensions of a Wan2.1 transformer, read from a checkpoint's tensors."""
+    """Dimensions of a Wan transformer, read from a checkpoint's tensors."""
 
     dim: int
     ffn_dim: int
@@ -29,12 +29,22 @@ class WanConfig:
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on: t2v, i2v, flf2v or fun-control."""
-        if self.in_dim == 48:
-            return "fun-control"
+        """What the model is conditioned on: a name of `INPUT_CHANNELS`.
+
+        Text-to-video models of Wan2.1 and of Wan2.2 have the same tensors.
+        """
         if self.image_positions:
             return "flf2v"
-        return "i2v" if self.has_image else "t2v"
+        kinds = {channels: kind for kind, channels in INPUT_CHANNELS[self.has_image].items()}
+        return kinds.get(self.in_dim, "unknown")
+
+
+# Kinds of models, with and without attention to image features -> channels that the network takes: noise 16;
+# a mask of 4 and an image of 16; a control video of 16. The 5B model has a VAE of its own, of 48 channels.
+INPUT_CHANNELS: dict[bool, dict[str, int]] = {
+    True: {"i2v": 36, "fun-control": 48},
+    False: {"t2v": 16, "i2v-2.2": 36, "ti2v": 48, "fun-control-2.2": 52},
+}
 
 
 @dataclass(frozen=True)
@@ -42,13 +52,20 @@ class WanTask:
     """What a `--task` requires of the checkpoint, and its defaults for generation."""
 
     name: str
-    kind: str  # t2v, i2v, flf2v: what conditions the video
+    # t2v, i2v, flf2v: what conditions the video; ti2v: a text, and an image if there is one
+    kind: str
     has_control: bool
     dim: int  # of the released checkpoint; if a file has another, this is logged and the file used
     steps: int
     frames: int
     sizes: tuple[tuple[int, int], ...]  # width, height as trained
     repositories: tuple[str, ...]  # of the release, on the hub
+    version: str = "2.1"
+    flow_shift: float = 5.0
+    guidance: float = 5.0
+    high_noise_guidance: float | None = None  # of the second expert; None: there is one expert
+    boundary: float | None = None  # timestep from which on the high-noise expert works
+    fps: float = 16.0
 
     @property
     def release(self) -> ModelRelease:
@@ -58,18 +75,34 @@ class WanTask:
         )
 
     @property
-    def in_dim(self) -> int:
-        """Input channels: noise 16, plus control 16 and image 16, or mask 4 and image 16."""
+    def takes_image(self) -> bool:
+        """Whether an image is among the condition channels of the network; a task with it needs one."""
+        return self.kind in {"i2v", "flf2v"}
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the network attends to features of the image, which CLIP makes."""
+        return self.takes_image and self.version == "2.1"
+
+    @property
+    def model_kind(self) -> str:
+        """The `WanConfig.kind` that the task needs."""
         if self.has_control:
-            return 48
-        return 16 if self.kind == "t2v" else 36
+            return "fun-control" if self.version == "2.1" else "fun-control-2.2"
+        return "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
+
+    @property
+    def in_dim(self) -> int:
+        """Input channels of the network."""
+        kinds = {"flf2v": 36, **INPUT_CHANNELS[True], **INPUT_CHANNELS[False]}
+        return kinds[self.model_kind]
 
 
 _480P = ((480, 832), (832, 480))
+_5B = ((1280, 704), (704, 1280))
 _720P = ((720, 1280), (1280, 720), *_480P)
 _I2V = ("Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.1-I2V-14B-720P")
 _FUN = ("alibaba-pai/Wan2.1-Fun-14B-Control",)
-
 TASKS: dict[str, WanTask] = {
     task.name: task
     for task in (
@@ -81,6 +114,26 @@ TASKS: dict[str, WanTask] = {
         WanTask("t2v-1.3B-FC", "t2v", True, 1536, 50, 81, _480P, ("alibaba-pai/Wan2.1-Fun-1.3B-Control",)),
         WanTask("t2v-14B-FC", "t2v", True, 5120, 50, 81, _720P, _FUN),
         WanTask("i2v-14B-FC", "i2v", True, 5120, 40, 81, _720P, _FUN),
+        WanTask(
+            *("t2v-A14B", "t2v", False, 5120, 40, 81, _720P, ("Wan-AI/Wan2.2-T2V-A14B",)),
+            version="2.2",
+            flow_shift=12.0,
+            guidance=3.0,
+            high_noise_guidance=4.0,
+            boundary=875.0,
+        ),
+        WanTask(
+            *("i2v-A14B", "i2v", False, 5120, 40, 81, _720P, ("Wan-AI/Wan2.2-I2V-A14B",)),
+            version="2.2",
+            guidance=3.5,
+            high_noise_guidance=3.5,
+            boundary=900.0,
+        ),
+        WanTask(
+            *("ti2v-5B", "ti2v", False, 3072, 50, 121, _5B, ("Wan-AI/Wan2.2-TI2V-5B",)),
+            version="2.2",
+            fps=24.0,
+        ),
     )
 }
 
@@ -91,7 +144,6 @@ NEGATIVE_PROMPT = (
 )
 FIRST_LAST_NEGATIVE_PROMPT = "镜头切换，" + NEGATIVE_PROMPT  # no cut between the two given frames
 
-FLOW_SHIFT = 5.0
 IMAGE_480P_FLOW_SHIFT = 3.0  # i2v at 480x832 or 832x480
 FIRST_LAST_FLOW_SHIFT = 16.0
 
@@ -100,4 +152,5 @@ def default_flow_shift(task: WanTask, width: int, height: int) -> float:
     """Return the released code's shift for a task and an output size."""
     if task.kind == "flf2v":
         return FIRST_LAST_FLOW_SHIFT
-    return IMAGE_480P_FLOW_SHIFT if task.kind == "i2v" and (width, height) in _480P else FLOW_SHIFT
+    is_small = (width, height) in _480P
+    return IMAGE_480P_FLOW_SHIFT if task.has_features and is_small else task.flow_shift

@@ -1,4 +1,4 @@
-"""Wan2.1, described for the shared loops."""
+"""Wan2.1 and Wan2.2, described for the shared loops."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from modules.checkpoints.dits import choose_dtype
+from modules.checkpoints.model_files import read_once
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
 from modules.contract.loading import Placement
@@ -21,16 +23,16 @@ from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, settle, size_of, whole_frames
 from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import choose_compute_dtype, dtype_name
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_size, to_pixels
 from modules.options import NO_OPTIONS
 from wan import conditioning
+from wan.batches import batch_conditions, no_features
 from wan.caching import encode_together
-from wan.checkpoints import check_task, load_dit, note_size
+from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
-    FLOW_SHIFT,
     NEGATIVE_PROMPT,
     TASKS,
     WanTask,
@@ -44,19 +46,16 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.spec import DIT, LATENT
+from wan.spec import DIT, LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
 
 logger = logging.getLogger(__name__)
 
-CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
-FPS = 16.0
-
 
 @dataclass(frozen=True)
 class Wan:
-    """Description of Wan2.1 for one run, built by the `family_for_...` functions below."""
+    """Description of a Wan model for one run, built by the `family_for_...` functions below."""
 
     task: WanTask
     files: WanFiles
@@ -73,15 +72,27 @@ class Wan:
     # generation: the video takes the image's aspect; training samples: the image is cropped
     sizes_follow_image: bool = True
     options: Any = NO_OPTIONS  # of a training
+    boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default="networks.lora_wan", init=False)
-    latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
-    experts: tuple[float, ...] = field(default=(0.0,), init=False)
+
+    @property
+    def latent(self) -> LatentSpec:
+        """The latent space of the task's VAE."""
+        return LATENT_5B if self.task.kind == "ti2v" else LATENT
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """The transformers that are given: a single one is for all noise levels if it is --dit."""
+        if self.files.dit_high_noise is None or self.boundary is None:
+            return ONE_EXPERT
+        low, high = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, self.boundary)
+        return (high,) if self.files.dit is None else (low, high)
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -89,14 +100,17 @@ class Wan:
         task = self.task
         return SamplingDefaults(
             steps=task.steps,
-            fps=FPS,
-            guidance_scale=5.0,
+            fps=task.fps,
+            guidance_scale=task.guidance,
             embedded_guidance=None,
-            flow_shift=FLOW_SHIFT,
+            flow_shift=task.flow_shift,
             solver="unipc",
             width=256,
             height=256,
             frames=task.frames,
+            expert_guidance={}
+            if task.high_noise_guidance is None
+            else {HIGH_NOISE: task.high_noise_guidance},
         )
 
     @property
@@ -107,10 +121,10 @@ class Wan:
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
-        names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
+        names = {"sd_model_name": self.files.dit or self.files.dit_high_noise, "vae_name": self.files.vae}
         return {
-            "architecture": "wan2.1",
-            "implementation": "https://github.com/Wan-Video/Wan2.1",
+            "architecture": f"wan{self.task.version}",
+            "implementation": f"https://github.com/Wan-Video/Wan{self.task.version}",
             "model_type": "wan",
             "task": self.task.name,
             **{key: path.name for key, path in names.items() if path is not None},
@@ -122,7 +136,7 @@ class Wan:
         """Check every file that an option names, needed or not. Loads nothing."""
         self.files.check_encoders()
         self.files.check_tokenizer()
-        if self.files.dit is not None:
+        if self.files.dit is not None or self.files.dit_high_noise is not None:
             self._check_dit()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
@@ -138,7 +152,8 @@ class Wan:
             "tile": str(self.vae_tile),
         }
         if self.image_kind is not None:
-            identity |= {"clip": fingerprint(self.files.clip_path), "image": self.image_kind}
+            clip = {} if self.files.clip is None else {"clip": fingerprint(self.files.clip_path)}
+            identity |= {**clip, "image": self.image_kind}
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
@@ -150,7 +165,7 @@ class Wan:
             cache_on_cpu=self.vae_cache_cpu,
             tile=self.vae_tile,
         )
-        wants_image = self.image_kind is not None or self.task.kind != "t2v"
+        wants_image = self.files.clip is not None if self.image_kind is not None else self.task.has_features
         return MediaEncoders(vae, load_clip(self.files.clip_path, device) if images and wants_image else None)
 
     def check_table(self, table: MediaTable) -> None:
@@ -180,9 +195,9 @@ class Wan:
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint, checked against --task."""
+        """Paths of the transformers' checkpoints, checked against --task."""
         self._check_dit()
-        return (self.files.dit_path,)
+        return self.files.dits
 
     def block_counts(self) -> tuple[int, ...]:
         """Return the number of blocks; the file's header says it."""
@@ -193,37 +208,15 @@ class Wan:
         return choose_dtype(self.files.dit_header().block_dtype, placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, checked against --task."""
-        (path,) = self.dit_files
+        """Load the transformer of an expert, checked against --task."""
+        path = self.dit_files[expert]
         note_size(self.files.dit_header(), self.task, path)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
-        needed = {"t5": "a text cache"}
-        if self.task.kind != "t2v":
-            needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
-        if self.task.has_control:
-            needed["latents_control"] = "a dataset with control_directory"
-        batch.check(needed, f"--task {self.task.name}")
-        conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
-        if self.task.kind != "t2v":
-            conditions["clip"] = self._check_clip(batch)
-        else:
-            conditions |= self._no_image(len(batch))
-        if self.task.has_control:
-            image = (
-                batch.tensor("latents_image")[:, -LATENT.channels :].float()
-                if self.task.kind != "t2v"
-                else None
-            )
-            conditions["condition_latents"] = conditioning.control_condition(
-                batch.tensor("latents_control").float(), image
-            )
-        elif self.task.kind != "t2v":
-            conditions["condition_latents"] = batch.tensor("latents_image").float()
-        return conditions
+        return batch_conditions(self.task, self.files.dit_header().config, batch, self._feature_zeros)
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -252,7 +245,7 @@ class Wan:
         --task says.
         """
         self._check_dit()
-        images = ("clip",) if self.task.kind != "t2v" else ()
+        images = ("clip",) if self.task.has_features else ()
         self.files.check_encoders("t5", *(("vae", *images) if media else ()))
 
     def prepare(self, request: Request) -> Prepared:
@@ -264,7 +257,7 @@ class Wan:
         task, usual = self.task, self.defaults
         self._check_dit()
         request = take_inputs(task, request)
-        self.files.check_encoders(*(("clip",) if task.kind != "t2v" else ()))
+        self.files.check_encoders(*(("clip",) if task.has_features else ()))
         width, height, frames = size_of(request, usual)
         if task.frames == 1 and frames != 1:
             raise OptionError(
@@ -274,18 +267,18 @@ class Wan:
         flow_shift = (
             default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
         )
-        if task.kind != "t2v" and request.first_image is not None and self.sizes_follow_image:
+        if task.takes_image and request.first_image is not None and self.sizes_follow_image:
             width, height = conditioning.size_like_image(image_size(request.first_image), width * height)
-        size = width, height, whole_frames(frames, LATENT)
-        check_size((width, height, frames), LATENT)
+        size = width, height, whole_frames(frames, self.latent)
+        check_size((width, height, frames), self.latent)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
         # the release has no empty one
         request = replace(request, negative_prompt=request.negative_prompt or None)
-        return settle(request, usual, size, flow_shift, usual_negative)
+        return settle(request, usual, size, flow_shift, usual_negative, self.experts)
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether images or a control video must be encoded before denoising."""
-        return self.task.kind != "t2v" or self.task.has_control
+        return self.task.takes_image or self.task.has_control
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the request's images and control video as CLIP features and condition channels.
@@ -298,7 +291,7 @@ class Wan:
     @property
     def source(self) -> SourceRules:
         """What denoising may start from: a picture's task starts from a picture."""
-        makes_picture, starts_from_noise = self.task.frames == 1, self.task.kind == "t2v"
+        makes_picture, starts_from_noise = self.task.frames == 1, not self.task.takes_image
         takes = {VIDEO: not makes_picture, IMAGE: starts_from_noise, LATENTS: True}
         return SourceRules(
             tuple(option for option, is_taken in takes.items() if is_taken),
@@ -322,14 +315,14 @@ class Wan:
 
         Noise is one draw of C F H W; the condition's extra noise is drawn after it.
         """
-        batch, channels, latent_frames, rows, columns = LATENT.shape(
+        batch, channels, latent_frames, rows, columns = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )
         start = noise.draw(
             (batch, channels, latent_frames + appends_end(self.task, prepared.asked), rows, columns)
         )
         conditions = dict(inputs.get(0, {}))
-        if self.image_noise and self.task.kind != "t2v":
+        if self.image_noise and self.task.takes_image:
             conditions |= add_image_noise(conditions, self.image_noise, noise)
         return (yield prompts[0].section(start, conditions))
 
@@ -340,39 +333,28 @@ class Wan:
     # shared by the above
 
     def _check_dit(self) -> None:
-        check_task(self.files.dit_header(), self.task, self.files.dit_path)
+        for path in self.files.dits:
+            check_task(read_once(path, read_dit_header), self.task, path)
 
     def _vae_dtype(self) -> torch.dtype:
         if self.vae_dtype is not None:
             return self.vae_dtype
-        return torch.bfloat16 if self.files.dit is None else self.files.dit_header().compute_dtype
+        has_dit = self.files.dit is not None or self.files.dit_high_noise is not None
+        return self.files.dit_header().compute_dtype if has_dit else torch.bfloat16
+
+    @property
+    def _feature_zeros(self) -> bool:
+        """Whether a Fun-Control model without an image gets zero features, as in its official pipeline."""
+        return self.task.model_kind == "fun-control" and not self.text_as_image_tokens
 
     def _no_image(self, batch_size: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return zero CLIP features for a Fun-Control model without an image, as in its official pipeline."""
-        if not self.task.has_control or self.text_as_image_tokens:
-            return {}
-        width = self.files.dit_header().config.image_dim
-        return {"clip": torch.zeros(batch_size, CLIP_TOKENS, width)}
-
-    def _check_clip(self, batch: Batch) -> Tensor:
-        """Return the cached image features. Raises CacheError if their number of images is wrong."""
-        clip, positions = batch.tensor("clip"), self.files.dit_header().config.image_positions
-        fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
-        if not fits:
-            how, images = (
-                ("--clip --flf2v", "two images") if positions else ("--clip, without --flf2v", "one image")
-            )
-            raise CacheError(
-                f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task "
-                f"{self.task.name} needs "
-                f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {how}."
-            )
-        return clip
+        return no_features(self.files.dit_header().config, batch_size) if self._feature_zeros else {}
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
     """Describe the family for wan_cache_latents.py."""
-    image_kind = None if options.clip is None else ("flf2v" if options.flf2v else "i2v")
+    kind = "i2v" if options.i2v or options.clip is not None else None
+    image_kind = "flf2v" if options.flf2v else kind
     files = WanFiles(vae=options.vae.vae, clip=options.clip)
     return Wan(TASKS["t2v-14B"], files, **_vae_settings(options, torch.bfloat16), image_kind=image_kind)
 
@@ -385,11 +367,13 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
     """Describe the family for wan_train_network.py; samples have exactly the size of their prompt line."""
-    files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
+    files = _files(options)
+    task = TASKS[options.task]
     return Wan(
-        TASKS[options.task],
+        task,
         files,
         **_vae_settings(options, None),
+        boundary=_boundary(options, task),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
@@ -401,16 +385,17 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
-    files = WanFiles(options.dit, options.vae.vae, options.text.t5, options.text.t5_tokenizer, options.clip)
+    files = _files(options)
     if options.ckpt_dir is not None:
         files = files.add_release(options.ckpt_dir)
     task = TASKS[options.task]
-    if options.i2v_extra_noise and task.kind == "t2v":
+    if options.i2v_extra_noise and not task.takes_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s starts from no image", task.name)
     return Wan(
         task,
         files,
         **_vae_settings(options, None),
+        boundary=_boundary(options, task),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
@@ -418,6 +403,21 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
         image_noise=options.i2v_extra_noise or 0.0,
         precision=torch.float16 if options.lower_precision_attention else torch.float32,
     )
+
+
+def _files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
+    text, high = options.text, options.experts.dit_high_noise
+    return WanFiles(options.dit, options.vae.vae, text.t5, text.t5_tokenizer, options.clip, high)
+
+
+def _boundary(options: WanTrainingOptions | WanGenerationOptions, task: WanTask) -> float | None:
+    """Return where the high-noise expert begins. Raises OptionError if the task has no such expert."""
+    if options.experts.dit_high_noise is not None and task.boundary is None:
+        raise OptionError(
+            f"--dit_high_noise: --task {task.name} has one transformer. Leave the option out, or use "
+            "--task t2v-A14B or i2v-A14B"
+        )
+    return options.experts.boundary or task.boundary
 
 
 def _vae_settings(

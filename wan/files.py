@@ -1,4 +1,4 @@
-"""Files of a Wan2.1 run: their paths, and the check that each is what its option says."""
+"""Files of a Wan run: their paths, and the check that each is what its option says."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +27,12 @@ class WanFiles:
     The properties return an existing path, or raise OptionError or CheckpointError naming the option.
     """
 
-    dit: Path | None = None
+    dit: Path | None = None  # the low-noise expert's, or the only one
     vae: Path | None = None
     t5: Path | None = None
     t5_tokenizer: Path | None = None
     clip: Path | None = None
+    dit_high_noise: Path | None = None
 
     def add_release(self, folder: Path) -> "WanFiles":
         """Return these files; those that are not given come from the official release's folder."""
@@ -49,6 +50,14 @@ class WanFiles:
         return require_file(self.dit, "--dit", "the transformer checkpoint")
 
     @property
+    def dits(self) -> tuple[Path, ...]:
+        """Transformers that are given, the one for little noise first; --dit must be unless the other is."""
+        if self.dit_high_noise is None:
+            return (self.dit_path,)
+        high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
+        return (high,) if self.dit is None else (self.dit_path, high)
+
+    @property
     def vae_path(self) -> Path:
         return require_file(self.vae, "--vae", "the VAE converts between pixels and latents")
 
@@ -61,8 +70,8 @@ class WanFiles:
         return require_file(self.clip, "--clip", "the task is conditioned on image features")
 
     def dit_header(self) -> DitHeader[WanConfig]:
-        """Read variant, dialect and dtype of the transformer file."""
-        return read_once(self.dit_path, read_dit_header)
+        """Read variant, dialect and dtype of the first transformer file; those of experts are alike."""
+        return read_once(self.dits[0], read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:
         """Check the files of encoders that are given or needed ("vae", "t5", "clip"). Loads nothing.

@@ -1,4 +1,4 @@
-"""The images and videos of a request for Wan2.1: which of them a task takes, and how they are encoded."""
+"""The images and videos of a request for Wan: which of them a task takes, and how they are encoded."""
 
 from pathlib import Path
 
@@ -24,15 +24,15 @@ def appends_end(task: WanTask, request: Request) -> bool:
 
 def take_inputs(task: WanTask, request: Request) -> Request:
     """Return the request with the media that the task takes. Raises OptionError if one is missing."""
-    if task.kind != "t2v":
+    if task.takes_image:
         require(request.first_image, "--image_path", f"--task {task.name} starts from an image")
     if task.kind == "flf2v":
         require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
     if task.has_control:
         require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
     taken = {
-        "image_path": task.kind != "t2v",
-        "end_image_path": task.kind != "t2v",
+        "image_path": task.takes_image,
+        "end_image_path": task.takes_image,
         "control_path": task.has_control,
     }
     return keep_usable_media(request, taken, f"--task {task.name} does not take it")
@@ -55,10 +55,11 @@ def encode_inputs(
         return image_pixels(path, width, height, keep_aspect=not stretched)
 
     first = request.first_image
-    if task.kind != "t2v" and first is not None:
-        paths = [first] + ([end] if task.kind == "flf2v" and end is not None else [])
-        features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
-        conditions["clip"] = torch.cat(features, dim=1).cpu()
+    if task.takes_image and first is not None:
+        if task.has_features:
+            paths = [first] + ([end] if task.kind == "flf2v" and end is not None else [])
+            features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
+            conditions["clip"] = torch.cat(features, dim=1).cpu()
         if task.kind == "flf2v" and end is not None:
             image = conditioning.first_last_condition(vae, pixels(first), pixels(end), frames)
         else:

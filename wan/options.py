@@ -1,6 +1,7 @@
-"""Wan2.1's own options for caching, training and generation."""
+"""Wan's own options for caching, training and generation."""
 
 import argparse
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,10 @@ from modules.options import (
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
 
-OF_WAN_2_2 = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "s2v-14B", "animate-14B")
+logger = logging.getLogger(__name__)
+
+NOT_BUILT = ("s2v-14B", "animate-14B")
+MOST_TIMESTEP = 1000
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,42 @@ class WanTextOptions:
 
 
 @dataclass(frozen=True)
+class WanExpertOptions:
+    """The second transformer of a model that has one for much noise and one for little."""
+
+    dit_high_noise: Path | None
+    timestep_boundary: float | None = field(metadata=IDENTITY)  # 0..1 or 0..1000; None: that of the task
+    force_v2_1_time_embedding: bool = field(metadata={**FREE, **NO_PIXELS})
+
+    def __post_init__(self) -> None:
+        boundary = self.timestep_boundary
+        if boundary is not None and not 0 < boundary < MOST_TIMESTEP:
+            raise OptionError(
+                f"--timestep_boundary {boundary:g}: give a share of noise, such as 0.875, or a timestep, "
+                "such as 875"
+            )
+        if boundary is not None and self.dit_high_noise is None:
+            logger.warning("--timestep_boundary is ignored because --dit_high_noise is not given")
+        if self.force_v2_1_time_embedding:
+            logger.info(
+                "--force_v2_1_time_embedding is not needed: times are embedded once for each sample anyway"
+            )
+
+    @property
+    def boundary(self) -> float | None:
+        """Return the boundary as a timestep, 0..1000; None: that of the task."""
+        boundary = self.timestep_boundary
+        return boundary if boundary is None or boundary > 1 else boundary * MOST_TIMESTEP
+
+
+@dataclass(frozen=True)
 class WanLatentCachingOptions:
     """Options of wan_cache_latents.py besides the shared ones."""
 
     vae: VaeOptions
     vae_cache_cpu: bool
     clip: Path | None
+    i2v: bool
     flf2v: bool
 
     def __post_init__(self) -> None:
@@ -61,6 +95,7 @@ class WanTrainingOptions:
 
     task: str = field(metadata=IDENTITY)
     dit: Path | None = field(metadata=FREE)  # resume compares its name
+    experts: WanExpertOptions = field(metadata=FREE)
     vae: VaeOptions = field(metadata=FREE)
     vae_cache_cpu: bool = field(metadata=FREE)
     text: WanTextOptions = field(metadata=FREE)
@@ -81,6 +116,7 @@ class WanGenerationOptions:
 
     task: str = field(metadata=OF_REQUEST)
     dit: Path | None
+    experts: WanExpertOptions
     vae: VaeOptions = field(metadata=OF_DECODING)
     vae_cache_cpu: bool = field(metadata=NO_PIXELS)
     text: WanTextOptions
@@ -106,13 +142,18 @@ class WanGenerationOptions:
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare --vae and its switches, and --clip for image-to-video caches."""
-    group = parser.add_argument_group("Wan2.1")
+    group = parser.add_argument_group("Wan")
     _add_vae(group)
     group.add_argument(
         "--clip",
         type=str,
         default=None,
         help="CLIP image encoder; also caches the image features that image-to-video training needs",
+    )
+    group.add_argument(
+        "--i2v",
+        action="store_true",
+        help="cache the image condition without image features, for i2v-A14B; --clip caches both",
     )
     group.add_argument(
         "--flf2v",
@@ -123,13 +164,13 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare --t5 and its tokenizer."""
-    group = parser.add_argument_group("Wan2.1")
+    group = parser.add_argument_group("Wan")
     _add_text(group, required=True)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the checkpoint and the encoders that training samples need."""
-    group = parser.add_argument_group("Wan2.1")
+    group = parser.add_argument_group("Wan")
     _add_dit(group)
     _add_vae(group)
     _add_text(group, required=False)
@@ -146,7 +187,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the checkpoints that generation needs."""
-    group = parser.add_argument_group("Wan2.1")
+    group = parser.add_argument_group("Wan")
     group.add_argument(
         "--ckpt_dir",
         type=str,
@@ -182,8 +223,27 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
     task = group.add_argument(
         "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
     )
-    refuse_value(task, *OF_WAN_2_2, reason="a task of Wan2.2, which is not built yet")
-    group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
+    refuse_value(task, *NOT_BUILT, reason="a task of Wan2.2 that is not built yet")
+    group.add_argument(
+        "--dit",
+        type=str,
+        default=None,
+        help="transformer checkpoint; of a model with two experts the one for low noise",
+    )
+    group.add_argument(
+        "--dit_high_noise", type=str, default=None, help="transformer for high noise (t2v-A14B, i2v-A14B)"
+    )
+    group.add_argument(
+        "--timestep_boundary",
+        type=float,
+        default=None,
+        help="from which noise level on --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
+    )
+    group.add_argument(
+        "--force_v2_1_time_embedding",
+        action="store_true",
+        help="not needed: this program embeds each time once, whatever the model's version",
+    )
     group.add_argument(
         "--mixed_precision_transformer",
         action="store_true",
@@ -223,8 +283,11 @@ def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -
     """Return the commands that make missing caches, of latents and of texts."""
     dataset = ["--dataset_config", str(dataset_config)]
     latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(options.vae.vae or "VAE_FILE")]
-    if options.task.startswith(("i2v", "flf2v")):
+    task = TASKS[options.task]
+    if task.has_features:
         latents += ["--clip", str(options.clip or "CLIP_FILE")]
+    elif task.takes_image:
+        latents.append("--i2v")
     if options.task.startswith("flf2v"):
         latents.append("--flf2v")
     text = [
@@ -242,14 +305,17 @@ def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> 
 
     sample: what a sample was asked for, by the names of `Request`; may be empty.
     """
-    files = {"--dit": options.dit, "--vae": options.vae.vae, "--t5": options.text.t5}
+    task, high = TASKS[options.task], options.experts.dit_high_noise
+    files = {"--dit": options.dit} | ({} if high is None else {"--dit_high_noise": high})
+    files |= {"--vae": options.vae.vae, "--t5": options.text.t5}
     words = ["wan_generate_video.py", "--task", options.task]
     words += [
         word for name, path in files.items() for word in (name, str(path or f"{name[2:].upper()}_FILE"))
     ]
     media = ["image_path", "end_image_path", "control_path"]
-    if options.task.startswith(("i2v", "flf2v")):
+    if task.has_features:
         words += ["--clip", str(options.clip or "CLIP_FILE")]
+    if task.takes_image:
         words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
     words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
     words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]

@@ -1,4 +1,4 @@
-"""Latents of Wan2.1 with their colours, and names inside its transformer for code that acts on it."""
+"""Latents of Wan2.1 and Wan2.2, and names inside their transformers for code that acts on them."""
 
 from modules.contract.family import DitSpec, LatentSpec
 
@@ -31,6 +31,9 @@ LATENT = LatentSpec(
     preview_factors=PREVIEW_FACTORS,
     preview_bias=PREVIEW_BIAS,
 )
+
+# of TI2V-5B, whose VAE folds 2 x 2 pixels more into each latent
+LATENT_5B = LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_step=4)
 
 DIT = DitSpec(
     block_lists=("blocks",),

@@ -7,7 +7,7 @@ latents`, shaped like `noisy`. A family is a frozen dataclass made by
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.experts import Expert
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
@@ -97,6 +98,8 @@ class SamplingDefaults:
     height: int
     frames: int
     noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
 
 
 class NoiseSource(Protocol):
@@ -203,7 +206,8 @@ class Predicts(Protocol):
     def lora_module(self) -> str: ...  # "networks.lora_wan"
 
     @property
-    def experts(self) -> tuple[float, ...]: ...  # lowest timestep of each expert; (0.0,) for a single network
+    # the networks that share the noise levels, lowest first; ONE_EXPERT for a single network
+    def experts(self) -> tuple[Expert, ...]: ...
 
     @property
     def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert

@@ -67,6 +67,8 @@ class Request:
     step_cache: StepCaching | None = None  # which passes are skipped; None: none
     # what a prompt line says in place of settings of the command line, by their names
     settings: Mapping[str, Any] = field(default_factory=dict)
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def first_image(self) -> Path | None:

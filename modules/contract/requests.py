@@ -1,11 +1,12 @@
 """Check a request and fill in its defaults, as every family does before anything is loaded."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.prepared import Prepared
@@ -27,21 +28,25 @@ def settle(
     size: tuple[int, int, int],
     flow_shift: float,
     usual_negative: str | None,
+    experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Prepared:
-    """Fill in the defaults for a family with one expert and one section.
+    """Fill in the defaults for a family whose videos are made in one section.
 
     size: width, height and frames. usual_negative: the text if the request has no negative prompt; None:
     there is no guidance then, which is warned about. The embedded guidance is dropped if the model has no
-    input for it.
+    input for it. experts: each has the guidance scale that is asked for it or usual for it, by its name; one
+    without such a scale has the model's.
     """
     width, height, frames = size
     scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    named = {**usual.expert_guidance, **request.expert_guidance}
+    scales = tuple(named.get(expert.name, scale) for expert in experts)
     negative = usual_negative if request.negative_prompt is None else request.negative_prompt
-    if negative is None and scale != 1:
+    if negative is None and any(each != 1 for each in scales):
         logger.warning(
             "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
         )
-        scale = 1.0
+        scales = (1.0,) * len(scales)
     embedded = usual.embedded_guidance
     if embedded is not None and request.embedded_guidance is not None:
         embedded = request.embedded_guidance
@@ -63,7 +68,7 @@ def settle(
         fps=request.fps or usual.fps,
         solver=request.solver or usual.solver,
         flow_shift=flow_shift,
-        guidance_scale=(scale,),
+        guidance_scale=scales,
         embedded_guidance=embedded,
     )
 

@@ -1,8 +1,6 @@
-"""One step of the denoising loop: what guidance and watchers are given, which texts and which expert it
-needs.
-"""
+"""One step of the denoising loop: what guidance and watchers are given, and which texts they need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,12 +53,3 @@ class Needs:
     negative: bool = False
     blank: bool = False  # those of the empty text
     away: bool = False  # those of the text that attention is steered away from
-
-
-def expert_at(timestep: float, experts: Sequence[float]) -> int:
-    """Return the index of the expert that a timestep belongs to: of those that begin at or below it the last.
-
-    experts: lowest timestep of each, as `Family.experts`. What lies below all of them belongs to the lowest.
-    """
-    begun = [(lowest, index) for index, lowest in enumerate(experts) if lowest <= max(timestep, min(experts))]
-    return max(begun)[1]

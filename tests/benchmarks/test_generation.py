@@ -10,6 +10,7 @@ from benchmarks.generation import count_waits, step_seconds
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.denoise import Start, denoise
+from modules.contract.experts import ONE_EXPERT
 from modules.contract.generation import Request, Section
 from modules.flow.solvers import solver_for
 from tests.preparing import prepare
@@ -37,7 +38,7 @@ def arguments(family: Family) -> dict[str, Any]:
         "start": Start(noise),
         "solver": solver_for("unipc", STEPS, 3.0),
         "guidance": make_guidance(
-            prepare(Request("p", 1, guidance_scale=1.0, steps=STEPS)), PLAIN_GUIDANCE, (0.0,)
+            prepare(Request("p", 1, guidance_scale=1.0, steps=STEPS)), PLAIN_GUIDANCE, ONE_EXPERT
         ),
     }
 

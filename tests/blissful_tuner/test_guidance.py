@@ -15,6 +15,7 @@ from blissful_tuner.guidance_options import (
 )
 from blissful_tuner.guidance_steps import choose_applied_steps, guidance_scales
 from modules.contract.data import Conditions
+from modules.contract.experts import Expert
 from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
 from modules.contract.steps import Needs, Step
 from modules.errors import OptionError
@@ -93,7 +94,9 @@ def test_a_schedule_turns_guidance_on_where_it_says_even_at_scale_1() -> None:
 
 def test_each_expert_has_its_own_scale() -> None:
     guidance = make_guidance(
-        replace(REQUEST, guidance_scale=(5.0, 1.0)), PLAIN_GUIDANCE, experts=(0.0, 875.0)
+        replace(REQUEST, guidance_scale=(5.0, 1.0)),
+        PLAIN_GUIDANCE,
+        experts=(Expert("low", 0.0), Expert("high", 875.0)),
     )
     network = passes()
     assert float(guidance(replace(step(0), timestep=900.0), network, network.section).mean()) == 2.0

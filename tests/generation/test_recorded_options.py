@@ -223,6 +223,7 @@ LISTS = {
             "dit_in_channels",
         ),
         *("magcache_calibration", "teacache_calibration"),
+        *("lazy_loading", "offload_inactive_dit", "force_v2_1_time_embedding"),
     },
     "request": {
         *(
@@ -233,6 +234,8 @@ LISTS = {
             "fps",
             "infer_steps",
             "guidance_scale",
+            "guidance_scale_high_noise",
+            *("lora_weight_high_noise", "lora_multiplier_high_noise"),
             "cfg_schedule",
             "seed",
             "video_size",

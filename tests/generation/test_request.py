@@ -24,6 +24,7 @@ OPTIONS = RequestOptions(
     infer_steps=None,
     seed=None,
     guidance_scale=5.0,
+    guidance_scale_high_noise=None,
     cfg_schedule=None,
     flow_shift=None,
     sample_solver="unipc",

@@ -14,12 +14,14 @@ from torch import nn
 
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.session import NO_ENCODERS, Session, encode_inputs, select_texts, wanted_texts
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert, expert_at
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.loading import Placement
-from modules.contract.steps import Needs, expert_at
+from modules.contract.steps import Needs
 from tests.generation.toy_family import ToyFamily
 
 CPU = torch.device("cpu")
+LOW, HIGH = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 900.0)
 CAT = Request("cat", 0, steps=3, guidance_scale=5.0)
 DOG = Request("a dog", 0, steps=3, guidance_scale=5.0, negative_prompt="worse")
 
@@ -111,8 +113,8 @@ def test_a_kept_network_is_loaded_once() -> None:
 def test_the_expert_of_a_timestep_is_the_last_that_begins_at_or_below_it(
     timestep: float, expert: int
 ) -> None:
-    assert expert_at(timestep, (0.0, 900.0)) == expert
-    assert expert_at(timestep, (900.0, 0.0)) == 1 - expert  # in whichever order they are named
+    assert expert_at(timestep, (LOW, HIGH)) == expert
+    assert expert_at(timestep, (HIGH, LOW)) == 1 - expert  # in whichever order they are named
 
 
 SIZE = 10  # bytes of an expert
@@ -153,7 +155,7 @@ def experts(keep: bool, spare: int = 0, host: int | None = None) -> tuple[Sessio
     """A session with two experts on a device, and its diary. spare, host: bytes left on device and host."""
     diary: list[str] = []
     places: dict[int, str] = {}
-    family = ToyFamily(experts=(0.0, 900.0))
+    family = ToyFamily(experts=(LOW, HIGH))
 
     def load(expert: int) -> nn.Module:
         return Expert(expert, diary, places)
@@ -209,7 +211,7 @@ def test_an_expert_that_waits_stays_aside_when_the_other_comes_back() -> None:
 
 @pytest.mark.parametrize(("host", "loaded"), [(None, 2), (0, 3)])
 def test_on_a_cpu_experts_share_the_host_if_it_has_room(host: int | None, loaded: int) -> None:
-    family = ToyFamily(experts=(0.0, 900.0))
+    family = ToyFamily(experts=(LOW, HIGH))
 
     def load(expert: int) -> nn.Module:
         return family.load_dit(Placement(CPU), expert)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
@@ -124,7 +125,7 @@ class ToyFamily:
     dit: DitSpec = DitSpec(("blocks",))
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
-    experts: tuple[float, ...] = (0.0,)
+    experts: tuple[Expert, ...] = ONE_EXPERT
     media_identity: Mapping[str, str] = field(default_factory=dict)
     can_decode: bool = True
     interrupt_at: str | None = None  # the prompt at which someone presses Ctrl-C

@@ -1,6 +1,6 @@
 """A complete tiny Wan2.1 on disk, in the released file layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class TinyWan:
     vae: Path
     t5: Path
     clip: Path
+    dit_high_noise: Path | None = None
 
     @property
     def models(self) -> list[str]:
@@ -32,6 +33,7 @@ class TinyWan:
         return [
             "--dit",
             str(self.dit),
+            *([] if self.dit_high_noise is None else ["--dit_high_noise", str(self.dit_high_noise)]),
             "--vae",
             str(self.vae),
             "--t5",
@@ -41,13 +43,20 @@ class TinyWan:
         ]
 
 
-def write_tiny_wan(folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32) -> TinyWan:
+def write_tiny_wan(
+    folder: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, experts: int = 1
+) -> TinyWan:
     """Write transformer, VAE, text encoder with tokenizer, and image encoder as safetensors below
     `folder`.
+
+    experts: 2 also writes a transformer for much noise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = TinyWan(*(folder / f"{name}.safetensors" for name in ("dit", "vae", "t5", "clip")))
     write_dit(folder, tiny_state(kind, dtype=dtype, image_dim=CLIP_DIM), name="dit")
+    if experts > 1:
+        state = tiny_state(kind, seed=1, dtype=dtype, image_dim=CLIP_DIM)
+        files = replace(files, dit_high_noise=write_dit(folder, state, name="dit_high"))
     save_file(vae_tensors(), files.vae)
     save_file(t5_tensors(), files.t5)
     save_file(

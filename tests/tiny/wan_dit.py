@@ -23,6 +23,9 @@ CONFIGS: dict[str, WanConfig] = {
     "flf2v": replace(_BASE, in_dim=36, has_image=True, image_positions=514),
     "fun-control": replace(_BASE, in_dim=48, has_image=True),
     "fun-control-v1.1": replace(_BASE, in_dim=48, has_image=True, has_ref_conv=True),
+    "i2v-2.2": replace(_BASE, in_dim=36),
+    "ti2v": replace(_BASE, in_dim=48, out_dim=48),
+    "fun-control-2.2": replace(_BASE, in_dim=52),
     "camera": replace(_BASE, in_dim=32, has_image=True),
 }
 KIND_OF = {"fun-control-v1.1": "fun-control"}  # the others are of the kind they are called

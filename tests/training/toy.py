@@ -13,6 +13,7 @@ from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
 from modules.contract.data import Batch, Conditions, MediaEncoders
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
@@ -112,7 +113,7 @@ class ToyFamily:
     noise: NoiseSpec = FLOW
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
-    experts: tuple[float, ...] = (0.0,)
+    experts: tuple[Expert, ...] = ONE_EXPERT
     options: Any = NO_OPTIONS
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients

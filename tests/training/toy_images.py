@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dataset.caching.planning import Caches
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, LatentSpec, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.loading import Placement
@@ -74,7 +75,7 @@ class PictureFamily:
     dit: DitSpec = DitSpec(("blocks",))
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 1.0, 5.0, None, 3.0, "euler", 32, 32, 1)
-    experts: tuple[float, ...] = (0.0,)
+    experts: tuple[Expert, ...] = ONE_EXPERT
     options: Any = NO_OPTIONS
     dit_files: tuple[Path, ...] = ()
     media_identity: Mapping[str, str] = field(default_factory=lambda: {"vae": "means"})

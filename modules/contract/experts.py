@@ -1,0 +1,36 @@
+"""Experts: networks of one model that share the noise levels among them. Most models have a single one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One network of a model, used from its lowest timestep up to where the next one begins."""
+
+    name: str  # "high_noise": in options, file names and messages; "" if it is the only one
+    lowest: float  # timestep, 0..1000, from which on it is used
+
+    @property
+    def words(self) -> str:
+        """Return how messages call it: `high-noise transformer`."""
+        return f"{self.name.replace('_', '-')} transformer".lstrip()
+
+
+LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two that Wan2.2 has
+ONE_EXPERT = (Expert("", 0.0),)
+
+
+def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
+    """Return the index of the expert that a timestep belongs to: of those that begin at or below it the last.
+
+    What lies below all of them belongs to the lowest.
+    """
+    start = max(timestep, min(expert.lowest for expert in experts))
+    begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
+    return max(begun)[1]
+
+
+def noisiest(experts: Sequence[Expert]) -> int:
+    """Return the index of the expert of the highest timesteps, with which a video from noise begins."""
+    return max(range(len(experts)), key=lambda index: experts[index].lowest)
