@@ -23,12 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Names in diffusers' layout -> the published names; norm2 is the published norm3. Source: checkpoints of
 # Wan-AI/*-Diffusers.
-FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
-    *tensor_patterns(WAN),
-    (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
-    (r"scale_shift_table", "head.modulation"),
-    (r"(blocks\.\d+\.)scale_shift_table", r"\1modulation"),
-)
+FROM_DIFFUSERS = tensor_patterns(WAN)
 
 
 def read_dit_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
