@@ -29,7 +29,7 @@ from modules.options import NO_OPTIONS
 from wan import conditioning
 from wan.batches import batch_conditions, no_features
 from wan.caching import encode_together
-from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
+from wan.checkpoints import check_task, load_dit, note_task, read_dit_header
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
@@ -216,7 +216,7 @@ class Wan:
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
-        note_size(self.files.dit_header(), self.task, path)
+        note_task(self.files.dit_header(), self.task, path)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision)
 
