@@ -5,10 +5,13 @@ from pathlib import Path
 
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import read_once, require_file
+from modules.contract.family import LatentSpec
 from wan.checkpoints import check_alike, check_task, read_dit_header
 from wan.configs import WanConfig, WanTask
-from wan.encoder_checkpoints import read_clip, read_t5, read_vae
+from wan.encoder_checkpoints import read_clip, read_t5
 from wan.tokenizer import FILES as TOKENIZER
+from wan.vae_checkpoints import check_latents, read_vae
+from wan.vae_releases import RELEASES, VaeRelease
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,20 @@ class WanFiles:
             read_once(self.t5_path, read_t5)
         if self.clip is not None or "clip" in needed:
             read_once(self.clip_path, read_clip)
+
+    def vae_release(self) -> VaeRelease | None:
+        """Return which VAE is given; None if none is. Raises CheckpointError if the file is no VAE of Wan."""
+        if self.vae is None:
+            return None
+        return RELEASES[read_once(self.vae_path, read_vae).config.latent_channels]
+
+    def check_vae(self, latent: LatentSpec, needed_by: str) -> None:
+        """Raise CheckpointError if a VAE is given that is not that of the model's latents.
+
+        needed_by: what has these latents, for the message: "--task ti2v-5B".
+        """
+        if self.vae is not None:
+            check_latents(read_once(self.vae_path, read_vae).config, latent, self.vae_path, needed_by)
 
     def check_tokenizer(self) -> None:
         """Raise CheckpointError if --t5_tokenizer is given and names no tokenizer."""

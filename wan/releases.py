@@ -7,21 +7,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.family import LatentSpec
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
-from wan.configs import WanTask
 from wan.files import WanFiles
+from wan.vae_releases import RELEASES
 
 logger = logging.getLogger(__name__)
 
-# The file names of the official releases; TI2V-5B has a VAE of its own
+# The file names of the official releases, beside that of the VAE
 OFFICIAL = {
-    "vae": "Wan2.1_VAE.pth",
     "t5": "models_t5_umt5-xxl-enc-bf16.pth",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     "t5_tokenizer": "google/umt5-xxl",
 }
-OFFICIAL_5B_VAE = "Wan2.2_VAE.pth"
 OFFICIAL_EXPERTS = {"dit": "low_noise_model", "dit_high_noise": "high_noise_model"}
 OFFICIAL_DIT = (
     "diffusion_pytorch_model*.safetensors"  # of releases with one transformer, in the folder itself
@@ -46,9 +45,10 @@ class Release:
     boundary: float | None = None
 
 
-def read_release(folder: Path, task: WanTask) -> Release:
+def read_release(folder: Path, latent: LatentSpec) -> Release:
     """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
 
+    latent: of the model, which tells whose VAE it is.
     Raises OptionError if there is no such folder, CheckpointError if its index cannot be read.
     """
     if not folder.is_dir():
@@ -58,8 +58,8 @@ def read_release(folder: Path, task: WanTask) -> Release:
         has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()
         dits = PIPELINE_EXPERTS if has_experts else PIPELINE_DIT
         return Release(_there(folder, PIPELINE | dits), _read_boundary(index) if has_experts else None)
-    parts = OFFICIAL | ({"vae": OFFICIAL_5B_VAE} if task.kind == "ti2v" else {})
-    found = _there(folder, parts | OFFICIAL_EXPERTS)
+    parts = {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS}
+    found = _there(folder, parts)
     if found.dit is None and found.dit_high_noise is None and any(folder.glob(OFFICIAL_DIT)):
         found = replace(found, dit=folder)
     return Release(found)

@@ -9,9 +9,9 @@ import pytest
 
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
-from wan.configs import TASKS
 from wan.files import WanFiles
 from wan.releases import add_release, check_names, named_expert, read_release
+from wan.spec import LATENT, LATENT_5B
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -30,7 +30,7 @@ OFFICIAL = ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/")
 def test_a_release_of_a14b_has_both_transformers(tmp_path: Path) -> None:
     folder = make(tmp_path, *OFFICIAL, "Wan2.1_VAE.pth", "low_noise_model/", "high_noise_model/")
 
-    release = read_release(folder, TASKS["t2v-A14B"])
+    release = read_release(folder, LATENT)
 
     assert release.boundary is None, "the task's"
     assert release.files == WanFiles(
@@ -46,7 +46,7 @@ def test_a_release_of_5b_has_its_own_vae_and_one_transformer(tmp_path: Path) -> 
     shards = [f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     folder = make(tmp_path, *OFFICIAL, *shards, "Wan2.2_VAE.pth")
 
-    files = read_release(folder, TASKS["ti2v-5B"]).files
+    files = read_release(folder, LATENT_5B).files
 
     assert (files.dit, files.vae, files.dit_high_noise) == (folder, folder / "Wan2.2_VAE.pth", None)
 
@@ -57,7 +57,7 @@ def test_the_second_transformer_of_a_pipeline_is_for_little_noise(tmp_path: Path
     folder = make(tmp_path, *parts, *(("transformer_2/",) if has_experts else ()))
     (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.7}), encoding="utf-8")
 
-    release = read_release(folder, TASKS["t2v-A14B"])
+    release = read_release(folder, LATENT)
 
     assert release.boundary == (700.0 if has_experts else None)
     assert release.files == WanFiles(
@@ -82,7 +82,7 @@ def test_the_second_transformer_of_a_pipeline_is_for_little_noise(tmp_path: Path
 def test_a_broken_index_is_named(tmp_path: Path, text: str, message: str) -> None:
     (make(tmp_path, "transformer_2/") / "model_index.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"--ckpt_dir: .*{message}"):
-        read_release(tmp_path, TASKS["t2v-A14B"])
+        read_release(tmp_path, LATENT)
 
 
 def test_files_that_are_given_go_first_and_dit_alone_stays_alone() -> None:
