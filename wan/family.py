@@ -217,7 +217,7 @@ class Wan:
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
-        note_task(self.files.dit_header(), self.task, path)
+        note_task(self.files.dit_header(), self.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision)
