@@ -282,8 +282,9 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
 def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -> tuple[str, str]:
     """Return the commands that make missing caches, of latents and of texts."""
     dataset = ["--dataset_config", str(dataset_config)]
-    latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(options.vae.vae or "VAE_FILE")]
     task = TASKS[options.task]
+    vae = options.vae.vae or f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"
+    latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(vae)]
     if task.has_features:
         latents += ["--clip", str(options.clip or "CLIP_FILE")]
     elif task.takes_image:
