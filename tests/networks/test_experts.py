@@ -80,18 +80,9 @@ def test_the_place_of_a_model_tells_its_expert(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "name", "expert", "says"),
     [
-        (
-            {"ss_wan_expert": "high"},
-            "x",
-            LOW_NOISE,
-            "the high-noise expert, as its metadata say",
-        ),
-        (
-            {},
-            "x_low_noise",
-            HIGH_NOISE,
-            "the low-noise expert, as its name says",
-        ),
+        ({"ss_wan_expert": "high"}, "x", LOW_NOISE, "the high-noise expert, as its metadata say"),
+        ({}, "x_low_noise", HIGH_NOISE, "the low-noise expert, as its name says"),
+        ({"ss_wan_expert": "None"}, "x_low_noise", HIGH_NOISE, "the low-noise expert, as its name says"),
         ({"ss_wan_expert": "high"}, "x_low_noise", HIGH_NOISE, None),
         ({"ss_wan_expert": "both"}, "x_low_noise", HIGH_NOISE, None),
         ({"ss_wan_expert": "high"}, "x", "", None),
