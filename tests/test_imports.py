@@ -28,7 +28,7 @@ FLOORS = {
         | {"text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "fp8", "installation", "options"},
         {"command", "console", "environment"},
-        {"attention", "bars", "compile_options", "layers", "media", "vae_options"},
+        {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.command import as_typed
+from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -78,8 +79,11 @@ class WanLatentCachingOptions:
     flf2v: bool
 
     def __post_init__(self) -> None:
-        if self.flf2v and self.clip is None:
-            raise OptionError("--flf2v needs --clip: the image encoder encodes the first and the last frame")
+        if self.flf2v and self.clip is None and not self.i2v:
+            raise OptionError(
+                "--flf2v needs --clip: the image encoder encodes the first and the last frame. Or give --i2v "
+                "for Wan2.2, which has no image encoder"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class WanTrainingOptions:
 
     task: str = field(metadata=IDENTITY)
     dit: Path | None = field(metadata=FREE)  # resume compares its name
+    dit_dtype: str | None = field(metadata=HABIT)
     experts: WanExpertOptions = field(metadata=FREE)
     vae: VaeOptions = field(metadata=FREE)
     vae_cache_cpu: bool = field(metadata=FREE)
@@ -108,6 +113,7 @@ class WanTrainingOptions:
         # checked here, not with `choices`: the established command line has none for it
         if self.rope_func not in {"default", "comfy"}:
             raise OptionError(f"--rope_func {self.rope_func}: use default or comfy")
+        _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class WanGenerationOptions:
 
     task: str = field(metadata=OF_REQUEST)
     dit: Path | None
+    dit_dtype: str | None
     experts: WanExpertOptions
     vae: VaeOptions = field(metadata=OF_DECODING)
     vae_cache_cpu: bool = field(metadata=NO_PIXELS)
@@ -138,6 +145,16 @@ class WanGenerationOptions:
         usual = "0.02 to 0.04 are usual"
         check_at_least("--i2v_extra_noise", self.i2v_extra_noise, 0, usual)
         check_at_most("--i2v_extra_noise", self.i2v_extra_noise, 10, usual)
+        _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
+
+
+def _check_dtypes(dit_dtype: str | None, keeps_file_dtypes: bool) -> None:
+    """Raise OptionError if one option asks for one dtype and another for those of the file."""
+    if dit_dtype is not None and keeps_file_dtypes:
+        raise OptionError(
+            f"--dit_dtype {dit_dtype} with --mixed_precision_transformer, which keeps those of the file: "
+            "leave one of them out"
+        )
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +175,7 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--flf2v",
         action="store_true",
-        help="with --clip: condition on the first and the last frame (flf2v-14B)",
+        help="with --clip or --i2v: condition on the first and the last frame (flf2v-14B, i2v-A14B)",
     )
 
 
@@ -192,7 +209,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--ckpt_dir",
         type=str,
         default=None,
-        help="folder of the official release: VAE, T5 and CLIP are found in it",
+        help="folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without "
+        "--dit, the transformers are found in it",
     )
     _add_dit(group)
     _add_vae(group)
@@ -233,6 +251,7 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dit_high_noise", type=str, default=None, help="transformer for high noise (t2v-A14B, i2v-A14B)"
     )
+    add_dit_dtype(group)
     group.add_argument(
         "--timestep_boundary",
         type=float,
