@@ -17,6 +17,7 @@ from modules.options import (
     NO_PIXELS,
     OF_DECODING,
     OF_REQUEST,
+    add_unsupported,
     check_at_least,
     check_at_most,
     refuse_value,
@@ -177,6 +178,7 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --clip or --i2v: condition on the first and the last frame (flf2v-14B, i2v-A14B)",
     )
+    _add_one_frame(group, "a dataset of images and --task t2i-14B or t2v-A14B")
 
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +202,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="precision of the rotary embedding: default (float64) or comfy (float32)",
     )
+    _add_one_frame(group, "a dataset of images")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +237,22 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=None,
         help="noise added to the image condition, for more motion",
+    )
+    reason = (
+        "Wan has no one-frame mode with control images; fpack_generate_video.py has. Use --video_length 1"
+    )
+    for name, words in (
+        ("--one_frame_inference", {"type": str, "default": None}),
+        ("--control_image_path", {"type": str, "nargs": "*", "default": None}),
+        ("--control_image_mask_path", {"type": str, "nargs": "*", "default": None}),
+    ):
+        add_unsupported(group, name, reason=reason, help="one-frame mode", **words)
+
+
+def _add_one_frame(group: argparse._ArgumentGroup, instead: str) -> None:
+    reason = f"Wan has no one-frame mode; the scripts of FramePack have. Use {instead}"
+    add_unsupported(
+        group, "--one_frame", action="store_true", default=False, reason=reason, help="one-frame mode"
     )
 
 
