@@ -49,6 +49,20 @@ def draw_seed() -> int:
     return secrets.randbelow(2**SEED_BITS)
 
 
+def seed_of(text: str) -> int:
+    """Return the seed that --seed says, a number or any text; which one a text stands for is logged.
+
+    Raises OptionError for a number of more digits than any seed has.
+    """
+    try:
+        seed = text_to_seed(text)
+    except ValueError as error:
+        raise OptionError(f"--seed {error}") from None
+    if str(seed) != text.strip():
+        logger.info("Seed of the text %r: %d", text, seed)
+    return seed
+
+
 # options that are texts, in the order in which `prompts` draws in them
 TEXTS = ("prompt", "negative_prompt", "prompt_2", "nag_prompt")
 
@@ -68,9 +82,7 @@ def make_request(
         raise OptionError("the line has no prompt: write what the video should show before the options")
     seed = line.get("seed")
     if seed is None:
-        seed = draw_seed() if options.seed is None else _seed_of(options.seed)
-        if options.seed is not None and str(seed) != options.seed.strip():
-            logger.info("Seed of the text %r: %d", options.seed, seed)
+        seed = draw_seed() if options.seed is None else seed_of(options.seed)
 
     def path(name: str) -> Path | None:
         value = None if name in options.extras else line.get(name, getattr(options, name))
@@ -178,13 +190,6 @@ def _solver_of(name: str) -> str:
     if name not in SOLVERS:
         raise OptionError(f"--sample_solver {name} (in a prompt line): use {', '.join(SOLVERS)}")
     return SOLVERS[name]
-
-
-def _seed_of(text: str) -> int:
-    try:
-        return text_to_seed(text)
-    except ValueError as error:
-        raise OptionError(f"--seed {error}") from None
 
 
 def _check_texts(request: Request) -> None:
