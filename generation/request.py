@@ -13,7 +13,7 @@ from blissful_tuner.prompt_weights import weigh_all
 from blissful_tuner.riflex import slow_frames
 from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
 from blissful_tuner.video_to_video import begin_late, check_source
-from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
+from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
@@ -22,7 +22,7 @@ from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_opens
-from modules.contract.source import Source
+from modules.contract.source import SOURCES, Source
 from modules.errors import OptionError
 from modules.options import check_seed, show_number, to_path
 from modules.text_files import bad_character

@@ -77,6 +77,7 @@ LIGHT_FILES = {
     "modules/version.py",
     "modules/text_files.py",
     "modules/text_encodings.py",
+    "modules/contract/source.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
