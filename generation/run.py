@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from blissful_tuner.latent_preview import check_preview
-from blissful_tuner.prompt_rewrite import PromptRewriter
+from blissful_tuner.prompt_rewrite import make_rewriter
 from generation.asking import line_reader
 from generation.decoding import decode_files
 from generation.dressing import check_skipped_layers, dit_loader
@@ -19,7 +19,7 @@ from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
-from generation.request import make_request
+from generation.request import seed_of
 from generation.session import Session
 from generation.sheets import make_sheets
 from modules.attention.attend import check_backend
@@ -70,9 +70,7 @@ def do(family: Family, options: GenerationOptions) -> None:
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
-    mode, model = options.rewriting.prompt_rewrite, options.rewriting.prompt_rewrite_model
-    rewriter = PromptRewriter(model, mode) if mode is not None and model is not None else None
-    run = GenerationRun(family, options, session, predicted, rewriter)
+    run = GenerationRun(family, options, session, predicted, make_rewriter(options.rewriting))
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
@@ -97,7 +95,7 @@ def make_prompt(run: GenerationRun) -> None:
     if count == 1:
         jobs = [make_job(run, "the prompt", {})]
     else:
-        first = None if request.seed is None else make_request(request).seed
+        first = None if request.seed is None else seed_of(request.seed)
         seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
         jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
     tell_unused_sources(request.source, jobs[:1])
