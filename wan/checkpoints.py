@@ -209,7 +209,15 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 def _describe_other(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Describe in a few words a file that is not a Wan transformer."""
     for name, what in (
-        ("decoder.conv1.weight", "it looks like the Wan VAE (--vae)"),
+        (
+            "decoder.upsamples.0.upsamples.0.residual.2.weight",
+            "it looks like the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
+        ),
+        ("decoder.conv1.weight", "it looks like the Wan2.1 VAE (--vae)"),
+        (
+            "encoder.down_blocks.0.downsampler.resample.1.weight",
+            "it looks like the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
+        ),
         ("decoder.conv_in.weight", "it looks like a VAE (--vae)"),
         ("token_embedding.weight", "it looks like the umT5 text encoder (--t5)"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "it looks like a T5 text encoder (--t5)"),

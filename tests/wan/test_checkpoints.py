@@ -218,7 +218,7 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
 
     assert identify(siglip) == "it looks like a SigLIP image encoder (--image_encoder)"
     assert identify(dit) == "it is a Wan2.1 transformer (--dit) for --task i2v-14B"
-    assert identify(vae) == "it looks like the Wan VAE (--vae)"
+    assert identify(vae) == "it looks like the Wan2.1 VAE (--vae)"
     assert identify(other) is None
     assert identify(tmp_path / "nothing.safetensors") is None
 
@@ -226,7 +226,8 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        ("decoder.conv1.weight", "Wan VAE"),
+        ("decoder.conv1.weight", "Wan2.1 VAE"),
+        ("decoder.upsamples.0.upsamples.0.residual.2.weight", "VAE of Wan2.2 TI2V-5B"),
         ("token_embedding.weight", "umT5"),
         ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "LoRA"),
         ("lora_unet_blocks_0_ffn_0.lora_down.weight", "LoRA"),
