@@ -82,7 +82,7 @@ def begin_late(prepared: Prepared, family: Family) -> Prepared:
     elif source.pad_mode is None and source.option == VIDEO:
         _check_length(source, prepared.frames)
     if source.needs_vae and family.source.stretches:
-        _warn_of_stretch(source, prepared)
+        _warn_of_stretch(source, prepared, family.latent.pixel_step)
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     return replace(prepared, first_step=first_step(source, schedule))
 
@@ -120,7 +120,7 @@ def _too_short(source: Source, found: int, needed: int) -> MediaError:
     )
 
 
-def _warn_of_stretch(source: Source, prepared: Prepared) -> None:
+def _warn_of_stretch(source: Source, prepared: Prepared, step: int) -> None:
     from modules.media.reading import image_size, video_info
 
     if source.option == IMAGE:
@@ -139,14 +139,14 @@ def _warn_of_stretch(source: Source, prepared: Prepared) -> None:
             height,
             prepared.width,
             prepared.height,
-            *_size_like(width, height, prepared),
+            *_size_like(width, height, prepared, step),
         )
 
 
-def _size_like(width: int, height: int, prepared: Prepared) -> tuple[int, int]:
-    """Return height and width, multiples of 16: the source's proportions, about the area asked for."""
+def _size_like(width: int, height: int, prepared: Prepared, step: int) -> tuple[int, int]:
+    """Return height and width, multiples of `step`: the source's proportions, about the area asked for."""
     factor = (prepared.width * prepared.height / (width * height)) ** 0.5
-    return max(16, round(height * factor / 16) * 16), max(16, round(width * factor / 16) * 16)
+    return max(step, round(height * factor / step) * step), max(step, round(width * factor / step) * step)
 
 
 # clean latents

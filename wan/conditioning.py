@@ -1,4 +1,4 @@
-"""Turn images and videos into the conditions of a Wan2.1 transformer.
+"""Turn images and videos into the conditions of a Wan transformer.
 
 Image-to-video models take 20 more channels: 4 of a mask (1 if the latent frame is known) and 16 of the
 latents of the known frames, with mid-grey for the others. Fun-Control models take 32: 16 of the control
@@ -27,6 +27,30 @@ def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
     # add a little because the root of an exact square may come out just below it
     width, height = (max(int((side + 1e-6) // SIZE_STEP) * SIZE_STEP, SIZE_STEP) for side in sides)
     return width, height
+
+
+def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int]:
+    """Return width and height, multiples of `step` with at most `area` pixels, near to the image's aspect.
+
+    image: width, height. Either side may be rounded down first, and the other one is then as long as the area
+    allows; of the two sizes the one whose aspect is nearer to the image's. Source: the released code of
+    TI2V-5B.
+    """
+    aspect = image[0] / image[1]
+    # add a little because the root of an exact square may come out just below it
+    width, height = (
+        int((area * ratio) ** 0.5 + 1e-6) // step * step or step for ratio in (aspect, 1 / aspect)
+    )
+    sizes = [
+        (width, area // width // step * step or step),
+        (area // height // step * step or step, height),
+    ]
+
+    def stretch(size: tuple[int, int]) -> float:
+        ratio = size[0] / size[1] / aspect
+        return max(ratio, 1 / ratio)
+
+    return min(reversed(sizes), key=stretch)  # of equal ones that with the rounded height, as released
 
 
 def frame_mask(known: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ class WanAttentionBlock(nn.Module):
             return torch.addcmul(x, gate.float(), seen)  # in one pass over the tokens
 
         def finish(x: Tensor, *modulation: Tensor) -> Tensor:
-            return self.feed_forward(x, *modulation[3:], dtype)
+            shift, scale, gate = modulation[3:]
+            return self.feed_forward(x, shift, scale, gate, dtype)
 
         h = tokens.each_part(enter, modulations, x)
         x = tokens.each_part(add, modulations, x, self.self_attn(h, tokens).float())

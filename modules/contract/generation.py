@@ -191,8 +191,8 @@ class Section:
     source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
     away: Conditions | None = None  # of a text alone, without media
     tweaks: Tweaks = NO_TWEAKS  # of every pass
-    # clean latents of its first frames, B C f H W: they stay as they are, in `noise` too, and every pass is
-    # told of them by `Tweaks.given_frames`
+    # clean latents of its first frames, B C f H W, which the loop keeps in their place; `tweaks.given_frames`
+    # tells the network
     given: Tensor | None = None
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
