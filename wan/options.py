@@ -109,12 +109,27 @@ class WanTrainingOptions:
     rope_func: str = field(metadata=HABIT)
     mixed_precision_transformer: bool = field(metadata=HABIT)
     text_as_image_tokens: bool = field(metadata=HABIT)
+    first_frame_probability: float | None = field(metadata=IDENTITY)  # None: that of the task
 
     def __post_init__(self) -> None:
+        self._check_first_frame()
         # checked here, not with `choices`: the established command line has none for it
         if self.rope_func not in {"default", "comfy"}:
             raise OptionError(f"--rope_func {self.rope_func}: use default or comfy")
         _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
+
+    def _check_first_frame(self) -> None:
+        probability, task = self.first_frame_probability, TASKS[self.task]
+        if probability is None:
+            return
+        check_at_least("--first_frame_probability", probability, 0, "0 trains text to video alone")
+        check_at_most("--first_frame_probability", probability, 1, "1 trains image to video alone")
+        if not task.keeps_image:
+            why = "trains on its image condition" if task.takes_image else "starts from no image"
+            raise OptionError(
+                f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
+                "or use --task ti2v-5B"
+            )
 
 
 @dataclass(frozen=True)
@@ -203,6 +218,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision of the rotary embedding: default (float64) or comfy (float32)",
     )
     _add_one_frame(group, "a dataset of images")
+    group.add_argument(
+        "--first_frame_probability",
+        type=float,
+        default=None,
+        help="ti2v-5B: share of the batches of clips that are trained from image to video, with the first "
+        "frame given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
+    )
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
