@@ -3,7 +3,8 @@
 import gc
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -110,6 +111,24 @@ def keep_float32_exact() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def set_cuda_precision(allow_tf32: bool = False, cudnn_benchmark: bool = False) -> None:
+    """Make CUDA compute float32 exactly, or allow TF32 for matrix products and convolutions.
+
+    cudnn_benchmark: time cuDNN's convolutions at each new size and take the fastest.
+    """
+    keep_float32_exact()
+    if allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
+def leave_cudnn_out() -> None:
+    """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail."""
+    torch.backends.cudnn.enabled = False
+
+
 def dtype_named(name: str, option: str) -> torch.dtype:
     """Return the torch dtype of an option's value. Raises OptionError, with a list, if it is unknown."""
     try:
@@ -155,6 +174,17 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Have a thread compute on a CUDA device beside others: in a stream of its own, which it waits for."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+        torch.cuda.current_stream(device).synchronize()
 
 
 def allow_fp16_accumulation(device: torch.device) -> bool:

@@ -30,6 +30,30 @@ def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
     return width, height
 
 
+def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int]:
+    """Return width and height, multiples of `step` with at most `area` pixels, near to the image's aspect.
+
+    image: width, height. Either side may be rounded down first, and the other one is then as long as the area
+    allows; of the two sizes the one whose aspect is nearer to the image's. Source: the released code of
+    TI2V-5B.
+    """
+    aspect = image[0] / image[1]
+    # add a little because the root of an exact square may come out just below it
+    width, height = (
+        int((area * ratio) ** 0.5 + 1e-6) // step * step or step for ratio in (aspect, 1 / aspect)
+    )
+    sizes = [
+        (width, area // width // step * step or step),
+        (area // height // step * step or step, height),
+    ]
+
+    def stretch(size: tuple[int, int]) -> float:
+        ratio = size[0] / size[1] / aspect
+        return max(ratio, 1 / ratio)
+
+    return min(reversed(sizes), key=stretch)  # of equal ones that with the rounded height, as released
+
+
 def frame_mask(known: Tensor) -> Tensor:
     """Turn the known pixel frames (F, 0 or 1) into a mask 4 L.
 

@@ -38,7 +38,7 @@ from wan.configs import (
     default_flow_shift,
 )
 from wan.files import WanFiles
-from wan.inputs import add_image_noise, appends_end, encode_inputs, take_inputs
+from wan.inputs import FIRST_LATENTS, add_image_noise, appends_end, encode_inputs, take_inputs
 from wan.options import (
     WanGenerationOptions,
     WanLatentCachingOptions,
@@ -75,11 +75,11 @@ class Wan:
     sizes_follow_image: bool = True
     options: Any = NO_OPTIONS  # of a training
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
+    first_frame_probability: float = 0.0  # of a training, see `NoiseSpec`
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default="networks.lora_wan", init=False)
-    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
 
@@ -87,6 +87,11 @@ class Wan:
     def latent(self) -> LatentSpec:
         """The latent space of the task's VAE."""
         return _latent_of(self.task)
+
+    @property
+    def noise(self) -> NoiseSpec:
+        """Rectified flow; how often training gives the first frame."""
+        return replace(FLOW, first_frame_probability=self.first_frame_probability)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -275,9 +280,14 @@ class Wan:
         flow_shift = (
             default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
         )
-        if task.takes_image and request.first_image is not None and self.sizes_follow_image:
-            width, height = conditioning.size_like_image(image_size(request.first_image), width * height)
+        if self.sizes_follow_image:
+            width, height = _size_by_image(task, request, width, height)
         size = width, height, whole_frames(frames, self.latent)
+        if task.keeps_image and request.image_path is not None and size[2] == 1:
+            raise OptionError(
+                f"--image_path {request.image_path}: it becomes the first frame, and the video has only one. "
+                "Give a --video_length of 5 or more"
+            )
         check_size((width, height, frames), self.latent)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
         # the release has no empty one
@@ -286,7 +296,8 @@ class Wan:
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether images or a control video must be encoded before denoising."""
-        return self.task.takes_image or self.task.has_control
+        keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
+        return self.task.takes_image or self.task.has_control or keeps_one
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the request's images and control video as CLIP features and condition channels.
@@ -321,7 +332,8 @@ class Wan:
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section for the denoising loop.
 
-        Noise is one draw of C F H W; the condition's extra noise is drawn after it.
+        Noise is one draw of C F H W; the condition's extra noise is drawn after it. An image that is the
+        first frame of the video is given to the section.
         """
         batch, channels, latent_frames, rows, columns = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
@@ -330,9 +342,13 @@ class Wan:
             (batch, channels, latent_frames + appends_end(self.task, prepared.asked), rows, columns)
         )
         conditions = dict(inputs.get(0, {}))
+        first = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.task.takes_image:
             conditions |= add_image_noise(conditions, self.image_noise, noise)
-        return (yield prompts[0].section(start, conditions))
+        section = prompts[0].section(start, conditions)
+        if isinstance(first, Tensor):
+            section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
+        return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
@@ -395,6 +411,8 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
     """Describe the family for wan_train_network.py; samples have exactly the size of their prompt line."""
     files = _files(options)
     task = TASKS[options.task]
+    if options.first_frame_probability is None:  # what was trained with is recorded and compared
+        options = replace(options, first_frame_probability=task.first_frame_probability)
     return Wan(
         task,
         files,
@@ -406,6 +424,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         text_as_image_tokens=options.text_as_image_tokens,
         t5_in_fp8=options.text.fp8_t5,
         sizes_follow_image=False,
+        first_frame_probability=options.first_frame_probability or 0.0,
         options=options,
     )
 
@@ -422,7 +441,7 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
             "transformer for little noise"
         )
     if options.i2v_extra_noise and not task.takes_image:
-        logger.warning("--i2v_extra_noise is ignored because --task %s starts from no image", task.name)
+        logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", task.name)
     return Wan(
         task,
         files,
@@ -440,6 +459,16 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
 
 def _latent_of(task: WanTask) -> LatentSpec:
     return LATENT_5B if task.kind == "ti2v" else LATENT
+
+
+def _size_by_image(task: WanTask, request: Request, width: int, height: int) -> tuple[int, int]:
+    """Return width and height with the aspect of the image that the task starts from, if there is one."""
+    if task.takes_image and request.first_image is not None:
+        return conditioning.size_like_image(image_size(request.first_image), width * height)
+    if task.keeps_image and request.image_path is not None:
+        step = _latent_of(task).pixel_step
+        return conditioning.nearest_size(image_size(request.image_path), width * height, step)
+    return width, height
 
 
 def _files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:

@@ -16,6 +16,8 @@ from wan import conditioning
 from wan.configs import WanTask
 from wan.spec import LATENT
 
+FIRST_LATENTS = "first_latents"  # condition: clean latents of an image, B C 1 h w, the first of the video
+
 
 def appends_end(task: WanTask, request: Request) -> bool:
     """Whether an end image adds a latent frame (image-to-video of Wan2.1), or lies inside the clip."""
@@ -31,7 +33,7 @@ def take_inputs(task: WanTask, request: Request) -> Request:
     if task.has_control:
         require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
     taken = {
-        "image_path": task.takes_image,
+        "image_path": task.takes_image or task.keeps_image,
         "end_image_path": task.takes_image,
         "control_path": task.has_control,
     }
@@ -65,6 +67,9 @@ def encode_inputs(
         else:
             image = conditioning.image_condition(vae, pixels(first), frames, pixels(end) if end else None)
         conditions["condition_latents"] = image.cpu()
+    if task.keeps_image and request.image_path is not None:
+        pixels_in_front = image_pixels(request.image_path, width, height, shrink="lanczos")
+        conditions[FIRST_LATENTS] = vae.encode(pixels_in_front).cpu()
     if task.has_control and request.control_path is not None:
         has_end = appends_end(task, request)
         end_frames = conditioning.FRAMES_PER_LATENT if has_end else 0

@@ -78,6 +78,8 @@ SAID_AS = {  # where the metadata have another name for it
     "one_frame_inference": ("one_frame",),
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
+    "lora_weight_high_noise": ("lora_high_noise_0",),
+    "lora_multiplier_high_noise": ("lora_high_noise_0",),
     "optimized": ("attn_mode", "compile", "fp8_scaled"),
     "scheduler": ("sample_solver",),
 }
@@ -108,14 +110,19 @@ VALUES = {  # where any value of the right type does not do
     "slg_layers": ["9,10"],
     "latent_paddings": ["3,2,0"],
     "compile_args": ["inductor", "default", "True", "False"],
+    "compile_mode": ["max-autotune"],
     "lora_weight": [LORA],
+    "lora_weight_high_noise": [LORA],
 }
 WITH = {  # what has to be given too
     "cfg_skip_mode": ["--cfg_apply_ratio", "0.25"],
     "cfg_apply_ratio": ["--cfg_skip_mode", "late"],
     "upcast_linear": ["--fp8_scaled"],
     "upcast_quantization": ["--fp8_scaled"],
-    "compile_args": ["--compile"],
+    **dict.fromkeys(
+        ["compile_args", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"],
+        ["--compile"],
+    ),
     **dict.fromkeys(
         ["strength", "v2v_denoise", "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise"],
         ["--video_path", "clip.mp4"],
@@ -123,6 +130,7 @@ WITH = {  # what has to be given too
     "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
+    "lora_multiplier_high_noise": ["--lora_weight_high_noise", LORA],
     "wan riflex_index": ["--rope_func", "comfy"],
     "teacache_coefficients": ["--teacache_threshold", "0.1"],
 }
@@ -223,6 +231,8 @@ LISTS = {
             "dit_in_channels",
         ),
         *("magcache_calibration", "teacache_calibration"),
+        *("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size"),
+        *("disable_numpy_memmap", "compile_cache_size_limit"),
         *("lazy_loading", "offload_inactive_dit", "force_v2_1_time_embedding"),
     },
     "request": {
