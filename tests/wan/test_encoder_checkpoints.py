@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.contract.family import LatentSpec
 from modules.errors import CheckpointError
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_encoders import (
@@ -33,10 +32,9 @@ from tests.tiny.wan_encoders import (
 )
 from wan.clip import ClipVision, load_clip
 from wan.encoder_checkpoints import read_clip, read_t5
-from wan.spec import LATENT
 from wan.t5 import UmT5, load_t5
 from wan.vae import WanVae, load_vae
-from wan.vae_checkpoints import check_latents, read_vae
+from wan.vae_checkpoints import read_vae
 
 CPU = torch.device("cpu")
 Read = Callable[[Checkpoint], LoadPlan[Any]]
@@ -287,13 +285,3 @@ def test_a_sharded_wan22_vae_loads_from_its_folder(tmp_path: Path) -> None:
     index = tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     assert_equal(load_vae(tmp_path / "vae", CPU, torch.float32), tensors)
-
-
-def test_a_vae_for_other_latents_is_refused_with_both_named(tmp_path: Path) -> None:
-    path = saved(tmp_path / "vae.safetensors", vae22_tensors())
-    with open_checkpoint(path) as checkpoint:
-        config = read_vae(checkpoint).config
-    check_latents(config, LatentSpec(48, (4, 16, 16), 32, 4), path, "--task ti2v-5B")
-    named = r"is the Wan2.2 VAE \(48 .*--task t2v-14B needs the Wan2.1 VAE \(16 (.|\n)*Give Wan2.1_VAE.pth"
-    with pytest.raises(CheckpointError, match=named):
-        check_latents(config, LATENT, path, "--task t2v-14B")
