@@ -96,6 +96,17 @@ def saved(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def sharded(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder of two files and their index."""
+    names = sorted(tensors)
+    shards = {f"{name}-0000{index + 1}-of-00002.safetensors": names[index::2] for index in range(2)}
+    for file, part in shards.items():
+        saved(folder / file, {one: tensors[one] for one in part})
+    weight_map = {one: file for file, part in shards.items() for one in part}
+    index = json.dumps({"weight_map": weight_map})
+    (folder / f"{name}.safetensors.index.json").write_text(index, encoding="utf-8")
+
+
 def prefixed(tensors: Mapping[str, Tensor], prefix: str, **others: Tensor) -> dict[str, Tensor]:
     return {**{prefix + name: tensor for name, tensor in tensors.items()}, **others}
 
@@ -154,15 +165,7 @@ def test_every_t5_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> 
 
 def test_a_sharded_t5_loads_from_its_folder_its_index_and_any_shard(tmp_path: Path) -> None:
     tensors = t5_tensors()
-    hf = t5_hf_tensors(tensors)
-    names = sorted(hf)
-    shards = {f"model-0000{index + 1}-of-00002.safetensors": names[index::2] for index in range(2)}
-    for file, part in shards.items():
-        saved(tmp_path / "text_encoder" / file, {name: hf[name] for name in part})
-    weight_map = {name: file for file, part in shards.items() for name in part}
-    (tmp_path / "text_encoder" / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": weight_map}), encoding="utf-8"
-    )
+    sharded(tmp_path / "text_encoder", "model", t5_hf_tensors(tensors))
     for given in ("", "model.safetensors.index.json", "model-00002-of-00002.safetensors"):
         assert_equal(load_t5(tmp_path / "text_encoder" / given, CPU), tensors)
 
@@ -276,12 +279,5 @@ def test_a_stage_that_can_have_no_shortcut_is_refused(tmp_path: Path) -> None:
 
 def test_a_sharded_wan22_vae_loads_from_its_folder(tmp_path: Path) -> None:
     tensors = vae22_tensors()
-    theirs = vae_diffusers_tensors(tensors)
-    names = sorted(theirs)
-    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    for file, part in shards.items():
-        saved(tmp_path / "vae" / file, {name: theirs[name] for name in part})
-    weight_map = {name: file for file, part in shards.items() for name in part}
-    index = tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    sharded(tmp_path / "vae", "diffusion_pytorch_model", vae_diffusers_tensors(tensors))
     assert_equal(load_vae(tmp_path / "vae", CPU, torch.float32), tensors)
