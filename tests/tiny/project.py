@@ -11,9 +11,9 @@ from PIL import Image
 from modules.atomic_write import save_tensors
 from modules.media.writing import write_png, write_video
 from tests.tiny import framepack, hunyuan
-from tests.tiny.taehv import write_taehv
+from tests.tiny.taehv import CONFIG_5B, write_taehv
 from tests.tiny.wan_dit import tiny_state, write_dit
-from tests.tiny.wan_encoders import CLIP_DIM, write_encoders
+from tests.tiny.wan_encoders import CLIP_DIM, VAE22_FILE, vae22_tensors, write_encoders
 
 CAPTIONS = (
     "a red square moves right",
@@ -140,6 +140,8 @@ def lay_out_models(folder: Path) -> None:
     hunyuan.lay_out_models(folder)
     framepack.lay_out_models(folder)
     write_encoders(folder)
+    torch.save(vae22_tensors(), folder / VAE22_FILE)
+    write_taehv(folder / "taew2_2.pth", CONFIG_5B)
     for name in ("taew2_1", "taehv"):
         write_taehv(folder / f"{name}.pth")
     for size in ("1.3B", "14B"):
