@@ -250,7 +250,7 @@ def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack
 @pytest.mark.parametrize(
     ("wrong", "is_what"),
     [
-        ("vae", "it looks like the Wan VAE"),
+        ("vae", "it looks like the Wan2.1 VAE"),
         ("lora", "it looks like a LoRA"),
         ("text", "it looks like the umT5 text encoder"),
     ],
