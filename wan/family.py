@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.dits import choose_dtype
-from modules.checkpoints.model_files import read_once
+from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
@@ -29,7 +28,7 @@ from modules.options import NO_OPTIONS
 from wan import conditioning
 from wan.batches import batch_conditions, no_features
 from wan.caching import encode_together
-from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
+from wan.checkpoints import load_dit, note_task
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
@@ -46,6 +45,7 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
+from wan.releases import add_release, check_names, read_release
 from wan.spec import DIT, LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
@@ -61,6 +61,7 @@ class Wan:
     task: WanTask
     files: WanFiles
     vae_dtype: torch.dtype | None = None  # None: the DiT's when there is one, else bfloat16
+    dit_dtype: torch.dtype | None = None  # None: as the file says
     vae_cache_cpu: bool = False
     vae_tile: int | None = None
     image_kind: str | None = None  # caching: i2v, flf2v, or None for text-to-video caches
@@ -216,12 +217,13 @@ class Wan:
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, placement)
+        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
-        note_size(self.files.dit_header(), self.task, path)
+        note_task(self.files.dit_header(), self.task, path)
+        placement = with_dtype(placement, self.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision)
 
@@ -360,14 +362,13 @@ class Wan:
         self.files.check_vae(self.latent, f"--task {self.task.name}")
 
     def _check_dit(self) -> None:
-        for path in self.files.dits:
-            check_task(read_once(path, read_dit_header), self.task, path)
+        self.files.check_dits(self.task)
 
     def _vae_dtype(self) -> torch.dtype:
         if self.vae_dtype is not None:
             return self.vae_dtype
         has_dit = self.files.dit is not None or self.files.dit_high_noise is not None
-        return self.files.dit_header().compute_dtype if has_dit else torch.bfloat16
+        return (self.dit_dtype or self.files.dit_header().compute_dtype) if has_dit else torch.bfloat16
 
     @property
     def _feature_zeros(self) -> bool:
@@ -416,7 +417,8 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         task,
         files,
         **_vae_settings(options, None),
-        boundary=_boundary(options, task),
+        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        boundary=_boundary(options, task, files),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
@@ -429,16 +431,23 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
-    files, task = _files(options), TASKS[options.task]
+    files, task, boundary = _files(options), TASKS[options.task], None
     if options.ckpt_dir is not None:
-        files = files.add_release(options.ckpt_dir, _latent_of(task))
+        release = read_release(options.ckpt_dir, _latent_of(task))
+        files, boundary = add_release(files, release.files), release.boundary
+    if files.dit is None and files.dit_high_noise is not None:
+        raise OptionError(
+            "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
+            "transformer for little noise"
+        )
     if options.i2v_extra_noise and not task.takes_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", task.name)
     return Wan(
         task,
         files,
         **_vae_settings(options, None),
-        boundary=_boundary(options, task),
+        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        boundary=_boundary(options, task, files, boundary),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
@@ -464,17 +473,27 @@ def _size_by_image(task: WanTask, request: Request, width: int, height: int) -> 
 
 def _files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
     text, high = options.text, options.experts.dit_high_noise
-    return WanFiles(options.dit, options.vae.vae, text.t5, text.t5_tokenizer, options.clip, high)
+    check_names(options.dit, high)
+    clip = options.clip
+    if clip is not None and TASKS[options.task].version != "2.1":
+        logger.warning("--clip %s is ignored because --task %s takes no image features", clip, options.task)
+        clip = None
+    return WanFiles(options.dit, options.vae.vae, text.t5, text.t5_tokenizer, clip, high)
 
 
-def _boundary(options: WanTrainingOptions | WanGenerationOptions, task: WanTask) -> float | None:
+def _boundary(
+    options: WanTrainingOptions | WanGenerationOptions,
+    task: WanTask,
+    files: WanFiles,
+    of_release: float | None = None,
+) -> float | None:
     """Return where the high-noise expert begins. Raises OptionError if the task has no such expert."""
-    if options.experts.dit_high_noise is not None and task.boundary is None:
+    if files.dit_high_noise is not None and task.boundary is None:
         raise OptionError(
-            f"--dit_high_noise: --task {task.name} has one transformer. Leave the option out, or use "
-            "--task t2v-A14B or i2v-A14B"
+            f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
+            "or use --task t2v-A14B or i2v-A14B"
         )
-    return options.experts.boundary or task.boundary
+    return options.experts.boundary or of_release or task.boundary
 
 
 def _vae_settings(

@@ -20,8 +20,8 @@ FIRST_LATENTS = "first_latents"  # condition: clean latents of an image, B C 1 h
 
 
 def appends_end(task: WanTask, request: Request) -> bool:
-    """Whether an end image adds a latent frame (image-to-video), or lies inside the clip (FLF2V)."""
-    return task.kind == "i2v" and request.end_image_path is not None
+    """Whether an end image adds a latent frame (image-to-video of Wan2.1), or lies inside the clip."""
+    return task.appends_end and request.end_image_path is not None
 
 
 def take_inputs(task: WanTask, request: Request) -> Request:
@@ -62,7 +62,7 @@ def encode_inputs(
             paths = [first] + ([end] if task.kind == "flf2v" and end is not None else [])
             features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
             conditions["clip"] = torch.cat(features, dim=1).cpu()
-        if task.kind == "flf2v" and end is not None:
+        if end is not None and not task.appends_end:
             image = conditioning.first_last_condition(vae, pixels(first), pixels(end), frames)
         else:
             image = conditioning.image_condition(vae, pixels(first), frames, pixels(end) if end else None)
@@ -76,9 +76,20 @@ def encode_inputs(
         control = vae.encode(
             video_pixels(request.control_path, "--control_path", width, height, frames, end_frames)
         )
-        start = None if image is None else image[:, -LATENT.channels :]
-        conditions["condition_latents"] = conditioning.control_condition(control, start, has_end).cpu()
+        conditions["condition_latents"] = control_channels(task, control, image, has_end).cpu()
     return conditions
+
+
+def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
+    """Return the condition channels of a Fun-Control model, B C L h w.
+
+    control: latents of the control video. image: channels of the start image with their mask. has_end: it has
+    an end image as its last frame.
+    """
+    if task.version == "2.2":
+        return conditioning.masked_control_condition(control, image)
+    start = None if image is None else image[:, -LATENT.channels :]
+    return conditioning.control_condition(control, start, has_end)
 
 
 def add_image_noise(conditions: Conditions, amount: float, noise: NoiseSource) -> dict[str, Tensor]:

@@ -35,4 +35,10 @@ class NoiseSpec:
         return noise if self.table else noise - latents
 
 
-FLOW = NoiseSpec()  # of the video families
+def count_picture_tokens(shape: Sequence[int]) -> int:
+    """Return the tokens of one latent frame: its height and width are halved. shape: B C F H W."""
+    return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+# of the video families; as in other tuners the length of a video does not count towards its shift
+FLOW = NoiseSpec(tokens=count_picture_tokens)
