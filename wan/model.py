@@ -1,5 +1,5 @@
-"""The Wan transformer. Module names follow the published checkpoints, so official files load without
-renaming.
+"""The transformer of Wan2.1 and Wan2.2. Module names follow the published checkpoints, so official files load
+without renaming.
 
 Source: the released model code and Wan Team 2025, arXiv 2503.20314. Always float32: the residual stream,
 norms, the final layer; rotary angles are float64. Time embedding, modulation and the rotation by position are

@@ -217,6 +217,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="precision of the rotary embedding: default (float64) or comfy (float32)",
     )
+    _add_one_frame(group, "a dataset of images")
     group.add_argument(
         "--first_frame_probability",
         type=float,
@@ -224,7 +225,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="ti2v-5B: share of the batches of clips that are trained from image to video, with the first "
         "frame given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
     )
-    _add_one_frame(group, "a dataset of images")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
