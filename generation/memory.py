@@ -175,7 +175,7 @@ def rehearse_denoising(
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             with StepCaches(prepared, family.dit).section(lambda _: dit) as cached_at:
-                predict_at = predictor(family, cached_at, step, options.splits_guidance)
+                predict_at = predictor(family, cached_at, step, options.splits_guidance, section.tweaks)
                 with ledger.guessing():  # a family may look at the timestep
                     guidance(step, predict_at, section)
             return dict(ledger.peaks)

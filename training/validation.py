@@ -14,7 +14,7 @@ from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from training.data.feed import seed_generator
+from training.data.feed import draw_given_frames, seed_generator
 from training.data.options import TimestepOptions
 from training.data.timesteps import times_at
 from training.loss import Autocast, NoisyBatch, Trains, measure_errors
@@ -70,13 +70,15 @@ class Validation:
         if self.process == 0:
             self.encoders.warn(batch.made_by)
         shape = batch.tensor("latents").shape
+        # in all bands, and in all runs of one probability
+        given_frames = draw_given_frames(self.family.noise, shape[2], "validation", item.key, "given frames")
         losses = []
         for band, sigma in enumerate(self.sigmas):
             # seeded by the item alone: not by the run's seed, so that runs can be compared
             noise = torch.randn(shape, generator=seed_generator("validation", item.key, band))
             times = times_at(self.timesteps, torch.tensor([sigma]), self.family.noise)
-            noisy_batch = NoisyBatch(batch, noise, times.sigmas, times.timesteps, torch.ones(1)).to(
-                self.device
-            )
+            noisy_batch = NoisyBatch(
+                batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames
+            ).to(self.device)
             losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
         return torch.cat(losses).tolist()

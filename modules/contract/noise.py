@@ -23,6 +23,8 @@ class NoiseSpec:
     # shape of the latents -> number of tokens, for shifts that follow the size. No lambda: workers receive it
     tokens: Callable[[Sequence[int]], int] | None = None
     table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
+    # with which a batch of clips is trained with its first latent frame clean, as `Tweaks.given_frames` says
+    first_frame_probability: float = 0.0
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
