@@ -36,6 +36,7 @@ class NoisyBatch:
     sigmas: Tensor  # B, share of noise, 0..1
     timesteps: Tensor  # B, what the network is fed
     weights: Tensor  # B, factors on the samples' losses
+    expert: int = 0  # index of the one that they all go to
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -50,6 +51,7 @@ class NoisyBatch:
             move(self.sigmas),
             move(self.timesteps),
             move(self.weights),
+            self.expert,
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":

@@ -208,4 +208,4 @@ def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: in
         keys=noisy_batch.batch.keys[:count],
     )
     numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
-    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers)
+    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, noisy_batch.expert)
