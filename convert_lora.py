@@ -14,9 +14,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_convert_arguments(parser)
     options = read_options(ConvertOptions, parser.parse_args(argv))
 
-    from networks.convert import convert_file
+    from networks.convert import convert
 
-    convert_file(options.input, options.output, options.target)
+    convert(options)
 
 
 if __name__ == "__main__":

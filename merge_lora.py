@@ -15,11 +15,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(MergeOptions, parser.parse_args(argv))
 
     from modules.devices import choose_device
-    from networks.merge import lora_uses, merge_into_file
+    from networks.experts import expert_of_model
+    from networks.merge import lora_uses
+    from networks.merge_files import merge_into_file
 
+    expert = options.expert or expert_of_model(options.dit)
     merge_into_file(
         options.dit,
-        lora_uses(options.lora),
+        [use.for_expert(expert) for use in lora_uses(options.lora)],
         options.save_merged_model,
         choose_device(options.device),
         None if options.dit_in_channels == MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,

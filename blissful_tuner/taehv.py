@@ -27,7 +27,9 @@ from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
 LIMIT = 3.0  # latents are squeezed smoothly into -LIMIT..LIMIT
 WIDENING = 8  # three stages double height and width
 STAGES = (3, 9, 15)  # number of the first layer of each stage; its memory blocks are three
-FILES = "taew2_1 for Wan, taehv for HunyuanVideo and FramePack (.pth or .safetensors)"
+FILES = (
+    "taew2_1 for Wan, taew2_2 for Wan2.2 TI2V-5B, taehv for HunyuanVideo and FramePack (.pth or .safetensors)"
+)
 META, CPU = torch.device("meta"), torch.device("cpu")
 
 

@@ -72,7 +72,7 @@ class ModelSet:
     about: str
     released_by: str  # the repository of the original release
     components: tuple[Component, ...]
-    commands: Mapping[str, str]
+    commands: Mapping[str, str]  # in the order they are run
 
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the commands for files below `folder`, as a user types them."""
@@ -81,7 +81,7 @@ class ModelSet:
             for component in self.components
             if component.option is not None
         }
-        lines = [shlex.split(self.commands[step]) for step in STEPS]
+        lines = [shlex.split(command) for command in self.commands.values()]
         return [as_typed([paths.get(word, word) for word in words]) for words in lines]
 
 
@@ -95,7 +95,9 @@ def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
             chosen = [components[one.in_fp8] if one.in_fp8 else one for one in chosen]
         more = entry.get("more", {})
         templates = data["family"][entry["family"]]["commands"]
-        commands = {step: f"{templates[step]} {more.get(step, '')}".rstrip() for step in STEPS}
+        commands = {
+            step: f"{templates[step]} {more.get(step, '')}".rstrip() for step in entry.get("steps", STEPS)
+        }
         sets.append(
             ModelSet(
                 entry["family"],

@@ -31,7 +31,8 @@ from modules.errors import CheckpointError
 from modules.offload.swap_plan import check_swap
 from modules.planning.memory_plan import room_on, too_little
 from networks.fitting import check_loras_fit
-from networks.merge import LoraUse, lora_uses, merge_into_file
+from networks.merge import LoraUse, lora_uses
+from networks.merge_files import merge_into_file
 
 logger = logging.getLogger(__name__)
 

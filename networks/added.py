@@ -18,10 +18,20 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from networks.deltas import DORA, LORA, Factors, bias_delta, group_by_module, strength, weight_delta
+from networks.deltas import (
+    DORA,
+    LORA,
+    Factors,
+    bias_delta,
+    group_by_module,
+    other_channels,
+    strength,
+    weight_delta,
+)
 from networks.key_formats import OURS
-from networks.loading import LoraFile, list_some, warn_of_other_family, warn_of_rest
+from networks.loading import LoraFile, list_some, warn_of_absent, warn_of_other_family, warn_of_rest
 from networks.module_names import choose_family, replace_dots
+from networks.names.layouts import FIRST_LAYERS
 from networks.parts import for_model
 
 logger = getLogger(__name__)
@@ -40,9 +50,12 @@ class AddedFile:
 class AddedLayer(nn.Module):
     """The forward of one module, which adds the changes of LoRAs while `is_on`."""
 
-    def __init__(self, original: nn.Module, changes: Sequence[tuple[Factors, float]]) -> None:
-        """changes: the factors of each LoRA, on the CPU, with its multiplier."""
+    def __init__(self, place: "_Place", changes: Sequence[tuple[Factors, float]]) -> None:
+        """place: what is changed. changes: the factors of each LoRA, on the CPU, with its multiplier."""
         super().__init__()
+        original = place.module
+        self._leaf = place.leaf
+        self._adds_to_output = place.is_linear
         self.is_on = False
         self.changes = tuple(changes)
         self._original = (original,)  # in a tuple, so that the module is no part of this one
@@ -59,7 +72,7 @@ class AddedLayer(nn.Module):
     def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Copy the factors to the device, in the dtype to compute in."""
         for factors, multiplier in self.changes:
-            if isinstance(self._original[0], nn.Linear) and _is_low_rank(factors):
+            if self._adds_to_output and _is_low_rank(factors):
                 up = factors[LORA[1]].to(device, torch.float32) * (multiplier * strength(factors))
                 self._low_rank.append((factors[LORA[0]].to(device, dtype), up.to(dtype)))
             elif factors.keys() - {"alpha", "diff_b", "lora_up.bias"}:
@@ -77,7 +90,7 @@ class AddedLayer(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         if not self.is_on:
             return self._before(*inputs, **named)
-        if not isinstance(self._original[0], nn.Linear):
+        if not self._adds_to_output:
             return self._run_changed(*inputs, **named)
         (x,) = inputs
         out = self._before(x)
@@ -95,14 +108,17 @@ class AddedLayer(nn.Module):
         return out if self._bias is None else out + self._bias.to(out.dtype)
 
     def _run_changed(self, *inputs: Any, **named: Any) -> Tensor:
-        """Run a module that is no Linear (a norm, a convolution) with changed weights, then put them back."""
+        """Run a module that is no Linear (a norm, a convolution, a block with a parameter of its own) with
+        changed weights, then put them back.
+        """
         module: Any = self._original[0]
-        kept = {name: getattr(module, name).data for name in ("weight", "bias") if _has(module, name)}
+        kept = {name: getattr(module, name).data for name in (self._leaf, "bias") if _has(module, name)}
         try:
             for factors, multiplier in self._others:
-                delta = weight_delta(factors, kept["weight"].device)
+                delta = weight_delta(factors, kept[self._leaf].device)
                 assert delta is not None
-                module.weight.data = _sum(module.weight.data, multiplier * delta)
+                changed = getattr(module, self._leaf)
+                changed.data = _sum(changed.data, multiplier * delta)
             if self._bias is not None:
                 module.bias.data = _sum(module.bias.data, self._bias)
             return self._before(*inputs, **named)
@@ -135,9 +151,7 @@ def add_loras(dit: nn.Module, files: Sequence[AddedFile], is_compiled: bool = Fa
     is_compiled: blocks will be; compiled code takes no other weights, so changes of norms are left out.
     Raises CheckpointError if a file does not fit the model or is a DoRA.
     """
-    known = {
-        OURS + replace_dots(path): module for path, module in dit.named_modules() if _has(module, "weight")
-    }
+    known = _places(dit)
     changes: dict[str, list[tuple[Factors, float]]] = {}
     for file in files:
         for name, factors in _fitting(file.lora, known, is_compiled).items():
@@ -159,11 +173,43 @@ def refuse_dora(lora: LoraFile) -> None:
         )
 
 
-def _fitting(lora: LoraFile, known: Mapping[str, nn.Module], is_compiled: bool) -> dict[str, Factors]:
+@dataclass(frozen=True)
+class _Place:
+    """A parameter that LoRAs change: a module's weight, together with its bias, or one of another name."""
+
+    path: str  # of the parameter
+    module: nn.Module
+    leaf: str = "weight"
+
+    @property
+    def parameter(self) -> Tensor:
+        found = getattr(self.module, self.leaf)
+        assert isinstance(found, Tensor)
+        return found
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.module, nn.Linear)
+
+
+def _places(dit: nn.Module) -> dict[str, _Place]:
+    """Return what LoRAs may change, under our names: `lora_unet_blocks_0_ffn_0`, also
+    `lora_unet_blocks_0_modulation`.
+    """
+    found = {}
+    for path, module in dit.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            name, whole = path if leaf == "weight" else f"{path}.{leaf}".lstrip("."), f"{path}.{leaf}"
+            if leaf != "bias":
+                found[OURS + replace_dots(name)] = _Place(whole, module, leaf)
+    return found
+
+
+def _fitting(lora: LoraFile, known: Mapping[str, _Place], is_compiled: bool) -> dict[str, Factors]:
     """Return the factors of a file for the modules of the model."""
 
     def height(name: str) -> int | None:
-        return len(known[name].weight) if name in known else None  # type: ignore[arg-type]
+        return len(known[name].parameter) if name in known else None
 
     refuse_dora(lora)
     stored = group_by_module(for_model(lora.tensors, height))
@@ -175,21 +221,32 @@ def _fitting(lora: LoraFile, known: Mapping[str, nn.Module], is_compiled: bool) 
             "  Give a LoRA that was trained for this model.",
             lora.path,
         )
-    for name, factors in fitting.items():
-        _check_sizes(lora, name, factors, known[name])
+    for name, factors in list(fitting.items()):
+        fitting[name] = _without_other_channels(lora, factors, known[name])
+        _check_sizes(lora, name, fitting[name], known[name].module, known[name].parameter)
+    family = choose_family(name.removeprefix(OURS) for name in known)
     if is_compiled:
-        left_out = [name for name in fitting if not isinstance(known[name], nn.Linear)]
+        left_out = [name for name in fitting if not known[name].is_linear]
         warn_of_rest(lora.path, left_out, len(stored), "modules are not changed because blocks are compiled")
         fitting = {name: factors for name, factors in fitting.items() if name not in left_out}
-    warn_of_rest(lora.path, missed, len(stored), "modules are not in this model")
-    warn_of_other_family(lora, choose_family(name.removeprefix(OURS) for name in known))
+    warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
+    warn_of_other_family(lora, family)
     return fitting
 
 
-def _check_sizes(lora: LoraFile, name: str, factors: Factors, module: nn.Module) -> None:
+def _without_other_channels(lora: LoraFile, factors: Factors, place: _Place) -> Factors:
+    """Return the factors without a change of a first layer's weight that takes another number of channels."""
+    other = other_channels(factors, place.parameter) if place.path.endswith(FIRST_LAYERS) else None
+    if other is None:
+        return factors
+    logger.warning(f"{lora.path}: {other}; the rest is used without it")
+    bias = bias_delta(factors, torch.device("cpu"))
+    return {} if bias is None else {"diff_b": bias}
+
+
+def _check_sizes(lora: LoraFile, name: str, factors: Factors, module: nn.Module, wanted: Tensor) -> None:
     delta = weight_delta({part: tensor for part, tensor in factors.items() if part != "alpha"}, _META)
     bias = bias_delta(factors, torch.device("cpu"))
-    wanted: Any = module.weight
     fits = delta is None or (len(delta) == len(wanted) and delta.numel() == math.prod(wanted.shape))
     if bias is not None and (
         bias.numel() != len(wanted) or not (isinstance(module, nn.Linear) or _has(module, "bias"))

@@ -18,13 +18,13 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
 from modules.errors import CheckpointError
 from networks.averaging_options import AveragingOptions
-from networks.hashes import LAYOUT_KEY, add_hashes
+from networks.experts import expert_of
+from networks.hashes import STALE, add_hashes
 from networks.loading import list_some
 
 logger = getLogger(__name__)
 
 LARGEST_HASHED = 4 << 30  # bytes; the hash stands before the data, so a hashed file is made in memory
-STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)  # hashes of the last file
 NOTE = "ss_post_hoc_ema"
 
 
@@ -122,8 +122,15 @@ def _leave_out(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _check_same(files: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if names or shapes differ."""
+    """Raise CheckpointError if names or shapes differ, or if the files are for different experts."""
     first = files[0]
+    found = {file.path: expert_of(file.metadata, file.path) for file in files}
+    experts = {path: expert.replace("_", " ") for path, expert in found.items() if expert is not None}
+    if len(set(experts.values())) > 1:
+        listed = ", ".join(f"{path} ({expert})" for path, expert in experts.items())
+        raise CheckpointError(
+            f"The files are LoRAs of different experts: {listed}.\n  Give files of one expert."
+        )
     for file in files[1:]:
         names = sorted(first.tensors.keys() ^ file.tensors.keys())
         shapes = [

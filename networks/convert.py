@@ -1,19 +1,24 @@
-"""Rewrite a LoRA file in another dialect."""
+"""Rewrite LoRA files in another dialect; put the LoRAs of two experts into one file, and take them apart."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
+
+from torch import Tensor
 
 from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import checkpoint_paths
 from modules.console import as_size, show_box
-from modules.errors import CheckpointError
-from networks.hashes import add_hashes
-from networks.key_formats import OURS, add_missing_alphas, to_other
-from networks.loading import PEFT_SETTINGS, list_some, read_lora
+from modules.errors import CheckpointError, OptionError
+from networks.experts import NETWORKS, join_metadata
+from networks.hashes import STALE, add_hashes
+from networks.key_formats import OURS, add_missing_alphas, to_diffusers, to_other
+from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.module_names import choose_family, read_family
 from networks.names.framepack import FRAMEPACK
-from networks.names.layouts import TRAINED_ON
-from networks.options import refuse_replacing
+from networks.names.layouts import HIGH_NOISE, IN_DIFFUSERS, LOW_NOISE, TRAINED_ON
+from networks.options import ConvertOptions, refuse_replacing
 from networks.parts import fuse
 
 logger = getLogger(__name__)
@@ -21,17 +26,93 @@ logger = getLogger(__name__)
 LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefix"), "hunyuan_video")
 
 
+@dataclass(frozen=True)
+class Converted:
+    """A LoRA in another dialect, with its metadata."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def convert(options: ConvertOptions) -> None:
+    """Convert what `--input` and `--input_high_noise` name to one file or two.
+
+    Raises as `convert_file`, and OptionError if the files and the options do not go together.
+    """
+    if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
+        convert_file(options.input, options.output, options.target)
+        return
+    low, high = _read_pair(options)
+    if options.expert is not None:
+        _convert_one(high if options.expert == HIGH_NOISE else low, options.output, options.target)
+    elif options.output_high_noise is not None:
+        _convert_one(low, options.output, options.target)
+        _convert_one(high, options.output_high_noise, options.target)
+    else:
+        _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output)
+
+
 def convert_file(source: Path, output: Path, target: str) -> None:
-    """Write the LoRA of `source`, of any dialect, in ours (target "default") or in that of ComfyUI and
-    diffusers ("other").
+    """Write the LoRA of `source`, of any dialect, in ours (target "default"), in that of ComfyUI ("other") or
+    in that of diffusers ("diffusers").
 
     Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
     would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused
-    module are put together. Raises CheckpointError where the file is no LoRA or nothing of it can be written,
+    module are put together. A file with a LoRA for each expert stays one in diffusers' dialect, the others
+    have no form for it. Raises CheckpointError where the file is no LoRA or nothing of it can be written,
     OptionError where the result would replace it.
     """
     refuse_replacing("--output", output, checkpoint_paths(source))
-    lora = read_lora(source)
+    lora = read_lora(source, by_expert=True)
+    if not lora.parts:
+        _convert_one(lora, output, target)
+    elif target == "diffusers":
+        _convert_parts(lora.parts, output)
+    else:
+        raise OptionError(
+            f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form for "
+            "that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or low_noise "
+            "to take one."
+        )
+
+
+def _read_pair(options: ConvertOptions) -> tuple[LoraFile, LoraFile]:
+    """Return the LoRAs of the low-noise and the high-noise expert."""
+    first = read_lora(options.input, by_expert=True)
+    if options.input_high_noise is not None:
+        low, high = first, read_lora(options.input_high_noise, by_expert=True)
+    elif first.parts:
+        low = high = first
+    else:
+        option = "--expert" if options.expert is not None else "--output_high_noise"
+        raise OptionError(
+            f"{option} takes a file apart that holds a LoRA for each expert, but --input {options.input} "
+            f"holds a single one. Leave {option} out"
+        )
+    for one, expert in ((low, LOW_NOISE), (high, HIGH_NOISE)):
+        warn_of_other_expert(one.for_expert(expert), expert)
+    return low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
+
+
+def _convert_one(lora: LoraFile, output: Path, target: str) -> None:
+    _save(output, converted(lora, target), [lora])
+
+
+def _convert_parts(parts: Mapping[str, LoraFile], output: Path) -> None:
+    """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
+    starts = {expert: start for start, expert in NETWORKS.items()}
+    each = {expert: converted(lora, "diffusers", starts[expert]) for expert, lora in parts.items()}
+    tensors = {name: tensor for one in each.values() for name, tensor in one.tensors.items()}
+    metadata = join_metadata({expert: _lasting(one.metadata) for expert, one in each.items()})
+    _save(output, Converted(tensors, metadata), list(parts.values()))
+
+
+def converted(lora: LoraFile, target: str, start: str = IN_DIFFUSERS) -> Converted:
+    """Return a LoRA in another dialect; warn of what has no form in it.
+
+    start: of the names in diffusers' dialect. Raises CheckpointError if nothing of it can be written.
+    """
+    source = lora.path
     made = read_family(lora.metadata)
     hint = LIKELY_FAMILY.get(lora.dialect) if made is None else made.name
     family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
@@ -39,7 +120,13 @@ def convert_file(source: Path, output: Path, target: str) -> None:
     if target == "default":
         tensors = add_missing_alphas(native)
     else:
-        other = to_other(native, hint)
+        if target == "diffusers" and family is not None and family.parts:
+            raise CheckpointError(
+                f"{source} is a LoRA for {family.name}, whose weights diffusers cuts up: its own loader does "
+                "that.\n  Use --target other, which it reads.",
+                source,
+            )
+        other = to_diffusers(native, hint, start) if target == "diffusers" else to_other(native, hint)
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
         if not other.tensors:
             raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.", source)
@@ -50,10 +137,19 @@ def convert_file(source: Path, output: Path, target: str) -> None:
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
     if family is FRAMEPACK and made is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
-    save_tensors(output, tensors, add_hashes(tensors, metadata))
+    return Converted(tensors, metadata)
+
+
+def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata without hashes of the file that they are from."""
+    return {key: value for key, value in metadata.items() if not key.startswith(STALE)}
+
+
+def _save(output: Path, result: Converted, sources: list[LoraFile]) -> None:
+    save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
-        ("from", f"{source}, names as of {lora.dialect}"),
+        ("from", "\n".join(f"{lora.path}, names as of {lora.dialect}" for lora in sources)),
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
-        ("tensors", f"{len(tensors)} written"),
+        ("tensors", f"{len(result.tensors)} written"),
     ]
     show_box("The LoRA is converted", rows)

@@ -152,6 +152,20 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     return functools.reduce(Tensor.add_, changes) if changes else None
 
 
+def other_channels(factors: Factors, weight: Tensor) -> str | None:
+    """Say so if factors are for a first layer that differs from this weight only in the channels it takes.
+
+    weight: out x in x kernel. Image-to-video models take more, and LoRAs of text-to-video models are used on
+    them.
+    """
+    delta = weight_delta({part: t for part, t in factors.items() if part != "alpha"}, torch.device("meta"))
+    if delta is None or delta.ndim != weight.ndim or delta.ndim < 2 or delta.shape[1] == weight.shape[1]:
+        return None
+    if (delta.shape[0], *delta.shape[2:]) != (weight.shape[0], *weight.shape[2:]):
+        return None
+    return f"its first layer takes {delta.shape[1]} channels, the model's {weight.shape[1]}"
+
+
 def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor) -> Tensor:
     """Return what DoRA adds to a weight at multiplier 1, float32.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 LAYOUT_KEY = "reelsmith_layout"
+STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)  # metadata of other tensors: how hashes in them begin
 
 
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -6,11 +6,12 @@ optional) diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.
 also .lora.down / .lora.up) LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ... VideoX-Fun
 lora_unet__blocks_0_self_attn_q.lora_down.weight DiffSynth
 pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
+LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,8 @@ from networks.deltas import (
     rank_of,
     strength,
 )
-from networks.module_names import alias, choose_family, module_path, replace_dots
-from networks.names.layouts import IN_DIFFUSERS
+from networks.module_names import alias, choose_family, diffusers_path, module_path, replace_dots
+from networks.names.layouts import IN_DIFFUSERS, FamilyNames
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
@@ -44,6 +45,7 @@ _DOTTED = {
     OTHER: "other",
     "pipe.dit.": "DiffSynth",
     "transformer.": "diffusers",
+    "transformer_2.": "diffusers",  # of the low-noise expert
     "unet.": "diffusers",
 }
 _TEXT_ENCODERS = ("lora_te", "lycoris_te", "text_encoder", "te1", "te2", "cond_stage_model.", "conditioner.")
@@ -62,6 +64,8 @@ _ENDINGS = {
 _WITH_ADAPTER = re.compile(
     r"\.(?:(?P<factor>lora_[AB])\.[^.]+(?P<leaf>\.weight|\.bias)|lora_magnitude_vector(\.[^.]+){1,2})$"
 )
+_LEAVES = ("weight", "bias")
+_MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 
 # what other kinds of networks end their tensors' names with, which are no sum of matrices to add to a weight
@@ -124,8 +128,14 @@ def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> di
 
 
 def module_of_tensor(name: str) -> tuple[str, str]:
-    """A checkpoint's `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`)."""
+    """A checkpoint's `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
+
+    A parameter that is no module's weight or bias is a module of its own, as LoRA files have it:
+    `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
+    """
     path, _, leaf = name.rpartition(".")
+    if leaf not in _LEAVES:
+        path, leaf = name, "weight"
     for prefix in ("model.diffusion_model.", "model.model.", OTHER, "transformer.", "module.", "_orig_mod."):
         path = path.removeprefix(prefix)
     return replace_dots(path), leaf
@@ -147,6 +157,8 @@ class _Key:
 def _split(key: str) -> _Key | None:
     """Take a key apart; None if it is none of a LoRA for a DiT."""
     key = _WITH_ADAPTER.sub(_without_adapter, key)
+    if key.endswith(_MODULATION):
+        key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None or key.startswith(_TEXT_ENCODERS):
         return None
@@ -196,20 +208,47 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     FramePack's begin with `transformer.`: what reads them is diffusers. Module paths come from the lists of
     the families' real modules; a name that none of them has is left out and reported.
     """
-    modules = {name.removeprefix(OURS): factors for name, factors in group_by_module(tensors).items()}
-    family = choose_family(modules, family_hint)
+    family = _family_of(tensors, family_hint)
+    if family is None or family.start == IN_DIFFUSERS:
+        return to_diffusers(tensors, family_hint)
+    return _write(tensors, family.start, lambda name: module_path(name, family), _in_comfyui)
+
+
+def to_diffusers(
+    tensors: Mapping[str, Tensor], family_hint: str | None = None, start: str = IN_DIFFUSERS
+) -> OtherTensors:
+    """Our names -> `transformer.<path in diffusers>.lora_A/lora_B.weight`, as `to_other`.
+
+    A whole difference of a matrix becomes a LoRA of full rank, which is exact; of other parameters there is
+    no form. start: of the names, by the network of the pipeline. Not for families with `parts`.
+    """
+    family = _family_of(tensors, family_hint)
+
+    def path_of(name: str) -> str | None:
+        return None if family is None else diffusers_path(name, family)
+
+    return _write(tensors, start, path_of, _in_diffusers)
+
+
+def _family_of(tensors: Mapping[str, Tensor], hint: str | None) -> FamilyNames | None:
+    return choose_family((name.removeprefix(OURS) for name in group_by_module(tensors)), hint)
+
+
+def _write(
+    tensors: Mapping[str, Tensor],
+    start: str,
+    path_of: Callable[[str], str | None],
+    form_of: Callable[[Factors], dict[str, Tensor] | str],
+) -> OtherTensors:
     written: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
-    for name, factors in modules.items():
-        path = None if family is None else module_path(name, family)
-        if family is None or path is None:
-            left_out[OURS + name] = "no known model has a module with this name"
-            continue
-        form = _in_diffusers(factors) if family.start == IN_DIFFUSERS else _in_comfyui(factors)
+    for name, factors in group_by_module(tensors).items():
+        path = path_of(name.removeprefix(OURS))
+        form = "no known model has a module with this name" if path is None else form_of(factors)
         if isinstance(form, str):
-            left_out[OURS + name] = form
+            left_out[name] = form
         else:
-            written.update({f"{family.start}{path}.{part}": tensor for part, tensor in form.items()})
+            written.update({f"{start}{path}.{part}": tensor for part, tensor in form.items()})
     return OtherTensors(written, left_out)
 
 
@@ -229,6 +268,8 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
 
 def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
     """The tensors of a module as diffusers and PEFT read them, or why there are none."""
+    if "diff" in factors and factors["diff"].ndim == 2 and LORA[0] not in factors and DORA not in factors:
+        factors = _at_full_rank(factors)
     if set(factors) - {"alpha", *LORA, "diff_b", "lora_up.bias", DORA} or LORA[0] not in factors:
         return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
     if has_input_magnitudes(factors):
@@ -245,6 +286,16 @@ def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
             magnitudes.flatten() if ndim == 2 else magnitudes.reshape(1, -1, *[1] * (ndim - 2))
         )
     return form
+
+
+def _at_full_rank(factors: Factors) -> Factors:
+    """Return a LoRA for a whole difference of a matrix, out x in: the difference and a unit matrix."""
+    whole = factors["diff"]
+    out, inner = whole.shape
+    rest = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
+    if out <= inner:
+        return {**rest, LORA[0]: whole, LORA[1]: torch.eye(out, dtype=whole.dtype)}
+    return {**rest, LORA[0]: torch.eye(inner, dtype=whole.dtype), LORA[1]: whole}
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:

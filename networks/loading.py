@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +20,11 @@ from modules.errors import CheckpointError, OptionError
 from modules.installation import own_name
 from modules.text_files import parse_json, read_text
 from networks.deltas import find_fault, group_by_module, rank_of
+from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_names
 from networks.hashes import is_damaged
 from networks.key_formats import OURS, NativeTensors, other_kind, to_native
-from networks.module_names import choose_family, read_family
-from networks.names.layouts import FamilyNames
+from networks.module_names import choose_family, is_optional, read_family
+from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT, FamilyNames
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
@@ -33,7 +34,7 @@ OWN_MODULES = (
 )
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
-_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_b)?$|norm$")
+_OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -51,28 +52,61 @@ OF_EQUAL_NAMES = (
 class LoraFile:
     """A LoRA, DoRA, LoHa or LoKr under our names, on the CPU, in the dtype of the file.
 
-    Names are as `lora_unet_blocks_0_self_attn_q.lora_down.weight`.
+    Names are as `lora_unet_blocks_0_self_attn_q.lora_down.weight`. A file that holds a LoRA for each expert
+    of a model has them as `parts`, and no tensors of its own: `for_expert` returns one of them.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     dialect: str
+    parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
+
+    @property
+    def expert(self) -> str | None:
+        """The expert it was trained for, as its metadata or else its name say; FOR_BOTH; None if unknown."""
+        return None if self.parts else expert_of(self.metadata, self.path)
+
+    def for_expert(self, expert: str | None) -> "LoraFile":
+        """Return the part for an expert of a file that has parts, any other file as it is.
+
+        expert: empty or None if the model has none or it is unknown which one it is. Raises CheckpointError
+        if the file has no part for it.
+        """
+        if not self.parts:
+            return self
+        if not expert or expert not in self.parts:
+            raise _several(self.path)
+        return self.parts[expert]
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
-        """The factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`."""
-        return group_by_module(self.tensors)
+        """The factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
+
+        Raises CheckpointError if the file has parts, of which none was chosen.
+        """
+        return group_by_module(self.for_expert(None).tensors)
 
     def family(self) -> FamilyNames | None:
         """Return the family it was trained for, from its metadata, else its names; None if unknown."""
-        return read_family(self.metadata) or choose_family(name.removeprefix(OURS) for name in self.modules())
+        one = next(iter(self.parts.values()), self)
+        return read_family(one.metadata) or choose_family(name.removeprefix(OURS) for name in one.modules())
 
 
-def read_lora(path: Path) -> LoraFile:
+def _several(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
+        "  Take them apart with convert_lora.py --input FILE --output LOW --output_high_noise HIGH --target "
+        "default and give one; merge_lora.py can choose one with --expert.",
+        path,
+    )
+
+
+def read_lora(path: Path, by_expert: bool = False) -> LoraFile:
     """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
     warning.
 
-    Raises CheckpointError if it is missing, damaged, not a LoRA, or of an unsupported kind.
+    by_expert: allow a file that holds a LoRA for each expert; the result has `parts` then. Raises
+    CheckpointError if it is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
         kind = other_kind(checkpoint.tensors)
@@ -92,6 +126,35 @@ def read_lora(path: Path) -> LoraFile:
             "  Supported are LoRA, DoRA, LoHa, LoKr and whole differences of weights. Give such a file.",
             path,
         )
+    groups = split_names(stored)
+    if len(groups) > 1 and not by_expert:
+        raise _several(path)
+    parts = {
+        expert: _read_part(path, {name: stored[name] for name in names}, metadata, expert)
+        for expert, names in groups.items()
+    }
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    dialects = sorted({part.dialect for part in parts.values()})
+    named = {expert: part for expert, part in parts.items() if expert is not None}
+    return LoraFile(path, {}, metadata, " + ".join(dialects), named)
+
+
+def _read_part(
+    path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str], expert: str | None
+) -> LoraFile:
+    """Bring tensors of a file under our names.
+
+    expert: the one that they are for; None: the file does not say it by their names.
+    """
+    start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
+    if expert is not None:
+        try:
+            metadata = metadata_of(metadata, expert)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: what its metadata say of its parts cannot be read: {error}. Copy it again.", path
+            ) from error
     made = read_family(metadata)
     native = to_native(stored, None if made is None else made.name)
     if not native.tensors:
@@ -112,7 +175,7 @@ def read_lora(path: Path) -> LoraFile:
                 path,
             )
     try:
-        alphas = _peft_alphas(native, _peft_config(path, metadata))
+        alphas = _peft_alphas(native, _peft_config(path, metadata, start))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
@@ -120,6 +183,7 @@ def read_lora(path: Path) -> LoraFile:
             path,
         ) from error
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
+    use += f", for the {in_words(expert)}" if expert is not None else ""
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
     return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
 
@@ -154,6 +218,27 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
         )
 
 
+def warn_of_absent(
+    path: Path, absent: Sequence[str], whole: int, what: str, model: FamilyNames | None
+) -> None:
+    """Warn of parts of a LoRA that a model does not have, as `warn_of_rest`.
+
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Those that only some
+    models of the family have are told apart: without them the others still do what they were trained for.
+    """
+    optional = [
+        name
+        for name in absent
+        if model is not None and is_optional(name.removeprefix(OURS).partition(".")[0], model)
+    ]
+    if optional and model is not None:
+        logger.warning(
+            f"{path}: {len(optional)} of {whole} {what}: they are for {model.optional_words}; the rest is "
+            f"used without them: {list_some(optional)}"
+        )
+    warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
+
+
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
     """Warn if a LoRA fits by its names but its metadata say that it was trained for another model."""
     made = read_family(lora.metadata)
@@ -171,15 +256,35 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
     )
 
 
-def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
+    """Warn if a LoRA was trained for another expert than the one it is added to.
+
+    expert: name of the latter; empty or None if the model has no experts or it is unknown which one it is.
+    """
+    if not expert or lora.expert in (None, FOR_BOTH, expert):
+        return
+    says = "metadata say" if TRAINED_EXPERT in lora.metadata else "name says"
+    logger.warning(
+        f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
+        f"{in_words(expert)}: what it has learned is about other noise levels. Give the file for the "
+        f"{in_words(expert)}, if there is one."
+    )
+
+
+def _peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str, Any]:
     """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {}
     without them.
+
+    start: of the names of the network that they are for, in the metadata.
     """
     folder = path if path.is_dir() else path.parent
     config_path = folder / "adapter_config.json"
     if PEFT_SETTINGS in metadata:
         entries = parse_json(metadata[PEFT_SETTINGS])
-        return {key.removeprefix("transformer."): value for key, value in entries.items()}
+        others = tuple(one for one in NETWORKS if one != start)
+        return {
+            key.removeprefix(start): value for key, value in entries.items() if not key.startswith(others)
+        }
     if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
         return dict(parse_json(read_text(config_path)))
     return {}

@@ -1,8 +1,7 @@
-"""Add LoRAs to the weights of a model: while it is loaded, or from one model file to another."""
+"""Add LoRAs to the weights of a model, which are handed over one by one while it is loaded or copied."""
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -11,30 +10,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.atomic_write import free_bytes
-from modules.checkpoints.finite import FiniteCheck
-from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
-from modules.checkpoints.writing import stream_tensors
-from modules.console import as_size, in_words, show_box
-from modules.contract.loading import TensorInfo
-from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import DORA, Factors, bias_delta, decompose, has_input_magnitudes, rows_of, weight_delta
+from networks.deltas import (
+    DORA,
+    Factors,
+    bias_delta,
+    decompose,
+    has_input_magnitudes,
+    other_channels,
+    rows_of,
+    weight_delta,
+)
 from networks.key_formats import OURS, module_of_tensor, rename_modules
-from networks.loading import LoraFile, list_some, read_lora, warn_of_other_family, warn_of_rest
+from networks.loading import (
+    LoraFile,
+    list_some,
+    read_lora,
+    warn_of_absent,
+    warn_of_other_expert,
+    warn_of_other_family,
+)
 from networks.module_names import Relative, choose_family, relatives
-from networks.names.layouts import FamilyNames
-from networks.options import LoraOptions, LoraPatternOptions, refuse_replacing
+from networks.names.layouts import FIRST_LAYERS, FamilyNames
+from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import part_rows
 
 logger = getLogger(__name__)
-# out x in x kernel
-_FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
 _BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
 _META = torch.device("meta")
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
 LIKELY_MODEL = "hunyuan_video"
-_STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,15 @@ class LoraUse:
                 raise OptionError(
                     f"a LoRA pattern for {self.lora.path} is no regular expression: {error}"
                 ) from None
+
+    def for_expert(self, expert: str | None) -> "LoraUse":
+        """Return the same for an expert's part of the file, if it has parts, and warn if it is another one's.
+
+        Raises as `LoraFile.for_expert`.
+        """
+        lora = self.lora.for_expert(expert)
+        warn_of_other_expert(lora, expert)
+        return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
         """Whether the patterns keep one of a module's factors; names: what the module is called, by the file
@@ -180,6 +194,8 @@ class LoraPatch:
         self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
         # use -> those of its keys that change something
         self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
+        # use -> how many channels its first layer takes, if that is another number than the model's
+        self._narrower: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
         self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
 
@@ -193,12 +209,16 @@ class LoraPatch:
     def add_to(self, name: str, weight: Tensor) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        Works on some rows at a time, so that memory holds no second copy. Raises CheckpointError if a LoRA
-        has another size.
+        Works on some rows at a time, so that memory holds no second copy. A change of the first layer for
+        another number of channels is left out, which `check` tells. Raises CheckpointError if a LoRA has
+        another size.
         """
         self._note(name)
         changes = []
         for key, change, relative in self._changes_of(name):
+            if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
+                self._narrower[id(change.use)] = other
+                continue
             self._taken[id(change.use)].add(key)
             changes.append(_fit(change, relative, weight, name, self._model).on(weight.device))
         for rows in () if weight.is_meta else _blocks(weight, changes):
@@ -233,12 +253,14 @@ class LoraPatch:
             path, keys = use.lora.path, self._keys(use)
             missed = [key for key in keys if key not in self._seen]
             taken = self._taken[id(use)]
+            if id(use) in self._narrower:
+                logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
             if not taken:
-                logger.warning(f"{path} changes nothing, because its patterns leave no tensor")
+                logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
             else:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family)
-                warn_of_rest(path, missed, len(keys), f"weights are not in {self._model}")
+                warn_of_absent(path, missed, len(keys), f"weights are not in {self._model}", family)
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""
@@ -370,7 +392,8 @@ def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) ->
     excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
     rows = zip(files, loras.multipliers(), includes, excludes, strict=True)
     return [
-        LoraUse(read_lora(path), multiplier, include, exclude) for path, multiplier, include, exclude in rows
+        LoraUse(read_lora(path, by_expert=True), multiplier, include, exclude)
+        for path, multiplier, include, exclude in rows
     ]
 
 
@@ -383,78 +406,3 @@ def _per_file(files: Sequence[Path], patterns: Sequence[str] | None, option: str
             "order"
         )
     return [*given, *[None] * (len(files) - len(given))]
-
-
-def merge_into_file(
-    model: Path, uses: Sequence[LoraUse], output: Path, device: torch.device, in_channels: int | None = None
-) -> None:
-    """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
-
-    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
-    float32). in_channels: what the model's first layer has to take. Raises CheckpointError where a file is
-    unusable or a LoRA fits nothing, OptionError where the result would replace one of them, OutputError where
-    it cannot be written.
-    """
-    start = time.monotonic()
-    refuse_replacing(
-        "--save_merged_model", output, [*checkpoint_paths(model), *(use.lora.path for use in uses)]
-    )
-    with open_checkpoint(model) as checkpoint:
-        if in_channels is not None:
-            _check_in_channels(checkpoint, in_channels)
-        patch = LoraPatch(uses, checkpoint.tensors, model)
-        # a LoRA of another model is found out before anything is written
-        for name, info in checkpoint.tensors.items():
-            _refuse_rounded(patch, name, info, model)
-            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
-        patch.check()
-
-        finite = FiniteCheck(model)
-
-        def read(name: str) -> Tensor:
-            tensor = checkpoint.read(name)  # memory of its own
-            finite.note(name, tensor)
-            return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
-
-        needed = sum(info.size_bytes for info in checkpoint.tensors.values())
-        _show_start(model, uses, output, needed)
-        metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
-        if not uses:
-            logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
-        else:
-            metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
-        stream_tensors(output, checkpoint.tensors, read, metadata)
-    result = f"{output} ({as_size(output.stat().st_size)})"
-    show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
-
-
-def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
-    """Show what is merged. needed: bytes of the result."""
-    free = as_size(free_bytes(output.resolve().parent))
-    loras = "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
-    rows = [("model", str(model)), ("LoRAs", loras), ("result", str(output))]
-    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])
-
-
-def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:
-    if patch.touches(name) and info.dtype not in {
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-        torch.float64,
-    }:
-        raise CheckpointError(
-            f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
-            "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
-            model,
-        )
-
-
-def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
-    first = [name for name in checkpoint.tensors if name.endswith(_FIRST_LAYERS)]
-    found = checkpoint.tensors[first[0]].shape[1] if first else None
-    if found != in_channels:
-        what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
-        raise CheckpointError(
-            f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path
-        )

@@ -40,23 +40,35 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
         metadata.get(TRAINED_ON),
         metadata.get("modelspec.architecture", "").removesuffix("/lora"),
     )
-    return next(
-        (family for family in FAMILIES if version == family.name or architecture == family.architecture), None
-    )
+
+    def is_named(family: FamilyNames) -> bool:
+        begins = family.versions and (version or "").lower().startswith(family.versions)
+        return version == family.name or architecture == family.architecture or bool(begins)
+
+    return next((family for family in FAMILIES if is_named(family)), None)
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
-    """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family has no such module."""
+    """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family has no such module.
+
+    A parameter that is no module's weight counts as a module: `blocks.0.modulation`.
+    """
     known, _, _ = _patterns(family)
     found = known.fullmatch(name)
-    return None if found is None else _fill(family.modules, found)
+    return None if found is None else _fill(_own_paths(family), found)
+
+
+@cache
+def is_optional(name: str, family: FamilyNames) -> bool:
+    """Tell whether an underscored name is of a module that only some models of the family have."""
+    return _pattern(family.optional).fullmatch(name) is not None
 
 
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for one of another layout; return any other name unchanged."""
     _, foreign, _ = _patterns(family)
     found = foreign.fullmatch(name)
-    return name if found is None else replace_dots(_fill([ours for _, ours in family.aliases], found))
+    return name if found is None else replace_dots(_fill([ours for _, ours in _all_aliases(family)], found))
 
 
 @dataclass(frozen=True)
@@ -101,8 +113,31 @@ def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str], re
 
     Group t<i> holds the block number of template i, or nothing.
     """
-    aliases, parts = (theirs for theirs, _ in family.aliases), (part.theirs for part in family.parts)
-    return _pattern(family.modules), _pattern(aliases), _pattern(parts)
+    aliases, parts = (theirs for theirs, _ in _all_aliases(family)), (part.theirs for part in family.parts)
+    return _pattern(_own_paths(family)), _pattern(aliases), _pattern(parts)
+
+
+def diffusers_path(name: str, family: FamilyNames) -> str | None:
+    """Return `blocks.0.attn1.to_q` for `blocks_0_self_attn_q`; None if the family has no such module.
+
+    For families whose weights are cut in the same way in both layouts.
+    """
+    path = module_path(name, family)
+    if path is None or not family.aliases:
+        return path
+    for theirs, ours in _all_aliases(family):
+        found = _template(ours).fullmatch(name)
+        if found is not None:
+            return theirs.replace("{n}", found["n"])
+    return path
+
+
+def _own_paths(family: FamilyNames) -> tuple[str, ...]:
+    return (*family.modules, *(ours for _, ours in family.parameters))
+
+
+def _all_aliases(family: FamilyNames) -> tuple[tuple[str, str], ...]:
+    return (*family.aliases, *family.parameters)
 
 
 def _pattern(templates: Iterable[str]) -> re.Pattern[str]:

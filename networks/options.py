@@ -138,6 +138,7 @@ class MergeOptions:
     dit: Path
     dit_in_channels: int
     lora: LoraOptions
+    expert: str | None  # that --dit is; None: as its name says, if it does
     save_merged_model: Path
     device: str | None
 
@@ -151,13 +152,36 @@ class ConvertOptions:
     """Options of `convert_lora.py`."""
 
     input: Path
+    input_high_noise: Path | None
     output: Path
-    target: str  # default or other
+    output_high_noise: Path | None
+    expert: str | None  # the part of a file with a LoRA for each expert to take alone
+    target: str  # default, other or diffusers
 
     def __post_init__(self) -> None:
-        require_files("--input", [self.input])
-        check_output_file("--output", self.output)
-        refuse_replacing("--output", self.output, [self.input])
+        inputs = [self.input, *([] if self.input_high_noise is None else [self.input_high_noise])]
+        require_files("--input", inputs[:1])
+        require_files("--input_high_noise", inputs[1:])
+        outputs = {"--output": self.output}
+        if self.output_high_noise is not None:
+            outputs["--output_high_noise"] = self.output_high_noise
+        for option, output in outputs.items():
+            check_output_file(option, output)
+            refuse_replacing(option, output, inputs)
+        if self.output_high_noise is not None and self.output.resolve() == self.output_high_noise.resolve():
+            raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
+        for option, is_given in (
+            ("--input_high_noise", self.input_high_noise is not None),
+            ("--output_high_noise", self.output_high_noise is not None),
+        ):
+            if self.expert is not None and is_given:
+                raise OptionError(f"--expert takes one LoRA of --input alone: leave {option} or it out")
+        is_joined = self.input_high_noise is not None and self.output_high_noise is None
+        if is_joined and self.target != "diffusers":
+            raise OptionError(
+                f"--target {self.target} has no form for two LoRAs in one file: use --target diffusers, or "
+                "add --output_high_noise FILE"
+            )
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +268,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "accepts any",
     )
     add_lora_arguments(parser, [1.0])
+    parser.add_argument(
+        "--expert",
+        choices=["high_noise", "low_noise"],
+        help="which expert of Wan2.2 A14B --dit is: chooses the part of a LoRA file for both, and warns of a "
+        "LoRA for the other; default: as the name of the file or folder says",
+    )
     parser.add_argument("--save_merged_model", required=True, help="safetensors file to write")
     parser.add_argument(
         "--device", help="device that computes the deltas; default: CUDA if available, else the CPU"
@@ -252,13 +282,30 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `ConvertOptions`."""
-    parser.add_argument("--input", required=True, help="LoRA file, any dialect")
+    parser.add_argument(
+        "--input", required=True, help="LoRA file, any dialect; of two experts that of low noise, or of both"
+    )
+    parser.add_argument(
+        "--input_high_noise",
+        help="LoRA file of the high-noise expert of Wan2.2, to be written beside --input",
+    )
     parser.add_argument("--output", required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--output_high_noise",
+        help="safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
+    )
+    parser.add_argument(
+        "--expert",
+        choices=["high_noise", "low_noise"],
+        help="of a file with a LoRA for each expert, take this one alone",
+    )
     targets = (
         "other: diffusion_model. (FramePack: transformer.) with lora_A and lora_B, alpha folded in; "
-        "default: lora_unet_ with lora_down and lora_up"
+        "default: lora_unet_ with lora_down and lora_up; "
+        "diffusers: transformer. with diffusers' module names, both experts in one file as transformer. "
+        "(high noise) and transformer_2. (low noise)"
     )
-    parser.add_argument("--target", required=True, choices=["other", "default"], help=targets)
+    parser.add_argument("--target", required=True, choices=["other", "default", "diffusers"], help=targets)
 
 
 def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.vae import MEAN, STD, WanVae
+from wan.vae import WanVae
 from wan.vae_blocks import Downsample, RmsNorm, Upsample, WanCausalConv, WanFrameAttention, WanResidualBlock
+from wan.vae_releases import WAN_2_1
 
 
 def encode(vae: WanVae, pixels: Tensor) -> Tensor:
@@ -36,8 +37,8 @@ def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
     Normalised latents then have mean 0 and deviation 1. The affine map goes into the last convolution of the
     encoder and, inverted, into the first of the decoder.
     """
-    scale = torch.tensor(STD) / std
-    shift = torch.tensor(MEAN) - mean * scale  # new mean = old mean * scale + shift
+    scale = torch.tensor(WAN_2_1.std) / std
+    shift = torch.tensor(WAN_2_1.mean) - mean * scale  # new mean = old mean * scale + shift
     channels = len(scale)
     (weight, bias), (weight2, bias2) = (
         (conv.get_parameter("weight"), conv.get_parameter("bias")) for conv in (vae.conv1, vae.conv2)

@@ -19,7 +19,9 @@ from tests.test_imports import SCRIPTS, TOOLS
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 # ours may offer more, never less
-WIDER_CHOICES = {"--attn_mode", "--sample_solver", "--task", "--timestep_sampling", "--dynamo_backend"}
+WIDER_CHOICES = {
+    *("--attn_mode", "--sample_solver", "--task", "--timestep_sampling", "--dynamo_backend", "--target"),
+}
 WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 

@@ -130,7 +130,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from benchmarks.process_memory import peak, start_of_peak
 from networks.loading import LoraFile
-from networks.merge import LoraUse, merge_into_file
+from networks.merge import LoraUse
+from networks.merge_files import merge_into_file
 
 def merge(rows):
     save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")
@@ -249,7 +250,7 @@ def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack
 @pytest.mark.parametrize(
     ("wrong", "is_what"),
     [
-        ("vae", "it looks like the Wan VAE"),
+        ("vae", "it looks like the Wan2.1 VAE"),
         ("lora", "it looks like a LoRA"),
         ("text", "it looks like the umT5 text encoder"),
     ],

@@ -15,6 +15,7 @@ from dataset.batches.finding import (
     require_items,
     split_validation,
 )
+from dataset.batches.latent_space import check_channels
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
 from dataset.config import DatasetConfig, load_dataset_config
@@ -111,6 +112,7 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
     """
     family = job.family
     found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
+    check_channels(found, family.latent, job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
         raise DatasetError(

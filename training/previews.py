@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from dataset.batches.finding import CachingCommands, find_items, require_items, split_validation
+from dataset.batches.latent_space import check_channels
 from dataset.check import check_training
 from dataset.checking.captions import load_counters
 from dataset.checking.page import write_check_page
@@ -66,5 +67,6 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -
     found = require_items(
         find_items(read_config(options), family.cache_tag, family.latent, family.text_keys), commands
     )
+    check_channels(found, family.latent, commands)
     items, _ = split_validation(found, options.validation.validation_split)
     plan_training(family, options, items or found, commands, choose_device(None))

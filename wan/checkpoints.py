@@ -21,26 +21,57 @@ from wan.spec import DIT
 
 logger = logging.getLogger(__name__)
 
+# what messages call the kinds of `wan.configs.INPUT_CHANNELS`
+KIND_WORDS = {
+    "t2v": "T2V",
+    "i2v": "Wan2.1 I2V",
+    "flf2v": "FLF2V",
+    "fun-control": "Wan2.1 Fun-Control",
+    "i2v-2.2": "Wan2.2 I2V",
+    "ti2v": "TI2V-5B",
+    "fun-control-2.2": "Wan2.2 Fun-Control",
+}
+
+# Networks that share Wan's names but need other inputs: how tensors of theirs begin, what they are ({}: 2.1 or
+# 2.2), and what to use. Source: Wan-Video/Wan2.2 (S2V, Animate), ali-vilab/VACE, VideoX-Fun.
+OTHER_VARIANTS = (
+    (
+        "control_adapter.",
+        "Wan{} Fun-Control-Camera (camera control)",
+        "A Fun-Control checkpoint follows a control video: --task t2v-14B-FC or t2v-A14B-FC.",
+    ),
+    (
+        ("casual_audio_encoder.", "audio_injector."),
+        "Wan2.2 S2V (speech to video)",
+        "Without sound, an image is animated by I2V: --task i2v-A14B.",
+    ),
+    (
+        ("face_adapter.", "motion_encoder.", "pose_patch_embedding."),
+        "Wan2.2 Animate (a character that follows a video)",
+        "A Fun-Control checkpoint follows a video of poses: --task i2v-A14B-FC.",
+    ),
+    (
+        ("vace_blocks.", "vace_patch_embedding."),
+        "Wan VACE (of Wan2.1, or Fun-VACE of Wan2.2)",
+        "A Fun-Control checkpoint follows a control video: --task t2v-14B-FC or t2v-A14B-FC.",
+    ),
+)
+
 # Names in diffusers' layout -> the published names; norm2 is the published norm3. Source: checkpoints of
 # Wan-AI/*-Diffusers.
-FROM_DIFFUSERS: tuple[tuple[str, str], ...] = (
-    *tensor_patterns(WAN),
-    (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
-    (r"scale_shift_table", "head.modulation"),
-    (r"(blocks\.\d+\.)scale_shift_table", r"\1modulation"),
-)
+FROM_DIFFUSERS = tensor_patterns(WAN)
 
 
 def read_dit_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     """Read variant, dialect and dtype of an open file.
 
-    Raises CheckpointError if the file is not a supported Wan2.1 transformer.
+    Raises CheckpointError if the file is not a supported Wan transformer.
     """
     return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file that is a Wan2.1 transformer or another known file; return None if it is unknown."""
+    """Describe a file that is a Wan transformer or another known file; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
@@ -53,22 +84,46 @@ def identify(path: Path) -> str | None:
         return None
 
 
-def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
-    """Raise CheckpointError if a file is another kind of model than --task says; its size may differ."""
-    config, kind = header.config, task.model_kind
-    if header.kind != kind:
+def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: str = "--dit") -> None:
+    """Raise CheckpointError if a file is another kind of model than --task says; its size may differ.
+
+    option: which the file was given to.
+    """
+    if header.kind != task.model_kind:
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
-            f"  {_difference(config, task)} The file looks like {_names_of(header)}.\n"
-            f"  Use --task {_names_of(header)}, or give a {'Fun-Control' if task.has_control else kind} "
-            "checkpoint to --dit.",
+            f"  {_difference(header.config, task)} The file looks like {_names_of(header)}.\n"
+            f"  Use --task {_names_of(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint to "
+            f"{option}.",
             path,
         )
 
 
-def note_size(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
-    """Log if the size of a file differs from the task's released checkpoint."""
+def check_alike(headers: Mapping[str, DitHeader[WanConfig]], paths: Mapping[str, Path]) -> None:
+    """Raise CheckpointError if the experts of a model have not the same dimensions. Keys: their options."""
+    (first, one), *others = headers.items()
+    for option, other in others:
+        if other.config != one.config:
+            raise CheckpointError(
+                f"{option} {paths[option]} is not of the model of {first} {paths[first]}:\n"
+                f"  it has {_size_in_words(other)}, the other has {_size_in_words(one)}.\n"
+                "  Give the two transformers of one model.",
+                paths[option],
+            )
+
+
+def note_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
+    """Log if --task alone decides what a file is, or if its size differs from the released checkpoint."""
     config = header.config
+    alike = [name for name in _fitting(header) if TASKS[name].version != task.version]
+    if alike and config.dim == task.dim:
+        logger.info(
+            "%s is used as Wan%s %s, as --task says: a file of %s has the same tensors",
+            path.name,
+            task.version,
+            task.name,
+            " or ".join(alike),
+        )
     if config.dim != task.dim:
         logger.info(
             "%s has %d blocks of width %d, the released %s has width %d: the file is used as it is",
@@ -88,23 +143,23 @@ def load_dit(
     rope, precision: see `WanModel`.
     dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. Time embedding and final layer are kept
     in float32. `placement.patch` is called with the published parameter names. Raises CheckpointError if the
-    file is not a Wan2.1 transformer, is incomplete, or has unknown tensors.
+    file is not a Wan transformer, is incomplete, or has unknown tensors.
     """
     with open_checkpoint(path) as opened:
         checkpoint = bare_names(opened)
         header = _header(checkpoint)
         target = choose_dtype(header.block_dtype, placement)
         logger.info(
-            "Loading %s: Wan2.1 %s, %d blocks of width %d, as %s",
+            "Loading %s: Wan %s, %d blocks of width %d, as %s",
             path,
-            header.kind,
+            KIND_WORDS[header.kind],
             *_size(header),
             dtype_name(target),
         )
         with torch.device("meta"):
             dit = WanModel(header.config, placement.attention, rope, precision)
         sources = _sources(checkpoint, header)
-        fill_dit(dit, checkpoint, sources, placement, target, DIT, f"Wan2.1 {header.kind}")
+        fill_dit(dit, checkpoint, sources, placement, target, DIT, f"Wan {KIND_WORDS[header.kind]}")
     return dit
 
 
@@ -138,8 +193,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     }
     if len(shapes.get("patch_embedding.weight", ())) != 5 or "blocks.0.self_attn.q.weight" not in shapes:
         raise CheckpointError(
-            f"{checkpoint.path} is not a Wan2.1 transformer: {_describe_other(shapes)}.\n  Give the "
-            "checkpoint "
+            f"{checkpoint.path} is not a Wan transformer: {_describe_other(shapes)}.\n  Give the checkpoint "
             "of a transformer to --dit.",
             checkpoint.path,
         )
@@ -158,13 +212,13 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise CheckpointError(
-            f"{path} is an incomplete Wan2.1 transformer without {', '.join(missing)}. Download it again.",
+            f"{path} is an incomplete Wan transformer without {', '.join(missing)}. Download it again.",
             path,
         )
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     if dim % HEAD_WIDTH:
         raise CheckpointError(
-            f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan2.1 models.", path
+            f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
         )
     image = shapes.get("img_emb.proj.0.weight")
     return WanConfig(
@@ -185,22 +239,16 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 
 
 def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError for variants that share Wan2.1's names but need other inputs."""
+    """Raise CheckpointError for variants that share Wan's names but need other inputs."""
     in_dim, has_image = shapes["patch_embedding.weight"][1], "blocks.0.cross_attn.k_img.weight" in shapes
-    name = None
-    if any(key.startswith("control_adapter.") for key in shapes):
-        name = (
-            "Wan2.1 Fun-Control-Camera (camera control)"
-            if has_image
-            else "Wan2.2 Fun-Control-Camera (camera control)"
-        )
-    elif any(key.startswith("vace_blocks.") for key in shapes):
-        name = "Wan2.1 VACE"
-    elif in_dim not in INPUT_CHANNELS[has_image].values():
-        name = f"an unknown variant of Wan with {in_dim} input channels"
-    if name is not None:
+    found = [each for each in OTHER_VARIANTS if any(key.startswith(each[0]) for key in shapes)]
+    if found:
+        _, name, instead = found[0]
+        version = "2.1" if has_image else "2.2"
+        raise CheckpointError(f"{path} is {name.format(version)}, which is not supported.\n  {instead}", path)
+    if in_dim not in INPUT_CHANNELS[has_image].values():
         raise CheckpointError(
-            f"{path} is {name}, which is not supported.\n"
+            f"{path} is an unknown variant of Wan with {in_dim} input channels, which is not supported.\n"
             "  Give a T2V, I2V, FLF2V, TI2V, Fun-InP or Fun-Control checkpoint to --dit.",
             path,
         )
@@ -209,7 +257,15 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 def _describe_other(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Describe in a few words a file that is not a Wan transformer."""
     for name, what in (
-        ("decoder.conv1.weight", "it looks like the Wan VAE (--vae)"),
+        (
+            "decoder.upsamples.0.upsamples.0.residual.2.weight",
+            "it looks like the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
+        ),
+        ("decoder.conv1.weight", "it looks like the Wan2.1 VAE (--vae)"),
+        (
+            "encoder.down_blocks.0.downsampler.resample.1.weight",
+            "it looks like the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
+        ),
         ("decoder.conv_in.weight", "it looks like a VAE (--vae)"),
         ("token_embedding.weight", "it looks like the umT5 text encoder (--t5)"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "it looks like a T5 text encoder (--t5)"),
@@ -231,18 +287,33 @@ def _describe_other(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _names_of(header: DitHeader[WanConfig]) -> str:
-    """Return the names of the tasks that a file fits, those of its size if there are any."""
-    kind = header.kind
-    tasks = [task for task in TASKS.values() if task.model_kind == kind and task.frames > 1]
+    """Return the names of the tasks that a file fits, and why they are several if that may surprise."""
+    names = _fitting(header)
+    both = len({TASKS[name].version for name in names}) > 1
+    return " or ".join(names) + (" (their files have the same tensors)" if both else "")
+
+
+def _fitting(header: DitHeader[WanConfig]) -> list[str]:
+    """Return the tasks that a file fits, those of its size if there are any."""
+    tasks = [task for task in TASKS.values() if task.model_kind == header.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
-    return " or ".join(task.name for task in sized or tasks)
+    return [task.name for task in sized or tasks]
+
+
+def _size_in_words(header: DitHeader[WanConfig]) -> str:
+    config = header.config
+    return f"{config.num_layers} blocks of width {config.dim} and {config.in_dim} input channels"
 
 
 def _difference(config: WanConfig, task: WanTask) -> str:
     if config.in_dim != task.in_dim:
         return f"patch_embedding.weight takes {config.in_dim} input channels, {task.name} has {task.in_dim}."
-    if config.has_image != (task.has_features or task.model_kind == "fun-control"):
-        return f"img_emb is {'there' if config.has_image else 'missing'}, which takes features of an image."
+    has_image = task.model_kind in INPUT_CHANNELS[True] or task.kind == "flf2v"
+    if config.has_image != has_image:
+        return (
+            f"img_emb, which takes features of an image, is {'there' if config.has_image else 'missing'}; "
+            f"{task.name} has {'it' if has_image else 'none'}."
+        )
     if config.image_positions:
         return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
     return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."

@@ -1,4 +1,4 @@
-"""Turn images and videos into the conditions of a Wan2.1 transformer.
+"""Turn images and videos into the conditions of a Wan transformer.
 
 Image-to-video models take 20 more channels: 4 of a mask (1 if the latent frame is known) and 16 of the
 latents of the known frames, with mid-grey for the others. Fun-Control models take 32: 16 of the control

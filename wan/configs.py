@@ -1,6 +1,7 @@
 """Wan2.1 and Wan2.2 as data: the dimensions of a transformer, and the meaning of each `--task`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from modules.contract.release import ModelRelease
 
@@ -25,7 +26,7 @@ class WanConfig:
     has_image: bool = False  # cross-attention to image tokens: the file has k_img, v_img and img_emb
     image_dim: int = 1280  # width of the CLIP features that img_emb takes
     image_positions: int = 0  # length of img_emb.emb_pos (FLF2V: 514); 0: the model has none
-    has_ref_conv: bool = False  # Fun-Control v1.1
+    has_ref_conv: bool = False  # Fun-Control v1.1 and of Wan2.2
 
     @property
     def kind(self) -> str:
@@ -41,6 +42,7 @@ class WanConfig:
 
 # Kinds of models, with and without attention to image features -> channels that the network takes: noise 16;
 # a mask of 4 and an image of 16; a control video of 16. The 5B model has a VAE of its own, of 48 channels.
+# Fun-Control of Wan2.1 takes the image without its mask, that of Wan2.2 with it.
 INPUT_CHANNELS: dict[bool, dict[str, int]] = {
     True: {"i2v": 36, "fun-control": 48},
     False: {"t2v": 16, "i2v-2.2": 36, "ti2v": 48, "fun-control-2.2": 52},
@@ -92,6 +94,11 @@ class WanTask:
         return "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
 
     @property
+    def appends_end(self) -> bool:
+        """Whether an end image becomes one more latent frame; else it is the last frame of the clip."""
+        return self.kind == "i2v" and self.version == "2.1"
+
+    @property
     def in_dim(self) -> int:
         """Input channels of the network."""
         kinds = {"flf2v": 36, **INPUT_CHANNELS[True], **INPUT_CHANNELS[False]}
@@ -103,6 +110,14 @@ _5B = ((1280, 704), (704, 1280))
 _720P = ((720, 1280), (1280, 720), *_480P)
 _I2V = ("Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.1-I2V-14B-720P")
 _FUN = ("alibaba-pai/Wan2.1-Fun-14B-Control",)
+_FUN_A14B = ("alibaba-pai/Wan2.2-Fun-A14B-Control",)
+# Of the release's own script: VideoX-Fun, examples/wan2.2_fun/predict_v2v_control.py and its configuration
+_FUN_A14B_SETTINGS: dict[str, Any] = {
+    "version": "2.2",
+    "guidance": 6.0,
+    "high_noise_guidance": 6.0,
+    "boundary": 900.0,
+}
 TASKS: dict[str, WanTask] = {
     task.name: task
     for task in (
@@ -129,6 +144,8 @@ TASKS: dict[str, WanTask] = {
             high_noise_guidance=3.5,
             boundary=900.0,
         ),
+        WanTask("t2v-A14B-FC", "t2v", True, 5120, 50, 81, _720P, _FUN_A14B, **_FUN_A14B_SETTINGS),
+        WanTask("i2v-A14B-FC", "i2v", True, 5120, 50, 81, _720P, _FUN_A14B, **_FUN_A14B_SETTINGS),
         WanTask(
             *("ti2v-5B", "ti2v", False, 3072, 50, 121, _5B, ("Wan-AI/Wan2.2-TI2V-5B",)),
             version="2.2",

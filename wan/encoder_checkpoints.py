@@ -1,12 +1,10 @@
-"""Checkpoint files of Wan2.1's VAE, umT5 and CLIP: recognise their dialects and read dimensions from tensors.
+"""Checkpoint files of Wan's umT5 and CLIP: recognise their dialects and read dimensions from tensors.
 
 Our modules have the names of the official files, so these need no table. Each other dialect is a list of
 (pattern, our name).
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +22,6 @@ from modules.checkpoints.dialects import (
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
-from wan.vae_blocks import VaeLayer, WanVaeConfig
 
 
 @dataclass(frozen=True)
@@ -50,122 +47,6 @@ class ClipConfig:
     num_layers: int
     image_size: int
     patch_size: int
-
-
-# The VAE
-
-CLIP_HEAD_WIDTH = 80  # cannot be read from the tensors of a ViT-H file
-LATENT_CHANNELS = 16
-VAE_STRIDE = (4, 8, 8)
-
-DIFFUSERS_VAE: Names = (
-    (r"(encoder|decoder)\.conv_in\.(.+)", r"\1.conv1.\2"),
-    (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.head.0.\2"),
-    (r"(encoder|decoder)\.conv_out\.(.+)", r"\1.head.2.\2"),
-    (r"quant_conv\.(.+)", r"conv1.\1"),
-    (r"post_quant_conv\.(.+)", r"conv2.\1"),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)", r"\1.middle.1.\2"),
-    (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.middle.0.\2"),
-    (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.middle.2.\2"),
-    (r"encoder\.down_blocks\.(.+)", r"encoder.downsamples.\1"),
-)
-DIFFUSERS_RESIDUAL: Names = (  # inside a numbered layer of a list
-    (r"(.+\.\d+)\.norm1\.gamma", r"\1.residual.0.gamma"),
-    (r"(.+\.\d+)\.conv1\.(weight|bias)", r"\1.residual.2.\2"),
-    (r"(.+\.\d+)\.norm2\.gamma", r"\1.residual.3.gamma"),
-    (r"(.+\.\d+)\.conv2\.(weight|bias)", r"\1.residual.6.\2"),
-    (r"(.+\.\d+)\.conv_shortcut\.(weight|bias)", r"\1.shortcut.\2"),
-)
-_UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)")
-
-
-def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
-    """Plan how to load a Wan2.1 VAE: official or ComfyUI file, or diffusers layout.
-
-    Raises CheckpointError for any other file.
-    """
-    checkpoint = checkpoint.without_prefix(
-        "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
-    )
-    names = checkpoint.tensors
-    if "encoder.downsamples.0.residual.2.weight" in names and "decoder.conv1.weight" in names:
-        sources = plain_sources(checkpoint)
-    elif "encoder.down_blocks.0.conv1.weight" in names and "quant_conv.weight" in names:
-        up_layers = _diffusers_up_layers(names)
-        sources = rename_sources(plain_sources(checkpoint), lambda name: _diffusers_vae_name(name, up_layers))
-    else:
-        raise other_kind(
-            checkpoint,
-            "a Wan2.1 VAE",
-            "--vae",
-            "Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a diffusers vae folder",
-        )
-    shape = shapes_of(checkpoint, sources)
-    config = WanVaeConfig(
-        shape("conv2.weight")[0],
-        _vae_layers(checkpoint, sources, "encoder.downsamples"),
-        _vae_layers(checkpoint, sources, "decoder.upsamples"),
-    )
-    _check_vae(config, checkpoint)
-    return LoadPlan(config, checkpoint, sources)
-
-
-def _diffusers_up_layers(names: Iterable[str]) -> dict[tuple[int, str, int], int]:
-    """Map (level, kind, index in it) to the index in the official list.
-
-    That list has the residual blocks and upsamplers of all levels in one row.
-    """
-    found = {(int(up[1]), up[2], int(up[3])) for up in map(_UP_BLOCK.fullmatch, names) if up}
-    return {layer: index for index, layer in enumerate(sorted(found))}  # "resnets" sorts before "upsamplers"
-
-
-def _diffusers_vae_name(name: str, up_layers: Mapping[tuple[int, str, int], int]) -> str:
-    up = _UP_BLOCK.fullmatch(name)
-    if up:
-        name = f"decoder.upsamples.{up_layers[int(up[1]), up[2], int(up[3])]}.{up[4]}"
-    return translate_name(translate_name(name, DIFFUSERS_VAE), DIFFUSERS_RESIDUAL)
-
-
-def _vae_layers(
-    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], start: str
-) -> tuple[VaeLayer, ...]:
-    shape = shapes_of(checkpoint, sources)
-    layers = []
-    for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
-        name = f"{start}.{index}"
-        if f"{name}.resample.1.weight" in sources:
-            width_out, width_in = shape(f"{name}.resample.1.weight")[:2]
-            layers.append(
-                VaeLayer(
-                    "temporal" if f"{name}.time_conv.weight" in sources else "spatial", width_in, width_out
-                )
-            )
-        else:
-            width_out, width_in = shape(f"{name}.residual.2.weight")[:2]
-            layers.append(VaeLayer("residual", width_in, width_out))
-    return tuple(layers)
-
-
-def _check_vae(config: WanVaeConfig, checkpoint: Checkpoint) -> None:
-    path = checkpoint.path
-    if config.latent_channels != LATENT_CHANNELS:
-        raise CheckpointError(
-            f"{path}: this VAE has {config.latent_channels} latent channels, the VAE of Wan2.1 has "
-            f"{LATENT_CHANNELS}. "
-            "Give Wan2.1_VAE.pth (or a file of the same model) to --vae.",
-            path,
-        )
-    for part, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
-        kinds = [layer.kind for layer in layers]
-        stride = (2 ** kinds.count("temporal"), 2 ** (kinds.count("temporal") + kinds.count("spatial")))
-        if stride != VAE_STRIDE[:2]:
-            raise CheckpointError(
-                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, Wan2.1's by "
-                f"{VAE_STRIDE[0]} and "
-                f"{VAE_STRIDE[1]}. It holds another model, or tensors are missing. Give Wan2.1_VAE.pth "
-                "to --vae.",
-                path,
-            )
 
 
 # umT5
@@ -232,6 +113,8 @@ def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
 
 
 # CLIP ViT-H
+
+CLIP_HEAD_WIDTH = 80  # cannot be read from the tensors of a ViT-H file
 
 HF_CLIP: Names = (
     (r"embeddings\.class_embedding", "cls_embedding"),

@@ -29,7 +29,7 @@ from modules.options import NO_OPTIONS
 from wan import conditioning
 from wan.batches import batch_conditions, no_features
 from wan.caching import encode_together
-from wan.checkpoints import check_task, load_dit, note_size, read_dit_header
+from wan.checkpoints import check_task, load_dit, note_task, read_dit_header
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
@@ -49,6 +49,7 @@ from wan.options import (
 from wan.spec import DIT, LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
+from wan.vae_releases import WAN_2_1, WAN_2_2
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Wan:
     @property
     def latent(self) -> LatentSpec:
         """The latent space of the task's VAE."""
-        return LATENT_5B if self.task.kind == "ti2v" else LATENT
+        return _latent_of(self.task)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -134,7 +135,7 @@ class Wan:
 
     def check_given_files(self) -> None:
         """Check every file that an option names, needed or not. Loads nothing."""
-        self.files.check_encoders()
+        self._check_encoders()
         self.files.check_tokenizer()
         if self.files.dit is not None or self.files.dit_high_noise is not None:
             self._check_dit()
@@ -175,6 +176,11 @@ class Wan:
                 f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
                 f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices."
             )
+        if table.has_control and self.task.kind == "ti2v":
+            raise DatasetError(
+                f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
+                "or control_path, or cache with the VAE of another model."
+            )
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
         """Return None: an item has one file."""
@@ -210,7 +216,7 @@ class Wan:
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
-        note_size(self.files.dit_header(), self.task, path)
+        note_task(self.files.dit_header(), self.task, path)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision)
 
@@ -246,7 +252,7 @@ class Wan:
         """
         self._check_dit()
         images = ("clip",) if self.task.has_features else ()
-        self.files.check_encoders("t5", *(("vae", *images) if media else ()))
+        self._check_encoders("t5", *(("vae", *images) if media else ()))
 
     def prepare(self, request: Request) -> Prepared:
         """Fill what the request leaves open, settle the size, and check files and images. Nothing is loaded.
@@ -257,7 +263,7 @@ class Wan:
         task, usual = self.task, self.defaults
         self._check_dit()
         request = take_inputs(task, request)
-        self.files.check_encoders(*(("clip",) if task.has_features else ()))
+        self._check_encoders(*(("clip",) if task.has_features else ()))
         width, height, frames = size_of(request, usual)
         if task.frames == 1 and frames != 1:
             raise OptionError(
@@ -332,6 +338,11 @@ class Wan:
 
     # shared by the above
 
+    def _check_encoders(self, *needed: str) -> None:
+        """Check the encoders' files, and that the VAE is that of the task's latents."""
+        self.files.check_encoders(*needed)
+        self.files.check_vae(self.latent, f"--task {self.task.name}")
+
     def _check_dit(self) -> None:
         for path in self.files.dits:
             check_task(read_once(path, read_dit_header), self.task, path)
@@ -352,11 +363,25 @@ class Wan:
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
-    """Describe the family for wan_cache_latents.py."""
+    """Describe the family for wan_cache_latents.py: the file of the VAE tells whose latents are made.
+
+    Raises OptionError for switches that those latents have no use for.
+    """
     kind = "i2v" if options.i2v or options.clip is not None else None
     image_kind = "flf2v" if options.flf2v else kind
     files = WanFiles(vae=options.vae.vae, clip=options.clip)
-    return Wan(TASKS["t2v-14B"], files, **_vae_settings(options, torch.bfloat16), image_kind=image_kind)
+    release = files.vae_release()
+    if release is None:
+        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
+    task = TASKS["ti2v-5B" if release is WAN_2_2 else "t2v-14B"]
+    if task.kind == "ti2v" and image_kind is not None:
+        given = "--clip" if options.clip is not None else "--i2v"
+        raise OptionError(
+            f"{given}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
+            f"latents of the clip itself, so nothing else is cached. Leave out {given}"
+            f"{' and --flf2v' if options.flf2v else ''}."
+        )
+    return Wan(task, files, **_vae_settings(options, torch.bfloat16), image_kind=image_kind)
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
@@ -385,10 +410,9 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
-    files = _files(options)
+    files, task = _files(options), TASKS[options.task]
     if options.ckpt_dir is not None:
-        files = files.add_release(options.ckpt_dir)
-    task = TASKS[options.task]
+        files = files.add_release(options.ckpt_dir, _latent_of(task))
     if options.i2v_extra_noise and not task.takes_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s starts from no image", task.name)
     return Wan(
@@ -403,6 +427,10 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
         image_noise=options.i2v_extra_noise or 0.0,
         precision=torch.float16 if options.lower_precision_attention else torch.float32,
     )
+
+
+def _latent_of(task: WanTask) -> LatentSpec:
+    return LATENT_5B if task.kind == "ti2v" else LATENT
 
 
 def _files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:

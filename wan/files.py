@@ -5,15 +5,17 @@ from pathlib import Path
 
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import read_once, require_file
+from modules.contract.family import LatentSpec
 from modules.errors import OptionError
 from wan.checkpoints import read_dit_header
 from wan.configs import WanConfig
-from wan.encoder_checkpoints import read_clip, read_t5, read_vae
+from wan.encoder_checkpoints import read_clip, read_t5
 from wan.tokenizer import FILES as TOKENIZER
+from wan.vae_checkpoints import check_latents, read_vae
+from wan.vae_releases import RELEASES, VaeRelease
 
-# file names in the folder of the official release (--ckpt_dir)
+# file names in the folder of the official release (--ckpt_dir), beside that of the VAE
 RELEASE = {
-    "vae": "Wan2.1_VAE.pth",
     "t5": "models_t5_umt5-xxl-enc-bf16.pth",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     "t5_tokenizer": "google/umt5-xxl",
@@ -34,13 +36,16 @@ class WanFiles:
     clip: Path | None = None
     dit_high_noise: Path | None = None
 
-    def add_release(self, folder: Path) -> "WanFiles":
-        """Return these files; those that are not given come from the official release's folder."""
+    def add_release(self, folder: Path, latent: LatentSpec) -> "WanFiles":
+        """Return these files; those that are not given come from the official release's folder.
+
+        latent: of the model, which tells whose VAE it is.
+        """
         if not folder.is_dir():
             raise OptionError(f"--ckpt_dir {folder}: no such folder. Give that of the official release")
         found = {
             key: folder / name
-            for key, name in RELEASE.items()
+            for key, name in {**RELEASE, "vae": RELEASES[latent.channels].file}.items()
             if getattr(self, key) is None and (folder / name).exists()
         }
         return replace(self, **found)
@@ -85,6 +90,20 @@ class WanFiles:
             read_once(self.t5_path, read_t5)
         if self.clip is not None or "clip" in needed:
             read_once(self.clip_path, read_clip)
+
+    def vae_release(self) -> VaeRelease | None:
+        """Return which VAE is given; None if none is. Raises CheckpointError if the file is no VAE of Wan."""
+        if self.vae is None:
+            return None
+        return RELEASES[read_once(self.vae_path, read_vae).config.latent_channels]
+
+    def check_vae(self, latent: LatentSpec, needed_by: str) -> None:
+        """Raise CheckpointError if a VAE is given that is not that of the model's latents.
+
+        needed_by: what has these latents, for the message: "--task ti2v-5B".
+        """
+        if self.vae is not None:
+            check_latents(read_once(self.vae_path, read_vae).config, latent, self.vae_path, needed_by)
 
     def check_tokenizer(self) -> None:
         """Raise CheckpointError if --t5_tokenizer is given and names no tokenizer."""

@@ -1,4 +1,4 @@
-"""The Wan2.1 transformer. Module names follow the published checkpoints, so official files load without
+"""The Wan transformer. Module names follow the published checkpoints, so official files load without
 renaming.
 
 Source: the released model code and Wan Team 2025, arXiv 2503.20314. Always float32: the residual stream,

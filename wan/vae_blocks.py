@@ -1,12 +1,13 @@
-"""Layers of the Wan2.1 video VAE. They process a clip in chunks; a `TimeMemory` keeps state between these.
+"""Layers of Wan's video VAEs. They process a clip in chunks; a `TimeMemory` keeps state between these.
 
-Module names follow the published checkpoint. Source: the released VAE of Wan2.1 (arXiv 2503.20314, section
-4.1).
+Module names follow the published checkpoints. Source: the released VAEs of Wan2.1 (arXiv 2503.20314, section
+4.1) and Wan2.2, whose layers are the same, in stages with a shortcut around each.
 """
 # Letters: B batch, C channels, T frames of the chunk, H height, W width (at the layer's own resolution)
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from modules.layers.convolution import conv3d
 from modules.layers.memory_layouts import empty_clip
+from wan.vae_shortcuts import Factors, add_repeated, average_groups
 
 TIME_KERNEL = 3  # a causal convolution sees its frame and the two before it
 
 
 @dataclass(frozen=True)
 class VaeLayer:
-    """One entry of the encoder's `downsamples` or the decoder's `upsamples`."""
+    """One layer of the encoder's `downsamples` or the decoder's `upsamples`."""
 
     kind: str  # "residual", "spatial" (resampled in height and width), "temporal" (in time as well)
     width_in: int
@@ -28,12 +30,52 @@ class VaeLayer:
 
 
 @dataclass(frozen=True)
+class VaeStage:
+    """Layers with a shortcut around them, an entry of the same lists in Wan2.2. The last one may resample."""
+
+    layers: tuple[VaeLayer, ...]
+
+    @property
+    def width_in(self) -> int:
+        return self.layers[0].width_in
+
+    @property
+    def width_out(self) -> int:
+        return self.layers[-1].width_out
+
+    @property
+    def factors(self) -> Factors:
+        """How many frames, rows and columns are joined into one, or made of one."""
+        return _FACTORS[self.layers[-1].kind]
+
+
+_FACTORS: dict[str, Factors] = {"residual": (1, 1, 1), "spatial": (1, 2, 2), "temporal": (2, 2, 2)}
+
+
+@dataclass(frozen=True)
 class WanVaeConfig:
     """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int
-    encoder: tuple[VaeLayer, ...]
-    decoder: tuple[VaeLayer, ...]
+    encoder: tuple[VaeLayer | VaeStage, ...]
+    decoder: tuple[VaeLayer | VaeStage, ...]
+    patch: int = 1  # rows and columns of pixels that the first layer takes as channels of one place
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels for one place of the latents."""
+        return self.strides[0]
+
+    @property
+    def strides(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The stride of the encoder, and that of the decoder: equal in every complete VAE."""
+        return _stride(self.encoder, self.patch), _stride(self.decoder, self.patch)
+
+
+def _stride(parts: Iterable[VaeLayer | VaeStage], patch: int) -> tuple[int, int, int]:
+    layers = [layer for part in parts for layer in (part.layers if isinstance(part, VaeStage) else [part])]
+    frames, rows, columns = zip(*(_FACTORS[layer.kind] for layer in layers), strict=True)
+    return prod(frames), patch * prod(rows), patch * prod(columns)
 
 
 class TimeMemory:
@@ -227,13 +269,13 @@ def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = F
 
 
 class WanVaeEncoder(nn.Module):
-    """Encode pixels B 3 T H W as means and log variances B 2Z t h w, chunk by chunk."""
+    """Encode patches of pixels B 3PP T H W as means and log variances B 2Z t h w, chunk by chunk."""
 
     def __init__(self, config: WanVaeConfig) -> None:
         super().__init__()
         narrow, wide = config.encoder[0].width_in, config.encoder[-1].width_out
-        self.conv1 = WanCausalConv(3, narrow)
-        self.downsamples = nn.ModuleList(_down(layer) for layer in config.encoder)
+        self.conv1 = WanCausalConv(3 * config.patch**2, narrow)
+        self.downsamples = nn.ModuleList(_down(part) for part in config.encoder)
         self.middle = _middle(wide)
         self.head = _head(wide, 2 * config.latent_channels)
 
@@ -244,15 +286,15 @@ class WanVaeEncoder(nn.Module):
 
 
 class WanVaeDecoder(nn.Module):
-    """Decode latents B Z t h w to pixels B 3 T H W, chunk by chunk."""
+    """Decode latents B Z t h w to patches of pixels B 3PP T H W, chunk by chunk."""
 
     def __init__(self, config: WanVaeConfig) -> None:
         super().__init__()
         wide, narrow = config.decoder[0].width_in, config.decoder[-1].width_out
         self.conv1 = WanCausalConv(config.latent_channels, wide)
         self.middle = _middle(wide)
-        self.upsamples = nn.ModuleList(_up(layer) for layer in config.decoder)
-        self.head = _head(narrow, 3)
+        self.upsamples = nn.ModuleList(_up(part) for part in config.decoder)
+        self.head = _head(narrow, 3 * config.patch**2)
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         x = self.conv1(x, memory)
@@ -260,13 +302,43 @@ class WanVaeDecoder(nn.Module):
         return self.head["2"](x, memory, self.head["0"])
 
 
-def _down(layer: VaeLayer) -> nn.Module:
+class DownStage(nn.Module):
+    """Layers of the encoder, and beside them the means of what goes in (Wan2.2)."""
+
+    def __init__(self, stage: VaeStage) -> None:
+        super().__init__()
+        self.downsamples = nn.ModuleList(_down(layer) for layer in stage.layers)
+        self.factors = stage.factors
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        h = _through(self.downsamples, x, memory)
+        return h.add_(average_groups(x, h.shape[1], self.factors))
+
+
+class UpStage(nn.Module):
+    """Layers of the decoder; if they enlarge, what goes in is repeated and added (Wan2.2)."""
+
+    def __init__(self, stage: VaeStage) -> None:
+        super().__init__()
+        self.upsamples = nn.ModuleList(_up(layer) for layer in stage.layers)
+        self.factors = stage.factors
+
+    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        h = _through(self.upsamples, x, memory)
+        return h if self.factors == (1, 1, 1) else add_repeated(h, x, self.factors)
+
+
+def _down(layer: VaeLayer | VaeStage) -> nn.Module:
+    if isinstance(layer, VaeStage):
+        return DownStage(layer)
     if layer.kind == "residual":
         return WanResidualBlock(layer.width_in, layer.width_out)
     return Downsample(layer.width_in, layer.kind == "temporal")
 
 
-def _up(layer: VaeLayer) -> nn.Module:
+def _up(layer: VaeLayer | VaeStage) -> nn.Module:
+    if isinstance(layer, VaeStage):
+        return UpStage(layer)
     if layer.kind == "residual":
         return WanResidualBlock(layer.width_in, layer.width_out)
     return Upsample(layer.width_in, layer.width_out, layer.kind == "temporal")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _join_sides
+from dataset.batches.latent_space import other_space
 from dataset.cache.checks import CacheChecks
 from dataset.cache.files import EMPTY, Entry, read_entry
 from dataset.cache.records import (
@@ -126,6 +127,9 @@ def _read_latents(
         raise CacheError(
             f"{item.latent_path}: it has no latents, so it is not a cache; move it out of the cache folder"
         )
+    fault = other_space(item.latent_path, entry.tensors["latents"].shape[0], latent)
+    if fault is not None:
+        raise CacheError(fault)
     record = latent_record(entry.header)
     _check_mask(item, record)
     if record is not None:

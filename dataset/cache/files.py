@@ -192,6 +192,17 @@ def read_header(path: Path) -> Header:
         return Header(path, file.metadata() or {}, tuple(file.keys()))
 
 
+def latent_channels(path: Path) -> int | None:
+    """Return the channels of the latents in a cache file; None if it holds none. Only the header is read.
+
+    Raises CacheError if the file is missing or damaged.
+    """
+    with _open(path) as file:
+        names = (name for name in tuple(file.keys()) if tensor_key(name) == "latents")
+        shapes = (file.get_slice(name).get_shape() for name in names)
+        return next((int(shape[0]) for shape in shapes if shape), None)
+
+
 def read_entry(path: Path) -> Entry:
     """Read a cache file to the CPU. Raises CacheError if the file is missing or damaged."""
     with _open(path) as file:

@@ -139,9 +139,14 @@ class DitShapes:
 KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> what the file is
     (
         "decoder.upsamples.0.upsamples.0.residual.2.weight",
-        "the Wan2.2 VAE (48 channels), which Wan2.1 models cannot use",
+        "the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
     ),
     ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
+    (
+        "encoder.down_blocks.0.downsampler.resample.1.weight",
+        "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
+    ),
+    ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
     ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
     ("quant_conv.weight", "a VAE of another model"),
     ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),

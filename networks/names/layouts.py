@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 REST, SWAPPED = -1, -2
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
+# first layers; how many channels they take differs between models of a family
+FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
+
+# experts, the networks of one model that share the noise levels among them (`modules.contract.experts`)
+HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
+TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, by one of these values
+EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
+FOR_BOTH = "both"  # another value: one LoRA that was trained in both
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,13 @@ class FamilyNames:
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
+    # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
+    parameters: tuple[tuple[str, str], ...] = ()
+    optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
+    optional_words: str = ""  # what these are, for messages
+    versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
+    # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
+    experts: tuple[tuple[str, str], ...] = ()
 
 
 def each(start: str, endings: str) -> tuple[str, ...]:
@@ -59,4 +74,7 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
         pattern = re.escape(part.theirs).replace(re.escape("{n}"), r"(\d+)") + r"\.(\w+)"
         ours = part.ours.replace("{n}", r"\1") + (r".\2" if blocks else r".\1")
         patterns.append((pattern, ours + place))
+    for theirs, ours in names.parameters:
+        pattern = re.escape(theirs).replace(re.escape("{n}"), r"(\d+)")
+        patterns.append((pattern, ours.replace("{n}", r"\1")))
     return tuple(patterns)

@@ -1,6 +1,6 @@
-"""Module names of Wan2.1, and in diffusers' layout (Wan-AI/*-Diffusers)."""
+"""Module names of Wan2.1 and Wan2.2, and in diffusers' layout (Wan-AI/*-Diffusers)."""
 
-from networks.names.layouts import FamilyNames, each
+from networks.names.layouts import HIGH_NOISE, LOW_NOISE, FamilyNames, each
 
 _WAN_BLOCK = (
     *each("blocks.{n}.self_attn.", "q k v o norm_q norm_k"),
@@ -16,6 +16,12 @@ _WAN_REST = (
     "img_emb.proj.1",
     "img_emb.proj.3",
     "img_emb.proj.4",
+)
+
+_IMAGE_ATTENTION = (
+    *each("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
+    *each("img_emb.proj.", "0 1 3 4"),
+    "img_emb.emb_pos",
 )
 
 _DIFFUSERS_ATTENTION = (
@@ -53,5 +59,14 @@ WAN = FamilyNames(
         ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
         ("proj_out", "head.head"),
+    ),
+    versions=("wan2", "wan-2", "wan_2"),
+    experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
+    optional=_IMAGE_ATTENTION,
+    optional_words="the attention to images of Wan2.1's image-to-video models",
+    parameters=(
+        ("blocks.{n}.scale_shift_table", "blocks.{n}.modulation"),
+        ("scale_shift_table", "head.modulation"),
+        ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
     ),
 )

@@ -21,7 +21,7 @@ from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.taehv import CONFIG, write_taehv
-from wan.family import LATENT
+from wan.spec import LATENT, LATENT_5B
 
 PICTURES = LatentSpec(channels=16, stride=(1, 8, 8), pixel_step=16, frame_step=1)
 
@@ -82,7 +82,7 @@ def test_a_patch_of_pixels_is_laid_out_in_rows_and_columns() -> None:
     [
         ("taehv", LATENT),
         ("taehv1.5", LatentSpec(channels=32, stride=(4, 16, 16), pixel_step=16, frame_step=4)),
-        ("taew2.2", LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_step=4)),
+        ("taew2.2", LATENT_5B),
     ],
 )
 def test_published_files_fit_the_latents_that_they_are_for(

@@ -17,6 +17,7 @@ from tests.faults.mistakes import FAMILIES as MISTAKEN
 from tests.faults.runs import (
     DYING,
     FAMILIES,
+    FINE_TUNING,
     FRAMEPACK,
     FRAMEPACK_ONE_FRAME,
     Scripts,
@@ -42,7 +43,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # what of a family is tried in the default suite; the rest is slow: many processes each, through code that all
 # families share
-STANDING_FOR_ALL = {FRAMEPACK.name: ("while_sampling]", "caching_killed"), FRAMEPACK_ONE_FRAME.name: ()}
+STANDING_FOR_ALL = {
+    FRAMEPACK.name: ("while_sampling]", "caching_killed"),
+    FRAMEPACK_ONE_FRAME.name: (),
+    FINE_TUNING.name: ("mid_write]", "SIGTERM]", "killed_from_outside"),
+}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -195,3 +195,25 @@ def test_a_file_that_holds_nan_is_refused(tmp_path: Path) -> None:
     )
 
     assert_one_message(code, said, "bad.safetensors")
+
+
+def write_for(folder: Path, index: int, expert: str | None, name: str = "") -> Path:
+    path, tensors = folder / f"x-{index}{name}.safetensors", factors(index)
+    metadata = {"ss_session_id": "7"} | ({} if expert is None else {"ss_wan_expert": expert})
+    save_tensors(path, tensors, add_hashes(tensors, metadata))
+    return path
+
+
+def test_an_average_is_for_the_expert_of_its_files(tmp_path: Path) -> None:
+    run(tmp_path, *(write_for(tmp_path, index, "high") for index in range(3)))
+
+    assert read_lora(tmp_path / "out.safetensors").expert == "high_noise"
+
+
+@pytest.mark.parametrize("second", [("low", ""), ("both", ""), (None, "_low_noise")])
+def test_files_for_different_experts_are_refused(tmp_path: Path, second: tuple[str | None, str]) -> None:
+    files = [write_for(tmp_path, 0, "high"), write_for(tmp_path, 1, *second)]
+
+    code, said = run_here("lora_post_hoc_ema.py", *files, "--output_file", "out.safetensors", folder=tmp_path)
+
+    assert_one_message(code, said, "The files are LoRAs of different experts")

@@ -143,7 +143,7 @@ def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installe
         "merge_lora",
     ]
     assert_user_error(lacking, "torch is not installed", "-m pip install torch accelerate")
-    assert_user_error(wrong, "it is a Wan2.1 transformer")  # `families.identify` found the family's module
+    assert_user_error(wrong, "it is a Wan transformer")  # `families.identify` found the family's module
     assert mistyped.stderr.startswith("wan_train_network: error: Unknown option --tusk")
     assert f"reelsmith {VERSION}" in installed.run("reelsmith", "--version").stdout
     assert "train wan " in installed.run("reelsmith").stdout

@@ -11,11 +11,13 @@ from pocket import drawing, train_vae
 from pocket.muon import Muon, orthogonal
 from pocket.vae_learning import begin, decode, encode, fold_statistics
 from tests.tiny.wan_encoders import random_tensors, vae_config
-from wan.vae import MEAN, STD, WanVae, load_vae
+from wan.vae import WanVae, load_vae
+from wan.vae_releases import WAN_2_1
 
 
 def statistics() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(MEAN).view(1, -1, 1, 1, 1), torch.tensor(STD).view(1, -1, 1, 1, 1)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_2_1.mean, WAN_2_1.std))
+    return mean, std
 
 
 @pytest.fixture

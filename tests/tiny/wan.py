@@ -12,6 +12,7 @@ from tests.tiny.wan_encoders import (
     clip_official_tensors,
     clip_tensors,
     t5_tensors,
+    vae22_tensors,
     vae_tensors,
     write_tokenizer,
 )
@@ -57,7 +58,7 @@ def write_tiny_wan(
     if experts > 1:
         state = tiny_state(kind, seed=1, dtype=dtype, image_dim=CLIP_DIM)
         files = replace(files, dit_high_noise=write_dit(folder, state, name="dit_high"))
-    save_file(vae_tensors(), files.vae)
+    save_file(vae22_tensors() if kind == "ti2v" else vae_tensors(), files.vae)
     save_file(t5_tensors(), files.t5)
     save_file(
         {name: tensor.contiguous() for name, tensor in clip_official_tensors(clip_tensors()).items()},

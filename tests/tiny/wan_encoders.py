@@ -16,9 +16,10 @@ from wan.clip import ClipVision
 from wan.encoder_checkpoints import ClipConfig, T5Config
 from wan.t5 import UmT5
 from wan.vae import WanVae
-from wan.vae_blocks import VaeLayer, WanVaeConfig
+from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
 
 VAE_FILE = "Wan2.1_VAE.pth"
+VAE22_FILE = "Wan2.2_VAE.pth"
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -54,6 +55,20 @@ def vae_config(width: int = 8, z: int = 16, blocks: int = 2) -> WanVaeConfig:
     return WanVaeConfig(z, tuple(down), tuple(up))
 
 
+def vae22_config(width: int = 8, decoder_width: int = 12, z: int = 48, blocks: int = 2) -> WanVaeConfig:
+    """The released structure of Wan2.2 at other base widths: stages of width 1, 2, 4, 4; patches of 2."""
+
+    def stage(first: int, wide: int, count: int, kind: str) -> VaeStage:
+        layers = [VaeLayer("residual", wide if index else first, wide) for index in range(count)]
+        return VaeStage((*layers, *([VaeLayer(kind, wide, wide)] if kind else [])))
+
+    downs = (1, 1, "spatial"), (1, 2, "temporal"), (2, 4, "temporal"), (4, 4, "")
+    ups = (4, 4, "temporal"), (4, 4, "temporal"), (4, 2, "spatial"), (2, 1, "")
+    down = [stage(first * width, wide * width, blocks, kind) for first, wide, kind in downs]
+    up = [stage(first * decoder_width, wide * decoder_width, blocks + 1, kind) for first, wide, kind in ups]
+    return WanVaeConfig(z, tuple(down), tuple(up), patch=2)
+
+
 def t5_config(vocabulary: int = 256, dim: int = TEXT_DIM, heads: int = 4, layers: int = 2) -> T5Config:
     """An encoder whose attention is wider than the model, which the released one's is not."""
     return T5Config(vocabulary, dim, 8 * heads * 2, 48, heads, layers, 32)
@@ -87,8 +102,15 @@ def vae_tensors(width: int = 8, seed: int = 0) -> dict[str, Tensor]:
     return random_tensors(network, seed)
 
 
+def vae22_tensors(width: int = 8, decoder_width: int = 12, seed: int = 0) -> dict[str, Tensor]:
+    """A VAE of Wan2.2 with the names of the official file."""
+    with torch.device("meta"):
+        network = WanVae(vae22_config(width, decoder_width))
+    return random_tensors(network, seed)
+
+
 def vae_diffusers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same VAE with the names of a diffusers folder."""
+    """The same VAE, of Wan2.1 or Wan2.2, with the names of a diffusers folder."""
     renamed = {}
     for name, tensor in tensors.items():
         for ours, theirs in (
@@ -108,6 +130,14 @@ def vae_diffusers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             (r"\.shortcut\.", ".conv_shortcut."),
         ):
             name = re.sub(ours, theirs, name)
+        found = re.fullmatch(
+            r"(..coder)\.(down|up)(?:samples|_blocks)\.(\d+)\.(?:down_block|upsample)s\.(\d)\.(.+)", name
+        )
+        if found:  # of Wan2.2: residual blocks and a resampler per stage
+            is_last = ".resample." in name or ".time_conv." in name
+            part = f"{found[2]}sampler" if is_last else f"resnets.{found[4]}"
+            renamed[f"{found[1]}.{found[2]}_blocks.{found[3]}.{part}.{found[5]}"] = tensor
+            continue
         found = re.fullmatch(r"decoder\.upsamples\.(\d+)\.(.+)", name)
         if found:  # three residual blocks and an upsampler per level
             level, index = divmod(int(found[1]), 4)

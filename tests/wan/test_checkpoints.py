@@ -1,4 +1,4 @@
-"""Files of Wan2.1 transformers: every dialect, every variant, and what is refused."""
+"""Files of Wan transformers: every dialect, every variant, and what is refused."""
 
 import json
 import logging
@@ -14,12 +14,12 @@ from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_dit import CONFIGS, DIALECTS, KIND_OF, tiny_state, write_dit
-from wan.checkpoints import check_task, identify, load_dit, note_size, read_dit_header
+from wan.checkpoints import check_task, identify, load_dit, note_task, read_dit_header
 from wan.configs import TASKS
 
 CPU = Placement(torch.device("cpu"))
 META = Placement(torch.device("meta"))
-FULL_SIZE = [name for name in manifest_names("wan2.1") if "vae" not in name]
+FULL_SIZE = [name for name in manifest_names("wan2.") if "vae" not in name]
 RUNNABLE = [name for name in FULL_SIZE if "camera" not in name]
 LOADABLE = [kind for kind in CONFIGS if kind != "camera"]
 
@@ -55,23 +55,28 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, nam
     assert sum(weight.numel() for weight in dit.parameters()) == sum(
         torch.Size(shape).numel() for _, shape in tensors.values()
     )
-    expected = (
-        "fun-control"
-        if "control" in name
-        else "flf2v"
-        if "flf2v" in name
-        else "t2v"
-        if "t2v" in name
-        else "i2v"
-    )
-    assert dit.config.kind == expected
-    assert dit.config.dim == (1536 if "1.3b" in name else 5120)
+    parts = {
+        "fun-a14b-control": "fun-control-2.2",
+        "control": "fun-control",
+        "flf2v": "flf2v",
+        "ti2v": "ti2v",
+        "i2v-a14b": "i2v-2.2",
+        "t2v": "t2v",
+        "": "i2v",
+    }
+    assert dit.config.kind == next(kind for part, kind in parts.items() if part in name)
+    assert dit.config.dim == (1536 if "1.3b" in name else 3072 if "5b" in name else 5120)
     assert dit.config.num_heads == dit.config.dim // 128
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "prefix"),
-    [("wan2.1-t2v-1.3b", "BF16", "model.diffusion_model."), ("wan2.1-t2v-14b", "F8_E4M3", "")],
+    [
+        ("wan2.1-t2v-1.3b", "BF16", "model.diffusion_model."),
+        ("wan2.1-t2v-14b", "F8_E4M3", ""),
+        ("wan2.2-i2v-a14b", "F16", ""),
+        ("wan2.2-t2v-a14b", "F8_E4M3", "model.diffusion_model."),
+    ],
 )
 def test_repackaged_files_of_full_size_load(tmp_path: Path, name: str, dtype: str, prefix: str) -> None:
     tensors = {
@@ -81,7 +86,21 @@ def test_repackaged_files_of_full_size_load(tmp_path: Path, name: str, dtype: st
 
     dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors, prefix), META)
 
-    assert dit.compute_dtype == torch.bfloat16
+    assert dit.compute_dtype == (torch.float16 if dtype == "F16" else torch.bfloat16)
+
+
+def test_a_scaled_fp8_file_of_an_expert_loads(tmp_path: Path) -> None:
+    """As ComfyUI's files of Wan2.2: linear layers of the blocks in 8 bits with a scale, the rest in 16."""
+    tensors: TensorList = {"scaled_fp8": ("F8_E4M3", (0,))}
+    for key, (_, shape) in tensor_list("wan2.2-i2v-a14b").items():
+        is_scaled = key.startswith("blocks.") and key.endswith("weight") and len(shape) == 2
+        tensors[key] = ("F8_E4M3" if is_scaled else "F16", shape)
+        if is_scaled:
+            tensors[key.removesuffix("weight") + "scale_weight"] = ("F32", ())
+
+    dit = load_dit(write_hollow(tmp_path / "high_noise_fp8_scaled.safetensors", tensors), META)
+
+    assert (dit.config.kind, dit.compute_dtype) == ("i2v-2.2", torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", [name for name in FULL_SIZE if "camera" in name])
@@ -100,13 +119,17 @@ def _relative(in_dim: int, out_dim: int = 16, camera: bool = False) -> TensorLis
     ("tensors", "name"),
     [
         (_relative(36, camera=True), "Wan2.2 Fun-Control-Camera"),
-        (_relative(16) | {"vace_blocks.0.modulation": ("F32", (1, 6, 128))}, "Wan2.1 VACE"),
+        (_relative(16) | {"vace_blocks.0.modulation": ("F32", (1, 6, 128))}, "Wan VACE"),
+        (_relative(16) | {"casual_audio_encoder.weights": ("F32", (1, 25, 1, 1))}, "Wan2.2 S2V"),
+        (_relative(36) | {"face_adapter.fuser_blocks.0.k_norm.weight": ("F32", (128,))}, "Wan2.2 Animate"),
         (_relative(20), "an unknown variant of Wan with 20 input channels"),
     ],
 )
 def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"is {name}.*not supported"):
+    with pytest.raises(CheckpointError, match=f"is {name}.*not supported") as caught:
         read_once(write_hollow(tmp_path / "dit.safetensors", tensors), read_dit_header)
+
+    assert ("--task" in str(caught.value)) != ("unknown" in name), "what to use instead"
 
 
 def test_fp8_files_compute_in_float16_where_that_is_wanted_and_other_files_do_not(tmp_path: Path) -> None:
@@ -142,13 +165,38 @@ def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> No
             "i2v",
             "t2v-14B",
             "takes 36 input channels, t2v-14B has 16",
-            "Use --task i2v-14B, or give a t2v checkpoint",
+            "Use --task i2v-14B, or give a T2V checkpoint",
         ),
         (
             "t2v",
             "i2v-14B",
             "takes 16 input channels, i2v-14B has 36",
-            "Use --task t2v-14B or t2v-1.3B, or give a i2v checkpoint",
+            "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same tensors), or give a "
+            "Wan2.1 I2V checkpoint",
+        ),
+        (
+            "i2v",
+            "i2v-A14B",
+            "img_emb, which takes features of an image, is there; i2v-A14B has none",
+            "Use --task i2v-14B, or give a Wan2.2 I2V checkpoint",
+        ),
+        (
+            "i2v-2.2",
+            "i2v-14B",
+            "img_emb, which takes features of an image, is missing; i2v-14B has it",
+            "Use --task i2v-A14B, or give a Wan2.1 I2V checkpoint",
+        ),
+        (
+            "fun-control-2.2",
+            "i2v-A14B",
+            "takes 52 input channels, i2v-A14B has 36",
+            "Use --task t2v-A14B-FC or i2v-A14B-FC, or give a Wan2.2 I2V checkpoint",
+        ),
+        (
+            "ti2v",
+            "t2v-1.3B-FC",
+            "img_emb, which takes features of an image, is missing",
+            "ti2v-5B, or give a",
         ),
         (
             "fun-control",
@@ -162,7 +210,7 @@ def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> No
             "t2v",
             "i2v-14B-FC",
             "takes 16 input channels, i2v-14B-FC has 48",
-            "give a Fun-Control checkpoint to --dit",
+            "give a Wan2.1 Fun-Control checkpoint to --dit",
         ),
     ],
 )
@@ -196,11 +244,24 @@ def test_another_size_of_the_right_kind_is_used_with_one_log_line(
 
     with caplog.at_level(logging.INFO):
         check_task(read_once(path, read_dit_header), TASKS[task], path)
-        note_size(read_once(path, read_dit_header), TASKS[task], path)
+        note_task(read_once(path, read_dit_header), TASKS[task], path)
 
     assert [record.message for record in caplog.records] == [
         f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: the "
         "file is used as it is"
+    ]
+
+
+def test_the_log_says_that_the_task_decides_where_the_tensors_cannot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_hollow(tmp_path / "low.safetensors", tensor_list("wan2.2-t2v-a14b"))
+
+    with caplog.at_level(logging.INFO):
+        note_task(read_once(path, read_dit_header), TASKS["t2v-A14B"], path)
+
+    assert [record.message for record in caplog.records] == [
+        "low.safetensors is used as Wan2.2 t2v-A14B, as --task says: a file of t2v-14B has the same tensors"
     ]
 
 
@@ -217,8 +278,8 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     )
 
     assert identify(siglip) == "it looks like a SigLIP image encoder (--image_encoder)"
-    assert identify(dit) == "it is a Wan2.1 transformer (--dit) for --task i2v-14B"
-    assert identify(vae) == "it looks like the Wan VAE (--vae)"
+    assert identify(dit) == "it is a Wan transformer (--dit) for --task i2v-14B"
+    assert identify(vae) == "it looks like the Wan2.1 VAE (--vae)"
     assert identify(other) is None
     assert identify(tmp_path / "nothing.safetensors") is None
 
@@ -226,7 +287,8 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        ("decoder.conv1.weight", "Wan VAE"),
+        ("decoder.conv1.weight", "Wan2.1 VAE"),
+        ("decoder.upsamples.0.upsamples.0.residual.2.weight", "VAE of Wan2.2 TI2V-5B"),
         ("token_embedding.weight", "umT5"),
         ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "LoRA"),
         ("lora_unet_blocks_0_ffn_0.lora_down.weight", "LoRA"),
@@ -240,7 +302,7 @@ def test_a_file_of_another_network_is_refused_with_what_it_looks_like(
     path = tmp_path / "other.safetensors"
     save_file({tensor: torch.zeros(2)}, path)
 
-    with pytest.raises(CheckpointError, match=f"is not a Wan2.1 transformer.*{what}") as caught:
+    with pytest.raises(CheckpointError, match=f"is not a Wan transformer.*{what}") as caught:
         read_once(path, read_dit_header)
 
     assert caught.value.path == path

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from modules.contract.family import LatentSpec
 from modules.errors import CheckpointError
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_encoders import (
@@ -26,18 +27,22 @@ from tests.tiny.wan_encoders import (
     t5_comfy_fp8_tensors,
     t5_hf_tensors,
     t5_tensors,
+    vae22_tensors,
     vae_diffusers_tensors,
     vae_tensors,
 )
 from wan.clip import ClipVision, load_clip
-from wan.encoder_checkpoints import read_clip, read_t5, read_vae
+from wan.encoder_checkpoints import read_clip, read_t5
+from wan.spec import LATENT
 from wan.t5 import UmT5, load_t5
 from wan.vae import WanVae, load_vae
+from wan.vae_checkpoints import check_latents, read_vae
 
 CPU = torch.device("cpu")
 Read = Callable[[Checkpoint], LoadPlan[Any]]
 READERS: tuple[tuple[str, Read, Callable[[Any], nn.Module]], ...] = (
     ("wan2.1-vae", read_vae, WanVae),
+    ("wan2.2-vae", read_vae, WanVae),
     ("umt5", read_t5, UmT5),
     ("clip-vision", read_clip, ClipVision),
     ("clip-xlm", read_clip, ClipVision),
@@ -75,6 +80,8 @@ def test_every_manifest_of_an_encoder_is_among_them() -> None:
     assert [param.id for param in PUBLISHED] == [
         "wan2.1-vae",
         "wan2.1-vae-diffusers",
+        "wan2.2-vae",
+        "wan2.2-vae-diffusers",
         "umt5-xxl-comfy",
         "umt5-xxl-enc-wan",
         "clip-vision-h",
@@ -97,8 +104,11 @@ def prefixed(tensors: Mapping[str, Tensor], prefix: str, **others: Tensor) -> di
 
 @pytest.mark.parametrize("name", ["vae.pth", "vae.safetensors"])
 @pytest.mark.parametrize("layout", ["official", "diffusers", "prefixed", "all-in-one", "wrapped"])
-def test_every_vae_layout_gives_the_same_weights(tmp_path: Path, name: str, layout: str) -> None:
-    tensors = vae_tensors()
+@pytest.mark.parametrize("made", [vae_tensors, vae22_tensors], ids=["2.1", "2.2"])
+def test_every_vae_layout_gives_the_same_weights(
+    tmp_path: Path, name: str, layout: str, made: Callable[[], dict[str, Tensor]]
+) -> None:
+    tensors = made()
     other = {
         "model.diffusion_model.head.weight": torch.ones(2),
         "text_encoders.umt5xxl.shared.weight": torch.ones(2),
@@ -252,12 +262,38 @@ def test_a_t5_whose_blocks_share_one_position_table_is_refused(tmp_path: Path) -
         load_t5(saved(tmp_path / "t5.safetensors", tensors), CPU)
 
 
-def test_the_wan22_vae_is_refused_by_name(tmp_path: Path) -> None:
-    tensors = {
-        "encoder.conv1.weight": torch.ones(8, 12, 3, 3, 3),
-        "encoder.downsamples.0.downsamples.0.residual.2.weight": torch.ones(8, 8, 3, 3, 3),
-        "decoder.conv1.weight": torch.ones(8, 48, 3, 3, 3),
-        "decoder.upsamples.0.upsamples.0.residual.2.weight": torch.ones(8, 8, 3, 3, 3),
-    }
-    with pytest.raises(CheckpointError, match=r"Wan2\.2 VAE"):
+@pytest.mark.parametrize("lost", ["decoder.upsamples.0.upsamples.3", "encoder.downsamples.2.downsamples.2"])
+def test_a_wan22_vae_without_one_of_its_resamplers_is_refused(tmp_path: Path, lost: str) -> None:
+    tensors = {name: tensor for name, tensor in vae22_tensors().items() if not name.startswith(lost)}
+    with pytest.raises(CheckpointError, match=r"that of Wan2.2 by 4 and 16.*tensors are missing"):
         load_vae(saved(tmp_path / "vae.safetensors", tensors), CPU, torch.float32)
+
+
+def test_a_stage_that_can_have_no_shortcut_is_refused(tmp_path: Path) -> None:
+    name = "encoder.downsamples.0.downsamples.2.resample.1"
+    tensors = vae22_tensors() | {f"{name}.weight": torch.ones(7, 8, 3, 3), f"{name}.bias": torch.ones(7)}
+    with pytest.raises(CheckpointError, match="a stage from 8 to 7 channels can have no shortcut"):
+        load_vae(saved(tmp_path / "vae.safetensors", tensors), CPU, torch.float32)
+
+
+def test_a_sharded_wan22_vae_loads_from_its_folder(tmp_path: Path) -> None:
+    tensors = vae22_tensors()
+    theirs = vae_diffusers_tensors(tensors)
+    names = sorted(theirs)
+    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, part in shards.items():
+        saved(tmp_path / "vae" / file, {name: theirs[name] for name in part})
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index = tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    assert_equal(load_vae(tmp_path / "vae", CPU, torch.float32), tensors)
+
+
+def test_a_vae_for_other_latents_is_refused_with_both_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "vae.safetensors", vae22_tensors())
+    with open_checkpoint(path) as checkpoint:
+        config = read_vae(checkpoint).config
+    check_latents(config, LatentSpec(48, (4, 16, 16), 32, 4), path, "--task ti2v-5B")
+    named = r"is the Wan2.2 VAE \(48 .*--task t2v-14B needs the Wan2.1 VAE \(16 (.|\n)*Give Wan2.1_VAE.pth"
+    with pytest.raises(CheckpointError, match=named):
+        check_latents(config, LATENT, path, "--task t2v-14B")

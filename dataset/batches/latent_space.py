@@ -1,0 +1,35 @@
+"""Whether cached latents are of the model's VAE, which the number of their channels tells."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dataset.batches.finding import CachingCommands, TrainingItem
+from dataset.cache.files import latent_channels
+from modules.contract.family import LatentSpec
+from modules.errors import CacheError
+
+
+def check_channels(items: Iterable[TrainingItem], latent: LatentSpec, commands: CachingCommands) -> None:
+    """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
+
+    Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
+    in their sizes.
+    """
+    one_of_each = {(item.table.index, item.bucket): item for item in items}
+    for item in one_of_each.values():
+        fault = other_space(item.latent_path, latent_channels(item.latent_path), latent)
+        if fault is not None:
+            raise CacheError(
+                f"{fault}.\n  Make them again with: {commands.latents}\n"
+                "  To keep caches for both models, give each a cache_directory of its own."
+            )
+
+
+def other_space(path: Path, channels: int | None, latent: LatentSpec) -> str | None:
+    """Return what is wrong with latents of so many channels; None if nothing is, or if they are unknown."""
+    if channels in {None, latent.channels}:
+        return None
+    return (
+        f"{path}: its latents have {channels} channels, this model's have {latent.channels}: they were "
+        "encoded with the VAE of another model"
+    )

@@ -1,0 +1,181 @@
+"""Take turns on a device: frozen weights of a network stay in host memory and are copied there to work.
+
+    place = HostPlaceOf(device, swapped_weights(...))     # to load from disk straight into host memory
+    dit = family.load_dit(Placement(device, host=place), expert)
+    ...                                                   # LoRA, compilation, checkpointing, swap
+    copy = HostCopy(dit, device, place)                   # call last; None: it was loaded without a place
+    copy.bring()                                          # on the device
+    copy.leave()                                          # off it: nothing is copied back
+
+A parameter stays the same object; only its `.data` switches between the host's copy and the device's. Frozen
+weights never change, so that leaving only frees memory. Parameters that learn stay where they are. Swapped
+weights stay in host memory, and the buffers of the swap are freed on leaving.
+"""
+
+import logging
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from modules.contract.loading import TensorInfo
+from modules.errors import MemoryPlanError
+from modules.offload.block_swap import HostWeights, swap_of
+from modules.offload.host_memory import ALONE, HostTensors, Machine, allocate, wait_for_all
+from modules.offload.transfer import Transfer, transfer_to
+
+logger = logging.getLogger(__name__)
+
+
+class HostPlaceOf:
+    """Host memory for all weights of one network that is about to be loaded: a `HostPlace`."""
+
+    def __init__(
+        self, device: torch.device, swapped: HostWeights | None = None, machine: Machine = ALONE
+    ) -> None:
+        """device: where the network will work. swapped: weights that never leave host memory. machine: the
+        processes that share the memory; for all of them the same as that of `swapped`.
+        """
+        self.swapped = swapped
+        self._device, self._machine = device, machine
+        self._held: HostTensors | None = None
+
+    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+        """Allocate memory for every tensor; the swapped ones get that of `swapped`."""
+        swapped = {} if self.swapped is None else self.swapped.hold(network, tensors)
+        rest = {name: info for name, info in tensors.items() if name not in swapped}
+        self._held = allocate_for(rest, self._device, self._machine)
+        return {**swapped, **self._held.tensors}
+
+    @property
+    def is_filled_here(self) -> bool:
+        """Return whether this process writes the weights."""
+        parts = (self._held, self.swapped)
+        return any(part.is_filled_here for part in parts if part is not None) or self._held is None
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the memory of all tensors but the swapped ones by name; none before loading."""
+        return {} if self._held is None else self._held.tensors
+
+    def finish(self) -> None:
+        """Return when all processes have written their weights."""
+        if self.swapped is not None:
+            self.swapped.finish()
+        wait_for_all(self._machine)
+
+
+def allocate_for(
+    infos: Mapping[str, TensorInfo], device: torch.device, machine: Machine = ALONE
+) -> HostTensors:
+    """Allocate host memory for copies to a device: pinned for CUDA, unless the driver refuses."""
+    try:
+        return allocate(infos, device.type == "cuda", machine)
+    except MemoryPlanError:
+        size = sum(info.size_bytes for info in infos.values())
+        logger.warning(
+            "The driver could not lock %.1f GB of host memory: copies to the device take longer.", size / 1e9
+        )
+        return allocate(infos, False, machine)
+
+
+class HostCopy:
+    """The frozen weights and the buffers of one network in host memory, and on the device while it works.
+
+    On a CPU nothing is copied and both moves do nothing.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        place: HostPlaceOf | None = None,
+        transfer: Transfer | None = None,
+    ) -> None:
+        """Take over a network. What is not in `place` is copied to host memory first, tensor by tensor.
+
+        Call it when the network is dressed: it may be on the host or on the device, and is on the host
+        afterwards. device: where it works. transfer: None chooses one for the device.
+        """
+        self._network, self._is_here = network, False
+        # each with its memory on the host
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        if device.type == "cpu" and transfer is None:
+            self._transfer: Transfer | None = None
+            return
+        self._transfer = transfer or transfer_to(device)
+        swap = swap_of(network)
+        held = frozenset() if swap is None else swap.held
+        moving = {
+            name: tensor
+            for name, tensor in chain(network.named_parameters(), network.named_buffers())
+            if not tensor.requires_grad and tensor not in held
+        }
+        filled = {} if place is None else place.tensors
+        there = {name: filled[name] for name, tensor in moving.items() if _is_at(tensor, filled.get(name))}
+        rest = {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in moving.items()
+            if name not in there
+        }
+        new = allocate_for(rest, device).tensors
+        for name, tensor in moving.items():
+            host = there.get(name)
+            if host is None:
+                host = new[name]
+                host.copy_(tensor.data)
+                tensor.data = host  # one by one: no second copy of all
+            self._pairs.append((tensor, host))
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether the network can work: it is on its device."""
+        return self._transfer is None or self._is_here
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes that the network takes on its device beside those it always has there."""
+        return sum(host.nbytes for _, host in self._pairs)
+
+    def bring(self) -> None:
+        """Copy the weights to the device. The host does not wait: work that is queued later finds them there.
+
+        If it is interrupted, the weights are on the host: call `bring` again.
+        """
+        if self._transfer is None or self._is_here:
+            return
+        try:
+            after = self._transfer.mark()
+            with torch.inference_mode(False), torch.no_grad():
+                views = [_view(self._transfer.memory(host.nbytes), host) for _, host in self._pairs]
+                if views:
+                    pairs = [(view, host) for view, (_, host) in zip(views, self._pairs, strict=True)]
+                    self._transfer.wait(self._transfer.copy(pairs, after))
+            for (tensor, _), view in zip(self._pairs, views, strict=True):
+                tensor.data = view
+            self._is_here = True
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Point the weights at the host's copy, and free the device's memory. Nothing is copied.
+
+        Work that is queued already still finds them: memory is reused in the order of the work. If it is
+        interrupted, call it again before anything else.
+        """
+        self._is_here = False
+        swap = swap_of(self._network)
+        if swap is not None:
+            swap.park()
+        for tensor, host in self._pairs:
+            tensor.data = host
+
+
+def _is_at(tensor: Tensor, place: Tensor | None) -> bool:
+    return place is not None and tensor.data_ptr() == place.data_ptr() and tensor.dtype == place.dtype
+
+
+def _view(memory: Tensor, host: Tensor) -> Tensor:
+    return memory[: host.nbytes].view(host.dtype).view(host.shape)

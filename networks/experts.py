@@ -1,0 +1,106 @@
+"""Experts of a model, the networks that share its noise levels: which one a file is for.
+
+Experts go by their names in `modules.contract.experts`. FOR_BOTH stands for a LoRA that was trained in both.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from modules.text_files import parse_json
+from networks.module_names import FAMILIES
+from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT
+
+# what a LoRA file with a part for each expert says of single parts: {"high_noise": {...}, ...} as JSON
+PARTS_METADATA = "reelsmith_experts"
+# where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
+NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
+# `high_noise`, `HighNoise`, or `HIGH` alone: at the end, or before a size, a dtype, a version and the like
+_IN_NAMES = re.compile(
+    r"(?:^|_)(high|low)(?:_?noise(?=_|$)|(?=$|_(?:lora|model|fp\d+|bf16|rank\d*|r\d|v\d|e\d|ep\d|epoch|step\d|\d)))"
+)
+
+
+def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
+    """Return the expert that a LoRA was trained for, or FOR_BOTH; None if nothing tells.
+
+    Metadata count before the file's name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
+    """
+    value = metadata.get(TRAINED_EXPERT, "").strip().lower()
+    if value == FOR_BOTH:
+        return FOR_BOTH
+    return EXPERT_VALUES.get(value) or _expert_in(path.stem)
+
+
+def expert_of_model(path: Path) -> str | None:
+    """Return the expert that a model's file or folder holds, by its name or its folder's; None if none tells.
+
+    `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
+    """
+    for part in (path, path.absolute().parent):
+        by_name = _expert_in(part.name if part.is_dir() else part.stem)
+        if by_name is not None:
+            return by_name
+        beside = [part.with_name(name.removesuffix(".")) for name in NETWORKS]
+        if f"{part.name}." in NETWORKS and all(folder.is_dir() for folder in beside):
+            return NETWORKS[f"{part.name}."]
+    return None
+
+
+def _expert_in(name: str) -> str | None:
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    found = {EXPERT_VALUES[word] for word in _IN_NAMES.findall(plain)}
+    return found.pop() if len(found) == 1 else None
+
+
+def in_words(expert: str) -> str:
+    """`high_noise` -> `high-noise expert`."""
+    return f"{expert.replace('_', '-')} expert"
+
+
+def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
+    """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
+
+    A file has them if names begin with what a pipeline of diffusers calls its further networks.
+    """
+    names = list(names)
+    found: dict[str | None, list[str]] = {}
+    if not any(name.startswith(further_networks()) for name in names):
+        return {None: names}
+    for name in names:
+        start = next((start for start in NETWORKS if name.startswith(start)), IN_DIFFUSERS)
+        found.setdefault(NETWORKS[start], []).append(name)
+    return found
+
+
+def further_networks() -> tuple[str, ...]:
+    """Return how names begin that are of another than the first network of a pipeline."""
+    return tuple(start for start in NETWORKS if start != IN_DIFFUSERS)
+
+
+def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
+    """Return the metadata of one part of a file with a part for each expert, which name the expert.
+
+    Raises ValueError if what the file says of its parts cannot be read.
+    """
+    common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
+    own = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
+    value = next(value for value, name in EXPERT_VALUES.items() if name == expert)
+    return {**common, **{str(key): str(text) for key, text in own.items()}, TRAINED_EXPERT: value}
+
+
+def join_metadata(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return metadata for a file with a part for each expert, of which `metadata_of` makes these again.
+
+    parts: expert -> its metadata.
+    """
+    plain = [{key: value for key, value in one.items() if key != TRAINED_EXPERT} for one in parts.values()]
+    common = {key: value for key, value in plain[0].items() if all(one.get(key) == value for one in plain)}
+    own = {
+        expert: {key: value for key, value in one.items() if key not in common}
+        for expert, one in zip(parts, plain, strict=True)
+    }
+    if not any(own.values()):
+        return common
+    return {**common, PARTS_METADATA: json.dumps(own, ensure_ascii=False, sort_keys=True)}

@@ -1,0 +1,100 @@
+"""Add LoRAs to a model file: write another one, tensor by tensor."""
+
+import time
+from collections.abc import Sequence
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.atomic_write import free_bytes
+from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
+from modules.checkpoints.writing import stream_tensors
+from modules.console import as_size, in_words, show_box
+from modules.contract.loading import TensorInfo
+from modules.devices import dtype_name
+from modules.errors import CheckpointError
+from networks.merge import LoraPatch, LoraUse
+from networks.names.layouts import FIRST_LAYERS
+from networks.options import refuse_replacing
+
+logger = getLogger(__name__)
+_META = torch.device("meta")
+_STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
+
+
+def merge_into_file(
+    model: Path, uses: Sequence[LoraUse], output: Path, device: torch.device, in_channels: int | None = None
+) -> None:
+    """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
+
+    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
+    float32). in_channels: what the model's first layer has to take. Raises CheckpointError where a file is
+    unusable or a LoRA fits nothing, OptionError where the result would replace one of them, OutputError where
+    it cannot be written.
+    """
+    start = time.monotonic()
+    refuse_replacing(
+        "--save_merged_model", output, [*checkpoint_paths(model), *(use.lora.path for use in uses)]
+    )
+    with open_checkpoint(model) as checkpoint:
+        if in_channels is not None:
+            _check_in_channels(checkpoint, in_channels)
+        patch = LoraPatch(uses, checkpoint.tensors, model)
+        # a LoRA of another model is found out before anything is written
+        for name, info in checkpoint.tensors.items():
+            _refuse_rounded(patch, name, info, model)
+            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
+        patch.check()
+
+        finite = FiniteCheck(model)
+
+        def read(name: str) -> Tensor:
+            tensor = checkpoint.read(name)  # memory of its own
+            finite.note(name, tensor)
+            return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
+
+        needed = sum(info.size_bytes for info in checkpoint.tensors.values())
+        _show_start(model, uses, output, needed)
+        metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
+        if not uses:
+            logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
+        else:
+            metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
+        stream_tensors(output, checkpoint.tensors, read, metadata)
+    result = f"{output} ({as_size(output.stat().st_size)})"
+    show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+
+
+def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
+    """Show what is merged. needed: bytes of the result."""
+    free = as_size(free_bytes(output.resolve().parent))
+    loras = "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
+    rows = [("model", str(model)), ("LoRAs", loras), ("result", str(output))]
+    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])
+
+
+def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:
+    if patch.touches(name) and info.dtype not in {
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    }:
+        raise CheckpointError(
+            f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
+            "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
+            model,
+        )
+
+
+def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
+    first = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
+    found = checkpoint.tensors[first[0]].shape[1] if first else None  # out x in x kernel
+    if found != in_channels:
+        what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
+        raise CheckpointError(
+            f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path
+        )

@@ -1,0 +1,232 @@
+"""Distillation LoRAs, which also change biases, norms, convolutions and the modulation of Wan's blocks.
+
+Names as LightX2V writes them. The oracle is a plain sum of tensors, made here.
+"""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modules.contract.loading import Placement
+from modules.dressing import dress, swapped_weights
+from modules.fp8.options import Quantisation
+from modules.fp8.weights import dequantise, quantise
+from modules.offload.options import SwapOptions
+from networks.added import AddedFile, add_loras
+from networks.convert import convert_file
+from networks.fitting import check_loras_fit
+from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from networks.merge_files import merge_into_file
+from networks.switching import OriginalWeights
+from tests.networks.making import inputs, tiny_dit
+from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
+from wan.checkpoints import load_dit
+from wan.spec import DIT
+
+CPU = torch.device("cpu")
+STRENGTH = 0.7
+RANK = 2
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return 0.05 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distilled(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A LoRA as LightX2V extracts it, for every parameter, and what it adds to each in float32."""
+    written: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
+    for seed, (name, weight) in enumerate(state.items()):
+        path, _, leaf = name.rpartition(".")
+        start = f"diffusion_model.{path}"
+        if leaf == "weight" and weight.ndim == 2 and "head" not in name:
+            down, up = random(RANK, weight.shape[1], seed=seed), random(len(weight), RANK, seed=seed + 1000)
+            written |= {f"{start}.lora_down.weight": down, f"{start}.lora_up.weight": up}
+            deltas[name] = up @ down
+        else:
+            kind = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[leaf]
+            written[f"{start}.{kind}"] = deltas[name] = random(*weight.shape, seed=seed)
+    return written, deltas
+
+
+class Case:
+    """A tiny Wan on disk, a LoRA for all of it, and the sum of both."""
+
+    def __init__(self, folder: Path, kind: str = "t2v", dialect: str = "safetensors") -> None:
+        self.state = tiny_state(kind)
+        self.model = write_dit(folder / "model", self.state, dialect)
+        written, self.deltas = distilled(self.state)
+        self.path = folder / "lora.safetensors"
+        save_file(written, self.path)
+        self.use = LoraUse(read_lora(self.path), STRENGTH)
+        self.merged = {name: tensor + STRENGTH * self.deltas[name] for name, tensor in self.state.items()}
+
+    def assert_merged(self, found: dict[str, Tensor]) -> None:
+        for name, wanted in self.merged.items():
+            # one rounding of float32 apart: the strength is multiplied in at another place
+            torch.testing.assert_close(found[name].float(), wanted, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+def test_the_file_covers_each_kind_of_parameter(case: Case) -> None:
+    names = set(load_file(case.path))
+
+    for name in (
+        "blocks.1.self_attn.norm_q.diff",
+        "blocks.0.norm3.diff",
+        "blocks.0.norm3.diff_b",
+        "blocks.0.diff_m",
+        "head.diff_m",
+        "head.head.diff",
+        "patch_embedding.diff",
+        "time_projection.1.diff_b",
+    ):
+        assert f"diffusion_model.{name}" in names
+
+
+@pytest.mark.parametrize("modulation", ["diff_m", "modulation.diff"])
+def test_loading_adds_every_difference(case: Case, modulation: str, caplog: pytest.LogCaptureFixture) -> None:
+    written = {name.replace("diff_m", modulation): tensor for name, tensor in load_file(case.path).items()}
+    save_file(written, case.path)
+    patch = LoraPatch([LoraUse(read_lora(case.path), STRENGTH)], model=case.model)
+
+    dit = load_dit(case.model, Placement(CPU, patch=patch))
+    patch.check()
+
+    case.assert_merged(dit.state_dict())
+    assert patch.unused() == []
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("dialect", ["safetensors", "diffusers"])
+def test_a_merged_file_has_every_difference(tmp_path: Path, dialect: str) -> None:
+    case = Case(tmp_path, dialect=dialect)
+    check_loras_fit(case.model, [case.use])
+
+    merge_into_file(case.model, [case.use], tmp_path / "merged.safetensors", CPU)
+
+    found = load_file(tmp_path / "merged.safetensors")
+    case.assert_merged(
+        {name: found[diffusers_name(name) if dialect == "diffusers" else name] for name in case.state}
+    )
+
+
+def test_switching_puts_every_difference_in_and_out_to_the_bit(case: Case) -> None:
+    originals = OriginalWeights([case.use])
+    dit = load_dit(case.model, Placement(CPU, patch=originals))
+    originals.check()
+    loaded = load_dit(case.model, Placement(CPU, patch=LoraPatch([case.use]))).state_dict()
+
+    originals.switch(dit, [case.use])
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in dit.state_dict().items())
+    originals.switch(dit, [])
+    assert all(torch.equal(tensor, case.state[name]) for name, tensor in dit.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_lora_for_samples_adds_every_difference_and_leaves_nothing(tmp_path: Path, case: Case) -> None:
+    dit = tiny_dit(tmp_path / "other")
+    plain, given = dit(**inputs(dit)), inputs(dit)
+    added = add_loras(dit, [AddedFile(case.use.lora, STRENGTH)])
+
+    with added.switched_on(CPU, torch.float32):
+        found = dit(**given)
+    again = dit(**given)
+
+    dit.load_state_dict(case.merged)
+    torch.testing.assert_close(found, dit(**given), rtol=1e-5, atol=1e-5)  # x W + x A B, not x (W + A B)
+    assert torch.equal(again, plain)
+    assert float((found - plain).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("target", ["default", "other"])
+def test_conversion_keeps_every_difference(tmp_path: Path, case: Case, target: str) -> None:
+    convert_file(case.path, tmp_path / "once.safetensors", target)
+    convert_file(tmp_path / "once.safetensors", tmp_path / "twice.safetensors", "other")
+
+    for name in ("once", "twice"):
+        patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors"), STRENGTH)])
+        case.assert_merged({each: patch(each, weight) for each, weight in case.state.items()})
+        assert patch.unused() == []
+    # the one name for it that ComfyUI reads
+    assert "diffusion_model.blocks.0.modulation.diff" in load_file(tmp_path / "twice.safetensors")
+
+
+def test_fp8_weights_are_rounded_after_the_differences_are_added(case: Case) -> None:
+    scaled = Quantisation("tensor")
+    dit = load_dit(case.model, Placement(CPU, patch=LoraPatch([case.use]), fp8=scaled))
+
+    found = dit.state_dict()
+    layer = dit.blocks[0].ffn[0]
+    values, scale = quantise(case.merged["blocks.0.ffn.0.weight"], scaled)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    wanted = dequantise(values, scale)
+    own = dequantise(layer.weight, found.get("blocks.0.ffn.0.scale_weight"))
+    torch.testing.assert_close(own.float(), wanted.float(), rtol=1e-6, atol=1e-6)
+    for name in ("blocks.0.modulation", "head.modulation", "blocks.1.norm3.bias", "patch_embedding.weight"):
+        torch.testing.assert_close(found[name].float(), case.merged[name], rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["merged while loading", "added for samples"])
+def test_swapped_blocks_have_every_difference(tmp_path: Path, case: Case, how: str) -> None:
+    host = swapped_weights(DIT, SwapOptions(1, True), CPU)
+    patch = LoraPatch([case.use]) if how == "merged while loading" else None
+    dit = load_dit(case.model, Placement(CPU, patch=patch, host=host))
+    added = add_loras(dit, [AddedFile(case.use.lora, STRENGTH)] if patch is None else [])
+    dress(dit, DIT, CPU, host=host)
+    plain = tiny_dit(tmp_path / "plain")
+    given = inputs(plain)
+    plain.load_state_dict(case.merged)
+
+    with added.switched_on(CPU, torch.float32):
+        found = dit(**given)
+
+    torch.testing.assert_close(found, plain(**given), rtol=1e-5, atol=1e-5)  # as without swap
+
+
+def test_a_difference_of_the_first_layer_for_other_channels_is_left_out(
+    tmp_path: Path, case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LoRAs of text-to-video models are used on image-to-video models, which take more channels."""
+    state = tiny_state("i2v")
+    patch = LoraPatch([case.use])
+
+    merged = {name: patch(name, weight) for name, weight in state.items()}
+    patch.check()
+
+    assert torch.equal(merged["patch_embedding.weight"], state["patch_embedding.weight"])
+    assert not torch.equal(merged["patch_embedding.bias"], state["patch_embedding.bias"])
+    assert "its first layer takes 16 channels, the model's 36; the rest is used without it" in caplog.text
+    assert "ONLY IN PART" not in caplog.text
+    caplog.clear()
+    dit = tiny_dit(tmp_path / "i2v", "i2v")
+    with add_loras(dit, [AddedFile(case.use.lora, 1.0)]).switched_on(CPU, torch.float32):
+        dit(**inputs(dit))
+    assert "its first layer takes 16 channels, the model's 36; the rest is used without it" in caplog.text
+
+
+def test_image_attention_that_a_model_lacks_is_told_as_such(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LightX2V's files for Wan2.2 I2V have what only Wan2.1 I2V has: k_img, v_img, img_emb."""
+    case = Case(tmp_path, "i2v")
+    patch, dit = LoraPatch([case.use]), tiny_dit(tmp_path / "t2v")
+    for name, weight in tiny_state("t2v", in_dim=36).items():
+        patch(name, weight)
+
+    patch.check()
+    add_loras(dit, [AddedFile(case.use.lora, 1.0)])
+
+    assert caplog.text.count("the attention to images of Wan2.1's image-to-video models; the rest") == 2
+    assert "lora_unet_blocks_0_cross_attn_k_img" in caplog.text
+    assert "ONLY IN PART" not in caplog.text

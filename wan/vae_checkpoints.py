@@ -1,0 +1,188 @@
+"""Checkpoint files of Wan's VAEs: recognise dialect and generation, and read dimensions from tensors.
+
+Our modules have the names of the official files, so these need no table. diffusers' names are a list of
+(pattern, our name).
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from math import isqrt
+from pathlib import Path
+
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    count,
+    other_kind,
+    rename_sources,
+    shapes_of,
+    translate_name,
+)
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.family import LatentSpec
+from modules.errors import CheckpointError
+from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
+from wan.vae_releases import RELEASES, WAN_2_1, WAN_2_2
+from wan.vae_shortcuts import fits_shortcut
+
+DIFFUSERS: Names = (
+    (r"(encoder|decoder)\.conv_in\.(.+)", r"\1.conv1.\2"),
+    (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.head.0.\2"),
+    (r"(encoder|decoder)\.conv_out\.(.+)", r"\1.head.2.\2"),
+    (r"quant_conv\.(.+)", r"conv1.\1"),
+    (r"post_quant_conv\.(.+)", r"conv2.\1"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)", r"\1.middle.1.\2"),
+    (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.middle.0.\2"),
+    (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.middle.2.\2"),
+    (r"encoder\.down_blocks\.(.+)", r"encoder.downsamples.\1"),
+)
+DIFFUSERS_RESIDUAL: Names = (  # inside a numbered layer of a list
+    (r"(.+\.\d+)\.norm1\.gamma", r"\1.residual.0.gamma"),
+    (r"(.+\.\d+)\.conv1\.(weight|bias)", r"\1.residual.2.\2"),
+    (r"(.+\.\d+)\.norm2\.gamma", r"\1.residual.3.gamma"),
+    (r"(.+\.\d+)\.conv2\.(weight|bias)", r"\1.residual.6.\2"),
+    (r"(.+\.\d+)\.conv_shortcut\.(weight|bias)", r"\1.shortcut.\2"),
+)
+# a layer of a level: of the decoder in Wan2.1, of both halves in Wan2.2
+_LAYER = re.compile(r"(?:en|de)coder\.(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)|\w+sampler(?:s\.0)?)\.(.+)")
+_Layer = tuple[str, int, int]  # down or up, level, index in it
+_RESAMPLER = 1 << 30  # its index there: behind all residual blocks
+_HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
+
+
+def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
+    """Plan how to load a VAE of Wan2.1 or Wan2.2: official or ComfyUI file, or diffusers layout.
+
+    Raises CheckpointError for any other file.
+    """
+    checkpoint = checkpoint.without_prefix(
+        "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
+    )
+    names, sources = checkpoint.tensors, plain_sources(checkpoint)
+    if "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
+        translate = _flat_names(names)
+    elif "quant_conv.weight" in names and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
+        translate = _staged_names(names)
+    elif "decoder.conv1.weight" in names and any(
+        f"encoder.downsamples.0.{inner}residual.2.weight" in names for inner in ("", "downsamples.0.")
+    ):
+        translate = str
+    else:
+        files = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
+        raise other_kind(checkpoint, "a VAE of Wan2.1 or Wan2.2", "--vae", files)
+    sources = rename_sources(sources, translate)
+    shape = shapes_of(checkpoint, sources)
+    config = WanVaeConfig(
+        shape("conv2.weight")[0],
+        _parts(shape, sources, "encoder.downsamples"),
+        _parts(shape, sources, "decoder.upsamples"),
+        isqrt(shape("encoder.conv1.weight")[1] // 3),
+    )
+    _check_dimensions(config, shape("encoder.conv1.weight")[1], checkpoint.path)
+    return LoadPlan(config, checkpoint, sources)
+
+
+def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_by: str) -> None:
+    """Raise CheckpointError if a VAE is not the one that a model's latents are of.
+
+    path: of its file. needed_by: what has these latents, for the message: "--task ti2v-5B".
+    """
+    if (config.latent_channels, config.stride) == (latent.channels, latent.stride):
+        return
+    wanted = RELEASES[latent.channels]
+    raise CheckpointError(
+        f"{path} is {RELEASES[config.latent_channels].about}; {needed_by} needs {wanted.about}.\n"
+        f"  Give {wanted.files} to --vae.",
+        path,
+    )
+
+
+def _flat_names(names: Iterable[str]) -> Callable[[str], str]:
+    """Translate diffusers' names of Wan2.1, whose decoder has the layers of all levels in one row."""
+    found = sorted({_layer_of(up) for up in map(_LAYER.fullmatch, names) if up})
+    numbers = {layer: number for number, layer in enumerate(found)}
+    return lambda name: _translate(name, lambda layer: str(numbers[layer]))
+
+
+def _staged_names(names: Iterable[str]) -> Callable[[str], str]:
+    """Translate diffusers' names of Wan2.2, where each level is a list."""
+    found = {_layer_of(layer) for layer in map(_LAYER.fullmatch, names) if layer}
+
+    def number(layer: _Layer) -> str:
+        half, level, index = layer
+        before = sum(one[:2] == layer[:2] and one[2] < index for one in found)
+        return f"{level}.{half}samples.{before}"
+
+    return lambda name: _translate(name, number)
+
+
+def _layer_of(match: re.Match[str]) -> _Layer:
+    return match[1], int(match[2]), int(match[3] or _RESAMPLER)
+
+
+def _translate(name: str, number: Callable[[_Layer], str]) -> str:
+    match = _LAYER.fullmatch(name)
+    if match is not None:
+        name = f"{_HALVES[match[1]]}.{number(_layer_of(match))}.{match[4]}"
+    return translate_name(translate_name(name, DIFFUSERS), DIFFUSERS_RESIDUAL)
+
+
+def _parts(
+    shape: Callable[[str], tuple[int, ...]], names: Iterable[str], start: str
+) -> tuple[VaeLayer | VaeStage, ...]:
+    """Read the entries of a list; those of Wan2.2 hold a list of the same name themselves."""
+    names, inner = frozenset(names), start.split(".")[-1]
+    parts: list[VaeLayer | VaeStage] = []
+    for index in range(count(names, rf"{re.escape(start)}\.\d+")):
+        name = f"{start}.{index}"
+        layers = range(count(names, rf"{re.escape(name)}\.{inner}\.\d+"))
+        if layers:
+            parts.append(VaeStage(tuple(_layer(shape, names, f"{name}.{inner}.{layer}") for layer in layers)))
+        else:
+            parts.append(_layer(shape, names, name))
+    return tuple(parts)
+
+
+def _layer(shape: Callable[[str], tuple[int, ...]], names: frozenset[str], name: str) -> VaeLayer:
+    if f"{name}.resample.1.weight" in names:
+        width_out, width_in = shape(f"{name}.resample.1.weight")[:2]
+        kind = "temporal" if f"{name}.time_conv.weight" in names else "spatial"
+        return VaeLayer(kind, width_in, width_out)
+    width_out, width_in = shape(f"{name}.residual.2.weight")[:2]
+    return VaeLayer("residual", width_in, width_out)
+
+
+def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
+    """Raise CheckpointError if a VAE is of neither generation. colours: what its first layer takes."""
+    release = RELEASES.get(config.latent_channels)
+    if release is None or colours != 3 * config.patch**2:
+        what = f"takes {colours} channels" if release else f"has {config.latent_channels} latent channels"
+        raise CheckpointError(
+            f"{path}: this VAE {what}; known are {WAN_2_1.about} and {WAN_2_2.about}.\n"
+            f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
+            path,
+        )
+    for part, stride in zip(("encoder", "decoder"), config.strides, strict=True):
+        if stride != release.stride:
+            raise CheckpointError(
+                f"{path}: its {part} scales time by {stride[0]} and space by {stride[1]}, that of "
+                f"{release.name} by {release.stride[0]} and {release.stride[1]}. It holds another model, or "
+                f"tensors are missing.\n  Give {release.files} to --vae.",
+                path,
+            )
+    for parts, is_down in ((config.encoder, True), (config.decoder, False)):
+        for stage in parts:
+            if isinstance(stage, VaeStage) and not _has_shortcut(stage, is_down):
+                raise CheckpointError(
+                    f"{path}: a stage from {stage.width_in} to {stage.width_out} channels can have no "
+                    f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
+                    path,
+                )
+
+
+def _has_shortcut(stage: VaeStage, is_down: bool) -> bool:
+    if any(layer.kind != "residual" for layer in stage.layers[:-1]):
+        return False  # only the last layer may resample
+    if stage.factors == (1, 1, 1) and not is_down:
+        return True  # it needs none
+    return fits_shortcut(stage.width_in, stage.width_out, stage.factors, is_down)

@@ -1,0 +1,71 @@
+"""Shortcuts without weights around the stages of the Wan2.2 VAE, and its patches of pixels.
+
+A stage changes channels and resolution. Its shortcut does too: pixels of a small block (frames x rows x
+columns, in this order, the last one fastest) and channels are one long axis, which is averaged in groups, or
+whose numbers are repeated. Source: the released VAE of Wan2.2.
+"""
+# Letters: B batch, C channels, T frames, H height, W width
+
+from itertools import product
+from math import prod
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Factors = tuple[int, int, int]  # frames, rows, columns of a block
+
+
+def fold_patches(pixels: Tensor, patch: int) -> Tensor:
+    """Return blocks of patch x patch pixels as channels, B C T H W to B CPP T H/P W/P.
+
+    Unlike `pixel_unshuffle`, the column in a block changes slower than the row.
+    """
+    if patch == 1:
+        return pixels
+    return rearrange(pixels, "b c t (h row) (w column) -> b (c column row) t h w", row=patch, column=patch)
+
+
+def unfold_patches(channels: Tensor, patch: int) -> Tensor:
+    """Return what `fold_patches` has folded, B CPP T H W to B C T HP WP."""
+    if patch == 1:
+        return channels
+    return rearrange(channels, "b (c column row) t h w -> b c t (h row) (w column)", row=patch, column=patch)
+
+
+def fits_shortcut(width: int, width_out: int, factors: Factors, is_down: bool) -> bool:
+    """Return whether there is a shortcut from so many channels to so many."""
+    block, pair = prod(factors), (width, width_out)
+    if is_down:
+        return width * block % width_out == 0
+    return max(pair) % min(pair) == 0 and width_out * block % width == 0
+
+
+def average_groups(x: Tensor, width: int, factors: Factors) -> Tensor:
+    """Return means of x: B C T H W to B width T/frames H/rows W/columns.
+
+    Zeros before the clip's only or first frame complete a block of frames.
+    """
+    frames, rows, columns = factors
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % frames, 0))
+    folded = rearrange(x, "b c (t i) (h j) (w k) -> b (c i j k) t h w", i=frames, j=rows, k=columns)
+    return folded.unflatten(1, (width, -1)).mean(dim=2)
+
+
+def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
+    """Add the numbers of x, B C T H W, to h, B C' T' H*rows W*columns, which is changed and returned.
+
+    T' is T * frames; at the beginning of a clip less, and the first ones of the first block are left out.
+    Adds one pixel of all blocks at a time, so that x is nowhere held enlarged.
+    """
+    frames, rows, columns = factors
+    block, width = prod(factors), h.shape[1]
+    if width > x.shape[1]:
+        x = x.repeat_interleave(width // x.shape[1], dim=1)
+    step = x.shape[1] // width
+    skipped = x.shape[2] * frames - h.shape[2]
+    for place, (i, j, k) in enumerate(product(range(frames), range(rows), range(columns))):
+        is_left_out = i < skipped
+        start = i - skipped + is_left_out * frames
+        h[:, :, start::frames, j::rows, k::columns] += x[:, place * step // block :: step, is_left_out:]
+    return h
