@@ -244,7 +244,7 @@ def tie_network(network: nn.Module, other: nn.Module) -> None:
     for name, tensor in mine.items():
         path, _, leaf = name.rpartition(".")
         module = other.get_submodule(path)
-        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor  # type: ignore[assignment]
+        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 
 def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:

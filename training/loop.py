@@ -306,7 +306,14 @@ def _note(run: TrainingRun, reading: Reading) -> None:
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
     report = StepReport(
-        reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds, _by_expert(run, reading)
+        reading.step,
+        loss,
+        average,
+        reading.notes.rates,
+        norm,
+        norms,
+        reading.seconds,
+        _by_expert(run, reading),
     )
     run.logs.step(report)
     if run.reporter is not None:
@@ -436,7 +443,12 @@ def _sample(run: TrainingRun) -> None:
         was_stopped = False
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
-                run.sampler.make((run.sample_dits or run.dits).at, run.autocast, progress.sample_pending, lambda: run.stop.asked)
+                run.sampler.make(
+                    (run.sample_dits or run.dits).at,
+                    run.autocast,
+                    progress.sample_pending,
+                    lambda: run.stop.asked,
+                )
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.plan.processes, run.device):

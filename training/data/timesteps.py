@@ -50,13 +50,17 @@ def spans_of(experts: Sequence[Expert]) -> tuple[Span, ...]:
     """Return from where to where each expert works. Nothing is trained below the lowest one."""
     begins = sorted(expert.lowest for expert in experts)
     ends = dict(zip(begins, [*begins[1:], math.inf], strict=True))
-    return tuple(Span(expert.lowest, ends[expert.lowest], expert.words) for expert in experts)
+    return tuple(Span(expert.lowest, ends[expert.lowest], _called(expert)) for expert in experts)
 
 
 def span_of_all(experts: Sequence[Expert]) -> Span:
     """Return the noise levels that any of the experts is trained on."""
     lowest = min(experts, key=lambda expert: expert.lowest)
-    return Span(lowest.lowest, words=lowest.words)
+    return Span(lowest.lowest, words=_called(lowest))
+
+
+def _called(expert: Expert) -> str:
+    return expert.words if expert.name else ""
 
 
 def draw(
@@ -242,6 +246,15 @@ def scan(
     shares = shares_of_uniform(options, u, noise, flow_shift)
     fits = is_accepted(options, shares, noise, span)
     return u[fits], shares[fits]
+
+
+def levels_reached(options: TimestepOptions, noise: NoiseSpec) -> tuple[float, float]:
+    """Return about the lowest and the highest noise level that the options draw, in thousandths."""
+    flow_shift = 1.0 if options.timestep_sampling in SIZE_SAMPLERS else options.flow_shift
+    _, shares = scan(options, noise, flow_shift)
+    if not len(shares):
+        return 0.0, 0.0
+    return NUM_TIMESTEPS * float(shares.min()), NUM_TIMESTEPS * float(shares.max())
 
 
 def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[Expert]) -> None:
