@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from downloads.catalogue import download_hint
 from modules.installation import import_own
 
 # name -> the module with `identify` for its files; Wan's is last: it also recognises files of no family
@@ -22,10 +21,12 @@ GENERATION_SCRIPTS = {
 def identify(path: Path) -> str | None:
     """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
 
-    Returns None if no family knows the file, and for a missing file how to download it. Families are imported
-    only here: a script that only prints its help loads none of them.
+    Returns None if no family knows the file, and for a missing file how to download it. Families and
+    the list of released files are imported only here: a script that only prints its help reads none of them.
     """
     if not path.exists():
+        from downloads.catalogue import download_hint
+
         return download_hint(path)
     for module in FAMILIES.values():
         found: str | None = import_own(module).identify(path)

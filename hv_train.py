@@ -12,7 +12,7 @@ from hunyuan_model.options import (
     generation_words,
 )
 from modules.command import command_line
-from modules.errors import OptionError
+from modules.dit_options import refuse_for_whole
 from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
 
@@ -21,10 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, hunyuan_options = read_training(
         __doc__, add_training_arguments, HunyuanTrainingOptions, argv, add_learner=add_whole_dit_arguments
     )
-    if hunyuan_options.dit_dtype is not None:
-        raise OptionError(
-            "--dit_dtype: trained weights are kept in float32, or in bfloat16 with --full_bf16; leave it out"
-        )
+    refuse_for_whole(hunyuan_options.dit_dtype)
 
     from dataset.batches.finding import CachingCommands
     from hunyuan_model.family import family_for_training

@@ -11,6 +11,7 @@ from wan.options import WanGenerationOptions, add_generation_arguments
 
 DEFAULTS = ScriptDefaults(
     fps=16,
+    output_types=("video", "images", "latent", "both", "latent_images"),
     has_experts=True,
     optimized={**FASTER, "fp16_accumulation": True, "rope_func": "comfy"},
     riflex_frequencies=22,

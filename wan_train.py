@@ -6,6 +6,7 @@ from functools import partial
 import modules.interpreter  # noqa: F401
 from families import identify
 from modules.command import command_line
+from modules.dit_options import refuse_for_whole
 from modules.errors import OptionError
 from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, wan_options = read_training(
         __doc__, add_training_arguments, WanTrainingOptions, argv, add_learner=add_whole_dit_arguments
     )
+    refuse_for_whole(wan_options.dit_dtype)
     if wan_options.mixed_precision_transformer:
         raise OptionError(
             "--mixed_precision_transformer: trained weights are kept in float32, or in bfloat16 with "

@@ -4,6 +4,7 @@ The two modes are those of the prompt rewrite model of HunyuanVideo (Kong et al.
 section 4.4); the instruction is our own. Any chat model that `transformers` loads from a folder will do.
 """
 
+import importlib.util
 import logging
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
 from modules.contract.generation import Prompt, Prompts
 from modules.contract.prepared import Prepared
 from modules.control_codes import shorten
@@ -68,12 +70,8 @@ class PromptRewriter:
 
         Raises OptionError if the package transformers is missing.
         """
-        try:
-            import transformers  # noqa: F401
-        except ImportError:
-            raise OptionError(
-                "--prompt_rewrite needs the package transformers: pip install transformers"
-            ) from None
+        if importlib.util.find_spec("transformers") is None:  # importing it takes seconds
+            raise OptionError("--prompt_rewrite needs the package transformers: pip install transformers")
         self.folder = folder
         self.mode = mode
         self._loaded = Loaded[Any, Any]()
@@ -154,6 +152,15 @@ class PromptRewriter:
         # templates of some models begin the thought themselves
         begins = tokenizer.decode(asked[-8:]).rstrip().endswith("<think>")
         return f"<think>{answer}" if begins else answer
+
+
+def make_rewriter(options: PromptRewriteOptions) -> PromptRewriter | None:
+    """Return the rewriter that the options ask for; None if they ask for none. Loads nothing.
+
+    Raises OptionError as `PromptRewriter`.
+    """
+    mode, model = options.prompt_rewrite, options.prompt_rewrite_model
+    return None if mode is None or model is None else PromptRewriter(model, mode)
 
 
 def _render(tokenizer: Any, message: str) -> Any:

@@ -38,7 +38,7 @@ ROUNDING = 1e-6  # of a noise level in float32
 def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Request:
     """Check what a request starts from; set the number of frames if only that says it.
 
-    Reads headers, of a video also a frame, and latents. Raises OptionError if the family does not take it or
+    Reads headers, of a video also a frame. Raises OptionError if the family does not take it or
     it does not exist, MediaError or CheckpointError if it cannot be read.
     """
     source = request.source
@@ -51,7 +51,7 @@ def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Re
     if not source.path.exists():
         raise OptionError(f"{named}: no such file or folder")
     if source.option == LATENTS:
-        frames = (_read(source, rules, latent).shape[2] - 1) * latent.stride[0] + 1
+        frames = (_read(source, rules, latent, only_shape=True).shape[2] - 1) * latent.stride[0] + 1
         return request if request.frames is not None else replace(request, frames=frames)
     check_opens(source.option, source.path, source.option == IMAGE)
     if source.option == IMAGE and request.frames not in (None, 1):
@@ -71,7 +71,7 @@ def begin_late(prepared: Prepared, family: Family) -> Prepared:
     if source is None:
         return prepared
     if source.option == LATENTS:
-        found = _read(source, family.source, family.latent).shape[2]
+        found = _read(source, family.source, family.latent, only_shape=True).shape[2]
         needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
         if found != needed:
             raise OptionError(
@@ -82,7 +82,7 @@ def begin_late(prepared: Prepared, family: Family) -> Prepared:
     elif source.pad_mode is None and source.option == VIDEO:
         _check_length(source, prepared.frames)
     if source.needs_vae and family.source.stretches:
-        _warn_of_stretch(source, prepared)
+        _warn_of_stretch(source, prepared, family)
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     return replace(prepared, first_step=first_step(source, schedule))
 
@@ -120,7 +120,7 @@ def _too_short(source: Source, found: int, needed: int) -> MediaError:
     )
 
 
-def _warn_of_stretch(source: Source, prepared: Prepared) -> None:
+def _warn_of_stretch(source: Source, prepared: Prepared, family: Family) -> None:
     from modules.media.reading import image_size, video_info
 
     if source.option == IMAGE:
@@ -139,14 +139,14 @@ def _warn_of_stretch(source: Source, prepared: Prepared) -> None:
             height,
             prepared.width,
             prepared.height,
-            *_size_like(width, height, prepared),
+            *size_like(width, height, prepared, family.latent.pixel_step),
         )
 
 
-def _size_like(width: int, height: int, prepared: Prepared) -> tuple[int, int]:
-    """Return height and width, multiples of 16: the source's proportions, about the area asked for."""
+def size_like(width: int, height: int, prepared: Prepared, step: int) -> tuple[int, int]:
+    """Return height and width, multiples of `step`: the source's proportions, about the area asked for."""
     factor = (prepared.width * prepared.height / (width * height)) ** 0.5
-    return max(16, round(height * factor / 16) * 16), max(16, round(width * factor / 16) * 16)
+    return max(step, round(height * factor / step) * step), max(step, round(width * factor / step) * step)
 
 
 # clean latents
@@ -204,9 +204,12 @@ def resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
     return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(latents))
 
 
-def _read(source: Source, rules: SourceRules, latent: LatentSpec) -> Tensor:
-    """Read saved latents, 1 C F h w. Raises CheckpointError if they are of another model."""
-    saved = load_latents(source.path, f"--{source.option}")
+def _read(source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False) -> Tensor:
+    """Read saved latents, 1 C F h w. Raises CheckpointError if they are of another model.
+
+    only_shape: as of `load_latents`.
+    """
+    saved = load_latents(source.path, f"--{source.option}", only_shape)
     model = saved.metadata.get("bt_model_type")
     if model is not None and model not in rules.latents_of:
         raise CheckpointError(

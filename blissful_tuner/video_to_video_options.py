@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modules.contract.source import IMAGE, LATENTS, SOURCES, VIDEO
 from modules.errors import OptionError
 from modules.options import add_unsupported, check_at_least, check_at_most
 
-SOURCES = ("video_path", "i2i_path", "from_latent")  # a video starts from one of them at most
 SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spellings
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MOST_NOISE = 10
 USUAL_NOISE = "0.01 to 0.05 are usual"
 USED_WITH = {  # options that count with some sources only
-    "v2v_extra_noise": {"video_path", "from_latent"},
-    "v2v_pad_mode": {"video_path"},
-    "i2_extra_noise": {"i2i_path"},
+    "v2v_extra_noise": {VIDEO, LATENTS},
+    "v2v_pad_mode": {VIDEO},
+    "i2_extra_noise": {IMAGE},
 }
 
 

@@ -17,7 +17,7 @@ from dataset.debug_views import show_datasets
 from dataset.options import CachingOptions, DebugOptions
 from modules.console import Row, in_words
 from modules.control_codes import escape_control_codes
-from modules.devices import choose_device
+from modules.devices import choose_device, leave_cudnn_out
 from modules.planning.device_memory import peak_in_words
 
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
@@ -39,6 +39,7 @@ def run_latent_caching(
         _write_page(family, config, options, result, TOKENS_ELSEWHERE)
         raise SystemExit(result.exit_code)
     else:
+        _prepare(options)
         start = time.monotonic()
         report = cache_media(family, config, options)
         conclude(report, _costs(options, start), [("Next, cache the captions", following)])
@@ -61,9 +62,15 @@ def run_text_caching(
         _say(result.lines)
         _write_page(family, config, options, result, load_counters(family.text_encoders))
         raise SystemExit(result.exit_code)
+    _prepare(options)
     start = time.monotonic()
     report = cache_texts(family, config, options)
     conclude(report, _costs(options, start), [("Next, check all before training", following)])
+
+
+def _prepare(options: CachingOptions) -> None:
+    if options.disable_cudnn_backend:
+        leave_cudnn_out()
 
 
 def _costs(options: CachingOptions, start: float) -> list[Row]:

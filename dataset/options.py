@@ -50,6 +50,7 @@ class CachingOptions:
     num_workers: int | None  # None: the machine's cores minus one
     skip_existing: bool
     keep_cache: bool
+    disable_cudnn_backend: bool
     check: bool
     repair_captions: str | None  # an encoding, or GUESS
     page: CheckPageOptions
@@ -158,6 +159,11 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--keep_cache", action="store_true", help="do not remove cache files that no longer belong to an item"
+    )
+    group.add_argument(
+        "--disable_cudnn_backend",
+        action="store_true",
+        help="compute without cuDNN, whose convolutions are slow or fail on some GPUs, mostly of AMD",
     )
     group.add_argument(
         "--check",

@@ -83,7 +83,8 @@ def check_latents(family: Family, path: Path) -> SavedLatents:
     _, channels, frames, rows, columns = saved.latents.shape
     if channels != family.latent.channels:
         raise CheckpointError(
-            f"--latent_path {path} has {channels} channels, {family.name} has {family.latent.channels}", path
+            f"--latent_path {path} has {channels} channels, {family.source.who} has {family.latent.channels}",
+            path,
         )
     step, vertical, horizontal = family.latent.stride
     size = columns * horizontal, rows * vertical, (frames - 1) * step + 1

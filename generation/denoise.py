@@ -39,7 +39,7 @@ def denoise(
     one says "enough", the clean latents as predicted at that step are returned. split: one pass after the
     other instead of equal-shaped conditions as one batch.
     """
-    latents = start.latents.float()
+    latents = hold_given(section, start.latents.float())
     schedule = solver.schedule
     num_steps = schedule.num_steps - start.step
     for made in range(num_steps):
@@ -50,8 +50,18 @@ def denoise(
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
         if any(answers):
             return done.clean
-        latents = solver.step(index, velocity, latents)
+        latents = hold_given(section, solver.step(index, velocity, latents))
     return latents
+
+
+def hold_given(section: Section, latents: Tensor) -> Tensor:
+    """Return latents B C F H W with the frames that the section is given in their place.
+
+    As their velocity is 0 too, each predicted clean video begins with them, and guidance that measures whole
+    velocities does not see them.
+    """
+    given = section.given
+    return latents if given is None else torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
 
 
 def predictor(

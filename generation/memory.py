@@ -158,7 +158,8 @@ def rehearse_denoising(
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
-    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap.img_in_txt_in_offloading)
+    weights, swap = dtypes_of(dit), speed.swap
+    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.ring.block_swap_ring_size)
     blocks = family.dit.blocks(dit)
     with dry_run() as ledger, torch.no_grad():
         place(dit, ledger)
@@ -174,7 +175,7 @@ def rehearse_denoising(
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             with StepCaches(prepared, family.dit).section(lambda _: dit) as cached_at:
-                predict_at = predictor(family, cached_at, step, options.splits_guidance)
+                predict_at = predictor(family, cached_at, step, options.splits_guidance, section.tweaks)
                 with ledger.guessing():  # a family may look at the timestep
                     guidance(step, predict_at, section)
             return dict(ledger.peaks)

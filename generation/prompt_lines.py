@@ -6,7 +6,6 @@ part the first word is the option and the rest its value. An option is given by 
 the generation scripts, by its name on the command line. Unknown options are ignored with a warning.
 """
 
-import hashlib
 import logging
 import math
 import re
@@ -46,6 +45,8 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         return _whole(text.strip())
+    import hashlib  # here: it loads OpenSSL, which --help need not wait for
+
     digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
     return abs(digest - _walk(text)) % 2**bits
 

@@ -13,7 +13,7 @@ from blissful_tuner.prompt_weights import weigh_all
 from blissful_tuner.riflex import slow_frames
 from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
 from blissful_tuner.video_to_video import begin_late, check_source
-from blissful_tuner.video_to_video_options import SOURCES, SourceOptions, check_one_source, check_share
+from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
@@ -23,7 +23,7 @@ from modules.contract.family import Family
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_opens
-from modules.contract.source import Source
+from modules.contract.source import SOURCES, Source
 from modules.errors import OptionError
 from modules.options import check_seed, show_number, to_path
 from modules.text_files import bad_character
@@ -50,6 +50,20 @@ def draw_seed() -> int:
     return secrets.randbelow(2**SEED_BITS)
 
 
+def seed_of(text: str) -> int:
+    """Return the seed that --seed says, a number or any text; which one a text stands for is logged.
+
+    Raises OptionError for a number of more digits than any seed has.
+    """
+    try:
+        seed = text_to_seed(text)
+    except ValueError as error:
+        raise OptionError(f"--seed {error}") from None
+    if str(seed) != text.strip():
+        logger.info("Seed of the text %r: %d", text, seed)
+    return seed
+
+
 # options that are texts, in the order in which `prompts` draws in them
 TEXTS = ("prompt", "negative_prompt", "prompt_2", "nag_prompt")
 
@@ -69,9 +83,7 @@ def make_request(
         raise OptionError("the line has no prompt: write what the video should show before the options")
     seed = line.get("seed")
     if seed is None:
-        seed = draw_seed() if options.seed is None else _seed_of(options.seed)
-        if options.seed is not None and str(seed) != options.seed.strip():
-            logger.info("Seed of the text %r: %d", options.seed, seed)
+        seed = draw_seed() if options.seed is None else seed_of(options.seed)
 
     def path(name: str) -> Path | None:
         value = None if name in options.extras else line.get(name, getattr(options, name))
@@ -181,13 +193,6 @@ def _solver_of(name: str) -> str:
     if name not in SOLVERS:
         raise OptionError(f"--sample_solver {name} (in a prompt line): use {', '.join(SOLVERS)}")
     return SOLVERS[name]
-
-
-def _seed_of(text: str) -> int:
-    try:
-        return text_to_seed(text)
-    except ValueError as error:
-        raise OptionError(f"--seed {error}") from None
 
 
 def _check_texts(request: Request) -> None:

@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from blissful_tuner.latent_preview import check_preview
-from blissful_tuner.prompt_rewrite import PromptRewriter
+from blissful_tuner.prompt_rewrite import make_rewriter
 from generation.asking import line_reader
 from generation.decoding import decode_files
 from generation.dressing import check_skipped_layers, dit_loader
+from generation.expert_loras import expert_loras
 from generation.jobs import Failures, GenerationRun, tell_unused_sources
 from generation.making import make, make_job
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
-from generation.request import make_request
+from generation.request import seed_of
 from generation.session import Session
 from generation.sheets import make_sheets
 from modules.attention.attend import check_backend
@@ -27,12 +28,13 @@ from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import allow_fp16_accumulation, choose_device
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
 from modules.offload.swap_plan import check_swap
 from modules.planning.memory_plan import room_on, too_little
 from networks.fitting import check_loras_fit
 from networks.merge import LoraUse, lora_uses
 from networks.merge_files import merge_into_file
+from networks.options import refuse_replacing
 
 logger = logging.getLogger(__name__)
 
@@ -58,19 +60,17 @@ def do(family: Family, options: GenerationOptions) -> None:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised automatically")
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
-    uses = lora_uses(options.lora, options.lora_patterns)  # read first, so that a wrong file shows at once
     if options.save_merged_model is not None:
-        save_merged_model(family, uses, options.save_merged_model, device)
+        save_merged_model(family, expert_loras(family.experts, options), options.save_merged_model, device)
         return
+    uses = lora_uses(options.lora, options.lora_patterns)  # read first, so that a wrong file shows at once
     check_compilation(options.speed.compilation.choice, device)
     if options.speed.plan.is_asked:
         plan_generation(family, options, device)
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
-    mode, model = options.rewriting.prompt_rewrite, options.rewriting.prompt_rewrite_model
-    rewriter = PromptRewriter(model, mode) if mode is not None and model is not None else None
-    run = GenerationRun(family, options, session, predicted, rewriter)
+    run = GenerationRun(family, options, session, predicted, make_rewriter(options.rewriting))
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
@@ -95,7 +95,7 @@ def make_prompt(run: GenerationRun) -> None:
     if count == 1:
         jobs = [make_job(run, "the prompt", {})]
     else:
-        first = None if request.seed is None else make_request(request).seed
+        first = None if request.seed is None else seed_of(request.seed)
         seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
         jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
     tell_unused_sources(request.source, jobs[:1])
@@ -122,14 +122,29 @@ def check_models(run: GenerationRun) -> None:
         check_skipped_layers(run.options.guidance.skipped_layers, sum(counts))
 
 
-def save_merged_model(family: Family, uses: Sequence[LoraUse], path: Path, device: torch.device) -> None:
+def save_merged_model(
+    family: Family, uses: Sequence[Sequence[LoraUse]], path: Path, device: torch.device
+) -> None:
     """Write the network's file with the LoRAs merged in, tensor by tensor.
 
-    The files of further experts get `_1`, `_2`, ... appended to the name.
+    uses: of each expert. The files of several experts get `_low_noise` and the like appended to the name; of
+    an expert without LoRAs there is none. Names and shapes are compared for all before one is written.
     """
-    for expert, file in enumerate(family.dit_files):
-        target = path if expert == 0 else path.with_name(f"{path.stem}_{expert}{path.suffix}")
-        merge_into_file(file, uses, target, device)
+    files, experts = family.dit_files, family.experts
+    named = len(files) > 1
+    targets = [path.with_name(f"{path.stem}_{one.name}{path.suffix}") if named else path for one in experts]
+    changed = [index for index in range(len(files)) if uses[index] or not named]
+    if not changed:
+        raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
+    for index in changed:
+        read = [*files, *(use.lora.path for use in uses[index])]
+        refuse_replacing("--save_merged_model", targets[index], read)
+        check_loras_fit(files[index], uses[index])
+    for index, expert in enumerate(experts):
+        if index in changed:
+            merge_into_file(files[index], uses[index], targets[index], device)
+        else:
+            logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
 
 
 def make_from_file(run: GenerationRun, path: Path) -> None:

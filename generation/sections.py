@@ -140,6 +140,7 @@ def on_device(section: Section, device: torch.device) -> Section:
         negative=moved(section.negative),
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),
+        given=None if section.given is None else section.given.to(device),
         away=moved(section.away),
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hunyuan_model.options import (
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
-from modules.checkpoints.dits import choose_dtype
+from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -196,7 +196,7 @@ class HunyuanVideo:
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, self._with_dtype(placement))
+        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, checked against --dit_in_channels.
@@ -204,7 +204,7 @@ class HunyuanVideo:
         --dit_dtype applies if the caller sets no dtype.
         """
         (path,) = self.dit_files
-        dit = load_dit(path, self._with_dtype(placement))
+        dit = load_dit(path, with_dtype(placement, self.dit_dtype))
         if self.text_multipliers is not None:
             multiply_text(dit, HUNYUAN_REFINER, *self.text_multipliers)
         return dit
@@ -356,11 +356,6 @@ class HunyuanVideo:
     def _dit_dtype(self) -> torch.dtype | None:
         """Return the transformer's compute dtype; None if there is no transformer."""
         return self.dit_dtype or (None if self.files.dit is None else self.files.dit_header().compute_dtype)
-
-    def _with_dtype(self, placement: Placement) -> Placement:
-        """Set --dit_dtype in the placement if the caller sets no dtype."""
-        asks = placement.compute_dtype is not None or placement.storage_dtype is not None
-        return placement if asks else replace(placement, compute_dtype=self.dit_dtype)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from hunyuan_model.configs import SKIP_LAYERS
 from modules.attention.options import add_split_argument
 from modules.command import as_typed
+from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, check_at_least, check_at_most
 from modules.vae_options import VaeOptions, add_vae_arguments
@@ -147,12 +148,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the checkpoint and the encoders that training samples need."""
     group = parser.add_argument_group("HunyuanVideo")
     group.add_argument("--dit", type=str, default=None, help="transformer checkpoint")
-    group.add_argument(
-        "--dit_dtype",
-        type=str,
-        default=None,
-        help="dtype that the transformer computes in; default: that of its file",
-    )
+    add_dit_dtype(group)
     group.add_argument(
         "--dit_in_channels",
         type=int,

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -237,7 +236,11 @@ def as_typed(words: Sequence[str]) -> str:
     In the installed package, scripts are its console commands.
     """
     words = command_words(words)
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    if os.name != "nt":
+        return shlex.join(words)
+    import subprocess  # only there
+
+    return subprocess.list2cmdline(words)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

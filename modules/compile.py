@@ -37,7 +37,8 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
     """
     import torch._dynamo  # slow to import, so only if needed
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    limit = choice.variants or max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.recompile_limit = limit
     mode = NO_GRAPHS.get(choice.mode, choice.mode)
     for block in chain.from_iterable(spec.blocks(dit).values()):
         block.forward = torch.compile(

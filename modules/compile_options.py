@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, add_unsupported
+from modules.options import FREE, HABIT, NO_PIXELS, add_unsupported, check_at_least
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
@@ -44,6 +44,7 @@ class Compilation:
     # None: a size becomes dynamic at its second value; True: all sizes are dynamic; False: none is
     dynamic: bool | None = None
     fullgraph: bool = False  # a part that cannot be compiled is an error; False: Python runs it
+    variants: int | None = None  # of one list of blocks, before torch runs the rest uncompiled; None: enough
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -64,6 +65,49 @@ class Compilation:
 
 
 @dataclass(frozen=True)
+class CompileWords:
+    """An option for each word of --compile_args, as newer tuners have them; None: as --compile_args says."""
+
+    compile_backend: str
+    compile_mode: str
+    compile_dynamic: str | None
+    compile_fullgraph: bool
+    compile_cache_size_limit: int | None = field(metadata=NO_PIXELS)
+
+    def __post_init__(self) -> None:
+        usual = "leave it out for enough"
+        check_at_least("--compile_cache_size_limit", self.compile_cache_size_limit, 1, usual)
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Return what differs from the defaults, by its place in --compile_args."""
+        values = {
+            "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
+            "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
+            "DYNAMIC": self.compile_dynamic,
+            "FULLGRAPH": "true" if self.compile_fullgraph else None,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def put_into(self, args: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the words of --compile_args with those that are given here in their places."""
+        return tuple(self.given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True))
+
+    def check(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
+        """Raise OptionError if the words do nothing, or if --compile_args says what they say."""
+        names = [f"--compile_{name.lower()}" for name in self.given]
+        if self.compile_cache_size_limit is not None:
+            names.append("--compile_cache_size_limit")
+        if names and not is_on:
+            raise OptionError(f"{names[0]} does nothing without --compile: give both")
+        if self.given and args != usual:
+            raise OptionError(
+                f"--compile_args and {names[0]} both say how to compile: give either all four words to "
+                "--compile_args, or an option for each"
+            )
+
+
+@dataclass(frozen=True)
 class TrainingCompileOptions:
     """The two ways to ask for compilation in training: accelerate's options and those of generation."""
 
@@ -73,6 +117,7 @@ class TrainingCompileOptions:
     dynamo_dynamic: bool = field(metadata=FREE)
     compile: bool = field(metadata=HABIT)
     compile_args: tuple[str, ...] = field(metadata=FREE)
+    words: CompileWords = field(metadata=FREE)
 
     def __post_init__(self) -> None:
         backend, others = (
@@ -90,13 +135,14 @@ class TrainingCompileOptions:
                 "add --dynamo_backend inductor"
             )
         _check_compile_args(self.compile, self.compile_args, TRAINING_ARGS)
+        self.words.check(self.compile, self.compile_args, TRAINING_ARGS)
         _ = self.choice
 
     @property
     def choice(self) -> Compilation | None:
         """Return how to compile the blocks; None: not at all."""
         if self.compile:
-            return compilation_of(self.compile_args)
+            return compilation_of(self.compile_args, self.words)
         backend = self.dynamo_backend.lower()
         if backend == "no":
             return None
@@ -114,27 +160,33 @@ class GenerationCompileOptions:
 
     compile: bool
     compile_args: tuple[str, ...]
+    words: CompileWords
 
     def __post_init__(self) -> None:
         _check_compile_args(self.compile, self.compile_args, GENERATION_ARGS)
+        self.words.check(self.compile, self.compile_args, GENERATION_ARGS)
         _ = self.choice
 
     @property
     def choice(self) -> Compilation | None:
         """Return how to compile the blocks; None: not at all."""
-        return compilation_of(self.compile_args) if self.compile else None
+        return compilation_of(self.compile_args, self.words) if self.compile else None
 
 
-def compilation_of(args: tuple[str, ...]) -> Compilation:
-    """Parse the four words of --compile_args. Raises OptionError if one is unknown."""
-    backend, mode, dynamic, fullgraph = args
+def compilation_of(args: tuple[str, ...], words: CompileWords) -> Compilation:
+    """Parse the four words of --compile_args, or what replaces them. Raises OptionError if one is unknown."""
+    backend, mode, dynamic, fullgraph = words.put_into(args)
     is_dynamic = (
         None
         if dynamic.strip().lower() in {"auto", "none"}
         else _switch("DYNAMIC", dynamic, "true, false or auto")
     )
     return Compilation(
-        backend.lower(), mode.lower(), is_dynamic, _switch("FULLGRAPH", fullgraph, "true or false")
+        backend.lower(),
+        mode.lower(),
+        is_dynamic,
+        _switch("FULLGRAPH", fullgraph, "true or false"),
+        words.compile_cache_size_limit,
     )
 
 
@@ -205,4 +257,28 @@ def _add_compile_arguments(group: argparse._ArgumentGroup, usual: tuple[str, ...
         default=list(usual),
         help=f"how to compile, default {' '.join(usual)}; DYNAMIC: auto compiles once more if sizes change, "
         "true makes all sizes dynamic at once, false compiles for each size",
+    )
+    group.add_argument(
+        "--compile_backend", default=INDUCTOR, help="another way to give BACKEND of --compile_args"
+    )
+    group.add_argument(
+        "--compile_mode",
+        default=DEFAULT_MODE,
+        choices=MODES,
+        help="another way to give MODE of --compile_args; reduce-overhead is refused",
+    )
+    group.add_argument(
+        "--compile_dynamic",
+        choices=("true", "false", "auto"),
+        help="another way to give DYNAMIC of --compile_args",
+    )
+    group.add_argument(
+        "--compile_fullgraph", action="store_true", help="another way to give FULLGRAPH of --compile_args"
+    )
+    group.add_argument(
+        "--compile_cache_size_limit",
+        type=int,
+        metavar="N",
+        help="how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
+        "uncompiled; default: at least 32",
     )

@@ -110,6 +110,24 @@ def keep_float32_exact() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def set_cuda_precision(allow_tf32: bool = False, cudnn_benchmark: bool = False) -> None:
+    """Make CUDA compute float32 exactly, or allow TF32 for matrix products and convolutions.
+
+    cudnn_benchmark: time cuDNN's convolutions at each new size and take the fastest.
+    """
+    keep_float32_exact()
+    if allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
+def leave_cudnn_out() -> None:
+    """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail."""
+    torch.backends.cudnn.enabled = False
+
+
 def dtype_named(name: str, option: str) -> torch.dtype:
     """Return the torch dtype of an option's value. Raises OptionError, with a list, if it is unknown."""
     try:

@@ -29,7 +29,8 @@ class Checkpointing:
 
 def swapped_weights(spec: DitSpec, swap: SwapOptions, device: torch.device) -> HostWeights | None:
     """Return the place in host memory for weights that are swapped, to load the network with; or None."""
-    return host_weights(SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading), device)
+    plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.ring.block_swap_ring_size)
+    return host_weights(plan, device)
 
 
 def dress(

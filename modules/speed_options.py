@@ -1,6 +1,7 @@
 """Options that trade speed, memory and precision: attention, fp8 weights, block swap, compilation."""
 
 import argparse
+import logging
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -26,6 +27,21 @@ from modules.offload.options import SwapOptions, add_swap_arguments
 from modules.options import FREE, HABIT, NO_PIXELS
 from modules.planning.options import PlanOptions, add_plan_argument
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How checkpoints are read: what another tuner's option asks for is always so."""
+
+    disable_numpy_memmap: bool
+
+    def __post_init__(self) -> None:
+        if self.disable_numpy_memmap:
+            logger.info(
+                "--disable_numpy_memmap is not needed: safetensors files are read in pieces, never mapped"
+            )
+
 
 @dataclass(frozen=True)
 class TrainingSpeedOptions:
@@ -35,6 +51,7 @@ class TrainingSpeedOptions:
     fp8: TrainingFp8Options = field(metadata=HABIT)
     swap: SwapOptions = field(metadata=FREE)
     plan: PlanOptions = field(metadata=FREE)
+    reading: ReadingOptions = field(metadata=FREE)
     compilation: TrainingCompileOptions
 
 
@@ -48,6 +65,7 @@ class GenerationSpeedOptions:
     fp16_accumulation: bool
     swap: SwapOptions = field(metadata=NO_PIXELS)  # equal to the bit
     plan: PlanOptions = field(metadata=NO_PIXELS)
+    reading: ReadingOptions = field(metadata=NO_PIXELS)
     by_preset: tuple[str, ...] = field(metadata=NO_PIXELS)  # options that --optimized has turned on
     not_by_preset: tuple[str, ...] = field(metadata=NO_PIXELS)  # those that are given instead
 
@@ -67,6 +85,7 @@ def add_training_speed_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_fp8_arguments(group)
     add_swap_arguments(group, None)
     add_training_compile_arguments(group)
+    _add_reading_arguments(group)
     add_plan_argument(group)
 
 
@@ -85,5 +104,14 @@ def add_generation_speed_arguments(parser: argparse.ArgumentParser, blocks_to_sw
     add_generation_fp8_arguments(group)
     add_swap_arguments(group, blocks_to_swap)
     add_generation_compile_arguments(group)
+    _add_reading_arguments(group)
     add_plan_argument(group)
     parser.set_defaults(by_preset=(), not_by_preset=())
+
+
+def _add_reading_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--disable_numpy_memmap",
+        action="store_true",
+        help="not needed: safetensors files are read in pieces, never mapped",
+    )

@@ -6,10 +6,8 @@ UserError.
 """
 
 import errno
-import json
 import re
 import stat
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +117,8 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
 
     Raises ValueError, also if it is nested too deeply.
     """
+    import json  # here, as below: all options import this file, few commands read such a text
+
     try:
         content = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
@@ -132,6 +132,8 @@ def parse_toml(text: str) -> dict[str, Any]:
     """Return what a TOML text says. Raises ValueError, also if it is nested too deeply."""
     if _LONG_KEY.search(text):
         raise _too_deep()
+    import tomllib
+
     try:
         content = tomllib.loads(text)
     except RecursionError:

@@ -10,6 +10,7 @@ from torch import Tensor
 from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import checkpoint_paths
 from modules.console import as_size, show_box
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.experts import NETWORKS, join_metadata
 from networks.hashes import STALE, add_hashes
@@ -17,7 +18,7 @@ from networks.key_formats import OURS, add_missing_alphas, to_diffusers, to_othe
 from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.module_names import choose_family, read_family
 from networks.names.framepack import FRAMEPACK
-from networks.names.layouts import HIGH_NOISE, IN_DIFFUSERS, LOW_NOISE, TRAINED_ON
+from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON
 from networks.options import ConvertOptions, refuse_replacing
 from networks.parts import fuse
 

@@ -24,7 +24,7 @@ from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_n
 from networks.hashes import is_damaged
 from networks.key_formats import OURS, NativeTensors, other_kind, to_native
 from networks.module_names import choose_family, is_optional, read_family
-from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT, FamilyNames
+from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
@@ -263,7 +263,7 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):
         return
-    says = "metadata say" if TRAINED_EXPERT in lora.metadata else "name says"
+    says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
     logger.warning(
         f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
         f"{in_words(expert)}: what it has learned is about other noise levels. Give the file for the "

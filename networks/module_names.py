@@ -36,14 +36,13 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     """Return the family that a LoRA file's metadata name; None if they name none, or an unknown one."""
-    version, architecture = (
-        metadata.get(TRAINED_ON),
-        metadata.get("modelspec.architecture", "").removesuffix("/lora"),
-    )
+    version = metadata.get(TRAINED_ON, "")
+    architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
 
     def is_named(family: FamilyNames) -> bool:
-        begins = family.versions and (version or "").lower().startswith(family.versions)
-        return version == family.name or architecture == family.architecture or bool(begins)
+        if version == family.name or architecture == family.architecture:
+            return True
+        return any(text.lower().startswith(family.versions) for text in (version, architecture))
 
     return next((family for family in FAMILIES if is_named(family)), None)
 

@@ -21,6 +21,7 @@ MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 # ours may offer more, never less
 WIDER_CHOICES = {
     *("--attn_mode", "--sample_solver", "--task", "--timestep_sampling", "--dynamo_backend", "--target"),
+    "--save_precision",
 }
 WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}

@@ -95,9 +95,9 @@ class NextSteps:
         found = [self._resume(is_finished)]
         if self.scripts.generation is not None:
             found.append(self._generate(self.scripts.generation, chosen))
-        for chosen in self._together(chosen) if self.options.network is not None else ():
-            converted = chosen.with_name(f"{chosen.stem}_comfy.safetensors")
-            files = ["--input", str(chosen), "--output", str(converted), "--target", "other"]
+        for file in self._together(chosen) if self.options.network is not None else ():
+            converted = file.with_name(f"{file.stem}_comfy.safetensors")
+            files = ["--input", str(file), "--output", str(converted), "--target", "other"]
             found.append(
                 _command("Convert the LoRA for other programs", ["python", "convert_lora.py", *files])
             )

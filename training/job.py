@@ -128,6 +128,7 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
     Raises CacheError with the caching commands if there are none.
     """
     family = job.family
+    family.check_given_files()  # first: caches are made with them
     found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
     check_channels(found, family.latent, job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 
 from modules.contract.data import LOSS_MASK, Batch, Conditions
 from modules.contract.family import Described, Predicts
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.noise import NoiseSpec
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
@@ -36,6 +37,7 @@ class NoisyBatch:
     sigmas: Tensor  # B, share of noise, 0..1
     timesteps: Tensor  # B, what the network is fed
     weights: Tensor  # B, factors on the samples' losses
+    given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
     expert: int = 0  # index of the one that they all go to
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
@@ -51,6 +53,7 @@ class NoisyBatch:
             move(self.sigmas),
             move(self.timesteps),
             move(self.weights),
+            self.given_frames,
             self.expert,
         )
 
@@ -68,14 +71,20 @@ def measure_errors(
     batch.
 
     If the batch has a mask (`MASK`, `LOSS_MASK`), errors are multiplied by it before the mean over all
-    elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss.
+    elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss. Given frames
+    are left out: the mean is over the others.
     """
+    given = noisy_batch.given_frames
     latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
     noise, sigmas, spec = noisy_batch.noise, noisy_batch.sigmas, family.noise
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     with autocast():
         noisy = add_noise(latents, noise, sigmas, spec.data_shares(sigmas))
-        velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions)
+        if given:
+            noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
+        velocity = family.predict(
+            dit, noisy, noisy_batch.timesteps, conditions, Tweaks(given_frames=given) if given else NO_TWEAKS
+        )
     differences = velocity.float() - spec.velocity(latents, noise)
     thresholds = (
         find_thresholds(options, spec, sigmas, noisy_batch.timesteps) if options.has_threshold else None
@@ -87,6 +96,8 @@ def measure_errors(
     mask = noisy_batch.batch.tensors.get(LOSS_MASK)
     if isinstance(mask, Tensor):
         errors = errors * mask.float().unsqueeze(1)  # B 1 F H W
+    if given:
+        errors = errors[:, :, given:]
     return errors.flatten(1).mean(1)
 
 

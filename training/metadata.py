@@ -4,6 +4,7 @@ All values are text; missing ones are "None".
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -157,12 +158,20 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
     }
 
 
+def _resolution(given: str | None) -> str:
+    """Return what --metadata_reso says as "832x480"; "1024" is a square."""
+    if given is None:
+        return RESOLUTION
+    width, *height = re.findall(r"\d+", given)
+    return f"{width}x{height[0] if height else width}"
+
+
 def _modelspec(
     options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, licence: str | None
 ) -> dict[str, str]:
     """Source: https://github.com/Stability-AI/ModelSpec, version 1.0.0."""
     given, times = options.metadata, options.timesteps
-    architecture = family_metadata.get("architecture")
+    architecture = given.architecture or family_metadata.get("architecture")
     values = {
         "sai_model_spec": "1.0.0",
         "architecture": f"{architecture}/lora"
@@ -170,7 +179,7 @@ def _modelspec(
         else architecture,
         "implementation": family_metadata.get("implementation"),
         "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
-        "resolution": RESOLUTION,
+        "resolution": _resolution(given.resolution),
         "date": now.isoformat(timespec="seconds"),
         "author": given.author,
         "description": given.description,

@@ -64,6 +64,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
 
 def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
     """Print how much memory the run would need (--plan)."""
+    family.check_given_files()  # first: caches are made with them
     found = require_items(
         find_items(read_config(options), family.cache_tag, family.latent, family.text_keys), commands
     )

@@ -72,8 +72,8 @@ class Sampler:
         """Write one file for each prompt and return the paths.
 
         dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at
-        the end of an epoch, `000020` at a step. Only the samples' own random state is used. Raises SamplingStopped soon after `stopped()`
-        is true.
+        the end of an epoch, `000020` at a step. Only the samples' own random state is used. Raises
+        SamplingStopped soon after `stopped()` is true.
         """
 
         def watch(_: StepDone) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from modules.attention.options import TRAINING_FLAGS, TrainingAttentionOptions
-from training.data.options import TimestepOptions
+from training.data.options import MIXTURES, SIZE_SHIFTS, TimestepOptions
 from training.loss_options import L2, LossOptions
 from training.optimizers.lr_schedule_options import LrScheduleOptions
 from training.options import TrainingOptions
@@ -67,7 +67,7 @@ def _of_timesteps(options: TimestepOptions, shifts_table: bool) -> Iterator[Give
     sampler, weighting = options.timestep_sampling, options.weighting_scheme
     if sampler != "shift" and not (sampler == "sigma" and shifts_table):
         yield "--discrete_flow_shift", options.flow_shift != 1, "only --timestep_sampling shift uses it"
-    if sampler not in {"sigmoid", "shift", "flux_shift"}:
+    if sampler not in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES}:
         yield (
             "--sigmoid_scale",
             options.sigmoid_scale != 1,
@@ -80,7 +80,7 @@ def _of_timesteps(options: TimestepOptions, shifts_table: bool) -> Iterator[Give
             shapes,
             "it shapes the draws of --timestep_sampling sigma only",
         )
-    if sampler != "logsnr" and (sampler, weighting) != ("sigma", "logit_normal"):
+    if sampler not in {"logsnr", "qinglong_flux"} and (sampler, weighting) != ("sigma", "logit_normal"):
         reason = "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it"
         yield "--logit_mean", options.logit_mean != 0, reason
         yield "--logit_std", options.logit_std != 1, reason

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from modules.contract.data import Batch, Conditions
 from modules.errors import CacheError
-from wan import conditioning
 from wan.configs import WanConfig, WanTask
-from wan.spec import LATENT
+from wan.inputs import control_channels
 
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 
@@ -34,8 +33,7 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch, feature_zer
     image = batch.tensor("latents_image").float() if task.takes_image else None
     if task.has_control:
         control = batch.tensor("latents_control").float()
-        start = None if image is None else image[:, -LATENT.channels :]
-        conditions["condition_latents"] = conditioning.control_condition(control, start)
+        conditions["condition_latents"] = control_channels(task, control, image)
     elif image is not None:
         conditions["condition_latents"] = image
     return conditions

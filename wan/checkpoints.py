@@ -32,8 +32,8 @@ KIND_WORDS = {
     "fun-control-2.2": "Wan2.2 Fun-Control",
 }
 
-# Networks that share Wan's names but need other inputs: how tensors of theirs begin, what they are ({}: 2.1 or
-# 2.2), and what to use. Source: Wan-Video/Wan2.2 (S2V, Animate), ali-vilab/VACE, VideoX-Fun.
+# Networks that share Wan's names but need other inputs: how tensors of theirs begin, what they are ({} is 2.1
+# or 2.2), and what to use. Source: Wan-Video/Wan2.2 (S2V, Animate), ali-vilab/VACE, VideoX-Fun.
 OTHER_VARIANTS = (
     (
         "control_adapter.",

@@ -1,8 +1,9 @@
 """Turn images and videos into the conditions of a Wan transformer.
 
 Image-to-video models take 20 more channels: 4 of a mask (1 if the latent frame is known) and 16 of the
-latents of the known frames, with mid-grey for the others. Fun-Control models take 32: 16 of the control
-video's latents and 16 of the start image's, without a mask. Source: the released Wan2.1 code (Wan team 2025,
+latents of the known frames, with mid-grey for the others. Fun-Control models of Wan2.1 take 32: 16 of the
+control video's latents and 16 of the start image's, without a mask; those of Wan2.2 take 36, the image's with
+its mask. Source: the released Wan2.1 code (Wan team 2025,
 arXiv 2503.20314, section 5) and VideoX-Fun for Fun-Control.
 """
 
@@ -27,6 +28,30 @@ def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
     # add a little because the root of an exact square may come out just below it
     width, height = (max(int((side + 1e-6) // SIZE_STEP) * SIZE_STEP, SIZE_STEP) for side in sides)
     return width, height
+
+
+def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int]:
+    """Return width and height, multiples of `step` with at most `area` pixels, near to the image's aspect.
+
+    image: width, height. Either side may be rounded down first, and the other one is then as long as the area
+    allows; of the two sizes the one whose aspect is nearer to the image's. Source: the released code of
+    TI2V-5B.
+    """
+    aspect = image[0] / image[1]
+    # add a little because the root of an exact square may come out just below it
+    width, height = (
+        int((area * ratio) ** 0.5 + 1e-6) // step * step or step for ratio in (aspect, 1 / aspect)
+    )
+    sizes = [
+        (width, area // width // step * step or step),
+        (area // height // step * step or step, height),
+    ]
+
+    def stretch(size: tuple[int, int]) -> float:
+        ratio = size[0] / size[1] / aspect
+        return max(ratio, 1 / ratio)
+
+    return min(reversed(sizes), key=stretch)  # of equal ones that with the rounded height, as released
 
 
 def frame_mask(known: Tensor) -> Tensor:
@@ -80,6 +105,17 @@ def control_condition(control: Tensor, image: Tensor | None, has_end: bool = Fal
         if has_end:
             start[:, :, -1] = image[:, :, -1].to(start)
     return torch.cat([control, start], dim=1)
+
+
+def masked_control_condition(control: Tensor, image: Tensor | None) -> Tensor:
+    """Return the condition of Wan2.2's Fun-Control: B 36 L h w, of which the last 20 are those of an image.
+
+    control: latents of the control video. image: as `image_condition` makes it; zeros,
+    also for the mask, if there is none. Source: VideoX-Fun, pipeline_wan2_2_fun_control.py.
+    """
+    if image is None:
+        image = control.new_zeros(control.shape[0], FRAMES_PER_LATENT + control.shape[1], *control.shape[2:])
+    return torch.cat([control, image.to(control)], dim=1)
 
 
 def _with_mask(mask: Tensor, latents: Tensor) -> Tensor:

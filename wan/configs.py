@@ -68,6 +68,8 @@ class WanTask:
     high_noise_guidance: float | None = None  # of the second expert; None: there is one expert
     boundary: float | None = None  # timestep from which on the high-noise expert works
     fps: float = 16.0
+    # with which a training batch of clips keeps its first latent frame clean; None: the model cannot
+    first_frame_probability: float | None = None
 
     @property
     def release(self) -> ModelRelease:
@@ -80,6 +82,11 @@ class WanTask:
     def takes_image(self) -> bool:
         """Whether an image is among the condition channels of the network; a task with it needs one."""
         return self.kind in {"i2v", "flf2v"}
+
+    @property
+    def keeps_image(self) -> bool:
+        """Whether an image, if one is given, becomes the first latent frame, which stays clean."""
+        return self.kind == "ti2v"
 
     @property
     def has_features(self) -> bool:
@@ -150,6 +157,8 @@ TASKS: dict[str, WanTask] = {
             *("ti2v-5B", "ti2v", False, 3072, 50, 121, _5B, ("Wan-AI/Wan2.2-TI2V-5B",)),
             version="2.2",
             fps=24.0,
+            # it makes videos from text and from images, so a LoRA learns both
+            first_frame_probability=0.5,
         ),
     )
 }

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.dits import choose_dtype
-from modules.checkpoints.model_files import read_once
+from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
@@ -29,7 +28,7 @@ from modules.options import NO_OPTIONS
 from wan import conditioning
 from wan.batches import batch_conditions, no_features
 from wan.caching import encode_together
-from wan.checkpoints import check_task, load_dit, note_task, read_dit_header
+from wan.checkpoints import load_dit, note_task
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
@@ -39,13 +38,14 @@ from wan.configs import (
     default_flow_shift,
 )
 from wan.files import WanFiles
-from wan.inputs import add_image_noise, appends_end, encode_inputs, take_inputs
+from wan.inputs import FIRST_LATENTS, add_image_noise, appends_end, encode_inputs, take_inputs
 from wan.options import (
     WanGenerationOptions,
     WanLatentCachingOptions,
     WanTextCachingOptions,
     WanTrainingOptions,
 )
+from wan.releases import add_release, check_names, read_release
 from wan.spec import DIT, LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
@@ -61,6 +61,7 @@ class Wan:
     task: WanTask
     files: WanFiles
     vae_dtype: torch.dtype | None = None  # None: the DiT's when there is one, else bfloat16
+    dit_dtype: torch.dtype | None = None  # None: as the file says
     vae_cache_cpu: bool = False
     vae_tile: int | None = None
     image_kind: str | None = None  # caching: i2v, flf2v, or None for text-to-video caches
@@ -74,11 +75,11 @@ class Wan:
     sizes_follow_image: bool = True
     options: Any = NO_OPTIONS  # of a training
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
+    first_frame_probability: float = 0.0  # of a training, see `NoiseSpec`
 
     name: str = field(default="wan", init=False)
     cache_tag: str = field(default="wan", init=False)
     lora_module: str = field(default="networks.lora_wan", init=False)
-    noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=WanTextEncoder.keys, init=False)
 
@@ -86,6 +87,11 @@ class Wan:
     def latent(self) -> LatentSpec:
         """The latent space of the task's VAE."""
         return _latent_of(self.task)
+
+    @property
+    def noise(self) -> NoiseSpec:
+        """Rectified flow; how often training gives the first frame."""
+        return replace(FLOW, first_frame_probability=self.first_frame_probability)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -215,12 +221,13 @@ class Wan:
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, placement)
+        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
         note_task(self.files.dit_header(), self.task, path)
+        placement = with_dtype(placement, self.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision)
 
@@ -277,9 +284,14 @@ class Wan:
         flow_shift = (
             default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
         )
-        if task.takes_image and request.first_image is not None and self.sizes_follow_image:
-            width, height = conditioning.size_like_image(image_size(request.first_image), width * height)
+        if self.sizes_follow_image:
+            width, height = _size_by_image(task, request, width, height)
         size = width, height, whole_frames(frames, self.latent)
+        if task.keeps_image and request.image_path is not None and size[2] == 1:
+            raise OptionError(
+                f"--image_path {request.image_path}: it becomes the first frame, and the video has only one. "
+                "Give a --video_length of 5 or more"
+            )
         check_size((width, height, frames), self.latent)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
         # the release has no empty one
@@ -288,7 +300,8 @@ class Wan:
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether images or a control video must be encoded before denoising."""
-        return self.task.takes_image or self.task.has_control
+        keeps_one = self.task.keeps_image and prepared.asked.image_path is not None
+        return self.task.takes_image or self.task.has_control or keeps_one
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the request's images and control video as CLIP features and condition channels.
@@ -323,7 +336,8 @@ class Wan:
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section for the denoising loop.
 
-        Noise is one draw of C F H W; the condition's extra noise is drawn after it.
+        Noise is one draw of C F H W; the condition's extra noise is drawn after it. An image that is the
+        first frame of the video is given to the section.
         """
         batch, channels, latent_frames, rows, columns = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
@@ -332,9 +346,13 @@ class Wan:
             (batch, channels, latent_frames + appends_end(self.task, prepared.asked), rows, columns)
         )
         conditions = dict(inputs.get(0, {}))
+        first = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.task.takes_image:
             conditions |= add_image_noise(conditions, self.image_noise, noise)
-        return (yield prompts[0].section(start, conditions))
+        section = prompts[0].section(start, conditions)
+        if isinstance(first, Tensor):
+            section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
+        return (yield section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
@@ -348,14 +366,13 @@ class Wan:
         self.files.check_vae(self.latent, f"--task {self.task.name}")
 
     def _check_dit(self) -> None:
-        for path in self.files.dits:
-            check_task(read_once(path, read_dit_header), self.task, path)
+        self.files.check_dits(self.task)
 
     def _vae_dtype(self) -> torch.dtype:
         if self.vae_dtype is not None:
             return self.vae_dtype
         has_dit = self.files.dit is not None or self.files.dit_high_noise is not None
-        return self.files.dit_header().compute_dtype if has_dit else torch.bfloat16
+        return (self.dit_dtype or self.files.dit_header().compute_dtype) if has_dit else torch.bfloat16
 
     @property
     def _feature_zeros(self) -> bool:
@@ -398,16 +415,20 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
     """Describe the family for wan_train_network.py; samples have exactly the size of their prompt line."""
     files = _files(options)
     task = TASKS[options.task]
+    if options.first_frame_probability is None:  # what was trained with is recorded and compared
+        options = replace(options, first_frame_probability=task.first_frame_probability)
     return Wan(
         task,
         files,
         **_vae_settings(options, None),
-        boundary=_boundary(options, task),
+        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        boundary=_boundary(options, task, files),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
         t5_in_fp8=options.text.fp8_t5,
         sizes_follow_image=False,
+        first_frame_probability=options.first_frame_probability or 0.0,
         options=options,
     )
 
@@ -428,16 +449,23 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
-    files, task = _files(options), TASKS[options.task]
+    files, task, boundary = _files(options), TASKS[options.task], None
     if options.ckpt_dir is not None:
-        files = files.add_release(options.ckpt_dir, _latent_of(task))
+        release = read_release(options.ckpt_dir, _latent_of(task))
+        files, boundary = add_release(files, release.files), release.boundary
+    if files.dit is None and files.dit_high_noise is not None:
+        raise OptionError(
+            "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
+            "transformer for little noise"
+        )
     if options.i2v_extra_noise and not task.takes_image:
-        logger.warning("--i2v_extra_noise is ignored because --task %s starts from no image", task.name)
+        logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", task.name)
     return Wan(
         task,
         files,
         **_vae_settings(options, None),
-        boundary=_boundary(options, task),
+        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        boundary=_boundary(options, task, files, boundary),
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
@@ -455,19 +483,39 @@ def _latent_of(task: WanTask) -> LatentSpec:
     return LATENT_5B if task.kind == "ti2v" else LATENT
 
 
+def _size_by_image(task: WanTask, request: Request, width: int, height: int) -> tuple[int, int]:
+    """Return width and height with the aspect of the image that the task starts from, if there is one."""
+    if task.takes_image and request.first_image is not None:
+        return conditioning.size_like_image(image_size(request.first_image), width * height)
+    if task.keeps_image and request.image_path is not None:
+        step = _latent_of(task).pixel_step
+        return conditioning.nearest_size(image_size(request.image_path), width * height, step)
+    return width, height
+
+
 def _files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
     text, high = options.text, options.experts.dit_high_noise
-    return WanFiles(options.dit, options.vae.vae, text.t5, text.t5_tokenizer, options.clip, high)
+    check_names(options.dit, high)
+    clip = options.clip
+    if clip is not None and TASKS[options.task].version != "2.1":
+        logger.warning("--clip %s is ignored because --task %s takes no image features", clip, options.task)
+        clip = None
+    return WanFiles(options.dit, options.vae.vae, text.t5, text.t5_tokenizer, clip, high)
 
 
-def _boundary(options: WanTrainingOptions | WanGenerationOptions, task: WanTask) -> float | None:
+def _boundary(
+    options: WanTrainingOptions | WanGenerationOptions,
+    task: WanTask,
+    files: WanFiles,
+    of_release: float | None = None,
+) -> float | None:
     """Return where the high-noise expert begins. Raises OptionError if the task has no such expert."""
-    if options.experts.dit_high_noise is not None and task.boundary is None:
+    if files.dit_high_noise is not None and task.boundary is None:
         raise OptionError(
-            f"--dit_high_noise: --task {task.name} has one transformer. Leave the option out, or use "
-            "--task t2v-A14B or i2v-A14B"
+            f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
+            "or use --task t2v-A14B or i2v-A14B"
         )
-    return options.experts.boundary or task.boundary
+    return options.experts.boundary or of_release or task.boundary
 
 
 def _vae_settings(

@@ -1,25 +1,17 @@
 """Files of a Wan run: their paths, and the check that each is what its option says."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.family import LatentSpec
-from modules.errors import OptionError
-from wan.checkpoints import read_dit_header
-from wan.configs import WanConfig
+from wan.checkpoints import check_alike, check_task, read_dit_header
+from wan.configs import WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.tokenizer import FILES as TOKENIZER
 from wan.vae_checkpoints import check_latents, read_vae
 from wan.vae_releases import RELEASES, VaeRelease
-
-# file names in the folder of the official release (--ckpt_dir), beside that of the VAE
-RELEASE = {
-    "t5": "models_t5_umt5-xxl-enc-bf16.pth",
-    "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-    "t5_tokenizer": "google/umt5-xxl",
-}
 
 
 @dataclass(frozen=True)
@@ -36,20 +28,6 @@ class WanFiles:
     clip: Path | None = None
     dit_high_noise: Path | None = None
 
-    def add_release(self, folder: Path, latent: LatentSpec) -> "WanFiles":
-        """Return these files; those that are not given come from the official release's folder.
-
-        latent: of the model, which tells whose VAE it is.
-        """
-        if not folder.is_dir():
-            raise OptionError(f"--ckpt_dir {folder}: no such folder. Give that of the official release")
-        found = {
-            key: folder / name
-            for key, name in {**RELEASE, "vae": RELEASES[latent.channels].file}.items()
-            if getattr(self, key) is None and (folder / name).exists()
-        }
-        return replace(self, **found)
-
     @property
     def dit_path(self) -> Path:
         return require_file(self.dit, "--dit", "the transformer checkpoint")
@@ -61,6 +39,15 @@ class WanFiles:
             return (self.dit_path,)
         high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
         return (high,) if self.dit is None else (self.dit_path, high)
+
+    def check_dits(self, task: WanTask) -> None:
+        """Raise OptionError or CheckpointError if a transformer is missing, or not what --task says."""
+        both = {"--dit": self.dit, "--dit_high_noise": self.dit_high_noise}
+        paths = {option: path for option, path in both.items() if path in self.dits}
+        headers = {option: read_once(path, read_dit_header) for option, path in paths.items()}
+        for option, path in paths.items():
+            check_task(headers[option], task, path, option)
+        check_alike(headers, paths)
 
     @property
     def vae_path(self) -> Path:

@@ -16,10 +16,12 @@ from wan import conditioning
 from wan.configs import WanTask
 from wan.spec import LATENT
 
+FIRST_LATENTS = "first_latents"  # condition: clean latents of an image, B C 1 h w, the first of the video
+
 
 def appends_end(task: WanTask, request: Request) -> bool:
-    """Whether an end image adds a latent frame (image-to-video), or lies inside the clip (FLF2V)."""
-    return task.kind == "i2v" and request.end_image_path is not None
+    """Whether an end image adds a latent frame (image-to-video of Wan2.1), or lies inside the clip."""
+    return task.appends_end and request.end_image_path is not None
 
 
 def take_inputs(task: WanTask, request: Request) -> Request:
@@ -31,7 +33,7 @@ def take_inputs(task: WanTask, request: Request) -> Request:
     if task.has_control:
         require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
     taken = {
-        "image_path": task.takes_image,
+        "image_path": task.takes_image or task.keeps_image,
         "end_image_path": task.takes_image,
         "control_path": task.has_control,
     }
@@ -60,20 +62,34 @@ def encode_inputs(
             paths = [first] + ([end] if task.kind == "flf2v" and end is not None else [])
             features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
             conditions["clip"] = torch.cat(features, dim=1).cpu()
-        if task.kind == "flf2v" and end is not None:
+        if end is not None and not task.appends_end:
             image = conditioning.first_last_condition(vae, pixels(first), pixels(end), frames)
         else:
             image = conditioning.image_condition(vae, pixels(first), frames, pixels(end) if end else None)
         conditions["condition_latents"] = image.cpu()
+    if task.keeps_image and request.image_path is not None:
+        pixels_in_front = image_pixels(request.image_path, width, height, shrink="lanczos")
+        conditions[FIRST_LATENTS] = vae.encode(pixels_in_front).cpu()
     if task.has_control and request.control_path is not None:
         has_end = appends_end(task, request)
         end_frames = conditioning.FRAMES_PER_LATENT if has_end else 0
         control = vae.encode(
             video_pixels(request.control_path, "--control_path", width, height, frames, end_frames)
         )
-        start = None if image is None else image[:, -LATENT.channels :]
-        conditions["condition_latents"] = conditioning.control_condition(control, start, has_end).cpu()
+        conditions["condition_latents"] = control_channels(task, control, image, has_end).cpu()
     return conditions
+
+
+def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
+    """Return the condition channels of a Fun-Control model, B C L h w.
+
+    control: latents of the control video. image: channels of the start image with their mask. has_end: it has
+    an end image as its last frame.
+    """
+    if task.version == "2.2":
+        return conditioning.masked_control_condition(control, image)
+    start = None if image is None else image[:, -LATENT.channels :]
+    return conditioning.control_condition(control, start, has_end)
 
 
 def add_image_noise(conditions: Conditions, amount: float, noise: NoiseSource) -> dict[str, Tensor]:

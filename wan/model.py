@@ -1,5 +1,5 @@
-"""The Wan transformer. Module names follow the published checkpoints, so official files load without
-renaming.
+"""The transformer of Wan2.1 and Wan2.2. Module names follow the published checkpoints, so official files load
+without renaming.
 
 Source: the released model code and Wan Team 2025, arXiv 2503.20314. Always float32: the residual stream,
 norms, the final layer; rotary angles are float64. Time embedding, modulation and the rotation by position are
@@ -8,7 +8,7 @@ autocast.
 """
 # Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +41,15 @@ class AwayText:
 
 
 @dataclass(frozen=True)
+class GivenTokens:
+    """Tokens in front of the others that hold clean frames: they have a time of their own, 0."""
+
+    count: int
+    time: Tensor  # 1 C
+    modulation: Tensor  # 1 6 C
+
+
+@dataclass(frozen=True)
 class WanTokens:
     """Inputs of the blocks besides the video tokens; built once per forward pass by `WanModel.embed`."""
 
@@ -50,10 +59,25 @@ class WanTokens:
     text_repeats: Tensor | None  # T float32, for how many equal rows each row of text stands; None: one each
     image: Tensor | None  # B I C
     time: Tensor  # B C in the model's `precision`
-    modulation: Tensor  # B 6 C likewise, the same for all tokens
+    modulation: Tensor  # B 6 C likewise, the same for all tokens that are not given
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     away: AwayText | None = None
+    given: GivenTokens | None = None
+
+    def each_part(
+        self, compute: Callable[..., Tensor], parts: Sequence[Sequence[Tensor]], *rows: Tensor
+    ) -> Tensor:
+        """Return `compute(*rows, *parts[0])`, B L C', for rows B L C; with given tokens these by themselves.
+
+        parts: what belongs to the time of the tokens, first of those that are not given, then of the given.
+        Joining two results takes no more memory than a result that was not rounded to `dtype` yet.
+        """
+        if self.given is None:
+            return compute(*rows, *parts[0])
+        count = self.given.count
+        front = compute(*(each[:, :count] for each in rows), *parts[1])
+        return torch.cat([front, compute(*(each[:, count:] for each in rows), *parts[0])], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -142,18 +166,39 @@ class WanAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         # x: B L C float32, also between the branches
-        modulation = self.modulation.to(tokens.modulation.dtype) + tokens.modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # each B 1 C
-        h = modulate(self.norm1(x), shift1, scale1, tokens.dtype)
-        # x + gate * branch, in one pass over the tokens
-        x = torch.addcmul(x, gate1.float(), self.self_attn(h, tokens).float())
-        x = x + self.cross_attn(self.norm3(x).to(tokens.dtype), tokens)
-        return self.feed_forward(x, shift2, scale2, gate2, tokens.dtype)
+        dtype, modulations = tokens.dtype, self._modulations(tokens, tokens.modulation.dtype)
+
+        def enter(x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
+            return modulate(self.norm1(x), shift, scale, dtype)
+
+        def add(x: Tensor, seen: Tensor, _shift: Tensor, _scale: Tensor, gate: Tensor, *_: Tensor) -> Tensor:
+            return torch.addcmul(x, gate.float(), seen)  # in one pass over the tokens
+
+        def finish(x: Tensor, *modulation: Tensor) -> Tensor:
+            shift, scale, gate = modulation[3:]
+            return self.feed_forward(x, shift, scale, gate, dtype)
+
+        h = tokens.each_part(enter, modulations, x)
+        x = tokens.each_part(add, modulations, x, self.self_attn(h, tokens).float())
+        x = x + self.cross_attn(self.norm3(x).to(dtype), tokens)
+        return tokens.each_part(finish, modulations, x)
+
+    def _modulations(self, tokens: WanTokens, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        """Return shift, scale and gate of self-attention, then of the feed-forward branch, each B 1 C.
+
+        First for the tokens that are not given, then for the given ones; in `dtype` or a wider one.
+        """
+        given = tokens.given
+        times = [tokens.modulation] if given is None else [tokens.modulation, given.modulation]
+        return [(self.modulation.to(dtype) + time).unsqueeze(2).unbind(1) for time in times]
 
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return what self-attention gets for an input x of the block, both B L C."""
-        shift, scale, *_ = (self.modulation.float() + tokens.modulation).unsqueeze(2).unbind(1)
-        return torch.addcmul(shift, self.norm1(x), 1 + scale).to(tokens.dtype)
+
+        def enter(x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
+            return torch.addcmul(shift, self.norm1(x), 1 + scale).to(tokens.dtype)
+
+        return tokens.each_part(enter, self._modulations(tokens, torch.float32), x)
 
     def feed_forward(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
@@ -178,9 +223,13 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
+        def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+        times = [tokens.time] if tokens.given is None else [tokens.time, tokens.given.time]
         # each B 1 C
-        shift, scale = (self.modulation.float() + tokens.time.unsqueeze(1)).unsqueeze(2).unbind(1)
-        return run_float32(self.head, torch.addcmul(shift, self.norm(x), 1 + scale))
+        parts = [(self.modulation.float() + time.unsqueeze(1)).unsqueeze(2).unbind(1) for time in times]
+        return run_float32(self.head, tokens.each_part(modulated, parts, x))
 
 
 class ImageEmbedding(nn.Module):
@@ -276,11 +325,16 @@ class WanModel(nn.Module):
         sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image
         encoder, for models with image attention. Such a model without them takes its first 257 rows of text
         for the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that
-        change this call; their second text is "text". Raises ValueError where sizes do not go together.
+        change this call; their second text is "text". Their given frames are fed the time 0, and their
+        velocity is 0. Raises ValueError where sizes do not go together.
         """
         hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
         run_blocks(self, hidden, tweaks)
-        return self.unembed(hidden.x, hidden.tokens)
+        velocity = self.unembed(hidden.x, hidden.tokens)
+        given = tweaks.given_frames
+        if not given:
+            return velocity
+        return torch.cat([torch.zeros_like(velocity[:, :, :given]), velocity[:, :, given:]], dim=2)
 
     def embed(
         self,
@@ -295,10 +349,7 @@ class WanModel(nn.Module):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = run(self.patch_embedding, noisy).float()  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
-        time = run_float32(self.time_embedding[2], functional.silu(time))
-        modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
-        time, modulation = time.to(self._precision), modulation.to(self._precision)
+        time, modulation, given = self._embed_times(timesteps, tweaks.given_frames, grid)
         text_is_image = self.config.has_image and image_embeds is None
         merges = noisy.device.type == "cpu" and self.attention.mode == SDPA.mode and not text_is_image
         text_tokens, repeats = self._embed_text(text, merges, dtype)
@@ -312,7 +363,8 @@ class WanModel(nn.Module):
             away = None if away is None else replace(away, rows=away.rows[:, TEXT_ROWS_AS_IMAGE:])
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
         tokens = WanTokens(
-            grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention, away
+            *(grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention),
+            *(away, given),
         )
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
@@ -331,6 +383,24 @@ class WanModel(nn.Module):
             ph=ph,
             pw=pw,
         )
+
+    def _embed_times(
+        self, timesteps: Tensor, given_frames: int, grid: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor, GivenTokens | None]:
+        """Return the embedded times, B C, their modulation, B 6 C, and both for the tokens of given frames.
+
+        Each distinct time is embedded once, not once for each token as the released code does.
+        """
+        if given_frames:
+            timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])
+        time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
+        time = run_float32(self.time_embedding[2], functional.silu(time))
+        modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
+        time, modulation = time.to(self._precision), modulation.to(self._precision)
+        if not given_frames:
+            return time, modulation, None
+        count = given_frames // self.config.patch_size[0] * grid[1] * grid[2]
+        return time[:-1], modulation[:-1], GivenTokens(count, time[-1:], modulation[-1:])
 
     def _embed_text(
         self, text: Sequence[Tensor] | Tensor, merges: bool, dtype: torch.dtype

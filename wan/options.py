@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.command import as_typed
+from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -16,6 +17,7 @@ from modules.options import (
     NO_PIXELS,
     OF_DECODING,
     OF_REQUEST,
+    add_unsupported,
     check_at_least,
     check_at_most,
     refuse_value,
@@ -78,8 +80,11 @@ class WanLatentCachingOptions:
     flf2v: bool
 
     def __post_init__(self) -> None:
-        if self.flf2v and self.clip is None:
-            raise OptionError("--flf2v needs --clip: the image encoder encodes the first and the last frame")
+        if self.flf2v and self.clip is None and not self.i2v:
+            raise OptionError(
+                "--flf2v needs --clip: the image encoder encodes the first and the last frame. Or give --i2v "
+                "for Wan2.2, which has no image encoder"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class WanTrainingOptions:
 
     task: str = field(metadata=IDENTITY)
     dit: Path | None = field(metadata=FREE)  # resume compares its name
+    dit_dtype: str | None = field(metadata=HABIT)
     experts: WanExpertOptions = field(metadata=FREE)
     sample_dit_other: Path | None = field(metadata=FREE)
     vae: VaeOptions = field(metadata=FREE)
@@ -104,11 +110,17 @@ class WanTrainingOptions:
     rope_func: str = field(metadata=HABIT)
     mixed_precision_transformer: bool = field(metadata=HABIT)
     text_as_image_tokens: bool = field(metadata=HABIT)
+    first_frame_probability: float | None = field(metadata=IDENTITY)  # None: that of the task
 
     def __post_init__(self) -> None:
+        self._check_first_frame()
         # checked here, not with `choices`: the established command line has none for it
         if self.rope_func not in {"default", "comfy"}:
             raise OptionError(f"--rope_func {self.rope_func}: use default or comfy")
+        _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
+        self._check_other()
+
+    def _check_other(self) -> None:
         other, dits = self.sample_dit_other, (self.dit, self.experts.dit_high_noise)
         if other is not None and None not in dits:
             raise OptionError(
@@ -124,6 +136,19 @@ class WanTrainingOptions:
                 f"--sample_dit_other {other}: this one is trained. Give the file of the other transformer"
             )
 
+    def _check_first_frame(self) -> None:
+        probability, task = self.first_frame_probability, TASKS[self.task]
+        if probability is None:
+            return
+        check_at_least("--first_frame_probability", probability, 0, "0 trains text to video alone")
+        check_at_most("--first_frame_probability", probability, 1, "1 trains image to video alone")
+        if not task.keeps_image:
+            why = "trains on its image condition" if task.takes_image else "starts from no image"
+            raise OptionError(
+                f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
+                "or use --task ti2v-5B"
+            )
+
 
 @dataclass(frozen=True)
 class WanGenerationOptions:
@@ -131,6 +156,7 @@ class WanGenerationOptions:
 
     task: str = field(metadata=OF_REQUEST)
     dit: Path | None
+    dit_dtype: str | None
     experts: WanExpertOptions
     vae: VaeOptions = field(metadata=OF_DECODING)
     vae_cache_cpu: bool = field(metadata=NO_PIXELS)
@@ -153,6 +179,16 @@ class WanGenerationOptions:
         usual = "0.02 to 0.04 are usual"
         check_at_least("--i2v_extra_noise", self.i2v_extra_noise, 0, usual)
         check_at_most("--i2v_extra_noise", self.i2v_extra_noise, 10, usual)
+        _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
+
+
+def _check_dtypes(dit_dtype: str | None, keeps_file_dtypes: bool) -> None:
+    """Raise OptionError if one option asks for one dtype and another for those of the file."""
+    if dit_dtype is not None and keeps_file_dtypes:
+        raise OptionError(
+            f"--dit_dtype {dit_dtype} with --mixed_precision_transformer, which keeps those of the file: "
+            "leave one of them out"
+        )
 
 
 def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,8 +209,9 @@ def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--flf2v",
         action="store_true",
-        help="with --clip: condition on the first and the last frame (flf2v-14B)",
+        help="with --clip or --i2v: condition on the first and the last frame (flf2v-14B, i2v-A14B)",
     )
+    _add_one_frame(group, "a dataset of images and --task t2i-14B or t2v-A14B")
 
 
 def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +242,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="precision of the rotary embedding: default (float64) or comfy (float32)",
     )
+    _add_one_frame(group, "a dataset of images")
+    group.add_argument(
+        "--first_frame_probability",
+        type=float,
+        default=None,
+        help="ti2v-5B: share of the batches of clips that are trained from image to video, with the first "
+        "frame given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
+    )
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +259,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--ckpt_dir",
         type=str,
         default=None,
-        help="folder of the official release: VAE, T5 and CLIP are found in it",
+        help="folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without "
+        "--dit, the transformers are found in it",
     )
     _add_dit(group)
     _add_vae(group)
@@ -239,6 +285,22 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="noise added to the image condition, for more motion",
     )
+    reason = (
+        "Wan has no one-frame mode with control images; fpack_generate_video.py has. Use --video_length 1"
+    )
+    for name, words in (
+        ("--one_frame_inference", {"type": str, "default": None}),
+        ("--control_image_path", {"type": str, "nargs": "*", "default": None}),
+        ("--control_image_mask_path", {"type": str, "nargs": "*", "default": None}),
+    ):
+        add_unsupported(group, name, reason=reason, help="one-frame mode", **words)
+
+
+def _add_one_frame(group: argparse._ArgumentGroup, instead: str) -> None:
+    reason = f"Wan has no one-frame mode; the scripts of FramePack have. Use {instead}"
+    add_unsupported(
+        group, "--one_frame", action="store_true", default=False, reason=reason, help="one-frame mode"
+    )
 
 
 def _add_dit(group: argparse._ArgumentGroup) -> None:
@@ -255,6 +317,7 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dit_high_noise", type=str, default=None, help="transformer for high noise (t2v-A14B, i2v-A14B)"
     )
+    add_dit_dtype(group)
     group.add_argument(
         "--timestep_boundary",
         type=float,
@@ -304,8 +367,9 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
 def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -> tuple[str, str]:
     """Return the commands that make missing caches, of latents and of texts."""
     dataset = ["--dataset_config", str(dataset_config)]
-    latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(options.vae.vae or "VAE_FILE")]
     task = TASKS[options.task]
+    vae = options.vae.vae or f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"
+    latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(vae)]
     if task.has_features:
         latents += ["--clip", str(options.clip or "CLIP_FILE")]
     elif task.takes_image:

@@ -1,7 +1,7 @@
 """Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -91,6 +91,12 @@ def choose_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
         or placement.storage_dtype
         or choose_own_dtype(block_dtype, placement.fp8_compute_dtype)
     )
+
+
+def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
+    """Set --dit_dtype in a placement if the caller sets no dtype."""
+    asks = placement.compute_dtype is not None or placement.storage_dtype is not None
+    return placement if asks else replace(placement, compute_dtype=dit_dtype)
 
 
 def fill_dit(

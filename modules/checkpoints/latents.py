@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from modules.checkpoints.containers import load_pickled
@@ -19,19 +21,25 @@ class SavedLatents:
     metadata: Mapping[str, str]
 
 
-def load_latents(path: Path, option: str = "--latent_path") -> SavedLatents:
+def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
     """Read a latent file: safetensors, or a pickled tensor. option: names it in messages.
 
+    only_shape: the latents have no numbers, they are on the meta device, and only the file's header is read.
     Raises CheckpointError if the file is damaged or has no latents.
     """
     metadata: Mapping[str, str] = {}
+    found: Any = None
     if path.suffix == ".safetensors":
         with open_checkpoint(path) as file:
             metadata = file.metadata
-            found = file.read("latent") if "latent" in file.tensors else None
+            info = file.tensors.get("latent")
+            if info is not None:
+                found = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
     else:
-        content = load_pickled(path)
+        content = load_pickled(path)  # mapped: nothing is read yet
         found = content.get("latent") if isinstance(content, dict) else content
+        if only_shape and isinstance(found, Tensor):
+            found = found.to("meta")
     if not isinstance(found, Tensor):
         raise CheckpointError(
             f"{option} {path} has no tensor `latent`. Give a file written with --output_type latent",

@@ -152,6 +152,8 @@ class Tweaks:
     away: Away | None = None
     slow_frames: Slow | None = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out
+    # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
+    given_frames: int = 0
     turn: Turn | None = None  # set by the denoising loop
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
@@ -170,6 +172,7 @@ class Tweaks:
             away=self.away or all_passes.away,
             slow_frames=self.slow_frames or all_passes.slow_frames,
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
+            given_frames=self.given_frames or all_passes.given_frames,
         )
 
 
@@ -188,6 +191,9 @@ class Section:
     source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
     away: Conditions | None = None  # of a text alone, without media
     tweaks: Tweaks = NO_TWEAKS  # of every pass
+    # clean latents of its first frames, B C f H W, which the loop keeps in their place; `tweaks.given_frames`
+    # tells the network
+    given: Tensor | None = None
     made: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in

@@ -23,6 +23,8 @@ class NoiseSpec:
     # shape of the latents -> number of tokens, for shifts that follow the size. No lambda: workers receive it
     tokens: Callable[[Sequence[int]], int] | None = None
     table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
+    # with which a batch of clips is trained with its first latent frame clean, as `Tweaks.given_frames` says
+    first_frame_probability: float = 0.0
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
@@ -33,4 +35,10 @@ class NoiseSpec:
         return noise if self.table else noise - latents
 
 
-FLOW = NoiseSpec()  # of the video families
+def count_picture_tokens(shape: Sequence[int]) -> int:
+    """Return the tokens of one latent frame: its height and width are halved. shape: B C F H W."""
+    return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+# of the video families; as in other tuners the length of a video does not count towards its shift
+FLOW = NoiseSpec(tokens=count_picture_tokens)

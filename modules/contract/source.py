@@ -1,10 +1,13 @@
-"""What denoising may start from instead of noise: another video, an image, or saved latents."""
+"""What denoising may start from instead of noise: another video, an image, or saved latents. Standard library
+only.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 VIDEO, IMAGE, LATENTS = "video_path", "i2i_path", "from_latent"  # the options that name it
+SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,13 @@ def read_pixels(path: Path) -> Tensor:
     return to_pixels(torch.from_numpy(first_frame(path)[None, None]))
 
 
-def image_pixels(path: Path, width: int, height: int, keep_aspect: bool = True) -> Tensor:
+def image_pixels(
+    path: Path, width: int, height: int, keep_aspect: bool = True, shrink: str = "area"
+) -> Tensor:
     """Read an image, or a video's first frame, at exactly width x height: 1 3 1 H W float32 in -1..1.
 
     keep_aspect: scale to cover and crop the centre, as for training; else stretch, as Wan's released code
-    does after choosing a size with the image's own aspect ratio.
+    does after choosing a size with the image's own aspect ratio. shrink: see `resize_cover`.
     """
     import cv2
 
@@ -70,7 +72,7 @@ def image_pixels(path: Path, width: int, height: int, keep_aspect: bool = True) 
 
     image = first_frame(path)
     if keep_aspect:
-        image = resize_cover(image, (width, height))
+        image = resize_cover(image, (width, height), shrink)
     elif image.shape[:2] != (height, width):
         method = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
         image = numpy.asarray(cv2.resize(image, (width, height), interpolation=method))

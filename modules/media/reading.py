@@ -87,15 +87,15 @@ def image_size(path: Path) -> Size:
         return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
 
 
-def resize_cover(frame: Frame, bucket: Size) -> Frame:
+def resize_cover(frame: Frame, bucket: Size, shrink: str = "area") -> Frame:
     """Resize a frame until it covers `bucket`, and crop the centre.
 
-    Lanczos when enlarging, else area average, as the cache format requires.
+    Lanczos when enlarging, else area average, as the cache format requires; shrink: "lanczos" for that, too.
     """
     fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
     if fit.interpolation == "none":
         return frame
-    if fit.interpolation == "lanczos":
+    if "lanczos" in (fit.interpolation, shrink):
         # a copy: Pillow's is read-only
         resized = np.array(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))
     else:

@@ -1,11 +1,39 @@
 """Options that keep blocks and input layers in host memory until they are needed."""
 
 import argparse
+import logging
 from dataclasses import dataclass
 
 from modules.errors import OptionError
+from modules.options import check_at_least
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+SLOTS = 2  # slots of a list of blocks on the device: for the block that computes and for the next one
+
+
+@dataclass(frozen=True)
+class SwapRingOptions:
+    """How swapped blocks reach the device: most of it is as other tuners' options ask for anyway."""
+
+    use_pinned_memory_for_block_swap: bool
+    block_swap_h2d_only: bool
+    block_swap_ring_size: int
+
+    def __post_init__(self) -> None:
+        least = "one block computes while the next one is copied"
+        check_at_least("--block_swap_ring_size", self.block_swap_ring_size, SLOTS, least)
+        if self.use_pinned_memory_for_block_swap:
+            logger.info(
+                "--use_pinned_memory_for_block_swap is not needed: for a CUDA device swapped blocks always "
+                "wait in pinned memory"
+            )
+        if self.block_swap_h2d_only:
+            logger.info(
+                "--block_swap_h2d_only is not needed: frozen weights are copied to the device only, never "
+                "back"
+            )
 
 
 @dataclass(frozen=True)
@@ -14,6 +42,7 @@ class SwapOptions:
 
     blocks_to_swap: int | str | None  # a number, or `AUTO`: as many as memory requires; None and 0: none
     img_in_txt_in_offloading: bool
+    ring: SwapRingOptions
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks_to_swap, int) and self.blocks_to_swap < 0:
@@ -62,4 +91,23 @@ def add_swap_arguments(group: argparse._ArgumentGroup, default: int | None) -> N
         action="store_true",
         help="keep the weights of the input layers in host memory except while they run: saves little "
         "memory, costs little time",
+    )
+    group.add_argument(
+        "--use_pinned_memory_for_block_swap",
+        action="store_true",
+        help="not needed: for a CUDA device swapped blocks always wait in pinned memory",
+    )
+    group.add_argument(
+        "--block_swap_h2d_only",
+        action="store_true",
+        help="not needed: frozen weights are never copied back from the device",
+    )
+    group.add_argument(
+        "--block_swap_ring_size",
+        type=int,
+        default=SLOTS,
+        metavar="N",
+        help="how many swapped blocks are on the device at a time, the one that computes among them; they "
+        "count towards the blocks that --blocks_to_swap leaves there. More than 2 help if copies take "
+        "unevenly long",
     )

@@ -12,8 +12,7 @@ from torch import nn
 
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
-
-SLOTS = 2  # slots of a list of blocks on the device: for the block that computes and for the next one
+from modules.offload.options import SLOTS
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,18 @@ class ListPlan:
         return self.num_blocks - len(self.streamed) + self.slots
 
 
-def plan_list(name: str, num_blocks: int, swapped: int) -> ListPlan:
+def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
     """Plan one list. swapped: as --blocks_to_swap counts, at most num_blocks - 1.
 
-    The device holds num_blocks - swapped blocks, but at least `SLOTS`, so that one can be copied while one
+    The device holds num_blocks - swapped blocks, but at least `slots`, so that one can be copied while one
     computes.
     """
     if swapped == 0:
         return ListPlan(name, num_blocks, (), 0)
-    resident = max(num_blocks - swapped - SLOTS, 0)
+    resident = max(num_blocks - swapped - slots, 0)
     count = num_blocks - resident
     streamed = tuple(i for i in range(num_blocks) if (i + 1) * count // num_blocks > i * count // num_blocks)
-    return ListPlan(name, num_blocks, streamed, min(SLOTS, count))
+    return ListPlan(name, num_blocks, streamed, min(slots, count))
 
 
 def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]]) -> int:
@@ -64,6 +63,7 @@ class SwapPlan:
     spec: DitSpec
     blocks: int  # --blocks_to_swap
     input_layers: bool = False  # --img_in_txt_in_offloading
+    slots: int = SLOTS  # --block_swap_ring_size
 
     def __bool__(self) -> bool:
         return self.blocks > 0 or self.input_layers
@@ -75,7 +75,8 @@ class SwapPlan:
         """
         totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
         swapped = check_swap(self.spec, self.blocks, totals)
-        return [plan_list(*each) for each in zip(self.spec.block_lists, totals, swapped, strict=True)]
+        rows = zip(self.spec.block_lists, totals, swapped, strict=True)
+        return [plan_list(*each, self.slots) for each in rows]
 
     def names(self, dit: nn.Module) -> list[str]:
         """Return the names of all weights in host memory, in order of use.

@@ -12,7 +12,7 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import MemoryPlanError, OptionError, UserError
-from modules.offload.options import SwapOptions
+from modules.offload.options import SLOTS, SwapOptions
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from modules.planning.dry_run import (
     ATTENTION,
@@ -163,11 +163,11 @@ def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) ->
     return next((count for count in range(most + 1) if device_bytes(count) <= usable), None)
 
 
-def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool) -> list[Swapped]:
+def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool, slots: int = SLOTS) -> list[Swapped]:
     """Return the effect of every possible --blocks_to_swap, from 0 on."""
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     return [
-        plan_swapped_bytes(dit, SwapPlan(spec, count, input_layers))
+        plan_swapped_bytes(dit, SwapPlan(spec, count, input_layers, slots))
         for count in range(most_blocks(totals, spec.swap_counts) + 1)
     ]
 

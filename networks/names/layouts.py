@@ -7,15 +7,14 @@ the path.
 import re
 from dataclasses import dataclass
 
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+
 REST, SWAPPED = -1, -2
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
 # first layers; how many channels they take differs between models of a family
 FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
-
-# experts, the networks of one model that share the noise levels among them (`modules.contract.experts`)
-HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
-TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, by one of these values
+TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
 FOR_BOTH = "both"  # another value: one LoRA that was trained in both
 

@@ -1,6 +1,7 @@
 """Module names of Wan2.1 and Wan2.2, and in diffusers' layout (Wan-AI/*-Diffusers)."""
 
-from networks.names.layouts import HIGH_NOISE, LOW_NOISE, FamilyNames, each
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from networks.names.layouts import FamilyNames, each
 
 _WAN_BLOCK = (
     *each("blocks.{n}.self_attn.", "q k v o norm_q norm_k"),

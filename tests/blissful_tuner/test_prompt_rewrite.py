@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from blissful_tuner.prompt_rewrite import (
     INSTRUCTIONS,
     PromptRewriter,
     instruction,
+    make_rewriter,
     rewrite_prompts,
     take_answer,
 )
+from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.errors import CheckpointError, OptionError
 from tests.preparing import prepare
@@ -190,3 +193,12 @@ def test_a_damaged_folder_is_an_error_that_names_it(damage: str, own_copy: Path)
 def test_half_of_it_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=said):
         wan_generate_video.main(["--prompt", "a", "--save_path", str(tmp_path), *words])
+
+
+def test_a_missing_package_is_named_only_if_it_is_needed(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert make_rewriter(PromptRewriteOptions(None, None)) is None
+    with pytest.raises(OptionError, match="--prompt_rewrite needs the package transformers"):
+        make_rewriter(PromptRewriteOptions("normal", chat_model))

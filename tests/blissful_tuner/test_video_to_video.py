@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from blissful_tuner.video_to_video import first_step, fit_frames, noisy_source, part_of, resize_latents
+from blissful_tuner.video_to_video import (
+    first_step,
+    fit_frames,
+    noisy_source,
+    part_of,
+    resize_latents,
+    size_like,
+)
 from modules.contract.generation import Request, Section
 from modules.contract.source import Source
 from modules.flow.schedule import make_schedule
@@ -83,6 +90,14 @@ def test_latents_are_scaled_frame_by_frame() -> None:
     torch.testing.assert_close(scaled[:, :, 1:2], alone)
     flat = resize_latents(torch.full((1, 1, 1, 4, 4), 0.7), 8, 8)
     torch.testing.assert_close(flat, torch.full((1, 1, 1, 8, 8), 0.7))
+
+
+def test_a_size_that_is_suggested_is_one_that_the_model_makes() -> None:
+    asked = prepare(Request("", 0, width=832, height=480))
+    assert size_like(1000, 1000, asked, 16) == (624, 624)
+    assert size_like(1280, 704, asked, 16) == (464, 848)
+    assert size_like(1280, 704, asked, 32) == (480, 864)
+    assert size_like(10_000, 10, asked, 32)[0] == 32
 
 
 def test_it_begins_with_the_mixture_of_the_first_step() -> None:

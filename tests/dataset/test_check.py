@@ -2,10 +2,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+import torch
+
 from dataset.batches.finding import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.reports import conclude
 from dataset.check import check_media, check_texts, check_training
+from dataset.commands import run_text_caching
+from dataset.config import DatasetConfig
 from modules.errors import OptionError
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import make_image, make_table
@@ -168,3 +173,14 @@ def test_captions_are_checked_without_an_encoder(tmp_path: Path) -> None:
 
     assert "  tokens are not counted: --t5 is missing" in result.lines
     assert result.num_faults == 1
+
+
+def test_caching_leaves_cudnn_out_if_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+
+    run_text_caching(ToyFamily(), DatasetConfig(tmp_path / "data.toml", ()), options())
+    assert torch.backends.cudnn.enabled
+    run_text_caching(
+        ToyFamily(), DatasetConfig(tmp_path / "data.toml", ()), options(disable_cudnn_backend=True)
+    )
+    assert not torch.backends.cudnn.enabled

@@ -26,6 +26,7 @@ OPTIONS = CachingOptions(
     num_workers=1,
     skip_existing=False,
     keep_cache=False,
+    disable_cudnn_backend=False,
     check=False,
     repair_captions=None,
     page=CheckPageOptions(html=None, html_items=500),

@@ -108,6 +108,7 @@ VALUES = {  # where any value of the right type does not do
     "slg_layers": ["9,10"],
     "latent_paddings": ["3,2,0"],
     "compile_args": ["inductor", "default", "True", "False"],
+    "compile_mode": ["max-autotune"],
     "lora_weight": [LORA],
 }
 WITH = {  # what has to be given too
@@ -115,7 +116,10 @@ WITH = {  # what has to be given too
     "cfg_apply_ratio": ["--cfg_skip_mode", "late"],
     "upcast_linear": ["--fp8_scaled"],
     "upcast_quantization": ["--fp8_scaled"],
-    "compile_args": ["--compile"],
+    **dict.fromkeys(
+        ["compile_args", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"],
+        ["--compile"],
+    ),
     **dict.fromkeys(
         ["strength", "v2v_denoise", "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise"],
         ["--video_path", "clip.mp4"],
@@ -223,6 +227,8 @@ LISTS = {
             "dit_in_channels",
         ),
         *("magcache_calibration", "teacache_calibration"),
+        *("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size"),
+        *("disable_numpy_memmap", "compile_cache_size_limit"),
         *("lazy_loading", "offload_inactive_dit", "force_v2_1_time_embedding"),
     },
     "request": {

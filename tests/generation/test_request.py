@@ -8,7 +8,7 @@ import pytest
 
 from blissful_tuner.guidance_checks import check_guidance
 from blissful_tuner.video_to_video_options import NO_SOURCE
-from generation.request import make_request
+from generation.request import make_request, seed_of
 from generation.request_options import RequestOptions
 from modules.errors import OptionError
 from tests.preparing import prepare
@@ -102,6 +102,14 @@ def test_lines_without_a_seed_draw_their_own() -> None:
 @pytest.mark.parametrize(("text", "seed"), [("42", 42), ("hello", 2475399061)])
 def test_a_given_seed_is_kept_or_hashed(text: str, seed: int) -> None:
     assert make_request(replace(OPTIONS, seed=text)).seed == seed
+
+
+def test_the_seed_of_a_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert seed_of(" 42 ") == 42
+        assert not caplog.messages
+        assert seed_of("hello") == 2475399061
+    assert caplog.messages == ["Seed of the text 'hello': 2475399061"]
 
 
 def test_vanilla_is_euler() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -14,10 +15,12 @@ from torch import Tensor
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
+from blissful_tuner import video_to_video
 from frame_pack.inputs import encode_clip
 from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.spec import LATENT as HUNYUAN_LATENT
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
+from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.errors import CheckpointError, MediaError, OptionError, UserError
 from modules.media.pixels import byte_clips, to_pixels
 from modules.media.writing import write_png, write_video
@@ -213,11 +216,25 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
         scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
 
 
-def test_wan_takes_the_length_of_latents_if_none_is_given(tmp_path: Path, scripts: Scripts) -> None:
-    save_file({"latent": torch.zeros(16, 2, 4, 6)}, tmp_path / "x.safetensors")
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_wan_takes_the_length_of_latents_if_none_is_given(
+    tmp_path: Path, scripts: Scripts, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Their numbers are read once."""
+    path = tmp_path / f"x.{ending}"
+    (save_file if ending == "safetensors" else torch.save)({"latent": torch.zeros(16, 2, 4, 6)}, path)
+    devices: list[str] = []
+
+    def counting(*args: Any) -> SavedLatents:
+        found = load_latents(*args)
+        devices.append(found.latents.device.type)
+        return found
+
+    monkeypatch.setattr(video_to_video, "load_latents", counting)
     script = Script(wan_generate_video.main, scripts["wan"].files, ("--task", "t2v-1.3B"))
-    made = script.one(tmp_path / "out", *SAY, "--from_latent", tmp_path / "x.safetensors")
+    made = script.one(tmp_path / "out", *SAY, "--from_latent", path)
     assert made.shape == (16, 2, 4, 6)
+    assert devices == ["meta", "meta", "cpu"]
 
 
 def test_without_an_image_framepack_begins_with_the_first_frame(

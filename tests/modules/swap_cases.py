@@ -16,6 +16,7 @@ from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.family import DitSpec
 from modules.offload.block_swap import HostWeights, host_weights, swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.options import SLOTS
 from modules.offload.swap_plan import SwapPlan
 from networks import lora_framepack, lora_hunyuan, lora_wan
 from tests.hunyuan_model import making
@@ -110,10 +111,15 @@ CASES = (
 
 
 def swapped(
-    dit: nn.Module, spec: DitSpec, blocks: int, device: FakeDevice | None = None, input_layers: bool = False
+    dit: nn.Module,
+    spec: DitSpec,
+    blocks: int,
+    device: FakeDevice | None = None,
+    input_layers: bool = False,
+    slots: int = SLOTS,
 ) -> HostWeights | None:
     """Swap; with a device, whose host memory is hidden then."""
-    host = host_weights(SwapPlan(spec, blocks, input_layers), CPU)
+    host = host_weights(SwapPlan(spec, blocks, input_layers, slots), CPU)
     swap_blocks(dit, host, CPU, device)
     if host is not None and device is not None:
         for tensor in host.adopt(dit).values():

@@ -5,6 +5,7 @@ uncompiled ones.
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +225,9 @@ def test_torch_may_compile_more_forms_than_it_would_by_itself() -> None:
     compile_blocks(nn.Module(), DitSpec(()), EAGER)
 
     assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
+
+    compile_blocks(nn.Module(), DitSpec(()), replace(EAGER, variants=5))
+    assert torch._dynamo.config.recompile_limit == 5
 
 
 @pytest.mark.parametrize("name", ["ofi", "nvprims_nvfuser", "nonsense"])

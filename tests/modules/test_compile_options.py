@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,3 +122,37 @@ def test_a_word_that_is_not_known_is_refused_by_name(
 def test_settings_without_the_switch_are_refused(ask: Callable[..., Compilation | None]) -> None:
     with pytest.raises(OptionError, match="does nothing without --compile"):
         ask("--compile_args", "eager", "default", "auto", "False")
+
+
+@pytest.mark.parametrize("ask", [training, generation])
+def test_an_option_for_each_word_says_what_compile_args_says(ask: Callable[..., Compilation | None]) -> None:
+    words = ("--compile_backend", "eager", "--compile_dynamic", "true", "--compile_fullgraph")
+
+    assert ask("--compile", *words) == ask("--compile", "--compile_args", "eager", "default", "true", "true")
+    assert ask("--compile", "--compile_mode", "max-autotune") == replace(
+        ask("--compile") or Compilation(), mode="max-autotune"
+    )
+    limited = ask("--compile", "--compile_cache_size_limit", "4")
+    assert limited is not None
+    assert limited.variants == 4
+
+
+@pytest.mark.parametrize("ask", [training, generation])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--compile_backend", "eager"], "--compile_backend does nothing without --compile"),
+        (["--compile_cache_size_limit", "4"], "--compile_cache_size_limit does nothing without --compile"),
+        (["--compile", "--compile_cache_size_limit", "0"], "must be at least 1"),
+        (["--compile", "--compile_mode", "reduce-overhead"], "CUDA graphs"),
+        (
+            ["--compile", "--compile_args", "eager", "default", "true", "false", "--compile_fullgraph"],
+            "--compile_args and --compile_fullgraph both say how",
+        ),
+    ],
+)
+def test_words_that_do_nothing_or_clash_are_refused(
+    ask: Callable[..., Compilation | None], words: list[str], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        ask(*words)

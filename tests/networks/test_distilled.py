@@ -24,7 +24,9 @@ from networks.merge import LoraPatch, LoraUse
 from networks.merge_files import merge_into_file
 from networks.switching import OriginalWeights
 from tests.networks.making import inputs, tiny_dit
+from tests.networks.test_interoperability import TOLERANCE, load_there, run_there
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
+from tests.wan.making import in_diffusers
 from wan.checkpoints import load_dit
 from wan.spec import DIT
 
@@ -230,3 +232,41 @@ def test_image_attention_that_a_model_lacks_is_told_as_such(
     assert caplog.text.count("the attention to images of Wan2.1's image-to-video models; the rest") == 2
     assert "lora_unet_blocks_0_cross_attn_k_img" in caplog.text
     assert "ONLY IN PART" not in caplog.text
+
+
+@pytest.mark.parametrize("through", ["its own reader", "--target diffusers"])
+def test_diffusers_makes_the_same_of_it(tmp_path: Path, case: Case, through: str) -> None:
+    """As far as diffusers has a form: factors and biases of the blocks, and the last layer as a whole."""
+    kept = {
+        name: tensor
+        for name, tensor in load_file(case.path).items()
+        if "head.head" in name or (".blocks." in name and "norm" not in name and "diff_m" not in name)
+    }
+    save_file(kept, case.path)
+    dit, path = tiny_dit(tmp_path / "again"), case.path
+    if through == "--target diffusers":
+        path = tmp_path / "converted.safetensors"
+        convert_file(case.path, path, "diffusers")
+        assert all(name.startswith("transformer.") for name in load_file(path))
+    other = in_diffusers(dit.config, dit.state_dict())
+
+    load_there(other, path)
+
+    patch = LoraPatch([LoraUse(read_lora(case.path))])
+    merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
+    found = run_there(other, dit)
+    dit.load_state_dict(merged)
+    assert patch.unused() == []
+    torch.testing.assert_close(found, dit(**inputs(dit)), **TOLERANCE)
+
+
+def test_what_has_no_form_in_diffusers_is_listed(
+    tmp_path: Path, case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert_file(case.path, tmp_path / "converted.safetensors", "diffusers")
+
+    written = load_file(tmp_path / "converted.safetensors")
+    assert "transformer.condition_embedder.time_proj.lora_A.weight" in written
+    assert not any("norm" in name or "scale_shift" in name for name in written)
+    # two blocks of norm_q and norm_k twice, norm3, modulation; patch_embedding, head.modulation
+    assert f"{2 * 6 + 2} modules are left out" in caplog.text

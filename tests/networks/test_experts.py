@@ -14,13 +14,14 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.experts import expert_of, expert_of_model, join_metadata, metadata_of
 from networks.hashes import STALE
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.merge import LoraPatch, LoraUse
 from networks.module_names import read_family
-from networks.names.layouts import FOR_BOTH, HIGH_NOISE, LOW_NOISE
+from networks.names.layouts import FOR_BOTH
 from networks.names.wan import WAN
 from tests.networks.making import inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_interoperability import TOLERANCE, run_there
@@ -79,18 +80,9 @@ def test_the_place_of_a_model_tells_its_expert(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "name", "expert", "says"),
     [
-        (
-            {"ss_wan_expert": "high"},
-            "x",
-            LOW_NOISE,
-            "the high-noise expert, as its metadata say",
-        ),
-        (
-            {},
-            "x_low_noise",
-            HIGH_NOISE,
-            "the low-noise expert, as its name says",
-        ),
+        ({"ss_wan_expert": "high"}, "x", LOW_NOISE, "the high-noise expert, as its metadata say"),
+        ({}, "x_low_noise", HIGH_NOISE, "the low-noise expert, as its name says"),
+        ({"ss_wan_expert": "None"}, "x_low_noise", HIGH_NOISE, "the low-noise expert, as its name says"),
         ({"ss_wan_expert": "high"}, "x_low_noise", HIGH_NOISE, None),
         ({"ss_wan_expert": "both"}, "x_low_noise", HIGH_NOISE, None),
         ({"ss_wan_expert": "high"}, "x", "", None),

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from networks.key_formats import add_missing_alphas, module_of_tensor, to_native, to_other
-from networks.module_names import FAMILIES, alias, choose_family, module_path, replace_dots
+from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.names.wan import WAN
@@ -112,29 +112,32 @@ def test_underscores_inside_framepack_names_stay(name: str, path: str) -> None:
     assert module_path(name, FRAMEPACK) == path
 
 
-@pytest.mark.parametrize(
-    "manifest", [name for name in manifest_names("wan2.1") if not name.endswith(("vae", "diffusers"))]
-)
-def test_every_matrix_of_a_published_wan_model_is_named(manifest: str) -> None:
+def wan_manifests() -> list[str]:
+    names = [*manifest_names("wan2.1"), *manifest_names("wan2.2")]
+    return [name for name in names if not name.endswith(("vae", "diffusers"))]
+
+
+@pytest.mark.parametrize("manifest", wan_manifests())
+def test_every_parameter_of_a_published_wan_model_is_named(manifest: str) -> None:
+    """Matrices, norms, and what is no module's weight or bias: the modulation, positions of images."""
     paths = {
         name.removesuffix(".weight")
         for name in tensor_list(manifest)
-        if name.endswith(".weight") and "control_adapter" not in name
+        if not name.endswith(".bias") and "control_adapter" not in name
     }
 
+    assert "blocks.0.modulation" in paths
     for path in paths:
         assert module_path(replace_dots(path), WAN) == path
 
 
-@pytest.mark.parametrize(
-    "manifest",
-    [name for name in manifest_names("wan2.1") if not name.endswith(("vae", "vae-diffusers", "-diffusers"))],
-)
-def test_names_of_the_diffusers_layout_are_brought_into_ours(manifest: str) -> None:
+@pytest.mark.parametrize("manifest", wan_manifests())
+def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: str) -> None:
     for name in tensor_list(manifest):
-        if name.endswith(".weight") and "control_adapter" not in name and "ref_conv" not in name:
-            foreign = replace_dots(diffusers_name(name).removesuffix(".weight"))
-            assert alias(foreign, WAN) == replace_dots(name.removesuffix(".weight"))
+        if not name.endswith(".bias") and "control_adapter" not in name and "ref_conv" not in name:
+            foreign, own = diffusers_name(name).removesuffix(".weight"), name.removesuffix(".weight")
+            assert alias(replace_dots(foreign), WAN) == replace_dots(own)
+            assert diffusers_path(replace_dots(own), WAN) == foreign
 
 
 def test_no_name_belongs_to_two_families() -> None:
@@ -242,6 +245,7 @@ def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> Non
 
 def test_names_in_checkpoints_lose_their_prefix() -> None:
     assert module_of_tensor("model.diffusion_model.blocks.0.ffn.0.weight") == ("blocks_0_ffn_0", "weight")
+    assert module_of_tensor("model.diffusion_model.blocks.0.modulation") == ("blocks_0_modulation", "weight")
     assert module_of_tensor("double_blocks.0.img_mod.linear.bias") == (
         "double_blocks_0_img_mod_linear",
         "bias",

@@ -4,6 +4,9 @@ import json
 from dataclasses import replace
 from datetime import datetime
 
+import pytest
+
+from modules.errors import OptionError
 from modules.options import read_options
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -120,6 +123,22 @@ def test_the_model_specification_says_what_the_file_is() -> None:
         "timestep_range": "100,1000",
     }
     assert metadata("--metadata_title", "y")["modelspec.title"] == "y"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("832,480", "832x480"), ("1024", "1024x1024"), ("720x1280", "720x1280")]
+)
+def test_resolution_and_architecture_may_be_given(given: str, said: str) -> None:
+    made = metadata("--metadata_reso", given, "--metadata_arch", "my-model")
+
+    assert made["modelspec.resolution"] == said
+    assert made["modelspec.architecture"] == "my-model/lora"
+
+
+@pytest.mark.parametrize("given", ["large", "1024,", "1,2,3"])
+def test_a_resolution_that_is_none_is_refused(given: str) -> None:
+    with pytest.raises(OptionError, match="--metadata_reso"):
+        metadata("--metadata_reso", given)
 
 
 def test_a_whole_model_does_not_look_like_a_lora() -> None:

@@ -54,6 +54,7 @@ CHANGEABLE = {
         "fp8_fast",
     ),
     *("loss_type", "huber_schedule", "huber_c", "huber_scale"),
+    *("cuda_allow_tf32", "cuda_cudnn_benchmark"),
     *("upcast_quantization", "fp16_accumulation", "compile", "dynamo_backend", "guidance_scale"),
 }
 

@@ -1,5 +1,6 @@
 """What the Wan2.1 description asks of a request before anything is loaded."""
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from modules.checkpoints.finite import FiniteCheck
 from modules.contract.data import MediaTable
 from modules.contract.generation import Request
 from modules.contract.loading import Placement
-from modules.errors import DatasetError, OptionError
+from modules.errors import CheckpointError, DatasetError, OptionError
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
+from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.configs import TASKS, default_flow_shift
 from wan.family import Wan
 from wan.files import WanFiles
+from wan.inputs import appends_end
 from wan.model import WanModel
 
 CPU = torch.device("cpu")
@@ -99,6 +104,83 @@ def test_what_it_will_compute_in_is_known_before_it_is_loaded(
     dit = family.load_dit(placement)
     assert isinstance(dit, WanModel)
     assert dit.compute_dtype == dtype
+
+
+@pytest.mark.parametrize("chosen", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, storage_dtype=torch.float16)])
+def test_dit_dtype_is_what_it_computes_in_unless_the_caller_asks(
+    family_of: FamilyOf, chosen: torch.dtype | None, placement: Placement
+) -> None:
+    family = replace(family_of("t2v-14B", "t2v"), dit_dtype=chosen)
+    dit = family.load_dit(placement)
+    assert isinstance(dit, WanModel)
+    wanted = placement.storage_dtype or chosen or torch.float32
+    assert dit.compute_dtype == family.compute_dtype(placement) == wanted
+    assert dit.get_parameter("head.head.weight").dtype == torch.float32, "always"
+
+
+def test_the_vae_computes_as_the_transformer_does(family_of: FamilyOf) -> None:
+    family = replace(family_of("t2v-14B", "t2v"), dit_dtype=torch.bfloat16)
+    assert family.media_encoders(CPU).vae.dtype == torch.bfloat16
+
+
+def weights_in_memory() -> int:
+    """Bytes of all tensors on the CPU that Python can walk through; memory that several share counts once."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.device == CPU]
+    return sum(
+        {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values()
+    )
+
+
+def test_a_float32_file_is_never_in_memory_as_float32(
+    family_of: FamilyOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at every tensor that is read: at most the network in 16 bits, and room for one tensor of 32."""
+    peak, note = 0, FiniteCheck.note
+
+    def look(self: FiniteCheck, name: str, tensor: Tensor) -> None:
+        nonlocal peak
+        peak = max(peak, weights_in_memory())
+        note(self, name, tensor)
+
+    monkeypatch.setattr(FiniteCheck, "note", look)
+    before = weights_in_memory()
+    family = replace(family_of("t2v-14B", "t2v"), dit_dtype=torch.bfloat16)
+    weights = list(family.load_dit(Placement(CPU)).parameters())
+    allowed = sum(weight.nbytes for weight in weights) + 4 * max(weight.numel() for weight in weights)
+    assert 0.8 * allowed < peak - before <= allowed
+
+    replace(family, dit_dtype=None).load_dit(Placement(CPU))
+    assert peak - before > 1.3 * allowed, "a file that stays in float32 is seen"
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "frames"), [("i2v-14B", "i2v", 1), ("i2v-A14B", "i2v-2.2", 0), ("flf2v-14B", "flf2v", 0)]
+)
+def test_an_end_image_is_one_more_latent_frame_or_the_last_of_the_clip(
+    family_of: FamilyOf, picture: Path, task: str, kind: str, frames: int
+) -> None:
+    """Of Wan2.2 as in diffusers' pipeline: the last of the clip."""
+    request = Request("p", 0, image_path=picture, end_image_path=picture)
+    assert appends_end(TASKS[task], family_of(task, kind).prepare(request).asked) == bool(frames)
+
+
+def test_experts_of_different_sizes_are_refused(family_of: FamilyOf, tmp_path: Path) -> None:
+    files = replace(
+        family_of("t2v-14B", "t2v").files,
+        dit_high_noise=write_dit(tmp_path, tiny_state("t2v", num_layers=3)),
+    )
+    with pytest.raises(CheckpointError, match=r"--dit_high_noise (?s:.*) 3 blocks .* other has 2 "):
+        files.check_dits(TASKS["t2v-A14B"])
+
+
+def test_a_high_noise_file_of_another_task_is_named_with_its_option(
+    family_of: FamilyOf, tmp_path: Path
+) -> None:
+    high = write_dit(tmp_path, tiny_state("i2v-2.2"))
+    files = replace(family_of("t2v-14B", "t2v").files, dit_high_noise=high)
+    with pytest.raises(CheckpointError, match=r"Use --task i2v-A14B, or give a T2V .* to --dit_high_noise"):
+        files.check_dits(TASKS["t2v-A14B"])
 
 
 def test_a_table_with_several_control_images_for_one_item_is_refused(family_of: FamilyOf) -> None:

@@ -79,6 +79,47 @@ def test_forward_equals_diffusers_with_the_same_weights(kind: str) -> None:
     assert (velocity - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_given_frames_equal_diffusers_fed_a_time_for_each_token(given: int) -> None:
+    """As its pipelines with `expand_timesteps` do; their velocity of given frames is not used."""
+    theirs, inputs = in_diffusers(CONFIGS["ti2v"], tiny_state("ti2v")), tiny_inputs("ti2v", frames=4)
+    text = torch.stack([torch.nn.functional.pad(rows, (0, 0, 0, 512 - len(rows))) for rows in inputs["text"]])
+    times = inputs["timesteps"].view(2, 1, 1, 1).repeat(1, 4, 2, 3)
+    times[:, :given] = 0
+
+    velocity = tiny_model("ti2v")(**inputs, tweaks=Tweaks(given_frames=given))
+
+    with torch.no_grad():
+        expected = theirs(inputs["noisy"], times.flatten(1), text, return_dict=False)[0]
+    difference = (velocity - expected)[:, :, given:]
+    assert difference.abs().max() <= 1e-5 * expected.abs().max()
+    assert not velocity[:, :, :given].any()
+
+
+def test_what_a_step_cache_compares_is_what_attention_gets_with_given_frames_too() -> None:
+    model, inputs = tiny_model("ti2v"), tiny_inputs("ti2v")
+    x, tokens = model.embed(**inputs, image_embeds=None, tweaks=Tweaks(given_frames=1))
+    block, seen = model.blocks[0], []
+    block.self_attn.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+    block(x, tokens)
+
+    assert torch.equal(block.modulated_input(x, tokens), seen[0])
+
+
+def test_half_precision_of_the_modulation_reaches_given_frames() -> None:
+    model = WanModel(CONFIGS["ti2v"], precision=torch.float16)
+    model.load_state_dict(tiny_state("ti2v"))
+    inputs, tweaks = tiny_inputs("ti2v"), Tweaks(given_frames=1)
+    exact = tiny_model("ti2v")(**inputs, tweaks=tweaks)
+
+    with torch.no_grad():
+        velocity = model(**inputs, tweaks=tweaks)
+
+    difference = (velocity - exact).abs().max()
+    assert 0 < difference < 0.02 * exact.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_a_sample_of_a_batch_equals_that_sample_alone(kind: str) -> None:
     model, inputs = tiny_model(kind), tiny_inputs(kind)

@@ -144,9 +144,11 @@ def test_a_training_refuses_caches_of_the_other_vae_before_anything_loads(
             train(clips, "t2v-A14B", "t2v", *more)
         assert re.search(found, capsys.readouterr().out)
         return
-    again = r"(.|\n)*python wan_cache_latents.py --dataset_config .*--vae "
+    again = r"(.|\n)*python wan_cache_latents.py --dataset_config .*--vae WAN_2.1_VAE_FILE\n"
     with pytest.raises(CacheError, match=found + again):
         train(clips, "t2v-A14B", "t2v", *more)
+    with pytest.raises(CheckpointError, match="--task t2v-A14B needs the Wan2.1 VAE"):  # the reason for it
+        train(clips, "t2v-A14B", "t2v", "--vae", str(vaes["2.2"]), *more)
 
 
 def test_caches_of_both_vaes_in_one_folder_are_found(clips: Path, vaes: dict[str, Path]) -> None:

@@ -106,7 +106,8 @@ class Randomness:
         weights = loss_weights(self.timesteps, times)
         if batch.loss_weights:
             weights = weights * torch.tensor(batch.loss_weights)
-        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, weights, times.expert)
+        given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
+        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, weights, given, expert=times.expert)
 
     def draw(self, count: int, number: int, first_sample: int, shape: Sequence[int]) -> Timesteps:
         """Draw the timesteps of micro-batch `number`, which has `count` samples of this shape."""
@@ -114,6 +115,16 @@ class Randomness:
         return draw(
             self.timesteps, count, generator, self.seed, first_sample, self.noise, shape, self.experts
         )
+
+
+def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
+    """Return how many latent frames in front of a batch stay clean: the first one, or none.
+
+    frames: of the latents; a picture is never given. stream: what the draw is seeded by.
+    """
+    if frames == 1 or not spec.first_frame_probability:
+        return 0
+    return int(torch.rand((), generator=seed_generator(*stream)).item() < spec.first_frame_probability)
 
 
 def seed_generator(*parts: int | str) -> torch.Generator:

@@ -5,11 +5,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, check_at_least, check_at_most
+from modules.options import FREE, check_at_least, check_at_most, refuse_value
 
-SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
-# whose shift follows the size: for families with `NoiseSpec.tokens`
-SIZE_SAMPLERS = ("flux_shift", "nextdit_shift")
+# mu of a shift that follows the size: how many tokens and mu there, at two places of a straight line
+SIZE_SHIFTS = {
+    "flux_shift": ((256, 0.5), (4096, 1.15)),
+    "qwen_shift": ((256, 0.5), (8192, 0.9)),
+    "krea2_shift": ((256, 0.5), (6400, 1.15)),
+}
+# mixed samplers: shares of draws by a sampler, `RARE` for logsnr at nearly clean samples
+RARE = "rare"
+MIXTURES = {
+    "qinglong_flux": (("flux_shift", 0.79), ("logsnr", 0.11), (RARE, 0.1)),
+    "qinglong_qwen": (("qwen_shift", 0.95), (RARE, 0.05)),
+}
+RARE_MEAN, RARE_STD = 5.36, 1.0  # of the logarithm of the signal-to-noise ratio
+PLAIN_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
+SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, *MIXTURES)
+# other samplers whose shift follows the size
+SIZE_SAMPLERS = ("nextdit_shift",)
+NOT_BUILT = {
+    "flux2_shift": "it counts the tokens of FLUX.2, whose latents are packed. Use flux_shift, which counts "
+    "those of this model",
+    "ideogram4_shift": "its formula is not published. Use flux_shift or shift",
+}
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
 MOST_SHIFT = 1000  # beyond it every timestep is pure noise
@@ -83,9 +102,15 @@ class TimestepOptions:
 def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[str] = SAMPLERS) -> None:
     """Add the arguments of `TimestepOptions`. samplers: those that the family can use."""
     group = parser.add_argument_group("timesteps and loss weights")
-    group.add_argument(
-        "--timestep_sampling", default="sigma", choices=samplers, help="how timesteps are drawn"
+    sampling = group.add_argument(
+        "--timestep_sampling",
+        default="sigma",
+        choices=samplers,
+        help="how timesteps are drawn; the shift of flux_shift, qwen_shift, krea2_shift and of the "
+        "qinglong mixtures grows with width and height",
     )
+    for sampler, reason in NOT_BUILT.items():
+        refuse_value(sampling, sampler, reason=reason)
     group.add_argument(
         "--discrete_flow_shift",
         type=float,
@@ -93,7 +118,10 @@ def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[s
         help="time shift of --timestep_sampling shift; no other sampler uses it",
     )
     group.add_argument(
-        "--sigmoid_scale", type=float, default=1.0, help="factor on the normal number of sigmoid and shift"
+        "--sigmoid_scale",
+        type=float,
+        default=1.0,
+        help="factor on the normal number of sigmoid and all shifts",
     )
     group.add_argument(
         "--weighting_scheme",
@@ -102,8 +130,12 @@ def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[s
         help="logit_normal and mode shape the draws of --timestep_sampling sigma; cosmap and sigma_sqrt "
         "weight the loss",
     )
-    group.add_argument("--logit_mean", type=float, default=0.0, help="mean of logit_normal and logsnr")
-    group.add_argument("--logit_std", type=float, default=1.0, help="width of logit_normal and logsnr")
+    group.add_argument(
+        "--logit_mean", type=float, default=0.0, help="mean of logit_normal, logsnr, qinglong_flux"
+    )
+    group.add_argument(
+        "--logit_std", type=float, default=1.0, help="width of logit_normal, logsnr, qinglong_flux"
+    )
     group.add_argument("--mode_scale", type=float, default=1.29, help="scale of the weighting scheme mode")
     group.add_argument(
         "--min_timestep",

@@ -16,7 +16,15 @@ from modules.contract.experts import ONE_EXPERT, Expert, expert_at
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.seeds import derive_seed
-from training.data.options import NUM_TIMESTEPS, SIZE_SAMPLERS, TimestepOptions
+from training.data.options import (
+    MIXTURES,
+    NUM_TIMESTEPS,
+    RARE_MEAN,
+    RARE_STD,
+    SIZE_SAMPLERS,
+    SIZE_SHIFTS,
+    TimestepOptions,
+)
 
 SCAN = 10_000  # points at which the accepted part of a sampler is looked for
 NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
@@ -118,12 +126,16 @@ def draw(
 
 
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
-    """Return the shift of the samplers: --discrete_flow_shift, or for SIZE_SAMPLERS e^mu.
+    """Return the shift of the samplers: --discrete_flow_shift, or e^mu for those that follow the size.
 
-    mu grows linearly from 0.5 at 256 tokens to 1.15 at 4096. Source: the FLUX.1 reference code.
+    mu grows linearly with the number of tokens (`SIZE_SHIFTS`). Source: the FLUX.1 reference code.
     Raises OptionError if a sampler follows the size and the family's shift does not.
     """
-    if options.timestep_sampling not in SIZE_SAMPLERS:
+    sampler = options.timestep_sampling
+    line = SIZE_SHIFTS.get(MIXTURES[sampler][0][0] if sampler in MIXTURES else sampler)
+    if sampler in SIZE_SAMPLERS:
+        line = SIZE_SHIFTS["flux_shift"]
+    if line is None:
         return options.flow_shift
     if noise.tokens is None:
         raise OptionError(
@@ -131,7 +143,8 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
             "size. "
             "Use shift with --discrete_flow_shift"
         )
-    return math.exp(0.5 + (noise.tokens(shape) - 256) * (1.15 - 0.5) / (4096 - 256))
+    (few, low), (many, high) = line
+    return math.exp(low + (noise.tokens(shape) - few) * (high - low) / (many - few))
 
 
 def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
@@ -143,7 +156,7 @@ def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flo
 def takes_normal(options: TimestepOptions) -> bool:
     """Whether the sampler is a function of a normal number, not of a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
-    return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "flux_shift", "logsnr"}
+    return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "logsnr", *SIZE_SHIFTS}
 
 
 def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
@@ -158,12 +171,14 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
             t = numbers
         case "sigmoid":
             t = torch.sigmoid(options.sigmoid_scale * numbers)
-        case "shift" | "flux_shift":
+        case "shift" | "flux_shift" | "qwen_shift" | "krea2_shift":
             t = _shifted(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
+        case "qinglong_flux" | "qinglong_qwen":
+            t = _mixed(options, numbers, flow_shift)
         case "nextdit_shift":
             t = _shifted(numbers.clamp(min=1e-7), flow_shift)
-        case "logsnr":  # the logarithm of the signal-to-noise ratio is normal
-            t = torch.sigmoid(-(options.logit_mean + options.logit_std * numbers) / 2)
+        case "logsnr":
+            t = _of_logsnr(options.logit_mean, options.logit_std, numbers)
         case other:
             raise ValueError(f"unknown timestep sampling {other}")
     if not options.preserve_distribution_shape:
@@ -279,6 +294,32 @@ def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:
         case _:  # logit_normal and mode shape the draws instead
             weights = torch.ones_like(sigmas)
     return weights.float()
+
+
+def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
+    """Return t where the logarithm of the signal-to-noise ratio, (1 - t)^2 / t^2, is normal."""
+    return torch.sigmoid(-(mean + std * numbers) / 2)
+
+
+def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
+    """Return t by the sampler whose share of 0..1 the uniform number lies in: a mixture, drawn per sample.
+
+    The place within the share is uniform again, and is that sampler's number.
+    """
+    t, start = torch.zeros_like(numbers), 0.0
+    for sampler, share in MIXTURES[options.timestep_sampling]:
+        place = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
+        normal = torch.special.ndtri(place)
+        match sampler:
+            case "logsnr":
+                drawn = _of_logsnr(options.logit_mean, options.logit_std, normal)
+            case "rare":
+                drawn = _of_logsnr(RARE_MEAN, RARE_STD, normal)
+            case _:
+                drawn = _shifted(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
+        t = torch.where(numbers >= start, drawn, t)
+        start += share
+    return t
 
 
 def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -40,7 +41,9 @@ def read_largest(
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
     batch = read_batch(largest_batch(items), family.latent, commands)
-    return Randomness(options.timesteps, 0, family.noise).add(batch, 0, 0)
+    # given frames take a little more memory than none: if they may come, the largest batch has some
+    noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
+    return Randomness(options.timesteps, 0, noise).add(batch, 0, 0)
 
 
 def plan_training(
@@ -208,4 +211,5 @@ def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: in
         keys=noisy_batch.batch.keys[:count],
     )
     numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
-    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, noisy_batch.expert)
+    given = min(noisy_batch.given_frames, frames - 1)
+    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, given, noisy_batch.expert)

@@ -111,7 +111,8 @@ def predict(
     placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
-    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap.img_in_txt_in_offloading)
+    weights, swap = dtypes_of(dit), options.speed.swap
+    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.ring.block_swap_ring_size)
     average = _average_bytes(options, dit)
     with quiet():
         moments, waiting = rehearse(family, options, dit, noisy_batch)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
-from modules.devices import allow_fp16_accumulation, keep_float32_exact
+from modules.devices import allow_fp16_accumulation, set_cuda_precision
 from modules.errors import OptionError
 from training.processes.options import AcceleratorOptions
 
@@ -37,7 +37,7 @@ def make_accelerator(
     Raises OptionError if the device does not support this precision or a tracker is not installed.
     """
     _refuse_sharding(os.environ)
-    keep_float32_exact()
+    set_cuda_precision(options.cuda_allow_tf32, options.cuda_cudnn_benchmark)
     groups = (
         []
         if options.ddp_timeout is None

@@ -19,6 +19,8 @@ class AcceleratorOptions:
 
     mixed_precision: str = field(metadata=HABIT)
     fp16_accumulation: bool = field(metadata=HABIT)
+    cuda_allow_tf32: bool = field(metadata=HABIT)
+    cuda_cudnn_benchmark: bool = field(metadata=HABIT)
     ddp_timeout: int | None = field(metadata=FREE)  # minutes
     ddp_gradient_as_bucket_view: bool = field(metadata=FREE)
     ddp_static_graph: bool = field(metadata=FREE)
@@ -46,6 +48,18 @@ def add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
         "--fp16_accumulation",
         action="store_true",
         help="sum fp16 matrix products in fp16: faster on some GPUs, less exact",
+    )
+    group.add_argument(
+        "--cuda_allow_tf32",
+        action="store_true",
+        help="compute float32 products and convolutions in TF32 on a CUDA device: faster, three digits "
+        "instead of seven; bf16 and fp16 stay as they are",
+    )
+    group.add_argument(
+        "--cuda_cudnn_benchmark",
+        action="store_true",
+        help="let cuDNN try its convolutions at each new size and take the fastest; runs may then differ in "
+        "the last digits",
     )
     group.add_argument("--ddp_timeout", type=int, help="minutes that processes wait for each other")
     group.add_argument(

@@ -1,13 +1,15 @@
 """Options of what is saved, when, under which name, and what a run continues from."""
 
 import argparse
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import SECRET, check_at_least
 
-SAVE_PRECISIONS = ("float", "fp16", "bf16")
+SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
+RESOLUTION = re.compile(r"\d+\s*([,x]\s*\d+)?")  # of --metadata_reso
 LATEST = "latest"  # --resume latest: the newest complete state of this output name
 
 
@@ -104,6 +106,15 @@ class MetadataOptions:
     description: str | None = field(metadata={"option": "metadata_description"})
     license: str | None = field(metadata={"option": "metadata_license"})
     tags: str | None = field(metadata={"option": "metadata_tags"})
+    resolution: str | None = field(metadata={"option": "metadata_reso"})
+    architecture: str | None = field(metadata={"option": "metadata_arch"})
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and not RESOLUTION.fullmatch(self.resolution.strip()):
+            raise OptionError(
+                f"--metadata_reso {self.resolution}: give width and height, such as 832,480, or one number "
+                "for a square"
+            )
 
 
 def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,3 +197,9 @@ def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metadata_description", help="what the model is for, in a sentence")
     group.add_argument("--metadata_license", help="licence of the model, for example apache-2.0")
     group.add_argument("--metadata_tags", help="words, separated by commas")
+    group.add_argument(
+        "--metadata_reso", help="resolution, such as 832,480, or 1024 for a square; default: 1280,720"
+    )
+    group.add_argument(
+        "--metadata_arch", help="architecture, for models that are not what they look like; default: found"
+    )

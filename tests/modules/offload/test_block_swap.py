@@ -65,6 +65,19 @@ def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, bl
     assert same(found, expected_outputs(case))
 
 
+@pytest.mark.parametrize("slots", [3, 9])
+@pytest.mark.parametrize(("case", "blocks"), SOME)
+def test_a_larger_ring_gives_the_same(case: Case, blocks: int, slots: int) -> None:
+    dit = case.make().eval()
+    swapped(dit, case.spec, blocks, FakeDevice(), slots=slots)
+
+    with torch.no_grad():
+        found = [dit(**case.inputs(seed), tweaks=Tweaks(skip_blocks=skipped)) for seed, skipped in PASSES]
+
+    assert same(found, expected_outputs(case))
+    assert swap_of(dit) is not None
+
+
 def several_steps(case: Case, blocks: int, checkpointing: bool, device: FakeDevice | None) -> list[Tensor]:
     """Steps of two passes each, one of them with both passes before the backward pass, with samples between
     them.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.command import Parser
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
@@ -104,12 +105,86 @@ def test_image_families_draw_the_recorded_numbers_by_their_own_conventions(case:
 
 
 def test_a_sampler_that_follows_the_size_is_refused_where_the_model_does_not() -> None:
-    made = options("--timestep_sampling", "flux_shift", samplers=SIZE_SAMPLERS)
+    made = options("--timestep_sampling", "flux_shift")
 
     with pytest.raises(
         OptionError, match="--timestep_sampling flux_shift: the shift of this model does not follow the size"
     ):
-        drawn(made, 10)
+        draw(made, 10, torch.Generator().manual_seed(1), noise=NoiseSpec())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "mu"),
+    [
+        ("flux_shift", 0.5 + (1560 - 256) * 0.65 / 3840),
+        ("qwen_shift", 0.5 + (1560 - 256) * 0.4 / 7936),
+        ("krea2_shift", 0.5 + (1560 - 256) * 0.65 / 6144),
+    ],
+)
+def test_shifts_follow_width_and_height_of_a_video_but_not_its_length(sampler: str, mu: float) -> None:
+    """480 x 832 pixels are 60 x 104 latents: 1560 tokens in each latent frame."""
+    made = options("--timestep_sampling", sampler, "--sigmoid_scale", "0.8")
+    normal = torch.tensor([-1.5, 0.0, 0.7])
+
+    found = [from_numbers(made, normal, shape=(2, 16, frames, 60, 104)).sigmas for frames in (1, 21)]
+
+    t = torch.sigmoid(0.8 * normal)
+    expected = t * math.exp(mu) / (1 + (math.exp(mu) - 1) * t)
+    torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "shares"),
+    [
+        ("qinglong_flux", {"flux_shift": 0.79, "logsnr": 0.11, "rare": 0.1}),
+        ("qinglong_qwen", {"qwen_shift": 0.95, "rare": 0.05}),
+    ],
+)
+def test_a_mixture_draws_each_sampler_as_often_as_it_says(sampler: str, shares: dict[str, float]) -> None:
+    """The distribution of a mixture is the mean of its parts', weighted by their shares."""
+    shape, logit = (1, 16, 1, 60, 104), ("--logit_mean", "-1", "--logit_std", "0.5")
+
+    def parts(name: str) -> TimestepOptions:
+        if name == "rare":
+            return options("--timestep_sampling", "logsnr", "--logit_mean", "5.36", "--logit_std", "1")
+        return options("--timestep_sampling", name, *(logit if name == "logsnr" else ()))
+
+    def sampled(made: TimestepOptions) -> Tensor:
+        return draw(made, 200_000, torch.Generator().manual_seed(1), shape=shape).sigmas
+
+    mixed = sampled(options("--timestep_sampling", sampler, *logit))
+    alone = {name: sampled(parts(name)) for name in shares}
+    for bound in (0.05, 0.1, 0.2, 0.4, 0.6, 0.75, 0.9):
+        expected = sum(share * float((alone[name] < bound).double().mean()) for name, share in shares.items())
+        assert float((mixed < bound).double().mean()) == pytest.approx(expected, abs=0.005)
+
+
+def test_a_mixture_keeps_its_shape_inside_a_window() -> None:
+    shape, window = (1, 16, 1, 60, 104), ("--min_timestep", "500", "--max_timestep", "900")
+    base = ("--timestep_sampling", "qinglong_flux")
+    whole = draw(options(*base), 200_000, torch.Generator().manual_seed(1), shape=shape).sigmas
+    inside = whole[(whole >= 0.5) & (whole <= 0.9)]
+
+    made = options(*base, *window, "--preserve_distribution_shape")
+    found = draw(made, 100_000, torch.Generator().manual_seed(2), shape=shape).sigmas
+
+    assert 0.5 <= float(found.min()) <= float(found.max()) <= 0.9
+    for share in (0.1, 0.5, 0.9):
+        assert float(found.quantile(share)) == pytest.approx(float(inside.quantile(share)), abs=0.01)
+
+
+@pytest.mark.parametrize("sampler", ["flux2_shift", "ideogram4_shift"])
+def test_a_sampler_without_a_meaning_here_is_refused_by_name(
+    sampler: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser()
+    add_timestep_arguments(parser)
+
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--timestep_sampling", sampler])
+
+    assert "flux_shift" in capsys.readouterr().err.split(sampler)[-1]
 
 
 def test_bounds_count_on_a_shifted_table_as_on_the_plain_one() -> None:

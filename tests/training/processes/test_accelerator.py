@@ -22,7 +22,7 @@ import torch
 from training.processes.accelerator import make_accelerator
 from training.processes.options import AcceleratorOptions
 from training.processes.gradients import largest
-accelerator = make_accelerator(AcceleratorOptions("no", False, 5, False, False))
+accelerator = make_accelerator(AcceleratorOptions("no", False, False, False, 5, False, False))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
 # as --blocks_to_swap auto is agreed on
@@ -39,7 +39,7 @@ def _fresh_processes() -> Iterator[None]:
 
 
 def options(precision: str = "no", fp16_accumulation: bool = False, ddp: bool = False) -> AcceleratorOptions:
-    return AcceleratorOptions(precision, fp16_accumulation, None, ddp, ddp)
+    return AcceleratorOptions(precision, fp16_accumulation, False, False, None, ddp, ddp)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
@@ -94,6 +94,25 @@ def test_options_of_ddp_are_answered_with_what_they_change(caplog: pytest.LogCap
         make_accelerator(options(ddp=True))
 
     assert caplog.text.count("--ddp_static_graph are ignored because") == 1
+
+
+@pytest.fixture
+def backends() -> Iterator[None]:
+    """Torch's switches are as before again afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    yield
+    cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("is_on", [False, True])
+def test_tf32_and_the_search_for_fast_convolutions_are_switched_on_if_asked_for(is_on: bool) -> None:
+    make_accelerator(AcceleratorOptions("no", False, is_on, is_on, None, False, False))
+
+    assert torch.backends.cuda.matmul.allow_tf32 is is_on
+    assert torch.backends.cudnn.allow_tf32 is is_on
+    assert torch.backends.cudnn.benchmark is is_on
 
 
 def test_fp16_sums_are_switched_on_for_a_gpu() -> None:
