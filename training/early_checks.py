@@ -99,7 +99,8 @@ def _check_room(family: Family, options: TrainingOptions) -> None:
         size = sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
     elif options.network is not None and _grows_with_rank(family, options.network):
         rank = options.network.network_dim or DEFAULT_RANK
-        size = sum(smallest_lora_bytes(file, rank) for file in family.dit_files)
+        files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
+        size = sum(smallest_lora_bytes(file, rank) for file in files)
     check_space(Path(folder) / f"{name}.safetensors", size)
 
 

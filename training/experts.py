@@ -130,11 +130,12 @@ def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict
         return {TRAINED_EXPERT: FOR_BOTH}
     expert = expert_trained(family, options)
     name = part or (None if expert is None else expert.name)
-    found = {TRAINED_EXPERT: value for value, known in EXPERT_VALUES.items() if known == name}
-    if part and not options.metadata.no_metadata:
-        file = family.dit_files[[each.name for each in experts].index(part)]
-        found["ss_sd_model_name"] = file.name
-    return found
+    if name is None:
+        return {}
+    values = {known: value for value, known in EXPERT_VALUES.items()}
+    files = {each.name: file.name for each, file in zip(experts, family.dit_files, strict=False)}
+    own = {"ss_sd_model_name": files[part]} if part in files and not options.metadata.no_metadata else {}
+    return {TRAINED_EXPERT: values[name], **own}
 
 
 def expert_trained(family: Family, options: TrainingOptions) -> Expert | None:

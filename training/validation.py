@@ -52,8 +52,8 @@ class Validation:
         """Return the mean loss over the items as `validation/loss`, and per band as `validation/loss_100`.
 
         The number of a band is the timestep in its middle; bands below all experts are left out. dit_at:
-        expert -> its network. The networks are in evaluation mode. All processes must call it and get the same
-        numbers.
+        expert -> its network. The networks are in evaluation mode. All processes must call it and get the
+        same numbers.
         """
         sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
         for item in self.items[self.process :: self.processes]:

@@ -55,8 +55,6 @@ class WanExpertOptions:
                 f"--timestep_boundary {boundary:g}: give a share of noise, such as 0.875, or a timestep, "
                 "such as 875"
             )
-        if boundary is not None and self.dit_high_noise is None:
-            logger.warning("--timestep_boundary is ignored because --dit_high_noise is not given")
         if self.force_v2_1_time_embedding:
             logger.info(
                 "--force_v2_1_time_embedding is not needed: times are embedded once for each sample anyway"
@@ -171,6 +169,8 @@ class WanGenerationOptions:
     riflex_index: int  # read here only to be checked early
 
     def __post_init__(self) -> None:
+        if self.experts.timestep_boundary is not None and self.experts.dit_high_noise is None:
+            logger.warning("--timestep_boundary is ignored because --dit_high_noise is not given")
         if self.riflex_index and self.rope_func != "comfy":
             raise OptionError(
                 f"--riflex_index {self.riflex_index} with --rope_func {self.rope_func}: it changes the table "

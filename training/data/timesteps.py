@@ -273,7 +273,10 @@ def levels_reached(options: TimestepOptions, noise: NoiseSpec) -> tuple[float, f
 
 
 def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[Expert]) -> None:
-    """Raise OptionError if an expert would never be trained. Samplers that follow the size are not checked."""
+    """Raise OptionError if an expert would never be trained.
+
+    Samplers that follow the size are not checked.
+    """
     if options.timestep_sampling not in SIZE_SAMPLERS and (len(experts) > 1 or experts[0].lowest > 0):
         for span in spans_of(experts):
             find_accepted_range(options, noise, options.flow_shift, span)
