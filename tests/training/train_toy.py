@@ -1,6 +1,7 @@
 """Train the toy family in a process of its own: `python train_toy.py FOLDER ARGUMENTS...`.
 
-With TOY_EXPERTS=1 the model has two transformers. With TOY_STOP_AT=n in the environment, the first process is asked to end at its n-th micro-batch; with
+With TOY_EXPERTS=1 the model has two transformers.
+With TOY_STOP_AT=n in the environment, the first process is asked to end at its n-th micro-batch; with
 TOY_WHOLE_DIT=1 the DiT itself learns; with TOY_PAGE=1 it writes its page.
 """
 
