@@ -9,6 +9,7 @@ model's files, --from_file or --prompt, sizes, steps, --save_path.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import modules.interpreter  # noqa: F401
 from families import GENERATION_SCRIPTS, identify
@@ -23,12 +24,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     families = list(GENERATION_SCRIPTS)
     add_compare_arguments(parser, families)
     args, others = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    loras = expand_patterns(read_options(CompareOptions, args).lora)
-    asked = read_options(CompareOptions, argparse.Namespace(**{**vars(args), "lora": loras}))
-    if any(word.partition("=")[0] == "--lora_weight" for word in others):
-        parser.error("--lora_weight: give the files to --lora, which makes a column of each")
+    loras = expand_patterns(tuple(map(Path, args.lora)))
+    high = expand_patterns(tuple(map(Path, args.lora_high_noise or ())), "--lora_high_noise") or None
+    given = {**vars(args), "lora": loras, "lora_high_noise": high}
+    asked = read_options(CompareOptions, argparse.Namespace(**given))
+    words = {word.partition("=")[0] for word in others}
+    for option in ("--lora", "--lora_high_noise"):
+        taken = option.replace("lora", "lora_weight")
+        if taken in words:
+            parser.error(f"{taken}: give the files to {option}, which makes a column of each")
+    if "--lora_multiplier_high_noise" in words:
+        parser.error(
+            "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"
+        )
     script = import_own(GENERATION_SCRIPTS[asked.family or family_of(loras[0], families)])
     others += ["--lora_weight", *map(str, loras)]
+    others += ["--lora_weight_high_noise", *map(str, high)] if high else []
 
     def make(family: object, options: object) -> None:
         from generation.comparing import compare  # torch is loaded by now

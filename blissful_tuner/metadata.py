@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.atomic_write import make_storable
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.prepared import Prepared
 from modules.version import VERSION
 
@@ -37,16 +38,18 @@ PLAIN = (
 def output_metadata(
     request: Prepared,
     model: Mapping[str, str],
-    loras: Sequence[tuple[str, float]] = (),
+    loras: Mapping[str, Sequence[tuple[str, float]]] | None = None,
     settings: Mapping[str, Any] | None = None,
     device: str | None = None,
     created: datetime | None = None,
+    experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, str]:
     """Metadata of one output: all that its pixels depend on; of files their names, without the folders they
     lie in.
 
-    model: `Family.metadata`. loras: file name and multiplier of each LoRA. settings: the script's options
-    that were given and that nothing else here says, by name. device: the kind that made it. created: when.
+    model: `Family.metadata`. loras: by expert, "" for those that have no LoRAs of their own, file name and
+    multiplier of each. settings: the script's options that were given and that nothing else here says, by
+    name. device: the kind that made it. created: when. experts: `Family.experts`.
     """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),
@@ -56,7 +59,7 @@ def output_metadata(
         "prompt": request.asked.prompt,
         "negative_prompt": request.negative_prompt,
         "infer_steps": request.steps,
-        "guidance_scale": ", ".join(map(str, dict.fromkeys(request.guidance_scale))),
+        "guidance_scale": request.guidance_scale[0],
         "cfg_schedule": request.asked.cfg_schedule,
         "flow_shift": request.flow_shift,
         "height": request.height,
@@ -75,17 +78,39 @@ def output_metadata(
     optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
     media = ("image_path", "end_image_path", "control_path")
     optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
-    values |= {name: value for name, value in optional.items() if value is not None}
+    values |= {name: value for name, value in optional.items() if value is not None} | _of_experts(
+        request, experts
+    )
     values |= {
         name: _without_folders(text) if name.endswith("_path") else text
         for name, text in request.own_metadata.items()
     }
-    values |= {f"lora_{index}": f"{name}: {multiplier}" for index, (name, multiplier) in enumerate(loras)}
+    values |= {
+        f"{lora_name(expert)}_{index}": f"{name}: {multiplier}"
+        for expert, files in (loras or {}).items()
+        for index, (name, multiplier) in enumerate(files)
+    }
     values |= _record({**(settings or {}), **request.asked.settings})
     return {
         f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
         for name, value in values.items()
     }
+
+
+def _of_experts(request: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
+    """Return what further experts were asked for: their guidance scales, and where they begin."""
+    scales: dict[str, object] = {
+        f"guidance_scale_{name}": scale for name, scale in request.asked.expert_guidance.items()
+    }
+    further = list(zip(experts, request.guidance_scale, strict=True))[1:]
+    scales |= {f"guidance_scale_{expert.name}": scale for expert, scale in further}
+    boundaries = ", ".join(f"{expert.lowest:g}" for expert, _ in further)
+    return scales | ({"timestep_boundary": boundaries} if boundaries else {})
+
+
+def lora_name(expert: str) -> str:
+    """Return how metadata call the LoRAs of an expert: `lora_high_noise`; `lora` for those without a name."""
+    return f"lora_{expert}" if expert else "lora"
 
 
 def read_decoded_metadata(

@@ -32,6 +32,8 @@ FIRST = (
     "infer_steps",
     "embedded_cfg_scale",
     "guidance_scale",
+    "guidance_scale_high_noise",
+    "timestep_boundary",
     "cfg_schedule",
     "fps",
 )

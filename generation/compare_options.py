@@ -19,6 +19,7 @@ class CompareOptions:
 
     family: str | None  # None: as the first LoRA says
     lora: tuple[Path, ...]
+    lora_high_noise: tuple[Path, ...] | None  # of the expert for much noise: the first beside the first
     lora_multiplier: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -27,6 +28,11 @@ class CompareOptions:
                 raise OptionError(
                     f"--lora_multiplier {strength}: give a number, 1 is the strength as trained"
                 )
+        if self.lora_high_noise and len(self.lora_high_noise) != len(self.lora):
+            raise OptionError(
+                f"--lora has {len(self.lora)} files, --lora_high_noise {len(self.lora_high_noise)}: give as "
+                "many, the first of each for the first column"
+            )
         columns = len(self.lora) * len(self.lora_multiplier) + 1
         if columns > MOST_COLUMNS:
             raise OptionError(
@@ -51,11 +57,18 @@ def add_compare_arguments(parser: argparse.ArgumentParser, families: list[str]) 
         help="LoRA files to compare; patterns such as my_lora-*.safetensors",
     )
     group.add_argument(
+        "--lora_high_noise",
+        nargs="+",
+        default=None,
+        help="of models with two experts the LoRA files for --dit_high_noise, as many as for --lora, which "
+        "then are for --dit: the first two make the first column, both at the strength of the column",
+    )
+    group.add_argument(
         "--lora_multiplier", nargs="+", type=float, default=[1.0], help="strengths to compare each file at"
     )
 
 
-def expand_patterns(given: tuple[Path, ...]) -> tuple[Path, ...]:
+def expand_patterns(given: tuple[Path, ...], option: str = "--lora") -> tuple[Path, ...]:
     """Return the files of all patterns, each once, numbers in their names in order.
 
     Shells of Windows do not expand patterns. Raises OptionError for a pattern or a name without a file.
@@ -68,7 +81,7 @@ def expand_patterns(given: tuple[Path, ...]) -> tuple[Path, ...]:
         matches = [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 (of any folder)
         files = sorted((match for match in matches if match.is_file()), key=_natural)
         if not files:
-            raise OptionError(f"--lora {path}: no such file. Give LoRA files or a pattern that fits some.")
+            raise OptionError(f"{option} {path}: no such file. Give LoRA files or a pattern that fits some.")
         found |= dict.fromkeys(files)
     return tuple(found)
 

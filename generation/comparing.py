@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from blissful_tuner.latent_preview import preview_clip
-from blissful_tuner.metadata import CREATED, as_tags
+from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from generation.compare_options import CompareOptions
 from generation.decoding import decode
-from generation.dressing import dit_loader
+from generation.dressing import LorasByExpert, dit_loader
 from generation.grids import Column, Grid, Row, write_grids
 from generation.jobs import Failures, GenerationJob, GenerationRun, tell_unused_sources
+from generation.loras import key_of, option_of, uses_by_expert, with_loras
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
@@ -29,14 +30,15 @@ from generation.outputs import LATENT_SUFFIX, own_stem, save_latents, save_pixel
 from generation.preset import leave_out_missing
 from generation.progress import Bars, Queue, in_short, name_model
 from generation.prompt_lines import read_generation_lines
-from generation.run import check_models
+from generation.run import check_models, make_session
 from generation.sections import OnSection, make_latents
-from generation.session import CPU, Session, wanted_texts
+from generation.session import CPU, wanted_texts
 from modules.atomic_write import make_folder
 from modules.checkpoints.latents import load_latents
 from modules.command import as_typed
 from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
+from modules.contract.experts import Expert
 from modules.contract.family import Family
 from modules.contract.generation import DitAt, Section
 from modules.devices import allow_fp16_accumulation, choose_device
@@ -44,8 +46,7 @@ from modules.errors import OptionError, UserError
 from modules.media.tags import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on, too_little
-from networks.merge import LoraUse, lora_uses
-from networks.options import LoraOptions
+from networks.merge import LoraUse
 from networks.switching import OriginalWeights
 
 logger = logging.getLogger(__name__)
@@ -57,17 +58,11 @@ WITHOUT = "without LoRA"
 
 @dataclass(frozen=True)
 class Variant:
-    """One column: a LoRA at a strength, or none."""
+    """One column: a LoRA at a strength, or none; for several experts one for each."""
 
     label: str
-    uses: tuple[LoraUse, ...] = ()
-    sha256: str = ""  # of the file
-
-    @property
-    def loras(self) -> LoraOptions:
-        """Return the options of the generation script that make the same."""
-        paths = tuple(use.lora.path for use in self.uses)
-        return LoraOptions(paths or None, tuple(use.multiplier for use in self.uses))
+    uses: tuple[tuple[LoraUse, ...], ...]  # by expert
+    sha256: Mapping[str, str]  # of the files, by the name that metadata give them
 
 
 @dataclass(frozen=True)
@@ -105,9 +100,9 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
     check_compilation(options.speed.compilation.choice, device)
-    variants = make_variants(lora_uses(options.lora, options.lora_patterns), asked.lora_multiplier)
+    variants = make_variants(family.experts, uses_by_expert(family.experts, options), asked.lora_multiplier)
     options, predicted = resolve_options(family, options, device, room_on(device))
-    session = Session(family, device, dit_loader(family, (), device, options), keep=False)
+    session = make_session(family, options, dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session, predicted)
     jobs = _make_jobs(run)
     tell_unused_sources(options.request.source, jobs)
@@ -144,16 +139,29 @@ def _check(options: GenerationOptions) -> None:
         raise OptionError(f"{found[0]} has no meaning for a comparison: leave it out")
 
 
-def make_variants(uses: Sequence[LoraUse], strengths: Sequence[float]) -> list[Variant]:
-    """Return the columns: without LoRA, then every file at every strength."""
-    names = [use.lora.path.stem for use in uses]
-    variants = [Variant(WITHOUT)]
-    for use, name in zip(uses, names, strict=True):
+def make_variants(
+    experts: Sequence[Expert], uses: LorasByExpert, strengths: Sequence[float]
+) -> list[Variant]:
+    """Return the columns: without LoRA, then every file at every strength.
+
+    uses: by expert. Files at the same place make a column together, which is named after the first of them.
+    """
+    variants = [Variant(WITHOUT, ((),) * len(experts), {})]
+    count = max(map(len, uses), default=0)
+    # by column: one file for each expert, or none
+    columns = [[of_expert[index : index + 1] for of_expert in uses] for index in range(count)]
+    first = [next(found[0] for found in column if found) for column in columns]
+    names = [use.lora.path.stem for use in first]
+    for column, use, name in zip(columns, first, names, strict=True):
         shown = name if names.count(name) == 1 else f"{use.lora.path.parent.name}/{name}"
-        sha256 = _hash(use.lora.path)
+        sha256 = {
+            f"{lora_name(key_of(expert))}_sha256_0": _hash(found[0].lora.path)
+            for expert, found in zip(experts, column, strict=True)
+            if found
+        }
         for strength in dict.fromkeys(strengths):
-            label = f"{shown} x {strength:g}"
-            variants.append(Variant(label, (replace(use, multiplier=strength),), sha256))
+            of_experts = tuple(tuple(replace(one, multiplier=strength) for one in found) for found in column)
+            variants.append(Variant(f"{shown} x {strength:g}", of_experts, sha256))
     return variants
 
 
@@ -179,12 +187,11 @@ def _make_jobs(run: GenerationRun) -> list[GenerationJob]:
 
 def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> Cell:
     """Name a clip: by its line, seed and column; a name with other content gets a `_` at its end."""
-    options = replace(run.options, lora=variant.loras)
+    options = with_loras(run.options, run.family.experts, variant.uses)
     metadata = dict(replace(run, options=options).metadata(job.prepared) or {})
-    if variant.sha256:
-        metadata["bt_lora_sha256_0"] = variant.sha256
+    metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
     column = words_of(variant.label.replace(".", "_")) or "lora"
-    mark = hashlib.sha256(f"{variant.label} {variant.sha256}".encode()).hexdigest()[:6]
+    mark = hashlib.sha256(f"{variant.label} {' '.join(variant.sha256.values())}".encode()).hexdigest()[:6]
     cell = Cell(variant, job, f"{line:03d}_{job.prepared.seed}_{column}_{mark}", metadata)
     while not _is_own(run.options, cell):
         cell = replace(cell, stem=f"{cell.stem}_")
@@ -233,7 +240,7 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
     queue = Queue([cell.job.prepared for cell in cells])
     shown_from = run.options.guidance.scaled_steps
     wanted = [variant for variant in variants if any(cell.variant is variant for cell in cells)]
-    for variant, dit_at in networks_with(run, wanted):
+    for variant, dit_at in networks_with(run, wanted, cells):
         for cell in [cell for cell in cells if cell.variant is variant]:
             job = cell.job
             queue.begin(f"{job.label}, {variant.label}")
@@ -262,26 +269,32 @@ def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequen
                 save_latents(cell.latents(run.options), latents.to(CPU), cell.metadata)
 
 
-def networks_with(run: GenerationRun, variants: Sequence[Variant]) -> Iterator[tuple[Variant, DitAt]]:
-    """Yield each column with the network that has its LoRA.
+def networks_with(
+    run: GenerationRun, variants: Sequence[Variant], cells: Sequence[Cell]
+) -> Iterator[tuple[Variant, DitAt]]:
+    """Yield each column with the networks that have its LoRAs.
 
-    The network is loaded once and its weights are changed. It is loaded again for each column only if its
-    weights are in 8 bits, swapped or compiled, or if there are several networks.
+    A network is loaded once and its weights are changed. It is loaded again for each column only if its
+    weights are in 8 bits, swapped or compiled, or if it shares the device with others: what it was before the
+    change would take as much host memory again as those that wait there.
     """
     family, options, session = run.family, run.options, run.session
     speed = options.speed
     is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
+    requests = [[cell.job.prepared for cell in cells if cell.variant is variant] for variant in variants]
     if not is_plain or len(family.experts) > 1:
-        for variant in variants:
-            session.load_dit = dit_loader(family, variant.uses, session.device, options)
-            with session.dit() as dit_at:
+        for variant, of_variant in zip(variants, requests, strict=True):
+            loader = dit_loader(family, variant.uses, session.device, options)
+            session.load_with(loader, loader.aside)
+            with session.dit(of_variant) as dit_at:
                 yield variant, dit_at
         return
-    originals = OriginalWeights([use for variant in variants for use in variant.uses])
-    session.load_dit = dit_loader(family, (), session.device, options, originals)
-    with session.dit() as dit_at:
+    originals = OriginalWeights([use for variant in variants for uses in variant.uses for use in uses])
+    loader = dit_loader(family, (), session.device, options, [originals])
+    session.load_with(loader, loader.aside)
+    with session.dit([one for of_variant in requests for one in of_variant]) as dit_at:
         for variant in variants:
-            originals.switch(dit_at(FIRST_TIMESTEP), variant.uses)
+            originals.switch(dit_at(FIRST_TIMESTEP), variant.uses[0])
             yield variant, dit_at
 
 
@@ -313,18 +326,18 @@ def write_grid(
         )
         for job in jobs
     ]
-    columns = tuple(Column(variant.label, _command(variant)) for variant in variants)
+    columns = tuple(Column(variant.label, _command(run.family.experts, variant)) for variant in variants)
     with own_stem(run.options.output.save_path, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
         return write_grids(run.options.output.save_path, stem, Grid(columns, tuple(rows)))
 
 
-def _command(variant: Variant) -> str:
-    """Return the options of the generation script that use this column's LoRA."""
-    words = [
-        word
-        for use in variant.uses
-        for word in ("--lora_weight", str(use.lora.path), "--lora_multiplier", f"{use.multiplier:g}")
-    ]
+def _command(experts: Sequence[Expert], variant: Variant) -> str:
+    """Return the options of the generation script that use this column's LoRAs."""
+    words: list[str] = []
+    for expert, uses in zip(experts, variant.uses, strict=True):
+        weight, multiplier = option_of(expert)
+        for use in uses:
+            words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]
     return as_typed(words)
 
 

@@ -15,6 +15,7 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.prompt_rewrite import PromptRewriter
 from blissful_tuner.video_to_video_options import SourceOptions
+from generation.loras import loras_of
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line
@@ -106,16 +107,19 @@ class GenerationRun:
             self.options.settings,
             self.session.device.type,
             self.now(),
+            self.family.experts,
         )
 
     @property
-    def loras(self) -> list[tuple[str, float]]:
-        """Return the file name and the strength of each LoRA."""
-        lora = self.options.lora
-        return [
-            (path.name, strength)
-            for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
-        ]
+    def loras(self) -> dict[str, list[tuple[str, float]]]:
+        """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
+        return {
+            expert: [
+                (path.name, strength)
+                for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
+            ]
+            for expert, lora in loras_of(self.options).items()
+        }
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
         """Parse a prompt line. where: names it in warnings. Raises OptionError."""

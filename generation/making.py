@@ -127,7 +127,7 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
     """Return the latents of each job; each is written when it is done, so a kill loses at most one."""
     done = []
     queue = Queue([job.prepared for job, _, _ in ready])
-    with run.session.dit() as dit_at:
+    with run.session.dit([job.prepared for job, _, _ in ready]) as dit_at:
         for job, texts, inputs in ready:
             with failures.note_errors(job.label):
                 queue.begin(job.label)

@@ -177,7 +177,9 @@ class LastFrame:
 def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.device) -> dict[str, str]:
     """Metadata of a sample made while training. model: the file name of the weights it was made with."""
     settings = {"sampled_from": model}
-    metadata = output_metadata(prepared, family.metadata, settings=settings, device=device.type)
+    metadata = output_metadata(
+        prepared, family.metadata, settings=settings, device=device.type, experts=family.experts
+    )
     return as_png_texts(metadata) if prepared.frames == 1 else as_tags(metadata)
 
 

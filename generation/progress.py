@@ -5,11 +5,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
 import torch
 
+from generation.experts import experts_by_step
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.contract.family import Family
@@ -49,11 +51,11 @@ def start_in_words(prepared: Prepared) -> str | None:
 def show_start(
     family: Family,
     requests: Sequence[Prepared],
-    loras: Sequence[tuple[str, float]],
+    loras: Mapping[str, Sequence[tuple[str, float]]],
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Show what will be generated. loras: file name and strength of each."""
+    """Show what will be generated. loras: by expert, "" if none is meant, file name and strength of each."""
     step, rows, columns = family.latent.stride
     sizes = [
         (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)
@@ -64,9 +66,11 @@ def show_start(
     free = shutil.disk_usage(folder).free
     box: list[Row] = [
         ("model", name_model(family.metadata)),
-        ("LoRAs", "\n".join(f"{name}, strength {strength:g}" for name, strength in loras)),
+        ("experts", "\n".join(experts_in_words(family))),
+        ("LoRAs", "\n".join(loras_in_words(loras))),
         ("clip", size_in_words(first) if is_one else None),
         ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
+        ("turns", turns_in_words(family, first)),
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
         ("from", start_in_words(first) if is_one else None),
         ("device", str(device)),
@@ -74,6 +78,43 @@ def show_start(
         ("folder", str(folder)),
     ]
     show_box("Generating", box)
+
+
+def experts_in_words(family: Family) -> list[str]:
+    """Return a line for each expert that has a name: its file, and the timesteps that it is for."""
+    experts = family.experts
+    named = [(expert, file) for expert, file in zip(experts, family.dit_files, strict=False) if expert.name]
+    lines = []
+    for expert, file in named:
+        above = min((each.lowest for each in experts if each.lowest > expert.lowest), default=None)
+        upper = "" if above is None else f" below timestep {above:g}"
+        lower = f" from timestep {expert.lowest:g} on" if expert.lowest else ""
+        lines.append(
+            f"{expert.name.replace('_', ' ')}: {file.name}{lower}{' and' * bool(lower and upper)}{upper}"
+        )
+    return lines
+
+
+def turns_in_words(family: Family, prepared: Prepared) -> str | None:
+    """Return how many steps each expert makes, in their order; None if no expert has a name."""
+    if not any(expert.name for expert in family.experts):
+        return None
+    runs = [
+        (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
+    ]
+    shares = ", ".join(f"{count} by the {expert.words}" for expert, count in runs)
+    start = "" if prepared.num_steps == prepared.steps else f", the last {prepared.num_steps} of them"
+    steps = count_of(prepared.steps, "step")
+    return f"{prepared.solver} grid, shift {prepared.flow_shift:g}, {steps}{start}: {shares}"
+
+
+def loras_in_words(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
+    """Return a line for each LoRA: file name, strength, and the expert that it is for if that has a name."""
+    return [
+        f"{name}, strength {strength:g}" + (f", for {expert.replace('_', ' ')}" if expert else "")
+        for expert, files in loras.items()
+        for name, strength in files
+    ]
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +10,10 @@ from blissful_tuner.latent_preview import check_preview
 from blissful_tuner.prompt_rewrite import make_rewriter
 from generation.asking import line_reader
 from generation.decoding import decode_files
-from generation.dressing import check_skipped_layers, dit_loader
-from generation.expert_loras import expert_loras
+from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, dit_loader
+from generation.experts import TurnRules
 from generation.jobs import Failures, GenerationRun, tell_unused_sources
+from generation.loras import uses_by_expert
 from generation.making import make, make_job
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
@@ -32,7 +32,6 @@ from modules.errors import CheckpointError, OptionError
 from modules.offload.swap_plan import check_swap
 from modules.planning.memory_plan import room_on, too_little
 from networks.fitting import check_loras_fit
-from networks.merge import LoraUse, lora_uses
 from networks.merge_files import merge_into_file
 from networks.options import refuse_replacing
 
@@ -60,23 +59,23 @@ def do(family: Family, options: GenerationOptions) -> None:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised automatically")
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
+    uses = uses_by_expert(family.experts, options)  # read first, so that a wrong file shows at once
     if options.save_merged_model is not None:
-        save_merged_model(family, expert_loras(family.experts, options), options.save_merged_model, device)
+        save_merged_model(family, uses, options.save_merged_model, device)
         return
-    uses = lora_uses(options.lora, options.lora_patterns)  # read first, so that a wrong file shows at once
     check_compilation(options.speed.compilation.choice, device)
     if options.speed.plan.is_asked:
         plan_generation(family, options, device)
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
-    session = Session(family, device, dit_loader(family, uses, device, options), keep=options.interactive)
+    session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
     run = GenerationRun(family, options, session, predicted, make_rewriter(options.rewriting))
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
     check_models(run)
-    for file in family.dit_files:
-        check_loras_fit(file, uses)
+    for file, of_expert in zip(family.dit_files, uses, strict=False):
+        check_loras_fit(file, of_expert)
     run = run.with_previews()
     if options.from_file is not None:
         make_from_file(run, options.from_file)
@@ -87,6 +86,12 @@ def do(family: Family, options: GenerationOptions) -> None:
         failures.raise_if_any(cells)
     else:
         make_prompt(run)
+
+
+def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
+    """Make the session of a run. keep: networks stay in host memory for the next prompt."""
+    rules = TurnRules(never_beside=options.experts.offload_inactive_dit, lazy=options.experts.lazy_loading)
+    return Session(family, loader.device, loader, keep, load_aside=loader.aside, rules=rules)
 
 
 def make_prompt(run: GenerationRun) -> None:
@@ -122,9 +127,7 @@ def check_models(run: GenerationRun) -> None:
         check_skipped_layers(run.options.guidance.skipped_layers, sum(counts))
 
 
-def save_merged_model(
-    family: Family, uses: Sequence[Sequence[LoraUse]], path: Path, device: torch.device
-) -> None:
+def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: torch.device) -> None:
     """Write the network's file with the LoRAs merged in, tensor by tensor.
 
     uses: of each expert. The files of several experts get `_low_noise` and the like appended to the name; of

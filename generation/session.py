@@ -1,35 +1,31 @@
 """The networks of a family over a run: loaded when first needed, one kind at a time on the device.
 
 The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a
-kind is kept on the CPU or freed. If the DiT has several experts, they take turns on the device, unless it has
-room for all of them.
+kind is kept on the CPU or freed. If the DiT has several experts, they take turns (`generation.experts`).
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blissful_tuner.guidance import needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import encode_source
+from generation.experts import DitTurns, LoadAside, LoadDit, TurnRules, plan_turns
 from generation.sections import SOURCE, conditions_to
 from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.experts import expert_at, noisiest
 from modules.contract.family import Family, TextEncoder
 from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Needs
 from modules.devices import free_memory
-from modules.errors import MemoryPlanError
-from modules.offload.block_swap import move_network
-from modules.planning.device_memory import bytes_on, host_room, spare_bytes
-from modules.planning.memory_plan import gib
+from modules.planning.device_memory import host_room, spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +68,30 @@ class Session:
 
     family: Family
     device: torch.device
-    load_dit: Callable[[int], nn.Module]  # expert -> network on the device
+    load_dit: LoadDit
     keep: bool  # whether networks stay on the CPU between their phases, for the next prompt
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
+    load_aside: LoadAside | None = None  # loads an expert into host memory, ahead of its time
+    rules: TurnRules = TurnRules()  # how experts share the device; `keep` says whether they stay
     # bytes of the device, where something was let in beside the DiT
     most_beside: int = field(default=0, init=False)
     _known: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
     _has_image_encoder: bool = False
-    _dits: dict[int, nn.Module] = field(default_factory=dict)  # by expert: those that are loaded
-    _working: set[int] = field(default_factory=set)  # experts that are on the device
+    _dits: DitTurns = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._dits = DitTurns(
+            self.family.experts,
+            self.device,
+            self.load_dit,
+            self.load_aside,
+            replace(self.rules, keep=self.keep),
+            self.dit_can_stay,
+            lambda: self.host_room(),
+        )
 
     def texts(self, wanted: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts by section, as `wanted_texts` names them. Conditions are on the CPU, without batch
@@ -144,90 +152,24 @@ class Session:
             return True
         return False
 
-    @contextmanager
-    def dit_aside(self) -> Iterator[None]:
-        """A block in the midst of the DiT's work, which waits on the CPU meanwhile.
+    def load_with(self, load_dit: LoadDit, load_aside: LoadAside | None) -> None:
+        """Load the DiT's networks otherwise from now on."""
+        self._dits.load, self._dits.load_aside = load_dit, load_aside
 
-        Raises MemoryPlanError where the host has no room for it; there a system may end the process without a
-        word.
+    def dit_aside(self) -> AbstractContextManager[None]:
+        """A block in the midst of the DiT's work, which waits in host memory meanwhile.
+
+        Raises MemoryPlanError where the host has no room for it.
         """
-        working = [self._dits[expert] for expert in self._working]
-        weights, room = sum(bytes_on(dit, self.device) for dit in working), self.host_room()
-        if room is not None and weights > room:
-            raise MemoryPlanError(
-                f"the transformer would have to wait in host memory, which has {gib(room)} GiB free; it "
-                f"takes {gib(weights)} GiB"
-            )
-        try:
-            for dit in working:
-                move_network(dit, CPU)
-            free_memory(self.device)
-            yield
-        finally:
-            for dit in working:
-                move_network(dit, self.device)
+        return self._dits.aside()
 
-    @contextmanager
-    def dit(self) -> Iterator[DitAt]:
+    def dit(self, requests: Sequence[Prepared] = ()) -> AbstractContextManager[DitAt]:
         """The denoising network, as timestep -> the expert for it, on the device.
 
-        That of the highest timesteps, with which a video from noise begins, comes at once; another when it is
-        asked for.
+        requests: what will be made, one after the other; the expert that it begins with comes at once, the
+        others when they are asked for. Nothing is foreseen without them.
         """
-        experts = self.family.experts
-        try:
-            self._bring(noisiest(experts))
-            yield lambda timestep: self._bring(expert_at(timestep, experts))
-        finally:  # also where Ctrl-C comes in the middle of a move
-            if not self.keep:
-                self._dits, self._working = {}, set()
-            elif self.device.type != "cpu":
-                for expert in [*self._working]:
-                    self._put_away(expert)
-            free_memory(self.device)
-
-    def _bring(self, expert: int) -> nn.Module:
-        """Put an expert on the device.
-
-        Those that are there make room first, unless the device has room for both.
-        """
-        if expert not in self._working:
-            for other in [*self._working]:
-                if not self._fits_beside(self._dits[other]):
-                    self._put_away(other)
-            if expert in self._dits:
-                self._working.add(expert)  # now, as it may be interrupted half-way
-                move_network(self._dits[expert], self.device)
-            else:
-                self._dits[expert] = self.load_dit(expert).eval().requires_grad_(False)
-                self._working.add(expert)
-        return self._dits[expert]
-
-    def _fits_beside(self, working: nn.Module) -> bool:
-        """Whether another expert, which is as large, may come beside one that is at work."""
-        weights = bytes_on(working, self.device)
-        if self.device.type == "cpu":
-            room = self.host_room()
-            return room is None or weights <= room
-        if self.device.type != "cuda":
-            return False
-        # what the steps until now have taken beside the weights, the next ones will take again
-        steps = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
-        return self.dit_can_stay(weights + steps)
-
-    def _put_away(self, expert: int) -> None:
-        """Have an expert wait in host memory, or free it if that has no room or is where it works."""
-        weights, room = bytes_on(self._dits[expert], self.device), self.host_room()
-        if self.device.type != "cpu" and (room is None or weights <= room):
-            move_network(self._dits[expert], CPU)
-            self._working.remove(expert)
-        else:
-            logger.info(
-                "The host has no room for a transformer that waits: it is loaded again when it is needed"
-            )
-            self._working.remove(expert)
-            del self._dits[expert]
-        free_memory(self.device)
+        return self._dits.phase(plan_turns(self.family, requests))
 
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:

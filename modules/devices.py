@@ -3,7 +3,8 @@
 import gc
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -173,6 +174,17 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Have a thread compute on a CUDA device beside others: in a stream of its own, which it waits for."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+        torch.cuda.current_stream(device).synchronize()
 
 
 def allow_fp16_accumulation(device: torch.device) -> bool:

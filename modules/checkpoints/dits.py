@@ -137,6 +137,7 @@ def fill_dit(
         what=what,
         fp8=fp8,
         host=placement.host,
+        check=placement.check,
     )
     dit.eval()
 

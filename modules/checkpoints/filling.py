@@ -41,6 +41,7 @@ def load_module(
     what: str = "this model",
     fp8: Fp8Loading | None = None,
     host: HostPlace | None = None,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device
     and dtype.
@@ -50,9 +51,10 @@ def load_module(
     dtype; returns the weight to keep. ignore: patterns (`*`) of tensors in the file that need not be used.
     what: the option or network, for messages. fp8: which weights of linear layers are kept in 8 bits; they
     are rounded on its device and then go to theirs. host: keeps some of the tensors in host memory; they are
-    made on the device all the same, where anything is to be computed. Parameters come out with
-    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
-    unexpected and misshaped tensor, before anything is read, and naming those with values that are NaN or
+    made on the device all the same, where anything is to be computed. check: called before each tensor, in
+    place of a progress bar; it may raise to end the loading. Parameters come out with `requires_grad` off. On
+    the meta device nothing is read. Raises CheckpointError listing every missing, unexpected and misshaped
+    tensor, before anything is read, and naming those with values that are NaN or
     infinite.
     """
     wanted = module.state_dict()
@@ -83,8 +85,10 @@ def load_module(
         sum(sizes.values()),
         lambda item: sizes[item[0]],
         BYTES,
-        shown=any(place.type != "meta" for place in devices.values()),
+        shown=check is None and any(place.type != "meta" for place in devices.values()),
     ):
+        if check is not None:
+            check()
         place = held.get(name)
         if fp8 is not None and name in fp8:
             _place_fp8(

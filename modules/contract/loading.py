@@ -60,3 +60,5 @@ class Placement:
     # how the linear layers of the blocks are kept in 8 bits; None: they are not
     fp8: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
+    # called before each tensor, in place of showing how far loading is; may raise to end it
+    check: Callable[[], None] | None = None

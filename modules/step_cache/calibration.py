@@ -1,14 +1,17 @@
 """Measure what step caches need to know of a model, in a video of which every pass is computed.
 
 Measurements of all passes of a step (positive, negative) and of all sections are averaged: both papers find
-them nearly equal, and one list then serves videos with and without guidance. Passes that skip layers do not
+them nearly equal, and one list then serves videos with and without guidance. The first step of each expert
+has nothing before it: its ratio counts as 1, and it is always computed. Passes that skip layers do not
 count. Numbers stay on the device until the end, so nothing waits for them.
 """
 # Letters: B batch, L tokens, C width
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 import numpy
 import torch
@@ -33,7 +36,9 @@ def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden
     inner(dit, hidden, tweaks)
     if tweaks.turn is not None and not tweaks.skip_blocks:
         signal = functools.partial(first_input, dit, Hidden(before, hidden.tokens), tweaks)
-        measure(tweaks.turn, signal, residual_of(dit, hidden.x, before))
+        # each expert is measured against itself; weak, so that one may be freed between steps
+        turn = replace(tweaks.turn, which=(weakref.ref(dit), tweaks.turn.which))
+        measure(turn, signal, residual_of(dit, hidden.x, before))
 
 
 class Ratios:

@@ -26,7 +26,9 @@ REQUEST = replace(prepare(ASKED), embedded_guidance=None)
 
 
 def test_metadata_has_the_known_keys_and_the_sizes() -> None:
-    found = output_metadata(REQUEST, {"model_type": "wan", "task": "t2v-14B"}, [("style.safetensors", 0.8)])
+    found = output_metadata(
+        REQUEST, {"model_type": "wan", "task": "t2v-14B"}, {"": [("style.safetensors", 0.8)]}
+    )
     assert found == {
         "bt_model_type": "wan",
         "bt_task": "t2v-14B",

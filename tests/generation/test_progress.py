@@ -63,7 +63,7 @@ def test_boxes_name_loras_and_count_the_files_of_folders(
     for index in range(3):
         (tmp_path / "frames" / f"{index}.png").write_bytes(b"12")
 
-    show_start(ToyFamily(), [PREPARED] * 2, [("a.safetensors", 0.8)], tmp_path, torch.device("cpu"))
+    show_start(ToyFamily(), [PREPARED] * 2, {"": [("a.safetensors", 0.8)]}, tmp_path, torch.device("cpu"))
     show_end([tmp_path / "frames"], 3, torch.device("cpu"))
 
     assert "  LoRAs:  a.safetensors, strength 0.8\n  clips:  2; the first: 48 x 32" in caplog.text

@@ -78,6 +78,8 @@ SAID_AS = {  # where the metadata have another name for it
     "one_frame_inference": ("one_frame",),
     "lora_weight": ("lora_0",),
     "lora_multiplier": ("lora_0",),
+    "lora_weight_high_noise": ("lora_high_noise_0",),
+    "lora_multiplier_high_noise": ("lora_high_noise_0",),
     "optimized": ("attn_mode", "compile", "fp8_scaled"),
     "scheduler": ("sample_solver",),
 }
@@ -110,6 +112,7 @@ VALUES = {  # where any value of the right type does not do
     "compile_args": ["inductor", "default", "True", "False"],
     "compile_mode": ["max-autotune"],
     "lora_weight": [LORA],
+    "lora_weight_high_noise": [LORA],
 }
 WITH = {  # what has to be given too
     "cfg_skip_mode": ["--cfg_apply_ratio", "0.25"],
@@ -127,6 +130,7 @@ WITH = {  # what has to be given too
     "i2_extra_noise": ["--i2i_path", "start.png"],
     "rope_scaling_factor": ["--rope_scaling_timestep_threshold", "800"],
     "lora_multiplier": ["--lora_weight", LORA],
+    "lora_multiplier_high_noise": ["--lora_weight_high_noise", LORA],
     "wan riflex_index": ["--rope_func", "comfy"],
     "teacache_coefficients": ["--teacache_threshold", "0.1"],
 }

@@ -2,11 +2,9 @@
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -115,112 +113,6 @@ def test_the_expert_of_a_timestep_is_the_last_that_begins_at_or_below_it(
 ) -> None:
     assert expert_at(timestep, (LOW, HIGH)) == expert
     assert expert_at(timestep, (HIGH, LOW)) == 1 - expert  # in whichever order they are named
-
-
-SIZE = 10  # bytes of an expert
-
-
-class Expert(nn.Module):
-    """Writes down where it is put, and how many are on the device at once."""
-
-    def __init__(self, number: int, diary: list[str], places: dict[int, str]) -> None:
-        super().__init__()
-        self.number, self.diary, self.places = number, diary, places
-        self.note("load", "cuda")
-        weakref.finalize(self, self.forget, number, diary, places)
-
-    @staticmethod
-    def forget(number: int, diary: list[str], places: dict[int, str]) -> None:
-        diary.append(f"free {number}")
-        del places[number]
-
-    def note(self, verb: str, place: str) -> None:
-        self.places[self.number] = place
-        beside = "cuda" in [each for number, each in self.places.items() if number != self.number]
-        self.diary.append(
-            f"{verb} {self.number}" + (" beside the other" if beside and place == "cuda" else "")
-        )
-
-    def to(self, device: torch.device) -> "Expert":  # type: ignore[override]
-        self.note("rest" if device.type == "cpu" else "move", device.type)
-        return self
-
-    def parameters(self, recurse: bool = True) -> Iterator[Any]:  # type: ignore[override]
-        yield SimpleNamespace(
-            nbytes=SIZE, device=torch.device(self.places[self.number]), requires_grad_=lambda _: None
-        )
-
-
-def experts(keep: bool, spare: int = 0, host: int | None = None) -> tuple[Session, list[str]]:
-    """A session with two experts on a device, and its diary. spare, host: bytes left on device and host."""
-    diary: list[str] = []
-    places: dict[int, str] = {}
-    family = ToyFamily(experts=(LOW, HIGH))
-
-    def load(expert: int) -> nn.Module:
-        return Expert(expert, diary, places)
-
-    return Session(family, torch.device("cuda"), load, keep, lambda _: spare, lambda: host), diary
-
-
-def denoise_twice(made: Session, diary: list[str]) -> None:
-    """Two videos, each through both experts."""
-    for _ in range(2):
-        with made.dit() as dit_at:
-            for timestep in (999.0, 950.0, 899.0, 100.0):
-                dit_at(timestep)
-        diary.append("end")
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_experts_take_turns_on_the_device(keep: bool) -> None:
-    made, diary = experts(keep)
-    denoise_twice(made, diary)
-    first = ["load 1", "rest 1", "load 0"]
-    if keep:
-        assert diary == [*first, "rest 0", "end", "move 1", "rest 1", "move 0", "rest 0", "end"]
-    else:
-        assert [line for line in diary if "free" not in line] == [*first, "end"] * 2
-
-
-def test_an_expert_that_the_host_has_no_room_for_is_freed_before_the_next_is_loaded() -> None:
-    made, diary = experts(keep=True, host=SIZE - 1)
-    denoise_twice(made, diary)
-    assert diary == ["load 1", "free 1", "load 0", "free 0", "end"] * 2
-
-
-def test_experts_for_which_there_is_room_stay_on_the_device() -> None:
-    made, diary = experts(keep=True, spare=SIZE)
-    with made.dit() as dit_at:
-        for timestep in (999.0, 100.0, 999.0, 100.0):
-            dit_at(timestep)
-        assert diary == ["load 1", "load 0 beside the other"]
-        with made.dit_aside():
-            assert sorted(diary[2:]) == ["rest 0", "rest 1"]
-
-
-def test_an_expert_that_waits_stays_aside_when_the_other_comes_back() -> None:
-    made, diary = experts(keep=True)
-    with made.dit() as dit_at:
-        dit_at(100.0)
-        diary.clear()
-        with made.dit_aside():
-            pass
-        assert diary == ["rest 0", "move 0"]
-
-
-@pytest.mark.parametrize(("host", "loaded"), [(None, 2), (0, 3)])
-def test_on_a_cpu_experts_share_the_host_if_it_has_room(host: int | None, loaded: int) -> None:
-    family = ToyFamily(experts=(LOW, HIGH))
-
-    def load(expert: int) -> nn.Module:
-        return family.load_dit(Placement(CPU), expert)
-
-    with Session(family, CPU, load, False, host_room=lambda: host).dit() as dit_at:
-        assert dit_at(950.0) is dit_at(900.0)
-        assert dit_at(899.0) is dit_at(0.0)
-        dit_at(950.0)
-    assert family.diary == ["load dit"] * loaded
 
 
 def test_inputs_without_media_need_no_encoders() -> None:

@@ -1,0 +1,282 @@
+"""The networks that denoise: those of a model's experts, which take turns on the device.
+
+An expert is loaded to the device when its steps begin, unless it was foreseen: then it is read into host
+memory by a thread while the one before it works, and at the boundary only a copy to the device is left. What
+leaves the device waits in host memory if it comes again and the host has room; else it is freed. Experts stay
+on the device together if that has room for all, or if it is the CPU and the host has.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from generation.ahead import Ahead, Check
+from modules.contract.experts import Expert, expert_at, noisiest
+from modules.contract.family import Family
+from modules.contract.prepared import Prepared
+from modules.devices import free_memory
+from modules.errors import MemoryPlanError
+from modules.flow.schedule import make_schedule
+from modules.offload.block_swap import move_network
+from modules.offload.turns import HostCopy
+from modules.planning.device_memory import bytes_on
+from modules.planning.memory_plan import gib
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+
+LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
+
+
+class Waiting(Protocol):
+    """A network whose weights wait in host memory: `modules.offload.turns.HostCopy`."""
+
+    def bring(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+# expert -> its network in host memory, and what brings it to the device; `Check` is called for each tensor
+LoadAside = Callable[[int, Check], tuple[nn.Module, Waiting]]
+
+
+@dataclass(frozen=True)
+class TurnRules:
+    """How experts share the device."""
+
+    keep: bool = False  # they are needed again after the phase, for the next prompt
+    never_beside: bool = False  # one on the device, even if it has room for more (--offload_inactive_dit)
+    lazy: bool = False  # load each when its steps begin, free it after them (--lazy_loading)
+
+
+def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
+    """Return the expert of each step that is made for a request."""
+    schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
+    timesteps = schedule.timesteps[prepared.first_step :].tolist()
+    return [expert_at(timestep, family.experts) for timestep in timesteps]
+
+
+def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
+    """Return the experts in the order in which they will work for requests made one after the other."""
+    steps = chain.from_iterable(experts_by_step(family, one) for one in requests)
+    return [expert for expert, _ in groupby(steps)]
+
+
+@dataclass
+class DitTurns:
+    """The loaded networks of a model's experts, by the experts' index."""
+
+    experts: Sequence[Expert]
+    device: torch.device
+    load: LoadDit
+    load_aside: LoadAside | None  # None: nothing is loaded ahead
+    rules: TurnRules
+    can_stay: Callable[[int], bool]  # whether the device has room for so many bytes beside what is there
+    host_room: Callable[[], int | None]
+    make_copy: Callable[[nn.Module, torch.device], Waiting] = HostCopy
+    _dits: dict[int, nn.Module] = field(default_factory=dict)  # those that are loaded
+    _copies: dict[int, Waiting] = field(default_factory=dict)  # of those that have one
+    _working: set[int] = field(default_factory=set)  # those that are on the device
+    _ahead: tuple[int, Ahead[tuple[nn.Module, Waiting]]] | None = None
+    _plan: Sequence[int] = ()  # who works when, as far as it is known
+    _place: int = 0  # in the plan
+    _told: set[int] = field(default_factory=set)  # of which it was said that they are not read ahead
+
+    @property
+    def working(self) -> list[nn.Module]:
+        """Return the networks on the device."""
+        return [self._dits[expert] for expert in self._working]
+
+    @contextmanager
+    def phase(self, plan: Sequence[int] = ()) -> Iterator[Callable[[float], nn.Module]]:
+        """Yield timestep -> the network for it, on the device.
+
+        plan: `plan_turns`; its first expert comes at once. Empty: nothing is known; a video begins with
+        noise, and any expert may be needed again.
+        """
+        self._plan, self._place = plan, 0
+        try:
+            self._bring(plan[0] if plan else noisiest(self.experts))
+            yield self._at
+        finally:  # also where Ctrl-C comes in the middle of a move
+            self._end_ahead()
+            if not self.rules.keep:
+                self._dits, self._copies, self._working = {}, {}, set()
+            elif self.device.type != "cpu":
+                self._plan = ()
+                for expert in [*self._working]:
+                    self._put_away(expert)
+            free_memory(self.device)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A block in the midst of their work, while those that work wait in host memory.
+
+        Raises MemoryPlanError where the host has no room for them; there a system may end the process without
+        a word.
+        """
+        working = [(self._dits[expert], self._copies.get(expert)) for expert in self._working]
+        weights = sum(bytes_on(dit, self.device) for dit, copy in working if copy is None)
+        room = self.host_room()
+        if room is not None and weights > room:
+            raise MemoryPlanError(
+                f"the transformer would have to wait in host memory, which has {gib(room)} GiB free; it "
+                f"takes {gib(weights)} GiB"
+            )
+        try:
+            for dit, copy in working:
+                _leave(dit, copy)
+            free_memory(self.device)
+            yield
+        finally:
+            for dit, copy in working:
+                _come(dit, copy, self.device)
+
+    def _at(self, timestep: float) -> nn.Module:
+        return self._bring(expert_at(timestep, self.experts))
+
+    def _bring(self, expert: int) -> nn.Module:
+        """Put an expert on the device, and look ahead.
+
+        Those that are there make room first, unless the device has room for them too.
+        """
+        self._follow_plan(expert)
+        if expert not in self._working:
+            self._take_ahead(expert)
+            for other in [*self._working]:
+                if not self._may_stay(other, expert):
+                    self._put_away(other)
+            if expert not in self._dits:
+                self._dits[expert] = self.load(expert).eval().requires_grad_(False)
+                self._working.add(expert)
+            else:
+                self._working.add(expert)  # now, as it may be interrupted half-way
+                _come(self._dits[expert], self._copies.get(expert), self.device)
+            if len(self._working) > 1 and not self.rules.keep:
+                self._copies.pop(expert, None)  # it stays, and then it is freed
+            self._look_ahead(expert)
+        return self._dits[expert]
+
+    def _follow_plan(self, expert: int) -> None:
+        """Note that an expert works now. What was skipped in the plan has failed or ended early."""
+        later = [place for place in range(self._place, len(self._plan)) if self._plan[place] == expert]
+        self._place = later[0] if later else self._place
+
+    def _comes_again(self, expert: int) -> bool:
+        """Whether an expert may be needed after another one has worked."""
+        return self.rules.keep or not self._plan or expert in self._plan[self._place :]
+
+    def _may_stay(self, working: int, coming: int) -> bool:
+        """Whether an expert that works may stay on the device beside one that comes, which is as large."""
+        if self.rules.lazy:
+            return False
+        weights = bytes_on(self._dits[working], self.device)
+        if self.device.type == "cpu":
+            room = self.host_room()
+            return coming in self._dits or room is None or weights <= room
+        if self.device.type != "cuda" or self.rules.never_beside:
+            return False
+        # what the steps until now have taken beside the weights, the next ones will take again
+        steps = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        return self.can_stay(weights + steps)
+
+    def _put_away(self, expert: int) -> None:
+        """Have an expert wait in host memory, or free it if it need not or cannot."""
+        if self.rules.lazy or not self._comes_again(expert):
+            self._free(expert)
+            return
+        dit, copy = self._dits[expert], self._copies.get(expert)
+        weights, room = bytes_on(dit, self.device), self.host_room()
+        if copy is not None:
+            copy.leave()
+        elif self.device.type == "cpu" or (room is not None and weights > room):
+            logger.info(
+                "The host has no room for a transformer that waits: it is loaded again when it is needed"
+            )
+            self._free(expert)
+            return
+        elif self.device.type == "cuda" and len(self.experts) > 1:
+            self._copies[expert] = self.make_copy(dit, self.device)  # once: the next time nothing is copied
+        else:
+            move_network(dit, CPU)
+            free_memory(self.device)
+        self._working.remove(expert)
+
+    def _free(self, expert: int) -> None:
+        self._working.remove(expert)
+        self._copies.pop(expert, None)
+        del self._dits[expert]
+        free_memory(self.device)
+
+    def _look_ahead(self, present: int) -> None:
+        """Begin to read the expert that comes next into host memory, if the host has room."""
+        coming = next((expert for expert in self._plan[self._place :] if expert != present), None)
+        if coming is None or coming in self._dits or self._ahead is not None:
+            return
+        load, words = self.load_aside, self.experts[coming].words
+        reason = self._why_not_ahead(self._dits[present])
+        if load is None or reason:
+            if load is not None and coming not in self._told:
+                logger.info("The %s is loaded when its steps begin%s", words, reason)
+                self._told.add(coming)
+            return
+        logger.info("The %s is read into host memory while the %s works", words, self.experts[present].words)
+        self._ahead = coming, Ahead(lambda check: load(coming, check))
+
+    def _why_not_ahead(self, present: nn.Module) -> str:
+        """Return why another expert, which is as large, cannot be read ahead; empty if it can."""
+        if self.rules.lazy:
+            return ", as --lazy_loading asks"
+        if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
+            return f": {self.device.type} cannot prepare it beside its work"
+        room = self.host_room()
+        needed = sum(each.nbytes for each in chain(present.parameters(), present.buffers()))
+        if room is not None and needed > room:
+            return f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
+        return ""
+
+    def _take_ahead(self, expert: int) -> None:
+        """Take over an expert that was read ahead; raises what has gone wrong there."""
+        if self._ahead is None:
+            return
+        foreseen, ahead = self._ahead
+        if foreseen != expert:
+            self._end_ahead()
+            return
+        if not ahead.is_done:
+            logger.info("Waiting for the %s, which is still being read", self.experts[expert].words)
+        try:
+            dit, copy = ahead.take()
+        except Exception:
+            self._ahead = None  # the next video tries anew
+            raise
+        self._ahead = None
+        self._dits[expert] = dit.eval().requires_grad_(False)
+        if self.device.type != "cpu":
+            self._copies[expert] = copy
+
+    def _end_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
+
+
+def _leave(dit: nn.Module, copy: Waiting | None) -> None:
+    if copy is None:
+        move_network(dit, CPU)
+    else:
+        copy.leave()
+
+
+def _come(dit: nn.Module, copy: Waiting | None, device: torch.device) -> None:
+    if copy is not None:
+        copy.bring()
+    elif device.type != "cpu":  # where it was loaded
+        move_network(dit, device)

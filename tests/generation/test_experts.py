@@ -1,0 +1,286 @@
+"""Experts take turns on the device: who is there when, who waits, who is read ahead."""
+
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from generation.ahead import Ahead, Check, Stopped
+from generation.experts import DitTurns, TurnRules, experts_by_step, plan_turns
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
+from modules.contract.generation import Request
+from modules.contract.prepared import Prepared
+from modules.errors import CheckpointError
+from tests.generation.toy_family import ToyFamily
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LOW, HIGH = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 900.0)
+SIZE = 10  # bytes of an expert
+VIDEO = (999.0, 950.0, 899.0, 100.0)
+
+
+class Toy(nn.Module):
+    """Writes down where it is put; `here` has who is on the device."""
+
+    def __init__(self, verb: str, number: int, diary: list[str], place: str, places: dict[int, str]) -> None:
+        super().__init__()
+        self.number, self.diary, self.places = number, diary, places
+        self.put(verb, place)
+        weakref.finalize(self, self.forget, number, diary, places)
+
+    @staticmethod
+    def forget(number: int, diary: list[str], places: dict[int, str]) -> None:
+        diary.append(f"free {number}")
+        del places[number]
+
+    def put(self, verb: str, place: str) -> None:
+        self.places[self.number] = place
+        beside = any(where != "cpu" for number, where in self.places.items() if number != self.number)
+        self.diary.append(f"{verb} {self.number}{' beside' * (beside and place != 'cpu')}")
+
+    def to(self, device: torch.device) -> "Toy":  # type: ignore[override]
+        self.put("rest" if device.type == "cpu" else "move", device.type)
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:  # type: ignore[override]
+        yield SimpleNamespace(
+            nbytes=SIZE, device=torch.device(self.places[self.number]), requires_grad_=lambda _: None
+        )
+
+
+class ToyCopy:
+    """Brings a toy to the device and lets it leave."""
+
+    def __init__(self, dit: nn.Module, device: torch.device) -> None:
+        assert isinstance(dit, Toy)
+        self.dit = dit
+        if dit.places[dit.number] != "cpu":
+            dit.put("copy", "cpu")
+
+    def bring(self) -> None:
+        self.dit.put("bring", "cuda")
+
+    def leave(self) -> None:
+        self.dit.put("leave", "cpu")
+
+
+class Stage:
+    """Experts on a device with so much room; host: bytes the host has left."""
+
+    def __init__(
+        self,
+        spare: int = 0,
+        host: int | None = None,
+        device: torch.device = CUDA,
+        count: int = 2,
+        ahead: bool = True,
+        **rules: bool,
+    ) -> None:
+        self.diary: list[str] = []
+        self.places: dict[int, str] = {}
+        self.device, self.may_read = device, threading.Event()
+        self.may_read.set()
+        self.broken: set[int] = set()
+        experts = (LOW, HIGH) if count == 2 else (LOW, Expert("middle", 500.0), HIGH)
+        self.turns = DitTurns(
+            experts,
+            device,
+            lambda expert: Toy("load", expert, self.diary, device.type, self.places),
+            self.aside if ahead else None,
+            TurnRules(**rules),
+            lambda needed: needed <= spare,
+            lambda: host,
+            ToyCopy,
+        )
+
+    def aside(self, expert: int, check: Check) -> tuple[nn.Module, ToyCopy]:
+        self.may_read.wait(10)
+        check()
+        if expert in self.broken:
+            raise CheckpointError(f"expert {expert} is damaged")
+        dit = Toy("read", expert, self.diary, "cpu", self.places)
+        return dit, ToyCopy(dit, self.device)
+
+    def denoise(self, plan: Sequence[int], videos: Sequence[Sequence[float]] = (VIDEO, VIDEO)) -> list[str]:
+        """Denoise videos in one phase, and return what was noted meanwhile."""
+        self.diary.clear()
+        with self.turns.phase(plan) as dit_at:
+            for timesteps in videos:
+                for timestep in timesteps:
+                    assert self.places[dit_at(timestep).number] == self.device.type
+                    if self.turns._ahead is not None and timestep < 999:  # by now it is read
+                        self.turns._ahead[1]._join()
+        gc.collect()
+        return [*self.diary]
+
+
+PLAN = (1, 0, 1, 0)
+READ_ONCE = ["load 1", "read 0", "copy 1", "bring 0", "leave 0", "bring 1", "leave 1", "bring 0"]
+
+
+def test_each_expert_is_loaded_once_and_the_next_is_read_while_the_first_works() -> None:
+    stage = Stage()
+    diary = stage.denoise(PLAN)
+    # the last of a plan does not wait, as nobody needs it any more
+    assert diary[:6] == READ_ONCE[:6]
+    assert sorted(diary[6:]) == ["bring 0", "free 0", "free 1"]
+    assert stage.places == {}
+
+
+def test_a_conversation_loads_no_expert_twice() -> None:
+    stage = Stage(keep=True)
+    assert stage.denoise((1, 0), [VIDEO]) == ["load 1", "read 0", "copy 1", "bring 0", "leave 0"]
+    for _ in range(2):
+        assert stage.denoise((1, 0), [VIDEO]) == ["bring 1", "leave 1", "bring 0", "leave 0"]
+
+
+def test_a_single_video_frees_the_first_expert_and_keeps_one_on_the_host() -> None:
+    assert Stage().denoise((1, 0), [VIDEO]) == ["load 1", "read 0", "free 1", "bring 0", "free 0"]
+
+
+def test_three_experts_take_turns_too() -> None:
+    diary = Stage(count=3).denoise((2, 1, 0, 2, 1, 0), [(999.0, 600.0, 100.0)] * 2)
+    assert [line for line in diary if line.startswith(("load", "read"))] == ["load 2", "read 1", "read 0"]
+    assert not any("beside" in line for line in diary)
+
+
+def test_a_video_that_begins_late_begins_with_its_own_expert() -> None:
+    assert Stage().denoise((0,), [(500.0, 100.0)]) == ["load 0", "free 0"]
+
+
+def test_what_the_host_has_no_room_for_is_loaded_when_its_steps_begin(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    diary = Stage(host=SIZE - 1).denoise(PLAN)
+    assert diary == ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
+    assert caplog.text.count("low-noise transformer is loaded when its steps begin: the host has") == 1
+
+
+def test_lazy_loading_reads_nothing_ahead_and_lets_nothing_wait(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    diary = Stage(spare=SIZE, lazy=True, keep=True).denoise(PLAN)
+    assert diary == ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
+    assert "as --lazy_loading asks" in caplog.text
+
+
+def test_experts_for_which_there_is_room_stay_on_the_device() -> None:
+    stage = Stage(spare=SIZE)
+    diary = stage.denoise(PLAN)
+    assert diary[:3] == ["load 1", "read 0", "bring 0 beside"]
+    assert sorted(diary[3:]) == ["free 0", "free 1"]
+    assert Stage(spare=SIZE, never_beside=True).denoise(PLAN)[:6] == READ_ONCE[:6]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        (None, ["load 1", "read 0"]),
+        (0, ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0"]),
+    ],
+)
+def test_on_a_cpu_experts_share_the_host_if_it_has_room(host: int | None, expected: list[str]) -> None:
+    diary = Stage(host=host, device=CPU).denoise(PLAN)
+    assert diary[: len(expected)] == expected
+    assert all(line.startswith("free") for line in diary[len(expected) :])
+
+
+def test_on_other_devices_experts_move_and_nothing_is_read_ahead() -> None:
+    diary = Stage(device=torch.device("xpu"), keep=True).denoise((1, 0), [VIDEO])
+    assert diary == ["load 1", "rest 1", "load 0", "rest 0"]
+
+
+def test_an_error_while_reading_ahead_is_raised_at_the_boundary_and_the_next_video_tries_again() -> None:
+    stage = Stage()
+    stage.broken.add(0)
+    with stage.turns.phase(PLAN) as dit_at:
+        assert dit_at(999.0).number == dit_at(950.0).number == 1
+        with pytest.raises(CheckpointError, match="expert 0 is damaged"):
+            dit_at(899.0)
+        assert dit_at(999.0).number == 1
+        assert dit_at(899.0).number == 0
+
+
+def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
+    stage = Stage(keep=True)
+    stage.may_read.clear()
+    threads: list[threading.Thread] = []
+
+    def press() -> None:
+        with stage.turns.phase((1, 0)) as dit_at:
+            dit_at(999.0)
+            assert stage.turns._ahead is not None
+            threads.append(stage.turns._ahead[1]._thread)
+            stage.may_read.set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert not threads[0].is_alive()
+    assert stage.places == {1: "cpu"}
+    assert "bring 1" in stage.denoise((1, 0), [VIDEO])
+
+
+def test_what_nobody_wants_any_more_ends_at_its_next_check() -> None:
+    begun, reached = threading.Event(), []
+
+    def make(check: Check) -> int:
+        begun.set()
+        try:
+            while True:
+                check()
+        except Stopped:
+            reached.append(1)
+            raise
+
+    ahead = Ahead(make)
+    assert begun.wait(10)
+    ahead.cancel()
+    assert reached == [1]
+    assert ahead.is_done
+
+
+def test_an_expert_that_waits_stays_aside_when_the_others_come_back() -> None:
+    stage = Stage()
+    with stage.turns.phase(PLAN) as dit_at:
+        dit_at(999.0)
+        stage.turns._ahead[1]._join()  # type: ignore[index]
+        dit_at(100.0)
+        stage.diary.clear()
+        with stage.turns.aside():
+            assert set(stage.places.values()) == {"cpu"}
+        assert stage.diary == ["leave 0", "bring 0"]
+
+
+def test_without_a_plan_any_expert_may_be_needed_again() -> None:
+    diary = Stage(ahead=False).denoise(())
+    assert diary[:6] == ["load 1", "copy 1", "load 0", "copy 0", "bring 1", "leave 1"]
+
+
+def prepared(steps: int, flow_shift: float, first_step: int = 0) -> Prepared:
+    request = Request("cat", 0, steps=steps, flow_shift=flow_shift)
+    return replace(ToyFamily().prepare(request), solver="unipc", first_step=first_step)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "flow_shift", "by_high"),
+    [(875.0, 12.0, 26), (900.0, 5.0, 15)],  # T2V-A14B and I2V-A14B as released
+)
+def test_the_steps_of_each_expert_are_known_before(boundary: float, flow_shift: float, by_high: int) -> None:
+    family = ToyFamily(experts=(LOW, Expert(HIGH_NOISE, boundary)))
+    assert experts_by_step(family, prepared(40, flow_shift)) == [1] * by_high + [0] * (40 - by_high)
+
+
+def test_a_plan_names_each_turn_once() -> None:
+    family = ToyFamily(experts=(LOW, Expert(HIGH_NOISE, 875.0)))
+    whole, late = prepared(40, 12.0), prepared(40, 12.0, first_step=30)
+    assert plan_turns(family, [whole, late, late, whole]) == [1, 0, 1, 0]
+    assert plan_turns(family, [late]) == [0]
