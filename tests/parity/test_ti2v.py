@@ -16,8 +16,10 @@ import wan_generate_video
 from modules.errors import CheckpointError, OptionError
 from modules.media.writing import write_png
 from tests.golden_cases import read_case
+from tests.parity.projects import Project, train, write_project
 from tests.parity.reference import KINDS, Sampling, open_image, relative_error, schedule
 from tests.parity.running import assert_equal, generate, generate_one
+from tests.parity.test_samples import sample_latents
 from tests.parity.theirs import Theirs, pad_text
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import CONFIGS, write_dit
@@ -232,6 +234,45 @@ def test_an_image_cannot_be_the_only_frame_and_ends_no_video(
     quick = ("--end_image_path", path, "--infer_steps", 1, "--guidance_scale", 1)
     generate(tmp_path, models, "ti2v-5B", *OPTIONS, *quick, in_process=True)
     assert f"--end_image_path {path} is ignored because --task ti2v-5B does not take it" in caplog.text
+
+
+@pytest.mark.parametrize("with_image", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_sample_of_a_training_is_what_the_generation_script_makes(
+    tmp_path: Path, trained: Project, with_image: bool
+) -> None:
+    """With a LoRA that changes nothing to the bit; a trained one is merged there, which rounds otherwise."""
+    image = write_picture(tmp_path / "start.png", 32, 64)
+    line = f"{PROMPT} --w 64 --h 32 --f 5 --d {SEED} --s 2 --fs 5 --l 3"
+    ask: tuple[object, ...] = ("--video_size", 32, 64, "--video_length", 5, "--infer_steps", 2)
+    ask += ("--seed", SEED, "--guidance_scale", 3, "--prompt", PROMPT)
+    if with_image:
+        line, ask = f"{line} --i {image}", (*ask, "--image_path", image)
+    weights = trained.folder / "out" / "lora.safetensors"
+
+    sample = sample_latents(trained, line, tmp_path)
+    more = (*ask, "--lora_weight", weights)
+    made = generate_one(tmp_path / "with", trained.models, "ti2v-5B", *more, in_process=True)
+    assert_equal(sample, made, f"sample, image {with_image}", TOLERANCE)
+
+    plain = generate_one(tmp_path / "without", trained.models, "ti2v-5B", *ask, in_process=True)
+    assert relative_error(plain, made) > 0.01
+    (tmp_path / "untrained" / "out").mkdir(parents=True)
+    silent = {
+        name: torch.zeros_like(tensor) if "lora_up" in name else tensor
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(silent, tmp_path / "untrained" / "out" / "lora.safetensors")
+    for name in ("models", "dataset.toml"):
+        (tmp_path / "untrained" / name).symlink_to(trained.folder / name)
+    untrained = Project(tmp_path / "untrained", "ti2v", [])
+    assert torch.equal(sample_latents(untrained, line, tmp_path), plain)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = write_project(tmp_path_factory.mktemp("trained") / "project", "ti2v")
+    train(project, "--learning_rate", 0.05, steps=2, in_process=True)
+    return project
 
 
 @pytest.mark.parametrize(
