@@ -50,6 +50,7 @@ FLOORS = {
         {
             "average_options",
             "config_options",
+            "expert_options",
             "loop_options",
             "loss_options",
             "processes",
@@ -61,6 +62,7 @@ FLOORS = {
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"averages", "changes", "options", "validation"},
+        {"experts"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"learning", "previews", "reporting", "saver", "summary"},

@@ -1,7 +1,7 @@
 """Training of models that have several transformers (experts): which is at work, what learns in each."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -17,8 +17,6 @@ from training.data.timesteps import check_reaches, levels_reached
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
-
-DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
         network = replace(network, network_weights=given.network_weights_high_noise)
     if given.base_weights_high_noise is not None:
         files, multipliers = given.base_weights_high_noise, given.base_multipliers()
-        network = replace(network, base_weights=files or None, base_weights_multiplier=multipliers or None)
+        network = replace(network, base_weights=files, base_weights_multiplier=multipliers)
     return network
 
 
@@ -99,13 +97,18 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
     check_reaches(options.timesteps, family.noise, experts)
 
 
-def note_experts(family: Family, options: TrainingOptions) -> None:
-    """Log what the transformers that are given are trained on."""
+def note_experts(family: Family, options: TrainingOptions, samples_with_others: bool = False) -> None:
+    """Log what the transformers that are given are trained on.
+
+    samples_with_others: whether samples are made with those that are not trained too.
+    """
     experts, usual = family.experts, family.defaults.experts
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and len(usual) == 1:
         logger.warning("--offload_inactive_dit is ignored because the model has one transformer")
     if len(usual) == 1:
         return
+    if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
+        logger.info("Samples are made by the trained transformer alone; give --sample_dit_other for both.")
     boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)

@@ -1,5 +1,6 @@
 """Training Wan2.2 A14B through the scripts: samples of both transformers are what generation makes."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def generated(folder: Path, name: str, *arguments: str) -> Tensor:
     return picture(path)
 
 
+def generated_as_told(folder: Path, name: str, said: str) -> Tensor:
+    """The picture that the command of the last box makes."""
+    lines = said.splitlines()
+    (line,) = (lines[index + 1] for index, each in enumerate(lines) if each.startswith("Generate with it"))
+    succeed_here(*shlex.split(line)[1:], folder=folder)
+    (path,) = (folder / name / "output" / "generated").rglob("*.png")
+    return picture(path)
+
+
 CASES = {
     "shared": ([*LOW, *HIGH], ["lora"] * 2),
     "apart": (
@@ -87,6 +97,7 @@ def test_a_sample_is_what_the_generation_script_makes(project: Path, name: str) 
     # float32 sums in another order: the LoRA is merged there and added here
     assert (last - generated(project, f"{name}/after", *words)).abs().max() <= 1
     assert (last - first).abs().float().mean() > 3
+    assert (last - generated_as_told(project, name, said)).abs().max() <= 1
     for file in {file for file in files if file is not None}:
         with safe_open(project / name / "output" / f"{file}.safetensors", "pt") as opened:
             expert = opened.metadata().get("ss_wan_expert")
