@@ -13,6 +13,7 @@ from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
+from generation.expert_memory import ALONE, ExpertTurns, turns_of
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line, read_generation_lines
@@ -45,6 +46,7 @@ from modules.planning.dry_run import (
     quiet,
     watch_blocks,
 )
+from modules.planning.device_memory import host_room
 from modules.planning.memory_plan import (
     MemoryPart,
     MemoryPlan,
@@ -83,6 +85,7 @@ class PhasePrediction:
     after: tuple[Phase, ...]  # decoding
     denoising: Callable[[int], Phase]
     most: int  # blocks that can be swapped
+    turns: ExpertTurns = ALONE  # of the whole run
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
         """Return the plan of all phases with this number of blocks swapped."""
@@ -94,20 +97,26 @@ class PhasePrediction:
 
 
 def predict(
-    family: Family, options: GenerationOptions, prepared: Prepared, device: torch.device
+    family: Family,
+    options: GenerationOptions,
+    prepared: Prepared,
+    device: torch.device,
+    turns: ExpertTurns | None = None,
 ) -> PhasePrediction:
     """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
     as loading does.
 
-    Products in 8 bits are rehearsed as products in 16 bit of the same weights.
+    Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
+    those of this request alone.
     """
     extra = workspace(device, is_training=False)
     texts, encoded = rehearse_texts(family, options, prepared, extra)
     inputs_phase, inputs = rehearse_inputs(family, prepared, extra)
-    denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra)
+    turns = turns or turns_of(family, options, [prepared])
+    denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns)
     before = [*texts, *([] if inputs_phase is None else [inputs_phase])]
     after = [rehearse_decoding(family, prepared, extra)] if options.output.decodes else []
-    return PhasePrediction(tuple(before), tuple(after), denoising, most)
+    return PhasePrediction(tuple(before), tuple(after), denoising, most, turns)
 
 
 def rehearse_texts(
@@ -152,6 +161,7 @@ def rehearse_denoising(
     encoded: Mapping[int, EncodedPrompts],
     inputs: Mapping[int, Conditions],
     extra: MemoryPart,
+    turns: ExpertTurns = ALONE,
 ) -> tuple[Callable[[int], Phase], int]:
     """Return the denoising phase as a function of the number of swapped blocks, and the largest number."""
     speed = options.speed
@@ -189,7 +199,7 @@ def rehearse_denoising(
     def phase(count: int) -> Phase:
         note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
         parts = parts_of(held, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
-        return Phase("denoising", (*parts, extra))
+        return Phase("denoising", (*parts, *turns.parts(held[WEIGHTS], swaps[count]), extra))
 
     return phase, len(swaps) - 1
 
@@ -263,12 +273,19 @@ def make_solid(conditions: Conditions) -> Conditions:
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
     """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
     with quiet():
-        prepared, prediction = predict_largest(family, options, largest_requests(family, options), device)
+        prepared, prediction = predict_largest(family, options, all_requests(family, options), device)
+    room = room_on(device, options.speed.plan.plan)
+
+    def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+        made, denoising = prediction.plan(blocks), prediction.denoising(blocks)
+        more = prediction.turns.remarks(made, denoising, room, host_room())
+        return replace(made, remarks=(*remarks, *more))
+
     print_plan(
         prediction,
         options.speed.swap,
-        room_on(device, options.speed.plan.plan),
-        prediction.plan,
+        room,
+        plan,
         lambda room: advice(family, options, prepared, prediction, room, device),
     )
 
@@ -276,17 +293,17 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
 def predict_largest(
     family: Family, options: GenerationOptions, requests: Sequence[Prepared], device: torch.device
 ) -> tuple[Prepared, PhasePrediction]:
-    """Return the request that needs most memory while denoising, and its prediction."""
-    predictions = [(prepared, predict(family, options, prepared, device)) for prepared in requests]
+    """Return the request of a run that needs most memory while denoising, and its prediction."""
+    turns = turns_of(family, options, requests)
+    largest = largest_of(family, requests)
+    predictions = [(prepared, predict(family, options, prepared, device, turns)) for prepared in largest]
     return max(predictions, key=lambda each: each[1].device(0))
 
 
-def largest_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
-    """Return the requests that no other request exceeds in both frame size and number of frames.
+def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
+    """Return what the run makes, in its order; at least one.
 
-    Usually there is one. Which of several needs most memory only a rehearsal can tell: a video that is made
-    in sections needs no more memory when it is longer. Invalid lines are skipped if at least one line is
-    valid; their errors are reported when their turn comes.
+    Invalid lines are skipped if at least one line is valid; their errors are reported when their turn comes.
     """
     lines = (
         [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
@@ -302,6 +319,15 @@ def largest_requests(family: Family, options: GenerationOptions) -> list[Prepare
             errors.append(error)
     if not requests:
         raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: the file has no prompt")
+    return requests
+
+
+def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
+    """Return the requests that no other request exceeds in both frame size and number of frames.
+
+    Usually there is one. Which of several needs most memory only a rehearsal can tell: a video that is made
+    in sections needs no more memory when it is longer.
+    """
     # of equal ones the last that has something to encode
     requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))
     sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
@@ -334,7 +360,7 @@ def advice(
     def in_fp8() -> PhasePrediction:
         fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
         with quiet():
-            return predict(family, fp8, prepared, device)
+            return predict(family, fp8, prepared, device, prediction.turns)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     more, last = advise(prediction, cheaper, room.usable, phase=" while denoising")
@@ -362,7 +388,7 @@ def resolve_options(
     requests: Sequence[Prepared] = ()
     try:
         if room is not None and not options.latent_path:
-            requests = largest_requests(family, options)
+            requests = all_requests(family, options)
     except OptionError as error:
         if not options.interactive:
             raise

@@ -408,5 +408,6 @@ def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> 
     if task.takes_image:
         words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
     words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
+    words += ["--dit_dtype", options.dit_dtype] if options.dit_dtype else []
     words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]
     return words + (["--video_length", str(sample["frames"])] if sample.get("frames") else [])

@@ -201,6 +201,7 @@ FAMILIES = (
         line="--i start.png --cn control/clip 0.mp4",
         more=CONTROL,
     ),
+    _wan("ti2v-5B", "ti2v", with_clip=[], media=START, line="--i start.png"),
     _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),
     _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line="--i start.png"),
     _framepack("framepack", switches=[], media=["--video_sections", "2"], line=""),
