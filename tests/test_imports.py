@@ -58,7 +58,7 @@ FLOORS = {
             "reports",
             "sample_options",
         }
-        | {"steps", "stopping", "trainable", "triggers", "whole_dit_options"},
+        | {"step_numbers", "steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"averages", "changes", "options", "validation"},

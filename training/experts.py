@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from modules.contract.family import Family
 from modules.errors import OptionError
 from modules.offload.turns import HostCopy
 from networks.adapter import OWN_NETWORKS
+from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from training.data.timesteps import check_reaches, levels_reached
@@ -48,6 +50,13 @@ class ExpertNetworks:
         if self.turns is not None:
             self.turns.bring(network)
         return network
+
+
+def read_lora_for(path: Path, expert: Expert) -> LoraFile:
+    """Read a LoRA for an expert: of a file for several that for this one. Warns if it is for another."""
+    lora = read_lora(path, by_expert=True).for_expert(expert.name)
+    warn_of_other_expert(lora, expert.name)
+    return lora
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
