@@ -439,8 +439,8 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
     experts = options.experts
     if experts.dit_high_noise is None:
         high = replace(experts, dit_high_noise=options.sample_dit_other)
-        return family_for_training(replace(options, experts=high))
-    return family_for_training(replace(options, dit=options.sample_dit_other))
+        return family_for_training(replace(options, experts=high, sample_dit_other=None))
+    return family_for_training(replace(options, dit=options.sample_dit_other, sample_dit_other=None))
 
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:
