@@ -158,7 +158,9 @@ def write_experts(folder: Path) -> None:
             dit = write_dit(folder, state, name=f"wan2.2_{name}_{noise}_noise_14B_fp16")
             write_dit(folder, state, "fp8_scaled", f"wan2.2_{name}_{noise}_noise_14B_fp8_scaled")
             version = "v1.1" if name == "t2v" else "v1"
-            write_lora(folder / f"wan2.2_{name}_lightx2v_4steps_lora_{version}_{noise}_noise.safetensors", dit)
+            write_lora(
+                folder / f"wan2.2_{name}_lightx2v_4steps_lora_{version}_{noise}_noise.safetensors", dit
+            )
         state = tiny_state("fun-control-2.2", seed, torch.bfloat16)
         write_dit(folder, state, name=f"Wan2.2-Fun-A14B-Control_{noise}_noise")
     write_dit(folder, tiny_state("ti2v", dtype=torch.bfloat16), name="wan2.2_ti2v_5B_fp16")
