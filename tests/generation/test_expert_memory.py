@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import wan_generate_video
 from generation.ahead import Check
 from generation.denoise import predictor
 from generation.expert_memory import ExpertTurns, turns_of
@@ -27,7 +28,6 @@ from modules.options import read_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room
-from tests.faults.messages import succeed_here
 from tests.tiny import wan_dit
 from tests.tiny.wan import write_tiny_wan
 from wan.family import Wan, family_for_generation
@@ -216,7 +216,7 @@ def test_a_plan_for_two_experts_is_printed(
     size = ["--video_size", "32", "32", "--video_length", "5", "--save_path", "out", "--plan", "2"]
     asked = ["--task", "t2v-A14B", *files.models, "--prompt", "a cat", *size, *words]
 
-    succeed_here("wan_generate_video.py", *asked, "--device", "cpu", folder=tmp_path)
+    wan_generate_video.main([*asked, "--device", "cpu"])
 
     plan = capsys.readouterr().out
     assert says in plan
