@@ -5,7 +5,7 @@
 Both states make the same latents through their own script, with no feature turned on: the pocket model and a
 tiny HunyuanVideo. Each stays in the middle of a generation, in a process of its own, and waits for its turn.
 A round is the denoising of each, in alternating order, and gives a ratio of CPU seconds per step; the median
-of the ratios is the figure of this pair of processes. Where its memory lies makes a process faster or slower
+of the ratios is the figure of this pair of processes. For reasons not known, a process is faster or slower
 than another of the same code, by more than the bar allows: one pair says nothing, and what counts is the
 median of several. Features that are off must cost nothing: not more than the bar, and not one more wait of
 the host for the device, which is counted on torch's meta device.

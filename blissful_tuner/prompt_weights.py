@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from blissful_tuner.wildcards import NUMBER
 from modules.contract.generation import Prompt, Prompts, Spans
 from modules.control_codes import shorten
 from modules.errors import OptionError
@@ -16,7 +17,6 @@ from modules.errors import OptionError
 USUAL = 1.1  # of (text)
 MOST = 100.0  # a larger one is a slip of the finger, and would overflow float16
 _MARKS = re.compile(r"\\[()]|[()]")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
@@ -58,7 +58,7 @@ def _weight_of(inside: str) -> tuple[str, float] | None:
     text, colon, number = inside.rpartition(":")
     if not colon:
         return (inside, USUAL) if inside.strip() else None
-    if not text.strip() or not _NUMBER.fullmatch(number):
+    if not text.strip() or not NUMBER.fullmatch(number):
         return None
     weight = float(number) if len(number) < 40 else float("inf")
     if abs(weight) > MOST:

@@ -29,7 +29,7 @@ MOST_WEIGHT = 1e9
 SHOWN = 12  # draws that are logged
 # a key neither begins nor ends with white space or _; single ones may stand in it
 _WILDCARD = re.compile(r"\\__|__(?![\s_])((?:[^_\n]|_(?!_))++)(?<!\s)__")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")  # a weight behind a colon, here and in a prompt
 # no file of a folder has such a name, or not on every system
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
@@ -195,7 +195,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
 def _read_line(line: str, where: str) -> tuple[str, float]:
     """Return the text and the weight of a line; quotes around the text keep a number behind a colon."""
     text, colon, number = line.rpartition(":")
-    is_weighted = bool(colon) and _NUMBER.fullmatch(number.strip()) is not None
+    is_weighted = bool(colon) and NUMBER.fullmatch(number.strip()) is not None
     text = text.strip() if is_weighted else line
     weight = float(number.strip()[:40]) if is_weighted else 1.0
     if not 0 <= weight <= MOST_WEIGHT:

@@ -12,11 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily
-from tests.tiny.framepack import write_tiny_framepack
-from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.families import FAMILIES, TinyFamily, write_deep
 from tests.tiny.project import write_clips
-from tests.tiny.wan_dit import tiny_state, write_dit
 
 STEPS = 8
 SIZE = ("--video_size", "32", "32", "--infer_steps", str(STEPS), "--seed", "5", "--prompt", "a cat")
@@ -62,13 +59,7 @@ def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """One of each kind with blocks enough to swap and to skip."""
     family = next(each for each in FAMILIES if each.name == request.param)
     folder = tmp_path_factory.mktemp("deep")
-    family.prepare(folder)
-    if family.name == "hunyuan_video":
-        write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
-    elif family.name == "framepack":
-        write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
-    else:
-        write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")
+    write_deep(family, folder)
     return Project(family, folder)
 
 

@@ -13,10 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily
-from tests.tiny.framepack import write_tiny_framepack
-from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.families import FAMILIES, TinyFamily, write_deep
 
 OUTPUT = ("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0")
 SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3")
@@ -67,13 +64,7 @@ FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
     family = next(each for each in FAMILIES if each.name == request.param)
     folder = tmp_path_factory.mktemp("swap")
-    family.prepare(folder)
-    if family.name == "hunyuan_video":
-        write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
-    elif family.name == "framepack":
-        write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
-    else:
-        write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")
+    write_deep(family, folder)
     found = Project(family, folder, "3" if "wan" in family.name else "4")  # all but one of each list
     found.run(*family.cache_latents)
     found.run(*family.cache_texts)

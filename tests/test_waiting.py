@@ -25,7 +25,7 @@ from modules.contract.generation import Away, Request, Section, Tweaks
 from modules.flow.solvers import solver_for
 from modules.layers.rope import Slow
 from tests.preparing import prepare
-from tests.tiny.dits import DITS, TinyDit
+from tests.tiny.dits import DITS, TI2V, TinyDit
 
 META, HOST = torch.device("meta"), torch.device("cpu")
 
@@ -111,6 +111,13 @@ def test_a_second_text_and_a_slowed_frequency_wait_for_nothing_either(tiny: Tiny
     assert waits(dit, {**inputs, "tweaks": tweaks}) == []
 
 
+def test_given_frames_wait_for_nothing_either() -> None:
+    dit = TI2V.make(2).to(META)
+    inputs = {name: sent(value) for name, value in TI2V.inputs((3, 4, 6, 9), 2).items()}
+
+    assert waits(dit, {**inputs, "tweaks": Tweaks(given_frames=1)}) == []
+
+
 class Halves:
     """A family whose velocity is half of what the passes are given."""
 
@@ -133,7 +140,7 @@ def test_the_steps_of_a_solver_wait_for_nothing(name: str) -> None:
         "section": section,
         "start": Start(start),
         "solver": solver_for(name, 4, 3.0, draw=noise.draw),
-        "guidance": make_guidance(request, PLAIN_GUIDANCE, (0.0,)),
+        "guidance": make_guidance(request, PLAIN_GUIDANCE),
     }
     assert waits(denoise, inputs) == []
 

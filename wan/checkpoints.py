@@ -112,9 +112,20 @@ def check_alike(headers: Mapping[str, DitHeader[WanConfig]], paths: Mapping[str,
             )
 
 
-def note_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
-    """Log if --task alone decides what a file is, or if its size differs from the released checkpoint."""
+def note_task(
+    header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
+) -> None:
+    """Log if --task alone decides what a file is, or if its size differs from the released checkpoint.
+
+    target: what it will compute in; warns if a large file stays in float32, as released for A14B.
+    """
     config = header.config
+    if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:
+        logger.warning(
+            "%s is in float32, and is kept so: twice the memory of bfloat16, and slow. --dit_dtype bfloat16 "
+            "rounds it while it is read",
+            path.name,
+        )
     alike = [name for name in _fitting(header) if TASKS[name].version != task.version]
     if alike and config.dim == task.dim:
         logger.info(

@@ -55,8 +55,6 @@ class WanExpertOptions:
                 f"--timestep_boundary {boundary:g}: give a share of noise, such as 0.875, or a timestep, "
                 "such as 875"
             )
-        if boundary is not None and self.dit_high_noise is None:
-            logger.warning("--timestep_boundary is ignored because --dit_high_noise is not given")
         if self.force_v2_1_time_embedding:
             logger.info(
                 "--force_v2_1_time_embedding is not needed: times are embedded once for each sample anyway"
@@ -379,5 +377,6 @@ def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> 
     if task.takes_image:
         words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
     words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
+    words += ["--dit_dtype", options.dit_dtype] if options.dit_dtype else []
     words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]
     return words + (["--video_length", str(sample["frames"])] if sample.get("frames") else [])

@@ -10,8 +10,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from blissful_tuner.format_options import FormatOptions
-from generation.output_options import OutputOptions
 from generation.outputs import save_pixels
 from modules.errors import MediaError
 from modules.media.reading import video_frames
@@ -19,6 +17,7 @@ from modules.media.tags import read_tags
 from modules.media.writing import encoder_for, write_video
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
+from tests.generation.saving import output_options
 from tests.tiny.families import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -32,19 +31,7 @@ def save(
     folder: Path, codec: str, container: str, width: int = 96, height: int = 64, frames: int = 5
 ) -> Path:
     pixels = torch.linspace(-1, 1, frames).view(1, 1, -1, 1, 1).expand(1, 3, frames, height, width)
-    format_options = FormatOptions(codec, container, False)
-    asked = OutputOptions(
-        save_path=folder,
-        output_type="video",
-        no_metadata=False,
-        trim_tail_frames=0,
-        no_progressive_save=False,
-        prompt_in_name=False,
-        save_last_frame=False,
-        numbers_single=False,
-        named_as_released=False,
-        format=format_options,
-    )
+    asked = output_options(folder, codec=codec, container=container)
     return save_pixels(asked, "a", iter([pixels]), 16.0, METADATA)
 
 

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blissful_tuner.format_options import FormatOptions
-from generation.output_options import OutputOptions
 from generation.outputs import (
     drop_tail,
     free_stem,
@@ -24,31 +22,8 @@ from generation.outputs import (
 from modules.checkpoints.latents import load_latents
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames, video_info
+from tests.generation.saving import output_options
 from tests.media_tags import read_tags
-
-
-def options(
-    folder: Path,
-    output_type: str = "video",
-    trim: int = 0,
-    codec: str = "h264",
-    container: str = "mp4",
-    pngs: bool = False,
-    numbered: bool = False,
-    last: bool = False,
-) -> OutputOptions:
-    return OutputOptions(
-        save_path=folder,
-        output_type=output_type,
-        no_metadata=False,
-        trim_tail_frames=trim,
-        no_progressive_save=False,
-        prompt_in_name=False,
-        save_last_frame=last,
-        numbers_single=numbered,
-        named_as_released=False,
-        format=FormatOptions(codec, container, pngs),
-    )
 
 
 def clip(frames: int = 5) -> Iterator[Tensor]:
@@ -133,7 +108,7 @@ def test_pixels_are_limited_and_rounded() -> None:
 
 
 def test_a_video_has_its_frames_and_rate(tmp_path: Path) -> None:
-    path = save_pixels(options(tmp_path), "a", clip(), 16.0, {"bt_seeds": "1"})
+    path = save_pixels(output_options(tmp_path), "a", clip(), 16.0, {"bt_seeds": "1"})
     info = video_info(path)
     assert path == tmp_path / "a.mp4"
     assert (info.width, info.height, info.fps) == (32, 16, 16.0)
@@ -142,9 +117,9 @@ def test_a_video_has_its_frames_and_rate(tmp_path: Path) -> None:
 
 def test_videos_and_pictures_hold_the_metadata(tmp_path: Path) -> None:
     metadata = {"bt_prompt": "a\nä", "bt_seeds": "1"}
-    matroska = save_pixels(options(tmp_path, container="mkv"), "a", clip(), 16.0, metadata)
-    video = save_pixels(options(tmp_path), "a", clip(), 16.0, metadata)
-    image = save_pixels(options(tmp_path), "a", clip(1), 16.0, metadata)
+    matroska = save_pixels(output_options(tmp_path, container="mkv"), "a", clip(), 16.0, metadata)
+    video = save_pixels(output_options(tmp_path), "a", clip(), 16.0, metadata)
+    image = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, metadata)
     for path in (matroska, video, image):
         found = read_tags(path)
         assert (found["bt_prompt"], found["bt_seeds"]) == ("a\\nä", "1")
@@ -152,30 +127,30 @@ def test_videos_and_pictures_hold_the_metadata(tmp_path: Path) -> None:
 
 
 def test_a_single_frame_becomes_a_png(tmp_path: Path) -> None:
-    path = save_pixels(options(tmp_path), "a", clip(1), 16.0, None)
+    path = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, None)
     assert path == tmp_path / "a.png"
     assert read_tags(path) == {}
     assert read_image(path).shape == (16, 32, 3)
 
 
 def test_images_go_into_a_folder(tmp_path: Path) -> None:
-    path = save_pixels(options(tmp_path, "images"), "a", clip(3), 16.0, {"bt_seeds": "1"})
+    path = save_pixels(output_options(tmp_path, "images"), "a", clip(3), 16.0, {"bt_seeds": "1"})
     assert sorted(file.name for file in path.iterdir()) == ["a_000.png", "a_001.png", "a_002.png"]
     assert int(read_image(path / "a_002.png")[0, 0, 0]) == round((0.2 / 2 + 0.5) * 255)
 
 
 @pytest.mark.parametrize("output_type", ["video", "images", "latent_images"])
 def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path, output_type: str) -> None:
-    path = save_pixels(options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
+    path = save_pixels(output_options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
     assert path == tmp_path / "a_000.png"
     assert (
-        save_pixels(options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
+        save_pixels(output_options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
         == tmp_path / "a__000.png"
     )
 
 
 def test_images_may_come_with_latents(tmp_path: Path) -> None:
-    asked = options(tmp_path, "latent_images")
+    asked = output_options(tmp_path, "latent_images")
     assert asked.keeps_latents
     assert asked.decodes
     path = save_pixels(asked, "a", clip(), 16, None)
@@ -190,7 +165,7 @@ def test_the_last_frame_is_written_beside_a_video(
     tmp_path: Path, output_type: str, codec: str, trim: int, grey: int
 ) -> None:
     """As it was decoded, not as the video's codec changed it, and behind what is cut off."""
-    said = options(tmp_path, output_type, trim=trim, codec=codec, last=True)
+    said = output_options(tmp_path, output_type, trim=trim, codec=codec, last=True)
     path = save_pixels(said, "a", clip(), 16.0, {"bt_seeds": "7"})
     last = tmp_path / "a_last.png"
     assert {one.name for one in tmp_path.iterdir()} == {path.name, "a_last.png"}
@@ -199,7 +174,7 @@ def test_the_last_frame_is_written_beside_a_video(
 
 
 def test_a_picture_has_no_last_frame_beside_it(tmp_path: Path) -> None:
-    save_pixels(options(tmp_path, last=True), "a", clip(1), 16.0, {})
+    save_pixels(output_options(tmp_path, last=True), "a", clip(1), 16.0, {})
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -207,28 +182,28 @@ def test_a_last_frame_takes_nobodys_place(tmp_path: Path) -> None:
     (tmp_path / "a_last.png").touch()
     with own_stem(tmp_path, "a") as stem:
         assert stem == "a_"
-    save_pixels(options(tmp_path, last=True), "a", clip(), 16.0, {})
+    save_pixels(output_options(tmp_path, last=True), "a", clip(), 16.0, {})
     assert {path.name for path in tmp_path.iterdir()} == {"a_last.png", "a_.mp4", "a__last.png"}
 
 
 def test_latents_alone_have_no_last_frame(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--save_last_frame with --output_type latent"):
-        options(tmp_path, "latent", last=True)
+        output_options(tmp_path, "latent", last=True)
 
 
 def test_prores_is_written_as_matroska(tmp_path: Path) -> None:
-    assert save_pixels(options(tmp_path, codec="prores"), "a", clip(), 16.0, None).suffix == ".mkv"
+    assert save_pixels(output_options(tmp_path, codec="prores"), "a", clip(), 16.0, None).suffix == ".mkv"
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    first = save_pixels(options(tmp_path), "a", clip(1), 16.0, None)
-    second = save_pixels(options(tmp_path), "a", clip(1), 16.0, None)
+    first = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, None)
+    second = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, None)
     assert (first.name, second.name) == ("a.png", "a_.png")
 
 
 def test_pngs_are_kept_beside_the_video(tmp_path: Path) -> None:
     for _ in range(2):
-        save_pixels(options(tmp_path, pngs=True), "a", clip(3), 16.0, None)
+        save_pixels(output_options(tmp_path, pngs=True), "a", clip(3), 16.0, None)
     assert sorted(file.name for file in (tmp_path / "frames").iterdir()) == [
         "000000.png",
         "000001.png",
@@ -246,7 +221,7 @@ def test_the_tail_is_cut_but_one_frame_stays(count: int, left: list[int]) -> Non
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(OptionError, match="it is a file"):
-        options(tmp_path / "x")
+        output_options(tmp_path / "x")
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,11 @@ from modules.errors import OptionError
 from modules.media.writing import write_video
 from tests.generation.toy_family import ToyDit, ToyFamily
 from tests.preparing import prepare
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.families import FAMILIES, ONE_OF_EACH, TinyFamily, write_for_anywhere
 from tests.tiny.project import moving_square
 
 CPU = torch.device("cpu")
 NOISY = ("lcm", "dpm++sde")
-CHOSEN = {"wan t2v-1.3B", "hunyuan_video", "framepack"}
 SIZE = ["--video_size", "32", "32", "--infer_steps", "3", "--device", "cpu", "--output_type", "latent"]
 TEXTS = {0: EncodedPrompts({"letters": [torch.full((1, 1), 3.0)]}, {"letters": [torch.full((1, 1), 8.0)]})}
 REQUEST = prepare(Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0))
@@ -68,18 +67,10 @@ def test_plain_solvers_draw_nothing_between_sections() -> None:
     assert torch.equal(seen[4], drawn[1])
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(one, id=one.name) for one in FAMILIES if one.name in CHOSEN]
-)
+@pytest.fixture(scope="module", params=ONE_OF_EACH, ids=lambda one: one.name)
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
     family: TinyFamily = request.param
-    folder = tmp_path_factory.mktemp("project")
-    family.prepare(folder)
-    replaced = [
-        str(folder / word) if word.startswith("model/") or word.endswith(".png") else word
-        for word in family.generate
-    ]
-    return replace(family, generate=replaced)
+    return write_for_anywhere(family, tmp_path_factory.mktemp("project"))
 
 
 def run(family: TinyFamily, folder: Path, *more: object) -> dict[int, Tensor]:

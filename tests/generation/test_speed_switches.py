@@ -13,9 +13,8 @@ from torch import Tensor
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from tests.media_tags import read_tags
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.families import ONE_OF_EACH, TinyFamily, write_for_anywhere
 
-CHOSEN = {"wan t2v-1.3B", "hunyuan_video", "framepack"}
 SIZE = [
     "--video_size",
     "32",
@@ -31,19 +30,11 @@ SIZE = [
 ]
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(one, id=one.name) for one in FAMILIES if one.name in CHOSEN]
-)
+@pytest.fixture(scope="module", params=ONE_OF_EACH, ids=lambda one: one.name)
 def float32(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
     """A family whose commands name whole paths."""
     family: TinyFamily = request.param
-    folder = tmp_path_factory.mktemp("project")
-    family.prepare(folder)
-    words = [
-        str(folder / word) if word.startswith("model/") or word.endswith(".png") else word
-        for word in family.generate
-    ]
-    return replace(family, generate=words)
+    return write_for_anywhere(family, tmp_path_factory.mktemp("project"))
 
 
 def rewritten(family: TinyFamily, name: str, mixed: bool = False) -> TinyFamily:

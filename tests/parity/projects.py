@@ -16,11 +16,12 @@ from tests.tiny.wan_encoders import CLIP_DIM, TEXT_DIM
 SEED, RANK, ALPHA = 5, 4, 3.0
 WIDTH, HEIGHT, FRAMES = 48, 32, 5
 GRID = (2, HEIGHT // 8, WIDTH // 8)
+WIDTH_5B = 64  # a multiple of 32, as TI2V-5B asks for
 DATASET = """
 [[datasets]]
 video_directory = "{folder}/clips"
 cache_directory = "{folder}/cache"
-resolution = [48, 32]
+resolution = [{width}, 32]
 target_frames = [5]
 batch_size = {batch_size}
 """
@@ -32,6 +33,7 @@ TASKS = {
     "flf2v": "flf2v-14B",
     "fun-control": "t2v-1.3B-FC",
     "fun-control-v1.1": "i2v-14B-FC",
+    "ti2v": "ti2v-5B",
 }
 
 
@@ -67,14 +69,17 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
 
     (folder / "cache").mkdir(parents=True)
     (folder / "clips").mkdir()
+    channels, grid, width = 16, GRID, WIDTH
+    if kind == "ti2v":
+        channels, grid, width = 48, (2, HEIGHT // 16, WIDTH_5B // 16), WIDTH_5B
     (folder / "dataset.toml").write_text(
-        DATASET.format(folder=folder.as_posix(), batch_size=batch_size), encoding="utf-8"
+        DATASET.format(folder=folder.as_posix(), width=width, batch_size=batch_size), encoding="utf-8"
     )
     write_tiny_wan(folder / "models", kind)
-    size = "x".join(map(str, GRID))
+    size = "x".join(map(str, grid))
     metadata = {
         "architecture": "wan",
-        "width": str(WIDTH),
+        "width": str(width),
         "height": str(HEIGHT),
         "format_version": "1.0.1",
         "frame_count": "5",
@@ -82,7 +87,7 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
     items = []
     for index in range(count):
         text = draw(7 + 20 * index, TEXT_DIM).bfloat16()
-        tensors = {f"latents_{size}_float32": draw(16, *GRID)}
+        tensors = {f"latents_{size}_float32": draw(channels, *grid)}
         extra = clip = None
         if kind in {"i2v", "flf2v", "fun-control-v1.1"}:
             # the known tuners name the features' tensor after the dtype of the latents; they are float16
@@ -97,7 +102,9 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
             else:
                 image[:, 0] = extra[4:, 0]
             extra = torch.cat([control, image])
-        save_file(tensors, folder / "cache" / f"clip {index}_00000-005_0048x0032_wan.safetensors", metadata)
+        save_file(
+            tensors, folder / "cache" / f"clip {index}_00000-005_{width:04d}x0032_wan.safetensors", metadata
+        )
         caption = {"architecture": "wan", "caption1": f"caption {index}", "format_version": "1.0.1"}
         save_file(
             {"varlen_t5_bfloat16": text}, folder / "cache" / f"clip {index}_wan_te.safetensors", caption

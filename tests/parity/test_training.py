@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from modules.contract.generation import Tweaks
 from tests.parity.projects import ALPHA, FRAMES, HEIGHT, RANK, SEED, WIDTH, Project, train, write_project
 from tests.parity.running import TOLERANCE, assert_equal
 from tests.parity.theirs import load_dit
@@ -37,6 +38,7 @@ from tests.parity.training import (
     stream_seed,
     uniform_of,
 )
+from tests.wan.making import tiny_model
 
 RATE = 2.0
 STRONG = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
@@ -114,6 +116,7 @@ def assert_steps(
     batches_of: Callable[[int], Batches],
     what: str,
     how: Descent = PLAIN,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Each file is the one before, less the rate times the gradient of its step: every factor of every module
     is compared.
@@ -140,7 +143,7 @@ def assert_steps(
                 error = float((after[name][factor] - expected).abs().max() / max(expected.abs().max(), 1e-3))
                 worst = max(worst, error)
         print(f"parity {what}, step {step + 1}: {worst:.2e}")  # noqa: T201
-        assert worst <= TOLERANCE
+        assert worst <= tolerance
         before = after
 
 
@@ -193,6 +196,55 @@ CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
     "i2v-FC": ("fun-control-v1.1", [], by_sigma, plain),
 }
 AS_PROGRAMS = {"shift", "i2v"}
+
+
+def given_in(number: int, probability: float) -> int:
+    """Whether the first latent frame of micro-batch `number` stays clean."""
+    return int(torch.rand((), generator=stream(SEED, "given frames", number)).item() < probability)
+
+
+class Plain:
+    """Our transformer in place of diffusers' one: a step is then compared as plain torch computes it."""
+
+    def __init__(self, kind: str, modules: dict[str, str]) -> None:
+        self.model = tiny_model(kind)
+        self.paths = {theirs: path for path, theirs in modules.items()}
+
+    def get_submodule(self, path: str) -> torch.nn.Module:
+        names = {name.replace(".", "_"): module for name, module in self.model.named_modules()}
+        return names[self.paths[path]]
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, text: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        given, times = 0, timesteps
+        if timesteps.ndim == 2:
+            tokens = noisy.shape[3] * noisy.shape[4] // 4  # of a frame
+            given, times = int((timesteps[0] == 0).sum()) // tokens, timesteps[:, -1]
+        rows = [each[: int(each.any(1).sum())] for each in text]  # its zeros are merged, as in training
+        return (self.model(noisy, times, rows, tweaks=Tweaks(given_frames=given)),)
+
+
+@pytest.mark.parametrize("probability", [None, 0.3, 0])
+def test_the_first_frame_of_ti2v_is_given_and_not_learned(tmp_path: Path, probability: float | None) -> None:
+    """By default in half of the batches."""
+    project = write_project(tmp_path / "a project", "ti2v")
+    option = () if probability is None else ("--first_frame_probability", probability)
+
+    files = train(project, *DESCENT, *option, in_process=probability is not None)
+
+    share = 0.5 if probability is None else probability
+    given = [given_in(number, share) for number in (0, 1)]
+    assert given == {0.5: [1, 1], 0.3: [1, 0], 0: [0, 0]}[share]
+
+    def batches_of(step: int) -> Batches:
+        ((batch, drawn),) = one_batch_an_epoch(project, by_sigma)(step)
+        return [(batch, replace(drawn, given=given[step]))]
+
+    what = f"first frame {probability}"
+    assert_steps(files, project, load_dit(project.dit), batches_of, what)
+    ours = Plain("ti2v", linear_modules(project.dit))
+    assert_steps(files, project, ours, batches_of, f"{what}, plain torch", tolerance=1e-6)
+    with safe_open(files[-1], "pt") as file:
+        assert float(file.metadata()["ss_first_frame_probability"]) == share
 
 
 @pytest.fixture(autouse=True)

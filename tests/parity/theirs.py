@@ -5,6 +5,7 @@ Nothing of ours is imported. Names are changed by diffusers' own converters, or 
 are documented.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -123,7 +124,7 @@ def load_dit(path: Path) -> WanTransformer3DModel:
         num_attention_heads=dim // HEAD_WIDTH,
         attention_head_dim=HEAD_WIDTH,
         in_channels=in_channels,
-        out_channels=16,
+        out_channels=len(tensors["head.head.bias"]) // math.prod(patch),
         text_dim=tensors["text_embedding.0.weight"].shape[1],
         freq_dim=tensors["time_embedding.0.weight"].shape[1],
         ffn_dim=tensors["blocks.0.ffn.0.weight"].shape[0],

@@ -38,6 +38,7 @@ class Drawn:
     sigmas: Tensor
     timesteps: Tensor
     weights: Tensor
+    given: int = 0  # latent frames in front that are clean, fed t = 0 and left out of the loss
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -155,6 +156,13 @@ def loss_and_gradients(
         latents = torch.stack([item.latents.float() for item in batch])
         mix = drawn.sigmas.float().view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * latents + mix * drawn.noise
+        timesteps = drawn.timesteps.float()
+        if drawn.given:
+            noisy[:, :, : drawn.given] = latents[:, :, : drawn.given]
+            frames, rows, columns = (side // p for side, p in zip(noisy.shape[2:], (1, 2, 2), strict=True))
+            timesteps = timesteps.view(-1, 1, 1).repeat(1, frames, rows * columns)  # one for each token
+            timesteps[:, : drawn.given] = 0
+            timesteps = timesteps.flatten(1)
         if batch[0].extra is not None:
             noisy = torch.cat(
                 [noisy, torch.stack([item.extra for item in batch if item.extra is not None]).float()], dim=1
@@ -164,8 +172,8 @@ def loss_and_gradients(
         if batch[0].clip is not None:
             clip = torch.stack([item.clip for item in batch if item.clip is not None]).float()
             clip = clip.reshape(-1, 257, clip.shape[-1])
-        predicted = dit(noisy, drawn.timesteps.float(), text, clip, return_dict=False)[0]
-        errors = (predicted - (drawn.noise - latents)).square().flatten(1).mean(1)
+        predicted = dit(noisy, timesteps, text, clip, return_dict=False)[0]
+        errors = (predicted - (drawn.noise - latents)).square()[:, :, drawn.given :].flatten(1).mean(1)
         loss = (errors * drawn.weights.float()).mean()
         loss.backward()
     finally:

@@ -142,3 +142,4 @@ def _framepack() -> TinyDit:
 
 DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack())
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
+TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_given_frames.py

@@ -3,13 +3,14 @@ user would type.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_clips, write_dataset, write_image, write_picture_dataset, write_pictures
 from tests.tiny.wan import write_tiny_wan
+from tests.tiny.wan_dit import tiny_state, write_dit
 
 Command = list[str]  # script, then arguments
 RATE = "1e-1"  # high: after three steps a LoRA has to show
@@ -200,6 +201,7 @@ FAMILIES = (
         line="--i start.png --cn control/clip 0.mp4",
         more=CONTROL,
     ),
+    _wan("ti2v-5B", "ti2v", with_clip=[], media=START, line="--i start.png"),
     _hunyuan("hunyuan_video", "t2v", caching=[], media=[]),
     _hunyuan("skyreels i2v", "i2v", caching=["--i2v"], media=START, line="--i start.png"),
     _framepack("framepack", switches=[], media=["--video_sections", "2"], line=""),
@@ -217,3 +219,25 @@ FAMILIES = (
         is_picture=True,
     ),
 )
+ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
+
+
+def write_for_anywhere(family: TinyFamily, folder: Path) -> TinyFamily:
+    """Write a family's project; the `generate` of what is returned names whole paths, to be run anywhere."""
+    family.prepare(folder)
+    words = [
+        str(folder / word) if word.startswith("model/") or word.endswith(".png") else word
+        for word in family.generate
+    ]
+    return replace(family, generate=words)
+
+
+def write_deep(family: TinyFamily, folder: Path) -> None:
+    """Write the project of a family of ONE_OF_EACH, with blocks enough to swap and to skip."""
+    family.prepare(folder)
+    if family.name == "hunyuan_video":
+        write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
+    elif family.name == "framepack":
+        write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
+    else:
+        write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")

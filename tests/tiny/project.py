@@ -11,9 +11,9 @@ from PIL import Image
 from modules.atomic_write import save_tensors
 from modules.media.writing import write_png, write_video
 from tests.tiny import framepack, hunyuan
-from tests.tiny.taehv import write_taehv
+from tests.tiny.taehv import CONFIG_5B, write_taehv
 from tests.tiny.wan_dit import tiny_state, write_dit
-from tests.tiny.wan_encoders import CLIP_DIM, vae22_tensors, write_encoders
+from tests.tiny.wan_encoders import CLIP_DIM, VAE22_FILE, vae22_tensors, write_encoders
 
 CAPTIONS = (
     "a red square moves right",
@@ -140,6 +140,7 @@ def lay_out_models(folder: Path) -> None:
     hunyuan.lay_out_models(folder)
     framepack.lay_out_models(folder)
     write_encoders(folder)
+    write_taehv(folder / "taew2_2.pth", CONFIG_5B)
     for name in ("taew2_1", "taehv"):
         write_taehv(folder / f"{name}.pth")
     for size in ("1.3B", "14B"):
@@ -164,4 +165,4 @@ def write_experts(folder: Path) -> None:
         state = tiny_state("fun-control-2.2", seed, torch.bfloat16)
         write_dit(folder, state, name=f"Wan2.2-Fun-A14B-Control_{noise}_noise")
     write_dit(folder, tiny_state("ti2v", dtype=torch.bfloat16), name="wan2.2_ti2v_5B_fp16")
-    torch.save(vae22_tensors(), folder / "Wan2.2_VAE.pth")
+    torch.save(vae22_tensors(), folder / VAE22_FILE)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modules.contract.data import LOSS_MASK, Batch
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.noise import NoiseSpec
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily
@@ -51,6 +52,37 @@ def test_latents_are_scaled_then_mixed_with_noise() -> None:
         + torch.tensor([0.25, 0.5]),
     )
     assert dit.timesteps.tolist() == [251.0, 501.0]
+
+
+class Told(ToyFamily):
+    """Notes how many frames its network was told to be given."""
+
+    def predict(self, dit: Any, noisy: Any, timesteps: Any, cond: Any, tweaks: Tweaks = NO_TWEAKS) -> Any:
+        self.__dict__["given"] = tweaks.given_frames
+        return super().predict(dit, noisy, timesteps, cond)
+
+
+def test_given_frames_are_clean_and_left_out_of_the_loss() -> None:
+    """The mean is over the other frames, also of a mask."""
+    batch = noisy_batch()
+    latents = batch.batch.tensor("latents").repeat(1, 1, 3, 1, 1) * torch.tensor([1.0, 2, 3]).view(3, 1, 1)
+    mask = torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
+    tensors = {**batch.batch.tensors, "latents": latents, LOSS_MASK: mask}
+    batch = replace(
+        batch, batch=replace(batch.batch, tensors=tensors), noise=torch.ones_like(latents), given_frames=1
+    )
+    dit, family = Constant(0.5), Told()
+
+    errors = measure_errors(family, dit, batch, nullcontext)
+
+    assert family.__dict__["given"] == 1
+    clean = latents * LATENT.scale
+    assert torch.equal(dit.noisy[:, :, :1], clean[:, :, :1])
+    assert not torch.equal(dit.noisy[:, :, 1:], clean[:, :, 1:])
+    each = (0.5 - (1 - clean[:, 0, :, 0, 0])).square()  # B F
+    torch.testing.assert_close(errors, (0.5 * each[:, 1] + 0.25 * each[:, 2]) / 2)
+    measure_errors(family, dit, replace(batch, given_frames=0), nullcontext)
+    assert family.__dict__["given"] == 0
 
 
 def test_each_sample_counts_its_squared_distance_from_noise_minus_latents() -> None:

@@ -265,6 +265,17 @@ def test_the_log_says_that_the_task_decides_where_the_tensors_cannot(
     ]
 
 
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
+def test_a_large_file_that_stays_in_float32_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, target: torch.dtype
+) -> None:
+    path = write_hollow(tmp_path / "high.safetensors", tensor_list("wan2.2-i2v-a14b"))
+
+    note_task(read_once(path, read_dit_header), TASKS["i2v-A14B"], path, target)
+
+    assert ("--dit_dtype bfloat16 rounds it" in caplog.text) == (target == torch.float32)
+
+
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     dit = write_dit(tmp_path, tiny_state("i2v"), "diffusers")
     vae = tmp_path / "vae.safetensors"

@@ -9,9 +9,10 @@ from dataset.batches.finding import NO_COMMANDS, find_items
 from dataset.batches.order import BatchOrder
 from dataset.config import load_dataset_config
 from modules.contract.data import Batch
+from modules.contract.noise import NoiseSpec
 from modules.errors import CacheError
 from tests.training.toy import LATENT, record_encoders, toy_options, write_caches
-from training.data.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness
+from training.data.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness, draw_given_frames
 from training.loss import NoisyBatch
 from training.steps import StepPlan
 
@@ -111,6 +112,17 @@ def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
     assert all("letters second" in message and "letters first" in message for message in said)
 
 
+def test_how_often_the_first_frame_is_given_follows_from_seed_and_number() -> None:
+    def given(probability: float, frames: int = 2, seed: int = 3) -> list[int]:
+        spec = NoiseSpec(first_frame_probability=probability)
+        return [draw_given_frames(spec, frames, seed, "given frames", number) for number in range(400)]
+
+    assert given(0.5) == given(0.5)
+    assert given(0.5) != given(0.5, seed=4)
+    assert abs(sum(given(0.25)) - 100) < 30  # 3.5 standard deviations
+    assert (set(given(0)), set(given(1)), set(given(1, frames=1))) == ({0}, {1}, {0})
+
+
 def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     """Tensors of several dtypes and odd sizes, a list of them, and one that does not lie in one piece."""
     lists = [torch.randn(3, 5), torch.randn(1, 5)]
@@ -121,12 +133,14 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
     }
     sigmas = torch.rand(1)
     data = NoisyBatch(
-        Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1)
+        *(Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1)),
+        given_frames=1,
     )
 
     out = Packed.of(MicroBatch(3, data)).unpacked()
 
     assert (out.number, out.data.batch.captions, out.data.batch.keys) == (3, ("a",), ("b",))
+    assert out.data.given_frames == 1
     torch.testing.assert_close(dict(out.data.batch.tensors), tensors, rtol=0, atol=0)
     for name in ("noise", "sigmas", "timesteps", "weights"):
         assert torch.equal(getattr(out.data, name), getattr(data, name))
