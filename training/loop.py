@@ -9,7 +9,7 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from modules.contract.experts import Expert
 from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.planning.device_memory import MemoryWatch
@@ -27,6 +28,7 @@ from networks.adapter import NormReport
 from networks.added import AddedLoras
 from training.averages import WeightAverage
 from training.data.feed import Feed, MicroBatch
+from training.experts import ExpertNetworks
 from training.loss import Autocast, Trains, training_loss
 from training.optimizers.finished_weights import evaluation
 from training.optimizers.fused_backward import FusedBackward
@@ -66,7 +68,7 @@ class TrainingRun:
 
     options: TrainingOptions
     family: Trains
-    dit: nn.Module
+    dits: ExpertNetworks  # of the experts that are trained
     trainable: Trainable
     optimizer: Optimizer
     schedule: LrSchedule
@@ -89,8 +91,19 @@ class TrainingRun:
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
     average: WeightAverage | None = None  # of the trained weights
-    sample_loras: AddedLoras | None = None  # switched on for samples
+    sample_loras: Sequence[AddedLoras] = ()  # switched on for samples
+    sample_dits: ExpertNetworks | None = None  # if samples are made with more than what is trained
     triggers: TriggerFiles = field(default_factory=TriggerFiles)  # watched by the main process only
+
+    @property
+    def experts(self) -> Sequence[Expert]:
+        """Return the experts of the model that is trained; most have one."""
+        return self.family.experts
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Return all modules that are in training mode or in evaluation mode together."""
+        return (*self.dits.networks, *self.trainable.all_modules)
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -146,13 +159,16 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     run.trainable.start_step()
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
+    reached = _reached(run, group)
     loss, keys = _accumulate(run, group, micro_batches)
-    numbers = loss.view(1)
+    if run.fused is None:
+        fill_missing_gradients(reached)
+    numbers = loss
     is_alone = run.plan.processes == 1
     here = Asked(run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
     if not is_alone:
         wishes = numbers_on(run.device, [run.stop.asked, here.saves, here.samples], torch.float32)
-        numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes]))
+        numbers = sum_over_processes(reached, torch.cat([numbers, wishes]))
     norm = _update(run)
     norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
     if run.average is not None:
@@ -166,7 +182,29 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         run.stop.agreed = run.stop.asked
         return here
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    return Asked(*(reading is not None and reading.values[index] > 0 for index in (2, 3)))
+    return Asked(*(reading is not None and reading.values[index] > 0 for index in _wishes(run)[1:]))
+
+
+def _wishes(run: TrainingRun) -> range:
+    """Return where among the numbers of a step stands whether a process asks to end, to save, for samples."""
+    first = 1 + 2 * len(_named(run.experts))
+    return range(first, first + 3)
+
+
+def _named(experts: Sequence[Expert]) -> Sequence[Expert]:
+    """Return the experts whose losses are reported apart: none if there is one."""
+    return experts if len(experts) > 1 else ()
+
+
+def _reached(run: TrainingRun, group: range) -> list[Parameter]:
+    """Return the parameters that a step changes: without those of an expert that gets none of its batches.
+
+    It depends on the whole group, not on this process' share of it, and costs no wait for the device.
+    """
+    if not run.trainable.by_expert:
+        return run.parameters
+    keys = [(run.progress.epoch, index) for index in group]
+    return run.trainable.reached({run.feed.batches.expert_of(key) for key in keys})
 
 
 def _accumulate(
@@ -174,9 +212,11 @@ def _accumulate(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
-    Returns its part of the step's loss, on the device, and the keys of its items.
+    Returns its part of the step's loss, on the device, and the keys of its items. If there are several
+    experts, the sum of the losses and the number of micro-batches of each follow the loss.
     """
     total = torch.zeros((), device=run.device)
+    parts = torch.zeros(2, len(_named(run.experts)), device=run.device)
     keys: tuple[str, ...] = ()
     if run.scaler is not None:
         # the first use sets it up; a process without a micro-batch in this step needs that too
@@ -186,15 +226,16 @@ def _accumulate(
         _seed(run, micro_batch.number)
         if run.memory is not None:
             run.memory.see_batch(micro_batch.data.noise.numel())
-        loss = training_loss(
-            run.family, run.dit, micro_batch.data.to(run.device), run.autocast, run.options.loss
-        ) / len(group)
+        expert = micro_batch.data.expert
+        dit, noisy_batch = run.dits.at(expert), micro_batch.data.to(run.device)
+        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.options.loss) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach()
+        if parts.numel():
+            parts[0, expert] += loss.detach() * len(group)
+            parts[1, expert] += 1
         keys += micro_batch.data.batch.keys
-    if run.fused is None:
-        fill_missing_gradients(run.parameters)
-    return total, keys
+    return torch.cat([total.view(1), parts.view(-1)]), keys
 
 
 def _seed(run: TrainingRun, number: int) -> None:
@@ -261,13 +302,33 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         losses.append(loss)
     del losses[: -run.plan.steps_per_epoch]
     if run.plan.processes > 1:
-        run.stop.agreed = run.stop.agreed or reading.values[1] > 0
+        run.stop.agreed = run.stop.agreed or reading.values[_wishes(run)[0]] > 0
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
-    report = StepReport(reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds)
+    report = StepReport(
+        reading.step,
+        loss,
+        average,
+        reading.notes.rates,
+        norm,
+        norms,
+        reading.seconds,
+        _by_expert(run, reading),
+    )
     run.logs.step(report)
     if run.reporter is not None:
         run.reporter.note_step(report)
+
+
+def _by_expert(run: TrainingRun, reading: Reading) -> dict[str, float]:
+    """Return the mean loss of a step's micro-batches for each expert that had some, by the expert's name."""
+    experts = _named(run.experts)
+    sums, counts = (reading.values[1 + part * len(experts) :][: len(experts)] for part in range(2))
+    return {
+        expert.name: total / count
+        for expert, total, count in zip(experts, sums, counts, strict=True)
+        if count
+    }
 
 
 def _settle(run: TrainingRun) -> None:
@@ -379,11 +440,15 @@ def _sample(run: TrainingRun) -> None:
     """
     progress = run.progress
     if run.sampler is not None:
-        modules = (run.dit, *run.trainable.modules.values())
         was_stopped = False
         try:
-            with evaluation(modules, run.optimizer, run.parameters), _as_sampled(run):
-                run.sampler.make(run.dit, run.autocast, progress.sample_pending, lambda: run.stop.asked)
+            with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
+                run.sampler.make(
+                    (run.sample_dits or run.dits).at,
+                    run.autocast,
+                    progress.sample_pending,
+                    lambda: run.stop.asked,
+                )
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.plan.processes, run.device):
@@ -399,8 +464,8 @@ def _sample(run: TrainingRun) -> None:
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
     """Let the network be what samples show: with LoRAs of their own, with the average of the weights."""
     with contextlib.ExitStack() as stack:
-        if run.sample_loras is not None:
-            stack.enter_context(run.sample_loras.switched_on(run.device, run.compute_dtype))
+        for loras in run.sample_loras:
+            stack.enter_context(loras.switched_on(run.device, run.compute_dtype))
         if run.average is not None and run.options.average.sample_ema:
             stack.enter_context(run.average.in_place())
         yield
@@ -408,8 +473,8 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 def _validate(run: TrainingRun) -> None:
     assert run.validation is not None
-    with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
-        losses = run.validation.measure(run.dit, run.autocast)
+    with evaluation(run.modules, run.optimizer, run.parameters):
+        losses = run.validation.measure(run.dits.at, run.autocast)
     run.logs.values(losses, run.progress.step)
     if run.reporter is not None:
         run.reporter.note_validation(run.progress.step, losses)

@@ -38,6 +38,7 @@ class NoisyBatch:
     timesteps: Tensor  # B, what the network is fed
     weights: Tensor  # B, factors on the samples' losses
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
+    expert: int = 0  # index of the one that they all go to
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -53,6 +54,7 @@ class NoisyBatch:
             move(self.timesteps),
             move(self.weights),
             self.given_frames,
+            self.expert,
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":

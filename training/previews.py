@@ -25,7 +25,7 @@ def show_preview(family: Family, options: TrainingOptions, commands: CachingComm
     """
     if options.timesteps.show_timesteps is not None:
         folder = options.saving.output_dir or Path()
-        show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise)
+        show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
         return 0
     if options.loop.check:
         return _check(family, options, commands)

@@ -98,7 +98,7 @@ class Wan:
         """The transformers that are given: a single one is for all noise levels if it is --dit."""
         if self.files.dit_high_noise is None or self.boundary is None:
             return ONE_EXPERT
-        low, high = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, self.boundary)
+        low, high = _experts(self.boundary)
         return (high,) if self.files.dit is None else (low, high)
 
     @property
@@ -118,6 +118,7 @@ class Wan:
             expert_guidance={}
             if task.high_noise_guidance is None
             else {HIGH_NOISE: task.high_noise_guidance},
+            experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
         )
 
     @property
@@ -128,7 +129,10 @@ class Wan:
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
-        names = {"sd_model_name": self.files.dit or self.files.dit_high_noise, "vae_name": self.files.vae}
+        files = self.files
+        names = {"sd_model_name": files.dit or files.dit_high_noise, "vae_name": files.vae}
+        if files.dit is not None:
+            names["sd_model_name_high_noise"] = files.dit_high_noise
         return {
             "architecture": f"wan{self.task.version}",
             "implementation": f"https://github.com/Wan-Video/Wan{self.task.version}",
@@ -425,6 +429,20 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
     )
 
 
+def family_for_samples(options: WanTrainingOptions) -> Wan | None:
+    """Describe the family for samples made with a transformer that is not trained (--sample_dit_other).
+
+    None if there is none.
+    """
+    if options.sample_dit_other is None:
+        return None
+    experts = options.experts
+    if experts.dit_high_noise is None:
+        high = replace(experts, dit_high_noise=options.sample_dit_other)
+        return family_for_training(replace(options, experts=high))
+    return family_for_training(replace(options, dit=options.sample_dit_other))
+
+
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
     task = TASKS[options.task]
@@ -440,6 +458,10 @@ def family_for_generation(options: WanGenerationOptions) -> Wan:
         image_noise=options.i2v_extra_noise or 0.0,
         precision=torch.float16 if options.lower_precision_attention else torch.float32,
     )
+
+
+def _experts(boundary: float) -> tuple[Expert, Expert]:
+    return Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, boundary)
 
 
 def _latent_of(task: WanTask) -> LatentSpec:

@@ -1,5 +1,6 @@
 """A dataset whose caches another tool made, to train on with a tiny Wan2.1."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,9 +115,14 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
 
 
 def train(
-    project: Project, *arguments: object, steps: int = 2, name: str = "lora", in_process: bool = False
+    project: Project,
+    *arguments: object,
+    steps: int = 2,
+    name: str = "lora",
+    in_process: bool = False,
+    dits: Sequence[object] = (),
 ) -> list[Path]:
-    """Train a LoRA in float32; the files after each step."""
+    """Train a LoRA in float32; the files after each step. dits: options instead of --dit."""
     network = ["--network_module", "networks.lora_wan", "--network_dim", RANK, "--network_alpha", ALPHA]
     run = [
         "--max_train_steps",
@@ -129,7 +135,8 @@ def train(
         "--max_data_loader_n_workers",
         0,
     ]
-    files = ["--dit", project.dit, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]
+    dits = dits or ("--dit", project.dit)
+    files = [*dits, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]
     options = ["--task", project.task, *files, *network, *run, *arguments]
     if in_process:
         wan_train_network.main([str(word) for word in [*options, "--output_dir", project.folder / "out"]])

@@ -211,4 +211,5 @@ def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: in
         keys=noisy_batch.batch.keys[:count],
     )
     numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
-    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, min(noisy_batch.given_frames, frames - 1))
+    given = min(noisy_batch.given_frames, frames - 1)
+    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, given, noisy_batch.expert)

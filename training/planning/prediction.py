@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from modules.contract.family import Described
-from modules.planning.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
+from modules.planning.dry_run import (
+    GRADIENTS,
+    KEPT,
+    NETWORK,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKING,
+    Moment,
+    largest,
+    quiet,
+)
 from modules.planning.memory_plan import (
     MemoryPart,
     Phase,
@@ -39,6 +49,7 @@ class StepPrediction:
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     workspace: MemoryPart
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
+    others: int = 0  # further transformers like the one that was rehearsed
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -50,8 +61,25 @@ class StepPrediction:
             notes[KEPT] = "the rest waits in host memory"
         return Phase(
             f"training step, {self.batch}",
-            (*parts_of(moment, self.swaps[blocks], notes, self.waiting), *self._average(), self.workspace),
+            (
+                *parts_of(moment, self.swaps[blocks], notes, self.waiting),
+                *self._others(moment, self.swaps[blocks]),
+                *self._average(),
+                self.workspace,
+            ),
         )
+
+    def _others(self, moment: Moment, swap: Swapped) -> tuple[MemoryPart, ...]:
+        """Return what further transformers hold beside the one at work: with turns, all wait on the host."""
+        if not self.others:
+            return ()
+        weights, given = moment.get(WEIGHTS, 0), self.options.by_expert
+        device, host = self.others * (weights - swap.saved), self.others * swap.host
+        if given.offload_inactive_dit:
+            device, host = 0, (1 + self.others) * weights - swap.host
+        learning = sum(moment.get(kind, 0) for kind in (NETWORK, OPTIMIZER, GRADIENTS))
+        device += self.others * learning if given.lora_per_expert else 0
+        return (MemoryPart("further transformers", device, host),)
 
     def _average(self) -> tuple[MemoryPart, ...]:
         return (MemoryPart("average of the weights (EMA)", 0, self.average),) if self.average else ()
@@ -98,6 +126,7 @@ def predict(
         swaps,
         workspace(device, is_training=True),
         average,
+        len(family.experts) - 1,
     )
 
 
