@@ -109,7 +109,7 @@ class DitTurns:
             self._end_ahead()
             if not self.rules.keep:
                 self._dits, self._copies, self._working = {}, {}, set()
-            elif self.device.type != "cpu":
+            elif self.device.type != "cpu" or self.rules.lazy:
                 self._plan = ()
                 for expert in [*self._working]:
                     self._put_away(expert)
@@ -158,7 +158,11 @@ class DitTurns:
                 self._working.add(expert)
             else:
                 self._working.add(expert)  # now, as it may be interrupted half-way
-                _come(self._dits[expert], self._copies.get(expert), self.device)
+                try:
+                    _come(self._dits[expert], self._copies.get(expert), self.device)
+                except Exception:  # too little memory: a smaller video may still find it complete
+                    self._put_away(expert)
+                    raise
             if len(self._working) > 1 and not self.rules.keep:
                 self._copies.pop(expert, None)  # it stays, and then it is freed
             self._look_ahead(expert)
@@ -243,7 +247,10 @@ class DitTurns:
         return ""
 
     def _take_ahead(self, expert: int) -> None:
-        """Take over an expert that was read ahead; raises what has gone wrong there."""
+        """Take over an expert that was read ahead; raises what has gone wrong there.
+
+        If only memory was short beside the other's work, it is loaded afterwards like one that was not foreseen.
+        """
         if self._ahead is None:
             return
         foreseen, ahead = self._ahead
@@ -254,6 +261,10 @@ class DitTurns:
             logger.info("Waiting for the %s, which is still being read", self.experts[expert].words)
         try:
             dit, copy = ahead.take()
+        except (torch.OutOfMemoryError, MemoryError):
+            self._ahead = None
+            logger.info("There was no memory to read the %s ahead: it is loaded now", self.experts[expert].words)
+            return
         except Exception:
             self._ahead = None  # the next video tries anew
             raise

@@ -95,7 +95,7 @@ class Stage:
         self.places: dict[int, str] = {}
         self.device, self.may_read = device, threading.Event()
         self.may_read.set()
-        self.broken: set[int] = set()
+        self.broken: dict[int, Exception] = {}
         experts = (LOW, HIGH) if count == 2 else (LOW, Expert("middle", 500.0), HIGH)
         self.turns = DitTurns(
             experts,
@@ -112,7 +112,7 @@ class Stage:
         self.may_read.wait(10)
         check()
         if expert in self.broken:
-            raise CheckpointError(f"expert {expert} is damaged")
+            raise self.broken[expert]
         dit = Toy("read", expert, self.diary, "cpu", self.places)
         return dit, ToyCopy(dit, self.device)
 
@@ -207,13 +207,41 @@ def test_on_other_devices_experts_move_and_nothing_is_read_ahead() -> None:
 
 def test_an_error_while_reading_ahead_is_raised_at_the_boundary_and_the_next_video_tries_again() -> None:
     stage = Stage()
-    stage.broken.add(0)
+    stage.broken[0] = CheckpointError("expert 0 is damaged")
     with stage.turns.phase(PLAN) as dit_at:
         assert dit_at(999.0).number == dit_at(950.0).number == 1
         with pytest.raises(CheckpointError, match="expert 0 is damaged"):
             dit_at(899.0)
         assert dit_at(999.0).number == 1
         assert dit_at(899.0).number == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("device"), MemoryError("host")])
+def test_what_there_was_no_memory_to_read_ahead_is_loaded_when_its_steps_begin(error: Exception) -> None:
+    stage = Stage()
+    stage.broken[0] = error
+    diary = stage.denoise((1, 0), [VIDEO])
+    assert diary == ["load 1", "free 1", "load 0", "free 0"]
+
+
+def test_an_expert_that_found_no_room_on_the_device_is_brought_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, bring = Stage(), ToyCopy.bring
+    with stage.turns.phase(PLAN) as dit_at:
+        dit_at(999.0)
+        monkeypatch.setattr(ToyCopy, "bring", lambda _: _fail(torch.OutOfMemoryError("no room")))
+        with pytest.raises(torch.OutOfMemoryError):
+            dit_at(899.0)
+        monkeypatch.setattr(ToyCopy, "bring", bring)
+        for timestep in VIDEO:
+            assert stage.places[dit_at(timestep).number] == "cuda"
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+def test_lazy_loading_lets_nothing_wait_for_the_next_prompt_on_a_cpu_either() -> None:
+    assert Stage(device=CPU, lazy=True, keep=True).denoise((1, 0), [VIDEO])[-2:] == ["load 0", "free 0"]
 
 
 def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
