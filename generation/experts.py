@@ -249,7 +249,7 @@ class DitTurns:
     def _take_ahead(self, expert: int) -> None:
         """Take over an expert that was read ahead; raises what has gone wrong there.
 
-        If only memory was short beside the other's work, it is loaded afterwards like one that was not foreseen.
+        If only memory was short beside the other's work, it is loaded when that is done.
         """
         if self._ahead is None:
             return
@@ -263,7 +263,9 @@ class DitTurns:
             dit, copy = ahead.take()
         except (torch.OutOfMemoryError, MemoryError):
             self._ahead = None
-            logger.info("There was no memory to read the %s ahead: it is loaded now", self.experts[expert].words)
+            logger.info(
+                "There was no memory to read the %s ahead: it is loaded now", self.experts[expert].words
+            )
             return
         except Exception:
             self._ahead = None  # the next video tries anew

@@ -90,6 +90,11 @@ def do(family: Family, options: GenerationOptions) -> None:
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
     """Make the session of a run. keep: networks stay in host memory for the next prompt."""
+    if len(family.experts) == 1:
+        for option in options.experts.of_turns:
+            logger.warning(
+                "%s is ignored because there is one transformer, without another to wait for", option
+            )
     rules = TurnRules(never_beside=options.experts.offload_inactive_dit, lazy=options.experts.lazy_loading)
     return Session(family, loader.device, loader, keep, load_aside=loader.aside, rules=rules)
 

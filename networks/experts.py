@@ -4,10 +4,10 @@ Experts go by their names in `modules.contract.experts`. FOR_BOTH stands for a L
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from modules.contract.experts import named_expert
 from modules.text_files import parse_json
 from networks.module_names import FAMILIES
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT
@@ -16,10 +16,6 @@ from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINE
 PARTS_METADATA = "reelsmith_experts"
 # where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
 NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
-# `high_noise`, `HighNoise`, or `HIGH` alone: at the end, or before a size, a dtype, a version and the like
-_IN_NAMES = re.compile(
-    r"(?:^|_)(high|low)(?:_?noise(?=_|$)|(?=$|_(?:lora|model|fp\d+|bf16|rank\d*|r\d|v\d|e\d|ep\d|epoch|step\d|\d)))"
-)
 
 
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
@@ -30,7 +26,7 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
     value = metadata.get(TRAINED_EXPERT, "").strip().lower()
     if value == FOR_BOTH:
         return FOR_BOTH
-    return EXPERT_VALUES.get(value) or _expert_in(path.stem)
+    return EXPERT_VALUES.get(value) or named_expert(path.stem)
 
 
 def expert_of_model(path: Path) -> str | None:
@@ -39,19 +35,13 @@ def expert_of_model(path: Path) -> str | None:
     `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
     """
     for part in (path, path.absolute().parent):
-        by_name = _expert_in(part.name if part.is_dir() else part.stem)
+        by_name = named_expert(part.name if part.is_dir() else part.stem)
         if by_name is not None:
             return by_name
         beside = [part.with_name(name.removesuffix(".")) for name in NETWORKS]
         if f"{part.name}." in NETWORKS and all(folder.is_dir() for folder in beside):
             return NETWORKS[f"{part.name}."]
     return None
-
-
-def _expert_in(name: str) -> str | None:
-    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
-    found = {EXPERT_VALUES[word] for word in _IN_NAMES.findall(plain)}
-    return found.pop() if len(found) == 1 else None
 
 
 def in_words(expert: str) -> str:

@@ -42,6 +42,10 @@ def files_and_boundary(options: WanGenerationOptions, latent: LatentSpec) -> tup
             "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
             "transformer for little noise"
         )
+    if task.boundary is not None and files.dit is not None and files.dit_high_noise is None:
+        logger.info(
+            "--task %s has two transformers: without --dit_high_noise --dit makes all steps", task.name
+        )
     return files, boundary_of(options, task, files, boundary)
 
 

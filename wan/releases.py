@@ -1,12 +1,11 @@
 """Folders of whole releases of Wan (--ckpt_dir), and what the names of transformer files say."""
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, named_expert
 from modules.contract.family import LatentSpec
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
@@ -34,7 +33,6 @@ PIPELINE_DIT = {"dit": "transformer"}
 PIPELINE_EXPERTS = {"dit": "transformer_2", "dit_high_noise": "transformer"}
 
 MOST_TIMESTEP = 1000.0
-_NAMED = re.compile(r"(?<![a-z])(high|low)(?:[-_ ]?noise)?(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     Warns if one of them does, as a name is only a hint.
     """
     named = {
-        option: (path, named_expert(path), meant)
+        option: (path, expert_of_file(path), meant)
         for option, path, meant in (
             ("--dit", dit, LOW_NOISE),
             ("--dit_high_noise", dit_high_noise, HIGH_NOISE),
@@ -113,16 +111,16 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)
 
 
-def named_expert(path: Path) -> str | None:
+def expert_of_file(path: Path) -> str | None:
     """Return the expert that a file's name or its folder's names, LOW_NOISE or HIGH_NOISE; None: neither.
 
     Of a pipeline of diffusers, `transformer` is for much noise if there is a `transformer_2`.
     """
     folders = {PIPELINE_EXPERTS["dit"]: LOW_NOISE, PIPELINE_EXPERTS["dit_high_noise"]: HIGH_NOISE}
     for part in (path, path.parent):
-        said = {match[1] for match in _NAMED.finditer(part.name.lower())}
-        if len(said) == 1:
-            return HIGH_NOISE if said == {"high"} else LOW_NOISE
+        said = named_expert(part.name if part.is_dir() else part.stem)
+        if said is not None:
+            return said
         if part.name in folders and (part.parent / PIPELINE_EXPERTS["dit"]).is_dir():
             return folders[part.name]
     return None

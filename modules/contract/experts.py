@@ -1,5 +1,6 @@
 """Experts: networks of one model that share the noise levels among them. Most models have a single one."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,23 @@ class Expert:
 
 LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two that Wan2.2 has
 ONE_EXPERT = (Expert("", 0.0),)
+
+_WORDS = {"high": HIGH_NOISE, "low": LOW_NOISE}
+# `high_noise`, `HighNoise`
+_IN_FULL = re.compile(r"(?:^|_)(high|low)_?noise(?=_|$)")
+# `HIGH` alone: at the end, or before a size, a dtype, a version and the like
+_IN_SHORT = re.compile(
+    r"(?:^|_)(high|low)(?=$|_(?:lora|model|fp\d+|bf16|rank\d*|r\d|v\d|e\d|ep\d|epoch|step\d|\d))"
+)
+
+
+def named_expert(name: str) -> str | None:
+    """Return the expert that the name of a file (without its suffix) or of a folder says; None: neither."""
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    found = set(_IN_FULL.findall(plain))
+    if not found and not _WORDS.keys() <= set(plain.split("_")):
+        found = set(_IN_SHORT.findall(plain))
+    return _WORDS[found.pop()] if len(found) == 1 else None
 
 
 def expert_at(timestep: float, experts: Sequence[Expert]) -> int:

@@ -39,6 +39,14 @@ def settle(
     """
     width, height, frames = size
     scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    absent = request.expert_guidance.keys() - {expert.name for expert in experts}
+    for name in sorted(absent):
+        logger.warning(
+            "--guidance_scale_%s %g is ignored because there is no --dit_%s",
+            name,
+            request.expert_guidance[name],
+            name,
+        )
     named = {**usual.expert_guidance, **request.expert_guidance}
     scales = tuple(named.get(expert.name, scale) for expert in experts)
     negative = usual_negative if request.negative_prompt is None else request.negative_prompt

@@ -4,7 +4,7 @@ import io
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +304,16 @@ def test_what_does_not_fit_is_refused_before_anything_loads(
     with pytest.raises(OptionError, match=message):
         single.run(tmp_path)
     assert "Loading" not in caplog.text
+
+
+def test_options_for_another_transformer_are_ignored_with_a_warning_where_there_is_none(
+    tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    given = ("--offload_inactive_dit", "--lazy_loading", "--guidance_scale_high_noise", "2")
+    alone = replace(files, dit_high_noise=None)
+    single = Script(wan_generate_video.main, [*alone.models, *LENGTH])
+    single.run(tmp_path, *given, "--infer_steps", "1")
+    assert "without --dit_high_noise --dit makes all steps" in caplog.text
+    warned = [record.message for record in caplog.records if "is ignored because there is" in record.message]
+    assert [message.split()[0] for message in warned] == list(given[:3])
