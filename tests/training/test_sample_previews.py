@@ -77,7 +77,8 @@ def test_a_run_that_is_asked_to_end_while_sampling_ends(tmp_path: Path) -> None:
     answers = iter([False, False, True])
 
     with pytest.raises(SamplingStopped):
-        sampler.make(family.load_dit(Placement(CPU)), torch.no_grad, "000001", lambda: next(answers))
+        dit = family.load_dit(Placement(CPU))
+        sampler.make(lambda _: dit, torch.no_grad, "000001", lambda: next(answers))
 
     for path in tmp_path.glob("latent_preview.mp4"):  # if the thread was fast enough
         assert list(video_frames(path))
