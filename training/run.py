@@ -67,7 +67,7 @@ def train_network(
     model of samples, if it has transformers that are not trained. Returns the program's exit code.
     Raises UserError if the user has to change something.
     """
-    code = show_preview(family, options, commands)
+    code = show_preview(family, options, commands, sampling)
     if code is not None:
         return code
     try:
