@@ -75,8 +75,8 @@ class ExpertTurns:
             )
         if host is not None and plan.host > host:
             lines.append(
-                f"The host has {gib(host)} GiB free, and {gib(plan.host)} are asked for: experts will be loaded "
-                "again instead of waiting. --fp8_scaled halves what they take."
+                f"The host has {gib(host)} GiB free, and {gib(plan.host)} are asked for: experts will be "
+                "loaded again instead of waiting. --fp8_scaled halves what they take."
             )
         return lines
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import sub
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ from generation.denoise import predictor
 from generation.expert_memory import ALONE, ExpertTurns, turns_of
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
-from generation.prompt_lines import parse_generation_line, read_generation_lines
-from generation.request import prepare_line
+from generation.planned_requests import all_requests, largest_of
 from generation.sections import on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
-from generation.sheet_options import cells_of
 from modules.contract.data import Conditions
 from modules.contract.experts import Expert, noisiest
 from modules.contract.family import Family
@@ -28,8 +25,9 @@ from modules.contract.generation import EncodedPrompts, Prompt
 from modules.contract.loading import Placement
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Step
-from modules.errors import MemoryPlanError, OptionError, UserError
+from modules.errors import MemoryPlanError, OptionError
 from modules.plan_advice import advise, resolve_swap
+from modules.planning.device_memory import host_room
 from modules.planning.dry_run import (
     ACCELERATOR,
     WEIGHTS,
@@ -46,7 +44,6 @@ from modules.planning.dry_run import (
     quiet,
     watch_blocks,
 )
-from modules.planning.device_memory import host_room
 from modules.planning.memory_plan import (
     MemoryPart,
     MemoryPlan,
@@ -298,45 +295,6 @@ def predict_largest(
     largest = largest_of(family, requests)
     predictions = [(prepared, predict(family, options, prepared, device, turns)) for prepared in largest]
     return max(predictions, key=lambda each: each[1].device(0))
-
-
-def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
-    """Return what the run makes, in its order; at least one.
-
-    Invalid lines are skipped if at least one line is valid; their errors are reported when their turn comes.
-    """
-    lines = (
-        [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
-    )
-    requests, errors = [], []
-    for line in lines:
-        try:
-            with quiet():
-                says = parse_generation_line(line, options.line_options) if line else {}
-                for _, values in cells_of(options.axes, says):
-                    requests.append(prepare_line(family, options, values))
-        except UserError as error:
-            errors.append(error)
-    if not requests:
-        raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: the file has no prompt")
-    return requests
-
-
-def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
-    """Return the requests that no other request exceeds in both frame size and number of frames.
-
-    Usually there is one. Which of several needs most memory only a rehearsal can tell: a video that is made
-    in sections needs no more memory when it is longer.
-    """
-    # of equal ones the last that has something to encode
-    requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))
-    sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
-    largest = [
-        size
-        for size in sizes
-        if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
-    ]
-    return [sizes[size] for size in largest]
 
 
 def advice(

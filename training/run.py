@@ -67,7 +67,7 @@ def train_network(
     model of samples, if it has transformers that are not trained. Returns the program's exit code.
     Raises UserError if the user has to change something.
     """
-    code = show_preview(family, options, commands)
+    code = show_preview(family, options, commands, sampling)
     if code is not None:
         return code
     try:
@@ -140,7 +140,7 @@ def _begin(
         make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
     if job.accelerator.is_main_process:
-        note_experts(family, options)
+        note_experts(family, options, sampling is not None)
     identity = identity_of(
         options, job.progress.seed, data.order, data.plan, job.network_module, family.options, family.experts
     )

@@ -265,7 +265,7 @@ def scan(
 
 def levels_reached(options: TimestepOptions, noise: NoiseSpec) -> tuple[float, float]:
     """Return about the lowest and the highest noise level that the options draw, in thousandths."""
-    flow_shift = 1.0 if options.timestep_sampling in SIZE_SAMPLERS else options.flow_shift
+    flow_shift = 1.0 if options.follows_size else options.flow_shift
     _, shares = scan(options, noise, flow_shift)
     if not len(shares):
         return 0.0, 0.0
@@ -277,7 +277,7 @@ def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[
 
     Samplers that follow the size are not checked.
     """
-    if options.timestep_sampling not in SIZE_SAMPLERS and (len(experts) > 1 or experts[0].lowest > 0):
+    if not options.follows_size and (len(experts) > 1 or experts[0].lowest > 0):
         for span in spans_of(experts):
             find_accepted_range(options, noise, options.flow_shift, span)
 
