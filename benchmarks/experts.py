@@ -2,10 +2,10 @@
 
     python benchmarks/experts.py
 
-Two tiny random Wan2.2 transformers take turns as in wan_generate_video.py with three prompts in --from_file, on
-a device that is a second place in this machine's memory: weights that are copied there and all tensors of a
-step are counted, also while one expert makes room for the other. The peak is divided by that of one expert
-which makes all steps alone. Nothing is timed.
+Two tiny random Wan2.2 transformers take turns as in wan_generate_video.py with three prompts in --from_file.
+The device is a second place in this machine's memory: weights that are copied there and all tensors of a step
+are counted, also while one expert makes room for the other. The peak is divided by that of one expert which
+makes all steps alone. Nothing is timed.
 """
 
 import sys
