@@ -27,7 +27,7 @@ from networks.options import NetworkOptions
 
 logger = getLogger(__name__)
 
-OWN_NETWORKS = "Add --lora_per_expert to train one for each"
+OWN_NETWORKS = "Use --lora_per_expert to train one for each"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from networks.loading import OWN_MODULES, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.merge import LoraUse
 from networks.options import NetworkOptions
-from training.experts import check_experts, network_for
+from training.experts import check_experts, network_for, read_lora_for
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
@@ -73,7 +73,7 @@ def _check_networks(family: Family, options: TrainingOptions) -> None:
 
 def _use(path: Path, expert: Expert, multiplier: float) -> LoraUse:
     """Read a LoRA, of a file for several experts that for this one."""
-    return LoraUse(read_lora(path, by_expert=True).for_expert(expert.name), multiplier)
+    return LoraUse(read_lora_for(path, expert), multiplier)
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:

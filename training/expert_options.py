@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modules.errors import OptionError
 from modules.options import FREE, IDENTITY
 from networks.options import multipliers_for, require_files
 
@@ -22,6 +23,8 @@ class ExpertTrainingOptions:
         start = self.network_weights_high_noise
         require_files("--network_weights_high_noise", [start] if start else [])
         require_files("--base_weights_high_noise", self.base_weights_high_noise or ())
+        if self.base_weights_high_noise is not None and not self.base_weights_high_noise:
+            raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")
         self.base_multipliers()
 
     def base_multipliers(self) -> tuple[float, ...]:

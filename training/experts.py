@@ -1,8 +1,9 @@
 """Training of models that have several transformers (experts): which is at work, what learns in each."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -11,14 +12,13 @@ from modules.contract.family import Family
 from modules.errors import OptionError
 from modules.offload.turns import HostCopy
 from networks.adapter import OWN_NETWORKS
+from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from training.data.timesteps import check_reaches, levels_reached
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
-
-DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class ExpertNetworks:
         return network
 
 
+def read_lora_for(path: Path, expert: Expert) -> LoraFile:
+    """Read a LoRA for an expert: of a file for several that for this one. Warns if it is for another."""
+    lora = read_lora(path, by_expert=True).for_expert(expert.name)
+    warn_of_other_expert(lora, expert.name)
+    return lora
+
+
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
     """Return the options of the network that learns in an expert, with the files that are for this one."""
     network, given = options.network, options.by_expert
@@ -61,7 +68,7 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
         network = replace(network, network_weights=given.network_weights_high_noise)
     if given.base_weights_high_noise is not None:
         files, multipliers = given.base_weights_high_noise, given.base_multipliers()
-        network = replace(network, base_weights=files or None, base_weights_multiplier=multipliers or None)
+        network = replace(network, base_weights=files, base_weights_multiplier=multipliers)
     return network
 
 
@@ -99,13 +106,18 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
     check_reaches(options.timesteps, family.noise, experts)
 
 
-def note_experts(family: Family, options: TrainingOptions) -> None:
-    """Log what the transformers that are given are trained on."""
+def note_experts(family: Family, options: TrainingOptions, samples_with_others: bool = False) -> None:
+    """Log what the transformers that are given are trained on.
+
+    samples_with_others: whether samples are made with those that are not trained too.
+    """
     experts, usual = family.experts, family.defaults.experts
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and len(usual) == 1:
         logger.warning("--offload_inactive_dit is ignored because the model has one transformer")
     if len(usual) == 1:
         return
+    if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
+        logger.info("Samples are made by the trained transformer alone; give --sample_dit_other for both.")
     boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)

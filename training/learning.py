@@ -21,12 +21,11 @@ from modules.planning.device_memory import bytes_on, spare_bytes
 from modules.planning.memory_plan import gib
 from networks.adapter import make_network
 from networks.added import AddedFile, AddedLoras, add_loras
-from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from training.averages import make_average
 from training.changes import Change
 from training.dressing import AUTOCAST, dress, dtype_of, placement_of
-from training.experts import ExpertNetworks, Turns, network_for
+from training.experts import ExpertNetworks, Turns, network_for, read_lora_for
 from training.job import TrainingJob
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -113,7 +112,7 @@ class Loading:
         is_compiled = options.speed.compilation.choice is not None
         if self.has_samples and options.samples.loras():
             extra = [
-                AddedFile(read_lora(path, by_expert=True).for_expert(expert.name), multiplier)
+                AddedFile(read_lora_for(path, expert), multiplier)
                 for path, multiplier in options.samples.loras()
             ]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
@@ -145,7 +144,7 @@ def _require_room(dit: nn.Module, device: torch.device) -> None:
     if size > room:
         raise MemoryPlanError(
             f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB are "
-            "left beside it. Add --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
+            "left beside it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
         )
 
 
@@ -171,10 +170,7 @@ def _load_dit(job: TrainingJob, family: Family, index: int, host: HostPlace | No
     files = (
         [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
     )
-    uses = [
-        LoraUse(read_lora(path, by_expert=True).for_expert(expert.name), multiplier)
-        for path, multiplier in files
-    ]
+    uses = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
     placement = placement_of(job.options, job.accelerator.device, job.fp8)
     dit = family.load_dit(replace(placement, patch=patch, host=host), index)

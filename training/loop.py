@@ -42,6 +42,7 @@ from training.reports.readings import Notes, Reading, Readings
 from training.reports.reporter import RunReporter
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.saving.files import MinuteClock, Saver
+from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
 from training.steps import StepPlan
 from training.stopping import StopRequest
 from training.trainable import Trainable
@@ -182,18 +183,9 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         run.stop.agreed = run.stop.asked
         return here
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    return Asked(*(reading is not None and reading.values[index] > 0 for index in _wishes(run)[1:]))
-
-
-def _wishes(run: TrainingRun) -> range:
-    """Return where among the numbers of a step stands whether a process asks to end, to save, for samples."""
-    first = 1 + 2 * len(_named(run.experts))
-    return range(first, first + 3)
-
-
-def _named(experts: Sequence[Expert]) -> Sequence[Expert]:
-    """Return the experts whose losses are reported apart: none if there is one."""
-    return experts if len(experts) > 1 else ()
+    return Asked(
+        *(reading is not None and reading.values[index] > 0 for index in places_of_wishes(run.experts)[1:])
+    )
 
 
 def _reached(run: TrainingRun, group: range) -> list[Parameter]:
@@ -212,15 +204,13 @@ def _accumulate(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
-    Returns its part of the step's loss, on the device, and the keys of its items. If there are several
-    experts, the sum of the losses and the number of micro-batches of each follow the loss.
+    Returns its part of the step's numbers, on the device (see `StepSums`), and the keys of its items.
     """
-    total = torch.zeros((), device=run.device)
-    parts = torch.zeros(2, len(_named(run.experts)), device=run.device)
+    sums = StepSums(run.experts, run.device)
     keys: tuple[str, ...] = ()
     if run.scaler is not None:
         # the first use sets it up; a process without a micro-batch in this step needs that too
-        run.scaler.scale(total)
+        run.scaler.scale(sums.loss)
     for _ in run.plan.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
@@ -230,12 +220,9 @@ def _accumulate(
         dit, noisy_batch = run.dits.at(expert), micro_batch.data.to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.options.loss) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
-        total += loss.detach()
-        if parts.numel():
-            parts[0, expert] += loss.detach() * len(group)
-            parts[1, expert] += 1
+        sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys
-    return torch.cat([total.view(1), parts.view(-1)]), keys
+    return sums.row(), keys
 
 
 def _seed(run: TrainingRun, number: int) -> None:
@@ -302,7 +289,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         losses.append(loss)
     del losses[: -run.plan.steps_per_epoch]
     if run.plan.processes > 1:
-        run.stop.agreed = run.stop.agreed or reading.values[_wishes(run)[0]] > 0
+        run.stop.agreed = run.stop.agreed or reading.values[places_of_wishes(run.experts)[0]] > 0
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
     report = StepReport(
@@ -313,22 +300,11 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         norm,
         norms,
         reading.seconds,
-        _by_expert(run, reading),
+        losses_by_expert(reading.values, run.experts),
     )
     run.logs.step(report)
     if run.reporter is not None:
         run.reporter.note_step(report)
-
-
-def _by_expert(run: TrainingRun, reading: Reading) -> dict[str, float]:
-    """Return the mean loss of a step's micro-batches for each expert that had some, by the expert's name."""
-    experts = _named(run.experts)
-    sums, counts = (reading.values[1 + part * len(experts) :][: len(experts)] for part in range(2))
-    return {
-        expert.name: total / count
-        for expert, total, count in zip(experts, sums, counts, strict=True)
-        if count
-    }
 
 
 def _settle(run: TrainingRun) -> None:

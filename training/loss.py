@@ -19,6 +19,7 @@ from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.loss_options import L2, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
+DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
 
 # in a batch of pictures: how much each place counts, 0..1, B H W in any size; for clips see LOSS_MASK
 MASK = "alpha_mask"

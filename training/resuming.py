@@ -181,6 +181,9 @@ def habits_of(
         "the model's file": ", ".join(names) or None,
         "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
     }
+    further = options.by_expert.base_weights_high_noise
+    if further:
+        models["--base_weights_high_noise"] = ", ".join(path.name for path in further)
     own_habits = {f"--{name}": value for name, value in own_values(own, "habit").items()}
     return {
         **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},

@@ -140,7 +140,7 @@ def _begin(
         make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
     if job.accelerator.is_main_process:
-        note_experts(family, options)
+        note_experts(family, options, sampling is not None)
     identity = identity_of(
         options, job.progress.seed, data.order, data.plan, job.network_module, family.options, family.experts
     )

@@ -28,7 +28,7 @@ from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
 from modules.options import to_path
-from training.loss import Autocast
+from training.loss import Autocast, DitOf
 from training.sample_options import SampleOptions
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,7 @@ class Sampler:
     prompts: Sequence[str] = ()  # of all processes, by their place in the file
     previews: LatentPreviews | None = None
 
-    def make(
-        self, dit_of: Callable[[int], nn.Module], autocast: Autocast, mark: str, stopped: Callable[[], bool]
-    ) -> list[Path]:
+    def make(self, dit_of: DitOf, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
         dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at

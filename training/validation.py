@@ -17,8 +17,7 @@ from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
-from training.experts import DitOf
-from training.loss import Autocast, NoisyBatch, Trains, measure_errors
+from training.loss import Autocast, DitOf, NoisyBatch, Trains, measure_errors
 from training.loss_options import L2, LossOptions
 
 NUM_BANDS = 5

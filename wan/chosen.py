@@ -60,7 +60,8 @@ def boundary_of(
             f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
             "or use --task t2v-A14B or i2v-A14B"
         )
-    if options.experts.boundary is not None and files.dit_high_noise is None:
+    other = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
+    if options.experts.boundary is not None and files.dit_high_noise is None and other is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     return options.experts.boundary or of_release or task.boundary
 

@@ -51,7 +51,9 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
         ratio = size[0] / size[1] / aspect
         return max(ratio, 1 / ratio)
 
-    return min(reversed(sizes), key=stretch)  # of equal ones that with the rounded height, as released
+    # a side of one step may be too long for the area; of equal ones that with the rounded height, as released
+    fitting = [size for size in sizes if size[0] * size[1] <= area] or sizes
+    return min(reversed(fitting), key=stretch)
 
 
 def frame_mask(known: Tensor) -> Tensor:

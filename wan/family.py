@@ -290,7 +290,7 @@ class Wan:
         if task.keeps_image and request.image_path is not None and size[2] == 1:
             raise OptionError(
                 f"--image_path {request.image_path}: it becomes the first frame, and the video has only one. "
-                "Give a --video_length of 5 or more"
+                "Give a --video_length of 5 or more, or leave the image out"
             )
         check_size((width, height, frames), self.latent)
         usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
@@ -439,8 +439,8 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
     experts = options.experts
     if experts.dit_high_noise is None:
         high = replace(experts, dit_high_noise=options.sample_dit_other)
-        return family_for_training(replace(options, experts=high))
-    return family_for_training(replace(options, dit=options.sample_dit_other))
+        return family_for_training(replace(options, experts=high, sample_dit_other=None))
+    return family_for_training(replace(options, dit=options.sample_dit_other, sample_dit_other=None))
 
 
 def family_for_generation(options: WanGenerationOptions) -> Wan:

@@ -27,7 +27,10 @@ from wan.configs import TASKS
 
 logger = logging.getLogger(__name__)
 
-NOT_BUILT = ("s2v-14B", "animate-14B")
+NOT_BUILT = {
+    "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
+    "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
+}
 MOST_TIMESTEP = 1000
 
 
@@ -307,7 +310,8 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
     task = group.add_argument(
         "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
     )
-    refuse_value(task, *NOT_BUILT, reason="a task of Wan2.2 that is not built yet")
+    for name, reason in NOT_BUILT.items():
+        refuse_value(task, name, reason=reason)
     group.add_argument(
         "--dit",
         type=str,
@@ -407,6 +411,8 @@ def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> 
         words += ["--clip", str(options.clip or "CLIP_FILE")]
     if task.takes_image:
         words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
+    if task.has_control and not sample.get("control_path"):
+        words += ["--control_path", "CONTROL_FILE"]
     words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
     words += ["--dit_dtype", options.dit_dtype] if options.dit_dtype else []
     words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]

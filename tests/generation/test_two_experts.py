@@ -2,21 +2,27 @@
 
 import io
 import logging
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import wan_generate_video
+from generation.run import generate
+from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.media.tags import read_tags
 from modules.media.writing import write_video
 from networks.loading import read_lora
 from networks.merge import LoraUse
 from networks.merge_files import merge_into_file
-from tests.generation.guided import STEPS, Script, is_finite
+from tests.generation.guided import SAY, SIZE, STEPS, Script, is_finite
 from tests.tiny.project import moving_square, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
 
@@ -228,6 +234,47 @@ def test_calibration_measures_each_expert_against_itself(
     script.run(tmp_path, "--magcache_calibration")
     ratios = caplog.text.partition("--magcache_mag_ratios ")[2].split()[:STEPS]
     assert [ratio == "1.00000" for ratio in ratios] == [True, False, True, False]
+
+
+@dataclass
+class Counted:
+    """A family that notes how many of its networks are alive when another is loaded."""
+
+    family: Any
+    alive: list[int]
+    loaded: "weakref.WeakSet[nn.Module]" = field(default_factory=weakref.WeakSet)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        self.alive.append(len(self.loaded))
+        dit = self.family.load_dit(placement, expert)
+        self.loaded.add(dit)
+        return dit
+
+
+def test_an_expert_is_gone_before_the_next_is_loaded_whatever_stands_around_it(
+    tmp_path: Path, script: Script
+) -> None:
+    alive: list[int] = []
+    more = [
+        "--lazy_loading",
+        "--num_videos",
+        "2",
+        *MAG,
+        "1",
+        "--nag_scale",
+        "4",
+        "--preview_latent_every",
+        "1",
+    ]
+    more += ["--compile", "--compile_args", "eager", "default", "auto", "False", "--blocks_to_swap", "1"]
+    script.main(
+        ["--save_path", str(tmp_path), *SIZE, *script.words, *SAY, *more],
+        make=lambda family, options: generate(Counted(family, alive), options),  # type: ignore[arg-type]
+    )
+    assert alive == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

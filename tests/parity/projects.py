@@ -35,6 +35,8 @@ TASKS = {
     "fun-control": "t2v-1.3B-FC",
     "fun-control-v1.1": "i2v-14B-FC",
     "ti2v": "ti2v-5B",
+    "i2v-2.2": "i2v-A14B",
+    "fun-control-2.2": "i2v-A14B-FC",
 }
 
 
@@ -94,6 +96,7 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
             # the known tuners name the features' tensor after the dtype of the latents; they are float16
             clip = draw(514 if kind == "flf2v" else 257, CLIP_DIM).half()
             tensors["clip_bfloat16"] = clip
+        if clip is not None or kind.endswith("-2.2"):
             extra = tensors[f"latents_image_{size}_float32"] = draw(20, *GRID)
         if kind.startswith("fun-control"):
             control = tensors[f"latents_control_{size}_float32"] = draw(16, *GRID)
@@ -102,7 +105,7 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
                 clip = torch.zeros(257, CLIP_DIM)
             else:
                 image[:, 0] = extra[4:, 0]
-            extra = torch.cat([control, image])
+            extra = torch.cat([control, extra if extra is not None and kind.endswith("-2.2") else image])
         save_file(
             tensors, folder / "cache" / f"clip {index}_00000-005_{width:04d}x0032_wan.safetensors", metadata
         )

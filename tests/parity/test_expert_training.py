@@ -1,5 +1,5 @@
-"""Steps of wan_train_network.py in two transformers equal those computed with diffusers' at the same noise and
-timesteps, each micro-batch in the transformer that its timestep belongs to.
+"""Steps of wan_train_network.py in two transformers equal those computed with diffusers' at the same noise
+and timesteps, each micro-batch in the transformer that its timestep belongs to.
 """
 
 from collections.abc import Callable

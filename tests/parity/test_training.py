@@ -200,6 +200,8 @@ CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
     "flf2v": ("flf2v", [], by_sigma, plain),
     "t2v-FC": ("fun-control", [], by_sigma, plain),
     "i2v-FC": ("fun-control-v1.1", [], by_sigma, plain),
+    "i2v-A14B": ("i2v-2.2", [], by_sigma, plain),
+    "i2v-A14B-FC": ("fun-control-2.2", [], by_sigma, plain),
 }
 AS_PROGRAMS = {"shift", "i2v"}
 

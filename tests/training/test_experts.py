@@ -234,7 +234,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--network_args", "dora_wd=True"], "Add --lora_per_expert"),
+        (["--network_args", "dora_wd=True"], "Use --lora_per_expert"),
         (
             ["--timestep_sampling", "uniform", "--max_timestep", 500],
             "no timestep of this run reaches the high",

@@ -165,7 +165,7 @@ def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> No
             "i2v",
             "t2v-14B",
             "takes 36 input channels, t2v-14B has 16",
-            "Use --task i2v-14B, or give a T2V checkpoint",
+            "Use --task i2v-14B, or give a Wan T2V checkpoint",
         ),
         (
             "t2v",
