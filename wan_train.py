@@ -23,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--mixed_precision_transformer: trained weights are kept in float32, or in bfloat16 with "
             "--full_bf16; leave it out"
         )
+    if wan_options.sample_dit_other is not None:
+        raise OptionError(
+            "--sample_dit_other: a transformer that is trained as a whole cannot leave the device for "
+            "another. Leave it out: samples are made with the trained one alone"
+        )
 
     from dataset.batches.finding import CachingCommands
     from training.following import FamilyScripts

@@ -108,7 +108,10 @@ def _components_of(family: str) -> dict[Component, list[str]]:
 
 def _order(component: Component) -> tuple[int, str]:
     """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
-    places = ("--dit", "--vae", "--t5", "--text_encoder1", "--text_encoder2", "--clip", "--image_encoder")
+    places = (
+        *("--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
+        *("--vae", "--t5", "--text_encoder1", "--text_encoder2", "--clip", "--image_encoder"),
+    )
     if component.option is not None:
         return places.index(component.option), ""
     encoder = "--text_encoder2" if component.path.parent.name == "clip_l" else "--text_encoder1"

@@ -20,9 +20,9 @@ from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from generation.compare_options import CompareOptions
 from generation.decoding import decode
 from generation.dressing import LorasByExpert, dit_loader
+from generation.expert_loras import expert_loras, key_of, option_of, with_loras
 from generation.grids import Column, Grid, Row, write_grids
 from generation.jobs import Failures, GenerationJob, GenerationRun, tell_unused_sources
-from generation.loras import key_of, option_of, uses_by_expert, with_loras
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
@@ -100,7 +100,7 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
     check_compilation(options.speed.compilation.choice, device)
-    variants = make_variants(family.experts, uses_by_expert(family.experts, options), asked.lora_multiplier)
+    variants = make_variants(family.experts, expert_loras(family.experts, options), asked.lora_multiplier)
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session, predicted)

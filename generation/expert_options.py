@@ -45,7 +45,8 @@ def add_expert_arguments(parser: argparse.ArgumentParser, has_experts: bool) -> 
     group.add_argument(
         "--lora_weight_high_noise",
         nargs="*",
-        help="LoRA files for --dit_high_noise; those of --lora_weight are for --dit",
+        help="LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
+        "--exclude_patterns count over both: first the files of --lora_weight, then these",
     )
     group.add_argument(
         "--lora_multiplier_high_noise",

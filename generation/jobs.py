@@ -15,7 +15,7 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.prompt_rewrite import PromptRewriter
 from blissful_tuner.video_to_video_options import SourceOptions
-from generation.loras import loras_of
+from generation.expert_loras import loras_of
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import sub
 
 import torch
 from torch import Tensor
@@ -13,13 +12,12 @@ from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
+from generation.expert_memory import ALONE, ExpertTurns, turns_of
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions
-from generation.prompt_lines import parse_generation_line, read_generation_lines
-from generation.request import prepare_line
+from generation.planned_requests import all_requests, largest_of
 from generation.sections import on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
-from generation.sheet_options import cells_of
 from modules.contract.data import Conditions
 from modules.contract.experts import Expert, noisiest
 from modules.contract.family import Family
@@ -27,8 +25,9 @@ from modules.contract.generation import EncodedPrompts, Prompt
 from modules.contract.loading import Placement
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Step
-from modules.errors import MemoryPlanError, OptionError, UserError
+from modules.errors import MemoryPlanError, OptionError
 from modules.plan_advice import advise, resolve_swap
+from modules.planning.device_memory import host_room
 from modules.planning.dry_run import (
     ACCELERATOR,
     WEIGHTS,
@@ -83,6 +82,7 @@ class PhasePrediction:
     after: tuple[Phase, ...]  # decoding
     denoising: Callable[[int], Phase]
     most: int  # blocks that can be swapped
+    turns: ExpertTurns = ALONE  # of the whole run
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
         """Return the plan of all phases with this number of blocks swapped."""
@@ -94,20 +94,26 @@ class PhasePrediction:
 
 
 def predict(
-    family: Family, options: GenerationOptions, prepared: Prepared, device: torch.device
+    family: Family,
+    options: GenerationOptions,
+    prepared: Prepared,
+    device: torch.device,
+    turns: ExpertTurns | None = None,
 ) -> PhasePrediction:
     """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
     as loading does.
 
-    Products in 8 bits are rehearsed as products in 16 bit of the same weights.
+    Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
+    those of this request alone.
     """
     extra = workspace(device, is_training=False)
     texts, encoded = rehearse_texts(family, options, prepared, extra)
     inputs_phase, inputs = rehearse_inputs(family, prepared, extra)
-    denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra)
+    turns = turns or turns_of(family, options, [prepared])
+    denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns)
     before = [*texts, *([] if inputs_phase is None else [inputs_phase])]
     after = [rehearse_decoding(family, prepared, extra)] if options.output.decodes else []
-    return PhasePrediction(tuple(before), tuple(after), denoising, most)
+    return PhasePrediction(tuple(before), tuple(after), denoising, most, turns)
 
 
 def rehearse_texts(
@@ -152,6 +158,7 @@ def rehearse_denoising(
     encoded: Mapping[int, EncodedPrompts],
     inputs: Mapping[int, Conditions],
     extra: MemoryPart,
+    turns: ExpertTurns = ALONE,
 ) -> tuple[Callable[[int], Phase], int]:
     """Return the denoising phase as a function of the number of swapped blocks, and the largest number."""
     speed = options.speed
@@ -189,7 +196,7 @@ def rehearse_denoising(
     def phase(count: int) -> Phase:
         note = f"; {count} blocks swapped, {gib(swaps[count].ring)} of buffers" if swaps[count].host else ""
         parts = parts_of(held, swaps[count], {WEIGHTS: weights + note, WORKING: place_name})
-        return Phase("denoising", (*parts, extra))
+        return Phase("denoising", (*parts, *turns.parts(held[WEIGHTS], swaps[count]), extra))
 
     return phase, len(swaps) - 1
 
@@ -263,12 +270,19 @@ def make_solid(conditions: Conditions) -> Conditions:
 def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
     """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
     with quiet():
-        prepared, prediction = predict_largest(family, options, largest_requests(family, options), device)
+        prepared, prediction = predict_largest(family, options, all_requests(family, options), device)
+    room = room_on(device, options.speed.plan.plan)
+
+    def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+        made, denoising = prediction.plan(blocks), prediction.denoising(blocks)
+        more = prediction.turns.remarks(made, denoising, room, host_room())
+        return replace(made, remarks=(*remarks, *more))
+
     print_plan(
         prediction,
         options.speed.swap,
-        room_on(device, options.speed.plan.plan),
-        prediction.plan,
+        room,
+        plan,
         lambda room: advice(family, options, prepared, prediction, room, device),
     )
 
@@ -276,41 +290,11 @@ def plan_generation(family: Family, options: GenerationOptions, device: torch.de
 def predict_largest(
     family: Family, options: GenerationOptions, requests: Sequence[Prepared], device: torch.device
 ) -> tuple[Prepared, PhasePrediction]:
-    """Return the request that needs most memory while denoising, and its prediction."""
-    predictions = [(prepared, predict(family, options, prepared, device)) for prepared in requests]
+    """Return the request of a run that needs most memory while denoising, and its prediction."""
+    turns = turns_of(family, options, requests)
+    largest = largest_of(family, requests)
+    predictions = [(prepared, predict(family, options, prepared, device, turns)) for prepared in largest]
     return max(predictions, key=lambda each: each[1].device(0))
-
-
-def largest_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
-    """Return the requests that no other request exceeds in both frame size and number of frames.
-
-    Usually there is one. Which of several needs most memory only a rehearsal can tell: a video that is made
-    in sections needs no more memory when it is longer. Invalid lines are skipped if at least one line is
-    valid; their errors are reported when their turn comes.
-    """
-    lines = (
-        [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
-    )
-    requests, errors = [], []
-    for line in lines:
-        try:
-            with quiet():
-                says = parse_generation_line(line, options.line_options) if line else {}
-                for _, values in cells_of(options.axes, says):
-                    requests.append(prepare_line(family, options, values))
-        except UserError as error:
-            errors.append(error)
-    if not requests:
-        raise errors[0] if errors else OptionError(f"--from_file {options.from_file}: the file has no prompt")
-    # of equal ones the last that has something to encode
-    requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))
-    sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
-    largest = [
-        size
-        for size in sizes
-        if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
-    ]
-    return [sizes[size] for size in largest]
 
 
 def advice(
@@ -334,7 +318,7 @@ def advice(
     def in_fp8() -> PhasePrediction:
         fp8 = replace(options, speed=replace(speed, fp8=replace(speed.fp8, fp8_scaled=True)))
         with quiet():
-            return predict(family, fp8, prepared, device)
+            return predict(family, fp8, prepared, device, prediction.turns)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     more, last = advise(prediction, cheaper, room.usable, phase=" while denoising")
@@ -362,7 +346,7 @@ def resolve_options(
     requests: Sequence[Prepared] = ()
     try:
         if room is not None and not options.latent_path:
-            requests = largest_requests(family, options)
+            requests = all_requests(family, options)
     except OptionError as error:
         if not options.interactive:
             raise

@@ -11,9 +11,9 @@ from blissful_tuner.prompt_rewrite import make_rewriter
 from generation.asking import line_reader
 from generation.decoding import decode_files
 from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, dit_loader
+from generation.expert_loras import expert_loras
 from generation.experts import TurnRules
 from generation.jobs import Failures, GenerationRun, tell_unused_sources
-from generation.loras import uses_by_expert
 from generation.making import make, make_job
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
@@ -59,7 +59,7 @@ def do(family: Family, options: GenerationOptions) -> None:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised automatically")
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
-    uses = uses_by_expert(family.experts, options)  # read first, so that a wrong file shows at once
+    uses = expert_loras(family.experts, options)  # read first, so that a wrong file shows at once
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return

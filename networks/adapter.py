@@ -27,6 +27,8 @@ from networks.options import NetworkOptions
 
 logger = getLogger(__name__)
 
+OWN_NETWORKS = "Use --lora_per_expert to train one for each"
+
 
 @dataclass(frozen=True)
 class NormReport:
@@ -225,6 +227,24 @@ def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, s
     else:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)
     return network
+
+
+def tie_network(network: nn.Module, other: nn.Module) -> None:
+    """Have another network compute with the parameters and buffers of a network. Both are on one device.
+
+    They were made alike, for DiTs of one shape. Raises OptionError if their values differ: then they were
+    made from the weights of their DiTs, as the magnitudes of a DoRA.
+    """
+    mine, theirs = network.state_dict(keep_vars=True), other.state_dict(keep_vars=True)
+    if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+        raise OptionError(
+            "the network begins with values that depend on the weights of the transformer (as a DoRA does), "
+            f"so that two transformers cannot share it. {OWN_NETWORKS}"
+        )
+    for name, tensor in mine.items():
+        path, _, leaf = name.rpartition(".")
+        module = other.get_submodule(path)
+        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 
 def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:

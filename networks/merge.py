@@ -1,8 +1,7 @@
 """Add LoRAs to the weights of a model, which are handed over one by one while it is loaded or copied."""
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -11,16 +10,8 @@ import torch
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import (
-    DORA,
-    Factors,
-    bias_delta,
-    decompose,
-    has_input_magnitudes,
-    other_channels,
-    rows_of,
-    weight_delta,
-)
+from networks.changes import Change, blocks, fit, leaves
+from networks.deltas import other_channels
 from networks.key_formats import OURS, module_of_tensor, rename_modules
 from networks.loading import (
     LoraFile,
@@ -33,11 +24,8 @@ from networks.loading import (
 from networks.module_names import Relative, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions
-from networks.parts import part_rows
 
 logger = getLogger(__name__)
-_BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
-_META = torch.device("meta")
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
 LIKELY_MODEL = "hunyuan_video"
 
@@ -87,87 +75,6 @@ class LoraUse:
         )
 
 
-@dataclass(frozen=True)
-class _Change:
-    """Change of one parameter by one LoRA."""
-
-    use: LoraUse
-    factors: Factors
-    delta: Callable[[Factors, torch.device], Tensor | None]
-    rows: slice | None = None  # of the parameter, where the LoRA is for a part of it; None: all
-
-    def on(self, device: torch.device) -> "_Change":
-        """Return the change with its factors on `device`."""
-        return replace(
-            self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()}
-        )
-
-    def placed(self, relative: Relative | None, weight: Tensor) -> "_Change":
-        """The same for a weight that is part of the LoRA's module, or of which that module is a part.
-
-        Where the heights do not go together it stays as it is, to be found out by its shape.
-        """
-        if relative is None:
-            return self
-        own, whole = self._height(), len(weight)
-        rows = (
-            part_rows(relative.part, own, whole) if relative.is_part else part_rows(relative.part, whole, own)
-        )
-        if rows is None:
-            return self
-        if isinstance(rows, slice) and relative.is_part:
-            return replace(self, rows=rows)
-        if rows == slice(0, own):
-            return self
-        if has_input_magnitudes(self.factors):
-            raise RuntimeError(
-                "DoRA magnitudes by input belong to the whole weight, of which this model has parts"
-            )
-        factors = rows_of(self.factors, rows)
-        if factors is None:  # LoKr: made whole, then cut
-            delta = self.delta(self.factors, weight.device)
-            assert delta is not None
-            factors = {
-                "diff": delta[rows],
-                **({DORA: self.factors[DORA][rows]} if DORA in self.factors else {}),
-            }
-        return replace(self, factors=factors)
-
-    def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
-        """Add the change to a sum over some rows of the parameter, float32.
-
-        block: which rows; None: all. weight: these rows of the parameter before any change.
-        """
-        if self.rows is not None:
-            start = 0 if block is None else block.start
-            begin, end = max(start, self.rows.start), min(start + len(total), self.rows.stop)
-            if begin >= end:
-                return
-            block, total = (
-                slice(begin - self.rows.start, end - self.rows.start),
-                total[begin - start : end - start],
-            )
-            weight = weight[begin - start : end - start]
-        # LoKr comes whole, see `_blocks`
-        factors = (None if block is None else rows_of(self.factors, block)) or self.factors
-        delta = self.delta(factors, total.device)
-        assert delta is not None
-        if self.decomposes:
-            delta = decompose(weight, delta, factors[DORA])
-        total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
-
-    @property
-    def decomposes(self) -> bool:
-        """Whether this is a change by DoRA, which depends on the weight."""
-        return DORA in self.factors and self.delta is weight_delta
-
-    def _height(self) -> int:
-        """Rows of the whole change."""
-        delta = self.delta({part: t for part, t in self.factors.items() if part != "alpha"}, _META)
-        assert delta is not None
-        return len(delta)
-
-
 class LoraPatch:
     """Adds LoRAs to weights that it is handed by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
@@ -186,11 +93,12 @@ class LoraPatch:
         self._path = model
         self._model = "this model" if model is None else str(model)
         # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
-        self._changes: dict[str, list[_Change]] = {}
+        self._changes: dict[str, list[tuple[LoraUse, Change]]] = {}
         for use in uses:
             for module, factors in use.lora.modules().items():
-                for leaf, delta in _leaves(factors).items():
-                    self._changes.setdefault(f"{module}.{leaf}", []).append(_Change(use, factors, delta))
+                for leaf, delta in leaves(factors).items():
+                    change = Change(use.lora.path, use.multiplier, factors, delta)
+                    self._changes.setdefault(f"{module}.{leaf}", []).append((use, change))
         self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
         # use -> those of its keys that change something
         self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
@@ -215,13 +123,13 @@ class LoraPatch:
         """
         self._note(name)
         changes = []
-        for key, change, relative in self._changes_of(name):
+        for key, use, change, relative in self._changes_of(name):
             if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
-                self._narrower[id(change.use)] = other
+                self._narrower[id(use)] = other
                 continue
-            self._taken[id(change.use)].add(key)
-            changes.append(_fit(change, relative, weight, name, self._model).on(weight.device))
-        for rows in () if weight.is_meta else _blocks(weight, changes):
+            self._taken[id(use)].add(key)
+            changes.append(fit(change, relative, weight, name, self._model).on(weight.device))
+        for rows in () if weight.is_meta else blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
             for change in changes:
@@ -309,80 +217,25 @@ class LoraPatch:
         for relative in relatives(module):
             yield f"{OURS}{relative.name}.{leaf}", relative
 
-    def _changes_of(self, name: str) -> Iterator[tuple[str, _Change, Relative | None]]:
+    def _changes_of(self, name: str) -> Iterator[tuple[str, LoraUse, Change, Relative | None]]:
         """What changes a parameter, by key, as far as the patterns keep it under its name in the file and in
         the model.
         """
         own = OURS + self._own(name)[0]
         for key, relative in self._keys_of(name):
-            for change in self._changes.get(key, []):
-                if change.use.keeps(change.factors, key.partition(".")[0], own):
-                    yield key, change, relative
+            for use, change in self._changes.get(key, []):
+                if use.keeps(change.factors, key.partition(".")[0], own):
+                    yield key, use, change, relative
 
     def _keys(self, use: LoraUse) -> list[str]:
         """Return the keys of a file that the patterns keep."""
         return [
             key
             for key, changes in self._changes.items()
-            for change in changes
-            if change.use is use
+            for owner, change in changes
+            if owner is use
             and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
         ]
-
-
-def _leaves(factors: Factors) -> Mapping[str, Callable[[Factors, torch.device], Tensor | None]]:
-    """Which parameters of a module the factors change, and what makes the delta of each."""
-    bias = {"diff_b", "lora_up.bias"}
-    return ({"bias": bias_delta} if factors.keys() & bias else {}) | (
-        {"weight": weight_delta} if factors.keys() - bias - {"alpha"} else {}
-    )
-
-
-def _blocks(weight: Tensor, changes: Sequence[_Change]) -> Iterator[slice | None]:
-    """Yield the rows to change at a time; a single None if the weight is small or a change has no rows."""
-    if not changes or not weight.numel():
-        return
-    step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
-    if (
-        weight.ndim == 0
-        or step >= len(weight)
-        or any(rows_of(change.factors, slice(0, 1)) is None for change in changes)
-    ):
-        yield None
-        return
-    for start in range(0, len(weight), step):
-        yield slice(start, min(start + step, len(weight)))
-
-
-def _fit(change: _Change, relative: Relative | None, weight: Tensor, name: str, model: str) -> _Change:
-    """Return the change for this weight. Raises CheckpointError if the shapes differ; computes nothing."""
-    path = change.use.lora.path
-    try:
-        change = change.placed(relative, weight)
-        factors = {part: t for part, t in change.factors.items() if part != "alpha"}
-        delta = change.delta(factors, _META)
-    except (RuntimeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path}: the factors for {name} do not go together ({error}).", path
-        ) from error
-    assert delta is not None
-    found, wanted = list(delta.shape), list((weight if change.rows is None else weight[change.rows]).shape)
-    if delta.numel() != math.prod(wanted) or found[:1] != wanted[:1]:
-        raise CheckpointError(
-            f"{path} does not fit {model}: for {name} it has {found}, the model {wanted}.\n"
-            "  Give a LoRA that was trained for a model of this size.",
-            path,
-        )
-    if change.decomposes:
-        magnitudes = change.factors[DORA]
-        axis = 1 if has_input_magnitudes(change.factors) else 0
-        if len(wanted) < 2 or magnitudes.numel() != wanted[axis]:
-            raise CheckpointError(
-                f"{path} does not fit {model}: for {name} it has {magnitudes.numel()} DoRA magnitudes, the "
-                f"model {wanted}.",
-                path,
-            )
-    return change
 
 
 def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) -> list[LoraUse]:

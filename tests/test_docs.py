@@ -176,6 +176,10 @@ def lay_out_inputs(folder: Path) -> None:
     for name, text in WILDCARDS.items():
         (folder / "wildcards" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "wildcards" / name).write_text(text, encoding="utf-8")
+    for name in ("my_wan22_low_noise", "my_wan22_high_noise"):
+        expert = "low" if "low" in name else "high"
+        dit = folder / "models" / f"wan2.2_t2v_{expert}_noise_14B_fp16.safetensors"
+        write_lora(folder / "output" / f"{name}.safetensors", dit)
     for name in ("my_lora", "style", "my_lora-step00000200", "my_lora-step00000400"):
         write_lora(
             folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"

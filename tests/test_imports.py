@@ -50,6 +50,7 @@ FLOORS = {
         {
             "average_options",
             "config_options",
+            "expert_options",
             "loop_options",
             "loss_options",
             "processes",
@@ -57,10 +58,11 @@ FLOORS = {
             "reports",
             "sample_options",
         }
-        | {"steps", "stopping", "trainable", "triggers", "whole_dit_options"},
+        | {"step_numbers", "steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"averages", "changes", "options", "validation"},
+        {"experts"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"learning", "previews", "reporting", "saver", "summary"},

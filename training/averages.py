@@ -8,7 +8,7 @@ Source of the rise: tf.train.ExponentialMovingAverage, `num_updates`.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
-from modules.offload.block_swap import settle
+from modules.offload.block_swap import settle_all
 from training.average_options import AverageOptions
 from training.optimizers.optimizer import is_schedule_free
 from training.saving.state_record import is_count, refuse
@@ -32,12 +32,16 @@ class WeightAverage:
     """Keeps the average of a run's trained weights."""
 
     def __init__(
-        self, options: AverageOptions, dit: nn.Module, trainable: Trainable, on_host: bool = False
+        self,
+        options: AverageOptions,
+        dits: Sequence[nn.Module],
+        trainable: Trainable,
+        on_host: bool = False,
     ) -> None:
         """Begin with the weights of now. on_host: keep the average in host memory (of a whole model)."""
         assert options.ema_decay is not None
         self.decay, self.every, self.on_host = options.ema_decay, options.ema_update_every, on_host
-        self._dit, self._parameters = dit, trainable.parameters
+        self._dits, self._parameters = dits, trainable.parameters
         names = trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps, self.values = 0, list[Tensor]()
@@ -47,7 +51,7 @@ class WeightAverage:
         """Begin again with the weights of now."""
         self.steps = 0  # since it began
         self.values.clear()  # before there is another
-        settle(self._dit)
+        settle_all(self._dits)
         for weight in self._parameters:
             device = "cpu" if self.on_host else weight.device
             self.values.append(weight.detach().to(device, torch.float32, copy=True))
@@ -58,7 +62,7 @@ class WeightAverage:
         self.steps += 1
         if self.steps % self.every:
             return
-        settle(self._dit)
+        settle_all(self._dits)
         share = 1 - decay_at(self.steps, self.decay) ** self.every
         if not self.on_host:
             torch._foreach_lerp_(self.values, list[Tensor](self._parameters), share)
@@ -69,7 +73,7 @@ class WeightAverage:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the parameters hold the average, in float32 and where it lies; then their own values again."""
-        settle(self._dit)
+        settle_all(self._dits)
         kept = [weight.data for weight in self._parameters]
         try:
             for weight, value in zip(self._parameters, self.values, strict=True):
@@ -125,7 +129,11 @@ def decay_at(step: int, decay: float) -> float:
 
 
 def make_average(
-    options: AverageOptions, dit: nn.Module, trainable: Trainable, optimizer: Optimizer, keeps: bool
+    options: AverageOptions,
+    dits: Sequence[nn.Module],
+    trainable: Trainable,
+    optimizer: Optimizer,
+    keeps: bool,
 ) -> WeightAverage | None:
     """Begin the average that the options ask for. A whole model's lies in host memory.
 
@@ -139,8 +147,8 @@ def make_average(
             f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
             "Leave it out"
         )
-    is_whole = any(module is dit for module in trainable.modules.values())
-    return None if is_whole and not keeps else WeightAverage(options, dit, trainable, on_host=is_whole)
+    is_whole = any(module in dits for module in trainable.modules.values())
+    return None if is_whole and not keeps else WeightAverage(options, dits, trainable, on_host=is_whole)
 
 
 def metadata_of(average: WeightAverage) -> Mapping[str, str]:

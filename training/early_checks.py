@@ -1,6 +1,7 @@
 """Check what options and file headers tell about a run before gigabytes are loaded."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import Parameter
 
 from blissful_tuner.latent_preview import check_preview
 from modules.atomic_write import check_space
+from modules.contract.experts import Expert
 from modules.contract.family import Family
 from modules.offload.swap_plan import check_swap
 from modules.planning.dry_run import quiet
@@ -18,17 +20,24 @@ from networks.loading import OWN_MODULES, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.merge import LoraUse
 from networks.options import NetworkOptions
+from training.experts import check_experts, network_for, read_lora_for
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
 
 
-def check_before_loading(family: Family, options: TrainingOptions, total_steps: int) -> None:
+def check_before_loading(
+    family: Family, options: TrainingOptions, total_steps: int, sampling: Family | None = None
+) -> None:
     """Raise UserError for what could not be trained so.
 
     The optimizer and its schedule are made once for a stand-in of a weight. total_steps: of the whole run.
+    sampling: the model of samples, if it is another one.
     """
     family.check_given_files()
+    if sampling is not None:
+        sampling.check_given_files()
+    check_experts(family, options)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and isinstance(swap.blocks_to_swap, int):
@@ -40,34 +49,43 @@ def check_before_loading(family: Family, options: TrainingOptions, total_steps: 
         }
         optimizer, _ = make_optimizer(options.optimizer, [stand_in])
         make_lr_schedule(options.lr_schedule, optimizer, total_steps)
-    if options.network is not None:
-        _check_network(family, options.network)
-    _check_samples(family, options)
+    _check_networks(family, options)
+    _check_samples(sampling or family, options)
     _check_room(family, options)
 
 
-def _check_network(family: Family, options: NetworkOptions) -> None:
-    """Check the module, its settings, and the LoRAs that it starts from."""
-    module = options.network_module or family.lora_module
-    files = zip(options.base_weights or (), options.base_multipliers(), strict=True)
-    with quiet():  # all warnings come again when it is made
-        check_network(options, module)
-        uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in files]
-        if options.network_weights is not None and module in OWN_MODULES:
-            uses.append(LoraUse(read_lora(options.network_weights)))
-        for file in family.dit_files:
-            check_loras_fit(file, uses)
+def _check_networks(family: Family, options: TrainingOptions) -> None:
+    """Check the module, its settings, and the LoRAs that the networks start from."""
+    for expert, file in zip_longest(family.experts, family.dit_files):
+        network = network_for(options, expert)
+        if network is None:
+            return
+        module = network.network_module or family.lora_module
+        files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
+        with quiet():  # all warnings come again when it is made
+            check_network(network, module)
+            uses = [_use(path, expert, multiplier) for path, multiplier in files]
+            if network.network_weights is not None and module in OWN_MODULES:
+                uses.append(LoraUse(read_lora(network.network_weights)))
+            if file is not None:
+                check_loras_fit(file, uses)
+
+
+def _use(path: Path, expert: Expert, multiplier: float) -> LoraUse:
+    """Read a LoRA, of a file for several experts that for this one."""
+    return LoraUse(read_lora_for(path, expert), multiplier)
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
     """Check the LoRAs that only samples have, and what previews of samples need."""
     check_preview(options.samples.preview, family.latent)
     with quiet():
-        uses = [LoraUse(read_lora(path), multiplier) for path, multiplier in options.samples.loras()]
-        for use in uses:
-            refuse_dora(use.lora)
-        for file in family.dit_files:
-            check_loras_fit(file, uses)
+        for expert, file in zip_longest(family.experts, family.dit_files):
+            uses = [_use(path, expert, multiplier) for path, multiplier in options.samples.loras()]
+            for use in uses:
+                refuse_dora(use.lora)
+            if file is not None:
+                check_loras_fit(file, uses)
 
 
 def _check_room(family: Family, options: TrainingOptions) -> None:
@@ -81,7 +99,8 @@ def _check_room(family: Family, options: TrainingOptions) -> None:
         size = sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
     elif options.network is not None and _grows_with_rank(family, options.network):
         rank = options.network.network_dim or DEFAULT_RANK
-        size = sum(smallest_lora_bytes(file, rank) for file in family.dit_files)
+        files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
+        size = sum(smallest_lora_bytes(file, rank) for file in files)
     check_space(Path(folder) / f"{name}.safetensors", size)
 
 

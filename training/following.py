@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modules.contract.experts import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.installation import command_words
 from modules.options import option_values, options_with
 from networks.options import add_network_arguments
@@ -85,6 +86,8 @@ class NextSteps:
     processes: int
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
+    experts: Sequence[Expert] = ONE_EXPERT  # that are trained
+    parts: Sequence[str] = ()  # what ends the names of files that belong together, see `Names`
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return the commands: train on, generate with the best file, convert it."""
@@ -92,9 +95,9 @@ class NextSteps:
         found = [self._resume(is_finished)]
         if self.scripts.generation is not None:
             found.append(self._generate(self.scripts.generation, chosen))
-        if self.options.network is not None:
-            converted = chosen.with_name(f"{chosen.stem}_comfy.safetensors")
-            files = ["--input", str(chosen), "--output", str(converted), "--target", "other"]
+        for file in self._together(chosen) if self.options.network is not None else ():
+            converted = file.with_name(f"{file.stem}_comfy.safetensors")
+            files = ["--input", str(file), "--output", str(converted), "--target", "other"]
             found.append(
                 _command("Convert the LoRA for other programs", ["python", "convert_lora.py", *files])
             )
@@ -119,21 +122,16 @@ class NextSteps:
 
     def _generate(self, generation: Callable[[Mapping[str, Any]], Sequence[str]], file: Path) -> PageCommand:
         sample, words = self.sample, ["python", *generation(self.sample)]
-        if self.options.average.sample_ema:  # what the samples show
-            file = file.with_name(f"{file.stem}-ema.safetensors")
-        loras = [*self.sample_loras]
-        if self.options.network is None:
-            words[words.index("--dit") + 1] = str(file)
-        else:
-            loras = [(file, 1.0), *loras]
-        words += ["--lora_weight", *(str(path) for path, _ in loras)] if loras else []
-        words += ["--lora_multiplier", *(f"{number:g}" for _, number in loras)] if self.sample_loras else []
+        for end in ("", f"_{HIGH_NOISE}"):
+            if f"--dit{end}" in words:
+                words = self._with_file(words, end, file)
         words += _option("--prompt", sample.get("prompt") or "what the video should show")
         size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
         words += ["--video_size", *size] if len(size) == 2 else []
         for name, key in (
             ("--infer_steps", "steps"),
             ("--guidance_scale", "guidance_scale"),
+            ("--guidance_scale_high_noise", "guidance_scale_high_noise"),
             ("--flow_shift", "flow_shift"),
             ("--seed", "seed"),
             ("--negative_prompt", "negative_prompt"),
@@ -144,6 +142,37 @@ class NextSteps:
             [*words, "--save_path", str(file.parent / "generated")],
             "The first sample again; change the prompt." if sample else "",
         )
+
+    def _together(self, file: Path) -> tuple[Path, ...]:
+        """Return the files that were saved together with one of them, in the order of `experts`."""
+        ends = [f"_{part}.safetensors" for part in self.parts]
+        stem = next((file.name.removesuffix(end) for end in ends if file.name.endswith(end)), None)
+        return (file,) if stem is None else tuple(file.with_name(stem + end) for end in ends)
+
+    def _with_file(self, words: Sequence[str], end: str, file: Path) -> list[str]:
+        """Add what was trained, and the LoRAs of samples, for the transformer of --dit or --dit_high_noise.
+
+        end: of the names of its options.
+        """
+        trained = [index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE]
+        indexes = trained if end else [index for index in range(len(self.experts)) if index not in trained]
+        files = self._together(file)
+        found = [files[index if len(files) > 1 else 0] for index in indexes]
+        if self.options.average.sample_ema:  # what the samples show
+            found = [self._average_of(each) for each in found]
+        words, loras = [*words], [*self.sample_loras]
+        if self.options.network is not None:
+            loras = [*((each, 1.0) for each in found), *loras]
+        elif found:
+            words[words.index(f"--dit{end}") + 1] = str(found[0])
+        words += [f"--lora_weight{end}", *(str(path) for path, _ in loras)] if loras else []
+        if self.sample_loras:
+            words += [f"--lora_multiplier{end}", *(f"{number:g}" for _, number in loras)]
+        return words
+
+    def _average_of(self, file: Path) -> Path:
+        end = next((f"_{part}" for part in self.parts if file.stem.endswith(f"_{part}")), "")
+        return file.with_name(f"{file.stem.removesuffix(end)}-ema{end}.safetensors")
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from training.resuming import (
     find_state,
     first_progress,
 )
+from training.saving.files import Names
 from training.saving.states import ForeignState, SavedState
 from training.steps import StepPlan
 from training.unused_options import list_unused_options
@@ -52,6 +53,12 @@ class TrainingJob:
     fp8: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
+    sampling: Family | None = None  # the model of samples, if it has transformers that are not trained
+
+    @property
+    def sampled(self) -> Family:
+        """Return the model that samples are made with."""
+        return self.sampling or self.family
 
     @property
     def output_dir(self) -> Path:
@@ -60,6 +67,13 @@ class TrainingJob:
     @property
     def output_name(self) -> str:
         return require(self.options.saving.output_name, "--output_name", "the name of the file to train")
+
+    @property
+    def names(self) -> Names:
+        """Return the names of what the run saves."""
+        apart = self.options.by_expert.lora_per_expert
+        parts = tuple(expert.name for expert in self.family.experts) if apart else ()
+        return Names(self.output_dir, self.output_name, parts)
 
     @property
     def network_module(self) -> str:
@@ -79,7 +93,9 @@ class Data:
     encoders: SameEncoders
 
 
-def start_job(family: Family, options: TrainingOptions, commands: CachingCommands) -> TrainingJob:
+def start_job(
+    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None = None
+) -> TrainingJob:
     """Join the processes and find where to begin."""
     check_trackers(options.logs)
     accelerator = make_accelerator(
@@ -95,7 +111,8 @@ def start_job(family: Family, options: TrainingOptions, commands: CachingCommand
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
-    return TrainingJob(family, options, commands, accelerator, fp8, saved, first_progress(options, saved))
+    progress = first_progress(options, saved)
+    return TrainingJob(family, options, commands, accelerator, fp8, saved, progress, sampling)
 
 
 def read_config(options: TrainingOptions) -> DatasetConfig:

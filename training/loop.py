@@ -9,7 +9,7 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from modules.contract.experts import Expert
 from modules.devices import numbers_on
 from modules.errors import UserError
 from modules.planning.device_memory import MemoryWatch
@@ -27,6 +28,7 @@ from networks.adapter import NormReport
 from networks.added import AddedLoras
 from training.averages import WeightAverage
 from training.data.feed import Feed, MicroBatch
+from training.experts import ExpertNetworks
 from training.loss import Autocast, Trains, training_loss
 from training.optimizers.finished_weights import evaluation
 from training.optimizers.fused_backward import FusedBackward
@@ -40,6 +42,7 @@ from training.reports.readings import Notes, Reading, Readings
 from training.reports.reporter import RunReporter
 from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.saving.files import MinuteClock, Saver
+from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
 from training.steps import StepPlan
 from training.stopping import StopRequest
 from training.trainable import Trainable
@@ -66,7 +69,7 @@ class TrainingRun:
 
     options: TrainingOptions
     family: Trains
-    dit: nn.Module
+    dits: ExpertNetworks  # of the experts that are trained
     trainable: Trainable
     optimizer: Optimizer
     schedule: LrSchedule
@@ -89,8 +92,19 @@ class TrainingRun:
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
     readings: Readings = field(default_factory=Readings)
     average: WeightAverage | None = None  # of the trained weights
-    sample_loras: AddedLoras | None = None  # switched on for samples
+    sample_loras: Sequence[AddedLoras] = ()  # switched on for samples
+    sample_dits: ExpertNetworks | None = None  # if samples are made with more than what is trained
     triggers: TriggerFiles = field(default_factory=TriggerFiles)  # watched by the main process only
+
+    @property
+    def experts(self) -> Sequence[Expert]:
+        """Return the experts of the model that is trained; most have one."""
+        return self.family.experts
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Return all modules that are in training mode or in evaluation mode together."""
+        return (*self.dits.networks, *self.trainable.all_modules)
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -146,13 +160,16 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     run.trainable.start_step()
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
+    reached = _reached(run, group)
     loss, keys = _accumulate(run, group, micro_batches)
-    numbers = loss.view(1)
+    if run.fused is None:
+        fill_missing_gradients(reached)
+    numbers = loss
     is_alone = run.plan.processes == 1
     here = Asked(run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
     if not is_alone:
         wishes = numbers_on(run.device, [run.stop.asked, here.saves, here.samples], torch.float32)
-        numbers = sum_over_processes(run.parameters, torch.cat([numbers, wishes]))
+        numbers = sum_over_processes(reached, torch.cat([numbers, wishes]))
     norm = _update(run)
     norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
     if run.average is not None:
@@ -166,7 +183,20 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         run.stop.agreed = run.stop.asked
         return here
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    return Asked(*(reading is not None and reading.values[index] > 0 for index in (2, 3)))
+    return Asked(
+        *(reading is not None and reading.values[index] > 0 for index in places_of_wishes(run.experts)[1:])
+    )
+
+
+def _reached(run: TrainingRun, group: range) -> list[Parameter]:
+    """Return the parameters that a step changes: without those of an expert that gets none of its batches.
+
+    It depends on the whole group, not on this process' share of it, and costs no wait for the device.
+    """
+    if not run.trainable.by_expert:
+        return run.parameters
+    keys = [(run.progress.epoch, index) for index in group]
+    return run.trainable.reached({run.feed.batches.expert_of(key) for key in keys})
 
 
 def _accumulate(
@@ -174,27 +204,25 @@ def _accumulate(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
-    Returns its part of the step's loss, on the device, and the keys of its items.
+    Returns its part of the step's numbers, on the device (see `StepSums`), and the keys of its items.
     """
-    total = torch.zeros((), device=run.device)
+    sums = StepSums(run.experts, run.device)
     keys: tuple[str, ...] = ()
     if run.scaler is not None:
         # the first use sets it up; a process without a micro-batch in this step needs that too
-        run.scaler.scale(total)
+        run.scaler.scale(sums.loss)
     for _ in run.plan.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
         if run.memory is not None:
             run.memory.see_batch(micro_batch.data.noise.numel())
-        loss = training_loss(
-            run.family, run.dit, micro_batch.data.to(run.device), run.autocast, run.options.loss
-        ) / len(group)
+        expert = micro_batch.data.expert
+        dit, noisy_batch = run.dits.at(expert), micro_batch.data.to(run.device)
+        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.options.loss) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
-        total += loss.detach()
+        sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys
-    if run.fused is None:
-        fill_missing_gradients(run.parameters)
-    return total, keys
+    return sums.row(), keys
 
 
 def _seed(run: TrainingRun, number: int) -> None:
@@ -261,10 +289,19 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         losses.append(loss)
     del losses[: -run.plan.steps_per_epoch]
     if run.plan.processes > 1:
-        run.stop.agreed = run.stop.agreed or reading.values[1] > 0
+        run.stop.agreed = run.stop.agreed or reading.values[places_of_wishes(run.experts)[0]] > 0
     average = sum(losses) / max(len(losses), 1)
     norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
-    report = StepReport(reading.step, loss, average, reading.notes.rates, norm, norms, reading.seconds)
+    report = StepReport(
+        reading.step,
+        loss,
+        average,
+        reading.notes.rates,
+        norm,
+        norms,
+        reading.seconds,
+        losses_by_expert(reading.values, run.experts),
+    )
     run.logs.step(report)
     if run.reporter is not None:
         run.reporter.note_step(report)
@@ -379,11 +416,15 @@ def _sample(run: TrainingRun) -> None:
     """
     progress = run.progress
     if run.sampler is not None:
-        modules = (run.dit, *run.trainable.modules.values())
         was_stopped = False
         try:
-            with evaluation(modules, run.optimizer, run.parameters), _as_sampled(run):
-                run.sampler.make(run.dit, run.autocast, progress.sample_pending, lambda: run.stop.asked)
+            with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
+                run.sampler.make(
+                    (run.sample_dits or run.dits).at,
+                    run.autocast,
+                    progress.sample_pending,
+                    lambda: run.stop.asked,
+                )
         except SamplingStopped:
             was_stopped = True
         if is_any(was_stopped, run.plan.processes, run.device):
@@ -399,8 +440,8 @@ def _sample(run: TrainingRun) -> None:
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
     """Let the network be what samples show: with LoRAs of their own, with the average of the weights."""
     with contextlib.ExitStack() as stack:
-        if run.sample_loras is not None:
-            stack.enter_context(run.sample_loras.switched_on(run.device, run.compute_dtype))
+        for loras in run.sample_loras:
+            stack.enter_context(loras.switched_on(run.device, run.compute_dtype))
         if run.average is not None and run.options.average.sample_ema:
             stack.enter_context(run.average.in_place())
         yield
@@ -408,8 +449,8 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 def _validate(run: TrainingRun) -> None:
     assert run.validation is not None
-    with evaluation((run.dit, *run.trainable.modules.values()), run.optimizer, run.parameters):
-        losses = run.validation.measure(run.dit, run.autocast)
+    with evaluation(run.modules, run.optimizer, run.parameters):
+        losses = run.validation.measure(run.dits.at, run.autocast)
     run.logs.values(losses, run.progress.step)
     if run.reporter is not None:
         run.reporter.note_validation(run.progress.step, losses)

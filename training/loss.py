@@ -19,6 +19,7 @@ from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.loss_options import L2, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
+DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
 
 # in a batch of pictures: how much each place counts, 0..1, B H W in any size; for clips see LOSS_MASK
 MASK = "alpha_mask"
@@ -38,6 +39,7 @@ class NoisyBatch:
     timesteps: Tensor  # B, what the network is fed
     weights: Tensor  # B, factors on the samples' losses
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
+    expert: int = 0  # index of the one that they all go to
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -53,6 +55,7 @@ class NoisyBatch:
             move(self.timesteps),
             move(self.weights),
             self.given_frames,
+            self.expert,
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":

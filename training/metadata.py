@@ -70,7 +70,10 @@ def run_metadata(
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
         if facts.changes:
             values["ss_resume_changes"] = json.dumps(list(facts.changes), ensure_ascii=False)
-        values |= {f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", "vae_name")}
+        further = [name for name in family_metadata if name.startswith("sd_model_name_")]
+        values |= {
+            f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", *further, "vae_name")
+        }
         if "trained_for" in family_metadata:
             values[TRAINED_FOR] = family_metadata["trained_for"]
     return {key: str(value) for key, value in values.items()}

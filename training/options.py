@@ -14,6 +14,7 @@ from networks.options import NetworkOptions, add_network_arguments
 from training.average_options import AverageOptions, add_average_arguments
 from training.config_options import add_config_argument, read_config_file
 from training.data.options import SAMPLERS, TimestepOptions, add_timestep_arguments
+from training.expert_options import ONE_DIT, ExpertTrainingOptions
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
 from training.loss_options import LossOptions, add_loss_arguments
 from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
@@ -59,6 +60,7 @@ class TrainingOptions:
     logs: LogOptions = field(metadata=FREE)
     accelerator: AcceleratorOptions
     speed: TrainingSpeedOptions
+    experts: ExpertTrainingOptions | None  # None: the script's models have one transformer
 
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
@@ -78,6 +80,11 @@ class TrainingOptions:
             return
         require(self.saving.output_dir, "--output_dir", "the folder to save into")
         require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
+
+    @property
+    def by_expert(self) -> ExpertTrainingOptions:
+        """Return the options for several transformers, also where the script has none."""
+        return self.experts or ONE_DIT
 
     def _check_rank(self, options: NetworkOptions) -> None:
         is_ranked = options.network_module is None or options.network_module.startswith(RANKED_NETWORKS)

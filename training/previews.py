@@ -18,19 +18,22 @@ from training.options import TrainingOptions
 from training.planning.memory import plan_training
 
 
-def show_preview(family: Family, options: TrainingOptions, commands: CachingCommands) -> int | None:
+def show_preview(
+    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None = None
+) -> int | None:
     """Show what the options ask for instead of a training; returns the exit code, or None to train.
 
-    commands: what to type if caches are missing.
+    commands: what to type if caches are missing. sampling: the model of samples, if it has transformers that
+    are not trained.
     """
     if options.timesteps.show_timesteps is not None:
         folder = options.saving.output_dir or Path()
-        show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise)
+        show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
         return 0
     if options.loop.check:
         return _check(family, options, commands)
     if options.speed.plan.is_asked:
-        _plan(family, options, commands)
+        _plan(family, options, commands, sampling)
         return 0
     return None
 
@@ -62,7 +65,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     return result.exit_code
 
 
-def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -> None:
+def _plan(
+    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None
+) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
     found = require_items(
@@ -70,4 +75,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands) -
     )
     check_channels(found, family.latent, commands)
     items, _ = split_validation(found, options.validation.validation_split)
-    plan_training(family, options, items or found, commands, choose_device(None))
+    samples = options.samples
+    makes_samples = samples.sample_prompts is not None and (samples.is_timed or samples.sample_now)
+    sampled = len(sampling.experts) - len(family.experts) if sampling is not None and makes_samples else 0
+    plan_training(family, options, items or found, commands, choose_device(None), sampled)

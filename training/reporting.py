@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from modules.contract.experts import HIGH_NOISE
 from modules.planning.device_memory import MemoryWatch, host_peak
 from modules.planning.memory_plan import gib
 from training.following import FamilyScripts, NextSteps, given_options
@@ -23,11 +24,13 @@ def plan_next_steps(
         given_options(job.options, job.family.options, scripts),
         scripts,
         job.options,
-        job.output_dir / f"{job.output_name}.safetensors",
+        job.names.file(job.output_name),
         total_steps,
         job.accelerator.num_processes,
         _first_sample(job, sampler),
         () if sampler is None else job.options.samples.loras(),
+        job.family.experts,
+        job.names.parts,
     )
 
 
@@ -83,6 +86,9 @@ def _first_sample(job: TrainingJob, sampler: Sampler | None) -> Mapping[str, Any
         name: getattr(made, name) for name in ("width", "height", "frames", "steps", "embedded_guidance")
     }
     settled["guidance_scale"] = made.guidance_scale[0]
+    for expert, scale in zip(job.sampled.experts, made.guidance_scale, strict=True):
+        if expert.name == HIGH_NOISE:
+            settled[f"guidance_scale_{HIGH_NOISE}"] = scale
     settled["seed"] = made.seed if sample.is_seeded else None
     settled["flow_shift"] = made.flow_shift if job.family.defaults.flow_shift is not None else None
     return vars(made.asked) | settled

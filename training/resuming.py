@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch.optim import Optimizer
 
 from dataset.batches.order import BatchOrder
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.errors import CheckpointError
 from modules.options import NO_OPTIONS, options_with, to_path
 from training.averages import PART as AVERAGE
@@ -60,6 +61,9 @@ from training.steps import StepPlan
 from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
+
+# names in `SavedState.identity`
+TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "--lora_per_expert"
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,11 @@ def identity_of(
     plan: StepPlan,
     network_module: str,
     own: Any = NO_OPTIONS,
+    experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, Any]:
     """Return what has to be the same in a resumed run, by the words that a user knows.
 
-    own: `Family.options`.
+    own: `Family.options`. experts: that are trained.
     """
     config = {**public_config(options), "network_module": network_module}
     batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
@@ -144,7 +149,12 @@ def identity_of(
         **{f"--{name}": value for name, value in own_values(own, "identity").items()},
         GROUP_SIZE: plan.group_size,
         BATCHES: batches,
+        TRANSFORMERS: _in_words(experts),
     }
+
+
+def _in_words(experts: Sequence[Expert]) -> str:
+    return ", ".join(f"{expert.name or 'one'} from {expert.lowest:g}" for expert in experts)
 
 
 def epoch_digest(order: BatchOrder) -> str:
@@ -166,10 +176,14 @@ def habits_of(
     """
     config = public_config(options)
     base_weights = None if options.network is None else options.network.base_weights
+    names = [value for name, value in family_metadata.items() if name.startswith("sd_model_name")]
     models = {
-        "the model's file": family_metadata.get("sd_model_name"),
+        "the model's file": ", ".join(names) or None,
         "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
     }
+    further = options.by_expert.base_weights_high_noise
+    if further:
+        models["--base_weights_high_noise"] = ", ".join(path.name for path in further)
     own_habits = {f"--{name}": value for name, value in own_values(own, "habit").items()}
     return {
         **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},
@@ -217,14 +231,17 @@ def check_resumable(
     """
     if not isinstance(saved, SavedState):
         return []
-    _warn_of_unknown(saved, {*identity} - {*saved.identity} | {*habits} - {*saved.habits})
+    # a state of before there were models with several transformers is of a model with one
+    before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
+    before |= saved.identity
+    _warn_of_unknown(saved, {*identity} - {*before} | {*habits} - {*saved.habits})
     may_change = options.saving.resume_changed
-    check_identity(saved.identity, identity, saved.folder, changeable(TrainingOptions), may_change)
+    check_identity(before, identity, saved.folder, changeable(TrainingOptions), may_change)
     if not may_change:
         warn_of_changes(saved.habits, habits)
         return []
     settings = saved.described.get("settings"), listed_settings(options)
-    return list_changes((saved.identity, identity), (saved.habits, habits), settings)
+    return list_changes((before, identity), (saved.habits, habits), settings)
 
 
 def resume_progress(
@@ -304,7 +321,11 @@ def restore(saved: SavedState | ForeignState, learning: Learning, is_changed: bo
         if not isinstance(saved.described.get(field), dict):
             raise refuse(record, f"described.{field}", "it is missing, or not an object {...}")
     recorded = RecordedState(
-        record, saved.progress.step > 0, learning.steps_in_float32, isinstance(learning.schedule, OwnRates)
+        record,
+        # the weights of an expert have no state before its first micro-batch
+        saved.progress.step > 0 and not trainable.by_expert,
+        learning.steps_in_float32,
+        isinstance(learning.schedule, OwnRates),
     )
     described, tensors = saved.described["optimizer"], saved.parts.get("optimizer", {})
     if is_changed:

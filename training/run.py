@@ -12,7 +12,7 @@ import torch
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
 from modules.atomic_write import make_folder
 from modules.contract.family import Family
-from modules.offload.block_swap import settle
+from modules.offload.block_swap import settle_all
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
@@ -20,6 +20,7 @@ from training.changes import Change, listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.dressing import AUTOCAST, dtype_of
 from training.early_checks import check_before_loading
+from training.experts import note_experts
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_attention, load_model
@@ -58,18 +59,19 @@ def train_network(
     options: TrainingOptions,
     commands: CachingCommands = NO_COMMANDS,
     scripts: FamilyScripts = NO_SCRIPTS,
+    sampling: Family | None = None,
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: what to type if caches are missing. scripts: what the page tells to type next. Returns the
-    program's exit code.
+    commands: what to type if caches are missing. scripts: what the page tells to type next. sampling: the
+    model of samples, if it has transformers that are not trained. Returns the program's exit code.
     Raises UserError if the user has to change something.
     """
-    code = show_preview(family, options, commands)
+    code = show_preview(family, options, commands, sampling)
     if code is not None:
         return code
     try:
-        with prepare_run(family, options, commands, scripts) as run:
+        with prepare_run(family, options, commands, scripts, sampling) as run:
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
@@ -84,9 +86,10 @@ def prepare_run(
     options: TrainingOptions,
     commands: CachingCommands = NO_COMMANDS,
     scripts: FamilyScripts = NO_SCRIPTS,
+    sampling: Family | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
-    job, data, comparison = _begin(family, options, commands)
+    job, data, comparison = _begin(family, options, commands, sampling)
     plan, progress = data.plan, job.progress
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
@@ -98,7 +101,7 @@ def prepare_run(
     reporter = make_reporter(job, following, sampler, memory)
 
     def take_state() -> SavedState:
-        settle(loaded.dit)
+        settle_all(loaded.dits.networks)
         settings = listed_settings(job.options)
         return capture(progress, learning, comparison.identity, comparison.habits, settings)
 
@@ -109,7 +112,7 @@ def prepare_run(
 
     prompts = () if sampler is None else sampler.prompts
     outlets = publish, uploads.publish_state
-    saver = make_saver(job, loaded.dit, learning, facts, *outlets, take_state, prompts)
+    saver = make_saver(job, loaded.dits.networks, learning, facts, *outlets, take_state, prompts)
     with (
         uploads.finish_uploads(),
         _start_logs(job, data) as logs,
@@ -117,7 +120,7 @@ def prepare_run(
     ):
         if reporter is not None:
             reporter.logs = logs
-        show_start(job, data, learning.trainable.parameters, file_dtype(job.options, loaded.dit))
+        show_start(job, data, learning.trainable.parameters, file_dtype(job.options, loaded.dits.networks[0]))
         run = _make_run(job, data, loaded, logs, saver, sampler, reporter, memory)
         yield run
         job.accelerator.wait_for_everyone()
@@ -126,18 +129,20 @@ def prepare_run(
 
 
 def _begin(
-    family: Family, options: TrainingOptions, commands: CachingCommands
+    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None
 ) -> tuple[TrainingJob, Data, Comparison]:
     """Find state, items and steps, and check all that can be known before anything large is loaded."""
     config = read_config(options)  # a fault in it is told before anything is started
-    job = start_job(family, options, commands)
+    job = start_job(family, options, commands, sampling)
     check_attention(job)
     data = find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
-    check_before_loading(family, options, data.plan.total_steps)
+    check_before_loading(family, options, data.plan.total_steps, sampling)
+    if job.accelerator.is_main_process:
+        note_experts(family, options, sampling is not None)
     identity = identity_of(
-        options, job.progress.seed, data.order, data.plan, job.network_module, family.options
+        options, job.progress.seed, data.order, data.plan, job.network_module, family.options, family.experts
     )
     habits = habits_of(options, family.metadata, family.options)
     changes = check_resumable(job.saved, identity, habits, options)
@@ -183,7 +188,7 @@ def _make_run(
     return TrainingRun(
         options=options,
         family=job.family,
-        dit=loaded.dit,
+        dits=loaded.dits,
         trainable=learning.trainable,
         optimizer=learning.optimizer,
         schedule=learning.schedule,
@@ -200,7 +205,8 @@ def _make_run(
         sampler=sampler,
         average=learning.average,
         sample_loras=loaded.sample_loras,
-        compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dit)),
+        sample_dits=loaded.sample_dits,
+        compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dits.networks[0])),
         validation=_make_validation(job, data),
         reporter=reporter,
         memory=memory if job.accelerator.is_main_process else None,
@@ -236,7 +242,7 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
     if job.options.average.sample_ema:
         weights = " (EMA)" + weights
     return prepare_samples(
-        job.family,
+        job.sampled,
         options.sample_prompts,
         folder,
         job.output_name,
@@ -250,7 +256,9 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
 
 def _make_feed(job: TrainingJob, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
-    randomness = Randomness(job.options.timesteps, job.progress.seed, job.family.noise)
+    randomness = Randomness(
+        job.options.timesteps, job.progress.seed, job.family.noise, tuple(job.family.experts)
+    )
     return Feed(
         MicroBatches(data.order, job.family.latent, randomness, job.commands),
         data.plan,

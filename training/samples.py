@@ -20,6 +20,7 @@ from generation.request import check_values
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
+from modules.contract.experts import expert_at
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.prepared import Prepared
@@ -27,7 +28,7 @@ from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
 from modules.options import to_path
-from training.loss import Autocast
+from training.loss import Autocast, DitOf
 from training.sample_options import SampleOptions
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,12 @@ class Sampler:
     prompts: Sequence[str] = ()  # of all processes, by their place in the file
     previews: LatentPreviews | None = None
 
-    def make(self, dit: nn.Module, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
+    def make(self, dit_of: DitOf, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
-        mark: `e000001` at the end of an epoch, `000020` at a step. The network is in evaluation mode and on
-        its device. Only the samples' own random state is used. Raises SamplingStopped soon after `stopped()`
-        is true.
+        dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at
+        the end of an epoch, `000020` at a step. Only the samples' own random state is used. Raises
+        SamplingStopped soon after `stopped()` is true.
         """
 
         def watch(_: StepDone) -> bool:
@@ -78,7 +79,7 @@ class Sampler:
                 raise SamplingStopped
             return False
 
-        paths = []
+        paths, experts = [], self.session.family.experts
         for sample in self.samples:
             prepared = sample.prepared
             if not sample.is_seeded:
@@ -86,7 +87,7 @@ class Sampler:
             with preview_clip(self.previews, prepared.fps) as (watchers, on_section), autocast():
                 latents = make_latents(
                     self.session.family,
-                    lambda _: dit,
+                    lambda timestep: dit_of(expert_at(timestep, experts)),
                     prepared,
                     sample.prompts,
                     sample.inputs,
@@ -190,6 +191,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
             [controls] if isinstance(controls, str) else map(str, controls)
         )
     has_shift = family.defaults.flow_shift is not None
+    scale = None if values.get("cfg_scale") is None else float(values["cfg_scale"])
     asked = int(values["width"]), int(values["height"]), int(values["frame_count"])
     width, height = (max(side // latent.pixel_step, 1) * latent.pixel_step for side in asked[:2])
     frames = max(asked[2] - 1, 0) // latent.frame_step * latent.frame_step + 1
@@ -207,7 +209,8 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         height=height,
         frames=frames,
         steps=min(max(int(values["sample_steps"]), 1), 1000),
-        guidance_scale=None if values.get("cfg_scale") is None else float(values["cfg_scale"]),
+        guidance_scale=scale,
+        expert_guidance={} if scale is None else {expert.name: scale for expert in family.experts},
         embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),
         flow_shift=float(values["discrete_flow_shift"]) if has_shift else None,
         negative_prompt=values.get("negative_prompt"),

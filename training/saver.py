@@ -2,28 +2,30 @@
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from modules.devices import DTYPES
-from modules.offload.block_swap import settle
+from modules.offload.block_swap import settle_all
 from training.averages import metadata_of
 from training.dressing import dtype_of
+from training.experts import expert_metadata
 from training.job import Data, TrainingJob
 from training.metadata import RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
 from training.optimizers.lr_schedule import warmup_steps
 from training.options import TrainingOptions
 from training.resuming import Learning, own_values
-from training.saving.files import Names, Publish, Saver
+from training.saving.files import Publish, Saver
 from training.saving.states import SavedState, write_state
 
 
 def make_saver(
     job: TrainingJob,
-    dit: nn.Module,
+    dits: Sequence[nn.Module],
     learning: Learning,
     facts: RunFacts,
     publish: Callable[[Path, str | None], None],
@@ -45,35 +47,35 @@ def make_saver(
         facts,
         own_values(job.family.options, "identity", "habit"),
     )
-    dtype = file_dtype(options, dit)
+    dtype = file_dtype(options, dits[0])
+    parts = list(trainable.writes)
 
-    def metadata_now() -> dict[str, str]:
+    def metadata_now(part: str) -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
         licence = job.family.release.licence
-        return file_metadata(
-            run_values, options, job.family.metadata, progress.step, epoch, datetime.now(), licence
-        )
+        own = run_values | expert_metadata(job.family, options, part)
+        return file_metadata(own, options, job.family.metadata, progress.step, epoch, datetime.now(), licence)
 
-    def write_file(path: Path) -> None:
-        settle(dit)
+    def write_file(part: str, path: Path) -> None:
+        settle_all(dits)
         with finished_weights(learning.optimizer, trainable.parameters):
-            trainable.write(path, dtype, metadata_now())
+            trainable.writes[part](path, dtype, metadata_now(part))
 
-    def write_average(path: Path) -> None:
+    def write_average(part: str, path: Path) -> None:
         assert learning.average is not None
         with learning.average.in_place():
             own = {} if options.metadata.no_metadata else metadata_of(learning.average)
-            trainable.write(path, dtype, {**metadata_now(), **own})
+            trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
-    card = model_card(options, job.family.release, metadata_now(), prompts)
+    card = model_card(options, job.family.release, metadata_now(parts[0]), prompts)
     saver = Saver(
         options.saving,
-        Names(job.output_dir, job.output_name),
-        write_file,
+        job.names,
+        {part: partial(write_file, part) for part in parts},
         lambda folder: write_state(folder, take_state()),
         lambda path: publish(path, card),
         publish_state,
-        None if learning.average is None else write_average,
+        {} if learning.average is None else {part: partial(write_average, part) for part in parts},
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for

@@ -105,13 +105,16 @@ def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype
 
 def show_end(run: TrainingRun, history: History, names: Names, following: NextSteps) -> None:
     """Show what came of a run that took its last step, and what can follow."""
-    result, pace = names.file(names.name), run.logs.pace
+    results, pace = names.files(names.name).values(), run.logs.pace
     seconds = pace.seconds_per_step
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
     losses = run.progress.losses
     samples = names.folder / "sample"
     rows: list[Row] = [
-        ("result", f"{result} ({as_size(result.stat().st_size)})" if result.exists() else None),
+        *(
+            ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None)
+            for path in results
+        ),
         ("best by validation", describe_best(history, names.folder)),
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
@@ -179,8 +182,8 @@ def _learner(job: TrainingJob) -> str:
 
 
 def _model(metadata: Mapping[str, str]) -> str:
-    names = [metadata.get("architecture"), metadata.get("task"), metadata.get("sd_model_name")]
-    return ", ".join(name for name in names if name)
+    known = ("architecture", "task", "sd_model_name")
+    return ", ".join(value for name, value in metadata.items() if value and name.startswith(known))
 
 
 def _saves(options: SavingOptions) -> str:

@@ -1,7 +1,7 @@
 """What is trained: a network beside the frozen DiT (a LoRA), or the DiT itself."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
-from networks.adapter import TrainableNetwork
+from networks.adapter import TrainableNetwork, tie_network
 
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
 
@@ -24,12 +24,26 @@ class Trainable:
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
     group_names: tuple[str, ...]  # "unet", "unet plus": for logs
-    write: Write
+    # what a save writes, by the last part of the file's name: "", or the name of an expert
+    writes: Mapping[str, Write]
     set_dropout_seed: Callable[[int], None]  # before each micro-batch
     start_epoch: Callable[[], None]
     start_step: Callable[[], None]
     # after each optimizer step; the numbers of a `NormReport`
     limit_norms: Callable[[], Tensor] | None = None
+    tied: Sequence[nn.Module] = ()  # further modules that compute with the same parameters
+    by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
+
+    @property
+    def all_modules(self) -> tuple[nn.Module, ...]:
+        """Return every module whose mode follows that of the training."""
+        return (*self.modules.values(), *self.tied)
+
+    def reached(self, experts: Collection[int]) -> list[Parameter]:
+        """Return the parameters that micro-batches of these experts give gradients."""
+        if not self.by_expert:
+            return self.parameters
+        return [parameter for index in sorted(experts) for parameter in self.by_expert[index]]
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -64,12 +78,62 @@ def train_network(
         modules={"network": network.module},
         groups=groups,
         group_names=tuple(names),
-        write=network.save,
+        writes={"": network.save},
         set_dropout_seed=network.set_dropout_seed,
         start_epoch=network.on_epoch_start,
         start_step=network.on_step_start,
         limit_norms=None if max_norm is None else lambda: network.scale_norms(max_norm, device),
     )
+
+
+def share_network(trainable: Trainable, network: TrainableNetwork, device: torch.device) -> Trainable:
+    """Train one network in a further DiT: `network`, made for it, computes with the trained parameters.
+
+    Raises OptionError if the networks begin with different values: then they depend on the DiT's weights.
+    """
+    network.module.to(device=device, dtype=torch.float32)
+    tie_network(trainable.modules["network"], network.module)
+    return replace(
+        trainable,
+        set_dropout_seed=_both(trainable.set_dropout_seed, network.set_dropout_seed),
+        start_epoch=_both(trainable.start_epoch, network.on_epoch_start),
+        start_step=_both(trainable.start_step, network.on_step_start),
+        tied=(*trainable.tied, network.module),
+    )
+
+
+def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
+    """Join what is trained for each expert, by the names of the experts. Each writes a file of its own."""
+    limits = [part.limit_norms for part in parts.values() if part.limit_norms is not None]
+    return Trainable(
+        modules={
+            f"{own}_{name}": module for name, part in parts.items() for own, module in part.modules.items()
+        },
+        groups=[group for part in parts.values() for group in part.groups],
+        group_names=tuple(f"{own} {name}" for name, part in parts.items() for own in part.group_names),
+        writes={name: part.writes[""] for name, part in parts.items()},
+        set_dropout_seed=_both(*(part.set_dropout_seed for part in parts.values())),
+        start_epoch=_both(*(part.start_epoch for part in parts.values())),
+        start_step=_both(*(part.start_step for part in parts.values())),
+        limit_norms=(lambda: _join_norms([limit() for limit in limits])) if limits else None,
+        by_expert=[part.parameters for part in parts.values()],
+    )
+
+
+def _join_norms(numbers: Sequence[Tensor]) -> Tensor:
+    """Return the numbers of a `NormReport` for networks of as many modules each."""
+    keys_scaled, means, largest = torch.stack([*numbers]).unbind(1)
+    return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
+
+
+def _both(*calls: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that makes all these calls."""
+
+    def call(*values: object) -> None:
+        for each in calls:
+            each(*values)
+
+    return call
 
 
 def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
@@ -106,7 +170,7 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
         modules={"dit": dit},
         groups=[{"params": learning, "lr": learning_rate}],
         group_names=("dit",),
-        write=write,
+        writes={"": write},
         set_dropout_seed=_nothing,
         start_epoch=_nothing,
         start_step=_nothing,

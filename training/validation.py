@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
+from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
-from training.data.options import TimestepOptions
+from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
-from training.loss import Autocast, NoisyBatch, Trains, measure_errors
+from training.loss import Autocast, DitOf, NoisyBatch, Trains, measure_errors
 from training.loss_options import L2, LossOptions
 
 NUM_BANDS = 5
@@ -40,19 +40,23 @@ class Validation:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Return the noise level in the middle of each band."""
-        return tuple((band + 0.5) / NUM_BANDS for band in range(NUM_BANDS))
+        """Return the noise level in the middle of each band in which an expert works."""
+        levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
+        lowest = min(expert.lowest for expert in self.family.experts)
+        # above the last band there is still the end, which is pure noise
+        return tuple(level for level in levels if NUM_TIMESTEPS * level >= lowest) or (1.0,)
 
     @torch.no_grad()
-    def measure(self, dit: nn.Module, autocast: Autocast) -> dict[str, float]:
+    def measure(self, dit_at: DitOf, autocast: Autocast) -> dict[str, float]:
         """Return the mean loss over the items as `validation/loss`, and per band as `validation/loss_100`.
 
-        The number of a band is the timestep in its middle. The networks are in evaluation mode. All processes
-        must call it and get the same numbers.
+        The number of a band is the timestep in its middle; bands below all experts are left out. dit_at:
+        expert -> its network. The networks are in evaluation mode. All processes must call it and get the
+        same numbers.
         """
-        sums = torch.zeros(NUM_BANDS + 1, dtype=torch.float64)
+        sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
         for item in self.items[self.process :: self.processes]:
-            sums += torch.tensor([*self._losses(item, dit, autocast), 1.0], dtype=torch.float64)
+            sums += torch.tensor([*self._losses(item, dit_at, autocast), 1.0], dtype=torch.float64)
         if self.processes > 1:
             shared = sums.to(self.device)
             torch.distributed.all_reduce(shared)
@@ -62,9 +66,9 @@ class Validation:
             f"validation/loss_{round(1000 * sigma):03d}": loss
             for sigma, loss in zip(self.sigmas, means, strict=True)
         }
-        return {"validation/loss": sum(means) / NUM_BANDS, **bands}
+        return {"validation/loss": sum(means) / len(means), **bands}
 
-    def _losses(self, item: TrainingItem, dit: nn.Module, autocast: Autocast) -> list[float]:
+    def _losses(self, item: TrainingItem, dit_at: DitOf, autocast: Autocast) -> list[float]:
         """Return the loss of one item in every band."""
         batch = read_batch((item,), self.family.latent, self.commands, self.checks)
         if self.process == 0:
@@ -73,12 +77,14 @@ class Validation:
         # in all bands, and in all runs of one probability
         given_frames = draw_given_frames(self.family.noise, shape[2], "validation", item.key, "given frames")
         losses = []
-        for band, sigma in enumerate(self.sigmas):
+        for sigma in self.sigmas:
+            band = int(NUM_BANDS * sigma)
             # seeded by the item alone: not by the run's seed, so that runs can be compared
             noise = torch.randn(shape, generator=seed_generator("validation", item.key, band))
             times = times_at(self.timesteps, torch.tensor([sigma]), self.family.noise)
             noisy_batch = NoisyBatch(
                 batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames
             ).to(self.device)
+            dit = dit_at(expert_at(NUM_TIMESTEPS * sigma, self.family.experts))
             losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
         return torch.cat(losses).tolist()

@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 # what messages call the kinds of `wan.configs.INPUT_CHANNELS`
 KIND_WORDS = {
-    "t2v": "T2V",
+    "t2v": "Wan T2V",
     "i2v": "Wan2.1 I2V",
-    "flf2v": "FLF2V",
+    "flf2v": "Wan FLF2V",
     "fun-control": "Wan2.1 Fun-Control",
     "i2v-2.2": "Wan2.2 I2V",
-    "ti2v": "TI2V-5B",
+    "ti2v": "Wan TI2V-5B",
     "fun-control-2.2": "Wan2.2 Fun-Control",
 }
 
@@ -112,9 +112,20 @@ def check_alike(headers: Mapping[str, DitHeader[WanConfig]], paths: Mapping[str,
             )
 
 
-def note_task(header: DitHeader[WanConfig], task: WanTask, path: Path) -> None:
-    """Log if --task alone decides what a file is, or if its size differs from the released checkpoint."""
+def note_task(
+    header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
+) -> None:
+    """Log if --task alone decides what a file is, or if its size differs from the released checkpoint.
+
+    target: what it will compute in; warns if a large file stays in float32, as released for A14B.
+    """
     config = header.config
+    if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:
+        logger.warning(
+            "%s is in float32, and is kept so: twice the memory of bfloat16, and slow. --dit_dtype bfloat16 "
+            "rounds it while it is read",
+            path.name,
+        )
     alike = [name for name in _fitting(header) if TASKS[name].version != task.version]
     if alike and config.dim == task.dim:
         logger.info(
@@ -150,7 +161,7 @@ def load_dit(
         header = _header(checkpoint)
         target = choose_dtype(header.block_dtype, placement)
         logger.info(
-            "Loading %s: Wan %s, %d blocks of width %d, as %s",
+            "Loading %s: %s, %d blocks of width %d, as %s",
             path,
             KIND_WORDS[header.kind],
             *_size(header),
@@ -159,7 +170,7 @@ def load_dit(
         with torch.device("meta"):
             dit = WanModel(header.config, placement.attention, rope, precision)
         sources = _sources(checkpoint, header)
-        fill_dit(dit, checkpoint, sources, placement, target, DIT, f"Wan {KIND_WORDS[header.kind]}")
+        fill_dit(dit, checkpoint, sources, placement, target, DIT, KIND_WORDS[header.kind])
     return dit
 
 

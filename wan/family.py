@@ -21,7 +21,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import check_size, settle, size_of, whole_frames
 from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
-from modules.devices import choose_compute_dtype, dtype_name
+from modules.devices import dtype_name
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_size, to_pixels
 from modules.options import NO_OPTIONS
@@ -29,6 +29,7 @@ from wan import conditioning
 from wan.batches import batch_conditions, no_features
 from wan.caching import encode_together
 from wan.checkpoints import load_dit, note_task
+from wan.chosen import boundary_of, files_and_boundary, files_of, network_settings, vae_settings
 from wan.clip import load_clip
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
@@ -45,7 +46,6 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.releases import add_release, check_names, read_release
 from wan.spec import DIT, LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
@@ -98,7 +98,7 @@ class Wan:
         """The transformers that are given: a single one is for all noise levels if it is --dit."""
         if self.files.dit_high_noise is None or self.boundary is None:
             return ONE_EXPERT
-        low, high = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, self.boundary)
+        low, high = _experts(self.boundary)
         return (high,) if self.files.dit is None else (low, high)
 
     @property
@@ -118,6 +118,7 @@ class Wan:
             expert_guidance={}
             if task.high_noise_guidance is None
             else {HIGH_NOISE: task.high_noise_guidance},
+            experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
         )
 
     @property
@@ -128,7 +129,10 @@ class Wan:
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
-        names = {"sd_model_name": self.files.dit or self.files.dit_high_noise, "vae_name": self.files.vae}
+        files = self.files
+        names = {"sd_model_name": files.dit or files.dit_high_noise, "vae_name": files.vae}
+        if files.dit is not None:
+            names["sd_model_name_high_noise"] = files.dit_high_noise
         return {
             "architecture": f"wan{self.task.version}",
             "implementation": f"https://github.com/Wan-Video/Wan{self.task.version}",
@@ -222,7 +226,7 @@ class Wan:
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, checked against --task."""
         path = self.dit_files[expert]
-        note_task(self.files.dit_header(), self.task, path)
+        note_task(self.files.dit_header(), self.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision)
@@ -398,7 +402,7 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
             f"latents of the clip itself, so nothing else is cached. Leave out {given}"
             f"{' and --flf2v' if options.flf2v else ''}."
         )
-    return Wan(task, files, **_vae_settings(options, torch.bfloat16), image_kind=image_kind)
+    return Wan(task, files, **vae_settings(options, torch.bfloat16), image_kind=image_kind)
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
@@ -409,52 +413,55 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
     """Describe the family for wan_train_network.py; samples have exactly the size of their prompt line."""
-    files = _files(options)
+    files = files_of(options)
     task = TASKS[options.task]
     if options.first_frame_probability is None:  # what was trained with is recorded and compared
         options = replace(options, first_frame_probability=task.first_frame_probability)
     return Wan(
         task,
         files,
-        **_vae_settings(options, None),
-        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
-        boundary=_boundary(options, task, files),
-        rope=options.rope_func,
-        keep_file_dtypes=options.mixed_precision_transformer,
-        text_as_image_tokens=options.text_as_image_tokens,
-        t5_in_fp8=options.text.fp8_t5,
+        **vae_settings(options, None),
+        **network_settings(options),
+        boundary=boundary_of(options, task, files),
         sizes_follow_image=False,
         first_frame_probability=options.first_frame_probability or 0.0,
         options=options,
     )
 
 
+def family_for_samples(options: WanTrainingOptions) -> Wan | None:
+    """Describe the family for samples made with a transformer that is not trained (--sample_dit_other).
+
+    None if there is none.
+    """
+    if options.sample_dit_other is None:
+        return None
+    experts = options.experts
+    if experts.dit_high_noise is None:
+        high = replace(experts, dit_high_noise=options.sample_dit_other)
+        return family_for_training(replace(options, experts=high, sample_dit_other=None))
+    return family_for_training(replace(options, dit=options.sample_dit_other, sample_dit_other=None))
+
+
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
-    files, task, boundary = _files(options), TASKS[options.task], None
-    if options.ckpt_dir is not None:
-        release = read_release(options.ckpt_dir, _latent_of(task))
-        files, boundary = add_release(files, release.files), release.boundary
-    if files.dit is None and files.dit_high_noise is not None:
-        raise OptionError(
-            "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
-            "transformer for little noise"
-        )
+    task = TASKS[options.task]
+    files, boundary = files_and_boundary(options, _latent_of(task))
     if options.i2v_extra_noise and not task.takes_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", task.name)
     return Wan(
         task,
         files,
-        **_vae_settings(options, None),
-        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
-        boundary=_boundary(options, task, files, boundary),
-        rope=options.rope_func,
-        keep_file_dtypes=options.mixed_precision_transformer,
-        text_as_image_tokens=options.text_as_image_tokens,
-        t5_in_fp8=options.text.fp8_t5,
+        **vae_settings(options, None),
+        **network_settings(options),
+        boundary=boundary,
         image_noise=options.i2v_extra_noise or 0.0,
         precision=torch.float16 if options.lower_precision_attention else torch.float32,
     )
+
+
+def _experts(boundary: float) -> tuple[Expert, Expert]:
+    return Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, boundary)
 
 
 def _latent_of(task: WanTask) -> LatentSpec:
@@ -469,40 +476,6 @@ def _size_by_image(task: WanTask, request: Request, width: int, height: int) -> 
         step = _latent_of(task).pixel_step
         return conditioning.nearest_size(image_size(request.image_path), width * height, step)
     return width, height
-
-
-def _files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
-    text, high = options.text, options.experts.dit_high_noise
-    check_names(options.dit, high)
-    clip = options.clip
-    if clip is not None and TASKS[options.task].version != "2.1":
-        logger.warning("--clip %s is ignored because --task %s takes no image features", clip, options.task)
-        clip = None
-    return WanFiles(options.dit, options.vae.vae, text.t5, text.t5_tokenizer, clip, high)
-
-
-def _boundary(
-    options: WanTrainingOptions | WanGenerationOptions,
-    task: WanTask,
-    files: WanFiles,
-    of_release: float | None = None,
-) -> float | None:
-    """Return where the high-noise expert begins. Raises OptionError if the task has no such expert."""
-    if files.dit_high_noise is not None and task.boundary is None:
-        raise OptionError(
-            f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
-            "or use --task t2v-A14B or i2v-A14B"
-        )
-    return options.experts.boundary or of_release or task.boundary
-
-
-def _vae_settings(
-    options: WanLatentCachingOptions | WanTrainingOptions | WanGenerationOptions,
-    default_dtype: torch.dtype | None,
-) -> Mapping[str, Any]:
-    vae = options.vae
-    dtype = choose_compute_dtype(vae.vae_dtype, "--vae_dtype", None) or default_dtype
-    return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": vae.tile}
 
 
 _: type[Family] = Wan

@@ -27,7 +27,10 @@ from wan.configs import TASKS
 
 logger = logging.getLogger(__name__)
 
-NOT_BUILT = ("s2v-14B", "animate-14B")
+NOT_BUILT = {
+    "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
+    "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
+}
 MOST_TIMESTEP = 1000
 
 
@@ -55,8 +58,6 @@ class WanExpertOptions:
                 f"--timestep_boundary {boundary:g}: give a share of noise, such as 0.875, or a timestep, "
                 "such as 875"
             )
-        if boundary is not None and self.dit_high_noise is None:
-            logger.warning("--timestep_boundary is ignored because --dit_high_noise is not given")
         if self.force_v2_1_time_embedding:
             logger.info(
                 "--force_v2_1_time_embedding is not needed: times are embedded once for each sample anyway"
@@ -102,6 +103,7 @@ class WanTrainingOptions:
     dit: Path | None = field(metadata=FREE)  # resume compares its name
     dit_dtype: str | None = field(metadata=HABIT)
     experts: WanExpertOptions = field(metadata=FREE)
+    sample_dit_other: Path | None = field(metadata=FREE)
     vae: VaeOptions = field(metadata=FREE)
     vae_cache_cpu: bool = field(metadata=FREE)
     text: WanTextOptions = field(metadata=FREE)
@@ -117,6 +119,23 @@ class WanTrainingOptions:
         if self.rope_func not in {"default", "comfy"}:
             raise OptionError(f"--rope_func {self.rope_func}: use default or comfy")
         _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
+        self._check_other()
+
+    def _check_other(self) -> None:
+        other, dits = self.sample_dit_other, (self.dit, self.experts.dit_high_noise)
+        if other is not None and None not in dits:
+            raise OptionError(
+                "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Leave it out"
+            )
+        if other is not None and TASKS[self.task].boundary is None:
+            raise OptionError(
+                f"--sample_dit_other: --task {self.task} has one transformer. Leave the option out, or use "
+                "--task t2v-A14B or i2v-A14B"
+            )
+        if other is not None and other in dits:
+            raise OptionError(
+                f"--sample_dit_other {other}: this one is trained. Give the file of the other transformer"
+            )
 
     def _check_first_frame(self) -> None:
         probability, task = self.first_frame_probability, TASKS[self.task]
@@ -153,6 +172,8 @@ class WanGenerationOptions:
     riflex_index: int  # read here only to be checked early
 
     def __post_init__(self) -> None:
+        if self.experts.timestep_boundary is not None and self.experts.dit_high_noise is None:
+            logger.warning("--timestep_boundary is ignored because --dit_high_noise is not given")
         if self.riflex_index and self.rope_func != "comfy":
             raise OptionError(
                 f"--riflex_index {self.riflex_index} with --rope_func {self.rope_func}: it changes the table "
@@ -206,6 +227,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the checkpoint and the encoders that training samples need."""
     group = parser.add_argument_group("Wan")
     _add_dit(group)
+    group.add_argument(
+        "--sample_dit_other",
+        type=str,
+        default=None,
+        help="training one transformer of a model with two: the file of the other one, for samples only. It "
+        "is not trained and gets no LoRA but those of --sample_lora; both wait in host memory",
+    )
     _add_vae(group)
     _add_text(group, required=False)
     group.add_argument(
@@ -282,7 +310,8 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
     task = group.add_argument(
         "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
     )
-    refuse_value(task, *NOT_BUILT, reason="a task of Wan2.2 that is not built yet")
+    for name, reason in NOT_BUILT.items():
+        refuse_value(task, name, reason=reason)
     group.add_argument(
         "--dit",
         type=str,
@@ -366,10 +395,14 @@ def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> 
 
     sample: what a sample was asked for, by the names of `Request`; may be empty.
     """
-    task, high = TASKS[options.task], options.experts.dit_high_noise
-    files = {"--dit": options.dit} | ({} if high is None else {"--dit_high_noise": high})
+    task, other = TASKS[options.task], options.sample_dit_other
+    low, high = options.dit, options.experts.dit_high_noise
+    low, high = (low or other, high) if high is not None else (low, other)
+    files = {"--dit": low} | ({} if high is None else {"--dit_high_noise": high})
     files |= {"--vae": options.vae.vae, "--t5": options.text.t5}
     words = ["wan_generate_video.py", "--task", options.task]
+    if high is not None and options.experts.timestep_boundary is not None:
+        words += ["--timestep_boundary", f"{options.experts.timestep_boundary:g}"]
     words += [
         word for name, path in files.items() for word in (name, str(path or f"{name[2:].upper()}_FILE"))
     ]
@@ -378,6 +411,9 @@ def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> 
         words += ["--clip", str(options.clip or "CLIP_FILE")]
     if task.takes_image:
         words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
+    if task.has_control and not sample.get("control_path"):
+        words += ["--control_path", "CONTROL_FILE"]
     words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
+    words += ["--dit_dtype", options.dit_dtype] if options.dit_dtype else []
     words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]
     return words + (["--video_length", str(sample["frames"])] if sample.get("frames") else [])

@@ -39,10 +39,13 @@ def _ramp(length: int) -> Tensor:
 
 
 def tiles(size: int, largest: int) -> tuple[Tile, ...]:
-    """Cover `size` with equal tiles of at most `largest`; neighbours share about a quarter of `largest`."""
+    """Cover `size` with equal tiles of at most `largest`; neighbours share about a quarter of `largest`.
+
+    They share at least one latent pixel if a tile has two or more.
+    """
     if size <= largest:
         return (Tile(0, size, 0, 0),)
-    overlap = largest // OVERLAP
+    overlap = max(largest // OVERLAP, min(largest - 1, 1))
     count = ceil((size - overlap) / (largest - overlap))
     edge = ceil((size + (count - 1) * overlap) / count)
     starts = [(size - edge) * index // (count - 1) for index in range(count)]

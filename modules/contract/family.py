@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
-from modules.contract.experts import Expert
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
@@ -100,6 +100,7 @@ class SamplingDefaults:
     noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
+    experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
 
 
 class NoiseSource(Protocol):

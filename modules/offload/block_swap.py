@@ -428,6 +428,12 @@ def settle(network: nn.Module) -> None:
         swap.settle()
 
 
+def settle_all(networks: Iterable[nn.Module]) -> None:
+    """`settle` each of several networks."""
+    for network in networks:
+        settle(network)
+
+
 def move_network(network: nn.Module, device: torch.device) -> None:
     """Run `network.to(device)`; swapped weights stay in host memory, and their slots are freed."""
     swap = swap_of(network)

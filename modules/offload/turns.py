@@ -127,6 +127,7 @@ class HostCopy:
                 host.copy_(tensor.data)
                 tensor.data = host  # one by one: no second copy of all
             self._pairs.append((tensor, host))
+        self.leave()  # a swap that has run has memory there too
 
     @property
     def is_here(self) -> bool:

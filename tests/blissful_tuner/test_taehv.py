@@ -20,7 +20,7 @@ from modules.contract.family import LatentSpec
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny.taehv import CONFIG, write_taehv
+from tests.tiny.taehv import CONFIG_5B, write_taehv
 from wan.spec import LATENT, LATENT_5B
 
 PICTURES = LatentSpec(channels=16, stride=(1, 8, 8), pixel_step=16, frame_step=1)
@@ -66,9 +66,14 @@ def test_frames_are_numbers_of_8_bits_from_black_to_white(tmp_path: Path) -> Non
     assert torch.equal(frames, expected.permute(0, 2, 3, 1))
 
 
+def test_frames_of_5b_have_the_size_of_its_latents(tmp_path: Path) -> None:
+    vae = load_taehv(write_taehv(tmp_path / "t.pth", CONFIG_5B), LATENT_5B, CPU)
+    frames = torch.cat(list(vae.frames(torch.randn(48, 3, 4, 6), CPU)))
+    assert LATENT_5B.shape(len(frames), *frames.shape[1:3]) == (1, 48, 3, 4, 6)
+
+
 def test_a_patch_of_pixels_is_laid_out_in_rows_and_columns() -> None:
-    config = replace(CONFIG, channels=48, patch=2)
-    decoder = TinyDecoder(config)
+    decoder = TinyDecoder(CONFIG_5B)
     with torch.no_grad():
         decoder.decoder["22"].weight.zero_()
         decoder.decoder["22"].bias.copy_(torch.arange(12.0))

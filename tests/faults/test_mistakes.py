@@ -112,7 +112,9 @@ NUMBERS = (
 )
 NAMES = (
     wrong(WAN, "--task t2v-14b", "t2v-14b is no choice", "Did you mean t2v-14B?"),
-    wrong((WAN, WAN_TRAIN), "--task t2v-A14B", "Wan2.2", "not built yet", "Use t2v-14B"),
+    wrong((WAN, WAN_TRAIN), "--task s2v-14B", "speech to video is not built yet", "Use t2v-14B"),
+    wrong((WAN, WAN_TRAIN), "--task animate-14B", "not built yet; i2v-A14B-FC follows", "Use t2v-14B"),
+    wrong((WAN, WAN_TRAIN), "--dit_dtype float7", "--dit_dtype float7", "bfloat16"),
     wrong(GENERATIONS, "--sample_solver unipcc", "Did you mean unipc?"),
     wrong(GENERATIONS, "--output_type vidoe", "Did you mean video?"),
     wrong(GENERATIONS, "--attn_mode spda", "Did you mean sdpa?"),

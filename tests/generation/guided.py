@@ -85,6 +85,7 @@ def write_scripts(folder: Path) -> dict[str, Script]:
     write_image(folder / "start.png", 32, 32)
     image, length = ("--image_path", str(folder / "start.png")), ("--video_length", "5")
     wan = {kind: write_tiny_wan(folder / kind, kind) for kind in ("t2v", "i2v")}
+    experts = write_tiny_wan(folder / "experts", experts=2)
     hunyuan = {kind: write_tiny_hunyuan(folder / f"hunyuan {kind}", kind) for kind in ("t2v", "i2v")}
     framepack = write_tiny_framepack(folder / "framepack")
     wan_main, hunyuan_main = wan_generate_video.main, hv_generate_video.main
@@ -92,6 +93,7 @@ def write_scripts(folder: Path) -> dict[str, Script]:
     return {
         "wan": Script(wan_main, [*wan["t2v"].models, "--task", "t2v-1.3B", *length]),
         "wan i2v": Script(wan_main, [*wan["i2v"].models, "--task", "i2v-14B", *image, *length]),
+        "wan A14B": Script(wan_main, [*experts.models, "--task", "t2v-A14B", "--flow_shift", "5", *length]),
         "hunyuan": Script(hunyuan_main, [*hunyuan["t2v"].models, *length]),
         "skyreels i2v": Script(hunyuan_main, [*hunyuan["i2v"].models, *image, *length]),
         "framepack": Script(fpack_generate_video.main, [*framepack.models, *image, *window]),

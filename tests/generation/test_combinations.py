@@ -64,7 +64,7 @@ REFUSED = {
     frozenset({"schedule", "skip mode"}),
     frozenset({"latents", "sheet"}),
 }
-KINDS = ("wan", "wan i2v", "hunyuan", "skyreels i2v", "framepack")
+KINDS = ("wan", "wan i2v", "hunyuan", "skyreels i2v", "framepack", "wan A14B")
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,60 @@ def test_a_clip_equals_what_the_generation_script_makes(
     assert not any(torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
 
 
+def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
+    files = write_tiny_wan(tmp_path / "models", experts=2)
+    for name, rank in (("low", 2), ("high", 3)):
+        write_lora(tmp_path / f"{name}.safetensors", files.dit, rank)
+    more = ["--task", "t2v-A14B", *SIZE, "--flow_shift", "1", *files.models, "--prompt", "a cat"]
+    pair = ["--lora", str(tmp_path / "low.safetensors"), "--lora_high_noise", str(tmp_path / "high*")]
+
+    compare.main(
+        ["--family", "wan", *pair, "--lora_multiplier", "0.6", "--save_path", str(tmp_path / "grid"), *more]
+        + ["--output_type", "both"]
+    )
+
+    (column,) = (tmp_path / "grid").glob("*low-x-0-6*_latent.safetensors")
+    with safe_open(column, "pt") as file:
+        metadata = file.metadata()
+    names = ("bt_lora_0", "bt_lora_high_noise_0")
+    assert [metadata[name] for name in names] == ["low.safetensors: 0.6", "high.safetensors: 0.6"]
+    assert metadata["bt_lora_sha256_0"] != metadata["bt_lora_high_noise_sha256_0"]
+    words = next((tmp_path / "grid").glob("*.html")).read_text(encoding="utf-8")
+    assert "--lora_weight_high_noise" in words
+    weights = [
+        word
+        for option, name in (("", "low"), ("_high_noise", "high"))
+        for word in (f"--lora_weight{option}", str(tmp_path / f"{name}.safetensors"))
+    ]
+    strengths = ["--lora_multiplier", "0.6", "--lora_multiplier_high_noise", "0.6"]
+    wan_generate_video.main(
+        ["--save_path", str(tmp_path / "one"), *more, *weights, *strengths, "--seed", "0"]
+        + ["--output_type", "latent"]
+    )
+    (path,) = (tmp_path / "one").iterdir()
+    assert torch.equal(load_file(column)["latent"], load_file(path)["latent"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora_weight_high_noise", "x"], "give the files to --lora_high_noise"),
+        (["--lora_multiplier_high_noise", "1"], "both LoRAs of a column have its strength"),
+    ],
+)
+def test_loras_of_the_second_expert_are_columns_too(
+    t2v: TinyWan, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(t2v.dit.parent, t2v, *words)
+    assert message in capsys.readouterr().err
+
+
+def test_pairs_need_as_many_files(t2v: TinyWan) -> None:
+    with pytest.raises(OptionError, match="--lora has 2 files, --lora_high_noise 1"):
+        run(t2v.dit.parent, t2v, "--lora_high_noise", t2v.dit.parent / "style-000002.safetensors")
+
+
 def test_the_grids_show_every_clip_with_its_labels(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
 ) -> None:

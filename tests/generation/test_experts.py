@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,15 @@ from generation.ahead import Ahead, Check, Stopped
 from generation.experts import DitTurns, TurnRules, experts_by_step, plan_turns
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.generation import Request
+from modules.contract.loading import Placement
 from modules.contract.prepared import Prepared
 from modules.errors import CheckpointError
+from modules.offload.transfer import PlainTransfer
+from modules.offload.turns import HostCopy
 from tests.generation.toy_family import ToyFamily
+from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.wan.test_model import tiny_inputs
+from wan.checkpoints import load_dit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LOW, HIGH = Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 900.0)
@@ -284,3 +291,65 @@ def test_a_plan_names_each_turn_once() -> None:
     whole, late = prepared(40, 12.0), prepared(40, 12.0, first_step=30)
     assert plan_turns(family, [whole, late, late, whole]) == [1, 0, 1, 0]
     assert plan_turns(family, [late]) == [0]
+
+
+class CountingTransfer(PlainTransfer):
+    """A device whose memory is counted."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.used = self.most = 0
+
+    def memory(self, size_bytes: int) -> torch.Tensor:
+        memory = super().memory(size_bytes)
+        self.used += size_bytes
+        self.most = max(self.most, self.used)
+        weakref.finalize(memory.untyped_storage(), self._free, size_bytes)
+        return memory
+
+    def _free(self, size_bytes: int) -> None:
+        self.used -= size_bytes
+
+
+@pytest.mark.parametrize("rules", [TurnRules(), TurnRules(keep=True), TurnRules(lazy=True)], ids=str)
+def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules: TurnRules) -> None:
+    """Real networks through two videos: the ledger of the device's memory, and what they compute."""
+    paths = [
+        write_dit(tmp_path, tiny_state("t2v", seed=seed, num_layers=6), name=f"dit{seed}")
+        for seed in range(2)
+    ]
+    device = CountingTransfer()
+
+    def copy_of(dit: nn.Module, _: torch.device) -> HostCopy:
+        return HostCopy(dit, CPU, None, device)
+
+    def aside(expert: int, check: Check) -> tuple[nn.Module, HostCopy]:
+        dit = load_dit(paths[expert], Placement(CPU, check=check))
+        return dit, copy_of(dit, CPU)
+
+    def load(expert: int) -> nn.Module:
+        dit, copy = aside(expert, lambda: None)
+        copy.bring()
+        return dit
+
+    turns = DitTurns(
+        (LOW, HIGH),
+        CUDA,
+        load,
+        aside,
+        rules,
+        lambda _: False,
+        lambda: None,
+        copy_of,  # type: ignore[arg-type]
+    )
+    inputs = tiny_inputs("t2v", batch=1, frames=1)
+    with torch.no_grad():
+        expected = [load_dit(path, Placement(CPU))(**inputs) for path in paths]
+        with turns.phase(PLAN) as dit_at:
+            for timestep in (*VIDEO, *VIDEO):
+                assert torch.equal(dit_at(timestep)(**inputs), expected[timestep >= HIGH.lowest])
+    gc.collect()
+
+    one = sum(each.nbytes for each in load_dit(paths[0], Placement(CPU)).parameters())
+    assert 0.99 * one < device.most < 1.1 * one
+    assert device.used == 0

@@ -18,7 +18,6 @@ from frame_pack.options import FramePackGenerationOptions, add_generation_argume
 from frame_pack.requests import FramePackRequest
 from generation.denoise import predictor
 from generation.memory import (
-    largest_requests,
     predict_largest,
     rehearse_decoding,
     rehearse_denoising,
@@ -26,6 +25,7 @@ from generation.memory import (
 )
 from generation.noise import SeededNoise
 from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.planned_requests import all_requests, largest_of
 from generation.sections import on_device
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import EncodedPrompts, Request
@@ -122,14 +122,15 @@ def made_for_lines(tmp_path: Path) -> tuple[FramePack, GenerationOptions]:
 
 
 def test_of_many_lines_those_may_take_most_that_are_largest_or_longest(tmp_path: Path) -> None:
-    requests = largest_requests(*made_for_lines(tmp_path))
+    family, options = made_for_lines(tmp_path)
+    requests = largest_of(family, all_requests(family, options))
     assert [(each.width, each.height, each.frames) for each in requests] == [(32, 32, 97), (64, 64, 17)]
 
 
 @pytest.mark.slow
 def test_the_largest_frames_take_most_and_not_the_longest_video(tmp_path: Path) -> None:
     family, options = made_for_lines(tmp_path)
-    request, _ = predict_largest(family, options, largest_requests(family, options), HOST)
+    request, _ = predict_largest(family, options, all_requests(family, options), HOST)
     assert (request.width, request.height, request.frames) == (64, 64, 17)
 
 

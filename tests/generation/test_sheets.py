@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from generation.grids import EMPTY, HEAD, LINE
-from generation.memory import largest_requests
 from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.planned_requests import all_requests, largest_of
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.run import generate
 from generation.script_options import ScriptDefaults
@@ -232,7 +232,7 @@ def test_prompts_are_an_axis_too_and_need_no_other_prompt(tmp_path: Path) -> Non
 
 def test_the_plan_is_made_for_the_largest_cell(tmp_path: Path) -> None:
     asked = options(tmp_path, "--prompt", "cat", "--sheet", "f=5,13,9", "w=32,64")
-    (largest,) = largest_requests(ToyFamily(), asked)
+    (largest,) = largest_of(ToyFamily(), all_requests(ToyFamily(), asked))
     assert (largest.width, largest.frames) == (64, 13)
 
 

@@ -290,6 +290,20 @@ def test_one_part_has_to_be_chosen(tmp_path: Path, pair: Pair) -> None:
         LoraPatch([use])
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"high_noise": 1}', '{"high_noise": [1]}'])
+def test_damaged_metadata_of_parts_are_an_error_with_a_remedy(tmp_path: Path, text: str) -> None:
+    names = [
+        f"{network}.blocks.0.attn1.to_q.lora_{half}.weight"
+        for network in ("transformer", "transformer_2")
+        for half in "AB"
+    ]
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.ones(2, 2) for name in names}, path, {"reelsmith_experts": text})
+
+    with pytest.raises(CheckpointError, match="what its metadata say of its parts cannot be read"):
+        read_lora(path, by_expert=True)
+
+
 def test_what_does_not_go_together_is_refused(tmp_path: Path, pair: Pair) -> None:
     both, out, more = join(pair, tmp_path / "both.safetensors"), tmp_path / "o.safetensors", tmp_path / "h"
     low, high = pair.paths[LOW_NOISE], pair.paths[HIGH_NOISE]

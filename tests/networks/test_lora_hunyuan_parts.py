@@ -236,7 +236,7 @@ def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:
-        monkeypatch.setattr("networks.merge._BLOCK_ELEMENTS", 1000)
+        monkeypatch.setattr("networks.changes._BLOCK_ELEMENTS", 1000)
     generator = torch.Generator().manual_seed(0)
     part, whole = torch.randn(16, 16, generator=generator), torch.randn(16, 16, generator=generator)
     small, tall = torch.randn(8, 8, generator=generator), torch.randn(24, 8, generator=generator)

@@ -1,5 +1,6 @@
 """A dataset whose caches another tool made, to train on with a tiny Wan2.1."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ TASKS = {
     "fun-control": "t2v-1.3B-FC",
     "fun-control-v1.1": "i2v-14B-FC",
     "ti2v": "ti2v-5B",
+    "i2v-2.2": "i2v-A14B",
+    "fun-control-2.2": "i2v-A14B-FC",
 }
 
 
@@ -93,6 +96,7 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
             # the known tuners name the features' tensor after the dtype of the latents; they are float16
             clip = draw(514 if kind == "flf2v" else 257, CLIP_DIM).half()
             tensors["clip_bfloat16"] = clip
+        if clip is not None or kind.endswith("-2.2"):
             extra = tensors[f"latents_image_{size}_float32"] = draw(20, *GRID)
         if kind.startswith("fun-control"):
             control = tensors[f"latents_control_{size}_float32"] = draw(16, *GRID)
@@ -101,7 +105,7 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
                 clip = torch.zeros(257, CLIP_DIM)
             else:
                 image[:, 0] = extra[4:, 0]
-            extra = torch.cat([control, image])
+            extra = torch.cat([control, extra if extra is not None and kind.endswith("-2.2") else image])
         save_file(
             tensors, folder / "cache" / f"clip {index}_00000-005_{width:04d}x0032_wan.safetensors", metadata
         )
@@ -114,9 +118,14 @@ def write_project(folder: Path, kind: str, count: int = 2, batch_size: int = 2) 
 
 
 def train(
-    project: Project, *arguments: object, steps: int = 2, name: str = "lora", in_process: bool = False
+    project: Project,
+    *arguments: object,
+    steps: int = 2,
+    name: str = "lora",
+    in_process: bool = False,
+    dits: Sequence[object] = (),
 ) -> list[Path]:
-    """Train a LoRA in float32; the files after each step."""
+    """Train a LoRA in float32; the files after each step. dits: options instead of --dit."""
     network = ["--network_module", "networks.lora_wan", "--network_dim", RANK, "--network_alpha", ALPHA]
     run = [
         "--max_train_steps",
@@ -129,7 +138,8 @@ def train(
         "--max_data_loader_n_workers",
         0,
     ]
-    files = ["--dit", project.dit, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]
+    dits = dits or ("--dit", project.dit)
+    files = [*dits, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]
     options = ["--task", project.task, *files, *network, *run, *arguments]
     if in_process:
         wan_train_network.main([str(word) for word in [*options, "--output_dir", project.folder / "out"]])

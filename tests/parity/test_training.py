@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,13 @@ def assert_steps(
 def mean_gradients(
     dit: Any, modules: dict[str, str], factors: Factors, scale: float, batches: Batches
 ) -> Factors:
-    """Of the micro-batches of a step."""
-    each = [loss_and_gradients(dit, modules, factors, scale, *batch)[1] for batch in batches]
+    """Of the micro-batches of a step. dit: the network, or a function from timesteps to it."""
+    each = [
+        loss_and_gradients(
+            dit(batch[1].timesteps) if isfunction(dit) else dit, modules, factors, scale, *batch
+        )[1]
+        for batch in batches
+    ]
     return {
         name: (sum(one[name][0] for one in each) / len(each), sum(one[name][1] for one in each) / len(each))
         for name in factors
@@ -205,6 +211,8 @@ CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
     "flf2v": ("flf2v", [], by_sigma, plain),
     "t2v-FC": ("fun-control", [], by_sigma, plain),
     "i2v-FC": ("fun-control-v1.1", [], by_sigma, plain),
+    "i2v-A14B": ("i2v-2.2", [], by_sigma, plain),
+    "i2v-A14B-FC": ("fun-control-2.2", [], by_sigma, plain),
 }
 AS_PROGRAMS = {"shift", "i2v"}
 

@@ -118,8 +118,8 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
         found = []
         for step in (lambda: None, lambda: train(run)):
             step()
-            run.dit.eval()
-            found.append(run.validation.measure(run.dit, run.autocast)["validation/loss"])
+            run.dits.at(0).eval()
+            found.append(run.validation.measure(run.dits.at, run.autocast)["validation/loss"])
     return found[0], found[1]
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from modules.atomic_write import save_tensors
 from modules.media.writing import write_png, write_video
 from tests.tiny import framepack, hunyuan
-from tests.tiny.taehv import write_taehv
+from tests.tiny.taehv import CONFIG_5B, write_taehv
 from tests.tiny.wan_dit import tiny_state, write_dit
-from tests.tiny.wan_encoders import CLIP_DIM, write_encoders
+from tests.tiny.wan_encoders import CLIP_DIM, VAE22_FILE, vae22_tensors, write_encoders
 
 CAPTIONS = (
     "a red square moves right",
@@ -140,6 +140,7 @@ def lay_out_models(folder: Path) -> None:
     hunyuan.lay_out_models(folder)
     framepack.lay_out_models(folder)
     write_encoders(folder)
+    write_taehv(folder / "taew2_2.pth", CONFIG_5B)
     for name in ("taew2_1", "taehv"):
         write_taehv(folder / f"{name}.pth")
     for size in ("1.3B", "14B"):
@@ -147,3 +148,21 @@ def lay_out_models(folder: Path) -> None:
     write_dit(
         folder, tiny_state("i2v", dtype=torch.bfloat16, image_dim=CLIP_DIM), name="wan2.1_i2v_480p_14B_bf16"
     )
+    write_experts(folder)
+
+
+def write_experts(folder: Path) -> None:
+    """Tiny models of Wan2.2, and LoRAs for its two experts."""
+    for noise, seed in (("low", 0), ("high", 1)):
+        for kind, name in (("t2v", "t2v"), ("i2v-2.2", "i2v")):
+            state = tiny_state(kind, seed, torch.bfloat16)
+            dit = write_dit(folder, state, name=f"wan2.2_{name}_{noise}_noise_14B_fp16")
+            write_dit(folder, state, "fp8_scaled", f"wan2.2_{name}_{noise}_noise_14B_fp8_scaled")
+            version = "v1.1" if name == "t2v" else "v1"
+            write_lora(
+                folder / f"wan2.2_{name}_lightx2v_4steps_lora_{version}_{noise}_noise.safetensors", dit
+            )
+        state = tiny_state("fun-control-2.2", seed, torch.bfloat16)
+        write_dit(folder, state, name=f"Wan2.2-Fun-A14B-Control_{noise}_noise")
+    write_dit(folder, tiny_state("ti2v", dtype=torch.bfloat16), name="wan2.2_ti2v_5B_fp16")
+    torch.save(vae22_tensors(), folder / VAE22_FILE)

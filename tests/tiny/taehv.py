@@ -1,5 +1,6 @@
 """A tiny TAEHV with the names of the published files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from blissful_tuner.taehv import TaehvConfig, TinyDecoder
 from modules.atomic_write import save_tensors
 
 CONFIG = TaehvConfig(channels=16, widths=(16, 12, 8, 8), strides=(1, 2, 2))
+CONFIG_5B = replace(CONFIG, channels=48, patch=2)  # for the latents of TI2V-5B
 
 
 def write_taehv(path: Path, config: TaehvConfig = CONFIG) -> Path:

@@ -125,7 +125,7 @@ def test_items_of_a_regularisation_table_count_by_its_weight(tmp_path: Path) -> 
         with prepare_run(ToyFamily(), toy_options(folder)) as run:
             batches = [run.feed.batches[0, index].data for index in range(5)]
             losses[weight] = {
-                batch.batch.keys[0][:5]: training_loss(ToyFamily(), run.dit, batch, nullcontext).item()
+                batch.batch.keys[0][:5]: training_loss(ToyFamily(), run.dits.at(0), batch, nullcontext).item()
                 for batch in batches
             }
 

@@ -1,6 +1,7 @@
 """Command lines that follow a training give the same options again, in any shell, and no secret."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from hunyuan_model.options import HunyuanTrainingOptions
 from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
 from hunyuan_model.options import generation_words as generate_hunyuan
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
+from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
 from training.options import TrainingOptions, read_arguments, read_training, training_parser
 from training.reports.page import PageCommand
@@ -113,6 +116,31 @@ def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
         "--target",
         "other",
     ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "marks"), [((), ("", "")), ((LOW_NOISE, HIGH_NOISE), ("_low_noise", "_high_noise"))]
+)
+def test_two_transformers_are_generated_with_by_the_files_for_each(
+    tmp_path: Path, parts: Sequence[str], marks: Sequence[str]
+) -> None:
+    steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
+    generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
+    scripts = replace(steps.scripts, generation=lambda _: generation)
+    distilled = [(Path("distilled.safetensors"), 0.8)]
+    steps = replace(steps, scripts=scripts, experts=TWO_EXPERTS, parts=parts, sample_loras=distilled)
+    best = tmp_path / f"x-step00000010{marks[1]}.safetensors"
+
+    _, generate, *converting = steps.commands(best, is_finished=True)
+
+    words = words_of(generate)
+    for end, mark in zip(("", "_high_noise"), marks, strict=True):
+        files = words[words.index(f"--lora_weight{end}") + 1 :][:2]
+        assert files == [str(tmp_path / f"x-step00000010-ema{mark}.safetensors"), "distilled.safetensors"]
+        assert words[words.index(f"--lora_multiplier{end}") + 1 :][:2] == ["1", "0.8"]
+    assert words[words.index("--guidance_scale_high_noise") + 1] == "4.0"
+    converted = [words_of(each)[3] for each in converting]
+    assert converted == [str(tmp_path / f"x-step00000010{mark}.safetensors") for mark in dict.fromkeys(marks)]
 
 
 def test_a_sample_is_generated_again_with_all_that_it_shows(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from wan.options import WanTrainingOptions
 OWN = (WanTrainingOptions, HunyuanTrainingOptions, FramePackTrainingOptions)
 SHARED = {
     *("network_module", "network_dim", "network_alpha", "network_args", "trainable_modules", "full_bf16"),
+    "lora_per_expert",
     *("optimizer_type", "optimizer_args", "learning_rate"),
 }
 CHANGEABLE = {

@@ -57,7 +57,7 @@ def test_the_whole_dit_learns_or_the_named_part_of_it(tmp_path: Path) -> None:
     assert {name for name, parameter in dit.named_parameters() if parameter.requires_grad} == {
         name for name, _ in dit.named_parameters() if name.startswith(("blocks.1", "head"))
     }
-    trainable.write(tmp_path / "dit.safetensors", torch.float16, {"a": "b"})
+    trainable.writes[""](tmp_path / "dit.safetensors", torch.float16, {"a": "b"})
     saved = load_file(tmp_path / "dit.safetensors")
     assert saved.keys() == dit.state_dict().keys()
     assert {tensor.dtype for tensor in saved.values()} == {torch.float16}

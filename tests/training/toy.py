@@ -13,7 +13,7 @@ from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
 from modules.contract.data import Batch, Conditions, MediaEncoders
-from modules.contract.experts import ONE_EXPERT, Expert
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
@@ -24,12 +24,14 @@ from modules.contract.requests import settle, size_of
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
+from training.expert_options import add_expert_training_arguments
 from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 from training.whole_dit_options import add_whole_dit_arguments
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
+TWO_EXPERTS = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 600.0))
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.5)
 WIDTH = 8
 
@@ -147,7 +149,7 @@ class ToyFamily:
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(7)
+            torch.manual_seed(7 + expert)
             dit = ToyDit()
         if placement.patch is not None:
             for name, parameter in dit.named_parameters():
@@ -251,6 +253,7 @@ def toy_options(
     usual += ["--learning_rate", "1e-2", "--max_train_steps", 8, "--max_data_loader_n_workers", 0]
     usual += [] if has_page else ["--no_page"]
     parser = training_parser("", add_whole_dit_arguments) if whole_dit else training_parser("")
+    add_expert_training_arguments(parser)
     return read_options(
         TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
     )

@@ -165,7 +165,7 @@ def test_a_mixed_file_keeps_its_dtypes_on_request_and_runs(tmp_path: Path) -> No
             "i2v",
             "t2v-14B",
             "takes 36 input channels, t2v-14B has 16",
-            "Use --task i2v-14B, or give a T2V checkpoint",
+            "Use --task i2v-14B, or give a Wan T2V checkpoint",
         ),
         (
             "t2v",
@@ -263,6 +263,17 @@ def test_the_log_says_that_the_task_decides_where_the_tensors_cannot(
     assert [record.message for record in caplog.records] == [
         "low.safetensors is used as Wan2.2 t2v-A14B, as --task says: a file of t2v-14B has the same tensors"
     ]
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
+def test_a_large_file_that_stays_in_float32_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, target: torch.dtype
+) -> None:
+    path = write_hollow(tmp_path / "high.safetensors", tensor_list("wan2.2-i2v-a14b"))
+
+    note_task(read_once(path, read_dit_header), TASKS["i2v-A14B"], path, target)
+
+    assert ("--dit_dtype bfloat16 rounds it" in caplog.text) == (target == torch.float32)
 
 
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:

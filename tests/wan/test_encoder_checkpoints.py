@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.contract.family import LatentSpec
 from modules.errors import CheckpointError
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_encoders import (
@@ -33,10 +32,9 @@ from tests.tiny.wan_encoders import (
 )
 from wan.clip import ClipVision, load_clip
 from wan.encoder_checkpoints import read_clip, read_t5
-from wan.spec import LATENT
 from wan.t5 import UmT5, load_t5
 from wan.vae import WanVae, load_vae
-from wan.vae_checkpoints import check_latents, read_vae
+from wan.vae_checkpoints import read_vae
 
 CPU = torch.device("cpu")
 Read = Callable[[Checkpoint], LoadPlan[Any]]
@@ -98,6 +96,17 @@ def saved(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def sharded(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder of two files and their index."""
+    names = sorted(tensors)
+    shards = {f"{name}-0000{index + 1}-of-00002.safetensors": names[index::2] for index in range(2)}
+    for file, part in shards.items():
+        saved(folder / file, {one: tensors[one] for one in part})
+    weight_map = {one: file for file, part in shards.items() for one in part}
+    index = json.dumps({"weight_map": weight_map})
+    (folder / f"{name}.safetensors.index.json").write_text(index, encoding="utf-8")
+
+
 def prefixed(tensors: Mapping[str, Tensor], prefix: str, **others: Tensor) -> dict[str, Tensor]:
     return {**{prefix + name: tensor for name, tensor in tensors.items()}, **others}
 
@@ -156,15 +165,7 @@ def test_every_t5_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> 
 
 def test_a_sharded_t5_loads_from_its_folder_its_index_and_any_shard(tmp_path: Path) -> None:
     tensors = t5_tensors()
-    hf = t5_hf_tensors(tensors)
-    names = sorted(hf)
-    shards = {f"model-0000{index + 1}-of-00002.safetensors": names[index::2] for index in range(2)}
-    for file, part in shards.items():
-        saved(tmp_path / "text_encoder" / file, {name: hf[name] for name in part})
-    weight_map = {name: file for file, part in shards.items() for name in part}
-    (tmp_path / "text_encoder" / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": weight_map}), encoding="utf-8"
-    )
+    sharded(tmp_path / "text_encoder", "model", t5_hf_tensors(tensors))
     for given in ("", "model.safetensors.index.json", "model-00002-of-00002.safetensors"):
         assert_equal(load_t5(tmp_path / "text_encoder" / given, CPU), tensors)
 
@@ -278,22 +279,5 @@ def test_a_stage_that_can_have_no_shortcut_is_refused(tmp_path: Path) -> None:
 
 def test_a_sharded_wan22_vae_loads_from_its_folder(tmp_path: Path) -> None:
     tensors = vae22_tensors()
-    theirs = vae_diffusers_tensors(tensors)
-    names = sorted(theirs)
-    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    for file, part in shards.items():
-        saved(tmp_path / "vae" / file, {name: theirs[name] for name in part})
-    weight_map = {name: file for file, part in shards.items() for name in part}
-    index = tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    sharded(tmp_path / "vae", "diffusion_pytorch_model", vae_diffusers_tensors(tensors))
     assert_equal(load_vae(tmp_path / "vae", CPU, torch.float32), tensors)
-
-
-def test_a_vae_for_other_latents_is_refused_with_both_named(tmp_path: Path) -> None:
-    path = saved(tmp_path / "vae.safetensors", vae22_tensors())
-    with open_checkpoint(path) as checkpoint:
-        config = read_vae(checkpoint).config
-    check_latents(config, LatentSpec(48, (4, 16, 16), 32, 4), path, "--task ti2v-5B")
-    named = r"is the Wan2.2 VAE \(48 .*--task t2v-14B needs the Wan2.1 VAE \(16 (.|\n)*Give Wan2.1_VAE.pth"
-    with pytest.raises(CheckpointError, match=named):
-        check_latents(config, LATENT, path, "--task t2v-14B")

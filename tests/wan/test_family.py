@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.finite import FiniteCheck
-from modules.contract.data import MediaTable
+from modules.contract.data import Batch, MediaTable
 from modules.contract.generation import Request
 from modules.contract.loading import Placement
-from modules.errors import CheckpointError, DatasetError, OptionError
+from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -179,8 +179,27 @@ def test_a_high_noise_file_of_another_task_is_named_with_its_option(
 ) -> None:
     high = write_dit(tmp_path, tiny_state("i2v-2.2"))
     files = replace(family_of("t2v-14B", "t2v").files, dit_high_noise=high)
-    with pytest.raises(CheckpointError, match=r"Use --task i2v-A14B, or give a T2V .* to --dit_high_noise"):
+    with pytest.raises(CheckpointError, match=r"i2v-A14B, or give a Wan T2V .* to --dit_high_noise"):
         files.check_dits(TASKS["t2v-A14B"])
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B-FC", "i2v-A14B-FC"])
+def test_fun_control_is_trained_with_control_mask_and_image(family_of: FamilyOf, task: str) -> None:
+    control, image = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 20, 2, 4, 4)
+    tensors = {"t5": [torch.zeros(3, 32)], "latents_control": control, "latents_image": image}
+    batch = Batch(tensors, ("a cat",), ("one",))
+
+    conditions = family_of(task, "fun-control-2.2").batch_conditions(torch.zeros(1, 16, 2, 4, 4), batch)
+
+    expected = torch.cat([control, image if task.startswith("i2v") else torch.zeros_like(image)], dim=1)
+    assert torch.equal(conditions["condition_latents"], expected)  # type: ignore[arg-type]
+    assert conditions.keys() == {"t5", "condition_latents"}
+
+
+def test_fun_control_names_what_its_cache_lacks(family_of: FamilyOf) -> None:
+    batch = Batch({"t5": [torch.zeros(3, 32)], "latents_control": torch.zeros(1)}, ("a cat",), ("one",))
+    with pytest.raises(CacheError, match="no latents_image.*i2v-A14B-FC.*wan_cache_latents.py --i2v"):
+        family_of("i2v-A14B-FC", "fun-control-2.2").batch_conditions(torch.zeros(1, 16, 2, 4, 4), batch)
 
 
 def test_a_table_with_several_control_images_for_one_item_is_refused(family_of: FamilyOf) -> None:

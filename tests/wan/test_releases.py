@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from generation.options import read_generation
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
+from wan.chosen import files_and_boundary
 from wan.files import WanFiles
+from wan.options import WanGenerationOptions, add_generation_arguments
 from wan.releases import add_release, check_names, named_expert, read_release
 from wan.spec import LATENT, LATENT_5B
+from wan_generate_video import DEFAULTS
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -147,3 +151,15 @@ def test_one_name_that_contradicts_its_option_is_a_warning(
     else:
         (record,) = caplog.records
         assert re.search(message, record.message)
+
+
+def test_a_boundary_without_a_second_transformer_is_ignored_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also where --ckpt_dir might have had one."""
+    words = ["--save_path", "made", "--task", "t2v-A14B", "--dit", "one.st", "--timestep_boundary", "0.5"]
+    words += ["--prompt", "a cat"]
+    _, options = read_generation(None, DEFAULTS, add_generation_arguments, WanGenerationOptions, words)
+    with caplog.at_level(logging.WARNING):
+        files_and_boundary(options, LATENT)
+    assert "--timestep_boundary is ignored because there is no --dit_high_noise" in caplog.text

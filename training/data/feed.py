@@ -9,7 +9,7 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from multiprocessing.synchronize import Event
@@ -25,12 +25,13 @@ from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
 from modules.contract.data import Batch
+from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import LatentSpec
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import UserError
 from modules.seeds import derive_seed
 from training.data.options import TimestepOptions
-from training.data.timesteps import draw, loss_weights
+from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
 from training.steps import StepPlan
 
@@ -92,6 +93,7 @@ class Randomness:
     timesteps: TimestepOptions
     seed: int
     noise: NoiseSpec = FLOW
+    experts: tuple[Expert, ...] = ONE_EXPERT
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -100,13 +102,19 @@ class Randomness:
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
-        generator = seed_generator(self.seed, "timesteps", number)
-        times = draw(self.timesteps, len(batch), generator, self.seed, first_sample, self.noise, shape)
+        times = self.draw(len(batch), number, first_sample, shape)
         weights = loss_weights(self.timesteps, times)
         if batch.loss_weights:
             weights = weights * torch.tensor(batch.loss_weights)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
-        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, weights, given)
+        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, weights, given, expert=times.expert)
+
+    def draw(self, count: int, number: int, first_sample: int, shape: Sequence[int]) -> Timesteps:
+        """Draw the timesteps of micro-batch `number`, which has `count` samples of this shape."""
+        generator = seed_generator(self.seed, "timesteps", number)
+        return draw(
+            self.timesteps, count, generator, self.seed, first_sample, self.noise, shape, self.experts
+        )
 
 
 def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
@@ -146,6 +154,17 @@ class MicroBatches:
         captions = choose_captions(items, self.randomness.seed, number)
         batch = read_batch(items, self.latent, self.commands, self.checks, captions)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
+
+    def expert_of(self, key: Key) -> int:
+        """Return the index of the expert that a micro-batch goes to. None of its files is read."""
+        epoch, index = key
+        if len(self.randomness.experts) == 1:
+            return 0
+        self.open_epoch(epoch)
+        number, items = epoch * self.order.num_batches + index, self._batches[index]
+        width, height, *frames = items[0].bucket
+        shape = self.latent.shape(frames[0] if frames else 1, height, width)
+        return self.randomness.draw(len(items), number, self._first_samples[index], shape).expert
 
     def open_epoch(self, epoch: int) -> None:
         """Order the batches of an epoch, if they are not those at hand."""

@@ -89,6 +89,11 @@ class TimestepOptions:
             )
 
     @property
+    def follows_size(self) -> bool:
+        """Return whether the shift depends on width and height of what is trained."""
+        return self.timestep_sampling in {*SIZE_SHIFTS, *MIXTURES, *SIZE_SAMPLERS}
+
+    @property
     def lowest(self) -> int:
         """Return the lower bound in thousandths."""
         return 0 if self.min_timestep is None else self.min_timestep

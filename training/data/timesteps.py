@@ -7,11 +7,12 @@ one number per sample, so draws can be spread evenly by spreading u.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from modules.contract.experts import ONE_EXPERT, Expert, expert_at
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.seeds import derive_seed
@@ -35,6 +36,39 @@ class Timesteps:
 
     sigmas: Tensor  # share of noise in the mixture, 0..1
     timesteps: Tensor  # what the network is fed
+    expert: int = 0  # index of the one that all samples go to
+
+
+@dataclass(frozen=True)
+class Span:
+    """The noise levels of an expert, or of several together: thousandths, the highest not included."""
+
+    lowest: float = 0.0
+    highest: float = math.inf
+    words: str = ""  # how messages call the expert
+
+    def holds(self, levels: Tensor) -> Tensor:
+        return (levels >= self.lowest) & (levels < self.highest)
+
+
+EVERYWHERE = Span()
+
+
+def spans_of(experts: Sequence[Expert]) -> tuple[Span, ...]:
+    """Return from where to where each expert works. Nothing is trained below the lowest one."""
+    begins = sorted(expert.lowest for expert in experts)
+    ends = dict(zip(begins, [*begins[1:], math.inf], strict=True))
+    return tuple(Span(expert.lowest, ends[expert.lowest], _called(expert)) for expert in experts)
+
+
+def span_of_all(experts: Sequence[Expert]) -> Span:
+    """Return the noise levels that any of the experts is trained on."""
+    lowest = min(experts, key=lambda expert: expert.lowest)
+    return Span(lowest.lowest, words=_called(lowest))
+
+
+def _called(expert: Expert) -> str:
+    return expert.words if expert.name else ""
 
 
 def draw(
@@ -45,34 +79,50 @@ def draw(
     first_sample: int | None = None,
     noise: NoiseSpec = FLOW,
     shape: Sequence[int] = (),
+    experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Timesteps:
-    """Draw one timestep per sample of a micro-batch.
+    """Draw one timestep per sample of a micro-batch, all of them for the same expert.
+
+    The first sample is drawn from the whole distribution and its noise level names the expert, so each expert
+    comes with its true probability. Samples on another side are drawn again on that of the first: each sample
+    by itself has the sampler's distribution.
 
     generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run;
     first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
     take one of each of N equal parts. noise: conventions of the family. shape: of the latents, B C F H W, for
-    a shift that follows the size. Raises OptionError where nearly nothing lies between --min_timestep and
-    --max_timestep.
+    a shift that follows the size. experts: of the run; a level belongs to the one that works there in a
+    generation. Raises OptionError where nearly nothing lies between --min_timestep and --max_timestep, or on
+    the side of an expert.
     """
-    flow_shift = find_shift(options, noise, shape)
-    low, high = (
-        find_accepted_range(options, noise, flow_shift) if options.preserve_distribution_shape else (0.0, 1.0)
-    )
+    flow_shift, whole = find_shift(options, noise, shape), span_of_all(experts)
+    takes_all = not options.preserve_distribution_shape and whole.lowest <= 0
+    low, high = (0.0, 1.0) if takes_all else find_accepted_range(options, noise, flow_shift, whole)
 
     def uniform() -> Tensor:
         return torch.rand(batch_size, generator=generator, dtype=torch.float64)
+
+    def shares_between(u: Tensor, low: float, high: float) -> Tensor:
+        return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
+
+    def drawn_again(shares: Tensor, span: Span, low: float, high: float) -> Tensor:
+        while not (fits := is_accepted(options, shares, noise, span)).all():
+            shares = torch.where(fits, shares, shares_between(uniform(), low, high))
+        return shares
 
     u = uniform()
     if options.num_timestep_buckets is not None:
         if first_sample is None:
             raise ValueError("with num_timestep_buckets the number of the first sample is needed")
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
-    shares = shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
-    while options.preserve_distribution_shape and not (fits := is_in_range(options, shares, noise)).all():
-        shares = torch.where(
-            fits, shares, shares_of_uniform(options, low + uniform() * (high - low), noise, flow_shift)
-        )
-    return times_at(options, shares, noise)
+    shares = shares_between(u, low, high)
+    if not takes_all:
+        shares = drawn_again(shares, whole, low, high)
+    if len(experts) == 1:
+        return times_at(options, shares, noise)
+    expert = expert_at(NUM_TIMESTEPS * float(shares[0]), experts)
+    side = spans_of(experts)[expert]
+    shares = drawn_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
+    return replace(times_at(options, shares, noise), expert=expert)
 
 
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
@@ -171,14 +221,28 @@ def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLO
     return (timesteps >= options.lowest) & (timesteps <= options.highest)
 
 
+def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, span: Span) -> Tensor:
+    """Which of them are trained on a span of noise levels, and between the bounds that are kept to."""
+    fits = span.holds(NUM_TIMESTEPS * shares.double())
+    return fits & is_in_range(options, shares, noise) if options.preserve_distribution_shape else fits
+
+
 @functools.cache
-def find_accepted_range(options: TimestepOptions, noise: NoiseSpec, flow_shift: float) -> tuple[float, float]:
+def find_accepted_range(
+    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, span: Span = EVERYWHERE
+) -> tuple[float, float]:
     """The smallest range of u that holds all accepted draws, a little widened.
 
-    Narrowing u to it leaves few draws to reject.
+    Narrowing u to it leaves few draws to reject. Raises OptionError if there are none.
     """
-    u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
-    accepted = u[is_in_range(options, shares_of_uniform(options, u, noise, flow_shift), noise)]
+    accepted, _ = scan(options, noise, flow_shift, span)
+    if not len(accepted) and span.words:
+        raise OptionError(
+            f"no timestep of this run reaches the {span.words}, which is trained from {span.lowest:g} "
+            f"{'on' if span.highest == math.inf else f'to {span.highest:g}'}: of {SCAN} draws of "
+            f"--timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
+            "or change --min_timestep, --max_timestep, --discrete_flow_shift or --timestep_boundary"
+        )
     if not len(accepted):
         raise OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {SCAN} draws of "
@@ -187,6 +251,35 @@ def find_accepted_range(options: TimestepOptions, noise: NoiseSpec, flow_shift: 
             "--preserve_distribution_shape."
         )
     return max(0.0, float(accepted.min()) - 1 / SCAN), min(1.0, float(accepted.max()) + 1 / SCAN)
+
+
+def scan(
+    options: TimestepOptions, noise: NoiseSpec, flow_shift: float, span: Span = EVERYWHERE
+) -> tuple[Tensor, Tensor]:
+    """Return, of SCAN numbers u spread evenly, those that are accepted, and their shares of noise."""
+    u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
+    shares = shares_of_uniform(options, u, noise, flow_shift)
+    fits = is_accepted(options, shares, noise, span)
+    return u[fits], shares[fits]
+
+
+def levels_reached(options: TimestepOptions, noise: NoiseSpec) -> tuple[float, float]:
+    """Return about the lowest and the highest noise level that the options draw, in thousandths."""
+    flow_shift = 1.0 if options.follows_size else options.flow_shift
+    _, shares = scan(options, noise, flow_shift)
+    if not len(shares):
+        return 0.0, 0.0
+    return NUM_TIMESTEPS * float(shares.min()), NUM_TIMESTEPS * float(shares.max())
+
+
+def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[Expert]) -> None:
+    """Raise OptionError if an expert would never be trained.
+
+    Samplers that follow the size are not checked.
+    """
+    if not options.follows_size and (len(experts) > 1 or experts[0].lowest > 0):
+        for span in spans_of(experts):
+            find_accepted_range(options, noise, options.flow_shift, span)
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:

@@ -13,8 +13,8 @@ from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from modules.contract.family import Described, LatentSpec
 from modules.plan_advice import advise, resolve_swap
-from modules.planning.device_memory import MemoryWatch
-from modules.planning.memory_plan import MemoryPlan, Room, gib, print_plan, room_on
+from modules.planning.device_memory import MemoryWatch, host_room
+from modules.planning.memory_plan import MemoryPlan, Phase, Room, gib, print_plan, room_on
 from training.data.feed import Randomness
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
@@ -52,22 +52,45 @@ def plan_training(
     items: Sequence[TrainingItem],
     commands: CachingCommands,
     device: torch.device,
+    sampled: int = 0,
 ) -> None:
-    """Print the plan. Nothing large is loaded, and no GPU is needed."""
+    """Print the plan. Nothing large is loaded, and no GPU is needed.
+
+    sampled: transformers that only samples need.
+    """
     noisy_batch = read_largest(family, options, items, commands)
-    prediction = predict(family, options, noisy_batch, device)
+    prediction = predict(family, options, noisy_batch, device, sampled)
     compiled = (
         []
         if options.speed.compilation.choice is None
         else ["Compiled blocks usually need less than planned here."]
     )
+
+    def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
+        phase = prediction.phase(blocks)
+        short = remarks_on_host(prediction, phase, host_room())
+        return MemoryPlan("Memory plan", (phase,), (*remarks, *compiled, *short))
+
     print_plan(
         prediction,
         options.speed.swap,
         room_on(device, options.speed.plan.plan),
-        lambda blocks, remarks: MemoryPlan("Memory plan", (prediction.phase(blocks),), (*remarks, *compiled)),
+        plan,
         lambda room: advice(family, prediction, noisy_batch, room, device),
     )
+
+
+def remarks_on_host(prediction: StepPrediction, phase: Phase, host: int | None) -> list[str]:
+    """Return what to do if transformers that take turns do not fit the host.
+
+    host: its free bytes; None: unknown.
+    """
+    if not prediction.takes_turns or host is None or phase.host <= host:
+        return []
+    return [
+        f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: --fp8_base --fp8_scaled "
+        "halves that, and so does training one transformer at a time, without samples by both."
+    ]
 
 
 def prepare_memory(
@@ -109,18 +132,24 @@ def advice(
     Each line adds to those before it; the last one fits if any does.
     """
     predicted = [
-        (line, functools.partial(predict, family, changed, noisy_batch, device))
-        for line, changed in cheaper(prediction.options)
+        (line, functools.partial(predict, family, changed, noisy_batch, device, prediction.sampled))
+        for line, changed in cheaper(prediction.options, prediction.others)
     ]
     can_swap = prediction.options.whole_dit is None
     lines, last = advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
     return lines if last is None else [*lines, *smaller(family, last.options, noisy_batch, room, device)]
 
 
-def cheaper(options: TrainingOptions) -> list[tuple[str, TrainingOptions]]:
-    """Return unused options that save memory, each with all before it; those that cost least time first."""
+def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, TrainingOptions]]:
+    """Return unused options that save memory, each with all before it; those that cost least time first.
+
+    others: transformers that are trained beside the first one.
+    """
     found: list[tuple[str, TrainingOptions]] = []
 
+    if others and not options.by_expert.offload_inactive_dit:
+        options = replace(options, experts=replace(options.by_expert, offload_inactive_dit=True))
+        found.append(("--offload_inactive_dit", options))
     if not options.loop.gradient_checkpointing:
         options = replace(options, loop=replace(options.loop, gradient_checkpointing=True))
         found.append(("--gradient_checkpointing", options))
@@ -211,4 +240,5 @@ def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: in
         keys=noisy_batch.batch.keys[:count],
     )
     numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
-    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, min(noisy_batch.given_frames, frames - 1))
+    given = min(noisy_batch.given_frames, frames - 1)
+    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, given, noisy_batch.expert)

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from modules.contract.family import Described
-from modules.planning.dry_run import KEPT, WEIGHTS, WORKING, Moment, largest, quiet
+from modules.planning.dry_run import (
+    GRADIENTS,
+    KEPT,
+    NETWORK,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKING,
+    Moment,
+    largest,
+    quiet,
+)
 from modules.planning.memory_plan import (
     MemoryPart,
     Phase,
@@ -39,6 +49,8 @@ class StepPrediction:
     swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     workspace: MemoryPart
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
+    others: int = 0  # further transformers that are trained, each like the one that was rehearsed
+    sampled: int = 0  # those that only samples need
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -50,8 +62,38 @@ class StepPrediction:
             notes[KEPT] = "the rest waits in host memory"
         return Phase(
             f"training step, {self.batch}",
-            (*parts_of(moment, self.swaps[blocks], notes, self.waiting), *self._average(), self.workspace),
+            (
+                *parts_of(moment, self.swaps[blocks], notes, self.waiting),
+                *self._others(moment, self.swaps[blocks]),
+                *self._average(),
+                self.workspace,
+            ),
         )
+
+    @property
+    def takes_turns(self) -> bool:
+        """Return whether one transformer is on the device at a time."""
+        return self.sampled > 0 or (self.others > 0 and self.options.by_expert.offload_inactive_dit)
+
+    def _others(self, moment: Moment, swap: Swapped) -> tuple[MemoryPart, ...]:
+        """Return what further transformers hold, and what learns in them.
+
+        If they take turns, each has all its weights in host memory, also the one at work.
+        """
+        if not self.others + self.sampled:
+            return ()
+        weights, count = moment.get(WEIGHTS, 0), self.others + self.sampled
+        device, host = count * (weights - swap.saved), count * swap.host
+        if self.takes_turns:
+            device, host = 0, (1 + count) * weights - swap.host
+        note = "they take turns on the device" if self.takes_turns else ""
+        parts = [MemoryPart("further transformers", device, host, note)]
+        if self.options.by_expert.lora_per_expert:
+            # a micro-batch goes to one of them, so that only several of them leave gradients in both
+            kinds = [NETWORK, OPTIMIZER] + [GRADIENTS] * (self.options.loop.gradient_accumulation_steps > 1)
+            learning = sum(moment.get(kind, 0) for kind in kinds)
+            parts.append(MemoryPart("what learns in them", self.others * learning))
+        return tuple(parts)
 
     def _average(self) -> tuple[MemoryPart, ...]:
         return (MemoryPart("average of the weights (EMA)", 0, self.average),) if self.average else ()
@@ -73,9 +115,13 @@ class StepPrediction:
 
 
 def predict(
-    family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, device: torch.device
+    family: Trains,
+    options: TrainingOptions,
+    noisy_batch: NoisyBatch,
+    device: torch.device,
+    sampled: int = 0,
 ) -> StepPrediction:
-    """Rehearse a step. noisy_batch: on the CPU. device: of the run.
+    """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled: see `StepPrediction`.
 
     8-bit products are rehearsed as 16-bit products of the same weights. Raises what loading raises.
     """
@@ -98,6 +144,8 @@ def predict(
         swaps,
         workspace(device, is_training=True),
         average,
+        len(family.experts) - 1,
+        sampled,
     )
 
 

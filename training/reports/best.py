@@ -1,8 +1,11 @@
 """Tell which saved file of a run is the best by validation loss: for its page and its last box."""
 
+import re
 from pathlib import Path
 
 from training.reports.history import History
+
+MARK = re.compile("-ema")
 
 
 def lowest_validation(history: History) -> tuple[int, float] | None:
@@ -29,5 +32,5 @@ def best_file(history: History, folder: Path) -> str | None:
 
 def is_average(history: History, name: str) -> bool:
     """Return whether a saved file is the average (EMA) beside another one; no loss of it was measured."""
-    file, ending, _ = name.rpartition("-ema.safetensors")
-    return bool(ending) and f"{file}.safetensors" in history.saved
+    # behind the mark may stand which transformer a file is for
+    return any(f"{name[: mark.start()]}{name[mark.end() :]}" in history.saved for mark in MARK.finditer(name))

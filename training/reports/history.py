@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from modules.atomic_write import append_text, atomic_path
@@ -44,6 +45,7 @@ class History:
     session: int
     loss: BinnedCurve = field(default_factory=BinnedCurve)
     rates: dict[str, BinnedCurve] = field(default_factory=dict)
+    experts: dict[str, BinnedCurve] = field(default_factory=dict)  # losses of the experts by name
     seconds: BinnedCurve = field(default_factory=BinnedCurve)  # of steps
     bands: dict[str, BinnedCurve] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
@@ -54,10 +56,16 @@ class History:
     _keeps_up_to: int | None = None  # the last step of the lines on disk that are kept; None: all are
 
     def note_step(
-        self, step: int, loss: float, rates: Mapping[str, float], seconds: float | None = None
+        self,
+        step: int,
+        loss: float,
+        rates: Mapping[str, float],
+        seconds: float | None = None,
+        by_expert: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Add a step."""
-        self._add({"step": step, "loss": loss, "rates": dict(rates), "seconds": seconds})
+        """Add a step. by_expert: see `StepReport`."""
+        row: Row = {"step": step, "loss": loss, "rates": dict(rates), "seconds": seconds}
+        self._add({**row, "experts": dict(by_expert)} if by_expert else row)
 
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Add the losses of a validation."""
@@ -158,8 +166,9 @@ def _is_sound(row: Row) -> bool:
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:
         return False
     if "loss" in row:
-        rates = row.get("rates", {})
-        return _is_number(row["loss"]) and _is_number(row.get("seconds")) and _is_table(rates, _is_number)
+        tables = [row.get("rates", {}), row.get("experts", {})]
+        are_numbers = _is_number(row["loss"]) and _is_number(row.get("seconds"))
+        return are_numbers and all(_is_table(table, _is_number) for table in tables)
     if "validation" in row:
         return _is_table(row["validation"], _is_number)
     if "samples" in row:
@@ -200,6 +209,8 @@ def _take(history: History, row: Row) -> None:
         history.seconds.add(step, row.get("seconds"))
         for name, rate in row.get("rates", {}).items():
             history.rates.setdefault(name, BinnedCurve()).add(step, rate)
+        for name, loss in row.get("experts", {}).items():
+            history.experts.setdefault(name, BinnedCurve()).add(step, loss)
     elif "validation" in row:
         for name, loss in row["validation"].items():
             if name != LOSS:

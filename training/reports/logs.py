@@ -50,6 +50,8 @@ class StepReport:
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
     seconds: float | None = None  # that the step took, without pauses
+    # losses of the experts that had micro-batches in the step, by name; none if there is one expert
+    by_expert: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Logs:
         if slow is not None:
             logger.warning(slow)
         values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
+        values |= {f"loss/{name}": loss for name, loss in report.by_expert.items()}
         if report.gradient_norm is not None:
             values["grad_norm"] = report.gradient_norm
         if report.seconds:

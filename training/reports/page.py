@@ -209,6 +209,12 @@ def _charts(history: History, total_steps: int) -> list[Markup]:
             Curve("validation", steps, losses, has_dots=len(steps) < 60, best=losses.index(min(losses)))
         )
     charts = [[Chart(curves, "step", "loss", "Loss")]] if curves else []
+    if history.experts:
+        losses_apart = [
+            _curve(name.replace("_", " "), losses, SMOOTHING if len(losses) > 20 else 0.0)
+            for name, losses in sorted(history.experts.items())
+        ]
+        charts.append([Chart(losses_apart, "step", "loss", "Loss of each transformer")])
     small = []
     if history.rates:
         rates = [_curve(name.removeprefix("lr/"), rate) for name, rate in history.rates.items()]

@@ -64,7 +64,7 @@ class RunReporter:
         self.step = report.step
         if self.path is None:
             return
-        self.history.note_step(report.step, report.loss, report.rates, report.seconds)
+        self.history.note_step(report.step, report.loss, report.rates, report.seconds, report.by_expert)
         if self.history.is_long:
             with self._guarded():
                 self.history.flush()

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,8 @@ class Names:
 
     folder: Path
     name: str
+    # what ends the names of the files that are saved together: the names of experts; none if there is one
+    parts: tuple[str, ...] = ()
 
     def epoch(self, number: int) -> str:
         return f"{self.name}-{number:06d}"
@@ -31,10 +33,23 @@ class Names:
         return f"{self.name}-step{number:08d}"
 
     def file(self, stem: str) -> Path:
-        return self.folder / f"{stem}.safetensors"
+        """Return the file, or of several the first."""
+        return next(iter(self.files(stem).values()))
 
-    def average(self, stem: str) -> Path:
-        return self.folder / f"{stem}-ema.safetensors"
+    def files(self, stem: str) -> dict[str, Path]:
+        """Return the files that are saved together by what ends their names: `x-000001_high_noise`."""
+        if not self.parts:
+            return {"": self.folder / f"{stem}.safetensors"}
+        return {part: self.folder / f"{stem}_{part}.safetensors" for part in self.parts}
+
+    def averages(self, stem: str) -> dict[str, Path]:
+        """Return the files of the weights' average, as `files`."""
+        return self.files(f"{stem}-ema")
+
+    @property
+    def pattern(self) -> str:
+        """Return a pattern of how the name of any file goes on behind its stem."""
+        return r"(?:-ema)?" + (f"_(?:{'|'.join(self.parts)})" if self.parts else "") + r"\.safetensors"
 
     def state(self, stem: str) -> Path:
         return self.folder / f"{stem}-state"
@@ -64,11 +79,12 @@ class Saver:
 
     options: SavingOptions
     names: Names
-    write_file: WriteFile
+    write_files: Mapping[str, WriteFile]  # by what ends the file's name: see `Names.parts`
     write_state: WriteFile
     publish: Publish
     publish_state: Publish
-    write_average: WriteFile | None = None  # of the weights' average, beside each file
+    # of the weights' average, beside each file; none if it is not kept
+    write_averages: Mapping[str, WriteFile] = field(default_factory=dict)
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         """Save under the step's name; then remove what is older than --save_last_n_steps."""
@@ -107,28 +123,27 @@ class Saver:
     ) -> tuple[tuple[str, int | None], ...]:
         """Return the pattern of files and that of states, each with how many are kept."""
         start = re.escape(self.names.name) + number
-        return (start + r"(?:-ema)?\.safetensors", last_n), (
+        return (start + self.names.pattern, last_n), (
             start + "-state",
             last_n if last_n_states is None else last_n_states,
         )
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
-        pattern = (
-            rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?(-state|(-ema)?\.safetensors)\..+\.tmp"
-        )
+        start = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?"
+        pattern = rf"{start}(-state|{self.names.pattern})\..+\.tmp"
         for entry in sorted(self.names.folder.iterdir()) if self.names.folder.is_dir() else []:
             if re.fullmatch(pattern, entry.name):
                 _remove(entry)
 
     def _save(self, stem: str, with_state: bool) -> None:
-        file, state = self.names.file(stem), self.names.state(stem)
+        averages, files, state = self.names.averages(stem), self.names.files(stem), self.names.state(stem)
         written = []
-        for path, write in ((self.names.average(stem), self.write_average), (file, self.write_file)):
-            if write is not None:
-                write(path)
-                logger.info("Saved %s", path)
-                written.append(path)
+        for paths, writes in ((averages, self.write_averages), (files, self.write_files)):
+            for part, write in writes.items():
+                write(paths[part])
+                logger.info("Saved %s", paths[part])
+                written.append(paths[part])
         for path in reversed(written):  # the file before its average
             self.publish(path)
         if with_state:

@@ -128,6 +128,17 @@ def test_swapped_weights_keep_their_own_place(tmp_path: Path) -> None:
     assert all(dit.get_parameter(name).data_ptr() == each.data_ptr() for name, each in held.items())
 
 
+def test_a_network_that_has_worked_on_the_device_frees_all_it_has_there() -> None:
+    device, dit = CountingDevice(), WAN.make().eval()
+    swapped(dit, WAN.spec, 3, device)
+    output_of(WAN, dit)
+    assert device.used > 0
+    copy = taking_turns(dit, device)
+    assert device.used == 0
+    copy.bring()
+    assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
+
+
 class Interruption(BaseException):
     """Comes from anywhere, as Ctrl-C."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modules.media.reading import read_image
-from tests.training.data.test_timesteps import options
+from tests.training.data.test_timesteps import TWO, options
 from training.data.shown_timesteps import bars, show_timesteps, timestep_statistics
 
 
@@ -27,6 +27,20 @@ def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.Capt
     assert len(lines) == 82
     assert max(line.count("#") for line in lines) == 64
     assert bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
+
+
+def test_experts_are_named_with_their_share_of_the_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("console", "image"):
+        made = options("--show_timesteps", kind, "--timestep_sampling", "uniform")
+        show_timesteps(made, folder=tmp_path, experts=TWO)
+        said = capsys.readouterr().out
+        assert "low-noise transformer: timesteps from 0 to 875, 87." in said
+        assert "high-noise transformer: timesteps from 875 to 1000, 12." in said
+    plain, marked = tmp_path / "plain", read_image(tmp_path / "timesteps.png")
+    show_timesteps(made, folder=plain)
+    assert (read_image(plain / "timesteps.png") != marked).any()  # the line at the boundary
 
 
 def test_the_image_is_written_into_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.command import Parser
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
@@ -17,6 +18,7 @@ from tests.golden_cases import read_case
 from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions, add_timestep_arguments
 from training.data.timesteps import (
     Timesteps,
+    check_reaches,
     draw,
     find_shift,
     loss_weights,
@@ -315,3 +317,71 @@ def test_the_network_is_fed_one_more_except_on_the_table() -> None:
         timesteps_at(options("--timestep_sampling", "shift"), sigmas), torch.tensor([101.0, 901.0])
     )
     torch.testing.assert_close(timesteps_at(options(), sigmas), torch.tensor([100.0, 900.0]))
+
+
+TWO = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))
+DRAWS: dict[str, list[object]] = {
+    "uniform": ["--timestep_sampling", "uniform"],
+    "shift": ["--timestep_sampling", "shift", "--discrete_flow_shift", 5],
+    "sigma": [],
+    "logsnr": ["--timestep_sampling", "logsnr", "--logit_mean", -1],
+    "squeezed": ["--timestep_sampling", "uniform", "--min_timestep", 500],
+    "kept": ["--timestep_sampling", "sigmoid", "--min_timestep", 600, "--preserve_distribution_shape"],
+    "table": ["--weighting_scheme", "mode", "--max_timestep", 400, "--preserve_distribution_shape"],
+}
+
+
+def drawn_by_expert(made: TimestepOptions, batches: int, size: int) -> list[Timesteps]:
+    return [
+        draw(made, size, torch.Generator().manual_seed(number), 1, size * number, experts=TWO)
+        for number in range(batches)
+    ]
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_batch_is_for_one_expert_and_each_sample_has_the_plain_distribution(name: str) -> None:
+    made = options(*map(str, DRAWS[name]))
+    batches = drawn_by_expert(made, 1500, 3)
+
+    for times in batches:
+        assert ((1000 * times.sigmas >= 875) == bool(times.expert)).all()
+    plain = draw(made, 40_000, torch.Generator().manual_seed(7)).sigmas
+    share = float((1000 * plain >= 875).float().mean())
+    assert abs(sum(times.expert for times in batches) / len(batches) - share) < 0.05  # 3.9 sigma at most
+    for place in range(3):  # of each by itself, not only of all together; 0.042: p of 0.01
+        own = torch.stack([times.sigmas[place] for times in batches]).sort().values
+        levels = torch.searchsorted(own, own, right=True).double() / len(own)
+        above = torch.searchsorted(plain.sort().values, own, right=True).double() / len(plain)
+        assert float((levels - above).abs().max()) < 0.045, place
+
+
+@pytest.mark.parametrize("buckets", [[], ["--num_timestep_buckets", "10"]])
+@pytest.mark.parametrize("name", DRAWS)
+def test_batches_of_one_sample_are_drawn_as_for_one_expert(name: str, buckets: list[str]) -> None:
+    made = options(*map(str, DRAWS[name]), *buckets)
+    for number, times in enumerate(drawn_by_expert(made, 20, 1)):
+        plain = draw(made, 1, torch.Generator().manual_seed(number), 1, number)
+        assert torch.equal(times.timesteps, plain.timesteps)
+        assert torch.equal(times.sigmas, plain.sigmas)
+
+
+def test_the_high_noise_expert_alone_gets_its_side_evenly_with_buckets() -> None:
+    made = options("--timestep_sampling", "uniform", "--num_timestep_buckets", "5")
+    times = draw(made, 5, torch.Generator().manual_seed(1), 1, 0, experts=TWO[1:])
+    assert sorted(((times.sigmas - 0.875) / 0.025).floor().tolist()) == [0, 1, 2, 3, 4]
+    assert times.expert == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expert"),
+    [
+        (["--max_timestep", "875", "--preserve_distribution_shape"], "high-noise"),
+        (["--max_timestep", "800"], "high-noise"),
+        (["--min_timestep", "880"], "low-noise"),
+    ],
+)
+def test_an_expert_that_no_timestep_reaches_is_an_error(arguments: list[str], expert: str) -> None:
+    made = options("--timestep_sampling", "uniform", *arguments)
+    with pytest.raises(OptionError, match=f"no timestep of this run reaches the {expert} transformer"):
+        check_reaches(made, FLOW, TWO)
+    check_reaches(options(), FLOW, TWO)

@@ -30,7 +30,7 @@ class Written:
         return Saver(
             options,
             Names(self.folder, "x"),
-            write,
+            {"": write},
             lambda folder: folder.mkdir(parents=True, exist_ok=True),
             publish,
             publish,

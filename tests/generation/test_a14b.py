@@ -1,0 +1,117 @@
+"""Wan's own features and the speed switches with the two transformers of Wan2.2 A14B, through the script."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import wan_generate_video
+from modules.errors import OptionError
+from modules.media.writing import write_video
+from tests.generation.guided import Script
+from tests.tiny.project import moving_square, write_image
+from tests.tiny.wan import write_tiny_wan
+
+Generate = Callable[..., Tensor]
+EAGER = ("--compile", "--compile_args", "eager", "default", "auto", "False")
+LENGTH = ("--video_length", "5")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("A14B")
+    write_image(folder / "start.png", 32, 32)
+    write_video(folder / "clip.mp4", moving_square(5, 32, 32, 3), fps=16)
+    for kind in ("t2v", "i2v-2.2"):
+        write_tiny_wan(folder / kind, kind, experts=2)
+    return folder
+
+
+@pytest.fixture
+def generate(folder: Path, tmp_path: Path) -> Generate:
+    """Words of the command line -> latents; both transformers work at two of four steps each."""
+    made: list[Path] = []
+
+    def latents(kind: str, *words: object) -> Tensor:
+        options = ["--dit", folder / kind / "dit.safetensors", "--vae", folder / kind / "vae.safetensors"]
+        options += ["--t5", folder / kind / "t5.safetensors", "--timestep_boundary", 0.87]
+        options += ["--dit_high_noise", folder / kind / "dit_high.safetensors"]
+        options += ["--flow_shift", 5, *LENGTH, "--task", f"{kind[:3]}-A14B"]
+        image = [] if kind == "t2v" else ["--image_path", folder / "start.png"]
+        made.append(tmp_path / str(len(made)))
+        script = Script(wan_generate_video.main, [str(word) for word in [*options, *image]])
+        return script.latents(made[-1], *words)
+
+    return latents
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest, as a share of the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def test_swap_and_compile_change_nothing(generate: Generate) -> None:
+    plain = generate("t2v")
+    assert torch.equal(generate("t2v", "--blocks_to_swap", 1), plain)
+    assert difference(generate("t2v", *EAGER, "--blocks_to_swap", 1), plain) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "at_most"),
+    [
+        (("--fp8_scaled",), 0.2),
+        (("--dit_dtype", "bfloat16"), 0.1),
+        (("--lower_precision_attention",), 0.1),
+        (("--magcache_mag_ratios", 1, 0.98, 0.97, 0.9, "--magcache_threshold", 0.5), 2.0),
+    ],
+)
+def test_what_changes_pixels_does_so(generate: Generate, words: tuple[object, ...], at_most: float) -> None:
+    made = generate("t2v", *words)
+    assert 0 < difference(made, generate("t2v")) < at_most
+
+
+def test_riflex_changes_the_table_of_both(generate: Generate) -> None:
+    comfy = ("--rope_func", "comfy", "--video_length", 53)
+    assert not torch.equal(generate("t2v", *comfy, "--riflex_index", 4), generate("t2v", *comfy))
+
+
+def test_noise_on_the_image_is_neutral_at_zero(generate: Generate) -> None:
+    plain = generate("i2v-2.2")
+    assert torch.equal(generate("i2v-2.2", "--i2v_extra_noise", 0), plain)
+    assert difference(generate("i2v-2.2", "--i2v_extra_noise", 0.5), plain) > 0.01
+
+
+def test_a_video_that_starts_late_does_not_load_the_transformer_for_much_noise(
+    generate: Generate, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = ("--video_path", folder / "clip.mp4")
+    for strength, loads in ((0.25, ["dit.safetensors"]), (1, ["dit_high.safetensors", "dit.safetensors"])):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            generate("t2v", *source, "--strength", strength)
+        said = [record.getMessage() for record in caplog.records if record.name == "wan.checkpoints"]
+        assert [text.split(": Wan")[0].split("/")[-1] for text in said if "Loading" in text] == loads
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--dit_dtype", "float8_e4m3fn"), "nothing is computed in fp8"),
+        (("--dit_dtype", "bf17"), "--dit_dtype"),
+        (("--dit_dtype", "bfloat16", "--mixed_precision_transformer"), "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_computed_in_is_refused(
+    generate: Generate, words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        generate("t2v", *words)
+
+
+def test_the_transformer_for_much_noise_alone_makes_no_video(folder: Path, tmp_path: Path) -> None:
+    words = ["--save_path", tmp_path, "--task", "t2v-A14B", "--prompt", "a cat"]
+    words += ["--dit_high_noise", folder / "t2v/dit_high.safetensors"]
+    with pytest.raises(OptionError, match="--dit is missing"):
+        wan_generate_video.main([str(word) for word in words])

@@ -1,0 +1,306 @@
+"""wan_generate_video.py with two experts: equal numbers however they are loaded, and features with both."""
+
+import io
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import wan_generate_video
+from generation.run import generate
+from modules.contract.loading import Placement
+from modules.errors import OptionError
+from modules.media.tags import read_tags
+from modules.media.writing import write_video
+from networks.loading import read_lora
+from networks.merge import LoraUse
+from networks.merge_files import merge_into_file
+from tests.generation.guided import SAY, SIZE, STEPS, Script, is_finite
+from tests.tiny.project import moving_square, write_lora
+from tests.tiny.wan import TinyWan, write_tiny_wan
+
+# two steps of each expert
+LENGTH = ("--task", "t2v-A14B", "--video_length", "5", "--flow_shift", "5")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyWan:
+    folder = tmp_path_factory.mktemp("experts")
+    files = write_tiny_wan(folder, experts=2)
+    for number, name in enumerate(("low", "high"), 2):
+        write_lora(folder / f"{name}.safetensors", files.dit, number)
+    write_video(folder / "clip.mp4", moving_square(9, 32, 32, seed=0), 16)
+    return files
+
+
+@pytest.fixture(scope="module")
+def script(files: TinyWan) -> Script:
+    return Script(wan_generate_video.main, [*files.models, *LENGTH])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, script: Script) -> torch.Tensor:
+    return script.latents(tmp_path_factory.mktemp("plain"))
+
+
+def loras(files: TinyWan, *names: str) -> list[str]:
+    options = {"low": "--lora_weight", "high": "--lora_weight_high_noise"}
+    return [word for name in names for word in (options[name], str(files.dit.parent / f"{name}.safetensors"))]
+
+
+def loads(caplog: pytest.LogCaptureFixture, files: TinyWan) -> tuple[int, int]:
+    """How often the experts were loaded: for low noise, for high noise."""
+    return caplog.text.count(f"Loading {files.dit}:"), caplog.text.count(f"Loading {files.dit_high_noise}:")
+
+
+def test_latents_are_equal_to_the_bit_however_the_experts_are_loaded(
+    tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    asked = [*loras(files, "low", "high"), "--fp8_scaled", "--blocks_to_swap", "1"]
+    ahead = script.latents(tmp_path / "ahead", *asked)
+    assert (
+        "low-noise transformer is read into host memory while the high-noise transformer works" in caplog.text
+    )
+    assert torch.equal(script.latents(tmp_path / "lazy", *asked, "--lazy_loading"), ahead)
+    assert "as --lazy_loading asks" in caplog.text
+    assert torch.equal(script.latents(tmp_path / "alone", *asked, "--offload_inactive_dit"), ahead)
+
+
+@pytest.mark.parametrize(
+    ("options", "videos"),
+    [
+        pytest.param(("--num_videos", "2"), 2, marks=pytest.mark.slow),
+        (("--sheet", "guidance_scale_high_noise=2,3", "--output_type", "both"), 2),
+    ],
+    ids=["several videos", "sheet"],
+)
+def test_no_expert_is_loaded_twice(
+    tmp_path: Path,
+    files: TinyWan,
+    script: Script,
+    options: tuple[str, ...],
+    videos: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    script.run(tmp_path, *options)
+    paths = list(tmp_path.rglob("*_latent.safetensors"))
+    assert len(paths) == videos
+    assert loads(caplog, files) == (1, 1)
+    if "--sheet" in options:
+        scales = [safe_open(path, "pt").metadata()["bt_guidance_scale_high_noise"] for path in paths]
+        assert sorted(scales) == ["2.0", "3.0"]
+
+
+LINES = "a cat --d 1\na dog --d 2 --guidance_scale_high_noise 2\na cat --d 3 --s 2\n"
+
+
+def test_a_prompt_file_loads_no_expert_twice_and_equals_single_runs(
+    tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    lines = tmp_path / "lines.txt"
+    lines.write_text(LINES, encoding="utf-8")
+    made, _ = script.run(tmp_path / "file", "--from_file", lines, say=())
+    assert loads(caplog, files) == (1, 1)
+    say = ("--prompt", "a dog", "--seed", "2", "--guidance_scale_high_noise", "2")
+    assert torch.equal(script.run(tmp_path / "one", say=say)[0][2], made[2])
+
+
+def test_a_conversation_loads_no_expert_twice(
+    tmp_path: Path,
+    files: TinyWan,
+    script: Script,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat --d 1\na dog --d 2\n"))
+    made, _ = script.run(tmp_path, "--interactive", say=())
+    assert len(made) == 2
+    assert loads(caplog, files) == (1, 1)
+
+
+def test_each_expert_has_its_own_loras(
+    tmp_path: Path, files: TinyWan, script: Script, plain: torch.Tensor
+) -> None:
+    assert files.dit_high_noise is not None
+    merged = tmp_path / "merged.safetensors"
+    lora = read_lora(files.dit.parent / "high.safetensors")
+    merge_into_file(files.dit_high_noise, [LoraUse(lora, 0.5)], merged, torch.device("cpu"))
+    expected = script.latents(tmp_path / "merged", "--dit_high_noise", merged)
+    asked = [*loras(files, "high"), "--lora_multiplier_high_noise", "0.5"]
+    assert torch.equal(script.latents(tmp_path / "high", *asked), expected)
+    assert not torch.equal(expected, plain)
+    low = script.latents(tmp_path / "low", *loras(files, "low"))
+    assert not torch.equal(low, plain)
+    # patterns count over the files of both
+    one = script.latents(
+        tmp_path / "one", *loras(files, "low", "high"), "--include_patterns", ".", "no such tensor"
+    )
+    assert torch.equal(one, low)
+
+
+def test_the_metadata_tells_the_experts_apart(tmp_path: Path, files: TinyWan, script: Script) -> None:
+    script.run(tmp_path, *loras(files, "low", "high"), "--output_type", "video", "--video_length", "1")
+    (path,) = tmp_path.rglob("*.png")
+    found = read_tags(path)
+    expected = {
+        "bt_guidance_scale": "3.0",
+        "bt_guidance_scale_high_noise": "4.0",
+        "bt_timestep_boundary": "875",
+        "bt_dit_high_noise": "dit_high.safetensors",
+        "bt_lora_0": "low.safetensors: 1.0",
+        "bt_lora_high_noise_0": "high.safetensors: 1.0",
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_the_start_says_which_expert_makes_which_steps(
+    tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    script.run(tmp_path)
+    text = "unipc grid, shift 5, 4 steps: 2 by the high-noise transformer, 2 by the low-noise transformer"
+    assert text in " ".join(caplog.text.split())
+    assert "dit_high.safetensors from timestep 875 on" in caplog.text
+
+
+SLG = ("--slg_layers", "1", "--slg_end", "1", "--slg_mode", "original", "--slg_scale")
+MAG = ("--magcache_mag_ratios", "1", "1", "1", "1", "--magcache_retention_ratio", "0", "--magcache_threshold")
+FEATURES = {  # options with a value that changes nothing, and with one that does
+    "guidance of high noise": (("--guidance_scale_high_noise", "4"), ("--guidance_scale_high_noise", "2")),
+    "boundary": (("--timestep_boundary", "0.875"), ("--timestep_boundary", "0.95")),
+    "schedule": (("--cfg_schedule", f"1-{STEPS}"), ("--cfg_schedule", "1-3:4")),
+    "slg": ((*SLG, "0"), (*SLG, "2")),
+    "zero star": (("--cfgzerostar_init_steps", "0"), ("--cfgzerostar_scaling",)),
+    "nag": (("--nag_scale", "1"), ("--nag_scale", "4")),
+    "riflex": (("--riflex_index", "0"), ("--riflex_index", "1", "--rope_func", "comfy")),
+    "magcache": ((*MAG, "0"), (*MAG, "1")),
+    "teacache": (
+        ("--teacache_threshold", "0"),
+        ("--teacache_threshold", "9", "--teacache_coefficients", "1", "0"),
+    ),
+    "preview": (("--preview_latent_every", "1"), None),
+    "video": (None, ("--video_path", "{folder}/clip.mp4", "--v2v_denoise", "0.75")),
+    "late video": (None, ("--video_path", "{folder}/clip.mp4", "--v2v_denoise", "0.5")),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_act_with_two_experts_and_neutral_values_change_no_bit(
+    tmp_path: Path, files: TinyWan, script: Script, plain: torch.Tensor, name: str
+) -> None:
+    neutral, real = FEATURES[name]
+    if neutral is not None:
+        assert torch.equal(script.latents(tmp_path / "neutral", *neutral), plain)
+    if real is not None:
+        words = [word.format(folder=files.dit.parent) for word in real]
+        changed = script.latents(tmp_path / "real", *words)
+        assert is_finite({1: changed})
+        assert float((changed - plain).abs().max()) > 1e-4
+
+
+def test_a_video_that_begins_late_never_loads_the_first_expert(
+    tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    script.run(tmp_path, "--video_path", files.dit.parent / "clip.mp4", "--v2v_denoise", "0.5")
+    assert loads(caplog, files) == (1, 0)
+
+
+def test_what_a_step_cache_keeps_of_one_expert_is_not_used_by_the_other(
+    tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each expert computes its first step, so that one step of four can be skipped."""
+    caplog.set_level(logging.INFO)
+    script.run(tmp_path, *MAG, "9", "--magcache_k", "9")
+    # step 0 and 2 are the first ones, step 3 the last, which is always computed
+    assert "MagCache skipped 2 of 8 passes" in caplog.text
+
+
+def test_calibration_measures_each_expert_against_itself(
+    tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    script.run(tmp_path, "--magcache_calibration")
+    ratios = caplog.text.partition("--magcache_mag_ratios ")[2].split()[:STEPS]
+    assert [ratio == "1.00000" for ratio in ratios] == [True, False, True, False]
+
+
+@dataclass
+class Counted:
+    """A family that notes how many of its networks are alive when another is loaded."""
+
+    family: Any
+    alive: list[int]
+    loaded: "weakref.WeakSet[nn.Module]" = field(default_factory=weakref.WeakSet)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        self.alive.append(len(self.loaded))
+        dit = self.family.load_dit(placement, expert)
+        self.loaded.add(dit)
+        return dit
+
+
+def test_an_expert_is_gone_before_the_next_is_loaded_whatever_stands_around_it(
+    tmp_path: Path, script: Script
+) -> None:
+    alive: list[int] = []
+    more = [
+        "--lazy_loading",
+        "--num_videos",
+        "2",
+        *MAG,
+        "1",
+        "--nag_scale",
+        "4",
+        "--preview_latent_every",
+        "1",
+    ]
+    more += ["--compile", "--compile_args", "eager", "default", "auto", "False", "--blocks_to_swap", "1"]
+    script.main(
+        ["--save_path", str(tmp_path), *SIZE, *script.words, *SAY, *more],
+        make=lambda family, options: generate(Counted(family, alive), options),  # type: ignore[arg-type]
+    )
+    assert alive == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda words: [*words, "--lora_weight_high_noise", words[1]], "which is not given"),
+        (lambda words: [*words, "--include_patterns", "a"], "1 patterns for 0 LoRA files"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_loads(
+    tmp_path: Path,
+    files: TinyWan,
+    change: Callable[[list[str]], list[str]],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    words = [
+        "--dit",
+        str(files.dit.parent / "high.safetensors"),
+        "--vae",
+        str(files.vae),
+        "--t5",
+        str(files.t5),
+    ]
+    single = Script(wan_generate_video.main, [*change(words), *LENGTH, "--dit", str(files.dit)])
+    with pytest.raises(OptionError, match=message):
+        single.run(tmp_path)
+    assert "Loading" not in caplog.text

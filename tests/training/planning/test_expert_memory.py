@@ -1,0 +1,127 @@
+"""The plan of a training in two transformers, against the same step counted."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modules.contract.family import Family
+from modules.options import read_options
+from modules.planning.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, largest
+from modules.planning.kernels import PlannedKernels
+from modules.planning.memory_plan import Phase
+from networks.adapter import make_network
+from tests.tiny import wan_dit
+from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, LAYERS, placement, wan_batch
+from training.expert_options import add_expert_training_arguments
+from training.loss import NoisyBatch
+from training.options import TrainingOptions, read_arguments, training_parser
+from training.planning import rehearsal
+from training.planning.memory import cheaper, remarks_on_host
+from training.planning.prediction import predict
+from wan.family import family_for_training
+from wan.options import WanTrainingOptions, add_training_arguments
+
+CPU = torch.device("cpu")
+
+
+def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
+    files = []
+    for seed in range(2):
+        state = wan_dit.tiny_state("t2v", seed, torch.bfloat16, num_layers=LAYERS)
+        files.append(str(wan_dit.write_dit(folder, state, name=f"dit{seed}")))
+    parser = training_parser("")
+    add_training_arguments(parser)
+    add_expert_training_arguments(parser)
+    network = ["--network_module", "networks.lora_wan", "--network_dim", "32"]
+    dits = ["--task", "t2v-A14B", "--dit", files[0], "--dit_high_noise", files[1]]
+    args = read_arguments(parser, [*GIVEN, *network, *CHECKPOINTED, *dits, *more], {})
+    return family_for_training(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args)
+
+
+def counted(
+    family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Bytes on the device at the peak of a step with real tensors, the other transformer and its LoRA too."""
+
+    def see_all(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            ledger.see(tensor, kind)
+
+    monkeypatch.setattr(rehearsal, "place", see_all)
+    dit, other = (family.load_dit(placement(options, "cpu"), index) for index in range(2))
+    with PlannedKernels(), Ledger(HOST) as ledger:
+        real = rehearsal.dress_trainable(family, options, dit, ledger)
+        if not options.by_expert.offload_inactive_dit:  # else it waits on the host
+            see_all(other, ledger)
+        if options.by_expert.lora_per_expert:
+            assert options.network is not None
+            network = make_network(options.network, family.lora_module, other, seed=0)
+            see_all(network.module, ledger, NETWORK)
+            groups, _ = network.parameter_groups(options.optimizer.learning_rate)
+            for group in groups:
+                real.optimizer.add_param_group(dict(group))
+                real.parameters += group["params"]
+        found = real.measure_step()
+        with ledger.allocating(BATCH):
+            moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
+        _, moment = largest(found | real.measure(moved, real.counts))
+        return sum(moment.values())
+
+
+@pytest.mark.parametrize("own", [[], ["--lora_per_expert"]], ids=["one LoRA", "two LoRAs"])
+@pytest.mark.parametrize("turns", [[], ["--offload_inactive_dit"]], ids=["both there", "turns"])
+def test_a_step_in_two_experts_takes_what_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str], turns: list[str]
+) -> None:
+    family, options = two_experts(tmp_path, *own, *turns)
+    prediction = predict(family, options, wan_batch(2), CPU)
+
+    phase = prediction.phase(0)
+    planned = phase.device - prediction.workspace.device
+
+    assert planned == pytest.approx(counted(family, options, wan_batch(2), monkeypatch), rel=0.02)
+    weights = next(part.device for part in phase.parts if part.name.startswith("weights"))
+    assert phase.host == (2 * weights if turns else 0)
+
+
+def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
+    family, options = two_experts(tmp_path)
+    apart = replace(options, experts=replace(options.by_expert, offload_inactive_dit=True))
+    both, turns = (predict(family, each, wan_batch(), CPU) for each in (options, apart))
+
+    def line(phase: Phase, name: str) -> tuple[int, int]:
+        return next((part.device, part.host) for part in phase.parts if part.name.startswith(name))
+
+    device, host = line(both.phase(0), "weights")
+    for blocks in range(1, both.most + 1):
+        here, away = line(both.phase(blocks), "weights")
+        assert line(both.phase(blocks), "further") == (here, away)
+        assert turns.phase(blocks).host == 2 * device > away > host
+        assert turns.phase(blocks).device == both.phase(blocks).device - here
+
+
+def test_one_that_only_samples_need_waits_on_the_host(tmp_path: Path) -> None:
+    family, options = two_experts(tmp_path)
+    alone = replace(family, files=replace(family.files, dit_high_noise=None))  # type: ignore[type-var, attr-defined]
+    one = predict(alone, options, wan_batch(), CPU).phase(0)
+    prediction = predict(alone, options, wan_batch(), CPU, sampled=1)
+    phase = prediction.phase(0)
+
+    assert phase.device == one.device
+    assert one.host == 0
+    assert phase.host == 2 * next(part.device for part in one.parts if part.name.startswith("weights"))
+    assert remarks_on_host(prediction, phase, phase.host) == remarks_on_host(prediction, phase, None) == []
+    assert "--fp8_base" in remarks_on_host(prediction, phase, phase.host - 1)[0]
+
+
+def test_turns_are_advised_first(tmp_path: Path) -> None:
+    _, options = two_experts(tmp_path)
+
+    line, changed = cheaper(options, others=1)[0]
+
+    assert line == "--offload_inactive_dit"
+    assert changed.by_expert.offload_inactive_dit
+    assert cheaper(changed, others=1)[0][0] == cheaper(options)[0][0] != line

@@ -1,0 +1,299 @@
+"""Training of a model with two transformers, on a toy family."""
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
+from modules.contract.loading import Placement
+from modules.errors import OptionError
+from modules.offload.turns import HostCopy
+from networks.adapter import make_network
+from tests.modules.fake_device import FakeDevice
+from tests.modules.offload.test_turns import taking_turns
+from tests.training.test_resume import Killed, killed_at, train_in_two_processes
+from tests.training.toy import (
+    TWO_EXPERTS,
+    ToyFamily,
+    same,
+    toy_options,
+    train_toy,
+    write_caches,
+)
+from training.experts import ExpertNetworks, Turns
+from training.loop import take_step
+from training.run import prepare_run, train_network
+from training.trainable import share_network
+from training.trainable import train_network as make_trainable
+
+BOTH = ToyFamily(experts=TWO_EXPERTS)
+APART = "--lora_per_expert"
+PARTS = (LOW_NOISE, HIGH_NOISE)
+
+
+def train(folder: Path, *arguments: object, family: Any = BOTH) -> dict[str, Tensor]:
+    """Train the whole way; returns the tensors of all final files."""
+    assert train_network(family, toy_options(folder, *arguments)) == 0
+    files = sorted((folder / "output").glob("x*.safetensors"))
+    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def sides(folder: Path, *arguments: object, count: int = 8) -> list[int]:
+    """The expert of each micro-batch of a run."""
+    with prepare_run(BOTH, toy_options(folder, *arguments)) as run:
+        feed = run.feed.start(0, 0)
+        return [next(feed).data.expert for _ in range(count)]
+
+
+def test_both_transformers_get_micro_batches_and_one_network_learns_from_all(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    assert set(sides(tmp_path)) == {0, 1}
+
+    tensors = train(tmp_path, "--max_train_steps", 3)
+
+    assert {name.partition("/")[0] for name in tensors} == {"x.safetensors"}
+    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
+        assert file.metadata()["ss_wan_expert"] == "both"
+    one = train_toy(tmp_path, "--max_train_steps", 3)  # the low one alone, at the same timesteps
+    assert any(not torch.equal(one[name], tensors[f"x.safetensors/{name}"]) for name in one)
+
+
+@pytest.mark.parametrize("module", ["networks.lora", "networks.loha", "networks.lokr"])
+def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module: str) -> None:
+    options = toy_options(tmp_path, "--network_module", module).network
+    assert options is not None
+    low, high = (
+        BOTH.load_dit(Placement(torch.device("cpu")), expert).requires_grad_(False) for expert in (0, 1)
+    )
+    first, second = (make_network(options, BOTH.lora_module, dit, seed=3) for dit in (low, high))
+
+    trainable = make_trainable(first, 1e-2, None, torch.device("cpu"))
+    trainable = share_network(trainable, second, torch.device("cpu"))
+
+    theirs = dict(second.module.named_parameters())
+    for name, parameter in first.module.named_parameters():
+        assert theirs[name] is parameter
+    inputs = torch.randn(1, 2, 1, 2, 2), torch.tensor([500.0]), [torch.ones(1, 1)]
+    before = [dit(*inputs) for dit in (low, high)]
+    with torch.no_grad():
+        for parameter in trainable.parameters:
+            parameter.add_(0.1)
+    assert all(not torch.equal(dit(*inputs), was) for dit, was in zip((low, high), before, strict=True))
+    trainable.start_epoch()
+    assert all(module.training for module in trainable.all_modules)
+    assert len(trainable.all_modules) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "torch.optim.SGD"])
+def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(
+    tmp_path: Path, optimizer: str
+) -> None:
+    """Neither weight decay nor a moment of the optimizer changes it."""
+    write_caches(tmp_path)
+    order = sides(tmp_path)
+    options = toy_options(
+        tmp_path, APART, "--optimizer_type", optimizer, "--optimizer_args", "weight_decay=0.1"
+    )
+    with prepare_run(BOTH, options) as run:
+        feed = run.feed.start(0, 0)
+        for index, expert in enumerate(order[: run.plan.num_batches]):
+            before = [[one.detach().clone() for one in part] for part in run.trainable.by_expert]
+            take_step(run, range(index, index + 1), feed)
+            for part, kept in enumerate(before):
+                are_equal = [
+                    torch.equal(one, was)
+                    for one, was in zip(run.trainable.by_expert[part], kept, strict=True)
+                ]
+                assert all(are_equal) if part != expert else not all(are_equal)
+
+
+@pytest.mark.parametrize("more", [[], [APART]])
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, more: list[object]) -> None:
+    write_caches(tmp_path)
+    options = [
+        *more,
+        *("--gradient_accumulation_steps", 2, "--network_dropout", 0.2, "--ema_decay", 0.5),
+        *("--scale_weight_norms", 0.5, "--save_every_n_steps", 1, "--save_state", "--resume", "latest"),
+    ]
+    expected = train(tmp_path, *options)
+    (tmp_path / "output").rename(tmp_path / "whole")
+
+    for count in (3, 7):
+        with pytest.raises(Killed):
+            train(tmp_path, *options, family=replace(killed_at(count), experts=TWO_EXPERTS))
+    found = train(tmp_path, *options)
+
+    assert same(found, expected)
+    for path in sorted((tmp_path / "whole").glob("x*-state/*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "output" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_files_of_two_networks_end_with_their_expert_and_expire_together(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    saving = ["--save_every_n_steps", 2, "--save_last_n_steps", 1, "--ema_decay", 0.5, "--max_train_steps", 5]
+
+    train(tmp_path, APART, *saving)
+
+    found = sorted(path.name for path in (tmp_path / "output").glob("*.safetensors"))
+    stems = ("x", "x-step00000004")
+    assert found == sorted(
+        f"{stem}{mark}_{part}.safetensors" for stem in stems for mark in ("", "-ema") for part in PARTS
+    )
+    for part, value in zip(PARTS, ("low", "high"), strict=True):
+        with safe_open(tmp_path / "output" / f"x_{part}.safetensors", "pt") as file:
+            assert file.metadata()["ss_wan_expert"] == value
+
+
+def test_losses_of_the_transformers_are_logged_apart(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    order = sides(tmp_path, count=5)
+    train_toy_family(tmp_path, "--max_train_steps", 5, has_page=True)
+
+    lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    assert [list(row["experts"]) for row in rows] == [[PARTS[expert]] for expert in order]
+    assert all(row["experts"][PARTS[expert]] == row["loss"] for row, expert in zip(rows, order, strict=True))
+    assert "Loss of each transformer" in (tmp_path / "output" / "x.html").read_text(encoding="utf-8")
+
+
+def train_toy_family(folder: Path, *arguments: object, has_page: bool = False) -> None:
+    assert train_network(BOTH, toy_options(folder, *arguments, has_page=has_page)) == 0
+
+
+def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> None:
+    """At first nothing is learned, so the bands are those of each transformer alone."""
+    write_caches(tmp_path)
+    options = toy_options(tmp_path, "--validation_split", "0.3")
+    found: list[dict[str, float]] = []
+    with prepare_run(BOTH, options) as run:
+        assert run.validation is not None
+        for at in (run.dits.at, lambda _: run.dits.at(0), lambda _: run.dits.at(1)):
+            found.append(run.validation.measure(at, run.autocast))
+    both, low, high = found
+    assert [both[f"validation/loss_{band}00"] for band in (1, 3, 5)] == [
+        low[f"validation/loss_{band}00"] for band in (1, 3, 5)
+    ]
+    assert [both[f"validation/loss_{band}00"] for band in (7, 9)] == [
+        high[f"validation/loss_{band}00"] for band in (7, 9)
+    ]
+    assert low["validation/loss_900"] != high["validation/loss_900"]
+
+    with prepare_run(ToyFamily(experts=TWO_EXPERTS[1:]), options) as run:
+        assert run.validation is not None
+        losses = run.validation.measure(run.dits.at, run.autocast)
+    assert list(losses) == ["validation/loss", "validation/loss_700", "validation/loss_900"]
+
+
+@pytest.mark.parametrize("swap", [[], ["--blocks_to_swap", 1]])
+def test_networks_that_take_turns_train_the_same(tmp_path: Path, swap: list[object]) -> None:
+    """Weights that are used while they are not on the device are not numbers."""
+    write_caches(tmp_path)
+    options, found = toy_options(tmp_path, *swap), []
+    for takes_turns in (False, True):
+        with prepare_run(BOTH, options) as run:
+            copies: dict[nn.Module, HostCopy] = {}
+            if takes_turns:
+                copies = {dit: taking_turns(dit, FakeDevice()) for dit in run.dits.networks}
+                run = replace(run, dits=ExpertNetworks(run.dits.networks, Turns(copies)))
+            feed = run.feed.start(0, 0)
+            for index in range(4):
+                take_step(run, range(index, index + 1), feed)
+                assert sum(copy.is_here for copy in copies.values()) == takes_turns
+            found.append([one.detach().clone() for one in run.parameters])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
+@pytest.mark.parametrize(("port", "more"), [(29641, []), (29642, [APART])])
+def test_two_processes_train_what_one_does_with_twice_the_accumulation(
+    tmp_path: Path, port: int, more: list[str]
+) -> None:
+    write_caches(tmp_path, count=6)
+    expected = train(tmp_path, *more, "--gradient_accumulation_steps", 2)
+
+    environment = {"TOY_EXPERTS": "1"}
+    train_in_two_processes(
+        tmp_path, port, *more, "--output_dir", str(tmp_path / "two"), environment=environment
+    )
+
+    for name, tensor in expected.items():
+        file, _, key = name.partition("/")
+        torch.testing.assert_close(load_file(tmp_path / "two" / file)[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network_args", "dora_wd=True"], "Use --lora_per_expert"),
+        (
+            ["--timestep_sampling", "uniform", "--max_timestep", 500],
+            "no timestep of this run reaches the high",
+        ),
+        (["--network_weights_high_noise", "{folder}/dataset.toml"], "--lora_per_expert"),
+    ],
+)
+def test_what_two_transformers_cannot_do_is_refused_before_they_load(
+    tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    write_caches(tmp_path)
+    given = [str(word).format(folder=tmp_path) for word in arguments]
+    with pytest.raises(OptionError, match=message):
+        train(tmp_path, *given)
+
+
+def test_whole_transformers_are_trained_one_at_a_time(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    with pytest.raises(OptionError, match="one at a time"):
+        train_network(BOTH, toy_options(tmp_path, whole_dit=True))
+
+
+def test_options_for_two_transformers_are_refused_for_one(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    with pytest.raises(OptionError, match="--lora_per_expert needs two transformers"):
+        train_network(ToyFamily(), toy_options(tmp_path, APART))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            BOTH,
+            replace(BOTH, experts=(Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 700.0))),
+            "lowest timesteps",
+        ),
+        (BOTH, ToyFamily(), "lowest timesteps"),
+        (ToyFamily(), BOTH, "lowest timesteps"),
+    ],
+)
+def test_a_state_is_not_resumed_with_other_transformers(
+    tmp_path: Path, first: ToyFamily, second: ToyFamily, message: str
+) -> None:
+    write_caches(tmp_path)
+    train_network(first, toy_options(tmp_path, "--max_train_steps", 1, "--save_state"))
+    with pytest.raises(OptionError, match=message):
+        train_network(second, toy_options(tmp_path, "--max_train_steps", 2, "--resume", "latest"))
+
+
+def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    alone = ToyFamily(defaults=replace(ToyFamily().defaults, experts=TWO_EXPERTS))
+    window = ["--max_timestep", 600, "--preserve_distribution_shape", "--timestep_sampling", "uniform"]
+    for given, is_recommended, expert in ([], True, None), (window, False, "low"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            train(tmp_path, "--max_train_steps", 1, *given, family=alone)
+        assert ("--max_timestep 600 --preserve_distribution_shape" in caplog.text) == is_recommended
+        with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
+            assert file.metadata().get("ss_wan_expert") == expert

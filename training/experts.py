@@ -1,0 +1,168 @@
+"""Training of models that have several transformers (experts): which is at work, what learns in each."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from modules.contract.experts import HIGH_NOISE, ONE_EXPERT, Expert
+from modules.contract.family import Family
+from modules.errors import OptionError
+from modules.offload.turns import HostCopy
+from networks.adapter import OWN_NETWORKS
+from networks.loading import LoraFile, read_lora, warn_of_other_expert
+from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
+from networks.options import NetworkOptions
+from training.data.timesteps import check_reaches, levels_reached
+from training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Networks of which one is on the device, while the others wait in host memory."""
+
+    copies: Mapping[nn.Module, HostCopy]
+
+    def bring(self, network: nn.Module) -> None:
+        """Put a network on the device, in the place of the one that is there. Nothing is copied back."""
+        copy = self.copies[network]
+        if copy.is_here:
+            return
+        for other in self.copies.values():
+            other.leave()
+        copy.bring()
+
+
+@dataclass(frozen=True)
+class ExpertNetworks:
+    """Networks by the index of their expert. `turns`: None if all of them stay on the device."""
+
+    networks: Sequence[nn.Module]
+    turns: Turns | None = None
+
+    def at(self, expert: int) -> nn.Module:
+        """Return the network of an expert; it is on the device."""
+        network = self.networks[expert]
+        if self.turns is not None:
+            self.turns.bring(network)
+        return network
+
+
+def read_lora_for(path: Path, expert: Expert) -> LoraFile:
+    """Read a LoRA for an expert: of a file for several that for this one. Warns if it is for another."""
+    lora = read_lora(path, by_expert=True).for_expert(expert.name)
+    warn_of_other_expert(lora, expert.name)
+    return lora
+
+
+def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
+    """Return the options of the network that learns in an expert, with the files that are for this one."""
+    network, given = options.network, options.by_expert
+    if network is None or expert.name != HIGH_NOISE:
+        return network
+    if given.lora_per_expert:
+        network = replace(network, network_weights=given.network_weights_high_noise)
+    if given.base_weights_high_noise is not None:
+        files, multipliers = given.base_weights_high_noise, given.base_multipliers()
+        network = replace(network, base_weights=files, base_weights_multiplier=multipliers)
+    return network
+
+
+def check_experts(family: Family, options: TrainingOptions) -> None:
+    """Raise OptionError for what cannot be done with the transformers that are given."""
+    experts, given, network = family.experts, options.by_expert, options.network
+    if len(experts) == 1:
+        if given.lora_per_expert:
+            raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
+        if experts[0].name != HIGH_NOISE and given.base_weights_high_noise is not None:
+            raise OptionError(
+                "--base_weights_high_noise needs --dit_high_noise. For one transformer use --base_weights"
+            )
+    elif options.whole_dit is not None:
+        raise OptionError(
+            "--dit and --dit_high_noise: whole transformers are trained one at a time, as the weights of two "
+            "with their gradients fit no device. Give one of them, or train a LoRA"
+        )
+    if given.network_weights_high_noise is not None and not given.lora_per_expert:
+        raise OptionError(
+            "--network_weights_high_noise: one network is trained for both transformers, and starts from "
+            "--network_weights. Use that, or add --lora_per_expert"
+        )
+    if network is not None and given.lora_per_expert:
+        if network.dim_from_weights and given.network_weights_high_noise is None:
+            raise OptionError(
+                "--dim_from_weights with --lora_per_expert needs --network_weights_high_noise too: the file "
+                "to take ranks and alphas of the second network from"
+            )
+    elif network is not None and len(experts) > 1 and network.arguments().get("dora_wd") == "True":
+        raise OptionError(
+            "--network_args dora_wd=True: a DoRA learns the norms of a transformer's weights, so that two "
+            f"transformers cannot share one. {OWN_NETWORKS}"
+        )
+    check_reaches(options.timesteps, family.noise, experts)
+
+
+def note_experts(family: Family, options: TrainingOptions, samples_with_others: bool = False) -> None:
+    """Log what the transformers that are given are trained on.
+
+    samples_with_others: whether samples are made with those that are not trained too.
+    """
+    experts, usual = family.experts, family.defaults.experts
+    if len(experts) == 1 and options.by_expert.offload_inactive_dit and len(usual) == 1:
+        logger.warning("--offload_inactive_dit is ignored because the model has one transformer")
+    if len(usual) == 1:
+        return
+    if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
+        logger.info("Samples are made by the trained transformer alone; give --sample_dit_other for both.")
+    boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
+    if len(experts) > 1:
+        logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
+    elif experts[0].lowest > 0:
+        logger.info("Only timesteps from %g on are trained, at which --dit_high_noise works.", boundary)
+    elif expert_trained(family, options) is None:
+        logger.warning(
+            "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
+            "only. Recommended: --max_timestep %g --preserve_distribution_shape (or --min_timestep %g if it "
+            "is the transformer for high noise).",
+            *[boundary] * 3,
+        )
+
+
+def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:
+    """Return what a saved file says of the transformers that it was trained in; nothing if there is one.
+
+    part: the name of the expert that the file is for; empty if it is for all that were trained.
+    """
+    experts = family.experts
+    if len(experts) > 1 and not part:
+        return {TRAINED_EXPERT: FOR_BOTH}
+    expert = expert_trained(family, options)
+    name = part or (None if expert is None else expert.name)
+    if name is None:
+        return {}
+    values = {known: value for value, known in EXPERT_VALUES.items()}
+    files = {each.name: file.name for each, file in zip(experts, family.dit_files, strict=False)}
+    own = {"ss_sd_model_name": files[part]} if part in files and not options.metadata.no_metadata else {}
+    return {TRAINED_EXPERT: values[name], **own}
+
+
+def expert_trained(family: Family, options: TrainingOptions) -> Expert | None:
+    """Return the expert that the only transformer of a run is trained as; None if that is open.
+
+    A transformer that is trained at all noise levels is what it is for its window of timesteps.
+    """
+    experts, usual = family.experts, family.defaults.experts
+    if len(experts) > 1 or len(usual) == 1:
+        return None
+    if experts != ONE_EXPERT:
+        return experts[0]
+    lowest, highest = levels_reached(options.timesteps, family.noise)
+    ends = [*(expert.lowest for expert in usual[1:]), float("inf")]
+    fitting = [
+        expert for expert, end in zip(usual, ends, strict=True) if expert.lowest <= lowest and highest <= end
+    ]
+    return fitting[0] if fitting else None
