@@ -242,7 +242,7 @@ class Plain:
         return (self.model(noisy, times, rows, tweaks=Tweaks(given_frames=given)),)
 
 
-@pytest.mark.parametrize("probability", [None, 0.3, 0])
+@pytest.mark.parametrize("probability", [None, 0.3, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_first_frame_of_ti2v_is_given_and_not_learned(tmp_path: Path, probability: float | None) -> None:
     """By default in half of the batches."""
     project = write_project(tmp_path / "a project", "ti2v")
