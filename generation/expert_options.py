@@ -30,12 +30,6 @@ class ExpertOptions:
         """Return the LoRAs of the expert for much noise."""
         return LoraOptions(self.lora_weight_high_noise, self.lora_multiplier_high_noise)
 
-    @property
-    def of_turns(self) -> list[str]:
-        """Return the options that are given on how experts take turns."""
-        given = {"--offload_inactive_dit": self.offload_inactive_dit, "--lazy_loading": self.lazy_loading}
-        return [option for option, is_given in given.items() if is_given]
-
 
 def add_expert_arguments(parser: argparse.ArgumentParser, has_experts: bool) -> None:
     """Declare the options of `ExpertOptions`, if the script's models may have two experts."""

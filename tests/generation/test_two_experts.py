@@ -4,7 +4,7 @@ import io
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,18 @@ def test_calibration_measures_each_expert_against_itself(
     assert [ratio == "1.00000" for ratio in ratios] == [True, False, True, False]
 
 
+def test_options_of_two_experts_that_have_no_use_are_told(
+    tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--dit", str(files.dit), "--vae", str(files.vae), "--t5", str(files.t5), *LENGTH]
+    unused = ["--guidance_scale_high_noise=3", "--offload_inactive_dit", "--lazy_loading"]
+    caplog.set_level(logging.INFO)
+    Script(wan_generate_video.main, words).run(tmp_path, *unused)
+    for option in unused:
+        assert f"{option.partition('=')[0]} is ignored because" in caplog.text
+    assert "without --dit_high_noise --dit makes all steps" in caplog.text
+
+
 @dataclass
 class Counted:
     """A family that notes how many of its networks are alive when another is loaded."""
@@ -304,16 +316,3 @@ def test_what_does_not_fit_is_refused_before_anything_loads(
     with pytest.raises(OptionError, match=message):
         single.run(tmp_path)
     assert "Loading" not in caplog.text
-
-
-def test_options_for_another_transformer_are_ignored_with_a_warning_where_there_is_none(
-    tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    given = ("--offload_inactive_dit", "--lazy_loading", "--guidance_scale_high_noise", "2")
-    alone = replace(files, dit_high_noise=None)
-    single = Script(wan_generate_video.main, [*alone.models, *LENGTH])
-    single.run(tmp_path, *given, "--infer_steps", "1")
-    assert "without --dit_high_noise --dit makes all steps" in caplog.text
-    warned = [record.message for record in caplog.records if "is ignored because there is" in record.message]
-    assert [message.split()[0] for message in warned] == list(given[:3])

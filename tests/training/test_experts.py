@@ -293,7 +293,8 @@ def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
     for given, is_recommended, expert in ([], True, None), (window, False, "low"):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            train(tmp_path, "--max_train_steps", 1, *given, family=alone)
+            train(tmp_path, "--max_train_steps", 1, "--offload_inactive_dit", *given, family=alone)
+        assert "--offload_inactive_dit is ignored" in caplog.text
         assert ("--max_timestep 600 --preserve_distribution_shape" in caplog.text) == is_recommended
         with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
             assert file.metadata().get("ss_wan_expert") == expert
