@@ -157,7 +157,6 @@ def write_experts(folder: Path) -> None:
         for kind, name in (("t2v", "t2v"), ("i2v-2.2", "i2v")):
             state = tiny_state(kind, seed, torch.bfloat16)
             dit = write_dit(folder, state, name=f"wan2.2_{name}_{noise}_noise_14B_fp16")
-            write_dit(folder, state, "fp8_scaled", f"wan2.2_{name}_{noise}_noise_14B_fp8_scaled")
             version = "v1.1" if name == "t2v" else "v1"
             write_lora(
                 folder / f"wan2.2_{name}_lightx2v_4steps_lora_{version}_{noise}_noise.safetensors", dit
