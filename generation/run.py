@@ -75,7 +75,7 @@ def do(family: Family, options: GenerationOptions) -> None:
         return
     check_models(run)
     for file, of_expert in zip(family.dit_files, uses, strict=False):
-        check_loras_fit(file, of_expert)
+        check_loras_fit(file, of_expert, options.speed.fp8.quantisation)
     run = run.with_previews()
     if options.from_file is not None:
         make_from_file(run, options.from_file)

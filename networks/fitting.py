@@ -5,16 +5,19 @@ from pathlib import Path
 
 import torch
 
+from modules.checkpoints.dits import refuse_fp8_file
 from modules.checkpoints.opening import open_checkpoint
+from modules.fp8.options import Quantisation
 from networks.merge import LoraPatch, LoraUse
 
 _META = torch.device("meta")
 
 
-def check_loras_fit(model: Path, uses: Sequence[LoraUse]) -> None:
+def check_loras_fit(model: Path, uses: Sequence[LoraUse], fp8: Quantisation | None = None) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file.
 
-    Raises CheckpointError if a LoRA has another size, or if no part of it has a weight.
+    fp8: how the model is to be kept. Raises CheckpointError if a LoRA has another size, if no part of it has
+    a weight, or if it changes weights that are stored in fp8 and are to stay in it.
     """
     if not uses:
         return
@@ -22,6 +25,8 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse]) -> None:
         patch = LoraPatch(uses, checkpoint.tensors, model)
         for name, info in checkpoint.tensors.items():
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
+            if fp8 is not None and info.dtype.itemsize == 1 and patch.touches(name):
+                refuse_fp8_file(model, fp8, has_loras=True)
     patch.refuse_misfits()
 
 

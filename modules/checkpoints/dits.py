@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
+from modules.fp8.options import Quantisation
 from modules.fp8.weights import linear_weights
 
 PREFIXES = (
@@ -163,6 +165,12 @@ def _fp8_layers(
     if not kept:
         rounded = _without(linear_weights(dit, spec.block_lists, spec.fp8_exclude), last)
         return Fp8Loading(quantisation, rounded, (), placement.device)
+    refuse_fp8_file(path, quantisation, placement.patch is not None)
+    return Fp8Loading(quantisation, (), kept, placement.device)
+
+
+def refuse_fp8_file(path: Path, quantisation: Quantisation, has_loras: bool) -> None:
+    """Raise CheckpointError if a file in fp8 is to be rounded again, or to get LoRAs and stay in fp8."""
     if quantisation.kind != "cast":
         raise CheckpointError(
             f"--fp8_scaled: {path} is already in fp8; rounding it again would only lose more.\n"
@@ -170,14 +178,13 @@ def _fp8_layers(
             "Or give the bf16 file.",
             path,
         )
-    if placement.patch is not None:
+    if has_loras:
         raise CheckpointError(
             f"{path} is in fp8, too coarse to add a LoRA to.\n"
             "  Give the bf16 file to --dit; or leave out --fp8_base and --fp8, so that the model is "
             "converted to 16 bits.",
             path,
         )
-    return Fp8Loading(quantisation, (), kept, placement.device)
 
 
 def _last_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import io
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 import wan_generate_video
 from generation.run import generate
 from modules.contract.loading import Placement
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
 from modules.media.tags import read_tags
 from modules.media.writing import write_video
 from networks.loading import read_lora
@@ -25,6 +25,7 @@ from networks.merge_files import merge_into_file
 from tests.generation.guided import SAY, SIZE, STEPS, Script, is_finite
 from tests.tiny.project import moving_square, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
+from tests.tiny.wan_dit import tiny_state, write_dit
 
 # two steps of each expert
 LENGTH = ("--task", "t2v-A14B", "--video_length", "5", "--flow_shift", "5")
@@ -234,6 +235,17 @@ def test_calibration_measures_each_expert_against_itself(
     script.run(tmp_path, "--magcache_calibration")
     ratios = caplog.text.partition("--magcache_mag_ratios ")[2].split()[:STEPS]
     assert [ratio == "1.00000" for ratio in ratios] == [True, False, True, False]
+
+
+def test_a_lora_for_a_file_in_fp8_that_works_late_is_refused_before_anything_loads(
+    tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    low = write_dit(tmp_path, tiny_state("t2v"), "fp8_scaled")
+    words = [*replace(files, dit=low).models, *LENGTH, *loras(files, "low")]
+    with pytest.raises(CheckpointError, match="too coarse to add a LoRA"):
+        Script(wan_generate_video.main, words).run(tmp_path, "--fp8")
+    assert "Loading" not in caplog.text
 
 
 def test_options_of_two_experts_that_have_no_use_are_told(
