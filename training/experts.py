@@ -15,6 +15,7 @@ from networks.adapter import OWN_NETWORKS
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
+from training.data.options import NUM_TIMESTEPS
 from training.data.timesteps import check_reaches, levels_reached
 from training.options import TrainingOptions
 
@@ -126,10 +127,19 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
     elif expert_trained(family, options) is None:
         logger.warning(
             "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
-            "only. Recommended: --max_timestep %g --preserve_distribution_shape (or --min_timestep %g if it "
-            "is the transformer for high noise).",
-            *[boundary] * 3,
+            "only. Recommended: %s --preserve_distribution_shape (or %s if it is the transformer for high "
+            "noise).",
+            boundary,
+            *_windows(options, round(boundary)),
         )
+
+
+def _windows(options: TrainingOptions, boundary: int) -> tuple[str, str]:
+    """Return the options that train below a timestep, and those that train above it."""
+    if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
+        boundary = NUM_TIMESTEPS - boundary
+        return f"--min_timestep {boundary}", f"--max_timestep {boundary}"
+    return f"--max_timestep {boundary}", f"--min_timestep {boundary}"
 
 
 def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:

@@ -186,6 +186,12 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
         high[f"validation/loss_{band}00"] for band in (7, 9)
     ]
     assert low["validation/loss_900"] != high["validation/loss_900"]
+    asked: list[int] = []
+    with prepare_run(BOTH, options) as run:
+        assert run.validation is not None
+        assert len(run.validation.items) > 1
+        run.validation.measure(lambda expert: (asked.append(expert), run.dits.at(expert))[1], run.autocast)
+    assert asked == [0, 1], "a network is brought once for all items"
 
     with prepare_run(ToyFamily(experts=TWO_EXPERTS[1:]), options) as run:
         assert run.validation is not None
@@ -289,11 +295,19 @@ def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
 ) -> None:
     write_caches(tmp_path)
     alone = ToyFamily(defaults=replace(ToyFamily().defaults, experts=TWO_EXPERTS))
-    window = ["--max_timestep", 600, "--preserve_distribution_shape", "--timestep_sampling", "uniform"]
-    for given, is_recommended, expert in ([], True, None), (window, False, "low"):
+    uniform, keeps = ["--timestep_sampling", "uniform"], "--preserve_distribution_shape"
+    table = f"--min_timestep 400 {keeps} (or --max_timestep 400 "  # bounds from the noisy end
+    for given, recommended, expert in (
+        ([], table, None),
+        (uniform, f"--max_timestep 600 {keeps} (or --min_timestep 600 ", None),
+        (["--min_timestep", 400, keeps], None, "low"),
+        (["--max_timestep", 400, keeps], None, "high"),
+        ([*uniform, "--max_timestep", 600, keeps], None, "low"),
+    ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             train(tmp_path, "--max_train_steps", 1, *given, family=alone)
-        assert ("--max_timestep 600 --preserve_distribution_shape" in caplog.text) == is_recommended
+        assert (f"Recommended: {recommended}" in caplog.text) == (recommended is not None)
+        assert ("Recommended: " in caplog.text) == (recommended is not None)
         with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
             assert file.metadata().get("ss_wan_expert") == expert

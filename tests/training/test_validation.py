@@ -57,11 +57,14 @@ def test_shares_of_two_processes_cover_all_items_once(tmp_path: Path) -> None:
     whole, dit = made(tmp_path, split=0.5)
 
     sums = [
-        [whole._losses(item, dit, nullcontext) for item in whole.items[process::2]] for process in range(2)
+        [whole._losses(item, whole.sigmas, dit, nullcontext) for item in whole.items[process::2]]
+        for process in range(2)
     ]
 
     mean = torch.tensor([*sums[0], *sums[1]], dtype=torch.float64).mean(0)
-    assert mean.mean().item() == pytest.approx(whole.measure(dit, nullcontext)["validation/loss"], rel=1e-6)
+    assert mean.mean().item() == pytest.approx(
+        whole.measure(lambda _: dit, nullcontext)["validation/loss"], rel=1e-6
+    )
 
 
 def losses_in(text: str) -> list[tuple[str, str]]:
