@@ -172,8 +172,6 @@ class WanGenerationOptions:
     riflex_index: int  # read here only to be checked early
 
     def __post_init__(self) -> None:
-        if self.experts.timestep_boundary is not None and self.experts.dit_high_noise is None:
-            logger.warning("--timestep_boundary is ignored because --dit_high_noise is not given")
         if self.riflex_index and self.rope_func != "comfy":
             raise OptionError(
                 f"--riflex_index {self.riflex_index} with --rope_func {self.rope_func}: it changes the table "
