@@ -20,6 +20,7 @@ class ExpertTurns:
 
     order: tuple[int, ...] = ()
     rules: TurnRules = TurnRules()
+    in_fp8: bool = False  # so that nothing makes them smaller
 
     @property
     def count(self) -> int:
@@ -74,9 +75,10 @@ class ExpertTurns:
                 "--offload_inactive_dit keeps one at a time."
             )
         if host is not None and plan.host > host:
+            smaller = "" if self.in_fp8 else " --fp8_scaled halves what they take."
             lines.append(
                 f"The host has {gib(host)} GiB free, and {gib(plan.host)} are asked for: experts will be "
-                "loaded again instead of waiting. --fp8_scaled halves what they take."
+                f"loaded again instead of waiting.{smaller}"
             )
         return lines
 
@@ -88,4 +90,5 @@ def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prep
     """Return who works when as these requests are made one after the other, each --num_videos times."""
     given = options.experts
     rules = TurnRules(options.interactive, given.offload_inactive_dit, given.lazy_loading)
-    return ExpertTurns(tuple(plan_turns(family, [*requests] * options.num_videos)), rules)
+    order = plan_turns(family, [*requests] * options.num_videos)
+    return ExpertTurns(tuple(order), rules, options.speed.fp8.quantisation is not None)

@@ -90,7 +90,13 @@ def do(family: Family, options: GenerationOptions) -> None:
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
     """Make the session of a run. keep: networks stay in host memory for the next prompt."""
-    rules = TurnRules(never_beside=options.experts.offload_inactive_dit, lazy=options.experts.lazy_loading)
+    asked = options.experts
+    rules = TurnRules(never_beside=asked.offload_inactive_dit, lazy=asked.lazy_loading)
+    if len(family.experts) == 1:
+        given = {"--offload_inactive_dit": rules.never_beside, "--lazy_loading": rules.lazy}
+        for option in (option for option, is_given in given.items() if is_given):
+            logger.warning("%s is ignored because a single transformer takes no turns", option)
+        rules = TurnRules()
     return Session(family, loader.device, loader, keep, load_aside=loader.aside, rules=rules)
 
 

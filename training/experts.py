@@ -113,8 +113,8 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
     samples_with_others: whether samples are made with those that are not trained too.
     """
     experts, usual = family.experts, family.defaults.experts
-    if len(experts) == 1 and options.by_expert.offload_inactive_dit and len(usual) == 1:
-        logger.warning("--offload_inactive_dit is ignored because the model has one transformer")
+    if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
+        logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if len(usual) == 1:
         return
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:

@@ -1,6 +1,4 @@
-"""What the options choose, in the words of `wan.family.Wan`: files, tasks, the boundary of experts,
-dtypes.
-"""
+"""What the options choose, in the words of `wan.family.Wan`: files, tasks, boundaries, dtypes."""
 
 import logging
 from collections.abc import Mapping

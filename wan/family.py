@@ -21,11 +21,10 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import dtype_name
-from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from wan.batches import batch_conditions, no_features
-from wan.caching import encode_together
+from wan.caching import check_controls, encode_together
 from wan.checkpoints import load_dit, note_task
 from wan.chosen import (
     boundary_of,
@@ -179,17 +178,8 @@ class Wan:
         return MediaEncoders(vae, load_clip(self.files.clip_path, device) if images and wants_image else None)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if an item has more than one control image."""
-        if table.has_control and len(table.clean_indices) > 1:
-            raise DatasetError(
-                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
-                f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices."
-            )
-        if table.has_control and self.task.kind == "ti2v":
-            raise DatasetError(
-                f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
-                "or control_path, or cache with the VAE of another model."
-            )
+        """Raise DatasetError if an item has a control image or video that cannot be used."""
+        check_controls(self.task, table)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
         """Return None: an item has one file."""

@@ -41,6 +41,8 @@ def settle(
     scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
     named = {**usual.expert_guidance, **request.expert_guidance}
     scales = tuple(named.get(expert.name, scale) for expert in experts)
+    for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
+        logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
     negative = usual_negative if request.negative_prompt is None else request.negative_prompt
     if negative is None and any(each != 1 for each in scales):
         logger.warning(

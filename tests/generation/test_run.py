@@ -138,7 +138,7 @@ def test_decoding_saved_latents_gives_the_same_frames(tmp_path: Path) -> None:
 
 def test_latents_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="16 channels, toy has 2"):
+    with pytest.raises(CheckpointError, match="16 channels, the toy has 2"):
         run(tmp_path, "--latent_path", tmp_path / "x.safetensors")
 
 

@@ -236,6 +236,16 @@ def test_calibration_measures_each_expert_against_itself(
     assert [ratio == "1.00000" for ratio in ratios] == [True, False, True, False]
 
 
+def test_options_of_two_experts_that_have_no_use_are_told(
+    tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--dit", str(files.dit), "--vae", str(files.vae), "--t5", str(files.t5), *LENGTH]
+    unused = ["--guidance_scale_high_noise=3", "--offload_inactive_dit", "--lazy_loading"]
+    Script(wan_generate_video.main, words).run(tmp_path, *unused)
+    for option in unused:
+        assert f"{option.partition('=')[0]} is ignored because" in caplog.text
+
+
 @dataclass
 class Counted:
     """A family that notes how many of its networks are alive when another is loaded."""

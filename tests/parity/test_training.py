@@ -23,7 +23,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from modules.contract.generation import Tweaks
-from tests.parity.projects import ALPHA, FRAMES, HEIGHT, RANK, SEED, WIDTH, Project, train, write_project
+from tests.parity.projects import (
+    ALPHA,
+    FRAMES,
+    HEIGHT,
+    RANK,
+    SEED,
+    WIDTH,
+    WIDTH_5B,
+    Project,
+    train,
+    write_project,
+)
 from tests.parity.running import TOLERANCE, assert_equal
 from tests.parity.theirs import load_dit
 from tests.parity.training import (
@@ -231,7 +242,7 @@ class Plain:
         return (self.model(noisy, times, rows, tweaks=Tweaks(given_frames=given)),)
 
 
-@pytest.mark.parametrize("probability", [None, 0.3, 0])
+@pytest.mark.parametrize("probability", [None, 0.3, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_first_frame_of_ti2v_is_given_and_not_learned(tmp_path: Path, probability: float | None) -> None:
     """By default in half of the batches."""
     project = write_project(tmp_path / "a project", "ti2v")
@@ -357,9 +368,13 @@ def test_the_losses_in_the_log_are_those_of_diffusers(tmp_path: Path) -> None:
     assert_equal(torch.tensor(logged), torch.tensor(losses), "losses")
 
 
-def test_the_validation_loss_is_that_of_diffusers(tmp_path: Path) -> None:
-    """Two of four clips are held back; five bands of timesteps, whose noise belongs to the item."""
-    project = write_project(tmp_path / "a project", "t2v", count=4)
+@pytest.mark.parametrize("kind", ["t2v", pytest.param("ti2v", marks=pytest.mark.slow)])
+def test_the_validation_loss_is_that_of_diffusers(tmp_path: Path, kind: str) -> None:
+    """Two of four clips are held back; five bands of timesteps, whose noise belongs to the item.
+
+    With --first_frame_probability the item says too whether its first frame is given.
+    """
+    project = write_project(tmp_path / "a project", kind, count=4)
     log = ("--logging_dir", tmp_path / "logs", "--log_with", "tensorboard")
 
     files = train(project, *DESCENT, *log, "--validation_split", 0.5, steps=1, in_process=True)
@@ -368,22 +383,28 @@ def test_the_validation_loss_is_that_of_diffusers(tmp_path: Path) -> None:
     dit, modules = load_dit(project.dit), linear_modules(project.dit)
     after, scale = read_factors(files[0])
     before = {name: (down, torch.zeros_like(up)) for name, (down, up) in after.items()}
+    are_given: set[bool] = set()
     by_hash = sorted(range(4), key=lambda index: hashlib.sha256(f"clip {index}".encode()).digest())
     expected = []
     for factors in (before, after):
         losses = []
         for index in by_hash[:2]:
             for band, sigma in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
-                key = f"clip {index}_00000-005_0048x0032_wan"
+                key = f"clip {index}_00000-005_{WIDTH_5B if kind == 'ti2v' else WIDTH:04d}x0032_wan"
                 noise = torch.randn(
-                    1, 16, *project.items[index].latents.shape[1:], generator=stream("validation", key, band)
+                    1, *project.items[index].latents.shape, generator=stream("validation", key, band)
                 )
                 drawn = Drawn(noise, torch.tensor([sigma]), torch.tensor([1000 * sigma]), torch.ones(1))
+                if kind == "ti2v":
+                    given = torch.rand((), generator=stream("validation", key, "given frames")).item() < 0.5
+                    drawn = replace(drawn, given=int(given))
+                    are_given.add(given)
                 losses.append(
                     loss_and_gradients(dit, modules, factors, scale, [project.items[index]], drawn)[0]
                 )
         expected.append(sum(losses) / len(losses))
     assert_equal(torch.tensor(logged), torch.tensor(expected), "validation losses")
+    assert kind == "t2v" or are_given == {False, True}
 
 
 def test_the_metadata_of_the_file_say_how_it_was_made(tmp_path: Path) -> None:

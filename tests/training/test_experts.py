@@ -306,7 +306,8 @@ def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            train(tmp_path, "--max_train_steps", 1, *given, family=alone)
+            train(tmp_path, "--max_train_steps", 1, "--offload_inactive_dit", *given, family=alone)
+        assert "--offload_inactive_dit is ignored" in caplog.text
         assert (f"Recommended: {recommended}" in caplog.text) == (recommended is not None)
         assert ("Recommended: " in caplog.text) == (recommended is not None)
         with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:

@@ -74,10 +74,10 @@ def test_a_run_that_is_asked_to_end_while_sampling_ends(tmp_path: Path) -> None:
     family = ToyFamily(latent=COLOURED)
     options = toy_options(tmp_path, "--preview_latent_every", 1).samples.preview
     sampler = prepare_samples(family, write_prompts(tmp_path), tmp_path, "x", CPU, 0, 1, preview=options)
-    answers = iter([False, False, True])
+    answers, dit = iter([False, False, True]), family.load_dit(Placement(CPU))
 
     with pytest.raises(SamplingStopped):
-        sampler.make(family.load_dit(Placement(CPU)), torch.no_grad, "000001", lambda: next(answers))
+        sampler.make(lambda _: dit, torch.no_grad, "000001", lambda: next(answers))
 
     for path in tmp_path.glob("latent_preview.mp4"):  # if the thread was fast enough
         assert list(video_frames(path))

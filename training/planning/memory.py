@@ -87,10 +87,10 @@ def remarks_on_host(prediction: StepPrediction, phase: Phase, host: int | None) 
     """
     if not prediction.takes_turns or host is None or phase.host <= host:
         return []
-    return [
-        f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: --fp8_base --fp8_scaled "
-        "halves that, and so does training one transformer at a time, without samples by both."
-    ]
+    smaller = "train one transformer at a time, and make no samples by both"
+    if prediction.options.speed.fp8.quantisation is None:
+        smaller = f"--fp8_base --fp8_scaled halves that. Or {smaller}"
+    return [f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: {smaller}."]
 
 
 def prepare_memory(

@@ -71,8 +71,16 @@ def counted(
         return sum(moment.values())
 
 
-@pytest.mark.parametrize("own", [[], ["--lora_per_expert"]], ids=["one LoRA", "two LoRAs"])
-@pytest.mark.parametrize("turns", [[], ["--offload_inactive_dit"]], ids=["both there", "turns"])
+@pytest.mark.parametrize(
+    ("own", "turns"),
+    [
+        ([], []),
+        (["--lora_per_expert"], ["--offload_inactive_dit"]),
+        pytest.param(["--lora_per_expert"], [], marks=pytest.mark.slow),
+        pytest.param([], ["--offload_inactive_dit"], marks=pytest.mark.slow),
+    ],
+    ids=["one LoRA, both there", "two LoRAs, turns", "two LoRAs, both there", "one LoRA, turns"],
+)
 def test_a_step_in_two_experts_takes_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str], turns: list[str]
 ) -> None:
