@@ -117,6 +117,8 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if len(usual) == 1:
         return
+    if samples_with_others and options.samples.sample_prompts is None:
+        logger.warning("--sample_dit_other is ignored because there is no --sample_prompts")
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
         logger.info("Samples are made by the trained transformer alone; give --sample_dit_other for both.")
     boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
