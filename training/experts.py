@@ -12,7 +12,7 @@ from modules.contract.family import Family
 from modules.errors import OptionError
 from modules.offload.turns import HostCopy
 from networks.adapter import OWN_NETWORKS
-from networks.loading import LoraFile, read_lora, warn_of_other_expert
+from networks.loading import OWN_MODULES, LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from training.data.options import NUM_TIMESTEPS
@@ -117,6 +117,7 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if len(usual) == 1:
         return
+    _warn_of_other_starts(family, options)
     if samples_with_others and options.samples.sample_prompts is None:
         logger.warning("--sample_dit_other is ignored because there is no --sample_prompts")
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
@@ -134,6 +135,17 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
             boundary,
             *_windows(options, round(boundary)),
         )
+
+
+def _warn_of_other_starts(family: Family, options: TrainingOptions) -> None:
+    """Warn if --network_weights was trained for another expert than the one that goes on from it."""
+    for expert in family.experts:
+        network = network_for(options, expert)
+        if network is None or network.network_weights is None:
+            continue
+        if (network.network_module or family.lora_module) in OWN_MODULES:
+            trained = expert_trained(family, options) or expert
+            warn_of_other_expert(read_lora(network.network_weights), trained.name)
 
 
 def _windows(options: TrainingOptions, boundary: int) -> tuple[str, str]:
