@@ -93,6 +93,23 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     assert len(trainable.all_modules) == 2
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [[], ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]],
+)
+def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    """A process must know it also of the micro-batches that others read."""
+    write_caches(tmp_path, batch_size=2)
+    with prepare_run(BOTH, toy_options(tmp_path, "--max_train_epochs", 4, *sampling)) as run:
+        feed, count = run.feed.start(0, 0), run.plan.num_batches
+        drawn = [next(feed).data.expert for _ in range(4 * count)]
+        told = [run.feed.batches.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]
+    assert told == drawn
+    assert set(drawn) == {0, 1}
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "torch.optim.SGD"])
 def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(
     tmp_path: Path, optimizer: str
