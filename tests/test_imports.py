@@ -63,6 +63,7 @@ FLOORS = {
         {"data", "optimizers", "samples"},
         {"averages", "changes", "options", "validation"},
         {"experts"},
+        {"training_run"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
         {"job", "planning"},
         {"learning", "previews", "reporting", "saver", "summary"},

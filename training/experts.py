@@ -12,9 +12,10 @@ from modules.contract.family import Family
 from modules.errors import OptionError
 from modules.offload.turns import HostCopy
 from networks.adapter import OWN_NETWORKS
-from networks.loading import LoraFile, read_lora, warn_of_other_expert
+from networks.loading import OWN_MODULES, LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
+from training.data.options import NUM_TIMESTEPS
 from training.data.timesteps import check_reaches, levels_reached
 from training.options import TrainingOptions
 
@@ -116,6 +117,9 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if len(usual) == 1:
         return
+    _warn_of_other_starts(family, options)
+    if samples_with_others and options.samples.sample_prompts is None:
+        logger.warning("--sample_dit_other is ignored because there is no --sample_prompts")
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
         logger.info("Samples are made by the trained transformer alone; give --sample_dit_other for both.")
     boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
@@ -126,10 +130,30 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
     elif expert_trained(family, options) is None:
         logger.warning(
             "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
-            "only. Recommended: --max_timestep %g --preserve_distribution_shape (or --min_timestep %g if it "
-            "is the transformer for high noise).",
-            *[boundary] * 3,
+            "only. Recommended: %s --preserve_distribution_shape (or %s if it is the transformer for high "
+            "noise).",
+            boundary,
+            *_windows(options, round(boundary)),
         )
+
+
+def _warn_of_other_starts(family: Family, options: TrainingOptions) -> None:
+    """Warn if --network_weights was trained for another expert than the one that goes on from it."""
+    for expert in family.experts:
+        network = network_for(options, expert)
+        if network is None or network.network_weights is None:
+            continue
+        if (network.network_module or family.lora_module) in OWN_MODULES:
+            trained = expert_trained(family, options) or expert
+            warn_of_other_expert(read_lora(network.network_weights), trained.name)
+
+
+def _windows(options: TrainingOptions, boundary: int) -> tuple[str, str]:
+    """Return the options that train below a timestep, and those that train above it."""
+    if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
+        boundary = NUM_TIMESTEPS - boundary
+        return f"--min_timestep {boundary}", f"--max_timestep {boundary}"
+    return f"--max_timestep {boundary}", f"--min_timestep {boundary}"
 
 
 def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:

@@ -108,7 +108,7 @@ class NextSteps:
         if self.processes > 1:
             words = ["accelerate", "launch", "--num_processes", str(self.processes), self.scripts.train]
         words += self.given.words(RESUMING)
-        pattern = state_pattern(self.file.name.removesuffix(".safetensors"))
+        pattern = state_pattern(self._split(self.file)[0])
         has_state = any(pattern.fullmatch(entry.name) for entry in self.file.parent.iterdir())
         steps = ["--max_train_steps", str(self.total_steps * (2 if is_finished else 1))]
         words += [*steps, "--resume", LATEST]
@@ -145,9 +145,14 @@ class NextSteps:
 
     def _together(self, file: Path) -> tuple[Path, ...]:
         """Return the files that were saved together with one of them, in the order of `experts`."""
-        ends = [f"_{part}.safetensors" for part in self.parts]
-        stem = next((file.name.removesuffix(end) for end in ends if file.name.endswith(end)), None)
-        return (file,) if stem is None else tuple(file.with_name(stem + end) for end in ends)
+        stem, end = self._split(file)
+        parts = self.parts if end else ()
+        return tuple(file.with_name(f"{stem}_{part}.safetensors") for part in parts) or (file,)
+
+    def _split(self, file: Path) -> tuple[str, str]:
+        """Return the name of a file up to what tells its expert, and that: `_high_noise`, or nothing."""
+        end = next((f"_{part}" for part in self.parts if file.stem.endswith(f"_{part}")), "")
+        return file.stem.removesuffix(end), end
 
     def _with_file(self, words: Sequence[str], end: str, file: Path) -> list[str]:
         """Add what was trained, and the LoRAs of samples, for the transformer of --dit or --dit_high_noise.
@@ -171,8 +176,8 @@ class NextSteps:
         return words
 
     def _average_of(self, file: Path) -> Path:
-        end = next((f"_{part}" for part in self.parts if file.stem.endswith(f"_{part}")), "")
-        return file.with_name(f"{file.stem.removesuffix(end)}-ema{end}.safetensors")
+        stem, end = self._split(file)
+        return file.with_name(f"{stem}-ema{end}.safetensors")
 
 
 def quote_for_powershell(words: Sequence[str]) -> str:

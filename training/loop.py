@@ -9,45 +9,27 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
-from modules.contract.experts import Expert
 from modules.devices import numbers_on
 from modules.errors import UserError
-from modules.planning.device_memory import MemoryWatch
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
-from networks.added import AddedLoras
-from training.averages import WeightAverage
-from training.data.feed import Feed, MicroBatch
-from training.experts import ExpertNetworks
-from training.loss import Autocast, Trains, training_loss
+from training.data.feed import MicroBatch
+from training.loss import training_loss
 from training.optimizers.finished_weights import evaluation
-from training.optimizers.fused_backward import FusedBackward
-from training.optimizers.lr_schedule import LrSchedule
-from training.optimizers.parameter_steps import ParameterSteps
-from training.options import TrainingOptions
 from training.processes.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
-from training.progress import Progress
-from training.reports.logs import Logs, StepReport, name_rates
-from training.reports.readings import Notes, Reading, Readings
-from training.reports.reporter import RunReporter
-from training.samples import Sampler, SamplingStopped, is_due_after_epoch, is_due_at_step
-from training.saving.files import MinuteClock, Saver
+from training.reports.logs import StepReport, name_rates
+from training.reports.readings import Notes, Reading
+from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
-from training.steps import StepPlan
-from training.stopping import StopRequest
-from training.trainable import Trainable
-from training.triggers import SAMPLE, SAVE, TriggerFiles
-from training.validation import Validation
+from training.training_run import TrainingRun
+from training.triggers import SAMPLE, SAVE
 
 logger = logging.getLogger(__name__)
 
@@ -58,58 +40,6 @@ class Asked:
 
     saves: bool
     samples: bool
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """Hold everything that the loop works with.
-
-    `progress`, the network, the optimizer and the schedule change while training.
-    """
-
-    options: TrainingOptions
-    family: Trains
-    dits: ExpertNetworks  # of the experts that are trained
-    trainable: Trainable
-    optimizer: Optimizer
-    schedule: LrSchedule
-    plan: StepPlan
-    feed: Feed
-    progress: Progress
-    device: torch.device
-    autocast: Autocast
-    logs: Logs
-    compute_dtype: torch.dtype = torch.float32  # of the DiT
-    scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
-    steps: ParameterSteps | None = None  # if weights are stepped one by one
-    fused: FusedBackward | None = None  # if that happens inside the backward pass
-    saver: Saver | None = None  # in the main process only
-    sampler: Sampler | None = None
-    validation: Validation | None = None
-    reporter: RunReporter | None = None  # to the page; in the main process
-    memory: MemoryWatch | None = None  # on a CUDA device, in the main process
-    stop: StopRequest = field(default_factory=StopRequest)
-    clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only
-    readings: Readings = field(default_factory=Readings)
-    average: WeightAverage | None = None  # of the trained weights
-    sample_loras: Sequence[AddedLoras] = ()  # switched on for samples
-    sample_dits: ExpertNetworks | None = None  # if samples are made with more than what is trained
-    triggers: TriggerFiles = field(default_factory=TriggerFiles)  # watched by the main process only
-
-    @property
-    def experts(self) -> Sequence[Expert]:
-        """Return the experts of the model that is trained; most have one."""
-        return self.family.experts
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Return all modules that are in training mode or in evaluation mode together."""
-        return (*self.dits.networks, *self.trainable.all_modules)
-
-    @cached_property
-    def parameters(self) -> list[Parameter]:
-        """Return the trained parameters, in the optimizer's order."""
-        return self.trainable.parameters
 
 
 def train(run: TrainingRun) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dataset.batches.order import BatchOrder
 from modules.contract.experts import ONE_EXPERT, Expert
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
 from modules.options import NO_OPTIONS, options_with, to_path
 from training.averages import PART as AVERAGE
 from training.averages import WeightAverage
@@ -229,6 +229,12 @@ def check_resumable(
 
     Returns what --resume_changed changes; nothing without it. Call it before anything large is loaded.
     """
+    if isinstance(saved, ForeignState) and options.by_expert.lora_per_expert:
+        raise OptionError(
+            f"--resume {saved.folder}: the state of another program is of one network, and --lora_per_expert "
+            "trains two. Leave one of them out; --network_weights and --network_weights_high_noise start "
+            "from files"
+        )
     if not isinstance(saved, SavedState):
         return []
     # a state of before there were models with several transformers is of a model with one

@@ -24,7 +24,7 @@ from training.experts import note_experts
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_attention, load_model
-from training.loop import TrainingRun, train
+from training.loop import train
 from training.options import TrainingOptions
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
@@ -39,6 +39,7 @@ from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.saving.upload import make_uploads
 from training.summary import show_end, show_start, watch_run
+from training.training_run import TrainingRun
 from training.triggers import TriggerFiles, trigger_paths
 from training.validation import Validation
 

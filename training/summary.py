@@ -14,13 +14,13 @@ from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.planning.device_memory import peak_in_words
 from training.following import NextSteps
 from training.job import Data, TrainingJob
-from training.loop import TrainingRun
 from training.reports.best import best_file, lowest_validation
 from training.reports.history import History
 from training.sample_options import SampleOptions
 from training.saving.files import Names
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
+from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
@@ -54,9 +55,16 @@ class Validation:
         expert -> its network. The networks are in evaluation mode. All processes must call it and get the
         same numbers.
         """
-        sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
-        for item in self.items[self.process :: self.processes]:
-            sums += torch.tensor([*self._losses(item, dit_at, autocast), 1.0], dtype=torch.float64)
+        items, levels = self.items[self.process :: self.processes], self.sigmas
+        experts = [expert_at(NUM_TIMESTEPS * sigma, self.family.experts) for sigma in levels]
+        sums = torch.zeros(len(levels) + 1, dtype=torch.float64)
+        sums[-1] = len(items)
+        # all items by one network, then by the next: bringing one to the device takes longer than reading
+        for expert in sorted(set(experts)) if items else ():
+            dit, places = dit_at(expert), [place for place, which in enumerate(experts) if which == expert]
+            for item in items:
+                losses = self._losses(item, [levels[place] for place in places], dit, autocast)
+                sums[places] += torch.tensor(losses, dtype=torch.float64)
         if self.processes > 1:
             shared = sums.to(self.device)
             torch.distributed.all_reduce(shared)
@@ -68,8 +76,10 @@ class Validation:
         }
         return {"validation/loss": sum(means) / len(means), **bands}
 
-    def _losses(self, item: TrainingItem, dit_at: DitOf, autocast: Autocast) -> list[float]:
-        """Return the loss of one item in every band."""
+    def _losses(
+        self, item: TrainingItem, sigmas: Sequence[float], dit: nn.Module, autocast: Autocast
+    ) -> list[float]:
+        """Return the loss of one item at each of these noise levels."""
         batch = read_batch((item,), self.family.latent, self.commands, self.checks)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
@@ -77,7 +87,7 @@ class Validation:
         # in all bands, and in all runs of one probability
         given_frames = draw_given_frames(self.family.noise, shape[2], "validation", item.key, "given frames")
         losses = []
-        for sigma in self.sigmas:
+        for sigma in sigmas:
             band = int(NUM_BANDS * sigma)
             # seeded by the item alone: not by the run's seed, so that runs can be compared
             noise = torch.randn(shape, generator=seed_generator("validation", item.key, band))
@@ -85,6 +95,5 @@ class Validation:
             noisy_batch = NoisyBatch(
                 batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames
             ).to(self.device)
-            dit = dit_at(expert_at(NUM_TIMESTEPS * sigma, self.family.experts))
             losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
         return torch.cat(losses).tolist()

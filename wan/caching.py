@@ -2,9 +2,25 @@
 
 import torch
 
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
 from wan import conditioning
+from wan.configs import WanTask
+
+
+def check_controls(task: WanTask, table: MediaTable) -> None:
+    """Raise DatasetError if an item has more than one control image, or one that the model cannot take."""
+    if table.has_control and len(table.clean_indices) > 1:
+        raise DatasetError(
+            f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
+            f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices."
+        )
+    if table.has_control and task.kind == "ti2v":
+        raise DatasetError(
+            f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
+            "or control_path, or cache with the VAE of another model."
+        )
 
 
 def encode_together(

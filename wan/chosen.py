@@ -1,4 +1,4 @@
-"""What the options choose, in the words of `wan.family.Wan`: files, the boundary of experts, dtypes."""
+"""What the options choose, in the words of `wan.family.Wan`: files, tasks, boundaries, dtypes."""
 
 import logging
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from wan.configs import TASKS, WanTask
 from wan.files import WanFiles
 from wan.options import WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
 from wan.releases import add_release, check_names, read_release
+from wan.vae_releases import WAN_2_1, WAN_2_2
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,28 @@ def boundary_of(
     if options.experts.boundary is not None and files.dit_high_noise is None and other is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     return options.experts.boundary or of_release or task.boundary
+
+
+def caching_task(options: WanLatentCachingOptions, files: WanFiles) -> tuple[WanTask, str | None]:
+    """Return a task whose latents the given VAE makes, and the kind of image condition that is cached.
+
+    The kind is i2v or flf2v; None for text-to-video caches. Raises OptionError for switches that those
+    latents have no use for.
+    """
+    kind = "i2v" if options.i2v or options.clip is not None else None
+    image_kind = "flf2v" if options.flf2v else kind
+    release = files.vae_release()
+    if release is None:
+        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
+    task = TASKS["ti2v-5B" if release is WAN_2_2 else "t2v-14B"]
+    if task.kind == "ti2v" and image_kind is not None:
+        given = "--clip" if options.clip is not None else "--i2v"
+        raise OptionError(
+            f"{given}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
+            f"latents of the clip itself, so nothing else is cached. Leave out {given}"
+            f"{' and --flf2v' if options.flf2v else ''}."
+        )
+    return task, image_kind
 
 
 def vae_settings(

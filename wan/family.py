@@ -19,25 +19,23 @@ from modules.contract.loading import Placement
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
-from modules.contract.requests import check_size, settle, size_of, whole_frames
 from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import dtype_name
-from modules.errors import DatasetError, OptionError
-from modules.media.pixels import image_size, to_pixels
+from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
-from wan import conditioning
 from wan.batches import batch_conditions, no_features
-from wan.caching import encode_together
+from wan.caching import check_controls, encode_together
 from wan.checkpoints import load_dit, note_task
-from wan.chosen import boundary_of, files_and_boundary, files_of, network_settings, vae_settings
-from wan.clip import load_clip
-from wan.configs import (
-    FIRST_LAST_NEGATIVE_PROMPT,
-    NEGATIVE_PROMPT,
-    TASKS,
-    WanTask,
-    default_flow_shift,
+from wan.chosen import (
+    boundary_of,
+    caching_task,
+    files_and_boundary,
+    files_of,
+    network_settings,
+    vae_settings,
 )
+from wan.clip import load_clip
+from wan.configs import TASKS, WanTask
 from wan.files import WanFiles
 from wan.inputs import FIRST_LATENTS, add_image_noise, appends_end, encode_inputs, take_inputs
 from wan.options import (
@@ -46,10 +44,10 @@ from wan.options import (
     WanTextCachingOptions,
     WanTrainingOptions,
 )
+from wan.requests import prepare_request
 from wan.spec import DIT, LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
-from wan.vae_releases import WAN_2_1, WAN_2_2
 
 logger = logging.getLogger(__name__)
 
@@ -180,17 +178,8 @@ class Wan:
         return MediaEncoders(vae, load_clip(self.files.clip_path, device) if images and wants_image else None)
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if an item has more than one control image."""
-        if table.has_control and len(table.clean_indices) > 1:
-            raise DatasetError(
-                f"{table.name}: Wan takes one control video or image for each item, fp_1f_clean_indices asks "
-                f"for {len(table.clean_indices)}. Remove fp_1f_clean_indices."
-            )
-        if table.has_control and self.task.kind == "ti2v":
-            raise DatasetError(
-                f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
-                "or control_path, or cache with the VAE of another model."
-            )
+        """Raise DatasetError if an item has a control image or video that cannot be used."""
+        check_controls(self.task, table)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
         """Return None: an item has one file."""
@@ -271,32 +260,11 @@ class Wan:
         Raises OptionError if a needed image or control video is missing or a size cannot be made,
         CheckpointError if a file is missing or not what --task says.
         """
-        task, usual = self.task, self.defaults
         self._check_dit()
-        request = take_inputs(task, request)
-        self._check_encoders(*(("clip",) if task.has_features else ()))
-        width, height, frames = size_of(request, usual)
-        if task.frames == 1 and frames != 1:
-            raise OptionError(
-                f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v "
-                "task."
-            )
-        flow_shift = (
-            default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
-        )
-        if self.sizes_follow_image:
-            width, height = _size_by_image(task, request, width, height)
-        size = width, height, whole_frames(frames, self.latent)
-        if task.keeps_image and request.image_path is not None and size[2] == 1:
-            raise OptionError(
-                f"--image_path {request.image_path}: it becomes the first frame, and the video has only one. "
-                "Give a --video_length of 5 or more, or leave the image out"
-            )
-        check_size((width, height, frames), self.latent)
-        usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
-        # the release has no empty one
-        request = replace(request, negative_prompt=request.negative_prompt or None)
-        return settle(request, usual, size, flow_shift, usual_negative, self.experts)
+        request = take_inputs(self.task, request)
+        self._check_encoders(*(("clip",) if self.task.has_features else ()))
+        given = self.task, request, self.defaults, self.latent, self.experts
+        return prepare_request(*given, follows_image=self.sizes_follow_image)
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether images or a control video must be encoded before denoising."""
@@ -388,20 +356,8 @@ def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
 
     Raises OptionError for switches that those latents have no use for.
     """
-    kind = "i2v" if options.i2v or options.clip is not None else None
-    image_kind = "flf2v" if options.flf2v else kind
     files = WanFiles(vae=options.vae.vae, clip=options.clip)
-    release = files.vae_release()
-    if release is None:
-        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
-    task = TASKS["ti2v-5B" if release is WAN_2_2 else "t2v-14B"]
-    if task.kind == "ti2v" and image_kind is not None:
-        given = "--clip" if options.clip is not None else "--i2v"
-        raise OptionError(
-            f"{given}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
-            f"latents of the clip itself, so nothing else is cached. Leave out {given}"
-            f"{' and --flf2v' if options.flf2v else ''}."
-        )
+    task, image_kind = caching_task(options, files)
     return Wan(task, files, **vae_settings(options, torch.bfloat16), image_kind=image_kind)
 
 
@@ -466,16 +422,6 @@ def _experts(boundary: float) -> tuple[Expert, Expert]:
 
 def _latent_of(task: WanTask) -> LatentSpec:
     return LATENT_5B if task.kind == "ti2v" else LATENT
-
-
-def _size_by_image(task: WanTask, request: Request, width: int, height: int) -> tuple[int, int]:
-    """Return width and height with the aspect of the image that the task starts from, if there is one."""
-    if task.takes_image and request.first_image is not None:
-        return conditioning.size_like_image(image_size(request.first_image), width * height)
-    if task.keeps_image and request.image_path is not None:
-        step = _latent_of(task).pixel_step
-        return conditioning.nearest_size(image_size(request.image_path), width * height, step)
-    return width, height
 
 
 _: type[Family] = Wan

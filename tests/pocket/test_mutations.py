@@ -27,10 +27,11 @@ from tests.pocket.test_model import ASKED, asked_for, generate, obeys
 from training.loss import NoisyBatch, training_loss
 from training.options import read_arguments, training_parser
 from wan.family import Wan, family_for_training
-from wan.model import WanModel, WanTokens
+from wan.model import WanModel
 from wan.options import WanTrainingOptions, add_training_arguments
 from wan.t5 import load_t5
 from wan.tokenizer import load_tokenizer
+from wan.tokens import WanTokens
 from wan.vae import load_vae
 
 CPU = torch.device("cpu")

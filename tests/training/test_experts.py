@@ -93,6 +93,23 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     assert len(trainable.all_modules) == 2
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [[], ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]],
+)
+def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    """A process must know it also of the micro-batches that others read."""
+    write_caches(tmp_path, batch_size=2)
+    with prepare_run(BOTH, toy_options(tmp_path, "--max_train_epochs", 4, *sampling)) as run:
+        feed, count = run.feed.start(0, 0), run.plan.num_batches
+        drawn = [next(feed).data.expert for _ in range(4 * count)]
+        told = [run.feed.batches.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]
+    assert told == drawn
+    assert set(drawn) == {0, 1}
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "torch.optim.SGD"])
 def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(
     tmp_path: Path, optimizer: str
@@ -186,6 +203,12 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
         high[f"validation/loss_{band}00"] for band in (7, 9)
     ]
     assert low["validation/loss_900"] != high["validation/loss_900"]
+    asked: list[int] = []
+    with prepare_run(BOTH, options) as run:
+        assert run.validation is not None
+        assert len(run.validation.items) > 1
+        run.validation.measure(lambda expert: (asked.append(expert), run.dits.at(expert))[1], run.autocast)
+    assert asked == [0, 1], "a network is brought once for all items"
 
     with prepare_run(ToyFamily(experts=TWO_EXPERTS[1:]), options) as run:
         assert run.validation is not None
@@ -284,17 +307,40 @@ def test_a_state_is_not_resumed_with_other_transformers(
         train_network(second, toy_options(tmp_path, "--max_train_steps", 2, "--resume", "latest"))
 
 
+def test_a_start_from_the_file_of_the_other_transformer_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    usual = replace(BOTH, defaults=replace(BOTH.defaults, experts=TWO_EXPERTS))
+    train(tmp_path, APART, "--max_train_steps", 1)
+    low, high = (tmp_path / "output" / f"x_{part}.safetensors" for part in PARTS)
+    for first, second, is_wrong in ((low, high, False), (high, low, True)):
+        caplog.clear()
+        starts = ["--network_weights", first, "--network_weights_high_noise", second]
+        train(tmp_path, APART, *starts, "--max_train_steps", 1, "--output_name", "y", family=usual)
+        for expert in ("low", "high"):
+            assert (f"is loaded into the {expert}" in caplog.text) == is_wrong
+
+
 def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_caches(tmp_path)
     alone = ToyFamily(defaults=replace(ToyFamily().defaults, experts=TWO_EXPERTS))
-    window = ["--max_timestep", 600, "--preserve_distribution_shape", "--timestep_sampling", "uniform"]
-    for given, is_recommended, expert in ([], True, None), (window, False, "low"):
+    uniform, keeps = ["--timestep_sampling", "uniform"], "--preserve_distribution_shape"
+    table = f"--min_timestep 400 {keeps} (or --max_timestep 400 "  # bounds from the noisy end
+    for given, recommended, expert in (
+        ([], table, None),
+        (uniform, f"--max_timestep 600 {keeps} (or --min_timestep 600 ", None),
+        (["--min_timestep", 400, keeps], None, "low"),
+        (["--max_timestep", 400, keeps], None, "high"),
+        ([*uniform, "--max_timestep", 600, keeps], None, "low"),
+    ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             train(tmp_path, "--max_train_steps", 1, "--offload_inactive_dit", *given, family=alone)
         assert "--offload_inactive_dit is ignored" in caplog.text
-        assert ("--max_timestep 600 --preserve_distribution_shape" in caplog.text) == is_recommended
+        assert (f"Recommended: {recommended}" in caplog.text) == (recommended is not None)
+        assert ("Recommended: " in caplog.text) == (recommended is not None)
         with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
             assert file.metadata().get("ss_wan_expert") == expert

@@ -94,6 +94,17 @@ def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -
     assert not any("--max_train_epochs" in words or "--resume_changed" in words for words in commands)
 
 
+def test_two_files_saved_together_have_one_state(tmp_path: Path) -> None:
+    steps = next_steps(tmp_path, [])
+    steps = replace(steps, file=tmp_path / "x_low_noise.safetensors", parts=("low_noise", "high_noise"))
+    (tmp_path / "x-step00000040-state").mkdir()
+
+    longer, *_ = steps.commands(None, is_finished=True)
+
+    assert "No state was saved" not in longer.note
+    assert "--save_state" not in words_of(longer)
+
+
 def test_several_processes_are_launched_again(tmp_path: Path) -> None:
     first, *_ = next_steps(tmp_path, [], processes=2).commands(None, is_finished=False)
 

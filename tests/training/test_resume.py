@@ -21,7 +21,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.dataset.making import make_table
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import TWO_EXPERTS, ToyFamily, same, toy_options, train_toy, write_caches
 from training.resuming import epoch_digest, habits_of
 from training.run import train_network
 from training.saving.states import warn_of_changes
@@ -358,6 +358,19 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
 
     assert all(torch.allclose(tensors[name], network[name], atol=1e-6) for name in network)
     assert (tmp_path / "output" / "x-state").exists()
+
+
+def test_a_foreign_state_of_one_network_is_not_resumed_with_two(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write_caches(tmp_path)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+
+    options = toy_options(tmp_path, "--resume", folder, "--lora_per_expert")
+    with pytest.raises(OptionError, match="is of one network, and --lora_per_expert trains two"):
+        train_network(ToyFamily(experts=TWO_EXPERTS), options)
 
 
 def test_code_in_a_foreign_state_is_not_run(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_shares_of_two_processes_cover_all_items_once(tmp_path: Path) -> None:
     whole, dit = made(tmp_path, split=0.5)
 
     sums = [
-        [whole._losses(item, lambda _: dit, nullcontext) for item in whole.items[process::2]]
+        [whole._losses(item, whole.sigmas, dit, nullcontext) for item in whole.items[process::2]]
         for process in range(2)
     ]
 

@@ -104,7 +104,7 @@ def test_a_sample_is_what_the_generation_script_makes(project: Path, name: str) 
         assert expert == {"shared": "both", "apart": file[5:].removesuffix("_noise"), "low": None}.get(
             name, name
         )
-    assert ("--max_timestep 800" in said) == (name == "low")
+    assert ("--min_timestep 200 --preserve_distribution_shape" in said) == (name == "low")
 
 
 @pytest.mark.parametrize(

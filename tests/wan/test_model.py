@@ -11,7 +11,8 @@ from modules.contract.generation import Tweaks
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
-from wan.model import WanModel, _pad
+from wan.model import WanModel
+from wan.tokens import pad_texts
 
 CASES = ("wan_dit_t2v", "wan_dit_i2v", "wan_dit_fun_control", "wan_dit_flf2v")
 
@@ -147,7 +148,7 @@ def test_padding_rows_computed_once_give_what_all_of_them_give(
     model, inputs = tiny_model(kind).requires_grad_(True), tiny_inputs(kind)
     merged = gradients(model, inputs)
     monkeypatch.setattr(
-        "wan.model._pad", lambda text, length, merges, padded=_pad: padded(text, length, False)
+        "wan.model.pad_texts", lambda text, length, merges, padded=pad_texts: padded(text, length, False)
     )
 
     for name, gradient in gradients(model, inputs).items():

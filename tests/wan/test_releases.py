@@ -159,8 +159,9 @@ def test_a_boundary_without_a_second_transformer_is_ignored_with_a_warning(
     """Also where --ckpt_dir might have had one."""
     words = ["--save_path", "made", "--task", "t2v-A14B", "--dit", "one.st", "--timestep_boundary", "0.5"]
     words += ["--prompt", "a cat"]
-    _, options = read_generation(None, DEFAULTS, add_generation_arguments, WanGenerationOptions, words)
     with caplog.at_level(logging.WARNING):
+        _, options = read_generation(None, DEFAULTS, add_generation_arguments, WanGenerationOptions, words)
+        assert not caplog.records  # the folder is not looked at yet
         files_and_boundary(options, LATENT)
     assert caplog.text.count("--timestep_boundary is ignored because there is no --dit_high_noise") == 1
     assert caplog.text.count("is ignored") == 1

@@ -131,10 +131,7 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`). Source: the FLUX.1 reference code.
     Raises OptionError if a sampler follows the size and the family's shift does not.
     """
-    sampler = options.timestep_sampling
-    line = SIZE_SHIFTS.get(MIXTURES[sampler][0][0] if sampler in MIXTURES else sampler)
-    if sampler in SIZE_SAMPLERS:
-        line = SIZE_SHIFTS["flux_shift"]
+    line = _line_of(options)
     if line is None:
         return options.flow_shift
     if noise.tokens is None:
@@ -145,6 +142,14 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
         )
     (few, low), (many, high) = line
     return math.exp(low + (noise.tokens(shape) - few) * (high - low) / (many - few))
+
+
+def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]] | None:
+    """Return the line of `SIZE_SHIFTS` that the sampler follows; None: its shift does not follow the size."""
+    sampler = options.timestep_sampling
+    if sampler in SIZE_SAMPLERS:
+        return SIZE_SHIFTS["flux_shift"]
+    return SIZE_SHIFTS.get(MIXTURES[sampler][0][0] if sampler in MIXTURES else sampler)
 
 
 def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
@@ -236,12 +241,14 @@ def find_accepted_range(
     Narrowing u to it leaves few draws to reject. Raises OptionError if there are none.
     """
     accepted, _ = scan(options, noise, flow_shift, span)
+    is_table = options.timestep_sampling == "sigma"
     if not len(accepted) and span.words:
         raise OptionError(
             f"no timestep of this run reaches the {span.words}, which is trained from {span.lowest:g} "
             f"{'on' if span.highest == math.inf else f'to {span.highest:g}'}: of {SCAN} draws of "
             f"--timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
             "or change --min_timestep, --max_timestep, --discrete_flow_shift or --timestep_boundary"
+            + (". This sampler counts the first two from the noisy end" if is_table else "")
         )
     if not len(accepted):
         raise OptionError(
@@ -275,11 +282,15 @@ def levels_reached(options: TimestepOptions, noise: NoiseSpec) -> tuple[float, f
 def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[Expert]) -> None:
     """Raise OptionError if an expert would never be trained.
 
-    Samplers that follow the size are not checked.
+    Samplers that follow the size are checked at both ends of their line.
     """
-    if not options.follows_size and (len(experts) > 1 or experts[0].lowest > 0):
-        for span in spans_of(experts):
-            find_accepted_range(options, noise, options.flow_shift, span)
+    if len(experts) == 1 and experts[0].lowest <= 0:
+        return
+    line = _line_of(options)
+    shifts = [options.flow_shift] if line is None else [math.exp(mu) for _, mu in line]
+    for span in spans_of(experts):
+        if not any(len(scan(options, noise, shift, span)[0]) for shift in shifts):
+            find_accepted_range(options, noise, shifts[0], span)
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:

@@ -380,8 +380,18 @@ def test_the_high_noise_expert_alone_gets_its_side_evenly_with_buckets() -> None
         (["--min_timestep", "880"], "low-noise"),
     ],
 )
-def test_an_expert_that_no_timestep_reaches_is_an_error(arguments: list[str], expert: str) -> None:
-    made = options("--timestep_sampling", "uniform", *arguments)
+@pytest.mark.parametrize("sampler", ["uniform", "flux_shift"])
+def test_an_expert_that_no_timestep_reaches_is_an_error(
+    arguments: list[str], expert: str, sampler: str
+) -> None:
+    made = options("--timestep_sampling", sampler, *arguments)
     with pytest.raises(OptionError, match=f"no timestep of this run reaches the {expert} transformer"):
         check_reaches(made, FLOW, TWO)
-    check_reaches(options(), FLOW, TWO)
+    for able in (options(), options("--timestep_sampling", sampler)):
+        check_reaches(able, FLOW, TWO)
+
+
+def test_bounds_of_the_sampler_sigma_are_told_to_count_from_the_noisy_end() -> None:
+    made = options("--min_timestep", "875", "--preserve_distribution_shape")  # 0 to 125
+    with pytest.raises(OptionError, match="counts the first two from the noisy end"):
+        check_reaches(made, FLOW, TWO[1:])
