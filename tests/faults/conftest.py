@@ -20,6 +20,7 @@ from tests.faults.runs import (
     FINE_TUNING,
     FRAMEPACK,
     FRAMEPACK_ONE_FRAME,
+    HUNYUAN_VIDEO,
     Scripts,
     Undisturbed,
     assert_whole,
@@ -48,6 +49,8 @@ STANDING_FOR_ALL = {
     FRAMEPACK_ONE_FRAME.name: (),
     FINE_TUNING.name: ("mid_write]", "SIGTERM]", "killed_from_outside"),
 }
+# the same for families of which only these are not tried
+LEFT_TO_OTHERS = {HUNYUAN_VIDEO.name: ("before_rename]", "after_rename]", "mid_epoch]", "SIGINT]")}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,7 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         found = getattr(item, "callspec", None)
         scripts = None if found is None else found.params.get("scripts")
-        chosen = STANDING_FOR_ALL.get(getattr(scripts, "name", ""))
+        name = getattr(scripts, "name", "")
+        chosen = STANDING_FOR_ALL.get(name)
+        if any(word in item.name for word in LEFT_TO_OTHERS.get(name, ())):
+            item.add_marker(pytest.mark.slow)
         if (
             chosen is not None
             and "place" not in found.params

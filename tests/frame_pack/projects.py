@@ -68,7 +68,7 @@ def sample_latents(tiny: TinyFamily, lora: Path, lines: str, folder: Path) -> li
     dit = family.load_dit(Placement(CPU))
     make_network(options.network, family.lora_module, dit, seed=0).module.eval()
     with torch.no_grad():
-        sampler.make(dit, nullcontext, "000003", lambda: False)
+        sampler.make(lambda _: dit, nullcontext, "000003", lambda: False)
     return family.decoded
 
 

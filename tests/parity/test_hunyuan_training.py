@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.commands import run_script
 from tests.parity.hunyuan import load_dit
-from tests.parity.projects import DATASET, GRID
+from tests.parity.projects import DATASET, GRID, WIDTH
 from tests.parity.running import TOLERANCE
 from tests.parity.test_training import by_shift
 from tests.parity.training import Factors, Item, assert_steps_of_descent, noise_of, shuffled, uniform_of
@@ -47,7 +47,7 @@ def write_caches(folder: Path, with_image: bool) -> list[HunyuanItem]:
     (folder / "cache").mkdir(parents=True)
     (folder / "clips").mkdir()
     (folder / "dataset.toml").write_text(
-        DATASET.format(folder=folder.as_posix(), batch_size=2), encoding="utf-8"
+        DATASET.format(folder=folder.as_posix(), width=WIDTH, batch_size=2), encoding="utf-8"
     )
     items = []
     for index, words in enumerate((20, 256)):
