@@ -148,8 +148,8 @@ def _require_room(dit: nn.Module, device: torch.device) -> None:
         )
 
 
-def check_attention(job: TrainingJob) -> None:
-    """Raise OptionError if the requested attention is not available; nothing is loaded yet."""
+def check_computing(job: TrainingJob) -> None:
+    """Raise OptionError if the requested attention or precision is not available; nothing is loaded yet."""
     autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
     placement = placement_of(job.options, job.accelerator.device, job.fp8)
     check_backend(
@@ -158,6 +158,8 @@ def check_attention(job: TrainingJob) -> None:
         lambda: autocast or job.family.compute_dtype(placement),
         training=True,
     )
+    if autocast is not None:
+        _check_dtype(job, job.family.compute_dtype(placement))
 
 
 def _load_dit(job: TrainingJob, family: Family, index: int, host: HostPlace | None) -> nn.Module:
@@ -165,7 +167,7 @@ def _load_dit(job: TrainingJob, family: Family, index: int, host: HostPlace | No
 
     One that is to be trained gets the training dtype. host: keeps weights in host memory.
     """
-    expert, precision = family.experts[index], job.options.accelerator.mixed_precision
+    expert = family.experts[index]
     network = network_for(job.options, expert)
     files = (
         [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
@@ -176,13 +178,21 @@ def _load_dit(job: TrainingJob, family: Family, index: int, host: HostPlace | No
     dit = family.load_dit(replace(placement, patch=patch, host=host), index)
     if patch is not None:
         patch.check()
-    dtype, autocast = dtype_of(dit), AUTOCAST.get(precision)
-    if autocast is not None and dtype not in {autocast, torch.float32}:
-        raise OptionError(
-            f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or "
-            "the model's dtype."
-        )
+    _check_dtype(job, dtype_of(dit))
     return dit.requires_grad_(False)
+
+
+def _check_dtype(job: TrainingJob, dtype: torch.dtype) -> None:
+    """Raise OptionError if --mixed_precision does not go with the dtype that the model computes in."""
+    precision = job.options.accelerator.mixed_precision
+    autocast = AUTOCAST.get(precision)
+    if autocast is None or dtype in {autocast, torch.float32}:
+        return
+    casts = f", or --dit_dtype {precision}" if hasattr(job.family.options, "dit_dtype") else ""
+    raise OptionError(
+        f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or the "
+        f"model's dtype{casts}."
+    )
 
 
 def _add_learner(job: TrainingJob, dit: nn.Module, expert: Expert, learners: list[Trainable]) -> None:

@@ -23,7 +23,7 @@ from training.early_checks import check_before_loading
 from training.experts import note_experts
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
-from training.learning import LoadedModel, check_attention, load_model
+from training.learning import LoadedModel, check_computing, load_model
 from training.loop import train
 from training.options import TrainingOptions
 from training.planning.memory import prepare_memory
@@ -135,7 +135,7 @@ def _begin(
     """Find state, items and steps, and check all that can be known before anything large is loaded."""
     config = read_config(options)  # a fault in it is told before anything is started
     job = start_job(family, options, commands, sampling)
-    check_attention(job)
+    check_computing(job)
     data = find_data(job, config)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")

@@ -155,7 +155,7 @@ def write_experts(folder: Path) -> None:
     """Tiny models of Wan2.2, and LoRAs for its two experts."""
     for noise, seed in (("low", 0), ("high", 1)):
         for kind, name in (("t2v", "t2v"), ("i2v-2.2", "i2v")):
-            state = tiny_state(kind, seed, torch.bfloat16)
+            state = tiny_state(kind, seed, torch.float16)
             dit = write_dit(folder, state, name=f"wan2.2_{name}_{noise}_noise_14B_fp16")
             version = "v1.1" if name == "t2v" else "v1"
             write_lora(
@@ -163,5 +163,5 @@ def write_experts(folder: Path) -> None:
             )
         state = tiny_state("fun-control-2.2", seed, torch.bfloat16)
         write_dit(folder, state, name=f"Wan2.2-Fun-A14B-Control_{noise}_noise")
-    write_dit(folder, tiny_state("ti2v", dtype=torch.bfloat16), name="wan2.2_ti2v_5B_fp16")
+    write_dit(folder, tiny_state("ti2v", dtype=torch.float16), name="wan2.2_ti2v_5B_fp16")
     torch.save(vae22_tensors(), folder / VAE22_FILE)
