@@ -48,7 +48,8 @@ class WanExpertOptions:
     """The second transformer of a model that has one for much noise and one for little."""
 
     dit_high_noise: Path | None
-    timestep_boundary: float | None = field(metadata=IDENTITY)  # 0..1 or 0..1000; None: that of the task
+    # 0..1 or 0..1000; None: that of the task. Resume compares where the experts begin
+    timestep_boundary: float | None = field(metadata=FREE)
     force_v2_1_time_embedding: bool = field(metadata={**FREE, **NO_PIXELS})
 
     def __post_init__(self) -> None:
