@@ -68,9 +68,8 @@ class DitLoader:
         if patch is not None:
             patch.check()
         count = sum(map(len, family.dit.blocks(dit).values()))
-        check_skipped_layers(
-            self.options.guidance.skipped_layers, count
-        )  # where no header has told it before
+        # where no header has told it before
+        check_skipped_layers(self.options.guidance.skipped_layers, count)
         dit.eval().requires_grad_(False)
         dress(dit, family.dit, self.device, speed.compilation.choice, swapped)
         return dit

@@ -213,9 +213,10 @@ def _check_texts(request: Request) -> None:
 
 
 def _check_numbers(request: Request) -> None:
+    *_, most_scale = VALUES["guidance_scale"]
     for name, scale in request.expert_guidance.items():
-        if not abs(scale) <= VALUES["guidance_scale"][2]:
-            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most 1000")
+        if not abs(scale) <= most_scale:
+            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {most_scale}")
     for name, (option, letter, most) in COUNTS.items():
         count = getattr(request, name)
         if count is not None and not 1 <= count <= most:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from modules.contract.experts import named_expert
+from modules.contract.experts import expert_of_file, named_expert
 from modules.text_files import parse_json
 from networks.module_names import FAMILIES
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT
@@ -34,14 +34,7 @@ def expert_of_model(path: Path) -> str | None:
 
     `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
     """
-    for part in (path, path.absolute().parent):
-        by_name = named_expert(part.name if part.is_dir() else part.stem)
-        if by_name is not None:
-            return by_name
-        beside = [part.with_name(name.removesuffix(".")) for name in NETWORKS]
-        if f"{part.name}." in NETWORKS and all(folder.is_dir() for folder in beside):
-            return NETWORKS[f"{part.name}."]
-    return None
+    return expert_of_file(path, {start.removesuffix("."): expert for start, expert in NETWORKS.items()})
 
 
 def in_words(expert: str) -> str:

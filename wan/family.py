@@ -145,7 +145,7 @@ class Wan:
         """Check every file that an option names, needed or not. Loads nothing."""
         self._check_encoders()
         self.files.check_tokenizer()
-        if self.files.dit is not None or self.files.dit_high_noise is not None:
+        if self.files.has_dit:
             self._check_dit()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
@@ -339,8 +339,9 @@ class Wan:
     def _vae_dtype(self) -> torch.dtype:
         if self.vae_dtype is not None:
             return self.vae_dtype
-        has_dit = self.files.dit is not None or self.files.dit_high_noise is not None
-        return (self.dit_dtype or self.files.dit_header().compute_dtype) if has_dit else torch.bfloat16
+        if not self.files.has_dit:
+            return torch.bfloat16
+        return self.dit_dtype or self.files.dit_header().compute_dtype
 
     @property
     def _feature_zeros(self) -> bool:

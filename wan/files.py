@@ -33,6 +33,11 @@ class WanFiles:
         return require_file(self.dit, "--dit", "the transformer checkpoint")
 
     @property
+    def has_dit(self) -> bool:
+        """Whether a transformer is given."""
+        return self.dit is not None or self.dit_high_noise is not None
+
+    @property
     def dits(self) -> tuple[Path, ...]:
         """Transformers that are given, the one for little noise first; --dit must be unless the other is."""
         if self.dit_high_noise is None:

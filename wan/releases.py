@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, named_expert
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.contract.family import LatentSpec
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
+from networks.names.wan import WAN
 from wan.files import WanFiles
+from wan.options import MOST_TIMESTEP
 from wan.vae_releases import RELEASES
 
 logger = logging.getLogger(__name__)
@@ -30,9 +32,8 @@ OFFICIAL_DIT = (
 PIPELINE_INDEX = "model_index.json"
 PIPELINE = {"vae": "vae", "t5": "text_encoder", "clip": "image_encoder", "t5_tokenizer": "tokenizer"}
 PIPELINE_DIT = {"dit": "transformer"}
-PIPELINE_EXPERTS = {"dit": "transformer_2", "dit_high_noise": "transformer"}
-
-MOST_TIMESTEP = 1000.0
+_OPTIONS = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
+PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     Warns if one of them does, as a name is only a hint.
     """
     named = {
-        option: (path, expert_of_file(path), meant)
+        option: (path, expert_of_file(path, dict(WAN.experts)), meant)
         for option, path, meant in (
             ("--dit", dit, LOW_NOISE),
             ("--dit_high_noise", dit_high_noise, HIGH_NOISE),
@@ -109,21 +110,6 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
         )
     if dit is not None and dit == dit_high_noise:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)
-
-
-def expert_of_file(path: Path) -> str | None:
-    """Return the expert that a file's name or its folder's names, LOW_NOISE or HIGH_NOISE; None: neither.
-
-    Of a pipeline of diffusers, `transformer` is for much noise if there is a `transformer_2`.
-    """
-    folders = {PIPELINE_EXPERTS["dit"]: LOW_NOISE, PIPELINE_EXPERTS["dit_high_noise"]: HIGH_NOISE}
-    for part in (path, path.parent):
-        said = named_expert(part.name if part.is_dir() else part.stem)
-        if said is not None:
-            return said
-        if part.name in folders and (part.parent / PIPELINE_EXPERTS["dit"]).is_dir():
-            return folders[part.name]
-    return None
 
 
 def _words(expert: str | None) -> str:

@@ -1,8 +1,9 @@
 """Experts: networks of one model that share the noise levels among them. Most models have a single one."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ def named_expert(name: str) -> str | None:
     if not found and not _WORDS.keys() <= set(plain.split("_")):
         found = set(_IN_SHORT.findall(plain))
     return _WORDS[found.pop()] if len(found) == 1 else None
+
+
+def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
+    """Return the expert that the name of a file or folder says, or that of the folder it lies in; None: none.
+
+    folders: names of folders that lie side by side in a model of several experts -> the expert of each; one
+    of these alone says nothing.
+    """
+    for part in (path, path.absolute().parent):
+        said = named_expert(part.name if part.is_dir() else part.stem)
+        if said is not None:
+            return said
+        if part.name in folders and all(part.with_name(name).is_dir() for name in folders):
+            return folders[part.name]
+    return None
 
 
 def expert_at(timestep: float, experts: Sequence[Expert]) -> int:

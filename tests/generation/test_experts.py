@@ -24,6 +24,7 @@ from modules.errors import CheckpointError
 from modules.offload.transfer import PlainTransfer
 from modules.offload.turns import HostCopy
 from tests.generation.toy_family import ToyFamily
+from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.test_model import tiny_inputs
 from wan.checkpoints import load_dit
@@ -321,22 +322,11 @@ def test_a_plan_names_each_turn_once() -> None:
     assert plan_turns(family, [late]) == [0]
 
 
-class CountingTransfer(PlainTransfer):
+class CountingTransfer(CountedMemory, PlainTransfer):
     """A device whose memory is counted."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self.used = self.most = 0
-
-    def memory(self, size_bytes: int) -> torch.Tensor:
-        memory = super().memory(size_bytes)
-        self.used += size_bytes
-        self.most = max(self.most, self.used)
-        weakref.finalize(memory.untyped_storage(), self._free, size_bytes)
-        return memory
-
-    def _free(self, size_bytes: int) -> None:
-        self.used -= size_bytes
 
 
 @pytest.mark.parametrize("rules", [TurnRules(), TurnRules(keep=True), TurnRules(lazy=True)], ids=str)

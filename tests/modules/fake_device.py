@@ -2,6 +2,7 @@
 it.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,22 @@ from torch import Tensor
 from modules.offload.transfer import Pairs
 
 NONSENSE = 255  # in every byte: not a number in all floating types
+
+
+class CountedMemory:
+    """Before a `Transfer` among the bases: it knows how much of its memory is in use, and the most ever."""
+
+    used = most = 0
+
+    def memory(self, size_bytes: int) -> Tensor:
+        memory: Tensor = super().memory(size_bytes)  # type: ignore[misc]  # of the class it stands before
+        self.used += size_bytes
+        self.most = max(self.most, self.used)
+        weakref.finalize(memory.untyped_storage(), self._free, size_bytes)
+        return memory
+
+    def _free(self, size_bytes: int) -> None:
+        self.used -= size_bytes
 
 
 def hide(tensor: Tensor) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from generation.options import read_generation
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.experts import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.errors import CheckpointError, OptionError
+from networks.names.wan import WAN
 from wan.chosen import files_and_boundary
 from wan.files import WanFiles
 from wan.options import WanGenerationOptions, add_generation_arguments
-from wan.releases import add_release, check_names, expert_of_file, read_release
+from wan.releases import add_release, check_names, read_release
 from wan.spec import LATENT, LATENT_5B
 from wan_generate_video import DEFAULTS
 
@@ -118,7 +119,7 @@ def test_files_that_are_given_go_first_and_dit_alone_stays_alone() -> None:
 )
 def test_a_name_says_which_expert_a_file_is(tmp_path: Path, name: str, expert: str | None) -> None:
     make(tmp_path, "pipeline/transformer/", "pipeline/transformer_2/", "transformer/")
-    assert expert_of_file(tmp_path / name) == expert
+    assert expert_of_file(tmp_path / name, dict(WAN.experts)) == expert
 
 
 def test_swapped_files_are_refused() -> None:

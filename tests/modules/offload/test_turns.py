@@ -4,7 +4,6 @@ The device is the fake one of the tests of block swap: a weight that is used on 
 or after it has left is not a number.
 """
 
-import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from modules.fp8.options import Quantisation
 from modules.offload.block_swap import host_weights, swap_blocks, swap_of
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import HostCopy, HostPlaceOf
-from tests.modules.fake_device import FakeDevice, hide
+from tests.modules.fake_device import CountedMemory, FakeDevice, hide
 from tests.modules.swap_cases import CASES, CPU, Case, learner, same, swapped
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
@@ -24,22 +23,8 @@ from wan.checkpoints import load_dit
 WAN = CASES[0]
 
 
-class CountingDevice(FakeDevice):
+class CountingDevice(CountedMemory, FakeDevice):
     """Knows how much of its memory is in use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used = self.most = 0
-
-    def memory(self, size_bytes: int) -> Tensor:
-        memory = super().memory(size_bytes)
-        self.used += size_bytes
-        self.most = max(self.most, self.used)
-        weakref.finalize(memory.untyped_storage(), self._free, size_bytes)
-        return memory
-
-    def _free(self, size_bytes: int) -> None:
-        self.used -= size_bytes
 
 
 def taking_turns(dit: nn.Module, device: FakeDevice, place: HostPlaceOf | None = None) -> HostCopy:
