@@ -170,8 +170,8 @@ class DitTurns:
 
     def _follow_plan(self, expert: int) -> None:
         """Note that an expert works now. What was skipped in the plan has failed or ended early."""
-        later = [place for place in range(self._place, len(self._plan)) if self._plan[place] == expert]
-        self._place = later[0] if later else self._place
+        later = range(self._place, len(self._plan))
+        self._place = next((place for place in later if self._plan[place] == expert), self._place)
 
     def _comes_again(self, expert: int) -> bool:
         """Whether an expert may be needed after another one has worked."""
