@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blissful_tuner.format_options import FormatOptions, add_format_arguments
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
+from modules.media.options import FormatOptions, add_format_arguments
 from modules.options import NO_PIXELS, OF_DECODING
 
 LATENT_OUTPUTS = ("latent", "both", "latent_images")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from blissful_tuner.format_options import FormatOptions
 from generation.output_options import OutputOptions
+from modules.media.options import FormatOptions
 
 
 def output_options(

@@ -17,19 +17,26 @@ class FormatOptions:
         """Suffix of a video file; ProRes needs Matroska."""
         return ".mkv" if self.codec == "prores" else f".{self.container}"
 
+    @property
+    def is_deep(self) -> bool:
+        """Whether the codec holds more than 8 bits a channel."""
+        return self.codec == "prores"
 
-def add_format_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `FormatOptions`."""
+
+def add_format_arguments(
+    parser: argparse.ArgumentParser, codec: str = "h264", container: str = "mp4"
+) -> None:
+    """Declare the options of `FormatOptions`. codec, container: their defaults."""
     group = parser.add_argument_group("video format")
     group.add_argument(
         "--codec",
         type=str,
-        default="h264",
+        default=codec,
         choices=["prores", "h264", "h265"],
         help="h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
     )
     group.add_argument(
-        "--container", type=str, default="mp4", choices=["mkv", "mp4"], help="kind of video file"
+        "--container", type=str, default=container, choices=["mkv", "mp4"], help="kind of video file"
     )
     group.add_argument(
         "--keep_pngs", action="store_true", help="also keep the frames as PNG files in a folder `frames`"

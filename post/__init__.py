@@ -1,0 +1,1 @@
+"""Tools for finished videos: read, one stage or several, write, all as one stream."""

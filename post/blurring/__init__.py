@@ -1,0 +1,1 @@
+"""Blur what a detector finds, and keep it blurred."""

@@ -1,0 +1,1 @@
+"""Find faces and restore them: detectors, GFPGAN, CodeFormer."""

@@ -1,0 +1,1 @@
+"""Make pictures between pictures: GIMM-VFI with RAFT or FlowFormer."""

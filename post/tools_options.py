@@ -1,0 +1,42 @@
+"""The tools by name, as scripts, `--then` and `--post` know them. Standard library only."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from post.blurring.options import BlurOptions, add_blur_arguments
+from post.faces.options import FacefixOptions, add_facefix_arguments
+from post.interpolation.options import InterpolationOptions, add_interpolation_arguments
+from post.upscaling.options import UpscalerOptions, add_upscaler_arguments
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One tool: its names, its options, and what it adds to a file's name."""
+
+    name: str
+    aliases: tuple[str, ...]  # other names, in lower case
+    record: type
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    added: Callable[[Any], str]  # options -> SWINIR, VFI
+
+
+TOOLS = (
+    Tool(
+        "upscaler",
+        ("upscale",),
+        UpscalerOptions,
+        add_upscaler_arguments,
+        lambda options: options.mode.upper(),
+    ),
+    Tool(
+        "GIMMVFI",
+        ("gimmvfi", "interpolate"),
+        InterpolationOptions,
+        add_interpolation_arguments,
+        lambda _: "VFI",
+    ),
+    Tool("facefix", (), FacefixOptions, add_facefix_arguments, lambda options: options.mode.upper()),
+    Tool("yolo_blur", ("blur",), BlurOptions, add_blur_arguments, lambda _: "blur"),
+)

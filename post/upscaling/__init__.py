@@ -1,0 +1,1 @@
+"""Enlarge pictures: SwinIR and the ESRGAN family."""
