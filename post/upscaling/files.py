@@ -46,14 +46,7 @@ MIDDLE_NAMES: Names = (
 SWINIR_NAME = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
 BUFFERS = ("*.attn_mask", "*.relative_position_index")  # of SwinIR; computed here
 
-# other networks that enlarge pictures: the end of a name that only their files have -> name
-OTHERS = (
-    ("overlap_attn.relative_position_bias_table", "HAT"),
-    ("blocks.0.attn.logit_scale", "Swin2SR"),
-    ("attn.attns.0.rpe_biases", "DAT"),
-    ("block_1.c1_r.eval_conv.weight", "SPAN"),
-    ("residual_layer.0.residual_layer.0.layer.0.fn.0.weight", "OmniSR"),
-)
+HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # beside all of SwinIR's
 
 
 @dataclass(frozen=True)
@@ -106,19 +99,7 @@ def read_upscaler(checkpoint: Checkpoint) -> tuple[Kind, LoadPlan[Any]]:
     """Plan how to load the network of an open file. Raises CheckpointError if it is none of ours."""
     checkpoint = checkpoint.without_prefix(*PREFIXES)
     names = checkpoint.tensors
-    other = next(
-        (kind for end, kind in OTHERS if any(name.endswith(end) for name in names)),
-        "Real-ESRGAN's compact network (SRVGGNet)"
-        if {"body.0.weight", "body.1.weight"} <= set(names)
-        else None,
-    )
-    if other is not None:
-        raise CheckpointError(
-            f"{checkpoint.path} is not an upscaler that is known here; it looks like {other}.\n"
-            f"  Give {FILES} to {OPTION}.",
-            checkpoint.path,
-        )
-    if SWINIR_NAME in names:
+    if SWINIR_NAME in names and HAT_NAME not in names:
         return SWINIR, _read_swinir(checkpoint)
     tables = {
         "model.1.sub.0.RDB1.conv1.0.weight": _old_names(checkpoint),
