@@ -109,9 +109,7 @@ class UpscalerStage:
         tile = WHOLE if options.tile is None else options.tile
         if tile % step:
             tile = max(tile // step, 1) * step
-            logger.info(
-                "--tile %d: %s takes multiples of %d: %d", options.tile, self.network.what, step, tile
-            )
+            logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", options.tile, tile, step)
         batch = options.batch_size
         if batch is None:
             fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
