@@ -1,7 +1,7 @@
 """GIMM-VFI: pictures at any time between two, from their optical flow.
 
-Sources: Guo et al. 2024, arXiv 2407.08680 (motion); Li et al. 2023, arXiv 2304.09790 (synthesis). Written from
-the formulas.
+Sources: Guo et al. 2024, arXiv 2407.08680 (motion); Li et al. 2023, arXiv 2304.09790 (synthesis).
+Written from the formulas.
 """
 
 from collections.abc import Iterator, Sequence

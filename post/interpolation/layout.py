@@ -8,7 +8,7 @@ from post.interpolation.correlation import CHANNELS
 from post.interpolation.gimm import GimmConfig
 from post.interpolation.motion import MotionConfig
 from post.interpolation.refinement import DecoderConfig, UpdateConfig
-from post.interpolation.synthesis import FLOWS, PER_BLEND, SynthesisConfig
+from post.interpolation.synthesis import PER_BLEND, SynthesisConfig
 
 ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
 IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is a constant
@@ -47,7 +47,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
 
 def is_with_raft(config: GimmConfig) -> bool:
-    """Return whether a network is for the features of RAFT, which it projects; those of FlowFormer it takes."""
+    """Return whether a network works with RAFT, whose features it projects; FlowFormer's it takes as is."""
     return bool(config.synthesis.projections)
 
 

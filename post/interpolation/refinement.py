@@ -1,7 +1,7 @@
 """Layers that refine the flow and enlarge features, for the synthesis.
 
-Source: Li et al. 2023 (AMT), arXiv 2304.09790. Attributes of the modules are named as in the released files of
-GIMM-VFI.
+Source: Li et al. 2023 (AMT), arXiv 2304.09790. Attributes of the modules are named as in the released files
+of GIMM-VFI.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Move pictures along optical flow: backward by sampling, forward by adding up; and resize. All in float32.
 
-Sources: Jaderberg et al. 2015, arXiv 1506.02025 (sampling); Niklaus and Liu 2020, arXiv 2003.05534 (splatting).
+Sources: Jaderberg et al. 2015, arXiv 1506.02025 (sampling); Niklaus and Liu 2020, arXiv 2003.05534
+(splatting).
 """
 
 import torch
