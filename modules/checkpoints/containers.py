@@ -29,9 +29,13 @@ MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arit
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LFS_POINTER = b"version https://"
+ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
 
 # keys under which trainers store the tensors
-WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")
+WRAPPERS = (
+    *("params_ema", "params-ema"),  # of super-resolution: the averaged weights are those to use
+    *("module", "state_dict", "model_state_dict", "ema", "model", "params"),
+)
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -103,6 +107,8 @@ def describe_kind(start: bytes) -> str:
     """Return what a file that begins so is instead of a model, and what to do."""
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
+    if ONNX.match(start):
+        return "is an ONNX file, which only yolo_blur.py --model takes. Give a safetensors or .pth file."
     if start.startswith(LFS_POINTER):
         return (
             "is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "

@@ -212,6 +212,7 @@ def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
     ("start", "message"),
     [
         (b"GGUF\x03\0\0\0" + bytes(9), "is a GGUF file"),
+        (b"\x08\x08\x12\x07pytorch", "is an ONNX file"),
         (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"some other file content", "is neither a safetensors nor a torch file"),
