@@ -10,10 +10,10 @@ from modules.bars import FRAMES, Bar
 from modules.console import count_of, in_words
 from modules.errors import MediaError, OutputError
 from modules.media.reading import read_image
+from modules.media.streams import source_info
 from modules.media.writing import write_png
 from post.naming import is_picture
 from post.pictures import keep_pngs
-from post.present_streams import source_info
 from post.streaming import read_ahead
 from post.videos import read_pictures
 

@@ -12,13 +12,14 @@ from modules.atomic_write import atomic_folder
 from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words
 from modules.errors import MediaError
+from modules.media.encoding import encoder_for
 from modules.media.options import FormatOptions
+from modules.media.streams import shown_frames, source_info
 from modules.media.tags import read_tags
-from modules.media.writing import encoder_for
+from modules.media.writing import write_shown
 from post.contract import Clip, Picture
 from post.naming import Job
 from post.pictures import keep_pngs, own_folder
-from post.present_streams import shown_frames, source_info, write_shown
 from post.recording import number_done
 from post.stages import NamedStage, lead_through, results
 from post.streaming import read_ahead, write_behind
