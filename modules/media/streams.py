@@ -27,6 +27,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their
 
 USUAL_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for streams without times
 RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of what is between 24 and 24000/1001
+START_TOLERANCE = Fraction(1, 1000)  # seconds, to which MP4 cuts the start of a stream
 FALL_SECONDS = 1  # times that fall by more than this begin anew: two recordings joined to one file
 # codes of the transfer functions of HDR (ITU-T H.273): PQ and HLG
 _HDR = {16: "PQ", 18: "HLG"}
@@ -114,9 +115,11 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
         rate, origin = _plain_rate(stream), time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
         for number, (frame, _) in enumerate(decode_frames(path, container, stream)):
+            base = frame.time_base or stream.time_base
             if number == 0:
                 _warn_of_hdr(path, frame)
-            base = frame.time_base or stream.time_base
+                if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
+                    origin = (frame.pts or 0) * base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
             pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24")
             if not deep and pixels.dtype == np.uint16:
@@ -144,7 +147,10 @@ class Clock:
             time = self._previous + self._step - self._shift
         if self._origin is None:
             nearest = round(time / self._step) * self._step
-            self._origin = nearest if abs(nearest - time) <= self._tolerance else time
+            near = abs(nearest - time)
+            if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not
+                self._shift = nearest - time
+            self._origin = nearest if near <= max(self._tolerance, START_TOLERANCE) else time
             self._previous = self._origin
             return self._origin
         time += self._shift

@@ -117,6 +117,7 @@ def write_shown(
         # what is written comes in order, but for what the encoder holds back: that is waited for below
         options = {"max_interleave_delta": "1000000"}
         if suffix != ".mkv":
+            options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
             options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(all_tags)
         container = stack.enter_context(create_container(temporary, suffix, all_tags, options))
         stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)
