@@ -11,19 +11,14 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
 from modules.media.decoding import decode_frames, time_origin, turn_upright
+from modules.media.depth import Pixels, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
 
 logger = getLogger(__name__)
-
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their whole range
 
 USUAL_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for streams without times
 RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of what is between 24 and 24000/1001
@@ -122,9 +117,7 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
                     origin = (frame.pts or 0) * base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
             pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24")
-            if not deep and pixels.dtype == np.uint16:
-                # rounded here: from 10 bits to 8, FFmpeg is off by up to 2 of 255
-                pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)
+            pixels = pixels if deep else in_eight_bits(pixels)
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             yield ShownFrame(turn_upright(pixels, frame.rotation), start, seconds)
 
