@@ -10,7 +10,11 @@ from typing import Any
 
 import av
 
-_CODECS = {"aac": b"A_AAC", "mp3": b"A_MPEG/L3"}
+# Matroska's names of codecs, by those of FFmpeg's decoders
+_CODECS = {
+    **{"aac": b"A_AAC", "mp3": b"A_MPEG/L3", "mp3float": b"A_MPEG/L3"},
+    **{"ac3": b"A_AC3", "eac3": b"A_EAC3", "alac": b"A_ALAC"},
+}
 
 
 def open_delayed(stream: Any, samples: int) -> Any | None:
