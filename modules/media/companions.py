@@ -18,7 +18,7 @@ import av
 
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
-from modules.media.opening import open_container, reading
+from modules.media.opening import ATTACHED_PICTURE, open_container, reading
 from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
 from modules.media.subtitles import add_text, is_text
@@ -43,7 +43,7 @@ _MP4_TAGS = frozenset(
     }
 )
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
-_ATTACHED_PICTURE, _DISCARD_ALL = 1 << 10, 48  # FFmpeg's numbers
+_DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
 
 Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
 
@@ -214,7 +214,7 @@ class Companions:
 
     def _add_picture(self, target: Any, stream: Any, name: str) -> None:
         """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""
-        if not int(stream.disposition) & _ATTACHED_PICTURE:
+        if not int(stream.disposition) & ATTACHED_PICTURE:
             self._leave_out(name, "only the main stream of pictures is written", remedy="")
             return
         codec = stream.codec_context.name if stream.codec_context is not None else ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
-from modules.media.decoding import decode_frames, time_origin, turn_upright
+from modules.media.decoding import check_size, decode_frames, time_origin, turn_upright
 from modules.media.depth import Pixels, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
@@ -51,13 +51,15 @@ class ShownFrame:
 def source_info(path: Path) -> SourceInfo:
     """Read the header and the first picture of a video file.
 
-    Raises MediaError if it is missing, empty, no video, without a video stream, or without any picture.
+    Raises MediaError if it is missing, empty, no video, without a video stream, without any picture, or
+    shorter than its header says.
     """
     if is_animation(path):
         durations = animation_durations(path)
         rate = len(durations) / sum(map(_animation_seconds, durations), Fraction(0))
         return SourceInfo(*image_size(path), rate, len(durations), is_deep=False)
     with open_video(path) as (container, stream):
+        check_size(path, container, stream)
         first = next(container.decode(stream), None)
         if first is None:
             raise MediaError(f"no frames in {path}: it holds none that can be decoded")

@@ -43,11 +43,13 @@ class Source:
     chapters: bool = False
     font: bool = False
     tags: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, str], ...] = ()  # of the muxer
 
 
 def write_source(path: Path, source: Source) -> Path:
     """Write a video with grey pictures, each brighter than the one before."""
-    with av.open(str(path), "w", format=source.muxer, options={"output_ts_offset": source.offset}) as target:
+    options = dict(source.options) | {"output_ts_offset": source.offset}
+    with av.open(str(path), "w", format=source.muxer, options=options) as target:
         video = target.add_stream("libx264", rate=source.rate, options={"preset": "ultrafast"})
         video.height, video.width, video.pix_fmt = *SIZE, "yuv420p"
         unit = 1 / source.rate if source.times is None else Fraction(1, 90_000)

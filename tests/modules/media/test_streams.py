@@ -199,9 +199,24 @@ def write_cut(path: Path) -> None:
     path.write_bytes(data[: len(data) * 3 // 5])
 
 
+def write_song(path: Path) -> None:
+    """Sound with a cover."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 32, 32, "yuvj420p", 1 << 10
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        container.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")))
+        container.mux(cover.encode())
+
+
 @pytest.mark.parametrize(
     ("name", "write", "reason"),
     [
+        ("song.m4a", write_song, "only sound and a cover picture"),
         ("sound.mp4", write_sound, "no video stream, only audio"),
         ("cut.mp4", write_cut, "cannot be read|cut short"),
         ("cut.mkv", write_cut, "cannot be read|cut short"),
@@ -221,6 +236,18 @@ def test_what_is_no_whole_video_is_named_with_the_reason(
         read(tmp_path / name)
 
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_cut_file_is_told_before_it_is_read(tmp_path: Path, suffix: str) -> None:
+    source = Source(MUXERS[suffix], frames=60, sound="pcm_s16le", options=(("movflags", "faststart"),))
+    whole = write_source(tmp_path / f"whole{suffix}", source)
+    source_info(whole)
+
+    (tmp_path / f"cut{suffix}").write_bytes(whole.read_bytes()[:-5000])
+
+    with pytest.raises(MediaError, match=rf"cut\{suffix} is cut short: it has .* bytes of"):
+        source_info(tmp_path / f"cut{suffix}")
 
 
 def test_pictures_of_other_sizes_are_not_mixed(tmp_path: Path) -> None:
