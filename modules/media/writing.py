@@ -118,7 +118,7 @@ def write_shown(
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_path(path))
         stack.enter_context(name_write_errors())
-        others = stack.enter_context(open_companions(companions_of, suffix)) if companions_of else None
+        others = stack.enter_context(open_companions(companions_of, suffix, rate)) if companions_of else None
         all_tags = _joined_tags(others.tags if others else {}, tags or {})
         # what is written comes in order, but for what the encoder holds back: that is waited for below
         options = {"max_interleave_delta": "1000000"}

@@ -255,6 +255,37 @@ def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
     assert covers[0] == covers[1]
 
 
+@pytest.mark.parametrize("code", ["01:00:00:00", "01:00:00;00"])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
+def test_a_time_code_is_kept_and_another_stream_of_pictures_is_not(
+    tmp_path: Path, suffix: str, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "camera.mov"
+    with av.open(str(path), "w") as target:
+        for width in (64, 32):
+            video = target.add_stream("libx264", rate=Fraction(30000, 1001))
+            video.width, video.height, video.pix_fmt = width, 32, "yuv420p"
+            video.metadata["timecode"] = code
+        for _ in range(4):
+            for video in target.streams.video:
+                picture = np.zeros((32, video.width, 3), np.uint8)
+                target.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for video in target.streams.video:
+            target.mux(video.encode())
+
+    for rate in (Fraction(30000, 1001), Fraction(25)):
+        made = tmp_path / f"made{suffix}"
+        write_shown(made, shown_frames(path), rate, "h264", companions_of=path)
+
+        with av.open(str(made)) as container:
+            (video,) = container.streams.video
+            found = {name.lower(): value for name, value in video.metadata.items()}.get("timecode")
+            assert found == (None if rate == 25 and ";" in code else code)
+        assert {record.getMessage().split(": ", 1)[1] for record in caplog.records} == {
+            "stream 1 (pictures: h264) is left out: only the main stream of pictures is written"
+        }
+
+
 def test_pixels_that_are_not_square_stay_so(tmp_path: Path) -> None:
     path = tmp_path / "dvd.mp4"
     with av.open(str(path), "w") as target:
