@@ -19,6 +19,7 @@ import av
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
 from modules.media.opening import open_container, reading
+from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
 from modules.media.subtitles import add_text, is_text
 
@@ -74,11 +75,6 @@ class Companions:
         """The tags of the file."""
         return {name: value for name, value in self._source.metadata.items() if not _NOISE.fullmatch(name)}
 
-    @property
-    def sample_aspect_ratio(self) -> Fraction | None:
-        """The proportions of one upright pixel, None if they are square or not known."""
-        return None
-
     def add_streams(self, target: Any, video: Any) -> None:
         """Add a stream to the new file for each one of the source, and its chapters.
 
@@ -86,6 +82,7 @@ class Companions:
         """
         if self._main is not None:
             _describe(video, self._main)
+            self._keep_proportions(video)
         for stream in self._source.streams:
             if stream is not self._main:
                 self._add(target, stream)
@@ -111,6 +108,16 @@ class Companions:
                     logger.warning(
                         "%s: %d packets of %s are damaged and left out", self._path, track.lost, track.name
                     )
+
+    def _keep_proportions(self, video: Any) -> None:
+        """Let pixels that are not square, as those of DVDs, stay so."""
+        ratio = self._main.sample_aspect_ratio
+        if not ratio or ratio == 1:
+            return
+        with open_container(self._path) as again, contextlib.suppress(av.FFmpegError):
+            first = next(again.decode(again.streams[self._main.index]))
+            sideways = round(first.rotation / 90) % 2 == 1
+            video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
 
     def _read(self, streams: list[Any]) -> Iterator[Any]:
         try:
@@ -186,7 +193,24 @@ class Companions:
         )
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
-        self._keep(stream, _from_template(target, stream), name, _copy)
+        delayed = None
+        if self._suffix == ".mkv" and stream.type == "audio" and (samples := self._priming(stream)) > 0:
+            delayed = open_delayed(stream, samples)
+        if delayed is None:
+            self._keep(stream, _from_template(target, stream), name, _copy)
+            return
+        with delayed:
+            added = _from_template(target, delayed.streams.audio[0])
+        added.time_base = stream.time_base
+        self._keep(stream, added, name, _copy)
+
+    def _priming(self, stream: Any) -> int:
+        """Return how many samples of sound come before time 0."""
+        with contextlib.suppress(av.FFmpegError), open_container(self._path) as again:
+            first = next(again.demux(again.streams[stream.index]))
+            if first.pts is not None:
+                return -round((first.pts * first.time_base - self._origin) * stream.codec_context.sample_rate)
+        return 0
 
     def _add_picture(self, target: Any, stream: Any, name: str) -> None:
         """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""

@@ -46,8 +46,8 @@ Turned = TypeVar("Turned", bound=NDArray[Any])
 def turn_upright(frame: Turned, degrees: float) -> Turned:
     """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
     turns = round(degrees / 90) % 4
-    turned: Any = np.rot90(frame, turns)
-    return np.ascontiguousarray(turned) if turns else frame
+    turned: Any = np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
+    return turned
 
 
 def time_origin(container: Any) -> Fraction:

@@ -143,7 +143,9 @@ def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
             f"{pixels.shape[0]} pixels, those before it {stream.width} x {stream.height}"
         )
     even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
-    layout = "rgb24" if pixels.dtype == np.uint8 else "rgb48le"
+    if even.dtype == np.uint8 and any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components):
+        even = even.astype(np.uint16) * np.uint16(257)  # from 8 bits to 10, FFmpeg is off by up to 3 of 255
+    layout = "rgb24" if even.dtype == np.uint8 else "rgb48le"
     converted = av.VideoFrame.from_ndarray(even, format=layout).reformat(
         format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
     )

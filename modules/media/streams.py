@@ -11,6 +11,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -117,7 +118,10 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
                 _warn_of_hdr(path, frame)
             base = frame.time_base or stream.time_base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
-            pixels = frame.to_ndarray(format="rgb48le" if deep and _is_deep(frame) else "rgb24")
+            pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24")
+            if not deep and pixels.dtype == np.uint16:
+                # rounded here: from 10 bits to 8, FFmpeg is off by up to 2 of 255
+                pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             yield ShownFrame(turn_upright(pixels, frame.rotation), start, seconds)
 
