@@ -63,7 +63,9 @@ class PostTools:
         if self._stages is None:
             self._stages = self.load(self.tools, self.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
-        clip = Clip(Path(POST), width, height, None if is_single else rate, 1 if is_single else None, False)
+        clip = Clip(
+            Path("the video"), width, height, None if is_single else rate, 1 if is_single else None, False
+        )
         clips = results(self._stages, clip)
         pictures = _as_pictures(chain([first], frames), 1 / rate)
         made = (to_bytes(picture.pixels) for picture in lead_through(self._stages, pictures, clips))
