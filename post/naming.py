@@ -45,8 +45,6 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[Job]:
 def list_sources(chain: Chain) -> list[Path]:
     """Return the input, or the files in it that the tools work on, without results of the same tools."""
     given = chain.run.input
-    if not given.exists():
-        raise MediaError(f"--input {given} does not exist. Give a video, a picture, or a folder of them.")
     if not given.is_dir():
         return [given]
     known = VIDEO_SUFFIXES | {".gif"} | (frozenset() if chain.needs_video else image_suffixes())
