@@ -34,6 +34,11 @@ class Chain:
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
+    def labels(self) -> list[str]:
+        """Return how messages name the tools: not at all the script's own."""
+        return ["", *(f"{THEN} {tool.name}" for tool, _ in self.tools[1:])]
+
+    @property
     def needs_video(self) -> bool:
         """Return whether single pictures cannot go through all tools."""
         return any(tool.needs_video for tool, _ in self.tools)
@@ -130,11 +135,6 @@ def name_tool(name: str) -> Iterator[None]:
         if name and not str(error).startswith(f"{name}: "):
             error.args = (f"{name}: {error}", *error.args[1:])
         raise
-
-
-def label_of(index: int, tool: Tool) -> str:
-    """Return how messages name a tool of a chain: not at all if it is the script's own."""
-    return f"{THEN} {tool.name}" if index else ""
 
 
 def in_words(tool: Tool, options: Any) -> str:

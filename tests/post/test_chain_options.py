@@ -11,7 +11,7 @@ from post.interpolation.options import InterpolationOptions
 from post.upscaling.options import UpscalerOptions
 from tests.faults.messages import assert_one_message, run_here
 
-BASE = ("--model", "x.pth", "--input", "a.mp4")
+BASE = ("--model", "x.pth", "--input", str(Path(__file__)))
 
 
 def read(*words: str) -> object:
@@ -111,4 +111,4 @@ def test_a_missing_input_is_one_message_of_the_script(tmp_path: Path) -> None:
         "blissful_tuner/upscaler.py", "--model", "x.pth", "--input", "a.mp4", folder=tmp_path
     )
 
-    assert_one_message(code, said, "MediaError: --input a.mp4 does not exist")
+    assert_one_message(code, said, "OptionError: --input a.mp4 does not exist")
