@@ -19,7 +19,7 @@ SIDE = 2 * RADIUS + 1  # offsets in x and y
 CHANNELS = LEVELS * SIDE**2
 REACH = SIDE + 1  # whole places that the offsets fall between
 VOLUME_BYTES = 3 << 29  # the products of all pairs are kept up to this size: 720p with all scales
-CHUNK_BYTES = 1 << 26  # features that are gathered at once
+CHUNK_BYTES = 1 << 24  # features that are gathered at once: what fits into a cache is faster
 
 
 class Correlation:

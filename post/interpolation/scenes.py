@@ -1,0 +1,110 @@
+"""Tell whether a new scene begins between two neighbouring pictures.
+
+A cut changes at once what is where and which colours there are. Motion moves what is there and keeps the
+colours; a flash or a fade changes the brightness and leaves everything in its place. So both distances have
+to be large.
+"""
+
+import logging
+from dataclasses import dataclass
+from fractions import Fraction
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from post.contract import Pixels
+from post.pixels import to_bytes
+
+logger = logging.getLogger(__name__)
+
+LONG_SIDE = 32  # of a thumbnail
+MOST_SHIFT = 6  # cells that all may have moved together, in x and y
+BINS = 16  # of the histogram of each colour
+SMALL_CHANGE = 0.05  # of the range: pictures that differ less on average count less
+FLAT = 0.01  # deviation of the grey values below which there is no structure to compare
+GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+SHOWN = 5  # times of cuts in the log
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """What a picture is compared by."""
+
+    grey: NDArray[np.float32]  # h w, 0..1
+    histogram: NDArray[np.float32]  # 3 BINS, each of a sum of 1
+
+
+def thumbnail(pixels: Pixels) -> Thumbnail:
+    """Return what a picture (H W 3) is compared by."""
+    height, width = pixels.shape[:2]
+    factor = min(1.0, LONG_SIDE / max(height, width))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    # twice as fine for the colours, so that the histogram has enough samples
+    fine = cv2.resize(to_bytes(pixels), (4 * size[0], 4 * size[1]), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(fine, size, interpolation=cv2.INTER_AREA)
+    shares = [
+        np.bincount((fine[..., colour] // (256 // BINS)).ravel(), minlength=BINS) for colour in range(3)
+    ]
+    histogram = (np.stack(shares) / (fine.shape[0] * fine.shape[1])).astype(np.float32)
+    grey: NDArray[np.float32] = (small.astype(np.float32) @ GREY) / np.float32(255)
+    return Thumbnail(grey, histogram)
+
+
+def scene_distance(first: Thumbnail, second: Thumbnail) -> float:
+    """Return how much speaks for a cut, from 0 to 1: sqrt(structure * colours) * min(1, change / 0.05).
+
+    structure: 1 minus the best correlation of the grey thumbnails over all shifts of up to 6 cells of 32, at
+    least 0. colours: half the absolute difference of the histograms, the mean of red, green and blue.
+    change: the mean absolute difference of the grey values.
+    """
+    colours = float(np.abs(first.histogram - second.histogram).sum() / 6)
+    change = float(np.abs(first.grey - second.grey).mean())
+    smallness = min(1.0, change / SMALL_CHANGE)
+    if colours * smallness == 0:
+        return 0.0
+    structure = 1 - _best_correlation(first.grey, second.grey)
+    return float(np.sqrt(structure * colours)) * smallness
+
+
+def _best_correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """Return the highest correlation, 0 to 1, over all shifts; brightness and contrast do not matter."""
+    height, width = first.shape
+    most_y, most_x = min(MOST_SHIFT, height // 4), min(MOST_SHIFT, width // 4)
+    best = 0.0
+    for y in range(-most_y, most_y + 1):
+        for x in range(-most_x, most_x + 1):
+            own = first[max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)]
+            other = second[max(0, -y) : height + min(0, -y), max(0, -x) : width + min(0, -x)]
+            best = max(best, _correlation(own, other))
+    return best
+
+
+def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    first, second = first - first.mean(), second - second.mean()
+    spread = float(np.sqrt((first**2).mean() * (second**2).mean()))
+    return float((first * second).mean()) / max(spread, FLAT**2)
+
+
+class Cuts:
+    """The cuts of a clip, for the log: the first few with their times, and how many there are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, time: Fraction) -> None:
+        """Note one. time: the beginning of the new scene, in seconds."""
+        self.count += 1
+        if self.count <= SHOWN:
+            logger.info("A new scene begins at %s: the picture before it is repeated.", in_words(time))
+
+    def report(self) -> None:
+        """Log how many there were, if not all have been."""
+        if self.count > SHOWN:
+            logger.info("%d scenes began; at their beginnings the picture before is repeated.", self.count)
+
+
+def in_words(time: Fraction) -> str:
+    """Return a time in seconds as 0:07.250."""
+    thousandths = round(time * 1000)
+    return f"{thousandths // 60000}:{thousandths % 60000 / 1000:06.3f}"
