@@ -14,10 +14,12 @@ from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import read_text
 from post.interpolation.contract import FlowEstimator
+from post.interpolation.flowformer import FlowFormer, read_flowformer
 from post.interpolation.gimm import GimmConfig, GimmVfi
 from post.interpolation.layout import ESTIMATOR, is_with_raft, read_gimm
 from post.interpolation.options import WITH_FLOWFORMER, WITH_RAFT
 from post.interpolation.raft import ITERATIONS, Raft, read_raft
+from post.interpolation.synthesis import SynthesisConfig
 
 OPTION = "--model"
 META = torch.device("meta")
@@ -143,17 +145,14 @@ class Networks:
 
 
 def check_networks(path: Path, kind: str) -> None:
-    """Read the headers of a mode's files.
-
-    Raises CheckpointError as `load_networks`, and if the files do not fit each other.
-    """
-    _require_fitting(load_networks(path, kind, META, torch.float32), find_files(path, kind))
+    """Read the headers of a mode's files. Raises CheckpointError as `load_networks`."""
+    load_networks(path, kind, META, torch.float32)
 
 
 def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Networks:
     """Load both networks; only the synthesis computes in `dtype`, motion in float32.
 
-    Raises CheckpointError if a file is missing, or is not what its name says.
+    Raises CheckpointError if a file is missing or not what its name says, or if both do not fit each other.
     """
     files = find_files(path, kind)
     settings = read_settings(files.settings)
@@ -175,17 +174,24 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     with open_checkpoint(files.flow) as checkpoint:
         if files.flow == files.main:
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
-        estimator = _load_estimator(checkpoint, kind, settings, device)
+        estimator, widths = _load_estimator(checkpoint, kind, settings, device)
+    _require_fitting(plan.config.synthesis, widths, files)
     return Networks(gimm, estimator)
 
 
 def _load_estimator(
     checkpoint: Checkpoint, kind: str, settings: Settings, device: torch.device
-) -> FlowEstimator:
+) -> tuple[FlowEstimator, tuple[int, int, int]]:
+    """Return the network, and the channels of its quarter, eighth and matching maps."""
     if kind == WITH_RAFT:
+        raft = read_raft(checkpoint)
         build = partial(Raft, iterations=settings.raft_iterations)
-        return load_planned(read_raft(checkpoint), build, device, torch.float32, OPTION)
-    raise CheckpointError(f"{WITH_FLOWFORMER} is not there yet", checkpoint.path)
+        widths = (*raft.config.stages[1:], raft.config.features)
+        return load_planned(raft, build, device, torch.float32, OPTION), widths
+    plan = read_flowformer(checkpoint)
+    first, second = (stage.width for stage in plan.config.context)
+    widths = (first, second, plan.config.matching)
+    return load_planned(plan, FlowFormer, device, torch.float32, OPTION), widths
 
 
 def _require_kind(plan: LoadPlan[GimmConfig], kind: str, path: Path) -> None:
@@ -194,13 +200,10 @@ def _require_kind(plan: LoadPlan[GimmConfig], kind: str, path: Path) -> None:
         raise CheckpointError(f"{path} is a file of {other}, not of {kind}. Use --mode {other}.", path)
 
 
-def _require_fitting(networks: Networks, files: ModelFiles) -> None:
-    """Raise CheckpointError if the features of the flow are not those that the synthesis takes."""
-    synthesis = networks.gimm.config.synthesis
-    encoded = networks.estimator.encode(torch.empty(1, 3, 128, 128, device=META))
-    found = [each.shape[1] for each in (encoded.quarter, encoded.eighth, encoded.matching)]
-    wanted = [inputs for inputs, _ in synthesis.projections]
-    if found != (wanted or [synthesis.quarter, synthesis.eighth, found[2]]):
+def _require_fitting(config: SynthesisConfig, found: tuple[int, int, int], files: ModelFiles) -> None:
+    """Raise CheckpointError if the maps of the flow are not those that the synthesis takes."""
+    wanted = tuple(inputs for inputs, _ in config.projections) or (config.quarter, config.eighth, found[2])
+    if found != wanted:
         raise CheckpointError(
             f"{files.flow} does not fit {files.main.name}: it makes maps of {found[0]} and {found[1]} "
             "channels. Give both files of one release.",

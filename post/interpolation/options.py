@@ -80,7 +80,7 @@ def add_interpolation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scene_threshold",
         type=float,
-        default=0.3,
+        default=0.25,
         help="from this distance of two pictures on, 0 to 1, a new scene begins: the picture before it is "
         "repeated instead of mixed with it. The distance is sqrt(structure * colours): 1 minus the best "
         "correlation of small grey copies moved against each other, and the part of colours that changes. "

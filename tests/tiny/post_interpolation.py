@@ -46,6 +46,7 @@ def gimm_config(quarter: int, eighth: int, projections: tuple[tuple[int, int], .
 
 
 GIMM_R = gimm_config(quarter=16, eighth=16, projections=((8, 16), (8, 16), (8, 8)))
+GIMM_F = gimm_config(quarter=32, eighth=64, projections=())  # as tests/tiny/post_flowformer.py makes them
 
 
 def draw(network: nn.Module, seed: int) -> nn.Module:
@@ -85,4 +86,13 @@ def write_gimm_r(folder: Path) -> Path:
     save_tensors(folder / "gimmvfi_r_arb_lpips_fp32.safetensors", published(network))
     save_tensors(folder / "raft-things_fp32.safetensors", raft.state_dict())
     (folder / "gimmvfi_r_arb.yaml").write_text(f"arch:\n  raft_iter: {ITERATIONS}\n", encoding="utf-8")
+    return folder
+
+
+def write_gimm_f(folder: Path) -> Path:
+    """The main file of mode gimmvfi_f in a folder, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network = draw(GimmVfi(GIMM_F), 0)
+    assert isinstance(network, GimmVfi)
+    save_tensors(folder / "gimmvfi_f_arb_lpips_fp32.safetensors", published(network))
     return folder

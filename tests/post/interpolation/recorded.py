@@ -48,9 +48,10 @@ def check_recorded(
     tensors: Mapping[str, Tensor],
     network: GimmVfi,
     estimator: FlowEstimator,
-    times: Sequence[float],
+    times: Sequence[float] | None = None,
 ) -> None:
-    """Compare flows, motion and, at these times, pictures of a whole network with those of a case."""
+    """Compare flows, motion and, at these times or all, pictures of a whole network with those of a case."""
+    times = times or case["times"]
     recording = Recording(estimator)
     whole = Interpolation(network, recording)
     first, second = (whole.frame(tensors[f"image{number}"] / 255) for number in (0, 1))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from post.contract import Pixels
 from post.interpolation.scenes import in_words, scene_distance, thumbnail
 
-THRESHOLD = 0.3  # the default
+THRESHOLD = 0.25  # the default
 HEIGHT, WIDTH = 180, 320
 
 

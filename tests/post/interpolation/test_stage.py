@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(folder: Path, **changes: object) -> InterpolationOptions:
     network = NetworkOptions(folder, dtype="fp32", seed=None, compile=False)
-    usual = InterpolationOptions(network, "gimmvfi_r", factor=2, ds_factor=1.0, scene_threshold=0.3)
+    usual = InterpolationOptions(network, "gimmvfi_r", factor=2, ds_factor=1.0, scene_threshold=0.25)
     return replace(usual, **changes)  # type: ignore[arg-type]
 
 
@@ -92,9 +92,15 @@ def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Pa
         assert np.array_equal(made[index + index // 2 + 1].pixels, pixels)
 
 
-def plain(folder: Path, frames: list[Pixels], times: tuple[float, ...]) -> list[Pixels]:
+def plain(
+    folder: Path,
+    frames: list[Pixels],
+    times: tuple[float, ...],
+    kind: str = "gimmvfi_r",
+    is_deep: bool = False,
+) -> list[Pixels]:
     """All pictures between, from the whole clip, each pair and each time for itself."""
-    networks = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
+    networks = load_networks(folder, kind, CPU, torch.float32)
     whole = Interpolation(networks.gimm, networks.estimator)
     height, width = frames[0].shape[:2]
     left, top = (-width % 32) // 2, (-height % 32) // 2
@@ -104,7 +110,7 @@ def plain(folder: Path, frames: list[Pixels], times: tuple[float, ...]) -> list[
     for first, second in zip(images, images[1:], strict=False):
         for time in times:
             (image,) = whole.between(whole.frame(first), whole.frame(second), (time,))
-            made.append(to_pixels(image[..., top : top + height, left : left + width], is_deep=False))
+            made.append(to_pixels(image[..., top : top + height, left : left + width], is_deep))
     return made
 
 
