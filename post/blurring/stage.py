@@ -10,13 +10,16 @@ import numpy as np
 import torch
 
 from modules.devices import choose_compute_dtype
-from modules.errors import NothingFoundError
+from modules.errors import NothingFoundError, OptionError
 from post.blurring.covering import cover
 from post.blurring.options import BlurOptions
 from post.blurring.tracks import Box, Tracks
+from post.compiling import check_compiling, compile_parts
 from post.contract import Clip, Picture, Stage
 from post.faces.contract import Detector, Found
 from post.faces.detectors import check_detector, load_detector
+from post.faces.onnx_header import may_be_onnx
+from post.faces.retinaface import RetinaFaceDetector
 from post.pixels import to_bytes
 
 logger = logging.getLogger(__name__)
@@ -25,13 +28,18 @@ logger = logging.getLogger(__name__)
 def check_blur(options: BlurOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
     choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
+    if options.network.compile and may_be_onnx(options.network.model):
+        raise OptionError("--compile is for torch, but OpenCV computes .onnx files: leave it out")
     check_detector(options.network.model)
 
 
 def make_blur(options: BlurOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_blur`."""
+    check_compiling(options.network, device)
     dtype = choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
+    if isinstance(detector, RetinaFaceDetector):
+        compile_parts(options.network, [detector.network])
     return BlurStage(detector, options)
 
 

@@ -90,10 +90,7 @@ def test_things_that_are_far_apart_are_not_one() -> None:
 
 
 def test_two_that_cross_stay_covered_while_one_hides_the_other() -> None:
-    paths = [
-        {index: at(20 + 8 * index) for index in range(20)},
-        {index: at(172 - 8 * index) for index in range(20)},
-    ]
+    paths = [[at(start + step * index) for index in range(20)] for start, step in ((20, 8), (172, -8))]
     seen = {index: [path[index] for path in paths] for index in range(20)}
     for index in (8, 9, 10, 11):
         seen[index] = [paths[0][index]]
