@@ -3,14 +3,13 @@
 It errs on the side of covering too much: a face that is missed in a few frames must not be seen.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from post.faces.boxes import overlaps
+from post.faces.boxes import Numbers, overlaps
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -21,7 +20,7 @@ MOST_MOVED = 3.0  # its longer side times this: no further is it expected to mov
 GROWTH, MOST_GROWN = 0.02, 0.3  # of a box on each side, for each picture from where it was seen
 
 
-@dataclass
+@dataclass(eq=False)
 class Track:
     """One thing on its way through the pictures."""
 
@@ -80,10 +79,10 @@ class Tracks:
             track for track in self._tracks if track.is_open and index - track.last[0] <= self.hold + 1
         ]
         left = list(boxes)
-        for track, box in _pairs(waiting, left, lambda track, box: _closeness(track, box, index)):
+        for track, box in _take_pairs(waiting, left, _closeness, index):
             self._note_gap(track, index)
             track.sightings.append((index, box))
-        for track, box in _pairs(waiting, left, lambda track, box: _nearness(track, box, index)):
+        for track, box in _take_pairs(waiting, left, _nearness, index):
             # perhaps another one: where it was stays covered, and so is the way from there
             self._note_gap(track, index)
             track.is_open = False
@@ -107,40 +106,42 @@ class Tracks:
         self.longest_gap = max(self.longest_gap, index - track.last[0] - 1)
 
 
-def _pairs(
-    tracks: list[Track], boxes: list[Box], score: Callable[[Track, Box], float]
+def _take_pairs(
+    tracks: list[Track], boxes: list[Box], score: Callable[[Track, Numbers, int], Numbers], index: int
 ) -> list[tuple[Track, Box]]:
     """Return tracks and boxes that belong together, best first, and take both off their lists.
 
-    score: greater than 0 if they may.
+    score: of a track with each of the boxes (N 4) in that picture, greater than 0 if they may be one.
     """
-    scored = [(score(track, box), i, j) for i, track in enumerate(tracks) for j, box in enumerate(boxes)]
-    taken_tracks: set[int] = set()
-    taken_boxes: set[int] = set()
+    if not tracks or not boxes:
+        return []
+    there = np.array(boxes, np.float32)
+    scores = np.stack([score(track, there, index) for track in tracks])
     pairs = []
-    for value, i, j in sorted(scored, key=lambda each: (-each[0], each[1], each[2])):
-        if value > 0 and i not in taken_tracks and j not in taken_boxes:
-            taken_tracks.add(i)
-            taken_boxes.add(j)
-            pairs.append((tracks[i], boxes[j]))
-    tracks[:] = [track for i, track in enumerate(tracks) if i not in taken_tracks]
-    boxes[:] = [box for j, box in enumerate(boxes) if j not in taken_boxes]
+    while scores.max() > 0:
+        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal ones the first
+        pairs.append((tracks[row], boxes[column]))
+        scores[row], scores[:, column] = 0, 0
+    for track, box in pairs:
+        tracks.remove(track)
+        boxes.remove(box)
     return pairs
 
 
-def _closeness(track: Track, box: Box, index: int) -> float:
-    """Return how much a box overlaps with where something was or should be; 0 if not enough."""
-    others = np.array([track.last[1], track.expected(index)], np.float32)
-    best = float(overlaps(np.array(box, np.float32), others).max())
-    return best if best >= LEAST_OVERLAP else 0.0
+def _closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
+    """Return how much boxes overlap with where something was or should be; 0 if not enough."""
+    places = np.array([track.last[1], track.expected(index)], np.float32)
+    best = np.maximum(overlaps(places[0], boxes), overlaps(places[1], boxes))
+    return np.where(best >= LEAST_OVERLAP, best, 0)
 
 
-def _nearness(track: Track, box: Box, index: int) -> float:
-    """Return how near a box is to where something was or should be, 0..1; 0 if it is too far."""
-    reach = REACH * max(_longer(track.last[1]), _longer(box))
-    here = _centre(box)
-    away = min(math.dist(here, _centre(other)) for other in (track.last[1], track.expected(index)))
-    return max(0.0, 1 - away / reach) if reach else 0.0
+def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
+    """Return how near boxes are to where something was or should be, 0..1; 0 if they are too far."""
+    reach = REACH * np.maximum(_longer(track.last[1]), (boxes[:, 2:] - boxes[:, :2]).max(axis=1))
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    places = np.array([_centre(track.last[1]), _centre(track.expected(index))], np.float32)
+    away = np.minimum(*(np.hypot(*(centres - place).T) for place in places))
+    return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
 
 
 def _motion(sightings: Sequence[tuple[int, Box]]) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_ki
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.layers.memory_layouts import lay_out, layouts
 from post.faces.boxes import best_of, shrunk
 from post.faces.contract import Found
 from post.faces.retinaface_bodies import (
@@ -208,7 +209,8 @@ class RetinaFaceDetector:
         """Return H W 3 (RGB) as 1 3 H W, blue green red minus MEAN in float32; bytes go to the device."""
         turned = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
         image = rearrange(turned, "h w c -> 1 c h w").float()
-        return image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
+        image = image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
+        return image.contiguous(memory_format=layouts(self.device)[1])
 
 
 def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceConfig]:
@@ -246,6 +248,7 @@ def load_retinaface(
         return stored if name.endswith("num_batches_tracked") else dtype
 
     network = load_planned(plan, RetinaFace, device, keep, option)
+    lay_out(network, device)
     return RetinaFaceDetector(network, side, device)
 
 

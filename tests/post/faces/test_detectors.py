@@ -122,6 +122,8 @@ def test_results_of_a_yolo_are_read_in_each_way_in_which_they_are_given() -> Non
 def test_results_of_an_older_yolo_are_refused() -> None:
     with pytest.raises(CheckpointError, match="v5 and v7 are not supported"):
         rows_of(YoloLayout(64, None, 0), np.zeros((3 * 84, 16)))
+    with pytest.raises(CheckpointError, match=r"\[300, 38\]"):
+        rows_of(YoloLayout(64, 1, 0), np.zeros((300, 38)))
 
 
 class Yolo:
