@@ -50,13 +50,11 @@ class Track:
         if index > last:
             away = index - last
             return _grown(_hull(self.last[1], self.expected(index)), away) if away <= hold else None
-        before = max(sighting for sighting in self.sightings if sighting[0] <= index)
-        if before[0] == index:
-            return before[1]
-        after = min(sighting for sighting in self.sightings if sighting[0] > index)
-        part = (index - before[0]) / (after[0] - before[0])
-        between = tuple((1 - part) * a + part * b for a, b in zip(before[1], after[1], strict=True))
-        return _grown(between, min(index - before[0], after[0] - index))  # type: ignore[arg-type]
+        before = [sighting for sighting in self.sightings if sighting[0] <= index]
+        if before[-1][0] == index:
+            return before[-1][1]
+        after = [sighting for sighting in self.sightings if sighting[0] > index]
+        return _between(before[-MOTION:], after[:MOTION], index)
 
 
 @dataclass
@@ -142,6 +140,22 @@ def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
     places = np.array([_centre(track.last[1]), _centre(track.expected(index))], np.float32)
     away = np.minimum(*(np.hypot(*(centres - place).T) for place in places))
     return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
+
+
+def _between(before: Sequence[tuple[int, Box]], after: Sequence[tuple[int, Box]], index: int) -> Box:
+    """Return what to cover between two sightings: the straight way, and where it was on its way to.
+
+    Something that changes its pace in between is near one or the other.
+    """
+    (first, begin), (last, end) = before[-1], after[0]
+    part = (index - first) / (last - first)
+    left, top, right, bottom = ((1 - part) * a + part * b for a, b in zip(begin, end, strict=True))
+    box = (left, top, right, bottom)
+    if index - first <= last - index:
+        expected, away = _moved(begin, _motion(before), index - first), index - first
+    else:
+        expected, away = _moved(end, _motion(after), index - last), last - index
+    return _grown(_hull(box, expected), away)
 
 
 def _motion(sightings: Sequence[tuple[int, Box]]) -> tuple[float, float]:
