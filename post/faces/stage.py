@@ -91,7 +91,7 @@ class Facefix:
         pixels = deepen(pixels) if is_deep else pixels
         if not matrices:
             return enlarge(pixels, self.options.upscale)
-        # a batch is no faster on a CPU, and rounds a face differently beside others; compiled code is for one size
+        # on a CPU a batch is no faster, and rounds a face differently; compiled code is for one size
         at_once = 1 if self.device.type == "cpu" or self.options.network.compile else FACES_AT_ONCE
         restored = []
         for first in range(0, len(matrices), at_once):
