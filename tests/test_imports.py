@@ -27,7 +27,7 @@ FLOORS = {
     "modules": (
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
-        {"atomic_write", "devices", "fp8", "installation", "options"},
+        {"atomic_write", "devices", "failures", "fp8", "installation", "options"},
         {"command", "console", "environment"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
@@ -109,7 +109,10 @@ SCRIPTS = sorted(
     if path.name not in {"families.py", "run_tests.py", "quickstart.py"}
 )
 # scripts in a room, with the rights of those at the root
-TOOLS = [f"blissful_tuner/{name}.py" for name in ("GIMMVFI", "facefix", "metaview", "upscaler", "yolo_blur")]
+TOOLS = [
+    f"blissful_tuner/{name}.py"
+    for name in ("GIMMVFI", "facefix", "metaview", "upscaler", "video_to_png", "yolo_blur")
+]
 
 
 def _sources() -> list[Path]:

@@ -1,6 +1,7 @@
 """RetinaFace: find faces, their eyes, noses and corners of the mouth in one pass over three scales.
 
-Source: Deng et al. 2019, arXiv 1905.00641, as in the files of facexlib (from biubug6/Pytorch_Retinaface, MIT).
+Source: Deng et al. 2019, arXiv 1905.00641, as in the files of facexlib (from
+biubug6/Pytorch_Retinaface, MIT).
 """
 
 from collections.abc import Sequence
@@ -178,7 +179,7 @@ class RetinaFaceDetector:
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
         values = scores[chosen].numpy()
         return [
-            Found((*corners[index].tolist(),), float(values[index]), points[index])  # type: ignore[arg-type]
+            Found((*corners[index].tolist(),), float(values[index]), points[index])
             for index in best_of(corners, values, MOST_OVERLAP)
         ]
 

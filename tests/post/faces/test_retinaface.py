@@ -19,6 +19,7 @@ from post.faces.retinaface import (
 )
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
+from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny.post_faces import MOBILE, RESNET, random_retinaface, write_red_detector, write_weights
 
 CPU = torch.device("cpu")
@@ -32,14 +33,6 @@ def load(path: Path, device: torch.device = CPU) -> RetinaFaceDetector:
 
 def near(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
-
-
-def dotted(height: int, width: int, *centres: tuple[int, int], red: int = 255) -> np.ndarray:
-    """A grey picture with red dots of 8 x 8 pixels around x, y."""
-    pixels = np.full((height, width, 3), 60, np.uint8)
-    for x, y in centres:
-        pixels[y - 4 : y + 4, x - 4 : x + 4] = (red, 0, 0)
-    return pixels
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -94,10 +87,10 @@ def test_a_red_dot_is_the_one_face(tmp_path: Path) -> None:
 
     (found,) = detector.find(dotted(64, 96, (40, 30)), 0.5)
 
-    left, top, right, bottom = found.box
-    assert left <= 36 and top <= 26 and right >= 44 and bottom >= 34
-    assert right - left == pytest.approx(16, abs=0.01)
-    assert found.landmarks is not None and found.landmarks.shape == (5, 2)
+    assert surrounds(found, 36, 26, 44, 34)
+    assert found.box[2] - found.box[0] == pytest.approx(16, abs=0.01)
+    assert found.landmarks is not None
+    assert found.landmarks.shape == (5, 2)
     assert found.landmarks[0, 0] < found.landmarks[1, 0]
     assert not detector.find(dotted(64, 96), 0.5)
     assert len(detector.find(dotted(64, 96, (20, 20), (70, 40)), 0.5)) == 2
@@ -109,7 +102,6 @@ def test_a_large_picture_is_looked_at_in_a_smaller_copy(tmp_path: Path) -> None:
 
     (found,) = load_detector(path, CPU, side=64).find(pixels, 0.5)
 
-    left, top, right, bottom = found.box
-    assert left <= 72 and top <= 40 and right >= 88 and bottom >= 56
-    assert right - left == pytest.approx(32, abs=0.01)
+    assert surrounds(found, 72, 40, 88, 56)
+    assert found.box[2] - found.box[0] == pytest.approx(32, abs=0.01)
     assert len(load_detector(path, CPU).find(pixels, 0.5)) > 1  # four boxes where the dot has 16 pixels
