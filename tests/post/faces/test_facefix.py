@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import video_frames
-from modules.media.writing import write_video
+from modules.media.reading import read_image, video_frames
+from modules.media.writing import write_png, write_video
 from post.chain_options import read_chain
 from post.contract import Clip, Picture, Pixels
 from post.faces.stage import Facefix, check_facefix, make_facefix
 from tests.faults.messages import run_here
 from tests.tiny import post_restorers as tiny
+from tests.tiny.onnx_files import write_yunet
 from tests.tiny.post_faces import write_red_detector
 
 WIDTH, HEIGHT, FACE = 96, 64, 24
@@ -281,9 +282,11 @@ def test_values_that_cannot_be_are_refused(words: tuple[str, str], said: str) ->
     assert said in str(error.value)
 
 
-def test_a_picture_of_which_nothing_would_be_left_is_refused(folder: Path) -> None:
-    with pytest.raises(OptionError, match="leaves nothing of clip.mkv, which has 96 x 64"):
-        _stage(folder, "-s", "0.01").result(_clip())
+@pytest.mark.parametrize(("upscale", "size"), [("0.01", "0 x 0"), ("16", "80000 x 1024")])
+def test_sizes_that_no_file_can_have_are_refused(folder: Path, upscale: str, size: str) -> None:
+    clip = replace(_clip(), width=96 if size == "0 x 0" else 5000)
+    with pytest.raises(OptionError, match=f"makes {size} pixels of the .* of clip.mkv"):
+        _stage(folder, "-s", upscale).result(clip)
 
 
 @pytest.mark.parametrize(
@@ -356,16 +359,51 @@ def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp
         check_facefix(_options(tmp_path))
 
 
-def test_the_script_restores_the_faces_of_a_video(folder: Path, tmp_path: Path) -> None:
-    frames = [_pixels(), _pixels((40, 24)), _pixels()]
-    write_video(tmp_path / "a.mkv", iter(frames), 10, codec="prores")
-    argv = ("--model", folder, "--input", tmp_path / "a.mkv", "--output", tmp_path / "b.mkv", "-s", 1)
+def test_a_yunet_beside_the_model_is_found_and_has_a_threshold_of_its_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    write_yunet(tmp_path / "face_detection_yunet_2026may.onnx")
+    stage, faced = _stage(tmp_path, "--detection_model", "yunet"), _pixels((44, 28))
 
-    code, said = run_here("blissful_tuner/facefix.py", *argv, folder=tmp_path)
+    assert stage.least_score == 0.8
+    assert len(stage.detector.find(faced, 0.8)) == 1
+    assert _run(stage, [faced])[0] is faced  # the tiny YuNet says that both eyes are at one place
 
+
+def _script(folder: Path, *words: object) -> str:
+    code, said = run_here("blissful_tuner/facefix.py", "--model", folder, *words, folder=folder)
     assert code == 0, said
-    before, after = (list(video_frames(tmp_path / name)) for name in ("a.mkv", "b.mkv"))
-    assert len(before) == len(after) == 3
-    for index in (0, 2):
-        assert np.abs(before[index].astype(int) - after[index]).max() <= 8
-    assert np.abs(before[1].astype(int) - after[1]).max() > 40
+    return said
+
+
+def test_the_script_restores_the_faces_of_pictures(folder: Path, tmp_path: Path) -> None:
+    plain, faced = _pixels(), _pixels((40, 24))
+    (tmp_path / "in").mkdir()
+    write_png(tmp_path / "in" / "plain.png", plain)
+    write_png(tmp_path / "in" / "faced.png", faced)
+
+    _script(folder, "--input", tmp_path / "in", "--output", tmp_path / "out", "--yes")
+
+    assert np.array_equal(read_image(tmp_path / "out" / "plain_GFPGAN.png"), plain)
+    made = read_image(tmp_path / "out" / "faced_GFPGAN.png")
+    assert np.array_equal(made, _run(_stage(folder), [faced])[0])
+    (box,) = _changed(faced, made)
+    assert _lies_around((40, 24), box)
+
+
+def test_the_script_gives_what_the_whole_clip_at_once_gives(folder: Path, tmp_path: Path) -> None:
+    clip, words = tmp_path / "a.mkv", ("--mode", "codeformer", "-s", 2)
+    dots = [(), ((40, 24),), ((42, 25), (80, 8)), ((43, 25),), ()]
+    write_video(clip, (_pixels(*each) for each in dots), 10, codec="h264", preset="ultrafast")
+
+    _script(folder, "--input", clip, "--output", tmp_path / "b.mkv", "--codec", "h264", *words)
+
+    whole = _run(_stage(folder, *words), list(video_frames(clip)))
+    write_video(tmp_path / "c.mkv", whole, 10, codec="h264")
+    made, expected = (list(video_frames(tmp_path / name)) for name in ("b.mkv", "c.mkv"))
+    assert len(made) == len(dots)
+    assert made[0].shape == (2 * HEIGHT, 2 * WIDTH, 3)
+    assert all(np.array_equal(one, other) for one, other in zip(made, expected, strict=True))
+    assert np.abs(made[1].astype(int) - made[0]).max() > 40
