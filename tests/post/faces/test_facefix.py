@@ -208,13 +208,27 @@ def test_a_stream_gives_what_each_picture_alone_gives(folder: Path) -> None:
         assert np.array_equal(made, _run(stage, [frame])[0])
 
 
-def test_the_same_stage_forgets_a_clip_before_the_next(folder: Path) -> None:
-    frames = [_pixels((40, 24)), _pixels((41, 24))]
-    stage = _stage(folder)
+@pytest.mark.parametrize("smooth", [0, 0.5])
+def test_faces_are_steadied_within_a_clip_only(folder: Path, smooth: float) -> None:
+    stage = _stage(folder, "--smooth", smooth)
 
-    first = _run(stage, frames)
+    class Trembling:
+        """Its landmarks are off by as many hundredths of a pixel as the picture's first value says."""
 
-    assert all(np.array_equal(a, b) for a, b in zip(first, _run(stage, frames), strict=True))
+        def find(self, pixels: Any, least_score: float) -> list[Any]:
+            off = np.float32(pixels[0, 0, 0] / 100)
+            found = stage.detector.find(pixels, least_score)
+            return [replace(face, landmarks=face.landmarks + off) for face in found]
+
+    trembling = replace(stage, detector=Trembling())
+    first, second = (_pixels((40, 24)) for _ in range(2))
+    first[0, 0, 0], second[0, 0, 0] = 0, 60
+
+    together = _run(trembling, [first, second])[1]
+
+    alone = _run(trembling, [second])[0]
+    assert np.array_equal(together, alone) == (smooth == 0)
+    assert np.array_equal(alone, _run(trembling, [second])[0])
 
 
 def test_what_was_done_is_said_at_the_end(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -127,6 +127,15 @@ def test_only_what_the_mask_covers_changes_and_it_is_rounded_once() -> None:
     assert np.array_equal(pixels, before)
 
 
+@pytest.mark.parametrize(("value", "expected"), [(76.7, 77), (76.3, 76), (255.0, 255)])
+def test_values_are_rounded_to_the_nearest(value: float, expected: int) -> None:
+    pixels = _picture()
+    face = _face(pixels, 1.0, _points(0.1, (20, 10)))
+    flat = Restored(np.full_like(face.face, value / 255), face.mask, face.matrix)
+
+    assert (paste(pixels, [flat], 1)[40, 46] == expected).all()
+
+
 def test_faces_that_overlap_are_pasted_one_above_the_other() -> None:
     pixels = np.zeros((80, 100, 3), np.uint8)
     first, second = (_face(pixels, None, _points(0.1, (20 + x, 10))) for x in (0, 9))
