@@ -28,7 +28,7 @@ FLOORS = {
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "fp8", "installation", "options"},
-        {"command", "console", "environment"},
+        {"command", "console", "environment", "output_files"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
@@ -79,6 +79,7 @@ LIGHT_FILES = {
     "modules/installation.py",
     "modules/interpreter.py",
     "modules/version.py",
+    "modules/output_files.py",
     "modules/text_files.py",
     "modules/text_encodings.py",
     "modules/contract/source.py",
@@ -109,7 +110,10 @@ SCRIPTS = sorted(
     if path.name not in {"families.py", "run_tests.py", "quickstart.py"}
 )
 # scripts in a room, with the rights of those at the root
-TOOLS = [f"blissful_tuner/{name}.py" for name in ("GIMMVFI", "facefix", "metaview", "upscaler", "yolo_blur")]
+TOOLS = [
+    f"blissful_tuner/{name}.py"
+    for name in ("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "yolo_blur")
+]
 
 
 def _sources() -> list[Path]:

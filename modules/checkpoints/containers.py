@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -65,6 +65,12 @@ class TensorFile(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def left_out(self) -> Sequence[str]: ...  # what stands beside the tensors and is not read
 
     def read(self, name: str) -> Tensor: ...  # on the CPU, in memory of its own
 
@@ -127,8 +133,10 @@ def describe_kind(start: bytes) -> str:
 class SafetensorsFile:
     """A safetensors file. Source: the format's description at huggingface.co/docs/safetensors."""
 
+    left_out: Sequence[str] = ()
+
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = path.open("rb")
         try:
             self.metadata, self._entries, self._start = self._read_header()
@@ -154,8 +162,8 @@ class SafetensorsFile:
         self._file.seek(self._start + self._entries[name][1])
         if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
             raise CheckpointError(
-                f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.",
-                self._path,
+                f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
+                self.path,
             )
 
     def close(self) -> None:
@@ -166,7 +174,7 @@ class SafetensorsFile:
 
         Every number is checked against the others.
         """
-        size = self._path.stat().st_size
+        size = self.path.stat().st_size
         length = struct.unpack("<Q", self._file.read(8))[0] if size >= 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._damage_error(f"its header claims {length} bytes, the file has {size}")
@@ -206,7 +214,7 @@ class SafetensorsFile:
 
     def _damage_error(self, how: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path
+            f"{self.path} is damaged or incomplete: {how}. Download or copy it again.", self.path
         )
 
 
@@ -221,9 +229,9 @@ class TorchFile:
     """A file written by `torch.save`, mapped and unpickled with tensors and plain containers only."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.metadata: dict[str, str] = {}
-        self._tensors = _unwrap(load_pickled(path), path)
+        self._tensors, self.left_out = _unwrap(load_pickled(path), path)
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
@@ -323,21 +331,25 @@ def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the named tensors inside the containers that a trainer wrapped around them.
+def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the named tensors inside the containers that a trainer wrapped around them, and what else is
+    there.
 
     A step count beside a wrapper may be a tensor too.
     """
+    left_out: list[str] = []
     for _ in range(1 + len(WRAPPERS)):  # a harmful file may wrap a dictionary in itself
         if not isinstance(content, dict):
             break
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if wrapper is None:
             tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+            left_out += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
             if tensors:
-                return tensors
+                return tensors, tuple(left_out)
             break
-        content = inner
+        left_out += [str(name) for name in content if name != wrapper]
+        content = content[wrapper]
     raise CheckpointError(
         f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
     )
