@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
 from generation.growing import name_preview_on_failure, remove_preview
-from generation.jobs import Denoised, Failures, GenerationRun
+from generation.jobs import Denoised, GenerationRun
 from generation.outputs import output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from modules.atomic_write import make_folder
@@ -19,6 +19,7 @@ from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.family import Family
 from modules.errors import CheckpointError
+from modules.failures import Failures
 
 logger = logging.getLogger(__name__)
 

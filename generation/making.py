@@ -22,7 +22,7 @@ from generation.growing import (
     preview_path,
     remove_parts,
 )
-from generation.jobs import Denoised, Failures, GenerationJob, GenerationRun
+from generation.jobs import Denoised, GenerationJob, GenerationRun
 from generation.output_options import OutputOptions
 from generation.outputs import (
     LATENT_SUFFIX,
@@ -42,6 +42,7 @@ from modules.contract.generation import EncodedPrompts, Section
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import free_memory
+from modules.failures import Failures
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from generation.output_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
-from modules.media.writing import encoder_for, write_png, write_video
+from modules.media.encoding import encoder_for
+from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
 

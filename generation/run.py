@@ -13,7 +13,7 @@ from generation.decoding import decode_files
 from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, dit_loader
 from generation.expert_loras import expert_loras
 from generation.experts import TurnRules
-from generation.jobs import Failures, GenerationRun, tell_unused_sources
+from generation.jobs import GenerationRun, tell_unused_sources
 from generation.making import make, make_job
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
@@ -29,6 +29,7 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError
+from modules.failures import Failures
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little

@@ -27,7 +27,7 @@ FLOORS = {
     "modules": (
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
-        {"atomic_write", "devices", "fp8", "installation", "options"},
+        {"atomic_write", "devices", "failures", "fp8", "installation", "options"},
         {"command", "console", "environment", "output_files"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
@@ -112,7 +112,7 @@ SCRIPTS = sorted(
 # scripts in a room, with the rights of those at the root
 TOOLS = [
     f"blissful_tuner/{name}.py"
-    for name in ("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "yolo_blur")
+    for name in ("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur")
 ]
 
 

@@ -33,9 +33,11 @@ ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who
 
 # keys under which trainers store the tensors
 WRAPPERS = (
-    *("params_ema", "params-ema"),  # of super-resolution: the averaged weights are those to use
-    *("module", "state_dict", "model_state_dict", "ema", "model", "params"),
+    # averages first: they are what is published
+    *("params_ema", "params-ema", "params", "module", "model_state_dict", "ema"),
+    *("model", "state_dict"),
 )
+MAX_WRAPPERS = 64  # in one file; far more than any has
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -335,21 +337,28 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...
     """Return the named tensors inside the containers that a trainer wrapped around them, and what else is
     there.
 
-    A step count beside a wrapper may be a tensor too.
+    Raises CheckpointError if there are none.
     """
-    left_out: list[str] = []
-    for _ in range(1 + len(WRAPPERS)):  # a harmful file may wrap a dictionary in itself
-        if not isinstance(content, dict):
-            break
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if wrapper is None:
-            tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-            left_out += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-            if tensors:
-                return tensors, tuple(left_out)
-            break
-        left_out += [str(name) for name in content if name != wrapper]
-        content = content[wrapper]
-    raise CheckpointError(
-        f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
-    )
+    found, left_out = _named_tensors(content, set())
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
+        )
+    return found, tuple(left_out)
+
+
+def _named_tensors(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of the first wrapper that has some, else those that are here, and what else is here.
+
+    A step count beside a wrapper may be a tensor too. seen: a harmful file may wrap a dictionary in itself.
+    """
+    if not isinstance(content, dict) or id(content) in seen or len(seen) == MAX_WRAPPERS:
+        return {}, []
+    seen.add(id(content))
+    wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS
+    for key in wrappers:
+        inner, left_out = _named_tensors(content.get(key), seen)
+        if inner:
+            return inner, [str(name) for name in content if name != key] + left_out
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return tensors, [str(name) for name, value in content.items() if not isinstance(value, Tensor)]

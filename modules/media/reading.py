@@ -8,13 +8,10 @@ failure is a MediaError with the file and the reason.
 import contextlib
 import functools
 import importlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +20,8 @@ from PIL import Image, ImageOps, features
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
 from modules.media.buckets import Size, fit_cover
-from modules.media.opening import MAX_PIXELS, open_image, open_video
+from modules.media.decoding import decode_frames, turn_upright
+from modules.media.opening import open_image, open_video
 
 Frame = NDArray[np.uint8]  # H W C
 
@@ -36,8 +34,6 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those 
 # of pictures at the usual rates, because files round their times to milliseconds
 PLACE_IN_FRAME = 0.3
 LONGEST_SHOWN = 60.0  # seconds of one picture; more is a damaged time, or a slide show
-# decoders that read transparency, which FFmpeg's own do not, by the codec
-_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
@@ -164,24 +160,13 @@ def timed_frames(path: Path, alpha: bool = False) -> Iterator[TimedFrame]:
             yield TimedFrame(pixels if alpha else blend_on_white(pixels), end, end + seconds)
             end += seconds
         return
-    num_frames = 0
-    end_seconds = 0.0
     with open_video(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        decode = _alpha_decoder(path, stream) if alpha else None
         usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
-            for frame in packet.decode() if decode is None else decode(packet):
-                num_frames += 1
-                start = _start_of(frame, stream, end_seconds + usual_seconds)
-                end_seconds = max(end_seconds, start)
-                shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
-                has_alpha = alpha and any(part.is_alpha for part in frame.format.components)
-                pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
-                yield TimedFrame(_turn_upright(pixels, frame.rotation), start, start + shown)
-        _check_whole(path, container, stream, num_frames, end_seconds)
+        for frame, start in decode_frames(path, container, stream, alpha):
+            shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
+            has_alpha = alpha and any(part.is_alpha for part in frame.format.components)
+            pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
+            yield TimedFrame(turn_upright(pixels, frame.rotation), start, start + shown)
 
 
 def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Frame]:
@@ -221,7 +206,7 @@ def video_info(path: Path) -> VideoInfo:
     with open_video(path) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
-            raise MediaError(f"{path} holds no frame that can be decoded")
+            raise MediaError(f"no frames in {path}: it holds none that can be decoded")
         sideways = round(first.rotation / 90) % 2 == 1
         width, height = (first.height, first.width) if sideways else (first.width, first.height)
         # a header may claim any number of frames; each takes a byte at least
@@ -249,52 +234,4 @@ def _check_shown(path: Path, seconds: float) -> None:
         raise MediaError(
             f"{path} shows one frame for {seconds:.0f} s, at most {LONGEST_SHOWN:.0f} s are played. Its "
             "times are damaged, or it is a slide show: cut it, or convert it to a constant frame rate."
-        )
-
-
-def _start_of(frame: Any, stream: Any, usual: float) -> float:
-    """Return when a frame is shown, in seconds. usual: if the file does not say."""
-    return usual if frame.pts is None else float(frame.pts * (frame.time_base or stream.time_base))
-
-
-def _alpha_decoder(path: Path, stream: Any) -> Any:
-    """Return what decodes packets with their transparency, if the stream's own decoder would drop it."""
-    codec = stream.codec_context.name
-    if stream.metadata.get("alpha_mode") != "1" or codec not in _ALPHA_DECODERS:
-        return None
-    try:
-        decoder: Any = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
-    except ValueError:
-        raise MediaError(
-            f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
-            "Convert it to ProRes 4444, or to a folder of PNG images."
-        ) from None
-    decoder.options = {"max_pixels": str(MAX_PIXELS)}
-    # the last packet, which has no data, makes the decoder give what it holds back
-    return lambda packet: decoder.decode(packet if packet.size else None)
-
-
-def _turn_upright(frame: Frame, degrees: float) -> Frame:
-    """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
-    turns = round(degrees / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
-
-
-def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_seconds: float) -> None:
-    """Raise MediaError if a file ends before the length it states.
-
-    Most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
-    length as a tag.
-    """
-    if not num_frames:
-        raise MediaError(f"{path} holds no frame that can be decoded")
-    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if "matroska" not in container.format.name or match is None:
-        return
-    seconds = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
-    frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
-    if end_seconds + max(4 * frame_seconds, 0.3) < seconds:
-        raise MediaError(
-            f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at "
-            f"{end_seconds:.2f} s"
         )

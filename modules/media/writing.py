@@ -1,7 +1,6 @@
 """Write uint8 frames to image and video files, and join videos without encoding them again."""
 
 import contextlib
-import errno
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +8,21 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
-from modules.media.opening import file_url, open_container, open_video
+from modules.media.companions import needs_own_tags, open_companions
+from modules.media.encoding import (
+    add_video_stream,
+    choose_codec,
+    create_container,
+    encode_pictures,
+    name_write_errors,
+)
+from modules.media.opening import open_container, open_video
 from modules.media.reading import Frame
+from modules.media.timing import Shown, Timing, ticks_per_second
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -32,34 +37,6 @@ def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -
         add(name, value)
     with atomic_path(path, frame.nbytes) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG", pnginfo=chunks)
-
-
-@dataclass(frozen=True)
-class _Codec:
-    encoder: str
-    pixel_format: str
-    options: Mapping[str, str]
-    has_crf: bool  # whether it has the options crf and preset
-    suffixes: tuple[str, ...]
-
-
-_CODECS = {
-    "h264": _Codec("libx264", "yuv420p", {}, True, (".mp4", ".mkv", ".mov")),
-    "h265": _Codec("libx265", "yuv420p", {"x265-params": "log-level=error"}, True, (".mp4", ".mkv", ".mov")),
-    "prores": _Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
-}
-
-# width, height: with 40 x 64, 48 x 48 or 48 x 32 pixels libx265 damages memory, which at times ends the
-# process; from 64 x 40 on it did not in many trials
-SMALLEST_H265 = (64, 48)
-_MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
-
-
-def encoder_for(codec: str, frame: Frame) -> str:
-    """Return the codec to use for frames of this size (H W 3): h264 in place of h265 for tiny ones."""
-    height, width = (side // 2 * 2 for side in frame.shape[:2])
-    is_tiny = width < SMALLEST_H265[0] or height < SMALLEST_H265[1]
-    return "h264" if codec == "h265" and is_tiny else codec
 
 
 def write_video(
@@ -80,68 +57,96 @@ def write_video(
     Raises MediaError if there is no frame, the codec does not fit the suffix, or the frames are too small for
     it; OutputError if the file cannot be written.
     """
-    kind = _CODECS[codec]
-    suffix = path.suffix.lower()
-    if suffix not in kind.suffixes:
-        raise MediaError(
-            f"{path}: {codec} can be written to {', '.join(kind.suffixes)}, not to "
-            f"{suffix or 'a name without suffix'}"
-        )
     remaining = iter(frames)
     first = next(remaining, None)
-    if first is None:
-        raise MediaError(f"{path}: there is no frame to write")
-    if encoder_for(codec, first) != codec:
-        height, width = first.shape[:2]
-        raise MediaError(
-            f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
-            f"{SMALLEST_H265[1]} are the least. Use h264"
+    kind = choose_codec(path, codec, first)
+    assert first is not None
+    with (
+        atomic_path(path) as temporary,
+        name_write_errors(),
+        _create(temporary, path.suffix.lower(), tags) as container,
+    ):
+        stream = add_video_stream(
+            container, kind, first, _rate(fps), crf=crf, preset=preset, bit_rate=bit_rate
         )
-    with atomic_path(path) as temporary, name_write_errors():
-        # no random ids
-        container = _create(temporary, suffix, tags)
-        with container:
-            stream = _add_stream(container, kind, first, fps)
-            if bit_rate is not None:
-                stream.bit_rate = bit_rate
-            elif kind.has_crf:
-                stream.options = {**stream.options, "crf": str(crf)}
-            if kind.has_crf:
-                stream.options = {**stream.options, "preset": preset}
-            for index, frame in enumerate(itertools.chain([first], remaining)):
-                container.mux(stream.encode(_video_frame(frame, stream, index)))
-            container.mux(stream.encode())
+        for packet in encode_pictures(stream, itertools.chain([first], remaining)):
+            container.mux(packet)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a video has become; sizes are those of its pictures."""
+
+    width: int
+    height: int
+    frames: int
+    seconds: Fraction  # from the first picture to the end of the last one
+
+
+def write_shown(
+    path: Path,
+    frames: Iterable[Shown],
+    rate: Fraction,
+    codec: str,
+    *,
+    crf: int = 12,
+    preset: str = "slow",
+    companions_of: Path | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Written:
+    """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
+
+    frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
+    come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
+    one. codec, crf, preset: as of `write_video`. companions_of: a video whose sound, subtitles, attachments,
+    chapters and tags go into this one as they are; what the format cannot hold is logged. tags: as of
+    `write_video`; they replace the video's own.
+    Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their times
+    do not rise; OutputError if the file cannot be written.
+    """
+    remaining = iter(frames)
+    first = next(remaining, None)
+    kind = choose_codec(path, codec, None if first is None else first.pixels)
+    assert first is not None
+    suffix = path.suffix.lower()
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(atomic_path(path))
+        stack.enter_context(name_write_errors())
+        others = stack.enter_context(open_companions(companions_of, suffix)) if companions_of else None
+        all_tags = _joined_tags(others.tags if others else {}, tags or {})
+        # what is written comes in order, but for what the encoder holds back: that is waited for below
+        options = {"max_interleave_delta": "1000000"}
+        if suffix != ".mkv":
+            options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(all_tags)
+        container = stack.enter_context(create_container(temporary, suffix, all_tags, options))
+        stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)
+        stream.time_base = 1 / Fraction(ticks_per_second(rate))
+        if codec == "h265" and suffix != ".mkv":
+            stream.codec_context.codec_tag = "hvc1"  # common players open no other
+        if others is not None:
+            others.add_streams(container, stream)
+        timing = Timing(rate)
+        pictures = timing.note(itertools.chain([first], remaining))
+        for packet in encode_pictures(stream, pictures):
+            timing.apply(packet)
+            if others is not None:
+                others.write(container, packet.dts * packet.time_base)
+            container.mux(packet)
+        if others is not None:
+            others.write(container, None)
+    return Written(stream.width, stream.height, timing.count, timing.seconds)
+
+
+def _joined_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """Return all tags; new ones replace old ones whatever their case, which .mkv does not keep."""
+    replaced = {name.lower() for name in new}
+    return {name: value for name, value in old.items() if name.lower() not in replaced} | dict(new)
 
 
 def _create(path: Path, suffix: str, tags: Mapping[str, str] | None) -> Any:
-    """Open a file to write, without random ids and with tags."""
-    options = {"fflags": "+bitexact"}
-    if tags and suffix != ".mkv":
-        options["movflags"] = "use_metadata_tags"  # else only names known to the format are stored
-    container = av.open(file_url(path), "w", format=_MUXERS[suffix], options=options)
-    container.metadata.update(tags or {})
-    return container
-
-
-def _add_stream(container: Any, kind: _Codec, first: Frame, fps: float) -> Any:
-    stream = container.add_stream(kind.encoder, rate=_rate(fps))
-    stream.height, stream.width = (side // 2 * 2 for side in first.shape[:2])
-    stream.pix_fmt = kind.pixel_format
-    stream.options = dict(kind.options)
-    context = stream.codec_context
-    context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
-    context.color_range = ColorRange.MPEG.value
-    return stream
-
-
-def _video_frame(frame: Frame, stream: Any, index: int) -> av.VideoFrame:
-    even = np.ascontiguousarray(frame[: stream.height, : stream.width])
-    converted = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
-        format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-    )
-    converted.pts = index
-    converted.time_base = 1 / stream.codec_context.framerate
-    return converted
+    # else only names known to the format are stored
+    options = {"movflags": "use_metadata_tags"} if tags and suffix != ".mkv" else {}
+    return create_container(path, suffix, tags, options)
 
 
 @dataclass(frozen=True)
@@ -214,13 +219,3 @@ def _place(packet: Any, fps: float) -> int:
 
 def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
-
-
-@contextlib.contextmanager
-def name_write_errors() -> Iterator[None]:
-    """Turn FFmpeg's errors into OSError, which `atomic_path` explains."""
-    try:
-        yield
-    except av.FFmpegError as error:
-        number = error.errno if error.errno in errno.errorcode else errno.EIO
-        raise OSError(number, error.strerror) from error

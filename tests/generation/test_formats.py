@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from generation.outputs import save_pixels
 from modules.errors import MediaError
+from modules.media.encoding import encoder_for
 from modules.media.reading import video_frames
 from modules.media.tags import read_tags
-from modules.media.writing import encoder_for, write_video
+from modules.media.writing import write_video
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.generation.saving import output_options

@@ -1,0 +1,304 @@
+"""Take all but the pictures from one video into another: sound, subtitles, attachments, chapters, tags.
+
+Packets are copied as they are. What the new file's format cannot hold is converted or left out, and logged by
+name and reason.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import av
+
+from modules.media.decoding import time_origin
+from modules.media.encoding import MUXERS
+from modules.media.opening import open_container, reading
+from modules.media.priming import open_delayed
+from modules.media.sound import add_aac
+from modules.media.subtitles import add_text, is_text
+
+logger = getLogger(__name__)
+
+# what a writing program says of itself and of its file
+_NOISE = re.compile(
+    r"encoder|major_brand|minor_version|compatible_brands|duration|vendor_id|number_of_(frames|bytes)|bps"
+    r"|_statistics_.*|rotate",
+    re.IGNORECASE,
+)
+_NO_NAMES = {"SoundHandler", "VideoHandler", "SubtitleHandler", "DataHandler"}
+# sound that the format can hold by its letter, but that few programs play from it
+_UNPLAYED = {".mp4": re.compile("pcm_|vorbis"), ".mov": re.compile("vorbis")}
+# tags that MP4 has fields of its own for; any other needs `use_metadata_tags`
+_MP4_TAGS = frozenset(
+    {
+        *("title", "artist", "album_artist", "composer", "album", "date", "comment", "genre", "copyright"),
+        *("grouping", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords"),
+        "creation_time",
+    }
+)
+_COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
+_ATTACHED_PICTURE, _DISCARD_ALL = 1 << 10, 48  # FFmpeg's numbers
+
+Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
+
+
+@dataclass
+class _Track:
+    """A stream on its way into the new file."""
+
+    name: str
+    target: Any
+    convert: Convert
+    lost: int = 0  # packets
+
+
+class Companions:
+    """The other streams of a video, read as far as the new one has grown."""
+
+    def __init__(self, path: Path, source: Any, suffix: str) -> None:
+        """source: the opened file at `path`. suffix: of the new file."""
+        self._path, self._source, self._suffix = path, source, suffix
+        self._origin = time_origin(source)
+        self._main = source.streams.best("video")
+        self._tracks: dict[int, _Track] = {}
+        self._packets: Iterator[Any] = iter(())
+        self._waiting: Any = None
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags of the file."""
+        return {name: value for name, value in self._source.metadata.items() if not _NOISE.fullmatch(name)}
+
+    def add_streams(self, target: Any, video: Any) -> None:
+        """Add a stream to the new file for each one of the source, and its chapters.
+
+        video: the stream of the new pictures, which gets the tags of the old ones.
+        """
+        if self._main is not None:
+            _describe(video, self._main)
+            self._keep_proportions(video)
+        for stream in self._source.streams:
+            if stream is not self._main:
+                self._add(target, stream)
+        with contextlib.suppress(AttributeError):  # older versions of PyAV
+            target.set_chapters([self._moved(chapter) for chapter in self._source.chapters()])
+        wanted = [self._source.streams[index] for index in self._tracks]
+        if wanted:
+            self._packets = self._read(wanted)
+            self._waiting = next(self._packets, None)
+
+    def write(self, target: Any, seconds: Fraction | None) -> None:
+        """Write what is there before the given second of the new file; None: all that is left."""
+        while self._waiting is not None:
+            time = self._waiting.pts if self._waiting.dts is None else self._waiting.dts
+            is_known = seconds is not None and time is not None
+            if is_known and time * self._waiting.time_base - self._origin > seconds:
+                return
+            self._write(target, self._waiting)
+            self._waiting = next(self._packets, None)
+        if seconds is None:
+            for track in self._tracks.values():
+                if track.lost:
+                    logger.warning(
+                        "%s: %d packets of %s are damaged and left out", self._path, track.lost, track.name
+                    )
+
+    def _keep_proportions(self, video: Any) -> None:
+        """Let pixels that are not square, as those of DVDs, stay so."""
+        ratio = self._main.sample_aspect_ratio
+        if not ratio or ratio == 1:
+            return
+        with open_container(self._path) as again, contextlib.suppress(av.FFmpegError):
+            first = next(again.decode(again.streams[self._main.index]))
+            sideways = round(first.rotation / 90) % 2 == 1
+            video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
+
+    def _read(self, streams: list[Any]) -> Iterator[Any]:
+        try:
+            yield from self._source.demux(streams)
+        except av.FFmpegError as error:
+            logger.warning(
+                "%s is damaged: the rest of its sound and subtitles cannot be read (%s)",
+                self._path,
+                error.strerror,
+            )
+
+    def _write(self, target: Any, packet: Any) -> None:
+        track = self._tracks[packet.stream.index]
+        try:
+            converted = list(track.convert(packet))
+        except av.FFmpegError:  # of a decoder
+            track.lost += 1
+            return
+        for one in converted:
+            self._move(one)
+            one.stream = track.target
+            try:
+                target.mux(one)
+            except av.ArgumentError:  # times that do not rise, or none at all
+                track.lost += 1
+
+    def _move(self, packet: Any) -> None:
+        if packet.dts is None:
+            packet.dts = packet.pts
+        if self._origin:
+            ticks = round(self._origin / packet.time_base)
+            packet.dts = None if packet.dts is None else packet.dts - ticks
+            packet.pts = None if packet.pts is None else packet.pts - ticks
+
+    def _moved(self, chapter: Mapping[str, Any]) -> dict[str, Any]:
+        ticks = round(self._origin / chapter["time_base"])
+        start, end = (max(chapter[name] - ticks, 0) for name in ("start", "end"))
+        return {**chapter, "start": start, "end": end}
+
+    def _add(self, target: Any, stream: Any) -> None:
+        """Add a stream by the first way that the format allows."""
+        name = _name(stream)
+        if stream.type == "video":
+            self._add_picture(target, stream, name)
+        elif stream.type == "attachment":
+            self._add_attachment(target, stream, name)
+        elif stream.type == "data" and int(getattr(stream, "discard", 0)) >= _DISCARD_ALL:
+            return  # chapters of MP4, which are copied as such
+        elif self._is_playable(stream) and _can_hold(self._suffix, stream):
+            self._add_copy(target, stream, name)
+        elif stream.type == "audio" and stream.codec_context is not None:
+            added, convert = add_aac(target, stream)
+            self._keep(stream, added, name, convert)
+            logger.info(
+                "%s: %s is encoded to AAC, because %s files do not play it; .mkv keeps it as it is",
+                self._path,
+                name,
+                self._suffix,
+            )
+        elif stream.type == "subtitle" and is_text(stream):
+            added, convert = add_text(target, stream, self._suffix)
+            self._keep(stream, added, name, convert)
+        else:
+            self._leave_out(name)
+
+    def _is_playable(self, stream: Any) -> bool:
+        unplayed = _UNPLAYED.get(self._suffix)
+        return not (
+            stream.type == "audio"
+            and unplayed is not None
+            and stream.codec_context is not None
+            and unplayed.match(stream.codec_context.name)
+        )
+
+    def _add_copy(self, target: Any, stream: Any, name: str) -> None:
+        delayed = None
+        if self._suffix == ".mkv" and stream.type == "audio" and (samples := self._priming(stream)) > 0:
+            delayed = open_delayed(stream, samples)
+        if delayed is None:
+            self._keep(stream, _from_template(target, stream), name, _copy)
+            return
+        with delayed:
+            added = _from_template(target, delayed.streams.audio[0])
+        added.time_base = stream.time_base
+        self._keep(stream, added, name, _copy)
+
+    def _priming(self, stream: Any) -> int:
+        """Return how many samples of sound come before time 0."""
+        with contextlib.suppress(av.FFmpegError), open_container(self._path) as again:
+            first = next(again.demux(again.streams[stream.index]))
+            if first.pts is not None:
+                return -round((first.pts * first.time_base - self._origin) * stream.codec_context.sample_rate)
+        return 0
+
+    def _add_picture(self, target: Any, stream: Any, name: str) -> None:
+        """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""
+        if not int(stream.disposition) & _ATTACHED_PICTURE:
+            self._leave_out(name, "only the main stream of pictures is written", remedy="")
+            return
+        codec = stream.codec_context.name if stream.codec_context is not None else ""
+        if self._suffix == ".mkv" and codec in _COVERS and hasattr(target, "add_attachment"):
+            with open_container(self._path) as again:
+                picture = next(bytes(packet) for packet in again.demux(again.streams[stream.index]))
+            target.add_attachment(*_COVERS[codec], picture)
+        elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
+            self._add_copy(target, stream, name)
+        else:
+            self._leave_out(name)
+
+    def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
+        if self._suffix == ".mkv" and hasattr(target, "add_attachment"):
+            mimetype = stream.metadata.get("mimetype", "application/octet-stream")
+            target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
+        else:
+            self._leave_out(name)
+
+    def _keep(self, stream: Any, added: Any, name: str, convert: Convert) -> None:
+        _describe(added, stream)
+        self._tracks[stream.index] = _Track(name, added, convert)
+
+    def _leave_out(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
+        reason = reason or f"{self._suffix} files cannot hold it"
+        logger.warning(
+            "%s: %s is left out: %s%s", self._path, name, reason, "" if self._suffix == ".mkv" else remedy
+        )
+
+
+@contextlib.contextmanager
+def open_companions(path: Path, suffix: str) -> Iterator[Companions]:
+    """Open a video for its other streams. suffix: of the new file. Raises MediaError."""
+    with reading(path):
+        source = open_container(path)
+    with source:
+        yield Companions(path, source, suffix)
+
+
+def needs_own_tags(tags: Iterable[str]) -> bool:
+    """Return whether MP4 has no fields of its own for some of these tags."""
+    return any(name.lower() not in _MP4_TAGS for name in tags)
+
+
+def _copy(packet: Any) -> list[Any]:
+    return [packet] if packet.size else []
+
+
+def _from_template(target: Any, stream: Any) -> Any:
+    try:
+        return target.add_stream_from_template(stream, opaque=True)
+    except TypeError:  # older versions of PyAV
+        return target.add_stream_from_template(stream)
+
+
+def _can_hold(suffix: str, stream: Any) -> bool:
+    """Return whether a file with this suffix can hold the stream: its header is written in memory."""
+    try:
+        with av.open(BytesIO(), "w", format=MUXERS[suffix]) as trial:
+            _from_template(trial, stream)
+            trial.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def _describe(target: Any, source: Any) -> None:
+    """Give a new stream the tags of the old one: its language, its title, what it is for."""
+    tags = {name: value for name, value in source.metadata.items() if not _NOISE.fullmatch(name)}
+    title = tags.pop("name", None)  # as FFmpeg calls the title in MP4
+    if title is not None:
+        tags.setdefault("title", title)
+    if tags.get("handler_name") in _NO_NAMES:
+        del tags["handler_name"]
+    if tags.get("language") == "und":
+        del tags["language"]
+    target.metadata.update(tags)
+    with contextlib.suppress(AttributeError, TypeError):  # older versions of PyAV
+        target.disposition = int(source.disposition)
+
+
+def _name(stream: Any) -> str:
+    codec = stream.codec_context.name if stream.codec_context is not None else getattr(stream, "name", None)
+    language = stream.metadata.get("language", "und")
+    kind = {"video": "pictures", "audio": "sound"}.get(stream.type, stream.type)
+    details = [codec or "unknown", *([] if language == "und" else [language])]
+    return f"stream {stream.index} ({kind}: {', '.join(details)})"

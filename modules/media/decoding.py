@@ -1,0 +1,108 @@
+"""Decode a video file picture by picture, and notice when it ends early."""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.errors import MediaError
+from modules.media.opening import MAX_PIXELS
+
+# decoders that read transparency, which FFmpeg's own do not, by the codec
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+def decode_frames(
+    path: Path, container: Any, stream: Any, alpha: bool = False
+) -> Iterator[tuple[Any, float]]:
+    """Yield FFmpeg's frames in playing order, each with the second from which it is shown.
+
+    container, stream: from `open_video(path)`. Raises MediaError if the file is damaged, ends before the
+    length that it states, or has no frame.
+    """
+    stream.thread_type = "AUTO"
+    decode = _alpha_decoder(path, stream) if alpha else None
+    usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
+    num_frames, end_seconds = 0, 0.0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
+        for frame in packet.decode() if decode is None else decode(packet):
+            num_frames += 1
+            start = _start_of(frame, stream, end_seconds + usual_seconds)
+            end_seconds = max(end_seconds, start)
+            yield frame, start
+    _check_whole(path, container, stream, num_frames, end_seconds)
+
+
+Turned = TypeVar("Turned", bound=NDArray[Any])
+
+
+def turn_upright(frame: Turned, degrees: float) -> Turned:
+    """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
+    turns = round(degrees / 90) % 4
+    turned: Any = np.ascontiguousarray(np.rot90(frame, turns)) if turns else frame
+    return turned
+
+
+def time_origin(container: Any) -> Fraction:
+    """Return the second at which a file begins to play; its own times count from another moment at times.
+
+    Recordings of broadcasts begin anywhere, cut files where they were cut.
+    """
+    if not container.start_time:  # in microseconds, rounded
+        return Fraction(0)
+    rounded = Fraction(container.start_time, 1_000_000)
+    exact = [
+        stream.start_time * stream.time_base
+        for stream in container.streams
+        if stream.type in ("audio", "video") and stream.start_time is not None
+    ]
+    return min((time for time in exact if abs(time - rounded) < Fraction(2, 1_000_000)), default=rounded)
+
+
+def _start_of(frame: Any, stream: Any, usual: float) -> float:
+    """Return when a frame is shown, in seconds. usual: if the file does not say."""
+    return usual if frame.pts is None else float(frame.pts * (frame.time_base or stream.time_base))
+
+
+def _alpha_decoder(path: Path, stream: Any) -> Any:
+    """Return what decodes packets with their transparency, if the stream's own decoder would drop it."""
+    codec = stream.codec_context.name
+    if stream.metadata.get("alpha_mode") != "1" or codec not in _ALPHA_DECODERS:
+        return None
+    try:
+        decoder: Any = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
+    except ValueError:
+        raise MediaError(
+            f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
+            "Convert it to ProRes 4444, or to a folder of PNG images."
+        ) from None
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    # the last packet, which has no data, makes the decoder give what it holds back
+    return lambda packet: decoder.decode(packet if packet.size else None)
+
+
+def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_seconds: float) -> None:
+    """Raise MediaError if a file ends before the length it states.
+
+    Most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
+    length as a tag.
+    """
+    if not num_frames:
+        raise MediaError(f"no frames in {path}: it holds none that can be decoded")
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if "matroska" not in container.format.name or match is None:
+        return
+    seconds = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+    frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
+    if end_seconds + max(4 * frame_seconds, 0.3) < seconds:
+        raise MediaError(
+            f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at "
+            f"{end_seconds:.2f} s"
+        )

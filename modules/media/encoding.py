@@ -1,0 +1,179 @@
+"""Encode pictures to a video stream: the one encoder of all videos that are written.
+
+It counts pictures, whatever their times are, and what it makes of them does not depend on those. Packets are
+given their times afterwards.
+"""
+
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+
+from modules.errors import MediaError
+from modules.media.opening import file_url
+
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their whole range
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one kind of video is encoded."""
+
+    encoder: str
+    pixel_format: str
+    options: Mapping[str, str]
+    has_crf: bool  # whether it has the options crf and preset
+    suffixes: tuple[str, ...]
+
+
+_CODECS = {
+    "h264": Codec("libx264", "yuv420p", {}, True, (".mp4", ".mkv", ".mov")),
+    "h265": Codec("libx265", "yuv420p", {"x265-params": "log-level=error"}, True, (".mp4", ".mkv", ".mov")),
+    "prores": Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
+}
+
+# width, height: with 40 x 64, 48 x 48 or 48 x 32 pixels libx265 damages memory, which at times ends the
+# process; from 64 x 40 on it did not in many trials
+SMALLEST_H265 = (64, 48)
+MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+
+
+def encoder_for(codec: str, frame: Pixels) -> str:
+    """Return the codec to use for frames of this size (H W 3): h264 in place of h265 for tiny ones."""
+    height, width = (side // 2 * 2 for side in frame.shape[:2])
+    is_tiny = width < SMALLEST_H265[0] or height < SMALLEST_H265[1]
+    return "h264" if codec == "h265" and is_tiny else codec
+
+
+def choose_codec(path: Path, codec: str, first: Pixels | None) -> Codec:
+    """Return how to encode to `path`. first: the first picture, None if there is none.
+
+    Raises MediaError if the codec does not fit the suffix or the picture, or if there is no picture.
+    """
+    kind = _CODECS[codec]
+    suffix = path.suffix.lower()
+    if suffix not in kind.suffixes:
+        raise MediaError(
+            f"{path}: {codec} can be written to {', '.join(kind.suffixes)}, not to "
+            f"{suffix or 'a name without suffix'}"
+        )
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    height, width = first.shape[:2]
+    if min(height, width) < 2:
+        raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 are the least")
+    if encoder_for(codec, first) != codec:
+        raise MediaError(
+            f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
+            f"{SMALLEST_H265[1]} are the least. Use h264"
+        )
+    return kind
+
+
+def create_container(
+    path: Path, suffix: str, tags: Mapping[str, str] | None, options: Mapping[str, str] | None = None
+) -> Any:
+    """Open a file to write, without random ids and with tags. options: further ones of the container."""
+    options = {"fflags": "+bitexact", **(options or {})}
+    container = av.open(file_url(path), "w", format=MUXERS[suffix], options=options)
+    container.metadata.update(tags or {})
+    return container
+
+
+def add_video_stream(
+    container: Any,
+    kind: Codec,
+    first: Pixels,
+    rate: Fraction,
+    *,
+    crf: int,
+    preset: str,
+    bit_rate: int | None = None,
+) -> Any:
+    """Add a stream for pictures of the size of `first`; rate: of them a second.
+
+    crf: quality; bit_rate: bits per second in place of it. Raises MediaError if FFmpeg lacks the encoder.
+    """
+    try:
+        stream = container.add_stream(kind.encoder, rate=rate)
+    except ValueError:
+        raise MediaError(f"FFmpeg here lacks the encoder {kind.encoder}: choose another codec") from None
+    stream.height, stream.width = (side // 2 * 2 for side in first.shape[:2])
+    stream.pix_fmt = kind.pixel_format
+    stream.options = dict(kind.options)
+    context = stream.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
+    context.color_range = ColorRange.MPEG.value
+    if bit_rate is not None:
+        stream.bit_rate = bit_rate
+    elif kind.has_crf:
+        stream.options = {**stream.options, "crf": str(crf)}
+    if kind.has_crf:
+        stream.options = {**stream.options, "preset": preset}
+    return stream
+
+
+def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
+    """Yield the packets of pictures, whose times are the numbers of pictures in units of 1 / rate.
+
+    An odd last row or column is cropped. Raises MediaError if the encoder fails.
+    """
+    for index, pixels in enumerate(pictures):
+        converted = _video_frame(pixels, stream, index)
+        with _name_encoder(stream):
+            packets = stream.encode(converted)
+        yield from packets
+    with _name_encoder(stream):
+        packets = stream.encode()
+    yield from packets
+
+
+def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
+    if (pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2) != (stream.height, stream.width):
+        raise MediaError(
+            f"the pictures of a video change their size: picture {index + 1} has {pixels.shape[1]} x "
+            f"{pixels.shape[0]} pixels, those before it {stream.width} x {stream.height}"
+        )
+    even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
+    if even.dtype == np.uint8 and any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components):
+        even = even.astype(np.uint16) * np.uint16(257)  # from 8 bits to 10, FFmpeg is off by up to 3 of 255
+    layout = "rgb24" if even.dtype == np.uint8 else "rgb48le"
+    converted = av.VideoFrame.from_ndarray(even, format=layout).reformat(
+        format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+    converted.pts = index
+    converted.time_base = 1 / stream.codec_context.framerate
+    for name in ("colorspace", "color_primaries", "color_trc"):
+        # ProRes takes them from the frames; older versions of PyAV lack some
+        with contextlib.suppress(AttributeError):
+            setattr(converted, name, Colorspace.ITU709.value)
+    return converted
+
+
+@contextlib.contextmanager
+def _name_encoder(stream: Any) -> Iterator[None]:
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise MediaError(
+            f"the encoder {stream.codec_context.name} fails at {stream.width} x {stream.height} pixels: "
+            f"{error.strerror}. Choose another codec."
+        ) from error
+
+
+@contextlib.contextmanager
+def name_write_errors() -> Iterator[None]:
+    """Turn FFmpeg's errors into OSError, which `atomic_path` explains."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        number = error.errno if error.errno in errno.errorcode else errno.EIO
+        raise OSError(number, error.strerror) from error

@@ -1,0 +1,73 @@
+"""Encode sound anew for files that cannot hold it as it is."""
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+
+# what FFmpeg's encoder takes
+_AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
+_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}  # by channels
+BITS_PER_CHANNEL = 128_000  # a second; transparent to most ears
+# seconds: a gap in the times of the sound that is filled with silence; less is rounding
+SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
+
+
+def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
+    """Add an AAC stream to a file for the sound of `source`, a stream of another file.
+
+    Returns it, and what turns packets of `source`, up to the empty last one, into packets to write.
+    """
+    rate = min(_AAC_RATES, key=lambda allowed: abs(allowed - source.codec_context.sample_rate))
+    stream = target.add_stream("aac", rate=rate)
+    # by name: raw sound in Matroska has only a number of channels
+    channels = source.codec_context.channels
+    stream.layout = _LAYOUTS.get(channels, "stereo")
+    stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
+    gapless = _Gapless(source.time_base)
+
+    def convert(packet: Any) -> Iterator[Any]:
+        for frame in packet.decode():
+            for part in gapless.follow(frame):
+                yield from stream.encode(part)
+        if not packet.size:
+            yield from stream.encode(None)
+
+    return stream, convert
+
+
+class _Gapless:
+    """Number the samples of decoded sound: an encoder takes them one after the other, whatever their times."""
+
+    def __init__(self, time_base: Fraction) -> None:
+        self._time_base = time_base
+        self._next: int | None = None  # number of the sample that comes next
+
+    def follow(self, frame: Any) -> Iterator[Any]:
+        """Yield a frame behind the ones before it, and silence before it if some is missing."""
+        rate = frame.sample_rate
+        if frame.pts is not None:
+            wanted = round(frame.pts * (frame.time_base or self._time_base) * rate)
+            gap = 0 if self._next is None else wanted - self._next
+            if self._next is None:
+                self._next = wanted
+            elif SHORTEST_GAP * rate < gap < LONGEST_GAP * rate:
+                for start in range(0, gap, rate):
+                    yield self._numbered(_silence(frame, min(rate, gap - start)))
+        yield self._numbered(frame)
+
+    def _numbered(self, frame: Any) -> Any:
+        frame.pts = self._next = self._next or 0
+        frame.time_base = Fraction(1, frame.sample_rate)
+        self._next += frame.samples
+        return frame
+
+
+def _silence(like: Any, samples: int) -> Any:
+    frame = av.AudioFrame(format=like.format.name, layout=like.layout.name, samples=samples)
+    frame.sample_rate = like.sample_rate
+    middle = b"\x80" if like.format.name.startswith("u8") else b"\0"
+    for plane in frame.planes:
+        plane.update(middle * plane.buffer_size)
+    return frame

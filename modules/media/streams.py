@@ -1,0 +1,210 @@
+"""Read a video as a stream of pictures with exact times, for what is made from a video and keeps its timing.
+
+Times are fractions of a second from the moment at which the file begins to play. Containers round them, for
+example Matroska to milliseconds: a rounded time of a constant rate is given back exactly.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.errors import MediaError
+from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
+from modules.media.decoding import decode_frames, time_origin, turn_upright
+from modules.media.opening import open_video
+from modules.media.reading import image_size
+
+logger = getLogger(__name__)
+
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their whole range
+
+USUAL_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for streams without times
+RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of what is between 24 and 24000/1001
+FALL_SECONDS = 1  # times that fall by more than this begin anew: two recordings joined to one file
+# codes of the transfer functions of HDR (ITU-T H.273): PQ and HLG
+_HDR = {16: "PQ", 18: "HLG"}
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What is known of a video before it is read; sizes are of the upright pictures."""
+
+    width: int
+    height: int
+    rate: Fraction  # pictures a second on average
+    frames: int | None  # by the header, or by duration and rate; for progress only
+    is_deep: bool  # more than 8 bits a channel
+
+
+@dataclass(frozen=True)
+class ShownFrame:
+    """A picture, and when and how long it is shown, in seconds."""
+
+    pixels: Pixels
+    start: Fraction
+    seconds: Fraction
+
+
+def source_info(path: Path) -> SourceInfo:
+    """Read the header and the first picture of a video file.
+
+    Raises MediaError if it is missing, empty, no video, without a video stream, or without any picture.
+    """
+    if is_animation(path):
+        durations = animation_durations(path)
+        rate = len(durations) / sum(map(_animation_seconds, durations), Fraction(0))
+        return SourceInfo(*image_size(path), rate, len(durations), is_deep=False)
+    with open_video(path) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise MediaError(f"no frames in {path}: it holds none that can be decoded")
+        sideways = round(first.rotation / 90) % 2 == 1
+        width, height = (first.height, first.width) if sideways else (first.width, first.height)
+        rate = _plain_rate(stream)
+        return SourceInfo(width, height, rate, _count(path, container, stream, rate), _is_deep(first))
+
+
+def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[ShownFrame]:
+    """Yield the pictures of a video file in playing order, upright, each until the next one is shown.
+
+    deep: 16 bits a channel if the file has more than 8. limit: pictures to read at most. No two pictures have
+    equal or falling times. Raises MediaError as `source_info` does, and if the file is damaged or cut short,
+    or if the pictures' size changes.
+    """
+    if limit is not None and limit < 1:
+        return
+    previous: ShownFrame | None = None
+    for number, frame in enumerate(_animation(path) if is_animation(path) else _timed(path, deep)):
+        if previous is not None:
+            yield ShownFrame(previous.pixels, previous.start, frame.start - previous.start)
+        if number == limit:
+            return
+        if previous is not None and frame.pixels.shape != previous.pixels.shape:
+            sizes = " to ".join(f"{one.pixels.shape[1]} x {one.pixels.shape[0]}" for one in (previous, frame))
+            raise MediaError(
+                f"{path} changes its size from {sizes} at {float(frame.start):.2f} s. Cut it there, or bring "
+                "it to one size first."
+            )
+        previous = frame
+    if previous is not None:
+        yield previous
+
+
+def _animation(path: Path) -> Iterator[ShownFrame]:
+    start = Fraction(0)
+    for pixels, duration in animation_frames(path):
+        seconds = _animation_seconds(duration)
+        yield ShownFrame(blend_on_white(pixels), start, seconds)
+        start += seconds
+
+
+def _animation_seconds(duration: float) -> Fraction:
+    return Fraction(duration).limit_denominator(1000)  # GIF counts hundredths, WebP thousandths
+
+
+def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
+    with open_video(path) as (container, stream):
+        rate, origin = _plain_rate(stream), time_origin(container)
+        clock = Clock(rate, Fraction(stream.time_base))
+        for number, (frame, _) in enumerate(decode_frames(path, container, stream)):
+            if number == 0:
+                _warn_of_hdr(path, frame)
+            base = frame.time_base or stream.time_base
+            start = clock.place(None if frame.pts is None else frame.pts * base - origin)
+            pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24")
+            if not deep and pixels.dtype == np.uint16:
+                # rounded here: from 10 bits to 8, FFmpeg is off by up to 2 of 255
+                pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)
+            seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
+            yield ShownFrame(turn_upright(pixels, frame.rotation), start, seconds)
+
+
+class Clock:
+    """Give pictures exact and rising times."""
+
+    def __init__(self, rate: Fraction, tick: Fraction) -> None:
+        """rate: pictures a second. tick: what the file's times are rounded to, in seconds."""
+        self._step = 1 / rate
+        # coarser ticks are the grid of the pictures themselves
+        self._tolerance = tick if 4 * tick <= self._step else Fraction(0)
+        self._origin: Fraction | None = None  # of the grid of a constant rate
+        self._previous = -self._step
+        self._shift = Fraction(0)
+
+    def place(self, time: Fraction | None) -> Fraction:
+        """Return when the next picture is shown. time: by the file, None if it does not say."""
+        if time is None:
+            time = self._previous + self._step - self._shift
+        if self._origin is None:
+            nearest = round(time / self._step) * self._step
+            self._origin = nearest if abs(nearest - time) <= self._tolerance else time
+            self._previous = self._origin
+            return self._origin
+        time += self._shift
+        if time < self._previous - FALL_SECONDS:
+            self._shift += self._previous + self._step - time
+            time = self._previous + self._step
+        snapped = self._snap(time)
+        # pictures that claim the same moment are shown one after the other, before the next one's turn
+        self._previous = next(
+            (one for one in (snapped, time) if one > self._previous), self._previous + self._step / 4
+        )
+        return self._previous
+
+    def duration(self, seconds: Fraction | None) -> Fraction:
+        """Return how long a picture is shown, if no other follows it. seconds: by the file."""
+        if seconds is None or abs(seconds - self._step) <= self._tolerance:
+            return self._step
+        return seconds
+
+    def _snap(self, time: Fraction) -> Fraction:
+        assert self._origin is not None
+        nearest = self._origin + round((time - self._origin) / self._step) * self._step
+        return nearest if abs(nearest - time) <= self._tolerance else time
+
+
+def _plain_rate(stream: Any) -> Fraction:
+    """Return the average pictures a second; a usual rate in place of one that is a little off it."""
+    average = stream.average_rate or stream.base_rate
+    if not average or average < 0:
+        return USUAL_RATE
+    for usual in (Fraction(round(average)), Fraction(round(average * 1001 / 1000) * 1000, 1001)):
+        if abs(average - usual) <= usual * RATE_TOLERANCE:
+            return usual
+    return Fraction(average).limit_denominator(1001) or Fraction(average)
+
+
+def _count(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
+    # a header may claim any number of frames; each takes a byte at least
+    if 0 < stream.frames <= path.stat().st_size:
+        return int(stream.frames)
+    if stream.duration:
+        seconds = Fraction(stream.duration * stream.time_base)
+    elif container.duration:
+        seconds = Fraction(container.duration, 1_000_000)
+    else:
+        return None
+    count = round(seconds * rate)
+    return count if 0 < count <= path.stat().st_size else None
+
+
+def _is_deep(frame: Any) -> bool:
+    return any(part.bits > 8 for part in frame.format.components)
+
+
+def _warn_of_hdr(path: Path, frame: Any) -> None:
+    name = _HDR.get(int(getattr(frame, "color_trc", 0) or 0))
+    if name is not None:
+        logger.warning(
+            "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, because it is "
+            "marked as an ordinary video (BT.709). Convert it to SDR first.",
+            path,
+            name,
+        )

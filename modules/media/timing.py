@@ -1,0 +1,84 @@
+"""Give the packets of an encoder, which counts pictures, the times of those pictures."""
+
+import math
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import Any, Protocol
+
+from modules.media.encoding import Pixels
+
+USUAL_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
+MOST_TICKS = 1_000_000
+LEAST_TICKS = 10_000
+
+
+class Shown(Protocol):
+    """A picture, and when and how long it is shown, in seconds: `ShownFrame`, or anything like it."""
+
+    @property
+    def pixels(self) -> Pixels:
+        """H W 3."""
+
+    @property
+    def start(self) -> Fraction:
+        """Second at which it appears."""
+
+    @property
+    def seconds(self) -> Fraction:
+        """How long it stays."""
+
+
+def ticks_per_second(rate: Fraction) -> int:
+    """Return a unit of time, by how many go into a second, in which all n / rate are whole numbers."""
+    ticks = math.lcm(rate.numerator, USUAL_TICKS)
+    return ticks if ticks <= MOST_TICKS else rate.numerator * math.ceil(LEAST_TICKS / rate.numerator)
+
+
+class Timing:
+    """The times of the pictures that an encoder holds."""
+
+    def __init__(self, rate: Fraction) -> None:
+        """rate: pictures a second, which the encoder counts with."""
+        self.count = 0  # pictures so far
+        self._rate = rate
+        self._ticks = ticks_per_second(rate)
+        self._begin = Fraction(0)
+        self._end = Fraction(0)
+        self._held: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
+
+    @property
+    def seconds(self) -> Fraction:
+        """From the first picture to the end of the last one."""
+        return self._end - self._begin
+
+    def note(self, frames: Iterable[Shown]) -> Iterator[Pixels]:
+        """Yield the pixels of pictures, and remember their times. Raises ValueError if those do not rise."""
+        last: Fraction | None = None
+        tick = -(2**62)
+        for frame in frames:
+            if last is None:
+                self._begin = frame.start
+            elif frame.start <= last:
+                raise ValueError(
+                    f"picture {self.count + 1} is shown at {frame.start} s, the one before at {last}"
+                )
+            last, self._end = frame.start, frame.start + frame.seconds
+            tick = max(round(frame.start * self._ticks), tick + 1)
+            self._held[self.count] = tick, max(round(frame.seconds * self._ticks), 1)
+            self.count += 1
+            yield frame.pixels
+
+    def apply(self, packet: Any) -> None:
+        """Replace the numbers of pictures in a packet by times; packets come in storage order."""
+        shown, stored = (round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts))
+        packet.time_base = Fraction(1, self._ticks)
+        packet.pts, packet.duration = self._held[shown]
+        packet.dts = self._stored_at(stored)
+        for number in [number for number in self._held if number < stored]:
+            del self._held[number]  # no later packet is stored or shown before this one
+
+    def _stored_at(self, number: int) -> int:
+        """Return when a picture is stored; those before the first are counted backwards."""
+        if number >= 0:
+            return self._held[number][0]
+        return round(self._begin * self._ticks) + round(number / self._rate * self._ticks)
