@@ -86,7 +86,7 @@ LIGHT_FILES = {
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
-} | {"frame_pack/section_syntax.py", "downloads/catalogue.py"}
+} | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (
     "torch",
     "numpy",
