@@ -118,7 +118,8 @@ def unreachable(page: str, error: Exception) -> DownloadError:
 def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file of a release on GitHub, which has no checksums.
 
-    endpoint: a mirror; None: what GITHUB_ENDPOINT says. Raises DownloadError if the site cannot be reached or does not have the file.
+    endpoint: a mirror; None: what GITHUB_ENDPOINT says. Raises DownloadError if the site cannot be reached or
+    does not have the file.
     """
     site = (endpoint or os.environ.get("GITHUB_ENDPOINT") or GITHUB).rstrip("/")
     page = f"{site}/{file.repository}/releases/tag/{file.release}"
