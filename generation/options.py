@@ -35,13 +35,13 @@ from modules.options import (
     read_options,
     refuse_unsupported,
 )
+from modules.output_files import check_output_file
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
 from networks.options import (
     LoraOptions,
     LoraPatternOptions,
     add_lora_arguments,
     add_lora_pattern_arguments,
-    check_output_file,
     require_files,
 )
 

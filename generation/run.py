@@ -32,10 +32,10 @@ from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.failures import Failures
 from modules.offload.swap_plan import check_swap
+from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
 from networks.fitting import check_loras_fit
 from networks.merge_files import merge_into_file
-from networks.options import refuse_replacing
 
 logger = logging.getLogger(__name__)
 
