@@ -17,6 +17,7 @@ from typing import Any
 
 import av
 
+from modules.media.animations import is_animation
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
 from modules.media.opening import ATTACHED_PICTURE, open_container, reading
@@ -285,8 +286,14 @@ class Companions:
 
 
 @contextlib.contextmanager
-def open_companions(path: Path, suffix: str, rate: Fraction) -> Iterator[Companions]:
-    """Open a video for its other streams. suffix, rate: of the new file. Raises MediaError."""
+def open_companions(path: Path, suffix: str, rate: Fraction) -> Iterator[Companions | None]:
+    """Open a video for its other streams, None for a GIF or WebP. suffix, rate: of the new file.
+
+    Raises MediaError.
+    """
+    if is_animation(path):
+        yield None
+        return
     with reading(path):
         source = open_container(path)
     with source:

@@ -109,6 +109,8 @@ def add_video_stream(
     context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
     context.color_range = ColorRange.MPEG.value
+    if not kind.has_crf:
+        context.thread_type = "FRAME"  # the others have threads of their own; the bytes are the same
     if bit_rate is not None:
         stream.bit_rate = bit_rate
     elif kind.has_crf:
