@@ -54,12 +54,13 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     import wan_generate_video
     from blissful_tuner.latent_preview import preview_clip
     from generation.dressing import dit_loader
-    from generation.jobs import Failures, GenerationRun
+    from generation.jobs import GenerationRun
     from generation.making import encode_all_inputs, make_job
     from generation.options import read_generation
     from generation.sections import make_latents
     from generation.session import Session, wanted_texts
     from modules.devices import choose_device
+    from modules.failures import Failures
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions, add_generation_arguments
 

@@ -12,6 +12,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
+from families import identify
 from modules.command import command_line
 from post.chain_options import read_chain
 
@@ -26,4 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, explain=identify)

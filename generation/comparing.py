@@ -22,7 +22,7 @@ from generation.decoding import decode
 from generation.dressing import LorasByExpert, dit_loader
 from generation.expert_loras import expert_loras, key_of, option_of, with_loras
 from generation.grids import Column, Grid, Row, write_grids
-from generation.jobs import Failures, GenerationJob, GenerationRun, tell_unused_sources
+from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
@@ -43,6 +43,7 @@ from modules.contract.family import Family
 from modules.contract.generation import DitAt, Section
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
+from modules.failures import Failures
 from modules.media.tags import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on, too_little
@@ -132,6 +133,7 @@ def _check(options: GenerationOptions) -> None:
         f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
         "--no_metadata": options.output.no_metadata,
         "--keep_pngs": options.output.format.keep_pngs,
+        "--post": bool(options.post.tools),
         "--save_last_frame": options.output.save_last_frame,
     }
     found = [name for name, is_given in refused.items() if is_given]

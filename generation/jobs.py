@@ -1,14 +1,12 @@
-"""What is to be made in a run, what has been made, and what failed."""
+"""What is to be made in a run, and what has been made."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blissful_tuner.latent_preview import LatentPreviews, make_previews
@@ -18,11 +16,11 @@ from blissful_tuner.video_to_video_options import SourceOptions
 from generation.expert_loras import loras_of
 from generation.memory import Peaks
 from generation.options import GenerationOptions
+from generation.post import PostTools
 from generation.prompt_lines import parse_generation_line
 from generation.session import Session
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
-from modules.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -46,32 +44,6 @@ class Denoised:
     preview: Path  # of the video while it was made, if there is one
 
 
-@dataclass
-class Failures:
-    """Jobs that failed, and why. strict: the first failure ends the run."""
-
-    strict: bool = False
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    @contextmanager
-    def note_errors(self, label: str, fatal: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-        """Record an error of the block and go on, unless the error is `fatal`."""
-        try:
-            yield
-        except Exception as error:
-            if self.strict or isinstance(error, fatal):
-                raise
-            self.reasons[label] = f"{type(error).__name__}: {error}"
-            is_known = isinstance(error, (UserError, torch.OutOfMemoryError))
-            logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
-
-    def raise_if_any(self, total: int, where: str = "") -> None:
-        """Raise UserError listing what failed. where: begins the message, as "prompts.txt: "."""
-        if self.reasons:
-            lines = "\n".join(f"  {label}: {reason}" for label, reason in self.reasons.items())
-            raise UserError(f"{where}{len(self.reasons)} of {total} failed:\n{lines}")
-
-
 @dataclass(frozen=True)
 class GenerationRun:
     """Family, options and session that every mode works with."""
@@ -82,6 +54,7 @@ class GenerationRun:
     predicted: Peaks | None = None  # where it is known
     rewriter: PromptRewriter | None = None
     previews: LatentPreviews | None = None
+    post: PostTools | None = None  # what decoded frames go through
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":

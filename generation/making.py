@@ -22,7 +22,7 @@ from generation.growing import (
     preview_path,
     remove_parts,
 )
-from generation.jobs import Denoised, Failures, GenerationJob, GenerationRun
+from generation.jobs import Denoised, GenerationJob, GenerationRun
 from generation.output_options import OutputOptions
 from generation.outputs import (
     LATENT_SUFFIX,
@@ -42,6 +42,7 @@ from modules.contract.generation import EncodedPrompts, Section
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import free_memory
+from modules.failures import Failures
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,12 @@ logger = logging.getLogger(__name__)
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
     """Make the job of a prompt line, or of the command line alone.
 
-    Loads no network; raises as `prepare_line`.
+    Loads no network; raises as `prepare_line`, and OptionError for a picture that --post can do nothing with.
     """
-    return GenerationJob(label, prepare_line(run.family, run.options, overrides))
+    prepared = prepare_line(run.family, run.options, overrides)
+    if run.post is not None:
+        run.post.check_length(prepared.frames, label)
+    return GenerationJob(label, prepared)
 
 
 def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grids import LINE, TALLEST, Column, Grid, Row, compose, is_picture, middle_of, play
-from generation.jobs import Failures, GenerationJob, GenerationRun, tell_unused_sources
+from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
 from generation.making import make, make_job
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
@@ -20,6 +20,7 @@ from generation.request import draw_seed
 from generation.sheet_options import Axis, cells_of
 from modules.command import as_typed, each_warning_once
 from modules.errors import CheckpointError
+from modules.failures import Failures
 from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BYTES = "B"
+FRAMES = "frame"
 DELAY = 1.0  # seconds until a bar appears
 LINE_EVERY = 30.0  # seconds between two log lines where no bar can be shown
 
@@ -30,7 +31,7 @@ LINE_EVERY = 30.0  # seconds between two log lines where no bar can be shown
 class Bar:
     """Progress of one loop. Use it as a context manager, or call `close`."""
 
-    total: float
+    total: float | None  # None: not known
     what: str
     unit: str = "step"
     shown: bool = True
@@ -84,14 +85,15 @@ class Bar:
         bar.refresh()
 
     def line(self) -> str:
-        """Return the progress in words, with an estimate of the time left."""
+        """Return the progress in words, with an estimate of the time left, for frames with their rate."""
         passed = self.now() - self._start
-        if self.unit == BYTES:
-            done = f"{as_size(self.done)} of {as_size(self.total)}"
-        else:
-            done = f"{self.done:g} of {self.total:g}"
-        left = passed * (self.total - self.done) / self.done if self.done else None
-        return f"{self.what}: {done}" + ("" if left is None else f", about {in_words(left)} left")
+        show = as_size if self.unit == BYTES else "{:g}".format
+        parts = [show(self.done) if self.total is None else f"{show(self.done)} of {show(self.total)}"]
+        if self.unit == FRAMES and self.done and passed > 0:
+            parts.append(f"{self.done / passed:.3g} frames a second")
+        if self.total is not None and self.done:
+            parts.append(f"about {in_words(passed * max(0, self.total - self.done) / self.done)} left")
+        return f"{self.what}: {', '.join(parts)}"
 
     def close(self) -> None:
         """Remove the bar."""

@@ -1,19 +1,24 @@
 """Read the options of one tool, or of several that work one after the other. Standard library only."""
 
 import argparse
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modules.command import Parser, did_you_mean
-from modules.errors import OptionError
-from modules.options import read_options
+from modules.errors import OptionError, UserError
+from modules.options import facts_of, option_values, read_options
 from post.run_options import RunOptions, add_run_arguments
 from post.tools_options import TOOLS, Tool
 
 THEN = "--then"
+HELP = {"-h", "--help"}
+
+ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 
 
 @dataclass(frozen=True)
@@ -21,39 +26,87 @@ class Chain:
     """What one run is told: its files, and the tools with their options in the order of work."""
 
     run: RunOptions
-    tools: tuple[tuple[Tool, Any], ...]  # a tool and the record of its options
+    tools: tuple[ToolOptions, ...]
+
+    @property
+    def added(self) -> str:
+        """Return what is added to the names of results: SWINIR_VFI."""
+        return "_".join(tool.added(options) for tool, options in self.tools)
+
+    @property
+    def labels(self) -> list[str]:
+        """Return how messages name the tools: not at all the script's own."""
+        return ["", *(f"{THEN} {tool.name}" for tool, _ in self.tools[1:])]
+
+    @property
+    def needs_video(self) -> bool:
+        """Return whether single pictures cannot go through all tools."""
+        return any(tool.needs_video for tool, _ in self.tools)
 
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
     """Read the command line of a tool's script, `--then` and further tools included.
 
-    Ends the program, as argparse does, if it cannot be understood.
+    Ends the program, as argparse does, if it cannot be understood. Raises OptionError.
     """
-    first, *others = split_at(sys.argv[1:] if argv is None else list(argv), THEN)
+    words = split_assigned(sys.argv[1:] if argv is None else list(argv), THEN)
+    first, *others = split_at(words, THEN)
     parser = Parser(description=description)
     chosen = find_tool(tool)
     add_run_arguments(parser)
     chosen.add_arguments(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("several tools in one run")
+    group.add_argument(
         THEN,
         metavar="TOOL ...",
-        help="give the result to another tool, behind whose name its own options follow: "
-        f"{', '.join(each.name for each in TOOLS)}",
+        help="give each picture on to another tool, without a file in between. Behind the tool's name stand "
+        f"its own options ({THEN} upscaler --help lists them), before the first {THEN} what holds for the "
+        f"whole run. May be repeated. The tools: {', '.join(each.name for each in TOOLS)}",
     )
+    for later in others:  # their help is not to wait for what the first tool lacks
+        if HELP & set(later):
+            read_tool(later, f"{parser.prog} {THEN}")
     args = parser.parse_args(first)
+    if args.then is not None:
+        parser.error(f"write {THEN} in full")
     run = read_options(RunOptions, args)
-    tools = [(chosen, read_options(chosen.record, args)), *(read_tool(words) for words in others)]
+    tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
+    for later in others:
+        with name_tool(" ".join([THEN, *later[:1]])):
+            tools.append(read_tool(later, f"{parser.prog} {THEN}"))
     return Chain(run, tuple(tools))
 
 
-def read_tool(words: Sequence[str]) -> tuple[Tool, Any]:
-    """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`."""
+def read_tools(text: str, option: str) -> tuple[ToolOptions, ...]:
+    """Read tools from one text: `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
+
+    option: what the text was given to, for messages. Ends the program, as argparse does, if a word cannot be
+    understood. Raises OptionError.
+    """
+    tools = []
+    for words in split_at(split_assigned(split_words(text), THEN), THEN):
+        if not words:
+            raise OptionError(
+                f"{option} {text!r}: the name of a tool is missing. Give {tool_names()}, and its options."
+            )
+        with name_tool(f"{option} {words[0]}"):
+            tools.append(read_tool(words, option))
+    return tuple(tools)
+
+
+def read_tool(words: Sequence[str], before: str) -> ToolOptions:
+    """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
+
+    before: what stands before the name in a command, for messages. Ends the program if help is asked for.
+    """
     if not words:
-        raise OptionError(f"{THEN}: the name of a tool is missing: {', '.join(tool.name for tool in TOOLS)}")
+        raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
     tool = find_tool(words[0])
-    parser = Parser(prog=f"{THEN} {tool.name}", add_help=False)
+    parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
     tool.add_arguments(parser)
-    return tool, read_options(tool.record, parser.parse_args(as_options(words[1:], parser)))
+    given = as_options(words[1:], parser)
+    _refuse_run_options(given, parser)
+    return tool, read_options(tool.record, parser.parse_args(given))
 
 
 def find_tool(name: str) -> Tool:
@@ -65,6 +118,38 @@ def find_tool(name: str) -> Tool:
     raise OptionError(f"{name} is no tool. Use {', '.join(names)}.{did_you_mean(name, names)}")
 
 
+def tool_names() -> str:
+    """Return the names of all tools, for messages."""
+    names = [tool.name for tool in TOOLS]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+@contextlib.contextmanager
+def name_tool(name: str) -> Iterator[None]:
+    """Begin the message of a UserError in the block with the tool that it is about; once, and if there is a
+    name.
+    """
+    try:
+        yield
+    except UserError as error:
+        if name and not str(error).startswith(f"{name}: "):
+            error.args = (f"{name}: {error}", *error.args[1:])
+        raise
+
+
+def in_words(tool: Tool, options: Any) -> str:
+    """Return a tool and its settings as metadata keep them: `upscaler model=x.pth scale=2.0`; files by name
+    only, so that no folder is told.
+    """
+    silent = {name for name, facts in facts_of(tool.record).items() if facts.get("record") == "nothing"}
+    words = [tool.name]
+    for name, value in option_values(options).items():
+        if name not in silent and value not in (None, False, ""):
+            shown = value.name if isinstance(value, Path) else value
+            words.append(shlex.quote(f"{name}={shown}") if value is not True else name)
+    return " ".join(words)
+
+
 def split_words(text: str) -> list[str]:
     """Split what is given to --post into words; quotes hold blanks together, a backslash is a letter."""
     lexer = shlex.shlex(text, posix=True)
@@ -72,7 +157,7 @@ def split_words(text: str) -> list[str]:
     try:
         return list(lexer)
     except ValueError:
-        raise OptionError(f"{text}: a quotation mark is not closed") from None
+        raise OptionError(f"{text}: a quotation mark is not closed. Put one at its end.") from None
 
 
 def split_at(words: Sequence[str], mark: str) -> list[list[str]]:
@@ -86,12 +171,38 @@ def split_at(words: Sequence[str], mark: str) -> list[list[str]]:
     return parts
 
 
+def split_assigned(words: Sequence[str], flag: str) -> list[str]:
+    """Write `--then=facefix` as two words."""
+    return [
+        part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])
+    ]
+
+
 def as_options(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """Write `factor=2` as `--factor=2` and `only_center` as `--only_center`; other words stay."""
-    flags = {flag: action for action in parser._actions for flag in action.option_strings}
+    flags = {**_flags(_run_parser()), **_flags(parser)}
     made = []
     for word in words:
         name, has_value, _ = word.partition("=")
         flag = flags.get(f"--{name}")
         made.append(f"--{word}" if flag is not None and (has_value or flag.nargs == 0) else word)
     return made
+
+
+def _refuse_run_options(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raise OptionError for what holds for the whole run."""
+    own, of_run = _flags(parser), _flags(_run_parser())
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag in of_run and flag not in own:
+            raise OptionError(f"{flag} holds for the whole run. Write it before the first {THEN}.")
+
+
+def _run_parser() -> argparse.ArgumentParser:
+    parser = Parser(add_help=False)
+    add_run_arguments(parser)
+    return parser
+
+
+def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {flag: action for action in parser._actions for flag in action.option_strings}

@@ -5,14 +5,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from modules.devices import send
+from modules.devices import send_ahead
 from post.contract import Pixels
 
 
 def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
     """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; few bytes go there."""
-    whole = np.ascontiguousarray(pixels)
-    on_device = send(torch.from_numpy(whole), device)
+    whole = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
+    on_device = send_ahead(torch.from_numpy(whole), device)
     most = 255.0 if whole.dtype == np.uint8 else 65535.0
     return rearrange(on_device.to(torch.float32), "h w c -> 1 c h w") / most
 

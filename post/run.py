@@ -1,43 +1,48 @@
 """Run tools on videos and pictures: read, stage after stage, write, as one stream."""
 
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from pathlib import Path
+import logging
+from collections.abc import Callable, Sequence
 
+from modules.atomic_write import make_folder
 from modules.devices import choose_device
-from modules.media.reading import timed_frames, video_info
-from modules.media.writing import write_video
-from post.chain_options import Chain
-from post.contract import Clip, Picture, Stage
-from post.making import check_tool, make_stage
-from post.pixels import to_bytes
+from modules.failures import Failures
+from post.asking import Answer, ask_at_console
+from post.chain_options import Chain, in_words
+from post.naming import Job, plan_jobs, tell_suffix
+from post.pictures import run_picture
+from post.stages import NamedStage, check_tools, make_stages
+from post.videos import check_video, run_video
+
+logger = logging.getLogger(__name__)
 
 
-def run_chain(chain: Chain) -> None:
-    """Do what a command line asks for. Raises UserError."""
-    for _, options in chain.tools:
-        check_tool(options)
-    device = choose_device(chain.run.device)
-    stages = [make_stage(options, device) for _, options in chain.tools]
-    tool, options = chain.tools[0]
-    path = chain.run.input
-    output = chain.run.output or path.with_name(f"{path.stem}_{tool.added(options)}{chain.run.format.suffix}")
-    run_file(chain, stages, path, output)
+def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
+    """Do what a command line asks for. Raises UserError; what is named wrongly fails before networks load."""
+    jobs = plan_jobs(chain, ask)
+    check_tools(chain.tools, chain.labels)
+    if not jobs:
+        return
+    tell_suffix(chain, jobs)
+    for folder in sorted({job.output.parent for job in jobs}):
+        make_folder(folder, "--output")
+    if len(jobs) == 1 and not jobs[0].is_picture:
+        check_video(jobs[0].source)
+    run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, choose_device(chain.run.device)))
 
 
-def run_file(chain: Chain, stages: Sequence[Stage], path: Path, output: Path) -> None:
-    """Let all stages work on one video."""
-    info = video_info(path)
-    rate = Fraction(info.fps or 25).limit_denominator(1001)
-    clip = Clip(path, info.width, info.height, rate, info.frames, chain.run.format.is_deep)
-    pictures = _read(path)
-    for stage in stages:
-        pictures, clip = stage.run(pictures, clip), stage.result(clip)
-    frames = (to_bytes(picture.pixels) for picture in pictures)
-    write_video(output, frames, float(clip.rate or 25), chain.run.format.codec)
+def run_jobs(chain: Chain, jobs: Sequence[Job], stages: Sequence[NamedStage]) -> None:
+    """Work on file after file. Of several, one that fails is reported and the others go on.
 
-
-def _read(path: Path) -> Iterator[Picture]:
-    for frame in timed_frames(path):
-        start, end = (Fraction(time).limit_denominator(90000) for time in (frame.start, frame.end))
-        yield Picture(frame.pixels, start, end - start)
+    Raises UserError at the end if one failed, with the exit code of the failures if they share one.
+    """
+    done = [in_words(tool, options) for tool, options in chain.tools]
+    failures = Failures(strict=len(jobs) == 1)
+    for job in jobs:
+        with failures.note_errors(str(job.source)):
+            if job.is_picture:
+                run_picture(stages, job, done)
+            else:
+                run_video(stages, job, done, chain.run.format)
+    if len(jobs) > 1 and not failures.reasons:
+        logger.info("All %d files are done", len(jobs))
+    failures.raise_if_any(len(jobs), f"{chain.run.input}: ", with_code=True)

@@ -1,10 +1,13 @@
 """Options of a run of a tool: what is read, and where the result goes. Standard library only."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from modules.errors import OptionError
 from modules.media.options import FormatOptions, add_format_arguments
+from modules.options import to_path
 
 
 @dataclass(frozen=True)
@@ -12,20 +15,44 @@ class RunOptions:
     """What is read, and where the result goes."""
 
     input: Path
-    output: Path | None
+    output: str | None  # a text, because a path does not keep the / at its end
     yes: bool
     device: str | None
     format: FormatOptions
+
+    def __post_init__(self) -> None:
+        if not self.input.exists():
+            raise OptionError(f"--input {self.input} does not exist. Give a video, a picture, or a folder.")
+        if self.output is not None and not self.output.strip():
+            raise OptionError("--output is empty: give a file or a folder, or leave the option out")
+
+    @property
+    def output_path(self) -> Path | None:
+        """Return --output as a path. Raises OptionError for a name that no file can have."""
+        return None if self.output is None else to_path("--output", self.output)
+
+    @property
+    def means_folder(self) -> bool:
+        """Return whether --output is written as a folder: `made/`."""
+        ends = ("/", os.sep) if os.altsep is None else ("/", os.sep, os.altsep)
+        return self.output is not None and self.output.endswith(ends)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `RunOptions`."""
     group = parser.add_argument_group("input and output")
     group.add_argument(
-        "--input", type=str, required=True, help="a video, a picture, or a folder of videos and pictures"
+        "--input",
+        type=str,
+        required=True,
+        help="a video, a picture, or a folder: then each video and each picture in it is worked on by itself",
     )
     group.add_argument(
-        "--output", type=str, default=None, help="file or folder of the result (default: beside the input)"
+        "--output",
+        type=str,
+        default=None,
+        help="file of the result, whose ending is that of --container or .png, or folder for results "
+        "(default: beside the input, with the name of the network added)",
     )
     group.add_argument(
         "-y", "--yes", action="store_true", help="overwrite results that exist, and ask nothing"

@@ -20,6 +20,7 @@ class Tool:
     record: type
     add_arguments: Callable[[argparse.ArgumentParser], None]
     added: Callable[[Any], str]  # options -> SWINIR, VFI
+    needs_video: bool = False  # it can do nothing with a single picture
 
 
 TOOLS = (
@@ -36,6 +37,7 @@ TOOLS = (
         InterpolationOptions,
         add_interpolation_arguments,
         lambda _: "VFI",
+        needs_video=True,
     ),
     Tool("facefix", (), FacefixOptions, add_facefix_arguments, lambda options: options.mode.upper()),
     Tool("yolo_blur", ("blur",), BlurOptions, add_blur_arguments, lambda _: "blur"),

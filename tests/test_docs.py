@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -118,10 +119,14 @@ WILDCARDS = {
     "metal.txt": "silver\n",
     "animals/birds.txt": "sparrow\n",
 }
-# run in this process, which saves their start; the README's commands are programs of their own
-IN_PROCESS = {"wan_generate_video.py", "hv_generate_video.py", "fpack_generate_video.py"}
-# these change what a process computes with
-OWN_PROCESS = {"--reproduce", "--compile", "--optimized", "--fp16_accumulation"}
+# these change what a process computes with; other commands run in this process, which saves their start
+OWN_PROCESS = {
+    *("--reproduce", "--compile", "--optimized", "--fp16_accumulation", "--allow_tf32", "--num_processes"),
+    *("--torch_compile", "--dynamo_backend"),
+}
+# pages whose commands are all programs of their own, as a reader starts them
+APART = {"README", "first_lora"}
+PRECISION = "--mixed_precision"
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
 
 
@@ -150,7 +155,7 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
-        run_in(tmp_path, command, makes_caches, apart=page.stem == "README")
+        run_in(tmp_path, command, makes_caches, apart=page.stem in APART)
 
 
 def lay_out_datasets(folder: Path, in_sections: bool) -> None:
@@ -192,23 +197,29 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
     if words[1] == "-m":  # a tool of the checkout
         run_python(*words[1:], folder=folder, environment={"PYTHONPATH": str(ROOT)})
         return
+    start, launch = 1, []
     if words[0] == "accelerate":
         start = next(index for index, word in enumerate(words) if word.endswith(".py"))
         if not makes_caches or not (folder / "cache").exists():
             cache(folder, CACHES[words[start]])
-        script, launch = words[start], ["-m", "accelerate.commands.launch", "--cpu", *words[2:start]]
-    else:
-        start, script, launch = 1, words[1], []
+        launch = words[2:start]
+    script = words[start]
     lighter = [word for given, instead in LIGHTER.items() if given in " ".join(words) for word in instead]
     arguments = [*words[start + 1 :], *SMALLER.get(script, []), *lighter]
-    if not apart and script in IN_PROCESS and not OWN_PROCESS & {*words}:
+    if apart or OWN_PROCESS & {*words}:
+        launcher = ["-m", "accelerate.commands.launch", "--cpu", *launch] if launch else []
+        run_python(*launcher, ROOT / script, *arguments, folder=folder)
+        return
+    # what the launcher tells a training
+    told = {"ACCELERATE_USE_CPU": "true"}
+    if PRECISION in launch:
+        told["ACCELERATE_MIXED_PRECISION"] = launch[launch.index(PRECISION) + 1]
+    with patch.dict("os.environ", told if launch else {}):
         succeed_here(script, *arguments, folder=folder)
-    else:
-        run_python(*launch, ROOT / script, *arguments, folder=folder)
 
 
 def cache(folder: Path, scripts: Mapping[str, Mapping[str, str]]) -> None:
     """The caches that training needs, where the page does not make them itself, or not yet."""
     for script, models in scripts.items():
         files = [word for option, file in models.items() for word in (option, folder / "models" / file)]
-        run_python(ROOT / script, "--dataset_config", "dataset.toml", *files, folder=folder)
+        succeed_here(script, "--dataset_config", "dataset.toml", *files, folder=folder)

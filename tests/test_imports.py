@@ -27,8 +27,8 @@ FLOORS = {
     "modules": (
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
-        {"atomic_write", "devices", "fp8", "installation", "options"},
-        {"command", "console", "environment"},
+        {"atomic_write", "devices", "failures", "fp8", "installation", "options"},
+        {"command", "console", "environment", "output_files"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
@@ -79,13 +79,14 @@ LIGHT_FILES = {
     "modules/installation.py",
     "modules/interpreter.py",
     "modules/version.py",
+    "modules/output_files.py",
     "modules/text_files.py",
     "modules/text_encodings.py",
     "modules/contract/source.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
-} | {"frame_pack/section_syntax.py", "downloads/catalogue.py"}
+} | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (
     "torch",
     "numpy",
@@ -109,7 +110,10 @@ SCRIPTS = sorted(
     if path.name not in {"families.py", "run_tests.py", "quickstart.py"}
 )
 # scripts in a room, with the rights of those at the root
-TOOLS = [f"blissful_tuner/{name}.py" for name in ("GIMMVFI", "facefix", "metaview", "upscaler", "yolo_blur")]
+TOOLS = [
+    f"blissful_tuner/{name}.py"
+    for name in ("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur")
+]
 
 
 def _sources() -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.kinds import OF_TOOLS, kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.contract.loading import Placement
@@ -294,6 +295,9 @@ def _describe_other(shapes: Mapping[str, tuple[int, ...]]) -> str:
             return what
     if any(re.search(r"\.(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1)\b", name) for name in shapes):
         return "it looks like a LoRA (--lora_weight, --network_weights)"
+    of_tool = kind_of(shapes, OF_TOOLS)
+    if of_tool is not None:
+        return f"it looks like {of_tool}"
     return "it has no patch_embedding.weight with five axes and no blocks.0.self_attn.q.weight"
 
 

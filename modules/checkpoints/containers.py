@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -29,9 +29,15 @@ MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arit
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LFS_POINTER = b"version https://"
+ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
 
 # keys under which trainers store the tensors
-WRAPPERS = ("module", "state_dict", "model_state_dict", "ema", "model")
+WRAPPERS = (
+    # averages first: they are what is published
+    *("params_ema", "params-ema", "params", "module", "model_state_dict", "ema"),
+    *("model", "state_dict"),
+)
+MAX_WRAPPERS = 64  # in one file; far more than any has
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -61,6 +67,12 @@ class TensorFile(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def left_out(self) -> Sequence[str]: ...  # what stands beside the tensors and is not read
 
     def read(self, name: str) -> Tensor: ...  # on the CPU, in memory of its own
 
@@ -103,6 +115,8 @@ def describe_kind(start: bytes) -> str:
     """Return what a file that begins so is instead of a model, and what to do."""
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
+    if ONNX.match(start):
+        return "is an ONNX file, which only yolo_blur.py --model takes. Give a safetensors or .pth file."
     if start.startswith(LFS_POINTER):
         return (
             "is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "
@@ -121,8 +135,10 @@ def describe_kind(start: bytes) -> str:
 class SafetensorsFile:
     """A safetensors file. Source: the format's description at huggingface.co/docs/safetensors."""
 
+    left_out: Sequence[str] = ()
+
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = path.open("rb")
         try:
             self.metadata, self._entries, self._start = self._read_header()
@@ -148,8 +164,8 @@ class SafetensorsFile:
         self._file.seek(self._start + self._entries[name][1])
         if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
             raise CheckpointError(
-                f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.",
-                self._path,
+                f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
+                self.path,
             )
 
     def close(self) -> None:
@@ -160,7 +176,7 @@ class SafetensorsFile:
 
         Every number is checked against the others.
         """
-        size = self._path.stat().st_size
+        size = self.path.stat().st_size
         length = struct.unpack("<Q", self._file.read(8))[0] if size >= 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._damage_error(f"its header claims {length} bytes, the file has {size}")
@@ -200,7 +216,7 @@ class SafetensorsFile:
 
     def _damage_error(self, how: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path
+            f"{self.path} is damaged or incomplete: {how}. Download or copy it again.", self.path
         )
 
 
@@ -215,9 +231,9 @@ class TorchFile:
     """A file written by `torch.save`, mapped and unpickled with tensors and plain containers only."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.metadata: dict[str, str] = {}
-        self._tensors = _unwrap(load_pickled(path), path)
+        self._tensors, self.left_out = _unwrap(load_pickled(path), path)
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
@@ -317,21 +333,32 @@ def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the named tensors inside the containers that a trainer wrapped around them.
+def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the named tensors inside the containers that a trainer wrapped around them, and what else is
+    there.
 
-    A step count beside a wrapper may be a tensor too.
+    Raises CheckpointError if there are none.
     """
-    for _ in range(1 + len(WRAPPERS)):  # a harmful file may wrap a dictionary in itself
-        if not isinstance(content, dict):
-            break
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-            if tensors:
-                return tensors
-            break
-        content = inner
-    raise CheckpointError(
-        f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
-    )
+    found, left_out = _named_tensors(content, set())
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
+        )
+    return found, tuple(left_out)
+
+
+def _named_tensors(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of the first wrapper that has some, else those that are here, and what else is here.
+
+    A step count beside a wrapper may be a tensor too. seen: a harmful file may wrap a dictionary in itself.
+    """
+    if not isinstance(content, dict) or id(content) in seen or len(seen) == MAX_WRAPPERS:
+        return {}, []
+    seen.add(id(content))
+    wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS
+    for key in wrappers:
+        inner, left_out = _named_tensors(content.get(key), seen)
+        if inner:
+            return inner, [str(name) for name in content if name != key] + left_out
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return tensors, [str(name) for name, value in content.items() if not isinstance(value, Tensor)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.fp8_layers import encoder_loading
+from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
@@ -136,46 +137,12 @@ class DitShapes:
         return count(self.shapes, rf"{re.escape(start)}\.\d+")
 
 
-KINDS: tuple[tuple[str, str], ...] = (  # a tensor that only such a file has -> what the file is
-    (
-        "decoder.upsamples.0.upsamples.0.residual.2.weight",
-        "the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
-    ),
-    ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
-    (
-        "encoder.down_blocks.0.downsampler.resample.1.weight",
-        "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
-    ),
-    ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
-    ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
-    ("quant_conv.weight", "a VAE of another model"),
-    ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
-    ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
-    ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
-    ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
-    ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
-    ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
-    ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
-    ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
-    # CLIP's has none
-    ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),
-    ("head.probe", "a SigLIP image encoder (--image_encoder)"),
-    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
-    ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
-    ("embed_tokens.weight", "a language model (--text_encoder1)"),
-    ("language_model.model.embed_tokens.weight", "a language model (--text_encoder1)"),
-    ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
-)
-
-
 def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
     """Return the error for a file that is not what an option takes.
 
     wanted, give: what it should be, and which files are that.
     """
-    bare = {name.removeprefix("model.diffusion_model.") for name in checkpoint.tensors}
-    kind = next((text for name, text in KINDS if name in bare), None)
+    kind = kind_of(checkpoint.tensors)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])
         kind = (

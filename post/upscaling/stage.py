@@ -1,17 +1,170 @@
-"""The stage of this room."""
+"""The stage that enlarges pictures."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 
+from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
-from post.contract import Stage
+from modules.layers.memory_layouts import layouts
+from post.compiling import check_compiling, compile_parts
+from post.contract import Clip, Picture, Pixels, Stage
+from post.pixels import to_pixels, to_tensor
+from post.precision import Guarded, network_dtype
+from post.tiling import WHOLE, Fitting, largest_tile, pad_to_multiple, room_on, round_up
+from post.upscaling.files import Kind, Upscaler, check_file, load_upscaler
+from post.upscaling.memory import bytes_per_pixel, result_bytes
 from post.upscaling.options import UpscalerOptions
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+PLENTY = 1 << 16  # bytes; no released network takes so much for a pixel of its input
+LARGEST = 65535  # pixels of a side; no codec and few picture files take more
+MOST_AT_ONCE = 16  # pictures of a batch that is chosen here
+BATCH_PIXELS = 1 << 19  # of the input: a GPU is busy with so many, more would only take memory
 
 
 def check_upscaler(options: UpscalerOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    raise OptionError("not there yet")
+    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
+    check_file(options.network.model)
 
 
 def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_upscaler`."""
-    raise OptionError("not there yet")
+    path = options.network.model
+    check_compiling(options.network, device)
+    dtype = network_dtype(options.network, device, "the upscaler")
+    upscaler = load_upscaler(path, device, dtype)
+    _say(options, upscaler.kind, upscaler.config.factor)
+    compile_parts(options.network, upscaler.network.repeated)
+    guarded = Guarded(
+        upscaler.network,
+        dtype,
+        lambda: load_upscaler(path, device, torch.float32).network,
+        upscaler.kind.name,
+    )
+    return UpscalerStage(upscaler, guarded, options, device)
+
+
+def _say(options: UpscalerOptions, kind: Kind, factor: int) -> None:
+    name = options.network.model.name
+    if kind.mode != options.mode:
+        logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind.name)
+    if options.scale == factor:
+        logger.info("%s: %s, %d times as large.", name, kind.name, factor)
+    else:
+        logger.info(
+            "%s: %s, %d times as large, then resized to --scale %g.", name, kind.name, factor, options.scale
+        )
+
+
+@dataclass(frozen=True)
+class UpscalerStage:
+    """Enlarge each picture: network, then resizing to the size asked for, then rounding, once."""
+
+    upscaler: Upscaler
+    network: Guarded
+    options: UpscalerOptions
+    device: torch.device
+    room: Callable[[torch.device], int | None] = room_on
+    name: str = "upscaler"
+
+    def result(self, clip: Clip) -> Clip:
+        """Return the clip in its new size. Raises OptionError for a size that no file can have."""
+        width, height = (int(side * self.options.scale) for side in (clip.width, clip.height))
+        if min(width, height) < 1 or max(width, height) > LARGEST:
+            raise OptionError(
+                f"--scale {self.options.scale:g} makes {width} x {height} pixels of the {clip.width} x "
+                f"{clip.height} of {clip.path}. Give another --scale"
+            )
+        return replace(clip, width=width, height=height)
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        """Yield the enlarged pictures. As many as are computed at once are in memory."""
+        made = self.result(clip)
+        fitting = self._fitting(clip)
+        while some := list(islice(pictures, fitting.batch)):
+            enlarged = self.enlarge([picture.pixels for picture in some], (made.height, made.width), fitting)
+            for index, picture in enumerate(some):
+                pixels = to_pixels(enlarged[index : index + 1], clip.is_deep)
+                yield replace(picture, pixels=pixels)
+            del enlarged, some
+
+    @torch.no_grad()
+    def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: Fitting) -> Tensor:
+        """Return pictures as B 3 H W of that size (height, width), about 0..1, on the device."""
+        images = torch.cat([to_tensor(each, self.device) for each in pixels])
+        factor, (height, width) = self.upscaler.config.factor, images.shape[-2:]
+        images = pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
+        images = images.contiguous(memory_format=layouts(self.device)[1])
+        made = fitting(self.network, images)[..., : height * factor, : width * factor]
+        return resize(made, size)
+
+    def _fitting(self, clip: Clip) -> Fitting:
+        """Return what is tried first for a clip."""
+        options, step = self.options, self.upscaler.config.step
+        batch = options.batch_size
+        if batch is None:
+            fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
+            batch = min(max(fits, 1), MOST_AT_ONCE)
+        return Fitting(
+            self.device,
+            batch,
+            self._first_tile(clip, batch),
+            is_auto=options.tile is None,
+            overlap=options.tile_overlap,
+            step=step,
+            factor=self.upscaler.config.factor,
+        )
+
+    def _first_tile(self, clip: Clip, batch: int) -> int:
+        """Return the size of the tiles that are tried first."""
+        tile, config = self.options.tile, self.upscaler.config
+        if tile is None:
+            return self._forecast(clip, batch)
+        if tile % config.step == 0:
+            return tile
+        whole = max(tile // config.step, 1) * config.step
+        logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, whole, config.step)
+        return whole
+
+    def _forecast(self, clip: Clip, batch: int) -> int:
+        """Return the size of tiles for which memory will suffice.
+
+        On a CPU the system would end a program that takes too much, and some drivers would lend a GPU the
+        host's memory, which is slower than tiles.
+        """
+        room, config = self.room(self.device), self.upscaler.config
+        if room is None:
+            return WHOLE
+        width, height = (round_up(side, config.step) for side in (clip.width, clip.height))
+        if batch * width * height * PLENTY <= room:
+            return WHOLE
+        per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
+        free = room - batch * result_bytes(config, width, height)
+        tile = largest_tile(height, width, free, per_pixel, config.step, self.options.tile_overlap)
+        if tile != WHOLE:
+            logger.info(
+                "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut "
+                "into tiles of %d pixels.",
+                *(clip.width, clip.height, width * height * per_pixel / GIB, free / GIB, tile),
+            )
+        return tile
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return pictures B 3 H W in that size (height, width): as they are if they have it.
+
+    Bicubic, and over all pixels that a smaller result covers: torch's own works on every device, in float32.
+    """
+    if tuple(images.shape[-2:]) == size:
+        return images
+    # what is brighter than white was never to be seen, and would spread
+    return interpolate(images.clamp(0, 1), size, mode="bicubic", antialias=True)

@@ -45,12 +45,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # what of a family is tried in the default suite; the rest is slow: many processes each, through code that all
 # families share
 STANDING_FOR_ALL = {
-    FRAMEPACK.name: ("while_sampling]", "caching_killed"),
+    FRAMEPACK.name: ("while_sampling]",),
     FRAMEPACK_ONE_FRAME.name: (),
-    FINE_TUNING.name: ("mid_write]", "SIGTERM]", "killed_from_outside"),
+    FINE_TUNING.name: ("mid_write]",),
 }
 # the same for families of which only these are not tried
-LEFT_TO_OTHERS = {HUNYUAN_VIDEO.name: ("before_rename]", "after_rename]", "mid_epoch]", "SIGINT]")}
+LEFT_TO_OTHERS = {
+    HUNYUAN_VIDEO.name: (
+        *("before_rename]", "after_rename]", "mid_epoch]", "mid_accumulation]", "mid_write]"),
+        *("SIGINT]", "SIGTERM]"),
+    )
+}
 
 
 @pytest.hookimpl(tryfirst=True)

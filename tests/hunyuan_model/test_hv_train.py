@@ -216,7 +216,7 @@ def test_image_to_video_models_are_fine_tuned_too(tmp_path: Path) -> None:
     assert changed == {"single_blocks", "img_in"}
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_killed_inside_a_backward_pass_ends_with_equal_bytes(
     project: Path, tmp_path: Path, step: int
 ) -> None:

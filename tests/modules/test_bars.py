@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from modules.bars import BYTES, LINE_EVERY, Bar, track
+from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar, track
 
 
 def clock_of(*times: float) -> Callable[[], float]:
@@ -26,6 +26,23 @@ def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCap
         r"Loading dit\x1b[31m: 20 bytes of 100 bytes, about 2 min left",
         r"Loading dit\x1b[31m: 40 bytes of 100 bytes, about 90 s left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("total", "line"),
+    [
+        (30, "a.mp4: 20 of 30, 2 frames a second, about 5 s left"),
+        (10, "a.mp4: 20 of 10, 2 frames a second, about 0 s left"),  # a header that says too few
+        (None, "a.mp4: 20, 2 frames a second"),
+    ],
+)
+def test_a_line_about_frames_has_their_rate(total: float | None, line: str) -> None:
+    now = [0.0]
+    with Bar(total, "a.mp4", FRAMES, now=lambda: now[0], is_terminal=lambda: False) as bar:
+        bar.update(20)
+        now[0] = 10.0
+
+        assert bar.line() == line
 
 
 def test_a_short_loop_says_nothing(

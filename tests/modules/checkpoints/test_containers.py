@@ -48,12 +48,43 @@ def test_metadata_of_a_safetensors_file_are_there(tmp_path: Path) -> None:
         assert checkpoint.metadata == {"format": "pt", "title": "clay"}
 
 
-@pytest.mark.parametrize("wrapper", ["module", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize(
+    "wrapper", ["module", "state_dict", "model_state_dict", "params_ema", "params-ema", "params"]
+)
 def test_tensors_are_found_inside_what_trainers_wrap_around_them(tmp_path: Path, wrapper: str) -> None:
     path = write(tmp_path / "a.pt", {wrapper: tensors(), "step": torch.tensor(7), "options": {"lr": 1e-4}})
 
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.tensors.keys() == tensors().keys()
+
+
+def test_of_several_wrappers_the_published_average_is_taken(tmp_path: Path) -> None:
+    order = ("params_ema", "params-ema", "params", "model", "state_dict")
+    for index in range(len(order)):
+        content = {name: {"a": torch.full((2,), float(place))} for place, name in enumerate(order)}
+        path = write(tmp_path / "a.pth", {name: content[name] for name in reversed(order[index:])})
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.read("a").tolist() == [index, index]
+
+
+def test_a_wrapper_without_tensors_is_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pth", {"model": {"name": "x", "sizes": {"a": 1}}, "state_dict": tensors()})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors.keys() == tensors().keys()
+
+
+def test_the_only_entry_of_a_file_is_a_wrapper_whatever_its_name(tmp_path: Path) -> None:
+    with open_checkpoint(write(tmp_path / "a.pth", {"generator": {"params": tensors()}})) as checkpoint:
+        assert checkpoint.tensors.keys() == tensors().keys()
+
+
+def test_wrappers_without_end_are_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = tensors()
+    for _ in range(150):
+        content = {"model": content}
+    path = write(tmp_path / "a.pth", content)
+    with pytest.raises(CheckpointError, match="no named tensors"):
+        open_checkpoint(path)
 
 
 def test_the_older_torch_format_opens(tmp_path: Path) -> None:
@@ -212,6 +243,7 @@ def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
     ("start", "message"),
     [
         (b"GGUF\x03\0\0\0" + bytes(9), "is a GGUF file"),
+        (b"\x08\x08\x12\x07pytorch", "is an ONNX file"),
         (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"some other file content", "is neither a safetensors nor a torch file"),

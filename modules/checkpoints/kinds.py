@@ -1,0 +1,92 @@
+"""Say what a model file is by the names of its tensors, for messages about a file of another kind."""
+
+from collections.abc import Iterable, Sequence
+
+Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
+
+# what trainers and exporters put before the names of one network
+_PREFIXES = ("model.diffusion_model.", "model.model.", "module.", "netG.", "net_g.")
+
+OF_FAMILIES: Marks = (
+    (
+        "decoder.upsamples.0.upsamples.0.residual.2.weight",
+        "the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
+    ),
+    ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
+    (
+        "encoder.down_blocks.0.downsampler.resample.1.weight",
+        "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
+    ),
+    ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
+    ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
+    ("quant_conv.weight", "a VAE of another model"),
+    ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
+    ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
+    ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
+    ("clean_x_embedder.proj.weight", "a FramePack transformer (--dit)"),
+    ("byt5_in.fc1.weight", "a HunyuanImage 2.1 transformer"),
+    ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
+    ("double_blocks.0.img_attn_qkv.weight", "a HunyuanVideo transformer"),
+    ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "a HunyuanVideo transformer"),
+    ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer"),
+    ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
+    ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
+    ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
+    ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
+    # CLIP's has none
+    ("vision_model.embeddings.patch_embedding.bias", "a SigLIP image encoder (--image_encoder)"),
+    ("head.probe", "a SigLIP image encoder (--image_encoder)"),
+    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
+    ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("language_model.model.embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
+)
+
+# networks that work on finished videos, and preview decoders; no file has the marks of two
+OF_TOOLS: Marks = (
+    (
+        "layers.0.residual_group.overlap_attn.relative_position_bias_table",
+        "a HAT upscaler, which is not supported",
+    ),
+    ("layers.0.residual_group.blocks.0.attn.logit_scale", "a Swin2SR upscaler, which is not supported"),
+    ("layers.0.blocks.0.attn.attns.0.rpe_biases", "a DAT upscaler, which is not supported"),
+    ("block_1.c1_r.eval_conv.weight", "a SPAN upscaler, which is not supported"),
+    ("body.0.weight", "a compact Real-ESRGAN (SRVGGNet), which is not supported"),
+    (
+        "layers.0.residual_group.blocks.0.attn.relative_position_bias_table",
+        "a SwinIR upscaler (upscaler.py --model)",
+    ),
+    ("body.0.rdb1.conv1.weight", "a Real-ESRGAN upscaler (upscaler.py --model)"),
+    ("RRDB_trunk.0.RDB1.conv1.weight", "an ESRGAN or BSRGAN upscaler (upscaler.py --model)"),
+    ("model.1.sub.0.RDB1.conv1.0.weight", "an ESRGAN upscaler with old names (upscaler.py --model)"),
+    ("amt_fproj.weight", "GIMM-VFI R, which interpolates with RAFT (GIMMVFI.py --mode gimmvfi_r)"),
+    ("amt_comb_block.0.weight", "GIMM-VFI F, which interpolates with FlowFormer (GIMMVFI.py)"),
+    ("update_block.flow_head.conv1.weight", "RAFT, the optical flow of GIMM-VFI R (GIMMVFI.py)"),
+    (
+        "memory_encoder.feat_encoder.svt.patch_embeds.0.proj.weight",
+        "FlowFormer, the optical flow of GIMM-VFI F (GIMMVFI.py)",
+    ),
+    ("conv_body_first.weight", "a GFPGAN face restorer (facefix.py --model)"),
+    ("conv_body_first.0.weight", "the first GFPGAN, which is not supported: use v1.3 or v1.4"),
+    ("idx_pred_layer.1.weight", "a CodeFormer face restorer (facefix.py --mode codeformer)"),
+    ("BboxHead.0.conv1x1.weight", "a RetinaFace face detector (yolo_blur.py --model, or beside GFPGAN)"),
+    ("out_mask_conv.conv2d.weight", "a ParseNet, which finds the parts of a face (beside GFPGAN)"),
+    ("decoder.3.conv.0.weight", "a TAEHV, a tiny decoder for previews (--preview_vae)"),
+)
+
+
+def kind_of(names: Iterable[str], marks: Marks = (*OF_FAMILIES, *OF_TOOLS)) -> str | None:
+    """Return what a file with tensors of these names is, such as "a RetinaFace face detector"; else None.
+
+    marks: what is told apart, the first that fits counts.
+    """
+    bare = {_without_prefix(name) for name in names}
+    return next((what for mark, what in marks if mark in bare), None)
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name

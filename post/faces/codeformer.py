@@ -1,0 +1,348 @@
+"""CodeFormer: restore a face from entries of a codebook of faces that a transformer picks.
+
+An encoder reads the damaged face, a transformer names a code for each place, a generator makes the face of
+the codes. How much of the encoder's features the generator sees too is the fidelity.
+Source: Zhou et al. 2022, arXiv 2206.11253; Esser et al. 2021 (VQGAN), arXiv 2012.09841.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, linear, pad, scaled_dot_product_attention, silu
+
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.errors import CheckpointError
+
+# Letters: B faces, C channels, h w height and width of features, L places that get a code, D width of tokens
+
+GROUPS, EPS = 32, 1e-6  # of group norms
+HEADS = 8
+FILES = "codeformer.pth, or a safetensors file of the same tensors,"
+RES, ATTENTION, RESIZE, NORM, CONV = "res", "attention", "resize", "norm", "conv"
+# computed in float32 whatever --dtype says: the choice of a code is a comparison of close numbers
+CHOOSING = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quantize.")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the encoder or of the generator."""
+
+    kind: str  # RES, ATTENTION, RESIZE (the encoder halves, the generator doubles), NORM or CONV
+    width_in: int
+    width: int
+
+
+@dataclass(frozen=True)
+class CodeFormerConfig:
+    """Dimensions."""
+
+    encoder: tuple[Block, ...]
+    generator: tuple[Block, ...]
+    places: int  # L, a square number
+    tokens: int  # D
+    hidden: int  # width inside a layer of the transformer
+    layers: int
+    codes: tuple[int, int]  # how many, and their width
+    fused: tuple[int, ...]  # sizes at which the generator sees the encoder's features
+
+    @property
+    def side(self) -> int:
+        """Height and width of the smallest features."""
+        return round(self.places**0.5)
+
+    @property
+    def size(self) -> int:
+        """Height and width of a face in pixels."""
+        return self.side << sum(block.kind == RESIZE for block in self.encoder)
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, width, eps=EPS)
+
+
+def _conv(width_in: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(width_in, width, 3, padding=1)
+
+
+class ResBlock(nn.Module):
+    """Two normalised convolutions beside a straight path."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(width_in), _conv(width_in, width)
+        self.norm2, self.conv2 = _norm(width), _conv(width, width)
+        self.conv_out = None if width_in == width else nn.Conv2d(width_in, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
+        return changed + (x if self.conv_out is None else self.conv_out(x))
+
+
+class AttentionBlock(nn.Module):
+    """Attention between all places, with one head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        # float32: in float16 the products of wide features may be beyond the range
+        q, k, v = (
+            rearrange(layer(normed), "b c h w -> b 1 (h w) c").float() for layer in (self.q, self.k, self.v)
+        )
+        mixed = scaled_dot_product_attention(q, k, v).to(x.dtype)
+        return x + self.proj_out(rearrange(mixed, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Halving(nn.Module):
+    """A convolution of stride 2 that looks one pixel further right and down."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(pad(x, (0, 1, 0, 1)))
+
+
+class Doubling(nn.Module):
+    """Each pixel four times, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = _conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Blocks(nn.Module):
+    """The encoder or the generator: blocks one after the other."""
+
+    def __init__(self, blocks: Sequence[Block], resize: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_build(block, resize) for block in blocks)
+
+
+def _build(block: Block, resize: Callable[[int], nn.Module]) -> nn.Module:
+    match block.kind:
+        case "res":
+            return ResBlock(block.width_in, block.width)
+        case "attention":
+            return AttentionBlock(block.width)
+        case "resize":
+            return resize(block.width)
+        case "norm":
+            return _norm(block.width)
+        case _:
+            return _conv(block.width_in, block.width)
+
+
+class SelfAttention(nn.Module):
+    """Attention of several heads; where a token is belongs to what it looks for, not to what it gives."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, placed: Tensor, plain: Tensor) -> Tensor:
+        """placed, plain: B L D, with and without the code of the place."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            rearrange(linear(x, weight, bias), "b l (n d) -> b n l d", n=HEADS)
+            for x, weight, bias in zip((placed, placed, plain), weights, biases, strict=True)
+        )
+        return self.out_proj(rearrange(scaled_dot_product_attention(q, k, v), "b n l d -> b l (n d)"))
+
+
+class TransformerLayer(nn.Module):
+    """Attention and two linear layers, each behind a norm and beside a straight path."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(width)
+        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """x: B L D. position: L D."""
+        normed = self.norm1(x)
+        x = x + self.self_attn(normed + position, normed)
+        return x + self.linear2(nn.functional.gelu(self.linear1(self.norm2(x))))
+
+
+class Fusion(nn.Module):
+    """Scale and shift the generator's features by what the encoder saw, as far as fidelity asks for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encode_enc = ResBlock(2 * width, width)
+        self.scale, self.shift = _steering(width), _steering(width)
+
+    def forward(self, seen: Tensor, x: Tensor, fidelity: float) -> Tensor:
+        """seen, x: B C h w, features of the encoder and of the generator."""
+        both = self.encode_enc(torch.cat([seen, x], dim=1))
+        return x + fidelity * (x * self.scale(both) + self.shift(both))
+
+
+def _steering(width: int) -> nn.Sequential:
+    return nn.Sequential(_conv(width, width), nn.LeakyReLU(0.2), _conv(width, width))
+
+
+class CodeFormer(nn.Module):
+    """Restore faces that lie as the template does."""
+
+    def __init__(self, config: CodeFormerConfig) -> None:
+        super().__init__()
+        width, (codes, code_width) = config.tokens, config.codes
+        self.config = config
+        self.encoder = Blocks(config.encoder, Halving)
+        self.generator = Blocks(config.generator, Doubling)
+        self.position_emb = nn.Parameter(torch.empty(config.places, width))
+        self.feat_emb = nn.Linear(code_width, width)
+        self.ft_layers = nn.ModuleList(TransformerLayer(width, config.hidden) for _ in range(config.layers))
+        self.idx_pred_layer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes, bias=False))
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, code_width)})
+        widths = {size: config.encoder[block].width for size, block in last_blocks(config).items()}
+        self.fuse_convs_dict = nn.ModuleDict({str(size): Fusion(widths[size]) for size in config.fused})
+
+    def forward(self, faces: Tensor, fidelity: float) -> Tensor:
+        """Return restored faces of about -1..1, in float32, not limited.
+
+        faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to what is given).
+        """
+        latents, seen = self._encode(faces)
+        x = self._look_up(self._choose(latents), latents).to(latents.dtype)
+        places = first_blocks(self.config)
+        for number, block in enumerate(self.generator.blocks):
+            x = block(x)
+            if number in places and fidelity > 0:
+                size = places[number]
+                x = self.fuse_convs_dict[str(size)](seen[size], x, fidelity)
+        return x.float()
+
+    def codes(self, faces: Tensor) -> Tensor:
+        """Return the number of the code of each place, B L, of faces B 3 S S of -1..1."""
+        return self._choose(self._encode(faces)[0])
+
+    def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the latents, B C h w, and the features at each size that is to be fused."""
+        x = faces.to(next(self.encoder.parameters()).dtype)
+        sizes = {block: size for size, block in last_blocks(self.config).items()}
+        seen = {}
+        for number, block in enumerate(self.encoder.blocks):
+            x = block(x)
+            if sizes.get(number) in self.config.fused:
+                seen[sizes[number]] = x
+        return x, seen
+
+    def _choose(self, latents: Tensor) -> Tensor:
+        tokens = self.feat_emb(rearrange(latents.float(), "b c h w -> b (h w) c"))
+        for layer in self.ft_layers:
+            tokens = layer(tokens, self.position_emb)
+        return self.idx_pred_layer(tokens).argmax(dim=-1)
+
+    def _look_up(self, codes: Tensor, latents: Tensor) -> Tensor:
+        """Return the features of the codes with the mean and spread that the latents have."""
+        found = rearrange(self.quantize["embedding"](codes), "b (h w) c -> b c h w", h=self.config.side)
+        mean, spread = _statistics(found)
+        wanted_mean, wanted_spread = _statistics(latents.float())
+        return (found - mean) / spread * wanted_spread + wanted_mean
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel of B C h w."""
+    variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True)
+    return mean, (variance + 1e-5).sqrt()
+
+
+def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
+    """Return size of features -> the encoder's last block of that size before it halves it."""
+    found, size = {}, config.size
+    for number, block in enumerate(config.encoder):
+        if block.kind == RESIZE:
+            found[size] = number - 1
+            size //= 2
+    return found
+
+
+def first_blocks(config: CodeFormerConfig) -> dict[int, int]:
+    """Return number of the generator's first block behind a doubling -> size, if it is fused there."""
+    found, size = {}, config.side
+    for number, block in enumerate(config.generator):
+        if block.kind == RESIZE:
+            size *= 2
+            if size in config.fused:
+                found[number + 1] = size
+    return found
+
+
+def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
+    """Plan how to load a CodeFormer file. Raises CheckpointError for any other file."""
+    names = checkpoint.tensors
+    other = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
+    if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
+        raise other
+    sources = plain_sources(checkpoint)
+    shape = shapes_of(checkpoint, sources)
+
+    def sizes(name: str) -> tuple[int, ...]:
+        found = shape(name)
+        if len(found) != 2 or 0 in found:
+            raise other
+        return found
+
+    encoder, generator = (_blocks(part, checkpoint) for part in ("encoder", "generator"))
+    places, tokens = sizes("position_emb")
+    codes, code_width = sizes("quantize.embedding.weight")
+    hidden, layers = sizes("ft_layers.0.linear1.weight")[0], count(names, r"ft_layers\.\d+")
+    fused = {int(found[1]) for name in names if (found := re.match(r"fuse_convs_dict\.(\d{1,5})\.", name))}
+    config = CodeFormerConfig(
+        encoder, generator, places, tokens, hidden, layers, (codes, code_width), tuple(sorted(fused))
+    )
+    doublings = sum(block.kind == RESIZE for block in generator)
+    normed = [block for block in (*encoder, *generator) if block.kind != CONV]
+    if (
+        config.side**2 != places
+        or config.size != config.side << doublings
+        or not fused <= last_blocks(config).keys()
+        or tokens % HEADS
+        or any(block.width_in % GROUPS or block.width % GROUPS for block in normed)
+        or CONV not in {block.kind for block in encoder[-1:]}
+    ):
+        raise other
+    return LoadPlan(config, checkpoint, sources)
+
+
+_MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
+
+
+def _blocks(part: str, checkpoint: Checkpoint) -> tuple[Block, ...]:
+    """Tell the blocks of the encoder or the generator by their tensors."""
+    found = []
+    for number in range(count(checkpoint.tensors, rf"{part}\.blocks\.\d+")):
+        shapes = {
+            name.removeprefix(f"{part}.blocks.{number}."): info.shape
+            for name, info in checkpoint.tensors.items()
+            if name.startswith(f"{part}.blocks.{number}.")
+        }
+        marked = [(kind, shapes[name]) for name, kind in _MARKS.items() if shapes.get(name)]
+        if not marked:
+            raise CheckpointError(
+                f"{checkpoint.path} is incomplete: {part}.blocks.{number} is missing. Copy it again.",
+                checkpoint.path,
+            )
+        kind, shape = marked[0]
+        if kind == CONV and len(shape) == 1:
+            kind = NORM
+        found.append(Block(kind, shape[1] if len(shape) > 1 else shape[0], shape[0]))
+    return tuple(found)

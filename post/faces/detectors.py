@@ -1,0 +1,101 @@
+"""Open the file of a detector, whichever kind it is."""
+
+import logging
+import zipfile
+from pathlib import Path
+
+import torch
+
+from modules.checkpoints.containers import PICKLE
+from modules.checkpoints.opening import open_checkpoint
+from modules.devices import half_where_fast
+from modules.errors import CheckpointError
+from post.faces.contract import Detector
+from post.faces.onnx_header import OnnxHeader, may_be_onnx, read_onnx
+from post.faces.retinaface import FILES, load_retinaface, read_retinaface
+from post.faces.yolo import YoloLayout, load_yolo, read_layout
+from post.faces.yunet import is_yunet, load_yunet
+
+logger = logging.getLogger(__name__)
+
+SIDE = 640  # of the copy of a large picture that is looked at
+MOST_OF_PICKLE = 1 << 22  # bytes of a pickled program's names that are looked through
+
+
+def check_detector(path: Path, option: str = "--model") -> None:
+    """Read the headers of a detector's file. Raises CheckpointError if it is none, or damaged.
+
+    option: under which it is given, for messages.
+    """
+    if may_be_onnx(path):
+        header, _ = read_onnx(path)
+        _layout(path, header, None, option)
+        return
+    _refuse_pickled_yolo(path, option)
+    with open_checkpoint(path) as checkpoint:
+        plan = read_retinaface(checkpoint, option)
+        load_retinaface(plan, torch.device("meta"), torch.float32, None, option)
+
+
+def load_detector(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    side: int | None = SIDE,
+    option: str = "--model",
+) -> Detector:
+    """Load a detector, told by what its file holds. Raises as `check_detector`.
+
+    dtype: to compute in; ONNX files compute on the CPU in their own. side: larger pictures are looked at in a
+    copy whose short side (YuNet: long side) is that, None: at their full size. YOLO files are made for one
+    size, else they take a square of that.
+    """
+    if may_be_onnx(path):
+        header, content = read_onnx(path)
+        layout = _layout(path, header, side, option)
+        if dtype != torch.float32 or device.type != "cpu":
+            logger.info("%s runs on the CPU in float32: OpenCV computes it.", path.name)
+        if layout is None:
+            return load_yunet(path, content, side)
+        return load_yolo(path, content, header, layout)
+    _refuse_pickled_yolo(path, option)
+    with open_checkpoint(path) as checkpoint:
+        plan = read_retinaface(checkpoint, option)
+        return load_retinaface(plan, device, half_where_fast(device, dtype, "RetinaFace"), side, option)
+
+
+def _layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
+    """Return how to read a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
+    if is_yunet(header):
+        return None
+    layout = read_layout(path, header, side)
+    if layout is None:
+        gives = ", ".join(f"{name} {list(shape)}" for name, shape in list(header.outputs.items())[:4])
+        raise CheckpointError(
+            f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: it gives {gives}.\n  Give "
+            f"{FILES} to {option}.",
+            path,
+        )
+    return layout
+
+
+def _refuse_pickled_yolo(path: Path, option: str) -> None:
+    """Raise CheckpointError for a model that ultralytics has pickled: opening it would run its program."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+                start = b"" if name is None else archive.open(name).read(MOST_OF_PICKLE)
+        else:
+            with path.open("rb") as file:
+                start = file.read(MOST_OF_PICKLE)
+                start = start if start[:1] == PICKLE else b""
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        return  # said by what opens it next
+    if b"ultralytics" in start or b"models.yolo" in start:
+        raise CheckpointError(
+            f"{path} is a YOLO as ultralytics saves it (AGPL-3.0): only that program can open it.\n  "
+            f"Export it where that is installed, with yolo export model={path.name} format=onnx, and "
+            f"give the .onnx file to {option}.",
+            path,
+        )

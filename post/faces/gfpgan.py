@@ -1,0 +1,244 @@
+"""GFPGAN, the "clean" network of v1.2 to v1.4: restore a face with a U-Net that steers a StyleGAN2.
+
+The U-Net reads the damaged face: its deepest features become the styles, its way up becomes scales and shifts
+of half of the decoder's channels. Source: Wang et al. 2021, arXiv 2101.04061; Karras et al. 2020, arXiv
+1912.04958.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, interpolate, leaky_relu
+
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.opening import Checkpoint, plain_sources
+
+# Letters: B faces, C channels, h w height and width of features, S side of a face in pixels
+
+SMALLEST = 4  # side of the deepest features, and of the decoder's first ones
+FILES = "GFPGANv1.4.pth or GFPGANv1.3.pth, or a safetensors file of the same tensors,"
+# of no use here: pictures that the U-Net learned with, and styles drawn at random
+UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
+
+
+@dataclass(frozen=True)
+class GfpganConfig:
+    """Dimensions; both lists have one more entry than there are halvings of the size."""
+
+    body: tuple[int, ...]  # channels of the U-Net, from full size down
+    decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up
+    style: int  # numbers in a style
+    steered: tuple[int, ...]  # channels that get a scale and a shift, at each size above `SMALLEST`
+
+    @property
+    def size(self) -> int:
+        """Height and width of a face in pixels."""
+        return SMALLEST << (len(self.body) - 1)
+
+
+def _lrelu(x: Tensor) -> Tensor:
+    return leaky_relu(x, 0.2)
+
+
+def _resize(x: Tensor, factor: float) -> Tensor:
+    return interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions that change the size between them, beside a straight path."""
+
+    def __init__(self, width_in: int, width: int, factor: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width_in, 3, padding=1)
+        self.conv2 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.skip = nn.Conv2d(width_in, width, 1, bias=False)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = _lrelu(self.conv2(_resize(_lrelu(self.conv1(x)), self.factor)))
+        return changed + self.skip(_resize(x, self.factor))
+
+
+class ModulatedConv(nn.Module):
+    """A convolution whose input channels a style weighs, a kernel of its own for every face."""
+
+    def __init__(self, width_in: int, width: int, kernel: int, style: int, demodulate: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, width, width_in, kernel, kernel))
+        self.modulation = nn.Linear(style, width_in)
+        self.demodulate = demodulate
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """x: B C h w. style: B numbers."""
+        # float32: the squares of a large style are beyond float16
+        scales = self.modulation(style).float()[:, None, :, None, None]
+        kernels = self.weight.float() * scales  # B out in kernel kernel
+        if self.demodulate:
+            kernels = kernels * torch.rsqrt(kernels.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8)
+        # all faces as groups of one convolution
+        grouped = rearrange(kernels.to(x.dtype), "b out c kh kw -> (b out) c kh kw")
+        made = conv2d(rearrange(x, "b c h w -> 1 (b c) h w"), grouped, padding="same", groups=len(x))
+        return rearrange(made, "1 (b c) h w -> b c h w", b=len(x))
+
+
+class StyleConv(nn.Module):
+    """A modulated convolution with noise, a bias and an activation; it may double the size first."""
+
+    def __init__(self, width_in: int, width: int, style: int, doubles: bool) -> None:
+        super().__init__()
+        self.modulated_conv = ModulatedConv(width_in, width, 3, style, demodulate=True)
+        self.weight = nn.Parameter(torch.empty(1))  # of the noise
+        self.bias = nn.Parameter(torch.empty(1, width, 1, 1))
+        self.doubles = doubles
+
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
+        """x: B C h w. style: B numbers. noise: 1 1 and the size of the result."""
+        x = self.modulated_conv(_resize(x, 2) if self.doubles else x, style) * math.sqrt(2)
+        return _lrelu(x + self.weight * noise.to(x.dtype) + self.bias)
+
+
+class ToRgb(nn.Module):
+    """Colours from features, added to those of half the size."""
+
+    def __init__(self, width: int, style: int) -> None:
+        super().__init__()
+        self.modulated_conv = ModulatedConv(width, 3, 1, style, demodulate=False)
+        self.bias = nn.Parameter(torch.empty(1, 3, 1, 1))
+
+    def forward(self, x: Tensor, style: Tensor, smaller: Tensor | None = None) -> Tensor:
+        """x: B C h w. smaller: B 3 h/2 w/2. Returns B 3 h w."""
+        image = self.modulated_conv(x, style) + self.bias
+        return image if smaller is None else image + _resize(smaller, 2)
+
+
+class StyleDecoder(nn.Module):
+    """StyleGAN2 with a style for each layer, steered by the U-Net."""
+
+    def __init__(self, config: GfpganConfig) -> None:
+        super().__init__()
+        widths, style = config.decoder, config.style
+        self.constant_input = nn.ParameterDict(
+            {"weight": nn.Parameter(torch.empty(1, widths[0], SMALLEST, SMALLEST))}
+        )
+        self.style_conv1 = StyleConv(widths[0], widths[0], style, doubles=False)
+        self.to_rgb1 = ToRgb(widths[0], style)
+        self.style_convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
+        self.noises = nn.Module()
+        self.noises.register_buffer("noise0", torch.empty(1, 1, SMALLEST, SMALLEST))
+        for level, (width_in, width) in enumerate(pairwise(widths)):
+            self.style_convs.append(StyleConv(width_in, width, style, doubles=True))
+            self.style_convs.append(StyleConv(width, width, style, doubles=False))
+            self.to_rgbs.append(ToRgb(width, style))
+            side = SMALLEST << (level + 1)
+            for number in (2 * level + 1, 2 * level + 2):
+                self.noises.register_buffer(f"noise{number}", torch.empty(1, 1, side, side))
+
+    def forward(self, styles: Tensor, steering: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """styles: B layers numbers. steering: scales and shifts, B C h w each, at each size from 8 up.
+
+        Returns B 3 S S.
+        """
+        style = styles.unbind(1)
+        noise = [self.noises.get_buffer(f"noise{number}") for number in range(len(self.style_convs) + 1)]
+        x = self.constant_input["weight"].expand(len(styles), -1, -1, -1)
+        x = self.style_conv1(x, style[0], noise[0])
+        image = self.to_rgb1(x, style[1])
+        for level, (scale, shift) in enumerate(steering):
+            first = 2 * level + 1  # styles of colours are used twice: here, and by the layer after them
+            x = self.style_convs[2 * level](x, style[first], noise[first])
+            free, steered = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], dim=1)
+            x = torch.cat([free, steered * scale + shift], dim=1)
+            x = self.style_convs[2 * level + 1](x, style[first + 1], noise[first + 1])
+            image = self.to_rgbs[level](x, style[first + 2], image)
+        return image
+
+
+class Gfpgan(nn.Module):
+    """Restore faces that lie as the template does."""
+
+    def __init__(self, config: GfpganConfig) -> None:
+        super().__init__()
+        body, levels = config.body, len(config.body) - 1
+        self.config = config
+        self.conv_body_first = nn.Conv2d(3, body[0], 1)
+        self.conv_body_down = nn.ModuleList(ResidualBlock(a, b, 0.5) for a, b in pairwise(body))
+        self.final_conv = nn.Conv2d(body[-1], body[-1], 3, padding=1)
+        self.final_linear = nn.Linear(body[-1] * SMALLEST**2, (2 * levels + 2) * config.style)
+        upwards = body[::-1]
+        self.conv_body_up = nn.ModuleList(ResidualBlock(a, b, 2) for a, b in pairwise(upwards))
+        steered = list(zip(upwards[1:], config.steered, strict=True))
+        self.condition_scale = nn.ModuleList(_steering(a, b) for a, b in steered)
+        self.condition_shift = nn.ModuleList(_steering(a, b) for a, b in steered)
+        self.stylegan_decoder = StyleDecoder(config)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """faces: B 3 S S, -1..1. Returns as many of about -1..1, in float32, not limited."""
+        x = _lrelu(self.conv_body_first(faces.to(self.conv_body_first.weight.dtype)))
+        skips = []
+        for down in self.conv_body_down:
+            x = down(x)
+            skips.append(x)
+        x = _lrelu(self.final_conv(x))
+        styles = self.final_linear(x.flatten(1)).view(len(x), -1, self.config.style)
+        steering = []
+        for skip, up, scale, shift in zip(
+            reversed(skips), self.conv_body_up, self.condition_scale, self.condition_shift, strict=True
+        ):
+            x = up(x + skip)
+            steering.append((scale(x), shift(x)))
+        return self.stylegan_decoder(styles, steering).float()
+
+    def draw_noise(self, generator: torch.Generator) -> None:
+        """Replace the noise of the file by one drawn from a generator of the CPU."""
+        for noise in self.stylegan_decoder.noises.buffers():
+            noise.copy_(torch.randn(noise.shape, generator=generator))
+
+
+def _steering(width_in: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width_in, width_in, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width_in, width, 3, padding=1),
+    )
+
+
+def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
+    """Plan how to load a GFPGAN file. Raises CheckpointError for any other file."""
+    names = checkpoint.tensors
+    if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
+        raise other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+    sources = plain_sources(checkpoint)
+    shape = shapes_of(checkpoint, sources)
+    levels = count(names, r"conv_body_down\.\d+")
+
+    def rows(name: str) -> int:
+        found = shape(name)
+        if len(found) < 2 or 0 in found:
+            raise other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+        return found[0]
+
+    def channels(name: str) -> int:
+        rows(name)
+        return shape(name)[1]
+
+    body = (
+        rows("conv_body_first.weight"),
+        *(rows(f"conv_body_down.{n}.conv2.weight") for n in range(levels)),
+    )
+    start = "stylegan_decoder."
+    config = GfpganConfig(
+        body,
+        (
+            channels(f"{start}constant_input.weight"),
+            *(channels(f"{start}style_convs.{2 * n}.modulated_conv.weight") for n in range(levels)),
+        ),
+        channels(f"{start}style_conv1.modulated_conv.modulation.weight"),
+        tuple(rows(f"condition_scale.{n}.2.weight") for n in range(levels)),
+    )
+    if any(some > all_of for some, all_of in zip(config.steered, config.decoder[1:], strict=True)):
+        raise other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+    return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

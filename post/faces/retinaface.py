@@ -1,0 +1,263 @@
+"""RetinaFace: find faces, their eyes, noses and corners of the mouth in one pass over three scales.
+
+Source: Deng et al. 2019, arXiv 1905.00641, as in the files of facexlib (from
+biubug6/Pytorch_Retinaface, MIT).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, relu
+
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.devices import dtype_name
+from modules.errors import CheckpointError
+from modules.layers.memory_layouts import lay_out, layouts
+from post.faces.boxes import best_of, shrunk
+from post.faces.contract import Found
+from post.faces.retinaface_bodies import (
+    MobileNet,
+    MobileNetConfig,
+    ResNet,
+    ResNetConfig,
+    read_mobilenet,
+    read_resnet,
+)
+
+logger = logging.getLogger(__name__)
+
+# Letters: B batch, C channels, H W height and width of the picture, h w of features, N anchors
+
+MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the pictures it was trained with
+STEPS = (8, 16, 32)  # pixels between the anchors of each scale
+SIZES = ((16, 32), (64, 128), (256, 512))  # of the anchors there: two at each place
+CENTRE_SCALE, SIZE_SCALE = 0.1, 0.2  # of what the heads say
+MOST_OVERLAP = 0.4
+NARROW = 64  # networks up to this width leak in place of cutting off negative values
+FILES = (
+    "detection_Resnet50_Final or detection_mobilenet0.25_Final (.pth or .safetensors), or an .onnx of YuNet "
+    "or of a YOLO for faces"
+)
+
+
+@dataclass(frozen=True)
+class RetinaFaceConfig:
+    """Dimensions of the network."""
+
+    body: ResNetConfig | MobileNetConfig
+    width: int  # of the features that the heads see
+
+
+class Pyramid(nn.Module):
+    """Give each scale what the coarser ones know."""
+
+    def __init__(self, widths: Sequence[int], width: int, slope: float) -> None:
+        super().__init__()
+        self.output1, self.output2, self.output3 = (_conv(each, width, 1, slope) for each in widths)
+        self.merge1 = _conv(width, width, 3, slope)
+        self.merge2 = _conv(width, width, 3, slope)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        fine, middle, coarse = self.output1(features[0]), self.output2(features[1]), self.output3(features[2])
+        middle = self.merge2(middle + interpolate(coarse, size=middle.shape[2:], mode="nearest"))
+        fine = self.merge1(fine + interpolate(middle, size=fine.shape[2:], mode="nearest"))
+        return [fine, middle, coarse]
+
+
+class Context(nn.Module):
+    """See 3x3, 5x5 and 7x7 places at once; the larger ones through several 3x3 convolutions."""
+
+    def __init__(self, width: int, slope: float) -> None:
+        super().__init__()
+        half, quarter = width // 2, width // 4
+        self.conv3X3 = _conv(width, half, 3, None)
+        self.conv5X5_1 = _conv(width, quarter, 3, slope)
+        self.conv5X5_2 = _conv(quarter, quarter, 3, None)
+        self.conv7X7_2 = _conv(quarter, quarter, 3, slope)
+        self.conv7x7_3 = _conv(quarter, quarter, 3, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.conv5X5_1(x)
+        seen = [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))]
+        return relu(torch.cat(seen, dim=1))
+
+
+class Head(nn.Module):
+    """Say `values` numbers of each anchor."""
+
+    def __init__(self, width: int, values: int) -> None:
+        super().__init__()
+        self.conv1x1 = nn.Conv2d(width, len(SIZES[0]) * values, 1)
+        self.values = values
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B C h w. Returns B N values: row by row, the anchors of a place beside each other."""
+        return rearrange(self.conv1x1(x), "b (a v) h w -> b (h w a) v", v=self.values)
+
+
+class RetinaFace(nn.Module):
+    """The whole network; its parts are named as in the published files."""
+
+    def __init__(self, config: RetinaFaceConfig) -> None:
+        super().__init__()
+        slope = 0.1 if config.width <= NARROW else 0.0
+        body = config.body
+        self.body = MobileNet(body) if isinstance(body, MobileNetConfig) else ResNet(body)
+        self.fpn = Pyramid(body.widths, config.width, slope)
+        self.ssh1, self.ssh2, self.ssh3 = (Context(config.width, slope) for _ in STEPS)
+        self.ClassHead = nn.ModuleList(Head(config.width, 2) for _ in STEPS)
+        self.BboxHead = nn.ModuleList(Head(config.width, 4) for _ in STEPS)
+        self.LandmarkHead = nn.ModuleList(Head(config.width, 10) for _ in STEPS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: B 3 H W, blue green red of 0..255 minus MEAN.
+
+        Returns scores B N (0..1), boxes B N 4 and landmarks B N 10 as the heads say them, in float32.
+        """
+        fine, middle, coarse = self.fpn(self.body(x))
+        seen = [self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)]
+        classes, boxes, landmarks = (
+            torch.cat([head(each) for head, each in zip(heads, seen, strict=True)], dim=1).float()
+            for heads in (self.ClassHead, self.BboxHead, self.LandmarkHead)
+        )
+        return classes.softmax(dim=-1)[..., 1], boxes, landmarks
+
+
+@lru_cache(maxsize=4)
+def anchors(height: int, width: int) -> Tensor:
+    """Return the anchors of a picture, N 4: centre x, centre y, width, height as parts of its own."""
+    found = []
+    for step, sizes in zip(STEPS, SIZES, strict=True):
+        rows, columns = -(-height // step), -(-width // step)
+        y, x = torch.meshgrid(
+            (torch.arange(rows, dtype=torch.float64) + 0.5) * step / height,
+            (torch.arange(columns, dtype=torch.float64) + 0.5) * step / width,
+            indexing="ij",
+        )
+        centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
+        extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
+        found.append(torch.cat([centres, extents.expand(len(centres), -1, -1)], dim=-1).reshape(-1, 4))
+    return torch.cat(found).float()
+
+
+def decode_boxes(said: Tensor, priors: Tensor) -> Tensor:
+    """Return left, top, right, bottom (N 4) of what the heads say of anchors (both N 4)."""
+    centre = priors[:, :2] + CENTRE_SCALE * said[:, :2] * priors[:, 2:]
+    half = priors[:, 2:] * torch.exp(SIZE_SCALE * said[:, 2:]) / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def decode_landmarks(said: Tensor, priors: Tensor) -> Tensor:
+    """Return points (N 5 2) of what the heads say (N 10) of anchors (N 4)."""
+    offsets = rearrange(said, "n (p d) -> n p d", d=2)
+    return priors[:, None, :2] + CENTRE_SCALE * offsets * priors[:, None, 2:]
+
+
+@dataclass(frozen=True)
+class RetinaFaceDetector:
+    """A loaded network. Pictures whose short side is longer than `side` are looked at in a smaller copy."""
+
+    network: RetinaFace
+    side: int | None  # None: every picture at its full size
+    device: torch.device
+
+    @torch.inference_mode()
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
+        """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
+        height, width = pixels.shape[:2]
+        factor = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
+        image = self._to_input(shrunk(pixels, factor))
+        scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
+        chosen = (scores >= least_score).nonzero()[:, 0]
+        priors = anchors(*image.shape[2:])[chosen]
+        size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of a picture
+        corners = (decode_boxes(boxes[chosen], priors) * size.repeat(2)).numpy()
+        points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
+        values = scores[chosen].numpy()
+        return [
+            Found((*corners[index].tolist(),), float(values[index]), points[index])
+            for index in best_of(corners, values, MOST_OVERLAP)
+        ]
+
+    def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the heads say, for good in float32 if half precision does not do.
+
+        Raises CheckpointError if it is not finite in float32 either: nothing would be found, unseen.
+        """
+        dtype = next(self.network.parameters()).dtype
+        said: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
+        if all(bool(part.isfinite().all()) for part in said):
+            return said
+        if dtype == torch.float32:
+            raise CheckpointError(
+                "The result of RetinaFace is NaN or infinite: its file may be damaged. Download or copy it "
+                "again."
+            )
+        logger.info("A result of RetinaFace in %s is not finite: it goes on in float32.", dtype_name(dtype))
+        self.network.float()
+        return self._run(image)
+
+    def _to_input(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Return H W 3 (RGB) as 1 3 H W, blue green red minus MEAN in float32; bytes go to the device."""
+        turned = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
+        image = rearrange(turned, "h w c -> 1 c h w").float()
+        image = image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
+        return image.contiguous(memory_format=layouts(self.device)[1])
+
+
+def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceConfig]:
+    """Plan how to load a RetinaFace of any width. Raises CheckpointError for any other file."""
+    checkpoint = checkpoint.without_prefix("module.")
+    names = checkpoint.tensors
+    is_resnet, is_mobile = "body.conv1.weight" in names, "body.stage1.0.0.weight" in names
+    if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
+        raise other_kind(checkpoint, "a detector of faces", option, FILES)
+    sources = plain_sources(checkpoint)
+    read = shapes_of(checkpoint, sources)
+
+    def shape(name: str) -> tuple[int, ...]:
+        found = read(name)
+        if len(found) != 4 or 0 in found:
+            raise CheckpointError(
+                f"{checkpoint.path} is no RetinaFace: {name} has the shape {list(found)}. Give {FILES} to "
+                f"{option}.",
+                checkpoint.path,
+            )
+        return found
+
+    body = read_resnet(shape, lambda start: count(names, rf"{start}\.\d+")) if is_resnet else None
+    config = RetinaFaceConfig(body or read_mobilenet(shape), shape("fpn.output1.0.weight")[0])
+    # the norms count what they have seen in training, which nothing needs
+    return LoadPlan(config, checkpoint, sources)
+
+
+def load_retinaface(
+    plan: LoadPlan[RetinaFaceConfig], device: torch.device, dtype: torch.dtype, side: int | None, option: str
+) -> RetinaFaceDetector:
+    """Load the network of a plan whose file is open. Raises CheckpointError if tensors do not fit."""
+
+    def keep(name: str, stored: torch.dtype) -> torch.dtype:
+        return stored if name.endswith("num_batches_tracked") else dtype
+
+    network = load_planned(plan, RetinaFace, device, keep, option)
+    lay_out(network, device)
+    return RetinaFaceDetector(network, side, device)
+
+
+def _conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:
+    """A convolution and its norm, and what is cut off or leaks behind them (None: nothing)."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(width, wider, size, padding=size // 2, bias=False),
+        nn.BatchNorm2d(wider),
+    ]
+    if slope is not None:
+        layers.append(nn.LeakyReLU(slope))
+    return nn.Sequential(*layers)

@@ -1,0 +1,202 @@
+"""Detectors of the YOLO family (v8 and later), exported to ONNX and run by OpenCV.
+
+Nothing of their makers' program is here or is imported: the files are read by their inputs and outputs.
+"""
+
+import ast
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.errors import CheckpointError
+from post.faces.boxes import Numbers, best_of
+from post.faces.contract import Found
+from post.faces.onnx_header import OnnxHeader
+from post.faces.yunet import first_line
+
+logger = logging.getLogger(__name__)
+
+USUAL_SIDE = 640  # of the square picture that a file takes, if it does not say
+STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
+OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
+PADDING = 114  # grey around pictures that are not square
+MOST_OVERLAP = 0.7
+MOST_FOUND = 300
+BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
+FINISHED = (6, 6 + 3 * POINTS)  # numbers of each row of a file that has left out overlapping boxes itself
+TASKS = ("detect", "pose", "segment")
+CLASSES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class YoloLayout:
+    """What the rows of the result mean."""
+
+    side: int  # of the square picture that is looked at
+    classes: int | None  # None: the file does not say
+    landmarks: int  # numbers of each landmark; 0: no landmarks of faces
+
+
+@dataclass(frozen=True)
+class YoloDetector:
+    """A detector in OpenCV; everything it was trained for counts, of whatever class."""
+
+    path: Path
+    network: Any  # cv2.dnn.Net
+    layout: YoloLayout
+
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
+        """Return what is in a picture (H W 3, RGB) with at least that score, best first."""
+        image, factor, offset = letterbox(pixels, self.layout.side)
+        self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
+        try:
+            result = self._result(self.network.forward(self.network.getUnconnectedOutLayersNames()))
+        except cv2.error as error:
+            raise _cannot_run(self.path, error) from error
+        boxes, scores, points = self._read(result, least_score)
+        shift = np.array(offset, np.float32)
+        boxes = ((boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
+        if points is not None:
+            points = (points - shift) / factor
+        return [
+            Found(
+                tuple(boxes[index].tolist()),
+                float(scores[index]),
+                None if points is None else points[index],
+            )
+            for index in best_of(boxes, scores, MOST_OVERLAP, MOST_FOUND)
+        ]
+
+    def _result(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return the rows of boxes; masks of a file that has them are another output, of four axes."""
+        for output in outputs:
+            if output.ndim == 3 and output.shape[0] == 1:
+                return output[0]
+        shapes = ", ".join(str(list(output.shape)) for output in outputs)
+        raise _other_layout(self.path, shapes)
+
+    def _read(
+        self, result: NDArray[np.float32], least_score: float
+    ) -> tuple[Numbers, Numbers, Numbers | None]:
+        """Return boxes N 4, scores N and landmarks N 5 2 or None, in pixels of the square picture."""
+        counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
+        if result.shape[1] in FINISHED and result.shape[0] not in counts:
+            rows = result[result[:, BOX] >= least_score]
+            return rows[:, :BOX], rows[:, BOX], _points(rows[:, BOX + 2 :], 3)
+        if result.shape[1] in counts:
+            result = result.T
+        if result.shape[0] not in counts or result.shape[1] <= BOX:
+            raise _other_layout(self.path, str(list(result.shape)))
+        classes, landmarks = self.layout.classes, self.layout.landmarks
+        if classes is None:
+            is_face = result.shape[1] == BOX + 1 + 3 * POINTS
+            classes, landmarks = (1, 3) if is_face else (result.shape[1] - BOX, 0)
+        scores = result[:, BOX : BOX + classes].max(axis=1)
+        rows, scores = result[scores >= least_score], scores[scores >= least_score]
+        half = rows[:, 2:BOX] / 2
+        boxes = np.concatenate([rows[:, :2] - half, rows[:, :2] + half], axis=1)
+        return boxes, scores, _points(rows[:, BOX + classes :], landmarks)
+
+
+def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout | None:
+    """Return what the rows of a YOLO's result mean; None if the file does not look like one.
+
+    side: of the picture, for files that take any size. Raises CheckpointError for a YOLO that finds no boxes.
+    """
+    taken = list(header.inputs.values())
+    task = header.notes.get("task")
+    if len(taken) != 1 or len(taken[0]) != 4 or taken[0][1] not in (3, None):
+        return None
+    if task is not None and task not in TASKS:
+        raise CheckpointError(
+            f"{path} is a YOLO for {task}, which gives no upright boxes. Give one for detect, segment or "
+            "pose.",
+            path,
+        )
+    if task is None and not any(
+        len(shape) == 3 and shape[0] in (1, None) for shape in header.outputs.values()
+    ):
+        return None
+    height, width = taken[0][2:]
+    if height != width:
+        raise CheckpointError(
+            f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
+            f"for square ones: imgsz={USUAL_SIDE}.",
+            path,
+        )
+    side = height or -(-(side or USUAL_SIDE) // max(STEPS)) * max(STEPS)
+    names, points = (_literal(header.notes.get(key)) for key in ("names", "kpt_shape"))
+    is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
+    return YoloLayout(
+        side, len(names) if isinstance(names, (dict, list)) and names else None, points[1] if is_face else 0
+    )
+
+
+def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout) -> YoloDetector:
+    """Load a YOLO and let it look once. Raises CheckpointError if OpenCV cannot run it."""
+    try:
+        network = cv2.dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
+    except cv2.error as error:
+        raise _cannot_run(path, error) from error
+    detector = YoloDetector(path, network, layout)
+    detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
+    names = _literal(header.notes.get("names"))
+    if isinstance(names, dict) and len(names) > 1:
+        shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
+        more = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, more)
+    return detector
+
+
+def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
+    """Fit a picture (H W 3) into a grey square.
+
+    Returns the square, what the picture's size was multiplied with, and where it lies there, x and y.
+    """
+    height, width = pixels.shape[:2]
+    factor = min(side / height, side / width)
+    high, wide = max(1, round(height * factor)), max(1, round(width * factor))
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    fitted = cv2.resize(pixels, (wide, high), interpolation=interpolation)
+    x, y = (side - wide) // 2, (side - high) // 2
+    square = np.full((side, side, 3), PADDING, np.uint8)
+    square[y : y + high, x : x + wide] = fitted
+    return square, factor, (x, y)
+
+
+def _points(numbers: Numbers, each: int) -> Numbers | None:
+    """Return landmarks N 5 2 of rows that hold x, y and perhaps how visible each is; None without any."""
+    if each not in (2, 3) or numbers.shape[1] < each * POINTS:
+        return None
+    points: Numbers = numbers[:, : each * POINTS].reshape(-1, POINTS, each)[..., :2]
+    return points
+
+
+def _literal(text: str | None) -> Any:
+    """Return what a note says, which is written as Python's own literals; None if it cannot be read."""
+    try:
+        return ast.literal_eval(text or "None")
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _cannot_run(path: Path, error: cv2.error) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: OpenCV {cv2.__version__} cannot run it ({first_line(error)}).\n  Export it again: "
+        f"format=onnx imgsz={USUAL_SIDE} opset=12 simplify=True, without half precision.",
+        path,
+    )
+
+
+def _other_layout(path: Path, shapes: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} gives {shapes}: this is not how YOLO v8 and later give their boxes. v5 and v7 are not "
+        "supported.",
+        path,
+    )

@@ -1,0 +1,177 @@
+"""The motion between two pictures at any time between them: GIMM, a function of time and place.
+
+Source: Guo et al. 2024, arXiv 2407.08680. All in float32: half precision has too few steps for a flow.
+Attributes of the modules are named as in the released files.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, normalize, pad
+
+from post.interpolation.layers import conv
+from post.interpolation.warping import splat, warp
+
+# Letters: B batch, C channels, H W height and width, L layers
+
+SLOPE = 0.1  # of the leaky units
+LEAST_VARIANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """Widths of the layers, and three numbers that no tensor tells."""
+
+    encoder: tuple[int, int, int]  # two convolutions, and what comes out
+    encoder_blocks: int
+    residual: tuple[int, int]
+    residual_blocks: int
+    layers: tuple[int, ...]  # of the function: what comes out of each
+    coordinates: tuple[float, float] = (-1.0, 1.0)  # of the first and the last edge
+    frequency: float = 1.0
+    output_bias: float = 0.5
+
+
+class Lateral(nn.Module):
+    """Two convolutions, added to what goes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(conv(width, width), nn.LeakyReLU(SLOPE), conv(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class Mirrored(nn.Module):
+    """A convolution 3 x 3 that sees the picture mirrored beyond its edge."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(pad(x, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias)
+
+
+def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: int) -> nn.Sequential:
+    """Return the layers of `cnn_encoder` and of `res_conv`."""
+    return nn.Sequential(
+        conv(inputs, first),
+        conv(first, second),
+        nn.LeakyReLU(SLOPE),
+        *(Lateral(second) for _ in range(blocks)),
+        nn.LeakyReLU(SLOPE),
+        Mirrored(second, outputs),
+    )
+
+
+class HypoNet(nn.Module):
+    """(features, t, y, x) of a place -> its normalised flow, by sine layers with weights of length one."""
+
+    def __init__(self, inputs: int, config: MotionConfig) -> None:
+        super().__init__()
+        self.params_dict = nn.ParameterDict()
+        for number, width in enumerate(config.layers):
+            self.params_dict[f"linear_wb{number}"] = nn.Parameter(torch.zeros(inputs + 1, width))
+            inputs = width
+        self._config = config
+
+    def forward(self, features: Tensor, time: float) -> Tensor:
+        """features: 1 C H W. Returns 1 2 H W, about 0..1."""
+        height, width = features.shape[-2:]
+        low, high = self._config.coordinates
+        y, x = (
+            low + (high - low) * (torch.arange(size, device=features.device) + 0.5) / size
+            for size in (height, width)
+        )
+        row = y[:, None].expand(height, width)
+        place = torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
+        values = torch.cat([features, place], dim=1)
+        last = len(self.params_dict) - 1
+        for number in range(last + 1):
+            both = self.params_dict[f"linear_wb{number}"]
+            # as a convolution of one place, which needs no second layout of the picture
+            weight = normalize(both[:-1], dim=0).t()[:, :, None, None]
+            values = conv2d(values, weight, both[-1])
+            if number < last:
+                values = torch.sin(self._config.frequency * values)
+        return values + self._config.output_bias
+
+
+class MotionField(nn.Module):
+    """What knows the motion between two pictures: made of both flows once, asked for several times."""
+
+    def __init__(self, config: MotionConfig) -> None:
+        super().__init__()
+        first, second, outputs = config.encoder
+        self.alpha_v, self.alpha_fe = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        self.cnn_encoder = lateral_network(2, first, second, outputs, config.encoder_blocks)
+        self.res_conv = lateral_network(4 * outputs, *config.residual, 2 * outputs, config.residual_blocks)
+        self.hyponet = HypoNet(2 * outputs + 3, config)
+
+    def between(self, forth: Tensor, back: Tensor) -> "Motion":
+        """Return the motion between two pictures. forth, back: 1 2 H W, from first to second and back."""
+        normal, scale = normalised(forth, back)
+        first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
+        return Motion(forth, back, scale, first, second, *self.splat_weights(forth, back))
+
+    def splat_weights(self, forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 1 1 H W for each picture: how much each pixel counts where several arrive.
+
+        That is more where both flows agree and where the flow is even.
+        """
+        made = []
+        for own, other in ((forth, back), (back, forth)):
+            error = (-warp(other, own) - own).abs().mean(dim=1, keepdim=True)
+            uneven = unevenness(own)
+            made.append(1 / (1 + self.alpha_fe * error) + 1 / (1 + self.alpha_v * uneven))
+        return made[0], made[1]
+
+    def at(self, motion: "Motion", time: float) -> Tensor:
+        """Return 1 2 H W in pixels: the motion from the first picture to the second, as seen at a time."""
+        return (2 * self.normal_at(motion, time) - 1) * motion.scale
+
+    def normal_at(self, motion: "Motion", time: float) -> Tensor:
+        """Return the same as a part of the largest movement, from 0 to 1."""
+        first = splat(motion.first, time * motion.forth, motion.first_weight)
+        second = splat(motion.second, (1 - time) * motion.back, motion.second_weight)
+        residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
+        return self.hyponet(torch.cat([first, second], dim=1) + residual, time)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Both flows of a pair and what all times between them share."""
+
+    forth: Tensor
+    back: Tensor
+    scale: Tensor  # the largest movement in pixels
+    first: Tensor  # features of the normalised flows
+    second: Tensor
+    first_weight: Tensor
+    second_weight: Tensor
+
+
+def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both flows as parts of the largest movement, and that in pixels.
+
+    Returns 1 2 2 H W (x and y, then forth and minus back), 0..1, 0.5 where nothing moves; and a number.
+    """
+    scale = torch.maximum(forth.abs().amax(), back.abs().amax())
+    both = torch.stack([forth, -back], dim=2) / torch.where(scale == 0, 1.0, scale)
+    return (both + 1) / 2, scale
+
+
+def unevenness(flow: Tensor) -> Tensor:
+    """Return B 1 H W: the deviation of the flow around each pixel, the mean of x and y."""
+    near = torch.tensor([1.0, 2.0, 1.0], device=flow.device)
+    kernel = (near[:, None] * near / 16).expand(2, 1, 3, 3)
+
+    def smooth(values: Tensor) -> Tensor:
+        return conv2d(pad(values, (1, 1, 1, 1), mode="reflect"), kernel, groups=2)
+
+    variance = smooth(flow**2) - smooth(flow) ** 2
+    return variance.clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)

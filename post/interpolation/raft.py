@@ -1,0 +1,270 @@
+"""RAFT, optical flow by refining one estimate over and over.
+
+Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 licence). Attributes are named as in raft-things.pth.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, instance_norm, relu, unfold
+
+from modules.checkpoints.dialects import LoadPlan, other_kind, shapes_of
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from post.interpolation.contract import Encoded
+from post.interpolation.correlation import CHANNELS, Correlation, grid_of
+from post.interpolation.layers import StoredNorm, conv
+
+# Letters: H W height and width of a picture, h w those of the features: an eighth
+
+ITERATIONS = 20
+SCALE = 8
+IGNORED = (
+    "*.num_batches_tracked",
+    "*.norm3.*",  # the same values as downsample.1, stored twice
+)
+
+
+@dataclass(frozen=True)
+class RaftConfig:
+    """Widths of the layers."""
+
+    stages: tuple[int, int, int]
+    features: int  # that are compared
+    hidden: int
+    context: int
+    correlation: tuple[int, int]
+    flow: tuple[int, int]
+    motion: int  # with the two channels of the flow
+    head: int
+    mask: int
+
+
+class InstanceNorm(nn.Module):
+    """Normalisation of each channel of each picture, without weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return instance_norm(x)
+
+
+Norm = Callable[[int], nn.Module]
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(inputs, width, stride=stride), norm(width)
+        self.conv2, self.norm2 = conv(width, width), norm(width)
+        self.downsample = nn.Sequential(conv(inputs, width, 1, stride), norm(width)) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = relu(self.norm1(self.conv1(x)))
+        inner = relu(self.norm2(self.conv2(inner)))
+        return relu((x if self.downsample is None else self.downsample(x)) + inner)
+
+
+class Encoder(nn.Module):
+    """Picture -> features at an eighth of its size."""
+
+    def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
+        super().__init__()
+        first, second, third = stages
+        self.conv1, self.norm1 = conv(3, first, 7, stride=2), norm(first)
+        self.layer1 = nn.Sequential(Residual(first, first, 1, norm), Residual(first, first, 1, norm))
+        self.layer2 = nn.Sequential(Residual(first, second, 2, norm), Residual(second, second, 1, norm))
+        self.layer3 = nn.Sequential(Residual(second, third, 2, norm), Residual(third, third, 1, norm))
+        self.conv2 = conv(third, outputs, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: 1 3 H W. Returns the second stage at a quarter, the third at an eighth, and the features."""
+        x = self.layer1(relu(self.norm1(self.conv1(x))))
+        quarter = self.layer2(x)
+        eighth = self.layer3(quarter)
+        return quarter, eighth, self.conv2(eighth)
+
+
+class MotionEncoder(nn.Module):
+    """Correlation and flow -> features of the motion."""
+
+    def __init__(self, inputs: int, correlation: tuple[int, int], flow: tuple[int, int], motion: int) -> None:
+        """inputs: channels of the correlation. motion: channels that come out, the flow included."""
+        super().__init__()
+        self.convc1, self.convc2 = conv(inputs, correlation[0], 1), conv(*correlation)
+        self.convf1, self.convf2 = conv(2, flow[0], 7), conv(*flow)
+        self.conv = conv(correlation[1] + flow[1], motion - 2)
+
+    def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        compared = relu(self.convc2(relu(self.convc1(correlation))))
+        moved = relu(self.convf2(relu(self.convf1(flow))))
+        return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the recurrent unit, along rows or columns, with what stays the same in all iterations."""
+
+    constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
+    moving: Tensor  # weights of the motion for the three gates
+    recurrent: Tensor  # weights of the hidden state for the first two
+    kept: Tensor  # weights of what is kept of it for the third
+    padding: tuple[int, int]
+
+    def __call__(self, hidden: Tensor, motion: Tensor) -> Tensor:
+        """hidden: 1 C h w. Returns the new one."""
+        width = hidden.shape[1]
+        inputs = self.constant + conv2d(motion, self.moving, padding=self.padding)
+        gates = conv2d(hidden, self.recurrent, padding=self.padding) + inputs[:, : 2 * width]
+        share, reset = torch.sigmoid(gates).chunk(2, dim=1)
+        kept = conv2d(reset * hidden, self.kept, padding=self.padding)
+        return (1 - share) * hidden + share * torch.tanh(kept + inputs[:, 2 * width :])
+
+
+class SeparableGru(nn.Module):
+    """A recurrent unit whose convolutions go along rows first, then along columns."""
+
+    def __init__(self, hidden: int, inputs: int) -> None:
+        """inputs: channels of the context and of the motion."""
+        super().__init__()
+        for number, size, padding in ((1, (1, 5), (0, 2)), (2, (5, 1), (2, 0))):
+            for gate in "zrq":
+                layer = nn.Conv2d(hidden + inputs, hidden, size, padding=padding)
+                setattr(self, f"conv{gate}{number}", layer)
+
+    def turns(self, context: Tensor) -> tuple[Turn, Turn]:
+        """Return both turns of an iteration. context: 1 . h w, the same in all of them.
+
+        The three gates read the same maps, and a convolution is linear in them: what the context adds is
+        computed once, and what the motion adds for all gates together.
+        """
+        return self._turn("1", context), self._turn("2", context)
+
+    def _turn(self, number: str, context: Tensor) -> Turn:
+        update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
+        weight = torch.cat([update.weight, reset.weight, fresh.weight])
+        bias = torch.cat([update.bias, reset.bias, fresh.bias])
+        width, inputs = len(bias) // 3, context.shape[1]
+        own, of_context, moving = weight.split([width, inputs, weight.shape[1] - width - inputs], dim=1)
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        return Turn(
+            constant=conv2d(context, of_context, bias, padding=padding),
+            moving=moving.contiguous(),
+            recurrent=own[: 2 * width].contiguous(),
+            kept=own[2 * width :].contiguous(),
+            padding=padding,
+        )
+
+
+class FlowHead(nn.Module):
+    """Hidden state -> change of the flow."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(hidden, width), conv(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(relu(self.conv1(x)))
+
+
+class UpdateBlock(nn.Module):
+    """One refinement of the flow."""
+
+    def __init__(self, config: RaftConfig) -> None:
+        super().__init__()
+        self.encoder = MotionEncoder(CHANNELS, config.correlation, config.flow, config.motion)
+        self.gru = SeparableGru(config.hidden, config.context + config.motion)
+        self.flow_head = FlowHead(config.hidden, config.head)
+        self.mask = upsampling_mask(config.hidden, config.mask)
+
+    def forward(
+        self, hidden: Tensor, turns: Sequence[Turn], correlation: Tensor, flow: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new hidden state and the change of the flow. turns: of the recurrent unit."""
+        motion = self.encoder(correlation, flow)
+        for turn in turns:
+            hidden = turn(hidden, motion)
+        return hidden, self.flow_head(hidden)
+
+
+class Raft(nn.Module):
+    """The network: a `FlowEstimator`."""
+
+    def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
+        super().__init__()
+        self.config, self.iterations = config, iterations
+        self.fnet = Encoder(config.stages, config.features, lambda _: InstanceNorm())
+        self.cnet = Encoder(config.stages, config.hidden + config.context, StoredNorm)
+        self.update_block = UpdateBlock(config)
+
+    def encode(self, image: Tensor) -> Encoded:
+        """Return what a picture gives alone. image: 1 3 H W, 0..255."""
+        image = 2 * (image / 255) - 1
+        quarter, eighth, context = self.cnet(image)
+        return Encoded(quarter, eighth, self.fnet(image)[2], context)
+
+    def flow(self, first: Encoded, second: Encoded) -> Tensor:
+        """Return 1 2 H W: how far each pixel of the first picture moves to the second."""
+        correlation = Correlation(first.matching, second.matching)
+        hidden, context = first.own.split([self.config.hidden, self.config.context], dim=1)
+        hidden, context = torch.tanh(hidden), relu(context)
+        turns = self.update_block.gru.turns(context)
+        start = grid_of(hidden)
+        places = start
+        for _ in range(self.iterations):
+            found = correlation.lookup(places)
+            hidden, change = self.update_block(hidden, turns, found, places - start)
+            places = places + change
+        return upsample_flow(places - start, 0.25 * self.update_block.mask(hidden))
+
+
+def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
+    """Return the layers that make the weights of `upsample_flow`, before they are divided by 4."""
+    return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
+
+
+def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
+    """Return 1 2 8h 8w: each pixel a mean of the nine places around, as the mask weighs them.
+
+    flow: 1 2 h w. mask: 1 576 h w, logits.
+    """
+    height, width = flow.shape[-2:]
+    weights = rearrange(mask, "1 (n y x) h w -> n y x h w", n=9, y=SCALE, x=SCALE).softmax(dim=0)
+    around = rearrange(unfold(SCALE * flow, 3, padding=1), "1 (two n) (h w) -> two n h w", n=9, h=height)
+    fine = torch.einsum("nyxhw,tnhw->thywx", weights, around)
+    return fine.reshape(1, 2, SCALE * height, SCALE * width)
+
+
+def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
+    """Plan how to load a RAFT file. Raises CheckpointError for any other file."""
+    checkpoint = checkpoint.without_prefix("module.")
+    sources = plain_sources(checkpoint)
+    wanted = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
+    if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
+        raise wanted
+    shape = shapes_of(checkpoint, sources)
+
+    def rows(name: str) -> int:
+        found = shape(f"{name}.weight")
+        if len(found) != 4 or 0 in found:
+            raise wanted
+        return found[0]
+
+    hidden = rows("update_block.gru.convz1")
+    encoder = "update_block.encoder."
+    config = RaftConfig(
+        stages=(rows("cnet.conv1"), rows("cnet.layer2.0.conv1"), rows("cnet.layer3.0.conv1")),
+        features=rows("fnet.conv2"),
+        hidden=hidden,
+        context=rows("cnet.conv2") - hidden,
+        correlation=(rows(f"{encoder}convc1"), rows(f"{encoder}convc2")),
+        flow=(rows(f"{encoder}convf1"), rows(f"{encoder}convf2")),
+        motion=rows(f"{encoder}conv") + 2,
+        head=rows("update_block.flow_head.conv1"),
+        mask=rows("update_block.mask.0"),
+    )
+    if config.context <= 0:
+        raise wanted
+    return LoadPlan(config, checkpoint, sources, IGNORED)

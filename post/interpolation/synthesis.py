@@ -1,0 +1,208 @@
+"""From two pictures and the flow between them to the picture at a time: refine the flow, then blend.
+
+Source: Li et al. 2023 (AMT), arXiv 2304.09790. Attributes of the module are named as in the released files of
+GIMM-VFI. Layers compute in their weights' dtype; flows, correlations and warps in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from post.interpolation.contract import Encoded
+from post.interpolation.correlation import Correlation, grid_of
+from post.interpolation.layers import conv
+from post.interpolation.refinement import Decoder, DecoderConfig, Update, UpdateConfig
+from post.interpolation.warping import resize, warp
+
+# Letters: C channels, H W height and width of the pictures, K blends
+
+PER_BLEND = 8  # channels of the last layer for each blend: two flows, a mask, three colours
+FLOWS, PICTURES = 4, 12  # channels: flows to both pictures; both pictures as they are, and warped
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Widths of the layers."""
+
+    projections: tuple[tuple[int, int], ...]  # of the quarter, eighth and matching maps: from, to; or none
+    quarter: int  # channels of the maps as the decoders take them
+    eighth: int
+    first: DecoderConfig
+    last: DecoderConfig
+    low: UpdateConfig
+    high: UpdateConfig
+    mixed: int  # width of the last mix
+
+    @property
+    def feature(self) -> int:
+        """Channels that are refined beside the flow and its mask."""
+        return self.first.outputs - FLOWS - 1
+
+    @property
+    def blends(self) -> int:
+        return self.last.outputs // PER_BLEND
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A picture's features as the synthesis takes them."""
+
+    quarter: Tensor  # in the dtype of the layers
+    eighth: Tensor
+    matching: Tensor  # float32
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The flow at a quarter of the size, and what belongs to it."""
+
+    flow: Tensor  # 1 4 h w, to the first and to the second picture, in pixels of this size, float32
+    mask: Tensor  # 1 1 h w, logit, float32
+    feature: Tensor  # 1 C h w
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How two pictures are put together, K times; float32."""
+
+    flow: Tensor  # 1 4K H W: K flows to the first picture, then K to the second
+    mask: Tensor  # 1 K H W, 0..1: the share of the first picture
+    colours: Tensor  # 1 3K H W, added
+
+    def enlarged(self, factor: float) -> "Blend":
+        """Return the same for pictures larger by a factor."""
+        if factor == 1:
+            return self
+        return Blend(
+            resize(self.flow, factor) * factor, resize(self.mask, factor), resize(self.colours, factor)
+        )
+
+
+class Synthesis(nn.Module):
+    """The layers of the synthesis."""
+
+    def __init__(self, config: SynthesisConfig) -> None:
+        super().__init__()
+        feature, blends = config.feature, config.blends
+        self.is_projected = bool(config.projections)
+        if config.projections:
+            quarter, eighth, matching = config.projections
+            self.amt_second_last_cproj = conv(*quarter, 1)
+            self.amt_last_cproj = conv(*eighth, 1)
+            self.amt_fproj = conv(*matching, 1)
+        self.amt_init_decoder = Decoder(config.eighth, FLOWS + PICTURES, config.first)
+        self.amt_final_decoder = Decoder(config.quarter, feature + FLOWS + 1 + PICTURES, config.last)
+        self.amt_update4_low = Update(feature, config.low)
+        self.amt_update4_high = Update(feature, config.high)
+        self.amt_comb_block = nn.Sequential(
+            conv(3 * blends, config.mixed, 7), nn.PReLU(config.mixed), conv(config.mixed, 3, 7)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the layers."""
+        return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
+
+    def maps(self, encoded: Encoded) -> Maps:
+        """Return a picture's features as the other methods take them."""
+        dtype = self.dtype
+        quarter, eighth, matching = (
+            each.to(dtype) for each in (encoded.quarter, encoded.eighth, encoded.matching)
+        )
+        if not self.is_projected:
+            return Maps(quarter, eighth, encoded.matching)
+        return Maps(
+            self.amt_second_last_cproj(quarter),
+            self.amt_last_cproj(eighth),
+            self.amt_fproj(matching).float(),
+        )
+
+    def blend(
+        self, images: Tensor, flow: Tensor, first: Maps, second: Maps, compared: "Compared", time: float
+    ) -> Blend:
+        """Return how to make the picture at a time, 0..1.
+
+        images: 2 3 H W, -1..1, the first and the second. flow: 2 2 H W, from the picture to be made to each.
+        """
+        refined = self._begin(images, flow, first.eighth, second.eighth)
+        refined = self._refine(refined, compared, time)
+        return self._end(images, refined, first.quarter, second.quarter)
+
+    def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
+        """Estimate anew at a quarter of the size. first, second: maps of an eighth."""
+        flow, images = 0.25 * resize(flow, 0.25), resize(images, 0.25)
+        decoder, both = self.amt_init_decoder, _joined(flow)
+        parts = [
+            warp(decoder.upsample(each), flow[place, None]) for place, each in enumerate((first, second))
+        ]
+        parts += [both, _joined(images), _joined(warp(images, flow))]
+        made = decoder.convblock(_together(parts, self.dtype))
+        change, mask, feature = made.split([FLOWS, 1, made.shape[1] - FLOWS - 1], dim=1)
+        return Refined(both + change.float(), mask.float(), feature)
+
+    def _refine(self, refined: Refined, compared: "Compared", time: float) -> Refined:
+        """Change flow and feature by what the pictures look like where the flow points to."""
+        flow = refined.flow
+        low = 0.5 * resize(flow, 0.5)
+        correlation = compared.lookup(low, time)
+        feature, change = self.amt_update4_low(resize(refined.feature, 0.5), low, correlation)
+        flow = flow + 2 * resize(change, 2)
+        refined_feature = refined.feature + resize(feature, 2)
+        feature, change = self.amt_update4_high(refined_feature, flow, resize(correlation, 2))
+        return Refined(flow + change, refined.mask, refined_feature + feature)
+
+    def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
+        """Estimate at full size. first, second: maps of a quarter."""
+        decoder, dtype = self.amt_final_decoder, self.dtype
+        both, mask = 4 * resize(refined.flow, 4), resize(refined.mask, 4)
+        flow = both[0].unflatten(0, (2, 2))
+        parts = [resize(refined.feature, 4)]
+        for place, each in enumerate((first, second)):
+            parts.append(warp(decoder.upsample(each), flow[place, None]).to(dtype))
+        parts += [both, mask, _joined(images), _joined(warp(images, flow))]
+        known = _together(parts, dtype)
+        del parts  # the largest tensors of all
+        made = decoder.convblock(known).float()
+        del known
+        blends = made.shape[1] // PER_BLEND
+        change, shift, colours = made.split([FLOWS * blends, blends, 3 * blends], dim=1)
+        return Blend(_joined(flow.repeat(1, blends, 1, 1)) + change, torch.sigmoid(mask + shift), colours)
+
+    def put_together(self, images: Tensor, blend: Blend) -> Tensor:
+        """Return the picture, 1 3 H W, 0..1. images: 2 3 H W, -1..1."""
+        blends = blend.mask.shape[1]
+        flows = blend.flow[0].unflatten(0, (2, blends, 2))
+        colours = blend.colours[0].unflatten(0, (blends, 3))
+        made = []
+        for number in range(blends):
+            first, second = warp(images, flows[:, number])
+            share = blend.mask[0, number]
+            made.append(share * first + (1 - share) * second + colours[number])
+        mixed = self.amt_comb_block(torch.cat(made)[None].to(self.dtype)).float()
+        return ((torch.stack(made).mean(dim=0) + mixed + 1) / 2).clamp(0, 1)
+
+
+class Compared:
+    """The features of both pictures, ready to be compared both ways."""
+
+    def __init__(self, first: Maps, second: Maps) -> None:
+        # a few lookups: keeping all products would take longer, and memory beside the largest layers
+        self._forth = Correlation(first.matching, second.matching, keeps_volume=False)
+        self._back = Correlation(second.matching, first.matching, keeps_volume=False)
+        self._grid = grid_of(first.matching)
+
+    def lookup(self, flow: Tensor, time: float) -> Tensor:
+        """Return 1 648 h w. flow: 1 4 h w, from the picture at that time to both."""
+        to_first, to_second = flow.split(2, dim=1)
+        forth = self._forth.lookup(self._grid + to_second / (1 - time))
+        return torch.cat([forth, self._back.lookup(self._grid + to_first / time)], dim=1)
+
+
+def _joined(both: Tensor) -> Tensor:
+    """2 C H W -> 1 2C H W."""
+    return both.flatten(0, 1)[None]
+
+
+def _together(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([part.to(dtype) for part in parts], dim=1)

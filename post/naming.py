@@ -1,0 +1,181 @@
+"""Which files a run works on, and what its results are called."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modules.console import count_of
+from modules.errors import MediaError, OptionError, OutputError
+from modules.media.animations import is_animation
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from post.asking import Answer
+from post.chain_options import Chain
+
+logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIX = ".png"
+NAMED = 3  # files that a message names
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to work on, and where the result goes."""
+
+    source: Path
+    output: Path
+    is_picture: bool
+
+
+def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[Job]:
+    """Return what is to be done, by name; empty if nothing is to be overwritten.
+
+    ask: asks what to do about results that exist; returns None if nobody can answer. Raises OptionError,
+    MediaError or OutputError if a file is missing, or if a result would replace an input or another result.
+    """
+    sources = list_sources(chain)
+    jobs = [Job(path, name_output(chain, path), is_picture(path)) for path in sources]
+    _check_pictures(chain, jobs)
+    _check_inputs_stay(jobs)
+    _check_names_differ(jobs)
+    return jobs if chain.run.yes else settle_existing(jobs, ask)
+
+
+def list_sources(chain: Chain) -> list[Path]:
+    """Return the input, or the files in it that the tools work on, without results of the same tools."""
+    given = chain.run.input
+    if not given.is_dir():
+        return [given]
+    known = VIDEO_SUFFIXES | {".gif"} | (frozenset() if chain.needs_video else image_suffixes())
+    ending = f"_{chain.added}"
+    found = [
+        path
+        for path in sorted(given.iterdir())
+        if path.suffix.lower() in known and path.is_file() and not path.name.startswith(".")
+    ]
+    fresh = [path for path in found if not path.stem.rstrip("_").endswith(ending)]
+    if not fresh:
+        kinds = "video" if chain.needs_video else "video and no picture"
+        made = f" but {len(found)} with {ending}, which are results" if found else ""
+        raise MediaError(f"--input {given} is a folder that holds no {kinds}{made}. Give another folder.")
+    if len(fresh) < len(found):
+        left = count_of(len(found) - len(fresh), "file")
+        logger.info("%s with names in %s: left out because they are results", left, ending)
+    return fresh
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file is a single picture, by its ending; animations are videos."""
+    return path.suffix.lower() in image_suffixes() and not is_animation(path)
+
+
+def name_output(chain: Chain, source: Path) -> Path:
+    """Return where the result of a file goes. Raises OptionError if --output is no place for it."""
+    run, suffix = chain.run, PICTURE_SUFFIX if is_picture(source) else chain.run.format.suffix
+    usual = f"{source.stem}_{chain.added}{suffix}"
+    given = run.output_path
+    if given is None:
+        return source.with_name(usual)
+    has_ending = given.suffix.lower() in VIDEO_SUFFIXES | image_suffixes()
+    if given.is_dir() or run.means_folder:
+        return given / usual
+    if run.input.is_dir():
+        if has_ending or given.exists():
+            raise OptionError(
+                f"--output {given} is a file, and --input {run.input} a folder. Give a folder to --output."
+            )
+        return given / usual
+    return given.with_suffix(suffix) if has_ending else given.with_name(f"{given.name}{suffix}")
+
+
+def tell_suffix(chain: Chain, jobs: Sequence[Job]) -> None:
+    """Say if results have another ending than was asked for."""
+    form, given = chain.run.format, chain.run.output_path
+    if any(not job.is_picture for job in jobs) and form.suffix != f".{form.container}":
+        logger.warning(
+            "--codec %s is written as %s because %s cannot hold it", form.codec, form.suffix, form.container
+        )
+    if given is None or len(jobs) != 1 or jobs[0].output.parent != given.parent:
+        return
+    if jobs[0].output.name != given.name:
+        reason = "pictures are PNG files" if jobs[0].is_picture else f"--container is {form.container}"
+        logger.info("The result is written to %s: %s", jobs[0].output, reason)
+
+
+def settle_existing(jobs: Sequence[Job], ask: Callable[[str], Answer | None]) -> list[Job]:
+    """Return the jobs that are to be done, after asking about results that exist.
+
+    Raises OutputError if one exists and nobody can answer.
+    """
+    existing = [job for job in jobs if os.path.lexists(job.output)]
+    if not existing:
+        return list(jobs)
+    names = _names([job.output for job in existing])
+    answer = ask(f"{names} {'exist' if len(existing) > 1 else 'exists'} already. Overwrite")
+    if answer is None:
+        raise OutputError(
+            f"{names} {'exist' if len(existing) > 1 else 'exists'} already. Use --yes to overwrite, or "
+            "choose another --output."
+        )
+    if answer == "overwrite":
+        return list(jobs)
+    if answer == "leave":
+        left = [job for job in jobs if job not in existing]
+        logger.info("%s %s as before", names, "stay" if len(existing) > 1 else "stays")
+        return left
+    taken = {job.output for job in jobs if job not in existing}
+    settled = []
+    for job in jobs:
+        output = free_name(job.output, taken) if job in existing else job.output
+        taken.add(output)
+        settled.append(replace(job, output=output))
+    return settled
+
+
+def free_name(path: Path, taken: set[Path] | frozenset[Path] = frozenset()) -> Path:
+    """Append `_` to a name, before its ending, until no file has it."""
+    while os.path.lexists(path) or path in taken:
+        path = path.with_name(f"{path.stem}_{path.suffix}")
+    return path
+
+
+def _check_pictures(chain: Chain, jobs: Sequence[Job]) -> None:
+    if chain.needs_video and any(job.is_picture for job in jobs):
+        tool = next(tool for tool, _ in chain.tools if tool.needs_video)
+        raise OptionError(
+            f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
+            "picture. Give a video."
+        )
+
+
+def _check_inputs_stay(jobs: Sequence[Job]) -> None:
+    """Raise OutputError if a result would replace an input or a folder, whatever the names look like."""
+    for job in jobs:
+        if not job.output.exists():
+            continue
+        if job.output.is_dir():
+            raise OutputError(f"{job.output} is a folder. Choose another --output.")
+        for other in jobs:
+            if job.output.samefile(other.source):
+                raise OutputError(
+                    f"{job.output} is {'the input' if other is job else f'the input {other.source}'}, which "
+                    "is never overwritten. Choose another --output."
+                )
+
+
+def _check_names_differ(jobs: Sequence[Job]) -> None:
+    first: dict[str, Path] = {}
+    for job in jobs:
+        # file systems of Windows and macOS take names for equal that differ in capitals
+        other = first.setdefault(str(job.output).casefold(), job.source)
+        if other is not job.source:
+            raise OutputError(
+                f"{other.name} and {job.source.name} would both be written to {job.output}. "
+                "Rename one of them, or move it to another folder."
+            )
+
+
+def _names(paths: Sequence[Path]) -> str:
+    shown = ", ".join(map(str, paths[:NAMED]))
+    return shown if len(paths) <= NAMED else f"{shown} and {len(paths) - NAMED} more"

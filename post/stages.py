@@ -1,0 +1,75 @@
+"""Make the stages of several tools, and lead pictures through them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from post.chain_options import ToolOptions, name_tool
+from post.contract import Clip, Picture, Stage
+from post.making import check_tool, make_stage
+
+
+@dataclass(frozen=True)
+class NamedStage:
+    """A stage, and how messages name it in a chain; empty: not at all."""
+
+    stage: Stage
+    label: str = ""
+
+
+def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str]) -> None:
+    """Read the headers of all model files. labels: how messages name the tools; empty: not at all.
+
+    Raises UserError if a file does not fit.
+    """
+    for (_, options), label in zip(tools, labels, strict=True):
+        with name_tool(label):
+            check_tool(options)
+
+
+def make_stages(
+    tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device
+) -> list[NamedStage]:
+    """Load the networks of all tools. Raises UserError."""
+    stages = []
+    for (_, options), label in zip(tools, labels, strict=True):
+        with name_tool(label):
+            stages.append(NamedStage(make_stage(options, device), label))
+    return stages
+
+
+def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
+    """Return the clips between the stages, from what goes into the first to what leaves the last.
+
+    Raises MediaError or OptionError if a stage can do nothing with what it would get.
+    """
+    clips = [clip]
+    for each in stages:
+        with name_tool(each.label):
+            clips.append(each.stage.result(clips[-1]))
+    return clips
+
+
+def lead_through(
+    stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
+) -> Iterator[Picture]:
+    """Yield what leaves the last stage. clips: those of `results`.
+
+    What a stage raises names it; what comes from before it stays as it is.
+    """
+    foreign: list[BaseException] = []
+    pictures = _note_errors(pictures, "", foreign)
+    for each, clip in zip(stages, clips, strict=False):  # one clip more: the last result
+        pictures = _note_errors(each.stage.run(pictures, clip), each.label, foreign)
+    return pictures
+
+
+def _note_errors(pictures: Iterator[Picture], label: str, foreign: list[BaseException]) -> Iterator[Picture]:
+    """Pass pictures on; name the tool in an error, unless it is of an earlier one."""
+    try:
+        yield from pictures
+    except BaseException as error:
+        with name_tool("" if error in foreign else label):
+            foreign.append(error)
+            raise

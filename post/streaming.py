@@ -1,0 +1,168 @@
+"""Read ahead and write behind in threads of their own, with bounded queues in between.
+
+The work in between (stages with their networks) stays in the thread that calls. An error in any thread ends
+all of them and is raised there.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+DEPTH = 2  # items that wait in a queue
+PAUSE = 0.2  # seconds after which waiting looks whether someone pressed Ctrl-C, which Windows needs
+LAST_WAIT = 3.0  # seconds that a writer gets to end after Ctrl-C, when it has all it needs
+
+
+class Closed(Exception):
+    """Nobody takes any more what is put into a queue."""
+
+
+class Stopped(Exception):
+    """The run ends: what has been written so far is not wanted."""
+
+
+class Pipe(Generic[T]):
+    """A queue between two threads that either of them may end. It keeps no item that was taken."""
+
+    def __init__(self, depth: int = DEPTH) -> None:
+        self._depth = depth
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._is_ended = self._is_closed = False
+        self._error: BaseException | None = None
+
+    def put(self, item: T) -> None:
+        """Append an item; waits while the queue is full. Raises Closed if nobody takes items any more."""
+        with self._changed:
+            while len(self._items) >= self._depth and not self._is_closed:
+                self._changed.wait(PAUSE)
+            if self._is_closed:
+                raise Closed
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Say that nothing more will come."""
+        with self._changed:
+            self._is_ended = True
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Have the taker raise an error; what waits is dropped."""
+        with self._changed:
+            self._items.clear()
+            self._error, self._is_ended = error, True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Say that nothing more will be taken; what waits is dropped."""
+        with self._changed:
+            self._items.clear()
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> "Pipe[T]":
+        return self
+
+    def __next__(self) -> T:
+        with self._changed:
+            while not self._items and not self._is_ended:
+                self._changed.wait(PAUSE)
+            if self._error is not None:
+                raise self._error
+            if not self._items:
+                raise StopIteration
+            self._changed.notify_all()
+            return self._items.popleft()
+
+
+@contextmanager
+def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]:
+    """Iterate over `source` in a thread; yields an iterator over its items, which raises its errors.
+
+    At most `depth` items wait, and one more is in the thread's hands. The thread has ended, and a generator
+    is closed, when the block ends.
+    """
+    pipe: Pipe[T] = Pipe(depth)
+
+    def read() -> None:
+        try:
+            for item in source:
+                pipe.put(item)
+                del item  # else it would live until the next one is there
+            pipe.end()
+        except Closed:
+            pass
+        except BaseException as error:  # raised again where items are taken
+            pipe.fail(error)
+        finally:
+            close = getattr(source, "close", None)  # of a generator: its files are closed in this thread
+            if close is not None:
+                close()
+
+    thread = threading.Thread(target=read, name="reading ahead", daemon=True)
+    thread.start()
+    try:
+        yield pipe
+    finally:
+        pipe.close()
+        _wait_for(thread)
+
+
+@contextmanager
+def write_behind(write: Callable[[Iterator[T]], object], depth: int = DEPTH) -> Iterator[Callable[[T], None]]:
+    """Call `write` in a thread; yields a function that gives one more item to the iterator it was called
+    with.
+
+    At most `depth` items wait. `write` has returned when the block ends. Its errors are raised by the
+    function, or at the end of the block. If the block fails, the iterator raises Stopped, so that `write` can
+    remove what it has made.
+    """
+    pipe: Pipe[T] = Pipe(depth)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            write(pipe)
+        except BaseException as error:  # raised again by `put` or at the end
+            errors.append(error)
+        finally:
+            pipe.close()
+
+    thread = threading.Thread(target=run, name="writing behind", daemon=True)
+    thread.start()
+
+    def put(item: T) -> None:
+        try:
+            pipe.put(item)
+        except Closed:
+            _wait_for(thread)
+            raise (errors[0] if errors else RuntimeError("the writer ended before its items did")) from None
+
+    try:
+        yield put
+    except BaseException:
+        pipe.fail(Stopped())
+        _wait_for(thread)
+        raise
+    pipe.end()
+    try:
+        _wait_for(thread)
+    except BaseException:  # Ctrl-C
+        pipe.fail(Stopped())
+        _wait_for(thread, LAST_WAIT)
+        raise
+    if errors:
+        raise errors[0]
+
+
+def _wait_for(thread: threading.Thread, seconds: float | None = None) -> None:
+    """Wait until a thread ends, but at most so long."""
+    waited = 0.0
+    while thread.is_alive() and (seconds is None or waited < seconds):
+        thread.join(PAUSE)
+        waited += PAUSE

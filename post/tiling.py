@@ -1,0 +1,207 @@
+"""Run networks on pictures of any size: mirrored edges, tiles that are blended, less at once if memory ends.
+
+A network here is a function from B C H W to B C' fH fW, for H and W that are multiples of its step.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modules.devices import free_memory
+from modules.errors import MemoryPlanError
+from modules.planning.device_memory import host_room, spare_bytes
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[Tensor], Tensor]
+
+WHOLE = 0  # as the size of a tile: the whole picture
+LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
+SHARE = 0.8  # of the host's free memory that is taken; the system ends programs that take too much
+# in the messages of torch's allocators and libraries, beside torch.OutOfMemoryError
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc"),
+    *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
+
+
+def round_up(number: int, step: int) -> int:
+    """Return the next multiple of `step`."""
+    return -(-number // step) * step
+
+
+def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
+    """Extend pictures B C H W to the right and below by their mirror images, to multiples of `step`.
+
+    repeats_edge: whether the last row and column come twice. Works for pictures smaller than `step` too.
+    """
+    for axis in (-2, -1):
+        size = images.shape[axis]
+        places = mirrored(size, round_up(size, step), repeats_edge)
+        if len(places) > size:
+            images = images.index_select(axis, places.to(images.device))
+    return images
+
+
+def mirrored(size: int, wanted: int, repeats_edge: bool) -> Tensor:
+    """Return for each of `wanted` places the place in a row of `size` that it shows."""
+    period = 2 * size if repeats_edge else max(2 * size - 2, 1)
+    there = torch.arange(wanted) % period
+    back = period - there - (1 if repeats_edge else 0)
+    return torch.where(there < size, there, back)
+
+
+def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
+    """Return beginnings and ends of tiles of one size that cover 0..length and overlap by at least `overlap`.
+
+    tile: their greatest size, more than `overlap`. They are as few as possible, then as
+    small as possible, as each pixel of overlap is computed twice. All numbers are multiples of `step` if
+    `length` is; `overlap` is rounded up to one.
+    """
+    overlap = round_up(overlap, step)
+    tile = max(tile // step * step, overlap + step)
+    if length <= tile:
+        return [(0, length)]
+    number = -(-(length - overlap) // (tile - overlap))
+    size = round_up(-(-(length + (number - 1) * overlap) // number), step)
+    last = length - size
+    starts = [index * last // (number - 1) // step * step for index in range(number - 1)]
+    return [(start, start + size) for start in [*starts, last]]
+
+
+def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 1, factor: int = 1) -> Tensor:
+    """Return run(images), computed tile by tile and blended linearly where tiles overlap.
+
+    images: B C H W, H and W multiples of `step`. tile, overlap: pixels of `images`; see `cut`. factor: how
+    much larger results are. The weights of a place add up to 1 exactly: what all tiles agree on stays as it
+    is, to the bit.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = (
+        [(0, size)] if tile == WHOLE else cut(size, tile, overlap, step) for size in (height, width)
+    )
+    if len(rows) == len(columns) == 1:
+        return run(images)
+    whole = None
+    for top, bottom in rows:
+        strip = None
+        for left, right in columns:
+            made = run(images[..., top:bottom, left:right])
+            strip = _join(strip, made, left * factor, width * factor, -1)
+        assert strip is not None
+        whole = _join(whole, strip[0], top * factor, height * factor, -2)
+    assert whole is not None
+    return whole[0]
+
+
+Joined = tuple[Tensor, int]  # memory for all, and up to where it is filled
+
+
+def _join(joined: Joined | None, made: Tensor, start: int, length: int, axis: int) -> Joined:
+    """Lay a tile, or a strip of them, over what is there; `start` is its first place."""
+    end = start + made.shape[axis]
+    if joined is None:
+        if end == length:
+            return made, length
+        size = list(made.shape)
+        size[axis] = length
+        room = made.new_empty(size)
+        room.narrow(axis, 0, end).copy_(made)
+        return room, end
+    room, filled = joined
+    shared = filled - start
+    if shared > 0:
+        shape = [1] * made.dim()
+        shape[axis] = shared
+        weight = ((torch.arange(shared, dtype=torch.float32) + 0.5) / shared).to(made.device, made.dtype)
+        there = room.narrow(axis, start, shared)
+        # from one to the other, not weighted sums: equal values give themselves
+        there.lerp_(made.narrow(axis, 0, shared), weight.view(shape))
+    room.narrow(axis, filled, end - filled).copy_(made.narrow(axis, shared, end - filled))
+    return room, end
+
+
+def room_on(device: torch.device) -> int | None:
+    """Return the bytes that may be taken there now, with a margin; None if unknown."""
+    if device.type == "cuda":
+        return spare_bytes(device)
+    room = host_room() if device.type == "cpu" else None
+    return None if room is None else round(SHARE * room)
+
+
+def largest_tile(height: int, width: int, room: float, per_pixel: float, step: int, overlap: int) -> int:
+    """Return the size of the largest tiles that memory holds, `WHOLE` if it holds the picture.
+
+    room: bytes. per_pixel: bytes that a network takes for each pixel of its input.
+    """
+    if height * width * per_pixel <= room:
+        return WHOLE
+    side = int((max(room, 0) / per_pixel) ** 0.5) // step * step
+    return max(side, least_tile(step, overlap))
+
+
+def least_tile(step: int, overlap: int) -> int:
+    """Return the size of the smallest tiles that are chosen here."""
+    return round_up(max(LEAST, 2 * overlap), step)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the host has too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+
+
+@dataclass
+class Fitting:
+    """Run a network on batches of pictures with as much at once as memory holds, remembered for a clip.
+
+    If memory ends, batches are halved, then, if `is_auto`, pictures are cut into tiles, which are halved.
+    """
+
+    device: torch.device
+    batch: int  # pictures at once
+    tile: int  # pixels of the network's input; WHOLE: whole pictures
+    is_auto: bool  # tiles may become smaller
+    overlap: int
+    step: int = 1
+    factor: int = 1
+
+    def __call__(self, run: Run, images: Tensor) -> Tensor:
+        """Return run(images). images: B C H W, H and W multiples of `step`.
+
+        Raises MemoryPlanError if nothing fits.
+        """
+        while True:
+            try:
+                parts = [
+                    run_in_tiles(run, part, self.tile, self.overlap, self.step, self.factor)
+                    for part in images.split(self.batch)
+                ]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+            # here, as the error holds the tensors of the run that failed
+            self._take_less(len(images), max(images.shape[-2:]), reason)
+            free_memory(self.device)
+
+    def _take_less(self, batch: int, longest: int, reason: str) -> None:
+        """Halve what is computed at once. longest: side of a picture."""
+        if min(self.batch, batch) > 1:
+            self.batch = min(self.batch, batch) // 2
+            logger.info("Memory is full: from now on %d at once.", self.batch)
+            return
+        least = least_tile(self.step, self.overlap)
+        now = min(self.tile or longest, longest)
+        if not self.is_auto or now <= least:
+            raise MemoryPlanError(
+                f"the device has too little memory even for {now} x {now} pixels at once ({reason}).\n"
+                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the device."
+            )
+        self.tile = max(round_up(now // 2, self.step), least)
+        logger.info("Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile)

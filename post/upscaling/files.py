@@ -1,0 +1,236 @@
+"""Read upscalers from files: SwinIR, and RRDBNet under its old, middle and new names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count as numbers_from
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    count,
+    load_planned,
+    other_kind,
+    rename_sources,
+    shapes_of,
+    translate_name,
+)
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from modules.layers.memory_layouts import lay_out
+from post.upscaling.rrdb import COLOURS, RrdbConfig, RRDBNet
+from post.upscaling.swinir import SwinIR, SwinirConfig
+
+OPTION = "--model"
+FILES = "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth or .safetensors)"
+# of whole files, by what saved them
+PREFIXES = ("module.", "params_ema.", "params.", "state_dict.", "module.", "netG_A.", "netG.", "net_g.")
+META = torch.device("meta")
+
+_DENSE = r"\.RDB(\d+)\.conv(\w+?)"
+OLD_NAMES: Names = (
+    (r"model\.0\.(\w+)", r"conv_first.\1"),
+    (rf"model\.1\.sub\.(\d+){_DENSE}(?:\.0)?\.(\w+)", r"body.\1.rdb\2.conv\3.\4"),
+    (r"model\.1\.sub\.\d+\.(\w+)", r"conv_body.\1"),
+)
+MIDDLE_NAMES: Names = (
+    (rf"RRDB_trunk\.(\d+){_DENSE}\.(\w+)", r"body.\1.rdb\2.conv\3.\4"),
+    (r"trunk_conv\.(\w+)", r"conv_body.\1"),
+    (r"upconv(\d+)\.(\w+)", r"conv_up\1.\2"),
+    (r"HRconv\.(\w+)", r"conv_hr.\1"),
+)
+SWINIR_NAME = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
+BUFFERS = ("*.attn_mask", "*.relative_position_index")  # of SwinIR; computed here
+
+HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # beside all of SwinIR's
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of network: how it is built, and how it is run."""
+
+    name: str
+    mode: str  # as of --mode
+    build: Callable[[Any], SwinIR | RRDBNet]
+    repeats_edge: bool  # how pictures are extended to its step: as the tools did that users know
+
+
+SWINIR = Kind("SwinIR", "swinir", SwinIR, repeats_edge=True)
+RRDB = Kind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """A network and what must be known to run it."""
+
+    kind: Kind
+    config: SwinirConfig | RrdbConfig
+    network: SwinIR | RRDBNet
+
+
+def check_file(path: Path) -> tuple[Kind, SwinirConfig | RrdbConfig]:
+    """Return what a file holds; only names and shapes are read. Raises CheckpointError for other files."""
+    upscaler = load_upscaler(path, META, torch.float32)
+    return upscaler.kind, upscaler.config
+
+
+def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
+    """Load the network of a file, whose kind and dimensions its tensors tell.
+
+    Norms and biases of scores stay in float32. Raises CheckpointError for other files.
+    """
+    with open_checkpoint(path) as checkpoint:
+        kind, plan = read_upscaler(checkpoint)
+        network = load_planned(plan, kind.build, device, lambda name, _: _dtype(name, dtype), OPTION)
+    if device != META:
+        lay_out(network, device)
+    return Upscaler(kind, plan.config, network)
+
+
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
+
+
+def read_upscaler(checkpoint: Checkpoint) -> tuple[Kind, LoadPlan[Any]]:
+    """Plan how to load the network of an open file. Raises CheckpointError if it is none of ours."""
+    checkpoint = checkpoint.without_prefix(*PREFIXES)
+    names = checkpoint.tensors
+    if SWINIR_NAME in names and HAT_NAME not in names:
+        return SWINIR, _read_swinir(checkpoint)
+    tables = {
+        "model.1.sub.0.RDB1.conv1.0.weight": _old_names(checkpoint),
+        "RRDB_trunk.0.RDB1.conv1.weight": MIDDLE_NAMES,
+        "body.0.rdb1.conv1.weight": (),
+    }
+    table = next((table for name, table in tables.items() if name in names), None)
+    if table is None:
+        raise other_kind(checkpoint, "an upscaler", OPTION, FILES)
+    return RRDB, _read_rrdb(checkpoint, table)
+
+
+def _old_names(checkpoint: Checkpoint) -> Names:
+    """Return the table of old names; the number of the last layer tells how many enlargements there are."""
+    last = max((int(name.split(".")[1]) for name in checkpoint.tensors if _is_numbered(name)), default=0)
+    ups = max(last - 4, 0) // 3
+    ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
+    ends += [
+        (rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"),
+        (rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"),
+    ]
+    return (*OLD_NAMES, *ends)
+
+
+def _is_numbered(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == 3 and parts[0] == "model" and parts[1].isdecimal() and len(parts[1]) < 4
+
+
+def _read_rrdb(checkpoint: Checkpoint, table: Names) -> LoadPlan[RrdbConfig]:
+    sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
+    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    features, channels, *_ = shape.of("conv_first.weight", 4)
+    shape.expect("conv_last.weight", 4, 0, COLOURS)
+    unshuffle = isqrt(channels // COLOURS)
+    doublings = next(number for number in numbers_from() if f"conv_up{number + 1}.weight" not in sources)
+    if channels != COLOURS * unshuffle**2 or unshuffle not in {2**power for power in range(doublings + 1)}:
+        raise shape.error(
+            f"its first layer takes {channels} channels of pictures that it makes {2**doublings} times larger"
+        )
+    config = RrdbConfig(
+        features=features,
+        growth=shape.of("body.0.rdb1.conv1.weight", 4)[0],
+        blocks=count(sources, r"body\.\d+"),
+        doublings=doublings,
+        unshuffle=unshuffle,
+        has_shortcuts="body.0.rdb1.conv1x1.weight" in sources,
+    )
+    return LoadPlan(config, checkpoint, sources)
+
+
+def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
+    sources = plain_sources(checkpoint)
+    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    dim, channels, *_ = shape.of("conv_first.weight", 4)
+    if channels != COLOURS:
+        raise shape.error(f"it is for pictures of {channels} channels, such as grey ones")
+    layers = range(count(sources, r"layers\.\d+"))
+    tables = [
+        shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)
+        for layer in layers
+    ]
+    side, heads = isqrt(tables[0][0]), tuple(table[1] for table in tables)
+    if side**2 != tables[0][0] or side % 2 == 0 or side < 3 or any(dim % each for each in heads):
+        raise shape.error(f"{dim} channels, {heads} heads and {tables[0][0]} distances do not go together")
+    window = (side + 1) // 2
+    upsampler, ups, features = _upsampler(shape, sources, dim)
+    config = SwinirConfig(
+        dim=dim,
+        heads=heads,
+        depths=tuple(count(sources, rf"layers\.{layer}\.residual_group\.blocks\.\d+") for layer in layers),
+        window=window,
+        hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
+        convolutions=1 if "conv_after_body.weight" in sources else 3,
+        upsampler=upsampler,
+        ups=ups,
+        features=features,
+        pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
+    )
+    return LoadPlan(config, checkpoint, sources, ignore=BUFFERS)
+
+
+def _upsampler(shape: "_Shapes", sources: Mapping[str, Any], dim: int) -> tuple[str, tuple[int, ...], int]:
+    """Return the kind of the last layers, the factor of each enlargement, and the channels meanwhile."""
+    if "conv_before_upsample.0.weight" in sources:
+        features = shape.of("conv_before_upsample.0.weight", 4)[0]
+        shape.expect("conv_last.weight", 4, 0, COLOURS)
+        if "conv_up1.weight" in sources:
+            return "nearest+conv", (2,) * count(sources, r"conv_up\d+"), features
+        layers = sorted(
+            int(name.split(".")[1]) for name in sources if name[:9] == "upsample." and name[-7:] == ".weight"
+        )
+        ups = [_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
+        return "pixelshuffle", tuple(ups), features
+    if "upsample.0.weight" in sources:
+        return "pixelshuffledirect", (_factor(shape, "upsample.0.weight", COLOURS),), 0
+    shape.expect("conv_last.weight", 4, 0, COLOURS)
+    return "none", (), 0
+
+
+def _factor(shape: "_Shapes", name: str, channels: int) -> int:
+    """Return by how much a convolution and the shuffle behind it enlarge, for `channels` in the end."""
+    rows = shape.of(name, 4)[0]
+    factor = isqrt(rows // channels)
+    if factor < 1 or rows != channels * factor**2:
+        raise shape.error(f"{name} has {rows} rows, which is no square number of {channels} channels")
+    return factor
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """The shapes of a file's tensors, by our names."""
+
+    checkpoint: Checkpoint
+    shape: Callable[[str], tuple[int, ...]]
+
+    def of(self, name: str, axes: int) -> tuple[int, ...]:
+        """Return a shape. Raises CheckpointError if there is none, or not with so many axes."""
+        found = self.shape(name)
+        if len(found) != axes or 0 in found:
+            raise self.error(f"{name} has the shape {' x '.join(map(str, found)) or 'of a single number'}")
+        return found
+
+    def expect(self, name: str, axes: int, axis: int, size: int) -> None:
+        """Raise CheckpointError unless a tensor has that size along an axis."""
+        found = self.of(name, axes)[axis]
+        if found != size:
+            raise self.error(f"it makes pictures of {found} channels, not {size}")
+
+    def error(self, reason: str) -> CheckpointError:
+        path = self.checkpoint.path
+        return CheckpointError(
+            f"{path} is an upscaler that cannot be used here: {reason}.\n  Give {FILES} to {OPTION}.", path
+        )

@@ -1,0 +1,108 @@
+"""RRDBNet, the network of ESRGAN, BSRGAN and Real-ESRGAN: dense residual convolutions, then enlargement.
+
+Sources: Wang et al. 2018, arXiv 1809.00219 (ESRGAN); Wang et al. 2021, arXiv 2107.10833 (Real-ESRGAN: small
+factors by cutting the picture into a smaller one of more channels first); Rakotonirina and Rasoanaivo 2020,
+arXiv 2001.08073 (ESRGAN+: the shortcuts of 1x1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, leaky_relu, pixel_unshuffle
+
+COLOURS = 3
+SLOPE = 0.2  # of every leaky ReLU
+SHARE = 0.2  # of a block's result that is added to its input
+
+
+@dataclass(frozen=True)
+class RrdbConfig:
+    """Dimensions of an RRDBNet."""
+
+    features: int
+    growth: int  # channels that each convolution of a dense block adds
+    blocks: int
+    doublings: int  # of height and width, after the blocks
+    unshuffle: int  # pixels, down and across, that become channels of one before the blocks
+    has_shortcuts: bool  # ESRGAN+
+
+    @property
+    def factor(self) -> int:
+        """How many times higher and wider the result is."""
+        return 2**self.doublings // self.unshuffle
+
+    @property
+    def step(self) -> int:
+        """Height and width must be multiples of this."""
+        return self.unshuffle
+
+
+class DenseBlock(nn.Module):
+    """Five convolutions; each sees the results of all before it."""
+
+    def __init__(self, config: RrdbConfig) -> None:
+        super().__init__()
+        features, growth = config.features, config.growth
+        for number in range(1, 6):
+            made = growth if number < 5 else features
+            seen = features + (number - 1) * growth
+            self.add_module(f"conv{number}", nn.Conv2d(seen, made, 3, padding=1))
+        self.conv1x1 = nn.Conv2d(features, growth, 1, bias=False) if config.has_shortcuts else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for number in range(1, 5):
+            convolve = self.get_submodule(f"conv{number}")
+            made = leaky_relu(convolve(torch.cat(seen, dim=1)), SLOPE, inplace=True)
+            if self.conv1x1 is not None and number == 2:
+                made = made + self.conv1x1(x)
+            if self.conv1x1 is not None and number == 4:
+                made = made + seen[2]
+            seen.append(made)
+        return x + SHARE * self.get_submodule("conv5")(torch.cat(seen, dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """Three dense blocks in a row."""
+
+    def __init__(self, config: RrdbConfig) -> None:
+        super().__init__()
+        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(config) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + SHARE * self.rdb3(self.rdb2(self.rdb1(x)))
+
+
+class RRDBNet(nn.Module):
+    """Enlarge pictures. The names of its parts are those of Real-ESRGAN's files."""
+
+    def __init__(self, config: RrdbConfig) -> None:
+        super().__init__()
+        features = config.features
+        self.config = config
+        self.conv_first = nn.Conv2d(COLOURS * config.unshuffle**2, features, 3, padding=1)
+        self.body = nn.ModuleList(ResidualBlock(config) for _ in range(config.blocks))
+        self.conv_body = nn.Conv2d(features, features, 3, padding=1)
+        for number in range(1, config.doublings + 1):
+            self.add_module(f"conv_up{number}", nn.Conv2d(features, features, 3, padding=1))
+        self.conv_hr = nn.Conv2d(features, features, 3, padding=1)
+        self.conv_last = nn.Conv2d(features, COLOURS, 3, padding=1)
+
+    @property
+    def repeated(self) -> tuple[nn.Module, ...]:
+        """The blocks that share their code, to be compiled."""
+        return tuple(self.body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B 3 H W, 0..1, H and W multiples of `config.step`. Returns B 3 fH fW, not limited."""
+        if self.config.unshuffle > 1:
+            x = pixel_unshuffle(x, self.config.unshuffle)
+        first = x = self.conv_first(x)
+        for block in self.body:
+            x = block(x)
+        x = first + self.conv_body(x)
+        for number in range(1, self.config.doublings + 1):
+            convolve = self.get_submodule(f"conv_up{number}")
+            x = leaky_relu(convolve(interpolate(x, scale_factor=2.0, mode="nearest")), SLOPE, inplace=True)
+        return self.conv_last(leaky_relu(self.conv_hr(x), SLOPE, inplace=True))

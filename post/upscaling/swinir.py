@@ -1,0 +1,308 @@
+"""SwinIR: a picture's features refined by attention inside small windows, which shift from block to block.
+
+Source: Liang et al. 2021, arXiv 2108.10257; windows and shifts: Liu et al. 2021, arXiv 2103.14030.
+"""
+# Letters: B batch, H W height and width, C channels, S side of a window, N = S * S tokens of a window,
+# G windows computed together
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import gelu, interpolate, leaky_relu, scaled_dot_product_attention
+
+from modules.devices import numbers_on
+from modules.layers.norms import Float32LayerNorm
+
+COLOURS = 3
+MEAN = (0.4488, 0.4371, 0.4040)  # of the pictures of DIV2K, as trained; the files do not hold it
+EPSILON = 1e-5
+APART = -100.0  # added to the score of two tokens that shifting has put into one window
+WINDOWS_ON_CPU = 16  # computed together: their features stay in the processor's cache
+WINDOWS = 1 << 14  # elsewhere: bounds the memory
+
+
+@dataclass(frozen=True)
+class SwinirConfig:
+    """Dimensions of a SwinIR."""
+
+    dim: int  # C
+    heads: tuple[int, ...]  # of each layer
+    depths: tuple[int, ...]  # blocks of each layer
+    window: int  # S
+    hidden: int  # width inside the two linear layers of a block
+    convolutions: int  # behind each layer and behind all: 1, or 3 narrower ones
+    upsampler: str  # nearest+conv, pixelshuffle, pixelshuffledirect, none
+    ups: tuple[int, ...]  # factor of each enlargement
+    features: int  # channels while enlarging; not used by pixelshuffledirect and none
+    pixel_range: float  # the network computes with pixels of 0..1 or 0..255
+
+    @property
+    def factor(self) -> int:
+        """How many times higher and wider the result is."""
+        return prod(self.ups)
+
+    @property
+    def step(self) -> int:
+        """Height and width must be multiples of this."""
+        return self.window
+
+
+class Attention(nn.Module):
+    """Attention among the tokens of a window, with a learned bias for their distance."""
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def bias(self, index: Tensor) -> Tensor:
+        """Return what is added to the scores, heads N N in float32. index: N N, of rows of the table."""
+        return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x: G N C. bias: heads N N."""
+        q, k, v = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
+        # the scores are summed and made into shares in float32 by torch's kernels, whatever the dtype
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
+        return self.proj(rearrange(mixed, "g h n d -> g n (h d)"))
+
+
+class Mlp(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One block, which knows windows only: which tokens are in one is the layer's business."""
+
+    def __init__(self, config: SwinirConfig, heads: int) -> None:
+        super().__init__()
+        self.norm1 = Float32LayerNorm(config.dim, EPSILON, affine=True)
+        self.attn = Attention(config.dim, heads, config.window)
+        self.norm2 = Float32LayerNorm(config.dim, EPSILON, affine=True)
+        self.mlp = Mlp(config.dim, config.hidden)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x: G N C. bias: heads N N."""
+        x = x + self.attn(self.norm1(x).to(x.dtype), bias)
+        return x + self.mlp(self.norm2(x).to(x.dtype))
+
+
+class ResidualGroup(nn.Module):
+    """The blocks of a layer."""
+
+    def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
+        super().__init__()
+        self.window = config.window
+        self.blocks = nn.ModuleList(Block(config, heads) for _ in range(depth))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """x: B H W C. index: as of `Attention.bias`."""
+        for number, block in enumerate(self.blocks):
+            shift = self.window // 2 if number % 2 else 0
+            if shift:
+                x = torch.roll(x, (-shift, -shift), (1, 2))
+            x = self._in_windows(x, block, index, shift)
+            if shift:
+                x = torch.roll(x, (shift, shift), (1, 2))
+        return x
+
+    def _in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
+        """Compute a block, a few windows at a time."""
+        out = torch.empty_like(x)
+        # views, without a copy
+        windows, made = (
+            rearrange(each, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
+            for each in (x, out)
+        )
+        batch, rows, columns = windows.shape[:3]
+        most = WINDOWS_ON_CPU if x.device.type == "cpu" else WINDOWS
+        attention = block.get_submodule("attn")
+        assert isinstance(attention, Attention)
+        bias = attention.bias(index)
+        # only windows in the last row and in the last column hold tokens that shifting has brought together
+        for is_last_row, is_last_column in product((False, True) if shift else (False,), repeat=2):
+            mask = apart(self.window, shift if is_last_row else 0, shift if is_last_column else 0, bias)
+            row_range = _part(rows, is_last_row, bool(shift))
+            column_range = _part(columns, is_last_column, bool(shift))
+            for piece in pieces(batch, row_range, column_range, most):
+                some = windows[piece]
+                done = block(rearrange(some, "b h w p q c -> (b h w) (p q) c"), mask)
+                made[piece] = done.reshape(some.shape)
+        return out
+
+
+def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
+    """Return a bias (heads N N) less what keeps the last `rows` and `columns` of a window from the others."""
+    if not rows and not columns:
+        return bias
+    place = torch.arange(window, device=bias.device)
+    below, beside = place >= window - rows, place >= window - columns
+    region = (below.long()[:, None] * 2 + beside.long()[None]).flatten()  # N
+    return bias + APART * (region[:, None] != region[None]).to(bias.dtype)
+
+
+def _part(count: int, is_last: bool, is_split: bool) -> range:
+    """Return the windows of one direction: all, or all but the last, or the last."""
+    if not is_split:
+        return range(count)
+    return range(count - 1, count) if is_last else range(count - 1)
+
+
+def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a batch of grids of windows into pieces of at most `most` windows (batch, rows, columns)."""
+    if not rows or not columns:
+        return
+    wide = min(len(columns), most)
+    high = max(1, min(len(rows), most // wide))
+    deep = max(1, min(batch, most // (wide * high)))
+    for b, row, column in product(
+        range(0, batch, deep),
+        range(rows.start, rows.stop, high),
+        range(columns.start, columns.stop, wide),
+    ):
+        yield (
+            slice(b, min(b + deep, batch)),
+            slice(row, min(row + high, rows.stop)),
+            slice(column, min(column + wide, columns.stop)),
+        )
+
+
+def convolutions(config: SwinirConfig) -> nn.Module:
+    """Return what follows a layer: one convolution, or three through a quarter of the channels."""
+    dim, narrow = config.dim, config.dim // 4
+    if config.convolutions == 1:
+        return nn.Conv2d(dim, dim, 3, padding=1)
+    return nn.Sequential(
+        nn.Conv2d(dim, narrow, 3, padding=1),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(narrow, narrow, 1),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(narrow, dim, 3, padding=1),
+    )
+
+
+class Layer(nn.Module):
+    """Blocks, then convolutions, added to what came in."""
+
+    def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
+        super().__init__()
+        self.residual_group = ResidualGroup(config, heads, depth)
+        self.conv = convolutions(config)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """x: B H W C."""
+        return x + as_tokens(self.conv(as_map(self.residual_group(x, index))))
+
+
+def as_map(x: Tensor) -> Tensor:
+    """B H W C -> B C H W, a view with channels last."""
+    return rearrange(x, "b h w c -> b c h w")
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """B C H W -> B H W C, a view if the channels are last in memory."""
+    return rearrange(x, "b c h w -> b h w c").contiguous()
+
+
+class PatchEmbed(nn.Module):
+    """Holds the first norm under its name in the files."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = Float32LayerNorm(dim, EPSILON, affine=True)
+
+
+class SwinIR(nn.Module):
+    """Enlarge or restore pictures."""
+
+    def __init__(self, config: SwinirConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, features = config.dim, config.features
+        self.conv_first = nn.Conv2d(COLOURS, dim, 3, padding=1)
+        self.patch_embed = PatchEmbed(dim)
+        self.layers = nn.ModuleList(
+            Layer(config, heads, depth) for heads, depth in zip(config.heads, config.depths, strict=True)
+        )
+        self.norm = Float32LayerNorm(dim, EPSILON, affine=True)
+        self.conv_after_body = convolutions(config)
+        if config.upsampler in {"nearest+conv", "pixelshuffle"}:
+            self.conv_before_upsample = nn.Sequential(
+                nn.Conv2d(dim, features, 3, padding=1), nn.LeakyReLU(inplace=True)
+            )
+        if config.upsampler == "nearest+conv":
+            for number in range(1, len(config.ups) + 1):
+                self.add_module(f"conv_up{number}", nn.Conv2d(features, features, 3, padding=1))
+            self.conv_hr = nn.Conv2d(features, features, 3, padding=1)
+        elif config.upsampler == "pixelshuffle":
+            self.upsample = nn.Sequential()
+            for factor in config.ups:
+                self.upsample.append(nn.Conv2d(features, features * factor**2, 3, padding=1))
+                self.upsample.append(nn.PixelShuffle(factor))
+        if config.upsampler == "pixelshuffledirect":
+            (factor,) = config.ups
+            self.upsample = nn.Sequential(
+                nn.Conv2d(dim, COLOURS * factor**2, 3, padding=1), nn.PixelShuffle(factor)
+            )
+        else:
+            self.conv_last = nn.Conv2d(dim if config.upsampler == "none" else features, COLOURS, 3, padding=1)
+
+    @property
+    def repeated(self) -> tuple[nn.Module, ...]:
+        """The blocks that share their code, to be compiled."""
+        return tuple(module for module in self.modules() if isinstance(module, Block))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B 3 H W, 0..1, H and W multiples of the window. Returns B 3 fH fW, not limited."""
+        mean = numbers_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
+        x = (x - mean) * self.config.pixel_range
+        first = self.conv_first(x)
+        tokens = as_tokens(first)
+        index = distances(self.config.window, x.device)
+        tokens = self.patch_embed.norm(tokens).to(x.dtype)
+        for layer in self.layers:
+            tokens = layer(tokens, index)
+        tokens = self.norm(tokens).to(x.dtype)
+        features = self.conv_after_body(as_map(tokens)) + first
+        del first, tokens  # enlarging takes most memory
+        made = x + self.conv_last(features) if self.config.upsampler == "none" else self._enlarge(features)
+        return made / self.config.pixel_range + mean
+
+    def _enlarge(self, features: Tensor) -> Tensor:
+        if self.config.upsampler == "pixelshuffledirect":
+            return self.upsample(features)
+        features = self.conv_before_upsample(features)
+        if self.config.upsampler == "pixelshuffle":
+            return self.conv_last(self.upsample(features))
+        for number in range(1, len(self.config.ups) + 1):
+            convolve = self.get_submodule(f"conv_up{number}")
+            # nested, so that the largest tensors are freed as soon as they may be
+            features = leaky_relu(
+                convolve(interpolate(features, scale_factor=2.0, mode="nearest")), 0.2, inplace=True
+            )
+        return self.conv_last(leaky_relu(self.conv_hr(features), 0.2, inplace=True))
+
+
+def distances(window: int, device: torch.device) -> Tensor:
+    """Return the row of the bias table for each pair of tokens, N N: by their distance down and across."""
+    place = torch.arange(window, device=device)
+    rows = place.repeat_interleave(window)
+    columns = place.repeat(window)
+    down = rows[:, None] - rows[None] + window - 1
+    across = columns[:, None] - columns[None] + window - 1
+    return down * (2 * window - 1) + across

@@ -1,0 +1,76 @@
+"""blissful_tuner/video_to_png.py: the frames of a video as PNG files, in one stream."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modules.media.reading import read_image, video_frames
+from modules.media.writing import write_png
+from tests.faults.messages import assert_one_message, run_here
+from tests.post.stages_here import files_in, write_clip
+from tests.tiny.project import moving_square
+
+SCRIPT = "blissful_tuner/video_to_png.py"
+
+
+@pytest.mark.parametrize(("num_frames", "count"), [(None, 6), (2, 2), (99, 6)])
+def test_frames_are_numbered_from_zero_and_hold_the_decoded_pixels(
+    num_frames: int | None, count: int, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "a b.mp4", frames=6)
+    more = () if num_frames is None else ("--num_frames", num_frames)
+
+    code, said = run_here(SCRIPT, "--input", clip.name, *more, folder=tmp_path)
+
+    assert code == 0, said
+    assert files_in(tmp_path) == {"a b.mp4", "frames"}
+    assert files_in(tmp_path / "frames") == {f"{index:06d}.png" for index in range(count)}
+    for index, frame in zip(range(count), video_frames(clip), strict=False):
+        np.testing.assert_array_equal(read_image(tmp_path / "frames" / f"{index:06d}.png"), frame)
+
+
+def test_only_the_beginning_of_a_damaged_file_is_read_if_that_is_asked_for(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mkv", frames=96, width=64, height=64)
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size * 8 // 10])
+    output = tmp_path / "out"
+
+    first = run_here(SCRIPT, "--input", clip, "--output", output, "--num_frames", 2, folder=tmp_path)
+    whole = run_here(SCRIPT, "--input", clip, "--output", tmp_path / "all", folder=tmp_path)
+
+    assert first[0] == 0, first[1]
+    assert files_in(output / "frames") == {"000000.png", "000001.png"}
+    assert_one_message(*whole, "a.mkv", "cut short", remedy=False)
+    assert not files_in(tmp_path / "all")
+
+
+def test_a_picture_gives_one_png(tmp_path: Path) -> None:
+    frame = moving_square(1, 16, 16, 2)[0]
+    write_png(tmp_path / "a.png", frame)
+
+    assert run_here(SCRIPT, "--input", "a.png", folder=tmp_path)[0] == 0
+
+    np.testing.assert_array_equal(read_image(tmp_path / "frames" / "000000.png"), frame)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--input", "a.mp4"), "frames exists already. Move it away"),
+        (("--input", "no.mp4"), "no.mp4 does not exist"),
+        (("--input", "frames"), "is a folder. Give a video"),
+        (("--input", "a.mp4", "--num_frames", "0"), "--num_frames 0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_touches_nothing(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    write_clip(tmp_path / "a.mp4", frames=2)
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "mine.txt").write_text("mine", encoding="utf-8")
+
+    code, said = run_here(SCRIPT, *words, folder=tmp_path)
+
+    assert_one_message(code, said, message)
+    assert files_in(tmp_path) == {"a.mp4", "frames"}
+    assert files_in(tmp_path / "frames") == {"mine.txt"}

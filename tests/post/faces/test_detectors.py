@@ -1,0 +1,189 @@
+"""Detectors told by what their files hold, and files that are none."""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modules.errors import CheckpointError
+from post.faces.boxes import best_of
+from post.faces.contract import Found
+from post.faces.detectors import check_detector, load_detector
+from post.faces.yolo import YoloDetector, YoloLayout
+from tests.post.faces.pictures import dotted, surrounds
+from tests.tiny.onnx_files import write_onnx, write_yolo, write_yunet
+from tests.tiny.post_faces import write_red_detector
+from tests.tiny.taehv import write_taehv
+
+CPU = torch.device("cpu")
+
+
+def found_in(path: Path, pixels: np.ndarray, least_score: float = 0.5) -> list[Found]:
+    check_detector(path)
+    return list(load_detector(path, CPU).find(pixels, least_score))
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (128, 64), (31, 33)])
+def test_boxes_of_a_yolo_are_where_the_face_is_in_a_picture_of_any_shape(
+    tmp_path: Path, is_turned: bool, height: int, width: int
+) -> None:
+    path = write_yolo(tmp_path / "yolo.onnx", is_turned=is_turned)
+    pixels = np.full((height, width, 3), 60, np.uint8)
+    middle, side = (height // 2, width // 2), max(height, width) / 8
+    half = round(side / 2)
+    pixels[middle[0] - half : middle[0] + half, middle[1] - half : middle[1] + half] = (255, 0, 0)
+
+    found = found_in(path, pixels)
+
+    assert found
+    for each in found:
+        x, y = (each.box[0] + each.box[2]) / 2, (each.box[1] + each.box[3]) / 2
+        assert max(abs(x - middle[1]), abs(y - middle[0])) <= side
+        assert each.box[2] - each.box[0] == pytest.approx(2 * side, rel=0.05)
+    assert not found_in(path, np.full((height, width, 3), 60, np.uint8))
+
+
+def test_notes_of_a_yolo_say_how_many_classes_it_has(tmp_path: Path) -> None:
+    notes = {"task": "detect", "names": "{0: 'face', 1: 'plate'}"}
+    path = write_yolo(tmp_path / "yolo.onnx", notes={"task": "pose", "names": "{0: 'face'}"})
+    assert len(found_in(path, dotted(64, 64, (36, 28)))) == 1
+    # of two classes the second one has no numbers here: a box, one class, and what is no class
+    layout = load_detector(write_yolo(tmp_path / "two.onnx", notes=notes), CPU).layout  # type: ignore[attr-defined]
+    assert layout.classes == 2
+
+
+def test_a_yunet_finds_a_face_and_its_landmarks(tmp_path: Path) -> None:
+    (found,) = found_in(write_yunet(tmp_path / "yunet.onnx"), dotted(64, 96, (40, 32)))
+
+    assert surrounds(found, 36, 28, 44, 36)
+    assert found.landmarks is not None
+    assert found.landmarks.shape == (5, 2)
+
+
+def test_a_yunet_looks_at_a_smaller_copy_of_a_large_picture(tmp_path: Path) -> None:
+    path = write_yunet(tmp_path / "yunet.onnx")
+    pixels = dotted(64, 96, (40, 32)).repeat(2, axis=0).repeat(2, axis=1)
+
+    (found,) = load_detector(path, CPU, side=96).find(pixels, 0.5)
+
+    assert surrounds(found, 72, 56, 88, 72)
+    assert len(load_detector(path, CPU).find(pixels, 0.5)) > 1
+
+
+def test_a_yunet_that_this_opencv_cannot_run_is_named(tmp_path: Path) -> None:
+    path = write_yunet(tmp_path / "yunet.onnx")
+    damaged = path.read_bytes().replace(b"Transpose", b"Transmute")
+    path.write_bytes(damaged)
+
+    with pytest.raises(CheckpointError, match=r"cannot run this YuNet(.|\n)*2023mar(.|\n)*2026may"):
+        load_detector(path, CPU)
+
+
+def test_overlapping_boxes_give_way_to_the_best() -> None:
+    boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [0, 5, 10, 15]], np.float32)
+    scores = np.array([0.8, 0.9, 0.7, 0.6], np.float32)
+
+    assert best_of(boxes, scores, 0.4) == [1, 2, 3]
+    assert best_of(boxes, scores, 0.2) == [1, 2]
+    assert best_of(boxes, scores, 0.4, most=1) == [1]
+    assert best_of(boxes[:0], scores[:0], 0.4) == []
+
+
+def rows_of(layout: YoloLayout, result: np.ndarray) -> tuple[np.ndarray, ...]:
+    return YoloDetector(Path("yolo.onnx"), None, layout)._read(result.astype(np.float32), 0.5)
+
+
+def test_results_of_a_yolo_are_read_in_each_way_in_which_they_are_given() -> None:
+    points = np.arange(15.0)
+    row = np.array([50, 40, 20, 10, 0.9, *points])
+    places = np.zeros((84, 20))  # 8 x 8 + 4 x 4 + 2 x 2
+    places[7] = row
+    expected = points.reshape(5, 3)[:, :2]
+
+    for classes, landmarks, result in ((None, 0, places), (1, 3, places.T)):
+        boxes, scores, found = rows_of(YoloLayout(64, classes, landmarks), result)
+        assert boxes.tolist() == [[40, 35, 60, 45]]
+        assert scores.tolist() == [pytest.approx(0.9)]
+        assert (found[0] == expected).all()
+    boxes, scores, found = rows_of(YoloLayout(64, 2, 0), places[:, :6] + np.eye(6)[5] * 0.6)
+    assert len(boxes) == 84  # the second class, too
+    assert found is None
+    finished = np.array([[40, 35, 60, 45, 0.9, 0, *points], [1, 1, 2, 2, 0.4, 0, *points]])
+    boxes, scores, found = rows_of(YoloLayout(64, 1, 3), finished)
+    assert boxes.tolist() == [[40, 35, 60, 45]]
+    assert (found[0] == expected).all()
+
+
+def test_results_of_an_older_yolo_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="v5 and v7 are not supported"):
+        rows_of(YoloLayout(64, None, 0), np.zeros((3 * 84, 16)))
+    with pytest.raises(CheckpointError, match=r"\[300, 38\]"):
+        rows_of(YoloLayout(64, 1, 0), np.zeros((300, 38)))
+
+
+class Yolo:
+    """What ultralytics pickles are to a program without it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (print, ("ultralytics.nn.tasks DetectionModel",))
+
+
+def write_pickled_yolo(path: Path) -> Path:
+    content = io.BytesIO()
+    pickle.dump(Yolo(), content)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("yolo/data.pkl", content.getvalue())
+    return path
+
+
+def test_a_pickled_yolo_is_refused_with_the_way_to_export_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_pickled_yolo(tmp_path / "face.pt")
+
+    with pytest.raises(CheckpointError, match=r"AGPL-3.0(.|\n)*yolo export model=face.pt format=onnx"):
+        check_detector(path)
+
+    assert not capsys.readouterr().out  # nothing of it has run
+
+
+def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) -> None:
+    for name, write, said in (
+        ("taehv.pth", write_taehv, "not a detector of faces"),
+        ("text.onnx", lambda path: path.write_text("hello, this is no model"), "is no ONNX file"),
+        ("empty.onnx", lambda path: path.touch(), "is no ONNX file"),
+        ("page.pth", lambda path: path.write_text("<html><body>log in"), "is a web page"),
+        ("gone.onnx", lambda path: path, "there is no such file"),
+        ("gone.pth", lambda path: path, "there is no such file"),
+        ("other.onnx", write_other_onnx, "neither a YuNet nor a YOLO"),
+        ("turned.onnx", lambda path: write_yolo(path, notes={"task": "obb"}), "a YOLO for obb"),
+    ):
+        write(tmp_path / name)
+        with pytest.raises(CheckpointError, match=said):
+            check_detector(tmp_path / name)
+
+
+def write_other_onnx(path: Path) -> Path:
+    return write_onnx(path, [b""], {}, {"x": [1, 3, 8, 8]}, {"y": [1, 8]}, {})
+
+
+def test_an_onnx_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    content = write_yolo(tmp_path / "whole.onnx").read_bytes()
+    path = tmp_path / "cut.onnx"
+    for length in range(1, len(content) - 1, 997):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match="is no ONNX file"):
+            check_detector(path)
+
+
+def test_a_file_is_told_by_what_it_holds_not_by_its_name(tmp_path: Path) -> None:
+    pixels = dotted(64, 96, (40, 32))
+    torch_file = write_red_detector(tmp_path / "red.pth").rename(tmp_path / "red.onnx")
+    yunet_file = write_yunet(tmp_path / "yunet.onnx").rename(tmp_path / "yunet.bin")
+
+    assert len(found_in(torch_file, pixels)) == len(found_in(yunet_file, pixels)) == 1

@@ -1,0 +1,180 @@
+"""Stages without networks, and runs with them."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.errors import UserError
+from modules.media.options import FormatOptions
+from modules.media.reading import video_frames
+from modules.media.writing import write_video
+from post.asking import Answer
+from post.chain_options import Chain
+from post.contract import Clip, Picture, Stage
+from post.naming import plan_jobs
+from post.run import run_jobs
+from post.run_options import RunOptions
+from post.stages import NamedStage
+from post.tools_options import Tool
+from tests.tiny.project import moving_square
+
+H264 = FormatOptions("h264", "mp4", False)
+PRORES = FormatOptions("prores", "mkv", False)
+
+
+@dataclass
+class Same:
+    """Gives pictures on as they are, and tells `seen` of each."""
+
+    name: str = "same"
+    seen: Callable[[Picture], object] = lambda picture: None
+
+    def result(self, clip: Clip) -> Clip:
+        return clip
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        for picture in pictures:
+            self.seen(picture)
+            yield picture
+
+
+@dataclass
+class Larger:
+    """Makes each pixel two by two."""
+
+    name: str = "larger"
+
+    def result(self, clip: Clip) -> Clip:
+        return replace(clip, width=2 * clip.width, height=2 * clip.height)
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        for picture in pictures:
+            assert picture.pixels.shape == (clip.height, clip.width, 3)
+            yield replace(picture, pixels=picture.pixels.repeat(2, 0).repeat(2, 1))
+
+
+@dataclass
+class Smoother:
+    """Puts the mean of two neighbours between them."""
+
+    name: str = "smoother"
+
+    def result(self, clip: Clip) -> Clip:
+        assert clip.rate is not None
+        return replace(clip, rate=2 * clip.rate, frames=None if clip.frames is None else 2 * clip.frames - 1)
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        before: Picture | None = None
+        for picture in pictures:
+            if before is not None:
+                half = (picture.start - before.start) / 2
+                mean = (before.pixels.astype(np.uint16) + picture.pixels) // 2
+                yield replace(before, seconds=half)
+                yield Picture(mean.astype(np.uint8), before.start + half, half)
+            before = picture
+        if before is None:
+            return
+        yield replace(before, seconds=before.seconds / 2)
+
+
+@dataclass
+class Refusing:
+    """Fails at the picture of that number, or at the end."""
+
+    error: UserError
+    at: int | None = None
+    name: str = "refusing"
+
+    def result(self, clip: Clip) -> Clip:
+        return clip
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        for index, picture in enumerate(pictures):
+            if index == self.at:
+                raise self.error
+            yield picture
+        if self.at is None:
+            raise self.error
+
+
+def tool_for(stage: Stage, needs_video: bool = False) -> tuple[Tool, Any]:
+    """A tool that the stage stands for, with options of no names."""
+
+    def no_arguments(parser: argparse.ArgumentParser) -> None:
+        return None
+
+    return Tool(
+        stage.name, (), NoOptions, no_arguments, lambda _: stage.name.upper(), needs_video
+    ), NoOptions()
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Nothing can be told to it."""
+
+
+@dataclass
+class Asked:
+    """Answers as told, and remembers the questions."""
+
+    answer: Answer | None = None
+    questions: list[str] = field(default_factory=list)
+
+    def __call__(self, question: str) -> Answer | None:
+        self.questions.append(question)
+        return self.answer
+
+
+def chain_of(
+    stages: Sequence[Stage],
+    source: Path,
+    output: Path | str | None = None,
+    form: FormatOptions = H264,
+    yes: bool = False,
+    needs_video: bool = False,
+) -> Chain:
+    """The command line that would have named these stages."""
+    run = RunOptions(source, None if output is None else str(output), yes, "cpu", form)
+    return Chain(run, tuple(tool_for(stage, needs_video) for stage in stages))
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    source: Path,
+    output: Path | str | None = None,
+    form: FormatOptions = H264,
+    *,
+    yes: bool = False,
+    ask: Asked | None = None,
+) -> list[Path]:
+    """Run as a script does, but with stages that are there; returns the results."""
+    chain = chain_of(stages, source, output, form, yes)
+    jobs = plan_jobs(chain, ask or Asked())
+    run_jobs(chain, jobs, [NamedStage(stages[0]), *(NamedStage(s, f"--then {s.name}") for s in stages[1:])])
+    return [job.output for job in jobs]
+
+
+def write_clip(path: Path, frames: int = 6, width: int = 48, height: int = 32, fps: float = 16) -> Path:
+    """A short video of high quality."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, moving_square(frames, width, height, 1), fps, preset="ultrafast")
+    return path
+
+
+def frames_of(path: Path) -> NDArray[np.uint8]:
+    """All frames, F H W 3."""
+    return np.stack(list(video_frames(path)))
+
+
+def files_in(folder: Path) -> set[str]:
+    """The names of all that lies in a folder, hidden or not."""
+    return {path.name for path in folder.iterdir()}
+
+
+RATE = Fraction(16)

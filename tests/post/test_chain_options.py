@@ -1,0 +1,114 @@
+"""Command lines of one tool and of several: what each option belongs to, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from modules.errors import OptionError
+from post.chain_options import in_words, read_chain, read_tools
+from post.faces.options import FacefixOptions
+from post.interpolation.options import InterpolationOptions
+from post.upscaling.options import UpscalerOptions
+from tests.faults.messages import assert_one_message, run_here
+
+BASE = ("--model", "x.pth", "--input", str(Path(__file__)))
+
+
+def read(*words: str) -> object:
+    return read_chain("upscaler", "", [*BASE, *words])
+
+
+def test_one_tool_needs_no_chain() -> None:
+    chain = read_chain("upscaler", "", [*BASE, "--scale", "4"])
+
+    ((tool, options),) = chain.tools
+    assert isinstance(options, UpscalerOptions)
+    assert (tool.name, options.scale, options.network.model) == ("upscaler", 4.0, Path("x.pth"))
+    assert (chain.added, chain.needs_video) == ("SWINIR", False)
+
+
+@pytest.mark.parametrize("word", ["--then=facefix", "--then facefix"])
+def test_each_tool_has_its_own_options(word: str) -> None:
+    words = f"--scale 4 --seed 1 {word} --model faces --only_center --then gimmvfi model=vfi factor=3 seed=2"
+
+    chain = read_chain("upscaler", "", [*BASE, *words.split()])
+
+    (_, first), (_, second), (_, third) = chain.tools
+    assert isinstance(second, FacefixOptions)
+    assert isinstance(third, InterpolationOptions)
+    assert (first.network.seed, second.network.seed, third.network.seed) == ("1", None, "2")
+    assert (second.network.model, second.only_center, third.factor) == (Path("faces"), True, 3)
+    assert (chain.added, chain.needs_video) == ("SWINIR_GFPGAN_VFI", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--then"], r"^--then: the name of a tool is missing\. Give upscaler"),
+        (["--then", "facefx"], r"^--then facefx: facefx is no tool.*Did you mean facefix\?"),
+        (["--then", "facefix", "--codec", "h264"], r"^--then facefix: --codec holds for the whole run"),
+        (
+            ["--then", "facefix", "model=x", "codec=h264"],
+            r"--codec holds for the whole run\. Write it before",
+        ),
+        (["--then", "facefix", "model=x", "-y"], r"-y holds for the whole run"),
+        (["--then", "facefix", "--model="], r"^--then facefix: --model is empty"),
+    ],
+)
+def test_what_cannot_be_in_a_chain_is_refused_by_name(words: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        read(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--the", "facefix"], "write --then in full"),
+        (["--then", "facefix", "--modl", "x"], "--then facefix: error: Unknown option --modl"),
+        (["--then", "facefix"], "--then facefix: error: the following arguments are required: --model"),
+    ],
+)
+def test_mistakes_of_typing_name_the_tool(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        read(*words)
+
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_help_of_a_later_tool_needs_nothing_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        read_chain("GIMMVFI", "", ["--then", "upscaler", "--help"])
+
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "--scale" in said
+    assert "--factor" not in said
+    assert "--codec" not in said
+
+
+def test_metadata_tell_a_tool_and_its_settings_but_no_folder() -> None:
+    (tool, options), (other, others) = read_tools(
+        "upscaler --model '/home/me/my model.pth' scale=2 --then gimmvfi model=vfi", "--post"
+    )
+
+    assert in_words(tool, options).startswith("upscaler 'model=my model.pth' dtype=fp32 ")
+    assert "scale=2.0" in in_words(tool, options)
+    assert in_words(other, others).startswith("GIMMVFI model=vfi ")
+    assert "home" not in in_words(tool, options)
+
+
+@pytest.mark.parametrize("text", ["", "upscaler model=x --then", "--then upscaler"])
+def test_a_text_without_a_tool_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"^--post .*: the name of a tool is missing\. Give"):
+        read_tools(text, "--post")
+
+
+def test_a_missing_input_is_one_message_of_the_script(tmp_path: Path) -> None:
+    code, said = run_here(
+        "blissful_tuner/upscaler.py", "--model", "x.pth", "--input", "a.mp4", folder=tmp_path
+    )
+
+    assert_one_message(code, said, "OptionError: --input a.mp4 does not exist")

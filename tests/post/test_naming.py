@@ -1,0 +1,186 @@
+"""Which files a run works on, what results are called, and what is never overwritten."""
+
+from pathlib import Path
+
+import pytest
+
+from modules.errors import MediaError, OptionError, OutputError
+from modules.media.options import FormatOptions
+from modules.media.writing import write_png
+from post.asking import Answer, ask_at_console
+from post.naming import Job, plan_jobs, tell_suffix
+from post.run import run_chain
+from tests.post.stages_here import H264, PRORES, Asked, Larger, Same, chain_of, files_in, write_clip
+from tests.tiny.project import moving_square
+
+TOOL = [Same("swin")]
+
+
+def write_picture(path: Path) -> Path:
+    write_png(path, moving_square(1, 16, 16, 1)[0])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "form", "expected"),
+    [
+        (None, PRORES, "a_SWIN.mkv"),
+        (None, H264, "a_SWIN.mp4"),
+        ("b.mp4", H264, "b.mp4"),
+        ("b.mov", H264, "b.mp4"),
+        ("b.mp4", PRORES, "b.mkv"),
+        ("b.v2", H264, "b.v2.mp4"),
+        ("b", H264, "b.mp4"),
+        ("made/", H264, "made/a_SWIN.mp4"),
+        ("there", H264, "there/a_SWIN.mp4"),
+        ("new/b.mp4", H264, "new/b.mp4"),
+    ],
+)
+def test_a_video_is_written_beside_itself_or_where_output_says(
+    given: str | None, form: FormatOptions, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    output = None if given is None else f"{tmp_path}/{given}"
+
+    (job,) = plan_jobs(chain_of(TOOL, write_clip(tmp_path / "a.mp4"), output, form), Asked())
+
+    assert job == Job(tmp_path / "a.mp4", tmp_path / expected, False)
+
+
+def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    chain = chain_of(TOOL, write_picture(tmp_path / "a.png"), tmp_path / "b.jpg")
+
+    jobs = plan_jobs(chain, Asked())
+    tell_suffix(chain, jobs)
+
+    assert jobs == [Job(tmp_path / "a.png", tmp_path / "b.png", True)]
+    assert caplog.messages == [f"The result is written to {tmp_path / 'b.png'}: pictures are PNG files"]
+
+
+def test_prores_in_mp4_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chain = chain_of(TOOL, write_clip(tmp_path / "a.mp4"), form=FormatOptions("prores", "mp4", False))
+
+    tell_suffix(chain, plan_jobs(chain, Asked()))
+
+    assert caplog.messages == ["--codec prores is written as .mkv because mp4 cannot hold it"]
+
+
+def test_of_a_folder_all_videos_and_pictures_but_no_results(tmp_path: Path) -> None:
+    for name in ("b.mp4", "a.mkv", "c_SWIN.mkv", "c_SWIN_.mkv", "d_SWIN_VFI.mp4"):
+        write_clip(tmp_path / name, frames=1)
+    write_picture(tmp_path / "e.png")
+    (tmp_path / "notes.txt").write_text("no video", encoding="utf-8")
+    (tmp_path / "frames").mkdir()
+    (tmp_path / ".f.mkv.00000000.tmp").write_bytes(b"")
+
+    jobs = plan_jobs(chain_of(TOOL, tmp_path), Asked())
+    of_videos = plan_jobs(chain_of(TOOL, tmp_path, needs_video=True), Asked())
+
+    assert [job.source.name for job in jobs] == ["a.mkv", "b.mp4", "d_SWIN_VFI.mp4", "e.png"]
+    assert [job.output.name for job in jobs][-2:] == ["d_SWIN_VFI_SWIN.mp4", "e_SWIN.png"]
+    assert [job.source.name for job in of_videos] == ["a.mkv", "b.mp4", "d_SWIN_VFI.mp4"]
+
+
+@pytest.mark.parametrize("given", ["a.mkv", "link.mkv", "hard.mkv", "sub/../a.mkv"])
+def test_the_input_is_never_overwritten(given: str, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mkv")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.mkv").symlink_to(clip)
+    (tmp_path / "hard.mkv").hardlink_to(clip)
+
+    with pytest.raises(OutputError, match=r"is the input, which is never overwritten\. Choose another"):
+        plan_jobs(chain_of(TOOL, clip, tmp_path / given, PRORES, yes=True), Asked())
+
+
+def test_results_of_two_inputs_never_share_a_name(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.mkv"):
+        write_clip(tmp_path / name, frames=1)
+
+    with pytest.raises(OutputError, match=r"a\.mkv and a\.mp4 would both be written to .*a_SWIN\.mp4"):
+        plan_jobs(chain_of(TOOL, tmp_path), Asked())
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "error", "words"),
+    [
+        ("missing.mp4", None, OptionError, "--input .* does not exist"),
+        ("empty", None, MediaError, "holds no video and no picture"),
+        ("results", None, MediaError, "but 1 with _SWIN, which are results"),
+        ("clips", "out.mkv", OptionError, "is a file, and --input"),
+        ("clips/a.mp4", "folder", OutputError, r"a_SWIN\.mp4 is a folder"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_loads(
+    source: str, output: str | None, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    write_clip(tmp_path / "clips" / "a.mp4", frames=1)
+    write_clip(tmp_path / "results" / "a_SWIN.mp4", frames=1)
+    (tmp_path / "folder" / "a_SWIN.mp4").mkdir(parents=True)
+    given = None if output is None else tmp_path / output
+
+    with pytest.raises(error, match=words):
+        plan_jobs(chain_of(TOOL, tmp_path / source, given), Asked())
+
+
+def test_an_existing_result_without_a_terminal_is_an_error_and_stays(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4")
+    (tmp_path / "a_SWIN.mp4").write_bytes(b"mine")
+
+    with pytest.raises(OutputError, match=r"a_SWIN\.mp4 exists already\. Use --yes") as failure:
+        plan_jobs(chain_of(TOOL, clip), Asked(None))
+
+    assert failure.value.exit_code == 1
+    assert (tmp_path / "a_SWIN.mp4").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("overwrite", ["a_SWIN.mp4", "b_SWIN.mp4", "c_SWIN.mp4"]),
+        ("leave", ["c_SWIN.mp4"]),
+        ("free", ["a_SWIN__.mp4", "b_SWIN_.mp4", "c_SWIN.mp4"]),
+    ],
+)
+def test_existing_results_are_asked_about_once(answer: Answer, expected: list[str], tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_clip(tmp_path / f"{name}.mp4", frames=1)
+    for name in ("a_SWIN.mp4", "a_SWIN_.mp4", "b_SWIN.mp4"):
+        (tmp_path / name).write_bytes(b"mine")
+    ask = Asked(answer)
+
+    jobs = plan_jobs(chain_of(TOOL, tmp_path), ask)
+
+    assert [job.output.name for job in jobs] == expected
+    assert len(ask.questions) == 1
+    assert files_in(tmp_path) >= {"a_SWIN.mp4", "b_SWIN.mp4"}
+
+
+def test_yes_asks_nothing_and_nothing_to_do_ends_well(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", frames=1)
+    (tmp_path / "a_LARGER.mp4").write_bytes(b"mine")
+    ask = Asked("leave")
+
+    assert len(plan_jobs(chain_of([Larger()], clip, yes=True), ask)) == 1
+    assert not ask.questions
+    assert plan_jobs(chain_of([Larger()], clip), ask) == []
+    assert len(ask.questions) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"), [("y", "overwrite"), ("", "leave"), ("N", "leave"), ("F", "free"), ("x", "leave")]
+)
+def test_the_question_takes_a_letter(typed: str, answer: Answer) -> None:
+    assert ask_at_console("Overwrite", lambda _: typed, lambda: True) == answer
+
+
+def test_nobody_is_asked_without_a_terminal() -> None:
+    assert ask_at_console("Overwrite", lambda _: pytest.fail("asked"), lambda: False) is None
+
+
+def test_a_tool_between_pictures_refuses_a_single_one_before_it_looks_for_models(tmp_path: Path) -> None:
+    chain = chain_of(TOOL, write_picture(tmp_path / "a.png"), needs_video=True)
+
+    with pytest.raises(OptionError, match="swin works between the pictures of a video"):
+        run_chain(chain, Asked())

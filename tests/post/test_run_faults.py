@@ -1,0 +1,200 @@
+"""Bad inputs and bad luck: one clear line, nothing lost, nothing half done under a final name."""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from modules.errors import MediaError, OutputError, UserError
+from modules.media.writing import write_video
+from post.naming import plan_jobs
+from post.run import run_jobs
+from post.stages import NamedStage
+from tests.commands import QUIET, ROOT
+from tests.faults.test_full_disk import hidden
+from tests.post.stages_here import (
+    H264,
+    Asked,
+    Larger,
+    Refusing,
+    Same,
+    Smoother,
+    chain_of,
+    files_in,
+    frames_of,
+    run_stages,
+    write_clip,
+)
+
+
+class NothingSeenError(UserError):
+    exit_code = 3
+
+
+def write_sound(path: Path) -> Path:
+    """A file with a second of silence and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_truncated(path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    frames = (generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(48))
+    write_video(path, frames, 16, preset="ultrafast")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    return path
+
+
+def write_text(path: Path) -> Path:
+    path.write_text("no video", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "words"),
+    [
+        (write_sound, "a.mkv", "has no video stream, only audio"),
+        (write_truncated, "a.mkv", "cut short"),
+        (write_text, "a.mp4", "cannot be read"),
+        (lambda path: path.touch(), "a.mp4", "is empty"),
+    ],
+)
+def test_what_is_no_whole_video_is_named_and_gives_no_file(
+    write: object, name: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    write(path)  # type: ignore[operator]
+
+    with pytest.raises(MediaError, match=words) as failure:
+        run_stages([Same()], path)
+
+    assert str(path) in str(failure.value)
+    assert files_in(tmp_path) == {name}
+
+
+def test_one_frame_stays_one_frame(tmp_path: Path) -> None:
+    (made,) = run_stages([Larger(), Smoother()], write_clip(tmp_path / "a.mp4", frames=1))
+
+    assert frames_of(made).shape == (1, 64, 96, 3)
+
+
+@pytest.mark.parametrize("at", [0, 5, None])
+def test_a_stage_that_refuses_leaves_no_file(at: int | None, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", frames=12)
+    form = type(H264)("h264", "mp4", True)
+
+    with pytest.raises(NothingSeenError, match=r"^no face$"):
+        run_stages([Refusing(NothingSeenError("no face"), at), Same()], clip, form=form)
+
+    assert files_in(tmp_path) == {"a.mp4"}
+
+
+def test_an_error_of_a_later_tool_names_it_and_one_of_the_source_does_not(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4")
+    with pytest.raises(NothingSeenError, match=r"^--then refusing: no face$"):
+        run_stages([Same(), Refusing(NothingSeenError("no face")), Larger()], clip)
+
+    with pytest.raises(MediaError) as failure:
+        run_stages([Same(), Larger()], write_truncated(tmp_path / "b.mkv"))
+    assert str(failure.value).startswith(str(tmp_path))
+
+
+def test_of_several_files_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    write_clip(tmp_path / "a.mp4")
+    write_truncated(tmp_path / "b.mkv")
+    write_clip(tmp_path / "c.mp4")
+
+    with pytest.raises(UserError, match=r"1 of 3 failed:\n  .*b\.mkv: MediaError: ") as failure:
+        run_stages([Same()], tmp_path)
+
+    assert failure.value.exit_code == 1
+    assert files_in(tmp_path) == {"a.mp4", "a_SAME.mp4", "b.mkv", "c.mp4", "c_SAME.mp4"}
+    assert any("b.mkv is skipped. MediaError" in message for message in caplog.messages)
+
+
+def test_files_that_all_fail_alike_end_with_the_code_of_their_error(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_clip(tmp_path / f"{name}.mp4")
+
+    with pytest.raises(UserError, match="2 of 2 failed") as failure:
+        run_stages([Refusing(NothingSeenError("no face"))], tmp_path)
+
+    assert failure.value.exit_code == NothingSeenError.exit_code
+
+
+def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4")
+    (tmp_path / "a_REFUSING.mp4").write_bytes(b"earlier")
+
+    with pytest.raises(NothingSeenError):
+        run_stages([Refusing(NothingSeenError("no face"))], clip, yes=True)
+
+    assert (tmp_path / "a_REFUSING.mp4").read_bytes() == b"earlier"
+    assert not hidden(tmp_path)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    clip = write_clip(tmp_path / "a.mp4", frames=12)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+        with pytest.raises(OutputError, match="cannot be written: .*Free some space"):
+            run_stages([Larger()], clip)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+    assert files_in(tmp_path) == {"a.mp4"}
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_missing_rights_are_said(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4")
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            run_stages([Same()], clip)
+    finally:
+        tmp_path.chmod(0o755)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("end", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_ctrl_c_and_kill_leave_no_file_under_a_final_name(
+    end: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "in" / "a.mp4", frames=200)
+    command = [sys.executable, "-m", "tests.post.run_slowly", str(clip), f"{tmp_path / 'out'}/"]
+    environment = {**os.environ, **QUIET}
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"at work\n"
+        run.send_signal(end)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(5)
+        assert run.poll() == code
+
+    visible = {path.name for path in tmp_path.rglob("*") if not path.name.startswith(".") and path.is_file()}
+    visible -= {path.name for folder in hidden(tmp_path) for path in folder.rglob("*")}
+    assert visible == {"a.mp4"}
+    if end == signal.SIGINT:
+        assert not hidden(tmp_path)
+        plan_jobs(chain_of([Same()], clip), Asked())  # nothing is asked about
+    run_jobs(chain_of([Same()], clip), plan_jobs(chain_of([Same()], clip), Asked()), [NamedStage(Same())])

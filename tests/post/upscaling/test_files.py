@@ -1,0 +1,274 @@
+"""Upscalers from files: equal to the recorded ones, under all names, in all sizes; other files are named."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.errors import CheckpointError
+from post.tiling import pad_to_multiple
+from post.upscaling.files import check_file, load_upscaler
+from tests.golden_cases import make_weights, read_case
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny.post_upscaling import (
+    RRDB,
+    SWINIR,
+    in_middle_names,
+    in_old_names,
+    rrdb_weights,
+    swinir_weights,
+    write,
+)
+
+CPU = torch.device("cpu")
+NEAR = {"rtol": 0.0, "atol": 1e-5}  # float32; differences are below 1e-6
+
+
+def enlarge(
+    path: Path, images: Tensor, repeats_edge: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    upscaler = load_upscaler(path, CPU, dtype)
+    height, width = (upscaler.config.factor * side for side in images.shape[-2:])
+    padded = pad_to_multiple(images, upscaler.config.step, repeats_edge).to(dtype)
+    with torch.no_grad():
+        return upscaler.network(padded)[..., :height, :width].float()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_swinir_equals_the_recorded_one(tmp_path: Path, suffix: str) -> None:
+    case, tensors = read_case("swinir")
+    weights: dict[str, Any] = make_weights(case["weights_model_key"], case["weights"])
+    if suffix == "pth":
+        weights = {"params": {"x": torch.ones(1)}, "params_ema": weights}
+    path = write(tmp_path / f"x.{suffix}", weights)
+
+    torch.testing.assert_close(enlarge(path, tensors["in"]), tensors["out_reflect"], **NEAR)
+    torch.testing.assert_close(enlarge(path, tensors["in"], True), tensors["out_flip"], **NEAR)
+    torch.testing.assert_close(enlarge(path, tensors["in_exact"]), tensors["out_exact"], **NEAR)
+
+
+@pytest.mark.parametrize("names", ["new", "old", "middle"])
+@pytest.mark.parametrize(("model", "inputs"), [("x4", ["x4"]), ("x2", ["x2", "x2_odd"])])
+def test_rrdb_equals_the_recorded_one(tmp_path: Path, model: str, inputs: list[str], names: str) -> None:
+    case, tensors = read_case("rrdb")
+    description = case["models"][model]
+    weights = make_weights(description["weights_model_key"], description["weights"])
+    if names != "new":
+        weights = in_middle_names(weights) if names == "middle" else in_old_names(weights)
+    path = write(tmp_path / "x.pth", weights)
+
+    for name in inputs:
+        torch.testing.assert_close(enlarge(path, tensors[f"{name}_in"]), tensors[f"{name}_out"], **NEAR)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "kind", "facts"),
+    [
+        ("swinir-large-realsr-x4-gan", "SwinIR", {"dim": 240, "depths": (6,) * 9, "convolutions": 3}),
+        ("swinir-medium-realsr-x4-gan", "SwinIR", {"dim": 180, "heads": (6,) * 6, "convolutions": 1}),
+        ("esrgan-x4-old", "ESRGAN", {"features": 64, "blocks": 23, "factor": 4}),
+        ("esrgan-x4-mid", "ESRGAN", {"features": 64, "blocks": 23, "factor": 4}),
+        ("realesrgan-x4plus", "ESRGAN", {"growth": 32, "blocks": 23, "factor": 4}),
+        ("realesrgan-x2plus", "ESRGAN", {"unshuffle": 2, "doublings": 2, "factor": 2}),
+    ],
+)
+def test_published_files_fit(tmp_path: Path, manifest: str, kind: str, facts: dict[str, Any]) -> None:
+    found, config = check_file(write_hollow(tmp_path / "x.safetensors", tensor_list(manifest)))
+    assert found.name == kind
+    assert {name: getattr(config, name) for name in facts} == facts
+
+
+def test_the_anime_file_of_six_blocks_fits(tmp_path: Path) -> None:
+    tensors = {
+        name: info
+        for name, info in tensor_list("realesrgan-x4plus").items()
+        if not name.startswith("body.") or int(name.split(".")[1]) < 6
+    }
+    _, config = check_file(write_hollow(tmp_path / "x.safetensors", tensors))
+    assert config == replace(RRDB, features=64, growth=32, blocks=6)
+
+
+@pytest.mark.parametrize("names", ["new", "old", "middle"])
+@pytest.mark.parametrize(("doublings", "unshuffle"), [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2), (2, 4)])
+def test_any_factor_is_read_from_the_names(
+    tmp_path: Path, doublings: int, unshuffle: int, names: str
+) -> None:
+    config = replace(RRDB, doublings=doublings, unshuffle=unshuffle, has_shortcuts=doublings == 2)
+    weights = rrdb_weights(config)
+    new = write(tmp_path / "new.pth", weights)
+    if names != "new":
+        weights = in_middle_names(weights) if names == "middle" else in_old_names(weights, config)
+    path = write(tmp_path / "x.pth", {"module." + name: weight for name, weight in weights.items()})
+
+    kind, found = check_file(path)
+    images = torch.rand(1, 3, 5, 6)
+
+    assert (kind.name, found) == ("ESRGAN", config)
+    factor = 2**doublings // unshuffle
+    made = enlarge(path, images)
+    assert made.shape == (1, 3, 5 * factor, 6 * factor)
+    assert torch.equal(made, enlarge(new, images))
+
+
+def test_shortcuts_change_the_result(tmp_path: Path) -> None:
+    weights = rrdb_weights(replace(RRDB, has_shortcuts=True))
+    plain = {name: weight for name, weight in weights.items() if "conv1x1" not in name}
+    images = torch.rand(1, 3, 5, 6)
+
+    plus = enlarge(write(tmp_path / "plus.pth", weights), images)
+
+    assert (plus - enlarge(write(tmp_path / "plain.pth", plain), images)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("upsampler", "ups"),
+    [
+        ("nearest+conv", (2,)),
+        ("nearest+conv", (2, 2)),
+        ("pixelshuffle", (2,)),
+        ("pixelshuffle", (3,)),
+        ("pixelshuffle", (2, 2, 2)),
+        ("pixelshuffledirect", (2,)),
+        ("pixelshuffledirect", (3,)),
+        ("none", ()),
+    ],
+)
+@pytest.mark.parametrize(("window", "convolutions"), [(4, 1), (7, 3)])
+def test_every_form_of_swinir_is_read_from_the_shapes(
+    tmp_path: Path, upsampler: str, ups: tuple[int, ...], window: int, convolutions: int
+) -> None:
+    features = 8 if upsampler in {"nearest+conv", "pixelshuffle"} else 0
+    pixel_range = 255.0 if window == 7 else 1.0
+    config = replace(
+        SWINIR,
+        upsampler=upsampler,
+        ups=ups,
+        window=window,
+        convolutions=convolutions,
+        features=features,
+        pixel_range=pixel_range,
+    )
+    weights = swinir_weights(config)
+    # buffers of the published files, which are for one size
+    weights["layers.0.residual_group.blocks.1.attn_mask"] = torch.full((4, 16, 16), 9.0)
+    weights["layers.0.residual_group.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16).long()
+    path = write(tmp_path / "x.pth", {"netG." + name: weight for name, weight in weights.items()})
+
+    kind, found = check_file(path)
+
+    assert (kind.name, found) == ("SwinIR", config)
+    assert enlarge(path, torch.rand(1, 3, 5, 9)).shape == (1, 3, 5 * config.factor, 9 * config.factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [swinir_weights(), rrdb_weights()], ids=["swinir", "rrdb"])
+def test_half_precision_is_near(tmp_path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    path, images = write(tmp_path / "x.pth", weights), torch.rand(1, 3, 8, 12)
+    exact, half = enlarge(path, images), enlarge(path, images, dtype=dtype)
+    near = (30 if dtype == torch.bfloat16 else 4) * 2.0**-11
+    assert 0 < (half - exact).abs().max() < near * exact.abs().max()
+
+
+def test_norms_and_biases_of_scores_stay_in_float32(tmp_path: Path) -> None:
+    network = load_upscaler(write(tmp_path / "x.pth", swinir_weights()), CPU, torch.float16).network
+    for name, tensor in network.state_dict().items():
+        is_kept = "norm" in name or "bias_table" in name
+        assert tensor.dtype == (torch.float32 if is_kept else torch.float16), name
+
+
+def test_windows_do_not_see_what_shifting_brought_beside_them(tmp_path: Path) -> None:
+    """A change at the right edge reaches the left one through windows only, not around the picture."""
+    weights = swinir_weights(replace(SWINIR, upsampler="none", ups=(), features=0, convolutions=1))
+    # convolutions that see no neighbours
+    weights = {name: each * _centre(each) if each.dim() == 4 else each for name, each in weights.items()}
+    path = write(tmp_path / "x.pth", weights)
+    images = torch.rand(1, 3, 24, 24)
+    changed = images.clone()
+    changed[..., -1, -1] += 1
+
+    differs = (enlarge(path, images) != enlarge(path, changed)).any(dim=1)[0]
+
+    # one layer of two blocks, one of one: 4 + 2 + 4 pixels at most
+    assert differs[-1, -1]
+    assert not differs[:12].any()
+    assert not differs[:, :12].any()
+
+
+def _centre(weight: Tensor) -> Tensor:
+    mask = torch.zeros_like(weight)
+    mask[:, :, weight.shape[2] // 2, weight.shape[3] // 2] = 1
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        ("gfpgan-v1.4", "a GFPGAN face restorer"),
+        ("codeformer", "a CodeFormer face restorer"),
+        ("raft-things", "RAFT"),
+        ("wan2.1-vae", "a Wan2.1 VAE"),
+    ],
+)
+def test_another_model_is_named(tmp_path: Path, manifest: str, words: str) -> None:
+    path = write_hollow(tmp_path / "x.safetensors", tensor_list(manifest))
+    with pytest.raises(CheckpointError, match=rf"is not an upscaler; it looks like {words}(.|\n)*--model"):
+        check_file(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("body.0.weight", r"a compact Real-ESRGAN \(SRVGGNet\)"),
+        ("layers.0.residual_group.overlap_attn.relative_position_bias_table", "a HAT upscaler"),
+        ("layers.0.residual_group.blocks.0.attn.logit_scale", "a Swin2SR upscaler"),
+    ],
+)
+def test_an_upscaler_of_another_kind_is_named(tmp_path: Path, name: str, words: str) -> None:
+    weights = {name: torch.ones(4, 4)}
+    if "overlap" in name:
+        weights |= swinir_weights()
+    with pytest.raises(CheckpointError, match=f"looks like {words}, which is not supported"):
+        check_file(write(tmp_path / "x.pth", weights))
+
+
+def change(weights: dict[str, Tensor], name: str, shape: tuple[int, ...] | None) -> dict[str, Tensor]:
+    changed = {each: weight for each, weight in weights.items() if each != name or shape is not None}
+    return changed if shape is None else {**changed, name: torch.zeros(shape)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "shape", "words"),
+    [
+        (rrdb_weights(), "conv_first.weight", (8, 4, 3, 3), "takes 4 channels"),
+        (rrdb_weights(), "conv_first.weight", (8, 192, 3, 3), "takes 192 channels"),
+        (rrdb_weights(), "conv_first.weight", (8,), "conv_first.weight has the shape 8"),
+        (rrdb_weights(), "conv_last.weight", (4, 8, 3, 3), "pictures of 4 channels, not 3"),
+        (rrdb_weights(), "conv_last.weight", None, "conv_last.weight is missing"),
+        (rrdb_weights(), "body.1.rdb2.conv3.bias", None, "missing: body.1.rdb2.conv3.bias"),
+        (rrdb_weights(), "body.1.rdb2.conv3.weight", (6, 21, 3, 3), "body.1.rdb2.conv3.weight: the file has"),
+        (rrdb_weights(), "extra.weight", (2, 2), "unexpected: extra.weight"),
+        (swinir_weights(), "conv_first.weight", (12, 1, 3, 3), "for pictures of 1 channels, such as grey"),
+        (swinir_weights(), "conv_first.weight", (13, 3, 3, 3), "do not go together"),
+        (swinir_weights(), "norm.weight", None, "missing: norm.weight"),
+        (
+            swinir_weights(),
+            "layers.0.residual_group.blocks.0.attn.relative_position_bias_table",
+            (48, 3),
+            "48 distances do not go together",
+        ),
+        (
+            swinir_weights(),
+            "layers.1.residual_group.blocks.0.mlp.fc1.weight",
+            (9, 12),
+            "fc1.weight: the file has",
+        ),
+    ],
+)
+def test_a_file_with_another_shape_is_refused(
+    tmp_path: Path, weights: dict[str, Tensor], name: str, shape: tuple[int, ...] | None, words: str
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        check_file(write(tmp_path / "x.pth", change(weights, name, shape)))

@@ -1,0 +1,263 @@
+"""The upscaler's stage: what it computes for a stream is what a plain loop computes, to the bit."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from modules.errors import CheckpointError, OptionError
+from post.contract import Clip, Picture
+from post.network_options import NetworkOptions
+from post.tiling import pad_to_multiple
+from post.upscaling.files import check_file, load_upscaler
+from post.upscaling.memory import bytes_per_pixel, result_bytes
+from post.upscaling.options import UpscalerOptions
+from post.upscaling.stage import UpscalerStage, check_upscaler, make_upscaler
+from tests.tiny.post_upscaling import write_rrdb, write_swinir
+
+CPU = torch.device("cpu")
+WIDTH, HEIGHT, FRAMES = 37, 26, 12
+WRITERS = {"swinir": write_swinir, "esrgan": write_rrdb}
+
+
+def options(model: Path, **changes: Any) -> UpscalerOptions:
+    network = NetworkOptions(model, changes.pop("dtype", "fp32"), None, changes.pop("compile", False))
+    usual = {"mode": "swinir", "scale": 4.0, "tile": None, "tile_overlap": 8, "batch_size": None}
+    return UpscalerOptions(network, **{**usual, **changes})
+
+
+def clip(**changes: Any) -> Clip:
+    return replace(Clip(Path("a.mkv"), WIDTH, HEIGHT, Fraction(24), FRAMES, False), **changes)
+
+
+def pictures(dtype: Any = np.uint8) -> list[Picture]:
+    """Of smooth and of noisy parts."""
+    generator = np.random.default_rng(0)
+    most = np.iinfo(dtype).max
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    made = []
+    for index in range(FRAMES):
+        wave = np.sin((rows + columns * (index + 1)) / 9)[..., None] * np.ones(3) / 2 + 0.5
+        wave[: HEIGHT // 2] = generator.random((HEIGHT // 2, WIDTH, 3))
+        made.append(Picture((wave * most).astype(dtype), Fraction(index, 24), Fraction(1, 24)))
+    return made
+
+
+def run(stage: Any, given: list[Picture], of: Clip) -> list[Picture]:
+    return list(stage.run(iter(given), of))
+
+
+def whole_clip(model: Path, given: list[Picture], scale: float, most: int) -> Tensor:
+    """All pictures of a clip at once, in a few plain lines: F H W 3."""
+    upscaler = load_upscaler(model, CPU, torch.float32)
+    images = torch.stack([torch.from_numpy(each.pixels.astype(np.float32) / most) for each in given])
+    images = images.permute(0, 3, 1, 2)
+    padded = pad_to_multiple(images, upscaler.config.step, upscaler.kind.repeats_edge)
+    with torch.no_grad():
+        made = torch.cat([upscaler.network(each[None]) for each in padded])
+    made = made[..., : HEIGHT * upscaler.config.factor, : WIDTH * upscaler.config.factor]
+    if scale != upscaler.config.factor:
+        size = (int(HEIGHT * scale), int(WIDTH * scale))
+        made = interpolate(made.clamp(0, 1), size, mode="bicubic", antialias=True)
+    return (made.clamp(0, 1) * most).round().permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize(("scale", "most"), [(4.0, 255), (2.0, 255), (1.5, 65535), (5.0, 255)])
+def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale: float, most: int) -> None:
+    model = WRITERS[kind](tmp_path / "x.pth")
+    given = pictures(np.uint8 if most == 255 else np.uint16)
+    stage = make_upscaler(options(model, scale=scale), CPU)
+    of = clip(is_deep=most > 255)
+
+    made = run(stage, given, of)
+
+    expected = whole_clip(model, given, scale, most).numpy()
+    assert 0.05 * most < expected.std()  # of something to be seen
+    for picture, one, before in zip(made, expected, given, strict=True):
+        assert np.array_equal(picture.pixels, one.astype(before.pixels.dtype))
+        assert (picture.start, picture.seconds) == (before.start, before.seconds)
+    found = stage.result(of)
+    assert made[0].pixels.shape == (found.height, found.width, 3) == expected.shape[1:]
+    assert (found.width, found.height) == (int(WIDTH * scale), int(HEIGHT * scale))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_batches_change_nothing(tmp_path: Path, kind: str) -> None:
+    model = WRITERS[kind](tmp_path / "x.pth")
+    one, five = (
+        run(make_upscaler(options(model, batch_size=size), CPU), pictures(np.uint16), clip(is_deep=True))
+        for size in (1, 5)
+    )
+    for single, together in zip(one, five, strict=True):
+        # of 65535: another order of sums
+        assert np.abs(single.pixels.astype(int) - together.pixels.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_tiles_give_about_the_same_picture(tmp_path: Path, kind: str) -> None:
+    model = WRITERS[kind](tmp_path / "x.pth")
+    whole, tiled, large = (
+        np.stack(
+            [each.pixels for each in run(make_upscaler(options(model, tile=tile), CPU), pictures(), clip())]
+        )
+        for tile in (0, 24, 40)
+    )
+    difference = np.abs(whole.astype(int) - tiled.astype(int))
+    assert 0 < difference.mean() < 1.0
+    assert np.array_equal(whole, large)
+
+
+def test_tiles_are_multiples_of_the_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = write_swinir(tmp_path / "x.pth")
+    odd, even = (
+        run(make_upscaler(options(model, tile=tile), CPU), pictures()[:1], clip()) for tile in (23, 20)
+    )
+    assert np.array_equal(odd[0].pixels, even[0].pixels)
+    assert "--tile 23: tiles of 20, a multiple of 4, are used." in caplog.text
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_half_precision_is_near(tmp_path: Path, kind: str) -> None:
+    model = WRITERS[kind](tmp_path / "x.pth")
+    exact, half = (
+        np.stack(
+            [each.pixels for each in run(make_upscaler(options(model, dtype=dtype), CPU), pictures(), clip())]
+        )
+        for dtype in ("fp32", "bf16")
+    )
+    difference = np.abs(exact.astype(int) - half.astype(int))
+    assert 0 < difference.max() <= 8
+
+
+def test_a_stage_takes_only_the_pictures_that_it_computes(tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def given() -> Iterator[Picture]:
+        for index, picture in enumerate(pictures()):
+            taken.append(index)
+            yield picture
+
+    stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), batch_size=3), CPU)
+    results = stage.run(given(), clip())
+    assert taken == []
+    for index in range(4):
+        next(results)
+        assert len(taken) == 3 + index // 3 * 3
+
+
+def test_one_stage_works_on_clips_of_several_sizes(tmp_path: Path) -> None:
+    stage = make_upscaler(options(write_swinir(tmp_path / "x.pth"), scale=2.0), CPU)
+    for width, height in ((9, 7), (1, 1), (20, 3)):
+        picture = Picture(np.full((height, width, 3), 128, np.uint8), Fraction(0), Fraction(1))
+        (made,) = run(stage, [picture], clip(width=width, height=height))
+        assert made.pixels.shape == (2 * height, 2 * width, 3)
+
+
+def test_memory_that_ends_is_met_with_tiles_once_a_clip(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = write_rrdb(tmp_path / "x.pth")
+    stage = make_upscaler(options(model, mode="esrgan"), CPU)
+    assert isinstance(stage, UpscalerStage)
+    forward = stage.upscaler.network.forward
+
+    def small(images: Tensor) -> Tensor:
+        if images.shape[-1] > 70:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(images)
+
+    monkeypatch.setattr(stage.upscaler.network, "forward", small)
+    wide = [Picture(np.tile(each.pixels, (3, 3, 1)), each.start, each.seconds) for each in pictures()[:3]]
+    caplog.clear()
+
+    made = run(stage, wide, clip(width=3 * WIDTH, height=3 * HEIGHT))
+
+    assert made[0].pixels.shape == (12 * HEIGHT, 12 * WIDTH, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Memory is full: from now on pictures are cut into tiles of 64 pixels."
+    ]
+
+
+def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), mode="esrgan"), CPU)
+    assert isinstance(stage, UpscalerStage)
+    config = stage.upscaler.config
+    per_pixel = bytes_per_pixel(stage.upscaler.kind, config, torch.float32)
+    room = round(80 * 80 * per_pixel) + result_bytes(config, 100, 90)
+    picture = Picture(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
+    sizes = []
+    stage.upscaler.network.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-2:]))
+
+    for free in (room, None, 10**10):
+        run(replace(stage, room=lambda _, free=free: free), [picture], clip(width=100, height=90))
+
+    tiles, wholes = sizes[:-2], sizes[-2:]
+    assert len(tiles) == 4
+    assert all(max(size) <= 80 for size in tiles)
+    assert wholes == [(90, 100)] * 2
+    assert "they are cut into tiles of 80 pixels" in caplog.text
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_a_picture_takes_grows_with_the_features(tmp_path: Path, kind: str) -> None:
+    found, config = check_file(WRITERS[kind](tmp_path / "x.pth"))
+    whole = bytes_per_pixel(found, config, torch.float32)
+    # features in and out of the last wide convolution, of 16 pixels for each of the input
+    assert 2 * 16 * 8 * 4 < whole < 4 * 16 * 8 * 4
+    assert bytes_per_pixel(found, config, torch.float16) == pytest.approx(whole / 2, rel=0.05)
+
+
+def test_the_kind_is_told_from_the_file_and_a_wrong_mode_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    make_upscaler(options(write_rrdb(tmp_path / "r.pth"), mode="swinir"), CPU)
+    assert "--mode swinir, but r.pth is of another kind: ESRGAN is used." in caplog.text
+    caplog.clear()
+    make_upscaler(options(tmp_path / "r.pth", mode="esrgan"), CPU)
+    assert "--mode" not in caplog.text
+
+
+@pytest.mark.parametrize("scale", [0.01, 2000.0])
+def test_a_size_that_no_picture_can_have_is_refused(tmp_path: Path, scale: float) -> None:
+    stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), scale=scale), CPU)
+    with pytest.raises(OptionError, match=r"--scale \S+ makes \d+ x \d+ pixels of the 37 x 26 of a.mkv"):
+        stage.result(clip())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scale": 0.0}, "--scale 0.0: give a number above 0"),
+        ({"scale": -2.0}, "--scale -2.0"),
+        ({"scale": float("nan")}, "--scale nan"),
+        ({"tile": -8}, "--tile -8: must be at least 0"),
+        ({"tile_overlap": -1}, "--tile_overlap -1"),
+        ({"tile": 48, "tile_overlap": 32}, "--tile_overlap 32 is more than half of --tile 48"),
+        ({"batch_size": 0}, "--batch_size 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        options(Path("x.pth"), **changes)
+
+
+def test_what_is_wrong_is_found_in_the_headers(tmp_path: Path) -> None:
+    model = write_swinir(tmp_path / "x.pth")
+    check_upscaler(options(model))
+    with pytest.raises(OptionError, match="--dtype fp8: nothing is computed in fp8"):
+        check_upscaler(options(model, dtype="fp8"))
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        check_upscaler(options(tmp_path / "y.pth"))

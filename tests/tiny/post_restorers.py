@@ -1,0 +1,87 @@
+"""Tiny GFPGAN, CodeFormer and ParseNet files with the names of the published ones."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modules.atomic_write import save_tensors
+from post.faces.codeformer import CONV, NORM, RES, RESIZE, Block, CodeFormer, CodeFormerConfig
+from post.faces.gfpgan import Gfpgan, GfpganConfig
+from post.faces.parsenet import ParseNet, ParseNetConfig
+from tests.golden_cases import make_weights
+
+SIZE = 32  # of faces
+GFPGAN = GfpganConfig(body=(6, 8, 10, 12), decoder=(16, 12, 10, 8), style=14, steered=(6, 5, 4))
+CODEFORMER = CodeFormerConfig(
+    encoder=(
+        Block(CONV, 3, 32),
+        Block(RES, 32, 32),
+        Block(RESIZE, 32, 32),
+        Block(RES, 32, 64),
+        Block(RESIZE, 64, 64),
+        Block("attention", 64, 64),
+        Block(RESIZE, 64, 64),
+        Block(RES, 64, 64),
+        Block(NORM, 64, 64),
+        Block(CONV, 64, 12),
+    ),
+    generator=(
+        Block(CONV, 12, 64),
+        Block("attention", 64, 64),
+        Block(RESIZE, 64, 64),
+        Block(RES, 64, 64),
+        Block(RESIZE, 64, 64),
+        Block(RES, 64, 64),
+        Block(RESIZE, 64, 64),
+        Block(RES, 64, 32),
+        Block(NORM, 32, 32),
+        Block(CONV, 32, 3),
+    ),
+    places=16,
+    tokens=16,
+    hidden=20,
+    layers=2,
+    codes=(24, 12),
+    fused=(8, 16),
+)
+PARSENET = ParseNetConfig(down=(4, 6, 8), blocks=1, up=(8, 6, 4))
+
+
+def rule_weights(key: str, network: nn.Module) -> dict[str, Tensor]:
+    """Weights by the rule of the golden vectors, for a network made on any device."""
+    shapes = [[name, list(weight.shape)] for name, weight in network.state_dict().items()]
+    return make_weights(key, shapes)
+
+
+def gfpgan_weights(config: GfpganConfig = GFPGAN) -> dict[str, Tensor]:
+    """With the tensors that restoring does not use, as in the published files."""
+    weights = rule_weights("tiny-gfpgan", Gfpgan(config))
+    weights["toRGB.0.weight"] = torch.zeros(3, config.body[-2], 1, 1)
+    weights["stylegan_decoder.style_mlp.1.weight"] = torch.zeros(config.style, config.style)
+    return weights
+
+
+def codeformer_weights(config: CodeFormerConfig = CODEFORMER) -> dict[str, Tensor]:
+    """Random weights."""
+    return rule_weights("tiny-codeformer", CodeFormer(config))
+
+
+def parsenet_weights(part: int | None = None, config: ParseNetConfig = PARSENET) -> dict[str, Tensor]:
+    """Random weights; part: of the face, 0 to 18, that every pixel is said to belong to."""
+    weights = rule_weights("tiny-parsenet", ParseNet(config))
+    weights["out_img_conv.conv2d.weight"] = torch.zeros(3, config.up[-1], 3, 3)
+    weights["encoder.1.conv1.norm.norm.num_batches_tracked"] = torch.tensor(7)
+    if part is not None:
+        weights["out_mask_conv.conv2d.weight"].zero_()
+        weights["out_mask_conv.conv2d.bias"][part] = 10.0
+    return weights
+
+
+def write_model(path: Path, weights: dict[str, Tensor], wrapper: str | None = None) -> Path:
+    """A .pth file, its tensors below a key such as params_ema, or a safetensors file."""
+    if path.suffix == ".safetensors":
+        save_tensors(path, weights)
+    else:
+        torch.save(weights if wrapper is None else {wrapper: weights}, path)
+    return path
