@@ -20,7 +20,7 @@ import av
 from modules.media.animations import is_animation
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
-from modules.media.opening import ATTACHED_PICTURE, open_container, reading
+from modules.media.opening import is_cover, open_container, purpose_bits, reading
 from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
 from modules.media.subtitles import add_text, is_text
@@ -232,7 +232,7 @@ class Companions:
 
     def _add_picture(self, target: Any, stream: Any, name: str) -> None:
         """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""
-        if not int(stream.disposition) & ATTACHED_PICTURE:
+        if not is_cover(stream):
             self._leave_out(name, "only the main stream of pictures is written", remedy="")
             return
         codec = stream.codec_context.name if stream.codec_context is not None else ""
@@ -269,7 +269,7 @@ class Companions:
             del tags["language"]
         target.metadata.update(tags)
         with contextlib.suppress(AttributeError, TypeError):  # older versions of PyAV
-            target.disposition = int(source.disposition)
+            target.disposition = purpose_bits(source)
 
     def _cleaned(self, tags: Mapping[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
