@@ -56,6 +56,8 @@ _ALONE = {
 # two or three copies
 MAX_PIXELS = 1 << 27
 
+_ATTACHED_PICTURE = 1 << 10  # FFmpeg's number
+
 # what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
 _DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
@@ -106,15 +108,9 @@ def open_container(path: Path) -> Any:
         ) from None
 
 
-def purpose_bits(stream: Any) -> int:
-    """Return what a stream is for: FFmpeg's disposition, of one bit each."""
-    purpose = stream.disposition
-    return int(getattr(purpose, "value", purpose))  # PyAV has had two kinds of flags
-
-
 def is_cover(stream: Any) -> bool:
     """Return whether a stream of pictures is a single one that stands for the file."""
-    return bool(purpose_bits(stream) & 1 << 10)  # attached_pic
+    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

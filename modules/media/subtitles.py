@@ -24,9 +24,7 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 def is_text(stream: Any) -> bool:
     """Return whether a stream of subtitles is text that can be repacked; others are pictures."""
-    context = stream.codec_context
-    # older versions of PyAV cannot tell the encoder what it wants to know
-    return context is not None and context.name in _TEXT and hasattr(context, "subtitle_header")
+    return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:

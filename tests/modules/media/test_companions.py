@@ -256,6 +256,16 @@ def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
     assert covers[0] == covers[1]
 
 
+def test_the_cover_picture_is_left_out_on_demand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_cover(tmp_path / "source.mp4", "mp4")
+
+    made = remake(source, ".mkv", covers=False)
+
+    with av.open(str(made)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+    assert "is left out: it is a picture that no tool has worked on" in caplog.records[0].getMessage()
+
+
 @pytest.mark.parametrize("code", ["01:00:00:00", "01:00:00;00"])
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
 def test_a_time_code_is_kept_and_another_stream_of_pictures_is_not(
