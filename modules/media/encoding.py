@@ -109,6 +109,10 @@ def add_video_stream(
     context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
     context.color_range = ColorRange.MPEG.value
+    if kind.encoder == "libx265" and container.format.name in ("mp4", "mov"):
+        context.codec_tag = "hvc1"  # common players open no other
+    if not kind.has_crf:
+        context.thread_type = "FRAME"  # the others have threads of their own; the bytes are the same
     if bit_rate is not None:
         stream.bit_rate = bit_rate
     elif kind.has_crf:
@@ -147,10 +151,8 @@ def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
     )
     converted.pts = index
     converted.time_base = 1 / stream.codec_context.framerate
-    for name in ("colorspace", "color_primaries", "color_trc"):
-        # ProRes takes them from the frames; older versions of PyAV lack some
-        with contextlib.suppress(AttributeError):
-            setattr(converted, name, Colorspace.ITU709.value)
+    # ProRes takes them from the frames
+    converted.colorspace = converted.color_primaries = converted.color_trc = Colorspace.ITU709.value
     return converted
 
 
