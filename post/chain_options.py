@@ -109,9 +109,13 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool.add_arguments(parser)
     given = as_options(words[1:], parser)
     _refuse_run_options(given, parser)
-    found = default_model(tool.name, given)
-    given += [] if found is None else ["--model", str(found)]
-    return tool, read_options(tool.record, parser.parse_args(given))
+    _flags(parser)["--model"].required = False
+    args = parser.parse_args(given)
+    if args.model is None:
+        args.model = default_model(tool.name, given)
+    if args.model is None:
+        parser.error("the following arguments are required: --model")
+    return tool, read_options(tool.record, args)
 
 
 def find_tool(name: str) -> Tool:
