@@ -127,11 +127,13 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return what is said about a generation first, in the usual order and in upper case, then the rest by
     name.
 
-    What a latent file says with and without prefix is given once. Without prefix, and without any name that
+    The prefix may be in small or capital letters. What a latent file says with and without it is given once.
+    Without prefix, and without any name that
     has one, the names of FramePack's latent files are taken for the same.
     """
-    ours = {name.removeprefix(PREFIX): text for name, text in metadata.items() if name.startswith(PREFIX)}
-    others = {name: text for name, text in metadata.items() if not name.startswith(PREFIX)}
+    prefixed = {name: text for name, text in metadata.items() if name.lower().startswith(PREFIX)}
+    ours = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}
+    others = {name: text for name, text in metadata.items() if name not in prefixed}
     if not ours and {"seeds", "prompt"} <= others.keys():
         ours, others = others, {}
     others = {name: text for name, text in others.items() if ours.get(name) != text}

@@ -10,7 +10,8 @@ from typing import Any
 
 from modules.command import as_typed
 
-STEPS = ("latents", "texts", "train", "generate")  # the commands of a set, in the order they are run
+# the commands of a set, in the order they are run; sets of tools name theirs
+STEPS = ("latents", "texts", "train", "generate")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file on the hub, and its path `name` below the folder that models are downloaded to."""
+    """A file on the hub or on GitHub, and its path `name` below the folder that models are downloaded to."""
 
     repository: str
     file: str
@@ -34,6 +35,7 @@ class ReleasedFile:
     licence: Licence
     size_bytes: int | None  # exact; None: the hub is asked
     sha256: str | None  # None: the hub is asked
+    release: str | None = None  # tag of the release on GitHub that has it; None: it is on the hub
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _component(entry: Mapping[str, Any], licences: Mapping[str, Licence]) -> Com
             licences[entry["licence"]],
             entry.get("size"),
             entry.get("sha256"),
+            entry.get("release"),
         )
         for path in paths
     )

@@ -16,6 +16,7 @@ from modules.errors import DownloadError
 
 logger = logging.getLogger(__name__)
 
+GITHUB = "https://github.com"
 TIMEOUTS = (10.0, 60.0)  # seconds: to connect; between two pieces of data
 # the owners' names on ModelScope, where they differ; other repositories are tried under their own name
 ON_MODELSCOPE = {
@@ -41,6 +42,8 @@ def find_file(file: ReleasedFile, source: str) -> RemoteFile:
 
     Raises DownloadError if the site cannot be reached, or does not have or does not give the file.
     """
+    if file.release is not None:
+        return find_on_github(file)
     if source == "modelscope":
         found = find_on_modelscope(file)
         if found is not None:
@@ -110,6 +113,35 @@ def unreachable(page: str, error: Exception) -> DownloadError:
         f"{page} cannot be reached ({reason}).\n  Check the connection; HF_ENDPOINT can name a mirror, and "
         "--source modelscope is another site."
     )
+
+
+def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
+    """Look up a file of a release on GitHub, which has no checksums.
+
+    endpoint: a mirror; None: what GITHUB_ENDPOINT says. Raises DownloadError if the site cannot be reached or
+    does not have the file.
+    """
+    site = (endpoint or os.environ.get("GITHUB_ENDPOINT") or GITHUB).rstrip("/")
+    page = f"{site}/{file.repository}/releases/tag/{file.release}"
+    url = f"{site}/{file.repository}/releases/download/{file.release}/{urllib.parse.quote(file.file)}"
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError(f"{page}: HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
+    try:
+        # no HEAD: addresses that it redirects to may be signed for GET only
+        with requests.get(
+            url, headers={"accept-encoding": "identity"}, stream=True, timeout=TIMEOUTS
+        ) as answer:
+            status, size = answer.status_code, answer.headers.get("content-length", "")
+    except requests.RequestException as error:
+        raise DownloadError(
+            f"{page} cannot be reached ({type(error).__name__}).\n  Check the connection, or fetch "
+            f"{file.file} from that page in a browser."
+        ) from error
+    if status == 404:
+        raise explain_status(status, file.file, page, has_token=False)
+    if status != 200 or not size.isdecimal():
+        raise DownloadError(f"{page}: the site answers {status} for {file.file}. Try again later.")
+    return RemoteFile(url, int(size), None, None, {}, page)
 
 
 def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile | None:

@@ -3,6 +3,7 @@
 Standard library only, so that --list answers at once.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -110,22 +111,23 @@ def _order(component: Component) -> tuple[int, str]:
     """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
     places = (
         *("--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
-        *("--vae", "--t5", "--text_encoder1", "--text_encoder2", "--clip", "--image_encoder"),
+        *("--vae", "--t5", "--text_encoder1", "--text_encoder2", "--clip", "--image_encoder", "--model"),
     )
     if component.option is not None:
         return places.index(component.option), ""
-    encoder = "--text_encoder2" if component.path.parent.name == "clip_l" else "--text_encoder1"
-    return places.index(encoder), "tokenizer"
+    beside = {"clip_l": "--text_encoder2", "facefix": "--model"}
+    return places.index(beside.get(component.path.parent.name, "--text_encoder1")), "beside it"
 
 
 def _row(what: str, component: Component) -> str:
     files = component.files
-    pattern = files[0].file if len(files) == 1 else files[0].file.partition(".")[0] + "*"
+    start = os.path.commonprefix([file.file for file in files])
+    names = [f"{start}*"] if len(files) > 1 and start else [file.file for file in files]
     cells = (
         what,
         f"`{component.option}`" if component.option else "found by itself",
         f"`{files[0].repository}`",
-        f"`{pattern}`",
+        ", ".join(f"`{name}`" for name in names),
         describe_size(component),
         component.licence.name,
     )

@@ -70,7 +70,8 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
         default=SOURCES[0],
         choices=SOURCES,
         help="site to download from (%(default)s); what modelscope does not have comes from huggingface. "
-        "HF_ENDPOINT names a mirror of huggingface, MODELSCOPE_DOMAIN one of modelscope",
+        "HF_ENDPOINT names a mirror of huggingface, MODELSCOPE_DOMAIN one of modelscope, "
+        "GITHUB_ENDPOINT one of GitHub, where some files of tools are",
     )
     group = parser.add_argument_group("checks")
     group.add_argument(

@@ -35,6 +35,7 @@ def run_download(options: DownloadOptions) -> None:
     files = [file for component in chosen.components for file in component.files]
     planned = [one for one in (_plan(file, options) for file in files) if one is not None]
     _check_space(planned, options.to)
+    print_lines(describe_licences(chosen))  # before anything is downloaded
     for one in planned:
         logger.info("%s (%s) from %s", one.target, gigabytes(one.remote.size_bytes), one.remote.page)
         try:
@@ -123,7 +124,7 @@ def _check_space(planned: list[PlannedFile], folder: Path) -> None:
 def _report(model_set: ModelSet, options: DownloadOptions) -> None:
     tokens = [file.name for one in model_set.components for file in one.files]
     logger.info("%d files are complete in %s", len(tokens), options.to)
-    lines = ["", *describe_licences(model_set), "", "These commands use the files:"]
+    lines = ["", "These commands use the files:"]
     for command in model_set.typed_commands(options.to):
         lines += ["", command]
     print_lines(lines)

@@ -75,6 +75,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; if the block succeeds, move its files beside `path` too.
+
+    For a set of files that belong together: until all are written none appears. size_bytes: as for
+    `atomic_path`. Raises OutputError if they cannot be written; existing files then stay unchanged.
+    """
+    with _explain_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        check_space(path, size_bytes)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in sorted(temporary.iterdir()):
+                os.replace(file, path.parent / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _flush_folder(path.parent)
+
+
 def make_folder(folder: Path, option: str) -> None:
     """Create an output folder before the work begins.
 

@@ -48,7 +48,7 @@ def command_words(words: Sequence[str]) -> list[str]:
     if not PREFIX:
         return words
     if words[:1] == ["python"] and any(map(_is_script, words[1:2])):
-        return [words[1].removesuffix(".py"), *words[2:]]
+        return [Path(words[1]).stem, *words[2:]]
     place = next((index for index, word in enumerate(words) if _is_script(word)), None)
     if words[:2] == ["accelerate", "launch"] and place is not None:
         return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
@@ -56,7 +56,7 @@ def command_words(words: Sequence[str]) -> list[str]:
 
 
 def _is_script(word: str) -> bool:
-    is_name = re.fullmatch(r"\w+(\.py)?", word) is not None
+    is_name = re.fullmatch(r"(blissful_tuner/)?\w+(\.py)?", word) is not None
     return is_name and (ROOT / f"{word.removesuffix('.py')}.py").is_file()
 
 

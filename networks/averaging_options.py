@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from networks.options import check_output_file, refuse_replacing, require_files
+from modules.output_files import check_output_file, refuse_replacing
+from networks.options import require_files
 
 # of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
 LARGEST_SIGMA = 12**-0.5

@@ -12,6 +12,7 @@ from modules.checkpoints.opening import checkpoint_paths
 from modules.console import as_size, show_box
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
+from modules.output_files import refuse_replacing
 from networks.experts import NETWORKS, join_metadata
 from networks.hashes import STALE, add_hashes
 from networks.key_formats import OURS, add_missing_alphas, to_diffusers, to_other
@@ -19,7 +20,7 @@ from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora, warn
 from networks.module_names import choose_family, read_family
 from networks.names.framepack import FRAMEPACK
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON
-from networks.options import ConvertOptions, refuse_replacing
+from networks.options import ConvertOptions
 from networks.parts import fuse
 
 logger = getLogger(__name__)

@@ -16,9 +16,9 @@ from modules.console import as_size, in_words, show_box
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.output_files import refuse_replacing
 from networks.merge import LoraPatch, LoraUse
 from networks.names.layouts import FIRST_LAYERS
-from networks.options import refuse_replacing
 
 logger = getLogger(__name__)
 _META = torch.device("meta")

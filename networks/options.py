@@ -10,24 +10,10 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, IDENTITY, split_pairs
+from modules.output_files import check_output_file, refuse_replacing
 
 logger = logging.getLogger(__name__)
 
-# of files that are no safetensors file
-OTHER_KINDS = {
-    ".pt",
-    ".pth",
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".txt",
-    ".json",
-    ".toml",
-    ".zip",
-    ".mp4",
-    ".png",
-}
 MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
 MOST_ALPHA = 1_000_000
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
@@ -320,30 +306,6 @@ def require_files(option: str, paths: Sequence[Path], folders: str | None = None
             inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
             example = f", such as {path / inside}" if inside is not None else f" ({folders})"
             raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
-
-
-def check_output_file(option: str, path: Path) -> None:
-    """Raise OptionError if a safetensors file cannot be written under this name."""
-    if path.is_dir():
-        raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
-    if path.suffix.lower() in OTHER_KINDS:
-        raise OptionError(
-            f"{option} {path}: a safetensors file is written. Give a name that ends in .safetensors"
-        )
-    above = next((folder for folder in path.parents if folder.exists()), None)
-    if above is not None and not above.is_dir():
-        raise OptionError(f"{option} {path}: {above} is a file, not a folder. Choose another folder")
-
-
-def refuse_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
-    """Raise OptionError if the file to write is one of those that are read, under whatever name."""
-    for path in inputs:
-        is_same = output.resolve() == path.resolve()
-        if is_same or (output.exists() and path.exists() and output.samefile(path)):
-            raise OptionError(
-                f"{option} {output} is one of the files to read, {path}, which would be lost. Give a new "
-                "name."
-            )
 
 
 def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float], option: str) -> None:

@@ -28,7 +28,7 @@ FLOORS = {
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "fp8", "installation", "options"},
-        {"command", "console", "environment"},
+        {"command", "console", "environment", "output_files"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
@@ -79,13 +79,14 @@ LIGHT_FILES = {
     "modules/installation.py",
     "modules/interpreter.py",
     "modules/version.py",
+    "modules/output_files.py",
     "modules/text_files.py",
     "modules/text_encodings.py",
     "modules/contract/source.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
-} | {"frame_pack/section_syntax.py", "downloads/catalogue.py"}
+} | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (
     "torch",
     "numpy",
@@ -111,7 +112,7 @@ SCRIPTS = sorted(
 # scripts in a room, with the rights of those at the root
 TOOLS = [
     f"blissful_tuner/{name}.py"
-    for name in ("GIMMVFI", "facefix", "metaview", "upscaler", "video_to_png", "yolo_blur")
+    for name in ("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur")
 ]
 
 

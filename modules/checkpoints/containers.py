@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -67,6 +67,12 @@ class TensorFile(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def left_out(self) -> Sequence[str]: ...  # what stands beside the tensors and is not read
 
     def read(self, name: str) -> Tensor: ...  # on the CPU, in memory of its own
 
@@ -129,8 +135,10 @@ def describe_kind(start: bytes) -> str:
 class SafetensorsFile:
     """A safetensors file. Source: the format's description at huggingface.co/docs/safetensors."""
 
+    left_out: Sequence[str] = ()
+
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = path.open("rb")
         try:
             self.metadata, self._entries, self._start = self._read_header()
@@ -156,8 +164,8 @@ class SafetensorsFile:
         self._file.seek(self._start + self._entries[name][1])
         if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
             raise CheckpointError(
-                f"{self._path} ends inside {name}: it was cut short while being read. Copy it again.",
-                self._path,
+                f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
+                self.path,
             )
 
     def close(self) -> None:
@@ -168,7 +176,7 @@ class SafetensorsFile:
 
         Every number is checked against the others.
         """
-        size = self._path.stat().st_size
+        size = self.path.stat().st_size
         length = struct.unpack("<Q", self._file.read(8))[0] if size >= 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._damage_error(f"its header claims {length} bytes, the file has {size}")
@@ -208,7 +216,7 @@ class SafetensorsFile:
 
     def _damage_error(self, how: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._path} is damaged or incomplete: {how}. Download or copy it again.", self._path
+            f"{self.path} is damaged or incomplete: {how}. Download or copy it again.", self.path
         )
 
 
@@ -223,9 +231,9 @@ class TorchFile:
     """A file written by `torch.save`, mapped and unpickled with tensors and plain containers only."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.metadata: dict[str, str] = {}
-        self._tensors = _unwrap(load_pickled(path), path)
+        self._tensors, self.left_out = _unwrap(load_pickled(path), path)
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
@@ -325,30 +333,32 @@ def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the named tensors inside the containers that a trainer wrapped around them.
+def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the named tensors inside the containers that a trainer wrapped around them, and what else is
+    there.
 
     Raises CheckpointError if there are none.
     """
-    found = _named_tensors(content, set())
+    found, left_out = _named_tensors(content, set())
     if not found:
         raise CheckpointError(
             f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
         )
-    return found
+    return found, tuple(left_out)
 
 
-def _named_tensors(content: Any, seen: set[int]) -> dict[str, Tensor]:
-    """Return the tensors of the first wrapper that has some, else those that are here.
+def _named_tensors(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of the first wrapper that has some, else those that are here, and what else is here.
 
     A step count beside a wrapper may be a tensor too. seen: a harmful file may wrap a dictionary in itself.
     """
     if not isinstance(content, dict) or id(content) in seen or len(seen) == MAX_WRAPPERS:
-        return {}
+        return {}, []
     seen.add(id(content))
     wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS
     for key in wrappers:
-        inner = _named_tensors(content.get(key), seen)
+        inner, left_out = _named_tensors(content.get(key), seen)
         if inner:
-            return inner
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+            return inner, [str(name) for name in content if name != key] + left_out
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return tensors, [str(name) for name, value in content.items() if not isinstance(value, Tensor)]

@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,6 +42,8 @@ class Checkpoint:
             name: file.tensors[stored] for name, (file, stored) in self._places.items()
         }
         self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
+        self.left_out = tuple(name for file in files for name in file.left_out)  # of torch files: optimizer
+        self.parts = tuple(file.path for file in files)
 
     def read(self, name: str) -> Tensor:
         """Read that tensor to the CPU, contiguous, in its own memory.
@@ -102,18 +104,34 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError if it is missing, incomplete, damaged, of another kind, or holds code.
     """
+    return open_files(path, checkpoint_paths(path))
+
+
+def open_files(
+    path: Path,
+    parts: Sequence[Path],
+    are_equal: Callable[[TensorFile, TensorFile, str], bool] = lambda *_: False,
+) -> Checkpoint:
+    """Open files that are one model. path: what the user gave, for messages.
+
+    are_equal: given two files that have a tensor of the same name, returns whether it is the same in both;
+    then the first counts. Raises CheckpointError as `open_checkpoint`.
+    """
     files: list[TensorFile] = []
     places: dict[str, tuple[TensorFile, str]] = {}
     try:
-        for part in checkpoint_paths(path):
+        for part in parts:
             file = open_file(part)
             files.append(file)
             for name in file.tensors:
-                if name in places:
+                if name not in places:
+                    places[name] = (file, name)
+                elif not are_equal(places[name][0], file, name):
                     raise CheckpointError(
-                        f"{path}: {name} is in two files, the second is {part.name}. Give one file.", path
+                        f"{path}: {name} is in two files, {places[name][0].path.name} and {part.name}. Give "
+                        "one file.",
+                        path,
                     )
-                places[name] = (file, name)
         if not places:
             raise CheckpointError(f"{path} holds no tensors.", path)
     except BaseException:
@@ -230,12 +248,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
     """
     _refuse_foreign_quantisation(checkpoint)
-    scales = {
-        name.removesuffix(ending) + ".weight": name
-        for name in checkpoint.tensors
-        for ending in _SCALES
-        if name.endswith(ending)
-    }
+    scales = scales_in(checkpoint.tensors)
     sources = {}
     for name in checkpoint.tensors:
         if name in scales.values() or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
@@ -246,6 +259,16 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         else:
             sources[name] = TensorSource((name,), as_fp8=_without_scale if in_fp8 else None)
     return sources
+
+
+def scales_in(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of the scales of 8-bit weights by the names of the weights."""
+    return {
+        name.removesuffix(ending) + ".weight": name
+        for name in names
+        for ending in _SCALES
+        if name.endswith(ending)
+    }
 
 
 def _with_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,12 +118,9 @@ class MemoryDecoder(nn.Module):
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
         # what stays the same in all iterations
-        mean, layer, block = (
-            self.att(context, keeps_table),
-            self.decoder_layer.cross_attend,
-            self.update_block,
-        )
-        kept = layer.keep(memory)
+        layer, block = self.decoder_layer.cross_attend, self.update_block
+        mean = self.att(context, keeps_table)
+        kept, turns = layer.keep(memory), block.gru.turns(context)
         start = places = grid_of(context)
         for _ in range(iterations):
             near = costs.lookup(places)
@@ -132,8 +129,9 @@ class MemoryDecoder(nn.Module):
             recalled = layer(_rows(query)[:, None], kept, code[:, None])
             recalled = recalled.squeeze(1).T.view(query.shape)
             motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
-            more = block.aggregator(motion, mean)
-            hidden = block.gru(hidden, torch.cat([context, motion, more], dim=1))
+            moving = torch.cat([motion, block.aggregator(motion, mean)], dim=1)
+            for turn in turns:
+                hidden = turn(hidden, moving)
             places = places + block.flow_head(hidden)
         return upsample_flow(places - start, 0.25 * block.mask(hidden))
 

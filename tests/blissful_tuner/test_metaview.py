@@ -88,6 +88,13 @@ def test_latents_of_other_framepack_tools_have_no_prefix(tmp_path: Path) -> None
     assert run_script(SCRIPT, path).stdout.splitlines() == LINES
 
 
+def test_names_in_capital_letters_are_the_same_in_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    write_png(path, FRAME, {name.upper(): text for name, text in as_tags(METADATA).items()})
+
+    assert run_script(SCRIPT, path).stdout.splitlines() == LINES
+
+
 def test_a_lora_gives_its_training_notes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"ss_network_dim": "4", "modelspec.title": "käfer", "prompt": "x"})

@@ -68,6 +68,10 @@ def serve() -> Iterator[FakeHub]:
             if path.startswith("/api/v1/models/"):
                 self._modelscope(path, dict(urllib.parse.parse_qsl(parts.query)))
                 return
+            if "/releases/download/" in path:  # as on GitHub: repository/releases/download/tag/file
+                repository, _, rest = path.strip("/").partition("/releases/download/")
+                self._send(repository, f"{repository}/{rest.partition('/')[2]}", with_data)
+                return
             repository, _, rest = path.strip("/").partition("/resolve/")
             self._send(repository, f"{repository}/{rest.partition('/')[2]}", with_data)
 

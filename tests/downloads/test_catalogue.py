@@ -1,5 +1,6 @@
 """The list of released files, the pages and the commands say the same."""
 
+import functools
 import os
 import re
 import shlex
@@ -32,6 +33,8 @@ from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from modules.command import Parser, as_typed
 from modules.errors import UserError
 from modules.options import read_options
+from post.chain_options import read_chain
+from post.tools_options import TOOLS as TOOLS_ON_VIDEOS
 from tests.commands import ROOT
 from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
@@ -41,7 +44,9 @@ from wan.configs import TASKS
 
 SETS = [*model_sets(), *model_sets(fp8_encoders=True)]
 FILES = [file for component in known_components().values() for file in component.files]
+TOOLS = {f"blissful_tuner/{tool.name}.py": tool.name for tool in TOOLS_ON_VIDEOS}
 READERS: dict[str, Callable[[list[str]], Any]] = {
+    **{script: functools.partial(read_chain, name, "") for script, name in TOOLS.items()},
     "wan_cache_latents.py": lambda argv: read_latent_caching(
         "", wan.add_latent_caching_arguments, wan.WanLatentCachingOptions, argv
     ),
@@ -155,12 +160,21 @@ def test_no_two_files_have_the_same_place() -> None:
         ("framepack", "framepack-dit", None),
         ("framepack_f1", "framepack-dit", None),
         ("siglip", "sigclip-vision-384", None),
+        ("gimmvfi_r", "gimmvfi-r raft-things", None),
+        ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
+        ("swinir", "swinir-large-realsr-x4-gan", None),
+        ("realesrgan_x4", "realesrgan-x4plus", None),
+        ("realesrgan_x2", "realesrgan-x2plus", None),
+        ("gfpgan", "gfpgan-v1.4", None),
+        ("codeformer", "codeformer", None),
+        ("retinaface", "retinaface-resnet50", None),
+        ("parsenet", "parsenet", None),
     ],
 )
 def test_sizes_are_those_of_the_tensors(component: str, manifest: str, width: int | None) -> None:
     found = known_components()[component]
     total = 0
-    for dtype, shape in tensor_list(manifest).values():
+    for dtype, shape in (entry for name in manifest.split() for entry in tensor_list(name).values()):
         count = 1
         for length in shape:
             count *= length
@@ -212,7 +226,7 @@ def test_commands_after_a_download_are_valid(
         for file in component.files:
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / file.name).touch()
-    for name in ("start.png", "end.png", "control.mp4", "dataset.toml"):
+    for name in ("start.png", "end.png", "control.mp4", "dataset.toml", "video.mp4"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     used = set()

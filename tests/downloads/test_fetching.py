@@ -4,13 +4,14 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from downloads.catalogue import Licence, ReleasedFile
 from downloads.fetching import download_file, partial_path
-from downloads.hubs import RemoteFile, find_on_hub, find_on_modelscope
+from downloads.hubs import RemoteFile, find_on_github, find_on_hub, find_on_modelscope
 from modules.errors import DownloadError
 from tests.downloads.fake_hub import COMMIT, FakeHub, serve
 
@@ -238,3 +239,48 @@ def test_data_of_an_earlier_version_are_removed_when_the_file_is_complete(
     _fetch(hub, tmp_path / "weights.bin")
 
     assert _left(tmp_path) == [".weights.bin2.0123456789ab.part", "weights.bin"]
+
+
+OF_RELEASE = replace(FILE, file="weights.bin", release="v0.1")
+
+
+def test_a_file_of_a_release_on_github_is_continued_and_compared_by_size(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.add("owner/name", "weights.bin", DATA)
+    hub.cuts = [len(DATA), 131_072]  # the first is of the look-up
+
+    remote = find_on_github(OF_RELEASE, hub.address)
+    download_file(remote, tmp_path / "weights.bin", wait=lambda _: None)
+
+    assert (tmp_path / "weights.bin").read_bytes() == DATA
+    assert (remote.size_bytes, remote.sha256) == (len(DATA), None)
+    assert remote.url.endswith("/owner/name/releases/download/v0.1/weights.bin")
+    assert hub.sent_ranges() == [None, None, "bytes=131072-"]
+    assert all("authorization" not in headers for _, _, headers in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(404, r"has no file weights\.bin"), (403, "the site answers 403")]
+)
+def test_a_release_that_does_not_give_a_file_says_so(hub: FakeHub, status: int, words: str) -> None:
+    hub.status["owner/name"] = status
+
+    with pytest.raises(DownloadError, match=words):
+        find_on_github(OF_RELEASE, hub.address)
+
+
+def test_github_is_not_asked_if_nothing_is_to_be_downloaded(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+        find_on_github(OF_RELEASE, hub.address)
+
+    assert hub.requests == []
+
+
+def test_a_host_of_releases_that_is_not_there_is_named(hub: FakeHub) -> None:
+    with pytest.raises(DownloadError, match=r"fetch weights\.bin from that page in a browser"):
+        find_on_github(OF_RELEASE, "http://127.0.0.1:9")

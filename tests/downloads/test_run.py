@@ -32,6 +32,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         template = served.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setenv("MODELSCOPE_DOMAIN", served.address)
+        monkeypatch.setenv("GITHUB_ENDPOINT", served.address)
         yield served
 
 

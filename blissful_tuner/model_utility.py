@@ -1,0 +1,35 @@
+"""Look into model files of any size, and write them anew: other dtype, names, one file or several.
+
+All options: python blissful_tuner/model_utility.py --help
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from blissful_tuner.model_utility_options import ModelUtilityOptions, add_model_utility_arguments
+from families import identify
+from modules.command import Parser, command_line
+from modules.options import read_options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Show what a file is, and write it anew if that is asked for. Raises UserError."""
+    parser = Parser(description=__doc__)
+    add_model_utility_arguments(parser)
+    options = read_options(ModelUtilityOptions, parser.parse_args(argv))
+
+    from blissful_tuner.model_work import Knowledge, work
+    from networks.describing import describe_lora, lora_hashes
+    from networks.hashes import STALE
+
+    work(options, Knowledge(identify, describe_lora, lora_hashes, STALE))
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,79 @@
+"""Write a model as several safetensors files with an index, as transformers and diffusers name them.
+
+model-00001-of-00003.safetensors, ..., model.safetensors.index.json
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from modules.atomic_write import atomic_files, write_text
+from modules.checkpoints.gathering import INDEX
+from modules.checkpoints.writing import stream_tensors
+from modules.contract.loading import TensorInfo
+
+
+def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Cut tensors, in their order, into groups of at most `most_bytes`; a larger tensor is a group alone."""
+    groups: list[dict[str, TensorInfo]] = []
+    room = 0
+    for name, info in tensors.items():
+        if not groups or info.size_bytes > room:
+            groups.append({})
+            room = most_bytes
+        groups[-1][name] = info
+        room -= info.size_bytes
+    return groups
+
+
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """Return the names of the files that `path`, a .safetensors file, is cut into."""
+    return [
+        path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+        for number in range(1, count + 1)
+    ]
+
+
+def index_path(path: Path) -> Path:
+    """Return the name of the index of a model cut into files."""
+    return path.with_name(path.name + INDEX)
+
+
+def existing_shards(path: Path) -> list[Path]:
+    """Return the files of an earlier model of this name, cut into any number of files, and its index."""
+    digits = "[0-9]" * 5
+    found = [
+        file
+        for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}")
+        if file.name[: -len(f"-00000-of-00000{path.suffix}")] == path.stem
+    ]
+    return sorted(found) + ([index_path(path)] if index_path(path).exists() else [])
+
+
+def write_shards(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    most_bytes: int,
+) -> list[Path]:
+    """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
+
+    path: what one file would be called. read: as for `stream_tensors`. An earlier model of this name is
+    replaced. Raises OutputError if a file cannot be written.
+    """
+    groups = split(tensors, most_bytes)
+    paths = shard_paths(path, len(groups))
+    size_bytes = sum(info.size_bytes for info in tensors.values())
+    old = existing_shards(path)
+    with atomic_files(path, size_bytes) as folder:
+        for group, target in zip(groups, paths, strict=True):
+            stream_tensors(folder / target.name, group, read, metadata)
+        for file in old:  # before new files appear: an old index must not lead to them
+            file.unlink(missing_ok=True)
+    weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
+    write_text(index_path(path), json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [*paths, index_path(path)]

@@ -1,0 +1,98 @@
+"""Models of tools that a chain does not name are found where download.py puts them."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import pytest
+
+from downloads.catalogue import known_components, model_sets
+from downloads.options import add_download_arguments
+from modules.errors import OptionError
+from post.model_places import MODELS, PLACES, Place, default_model
+from post.tools_options import TOOLS
+
+SETS = {one.task: one for one in model_sets() if one.family == "tools"}
+NAMES = [place.task for place in PLACES]
+
+
+def write(folder: Path, task: str) -> None:
+    """Empty files in the places of a set."""
+    place = next(place for place in PLACES if place.task == task)
+    for file in place.files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+
+
+def test_every_set_of_tools_has_a_place() -> None:
+    assert sorted(NAMES) == sorted(SETS)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.task)
+def test_places_are_those_of_the_list_of_downloads(place: Place) -> None:
+    model = SETS[place.task].components[0]
+
+    assert [file.name for file in model.files] == list(place.files)
+    assert model.path.as_posix() == Path(place.given).as_posix()
+
+
+def test_the_folder_is_that_of_a_download_without_to() -> None:
+    parser = argparse.ArgumentParser()
+    add_download_arguments(parser)
+
+    assert Path(parser.get_default("to")) == MODELS
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_the_first_mode_of_a_tool_is_the_one_it_has_without_the_option(tool: object) -> None:
+    parser = argparse.ArgumentParser()
+    tool.add_arguments(parser)  # type: ignore[attr-defined]
+    first = next(place for place in PLACES if place.tool == tool.name)  # type: ignore[attr-defined]
+
+    assert (parser.get_default("mode") or "") == first.mode
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "task", "found"),
+    [
+        ("upscaler", [], "swinir", "upscalers/003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN.pth"),
+        ("upscaler", ["--mode", "esrgan"], "realesrgan_x4", "upscalers/RealESRGAN_x4plus.pth"),
+        ("upscaler", ["mode=esrgan", "scale=2"], "realesrgan_x2", "upscalers/RealESRGAN_x2plus.pth"),
+        ("GIMMVFI", ["factor=2"], "gimmvfi_f", "gimmvfi"),
+        ("GIMMVFI", ["--mode=gimmvfi_r"], "gimmvfi_r", "gimmvfi"),
+        ("facefix", [], "gfpgan", "facefix/GFPGANv1.4.pth"),
+        ("facefix", ["mode=codeformer"], "codeformer", "facefix/codeformer.pth"),
+        ("yolo_blur", ["conf=0.3"], "yunet", "faces/face_detection_yunet_2023mar.onnx"),
+    ],
+)
+def test_what_was_downloaded_is_found_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tool: str, words: list[str], task: str, found: str
+) -> None:
+    write(tmp_path / "second", task)
+
+    with caplog.at_level(logging.INFO):
+        path = default_model(tool, words, [tmp_path / "first", tmp_path / "second"])
+
+    assert path == tmp_path / "second" / found
+    assert f"{path} is used" in caplog.text
+
+
+@pytest.mark.parametrize("words", [["model=x.pth"], ["--model", "x.pth"], ["--model=x.pth"], ["--help"]])
+def test_a_model_that_is_named_is_left_alone(tmp_path: Path, words: list[str]) -> None:
+    assert default_model("upscaler", words, [tmp_path]) is None
+
+
+def test_a_model_that_is_not_there_is_answered_with_its_download(tmp_path: Path) -> None:
+    write(tmp_path, "gimmvfi_r")
+    (tmp_path / "gimmvfi" / "gimmvfi_f_arb_lpips_fp32.safetensors").touch()  # without its optical flow
+
+    with pytest.raises(OptionError, match=r"download\.py --family tools --task gimmvfi_f$"):
+        default_model("GIMMVFI", ["factor=2"], [tmp_path])
+
+
+def test_helpers_of_faces_lie_beside_both_models() -> None:
+    folders = {
+        known_components()[name].path.parent for name in ("gfpgan", "codeformer", "retinaface", "parsenet")
+    }
+
+    assert len(folders) == 1
