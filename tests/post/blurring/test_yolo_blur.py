@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -150,6 +151,35 @@ def test_pictures_of_a_folder_are_blurred_and_one_without_a_face_is_told(
     outside = changed(read_image(made), frame((40, 32, 255)))
     assert not outside[:20].any()
     assert not outside[:, :28].any()
+
+
+def test_a_cover_picture_is_warned_of(
+    tmp_path: Path, detector: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_png(tmp_path / "cover.png", frame((40, 32, 255)))
+    write_video(tmp_path / "plain.mkv", [frame((40, 32, 255))] * 2, 12)
+    with av.open(str(tmp_path / "plain.mkv")) as source, av.open(str(tmp_path / "clip.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        target.add_attachment("cover.png", "image/png", (tmp_path / "cover.png").read_bytes())
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    words = [
+        "--model",
+        str(detector),
+        "--device",
+        "cpu",
+        "--codec",
+        "h264",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+
+    for name, is_warned in (("plain", False), ("clip", True)):
+        caplog.clear()
+        main([*words, "-y", "--input", str(tmp_path / f"{name}.mkv")])
+        assert ("has a cover picture" in caplog.text) == is_warned
 
 
 @pytest.mark.parametrize("write", [write_yunet, write_yolo])
