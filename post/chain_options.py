@@ -12,6 +12,7 @@ from typing import Any
 from modules.command import Parser, did_you_mean
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, option_values, read_options
+from post.model_places import default_model
 from post.run_options import RunOptions, add_run_arguments
 from post.tools_options import TOOLS, Tool
 
@@ -106,7 +107,13 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool.add_arguments(parser)
     given = as_options(words[1:], parser)
     _refuse_run_options(given, parser)
-    return tool, read_options(tool.record, parser.parse_args(given))
+    _flags(parser)["--model"].required = False
+    args = parser.parse_args(given)
+    if args.model is None:
+        args.model = default_model(tool.name, given)
+    if args.model is None:
+        parser.error("the following arguments are required: --model")
+    return tool, read_options(tool.record, args)
 
 
 def find_tool(name: str) -> Tool:
