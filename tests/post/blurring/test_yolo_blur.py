@@ -216,6 +216,17 @@ def test_pictures_keep_their_times_their_depth_and_all_other_pixels(detector: Pa
     assert not changed(made[0].pixels, frames[0])[:, 50:].any()
 
 
+def test_a_face_that_moves_away_while_it_is_missed_is_covered(detector: Path) -> None:
+    """Where it went is known only when it is found again: pictures wait for that."""
+    places = [*[16] * 5, 19, 22, 25, 28, 31, *[34] * 5]
+    frames = [frame((x, 32, PALE if 5 <= index < 10 else 255)) for index, x in enumerate(places)]
+    stage = make_blur(options(detector, "--hold", "5", "--lookback", "0"), torch.device("cpu"))
+
+    made = list(stage.run(pictures(frames), clip_of(frames)))
+
+    assert max(redness(each.pixels) for each in made) < SEEN
+
+
 def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:
     frames = moving_dot([])
     stage = make_blur(options(detector, "--hold", "4", "--lookback", "6"), torch.device("cpu"))
