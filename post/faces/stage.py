@@ -136,4 +136,5 @@ def _files(options: FacefixOptions) -> tuple[Path, Path, Path]:
     model = find_model(options.network.model, options.mode)
     if not model.exists():
         raise CheckpointError(f"--model {model}: there is no such file or folder.", model)
-    return model, find_parsenet(model), find_detector(model, options.detection_model)
+    detector = find_detector(model, options.mode, options.detection_model)
+    return model, find_parsenet(model, options.mode), detector
