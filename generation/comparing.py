@@ -133,6 +133,7 @@ def _check(options: GenerationOptions) -> None:
         f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
         "--no_metadata": options.output.no_metadata,
         "--keep_pngs": options.output.format.keep_pngs,
+        "--post": bool(options.post.tools),
         "--save_last_frame": options.output.save_last_frame,
     }
     found = [name for name, is_given in refused.items() if is_given]

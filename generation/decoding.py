@@ -14,7 +14,7 @@ from generation.jobs import Denoised, GenerationRun
 from generation.outputs import output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from modules.atomic_write import make_folder
-from modules.bars import track
+from modules.bars import FRAMES, track
 from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.family import Family
@@ -36,7 +36,8 @@ def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures)
             with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
                 prepared = one.job.prepared
                 chunks = decode(run.family, encoders, one.latents)
-                path = save_pixels(output, one.stem, chunks, prepared.fps, run.metadata(prepared))
+                metadata = run.metadata(prepared)
+                path = save_pixels(output, one.stem, chunks, prepared.fps, metadata, run.post)
                 paths[one.job.label] = path
                 if len(done) > 1 or run.options.interactive:  # else the last box says it
                     logger.info("%s: %s", one.job.label, path)
@@ -48,14 +49,22 @@ def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures)
 
 def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
     """Decode latents (1 C F h w) to chunks of pixels 1 3 F H W, with a bar over the frames."""
-    frames = (latents.shape[2] - 1) * family.latent.stride[0] + 1
+    frames = frames_in(family, latents)
     chunks = family.decode(encoders, latents)
-    return track(chunks, "Decoding", frames, lambda chunk: chunk.shape[2], "frame")
+    return track(chunks, "Decoding", frames, lambda chunk: chunk.shape[2], FRAMES)
+
+
+def frames_in(family: Family, latents: Tensor) -> int:
+    """Return how many frames latents (1 C F h w) are decoded to."""
+    return (latents.shape[2] - 1) * family.latent.stride[0] + 1
 
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; their metadata are passed on, with the settings of this decoding."""
     saved = [check_latents(run.family, path) for path in paths]
+    if run.post is not None:
+        for path, one in zip(paths, saved, strict=True):
+            run.post.check_length(frames_in(run.family, one.latents), f"--latent_path {path}")
     options, output = run.options, run.options.output
     failures = Failures(strict=len(paths) == 1)
     start, results = time.monotonic(), []
@@ -70,7 +79,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                     output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
                 ) as stem:
                     chunks = decode(run.family, encoders, one.latents)
-                    results.append(save_pixels(output, stem, chunks, fps, metadata))
+                    results.append(save_pixels(output, stem, chunks, fps, metadata, run.post))
                     if len(paths) > 1:
                         logger.info("%s: %s", path, results[-1])
     if results:

@@ -51,9 +51,12 @@ logger = logging.getLogger(__name__)
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
     """Make the job of a prompt line, or of the command line alone.
 
-    Loads no network; raises as `prepare_line`.
+    Loads no network; raises as `prepare_line`, and OptionError for a picture that --post can do nothing with.
     """
-    return GenerationJob(label, prepare_line(run.family, run.options, overrides))
+    prepared = prepare_line(run.family, run.options, overrides)
+    if run.post is not None:
+        run.post.check_length(prepared.frames, label)
+    return GenerationJob(label, prepared)
 
 
 def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:

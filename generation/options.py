@@ -16,6 +16,7 @@ from blissful_tuner.step_cache_options import StepCacheOptions, add_step_cache_a
 from blissful_tuner.video_to_video_options import add_video_to_video_arguments
 from generation.expert_options import ExpertOptions, add_expert_arguments
 from generation.output_options import OutputOptions, add_output_arguments
+from generation.post_options import POST, PostOptions, add_post_arguments
 from generation.preset_options import add_preset_argument, given_among, use_preset
 from generation.prompt_lines import LineOption
 from generation.request_options import RequestOptions, add_request_arguments
@@ -57,6 +58,7 @@ class GenerationOptions:
 
     request: RequestOptions = field(metadata=OF_REQUEST)
     output: OutputOptions = field(metadata=NO_PIXELS)
+    post: PostOptions
     sheet: SheetOptions = field(metadata=NO_PIXELS)
     guidance: GuidanceOptions
     prompts: PromptOptions
@@ -118,6 +120,11 @@ class GenerationOptions:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.latent_path and (self.from_file is not None or self.interactive):
             raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
+        if self.post.tools and not self.output.decodes:
+            raise OptionError(
+                f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
+                f"{POST} when the latents are decoded (--latent_path)"
+            )
         if self.sheet.is_asked:
             self._check_sheet()
         if self.save_merged_model is not None:
@@ -150,6 +157,7 @@ class GenerationOptions:
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,
             "--output_type latent": not self.output.decodes,
+            POST: bool(self.post.tools),
         }.items():
             if is_given:
                 raise OptionError(
@@ -185,6 +193,7 @@ def read_generation(
     elsewhere = {
         name for name, own_facts in facts.items() if own_facts.get("record") in {"request", "nothing"}
     }
+    values["post"] = options.post.in_words  # no folders
     settings = {name: values[name] for name in values if name in (given | ALWAYS_RECORDED) - elsewhere}
     return replace(options, settings=settings, decoding_options=of_decoding), own
 
@@ -200,6 +209,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
     _add_run_arguments(parser, defaults)
     add_output_arguments(parser, defaults)
+    add_post_arguments(parser)
     add_preview_arguments(parser)
     add_sheet_arguments(parser)
     _add_lora_arguments(parser)

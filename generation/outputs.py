@@ -4,7 +4,7 @@ import logging
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata, with_plain_keys
 from generation.output_options import OutputOptions
+from generation.post import Frame, PostTools
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
@@ -27,7 +28,6 @@ from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
 
-Frame = NDArray[np.uint8]  # H W 3, RGB
 LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
 LAST_FRAME_SUFFIX = "_last.png"
@@ -102,44 +102,76 @@ def save_pixels(
     chunks: Iterable[Tensor],
     fps: float,
     metadata: Mapping[str, str] | None,
+    post: PostTools | None = None,
 ) -> Path:
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script does not number single images). With `--save_last_frame` the last frame
-    of what is more than a picture is written beside it.
+    of what is more than a picture is written beside it, as it was decoded. post: what frames go through
+    before they are written.
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
-    tags, texts = as_tags(metadata or {}), as_png_texts(metadata or {})
-    ending = "_000.png" if options.numbers_single else ".png"
     first = list(islice(frames, 2))
-    playing: Iterable[Frame] = chain(first, frames)
-    is_picture = len(first) == 1 and (options.numbers_single or not options.writes_images)
+    playing: Iterator[Frame] = chain(first, frames)
+    is_single = len(first) == 1
+    is_picture = is_single and (options.numbers_single or not options.writes_images)
     last = LastFrame(first[0]) if first and options.save_last_frame and not is_picture else None
-    beside = []
     if last is not None:
-        playing, beside = last.note(playing), [LAST_FRAME_SUFFIX]
-    if options.writes_images and not is_picture:
-        path = options.save_path / free_stem(options.save_path, stem, ["", *beside])
-        with atomic_folder(path) as folder:
-            for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", texts):
-                pass
-        if last is not None:
-            last.write(path, texts)
-        return path
+        playing = last.note(playing)
+    if post is not None:
+        playing, fps = post.lead(playing, fps, is_single)
+    del first  # a frame takes megabytes
     if is_picture:
-        path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
-        write_png(path, first[0], texts)
-        return path
+        return _save_picture(options, stem, playing, metadata)
+    beside = [] if last is None else [LAST_FRAME_SUFFIX]
+    if options.writes_images:
+        path = plain = _save_images(options, stem, playing, metadata, beside)
+    else:
+        path = _save_video(options, stem, playing, fps, metadata, beside)
+        plain = path.with_suffix("")
+    if last is not None:
+        last.write(plain, as_png_texts(metadata or {}))
+    return path
+
+
+def _save_picture(
+    options: OutputOptions, stem: str, playing: Iterator[Frame], metadata: Mapping[str, str] | None
+) -> Path:
+    ending = "_000.png" if options.numbers_single else ".png"
+    path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
+    (frame,) = playing
+    write_png(path, frame, as_png_texts(metadata or {}))
+    return path
+
+
+def _save_images(
+    options: OutputOptions,
+    stem: str,
+    playing: Iterator[Frame],
+    metadata: Mapping[str, str] | None,
+    beside: Sequence[str],
+) -> Path:
+    path = options.save_path / free_stem(options.save_path, stem, ["", *beside])
+    with atomic_folder(path) as folder:
+        for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", as_png_texts(metadata or {})):
+            pass
+    return path
+
+
+def _save_video(
+    options: OutputOptions,
+    stem: str,
+    playing: Iterator[Frame],
+    fps: float,
+    metadata: Mapping[str, str] | None,
+    beside: Sequence[str],
+) -> Path:
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
     path = options.save_path / (free_stem(options.save_path, stem, [suffix, *beside]) + suffix)
-    if options.format.keep_pngs:
-        pngs = options.save_path / free_stem(options.save_path, "frames", [""])
-        pngs.mkdir(parents=True)
-        playing = write_frames(playing, pngs, "{:06d}.png", texts)
-        logger.info("Frames: %s", pngs)
+    first = list(islice(playing, 1))
     codec = encoder_for(options.format.codec, first[0])
     if codec != options.format.codec:
         height, width = first[0].shape[:2]
@@ -150,9 +182,13 @@ def save_pixels(
             width,
             height,
         )
-    write_video(path, playing, fps, codec=codec, tags=tags)
-    if last is not None:
-        last.write(path.with_suffix(""), texts)
+    playing = chain(first, playing)
+    if options.format.keep_pngs:
+        pngs = options.save_path / free_stem(options.save_path, "frames", [""])
+        pngs.mkdir(parents=True)
+        playing = write_frames(playing, pngs, "{:06d}.png", as_png_texts(metadata or {}))
+        logger.info("Frames: %s", pngs)
+    write_video(path, playing, fps, codec=codec, tags=as_tags(metadata or {}))
     return path
 
 

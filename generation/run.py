@@ -17,6 +17,7 @@ from generation.jobs import GenerationRun, tell_unused_sources
 from generation.making import make, make_job
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
+from generation.post import PostTools
 from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
 from generation.request import seed_of
@@ -70,7 +71,10 @@ def do(family: Family, options: GenerationOptions) -> None:
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
-    run = GenerationRun(family, options, session, predicted, make_rewriter(options.rewriting))
+    post = PostTools(options.post.tools, device) if options.post.tools else None
+    if post is not None:
+        post.check()
+    run = GenerationRun(family, options, session, predicted, make_rewriter(options.rewriting), post=post)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return

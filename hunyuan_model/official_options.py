@@ -81,6 +81,7 @@ class OfficialOptions:
     reproduce: bool
     save_path: Path
     save_path_suffix: str
+    post: tuple[str, ...] | None
     ulysses_degree: int
     ring_degree: int
 
@@ -166,6 +167,7 @@ def generation_words(options: OfficialOptions) -> list[str]:
     # joined: a prompt may begin with a dash
     words = [f"{option}={value}" for option, value in pairs.items()]
     words += ["--video_size", str(height), str(width)]
+    words += [f"--post={text}" for text in options.post or ()]
     words += ["--blocks_to_swap=auto"] if options.use_cpu_offload else []
     switches = {
         "--fp8": options.use_fp8,
@@ -291,4 +293,13 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--save-path", type=str, default="./results", help="output folder")
     group.add_argument("--save-path-suffix", type=str, default="", help="added to the folder's name")
+    group.add_argument(
+        "--post",
+        type=str,
+        action="append",
+        default=None,
+        metavar="TOOL ...",
+        help="not of the release: a tool that frames go through before they are written, as of "
+        "hv_generate_video.py",
+    )
     add_unsupported(group, "--name-suffix", type=str, default="", reason="the release does not use it either")

@@ -55,3 +55,9 @@ class MemoryPlanError(UserError):
 
 class DownloadError(UserError):
     """A file that cannot be downloaded: no connection, no rights, damaged data."""
+
+
+class NothingFoundError(UserError):
+    """A video in which nothing was found, although the user relies on it: nothing was written."""
+
+    exit_code = 3

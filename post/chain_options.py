@@ -12,6 +12,7 @@ from typing import Any
 from modules.command import Parser, did_you_mean
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, option_values, read_options
+from post.model_places import default_model
 from post.run_options import RunOptions, add_run_arguments
 from post.tools_options import TOOLS, Tool
 
@@ -32,6 +33,11 @@ class Chain:
     def added(self) -> str:
         """Return what is added to the names of results: SWINIR_VFI."""
         return "_".join(tool.added(options) for tool, options in self.tools)
+
+    @property
+    def labels(self) -> list[str]:
+        """Return how messages name the tools: not at all the script's own."""
+        return ["", *(f"{THEN} {tool.name}" for tool, _ in self.tools[1:])]
 
     @property
     def needs_video(self) -> bool:
@@ -101,7 +107,13 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool.add_arguments(parser)
     given = as_options(words[1:], parser)
     _refuse_run_options(given, parser)
-    return tool, read_options(tool.record, parser.parse_args(given))
+    _flags(parser)["--model"].required = False
+    args = parser.parse_args(given)
+    if args.model is None:
+        args.model = default_model(tool.name, given)
+    if args.model is None:
+        parser.error("the following arguments are required: --model")
+    return tool, read_options(tool.record, args)
 
 
 def find_tool(name: str) -> Tool:
@@ -130,11 +142,6 @@ def name_tool(name: str) -> Iterator[None]:
         if name and not str(error).startswith(f"{name}: "):
             error.args = (f"{name}: {error}", *error.args[1:])
         raise
-
-
-def label_of(index: int, tool: Tool) -> str:
-    """Return how messages name a tool of a chain: not at all if it is the script's own."""
-    return f"{THEN} {tool.name}" if index else ""
 
 
 def in_words(tool: Tool, options: Any) -> str:

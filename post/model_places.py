@@ -87,8 +87,7 @@ def default_model(
     command = as_typed(["python", "download.py", "--family", "tools", "--task", fitting[0].task])
     missing = folders[0] / fitting[0].files[0]
     raise OptionError(
-        f"{tool}: no model is given, and {missing} is not there.\n  Give model=FILE, or download it: "
-        f"{command}"
+        f"no model is given, and {missing} is not there.\n  Give model=FILE, or download it: {command}"
     )
 
 

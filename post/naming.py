@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from modules.console import count_of
 from modules.errors import MediaError, OptionError, OutputError
 from modules.media.animations import is_animation
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
@@ -44,8 +45,6 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[Job]:
 def list_sources(chain: Chain) -> list[Path]:
     """Return the input, or the files in it that the tools work on, without results of the same tools."""
     given = chain.run.input
-    if not given.exists():
-        raise MediaError(f"--input {given} does not exist. Give a video, a picture, or a folder of them.")
     if not given.is_dir():
         return [given]
     known = VIDEO_SUFFIXES | {".gif"} | (frozenset() if chain.needs_video else image_suffixes())
@@ -61,7 +60,8 @@ def list_sources(chain: Chain) -> list[Path]:
         made = f" but {len(found)} with {ending}, which are results" if found else ""
         raise MediaError(f"--input {given} is a folder that holds no {kinds}{made}. Give another folder.")
     if len(fresh) < len(found):
-        logger.info("%d files whose names end in %s are left out as results", len(found) - len(fresh), ending)
+        left = count_of(len(found) - len(fresh), "file")
+        logger.info("%s with names in %s: left out because they are results", left, ending)
     return fresh
 
 

@@ -32,15 +32,15 @@ class Guarded:
     def __init__(self, run: Run, dtype: torch.dtype, exact: Callable[[], Run], what: str) -> None:
         """exact: loads the network in float32, at the first result that is not finite. what: its name."""
         self._run = run
-        self._dtype = dtype
+        self.dtype = dtype
         self._load_exact = exact
         self._exact: Run | None = None
         self.what = what
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: B C H W in float32. Raises CheckpointError if float32 does not suffice either."""
-        made = self._run(images.to(self._dtype)).float()
-        if self._dtype == torch.float32:
+        made = self._run(images.to(self.dtype)).float()
+        if self.dtype == torch.float32:
             return made
         is_good = made.isfinite().flatten(1).all(dim=1)
         if bool(is_good.all()):
@@ -60,7 +60,7 @@ class Guarded:
             logger.info(
                 "A result of %s in %s is not finite: such pictures are computed again in float32.",
                 self.what,
-                str(self._dtype).removeprefix("torch."),
+                str(self.dtype).removeprefix("torch."),
             )
             self._exact = self._load_exact()
         return self._exact(images).float()

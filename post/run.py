@@ -3,17 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 
-import torch
-
 from modules.atomic_write import make_folder
 from modules.devices import choose_device
 from modules.failures import Failures
 from post.asking import Answer, ask_at_console
-from post.chain_options import Chain, in_words, label_of, name_tool
-from post.making import check_tool, make_stage
+from post.chain_options import Chain, in_words
 from post.naming import Job, plan_jobs, tell_suffix
 from post.pictures import run_picture
-from post.stages import NamedStage
+from post.stages import NamedStage, check_tools, make_stages
 from post.videos import check_video, run_video
 
 logger = logging.getLogger(__name__)
@@ -22,9 +19,7 @@ logger = logging.getLogger(__name__)
 def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
     """Do what a command line asks for. Raises UserError; what is named wrongly fails before networks load."""
     jobs = plan_jobs(chain, ask)
-    for index, (tool, options) in enumerate(chain.tools):
-        with name_tool(label_of(index, tool)):
-            check_tool(options)
+    check_tools(chain.tools, chain.labels)
     if not jobs:
         return
     tell_suffix(chain, jobs)
@@ -32,18 +27,7 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
         make_folder(folder, "--output")
     if len(jobs) == 1 and not jobs[0].is_picture:
         check_video(jobs[0].source)
-    device = choose_device(chain.run.device)
-    run_jobs(chain, jobs, make_stages(chain, device))
-
-
-def make_stages(chain: Chain, device: torch.device) -> list[NamedStage]:
-    """Load the networks of all tools. Raises UserError, which names the tool if it is not the first."""
-    stages = []
-    for index, (tool, options) in enumerate(chain.tools):
-        label = label_of(index, tool)
-        with name_tool(label):
-            stages.append(NamedStage(make_stage(options, device), label))
-    return stages
+    run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, choose_device(chain.run.device)))
 
 
 def run_jobs(chain: Chain, jobs: Sequence[Job], stages: Sequence[NamedStage]) -> None:

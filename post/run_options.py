@@ -21,6 +21,8 @@ class RunOptions:
     format: FormatOptions
 
     def __post_init__(self) -> None:
+        if not self.input.exists():
+            raise OptionError(f"--input {self.input} does not exist. Give a video, a picture, or a folder.")
         if self.output is not None and not self.output.strip():
             raise OptionError("--output is empty: give a file or a folder, or leave the option out")
 

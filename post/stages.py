@@ -1,10 +1,13 @@
-"""Lead pictures through stages, one after the other."""
+"""Make the stages of several tools, and lead pictures through them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from post.chain_options import name_tool
+import torch
+
+from post.chain_options import ToolOptions, name_tool
 from post.contract import Clip, Picture, Stage
+from post.making import check_tool, make_stage
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,27 @@ class NamedStage:
 
     stage: Stage
     label: str = ""
+
+
+def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str]) -> None:
+    """Read the headers of all model files. labels: how messages name the tools; empty: not at all.
+
+    Raises UserError if a file does not fit.
+    """
+    for (_, options), label in zip(tools, labels, strict=True):
+        with name_tool(label):
+            check_tool(options)
+
+
+def make_stages(
+    tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device
+) -> list[NamedStage]:
+    """Load the networks of all tools. Raises UserError."""
+    stages = []
+    for (_, options), label in zip(tools, labels, strict=True):
+        with name_tool(label):
+            stages.append(NamedStage(make_stage(options, device), label))
+    return stages
 
 
 def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:

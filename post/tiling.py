@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modules.devices import free_memory
 from modules.errors import MemoryPlanError
+from modules.planning.device_memory import host_room, spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ Run = Callable[[Tensor], Tensor]
 
 WHOLE = 0  # as the size of a tile: the whole picture
 LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
+SHARE = 0.8  # of the host's free memory that is taken; the system ends programs that take too much
 # in the messages of torch's allocators and libraries, beside torch.OutOfMemoryError
 NO_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc"),
@@ -122,6 +124,30 @@ def _join(joined: Joined | None, made: Tensor, start: int, length: int, axis: in
     return room, end
 
 
+def room_on(device: torch.device) -> int | None:
+    """Return the bytes that may be taken there now, with a margin; None if unknown."""
+    if device.type == "cuda":
+        return spare_bytes(device)
+    room = host_room() if device.type == "cpu" else None
+    return None if room is None else round(SHARE * room)
+
+
+def largest_tile(height: int, width: int, room: float, per_pixel: float, step: int, overlap: int) -> int:
+    """Return the size of the largest tiles that memory holds, `WHOLE` if it holds the picture.
+
+    room: bytes. per_pixel: bytes that a network takes for each pixel of its input.
+    """
+    if height * width * per_pixel <= room:
+        return WHOLE
+    side = int((max(room, 0) / per_pixel) ** 0.5) // step * step
+    return max(side, least_tile(step, overlap))
+
+
+def least_tile(step: int, overlap: int) -> int:
+    """Return the size of the smallest tiles that are chosen here."""
+    return round_up(max(LEAST, 2 * overlap), step)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a device or the host has too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -170,7 +196,7 @@ class Fitting:
             self.batch = min(self.batch, batch) // 2
             logger.info("Memory is full: from now on %d at once.", self.batch)
             return
-        least = round_up(max(LEAST, 2 * self.overlap), self.step)
+        least = least_tile(self.step, self.overlap)
         now = min(self.tile or longest, longest)
         if not self.is_auto or now <= least:
             raise MemoryPlanError(

@@ -42,7 +42,7 @@ def run_video(stages: Sequence[NamedStage], job: Job, done: Sequence[str], form:
     info = source_info(job.source)
     first = Clip(job.source, info.width, info.height, info.rate, info.frames, form.is_deep)
     clips = results(stages, first)
-    codec = choose_codec(clips[-1], form)
+    codec = settle_codec(clips[-1], form)
     tags = number_done(read_tags(job.source), done)
     rate = clips[-1].rate or info.rate
 
@@ -58,7 +58,7 @@ def run_video(stages: Sequence[NamedStage], job: Job, done: Sequence[str], form:
     frames = 0
     with (
         Bar(clips[-1].frames, job.source.name, FRAMES) as bar,
-        read_ahead(read_pictures(job.source, form.is_deep and info.is_deep)) as pictures,
+        read_ahead(read_pictures(job.source, form.is_deep)) as pictures,
         write_behind(write) as put,
     ):
         for picture in lead_through(stages, pictures, clips):
@@ -77,12 +77,15 @@ def run_video(stages: Sequence[NamedStage], job: Job, done: Sequence[str], form:
 
 
 def read_pictures(path: Path, deep: bool, most: int | None = None) -> Iterator[Picture]:
-    """Yield the pictures of a video, or the first `most`, with their times. deep: with 16 bits a channel."""
+    """Yield the pictures of a video, or the first `most`, with their times.
+
+    deep: with 16 bits a channel if the file has more than 8.
+    """
     for frame in shown_frames(path, deep, most):
         yield Picture(frame.pixels, frame.start, frame.seconds)
 
 
-def choose_codec(clip: Clip, form: FormatOptions) -> str:
+def settle_codec(clip: Clip, form: FormatOptions) -> str:
     """Return the codec to write a clip with; says so if it is not the one asked for."""
     codec = encoder_for(form.codec, np.empty((clip.height, clip.width, 3), np.uint8))
     if codec != form.codec:

@@ -5,6 +5,7 @@ name and reason.
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import av
 
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
-from modules.media.opening import open_container, reading
+from modules.media.opening import ATTACHED_PICTURE, open_container, reading
 from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
 from modules.media.subtitles import add_text, is_text
@@ -43,7 +44,8 @@ _MP4_TAGS = frozenset(
     }
 )
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
-_ATTACHED_PICTURE, _DISCARD_ALL = 1 << 10, 48  # FFmpeg's numbers
+_BEGINNING = 1000  # packets
+_DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
 
 Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
 
@@ -61,9 +63,9 @@ class _Track:
 class Companions:
     """The other streams of a video, read as far as the new one has grown."""
 
-    def __init__(self, path: Path, source: Any, suffix: str) -> None:
-        """source: the opened file at `path`. suffix: of the new file."""
-        self._path, self._source, self._suffix = path, source, suffix
+    def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction) -> None:
+        """source: the opened file at `path`. suffix: of the new file. rate: of its pictures a second."""
+        self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
         self._origin = time_origin(source)
         self._main = source.streams.best("video")
         self._tracks: dict[int, _Track] = {}
@@ -73,7 +75,7 @@ class Companions:
     @property
     def tags(self) -> dict[str, str]:
         """The tags of the file."""
-        return {name: value for name, value in self._source.metadata.items() if not _NOISE.fullmatch(name)}
+        return self._cleaned(self._source.metadata)
 
     def add_streams(self, target: Any, video: Any) -> None:
         """Add a stream to the new file for each one of the source, and its chapters.
@@ -81,7 +83,7 @@ class Companions:
         video: the stream of the new pictures, which gets the tags of the old ones.
         """
         if self._main is not None:
-            _describe(video, self._main)
+            self._describe(video, self._main)
             self._keep_proportions(video)
         for stream in self._source.streams:
             if stream is not self._main:
@@ -164,9 +166,9 @@ class Companions:
             self._add_picture(target, stream, name)
         elif stream.type == "attachment":
             self._add_attachment(target, stream, name)
-        elif stream.type == "data" and int(getattr(stream, "discard", 0)) >= _DISCARD_ALL:
-            return  # chapters of MP4, which are copied as such
-        elif self._is_playable(stream) and _can_hold(self._suffix, stream):
+        elif stream.type == "data" and _is_written_anew(stream):
+            return
+        elif self._is_playable(stream) and self._can_hold(stream):
             self._add_copy(target, stream, name)
         elif stream.type == "audio" and stream.codec_context is not None:
             added, convert = add_aac(target, stream)
@@ -206,22 +208,38 @@ class Companions:
 
     def _priming(self, stream: Any) -> int:
         """Return how many samples of sound come before time 0."""
-        with contextlib.suppress(av.FFmpegError), open_container(self._path) as again:
-            first = next(again.demux(again.streams[stream.index]))
-            if first.pts is not None:
-                return -round((first.pts * first.time_base - self._origin) * stream.codec_context.sample_rate)
-        return 0
+        with open_container(self._path) as again:
+            first = _first_packet(again, stream.index)
+            if first is None or first.pts is None:
+                return 0
+            return -round((first.pts * first.time_base - self._origin) * stream.codec_context.sample_rate)
+
+    def _can_hold(self, stream: Any) -> bool:
+        """Return whether the new file can hold the stream: a small one is written in memory."""
+        try:
+            with open_container(self._path) as again, av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial:
+                added = _from_template(trial, stream)
+                trial.start_encoding()
+                # text may begin anywhere in a long file
+                first = None if stream.type == "subtitle" else _first_packet(again, stream.index)
+                if first is not None:
+                    first.stream = added
+                    trial.mux(first)
+        except (av.FFmpegError, ValueError):
+            return False
+        return True
 
     def _add_picture(self, target: Any, stream: Any, name: str) -> None:
         """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""
-        if not int(stream.disposition) & _ATTACHED_PICTURE:
+        if not int(stream.disposition) & ATTACHED_PICTURE:
             self._leave_out(name, "only the main stream of pictures is written", remedy="")
             return
         codec = stream.codec_context.name if stream.codec_context is not None else ""
         if self._suffix == ".mkv" and codec in _COVERS and hasattr(target, "add_attachment"):
             with open_container(self._path) as again:
-                picture = next(bytes(packet) for packet in again.demux(again.streams[stream.index]))
-            target.add_attachment(*_COVERS[codec], picture)
+                picture = _first_packet(again, stream.index)
+            if picture is not None:
+                target.add_attachment(*_COVERS[codec], bytes(picture))
         elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
             self._add_copy(target, stream, name)
         else:
@@ -235,8 +253,29 @@ class Companions:
             self._leave_out(name)
 
     def _keep(self, stream: Any, added: Any, name: str, convert: Convert) -> None:
-        _describe(added, stream)
+        self._describe(added, stream)
         self._tracks[stream.index] = _Track(name, added, convert)
+
+    def _describe(self, target: Any, source: Any) -> None:
+        """Give a new stream the tags of the old one: its language, its title, what it is for."""
+        tags = self._cleaned(source.metadata)
+        title = tags.pop("name", None)  # as FFmpeg calls the title in MP4
+        if title is not None:
+            tags.setdefault("title", title)
+        if tags.get("handler_name") in _NO_NAMES:
+            del tags["handler_name"]
+        if tags.get("language") == "und":
+            del tags["language"]
+        target.metadata.update(tags)
+        with contextlib.suppress(AttributeError, TypeError):  # older versions of PyAV
+            target.disposition = int(source.disposition)
+
+    def _cleaned(self, tags: Mapping[str, str]) -> dict[str, str]:
+        kept = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
+        # FFmpeg fails at time codes that leave frames out (;), unless the rate is 29.97 or a multiple of it
+        if ";" in kept.get("timecode", "") and round(self._rate) % 30:
+            del kept["timecode"]
+        return kept
 
     def _leave_out(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
         reason = reason or f"{self._suffix} files cannot hold it"
@@ -246,12 +285,12 @@ class Companions:
 
 
 @contextlib.contextmanager
-def open_companions(path: Path, suffix: str) -> Iterator[Companions]:
-    """Open a video for its other streams. suffix: of the new file. Raises MediaError."""
+def open_companions(path: Path, suffix: str, rate: Fraction) -> Iterator[Companions]:
+    """Open a video for its other streams. suffix, rate: of the new file. Raises MediaError."""
     with reading(path):
         source = open_container(path)
     with source:
-        yield Companions(path, source, suffix)
+        yield Companions(path, source, suffix, rate)
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
@@ -270,30 +309,15 @@ def _from_template(target: Any, stream: Any) -> Any:
         return target.add_stream_from_template(stream)
 
 
-def _can_hold(suffix: str, stream: Any) -> bool:
-    """Return whether a file with this suffix can hold the stream: its header is written in memory."""
-    try:
-        with av.open(BytesIO(), "w", format=MUXERS[suffix]) as trial:
-            _from_template(trial, stream)
-            trial.start_encoding()
-    except (av.FFmpegError, ValueError):
-        return False
-    return True
+def _first_packet(container: Any, index: int) -> Any | None:
+    """Return the first packet of a stream, if it is at the beginning of a file that has just been opened."""
+    beginning = itertools.islice(container.demux(), _BEGINNING)
+    return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
 
 
-def _describe(target: Any, source: Any) -> None:
-    """Give a new stream the tags of the old one: its language, its title, what it is for."""
-    tags = {name: value for name, value in source.metadata.items() if not _NOISE.fullmatch(name)}
-    title = tags.pop("name", None)  # as FFmpeg calls the title in MP4
-    if title is not None:
-        tags.setdefault("title", title)
-    if tags.get("handler_name") in _NO_NAMES:
-        del tags["handler_name"]
-    if tags.get("language") == "und":
-        del tags["language"]
-    target.metadata.update(tags)
-    with contextlib.suppress(AttributeError, TypeError):  # older versions of PyAV
-        target.disposition = int(source.disposition)
+def _is_written_anew(stream: Any) -> bool:
+    """Return whether a stream holds chapters or a time code, of which FFmpeg makes streams in MP4 and MOV."""
+    return int(getattr(stream, "discard", 0)) >= _DISCARD_ALL or "timecode" in stream.metadata
 
 
 def _name(stream: Any) -> str:

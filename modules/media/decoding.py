@@ -43,6 +43,42 @@ def decode_frames(
 Turned = TypeVar("Turned", bound=NDArray[Any])
 
 
+def check_size(path: Path, container: Any, stream: Any) -> None:
+    """Raise MediaError if a file is shorter than its header says, before hours of work go into it.
+
+    What this does not see, `decode_frames` does at the end.
+    """
+    size = path.stat().st_size
+    stated = 0
+    if "matroska" in container.format.name:
+        stated = _matroska_size(path)
+    elif "mov" in container.format.name:
+        places: Any = getattr(stream, "index_entries", None) or ()  # none in older versions of PyAV
+        stated = places[-1].pos + places[-1].size if len(places) else 0
+    if stated > size:
+        raise MediaError(
+            f"{path} is cut short: it has {size:,} bytes of at least {stated:,}. Fetch it again."
+        )
+
+
+def _matroska_size(path: Path) -> int:
+    """Return the bytes of a Matroska file by its header, 0 if that does not say. Source: RFC 9559, EBML."""
+    with path.open("rb") as file:
+        for _ in range(2):  # the header of EBML, and the segment
+            name = file.read(4)
+            first = file.read(1)
+            if len(name) < 4 or not first or not first[0]:
+                return 0
+            length = 9 - first[0].bit_length()
+            content = first + file.read(length - 1)
+            size = int.from_bytes(content, "big") & (1 << 7 * length) - 1
+            if name == b"\x18\x53\x80\x67":
+                is_open = size == (1 << 7 * length) - 1  # still being written, or a stream
+                return 0 if is_open else file.tell() + size
+            file.seek(size, 1)
+    return 0
+
+
 def turn_upright(frame: Turned, degrees: float) -> Turned:
     """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
     turns = round(degrees / 90) % 4

@@ -15,12 +15,10 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
-from numpy.typing import NDArray
 
 from modules.errors import MediaError
+from modules.media.depth import Pixels, in_eight_bits, in_sixteen_bits
 from modules.media.opening import file_url
-
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their whole range
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,8 @@ def encoder_for(codec: str, frame: Pixels) -> str:
     return "h264" if codec == "h265" and is_tiny else codec
 
 
-def choose_codec(path: Path, codec: str, first: Pixels | None) -> Codec:
-    """Return how to encode to `path`. first: the first picture, None if there is none.
-
-    Raises MediaError if the codec does not fit the suffix or the picture, or if there is no picture.
-    """
+def choose_codec(path: Path, codec: str) -> Codec:
+    """Return how to encode to `path`. Raises MediaError if the codec does not fit the suffix."""
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
     if suffix not in kind.suffixes:
@@ -65,8 +60,11 @@ def choose_codec(path: Path, codec: str, first: Pixels | None) -> Codec:
             f"{path}: {codec} can be written to {', '.join(kind.suffixes)}, not to "
             f"{suffix or 'a name without suffix'}"
         )
-    if first is None:
-        raise MediaError(f"{path}: there is no frame to write")
+    return kind
+
+
+def check_picture(path: Path, codec: str, first: Pixels) -> None:
+    """Raise MediaError if pictures like the first one are too small for the codec."""
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 are the least")
@@ -75,7 +73,6 @@ def choose_codec(path: Path, codec: str, first: Pixels | None) -> Codec:
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
             f"{SMALLEST_H265[1]} are the least. Use h264"
         )
-    return kind
 
 
 def create_container(
@@ -143,10 +140,9 @@ def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
             f"{pixels.shape[0]} pixels, those before it {stream.width} x {stream.height}"
         )
     even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
-    if even.dtype == np.uint8 and any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components):
-        even = even.astype(np.uint16) * np.uint16(257)  # from 8 bits to 10, FFmpeg is off by up to 3 of 255
-    layout = "rgb24" if even.dtype == np.uint8 else "rgb48le"
-    converted = av.VideoFrame.from_ndarray(even, format=layout).reformat(
+    is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
+    exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
+    converted = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24").reformat(
         format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
     )
     converted.pts = index

@@ -56,6 +56,8 @@ _ALONE = {
 # two or three copies
 MAX_PIXELS = 1 << 27
 
+ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
+
 # what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
 _DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
@@ -85,6 +87,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None:
             found = ", ".join(other.type for other in container.streams) or "nothing"
             raise MediaError(f"{path} has no video stream, only {found}")
+        if getattr(stream, "disposition", 0) & ATTACHED_PICTURE:  # the best of them is the cover of a song
+            raise MediaError(f"{path} has no video stream, only sound and a cover picture")
         check_pixels(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
         yield container, stream

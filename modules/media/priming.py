@@ -1,7 +1,7 @@
 """Tell Matroska that sound begins before time 0, with samples that only start the decoder.
 
-MP4 has such packets at negative times. FFmpeg would move everything else behind them, unless the stream says how
-many samples they are; only a Matroska file can be read so that its stream says it. So one is made in memory.
+MP4 has such packets at negative times. FFmpeg would move everything else behind them, unless the stream says
+how many samples they are; PyAV gives such a stream only for a Matroska file. So one is made in memory.
 """
 
 import struct
@@ -10,7 +10,11 @@ from typing import Any
 
 import av
 
-_CODECS = {"aac": b"A_AAC", "mp3": b"A_MPEG/L3"}
+# Matroska's names of codecs, by those of FFmpeg's decoders
+_CODECS = {
+    **{"aac": b"A_AAC", "mp3": b"A_MPEG/L3", "mp3float": b"A_MPEG/L3"},
+    **{"ac3": b"A_AC3", "eac3": b"A_EAC3", "alac": b"A_ALAC"},
+}
 
 
 def open_delayed(stream: Any, samples: int) -> Any | None:
@@ -19,11 +23,10 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     None if that cannot be said of its codec, or if it says it itself. Source of the layout: RFC 9559.
     """
     context = stream.codec_context
-    if context is None or context.name not in _CODECS or getattr(context, "delay", 0):
+    if context is None or context.name not in _CODECS or getattr(context, "delay", False):
         return None
-    sound = _element(
-        0xE1, _element(0xB5, struct.pack(">d", context.sample_rate)) + _number(0x9F, context.channels)
-    )
+    rate = _element(0xB5, struct.pack(">d", context.sample_rate))
+    sound = _element(0xE1, rate + _number(0x9F, context.channels))
     delay = _number(0x56AA, round(samples * 1e9 / context.sample_rate))  # in nanoseconds
     private = _element(0x63A2, bytes(context.extradata)) if context.extradata else b""
     names = _number(0xD7, 1) + _number(0x73C5, 1) + _number(0x83, 2) + _element(0x86, _CODECS[context.name])

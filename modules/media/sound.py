@@ -38,7 +38,7 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
 
 
 class _Gapless:
-    """Number the samples of decoded sound: an encoder takes them one after the other, whatever their times."""
+    """Number the samples of decoded sound: an encoder takes them one after the other."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base

@@ -11,22 +11,18 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
-from modules.media.decoding import decode_frames, time_origin, turn_upright
+from modules.media.decoding import check_size, decode_frames, time_origin, turn_upright
+from modules.media.depth import Pixels, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
 
 logger = getLogger(__name__)
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their whole range
-
 USUAL_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for streams without times
 RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of what is between 24 and 24000/1001
+START_TOLERANCE = Fraction(1, 1000)  # seconds, to which MP4 cuts the start of a stream
 FALL_SECONDS = 1  # times that fall by more than this begin anew: two recordings joined to one file
 # codes of the transfer functions of HDR (ITU-T H.273): PQ and HLG
 _HDR = {16: "PQ", 18: "HLG"}
@@ -55,13 +51,15 @@ class ShownFrame:
 def source_info(path: Path) -> SourceInfo:
     """Read the header and the first picture of a video file.
 
-    Raises MediaError if it is missing, empty, no video, without a video stream, or without any picture.
+    Raises MediaError if it is missing, empty, no video, without a video stream, without any picture, or
+    shorter than its header says.
     """
     if is_animation(path):
         durations = animation_durations(path)
         rate = len(durations) / sum(map(_animation_seconds, durations), Fraction(0))
         return SourceInfo(*image_size(path), rate, len(durations), is_deep=False)
     with open_video(path) as (container, stream):
+        check_size(path, container, stream)
         first = next(container.decode(stream), None)
         if first is None:
             raise MediaError(f"no frames in {path}: it holds none that can be decoded")
@@ -114,14 +112,14 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
         rate, origin = _plain_rate(stream), time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
         for number, (frame, _) in enumerate(decode_frames(path, container, stream)):
+            base = frame.time_base or stream.time_base
             if number == 0:
                 _warn_of_hdr(path, frame)
-            base = frame.time_base or stream.time_base
+                if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
+                    origin = (frame.pts or 0) * base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
             pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24")
-            if not deep and pixels.dtype == np.uint16:
-                # rounded here: from 10 bits to 8, FFmpeg is off by up to 2 of 255
-                pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)
+            pixels = pixels if deep else in_eight_bits(pixels)
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             yield ShownFrame(turn_upright(pixels, frame.rotation), start, seconds)
 
@@ -144,7 +142,10 @@ class Clock:
             time = self._previous + self._step - self._shift
         if self._origin is None:
             nearest = round(time / self._step) * self._step
-            self._origin = nearest if abs(nearest - time) <= self._tolerance else time
+            near = abs(nearest - time)
+            if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not
+                self._shift = nearest - time
+            self._origin = nearest if near <= max(self._tolerance, START_TOLERANCE) else time
             self._previous = self._origin
             return self._origin
         time += self._shift

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any, Protocol
 
-from modules.media.encoding import Pixels
+from modules.media.depth import Pixels
 
 USUAL_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
 MOST_TICKS = 1_000_000

@@ -15,6 +15,7 @@ from modules.errors import MediaError
 from modules.media.companions import needs_own_tags, open_companions
 from modules.media.encoding import (
     add_video_stream,
+    check_picture,
     choose_codec,
     create_container,
     encode_pictures,
@@ -22,7 +23,7 @@ from modules.media.encoding import (
 )
 from modules.media.opening import open_container, open_video
 from modules.media.reading import Frame
-from modules.media.timing import Shown, Timing, ticks_per_second
+from modules.media.timing import MOST_TICKS, Shown, Timing, ticks_per_second
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -57,10 +58,12 @@ def write_video(
     Raises MediaError if there is no frame, the codec does not fit the suffix, or the frames are too small for
     it; OutputError if the file cannot be written.
     """
+    kind = choose_codec(path, codec)
     remaining = iter(frames)
     first = next(remaining, None)
-    kind = choose_codec(path, codec, first)
-    assert first is not None
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    check_picture(path, codec, first)
     with (
         atomic_path(path) as temporary,
         name_write_errors(),
@@ -104,19 +107,23 @@ def write_shown(
     Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their times
     do not rise; OutputError if the file cannot be written.
     """
+    kind = choose_codec(path, codec)
     remaining = iter(frames)
     first = next(remaining, None)
-    kind = choose_codec(path, codec, None if first is None else first.pixels)
-    assert first is not None
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    check_picture(path, codec, first.pixels)
+    rate = rate.limit_denominator(MOST_TICKS)
     suffix = path.suffix.lower()
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_path(path))
         stack.enter_context(name_write_errors())
-        others = stack.enter_context(open_companions(companions_of, suffix)) if companions_of else None
+        others = stack.enter_context(open_companions(companions_of, suffix, rate)) if companions_of else None
         all_tags = _joined_tags(others.tags if others else {}, tags or {})
         # what is written comes in order, but for what the encoder holds back: that is waited for below
         options = {"max_interleave_delta": "1000000"}
         if suffix != ".mkv":
+            options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
             options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(all_tags)
         container = stack.enter_context(create_container(temporary, suffix, all_tags, options))
         stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)

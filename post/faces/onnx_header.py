@@ -36,6 +36,8 @@ def may_be_onnx(path: Path) -> bool:
 
     Raises CheckpointError if it cannot be read.
     """
+    if path.is_dir():
+        return False
     start = _read(path, 16)
     is_other = start[8:9] == b"{" or start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
     return not is_other and (start[:1] == b"\x08" or path.suffix.lower() == ".onnx")

@@ -4,6 +4,7 @@ Source: Deng et al. 2019, arXiv 1905.00641, as in the files of facexlib (from
 biubug6/Pytorch_Retinaface, MIT).
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,9 @@ from torch.nn.functional import interpolate, relu
 
 from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.layers.memory_layouts import lay_out, layouts
 from post.faces.boxes import best_of, shrunk
 from post.faces.contract import Found
 from post.faces.retinaface_bodies import (
@@ -28,6 +31,8 @@ from post.faces.retinaface_bodies import (
     read_mobilenet,
     read_resnet,
 )
+
+logger = logging.getLogger(__name__)
 
 # Letters: B batch, C channels, H W height and width of the picture, h w of features, N anchors
 
@@ -163,7 +168,6 @@ class RetinaFaceDetector:
     network: RetinaFace
     side: int | None  # None: every picture at its full size
     device: torch.device
-    dtype: torch.dtype
 
     @torch.inference_mode()
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
@@ -171,7 +175,7 @@ class RetinaFaceDetector:
         height, width = pixels.shape[:2]
         factor = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
         image = self._to_input(shrunk(pixels, factor))
-        scores, boxes, landmarks = (part[0].cpu() for part in self.network(image))
+        scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
         chosen = (scores >= least_score).nonzero()[:, 0]
         priors = anchors(*image.shape[2:])[chosen]
         size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of a picture
@@ -183,12 +187,30 @@ class RetinaFaceDetector:
             for index in best_of(corners, values, MOST_OVERLAP)
         ]
 
+    def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the heads say, for good in float32 if half precision does not do.
+
+        Raises CheckpointError if it is not finite in float32 either: nothing would be found, unseen.
+        """
+        dtype = next(self.network.parameters()).dtype
+        said: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
+        if all(bool(part.isfinite().all()) for part in said):
+            return said
+        if dtype == torch.float32:
+            raise CheckpointError(
+                "The result of RetinaFace is NaN or infinite: its file may be damaged. Download or copy it "
+                "again."
+            )
+        logger.info("A result of RetinaFace in %s is not finite: it goes on in float32.", dtype_name(dtype))
+        self.network.float()
+        return self._run(image)
+
     def _to_input(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Return H W 3 (RGB) as 1 3 H W, blue green red minus MEAN; bytes go to the device."""
+        """Return H W 3 (RGB) as 1 3 H W, blue green red minus MEAN in float32; bytes go to the device."""
         turned = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
         image = rearrange(turned, "h w c -> 1 c h w").float()
-        mean = torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
-        return (image - mean).to(self.dtype)
+        image = image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
+        return image.contiguous(memory_format=layouts(self.device)[1])
 
 
 def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceConfig]:
@@ -226,7 +248,8 @@ def load_retinaface(
         return stored if name.endswith("num_batches_tracked") else dtype
 
     network = load_planned(plan, RetinaFace, device, keep, option)
-    return RetinaFaceDetector(network, side, device, dtype)
+    lay_out(network, device)
+    return RetinaFaceDetector(network, side, device)
 
 
 def _conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:

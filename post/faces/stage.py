@@ -17,6 +17,7 @@ from post.faces.alignment import Matrix, alignment, crops, restorable
 from post.faces.contract import Detector
 from post.faces.detectors import check_detector, load_detector
 from post.faces.model_folder import find_detector, find_model, find_parsenet
+from post.faces.onnx_header import may_be_onnx
 from post.faces.options import FacefixOptions
 from post.faces.parsenet import face_parts
 from post.faces.pasting import Restored, deepen, enlarge, enlarged_size, paste, soften
@@ -28,6 +29,7 @@ from post.precision import network_dtype
 logger = logging.getLogger(__name__)
 
 LEAST_SCORE, LEAST_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
+LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 # in one pass of the networks: a crowd must not take more memory than that
 FACES_AT_ONCE = 4
 
@@ -44,12 +46,12 @@ class Facefix:
     name: str = "facefix"
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip with its new size. Raises OptionError if nothing is left of it."""
+        """Return the clip with its new size. Raises OptionError for a size that no file can have."""
         width, height = enlarged_size(clip.width, clip.height, self.options.upscale)
-        if not width or not height:
+        if min(width, height) < 1 or max(width, height) > LARGEST:
             raise OptionError(
-                f"--upscale {self.options.upscale:g} leaves nothing of {clip.path}, which has {clip.width} x "
-                f"{clip.height} pixels. Give a larger number."
+                f"--upscale {self.options.upscale:g} makes {width} x {height} pixels of the {clip.width} x "
+                f"{clip.height} of {clip.path}. Give another --upscale."
             )
         return replace(clip, width=width, height=height)
 
@@ -91,7 +93,7 @@ class Facefix:
         pixels = deepen(pixels) if is_deep else pixels
         if not matrices:
             return enlarge(pixels, self.options.upscale)
-        # a batch is no faster on a CPU, and rounds a face differently beside others; compiled code is for one size
+        # on a CPU a batch is no faster, and rounds a face differently; compiled code is for one size
         at_once = 1 if self.device.type == "cpu" or self.options.network.compile else FACES_AT_ONCE
         restored = []
         for first in range(0, len(matrices), at_once):
@@ -126,8 +128,7 @@ def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     restorer = load_restorer(options, model, parsenet, device)
     dtype = network_dtype(options.network, device, "the detector")
     detector = load_detector(path, device, dtype, option="--detection_model")
-    usual = LEAST_SCORE_ONNX if path.suffix.lower() == ".onnx" else LEAST_SCORE
-    least = options.detection_threshold or usual
+    least = options.detection_threshold or (LEAST_SCORE_ONNX if may_be_onnx(path) else LEAST_SCORE)
     return Facefix(options, detector, restorer, device, least)
 
 

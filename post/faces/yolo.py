@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 USUAL_SIDE = 640  # of the square picture that a file takes, if it does not say
 STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
+OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
 PADDING = 114  # grey around pictures that are not square
 MOST_OVERLAP = 0.7
 MOST_FOUND = 300
@@ -84,16 +85,15 @@ class YoloDetector:
         self, result: NDArray[np.float32], least_score: float
     ) -> tuple[Numbers, Numbers, Numbers | None]:
         """Return boxes N 4, scores N and landmarks N 5 2 or None, in pixels of the square picture."""
-        places = sum((self.layout.side // step) ** 2 for step in STEPS)
-        if result.shape[1] in FINISHED and result.shape[0] not in (places, 3 * places):
+        counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
+        if result.shape[1] in FINISHED and result.shape[0] not in counts:
             rows = result[result[:, BOX] >= least_score]
             return rows[:, :BOX], rows[:, BOX], _points(rows[:, BOX + 2 :], 3)
-        if result.shape[1] == places or (result.shape[0] != places and result.shape[1] > result.shape[0]):
+        if result.shape[1] in counts:
             result = result.T
-        if result.shape[0] == 3 * places or result.shape[1] <= BOX:
+        if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
-        classes = self.layout.classes
-        landmarks = self.layout.landmarks
+        classes, landmarks = self.layout.classes, self.layout.landmarks
         if classes is None:
             is_face = result.shape[1] == BOX + 1 + 3 * POINTS
             classes, landmarks = (1, 3) if is_face else (result.shape[1] - BOX, 0)
@@ -147,10 +147,10 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
     detector = YoloDetector(path, network, layout)
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
     names = _literal(header.notes.get("names"))
-    if isinstance(names, dict) and names:
-        shown = [str(name) for name in names.values()]
-        more = f" and {len(shown) - CLASSES_SHOWN} more" if len(shown) > CLASSES_SHOWN else ""
-        logger.info("%s finds: %s%s.", path.name, ", ".join(shown[:CLASSES_SHOWN]), more)
+    if isinstance(names, dict) and len(names) > 1:
+        shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
+        more = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, more)
     return detector
 
 

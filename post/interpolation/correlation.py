@@ -19,28 +19,41 @@ SIDE = 2 * RADIUS + 1  # offsets in x and y
 CHANNELS = LEVELS * SIDE**2
 REACH = SIDE + 1  # whole places that the offsets fall between
 VOLUME_BYTES = 3 << 29  # the products of all pairs are kept up to this size: 720p with all scales
-CHUNK_BYTES = 1 << 26  # features that are gathered at once
+CHUNK_BYTES = 1 << 24  # features that are gathered at once: what fits into a cache is faster
 
 
 class Correlation:
     """The features of two pictures, ready to be compared."""
 
-    def __init__(self, first: Tensor, second: Tensor, keeps_volume: bool | None = None) -> None:
-        """first, second: 1 C h w, float32. keeps_volume: None decides by the size."""
+    def __init__(
+        self,
+        first: Tensor,
+        second: Tensor,
+        keeps_volume: bool | None = None,
+        *,
+        levels: int = LEVELS,
+        scale: float | None = None,
+    ) -> None:
+        """first, second: 1 C h w, float32. keeps_volume: None decides by the size.
+
+        levels: scales to compare at. scale: what all products are multiplied by; None: 1 / sqrt(C).
+        """
         self._size = first.shape[-2:]
-        self._first = rearrange(first.float(), "1 c h w -> (h w) c") * first.shape[1] ** -0.5
+        scale = first.shape[1] ** -0.5 if scale is None else scale
+        self._first = rearrange(first.float(), "1 c h w -> (h w) c") * scale
+        self._second = second[0].float().flatten(1)
         scales = [second.float()]
-        for _ in range(LEVELS - 1):
+        for _ in range(levels - 1):
             scales.append(avg_pool2d(scales[-1], 2, stride=2))
         self._sizes = [(int(scale.shape[-2]), int(scale.shape[-1])) for scale in scales]
         if keeps_volume is None:
-            keeps_volume = is_volume_small(*self._size)
+            keeps_volume = is_volume_small(first.shape[-2], first.shape[-1], levels)
         make = self._volume if keeps_volume else _padded_rows
         self._keeps_volume = keeps_volume
         self._levels = [make(scale) for scale in scales]
 
     def lookup(self, places: Tensor) -> Tensor:
-        """Return 1 324 h w: products around a place of the second picture for each place of the first.
+        """Return 1 81*levels h w: products around a place of the second picture for each place of the first.
 
         places: 1 2 h w, x and y in the second picture's features. Channel level * 81 + i * 9 + j is that of
         the place moved by i - 4 in x and j - 4 in y at that scale; outside the picture it is 0.
@@ -48,9 +61,14 @@ class Correlation:
         centres = rearrange(places.float(), "1 two h w -> (h w) two")
         # a place that is not finite lies outside; so far outside that nothing near the edge is meant
         centres = centres.nan_to_num(-1e6, -1e6, -1e6).clamp(-1e6, 1e6)
-        found = [self._around(level, centres / 2**level) for level in range(LEVELS)]
+        found = [self._around(level, centres / 2**level) for level in range(len(self._levels))]
         height, width = self._size
         return rearrange(torch.cat(found, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Return n h w: products of the first picture's places start to end with all of the second's."""
+        rows = self._levels[0][start:end] if self._keeps_volume else self._first[start:end] @ self._second
+        return rows.unflatten(1, self._sizes[0])
 
     def _around(self, level: int, centres: Tensor) -> Tensor:
         """Return P 81. centres: P 2, at this scale."""
@@ -94,12 +112,12 @@ class Correlation:
         return torch.cat(products).view(-1, REACH, REACH)
 
 
-def is_volume_small(height: int, width: int) -> bool:
+def is_volume_small(height: int, width: int, levels: int = LEVELS) -> bool:
     """Return whether the products of all pairs of places are kept for features of this size.
 
     It depends on nothing else, so that a clip gives the same pictures on every device.
     """
-    places = sum((height >> level) * (width >> level) for level in range(LEVELS))
+    places = sum((height >> level) * (width >> level) for level in range(levels))
     return 4 * height * width * places <= VOLUME_BYTES
 
 

@@ -1,1 +1,211 @@
-"""The files in the folder of --model, and what they say about the network."""
+"""Find the files of GIMM-VFI in the folder of --model, and load the networks in them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from modules.checkpoints.dialects import LoadPlan, load_planned
+from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint
+from modules.errors import CheckpointError
+from modules.text_files import read_text
+from post.interpolation.contract import FlowEstimator
+from post.interpolation.flowformer import FlowFormer, read_flowformer
+from post.interpolation.gimm import GimmConfig, GimmVfi
+from post.interpolation.layout import ESTIMATOR, is_with_raft, read_gimm
+from post.interpolation.options import WITH_FLOWFORMER, WITH_RAFT
+from post.interpolation.raft import ITERATIONS, Raft, read_raft
+from post.interpolation.synthesis import SynthesisConfig
+
+OPTION = "--model"
+META = torch.device("meta")
+RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
+FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
+MOST_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where everything of a mode lies."""
+
+    main: Path
+    flow: Path  # may be the main file, which holds it too
+    settings: Path | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the YAML beside the files says that no tensor tells; the defaults are the released ones."""
+
+    coordinates: tuple[float, float] = (-1.0, 1.0)
+    frequency: float = 1.0
+    output_bias: float = 0.5
+    raft_iterations: int = ITERATIONS
+
+
+USUAL = Settings()
+
+
+def find_files(path: Path, kind: str) -> ModelFiles:
+    """Return the files of a mode. path: the folder, or the main file in it.
+
+    Raises CheckpointError if one is missing.
+    """
+    known = tuple(
+        f"{kind}_arb{perceptual}{ending}"
+        for perceptual in ("_lpips", "")
+        for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
+    )
+    folder = path if path.is_dir() else path.parent
+    main = _find(folder, known, kind) if path.is_dir() else path
+    if main is None:
+        raise CheckpointError(
+            f"{path}: there is no file of {kind} in this folder. Put {known[0]} there, or give another "
+            f"folder to {OPTION} or another --mode.",
+            path,
+        )
+    names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
+    flow = _find(folder, names, names[1].partition(".")[0])
+    if flow is None:
+        with open_checkpoint(main) as checkpoint:
+            is_inside = any(
+                name.startswith(ESTIMATOR) for name in checkpoint.without_prefix("module.").tensors
+            )
+        if not is_inside:
+            raise CheckpointError(
+                f"{folder}: the optical flow of {kind} is not beside {main.name}. Put {names[0]} there.",
+                folder,
+            )
+    settings = folder / f"{kind}_arb.yaml"
+    return ModelFiles(main, flow or main, settings if settings.is_file() else None)
+
+
+def _find(folder: Path, known: Sequence[str], start: str) -> Path | None:
+    """Return the first of the known names, else the only model file whose name begins so, else None."""
+    for name in known:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in SUFFIXES and file.name.lower().startswith(start) and file.is_file()
+    )
+    if len(others) > 1:
+        found = ", ".join(file.name for file in others)
+        raise CheckpointError(f"{folder}: which of {found}? Keep one, or name it {known[0]}.", folder)
+    return others[0] if others else None
+
+
+def read_settings(path: Path | None) -> Settings:
+    """Read the YAML of the released files; without one, the released settings.
+
+    Raises CheckpointError if it cannot be read, or asks for what this program does not compute.
+    """
+    if path is None:
+        return Settings()
+    try:
+        arch = _mapping(_mapping(yaml.safe_load(read_text(path))).get("arch"))
+        hyponet = _mapping(arch.get("hyponet"))
+        activation = hyponet.get("activation", "siren")
+        sine = _mapping(activation) or {"type": activation}
+        for name, found, usual in (
+            ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),
+            ("activation", sine.get("type", "siren"), "siren"),
+            ("normalize_weight", hyponet.get("normalize_weight", True), True),
+        ):
+            if found != usual:
+                raise CheckpointError(f"{path}: {name} {found} is not supported, only {usual}.", path)
+        low, high = arch.get("coord_range", USUAL.coordinates)
+        iterations = int(arch.get("raft_iter", USUAL.raft_iterations))
+        if not 1 <= iterations <= MOST_ITERATIONS:
+            raise ValueError(f"raft_iter {iterations} is not 1 to {MOST_ITERATIONS}")
+        frequency, bias = sine.get("siren_w0", USUAL.frequency), hyponet.get("output_bias", USUAL.output_bias)
+        return Settings((float(low), float(high)), float(frequency), float(bias), iterations)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be used: {reason}. Without it the released settings hold.", path
+        ) from error
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The loaded networks of a mode."""
+
+    gimm: GimmVfi
+    estimator: FlowEstimator
+
+
+def check_networks(path: Path, kind: str) -> None:
+    """Read the headers of a mode's files. Raises CheckpointError as `load_networks`."""
+    load_networks(path, kind, META, torch.float32)
+
+
+def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Networks:
+    """Load both networks; only the synthesis computes in `dtype`, motion in float32.
+
+    Raises CheckpointError if a file is missing or not what its name says, or if both do not fit each other.
+    """
+    files = find_files(path, kind)
+    settings = read_settings(files.settings)
+
+    def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+        return dtype if name.startswith("synthesis.") else torch.float32
+
+    with open_checkpoint(files.main) as checkpoint:
+        plan = read_gimm(checkpoint)
+        _require_kind(plan, kind, files.main)
+        motion = replace(
+            plan.config.motion,
+            coordinates=settings.coordinates,
+            frequency=settings.frequency,
+            output_bias=settings.output_bias,
+        )
+        plan = replace(plan, config=replace(plan.config, motion=motion))
+        gimm = load_planned(plan, GimmVfi, device, dtype_of, OPTION)
+    with open_checkpoint(files.flow) as checkpoint:
+        if files.flow == files.main:
+            checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
+        estimator, widths = _load_estimator(checkpoint, kind, settings, device)
+    _require_fitting(plan.config.synthesis, widths, files)
+    return Networks(gimm, estimator)
+
+
+def _load_estimator(
+    checkpoint: Checkpoint, kind: str, settings: Settings, device: torch.device
+) -> tuple[FlowEstimator, tuple[int, int, int]]:
+    """Return the network, and the channels of its quarter, eighth and matching maps."""
+    if kind == WITH_RAFT:
+        raft = read_raft(checkpoint)
+        build = partial(Raft, iterations=settings.raft_iterations)
+        widths = (*raft.config.stages[1:], raft.config.features)
+        return load_planned(raft, build, device, torch.float32, OPTION), widths
+    plan = read_flowformer(checkpoint)
+    first, second = (stage.width for stage in plan.config.context)
+    widths = (first, second, plan.config.matching)
+    return load_planned(plan, FlowFormer, device, torch.float32, OPTION), widths
+
+
+def _require_kind(plan: LoadPlan[GimmConfig], kind: str, path: Path) -> None:
+    if is_with_raft(plan.config) != (kind == WITH_RAFT):
+        other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
+        raise CheckpointError(f"{path} is a file of {other}, not of {kind}. Use --mode {other}.", path)
+
+
+def _require_fitting(config: SynthesisConfig, found: tuple[int, int, int], files: ModelFiles) -> None:
+    """Raise CheckpointError if the maps of the flow are not those that the synthesis takes."""
+    wanted = tuple(inputs for inputs, _ in config.projections) or (config.quarter, config.eighth, found[2])
+    if found != wanted:
+        raise CheckpointError(
+            f"{files.flow} does not fit {files.main.name}: it makes maps of {found[0]} and {found[1]} "
+            "channels. Give both files of one release.",
+            files.flow,
+        )

@@ -31,6 +31,7 @@ class GimmVfi(nn.Module):
 
     def __init__(self, config: GimmConfig) -> None:
         super().__init__()
+        self.config = config
         self.motion = MotionField(config.motion)
         self.synthesis = Synthesis(config.synthesis)
 

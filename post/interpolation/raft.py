@@ -3,13 +3,13 @@
 Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 licence). Attributes are named as in raft-things.pth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import instance_norm, relu, unfold
+from torch.nn.functional import conv2d, instance_norm, relu, unfold
 
 from modules.checkpoints.dialects import LoadPlan, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
@@ -103,24 +103,59 @@ class MotionEncoder(nn.Module):
         return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the recurrent unit, along rows or columns, with what stays the same in all iterations."""
+
+    constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
+    moving: Tensor  # weights of the motion for the three gates
+    recurrent: Tensor  # weights of the hidden state for the first two
+    kept: Tensor  # weights of what is kept of it for the third
+    padding: tuple[int, int]
+
+    def __call__(self, hidden: Tensor, motion: Tensor) -> Tensor:
+        """hidden: 1 C h w. Returns the new one."""
+        width = hidden.shape[1]
+        inputs = self.constant + conv2d(motion, self.moving, padding=self.padding)
+        gates = conv2d(hidden, self.recurrent, padding=self.padding) + inputs[:, : 2 * width]
+        share, reset = torch.sigmoid(gates).chunk(2, dim=1)
+        kept = conv2d(reset * hidden, self.kept, padding=self.padding)
+        return (1 - share) * hidden + share * torch.tanh(kept + inputs[:, 2 * width :])
+
+
 class SeparableGru(nn.Module):
     """A recurrent unit whose convolutions go along rows first, then along columns."""
 
     def __init__(self, hidden: int, inputs: int) -> None:
+        """inputs: channels of the context and of the motion."""
         super().__init__()
         for number, size, padding in ((1, (1, 5), (0, 2)), (2, (5, 1), (2, 0))):
             for gate in "zrq":
                 layer = nn.Conv2d(hidden + inputs, hidden, size, padding=padding)
                 setattr(self, f"conv{gate}{number}", layer)
 
-    def forward(self, hidden: Tensor, inputs: Tensor) -> Tensor:
-        for number in (1, 2):
-            update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
-            both = torch.cat([hidden, inputs], dim=1)
-            share = torch.sigmoid(update(both))
-            kept = torch.sigmoid(reset(both)) * hidden
-            hidden = (1 - share) * hidden + share * torch.tanh(fresh(torch.cat([kept, inputs], dim=1)))
-        return hidden
+    def turns(self, context: Tensor) -> tuple[Turn, Turn]:
+        """Return both turns of an iteration. context: 1 . h w, the same in all of them.
+
+        The three gates read the same maps, and a convolution is linear in them: what the context adds is
+        computed once, and what the motion adds for all gates together.
+        """
+        return self._turn("1", context), self._turn("2", context)
+
+    def _turn(self, number: str, context: Tensor) -> Turn:
+        update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
+        weight = torch.cat([update.weight, reset.weight, fresh.weight])
+        bias = torch.cat([update.bias, reset.bias, fresh.bias])
+        width, inputs = len(bias) // 3, context.shape[1]
+        own, of_context, moving = weight.split([width, inputs, weight.shape[1] - width - inputs], dim=1)
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        return Turn(
+            constant=conv2d(context, of_context, bias, padding=padding),
+            moving=moving.contiguous(),
+            recurrent=own[: 2 * width].contiguous(),
+            kept=own[2 * width :].contiguous(),
+            padding=padding,
+        )
 
 
 class FlowHead(nn.Module):
@@ -145,11 +180,12 @@ class UpdateBlock(nn.Module):
         self.mask = upsampling_mask(config.hidden, config.mask)
 
     def forward(
-        self, hidden: Tensor, context: Tensor, correlation: Tensor, flow: Tensor
+        self, hidden: Tensor, turns: Sequence[Turn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the change of the flow."""
+        """Return the new hidden state and the change of the flow. turns: of the recurrent unit."""
         motion = self.encoder(correlation, flow)
-        hidden = self.gru(hidden, torch.cat([context, motion], dim=1))
+        for turn in turns:
+            hidden = turn(hidden, motion)
         return hidden, self.flow_head(hidden)
 
 
@@ -174,11 +210,12 @@ class Raft(nn.Module):
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.own.split([self.config.hidden, self.config.context], dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
+        turns = self.update_block.gru.turns(context)
         start = grid_of(hidden)
         places = start
         for _ in range(self.iterations):
             found = correlation.lookup(places)
-            hidden, change = self.update_block(hidden, context, found, places - start)
+            hidden, change = self.update_block(hidden, turns, found, places - start)
             places = places + change
         return upsample_flow(places - start, 0.25 * self.update_block.mask(hidden))
 

@@ -1,17 +1,145 @@
 """The stage of this room."""
 
-import torch
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import repeat
 
-from modules.errors import OptionError
-from post.contract import Stage
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from modules.devices import choose_compute_dtype, half_where_fast
+from modules.errors import MediaError, OptionError
+from post.contract import Clip, Picture, Pixels, Stage
+from post.interpolation.files import check_networks, load_networks
+from post.interpolation.gimm import Frame, Interpolation
 from post.interpolation.options import InterpolationOptions
+from post.interpolation.scenes import Cuts, Thumbnail, scene_distance, thumbnail
+from post.pixels import to_pixels, to_tensor
+
+NAME = "GIMMVFI"
+LEAST_SIDE = 128  # of what the networks see: smaller ones have no fourth scale to compare at
 
 
 def check_interpolation(options: InterpolationOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    raise OptionError("not there yet")
+    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
+    check_networks(options.network.model, options.kind)
 
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_interpolation`."""
-    raise OptionError("not there yet")
+    usual = choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
+    dtype = half_where_fast(device, usual, "GIMM-VFI")
+    networks = load_networks(options.network.model, options.kind, device, dtype)
+    network = Interpolation(networks.gimm, networks.estimator, float(options.part))
+    return Interpolator(options, network, device)
+
+
+class Interpolator:
+    """Makes pictures between pictures: a `Stage`. Holds two pictures at a time, and what they give alone."""
+
+    def __init__(self, options: InterpolationOptions, network: Interpolation, device: torch.device) -> None:
+        self._options, self._network, self._device = options, network, device
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    def result(self, clip: Clip) -> Clip:
+        """Return the clip with the pictures between. Raises MediaError if it is one picture, or too small."""
+        factor = self._options.factor
+        if factor == 1:
+            return clip
+        if clip.rate is None or clip.frames == 1:
+            raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
+        part = self._options.part
+        left, right, top, bottom = self._edges(clip.height, clip.width)
+        if min(clip.height + top + bottom, clip.width + left + right) * part < LEAST_SIDE:
+            needed = math.ceil(LEAST_SIDE / part) - self._options.alignment + 1  # the rest is added
+            at_part = f" with --ds_factor {self._options.ds_factor:g}" if part < 1 else ""
+            raise MediaError(
+                f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {needed} pixels in "
+                f"width and height{at_part}."
+            )
+        frames = None if clip.frames is None else (clip.frames - 1) * factor + 1
+        return replace(clip, rate=clip.rate * factor, frames=frames)
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        """Yield the pictures as they are, and those between. Raises MediaError if there is only one."""
+        if self._options.factor == 1:
+            yield from pictures
+            return
+        cuts = Cuts()
+        count, before = 0, None
+        for picture in pictures:
+            now = _Shown(picture, self._frame)
+            if before is not None:
+                yield from self._pair(before, now, clip.is_deep, cuts)
+            count, before = count + 1, now
+        if before is None:
+            return  # what that means is known where it was to be read
+        if count == 1:
+            raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
+        last = before.picture
+        yield replace(last, seconds=last.seconds / self._options.factor)
+        cuts.report()
+
+    def _pair(self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: Cuts) -> Iterator[Picture]:
+        """Yield the first picture and those before the second."""
+        factor, start = self._options.factor, first.picture.start
+        step = (second.picture.start - start) / factor
+        yield replace(first.picture, seconds=step)
+        numbers = range(1, factor)
+        threshold = self._options.scene_threshold
+        is_same = np.array_equal(first.picture.pixels, second.picture.pixels)
+        is_cut = not is_same and 0 < threshold <= scene_distance(first.thumbnail, second.thumbnail)
+        if is_cut:
+            cuts.add(second.picture.start)
+        made: Iterator[Pixels]
+        if is_same or is_cut:
+            made = repeat(first.picture.pixels, factor - 1)
+        else:
+            times = [number / factor for number in numbers]
+            between = self._network.between(first.frame, second.frame, times)
+            made = (self._pixels(image, first.picture, is_deep) for image in between)
+        for number, pixels in zip(numbers, made, strict=True):
+            yield Picture(pixels, start + number * step, step)
+
+    def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return what is added left, right, above and below for the networks."""
+        across, down = (-side % self._options.alignment for side in (width, height))
+        return across // 2, across - across // 2, down // 2, down - down // 2
+
+    def _frame(self, pixels: Pixels) -> Frame:
+        image = to_tensor(pixels, self._device)
+        return self._network.frame(pad(image, self._edges(*pixels.shape[:2]), mode="replicate"))
+
+    def _pixels(self, image: Tensor, like: Picture, is_deep: bool) -> Pixels:
+        height, width = like.pixels.shape[:2]
+        left, _, top, _ = self._edges(height, width)
+        image = image[..., top : top + height, left : left + width]
+        if not bool(image.isfinite().all()):
+            raise OptionError(
+                f"--dtype {self._options.network.dtype}: a picture of {NAME} has values that are NaN or "
+                "infinite. Use --dtype bf16 or fp32."
+            )
+        return to_pixels(image, is_deep)
+
+
+class _Shown:
+    """A picture of the stream; and what is made of it, once it is asked for."""
+
+    def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
+        self.picture, self._make = picture, make
+
+    @cached_property
+    def frame(self) -> Frame:
+        return self._make(self.picture.pixels)
+
+    @cached_property
+    def thumbnail(self) -> Thumbnail:
+        return thumbnail(self.picture.pixels)

@@ -187,8 +187,9 @@ class Compared:
     """The features of both pictures, ready to be compared both ways."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
-        self._forth = Correlation(first.matching, second.matching)
-        self._back = Correlation(second.matching, first.matching)
+        # a few lookups: keeping all products would take longer, and memory beside the largest layers
+        self._forth = Correlation(first.matching, second.matching, keeps_volume=False)
+        self._back = Correlation(second.matching, first.matching, keeps_volume=False)
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:

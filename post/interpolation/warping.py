@@ -57,4 +57,5 @@ def resize(image: Tensor, factor: float) -> Tensor:
     """Return B C H W resized bilinearly by a factor, without smoothing before."""
     if factor == 1:
         return image
-    return interpolate(image, scale_factor=factor, mode="bilinear", align_corners=False)
+    size = [round(side * factor) for side in image.shape[-2:]]
+    return interpolate(image, size=size, mode="bilinear", align_corners=False)

@@ -1,7 +1,7 @@
 """The stage that enlarges pictures."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -16,12 +16,15 @@ from post.compiling import check_compiling, compile_parts
 from post.contract import Clip, Picture, Pixels, Stage
 from post.pixels import to_pixels, to_tensor
 from post.precision import Guarded, network_dtype
-from post.tiling import WHOLE, Fitting, pad_to_multiple
+from post.tiling import WHOLE, Fitting, largest_tile, pad_to_multiple, room_on, round_up
 from post.upscaling.files import Kind, Upscaler, check_file, load_upscaler
+from post.upscaling.memory import bytes_per_pixel, result_bytes
 from post.upscaling.options import UpscalerOptions
 
 logger = logging.getLogger(__name__)
 
+GIB = 1 << 30
+PLENTY = 1 << 16  # bytes; no released network takes so much for a pixel of its input
 LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 MOST_AT_ONCE = 16  # pictures of a batch that is chosen here
 BATCH_PIXELS = 1 << 19  # of the input: a GPU is busy with so many, more would only take memory
@@ -70,6 +73,7 @@ class UpscalerStage:
     network: Guarded
     options: UpscalerOptions
     device: torch.device
+    room: Callable[[torch.device], int | None] = room_on
     name: str = "upscaler"
 
     def result(self, clip: Clip) -> Clip:
@@ -106,10 +110,6 @@ class UpscalerStage:
     def _fitting(self, clip: Clip) -> Fitting:
         """Return what is tried first for a clip."""
         options, step = self.options, self.upscaler.config.step
-        tile = WHOLE if options.tile is None else options.tile
-        if tile % step:
-            tile = max(tile // step, 1) * step
-            logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", options.tile, tile, step)
         batch = options.batch_size
         if batch is None:
             fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
@@ -117,12 +117,46 @@ class UpscalerStage:
         return Fitting(
             self.device,
             batch,
-            tile,
+            self._first_tile(clip, batch),
             is_auto=options.tile is None,
             overlap=options.tile_overlap,
             step=step,
             factor=self.upscaler.config.factor,
         )
+
+    def _first_tile(self, clip: Clip, batch: int) -> int:
+        """Return the size of the tiles that are tried first."""
+        tile, config = self.options.tile, self.upscaler.config
+        if tile is None:
+            return self._forecast(clip, batch)
+        if tile % config.step == 0:
+            return tile
+        whole = max(tile // config.step, 1) * config.step
+        logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, whole, config.step)
+        return whole
+
+    def _forecast(self, clip: Clip, batch: int) -> int:
+        """Return the size of tiles for which memory will suffice.
+
+        On a CPU the system would end a program that takes too much, and some drivers would lend a GPU the
+        host's memory, which is slower than tiles.
+        """
+        room, config = self.room(self.device), self.upscaler.config
+        if room is None:
+            return WHOLE
+        width, height = (round_up(side, config.step) for side in (clip.width, clip.height))
+        if batch * width * height * PLENTY <= room:
+            return WHOLE
+        per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
+        free = room - batch * result_bytes(config, width, height)
+        tile = largest_tile(height, width, free, per_pixel, config.step, self.options.tile_overlap)
+        if tile != WHOLE:
+            logger.info(
+                "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut "
+                "into tiles of %d pixels.",
+                *(clip.width, clip.height, width * height * per_pixel / GIB, free / GIB, tile),
+            )
+        return tile
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -279,6 +279,7 @@ class SwinIR(nn.Module):
             tokens = layer(tokens, index)
         tokens = self.norm(tokens).to(x.dtype)
         features = self.conv_after_body(as_map(tokens)) + first
+        del first, tokens  # enlarging takes most memory
         made = x + self.conv_last(features) if self.config.upsampler == "none" else self._enlarge(features)
         return made / self.config.pixel_range + mean
 
@@ -290,8 +291,10 @@ class SwinIR(nn.Module):
             return self.conv_last(self.upsample(features))
         for number in range(1, len(self.config.ups) + 1):
             convolve = self.get_submodule(f"conv_up{number}")
-            enlarged = interpolate(features, scale_factor=2.0, mode="nearest")
-            features = leaky_relu(convolve(enlarged), 0.2, inplace=True)
+            # nested, so that the largest tensors are freed as soon as they may be
+            features = leaky_relu(
+                convolve(interpolate(features, scale_factor=2.0, mode="nearest")), 0.2, inplace=True
+            )
         return self.conv_last(leaky_relu(self.conv_hr(features), 0.2, inplace=True))
 
 

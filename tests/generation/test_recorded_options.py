@@ -113,6 +113,7 @@ VALUES = {  # where any value of the right type does not do
     "compile_mode": ["max-autotune"],
     "lora_weight": [LORA],
     "lora_weight_high_noise": [LORA],
+    "post": ["upscaler model=x.pth"],
 }
 WITH = {  # what has to be given too
     "cfg_skip_mode": ["--cfg_apply_ratio", "0.25"],
@@ -287,6 +288,7 @@ LISTS = {
             "bulk_decode",
             "trim_tail_frames",
             "ckpt_dir",
+            "post",
         ),
     },
 }

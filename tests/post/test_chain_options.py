@@ -11,7 +11,7 @@ from post.interpolation.options import InterpolationOptions
 from post.upscaling.options import UpscalerOptions
 from tests.faults.messages import assert_one_message, run_here
 
-BASE = ("--model", "x.pth", "--input", "a.mp4")
+BASE = ("--model", "x.pth", "--input", str(Path(__file__)))
 
 
 def read(*words: str) -> object:
@@ -60,12 +60,24 @@ def test_what_cannot_be_in_a_chain_is_refused_by_name(words: list[str], message:
         read(*words)
 
 
+def test_a_model_that_is_not_named_is_looked_for_among_the_downloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="--then facefix: no model is given.*\n.*--task gfpgan"):
+        read("--then", "facefix")
+    file = Path("models", "facefix", "GFPGANv1.4.pth")
+    file.parent.mkdir(parents=True)
+    file.touch()
+
+    assert read("--then", "facefix").tools[1][1].network.model == file
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--the", "facefix"], "write --then in full"),
         (["--then", "facefix", "--modl", "x"], "--then facefix: error: Unknown option --modl"),
-        (["--then", "facefix"], "--then facefix: error: the following arguments are required: --model"),
     ],
 )
 def test_mistakes_of_typing_name_the_tool(
@@ -111,4 +123,4 @@ def test_a_missing_input_is_one_message_of_the_script(tmp_path: Path) -> None:
         "blissful_tuner/upscaler.py", "--model", "x.pth", "--input", "a.mp4", folder=tmp_path
     )
 
-    assert_one_message(code, said, "MediaError: --input a.mp4 does not exist")
+    assert_one_message(code, said, "OptionError: --input a.mp4 does not exist")

@@ -26,7 +26,7 @@ RAFT = RaftConfig(
 MOTION = MotionConfig(
     encoder=(4, 4, 4), encoder_blocks=3, residual=(4, 4), residual_blocks=1, layers=(8, 8, 8, 8, 2)
 )
-SIDES = {"width": 8, "side": 4}
+ITERATIONS = 3  # of RAFT, as the YAML says
 
 
 def gimm_config(quarter: int, eighth: int, projections: tuple[tuple[int, int], ...]) -> GimmConfig:
@@ -46,6 +46,7 @@ def gimm_config(quarter: int, eighth: int, projections: tuple[tuple[int, int], .
 
 
 GIMM_R = gimm_config(quarter=16, eighth=16, projections=((8, 16), (8, 16), (8, 8)))
+GIMM_F = gimm_config(quarter=32, eighth=64, projections=())  # as tests/tiny/post_flowformer.py makes them
 
 
 def draw(network: nn.Module, seed: int) -> nn.Module:
@@ -66,7 +67,7 @@ def draw(network: nn.Module, seed: int) -> nn.Module:
 
 def tiny_interpolation(ds_factor: float = 1.0) -> Interpolation:
     """A narrow network with RAFT of narrow width."""
-    network, raft = draw(GimmVfi(GIMM_R), 0), draw(Raft(RAFT), 1)
+    network, raft = draw(GimmVfi(GIMM_R), 0), draw(Raft(RAFT, ITERATIONS), 1)
     assert isinstance(network, GimmVfi)
     assert isinstance(raft, Raft)
     return Interpolation(network, raft, ds_factor)
@@ -78,10 +79,20 @@ def published(network: GimmVfi) -> dict[str, Tensor]:
 
 
 def write_gimm_r(folder: Path) -> Path:
-    """The files of mode gimmvfi_r in a folder, which is returned."""
+    """The files of mode gimmvfi_r and its YAML in a folder, which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    network, raft = draw(GimmVfi(GIMM_R), 0), draw(Raft(RAFT), 1)
+    network, raft = draw(GimmVfi(GIMM_R), 0), draw(Raft(RAFT, ITERATIONS), 1)
     assert isinstance(network, GimmVfi)
     save_tensors(folder / "gimmvfi_r_arb_lpips_fp32.safetensors", published(network))
     save_tensors(folder / "raft-things_fp32.safetensors", raft.state_dict())
+    (folder / "gimmvfi_r_arb.yaml").write_text(f"arch:\n  raft_iter: {ITERATIONS}\n", encoding="utf-8")
+    return folder
+
+
+def write_gimm_f(folder: Path) -> Path:
+    """The main file of mode gimmvfi_f in a folder, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network = draw(GimmVfi(GIMM_F), 0)
+    assert isinstance(network, GimmVfi)
+    save_tensors(folder / "gimmvfi_f_arb_lpips_fp32.safetensors", published(network))
     return folder

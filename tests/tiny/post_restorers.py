@@ -67,10 +67,10 @@ def codeformer_weights(config: CodeFormerConfig = CODEFORMER) -> dict[str, Tenso
     return rule_weights("tiny-codeformer", CodeFormer(config))
 
 
-def parsenet_weights(part: int | None = None) -> dict[str, Tensor]:
+def parsenet_weights(part: int | None = None, config: ParseNetConfig = PARSENET) -> dict[str, Tensor]:
     """Random weights; part: of the face, 0 to 18, that every pixel is said to belong to."""
-    weights = rule_weights("tiny-parsenet", ParseNet(PARSENET))
-    weights["out_img_conv.conv2d.weight"] = torch.zeros(3, PARSENET.up[-1], 3, 3)
+    weights = rule_weights("tiny-parsenet", ParseNet(config))
+    weights["out_img_conv.conv2d.weight"] = torch.zeros(3, config.up[-1], 3, 3)
     weights["encoder.1.conv1.norm.norm.num_batches_tracked"] = torch.tensor(7)
     if part is not None:
         weights["out_mask_conv.conv2d.weight"].zero_()

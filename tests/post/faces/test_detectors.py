@@ -13,6 +13,7 @@ from modules.errors import CheckpointError
 from post.faces.boxes import best_of
 from post.faces.contract import Found
 from post.faces.detectors import check_detector, load_detector
+from post.faces.yolo import YoloDetector, YoloLayout
 from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny.onnx_files import write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -91,6 +92,38 @@ def test_overlapping_boxes_give_way_to_the_best() -> None:
     assert best_of(boxes, scores, 0.2) == [1, 2]
     assert best_of(boxes, scores, 0.4, most=1) == [1]
     assert best_of(boxes[:0], scores[:0], 0.4) == []
+
+
+def rows_of(layout: YoloLayout, result: np.ndarray) -> tuple[np.ndarray, ...]:
+    return YoloDetector(Path("yolo.onnx"), None, layout)._read(result.astype(np.float32), 0.5)
+
+
+def test_results_of_a_yolo_are_read_in_each_way_in_which_they_are_given() -> None:
+    points = np.arange(15.0)
+    row = np.array([50, 40, 20, 10, 0.9, *points])
+    places = np.zeros((84, 20))  # 8 x 8 + 4 x 4 + 2 x 2
+    places[7] = row
+    expected = points.reshape(5, 3)[:, :2]
+
+    for classes, landmarks, result in ((None, 0, places), (1, 3, places.T)):
+        boxes, scores, found = rows_of(YoloLayout(64, classes, landmarks), result)
+        assert boxes.tolist() == [[40, 35, 60, 45]]
+        assert scores.tolist() == [pytest.approx(0.9)]
+        assert (found[0] == expected).all()
+    boxes, scores, found = rows_of(YoloLayout(64, 2, 0), places[:, :6] + np.eye(6)[5] * 0.6)
+    assert len(boxes) == 84  # the second class, too
+    assert found is None
+    finished = np.array([[40, 35, 60, 45, 0.9, 0, *points], [1, 1, 2, 2, 0.4, 0, *points]])
+    boxes, scores, found = rows_of(YoloLayout(64, 1, 3), finished)
+    assert boxes.tolist() == [[40, 35, 60, 45]]
+    assert (found[0] == expected).all()
+
+
+def test_results_of_an_older_yolo_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="v5 and v7 are not supported"):
+        rows_of(YoloLayout(64, None, 0), np.zeros((3 * 84, 16)))
+    with pytest.raises(CheckpointError, match=r"\[300, 38\]"):
+        rows_of(YoloLayout(64, 1, 0), np.zeros((300, 38)))
 
 
 class Yolo:

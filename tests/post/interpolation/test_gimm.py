@@ -18,13 +18,14 @@ from tests.post.interpolation.recorded import check_recorded, write_recorded
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def test_frames_made_with_raft_are_as_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [(0.5,), pytest.param((0.25, 0.5), marks=pytest.mark.slow)])
+def test_frames_made_with_raft_are_as_recorded(tmp_path: Path, times: tuple[float, ...]) -> None:
     case, tensors = read_case("gimmvfi_r")
     main, flow = write_recorded(tmp_path, case, "gimmvfi-r", "raft-things")
     with open_checkpoint(main) as first, open_checkpoint(flow) as second:
         network = load_planned(read_gimm(first), GimmVfi, CPU, torch.float32, "--model")
         raft = load_planned(read_raft(second), Raft, CPU, torch.float32, "--model")
-    check_recorded(case, tensors, network, raft)
+    check_recorded(case, tensors, network, raft, times)
 
 
 @pytest.mark.parametrize("manifest", ["gimmvfi-r", "gimmvfi-f"])

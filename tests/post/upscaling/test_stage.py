@@ -17,7 +17,8 @@ from modules.errors import CheckpointError, OptionError
 from post.contract import Clip, Picture
 from post.network_options import NetworkOptions
 from post.tiling import pad_to_multiple
-from post.upscaling.files import load_upscaler
+from post.upscaling.files import check_file, load_upscaler
+from post.upscaling.memory import bytes_per_pixel, result_bytes
 from post.upscaling.options import UpscalerOptions
 from post.upscaling.stage import UpscalerStage, check_upscaler, make_upscaler
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
@@ -186,6 +187,36 @@ def test_memory_that_ends_is_met_with_tiles_once_a_clip(
     assert [record.getMessage() for record in caplog.records] == [
         "Memory is full: from now on pictures are cut into tiles of 64 pixels."
     ]
+
+
+def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), mode="esrgan"), CPU)
+    assert isinstance(stage, UpscalerStage)
+    config = stage.upscaler.config
+    per_pixel = bytes_per_pixel(stage.upscaler.kind, config, torch.float32)
+    room = round(80 * 80 * per_pixel) + result_bytes(config, 100, 90)
+    picture = Picture(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
+    sizes = []
+    stage.upscaler.network.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-2:]))
+
+    for free in (room, None, 10**10):
+        run(replace(stage, room=lambda _, free=free: free), [picture], clip(width=100, height=90))
+
+    tiles, wholes = sizes[:-2], sizes[-2:]
+    assert len(tiles) == 4
+    assert all(max(size) <= 80 for size in tiles)
+    assert wholes == [(90, 100)] * 2
+    assert "they are cut into tiles of 80 pixels" in caplog.text
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_a_picture_takes_grows_with_the_features(tmp_path: Path, kind: str) -> None:
+    found, config = check_file(WRITERS[kind](tmp_path / "x.pth"))
+    whole = bytes_per_pixel(found, config, torch.float32)
+    # features in and out of the last wide convolution, of 16 pixels for each of the input
+    assert 2 * 16 * 8 * 4 < whole < 4 * 16 * 8 * 4
+    assert bytes_per_pixel(found, config, torch.float16) == pytest.approx(whole / 2, rel=0.05)
 
 
 def test_the_kind_is_told_from_the_file_and_a_wrong_mode_is_said(

@@ -1,0 +1,46 @@
+"""The option of tools that finished videos go through before they are written. Standard library only."""
+
+import argparse
+import functools
+from dataclasses import dataclass, field
+
+from modules.options import OF_DECODING
+from post.chain_options import THEN, ToolOptions, in_words, read_tools, tool_names
+
+POST = "--post"
+
+
+@dataclass(frozen=True)
+class PostOptions:
+    """Tools that work on decoded frames."""
+
+    post: tuple[str, ...] | None = field(metadata=OF_DECODING)
+
+    def __post_init__(self) -> None:
+        _ = self.tools  # raises OptionError
+
+    @functools.cached_property
+    def tools(self) -> tuple[ToolOptions, ...]:
+        """The tools in the order of work, each with its options."""
+        return tuple(tool for text in self.post or () for tool in read_tools(text, POST))
+
+    @property
+    def in_words(self) -> str | None:
+        """What the tools do, as metadata keep it: without folders. None without a tool."""
+        return f" {THEN} ".join(in_words(tool, options) for tool, options in self.tools) or None
+
+
+def add_post_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `PostOptions`."""
+    group = parser.add_argument_group("tools for finished videos")
+    group.add_argument(
+        POST,
+        type=str,
+        action="append",
+        default=None,
+        metavar="TOOL ...",
+        help=f"a tool that decoded frames go through before they are written, in one text with its options: "
+        f'"upscaler model=x.pth scale=2". The tools: {tool_names()}; "upscaler --help" lists the options of '
+        f"one. May be repeated, or hold several with {THEN} between them. NAME_last.png, latents and what "
+        "is recorded of size and rate stay those of the generation",
+    )

@@ -1,0 +1,170 @@
+"""FlowFormer: optical flow from maps of costs, each encoded into a few tokens that a decoder asks.
+
+Source: Huang et al. 2022, arXiv 2203.16194 (Apache licence). Attributes are named as in its released files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from post.interpolation.contract import Encoded
+from post.interpolation.correlation import Correlation
+from post.interpolation.flowformer_decoder import DecoderConfig, MemoryDecoder
+from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
+from post.interpolation.flowformer_tokens import HEADS
+from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
+
+# Letters: H W sides of a picture, C width of the features at an eighth of them
+
+ITERATIONS = 32  # as trained
+TABLE_BYTES = 1 << 30  # a table of all pairs of places is kept up to this size: pictures of 1024 x 1024
+STAGES = 2  # at a quarter and at an eighth of the sides
+UNUSED = ("*.svt.norm.*", "memory_decoder.att.pos_emb.*")
+
+
+@dataclass(frozen=True)
+class FlowFormerConfig:
+    """Dimensions of the network."""
+
+    features: tuple[StageConfig, ...]
+    context: tuple[StageConfig, ...]
+    matching: int  # width of the features that are compared
+    memory: MemoryConfig
+    decoder: DecoderConfig
+
+
+class Trunk(nn.Module):
+    """Holds the trunk of an encoder, for the sake of its name in the files."""
+
+    def __init__(self, stages: tuple[StageConfig, ...]) -> None:
+        super().__init__()
+        self.svt = Twins(stages)
+
+
+class MemoryEncoder(nn.Module):
+    """Features to compare, and the memory of their costs."""
+
+    def __init__(self, config: FlowFormerConfig) -> None:
+        super().__init__()
+        self.feat_encoder = Trunk(config.features)
+        self.channel_convertor = nn.Conv2d(config.features[-1].width, config.matching, 1, bias=False)
+        self.cost_perceiver_encoder = CostPerceiver(config.memory)
+
+
+class FlowFormer(nn.Module):
+    """The network: a `FlowEstimator`. It computes in float32, also below autocast.
+
+    Memory while it estimates the flow, beside weights and features: two tables of all pairs of places up to
+    TABLE_BYTES each, and about PART_BYTES. Larger pictures have no tables: costs and attention are computed
+    anew in every iteration.
+    """
+
+    def __init__(
+        self, config: FlowFormerConfig, iterations: int = ITERATIONS, table_bytes: int = TABLE_BYTES
+    ) -> None:
+        super().__init__()
+        self.iterations, self.table_bytes = iterations, table_bytes
+        self.memory_encoder = MemoryEncoder(config)
+        self.context_encoder = Trunk(config.context)
+        self.memory_decoder = MemoryDecoder(config.decoder)
+
+    def encode(self, image: Tensor) -> Encoded:
+        """Return what a picture gives alone. image: 1 3 H W, 0..255, sides multiples of 32."""
+        with torch.autocast(image.device.type, enabled=False):
+            image = 2 * (image.float() / 255) - 1
+            quarter, eighth = self.context_encoder.svt(image)
+            encoder = self.memory_encoder
+            matching = encoder.channel_convertor(encoder.feat_encoder.svt(image)[-1])
+            return Encoded(quarter, eighth, matching, None)
+
+    def flow(self, first: Encoded, second: Encoded) -> Tensor:
+        """Return 1 2 H W: how far in x and y each pixel of the first picture moves to the second."""
+        with torch.autocast(first.matching.device.type, enabled=False):
+            # by the size alone, so that a picture gives the same on every device
+            keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
+            costs = Correlation(first.matching, second.matching, keeps, levels=1, scale=1.0)
+            memory = self.memory_encoder.cost_perceiver_encoder(costs, first.eighth)
+            return self.memory_decoder(costs, memory, first.eighth, self.iterations, keeps)
+
+
+def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
+    """Plan how to load a FlowFormer file. Raises CheckpointError for any other file."""
+    checkpoint = checkpoint.without_prefix("module.")
+    sources = plain_sources(checkpoint)
+    wanted = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
+    if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
+        raise wanted
+    shape_of = shapes_of(checkpoint, sources)
+
+    def shape(name: str, axes: int = 4) -> tuple[int, ...]:
+        found = shape_of(name)
+        if len(found) != axes or 0 in found:
+            raise wanted
+        return found
+
+    features = _read_trunk("memory_encoder.feat_encoder.svt", shape)
+    context = _read_trunk("context_encoder.svt", shape)
+    matching = shape("memory_encoder.channel_convertor.weight")[0]
+    memory = _read_memory(
+        shape, count(sources, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+")
+    )
+    config = FlowFormerConfig(features, context, matching, memory, _read_decoder(shape))
+    if not _is_possible(config):
+        raise wanted
+    return LoadPlan(config, checkpoint, sources, UNUSED)
+
+
+Shape = Callable[..., tuple[int, ...]]
+
+
+def _read_trunk(name: str, shape: Shape) -> tuple[StageConfig, ...]:
+    stages = []
+    for stage in range(STAGES):
+        width, _, patch, _ = shape(f"{name}.patch_embeds.{stage}.proj.weight")
+        stages.append(StageConfig(patch, width, shape(f"{name}.blocks.{stage}.1.attn.sr.weight")[2]))
+    return tuple(stages)
+
+
+def _read_memory(shape: Shape, layers: int) -> MemoryConfig:
+    start = "memory_encoder.cost_perceiver_encoder"
+    _, tokens, width = shape(f"{start}.latent_tokens", axes=3)
+    part, context = shape(f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2)
+    first, second, third = (shape(f"{start}.patch_embed.proj.{index}.weight")[0] for index in (0, 2, 4))
+    return MemoryConfig(tokens, width, context, part, (first, second, third), layers)
+
+
+def _read_decoder(shape: Shape) -> DecoderConfig:
+    start = "memory_decoder"
+    query, memory = shape(f"{start}.decoder_layer.cross_attend.k.weight", axes=2)
+
+    def rows(name: str) -> int:
+        return shape(f"{start}.{name}.weight")[0]
+
+    return DecoderConfig(
+        memory=memory,
+        query=query,
+        hidden=rows("proj") // 2,
+        compared=rows("att.to_qk") // 2,
+        correlation=(rows("update_block.encoder.convc1"), rows("update_block.encoder.convc2")),
+        flow=(rows("update_block.encoder.convf1"), rows("update_block.encoder.convf2")),
+        motion=rows("update_block.encoder.conv") + 2,
+        head=rows("update_block.flow_head.conv1"),
+        mask=rows("update_block.mask.0"),
+    )
+
+
+def _is_possible(config: FlowFormerConfig) -> bool:
+    """Whether heads and waves divide the widths, and the parts fit each other."""
+    memory, decoder, trunks = config.memory, config.decoder, (config.features, config.context)
+    return (
+        all(stage.width % HEAD_WIDTH == 0 for trunk in trunks for stage in trunk)
+        and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in trunks)
+        and memory.width % HEADS == decoder.query % HEADS == 0
+        and (memory.width + memory.context_part) % 4 == memory.costs[2] % 4 == 0
+        and config.context[-1].width == memory.context == 2 * decoder.hidden
+        and decoder.memory == memory.width
+    )

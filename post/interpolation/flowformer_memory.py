@@ -1,0 +1,184 @@
+"""FlowFormer's encoder of cost maps: each place's map of costs becomes a few tokens, its memory.
+
+Source: Huang et al. 2022, arXiv 2203.16194, section 3.2.
+"""
+# Letters: N = H * W places of the first picture, K tokens of one place, D their width, C width of the context
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from post.interpolation.correlation import Correlation
+from post.interpolation.flowformer_tokens import HEADS, TokenAttention, places_of, position_code
+from post.interpolation.parts import PART_BYTES, in_parts, rows_of_part
+from post.interpolation.twins import WINDOW, Block, attend, in_windows
+
+PATCH = 8  # costs on a side that become one token: three strides of two
+COARSE = 4  # places on a side that become one key, as trained
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Dimensions of the encoder."""
+
+    tokens: int  # K
+    width: int  # D
+    context: int  # C
+    context_part: int  # channels of the context beside a token
+    costs: tuple[int, int, int]  # widths of the convolutions over a cost map
+    layers: int
+
+
+class CostEmbed(nn.Module):
+    """Tokens of patches of cost maps."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        first, second, third = config.costs
+        self.proj = nn.Sequential(
+            nn.Conv2d(1, first, 6, stride=2, padding=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(first, second, 6, stride=2, padding=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(second, third, 6, stride=2, padding=2),
+        )
+        self.ffn_with_coord = nn.Sequential(
+            nn.Conv2d(2 * third, config.width, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(config.width, config.width, 1),
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps: n 1 H W costs. Returns n patches D."""
+        height, width = maps.shape[2:]
+        x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
+        centres = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
+        code = position_code(centres, x.shape[1]).permute(2, 0, 1)
+        x = self.ffn_with_coord(torch.cat([x, code.expand_as(x)], dim=1))
+        return self.norm(x.flatten(2).transpose(1, 2))
+
+
+class WindowContextAttention(nn.Module):
+    """Attention of one token of each place among the places of a window."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.joined = config.width + config.context_part
+        self.context_proj = nn.Linear(config.context, config.context_part)
+        self.q = nn.Linear(self.joined, config.width)
+        self.k = nn.Linear(self.joined, config.width)
+        self.v = nn.Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: K H W D. context: 1 H W C."""
+        beside = self.context_proj(context).expand(len(x), -1, -1, -1)
+        code = position_code(places_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
+        width = x.shape[-1]
+
+        def run(windows: Tensor) -> Tensor:
+            coded = windows + code
+            return attend(self.q(coded), self.k(coded), self.v(windows[..., :width]), HEADS)
+
+        return self.proj(in_windows(run, torch.cat([x, beside], dim=-1)))
+
+
+class CoarseContextAttention(nn.Module):
+    """Attention of one token of each place to those of all squares of COARSE x COARSE places.
+
+    Both sides of a map are multiples of COARSE, as those of a picture are of 32.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.joined = config.width + config.context_part
+        self.context_proj = nn.Linear(config.context, config.context_part)
+        self.q = nn.Linear(self.joined, config.width)
+        self.k = nn.Linear(config.width, config.width)
+        self.v = nn.Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.sr_key = nn.Conv2d(self.joined, config.width, COARSE, COARSE)
+        self.sr_value = nn.Conv2d(config.width, config.width, COARSE, COARSE)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: K H W D. context: 1 H W C."""
+        height, width = x.shape[1:3]
+        beside = self.context_proj(context).expand(len(x), -1, -1, -1)
+        coded = torch.cat([x, beside], dim=-1)
+        q = self.q(coded + position_code(places_of(height, width, x.device), self.joined))
+        coded = coded.permute(0, 3, 1, 2)
+        keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
+        values = self.norm(self.sr_value(coded[:, : x.shape[3]]).permute(0, 2, 3, 1))
+        rows, columns = keys.shape[1:3]
+        keys = keys + position_code(places_of(rows, columns, x.device) * COARSE, x.shape[3])
+        k, v = self.k(keys).flatten(1, 2), self.v(values).flatten(1, 2)
+        return self.proj(attend(q.flatten(1, 2), k, v, HEADS)).view(x.shape)
+
+
+class VerticalLayer(nn.Module):
+    """Let each token exchange with the same token of other places."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.local_block = Block(WindowContextAttention(config), config.width, eps=1e-5)
+        self.global_block = Block(CoarseContextAttention(config), config.width, eps=1e-5)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: K H W D. context: 1 H W C."""
+        return self.global_block(self.local_block(x, context), context)
+
+
+class CostPerceiver(nn.Module):
+    """Tokens of all places."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.latent_tokens = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        self.patch_embed = CostEmbed(config)
+        self.input_layer = TokenAttention(config.width, config.width)
+        self.encoder_layers = nn.ModuleList(
+            TokenAttention(config.width, config.width) for _ in range(config.layers)
+        )
+        self.vertical_encoder_layers = nn.ModuleList(VerticalLayer(config) for _ in range(config.layers))
+        self.config = config
+
+    def forward(self, costs: Correlation, context: Tensor, part_bytes: int = PART_BYTES) -> Tensor:
+        """costs: of the places of the first picture. context: 1 C H W of it. Returns N K D.
+
+        part_bytes: about what is computed at once takes.
+        """
+        height, width = context.shape[2:]
+        context = context.permute(0, 2, 3, 1)
+        # as trained the contexts of a batch of pictures stand in another order than their tokens: one a time
+        x = first = self._start(costs, height, width, part_bytes)
+        for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
+            x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
+            maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D
+            maps = in_parts(partial(vertical, context=context), maps, 64 * maps[0].numel(), part_bytes)
+            x = maps.flatten(1, 2).transpose(0, 1)
+        return x + first
+
+    def _start(self, costs: Correlation, height: int, width: int, part_bytes: int) -> Tensor:
+        """Return N K D: what the tokens find in the cost map of their place."""
+        layer = self.input_layer
+        rows = rows_of_part(self.bytes_of_map(height, width), part_bytes)
+        found = []
+        for start in range(0, height * width, rows):
+            seen = self.patch_embed(costs.rows(start, start + rows)[:, None])
+            tokens = self.latent_tokens.expand(len(seen), -1, -1)
+            found.append(layer(tokens, layer.keep(seen)))
+        return torch.cat(found)
+
+    def bytes_of_map(self, height: int, width: int) -> int:
+        """Return what the cost map of one place takes while tokens are made of it, in float32."""
+        first, second, _ = self.config.costs
+        cells = (height + -height % PATCH) * (width + -width % PATCH)
+        convolved = 2 * 16 + 4 * first + second  # a sixteenth of the channels: map, padded map, two results
+        # a 64th of them: map, tokens, keys, values, products before and after the softmax
+        attended = 64 + 3 * (self.config.width + HEADS * self.config.tokens)
+        return cells * max(convolved // 4, attended // 16)

@@ -1,0 +1,174 @@
+"""The first stages of a Twins-SVT trunk: features of a picture by attention in windows and to a coarse grid.
+
+Source: Chu et al. 2021, arXiv 2104.13840; layout of the tensors as in FlowFormer's files (`svt`).
+"""
+# Letters: B batch, C width, H W sides of a map, N = H * W places
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
+
+from post.interpolation.parts import in_parts
+
+WINDOW = 7  # places on a side, as trained; not seen in any tensor
+HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Dimensions of one stage."""
+
+    patch: int  # places on a side that become one
+    width: int
+    reduction: int  # places on a side that become one key of the attention to the coarse grid
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU, for each place alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ... C."""
+        wide = 4 * self.fc1.out_features  # bytes
+        return in_parts(self._run, x.flatten(0, -2), bytes_each=3 * wide).view(x.shape)
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """An attention over a map and an MLP, both added to what comes in."""
+
+    def __init__(self, attn: nn.Module, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        """x: B H W C. given: what else the attention wants."""
+        x = x + self.attn(self.norm1(x), *given)
+        return x + self.mlp(self.norm2(x))
+
+
+class WindowAttention(nn.Module):
+    """Attention among the places of each window."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B H W C."""
+
+        def run(windows: Tensor) -> Tensor:
+            q, k, v = self.qkv(windows).chunk(3, dim=-1)
+            return attend(q, k, v, self.heads)
+
+        return self.proj(in_windows(run, x))
+
+
+class CoarseAttention(nn.Module):
+    """Attention of each place to all squares of `reduction` x `reduction` places."""
+
+    def __init__(self, width: int, reduction: int) -> None:
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.sr = nn.Conv2d(width, width, reduction, reduction)
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B H W C, H and W at least `reduction`."""
+        squares = self.norm(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))
+        k, v = self.kv(squares).chunk(2, dim=-1)
+        return self.proj(attend(self.q(x.flatten(1, 2)), k, v, self.heads)).view(x.shape)
+
+
+class PatchEmbed(nn.Module):
+    """Make one place of each square of places."""
+
+    def __init__(self, channels: int, config: StageConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, config.width, config.patch, config.patch)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B channels H W. Returns B H/patch W/patch C."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Neighbours(nn.Module):
+    """Add a convolution of each channel alone, from which the attention after it knows places."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B H W C."""
+        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Twins(nn.Module):
+    """Features of pictures at the stages' resolutions."""
+
+    def __init__(self, stages: tuple[StageConfig, ...]) -> None:
+        super().__init__()
+        before = (3, *(stage.width for stage in stages))
+        self.patch_embeds = nn.ModuleList(map(PatchEmbed, before, stages))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                Block(attention, stage.width, eps=1e-6)  # as trained
+                for attention in (
+                    WindowAttention(stage.width),
+                    CoarseAttention(stage.width, stage.reduction),
+                )
+            )
+            for stage in stages
+        )
+        self.pos_block = nn.ModuleList(Neighbours(stage.width) for stage in stages)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: B 3 H W in -1..1. Returns what comes out of each stage, B C h w."""
+        x, found = images, []
+        for embed, pair, neighbours in zip(self.patch_embeds, self.blocks, self.pos_block, strict=True):
+            windowed, coarse = pair.children()
+            x = coarse(neighbours(windowed(embed(x)))).permute(0, 3, 1, 2)
+            found.append(x)
+        return found
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Return softmax(q k / sqrt(head width)) v for every head. q: B N C. k, v: B M C. Returns B N C."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply `run` to windows of WINDOW x WINDOW places of a map and put the results back.
+
+    x: B H W C, filled with zeros at the right and at the bottom up to whole windows; what is filled takes
+    part, as trained. run: (windows, WINDOW ** 2, C) -> the same with any C.
+    """
+    batch, height, width, _ = x.shape
+    x = pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
+    rows, columns = x.shape[1] // WINDOW, x.shape[2] // WINDOW
+    windows = x.unflatten(2, (columns, WINDOW)).unflatten(1, (rows, WINDOW)).transpose(2, 3)
+    windows = windows.flatten(3, 4).flatten(0, 2)
+    # queries, keys, values, their heads and what is found
+    found = in_parts(run, windows, bytes_each=32 * windows[0].numel()).view(
+        batch, rows, columns, WINDOW, WINDOW, -1
+    )
+    return found.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]

@@ -1,0 +1,134 @@
+"""--post: decoded frames go through tools on their way into the file."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from generation.outputs import save_pixels
+from generation.post import PostTools
+from generation.run import generate
+from modules.errors import CheckpointError, OptionError
+from modules.media.reading import read_image, video_info
+from modules.media.tags import read_tags
+from post.chain_options import ToolOptions
+from post.contract import Stage
+from post.stages import NamedStage
+from tests.generation.saving import output_options
+from tests.generation.test_run import only, options
+from tests.generation.toy_family import ToyFamily
+from tests.post.stages_here import Larger, Smoother, frames_of, tool_for
+
+CPU = torch.device("cpu")
+
+
+def post_of(*stages: Stage, needs_video: bool = False) -> tuple[PostTools, list[str]]:
+    """Tools that the stages stand for, and what was loaded when."""
+    loaded: list[str] = []
+
+    def load(tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device) -> list[NamedStage]:
+        loaded.extend(labels)
+        return [NamedStage(stage, label) for stage, label in zip(stages, labels, strict=True)]
+
+    return PostTools([tool_for(stage, needs_video) for stage in stages], CPU, load), loaded
+
+
+def chunks(frames: int = 5) -> Iterator[Tensor]:
+    """Pixels of a video that grows brighter, in two chunks."""
+    values = torch.linspace(-1, 1, 5)[:frames].view(1, 1, -1, 1, 1)
+    pixels = values * torch.linspace(0.5, 1, 32)
+    whole = pixels.expand(1, 3, frames, 16, 32)
+    yield whole[:, :, :2]
+    if frames > 2:
+        yield whole[:, :, 2:]
+
+
+def test_a_video_is_written_once_with_the_size_and_rate_of_the_tools(tmp_path: Path) -> None:
+    plain = save_pixels(output_options(tmp_path), "a", chunks(), 16.0, None)
+    post, loaded = post_of(Larger(), Smoother())
+
+    path = save_pixels(output_options(tmp_path), "b", chunks(), 16.0, {"bt_post": "larger"}, post)
+    again = save_pixels(output_options(tmp_path), "c", chunks(), 16.0, None, post)
+
+    info = video_info(path)
+    assert (info.width, info.height, info.fps, info.frames) == (64, 32, 32.0, 9)
+    assert read_tags(path)["bt_post"] == "larger"
+    difference = np.abs(frames_of(path)[::2, ::2, ::2].astype(int) - frames_of(plain))
+    assert difference.max() <= 4  # two encodings
+    assert loaded == ["--post larger", "--post smoother"]  # once
+    np.testing.assert_array_equal(frames_of(again), frames_of(path))
+    assert {one.name for one in tmp_path.iterdir()} == {"a.mp4", "b.mp4", "c.mp4"}
+
+
+@pytest.mark.parametrize(("frames", "made"), [(5, "a/a_000.png"), (1, "a/a_000.png")])
+def test_images_and_the_last_frame(frames: int, made: str, tmp_path: Path) -> None:
+    """The last frame is to continue from, so it has the size of the generation."""
+    asked = output_options(tmp_path, "images", last=True)
+
+    path = save_pixels(asked, "a", chunks(frames), 16.0, None, post_of(Larger())[0])
+
+    assert read_image(tmp_path / made).shape == (32, 64, 3)
+    assert len(list(path.iterdir())) == frames
+    assert read_image(tmp_path / "a_last.png").shape == (16, 32, 3)
+
+
+def test_a_picture_goes_through_tools_for_pictures_only(tmp_path: Path) -> None:
+    path = save_pixels(output_options(tmp_path), "a", chunks(1), 16.0, None, post_of(Larger())[0])
+    assert read_image(path).shape == (32, 64, 3)
+
+    post, loaded = post_of(Smoother(), needs_video=True)
+    with pytest.raises(OptionError, match="--post smoother works between the frames of a video"):
+        save_pixels(output_options(tmp_path), "b", chunks(1), 16.0, None, post)
+    with pytest.raises(OptionError, match="and line 3 gives a single one"):
+        post.check_length(1, "line 3")
+    assert not loaded
+
+
+@pytest.mark.parametrize("words", [("--prompt", "cat"), ("--prompt", "cat", "--output_type", "images")])
+def test_model_files_are_looked_at_before_anything_loads(words: tuple[str, ...], tmp_path: Path) -> None:
+    family, model = ToyFamily(), tmp_path / "model.pth"
+    model.write_bytes(b"no model")
+
+    with pytest.raises((CheckpointError, OptionError), match="^--post upscaler: "):
+        generate(family, options(tmp_path / "out", *words, "--post", f"upscaler 'model={model}'"))
+
+    assert not family.diary
+    assert not (tmp_path / "out").exists()
+
+
+def test_tools_are_recorded_without_folders(tmp_path: Path) -> None:
+    asked = options(
+        tmp_path, "--prompt", "cat", "--post", "upscaler model=/home/me/x.pth", "--post", "facefix model=y"
+    )
+
+    assert asked.post.in_words is not None
+    assert asked.post.in_words.startswith("upscaler model=x.pth ")
+    assert " --then facefix model=y " in asked.post.in_words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "cat", "--output_type", "latent"], "--post with --output_type latent"),
+        (["--sheet", "seed=1,2", "--prompt", "cat"], "--sheet and --post cannot be used together"),
+        (["--prompt", "cat", "--post", ""], "--post '': the name of a tool is missing"),
+        (["--prompt", "cat", "--post", "upscaler model=x --codec h264"], "--codec holds for the whole run"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=message):
+        options(tmp_path, "--post", "upscaler model=x.pth", *words)
+
+
+def test_latents_go_through_tools_when_they_are_decoded(tmp_path: Path) -> None:
+    generate(ToyFamily(), options(tmp_path, "--prompt", "cat", "--output_type", "latent", "--seed", 1))
+    latents = only(tmp_path, "*_latent.safetensors")
+    missing = tmp_path / "no.pth"
+
+    with pytest.raises((CheckpointError, OptionError), match="^--post upscaler: "):
+        generate(
+            ToyFamily(), options(tmp_path, "--latent_path", latents, "--post", f"upscaler model={missing}")
+        )

@@ -1,0 +1,345 @@
+"""Sound, subtitles, attachments, chapters and tags of a video in what is made from its pictures."""
+
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from modules.errors import MediaError
+from modules.media.streams import ShownFrame, shown_frames, source_info
+from modules.media.tags import read_tags
+from modules.media.writing import write_shown
+from tests.modules.source_media import FONT, SUBTITLES, Source, packets, write_source
+
+FILM = Fraction(24000, 1001)
+MUXERS = {".mkv": "matroska", ".mp4": "mp4", ".mov": "mov", ".ts": "mpegts", ".avi": "avi"}
+
+
+def remake(source: Path, suffix: str, codec: str = "h264", **more: Any) -> Path:
+    """What a tool does that changes no picture."""
+    path = source.with_name(f"made{suffix}")
+    rate = source_info(source).rate
+    write_shown(path, shown_frames(source), rate, codec, preset="ultrafast", companions_of=source, **more)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+@pytest.mark.parametrize("original", [".mkv", ".mp4"])
+@pytest.mark.parametrize("encoder", ["aac", "libopus", "libmp3lame", "flac", "ac3"])
+def test_sound_is_copied_byte_by_byte_with_its_times(
+    tmp_path: Path, encoder: str, original: str, suffix: str
+) -> None:
+    source = write_source(tmp_path / f"source{original}", Source(MUXERS[original], FILM, 15, sound=encoder))
+
+    made = remake(source, suffix)
+
+    expected, found = packets(source, "audio"), packets(made, "audio")
+    assert len(found) == len(expected) > 5
+    assert [data for _, data in found] == [data for _, data in expected]
+    # Matroska counts in milliseconds
+    assert max(abs(ours[0] - theirs[0]) for ours, theirs in zip(found, expected, strict=True)) <= Fraction(
+        1, 999
+    )
+    assert [frame.start for frame in shown_frames(made)] == [index / FILM for index in range(15)]
+
+
+@pytest.mark.parametrize("first", [Fraction(0), 5 / FILM])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_pictures_and_sound_stay_in_step(tmp_path: Path, suffix: str, first: Fraction) -> None:
+    source = write_source(
+        tmp_path / "source.mkv", Source(rate=FILM, first=first, sound="libmp3lame", offset="3")
+    )
+
+    made = remake(source, suffix)
+
+    def ahead(path: Path) -> Fraction:
+        return packets(path, "video")[0][0] - packets(path, "audio")[0][0]
+
+    assert abs(ahead(made) - ahead(source)) <= Fraction(1, 500)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "original", "suffix"),
+    [("pcm_s16le", ".mkv", ".mp4"), ("pcm_s16le", ".mov", ".mp4"), ("vorbis", ".mkv", ".mp4")],
+)
+def test_sound_that_the_container_does_not_play_is_encoded_anew_and_said(
+    tmp_path: Path, encoder: str, original: str, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    source = write_source(tmp_path / f"source{original}", Source(MUXERS[original], frames=25, sound=encoder))
+
+    made = remake(source, suffix)
+
+    said = [record.getMessage() for record in caplog.records if "AAC" in record.getMessage()]
+    assert len(said) == 1
+    assert encoder in said[0]
+    assert ".mkv keeps it" in said[0]
+    with av.open(str(made)) as container:
+        stream = container.streams.audio[0]
+        assert (stream.codec_context.name, stream.codec_context.layout.name) == ("aac", "stereo")
+        assert stream.metadata.get("language") in ("deu", "und")
+        sound = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1)
+    assert abs(sound.shape[1] / 48_000 - 1) < 0.05
+    # the tone is still there, and nothing else
+    spectrum = np.abs(np.fft.rfft(sound[0, 4800:43_200] * np.hanning(38_400)))
+    assert abs(spectrum.argmax() * 48_000 / 38_400 - 440) < 3
+    times = np.array([float(time) for time, _ in packets(made, "audio")])
+    np.testing.assert_allclose(np.diff(times), 1024 / 48_000, atol=1e-9)
+
+
+def test_missing_sound_becomes_silence_when_it_is_encoded_anew(tmp_path: Path) -> None:
+    path = tmp_path / "gap.mkv"
+    with av.open(str(path), "w") as target:
+        video = target.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sound = target.add_stream("pcm_s16le", rate=48_000)
+        sound.layout = "mono"
+        for _ in range(50):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            target.mux(video.encode(frame))
+        target.mux(video.encode())
+        for start in (*range(0, 19_200, 4800), *range(67_200, 96_000, 4800)):  # none from 0.4 s to 1.4 s
+            loud = av.AudioFrame.from_ndarray(np.full((1, 4800), 9000, np.int16), format="s16", layout="mono")
+            loud.sample_rate, loud.pts, loud.time_base = 48_000, start, Fraction(1, 48_000)
+            target.mux(sound.encode(loud))
+        target.mux(sound.encode(None))
+
+    made = remake(path, ".mp4")
+
+    with av.open(str(made)) as container:
+        found = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    level = np.abs(found[:96_000].reshape(-1, 4800)).mean(axis=1)
+    assert level[[1, 2, 16, 17]].min() > 0.1
+    assert level[6:12].max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("original", "encoder", "suffix"),
+    [
+        (".mkv", "srt", ".mkv"),
+        (".mkv", "ass", ".mkv"),
+        (".mp4", "mov_text", ".mp4"),
+        (".mkv", "srt", ".mp4"),
+        (".mkv", "ass", ".mp4"),
+        (".mp4", "mov_text", ".mkv"),
+    ],
+)
+def test_subtitles_are_kept(tmp_path: Path, original: str, encoder: str, suffix: str) -> None:
+    source = write_source(tmp_path / f"source{original}", Source(MUXERS[original], subtitles=encoder))
+
+    made = remake(source, suffix)
+
+    with av.open(str(made)) as container:
+        stream = container.streams.subtitles[0]
+        assert stream.metadata["language"] == "eng"
+        expected = {(".mkv", "srt"): "srt", (".mkv", "ass"): "ass", (".mkv", "mov_text"): "srt"}
+        names = {"subrip": "srt", "ssa": "ass"}
+        name = stream.codec_context.name
+        assert names.get(name, name) == expected.get((suffix, encoder), "mov_text")
+    texts = [(time, data) for time, data in packets(made, "subtitles") if len(data) > 2]
+    assert [time for time, _ in texts] == [Fraction(1, 10), Fraction(3, 10)]
+    for line, (_, data) in zip(SUBTITLES, texts, strict=True):
+        assert line in data.decode("utf-8", "replace")
+        assert ("{\\i1}" in data.decode("utf-8", "replace")) == (encoder == "ass" and suffix == ".mkv")
+
+
+def test_chapters_fonts_and_tags_are_kept_in_matroska(tmp_path: Path) -> None:
+    tags = (("BT_PROMPT", "eine Katze, 漢字"), ("title", "Tiere"), ("place", "x"))
+    source = write_source(
+        tmp_path / "source.mkv", Source(sound="aac", font=True, chapters=True, subtitles="ass", tags=tags)
+    )
+
+    made = remake(source, ".mkv", tags={"bt_prompt": "ein Hund", "bt_tool": "upscaler"})
+
+    found = read_tags(made)
+    assert found.pop("encoder") == "Lavf"  # ours, without a version
+    assert found == {"bt_prompt": "ein Hund", "title": "Tiere", "place": "x", "bt_tool": "upscaler"}
+    with av.open(str(made)) as container:
+        chapters = [
+            (chapter["start"] * chapter["time_base"], chapter["metadata"]["title"])
+            for chapter in container.chapters()
+        ]
+        assert chapters == [(0, "Anfang"), (Fraction(1, 5), "Ende")]
+        video, sound = container.streams.video[0], container.streams.audio[0]
+        assert video.metadata["title"] == "Bild"
+        assert (sound.metadata["title"], sound.metadata["language"]) == ("Ton", "deu")
+        (font,) = [stream for stream in container.streams if stream.type == "attachment"]
+        assert (font.metadata["filename"], font.data) == ("schrift.ttf", FONT)
+
+
+def test_chapters_and_tags_are_kept_in_mp4_and_the_font_is_missed_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tags = (("BT_PROMPT", "eine Katze, 漢字"), ("title", "Tiere"))
+    source = write_source(
+        tmp_path / "source.mkv", Source(sound="aac", font=True, chapters=True, subtitles="srt", tags=tags)
+    )
+
+    made = remake(source, ".mp4")
+
+    found = read_tags(made)
+    assert (found["bt_prompt"], found["title"]) == ("eine Katze, 漢字", "Tiere")
+    with av.open(str(made)) as container:
+        titles = [chapter["metadata"]["title"] for chapter in container.chapters()]
+        assert titles == ["Anfang", "Ende"]
+        assert container.streams.audio[0].metadata["language"] == "deu"
+    (warning,) = caplog.records
+    assert "schrift.ttf) is left out: .mp4 files cannot hold it; .mkv keeps it" in warning.getMessage()
+    # chapters are a stream in MP4, which is not copied as one
+    again = remake(made, ".mkv")
+    with av.open(str(again)) as container:
+        assert [stream.type for stream in container.streams] == ["video", "audio", "subtitle"]
+        assert len(container.chapters()) == 2
+    assert len(caplog.records) == 1
+
+
+def test_tags_that_mp4_knows_are_written_so_that_players_show_them(tmp_path: Path) -> None:
+    source = write_source(
+        tmp_path / "source.mp4", Source("mp4", tags=(("title", "Tiere"), ("artist", "Ich")))
+    )
+
+    made = remake(source, ".mp4")
+
+    assert b"\xa9nam" in made.read_bytes()
+    assert {"title": "Tiere", "artist": "Ich"}.items() <= read_tags(made).items()
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_recording_of_a_broadcast_becomes_a_file_that_begins_at_zero(tmp_path: Path, suffix: str) -> None:
+    source = write_source(tmp_path / "source.ts", Source("mpegts", frames=20, sound="aac", offset="1000"))
+
+    made = remake(source, suffix)
+
+    with av.open(str(made)) as container:
+        assert container.start_time == 0
+    first, last = packets(made, "audio")[0][0], packets(source, "audio")[0][0] - 1000
+    assert abs(first - last) < Fraction(1, 10)
+    assert len(packets(made, "audio")) == len(packets(source, "audio"))
+    starts = [frame.start for frame in shown_frames(made)]
+    assert [start - starts[0] for start in starts] == [Fraction(index, 25) for index in range(20)]
+
+
+def write_cover(path: Path, muxer: str) -> Path:
+    picture = np.full((32, 32, 3), 200, np.uint8)
+    with av.open(str(path), "w", format=muxer) as target:
+        video = target.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        cover = target.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = 1 << 10
+        for _ in range(5):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            target.mux(video.encode(frame))
+        target.mux(video.encode())
+        target.mux(cover.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        target.mux(cover.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
+    source = write_cover(tmp_path / "source.mp4", "mp4")
+
+    made = remake(source, suffix)
+
+    assert len(list(shown_frames(made))) == 5
+    covers = []
+    for path in (source, made):
+        with av.open(str(path)) as container:
+            (cover,) = [stream for stream in container.streams.video if stream.disposition & 1 << 10]
+            covers.append(next(bytes(packet) for packet in container.demux(cover)))
+    assert covers[0] == covers[1]
+
+
+@pytest.mark.parametrize("code", ["01:00:00:00", "01:00:00;00"])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
+def test_a_time_code_is_kept_and_another_stream_of_pictures_is_not(
+    tmp_path: Path, suffix: str, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "camera.mov"
+    with av.open(str(path), "w") as target:
+        for width in (64, 32):
+            video = target.add_stream("libx264", rate=Fraction(30000, 1001))
+            video.width, video.height, video.pix_fmt = width, 32, "yuv420p"
+            video.metadata["timecode"] = code
+        for _ in range(4):
+            for video in target.streams.video:
+                picture = np.zeros((32, video.width, 3), np.uint8)
+                target.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for video in target.streams.video:
+            target.mux(video.encode())
+
+    for rate in (Fraction(30000, 1001), Fraction(25)):
+        made = tmp_path / f"made{suffix}"
+        write_shown(made, shown_frames(path), rate, "h264", companions_of=path)
+
+        with av.open(str(made)) as container:
+            (video,) = container.streams.video
+            found = {name.lower(): value for name, value in video.metadata.items()}.get("timecode")
+            assert found == (None if rate == 25 and ";" in code else code)
+        assert {record.getMessage().split(": ", 1)[1] for record in caplog.records} == {
+            "stream 1 (pictures: h264) is left out: only the main stream of pictures is written"
+        }
+
+
+def test_pixels_that_are_not_square_stay_so(tmp_path: Path) -> None:
+    path = tmp_path / "dvd.mp4"
+    with av.open(str(path), "w") as target:
+        video = target.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        video.codec_context.sample_aspect_ratio = Fraction(16, 15)
+        target.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        target.mux(video.encode())
+
+    for suffix in (".mkv", ".mp4"):
+        with av.open(str(remake(path, suffix))) as container:
+            assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 15)
+
+
+def test_damaged_sound_does_not_lose_the_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_source(tmp_path / "source.mkv", Source(frames=25, sound="vorbis"))
+    data = bytearray(source.read_bytes())
+    damaged = [packet for _, packet in packets(source, "audio")][5:9]
+    for packet in damaged:
+        place = data.index(packet)
+        data[place : place + len(packet)] = b"\xff" * len(packet)
+    source.write_bytes(data)
+
+    made = remake(source, ".mp4")
+
+    assert len(list(shown_frames(made))) == 25
+    assert any(
+        "packets of stream 1 (sound: vorbis, deu) are damaged" in one.getMessage() for one in caplog.records
+    )
+    assert packets(made, "audio")[-1][0] > Fraction(9, 10)
+    assert len(packets(remake(source, ".mkv"), "audio")) == len(packets(source, "audio"))
+
+
+def test_sound_is_read_as_far_as_the_pictures_have_come(tmp_path: Path) -> None:
+    """Nothing is collected: the file holds the sound up to a short time before the newest picture."""
+    source = write_source(tmp_path / "source.mkv", Source(frames=150, sound="pcm_s16le"))
+    sizes = []
+
+    def watched() -> Any:
+        for frame in shown_frames(source):
+            sizes.append(sum(file.stat().st_size for file in tmp_path.glob(".made.mkv.*")))
+            yield frame
+
+    path = tmp_path / "made.mkv"
+    write_shown(path, watched(), Fraction(25), "prores", companions_of=source)
+
+    # raw sound of 6 s is 1.15 MB: all but the last two seconds have been written before the last picture
+    assert sizes[-1] > 4 * 48_000 * 4
+    assert sizes[75] < 0.6 * path.stat().st_size
+
+
+def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+    frames = [ShownFrame(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
+
+    with pytest.raises(MediaError, match=r"absent\.mkv does not exist"):
+        write_shown(tmp_path / "made.mkv", frames, FILM, "h264", companions_of=tmp_path / "absent.mkv")
+    assert not list(tmp_path.iterdir())

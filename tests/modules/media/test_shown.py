@@ -1,0 +1,232 @@
+"""Videos written at the times of their pictures: rates, colours, depth, memory; whole files or none."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from modules.errors import MediaError, OutputError
+from modules.media.streams import ShownFrame, shown_frames, source_info
+from modules.media.writing import write_shown, write_video
+
+FORMATS = [("h264", ".mp4"), ("h264", ".mkv"), ("h265", ".mp4"), ("h265", ".mkv")]
+FORMATS += [("prores", ".mkv"), ("prores", ".mov")]
+FILM = Fraction(24000, 1001)
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+COLOURS |= {"grey": (128, 128, 128), "white": (255, 255, 255), "black": (0, 0, 0)}
+
+
+def shown(starts: Sequence[Fraction], height: int = 48, width: int = 64) -> Iterator[ShownFrame]:
+    """A picture from each start to the next one; the last start is the end."""
+    for index, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        pixels = np.full((height, width, 3), 8 * index % 256, np.uint8)
+        yield ShownFrame(pixels, start, end - start)
+
+
+def at_rate(rate: Fraction, count: int) -> list[Fraction]:
+    return [index / rate for index in range(count + 1)]
+
+
+@pytest.mark.parametrize("rate", [FILM, Fraction(25), Fraction(30)], ids=str)
+@pytest.mark.parametrize(("codec", "suffix"), FORMATS)
+def test_a_constant_rate_is_read_back_as_it_was(
+    tmp_path: Path, codec: str, suffix: str, rate: Fraction
+) -> None:
+    path = tmp_path / f"clip{suffix}"
+
+    written = write_shown(path, shown(at_rate(rate, 14)), rate, codec, preset="ultrafast")
+
+    assert (written.frames, written.seconds, written.width, written.height) == (14, 14 / rate, 64, 48)
+    back = list(shown_frames(path))
+    assert [frame.start for frame in back] == at_rate(rate, 13)
+    assert {frame.seconds for frame in back} == {1 / rate}
+    assert source_info(path).rate == rate
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == rate
+        assert abs(Fraction(container.duration, 1_000_000) - 14 / rate) <= Fraction(1, 1000)
+        assert stream.codec_context.name == {"h265": "hevc"}.get(codec, codec)
+        pixel_format = {"prores": "yuv422p10le"}.get(codec, "yuv420p")
+        assert stream.codec_context.pix_fmt == pixel_format
+        if codec == "prores":
+            assert stream.codec_context.profile == "HQ"
+        if (codec, suffix) == ("h265", ".mp4"):
+            assert stream.codec_context.codec_tag == "hvc1"
+
+
+@pytest.mark.parametrize(("codec", "suffix"), FORMATS)
+def test_a_variable_rate_is_read_back_as_it_was(tmp_path: Path, codec: str, suffix: str) -> None:
+    odd = [Fraction(1, 7), Fraction(1, 6), Fraction(3, 10), Fraction(2, 3), Fraction(5, 7), Fraction(1)]
+    starts = [Fraction(0), 1 / FILM, 2 / FILM, *odd, *(1 + index / FILM for index in range(1, 7))]
+    path = tmp_path / f"clip{suffix}"
+
+    written = write_shown(path, shown(starts), FILM, codec, preset="ultrafast")
+
+    back = list(shown_frames(path))
+    accuracy = Fraction(1, 1000) if suffix == ".mkv" else Fraction(1, 10_000)
+    assert len(back) == len(starts) - 1
+    errors = [abs(frame.start - start) for frame, start in zip(back, starts, strict=False)]
+    assert max(errors) <= accuracy
+    assert errors[1:3] == [0, 0]  # places of the rate
+    assert abs(back[-1].start + back[-1].seconds - starts[-1]) <= accuracy
+    assert written.seconds == starts[-1]
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("prores", ".mkv")])
+@pytest.mark.parametrize("deep", [False, True])
+def test_colours_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -> None:
+    picture = np.zeros((32, 192, 3), np.uint16 if deep else np.uint8)
+    for index, colour in enumerate(COLOURS.values()):
+        picture[:, 32 * index : 32 * index + 32] = np.array(colour) * (257 if deep else 1)
+    path = tmp_path / f"colours{suffix}"
+    frames = [ShownFrame(picture, index / Fraction(25), 1 / Fraction(25)) for index in range(3)]
+
+    write_shown(path, frames, Fraction(25), codec)
+
+    back = list(shown_frames(path))[1].pixels
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        patch = back[8:24, 32 * index + 8 : 32 * index + 24].astype(int)
+        assert np.abs(patch - colour).max() <= 2, name
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        for source in (container.streams.video[0].codec_context, frame):
+            assert (source.colorspace, source.color_range) == (1, 1)
+            for name in ("color_primaries", "color_trc"):
+                assert getattr(source, name, 1) == 1
+
+
+def test_ten_bits_survive(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 128).round().astype(np.uint16)
+    picture = np.tile(ramp[None, :, None], (48, 1, 3))
+    frames = [ShownFrame(picture, Fraction(0), Fraction(1, 25))]
+    first, second = tmp_path / "first.mkv", tmp_path / "second.mkv"
+
+    write_shown(first, frames, Fraction(25), "prores")
+    write_shown(second, shown_frames(first, deep=True), Fraction(25), "prores")
+
+    for path in (first, second):
+        (back,) = shown_frames(path, deep=True)
+        assert back.pixels.dtype == np.uint16
+        assert np.abs(back.pixels.astype(float) - picture).max() * 1023 / 65535 <= 2
+
+
+@pytest.mark.parametrize("codec", ["h264", "prores"])
+def test_pictures_of_8_and_16_bits_may_be_mixed(tmp_path: Path, codec: str) -> None:
+    pictures = [np.full((48, 64, 3), 100, np.uint8), np.full((48, 64, 3), 100 * 257, np.uint16)] * 2
+    frames = [ShownFrame(picture, Fraction(i, 25), Fraction(1, 25)) for i, picture in enumerate(pictures)]
+
+    write_shown(tmp_path / "mixed.mkv", frames, Fraction(25), codec)
+
+    for frame in shown_frames(tmp_path / "mixed.mkv"):
+        assert np.abs(frame.pixels.astype(int) - 100).max() <= 1
+
+
+def test_an_odd_last_row_and_column_are_cropped(tmp_path: Path) -> None:
+    written = write_shown(tmp_path / "odd.mp4", shown(at_rate(FILM, 2), 49, 67), FILM, "h264")
+
+    assert (written.width, written.height) == (66, 48)
+    assert next(shown_frames(tmp_path / "odd.mp4")).pixels.shape == (48, 66, 3)
+
+
+def test_mp4_can_be_played_before_it_has_been_loaded(tmp_path: Path) -> None:
+    write_shown(tmp_path / "clip.mp4", shown(at_rate(FILM, 3)), FILM, "h264")
+
+    data = (tmp_path / "clip.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_the_pictures_do_not_depend_on_the_times(tmp_path: Path) -> None:
+    """One encoder serves all: what `write_video` makes of the same pictures is the same."""
+    starts = [Fraction(tick**2, 300) for tick in range(9)]
+    write_shown(tmp_path / "odd.mkv", shown(starts), Fraction(25), "prores")
+    write_video(tmp_path / "even.mkv", (frame.pixels for frame in shown(starts)), 25, "prores")
+
+    for ours, theirs in zip(
+        shown_frames(tmp_path / "odd.mkv"), shown_frames(tmp_path / "even.mkv"), strict=True
+    ):
+        np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("prores", ".mkv"), ("h264", ".mp4")])
+def test_pictures_are_let_go_as_the_file_grows(tmp_path: Path, codec: str, suffix: str) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def counted() -> Iterator[ShownFrame]:
+        nonlocal most
+        for index in range(200):
+            pixels = np.full((16, 16, 3), index, np.uint8)
+            made.append(weakref.ref(pixels))
+            most = max(most, sum(one() is not None for one in made))
+            yield ShownFrame(pixels, Fraction(index, 25), Fraction(1, 25))
+            del pixels
+
+    write_shown(tmp_path / f"long{suffix}", counted(), Fraction(25), codec, preset="ultrafast")
+
+    assert most <= 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MediaError])
+def test_an_interrupt_leaves_no_file(tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupted() -> Iterator[ShownFrame]:
+        yield from shown(at_rate(FILM, 5))
+        raise error("enough")
+
+    (tmp_path / "old.mp4").write_bytes(b"earlier")
+    for name in ("new.mp4", "new.mkv", "old.mp4"):
+        with pytest.raises(error, match="enough"):
+            write_shown(tmp_path / name, interrupted(), FILM, "h264", preset="ultrafast")
+
+    assert [file.name for file in tmp_path.iterdir()] == ["old.mp4"]
+    assert (tmp_path / "old.mp4").read_bytes() == b"earlier"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = av.open
+
+    def open_full(file: str, mode: str = "r", **options: object) -> object:
+        return real_open("/dev/full" if mode == "w" else file, mode, **options)
+
+    monkeypatch.setattr(av, "open", open_full)
+    with pytest.raises(OutputError, match=r"clip\.mkv cannot be written: the disk is full"):
+        write_shown(tmp_path / "clip.mkv", shown(at_rate(FILM, 5)), FILM, "prores")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(OutputError, match=r"clip\.mkv cannot be written"):
+        write_shown(tmp_path / "file" / "clip.mkv", shown(at_rate(FILM, 2)), FILM, "h264")
+
+
+def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    def never() -> Iterator[ShownFrame]:
+        raise AssertionError("no picture may be computed")
+        yield
+
+    with pytest.raises(MediaError, match="prores can be written to .mkv"):
+        write_shown(tmp_path / "clip.mp4", never(), FILM, "prores")
+    with pytest.raises(MediaError, match="no frame to write"):
+        write_shown(tmp_path / "clip.mkv", [], FILM, "h264")
+    with pytest.raises(MediaError, match="h265 cannot be used for 48 x 32"):
+        write_shown(tmp_path / "clip.mkv", shown(at_rate(FILM, 2), 32, 48), FILM, "h265")
+    with pytest.raises(MediaError, match="64 x 1 pixels are too few"):
+        write_shown(tmp_path / "clip.mkv", shown(at_rate(FILM, 2), 1, 64), FILM, "h264")
+    with pytest.raises(MediaError, match="encoder libx264 fails"):
+        write_shown(tmp_path / "clip.mkv", shown(at_rate(FILM, 2)), FILM, "h264", preset="no such preset")
+    with pytest.raises(MediaError, match="picture 3 has 80 x 48 pixels, those before it 64 x 48"):
+        write_shown(
+            tmp_path / "clip.mkv",
+            [*shown(at_rate(FILM, 2)), ShownFrame(np.zeros((48, 80, 3), np.uint8), 2 / FILM, 1 / FILM)],
+            FILM,
+            "h264",
+        )
+    with pytest.raises(ValueError, match="the one before at"):
+        write_shown(tmp_path / "clip.mkv", list(shown(at_rate(FILM, 2))) * 2, FILM, "h264")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,262 @@
+"""Videos as streams of pictures with exact times: constant and variable rates, late starts, damaged times."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from modules.errors import MediaError
+from modules.media.reading import timed_frames
+from modules.media.streams import Clock, shown_frames, source_info
+from tests.modules.hostile_media import write_stream
+from tests.modules.source_media import SIZE, Source, write_source
+
+FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
+MUXERS = {".mkv": "matroska", ".mp4": "mp4", ".avi": "avi", ".flv": "flv"}
+MILLISECOND = Fraction(1, 1000)
+
+
+@pytest.mark.parametrize("suffix", MUXERS)
+@pytest.mark.parametrize("rate", [FILM, Fraction(25), NTSC, Fraction(60)], ids=str)
+def test_a_constant_rate_has_exact_times_whatever_the_container_rounds(
+    tmp_path: Path, rate: Fraction, suffix: str
+) -> None:
+    path = write_source(tmp_path / f"clip{suffix}", Source(MUXERS[suffix], rate, 20))
+
+    shown = list(shown_frames(path))
+
+    assert [frame.start for frame in shown] == [index / rate for index in range(20)]
+    assert {frame.seconds for frame in shown} == {1 / rate}
+    info = source_info(path)
+    assert (info.rate, info.width, info.height, info.is_deep) == (rate, SIZE[1], SIZE[0], False)
+    assert info.frames in (20, None)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_variable_rate_keeps_its_times(tmp_path: Path, suffix: str) -> None:
+    times = [Fraction(tick, 1000) for tick in (0, 40, 53, 120, 127, 200, 360)]
+    path = write_source(tmp_path / f"clip{suffix}", Source(MUXERS[suffix], times=times))
+
+    shown = list(shown_frames(path))
+
+    # the rate of the whole file is a guess in Matroska: what is next to its grid is moved there
+    assert max(abs(frame.start - time) for frame, time in zip(shown, times, strict=True)) <= MILLISECOND
+    lengths = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    assert max(abs(frame.seconds - s) for frame, s in zip(shown, lengths, strict=False)) <= 2 * MILLISECOND
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_pictures_that_start_after_the_sound_keep_their_distance(tmp_path: Path, suffix: str) -> None:
+    source = Source(MUXERS[suffix], FILM, first=5 / FILM, sound="aac")
+
+    shown = list(shown_frames(write_source(tmp_path / f"late{suffix}", source)))
+
+    assert [frame.start for frame in shown] == [(5 + index) / FILM for index in range(12)]
+
+
+def test_a_recording_of_a_broadcast_begins_at_zero(tmp_path: Path) -> None:
+    path = write_source(tmp_path / "clip.ts", Source("mpegts", sound="mp2", offset="7"))
+    with av.open(str(path)) as container:
+        assert container.start_time > 6_000_000
+
+    shown = list(shown_frames(path))
+
+    starts = [frame.start - shown[0].start for frame in shown]
+    assert starts == [Fraction(index, 25) for index in range(12)]
+    assert 0 <= shown[0].start < Fraction(1, 10)  # behind the sound
+
+
+@pytest.mark.parametrize(
+    ("name", "muxer", "codec"),
+    [
+        ("clip.wmv", "asf", "wmv2"),
+        ("clip.h264", "h264", "libx264"),
+        ("clip.y4m", "yuv4mpegpipe", "wrapped_avframe"),
+        ("clip.mpg", "mpeg", "mpeg2video"),
+        ("clip.avi", "avi", "mpeg4"),
+    ],
+)
+def test_streams_with_few_times_or_none_have_rising_ones(
+    tmp_path: Path, name: str, muxer: str, codec: str
+) -> None:
+    frames = [np.full((48, 64, 3), 20 * index, np.uint8) for index in range(9)]
+    write_stream(tmp_path / name, muxer, codec, frames)
+
+    shown = list(shown_frames(tmp_path / name))
+
+    assert [frame.start - shown[0].start for frame in shown] == [Fraction(index, 25) for index in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([0, 40, 80], [0, 40, 80]),
+        ([1, 41, 79, 121], [0, 40, 80, 120]),  # rounded
+        ([7, 47, 88, 127], [7, 47, 87, 127]),  # from another place
+        ([0, 40, 60, 120], [0, 40, 60, 120]),  # in between
+        ([None, None, None], [0, 40, 80]),
+        ([0, None, 80], [0, 40, 80]),
+        ([0, 40, 40, 40, 80], [0, 40, 50, 60, 80]),  # twice at one moment
+        ([0, 40, 20, 80], [0, 40, 50, 80]),  # falling
+        ([5000, 5040, 0, 40], [5000, 5040, 5080, 5120]),  # two recordings in one file
+    ],
+)
+def test_times_are_snapped_to_the_rate_and_never_fall(times: list[int | None], expected: list[int]) -> None:
+    clock = Clock(Fraction(25), MILLISECOND)
+
+    found = [clock.place(None if time is None else time * MILLISECOND) for time in times]
+
+    assert found == [time * MILLISECOND for time in expected]
+
+
+def test_coarse_ticks_are_not_snapped_to_an_average() -> None:
+    clock = Clock(Fraction(12), Fraction(1, 30))  # on average every 2.5th tick has a picture
+
+    assert [clock.place(Fraction(tick, 30)) for tick in (0, 2, 5, 7)] == [
+        Fraction(tick, 30) for tick in (0, 2, 5, 7)
+    ]
+
+
+def test_only_so_many_pictures_are_read_as_are_asked_for(tmp_path: Path) -> None:
+    path = write_source(tmp_path / "clip.mkv", Source())
+
+    whole = list(shown_frames(path))
+
+    for limit in (0, 1, 5, 12, 50):
+        part = list(shown_frames(path, limit=limit))
+        assert [frame.start for frame in part] == [frame.start for frame in whole[:limit]]
+        assert [frame.seconds for frame in part] == [frame.seconds for frame in whole[:limit]]
+
+
+@pytest.mark.parametrize("degrees", [90, -90, 180])
+def test_pictures_are_turned_upright(tmp_path: Path, degrees: int) -> None:
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:16, :32] = 255  # top left
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(degrees)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+    (shown,) = shown_frames(tmp_path / "phone.mp4", deep=True)
+
+    expected = np.rot90(picture, degrees // 90)
+    assert np.abs(shown.pixels.astype(int) - expected).mean() < 8
+    info = source_info(tmp_path / "phone.mp4")
+    assert (info.height, info.width) == expected.shape[:2]
+
+
+def test_more_than_eight_bits_are_read_only_where_they_are(tmp_path: Path) -> None:
+    frames = [np.full((48, 64, 3), 128, np.uint8)] * 2
+    write_stream(tmp_path / "deep.mov", "mov", "prores_ks", frames, "yuv422p10le")
+    write_stream(tmp_path / "flat.mp4", "mp4", "libx264", frames)
+
+    assert source_info(tmp_path / "deep.mov").is_deep
+    assert next(shown_frames(tmp_path / "deep.mov", deep=True)).pixels.dtype == np.uint16
+    assert next(shown_frames(tmp_path / "deep.mov")).pixels.dtype == np.uint8
+    assert next(shown_frames(tmp_path / "flat.mp4", deep=True)).pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip.webp"])
+def test_animations_are_read_as_everywhere_else(tmp_path: Path, name: str) -> None:
+    pictures = [Image.new("RGB", (32, 16), (40 * index, 0, 90)) for index in range(4)]
+    durations = [40, 110, 70, 200]
+    pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=durations)
+
+    shown = list(shown_frames(tmp_path / name))
+
+    assert [frame.seconds for frame in shown] == [Fraction(duration, 1000) for duration in durations]
+    assert [frame.start for frame in shown] == [Fraction(sum(durations[:index]), 1000) for index in range(4)]
+    for ours, theirs in zip(shown, timed_frames(tmp_path / name), strict=True):
+        np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+    assert source_info(tmp_path / name).rate == 4 / Fraction(420, 1000)
+
+
+def read(path: Path) -> None:
+    source_info(path)
+    for _ in shown_frames(path):
+        pass
+
+
+def write_sound(path: Path) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_cut(path: Path) -> None:
+    times = [Fraction(index, 25) for index in range(60)]
+    whole = write_source(path.with_name("whole" + path.suffix), Source(MUXERS[path.suffix], times=times))
+    data = whole.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 5])
+
+
+def write_song(path: Path) -> None:
+    """Sound with a cover."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 32, 32, "yuvj420p", 1 << 10
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        container.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")))
+        container.mux(cover.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "reason"),
+    [
+        ("song.m4a", write_song, "only sound and a cover picture"),
+        ("sound.mp4", write_sound, "no video stream, only audio"),
+        ("cut.mp4", write_cut, "cannot be read|cut short"),
+        ("cut.mkv", write_cut, "cannot be read|cut short"),
+        ("empty.mp4", Path.touch, "0 bytes"),
+        ("noise.mp4", lambda path: path.write_bytes(bytes(range(256)) * 20), "cannot be read"),
+        ("text.mkv", lambda path: path.write_text("not a video"), "cannot be read|no video format"),
+        ("folder", Path.mkdir, "cannot be read|no video"),
+        ("absent.mp4", lambda path: None, "does not exist"),
+    ],
+)
+def test_what_is_no_whole_video_is_named_with_the_reason(
+    tmp_path: Path, name: str, write: Callable[[Path], object], reason: str
+) -> None:
+    write(tmp_path / name)
+
+    with pytest.raises(MediaError, match=reason) as caught:
+        read(tmp_path / name)
+
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_cut_file_is_told_before_it_is_read(tmp_path: Path, suffix: str) -> None:
+    source = Source(MUXERS[suffix], frames=60, sound="pcm_s16le", options=(("movflags", "faststart"),))
+    whole = write_source(tmp_path / f"whole{suffix}", source)
+    source_info(whole)
+
+    (tmp_path / f"cut{suffix}").write_bytes(whole.read_bytes()[:-5000])
+
+    with pytest.raises(MediaError, match=rf"cut\{suffix} is cut short: it has .* bytes of"):
+        source_info(tmp_path / f"cut{suffix}")
+
+
+def test_pictures_of_other_sizes_are_not_mixed(tmp_path: Path) -> None:
+    parts = []
+    for number, size in enumerate([(48, 64), (64, 64)]):
+        frames = [np.full((*size, 3), 90, np.uint8)] * 3
+        write_stream(tmp_path / f"{number}.mpg", "mpeg1video", "mpeg1video", frames)
+        parts.append((tmp_path / f"{number}.mpg").read_bytes())
+    (tmp_path / "joined.mpg").write_bytes(b"".join(parts))
+
+    with pytest.raises(MediaError, match=r"joined\.mpg changes its size from 64 x 48 to 64 x 64"):
+        list(shown_frames(tmp_path / "joined.mpg"))

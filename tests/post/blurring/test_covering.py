@@ -1,0 +1,135 @@
+"""What is covered, how strongly, and that nothing else changes."""
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from post.blurring.covering import cover, kernel_of
+from post.blurring.options import BlurOptions
+from post.network_options import NetworkOptions
+
+OLD = BlurOptions(
+    network=NetworkOptions(Path("detector.onnx"), "fp32", None, False),
+    strength=51,
+    sigmax=40,
+    conf=0.5,
+    method="blur",
+    margin=0.0,
+    ellipse=False,
+    feather=0.0,
+    hold=0,
+    lookback=0,
+    detection_size=640,
+    allow_none=False,
+)
+
+
+def noise(height: int, width: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (height, width, 3), dtype, endpoint=True)
+
+
+def changed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return (one != other).any(axis=2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("method", ["blur", "fill"])
+def test_pixels_outside_are_the_same_to_the_bit(dtype: type, method: str) -> None:
+    pixels = noise(80, 120, dtype)
+    before = pixels.copy()
+
+    result = cover(pixels, [(30.4, 20.2, 69.5, 59.8)], dataclasses.replace(OLD, method=method))
+
+    assert (pixels == before).all()
+    assert result.dtype == dtype
+    inside = np.zeros((80, 120), bool)
+    inside[20:60, 30:70] = True
+    assert not changed(result, pixels)[~inside].any()
+    assert changed(result, pixels)[inside].mean() > 0.9
+
+
+def test_a_box_of_usual_size_gets_the_blur_that_was_asked_for_mixed_with_its_surroundings() -> None:
+    pixels = noise(200, 200)
+
+    result = cover(pixels, [(60, 60, 140, 140)], OLD)
+
+    expected = cv2.GaussianBlur(pixels, (51, 51), 40)
+    assert (result[60:140, 60:140] == expected[60:140, 60:140]).all()
+
+
+def test_the_blur_grows_with_the_box_and_is_never_larger_than_it() -> None:
+    assert kernel_of(80, OLD) == (51, 40)
+    size, sigma = kernel_of(400, OLD)
+    assert size == 201
+    assert sigma == pytest.approx(40 * 201 / 51)
+    assert kernel_of(20, OLD)[0] == 21
+    assert kernel_of(2, OLD)[0] == 3
+    assert kernel_of(80, dataclasses.replace(OLD, strength=4, sigmax=1)) == (41, pytest.approx(10.25))
+
+
+@pytest.mark.parametrize("size", [6, 24, 100, 380])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_detail_is_gone_whatever_the_size_of_the_box(size: int, dtype: type) -> None:
+    """A pattern of eight squares across the box, about as coarse as an eye in a face."""
+    side = 400
+    cells = (np.arange(side) * 8 // size) % 2
+    board = (cells[:, None] ^ cells[None]).astype(dtype) * np.iinfo(dtype).max
+    pixels = board[..., None].repeat(3, axis=2)
+    low = (side - size) // 2
+    box = (low, low, low + size, low + size)
+
+    result = cover(pixels, [box], OLD)[low : low + size, low : low + size].astype(float)
+
+    assert np.ptp(result) / np.iinfo(dtype).max < (0.6 if size == 6 else 0.3)
+
+
+@pytest.mark.parametrize(
+    "box", [(-20, -20, 15, 15), (100, 60, 300, 300), (-50, 30, 400, 40), (-9, -9, 200, 200)]
+)
+def test_boxes_may_reach_outside_of_the_picture(box: tuple[float, float, float, float]) -> None:
+    pixels = noise(80, 120)
+
+    for options in (OLD, dataclasses.replace(OLD, ellipse=True, feather=0.2, margin=0.1)):
+        assert changed(cover(pixels, [box], options), pixels).any()
+
+
+@pytest.mark.parametrize("box", [(-40, 10, -5, 30), (10, 90, 20, 100), (130, 0, 140, 10)])
+def test_boxes_outside_of_the_picture_change_nothing(box: tuple[float, float, float, float]) -> None:
+    pixels = noise(80, 120)
+
+    assert (cover(pixels, [box], OLD) == pixels).all()
+
+
+def test_a_margin_covers_more() -> None:
+    pixels = noise(100, 100)
+
+    result = cover(pixels, [(30, 30, 70, 70)], dataclasses.replace(OLD, margin=0.25, method="fill"))
+
+    assert (result[20:80, 20:80] == 0).all()
+    assert changed(result, pixels).sum() == 60 * 60
+
+
+def test_a_soft_edge_is_outside_of_the_box() -> None:
+    pixels = np.full((100, 100, 3), 200, np.uint8)
+
+    result = cover(pixels, [(30, 30, 70, 70)], dataclasses.replace(OLD, feather=0.1, method="fill"))
+
+    assert (result[30:70, 30:70] == 0).all()
+    row = result[50, 25:31, 0].astype(int)
+    assert row[0] == 200
+    assert (np.diff(row) < 0).all()
+    assert (result[:, :26] == 200).all()
+
+
+def test_an_ellipse_leaves_the_corners() -> None:
+    pixels = noise(100, 100)
+
+    result = cover(pixels, [(30, 40, 70, 60)], dataclasses.replace(OLD, ellipse=True, method="fill"))
+
+    touched = changed(result, pixels)
+    assert touched[40:60, 30:70].mean() == pytest.approx(np.pi / 4, abs=0.03)
+    assert not touched[41, 31]
+    assert touched[50, 30:70].all()

@@ -1,0 +1,256 @@
+"""Blurring from file to file through the script: faces are red dots, missed where they are paler."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blissful_tuner.yolo_blur import main
+from modules.errors import CheckpointError, NothingFoundError, OptionError
+from modules.media.reading import read_image, video_frames
+from modules.media.writing import write_png, write_video
+from post.blurring.options import BlurOptions
+from post.blurring.stage import BlurStage, make_blur, within
+from post.chain_options import read_tool
+from post.contract import Clip, Picture
+from post.faces.contract import Found
+from tests.post.blurring.test_covering import changed
+from tests.tiny.onnx_files import write_yolo, write_yunet
+from tests.tiny.post_faces import write_red_detector
+
+ROOT = Path(__file__).resolve().parents[3]
+HEIGHT, WIDTH, COUNT = 64, 96, 24
+PALE = 125  # this red is missed (score 0.15), and can still be seen well
+SEEN = 75  # at most so red is what is left of a dot under the blur
+
+
+def frame(*dots: tuple[int, int, int]) -> np.ndarray:
+    """Fine grey lines, and dots of 8 x 8 pixels around x, y in that red."""
+    pixels = np.full((HEIGHT, WIDTH, 3), 70, np.uint8)
+    pixels[::2] = 50
+    for x, y, red in dots:
+        pixels[max(0, y - 4) : y + 4, max(0, x - 4) : x + 4] = (red, 0, 0)
+    return pixels
+
+
+def moving_dot(missed: Sequence[int]) -> list[np.ndarray]:
+    """A dot that moves to the right; it is paler in the frames in which it is to be missed."""
+    return [frame((16 + 2 * index, 32, PALE if index in missed else 255)) for index in range(COUNT)]
+
+
+def redness(pixels: np.ndarray) -> float:
+    values = pixels.astype(float)
+    return float((values[..., 0] - values[..., 1:].mean(axis=2)).max())
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_red_detector(tmp_path_factory.mktemp("detector") / "red.safetensors")
+
+
+def blur(folder: Path, detector: Path, frames: Sequence[np.ndarray], *options: str) -> list[np.ndarray]:
+    write_video(folder / "clip.mp4", frames, 12)
+    output = folder / "out.mkv"
+    words = ["--model", str(detector), "--input", str(folder / "clip.mp4"), "--output", str(output)]
+    main([*words, "--device", "cpu", "--codec", "h264", *options])
+    return list(video_frames(output))
+
+
+def test_a_face_that_is_missed_in_some_frames_is_never_seen(
+    tmp_path: Path, detector: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missed = [0, 1, 2, *range(11, 16), 22, 23]
+    frames = moving_dot(missed)
+    with caplog.at_level(logging.INFO):
+        made = blur(tmp_path, detector, frames)
+
+    assert len(made) == COUNT
+    assert max(redness(each) for each in made) < SEEN
+    assert (
+        f"of {COUNT} frames, {COUNT - len(missed)} with something found, {len(missed)} blurred" in caplog.text
+    )
+    assert "Tracks: 1, the longest gap in one: 5 frames" in caplog.text
+
+
+def test_without_holding_a_missed_face_is_seen(tmp_path: Path, detector: Path) -> None:
+    missed = [0, 12]
+    made = blur(tmp_path, detector, moving_dot(missed), "--hold", "0", "--lookback", "0")
+
+    assert [index for index, each in enumerate(made) if redness(each) > SEEN] == missed
+
+
+def test_below_conf_nothing_is_blurred(tmp_path: Path, detector: Path) -> None:
+    frames = [frame((30, 32, 175)), frame((30, 32, 160))]  # of scores 0.85 and 0.67
+
+    for conf, seen in (("0.5", []), ("0.8", [1])):
+        made = blur(tmp_path, detector, frames, "--conf", conf, "--hold", "0", "--lookback", "0", "-y")
+        assert [index for index, each in enumerate(made) if redness(each) > SEEN] == seen
+
+
+def test_two_faces_that_cross_and_one_at_the_edge(tmp_path: Path, detector: Path) -> None:
+    frames = [
+        frame((16 + 3 * index, 30, 255), (85 - 3 * index, 34, 255), (3, 58, 255)) for index in range(COUNT)
+    ]
+
+    made = blur(tmp_path, detector, frames)
+
+    for each in made:
+        assert redness(each[:50]) < SEEN
+        assert redness(each[50:, :12]) < 0.55 * 255  # a mean: half of what is left of it in the corner is red
+        assert redness(each[50:, 12:]) < SEEN
+
+
+def test_a_video_without_a_face_is_an_error_of_its_own(tmp_path: Path, detector: Path) -> None:
+    with pytest.raises(NothingFoundError, match=r"no file was written(.|\n)*--conf(.|\n)*--allow_none"):
+        blur(tmp_path, detector, [frame()] * 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+    made = blur(tmp_path, detector, [frame()] * 3, "--allow_none")
+    assert len(made) == 3
+
+
+def test_the_exit_code_without_a_face_is_3(tmp_path: Path, detector: Path) -> None:
+    write_png(tmp_path / "plain.png", frame())
+
+    run = subprocess.run(
+        [sys.executable, ROOT / "blissful_tuner" / "yolo_blur.py"]
+        + ["--model", detector, "--input", tmp_path / "plain.png", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+    )
+
+    assert run.returncode == 3
+    assert "NothingFoundError" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.png"]
+
+
+def test_pictures_of_a_folder_are_blurred_and_one_without_a_face_is_told(
+    tmp_path: Path, detector: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    write_png(folder / "a.png", frame((40, 32, 255)))
+    write_png(folder / "b.png", frame())
+    words = ["--model", str(detector), "--input", str(folder), "--output", str(tmp_path / "out"), "-y"]
+
+    with pytest.raises(Exception, match=r"b\.png(.|\n)*nothing was blurred") as raised:
+        main([*words, "--device", "cpu"])
+
+    assert raised.value.exit_code == 3  # type: ignore[attr-defined]
+    (made,) = (tmp_path / "out").iterdir()
+    assert redness(read_image(made)) < SEEN
+    outside = changed(read_image(made), frame((40, 32, 255)))
+    assert not outside[:20].any()
+    assert not outside[:, :28].any()
+
+
+@pytest.mark.parametrize("write", [write_yunet, write_yolo])
+def test_onnx_detectors_blur_too(tmp_path: Path, write: object) -> None:
+    path = write(tmp_path / "detector.onnx")  # type: ignore[operator]
+    frames = [frame((42, 28, 255))] * 3
+
+    assert max(redness(each) for each in blur(tmp_path, path, frames)) < SEEN
+
+
+def options(detector: Path, *words: str) -> BlurOptions:
+    made: BlurOptions = read_tool(["yolo_blur", "--model", str(detector), *words], "--then")[1]
+    return made
+
+
+def pictures(frames: Sequence[np.ndarray]) -> Iterator[Picture]:
+    for index, pixels in enumerate(frames):
+        yield Picture(pixels, Fraction(index, 12), Fraction(1, 12))
+
+
+def clip_of(frames: Sequence[np.ndarray]) -> Clip:
+    return Clip(Path("clip.mp4"), WIDTH, HEIGHT, Fraction(12), len(frames), True)
+
+
+@pytest.mark.parametrize("depth", [1, 257])
+def test_pictures_keep_their_times_their_depth_and_all_other_pixels(detector: Path, depth: int) -> None:
+    dtype = np.uint8 if depth == 1 else np.uint16
+    frames = [(each.astype(dtype) * depth).astype(dtype) for each in moving_dot([3, 4])]
+    stage = make_blur(options(detector), torch.device("cpu"))
+
+    made = list(stage.run(pictures(frames), clip_of(frames)))
+
+    assert [(each.start, each.seconds) for each in made] == [
+        (Fraction(index, 12), Fraction(1, 12)) for index in range(COUNT)
+    ]
+    for index, each in enumerate(made):
+        assert each.pixels.dtype == dtype
+        touched = changed(each.pixels, frames[index])
+        x = 16 + 2 * index
+        assert touched[29:35, x - 3 : x + 3].all()
+        assert not touched[:12].any()
+        assert not touched[52:].any()
+    assert not changed(made[0].pixels, frames[0])[:, 50:].any()
+
+
+def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:
+    frames = moving_dot([])
+    stage = make_blur(options(detector, "--hold", "4", "--lookback", "6"), torch.device("cpu"))
+    taken = 0
+
+    def counted() -> Iterator[Picture]:
+        nonlocal taken
+        for picture in pictures(frames):
+            taken += 1
+            yield picture
+
+    given = 0
+    for _ in stage.run(counted(), clip_of(frames)):
+        given += 1
+        assert taken <= given + 6
+    assert given == COUNT
+
+
+def test_a_box_that_is_no_number_covers_the_whole_picture() -> None:
+    found = [Found((float("nan"), 0, 5, 5), 0.9, None), Found((float("-inf"), 1, 5, float("inf")), 0.9, None)]
+
+    assert within(found, 20, 30) == [(0, 0, 30, 20), (-30, 1, 5, 40)]
+    assert within([Found((9, 1, 5, 5), 0.9, None)], 20, 30) == []
+
+
+def test_half_precision_blurs_the_same_dot(detector: Path) -> None:
+    stage = make_blur(options(detector, "--dtype", "bf16"), torch.device("cpu"))
+    assert isinstance(stage, BlurStage)
+    (made,) = stage.run(pictures([frame((40, 32, 255))]), clip_of([frame()]))
+
+    assert redness(made.pixels) < SEEN
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--conf", "1.5"), "--conf"),
+        (("--strength", "0"), "--strength"),
+        (("--hold", "-1"), "--hold"),
+        (("--margin", "-0.1"), "--margin"),
+        (("--detection_size", "10"), "--detection_size"),
+        (("--feather", "2"), "--feather"),
+        (("--dtype", "fp8"), "--dtype"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(
+    tmp_path: Path, detector: Path, words: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(OptionError, match=said):
+        blur(tmp_path, detector, [frame()], *words)
+
+
+def test_a_file_that_is_no_detector_is_refused_before_the_video_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nothing of the kind")
+
+    with pytest.raises(CheckpointError, match="is no ONNX file"):
+        blur(tmp_path, tmp_path / "model.onnx", [frame()])
+    with pytest.raises(OptionError, match="--compile"):
+        blur(tmp_path, write_yunet(tmp_path / "yunet.onnx"), [frame()], "--compile")

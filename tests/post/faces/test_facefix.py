@@ -1,0 +1,423 @@
+"""The stage of facefix, made from files by its options: what it changes, and what it leaves alone."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from modules.errors import CheckpointError, OptionError
+from modules.media.reading import read_image, video_frames
+from modules.media.writing import write_png, write_video
+from post.chain_options import read_chain
+from post.contract import Clip, Picture, Pixels
+from post.faces.stage import Facefix, check_facefix, make_facefix
+from tests.faults.messages import run_here
+from tests.tiny import post_restorers as tiny
+from tests.tiny.onnx_files import write_yunet
+from tests.tiny.post_faces import write_red_detector
+
+WIDTH, HEIGHT, FACE = 96, 64, 24
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All files of both modes; a red dot is a face, and all of it is skin."""
+    path = tmp_path_factory.mktemp("models")
+    tiny.write_model(path / "GFPGANv1.4.pth", tiny.gfpgan_weights(), "params_ema")
+    tiny.write_model(path / "codeformer.safetensors", tiny.codeformer_weights())
+    tiny.write_model(path / "parsing_parsenet.pth", tiny.parsenet_weights(part=1))
+    write_red_detector(path / "detection_Resnet50_Final.pth", FACE)
+    return path
+
+
+def _pixels(*dots: tuple[int, int], dtype: type = np.uint8) -> Pixels:
+    """A dark wave with red dots of 8 x 8 pixels, given by their left and top."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    grey = (40 + 20 * np.sin(x / 9) * np.cos(y / 7)).astype(np.uint8)
+    pixels = np.stack([grey] * 3, axis=-1)
+    for left, top in dots:
+        pixels[top : top + 8, left : left + 8] = (255, 0, 0)
+    return pixels if dtype == np.uint8 else pixels.astype(np.uint16) * np.uint16(257)
+
+
+def _pictures(frames: Sequence[Pixels]) -> Iterator[Picture]:
+    for index, pixels in enumerate(frames):
+        yield Picture(pixels, Fraction(index, 10), Fraction(1, 10))
+
+
+def _options(model: Path, *words: object) -> Any:
+    argv = ["--model", str(model), "--input", "x.mp4", *map(str, words)]
+    return read_chain("facefix", "", argv).tools[0][1]
+
+
+def _stage(model: Path, *words: object) -> Facefix:
+    options = _options(model, *words)
+    check_facefix(options)
+    stage = make_facefix(options, CPU)
+    assert isinstance(stage, Facefix)
+    return stage
+
+
+def _clip(is_deep: bool = False) -> Clip:
+    return Clip(Path("clip.mkv"), WIDTH, HEIGHT, Fraction(10), None, is_deep)
+
+
+def _run(stage: Facefix, frames: Sequence[Pixels], is_deep: bool = False) -> list[Pixels]:
+    clip = _clip(is_deep)
+    made = list(stage.run(_pictures(frames), clip))
+    assert [picture.start for picture in made] == [Fraction(i, 10) for i in range(len(frames))]
+    size = stage.result(clip)
+    assert all(picture.pixels.shape == (size.height, size.width, 3) for picture in made)
+    return [picture.pixels for picture in made]
+
+
+def _changed(before: Pixels, after: Pixels) -> list[tuple[int, int, int, int]]:
+    """Left, top, right, bottom of what differs; nothing for equal pictures."""
+    rows, columns = np.nonzero((before != after).any(axis=2))
+    return [(columns.min(), rows.min(), columns.max(), rows.max())] if len(rows) else []
+
+
+# what a face of 24 pixels at a dot may change: the 32 pixels of the template are 39 of the picture
+def _lies_around(dot: tuple[int, int], box: tuple[int, int, int, int]) -> bool:
+    left, top, right, bottom = box
+    x, y = dot[0] + 4, dot[1] + 4
+    return x - 32 < left < x < right < x + 32 and y - 32 < top < y < bottom < y + 32
+
+
+@pytest.mark.parametrize("mode", ["gfpgan", "codeformer"])
+def test_only_faces_change(folder: Path, mode: str) -> None:
+    plain, faced = _pixels(), _pixels((40, 24))
+    before = faced.copy()
+
+    first, second, third = _run(_stage(folder, "--mode", mode), [plain, faced, plain])
+
+    assert first is plain
+    assert third is plain
+    (box,) = _changed(faced, second)
+    assert _lies_around((40, 24), box)
+    assert np.array_equal(faced, before)  # the picture that was given is not written to
+
+
+def test_what_is_not_part_of_the_face_stays(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tiny.write_model(tmp_path / "parsing_parsenet.pth", tiny.parsenet_weights(part=18))
+    faced = _pixels((40, 24))
+
+    (made,) = _run(_stage(tmp_path), [faced])
+
+    assert np.array_equal(made, faced)
+
+
+def test_several_faces_change_and_only_center_keeps_one(folder: Path) -> None:
+    faced = _pixels((40, 24), (80, 8), (0, 48))
+
+    (all_of_them,) = _run(_stage(folder), [faced])
+    (central,) = _run(_stage(folder, "--only_center"), [faced])
+
+    (box,) = _changed(faced, central)
+    assert _lies_around((40, 24), box)
+    (wide,) = _changed(faced, all_of_them)
+    assert wide[0] < 8
+    assert wide[2] > 84
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("is_deep", [False, True])
+def test_sixteen_bits_stay_and_are_made_where_they_are_wanted(
+    folder: Path, dtype: type, is_deep: bool
+) -> None:
+    plain, faced = _pixels(dtype=dtype), _pixels((40, 24), dtype=dtype)
+
+    first, second = _run(_stage(folder), [plain, faced], is_deep)
+
+    assert first is plain
+    deep = is_deep or dtype == np.uint16
+    assert second.dtype == (np.uint16 if deep else np.uint8)
+    (in_bytes,) = _run(_stage(folder), [_pixels((40, 24))])
+    np.testing.assert_allclose(
+        second.astype(float) / (257 if deep else 1), in_bytes, atol=1
+    )  # faces of bytes are cut out as bytes
+
+
+def test_the_result_is_larger_with_upscale_with_and_without_a_face(folder: Path) -> None:
+    plain, faced = _run(_stage(folder, "-s", "1.5"), [_pixels(), _pixels((40, 24))])
+
+    (box,) = _changed(plain, faced)
+    assert plain.shape == (96, 144, 3)
+    assert box[0] < 66 < box[2]
+
+
+def test_strength_shows_part_of_the_face(folder: Path) -> None:
+    faced = _pixels((40, 24))
+    whole, half, nothing = (
+        _run(_stage(folder, "--strength", strength), [faced])[0].astype(float) for strength in (1, 0.5, 0)
+    )
+
+    np.testing.assert_allclose(half, (whole + faced) / 2, atol=1.01)
+    assert np.array_equal(nothing, faced)
+
+
+def test_fidelity_changes_the_face_of_codeformer(folder: Path) -> None:
+    faced = _pixels((40, 24))
+    half, more, default = (
+        _run(_stage(folder, "--mode", "codeformer", *words), [faced])[0]
+        for words in (("--weight", 0.5), ("--weight", 1), ())
+    )
+
+    assert np.array_equal(half, default)
+    assert not np.array_equal(half, more)
+
+
+def test_noise_is_the_same_in_all_pictures_and_follows_the_seed(folder: Path) -> None:
+    faced = _pixels((40, 24))
+    stored, one, again, other = (
+        _run(_stage(folder, *words), [faced, faced])
+        for words in ((), ("--seed", "1"), ("--seed", "1"), ("--seed", "blue"))
+    )
+
+    for first, second in (stored, one, other):
+        assert np.array_equal(first, second)
+    assert np.array_equal(one[0], again[0])
+    assert not np.array_equal(stored[0], one[0])
+    assert not np.array_equal(one[0], other[0])
+
+
+def test_codeformer_says_that_it_has_no_use_for_a_seed(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _stage(folder, "--mode", "codeformer", "--seed", "1")
+
+    assert "--seed is ignored because CodeFormer" in caplog.text
+
+
+def test_a_stream_gives_what_each_picture_alone_gives(folder: Path) -> None:
+    frames = [_pixels(), *(_pixels((x, 24)) for x in (16, 40, 40, 72)), _pixels((40, 24), (80, 48))]
+    stage = _stage(folder, "--smooth", 0)
+
+    together = _run(stage, frames)
+
+    for frame, made in zip(frames, together, strict=True):
+        assert np.array_equal(made, _run(stage, [frame])[0])
+
+
+@pytest.mark.parametrize("smooth", [0, 0.5])
+def test_faces_are_steadied_within_a_clip_only(folder: Path, smooth: float) -> None:
+    stage = _stage(folder, "--smooth", smooth)
+
+    class Trembling:
+        """Its landmarks are off by as many hundredths of a pixel as the picture's first value says."""
+
+        def find(self, pixels: Any, least_score: float) -> list[Any]:
+            off = np.float32(pixels[0, 0, 0] / 100)
+            found = stage.detector.find(pixels, least_score)
+            return [replace(face, landmarks=face.landmarks + off) for face in found]
+
+    trembling = replace(stage, detector=Trembling())
+    first, second = (_pixels((40, 24)) for _ in range(2))
+    first[0, 0, 0], second[0, 0, 0] = 0, 60
+
+    together = _run(trembling, [first, second])[1]
+
+    alone = _run(trembling, [second])[0]
+    assert np.array_equal(together, alone) == (smooth == 0)
+    assert np.array_equal(alone, _run(trembling, [second])[0])
+
+
+def test_what_was_done_is_said_at_the_end(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    _run(_stage(folder), [_pixels(), _pixels((40, 24), (80, 8))])
+    _run(_stage(folder), [_pixels()])
+
+    assert "clip.mkv: 2 faces restored in 1 of 2 pictures" in caplog.text
+    assert "clip.mkv: no face was found with a score of 0.97 or more" in caplog.text
+    assert "non-commercial use only" in caplog.text
+
+
+def test_a_lower_threshold_finds_more(folder: Path) -> None:
+    pale = _pixels()
+    pale[24:32, 40:48] = (200, 20, 20)  # its score is about 0.94
+
+    above, below = (_run(_stage(folder, "--detection_threshold", least), [pale])[0] for least in (0.97, 0.5))
+
+    assert np.array_equal(above, pale)
+    assert not np.array_equal(below, pale)
+
+
+def test_a_detector_without_landmarks_is_refused(folder: Path) -> None:
+    stage = _stage(folder)
+
+    class Boxes:
+        def find(self, pixels: Any, least_score: float) -> list[Any]:
+            return [replace(face, landmarks=None) for face in stage.detector.find(pixels, least_score)]
+
+    with pytest.raises(CheckpointError, match="not where their eyes are"):
+        _run(replace(stage, detector=Boxes()), [_pixels((40, 24))])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("mode", ["gfpgan", "codeformer"])
+def test_half_precision_is_close(folder: Path, mode: str, dtype: str) -> None:
+    faced = _pixels((40, 24))
+
+    exact, half = (
+        _run(_stage(folder, "--mode", mode, "--dtype", name), [faced])[0] for name in ("fp32", dtype)
+    )
+
+    (box,) = _changed(faced, half)
+    assert _lies_around((40, 24), box)
+    assert np.array_equal(exact, half) == (dtype == "fp16")  # a CPU computes float16 in float32
+    if mode == "gfpgan":  # another code for a place gives CodeFormer another face
+        assert np.abs(exact.astype(int) - half).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--weight", "1.5"), "--weight 1.5: give a number from 0 to 1"),
+        (("--weight", "0.7"), "--weight 0.7 is for --mode codeformer"),
+        (("--strength", "-1"), "--strength -1"),
+        (("--smooth", "1"), "--smooth 1"),
+        (("--upscale", "0"), "--upscale 0"),
+        (("--upscale", "nan"), "--upscale nan"),
+        (("--detection_threshold", "1"), "--detection_threshold 1"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(words: tuple[str, str], said: str) -> None:
+    with pytest.raises(OptionError) as error:
+        _options(Path("x"), *words)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("upscale", "size"), [("0.01", "0 x 0"), ("16", "80000 x 1024")])
+def test_sizes_that_no_file_can_have_are_refused(folder: Path, upscale: str, size: str) -> None:
+    clip = replace(_clip(), width=96 if size == "0 x 0" else 5000)
+    with pytest.raises(OptionError, match=f"makes {size} pixels of the .* of clip.mkv"):
+        _stage(folder, "-s", upscale).result(clip)
+
+
+@pytest.mark.parametrize(
+    ("absent", "words", "said"),
+    [
+        ("GFPGANv1.4.pth", (), "no GFPGANv1.4.pth is in this folder"),
+        ("codeformer.safetensors", ("--mode", "codeformer"), "no codeformer.pth is in this folder"),
+        ("parsing_parsenet.pth", (), "no parsing_parsenet.pth is in"),
+        ("detection_Resnet50_Final.pth", (), "no detection_Resnet50_Final.pth is in"),
+        ("", ("--detection_model", "retinaface_mobile0.25"), "no detection_mobilenet0.25_Final.pth is in"),
+        ("", ("--detection_model", "yunet"), "no .onnx file of YuNet is in"),
+        ("", ("--detection_model", "my.pth"), "there is no such file, and it is none of retinaface_resnet50"),
+    ],
+)
+def test_a_missing_file_is_named_with_its_folder(
+    folder: Path, tmp_path: Path, absent: str, words: tuple[str, ...], said: str
+) -> None:
+    for path in folder.iterdir():
+        if path.name != absent:
+            (tmp_path / path.name).symlink_to(path)
+
+    with pytest.raises(CheckpointError) as error:
+        check_facefix(_options(tmp_path, *words))
+
+    assert said in str(error.value)
+    assert "my.pth" in words or str(tmp_path) in str(error.value)
+
+
+def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces.pth").symlink_to(folder / "GFPGANv1.4.pth")
+    (tmp_path / "Detection_resnet50_final.PTH").symlink_to(folder / "detection_Resnet50_Final.pth")
+    tiny.write_model(tmp_path / "parsing_parsenet.safetensors", tiny.parsenet_weights(part=1))
+    faced = _pixels((40, 24))
+
+    (made,) = _run(_stage(tmp_path / "faces.pth"), [faced])
+
+    assert np.array_equal(made, _run(_stage(folder), [faced])[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("codeformer.safetensors", (), "is not a GFPGAN of v1.2 to v1.4; it looks like a CodeFormer"),
+        ("GFPGANv1.4.pth", ("--mode", "codeformer"), "is not a CodeFormer; it looks like a GFPGAN"),
+        ("none.pth", (), "there is no such file or folder"),
+        ("GFPGANv1.4.pth", ("--detection_model", "GFPGANv1.4.pth"), "is not a detector of faces"),
+        ("GFPGANv1.4.pth", ("--dtype", "fp8"), "nothing is computed in fp8"),
+    ],
+)
+def test_wrong_files_fail_by_their_headers(
+    folder: Path, name: str, words: tuple[str, ...], said: str
+) -> None:
+    words = tuple(str(folder / word) if word.endswith(".pth") else word for word in words)
+    with pytest.raises((CheckpointError, OptionError)) as error:
+        check_facefix(_options(folder / name, *words))
+    assert said in str(error.value)
+
+
+def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = replace(tiny.GFPGAN, body=tiny.GFPGAN.body[:2], decoder=(8, 8), steered=(4,))
+    (tmp_path / "parsing_parsenet.pth").symlink_to(folder / "parsing_parsenet.pth")
+    (tmp_path / "detection_Resnet50_Final.pth").symlink_to(folder / "detection_Resnet50_Final.pth")
+    tiny.write_model(tmp_path / "GFPGANv1.4.pth", tiny.gfpgan_weights(config))
+
+    check_facefix(_options(tmp_path))  # 8 pixels are enough for the two halvings of the tiny ParseNet
+    parts = replace(tiny.PARSENET, down=(4, 6, 6, 8), up=(8, 6, 6, 4))
+    (tmp_path / "parsing_parsenet.pth").unlink()
+    tiny.write_model(tmp_path / "parsing_parsenet.pth", tiny.parsenet_weights(config=parts))
+    with pytest.raises(CheckpointError, match="do not go together"):
+        check_facefix(_options(tmp_path))
+
+
+def test_a_yunet_beside_the_model_is_found_and_has_a_threshold_of_its_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    write_yunet(tmp_path / "face_detection_yunet_2026may.onnx")
+    stage, faced = _stage(tmp_path, "--detection_model", "yunet"), _pixels((44, 28))
+
+    assert stage.least_score == 0.8
+    assert len(stage.detector.find(faced, 0.8)) == 1
+    assert _run(stage, [faced])[0] is faced  # the tiny YuNet says that both eyes are at one place
+
+
+def _script(folder: Path, *words: object) -> str:
+    code, said = run_here("blissful_tuner/facefix.py", "--model", folder, *words, folder=folder)
+    assert code == 0, said
+    return said
+
+
+def test_the_script_restores_the_faces_of_pictures(folder: Path, tmp_path: Path) -> None:
+    plain, faced = _pixels(), _pixels((40, 24))
+    (tmp_path / "in").mkdir()
+    write_png(tmp_path / "in" / "plain.png", plain)
+    write_png(tmp_path / "in" / "faced.png", faced)
+
+    _script(folder, "--input", tmp_path / "in", "--output", tmp_path / "out", "--yes")
+
+    assert np.array_equal(read_image(tmp_path / "out" / "plain_GFPGAN.png"), plain)
+    made = read_image(tmp_path / "out" / "faced_GFPGAN.png")
+    assert np.array_equal(made, _run(_stage(folder), [faced])[0])
+    (box,) = _changed(faced, made)
+    assert _lies_around((40, 24), box)
+
+
+def test_the_script_gives_what_the_whole_clip_at_once_gives(folder: Path, tmp_path: Path) -> None:
+    clip, words = tmp_path / "a.mkv", ("--mode", "codeformer", "-s", 2)
+    dots = [(), ((40, 24),), ((42, 25), (80, 8)), ((43, 25),), ()]
+    write_video(clip, (_pixels(*each) for each in dots), 10, codec="h264", preset="ultrafast")
+
+    _script(folder, "--input", clip, "--output", tmp_path / "b.mkv", "--codec", "h264", *words)
+
+    whole = _run(_stage(folder, *words), list(video_frames(clip)))
+    write_video(tmp_path / "c.mkv", whole, 10, codec="h264")
+    made, expected = (list(video_frames(tmp_path / name)) for name in ("b.mkv", "c.mkv"))
+    assert len(made) == len(dots)
+    assert made[0].shape == (2 * HEIGHT, 2 * WIDTH, 3)
+    assert all(np.array_equal(one, other) for one, other in zip(made, expected, strict=True))
+    assert np.abs(made[1].astype(int) - made[0]).max() > 40

@@ -1,0 +1,64 @@
+"""Compiled parts of a tool's network compute what they did, and blocks of a list share one compilation."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from modules.compile_options import Compilation
+from modules.errors import OptionError
+from post.compiling import check_compiling, compile_parts
+from post.network_options import NetworkOptions
+from post.upscaling.files import load_upscaler
+from tests.tiny.post_upscaling import write_rrdb, write_swinir
+
+CPU = torch.device("cpu")
+EAGER = Compilation("eager", fullgraph=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # pytest would write all of it down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def options(compile: bool) -> NetworkOptions:
+    return NetworkOptions(Path("x.pth"), "fp32", None, compile)
+
+
+@pytest.mark.parametrize(
+    ("write", "forms"),
+    [(write_rrdb, 1), (write_swinir, 2)],  # of SwinIR's two layers one has three heads, the other two
+)
+def test_compiled_networks_compute_the_same(tmp_path: Path, write: object, forms: int) -> None:
+    assert callable(write)
+    network = load_upscaler(write(tmp_path / "x.pth"), CPU, torch.float32).network
+    images = torch.rand(1, 3, 8, 12).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        plain = network(images)
+        compile_parts(options(False), network.repeated, EAGER)
+        assert torch.equal(network(images), plain)
+        assert not counters["stats"]
+        compile_parts(options(True), network.repeated, EAGER)
+        compiled = network(images)
+
+    assert counters["stats"]["unique_graphs"] == forms
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiling(options(False), CPU)
+    import torch._inductor.cpp_builder
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(OptionError, match=r"needs a C\+\+ compiler.*--compile"):
+        check_compiling(options(True), CPU)
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()

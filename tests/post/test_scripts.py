@@ -1,0 +1,140 @@
+"""The tools' scripts from file to file, on tiny networks: one, a chain, generation."""
+
+import contextlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from generation.run import generate
+from modules.media.reading import read_image, video_frames, video_info
+from modules.media.tags import read_tags
+from modules.media.writing import write_video
+from post.chain_options import read_chain
+from post.contract import Clip, Picture
+from post.pixels import to_bytes
+from post.stages import lead_through, make_stages, results
+from tests.faults.messages import assert_one_message, run_here
+from tests.generation.test_run import only, options
+from tests.generation.toy_family import ToyFamily
+from tests.post.stages_here import files_in, frames_of, write_clip
+from tests.tiny.post_upscaling import write_rrdb, write_swinir
+from tests.tiny.project import write_image
+
+SCRIPT = "blissful_tuner/upscaler.py"
+H264 = ("--codec", "h264", "--container", "mp4", "--device", "cpu")
+
+
+def add_sound(clip: Path, path: Path) -> Path:
+    """The clip with half a second of a tone beside it."""
+    with av.open(str(clip)) as source, av.open(str(path), "w") as target:
+        video = target.add_stream_from_template(source.streams.video[0])
+        sound = target.add_stream("aac", rate=48000, layout="mono")
+        target.metadata["bt_prompt"] = "a cat"
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = video
+                target.mux(packet)
+        wave = (0.3 * np.sin(np.arange(24 * 1024) / 20)).astype(np.float32)
+        for start in range(0, len(wave), 1024):
+            part = np.ascontiguousarray(wave[None, start : start + 1024])
+            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 48000, start
+            target.mux(sound.encode(frame))
+        target.mux(sound.encode())
+    return path
+
+
+def sound_of(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(container.streams.audio[0]) if packet.size]
+
+
+def test_a_chain_of_real_networks_equals_the_whole_clip_at_once(tmp_path: Path) -> None:
+    clip = add_sound(write_clip(tmp_path / "clip.mp4", frames=3, width=32, height=16), tmp_path / "a.mkv")
+    write_rrdb(tmp_path / "r.pth")
+    write_swinir(tmp_path / "s.safetensors")
+    words = ["--model", "r.pth", "--mode", "esrgan", "--input", "a.mkv", *H264]
+    words += ["--then", "upscaler", "model=s.safetensors", "scale=1"]
+
+    code, said = run_here(SCRIPT, *words, folder=tmp_path)
+
+    assert code == 0, said
+    made = tmp_path / "a_ESRGAN_SWINIR.mp4"
+    with contextlib.chdir(tmp_path):
+        chain = read_chain("upscaler", "", words)
+        stages = make_stages(chain.tools, chain.labels, torch.device("cpu"))
+    clips = results(stages, Clip(clip, 32, 16, Fraction(16), 3, False))
+    pictures = [
+        Picture(frame, Fraction(at, 16), Fraction(1, 16)) for at, frame in enumerate(video_frames(clip))
+    ]
+    whole = [to_bytes(picture.pixels) for picture in lead_through(stages, iter(pictures), clips)]
+    write_video(tmp_path / "whole.mp4", whole, 16)
+    np.testing.assert_array_equal(frames_of(made), frames_of(tmp_path / "whole.mp4"))
+    assert sound_of(made) == sound_of(clip)
+    tags = read_tags(made)
+    assert tags["bt_prompt"] == "a cat"
+    assert tags["post_1"].startswith("upscaler model=r.pth ")
+    assert tags["post_2"].startswith("upscaler model=s.safetensors ")
+    assert f"{made.name}: 3 frames in " in said
+
+
+def test_a_folder_of_pictures_and_videos(tmp_path: Path) -> None:
+    write_rrdb(tmp_path / "r.pth")
+    write_clip(tmp_path / "in" / "a.mp4", frames=2)
+    write_image(tmp_path / "in" / "b.png", 16, 8)
+
+    words = ("--model", "r.pth", "--mode", "esrgan", "--scale", 4, "--input", "in", "--output", "out", *H264)
+    code, said = run_here(SCRIPT, *words, folder=tmp_path)
+    again = run_here(SCRIPT, *words, folder=tmp_path)
+
+    assert code == 0, said
+    assert files_in(tmp_path / "out") == {"a_ESRGAN.mp4", "b_ESRGAN.png"}
+    assert read_image(tmp_path / "out" / "b_ESRGAN.png").shape == (32, 64, 3)
+    assert frames_of(tmp_path / "out" / "a_ESRGAN.mp4").shape == (2, 128, 192, 3)
+    assert said.count("ESRGAN, 4 times as large") == 1  # loaded once
+    assert_one_message(*again, "a_ESRGAN.mp4, out/b_ESRGAN.png exist already. Use --yes")
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (("--model", "a.mp4"), ("Error: ", "a.mp4")),
+        (("--model", "no.pth"), ("Error: ", "no.pth")),
+        (("--model", "r.pth", "--output", "a.mp4"), ("OutputError: a.mp4 is the input",)),
+        (("--model", "r.pth", "--then", "upscaler", "model=a.mp4"), ("Error: --then upscaler: ", "a.mp4")),
+        (("--model", "r.pth", "--input", "r.pth"), ("MediaError: r.pth",)),
+        (("--model", "r.pth", "--output", "r.pth/x/"), ("OutputError: --output r.pth/x cannot be created",)),
+    ],
+)
+def test_what_cannot_be_is_one_message_and_leaves_no_file(
+    words: tuple[str, ...], messages: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_clip(tmp_path / "a.mp4", frames=2)
+    write_rrdb(tmp_path / "r.pth")
+    before = (tmp_path / "a.mp4").read_bytes()
+
+    code, said = run_here(SCRIPT, "--input", "a.mp4", *H264, *words, folder=tmp_path)
+
+    assert_one_message(code, said, *messages, remedy=False)
+    assert files_in(tmp_path) == {"a.mp4", "r.pth"}
+    assert (tmp_path / "a.mp4").read_bytes() == before
+
+
+def test_generation_writes_the_enlarged_video_once(tmp_path: Path) -> None:
+    model = write_rrdb(tmp_path / "r.pth")
+    family = ToyFamily()
+
+    words = ("--prompt", "cat", "--seed", 1, "--post", f"upscaler 'model={model}' scale=1.5")
+    generate(family, options(tmp_path / "out", *words, "--container", "mkv"))
+
+    path = only(tmp_path / "out", "*")
+    info = video_info(path)
+    assert (info.width, info.height, info.fps) == (72, 48, 16.0)
+    assert len(list(video_frames(path))) == 5
+    tags = read_tags(path)
+    assert tags["bt_width"] == "48"
+    assert family.diary[-1] == "decode"
