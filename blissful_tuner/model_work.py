@@ -9,7 +9,7 @@ from pathlib import Path
 from blissful_tuner.model_facts import Facts, as_json, as_lines, dtypes_of, facts_of, file_hashes
 from blissful_tuner.model_utility_options import ModelUtilityOptions
 from modules.checkpoints.changing import Change, NewFile, Selection, plan_change
-from modules.checkpoints.gathering import INDEX, gather
+from modules.checkpoints.gathering import gather
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint
 from modules.checkpoints.sharding import existing_shards, split, write_shards
@@ -43,16 +43,18 @@ def work(options: ModelUtilityOptions, knowledge: Knowledge, ask: Callable[[str]
     """
     output = None if options.convert is None else output_name(options.convert, options.shard_size is not None)
     with gather(options.input) as checkpoint:
-        plan = None
+        plan, replaced = None, []
         if output is not None:
-            refuse_replacing(OPTION, output, [*checkpoint.parts, options.input])
-            plan = plan_change(checkpoint, change_of(options), knowledge.stale)
             replaced = [output] if options.shard_size is None else [output, *existing_shards(output)]
-            _refuse_lost_shards(replaced, checkpoint.parts)
+            for path in replaced:
+                refuse_replacing(OPTION, path, [*checkpoint.parts, options.input])
+            plan = plan_change(checkpoint, change_of(options), knowledge.stale)
             ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         if output is not None and plan is not None:
-            _write(output, plan, options.shard_bytes)
+            written = _write(output, plan, options.shard_bytes)
+            for path in set(replaced) - set(written):  # what would be taken for the new model, too
+                path.unlink(missing_ok=True)
 
 
 def output_name(path: Path, in_shards: bool) -> Path:
@@ -67,8 +69,6 @@ def output_name(path: Path, in_shards: bool) -> Path:
         path = path.with_suffix(".safetensors")
     if path.suffix.lower() not in SAFETENSORS and not path.is_dir():
         raise OptionError(f"{OPTION} {path}: give a name that ends in .safetensors")
-    if path.name.endswith(INDEX):
-        raise OptionError(f"{OPTION} {path}: give the name of the model; its index is named after it")
     check_output_file(OPTION, path)
     return path
 
@@ -97,11 +97,6 @@ def say_what(checkpoint: Checkpoint, knowledge: Knowledge) -> str:
 
 def _selection(options: ModelUtilityOptions) -> Selection:
     return Selection(options.target_keys or (), options.exclude_keys or ())
-
-
-def _refuse_lost_shards(replaced: Sequence[Path], inputs: Sequence[Path]) -> None:
-    for path in replaced:
-        refuse_replacing(OPTION, path, inputs)
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
@@ -147,8 +142,8 @@ def _hash_lines(
     return lines
 
 
-def _write(output: Path, plan: NewFile, shard_bytes: int) -> None:
-    """Write the file, or its shards, and say what was written."""
+def _write(output: Path, plan: NewFile, shard_bytes: int) -> list[Path]:
+    """Write the file, or its shards, say what was written, and return it."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:
@@ -158,6 +153,7 @@ def _write(output: Path, plan: NewFile, shard_bytes: int) -> None:
         if shard_bytes:
             logger.info("All of it fits into one file of that size, which needs no index")
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
-        what = str(output)
+        paths, what = [output], str(output)
     kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in dtypes_of(plan.tensors))
     logger.info("Written: %s (%d tensors: %s)", what, len(plan.tensors), kinds)
+    return paths

@@ -245,6 +245,19 @@ def test_shards_can_be_written_into_a_folder_that_takes_the_place_of_older_ones(
     ]
 
 
+def test_a_model_of_one_file_takes_the_place_of_shards_and_shards_that_of_one_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {f"w{i}": torch.randn(100, 100) for i in range(3)})
+    out = tmp_path / "out"
+    for size, names in (
+        ("1GB", ["model.safetensors"]),
+        ("100kB", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        ("1GB", ["model.safetensors"]),
+    ):
+        run(path, "--convert", out, "--shard_size", size, "--yes")
+
+        assert sorted(file.name for file in out.glob("*.safetensors")) == names
+
+
 def test_a_folder_of_files_becomes_one(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
