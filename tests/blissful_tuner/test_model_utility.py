@@ -20,13 +20,17 @@ from blissful_tuner.model_utility_options import ModelUtilityOptions
 from blissful_tuner.taehv import load_taehv
 from frame_pack.checkpoints import load_dit as load_framepack
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
+from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.output_files import ask_to_replace
 from networks.hashes import add_hashes
+from post.upscaling.files import load_upscaler
 from tests.commands import run_script
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny import dits
+from tests.tiny import dits, post_faces, post_restorers, post_upscaling
+from tests.tiny.post_flowformer import write_flowformer
+from tests.tiny.post_restorers import write_model
 from tests.tiny.taehv import write_taehv
 from wan.checkpoints import load_dit as load_wan
 from wan.spec import LATENT
@@ -337,6 +341,52 @@ def test_a_converted_taehv_decodes_the_same(tmp_path: Path) -> None:
 
     expected, found = (load_taehv(one, LATENT, CPU).weights for one in (path, tmp_path / "a.safetensors"))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+# a part of what it is called -> how it is written to a .pth file
+TOOLS: dict[str, Callable[[Path], Path]] = {
+    "SwinIR": post_upscaling.write_swinir,
+    "Real-ESRGAN": post_upscaling.write_rrdb,
+    "an ESRGAN upscaler with old names": lambda path: post_upscaling.write(
+        path, post_upscaling.in_old_names(post_upscaling.rrdb_weights())
+    ),
+    "an ESRGAN or BSRGAN": lambda path: post_upscaling.write(
+        path, post_upscaling.in_middle_names(post_upscaling.rrdb_weights())
+    ),
+    "RetinaFace": post_faces.write_red_detector,
+    "GFPGAN": lambda path: write_model(path, post_restorers.gfpgan_weights(), "params_ema"),
+    "CodeFormer": lambda path: write_model(path, post_restorers.codeformer_weights(), "params_ema"),
+    "ParseNet": lambda path: write_model(path, post_restorers.parsenet_weights()),
+    "FlowFormer": lambda path: write_flowformer(path, "module."),
+}
+
+
+@pytest.mark.parametrize("what", TOOLS)
+def test_networks_of_tools_are_named_and_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    path = TOOLS[what](tmp_path / "a.pth")
+
+    run(path, "--convert", tmp_path / "b.safetensors", "--json")
+
+    assert what in said(capsys)["what"]
+    with open_checkpoint(path) as old, open_checkpoint(tmp_path / "b.safetensors") as new:
+        assert old.tensors == new.tensors
+        assert all(torch.equal(old.read(name), new.read(name)) for name in old.tensors)
+
+
+@pytest.mark.parametrize("what", ["SwinIR", "an ESRGAN upscaler with old names"])
+def test_a_converted_upscaler_computes_the_same(tmp_path: Path, what: str) -> None:
+    path = TOOLS[what](tmp_path / "a.pth")
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    run(path, "--convert", tmp_path / "b", "--shard_size", "20kB")
+
+    with torch.no_grad():
+        before, after = (
+            load_upscaler(one, CPU, torch.float32).network(pixels) for one in (path, tmp_path / "b")
+        )
+    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])
