@@ -16,6 +16,7 @@ from modules.checkpoints.sharding import existing_shards, split, write_shards
 from modules.checkpoints.writing import stream_tensors
 from modules.console import as_size
 from modules.contract.loading import TensorInfo
+from modules.control_codes import escape_control_codes
 from modules.devices import dtype_named
 from modules.errors import OptionError
 from modules.output_files import ask_to_replace, check_output_file, refuse_replacing
@@ -108,7 +109,8 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
     if options.json:
         lines = [as_json(facts, listed, hashes, known)]
     else:
-        lines = [*as_lines(facts, listed), *_hash_lines(hashes, known, facts.metadata)]
+        plain = [*as_lines(facts, listed), *_hash_lines(hashes, known, facts.metadata)]
+        lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -81,6 +81,19 @@ def test_a_file_is_described_with_its_dtypes_sizes_and_metadata(
     assert max(len(line) for line in out.splitlines()) < 300
 
 
+def test_names_and_metadata_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.safetensors", {"\x1b[2J" * 1000: torch.ones(1)}, {"\x1b[1m": "a\nb\x1b[31m"})
+
+    run(path)
+
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"  \x1b[1m: a\nb\x1b[31m" in out
+    assert len(out) < 5000
+
+
 @pytest.mark.parametrize(
     ("manifest", "what"),
     [
