@@ -59,7 +59,7 @@ def facts_of(checkpoint: Checkpoint, what: str) -> Facts:
     return Facts(
         checkpoint.path,
         what,
-        checkpoint.parts,
+        tuple(checkpoint.parts),
         dict(checkpoint.tensors),
         dict(checkpoint.metadata),
         checkpoint.left_out,

@@ -483,6 +483,19 @@ def test_an_index_whose_files_lack_a_tensor_is_refused(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+def test_metadata_that_differ_between_files_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "1.safetensors", {"a": torch.ones(1)}, {"same": "x", "other": "1"})
+    write(tmp_path / "2.safetensors", {"b": torch.ones(1)}, {"same": "x", "other": "2"})
+
+    run(tmp_path)
+
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "its files say different things of other; the last one's counts"
+    ]
+
+
 def test_two_tensors_cannot_get_one_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"x.a": torch.ones(1), "a": torch.ones(1)})
 
