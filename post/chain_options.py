@@ -12,6 +12,7 @@ from typing import Any
 from modules.command import Parser, did_you_mean
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, option_values, read_options
+from post.model_places import default_model
 from post.run_options import RunOptions, add_run_arguments
 from post.tools_options import TOOLS, Tool
 
@@ -60,8 +61,9 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         THEN,
         metavar="TOOL ...",
         help="give each picture on to another tool, without a file in between. Behind the tool's name stand "
-        f"its own options ({THEN} upscaler --help lists them), before the first {THEN} what holds for the "
-        f"whole run. May be repeated. The tools: {', '.join(each.name for each in TOOLS)}",
+        f"its own options ({THEN} upscaler --help lists them; without --model the downloaded one is taken), "
+        f"before the first {THEN} what holds for the whole run. May be repeated. The tools: "
+        f"{', '.join(each.name for each in TOOLS)}",
     )
     for later in others:  # their help is not to wait for what the first tool lacks
         if HELP & set(later):
@@ -97,7 +99,8 @@ def read_tools(text: str, option: str) -> tuple[ToolOptions, ...]:
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
 
-    before: what stands before the name in a command, for messages. Ends the program if help is asked for.
+    Without a model the downloaded one is taken. before: what stands before the name in a command, for
+    messages. Ends the program if help is asked for. Raises OptionError.
     """
     if not words:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
@@ -106,7 +109,13 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool.add_arguments(parser)
     given = as_options(words[1:], parser)
     _refuse_run_options(given, parser)
-    return tool, read_options(tool.record, parser.parse_args(given))
+    _flags(parser)["--model"].required = False
+    args = parser.parse_args(given)
+    if args.model is None:
+        args.model = default_model(tool.name, given)
+    if args.model is None:
+        parser.error("the following arguments are required: --model")
+    return tool, read_options(tool.record, args)
 
 
 def find_tool(name: str) -> Tool:

@@ -56,7 +56,7 @@ PLACES = (
     ),
     Place("facefix", "gfpgan", "gfpgan", ("facefix/GFPGANv1.4.pth",)),
     Place("facefix", "codeformer", "codeformer", ("facefix/codeformer.pth",)),
-    Place("yolo_blur", "", "yunet", ("faces/face_detection_yunet_2023mar.onnx",)),
+    Place("yolo_blur", "", "yunet", ("facefix/face_detection_yunet_2023mar.onnx",)),
 )
 
 
@@ -87,8 +87,7 @@ def default_model(
     command = as_typed(["python", "download.py", "--family", "tools", "--task", fitting[0].task])
     missing = folders[0] / fitting[0].files[0]
     raise OptionError(
-        f"{tool}: no model is given, and {missing} is not there.\n  Give model=FILE, or download it: "
-        f"{command}"
+        f"no model is given, and {missing} is not there.\n  Give model=FILE, or download it: {command}"
     )
 
 

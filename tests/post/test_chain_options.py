@@ -60,12 +60,24 @@ def test_what_cannot_be_in_a_chain_is_refused_by_name(words: list[str], message:
         read(*words)
 
 
+def test_a_model_that_is_not_named_is_looked_for_among_the_downloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="--then facefix: no model is given.*\n.*--task gfpgan"):
+        read("--then", "facefix")
+    file = Path("models", "facefix", "GFPGANv1.4.pth")
+    file.parent.mkdir(parents=True)
+    file.touch()
+
+    assert read("--then", "facefix").tools[1][1].network.model == file
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--the", "facefix"], "write --then in full"),
         (["--then", "facefix", "--modl", "x"], "--then facefix: error: Unknown option --modl"),
-        (["--then", "facefix"], "--then facefix: error: the following arguments are required: --model"),
     ],
 )
 def test_mistakes_of_typing_name_the_tool(
