@@ -140,7 +140,7 @@ def _tell_of_cover(clip: Clip) -> None:
     if clip.rate is None or not clip.path.is_file():
         return
     with reading(clip.path), open_container(clip.path) as container:
-        has_cover = any(is_cover(stream) for stream in container.streams.video)
+        has_cover = any(map(is_cover, container.streams.video))
     if has_cover:
         logger.warning(
             "%s has a cover picture, in which nothing is blurred: it goes into the result as it is, and may "
