@@ -1,9 +1,9 @@
 """Measure interpolation: python benchmarks/interpolation.py --model FOLDER
 
 Quality: every second picture of a real clip is left out and made again; PSNR of what is made, and of the mean
-of both neighbours. Speed: the stage as the scripts run it, against a bare loop over the same network that only
-encodes each picture and makes those between; processor time on a CPU. Without --model only speed is measured,
-with random weights of the released widths.
+of both neighbours. Speed: the stage as the scripts run it, against a bare loop over the same network that
+only encodes each picture and makes those between; processor time on a CPU. Without --model only speed is
+measured, with random weights of the released widths.
 """
 
 import argparse
@@ -39,7 +39,8 @@ def main() -> None:
     speed = seconds["bare"] / seconds["stage"]
     size = " x ".join(map(str, args.size))
     print(
-        f"{args.mode} {size}: {seconds['bare']:.2f} s for each new picture in a bare loop; the stage has {speed:.3f} of its speed, aim at least {AIM}"
+        f"{args.mode} {size}: {seconds['bare']:.2f} s for each new picture in a bare loop; the stage has "
+        f"{speed:.3f} of its speed, aim at least {AIM}"
     )
     if args.model is not None:
         _compare(frames, made)
