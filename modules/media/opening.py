@@ -56,7 +56,7 @@ _ALONE = {
 # two or three copies
 MAX_PIXELS = 1 << 27
 
-ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
+_ATTACHED_PICTURE = 1 << 10  # FFmpeg's number
 
 # what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
 _DAMAGE = (
@@ -87,7 +87,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None:
             found = ", ".join(other.type for other in container.streams) or "nothing"
             raise MediaError(f"{path} has no video stream, only {found}")
-        if getattr(stream, "disposition", 0) & ATTACHED_PICTURE:  # the best of them is the cover of a song
+        if is_cover(stream):  # of a song
             raise MediaError(f"{path} has no video stream, only sound and a cover picture")
         check_pixels(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
@@ -106,6 +106,11 @@ def open_container(path: Path) -> Any:
             f"{path} is in no video format that is read here, or it is a list of other files, which is not "
             "followed. Give the video itself, such as a .mp4, .mov, .mkv or .webm."
         ) from None
+
+
+def is_cover(stream: Any) -> bool:
+    """Return whether a stream of pictures is a single one that stands for the file."""
+    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

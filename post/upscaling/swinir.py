@@ -22,7 +22,7 @@ COLOURS = 3
 MEAN = (0.4488, 0.4371, 0.4040)  # of the pictures of DIV2K, as trained; the files do not hold it
 EPSILON = 1e-5
 APART = -100.0  # added to the score of two tokens that shifting has put into one window
-WINDOWS_ON_CPU = 16  # computed together: their features stay in the processor's cache
+WINDOWS_ON_CPU = 16  # for each thread, computed together: their features stay in the processor's caches
 WINDOWS = 1 << 14  # elsewhere: bounds the memory
 
 
@@ -130,7 +130,7 @@ class ResidualGroup(nn.Module):
             for each in (x, out)
         )
         batch, rows, columns = windows.shape[:3]
-        most = WINDOWS_ON_CPU if x.device.type == "cpu" else WINDOWS
+        most = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
         attention = block.get_submodule("attn")
         assert isinstance(attention, Attention)
         bias = attention.bias(index)

@@ -251,3 +251,14 @@ def test_the_yaml_may_be_missing_and_is_read_safely(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(CheckpointError, match="gimmvfi_r_arb.yaml"):
             read_settings(path)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_makes_the_same_pictures(folder: Path) -> None:
+    network = NetworkOptions(folder, dtype="fp32", seed=None, compile=True)
+    pictures = [
+        list(make_interpolation(chosen, CPU).run(stream(moving(2), [Fraction(0), Fraction(1)]), CLIP))
+        for chosen in (options(folder), options(folder, network=network))
+    ]
+    plainly, compiled = (made[1].pixels.astype(int) for made in pictures)
+    assert np.abs(plainly - compiled).max() <= 1

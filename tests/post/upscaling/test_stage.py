@@ -11,63 +11,24 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from modules.errors import CheckpointError, OptionError
-from post.contract import Clip, Picture
-from post.network_options import NetworkOptions
-from post.tiling import pad_to_multiple
-from post.upscaling.files import check_file, load_upscaler
+from post.contract import Picture
+from post.upscaling.files import check_file
 from post.upscaling.memory import bytes_per_pixel, result_bytes
-from post.upscaling.options import UpscalerOptions
 from post.upscaling.stage import UpscalerStage, check_upscaler, make_upscaler
+from tests.post.upscaling.plain_clips import (
+    CPU,
+    HEIGHT,
+    WIDTH,
+    WRITERS,
+    clip,
+    options,
+    pictures,
+    run,
+    whole_clip,
+)
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
-
-CPU = torch.device("cpu")
-WIDTH, HEIGHT, FRAMES = 37, 26, 12
-WRITERS = {"swinir": write_swinir, "esrgan": write_rrdb}
-
-
-def options(model: Path, **changes: Any) -> UpscalerOptions:
-    network = NetworkOptions(model, changes.pop("dtype", "fp32"), None, changes.pop("compile", False))
-    usual = {"mode": "swinir", "scale": 4.0, "tile": None, "tile_overlap": 8, "batch_size": None}
-    return UpscalerOptions(network, **{**usual, **changes})
-
-
-def clip(**changes: Any) -> Clip:
-    return replace(Clip(Path("a.mkv"), WIDTH, HEIGHT, Fraction(24), FRAMES, False), **changes)
-
-
-def pictures(dtype: Any = np.uint8) -> list[Picture]:
-    """Of smooth and of noisy parts."""
-    generator = np.random.default_rng(0)
-    most = np.iinfo(dtype).max
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    made = []
-    for index in range(FRAMES):
-        wave = np.sin((rows + columns * (index + 1)) / 9)[..., None] * np.ones(3) / 2 + 0.5
-        wave[: HEIGHT // 2] = generator.random((HEIGHT // 2, WIDTH, 3))
-        made.append(Picture((wave * most).astype(dtype), Fraction(index, 24), Fraction(1, 24)))
-    return made
-
-
-def run(stage: Any, given: list[Picture], of: Clip) -> list[Picture]:
-    return list(stage.run(iter(given), of))
-
-
-def whole_clip(model: Path, given: list[Picture], scale: float, most: int) -> Tensor:
-    """All pictures of a clip at once, in a few plain lines: F H W 3."""
-    upscaler = load_upscaler(model, CPU, torch.float32)
-    images = torch.stack([torch.from_numpy(each.pixels.astype(np.float32) / most) for each in given])
-    images = images.permute(0, 3, 1, 2)
-    padded = pad_to_multiple(images, upscaler.config.step, upscaler.kind.repeats_edge)
-    with torch.no_grad():
-        made = torch.cat([upscaler.network(each[None]) for each in padded])
-    made = made[..., : HEIGHT * upscaler.config.factor, : WIDTH * upscaler.config.factor]
-    if scale != upscaler.config.factor:
-        size = (int(HEIGHT * scale), int(WIDTH * scale))
-        made = interpolate(made.clamp(0, 1), size, mode="bicubic", antialias=True)
-    return (made.clamp(0, 1) * most).round().permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -195,7 +156,7 @@ def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogC
     assert isinstance(stage, UpscalerStage)
     config = stage.upscaler.config
     per_pixel = bytes_per_pixel(stage.upscaler.kind, config, torch.float32)
-    room = round(80 * 80 * per_pixel) + result_bytes(config, 100, 90)
+    room = round(80 * 80 * per_pixel) + 100 + result_bytes(config, 100, 90)
     picture = Picture(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
     sizes = []
     stage.upscaler.network.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-2:]))
