@@ -13,12 +13,13 @@ from modules.bars import BYTES, Bar
 from modules.checkpoints.opening import Checkpoint
 from modules.console import as_size, count_of
 from modules.contract.loading import TensorInfo
-from modules.control_codes import escape_control_codes, shorten
+from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 
 MOST_OF_VALUE = 200  # characters of a value of the metadata; metaview.py shows all
 MOST_VALUES = 40
+MOST_OF_KIND = 1000  # characters of what a file is; names of unknown tensors may be long
 PIECE = 1 << 20  # bytes read at once
 # the first checksum that the AUTOMATIC1111 web UI looked models up by: where it begins, and its length
 OLD_START, OLD_BYTES = 0x100000, 0x10000
@@ -58,7 +59,7 @@ def facts_of(checkpoint: Checkpoint, what: str) -> Facts:
     return Facts(
         checkpoint.path,
         what,
-        checkpoint.parts,
+        tuple(checkpoint.parts),
         dict(checkpoint.tensors),
         dict(checkpoint.metadata),
         checkpoint.left_out,
@@ -83,7 +84,7 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
 
 def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
     """Yield the facts as lines. listed: the tensors to list; None: none is listed."""
-    yield f"{facts.path}: {facts.what}"
+    yield f"{facts.path}: {shorten(facts.what, MOST_OF_KIND)}"
     files = f", {len(facts.files)} files" if len(facts.files) > 1 else ""
     yield f"container: {facts.container}{files}, {as_size(facts.file_bytes)}"
     yield f"tensors: {len(facts.tensors)}, with {facts.numbers:,} numbers"
@@ -98,7 +99,7 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
         if len(facts.metadata) > MOST_VALUES:
             yield f"  and {len(facts.metadata) - MOST_VALUES} more, which metaview.py shows"
     for name, info in (listed or {}).items():
-        yield f"{escape_control_codes(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
+        yield f"{name}: {list(info.shape)} ({dtype_name(info.dtype)})"
 
 
 def as_json(
@@ -169,4 +170,4 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _line(text: str) -> str:
-    return shorten(escape_control_codes(text.replace("\n", "\\n")), MOST_OF_VALUE)
+    return shorten(text.replace("\n", "\\n"), MOST_OF_VALUE)

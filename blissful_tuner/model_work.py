@@ -9,13 +9,14 @@ from pathlib import Path
 from blissful_tuner.model_facts import Facts, as_json, as_lines, dtypes_of, facts_of, file_hashes
 from blissful_tuner.model_utility_options import ModelUtilityOptions
 from modules.checkpoints.changing import Change, NewFile, Selection, plan_change
-from modules.checkpoints.gathering import INDEX, gather
+from modules.checkpoints.gathering import gather
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint
 from modules.checkpoints.sharding import existing_shards, split, write_shards
 from modules.checkpoints.writing import stream_tensors
 from modules.console import as_size
 from modules.contract.loading import TensorInfo
+from modules.control_codes import escape_control_codes
 from modules.devices import dtype_named
 from modules.errors import OptionError
 from modules.output_files import ask_to_replace, check_output_file, refuse_replacing
@@ -43,16 +44,18 @@ def work(options: ModelUtilityOptions, knowledge: Knowledge, ask: Callable[[str]
     """
     output = None if options.convert is None else output_name(options.convert, options.shard_size is not None)
     with gather(options.input) as checkpoint:
-        plan = None
+        plan, replaced = None, []
         if output is not None:
-            refuse_replacing(OPTION, output, [*checkpoint.parts, options.input])
-            plan = plan_change(checkpoint, change_of(options), knowledge.stale)
             replaced = [output] if options.shard_size is None else [output, *existing_shards(output)]
-            _refuse_lost_shards(replaced, checkpoint.parts)
+            for path in replaced:
+                refuse_replacing(OPTION, path, [*checkpoint.parts, options.input])
+            plan = plan_change(checkpoint, change_of(options), knowledge.stale)
             ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         if output is not None and plan is not None:
-            _write(output, plan, options.shard_bytes)
+            written = _write(output, plan, options.shard_bytes)
+            for path in set(replaced) - set(written):  # what would be taken for the new model, too
+                path.unlink(missing_ok=True)
 
 
 def output_name(path: Path, in_shards: bool) -> Path:
@@ -67,8 +70,6 @@ def output_name(path: Path, in_shards: bool) -> Path:
         path = path.with_suffix(".safetensors")
     if path.suffix.lower() not in SAFETENSORS and not path.is_dir():
         raise OptionError(f"{OPTION} {path}: give a name that ends in .safetensors")
-    if path.name.endswith(INDEX):
-        raise OptionError(f"{OPTION} {path}: give the name of the model; its index is named after it")
     check_output_file(OPTION, path)
     return path
 
@@ -99,11 +100,6 @@ def _selection(options: ModelUtilityOptions) -> Selection:
     return Selection(options.target_keys or (), options.exclude_keys or ())
 
 
-def _refuse_lost_shards(replaced: Sequence[Path], inputs: Sequence[Path]) -> None:
-    for path in replaced:
-        refuse_replacing(OPTION, path, inputs)
-
-
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
     """Print what the file is."""
     facts = facts_of(checkpoint, say_what(checkpoint, knowledge))
@@ -113,7 +109,8 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
     if options.json:
         lines = [as_json(facts, listed, hashes, known)]
     else:
-        lines = [*as_lines(facts, listed), *_hash_lines(hashes, known, facts.metadata)]
+        plain = [*as_lines(facts, listed), *_hash_lines(hashes, known, facts.metadata)]
+        lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
@@ -147,8 +144,8 @@ def _hash_lines(
     return lines
 
 
-def _write(output: Path, plan: NewFile, shard_bytes: int) -> None:
-    """Write the file, or its shards, and say what was written."""
+def _write(output: Path, plan: NewFile, shard_bytes: int) -> list[Path]:
+    """Write the file, or its shards, say what was written, and return it."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:
@@ -158,6 +155,7 @@ def _write(output: Path, plan: NewFile, shard_bytes: int) -> None:
         if shard_bytes:
             logger.info("All of it fits into one file of that size, which needs no index")
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
-        what = str(output)
+        paths, what = [output], str(output)
     kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in dtypes_of(plan.tensors))
     logger.info("Written: %s (%d tensors: %s)", what, len(plan.tensors), kinds)
+    return paths

@@ -36,8 +36,7 @@ def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures)
             with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
                 prepared = one.job.prepared
                 chunks = decode(run.family, encoders, one.latents)
-                metadata = run.metadata(prepared)
-                path = save_pixels(output, one.stem, chunks, prepared.fps, metadata, run.post)
+                path = save_pixels(output, one.stem, chunks, prepared.fps, one.metadata, run.post)
                 paths[one.job.label] = path
                 if len(done) > 1 or run.options.interactive:  # else the last box says it
                     logger.info("%s: %s", one.job.label, path)

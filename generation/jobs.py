@@ -42,6 +42,7 @@ class Denoised:
     latent_path: Path
     stem: str
     preview: Path  # of the video while it was made, if there is one
+    metadata: Mapping[str, str] | None  # of all files of the job: None with --no_metadata
 
 
 @dataclass(frozen=True)

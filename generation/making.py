@@ -196,9 +196,10 @@ def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: 
     preview = preview_path(run.options.output.save_path, stem)
     stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
     path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
-    save_latents(path, latents, run.metadata(job.prepared))
+    metadata = run.metadata(job.prepared)
+    save_latents(path, latents, metadata)
     if run.options.output.keeps_latents:
         logger.info("Latents: %s", path)
     else:
         logger.info("Latents: %s, kept until they are decoded", path)
-    return Denoised(job, latents, path, stem, preview)
+    return Denoised(job, latents, path, stem, preview, metadata)

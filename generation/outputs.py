@@ -23,7 +23,7 @@ from generation.post import Frame, PostTools
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.contract.family import Family
 from modules.contract.prepared import Prepared
-from modules.media.encoding import encoder_for
+from modules.media.encoding import settle_codec
 from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
@@ -172,16 +172,8 @@ def _save_video(
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
     path = options.save_path / (free_stem(options.save_path, stem, [suffix, *beside]) + suffix)
     first = list(islice(playing, 1))
-    codec = encoder_for(options.format.codec, first[0])
-    if codec != options.format.codec:
-        height, width = first[0].shape[:2]
-        logger.warning(
-            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
-            options.format.codec,
-            codec,
-            width,
-            height,
-        )
+    height, width = first[0].shape[:2]
+    codec = settle_codec(options.format.codec, width, height)
     playing = chain(first, playing)
     if options.format.keep_pngs:
         pngs = options.save_path / free_stem(options.save_path, "frames", [""])

@@ -67,6 +67,8 @@ def do(family: Family, options: GenerationOptions) -> None:
         return
     check_compilation(options.speed.compilation.choice, device)
     if options.speed.plan.is_asked:
+        if options.post.tools:
+            logger.warning("--plan does not count what the networks of --post take beside the VAE")
         plan_generation(family, options, device)
         return
     options, predicted = resolve_options(family, options, device, room_on(device))

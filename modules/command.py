@@ -115,7 +115,8 @@ def command_line(
         has_room = str(error).count("\n") + 1 < MOST_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
-            if hint and hint not in str(error):
+            both_say = "looks like" in str(error) and "looks like" in (hint or "")
+            if hint and hint not in str(error) and not both_say:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:

@@ -58,14 +58,20 @@ def ask_to_replace(paths: Sequence[Path], yes: bool, ask: Callable[[str], str] |
         return
     more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
     if ask is None:
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        if not has_terminal():
             raise OutputError(f"{existing[0]}{more} exists. Give another name, or -y to replace it.")
-        ask = _ask_on_terminal
+        ask = ask_on_terminal
     if ask(f"{existing[0]}{more} exists. Replace? [y/N] ").strip().lower() not in {"y", "yes"}:
         raise OutputError(f"{existing[0]} is kept. Nothing was written.")
 
 
-def _ask_on_terminal(question: str) -> str:
+def has_terminal() -> bool:
+    """Return whether somebody can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask_on_terminal(question: str) -> str:
+    """Show a question and return the line that is typed; empty at the end of input."""
     sys.stderr.write(question)  # standard output is for results
     sys.stderr.flush()
     return sys.stdin.readline()

@@ -62,7 +62,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     native = to_native(hollow, None if made is None else made.name)
     modules = group_by_module(native.tensors)
     kinds = {name for factors in modules.values() for part, name in KINDS.items() if part in factors}
-    if not modules or (not kinds and len(native.unknown) > len(modules)):
+    if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
     family = made or choose_family(name.removeprefix(OURS) for name in modules)
     what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"

@@ -61,8 +61,9 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         THEN,
         metavar="TOOL ...",
         help="give each picture on to another tool, without a file in between. Behind the tool's name stand "
-        f"its own options ({THEN} upscaler --help lists them), before the first {THEN} what holds for the "
-        f"whole run. May be repeated. The tools: {', '.join(each.name for each in TOOLS)}",
+        f"its own options ({THEN} upscaler --help lists them; without --model the downloaded one is taken), "
+        f"before the first {THEN} what holds for the whole run. May be repeated. The tools: "
+        f"{', '.join(each.name for each in TOOLS)}",
     )
     for later in others:  # their help is not to wait for what the first tool lacks
         if HELP & set(later):
@@ -98,7 +99,8 @@ def read_tools(text: str, option: str) -> tuple[ToolOptions, ...]:
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
 
-    before: what stands before the name in a command, for messages. Ends the program if help is asked for.
+    Without a model the downloaded one is taken. before: what stands before the name in a command, for
+    messages. Ends the program if help is asked for. Raises OptionError.
     """
     if not words:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")

@@ -56,7 +56,7 @@ PLACES = (
     ),
     Place("facefix", "gfpgan", "gfpgan", ("facefix/GFPGANv1.4.pth",)),
     Place("facefix", "codeformer", "codeformer", ("facefix/codeformer.pth",)),
-    Place("yolo_blur", "", "yunet", ("faces/face_detection_yunet_2023mar.onnx",)),
+    Place("yolo_blur", "", "yunet", ("facefix/face_detection_yunet_2023mar.onnx",)),
 )
 
 

@@ -67,7 +67,10 @@ def list_sources(chain: Chain) -> list[Path]:
 
 def is_picture(path: Path) -> bool:
     """Return whether a file is a single picture, by its ending; animations are videos."""
-    return path.suffix.lower() in image_suffixes() and not is_animation(path)
+    try:
+        return path.suffix.lower() in image_suffixes() and not is_animation(path)
+    except MediaError:  # reading it says what is wrong
+        return True
 
 
 def name_output(chain: Chain, source: Path) -> Path:

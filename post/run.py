@@ -25,6 +25,9 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
     tell_suffix(chain, jobs)
     for folder in sorted({job.output.parent for job in jobs}):
         make_folder(folder, "--output")
+    if chain.run.format.keep_pngs:
+        for folder in sorted({job.source.parent for job in jobs if not job.is_picture}):
+            make_folder(folder, "--keep_pngs")
     if len(jobs) == 1 and not jobs[0].is_picture:
         check_video(jobs[0].source)
     run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, choose_device(chain.run.device)))

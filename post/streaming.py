@@ -114,13 +114,15 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
 
 
 @contextmanager
-def write_behind(write: Callable[[Iterator[T]], object], depth: int = DEPTH) -> Iterator[Callable[[T], None]]:
+def write_behind(
+    write: Callable[[Iterator[T]], object], depth: int = DEPTH, last_wait: float = LAST_WAIT
+) -> Iterator[Callable[[T], None]]:
     """Call `write` in a thread; yields a function that gives one more item to the iterator it was called
     with.
 
     At most `depth` items wait. `write` has returned when the block ends. Its errors are raised by the
     function, or at the end of the block. If the block fails, the iterator raises Stopped, so that `write` can
-    remove what it has made.
+    remove what it has made. last_wait: seconds that it gets to end if Ctrl-C comes when it has all items.
     """
     pipe: Pipe[T] = Pipe(depth)
     errors: list[BaseException] = []
@@ -154,7 +156,7 @@ def write_behind(write: Callable[[Iterator[T]], object], depth: int = DEPTH) -> 
         _wait_for(thread)
     except BaseException:  # Ctrl-C
         pipe.fail(Stopped())
-        _wait_for(thread, LAST_WAIT)
+        _wait_for(thread, last_wait)
         raise
     if errors:
         raise errors[0]

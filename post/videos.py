@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from modules.atomic_write import atomic_folder
 from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words
 from modules.errors import MediaError
-from modules.media.encoding import encoder_for
+from modules.media.encoding import settle_codec
 from modules.media.options import FormatOptions
 from modules.media.streams import shown_frames, source_info
 from modules.media.tags import read_tags
@@ -42,7 +40,7 @@ def run_video(stages: Sequence[NamedStage], job: Job, done: Sequence[str], form:
     info = source_info(job.source)
     first = Clip(job.source, info.width, info.height, info.rate, info.frames, form.is_deep)
     clips = results(stages, first)
-    codec = settle_codec(clips[-1], form)
+    codec = settle_codec(form.codec, clips[-1].width, clips[-1].height)
     tags = number_done(read_tags(job.source), done)
     rate = clips[-1].rate or info.rate
 
@@ -83,14 +81,3 @@ def read_pictures(path: Path, deep: bool, most: int | None = None) -> Iterator[P
     """
     for frame in shown_frames(path, deep, most):
         yield Picture(frame.pixels, frame.start, frame.seconds)
-
-
-def settle_codec(clip: Clip, form: FormatOptions) -> str:
-    """Return the codec to write a clip with; says so if it is not the one asked for."""
-    codec = encoder_for(form.codec, np.empty((clip.height, clip.width, 3), np.uint8))
-    if codec != form.codec:
-        logger.warning(
-            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
-            *(form.codec, codec, clip.width, clip.height),
-        )
-    return codec

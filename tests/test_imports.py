@@ -47,6 +47,18 @@ FLOORS = {
         {"check", "debug_views"},
         {"commands"},
     ),
+    "post": (
+        {"asking", "contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
+        {"compiling", "pixels", "precision"},
+        {"faces", "interpolation", "upscaling"},
+        {"blurring"},
+        {"making", "tools_options"},
+        {"chain_options"},
+        {"naming", "recording", "stages"},
+        {"pictures"},
+        {"videos"},
+        {"frames", "run"},
+    ),
     "training": (
         {
             "average_options",

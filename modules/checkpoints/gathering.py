@@ -42,6 +42,10 @@ def gather(path: Path) -> Checkpoint:
     except BaseException:
         checkpoint.close()
         raise
+    for key in checkpoint.metadata:
+        values = {metadata[key] for metadata in checkpoint.parts.values() if key in metadata}
+        if len(values) > 1:
+            logger.warning("%s: its files say different things of %s; the last one's counts", path, key)
     if repeated:
         logger.info(
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]

@@ -43,7 +43,7 @@ class Checkpoint:
         }
         self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
         self.left_out = tuple(name for file in files for name in file.left_out)  # of torch files: optimizer
-        self.parts = tuple(file.path for file in files)
+        self.parts = {file.path: file.metadata for file in files}  # its files, and what each says
 
     def read(self, name: str) -> Tensor:
         """Read that tensor to the CPU, contiguous, in its own memory.

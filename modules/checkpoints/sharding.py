@@ -61,19 +61,19 @@ def write_shards(
 ) -> list[Path]:
     """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
 
-    path: what one file would be called. read: as for `stream_tensors`. An earlier model of this name is
-    replaced. Raises OutputError if a file cannot be written.
+    path: what one file would be called. read: as for `stream_tensors`. Files of an earlier model of this name
+    are replaced; `existing_shards` tells which remain. Raises OutputError if a file cannot be written.
     """
     groups = split(tensors, most_bytes)
     paths = shard_paths(path, len(groups))
     size_bytes = sum(info.size_bytes for info in tensors.values())
-    old = existing_shards(path)
+    weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
     with atomic_files(path, size_bytes) as folder:
         for group, target in zip(groups, paths, strict=True):
             stream_tensors(folder / target.name, group, read, metadata)
-        for file in old:  # before new files appear: an old index must not lead to them
-            file.unlink(missing_ok=True)
-    weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
-    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
-    write_text(index_path(path), json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(folder / index_path(path).name, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        index_path(path).unlink(
+            missing_ok=True
+        )  # an old index must not lead to new files; the new one is last
     return [*paths, index_path(path)]

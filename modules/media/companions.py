@@ -17,9 +17,10 @@ from typing import Any
 
 import av
 
+from modules.media.animations import is_animation
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
-from modules.media.opening import ATTACHED_PICTURE, open_container, reading
+from modules.media.opening import is_cover, open_container, reading
 from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
 from modules.media.subtitles import add_text, is_text
@@ -45,6 +46,8 @@ _MP4_TAGS = frozenset(
 )
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
 _BEGINNING = 1000  # packets
+# what FFmpeg says of packets that it cannot write, such as of times that do not rise; a full disk is no such
+_DAMAGE = (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)
 _DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
 
 Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
@@ -63,14 +66,17 @@ class _Track:
 class Companions:
     """The other streams of a video, read as far as the new one has grown."""
 
-    def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction) -> None:
-        """source: the opened file at `path`. suffix: of the new file. rate: of its pictures a second."""
+    def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
+        """source: the opened file at `path`. suffix, rate, covers: as of `open_companions`."""
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
+        self._covers = covers
         self._origin = time_origin(source)
         self._main = source.streams.best("video")
         self._tracks: dict[int, _Track] = {}
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
+        self._sent = 0  # packets that FFmpeg has taken, but may not have written
+        self._failed = 0  # of those
 
     @property
     def tags(self) -> dict[str, str]:
@@ -88,8 +94,7 @@ class Companions:
         for stream in self._source.streams:
             if stream is not self._main:
                 self._add(target, stream)
-        with contextlib.suppress(AttributeError):  # older versions of PyAV
-            target.set_chapters([self._moved(chapter) for chapter in self._source.chapters()])
+        target.set_chapters([self._moved(chapter) for chapter in self._source.chapters()])
         wanted = [self._source.streams[index] for index in self._tracks]
         if wanted:
             self._packets = self._read(wanted)
@@ -105,11 +110,17 @@ class Companions:
             self._write(target, self._waiting)
             self._waiting = next(self._packets, None)
         if seconds is None:
-            for track in self._tracks.values():
-                if track.lost:
-                    logger.warning(
-                        "%s: %d packets of %s are damaged and left out", self._path, track.lost, track.name
-                    )
+            self._report()
+
+    def mux(self, target: Any, packet: Any) -> None:
+        """Write a packet of the pictures, even if a packet that FFmpeg has held back before it cannot be."""
+        try:
+            target.mux(packet)
+        except _DAMAGE:
+            if not self._sent:
+                raise
+            self._sent -= 1
+            self._failed += 1
 
     def _keep_proportions(self, video: Any) -> None:
         """Let pixels that are not square, as those of DVDs, stay so."""
@@ -120,6 +131,12 @@ class Companions:
             first = next(again.decode(again.streams[self._main.index]))
             sideways = round(first.rotation / 90) % 2 == 1
             video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
+
+    def _report(self) -> None:
+        lost = {track.name: track.lost for track in self._tracks.values()}
+        for name, count in (lost | {"its sound or subtitles": self._failed}).items():
+            if count:
+                logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def _read(self, streams: list[Any]) -> Iterator[Any]:
         try:
@@ -143,7 +160,8 @@ class Companions:
             one.stream = track.target
             try:
                 target.mux(one)
-            except av.ArgumentError:  # times that do not rise, or none at all
+                self._sent += 1
+            except _DAMAGE:
                 track.lost += 1
 
     def _move(self, packet: Any) -> None:
@@ -231,11 +249,14 @@ class Companions:
 
     def _add_picture(self, target: Any, stream: Any, name: str) -> None:
         """Add a cover picture; other streams of pictures, which no tool has seen, stay behind."""
-        if not int(stream.disposition) & ATTACHED_PICTURE:
+        if not is_cover(stream):
             self._leave_out(name, "only the main stream of pictures is written", remedy="")
             return
+        if not self._covers:
+            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
+            return
         codec = stream.codec_context.name if stream.codec_context is not None else ""
-        if self._suffix == ".mkv" and codec in _COVERS and hasattr(target, "add_attachment"):
+        if self._suffix == ".mkv" and codec in _COVERS:
             with open_container(self._path) as again:
                 picture = _first_packet(again, stream.index)
             if picture is not None:
@@ -246,7 +267,7 @@ class Companions:
             self._leave_out(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        if self._suffix == ".mkv" and hasattr(target, "add_attachment"):
+        if self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
             target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
         else:
@@ -267,8 +288,7 @@ class Companions:
         if tags.get("language") == "und":
             del tags["language"]
         target.metadata.update(tags)
-        with contextlib.suppress(AttributeError, TypeError):  # older versions of PyAV
-            target.disposition = int(source.disposition)
+        target.disposition = int(source.disposition)
 
     def _cleaned(self, tags: Mapping[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
@@ -285,12 +305,21 @@ class Companions:
 
 
 @contextlib.contextmanager
-def open_companions(path: Path, suffix: str, rate: Fraction) -> Iterator[Companions]:
-    """Open a video for its other streams. suffix, rate: of the new file. Raises MediaError."""
+def open_companions(
+    path: Path | None, suffix: str, rate: Fraction, covers: bool
+) -> Iterator[Companions | None]:
+    """Open a video for its other streams; None if there is no video, or a GIF or WebP.
+
+    suffix, rate: of the new file and of its pictures. covers: whether to keep cover pictures.
+    Raises MediaError.
+    """
+    if path is None or is_animation(path):
+        yield None
+        return
     with reading(path):
         source = open_container(path)
     with source:
-        yield Companions(path, source, suffix, rate)
+        yield Companions(path, source, suffix, rate, covers)
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
@@ -303,10 +332,7 @@ def _copy(packet: Any) -> list[Any]:
 
 
 def _from_template(target: Any, stream: Any) -> Any:
-    try:
-        return target.add_stream_from_template(stream, opaque=True)
-    except TypeError:  # older versions of PyAV
-        return target.add_stream_from_template(stream)
+    return target.add_stream_from_template(stream, opaque=True)
 
 
 def _first_packet(container: Any, index: int) -> Any | None:
@@ -317,7 +343,7 @@ def _first_packet(container: Any, index: int) -> Any | None:
 
 def _is_written_anew(stream: Any) -> bool:
     """Return whether a stream holds chapters or a time code, of which FFmpeg makes streams in MP4 and MOV."""
-    return int(getattr(stream, "discard", 0)) >= _DISCARD_ALL or "timecode" in stream.metadata
+    return int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
 
 
 def _name(stream: Any) -> str:

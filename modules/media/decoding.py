@@ -53,7 +53,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
     if "matroska" in container.format.name:
         stated = _matroska_size(path)
     elif "mov" in container.format.name:
-        places: Any = getattr(stream, "index_entries", None) or ()  # none in older versions of PyAV
+        places = stream.index_entries
         stated = places[-1].pos + places[-1].size if len(places) else 0
     if stated > size:
         raise MediaError(

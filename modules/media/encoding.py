@@ -9,6 +9,7 @@ import errno
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from modules.errors import MediaError
 from modules.media.depth import Pixels, in_eight_bits, in_sixteen_bits
 from modules.media.opening import file_url
+
+logger = getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,21 @@ SMALLEST_H265 = (64, 48)
 MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
-def encoder_for(codec: str, frame: Pixels) -> str:
-    """Return the codec to use for frames of this size (H W 3): h264 in place of h265 for tiny ones."""
-    height, width = (side // 2 * 2 for side in frame.shape[:2])
-    is_tiny = width < SMALLEST_H265[0] or height < SMALLEST_H265[1]
+def encoder_for(codec: str, width: int, height: int) -> str:
+    """Return the codec to use for pictures of a size: h264 in place of h265 for tiny ones."""
+    is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
+
+
+def settle_codec(codec: str, width: int, height: int) -> str:
+    """Return what `encoder_for` does; warns if it is not what --codec says."""
+    settled = encoder_for(codec, width, height)
+    if settled != codec:
+        logger.warning(
+            "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
+            *(codec, settled, width, height),
+        )
+    return settled
 
 
 def choose_codec(path: Path, codec: str) -> Codec:
@@ -68,7 +81,7 @@ def check_picture(path: Path, codec: str, first: Pixels) -> None:
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 are the least")
-    if encoder_for(codec, first) != codec:
+    if encoder_for(codec, width, height) != codec:
         raise MediaError(
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
             f"{SMALLEST_H265[1]} are the least. Use h264"
@@ -109,6 +122,10 @@ def add_video_stream(
     context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
     context.color_range = ColorRange.MPEG.value
+    if kind.encoder == "libx265" and container.format.name in ("mp4", "mov"):
+        context.codec_tag = "hvc1"  # common players open no other
+    if not kind.has_crf:
+        context.thread_type = "FRAME"  # the others have threads of their own; the bytes are the same
     if bit_rate is not None:
         stream.bit_rate = bit_rate
     elif kind.has_crf:
@@ -147,10 +164,8 @@ def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
     )
     converted.pts = index
     converted.time_base = 1 / stream.codec_context.framerate
-    for name in ("colorspace", "color_primaries", "color_trc"):
-        # ProRes takes them from the frames; older versions of PyAV lack some
-        with contextlib.suppress(AttributeError):
-            setattr(converted, name, Colorspace.ITU709.value)
+    # ProRes takes them from the frames
+    converted.colorspace = converted.color_primaries = converted.color_trc = Colorspace.ITU709.value
     return converted
 
 

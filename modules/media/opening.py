@@ -56,7 +56,7 @@ _ALONE = {
 # two or three copies
 MAX_PIXELS = 1 << 27
 
-ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
+_ATTACHED_PICTURE = 1 << 10  # FFmpeg's number
 
 # what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
 _DAMAGE = (
@@ -87,8 +87,10 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None:
             found = ", ".join(other.type for other in container.streams) or "nothing"
             raise MediaError(f"{path} has no video stream, only {found}")
-        if getattr(stream, "disposition", 0) & ATTACHED_PICTURE:  # the best of them is the cover of a song
+        if is_cover(stream):  # of a song
             raise MediaError(f"{path} has no video stream, only sound and a cover picture")
+        if stream.codec_context is None:
+            raise MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
         check_pixels(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
         yield container, stream
@@ -106,6 +108,11 @@ def open_container(path: Path) -> Any:
             f"{path} is in no video format that is read here, or it is a list of other files, which is not "
             "followed. Give the video itself, such as a .mp4, .mov, .mkv or .webm."
         ) from None
+
+
+def is_cover(stream: Any) -> bool:
+    """Return whether a stream of pictures is a single one that stands for the file."""
+    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -23,7 +23,7 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     None if that cannot be said of its codec, or if it says it itself. Source of the layout: RFC 9559.
     """
     context = stream.codec_context
-    if context is None or context.name not in _CODECS or getattr(context, "delay", False):
+    if context is None or context.name not in _CODECS or context.delay:
         return None
     rate = _element(0xB5, struct.pack(">d", context.sample_rate))
     sound = _element(0xE1, rate + _number(0x9F, context.channels))

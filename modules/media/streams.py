@@ -201,7 +201,7 @@ def _is_deep(frame: Any) -> bool:
 
 
 def _warn_of_hdr(path: Path, frame: Any) -> None:
-    name = _HDR.get(int(getattr(frame, "color_trc", 0) or 0))
+    name = _HDR.get(int(frame.color_trc))
     if name is not None:
         logger.warning(
             "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, because it is "

@@ -1,6 +1,5 @@
 """Write uint8 frames to image and video files, and join videos without encoding them again."""
 
-import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +94,7 @@ def write_shown(
     crf: int = 12,
     preset: str = "slow",
     companions_of: Path | None = None,
+    covers: bool = True,
     tags: Mapping[str, str] | None = None,
 ) -> Written:
     """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
@@ -102,10 +102,11 @@ def write_shown(
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
     one. codec, crf, preset: as of `write_video`. companions_of: a video whose sound, subtitles, attachments,
-    chapters and tags go into this one as they are; what the format cannot hold is logged. tags: as of
-    `write_video`; they replace the video's own.
-    Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their times
-    do not rise; OutputError if the file cannot be written.
+    chapters and tags go into this one as they are; what the format cannot hold is logged. covers: whether
+    its cover pictures do, which show what was in the pictures before. tags: as of `write_video`; they replace
+    the video's own.
+    Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
+    changes; ValueError if their times do not rise; OutputError if the file cannot be written.
     """
     kind = choose_codec(path, codec)
     remaining = iter(frames)
@@ -115,33 +116,39 @@ def write_shown(
     check_picture(path, codec, first.pixels)
     rate = rate.limit_denominator(MOST_TICKS)
     suffix = path.suffix.lower()
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(atomic_path(path))
-        stack.enter_context(name_write_errors())
-        others = stack.enter_context(open_companions(companions_of, suffix, rate)) if companions_of else None
+    with (
+        atomic_path(path) as temporary,
+        name_write_errors(),
+        open_companions(companions_of, suffix, rate, covers) as others,
+    ):
         all_tags = _joined_tags(others.tags if others else {}, tags or {})
-        # what is written comes in order, but for what the encoder holds back: that is waited for below
-        options = {"max_interleave_delta": "1000000"}
-        if suffix != ".mkv":
-            options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
-            options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(all_tags)
-        container = stack.enter_context(create_container(temporary, suffix, all_tags, options))
-        stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)
-        stream.time_base = 1 / Fraction(ticks_per_second(rate))
-        if codec == "h265" and suffix != ".mkv":
-            stream.codec_context.codec_tag = "hvc1"  # common players open no other
-        if others is not None:
-            others.add_streams(container, stream)
-        timing = Timing(rate)
-        pictures = timing.note(itertools.chain([first], remaining))
-        for packet in encode_pictures(stream, pictures):
-            timing.apply(packet)
+        options = _shown_options(suffix, rate, all_tags)
+        with create_container(temporary, suffix, all_tags, options) as container:
+            stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)
+            stream.time_base = 1 / Fraction(ticks_per_second(rate))
             if others is not None:
-                others.write(container, packet.dts * packet.time_base)
-            container.mux(packet)
-        if others is not None:
-            others.write(container, None)
+                others.add_streams(container, stream)
+            timing = Timing(rate)
+            pictures = timing.note(itertools.chain([first], remaining))
+            for packet in encode_pictures(stream, pictures):
+                timing.apply(packet)
+                if others is None:
+                    container.mux(packet)
+                else:
+                    others.write(container, packet.dts * packet.time_base)
+                    others.mux(container, packet)
+            if others is not None:
+                others.write(container, None)
     return Written(stream.width, stream.height, timing.count, timing.seconds)
+
+
+def _shown_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the options of a container to which packets come in the order of their times."""
+    options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
+    if suffix != ".mkv":
+        options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
+        options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(tags)
+    return options
 
 
 def _joined_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:

@@ -56,7 +56,7 @@ def load_detector(
         if dtype != torch.float32 or device.type != "cpu":
             logger.info("%s runs on the CPU in float32: OpenCV computes it.", path.name)
         if layout is None:
-            return load_yunet(path, content, side)
+            return load_yunet(path, content, header, side)
         return load_yolo(path, content, header, layout)
     _refuse_pickled_yolo(path, option)
     with open_checkpoint(path) as checkpoint:

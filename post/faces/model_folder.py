@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modules.checkpoints.opening import SUFFIXES
+from modules.command import as_typed
 from modules.errors import CheckpointError
 from post.faces.options import GFPGAN, RETINAFACES, YUNET
 
@@ -13,6 +14,7 @@ MODELS = {
     "codeformer": ("codeformer", "codeformer-v0.1.0"),
 }
 PARSENET = "parsing_parsenet"
+YUNET_FOLDER = "faces"  # beside that of the models, where download.py puts it
 ORIGINS = {
     GFPGAN: "the releases of github.com/TencentARC/GFPGAN",
     "codeformer": "the releases of github.com/sczhou/CodeFormer",
@@ -30,53 +32,62 @@ def find_model(given: Path, mode: str) -> Path:
     if found is not None:
         return found
     raise CheckpointError(
-        f"--model {given}: no {MODELS[mode][0]}.pth is in this folder.\n  Download it from {ORIGINS[mode]}, "
-        "or give the path of the file.",
+        f"--model {given}: no {MODELS[mode][0]}.pth is in this folder.\n  Give the path of the file, or "
+        f"download it with {_command(mode)}, or from {ORIGINS[mode]}.",
         given,
     )
 
 
-def find_parsenet(model: Path) -> Path:
+def find_parsenet(model: Path, mode: str) -> Path:
     """Return ParseNet's file beside the model's. Raises CheckpointError if there is none."""
-    return _find_helper(model, PARSENET, "ParseNet, which finds the parts of a face,", "")
+    what = "ParseNet, which finds the parts of a face,"
+    return _find_helper(model, PARSENET, what, f"download it with {_command(mode)}, or")
 
 
-def find_detector(model: Path, named: str) -> Path:
+def find_detector(model: Path, mode: str, named: str) -> Path:
     """Return the detector's file: one of the known names beside the model's, else the path itself.
 
     Raises CheckpointError if it is not there.
     """
-    more = " or give another file to --detection_model."
     if named in RETINAFACES:
-        return _find_helper(model, RETINAFACES[named], f"the detector {named}", more)
+        stem = RETINAFACES[named]
+        # download.py has the larger one only
+        how = f"download it with {_command(mode)}, or" if stem == next(iter(RETINAFACES.values())) else "or"
+        more = f"Give another file to --detection_model, {how}"
+        return _find_helper(model, stem, f"the detector {named}", more)
     if named != YUNET:
         path = Path(named)
         if path.exists():
             return path
         names = ", ".join([*RETINAFACES, YUNET])
         raise CheckpointError(
-            f"--detection_model {named}: there is no such file, and it is none of {names}.", path
+            f"--detection_model {named}: there is no such file. Give the path of one, or one of {names}.",
+            path,
         )
-    files = sorted(model.parent.glob("*.onnx"))
-    named_so = [path for path in files if "yunet" in path.name.lower()]
-    if named_so or len(files) == 1:
-        return (named_so or files)[-1]  # their names end with a date
+    for folder in (model.parent, model.parent.parent / YUNET_FOLDER):
+        files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
+        if files:
+            return files[-1]  # their names end with a date
     raise CheckpointError(
-        f"--detection_model yunet: no .onnx file of YuNet is in {model.parent}.\n  Download "
-        f"face_detection_yunet_2023mar.onnx from {ORIGINS[YUNET]}, into that folder,{more}",
+        f"--detection_model yunet: no .onnx file with yunet in its name is in {model.parent}.\n  Give its "
+        f"path, or download it with {_command(YUNET)}, or from {ORIGINS[YUNET]}.",
         model.parent,
     )
 
 
-def _find_helper(model: Path, stem: str, what: str, more: str) -> Path:
+def _command(task: str) -> str:
+    return as_typed(["python", "download.py", "--family", "tools", "--task", task])
+
+
+def _find_helper(model: Path, stem: str, what: str, how: str) -> Path:
     folder = model.parent
     found = _first(folder, (stem,))
     if found is not None:
         return found
-    ending = f" into that folder,{more}" if more else " into that folder."
+    how = how[0].upper() + how[1:]
     raise CheckpointError(
-        f"{what} is missing: no {stem}.pth is in {folder}, the folder of --model.\n  Download it from "
-        f"{ORIGINS[stem]}{ending}",
+        f"{what} is missing: no {stem}.pth is in {folder}, the folder of --model.\n  {how} put it there from "
+        f"{ORIGINS[stem]}.",
         folder,
     )
 

@@ -28,6 +28,7 @@ from post.faces.retinaface_bodies import (
     MobileNetConfig,
     ResNet,
     ResNetConfig,
+    batch_norm,
     read_mobilenet,
     read_resnet,
 )
@@ -235,19 +236,14 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
 
     body = read_resnet(shape, lambda start: count(names, rf"{start}\.\d+")) if is_resnet else None
     config = RetinaFaceConfig(body or read_mobilenet(shape), shape("fpn.output1.0.weight")[0])
-    # the norms count what they have seen in training, which nothing needs
-    return LoadPlan(config, checkpoint, sources)
+    return LoadPlan(config, checkpoint, sources, ignore=("*.num_batches_tracked",))
 
 
 def load_retinaface(
     plan: LoadPlan[RetinaFaceConfig], device: torch.device, dtype: torch.dtype, side: int | None, option: str
 ) -> RetinaFaceDetector:
     """Load the network of a plan whose file is open. Raises CheckpointError if tensors do not fit."""
-
-    def keep(name: str, stored: torch.dtype) -> torch.dtype:
-        return stored if name.endswith("num_batches_tracked") else dtype
-
-    network = load_planned(plan, RetinaFace, device, keep, option)
+    network = load_planned(plan, RetinaFace, device, dtype, option)
     lay_out(network, device)
     return RetinaFaceDetector(network, side, device)
 
@@ -256,7 +252,7 @@ def _conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequenti
     """A convolution and its norm, and what is cut off or leaks behind them (None: nothing)."""
     layers: list[nn.Module] = [
         nn.Conv2d(width, wider, size, padding=size // 2, bias=False),
-        nn.BatchNorm2d(wider),
+        batch_norm(wider),
     ]
     if slope is not None:
         layers.append(nn.LeakyReLU(slope))

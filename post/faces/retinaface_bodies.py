@@ -44,22 +44,27 @@ class MobileNetConfig:
         return tuple(stage[-1] for stage in self.stages)
 
 
+def batch_norm(width: int) -> nn.BatchNorm2d:
+    """Return a norm that does not count what it saw in training: nothing needs it, and some files lack it."""
+    norm = nn.BatchNorm2d(width)
+    norm.num_batches_tracked = None
+    return norm
+
+
 class Bottleneck(nn.Module):
     """A residual block: 1x1 to few channels, 3x3, 1x1 back."""
 
     def __init__(self, width: int, inner: int, outer: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.bn1 = batch_norm(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.bn2 = batch_norm(inner)
         self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outer)
+        self.bn3 = batch_norm(outer)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or width != outer:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(width, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(width, outer, 1, stride, bias=False), batch_norm(outer))
 
     def forward(self, x: Tensor) -> Tensor:
         y = relu(self.bn1(self.conv1(x)))
@@ -73,7 +78,7 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, config.stem, 7, 2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(config.stem)
+        self.bn1 = batch_norm(config.stem)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         width = config.stem
         layers = []
@@ -152,7 +157,7 @@ def read_mobilenet(shape: Shape) -> MobileNetConfig:
 def _first(width: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(width),
+        batch_norm(width),
         nn.LeakyReLU(MOBILE_SLOPE),
     )
 
@@ -160,9 +165,9 @@ def _first(width: int, stride: int) -> nn.Sequential:
 def _separable(width: int, wider: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False),
-        nn.BatchNorm2d(width),
+        batch_norm(width),
         nn.LeakyReLU(MOBILE_SLOPE),
         nn.Conv2d(width, wider, 1, bias=False),
-        nn.BatchNorm2d(wider),
+        batch_norm(wider),
         nn.LeakyReLU(MOBILE_SLOPE),
     )

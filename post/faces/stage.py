@@ -24,7 +24,6 @@ from post.faces.pasting import Restored, deepen, enlarge, enlarged_size, paste, 
 from post.faces.restorers import Restorer, check_restorer, load_restorer
 from post.faces.steadying import SteadyLandmarks
 from post.pixels import to_bytes
-from post.precision import network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +125,8 @@ def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     check_compiling(options.network, device)
     model, parsenet, path = _files(options)
     restorer = load_restorer(options, model, parsenet, device)
-    dtype = network_dtype(options.network, device, "the detector")
-    detector = load_detector(path, device, dtype, option="--detection_model")
+    # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
+    detector = load_detector(path, device, torch.float32, option="--detection_model")
     least = options.detection_threshold or (LEAST_SCORE_ONNX if may_be_onnx(path) else LEAST_SCORE)
     return Facefix(options, detector, restorer, device, least)
 
@@ -137,4 +136,5 @@ def _files(options: FacefixOptions) -> tuple[Path, Path, Path]:
     model = find_model(options.network.model, options.mode)
     if not model.exists():
         raise CheckpointError(f"--model {model}: there is no such file or folder.", model)
-    return model, find_parsenet(model), find_detector(model, options.detection_model)
+    detector = find_detector(model, options.mode, options.detection_model)
+    return model, find_parsenet(model, options.mode), detector

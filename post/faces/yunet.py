@@ -30,17 +30,23 @@ class YuNetDetector:
     path: Path
     network: Any  # cv2.FaceDetectorYN
     side: int | None
+    canvas: tuple[int, int] | None = None  # width and height that this OpenCV needs; None: any do
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
         """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
         height, width = pixels.shape[:2]
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
-        small = np.ascontiguousarray(shrunk(pixels, factor)[..., ::-1])
+        if self.canvas is not None:
+            factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
+        small = shrunk(pixels, factor)
         seen_height, seen_width = small.shape[:2]
-        self.network.setInputSize((seen_width, seen_height))
+        wide, high = self.canvas or (seen_width, seen_height)
+        image = np.zeros((high, wide, 3), np.uint8)
+        image[:seen_height, :seen_width] = small[..., ::-1]
+        self.network.setInputSize((wide, high))
         self.network.setScoreThreshold(least_score)
         try:
-            _, rows = self.network.detect(small)
+            _, rows = self.network.detect(image)
         except cv2.error as error:
             raise _cannot_run(self.path, error) from error
         if rows is None:
@@ -60,8 +66,12 @@ def is_yunet(header: OnnxHeader) -> bool:
     return header.outputs.keys() >= OUTPUTS
 
 
-def load_yunet(path: Path, content: bytes, side: int | None) -> YuNetDetector:
-    """Load a YuNet and let it look once. Raises CheckpointError if this OpenCV cannot run it."""
+def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None) -> YuNetDetector:
+    """Load a YuNet and let it look once. Raises CheckpointError if this OpenCV cannot run it.
+
+    Files are made for pictures of one size, or of any. OpenCV 4 runs both with any size; where OpenCV insists
+    on the one size, pictures are put into a larger one of that.
+    """
     bare = np.frombuffer(content, np.uint8)
     try:
         network = cv2.FaceDetectorYN.create(
@@ -70,8 +80,15 @@ def load_yunet(path: Path, content: bytes, side: int | None) -> YuNetDetector:
     except cv2.error as error:
         raise _cannot_run(path, error) from error
     detector = YuNetDetector(path, network, side)
-    for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
-        detector.find(np.zeros(shape, np.uint8), 0.5)
+    try:
+        for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
+            detector.find(np.zeros(shape, np.uint8), 0.5)
+    except CheckpointError:
+        height, width = next(iter(header.inputs.values()))[-2:]
+        if height is None or width is None:
+            raise
+        detector = YuNetDetector(path, network, side, (width, height))
+        detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
     return detector
 
 

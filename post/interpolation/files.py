@@ -8,24 +8,34 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from modules.checkpoints.dialects import LoadPlan, load_planned
 from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import read_text
-from post.interpolation.contract import FlowEstimator
 from post.interpolation.flowformer import FlowFormer, read_flowformer
 from post.interpolation.gimm import GimmConfig, GimmVfi
 from post.interpolation.layout import ESTIMATOR, is_with_raft, read_gimm
 from post.interpolation.options import WITH_FLOWFORMER, WITH_RAFT
-from post.interpolation.raft import ITERATIONS, Raft, read_raft
+from post.interpolation.raft import (
+    ITERATIONS,
+    Encoder,
+    FlowHead,
+    MotionEncoder,
+    Raft,
+    SeparableGru,
+    read_raft,
+)
 from post.interpolation.synthesis import SynthesisConfig
+from post.interpolation.twins import Twins
 
 OPTION = "--model"
 META = torch.device("meta")
 RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
 FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
 MOST_ITERATIONS = 200
+COMPILED = (Encoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the networks for the flow
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,19 @@ class Networks:
     """The loaded networks of a mode."""
 
     gimm: GimmVfi
-    estimator: FlowEstimator
+    estimator: Raft | FlowFormer
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What is worth compiling: layers without lookups and warps between them."""
+        motion, synthesis = self.gimm.motion, self.gimm.synthesis
+        decoders = synthesis.amt_init_decoder, synthesis.amt_final_decoder
+        return [
+            *(module for module in self.estimator.modules() if isinstance(module, COMPILED)),
+            *(motion.cnn_encoder, motion.res_conv, motion.hyponet),
+            *(layers for decoder in decoders for layers in (decoder.upsample, *decoder.convblock)),
+            *(synthesis.amt_update4_low, synthesis.amt_update4_high, synthesis.amt_comb_block),
+        ]
 
 
 def check_networks(path: Path, kind: str) -> None:
@@ -181,7 +203,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
 def _load_estimator(
     checkpoint: Checkpoint, kind: str, settings: Settings, device: torch.device
-) -> tuple[FlowEstimator, tuple[int, int, int]]:
+) -> tuple[Raft | FlowFormer, tuple[int, int, int]]:
     """Return the network, and the channels of its quarter, eighth and matching maps."""
     if kind == WITH_RAFT:
         raft = read_raft(checkpoint)

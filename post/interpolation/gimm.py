@@ -51,7 +51,7 @@ class Interpolation:
 
     def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
         """ds_factor: all but the last step is computed at this part of the size, more than 0, at most 1."""
-        self._network, self._estimator, self._ds_factor = network, estimator, ds_factor
+        self.network, self.estimator, self.ds_factor = network, estimator, ds_factor
 
     @torch.no_grad()
     def frame(self, image: Tensor) -> Frame:
@@ -59,24 +59,24 @@ class Interpolation:
 
         image: 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
         """
-        small = resize(image, self._ds_factor)
-        encoded = self._estimator.encode(255 * small)
-        return Frame(image, small, encoded, self._network.synthesis.maps(encoded))
+        small = resize(image, self.ds_factor)
+        encoded = self.estimator.encode(255 * small)
+        return Frame(image, small, encoded, self.network.synthesis.maps(encoded))
 
     @torch.no_grad()
     def between(self, first: Frame, second: Frame, times: Sequence[float]) -> Iterator[Tensor]:
         """Yield the pictures, 1 3 H W, 0..1, at times between 0 and 1; both excluded."""
-        motion = self._network.motion.between(
-            self._estimator.flow(first.encoded, second.encoded),
-            self._estimator.flow(second.encoded, first.encoded),
+        motion = self.network.motion.between(
+            self.estimator.flow(first.encoded, second.encoded),
+            self.estimator.flow(second.encoded, first.encoded),
         )
-        synthesis = self._network.synthesis
+        synthesis = self.network.synthesis
         compared = Compared(first.maps, second.maps)
         images = 2 * torch.cat([first.image, second.image]) - 1
         small = 2 * torch.cat([first.small, second.small]) - 1
         for time in times:
-            flow = self._network.motion.at(motion, time)
+            flow = self.network.motion.at(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])
             blend = synthesis.blend(small, flow, first.maps, second.maps, compared, time)
             del flow
-            yield synthesis.put_together(images, blend.enlarged(1 / self._ds_factor))
+            yield synthesis.put_together(images, blend.enlarged(1 / self.ds_factor))

@@ -79,17 +79,20 @@ class HypoNet(nn.Module):
             inputs = width
         self._config = config
 
-    def forward(self, features: Tensor, time: float) -> Tensor:
-        """features: 1 C H W. Returns 1 2 H W, about 0..1."""
-        height, width = features.shape[-2:]
+    def places(self, like: Tensor, time: float) -> Tensor:
+        """Return 1 3 H W: a time, and y and x of the centre of each pixel."""
+        height, width = like.shape[-2:]
         low, high = self._config.coordinates
         y, x = (
-            low + (high - low) * (torch.arange(size, device=features.device) + 0.5) / size
+            low + (high - low) * (torch.arange(size, device=like.device) + 0.5) / size
             for size in (height, width)
         )
         row = y[:, None].expand(height, width)
-        place = torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
-        values = torch.cat([features, place], dim=1)
+        return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
+
+    def forward(self, features: Tensor, places: Tensor) -> Tensor:
+        """features: 1 C H W. Returns 1 2 H W, about 0..1."""
+        values = torch.cat([features, places], dim=1)
         last = len(self.params_dict) - 1
         for number in range(last + 1):
             both = self.params_dict[f"linear_wb{number}"]
@@ -139,7 +142,8 @@ class MotionField(nn.Module):
         first = splat(motion.first, time * motion.forth, motion.first_weight)
         second = splat(motion.second, (1 - time) * motion.back, motion.second_weight)
         residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
-        return self.hyponet(torch.cat([first, second], dim=1) + residual, time)
+        features = torch.cat([first, second], dim=1) + residual
+        return self.hyponet(features, self.hyponet.places(features, time))
 
 
 @dataclass(frozen=True)

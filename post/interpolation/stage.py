@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from modules.devices import choose_compute_dtype, half_where_fast
+from modules.devices import choose_compute_dtype
 from modules.errors import MediaError, OptionError
+from post.compiling import check_compiling, compile_parts
 from post.contract import Clip, Picture, Pixels, Stage
 from post.interpolation.files import check_networks, load_networks
 from post.interpolation.gimm import Frame, Interpolation
 from post.interpolation.options import InterpolationOptions
 from post.interpolation.scenes import Cuts, Thumbnail, scene_distance, thumbnail
 from post.pixels import to_pixels, to_tensor
+from post.precision import network_dtype
 
 NAME = "GIMMVFI"
 LEAST_SIDE = 128  # of what the networks see: smaller ones have no fourth scale to compare at
@@ -32,9 +34,10 @@ def check_interpolation(options: InterpolationOptions) -> None:
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_interpolation`."""
-    usual = choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
-    dtype = half_where_fast(device, usual, "GIMM-VFI")
+    check_compiling(options.network, device)
+    dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
+    compile_parts(options.network, networks.parts)
     network = Interpolation(networks.gimm, networks.estimator, float(options.part))
     return Interpolator(options, network, device)
 

@@ -20,13 +20,17 @@ from blissful_tuner.model_utility_options import ModelUtilityOptions
 from blissful_tuner.taehv import load_taehv
 from frame_pack.checkpoints import load_dit as load_framepack
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
+from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.output_files import ask_to_replace
 from networks.hashes import add_hashes
+from post.upscaling.files import load_upscaler
 from tests.commands import run_script
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny import dits
+from tests.tiny import dits, post_faces, post_restorers, post_upscaling
+from tests.tiny.post_flowformer import write_flowformer
+from tests.tiny.post_restorers import write_model
 from tests.tiny.taehv import write_taehv
 from wan.checkpoints import load_dit as load_wan
 from wan.spec import LATENT
@@ -75,6 +79,19 @@ def test_a_file_is_described_with_its_dtypes_sizes_and_metadata(
     assert "float32: 3 tensors, 76 bytes" in out
     assert "int64: 1 tensor, 8 bytes" in out
     assert max(len(line) for line in out.splitlines()) < 300
+
+
+def test_names_and_metadata_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.safetensors", {"\x1b[2J" * 1000: torch.ones(1)}, {"\x1b[1m": "a\nb\x1b[31m"})
+
+    run(path)
+
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"  \x1b[1m: a\nb\x1b[31m" in out
+    assert len(out) < 5000
 
 
 @pytest.mark.parametrize(
@@ -245,6 +262,19 @@ def test_shards_can_be_written_into_a_folder_that_takes_the_place_of_older_ones(
     ]
 
 
+def test_a_model_of_one_file_takes_the_place_of_shards_and_shards_that_of_one_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {f"w{i}": torch.randn(100, 100) for i in range(3)})
+    out = tmp_path / "out"
+    for size, names in (
+        ("1GB", ["model.safetensors"]),
+        ("100kB", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        ("1GB", ["model.safetensors"]),
+    ):
+        run(path, "--convert", out, "--shard_size", size, "--yes")
+
+        assert sorted(file.name for file in out.glob("*.safetensors")) == names
+
+
 def test_a_folder_of_files_becomes_one(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -326,6 +356,52 @@ def test_a_converted_taehv_decodes_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
+# a part of what it is called -> how it is written to a .pth file
+TOOLS: dict[str, Callable[[Path], Path]] = {
+    "SwinIR": post_upscaling.write_swinir,
+    "Real-ESRGAN": post_upscaling.write_rrdb,
+    "an ESRGAN upscaler with old names": lambda path: post_upscaling.write(
+        path, post_upscaling.in_old_names(post_upscaling.rrdb_weights())
+    ),
+    "an ESRGAN or BSRGAN": lambda path: post_upscaling.write(
+        path, post_upscaling.in_middle_names(post_upscaling.rrdb_weights())
+    ),
+    "RetinaFace": post_faces.write_red_detector,
+    "GFPGAN": lambda path: write_model(path, post_restorers.gfpgan_weights(), "params_ema"),
+    "CodeFormer": lambda path: write_model(path, post_restorers.codeformer_weights(), "params_ema"),
+    "ParseNet": lambda path: write_model(path, post_restorers.parsenet_weights()),
+    "FlowFormer": lambda path: write_flowformer(path, "module."),
+}
+
+
+@pytest.mark.parametrize("what", TOOLS)
+def test_networks_of_tools_are_named_and_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    path = TOOLS[what](tmp_path / "a.pth")
+
+    run(path, "--convert", tmp_path / "b.safetensors", "--json")
+
+    assert what in said(capsys)["what"]
+    with open_checkpoint(path) as old, open_checkpoint(tmp_path / "b.safetensors") as new:
+        assert old.tensors == new.tensors
+        assert all(torch.equal(old.read(name), new.read(name)) for name in old.tensors)
+
+
+@pytest.mark.parametrize("what", ["SwinIR", "an ESRGAN upscaler with old names"])
+def test_a_converted_upscaler_computes_the_same(tmp_path: Path, what: str) -> None:
+    path = TOOLS[what](tmp_path / "a.pth")
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    run(path, "--convert", tmp_path / "b", "--shard_size", "20kB")
+
+    with torch.no_grad():
+        before, after = (
+            load_upscaler(one, CPU, torch.float32).network(pixels) for one in (path, tmp_path / "b")
+        )
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, dtype: str | None) -> None:
     largest, count = 1_000_000, 12
@@ -405,6 +481,19 @@ def test_an_index_whose_files_lack_a_tensor_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="1 tensors are in none of its files: b"):
         run(tmp_path)
+
+
+def test_metadata_that_differ_between_files_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "1.safetensors", {"a": torch.ones(1)}, {"same": "x", "other": "1"})
+    write(tmp_path / "2.safetensors", {"b": torch.ones(1)}, {"same": "x", "other": "2"})
+
+    run(tmp_path)
+
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "its files say different things of other; the last one's counts"
+    ]
 
 
 def test_two_tensors_cannot_get_one_name(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def no_model_is_loaded() -> Iterator[None]:
 
     def guard(method: Callable[..., Any]) -> Callable[..., Any]:
         def read(self: Any, name: str, *rest: Any) -> Any:
-            if "model" in self._path.parts:
+            if "model" in self.path.parts:
                 raise Loading
             return method(self, name, *rest)
 

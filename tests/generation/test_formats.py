@@ -90,7 +90,7 @@ def test_pictures_too_small_for_h265_are_written_as_h264(
 
 def test_the_writer_itself_refuses_them() -> None:
     frame = np.zeros((32, 48, 3), dtype=np.uint8)
-    assert encoder_for("h265", frame) == "h264"
+    assert encoder_for("h265", 48, 32) == "h264"
     with pytest.raises(MediaError, match="h265 cannot be used for 48 x 32 pixels, 64 x 48 are the least"):
         write_video(Path("x.mp4"), [frame], 16, codec="h265")
     assert not Path("x.mp4").exists()

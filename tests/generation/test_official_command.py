@@ -111,6 +111,15 @@ def test_without_guidance_the_negative_prompt_is_left_out(caplog: pytest.LogCapt
     assert "--neg-prompt is ignored because --cfg-scale is 1" in caplog.text
 
 
+def test_tools_for_finished_videos_are_passed_on() -> None:
+    words = official("--prompt", "a", "--post", "upscaler model=x", "--post", "facefix model=y")
+
+    assert [word for word in words if "--post" in word] == [
+        "--post=upscaler model=x",
+        "--post=facefix model=y",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -138,3 +138,13 @@ def test_a_mistyped_option_is_shown_without_control_codes(capsys: pytest.Capture
     with pytest.raises(SystemExit):
         _parser().parse_args(["--save_path", "x", "--layers", ATTACK])
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_hint_does_not_say_again_what_a_file_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise CheckpointError("a.pth is no upscaler; it looks like a VAE (--vae).", Path("a.pth"))
+
+    with pytest.raises(SystemExit):
+        command.command_line(fail, lambda path: "it looks like the Wan2.1 VAE (--vae)")
+
+    assert capsys.readouterr().err.count("looks like") == 1

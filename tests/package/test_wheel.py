@@ -98,6 +98,7 @@ def test_every_script_is_a_console_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(f"reelsmith-{VERSION}.dist-info/entry_points.txt").decode()
     parser = ConfigParser()
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # GIMMVFI keeps its capital letters
     parser.read_string(text)
     scripts = {name: f"reelsmith.{module}:run" for name, module in zip(NAMES, MODULES, strict=True)}
     assert dict(parser["console_scripts"]) == {"reelsmith": "reelsmith.commands:main", **scripts}

@@ -62,7 +62,7 @@ def test_the_first_mode_of_a_tool_is_the_one_it_has_without_the_option(tool: obj
         ("GIMMVFI", ["--mode=gimmvfi_r"], "gimmvfi_r", "gimmvfi"),
         ("facefix", [], "gfpgan", "facefix/GFPGANv1.4.pth"),
         ("facefix", ["mode=codeformer"], "codeformer", "facefix/codeformer.pth"),
-        ("yolo_blur", ["conf=0.3"], "yunet", "faces/face_detection_yunet_2023mar.onnx"),
+        ("yolo_blur", ["conf=0.3"], "yunet", "facefix/face_detection_yunet_2023mar.onnx"),
     ],
 )
 def test_what_was_downloaded_is_found_and_named(

@@ -115,13 +115,14 @@ def test_of_several_files_the_others_go_on(tmp_path: Path, caplog: pytest.LogCap
     caplog.set_level(logging.INFO)
     write_clip(tmp_path / "a.mp4")
     write_truncated(tmp_path / "b.mkv")
+    (tmp_path / "b.webp").write_bytes(b"RIFF")
     write_clip(tmp_path / "c.mp4")
 
-    with pytest.raises(UserError, match=r"1 of 3 failed:\n  .*b\.mkv: MediaError: ") as failure:
+    with pytest.raises(UserError, match=r"2 of 4 failed:\n  .*b\.mkv: MediaError: ") as failure:
         run_stages([Same()], tmp_path)
 
     assert failure.value.exit_code == 1
-    assert files_in(tmp_path) == {"a.mp4", "a_SAME.mp4", "b.mkv", "c.mp4", "c_SAME.mp4"}
+    assert files_in(tmp_path) == {"a.mp4", "a_SAME.mp4", "b.mkv", "b.webp", "c.mp4", "c_SAME.mp4"}
     assert any("b.mkv is skipped. MediaError" in message for message in caplog.messages)
 
 

@@ -1,5 +1,6 @@
 """Threads that read ahead and write behind: bounded, in order, and ended by an error anywhere."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -94,6 +95,34 @@ def test_an_error_of_writing_at_the_very_end_is_raised_too() -> None:
 
     with pytest.raises(OSError, match="no room"), write_behind(write) as put:
         put(1)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of POSIX")
+def test_ctrl_c_while_the_last_is_written_does_not_wait_for_ever() -> None:
+    is_over = threading.Event()
+
+    def write(items: Iterator[int]) -> None:
+        list(items)
+        is_over.wait(30)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    started = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt), write_behind(write, last_wait=0.2) as put:
+            put(1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    assert time.monotonic() - started < 10
+    assert threads() == ["writing behind"]  # it dies with the program
+    is_over.set()
+    while threads():
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("error", [ValueError("a stage"), KeyboardInterrupt()])

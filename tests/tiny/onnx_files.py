@@ -52,7 +52,10 @@ def write_yolo(
 
 
 def write_yunet(path: Path, sizes: Dims = ("height", "width")) -> Path:
-    """A YuNet: each red pixel at a multiple of 8 (+ 4) is a face of 8 e^0.7 (16) pixels around it."""
+    """A YuNet: each red pixel at a multiple of 8 (+ 4) is a face of 8 e^0.7 (16) pixels around it.
+
+    sizes: height and width of the pictures, with numbers it takes no others.
+    """
     nodes: list[bytes] = []
     weights: dict[str, np.ndarray] = {}
     outputs: dict[str, Dims] = {}
@@ -65,11 +68,9 @@ def write_yunet(path: Path, sizes: Dims = ("height", "width")) -> Path:
                 taps[0, :, step // 2, step // 2] = np.array([-0.5, -0.5, 1.0]) / 255  # blue, green, red
             if kind == "bbox":
                 bias[:] = (0.5, 0.5, 0.7, 0.7)
-            weights |= {
-                f"w_{name}": taps,
-                f"b_{name}": bias,
-                f"s_{name}": np.array([1, -1, channels], np.int64),
-            }
+            fixed = [size // step for size in sizes if isinstance(size, int)]
+            rows = np.array([1, int(np.prod(fixed)) if fixed else -1, channels], np.int64)
+            weights |= {f"w_{name}": taps, f"b_{name}": bias, f"s_{name}": rows}
             nodes.append(
                 _node(
                     "Conv",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -152,6 +153,26 @@ def test_pictures_of_a_folder_are_blurred_and_one_without_a_face_is_told(
     assert not outside[:, :28].any()
 
 
+def test_a_cover_picture_is_warned_of(
+    tmp_path: Path, detector: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_png(tmp_path / "cover.png", frame((40, 32, 255)))
+    write_video(tmp_path / "plain.mkv", [frame((40, 32, 255))] * 2, 12)
+    with av.open(str(tmp_path / "plain.mkv")) as source, av.open(str(tmp_path / "clip.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        target.add_attachment("cover.png", "image/png", (tmp_path / "cover.png").read_bytes())
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    words = ["--model", str(detector), "--device", "cpu", "--codec", "h264", "-y"]
+
+    for name, is_warned in (("plain", False), ("clip", True)):
+        caplog.clear()
+        main([*words, "--input", str(tmp_path / f"{name}.mkv")])
+        assert ("has a cover picture" in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize("write", [write_yunet, write_yolo])
 def test_onnx_detectors_blur_too(tmp_path: Path, write: object) -> None:
     path = write(tmp_path / "detector.onnx")  # type: ignore[operator]
@@ -193,6 +214,17 @@ def test_pictures_keep_their_times_their_depth_and_all_other_pixels(detector: Pa
         assert not touched[:12].any()
         assert not touched[52:].any()
     assert not changed(made[0].pixels, frames[0])[:, 50:].any()
+
+
+def test_a_face_that_moves_away_while_it_is_missed_is_covered(detector: Path) -> None:
+    """Where it went is known only when it is found again: pictures wait for that."""
+    places = [*[16] * 5, 19, 22, 25, 28, 31, *[34] * 5]
+    frames = [frame((x, 32, PALE if 5 <= index < 10 else 255)) for index, x in enumerate(places)]
+    stage = make_blur(options(detector, "--hold", "5", "--lookback", "0"), torch.device("cpu"))
+
+    made = list(stage.run(pictures(frames), clip_of(frames)))
+
+    assert max(redness(each.pixels) for each in made) < SEEN
 
 
 def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:

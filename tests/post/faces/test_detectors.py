@@ -75,6 +75,18 @@ def test_a_yunet_looks_at_a_smaller_copy_of_a_large_picture(tmp_path: Path) -> N
     assert len(load_detector(path, CPU).find(pixels, 0.5)) > 1
 
 
+@pytest.mark.parametrize(("height", "scale"), [(48, 1), (32, 3), (20, 2)])
+def test_a_yunet_for_one_size_looks_at_pictures_of_any(tmp_path: Path, height: int, scale: int) -> None:
+    pixels = dotted(height, 64, (20, 12)).repeat(scale, axis=0).repeat(scale, axis=1)
+
+    path = write_yunet(tmp_path / "yunet.onnx", (64, 64))
+    assert load_detector(path, CPU).canvas == (64, 64)  # type: ignore[attr-defined]
+    (found,) = found_in(path, pixels)
+
+    assert surrounds(found, 16 * scale, 8 * scale, 24 * scale, 16 * scale)
+    assert found.box[2] - found.box[0] == pytest.approx(16 * scale, rel=0.01)
+
+
 def test_a_yunet_that_this_opencv_cannot_run_is_named(tmp_path: Path) -> None:
     path = write_yunet(tmp_path / "yunet.onnx")
     damaged = path.read_bytes().replace(b"Transpose", b"Transmute")

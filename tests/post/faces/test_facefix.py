@@ -14,7 +14,7 @@ import torch
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png, write_video
-from post.chain_options import read_chain
+from post.chain_options import read_tool
 from post.contract import Clip, Picture, Pixels
 from post.faces.stage import Facefix, check_facefix, make_facefix
 from tests.faults.messages import run_here
@@ -53,8 +53,7 @@ def _pictures(frames: Sequence[Pixels]) -> Iterator[Picture]:
 
 
 def _options(model: Path, *words: object) -> Any:
-    argv = ["--model", str(model), "--input", "x.mp4", *map(str, words)]
-    return read_chain("facefix", "", argv).tools[0][1]
+    return read_tool(["facefix", "--model", str(model), *map(str, words)], "--then")[1]
 
 
 def _stage(model: Path, *words: object) -> Facefix:
@@ -311,8 +310,12 @@ def test_sizes_that_no_file_can_have_are_refused(folder: Path, upscale: str, siz
         ("parsing_parsenet.pth", (), "no parsing_parsenet.pth is in"),
         ("detection_Resnet50_Final.pth", (), "no detection_Resnet50_Final.pth is in"),
         ("", ("--detection_model", "retinaface_mobile0.25"), "no detection_mobilenet0.25_Final.pth is in"),
-        ("", ("--detection_model", "yunet"), "no .onnx file of YuNet is in"),
-        ("", ("--detection_model", "my.pth"), "there is no such file, and it is none of retinaface_resnet50"),
+        ("", ("--detection_model", "yunet"), "no .onnx file with yunet in its name is in"),
+        (
+            "",
+            ("--detection_model", "my.pth"),
+            "there is no such file. Give the path of one, or one of retinaface_resnet50",
+        ),
     ],
 )
 def test_a_missing_file_is_named_with_its_folder(
@@ -373,13 +376,15 @@ def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp
         check_facefix(_options(tmp_path))
 
 
-def test_a_yunet_beside_the_model_is_found_and_has_a_threshold_of_its_own(
-    folder: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["restorers/face_YuNet.onnx", "faces/yunet_2026may.onnx"])
+def test_a_yunet_is_found_and_has_a_threshold_of_its_own(folder: Path, tmp_path: Path, name: str) -> None:
+    for part in ("restorers", "faces"):
+        (tmp_path / part).mkdir()
     for path in folder.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    write_yunet(tmp_path / "face_detection_yunet_2026may.onnx")
-    stage, faced = _stage(tmp_path, "--detection_model", "yunet"), _pixels((44, 28))
+        (tmp_path / "restorers" / path.name).symlink_to(path)
+    write_yunet(tmp_path / name)
+    stage = _stage(tmp_path / "restorers", "--detection_model", "yunet")
+    faced = _pixels((44, 28))
 
     assert stage.least_score == 0.8
     assert len(stage.detector.find(faced, 0.8)) == 1

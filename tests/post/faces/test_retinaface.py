@@ -1,5 +1,6 @@
 """RetinaFace against stored results, from files of any width and in any container."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,14 @@ from post.faces.retinaface import (
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.post.faces.pictures import dotted, surrounds
-from tests.tiny.post_faces import MOBILE, RESNET, random_retinaface, write_red_detector, write_weights
+from tests.tiny.post_faces import (
+    MOBILE,
+    RESNET,
+    random_retinaface,
+    red_retinaface,
+    write_red_detector,
+    write_weights,
+)
 
 CPU = torch.device("cpu")
 PUBLISHED = ("resnet50", "mobile0.25")
@@ -105,3 +113,26 @@ def test_a_large_picture_is_looked_at_in_a_smaller_copy(tmp_path: Path) -> None:
     assert surrounds(found, 72, 40, 88, 56)
     assert found.box[2] - found.box[0] == pytest.approx(32, abs=0.01)
     assert len(load_detector(path, CPU).find(pixels, 0.5)) > 1  # four boxes where the dot has 16 pixels
+
+
+def test_what_half_precision_cannot_hold_is_found_in_float32(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = red_retinaface()
+    weights["ClassHead.0.conv1x1.weight"][1, 0] *= 10_000  # times 240: beyond float16
+    with open_checkpoint(write_weights(tmp_path / "red.pth", weights)) as checkpoint:
+        plan = read_retinaface(checkpoint, "--model")
+        detector = load_retinaface(plan, CPU, torch.float16, None, "--model")
+
+    with caplog.at_level(logging.INFO):
+        (found,) = detector.find(dotted(64, 96, (40, 30)), 0.5)
+
+    assert surrounds(found, 36, 26, 44, 34)
+    assert "goes on in float32" in caplog.text
+
+
+def test_files_without_counts_of_training_load_too(tmp_path: Path) -> None:
+    weights = red_retinaface()
+    weights["body.stage1.0.1.num_batches_tracked"] = torch.tensor(3)
+
+    assert load(write_weights(tmp_path / "some.pth", weights))
