@@ -11,7 +11,7 @@ import torch
 
 from modules.devices import choose_compute_dtype
 from modules.errors import NothingFoundError, OptionError
-from modules.media.opening import ATTACHED_PICTURE, open_container, reading
+from modules.media.opening import is_cover, open_container, reading
 from post.blurring.covering import cover
 from post.blurring.options import BlurOptions
 from post.blurring.tracks import Box, Tracks
@@ -140,9 +140,7 @@ def _tell_of_cover(clip: Clip) -> None:
     if clip.rate is None or not clip.path.is_file():
         return
     with reading(clip.path), open_container(clip.path) as container:
-        has_cover = any(
-            getattr(stream, "disposition", 0) & ATTACHED_PICTURE for stream in container.streams.video
-        )
+        has_cover = any(map(is_cover, container.streams.video))
     if has_cover:
         logger.warning(
             "%s has a cover picture, in which nothing is blurred: it goes into the result as it is, and may "
