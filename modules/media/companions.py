@@ -46,6 +46,8 @@ _MP4_TAGS = frozenset(
 )
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
 _BEGINNING = 1000  # packets
+# what FFmpeg says of packets that it cannot write, such as of times that do not rise; a full disk is no such
+_DAMAGE = (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)
 _DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
 
 Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
@@ -73,6 +75,8 @@ class Companions:
         self._tracks: dict[int, _Track] = {}
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
+        self._sent = 0  # packets that FFmpeg has taken, but may not have written
+        self._failed = 0  # of those
 
     @property
     def tags(self) -> dict[str, str]:
@@ -106,11 +110,17 @@ class Companions:
             self._write(target, self._waiting)
             self._waiting = next(self._packets, None)
         if seconds is None:
-            for track in self._tracks.values():
-                if track.lost:
-                    logger.warning(
-                        "%s: %d packets of %s are damaged and left out", self._path, track.lost, track.name
-                    )
+            self._report()
+
+    def mux(self, target: Any, packet: Any) -> None:
+        """Write a packet of the pictures, even if a packet that FFmpeg has held back before it cannot be."""
+        try:
+            target.mux(packet)
+        except _DAMAGE:
+            if not self._sent:
+                raise
+            self._sent -= 1
+            self._failed += 1
 
     def _keep_proportions(self, video: Any) -> None:
         """Let pixels that are not square, as those of DVDs, stay so."""
@@ -121,6 +131,12 @@ class Companions:
             first = next(again.decode(again.streams[self._main.index]))
             sideways = round(first.rotation / 90) % 2 == 1
             video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
+
+    def _report(self) -> None:
+        lost = {track.name: track.lost for track in self._tracks.values()}
+        for name, count in (lost | {"its sound or subtitles": self._failed}).items():
+            if count:
+                logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def _read(self, streams: list[Any]) -> Iterator[Any]:
         try:
@@ -144,7 +160,8 @@ class Companions:
             one.stream = track.target
             try:
                 target.mux(one)
-            except av.ArgumentError:  # times that do not rise, or none at all
+                self._sent += 1
+            except _DAMAGE:
                 track.lost += 1
 
     def _move(self, packet: Any) -> None:

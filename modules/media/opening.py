@@ -89,6 +89,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             raise MediaError(f"{path} has no video stream, only {found}")
         if is_cover(stream):  # of a song
             raise MediaError(f"{path} has no video stream, only sound and a cover picture")
+        if stream.codec_context is None:
+            raise MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
         check_pixels(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
         yield container, stream

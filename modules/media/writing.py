@@ -132,9 +132,11 @@ def write_shown(
             pictures = timing.note(itertools.chain([first], remaining))
             for packet in encode_pictures(stream, pictures):
                 timing.apply(packet)
-                if others is not None:
+                if others is None:
+                    container.mux(packet)
+                else:
                     others.write(container, packet.dts * packet.time_base)
-                container.mux(packet)
+                    others.mux(container, packet)
             if others is not None:
                 others.write(container, None)
     return Written(stream.width, stream.height, timing.count, timing.seconds)
