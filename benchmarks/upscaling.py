@@ -1,9 +1,9 @@
 """Measure an upscaler: python benchmarks/upscaling.py --model FILE
 
-First its seconds for each megapixel of the input, whole and in tiles; on a CPU the processor's time. Then, for
-a released file, how near it comes to real pictures that were made smaller by its factor: PSNR against that of
-bicubic enlargement. Files trained to look sharp (GAN) may lie below bicubic there; those trained for PSNR must
-not. Without --model networks of the released sizes with random weights are timed.
+First its seconds for each megapixel of the input, whole and in tiles; on a CPU the processor's time.
+Then, for a released file, how near it comes to real pictures that were made smaller by its factor: PSNR
+against that of bicubic enlargement. Files trained to look sharp (GAN) may lie below bicubic there; those
+trained for PSNR must not. Without --model networks of the released sizes with random weights are timed.
 """
 
 import argparse
