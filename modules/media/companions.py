@@ -24,6 +24,7 @@ from modules.media.opening import is_cover, open_container, reading
 from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
 from modules.media.subtitles import add_text, is_text
+from modules.media.tags import without_pictures
 
 logger = getLogger(__name__)
 
@@ -46,6 +47,8 @@ _MP4_TAGS = frozenset(
 )
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
 _BEGINNING = 1000  # packets
+# what FFmpeg says of packets that it cannot write, such as of times that do not rise; a full disk is no such
+_DAMAGE = (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)
 _DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
 
 Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
@@ -73,6 +76,8 @@ class Companions:
         self._tracks: dict[int, _Track] = {}
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
+        self._sent = 0  # packets that FFmpeg has taken, but may not have written
+        self._failed = 0  # of those
 
     @property
     def tags(self) -> dict[str, str]:
@@ -106,11 +111,17 @@ class Companions:
             self._write(target, self._waiting)
             self._waiting = next(self._packets, None)
         if seconds is None:
-            for track in self._tracks.values():
-                if track.lost:
-                    logger.warning(
-                        "%s: %d packets of %s are damaged and left out", self._path, track.lost, track.name
-                    )
+            self._report()
+
+    def mux(self, target: Any, packet: Any) -> None:
+        """Write a packet of the pictures, even if a packet that FFmpeg has held back before it cannot be."""
+        try:
+            target.mux(packet)
+        except _DAMAGE:
+            if not self._sent:
+                raise
+            self._sent -= 1
+            self._failed += 1
 
     def _keep_proportions(self, video: Any) -> None:
         """Let pixels that are not square, as those of DVDs, stay so."""
@@ -121,6 +132,12 @@ class Companions:
             first = next(again.decode(again.streams[self._main.index]))
             sideways = round(first.rotation / 90) % 2 == 1
             video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
+
+    def _report(self) -> None:
+        lost = {track.name: track.lost for track in self._tracks.values()}
+        for name, count in (lost | {"its sound or subtitles": self._failed}).items():
+            if count:
+                logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def _read(self, streams: list[Any]) -> Iterator[Any]:
         try:
@@ -144,7 +161,8 @@ class Companions:
             one.stream = track.target
             try:
                 target.mux(one)
-            except av.ArgumentError:  # times that do not rise, or none at all
+                self._sent += 1
+            except _DAMAGE:
                 track.lost += 1
 
     def _move(self, packet: Any) -> None:
@@ -250,7 +268,9 @@ class Companions:
             self._leave_out(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        if self._suffix == ".mkv":
+        if not self._covers and not _is_font(stream):
+            self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
+        elif self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
             target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
         else:
@@ -278,7 +298,7 @@ class Companions:
         # FFmpeg fails at time codes that leave frames out (;), unless the rate is 29.97 or a multiple of it
         if ";" in kept.get("timecode", "") and round(self._rate) % 30:
             del kept["timecode"]
-        return kept
+        return kept if self._covers else without_pictures(self._path, kept)
 
     def _leave_out(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
         reason = reason or f"{self._suffix} files cannot hold it"
@@ -293,8 +313,8 @@ def open_companions(
 ) -> Iterator[Companions | None]:
     """Open a video for its other streams; None if there is no video, or a GIF or WebP.
 
-    suffix, rate: of the new file and of its pictures. covers: whether to keep cover pictures.
-    Raises MediaError.
+    suffix, rate: of the new file and of its pictures. covers: whether to keep cover pictures, and what
+    may hold others: attachments but for fonts, XMP. Raises MediaError.
     """
     if path is None or is_animation(path):
         yield None
@@ -308,6 +328,12 @@ def open_companions(
 def needs_own_tags(tags: Iterable[str]) -> bool:
     """Return whether MP4 has no fields of its own for some of these tags."""
     return any(name.lower() not in _MP4_TAGS for name in tags)
+
+
+def _is_font(stream: Any) -> bool:
+    """Return whether an attachment is a font, as subtitles need them."""
+    name, kind = (stream.metadata.get(key, "").lower() for key in ("filename", "mimetype"))
+    return name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in kind
 
 
 def _copy(packet: Any) -> list[Any]:

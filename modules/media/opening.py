@@ -56,7 +56,7 @@ _ALONE = {
 # two or three copies
 MAX_PIXELS = 1 << 27
 
-_ATTACHED_PICTURE = 1 << 10  # FFmpeg's number
+ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
 
 # what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
 _DAMAGE = (
@@ -89,6 +89,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             raise MediaError(f"{path} has no video stream, only {found}")
         if is_cover(stream):  # of a song
             raise MediaError(f"{path} has no video stream, only sound and a cover picture")
+        if stream.codec_context is None:
+            raise MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
         check_pixels(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within a stream
         yield container, stream
@@ -110,7 +112,7 @@ def open_container(path: Path) -> Any:
 
 def is_cover(stream: Any) -> bool:
     """Return whether a stream of pictures is a single one that stands for the file."""
-    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
+    return bool(int(stream.disposition) & ATTACHED_PICTURE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

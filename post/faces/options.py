@@ -59,26 +59,24 @@ def add_facefix_arguments(parser: argparse.ArgumentParser) -> None:
         "beside it",
     )
     group = parser.add_argument_group("faces")
-    group.add_argument(
-        "--mode", type=str, default=GFPGAN, choices=MODES, help="which network --model is (default: gfpgan)"
-    )
+    group.add_argument("--mode", type=str, default=GFPGAN, choices=MODES, help="which network --model is")
     group.add_argument(
         "--weight",
         type=float,
         default=USUAL_WEIGHT,
-        help="fidelity of CodeFormer: 0 is the most beautiful face, 1 the most alike (default: 0.5)",
+        help="fidelity of CodeFormer: 0 is the most beautiful face, 1 the most alike",
     )
     group.add_argument(
         "--strength",
         type=float,
         default=1.0,
-        help="how much of the restored face is shown, 0 to 1; the rest is the original (default: 1)",
+        help="how much of the restored face is shown, 0 to 1; the rest is the original",
     )
     group.add_argument(
         "--smooth",
         type=float,
         default=0.5,
-        help="keep faces of a video steady against trembling detections: 0 (off) to below 1 (default: 0.5)",
+        help="keep faces of a video steady against trembling detections: 0 (off) to below 1",
     )
     group.add_argument(
         "-s", "--upscale", type=float, default=1, help="size of the result: width and height times this"

@@ -1,6 +1,7 @@
 """Sound, subtitles, attachments, chapters and tags of a video in what is made from its pictures."""
 
 import logging
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,23 @@ def test_damaged_sound_does_not_lose_the_pictures(tmp_path: Path, caplog: pytest
     )
     assert packets(made, "audio")[-1][0] > Fraction(9, 10)
     assert len(packets(remake(source, ".mkv"), "audio")) == len(packets(source, "audio"))
+
+
+def test_sound_that_ffmpeg_cannot_write_does_not_lose_the_pictures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_source(tmp_path / "source.ts", Source("mpegts", frames=25, sound="aac"))
+    data = bytearray(source.read_bytes())
+    heads = [found.start() for found in re.finditer(b"\xff\xf1", data)]
+    for head in heads[10:14]:
+        data[head + 2] = 0xFF  # in a header, which is taken off in MP4: a rate that does not exist
+    source.write_bytes(data)
+
+    made = remake(source, ".mp4")
+
+    assert len(list(shown_frames(made))) == 25
+    assert len(packets(made, "audio")) > 40
+    assert "stream 1 (sound: aac, deu) are damaged and left out" in caplog.text
 
 
 def test_sound_is_read_as_far_as_the_pictures_have_come(tmp_path: Path) -> None:

@@ -213,9 +213,15 @@ def write_song(path: Path) -> None:
         container.mux(cover.encode())
 
 
+def write_unknown(path: Path) -> None:
+    """A codec that nobody has heard of."""
+    path.write_bytes(write_source(path, Source("mp4")).read_bytes().replace(b"avc1", b"zzzz"))
+
+
 @pytest.mark.parametrize(
     ("name", "write", "reason"),
     [
+        ("unknown.mp4", write_unknown, "of a kind that FFmpeg here does not know"),
         ("song.m4a", write_song, "only sound and a cover picture"),
         ("sound.mp4", write_sound, "no video stream, only audio"),
         ("cut.mp4", write_cut, "cannot be read|cut short"),
