@@ -209,6 +209,8 @@ def test_sides_are_made_multiples_of_32_at_the_part(tmp_path: Path, part: float,
 
 
 def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such file or folder"):
+        check_interpolation(options(tmp_path / "nowhere" / "model"))
     with pytest.raises(CheckpointError, match="no file of gimmvfi_f in this folder"):
         check_interpolation(options(folder, mode="gimmvfi_f"))
     main = tmp_path / "gimmvfi_r_arb.pt"
