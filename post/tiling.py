@@ -170,15 +170,15 @@ class Fitting:
     step: int = 1
     factor: int = 1
 
-    def __call__(self, run: Run, images: Tensor) -> Tensor:
-        """Return run(images). images: B C H W, H and W multiples of `step`.
+    def __call__(self, run: Run, images: Tensor, finish: Run = lambda made: made) -> Tensor:
+        """Return finish(run(images)). images: B C H W, H and W multiples of `step`.
 
-        Raises MemoryPlanError if nothing fits.
+        finish: takes whole results, of one or several pictures. Raises MemoryPlanError if nothing fits.
         """
         while True:
             try:
                 parts = [
-                    run_in_tiles(run, part, self.tile, self.overlap, self.step, self.factor)
+                    finish(run_in_tiles(run, part, self.tile, self.overlap, self.step, self.factor))
                     for part in images.split(self.batch)
                 ]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -53,7 +53,7 @@ OF_TOOLS: Marks = (
     ("layers.0.residual_group.blocks.0.attn.logit_scale", "a Swin2SR upscaler, which is not supported"),
     ("layers.0.blocks.0.attn.attns.0.rpe_biases", "a DAT upscaler, which is not supported"),
     ("block_1.c1_r.eval_conv.weight", "a SPAN upscaler, which is not supported"),
-    ("body.0.weight", "a compact Real-ESRGAN (SRVGGNet), which is not supported"),
+    ("body.0.weight", "a compact Real-ESRGAN upscaler (upscaler.py --model)"),
     (
         "layers.0.residual_group.blocks.0.attn.relative_position_bias_table",
         "a SwinIR upscaler (upscaler.py --model)",

@@ -71,7 +71,7 @@ def write_video(
         stream = add_video_stream(
             container, kind, first, _rate(fps), crf=crf, preset=preset, bit_rate=bit_rate
         )
-        for packet in encode_pictures(stream, itertools.chain([first], remaining)):
+        for packet in encode_pictures(stream, itertools.chain(iter([first]), remaining)):
             container.mux(packet)
 
 
@@ -129,7 +129,8 @@ def write_shown(
             if others is not None:
                 others.add_streams(container, stream)
             timing = Timing(rate)
-            pictures = timing.note(itertools.chain([first], remaining))
+            pictures = timing.note(itertools.chain(iter([first]), remaining))
+            del first  # else it lives as long as the video grows; so it would in a list above
             for packet in encode_pictures(stream, pictures):
                 timing.apply(packet)
                 if others is None:

@@ -161,7 +161,7 @@ class Networks:
         return [
             *(module for module in self.estimator.modules() if isinstance(module, COMPILED)),
             *(motion.cnn_encoder, motion.res_conv, motion.hyponet),
-            *(layers for decoder in decoders for layers in (decoder.upsample, decoder.convblock)),
+            *(layers for decoder in decoders for layers in (decoder.upsample, *decoder.convblock)),
             *(synthesis.amt_update4_low, synthesis.amt_update4_high, synthesis.amt_comb_block),
         ]
 

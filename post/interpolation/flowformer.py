@@ -58,9 +58,9 @@ class MemoryEncoder(nn.Module):
 class FlowFormer(nn.Module):
     """The network: a `FlowEstimator`. It computes in float32, also below autocast.
 
-    Memory while it estimates the flow, beside weights and features: two tables of all pairs of places up to
-    TABLE_BYTES each, and about PART_BYTES. Larger pictures have no tables: costs and attention are computed
-    anew in every iteration.
+    Memory while it estimates the flow, beside weights and features: two tables of all pairs of places, up to
+    TABLE_BYTES each, and a part or two (parts.py). Larger pictures have no tables: costs and attention are
+    computed anew in every iteration.
     """
 
     def __init__(

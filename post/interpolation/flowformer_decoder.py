@@ -50,9 +50,10 @@ class Alike(nn.Module):
         q, k = (x.contiguous() for x in _rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if keeps_table:
             weights = q.new_empty(len(q), len(k))
-            rows = rows_of_part(8 * len(k))
-            for part, asking in zip(weights.split(rows), q.split(rows), strict=True):
-                part.copy_((asking @ k.T * q.shape[1] ** -0.5).softmax(dim=1))
+            rows = rows_of_part(8 * len(k), q.device)
+            scaled = q * q.shape[1] ** -0.5
+            for part, asking in zip(weights.split(rows), scaled.split(rows), strict=True):
+                part.copy_((asking @ k.T).softmax(dim=1))
             return lambda x: _over_places(x, lambda v: weights @ v)
         # four axes: with fewer there is no kernel that leaves out the table
         asking, known = q[None, None], k[None, None]
@@ -130,8 +131,7 @@ class MemoryDecoder(nn.Module):
             recalled = recalled.squeeze(1).T.view(query.shape)
             motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
             moving = torch.cat([motion, block.aggregator(motion, mean)], dim=1)
-            for turn in turns:
-                hidden = turn(hidden, moving)
+            hidden = block.gru(hidden, moving, turns)
             places = places + block.flow_head(hidden)
         return upsample_flow(places - start, 0.25 * block.mask(hidden))
 

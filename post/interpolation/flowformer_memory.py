@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from post.interpolation.correlation import Correlation
 from post.interpolation.flowformer_tokens import HEADS, TokenAttention, places_of, position_code
-from post.interpolation.parts import PART_BYTES, in_parts, rows_of_part
+from post.interpolation.parts import in_parts, in_ranges, rows_of_part
 from post.interpolation.twins import WINDOW, Block, attend, in_windows
 
 PATCH = 8  # costs on a side that become one token: three strides of two
@@ -57,9 +57,17 @@ class CostEmbed(nn.Module):
         height, width = maps.shape[2:]
         x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
         centres = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
-        code = position_code(centres, x.shape[1]).permute(2, 0, 1)
-        x = self.ffn_with_coord(torch.cat([x, code.expand_as(x)], dim=1))
-        return self.norm(x.flatten(2).transpose(1, 2))
+        code = position_code(centres, x.shape[1]).expand(len(x), -1, -1, -1)
+        x = torch.cat([x.permute(0, 2, 3, 1), code], dim=-1).flatten(1, 2)
+        # as products of rows: a convolution of one place is slower, and turns the layout twice
+        widen, activate, mix = self.ffn_with_coord.children()
+        return self.norm(_product(mix, activate(_product(widen, x))))
+
+
+def _product(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a convolution of one place to rows. x: ... C."""
+    weight, bias = layer.parameters()
+    return linear(x, weight.flatten(1), bias)
 
 
 class WindowContextAttention(nn.Module):
@@ -147,10 +155,10 @@ class CostPerceiver(nn.Module):
         self.vertical_encoder_layers = nn.ModuleList(VerticalLayer(config) for _ in range(config.layers))
         self.config = config
 
-    def forward(self, costs: Correlation, context: Tensor, part_bytes: int = PART_BYTES) -> Tensor:
+    def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
         """costs: of the places of the first picture. context: 1 C H W of it. Returns N K D.
 
-        part_bytes: about what is computed at once takes.
+        part_bytes: about what is computed at once takes; None: what is best on the device.
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
@@ -163,16 +171,16 @@ class CostPerceiver(nn.Module):
             x = maps.flatten(1, 2).transpose(0, 1)
         return x + first
 
-    def _start(self, costs: Correlation, height: int, width: int, part_bytes: int) -> Tensor:
+    def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
         """Return N K D: what the tokens find in the cost map of their place."""
         layer = self.input_layer
-        rows = rows_of_part(self.bytes_of_map(height, width), part_bytes)
-        found = []
-        for start in range(0, height * width, rows):
-            seen = self.patch_embed(costs.rows(start, start + rows)[:, None])
-            tokens = self.latent_tokens.expand(len(seen), -1, -1)
-            found.append(layer(tokens, layer.keep(seen)))
-        return torch.cat(found)
+
+        def run(start: int, end: int) -> Tensor:
+            seen = self.patch_embed(costs.rows(start, end)[:, None])
+            return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(seen))
+
+        rows = rows_of_part(self.bytes_of_map(height, width), self.latent_tokens.device, part_bytes)
+        return in_ranges(run, height * width, rows)
 
     def bytes_of_map(self, height: int, width: int) -> int:
         """Return what the cost map of one place takes while tokens are made of it, in float32."""

@@ -51,14 +51,16 @@ class Residual(nn.Module):
         self.conv1, self.conv2 = prelu(width, width), prelu(side, side)
         self.conv3, self.conv4 = prelu(width, width), prelu(side, side)
         self.conv5, self.prelu = conv(width, width), nn.PReLU(width)
-        self._parts = [width - side, side]
+        self._side = side
 
     def forward(self, x: Tensor) -> Tensor:
         inner = x
         for whole, part in ((self.conv1, self.conv2), (self.conv3, self.conv4)):
-            kept, changed = whole(inner).split(self._parts, dim=1)
-            inner = torch.cat([kept, part(changed)], dim=1)
-        return self.prelu(x + self.conv5(inner))
+            for layer in whole:  # one by one and in place: at full size each takes a large part of memory
+                inner = layer(inner)
+            inner[:, -self._side :] = part(inner[:, -self._side :])
+        inner = self.conv5(inner).add_(x)
+        return self.prelu(inner)
 
 
 class Decoder(nn.Module):

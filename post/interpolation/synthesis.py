@@ -137,7 +137,7 @@ class Synthesis(nn.Module):
             warp(decoder.upsample(each), flow[place, None]) for place, each in enumerate((first, second))
         ]
         parts += [both, _joined(images), _joined(warp(images, flow))]
-        made = decoder.convblock(_together(parts, self.dtype))
+        made = _through(decoder.convblock, parts, self.dtype)
         change, mask, feature = made.split([FLOWS, 1, made.shape[1] - FLOWS - 1], dim=1)
         return Refined(both + change.float(), mask.float(), feature)
 
@@ -161,10 +161,7 @@ class Synthesis(nn.Module):
         for place, each in enumerate((first, second)):
             parts.append(warp(decoder.upsample(each), flow[place, None]).to(dtype))
         parts += [both, mask, _joined(images), _joined(warp(images, flow))]
-        known = _together(parts, dtype)
-        del parts  # the largest tensors of all
-        made = decoder.convblock(known).float()
-        del known
+        made = _through(decoder.convblock, parts, dtype).float()
         blends = made.shape[1] // PER_BLEND
         change, shift, colours = made.split([FLOWS * blends, blends, 3 * blends], dim=1)
         return Blend(_joined(flow.repeat(1, blends, 1, 1)) + change, torch.sigmoid(mask + shift), colours)
@@ -204,5 +201,10 @@ def _joined(both: Tensor) -> Tensor:
     return both.flatten(0, 1)[None]
 
 
-def _together(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([part.to(dtype) for part in parts], dim=1)
+def _through(layers: nn.Sequential, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return what the layers make of the parts joined; the list of these large tensors is emptied."""
+    x = torch.cat([part.to(dtype) for part in parts], dim=1)
+    parts.clear()
+    for layer in layers:
+        x = layer(x)
+    return x

@@ -1,4 +1,4 @@
-"""Read upscalers from files: SwinIR, and RRDBNet under its old, middle and new names."""
+"""Read upscalers from files: SwinIR, RRDBNet under old, middle and new names, Real-ESRGAN's compact ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from modules.checkpoints.dialects import (
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.layers.memory_layouts import lay_out
+from post.upscaling.compact import CompactConfig, CompactNet
 from post.upscaling.rrdb import COLOURS, RrdbConfig, RRDBNet
 from post.upscaling.swinir import SwinIR, SwinirConfig
 
@@ -30,6 +31,8 @@ FILES = "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth or .safetensors)"
 # of whole files, by what saved them
 PREFIXES = ("module.", "params_ema.", "params.", "state_dict.", "module.", "netG_A.", "netG.", "net_g.")
 META = torch.device("meta")
+Config = SwinirConfig | RrdbConfig | CompactConfig
+Network = SwinIR | RRDBNet | CompactNet
 
 _DENSE = r"\.RDB(\d+)\.conv(\w+?)"
 OLD_NAMES: Names = (
@@ -55,11 +58,12 @@ class Kind:
 
     name: str
     mode: str  # as of --mode
-    build: Callable[[Any], SwinIR | RRDBNet]
+    build: Callable[[Any], Network]
     repeats_edge: bool  # how pictures are extended to its step: as the tools did that users know
 
 
 SWINIR = Kind("SwinIR", "swinir", SwinIR, repeats_edge=True)
+COMPACT = Kind("compact Real-ESRGAN", "esrgan", CompactNet, repeats_edge=False)
 RRDB = Kind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
 
 
@@ -68,11 +72,11 @@ class Upscaler:
     """A network and what must be known to run it."""
 
     kind: Kind
-    config: SwinirConfig | RrdbConfig
-    network: SwinIR | RRDBNet
+    config: Config
+    network: Network
 
 
-def check_file(path: Path) -> tuple[Kind, SwinirConfig | RrdbConfig]:
+def check_file(path: Path) -> tuple[Kind, Config]:
     """Return what a file holds; only names and shapes are read. Raises CheckpointError for other files."""
     upscaler = load_upscaler(path, META, torch.float32)
     return upscaler.kind, upscaler.config
@@ -101,6 +105,8 @@ def read_upscaler(checkpoint: Checkpoint) -> tuple[Kind, LoadPlan[Any]]:
     names = checkpoint.tensors
     if SWINIR_NAME in names and HAT_NAME not in names:
         return SWINIR, _read_swinir(checkpoint)
+    if "body.0.weight" in names:
+        return COMPACT, _read_compact(checkpoint)
     tables = {
         "model.1.sub.0.RDB1.conv1.0.weight": _old_names(checkpoint),
         "RRDB_trunk.0.RDB1.conv1.weight": MIDDLE_NAMES,
@@ -148,6 +154,19 @@ def _read_rrdb(checkpoint: Checkpoint, table: Names) -> LoadPlan[RrdbConfig]:
         unshuffle=unshuffle,
         has_shortcuts="body.0.rdb1.conv1x1.weight" in sources,
     )
+    return LoadPlan(config, checkpoint, sources)
+
+
+def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
+    sources = plain_sources(checkpoint)
+    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    shape.expect("body.0.weight", 4, 1, COLOURS)
+    layers = count(sources, r"body\.\d+")
+    if layers < 5 or layers % 2 == 0:
+        raise shape.error(f"it has {layers} layers, not convolutions and PReLUs in turns")
+    shape.of("body.1.weight", 1)
+    factor = _factor(shape, f"body.{layers - 1}.weight", COLOURS)
+    config = CompactConfig(shape.of("body.0.weight", 4)[0], (layers - 3) // 2, factor)
     return LoadPlan(config, checkpoint, sources)
 
 
@@ -227,7 +246,7 @@ class _Shapes:
         """Raise CheckpointError unless a tensor has that size along an axis."""
         found = self.of(name, axes)[axis]
         if found != size:
-            raise self.error(f"it makes pictures of {found} channels, not {size}")
+            raise self.error(f"{name} is for pictures of {found} channels, not {size}")
 
     def error(self, reason: str) -> CheckpointError:
         path = self.checkpoint.path

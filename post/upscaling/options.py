@@ -36,7 +36,7 @@ class UpscalerOptions:
 
 def add_upscaler_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `UpscalerOptions`."""
-    add_network_arguments(parser, "a SwinIR or ESRGAN file (.pth, .safetensors)")
+    add_network_arguments(parser, "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth, .safetensors)")
     group = parser.add_argument_group("upscaling")
     group.add_argument(
         "--mode", type=str, default="swinir", choices=["swinir", "esrgan"], help="the kind of network"

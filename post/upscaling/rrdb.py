@@ -5,7 +5,7 @@ factors by cutting the picture into a smaller one of more channels first); Rakot
 arXiv 2001.08073 (ESRGAN+: the shortcuts of 1x1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class RrdbConfig:
     def step(self) -> int:
         """Height and width must be multiples of this."""
         return self.unshuffle
+
+    @property
+    def short(self) -> "RrdbConfig":
+        """Return the same network with one part of each form, which takes as much memory for a pixel."""
+        return replace(self, blocks=1)
 
 
 class DenseBlock(nn.Module):

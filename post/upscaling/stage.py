@@ -104,8 +104,11 @@ class UpscalerStage:
         factor, (height, width) = self.upscaler.config.factor, images.shape[-2:]
         images = pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
         images = images.contiguous(memory_format=layouts(self.device)[1])
-        made = fitting(self.network, images)[..., : height * factor, : width * factor]
-        return resize(made, size)
+        return fitting(
+            self.network,
+            images,
+            lambda made: resize(made[..., : height * factor, : width * factor], size),
+        )
 
     def _fitting(self, clip: Clip) -> Fitting:
         """Return what is tried first for a clip."""

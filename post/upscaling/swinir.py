@@ -6,14 +6,14 @@ Source: Liang et al. 2021, arXiv 2108.10257; windows and shifts: Liu et al. 2021
 # G windows computed together
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, leaky_relu, scaled_dot_product_attention
+from torch.nn.functional import gelu, interpolate, leaky_relu, pad, scaled_dot_product_attention
 
 from modules.devices import numbers_on
 from modules.layers.norms import Float32LayerNorm
@@ -23,7 +23,8 @@ MEAN = (0.4488, 0.4371, 0.4040)  # of the pictures of DIV2K, as trained; the fil
 EPSILON = 1e-5
 APART = -100.0  # added to the score of two tokens that shifting has put into one window
 WINDOWS_ON_CPU = 16  # for each thread, computed together: their features stay in the processor's caches
-WINDOWS = 1 << 14  # elsewhere: bounds the memory
+WINDOWS = 1 << 12  # elsewhere: bounds the memory
+CUDA_WIDTH = 8  # fused attention on CUDA takes heads whose width is a multiple; those released have 30
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class SwinirConfig:
         """Height and width must be multiples of this."""
         return self.window
 
+    @property
+    def short(self) -> "SwinirConfig":
+        """Return the same network with one part of each form, which takes as much memory for a pixel."""
+        return replace(self, heads=self.heads[:1], depths=(1,))
+
 
 class Attention(nn.Module):
     """Attention among the tokens of a window, with a learned bias for their distance."""
@@ -69,9 +75,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x: G N C. bias: heads N N."""
         q, k, v = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
-        # the scores are summed and made into shares in float32 by torch's kernels, whatever the dtype
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
+        mixed = attend(q, k, v, bias, CUDA_WIDTH if x.device.type == "cuda" else 1)
         return self.proj(rearrange(mixed, "g h n d -> g n (h d)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tensor:
+    """Return what attention mixes, G heads N D as `q`; heads are filled up to a width of that multiple.
+
+    Torch's kernels sum the scores and make them shares in float32, whatever the dtype.
+    """
+    width = q.shape[-1]
+    if width % multiple:
+        q, k, v = (pad(each, (0, -width % multiple)) for each in (q, k, v))
+    mask = bias.to(q.dtype)[None]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)[..., :width]
 
 
 class Mlp(nn.Module):

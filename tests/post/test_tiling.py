@@ -120,6 +120,21 @@ def test_what_never_fits_is_said(tile: int, is_auto: bool) -> None:
         fitting(Memory(10, ERRORS[0]), torch.rand(1, 3, 128, 160))
 
 
+def test_what_follows_the_network_may_run_out_of_memory_too() -> None:
+    fitting = Fitting(CPU, 4, WHOLE, is_auto=True, overlap=16)
+    seen = []
+
+    def finish(made: Tensor) -> Tensor:
+        seen.append(len(made))
+        if len(made) > 1:
+            raise ERRORS[0]
+        return made[..., :5]
+
+    images = torch.rand(3, 3, 8, 8)
+    assert torch.equal(fitting(lambda given: given, images, finish), images[..., :5])
+    assert seen == [3, 1, 1, 1]
+
+
 def test_other_errors_pass() -> None:
     fitting = Fitting(CPU, 1, WHOLE, is_auto=True, overlap=16)
     with pytest.raises(RuntimeError, match="a wrong size"):

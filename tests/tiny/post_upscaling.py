@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import save_tensors
+from post.upscaling.compact import CompactConfig, CompactNet
 from post.upscaling.rrdb import RrdbConfig, RRDBNet
 from post.upscaling.swinir import SwinIR, SwinirConfig
 
@@ -26,6 +27,8 @@ SWINIR = SwinirConfig(
 )
 RRDB = RrdbConfig(features=8, growth=6, blocks=2, doublings=2, unshuffle=1, has_shortcuts=False)
 
+COMPACT = CompactConfig(features=8, depth=2, factor=4)
+
 
 def swinir_weights(config: SwinirConfig = SWINIR) -> dict[str, Tensor]:
     return _random(SwinIR(config), 0.0)
@@ -33,6 +36,10 @@ def swinir_weights(config: SwinirConfig = SWINIR) -> dict[str, Tensor]:
 
 def rrdb_weights(config: RrdbConfig = RRDB) -> dict[str, Tensor]:
     return _random(RRDBNet(config), 0.5)
+
+
+def compact_weights(config: CompactConfig = COMPACT) -> dict[str, Tensor]:
+    return _random(CompactNet(config), 0.0)
 
 
 def _random(network: torch.nn.Module, brightness: float) -> dict[str, Tensor]:
@@ -98,3 +105,7 @@ def write_swinir(path: Path, **changes: Any) -> Path:
 
 def write_rrdb(path: Path, **changes: Any) -> Path:
     return write(path, rrdb_weights(replace(RRDB, **changes)))
+
+
+def write_compact(path: Path, **changes: Any) -> Path:
+    return write(path, compact_weights(replace(COMPACT, **changes)))

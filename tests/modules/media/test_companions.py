@@ -338,7 +338,7 @@ def test_sound_that_ffmpeg_cannot_write_does_not_lose_the_pictures(
     data = bytearray(source.read_bytes())
     heads = [found.start() for found in re.finditer(b"\xff\xf1", data)]
     for head in heads[10:14]:
-        data[head + 6] = 0xFF  # the last byte of a header, which is taken off in MP4
+        data[head + 2] = 0xFF  # in a header, which is taken off in MP4: a rate that does not exist
     source.write_bytes(data)
 
     made = remake(source, ".mp4")

@@ -11,13 +11,13 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, WORKING, dry_run, largest, place
 from post.interpolation.correlation import Correlation
-from post.interpolation.flowformer import FlowFormer, FlowFormerConfig, read_flowformer
+from post.interpolation.flowformer import TABLE_BYTES, FlowFormer, FlowFormerConfig, read_flowformer
 from post.interpolation.flowformer_decoder import DecoderConfig
 from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
 from post.interpolation.flowformer_tokens import position_code
 from post.interpolation.gimm import GimmVfi
 from post.interpolation.layout import is_with_raft, read_gimm
-from post.interpolation.parts import in_parts
+from post.interpolation.parts import CPU_BYTES, in_parts
 from post.interpolation.twins import WINDOW, StageConfig, attend, in_windows
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
@@ -164,6 +164,24 @@ def test_a_part_takes_the_memory_that_is_stated() -> None:
         perceiver.input_layer(perceiver.latent_tokens.expand(16, -1, -1), perceiver.input_layer.keep(seen))
     taken = largest(ledger.peaks)[1][WORKING]
     assert 0.9 < taken / (16 * perceiver.bytes_of_map(90, 160)) < 1.05
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_memory_without_tables_is_that_of_tokens_and_features() -> None:
+    peaks = {}
+    for name, table_bytes in (("tables", TABLE_BYTES), ("none", 0)):
+        with META:
+            network = FlowFormer(RELEASED, iterations=1, table_bytes=table_bytes)
+        with dry_run() as ledger:
+            place(network, ledger)
+            first, second = (network.encode(torch.empty(1, 3, 352, 640, device=ACCELERATOR)) for _ in "12")
+            network.flow(first, second)
+        peaks[name] = largest(ledger.peaks)[1][WORKING]
+    places = (352 // 8) * (640 // 8)
+    table, tokens = 4 * places**2, 4 * places * 8 * 128
+    assert peaks["tables"] > peaks["none"] + table
+    assert peaks["none"] < 12 * tokens + 2 * CPU_BYTES
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 14), (5, 9), (16, 20)])

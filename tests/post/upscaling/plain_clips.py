@@ -15,11 +15,12 @@ from post.network_options import NetworkOptions
 from post.tiling import pad_to_multiple
 from post.upscaling.files import load_upscaler
 from post.upscaling.options import UpscalerOptions
-from tests.tiny.post_upscaling import write_rrdb, write_swinir
+from tests.tiny.post_upscaling import write_compact, write_rrdb, write_swinir
 
 CPU = torch.device("cpu")
 WIDTH, HEIGHT, FRAMES = 37, 26, 12
 WRITERS = {"swinir": write_swinir, "esrgan": write_rrdb}
+ALL_WRITERS = {**WRITERS, "compact": write_compact}
 
 
 def options(model: Path, **changes: Any) -> UpscalerOptions:

@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from modules.errors import CheckpointError
 from post.tiling import pad_to_multiple
 from post.upscaling.files import check_file, load_upscaler
+from post.upscaling.swinir import attend
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.post_upscaling import (
+    COMPACT,
     RRDB,
     SWINIR,
+    compact_weights,
     in_middle_names,
     in_old_names,
     rrdb_weights,
@@ -28,11 +32,16 @@ NEAR = {"rtol": 0.0, "atol": 1e-5}  # float32; differences are below 1e-6
 
 
 def enlarge(
-    path: Path, images: Tensor, repeats_edge: bool = False, dtype: torch.dtype = torch.float32
+    path: Path,
+    images: Tensor,
+    repeats_edge: bool | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
+    """What a file's network makes; repeats_edge: None: as its kind has it."""
     upscaler = load_upscaler(path, CPU, dtype)
     height, width = (upscaler.config.factor * side for side in images.shape[-2:])
-    padded = pad_to_multiple(images, upscaler.config.step, repeats_edge).to(dtype)
+    repeats = upscaler.kind.repeats_edge if repeats_edge is None else repeats_edge
+    padded = pad_to_multiple(images, upscaler.config.step, repeats).to(dtype)
     with torch.no_grad():
         return upscaler.network(padded)[..., :height, :width].float()
 
@@ -45,8 +54,8 @@ def test_swinir_equals_the_recorded_one(tmp_path: Path, suffix: str) -> None:
         weights = {"params": {"x": torch.ones(1)}, "params_ema": weights}
     path = write(tmp_path / f"x.{suffix}", weights)
 
-    torch.testing.assert_close(enlarge(path, tensors["in"]), tensors["out_reflect"], **NEAR)
-    torch.testing.assert_close(enlarge(path, tensors["in"], True), tensors["out_flip"], **NEAR)
+    torch.testing.assert_close(enlarge(path, tensors["in"], False), tensors["out_reflect"], **NEAR)
+    torch.testing.assert_close(enlarge(path, tensors["in"]), tensors["out_flip"], **NEAR)
     torch.testing.assert_close(enlarge(path, tensors["in_exact"]), tensors["out_exact"], **NEAR)
 
 
@@ -163,6 +172,29 @@ def test_every_form_of_swinir_is_read_from_the_shapes(
     assert enlarge(path, torch.rand(1, 3, 5, 9)).shape == (1, 3, 5 * config.factor, 9 * config.factor)
 
 
+@pytest.mark.parametrize(("depth", "factor"), [(1, 2), (3, 4)])
+def test_compact_networks_are_read_from_the_shapes(tmp_path: Path, depth: int, factor: int) -> None:
+    config = replace(COMPACT, depth=depth, factor=factor)
+    weights = compact_weights(config)
+    path = write(tmp_path / "x.pth", {"params": weights})
+    images = torch.rand(1, 3, 5, 6)
+
+    kind, found = check_file(path)
+    made = enlarge(path, images)
+
+    assert (kind.name, found) == ("compact Real-ESRGAN", config)
+    x = images
+    for layer in range(0, 2 * depth + 2, 2):
+        x = conv2d(x, weights[f"body.{layer}.weight"], weights[f"body.{layer}.bias"], padding=1)
+        x = torch.where(x > 0, x, x * weights[f"body.{layer + 1}.weight"].view(1, -1, 1, 1))
+    last = f"body.{2 * depth + 2}"
+    x = conv2d(x, weights[f"{last}.weight"], weights[f"{last}.bias"], padding=1)
+    # channel (colour, down, across) -> place (down, across) of each pixel
+    shuffled = x.view(1, 3, factor, factor, 5, 6).permute(0, 1, 4, 2, 5, 3).reshape(made.shape)
+    near = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    torch.testing.assert_close(made, shuffled + near, **NEAR)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weights", [swinir_weights(), rrdb_weights()], ids=["swinir", "rrdb"])
 def test_half_precision_is_near(tmp_path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -177,6 +209,15 @@ def test_norms_and_biases_of_scores_stay_in_float32(tmp_path: Path) -> None:
     for name, tensor in network.state_dict().items():
         is_kept = "norm" in name or "bias_table" in name
         assert tensor.dtype == (torch.float32 if is_kept else torch.float16), name
+
+
+def test_heads_may_be_filled_up_to_a_width_that_kernels_take() -> None:
+    q, k, v = torch.randn(3, 5, 2, 16, 6)
+    bias = torch.randn(2, 16, 16)
+    scores = torch.softmax(q @ k.transpose(-1, -2) / 6**0.5 + bias, dim=-1)
+    for multiple in (1, 8):
+        made = attend(q, k, v, bias, multiple)
+        torch.testing.assert_close(made, scores @ v, rtol=0, atol=1e-5)
 
 
 def test_windows_do_not_see_what_shifting_brought_beside_them(tmp_path: Path) -> None:
@@ -221,7 +262,6 @@ def test_another_model_is_named(tmp_path: Path, manifest: str, words: str) -> No
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("body.0.weight", r"a compact Real-ESRGAN \(SRVGGNet\)"),
         ("layers.0.residual_group.overlap_attn.relative_position_bias_table", "a HAT upscaler"),
         ("layers.0.residual_group.blocks.0.attn.logit_scale", "a Swin2SR upscaler"),
     ],
@@ -250,6 +290,10 @@ def change(weights: dict[str, Tensor], name: str, shape: tuple[int, ...] | None)
         (rrdb_weights(), "body.1.rdb2.conv3.bias", None, "missing: body.1.rdb2.conv3.bias"),
         (rrdb_weights(), "body.1.rdb2.conv3.weight", (6, 21, 3, 3), "body.1.rdb2.conv3.weight: the file has"),
         (rrdb_weights(), "extra.weight", (2, 2), "unexpected: extra.weight"),
+        (compact_weights(), "body.0.weight", (8, 1, 3, 3), "pictures of 1 channels, not 3"),
+        (compact_weights(), "body.6.weight", (36, 8, 3, 3), "body.6.weight has 36 rows"),
+        (compact_weights(), "body.3.weight", (9,), "body.3.weight: the file has 9"),
+        (compact_weights(), "body.9.bias", (9,), "it has 8 layers"),
         (swinir_weights(), "conv_first.weight", (12, 1, 3, 3), "for pictures of 1 channels, such as grey"),
         (swinir_weights(), "conv_first.weight", (13, 3, 3, 3), "do not go together"),
         (swinir_weights(), "norm.weight", None, "missing: norm.weight"),

@@ -18,6 +18,7 @@ from post.upscaling.files import check_file
 from post.upscaling.memory import bytes_per_pixel, result_bytes
 from post.upscaling.stage import UpscalerStage, check_upscaler, make_upscaler
 from tests.post.upscaling.plain_clips import (
+    ALL_WRITERS,
     CPU,
     HEIGHT,
     WIDTH,
@@ -31,10 +32,10 @@ from tests.post.upscaling.plain_clips import (
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize(("scale", "most"), [(4.0, 255), (2.0, 255), (1.5, 65535), (5.0, 255)])
+@pytest.mark.parametrize("kind", ALL_WRITERS)
+@pytest.mark.parametrize(("scale", "most"), [(4.0, 255), (1.5, 65535), (5.0, 255)])
 def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale: float, most: int) -> None:
-    model = WRITERS[kind](tmp_path / "x.pth")
+    model = ALL_WRITERS[kind](tmp_path / "x.pth")
     given = pictures(np.uint8 if most == 255 else np.uint16)
     stage = make_upscaler(options(model, scale=scale), CPU)
     of = clip(is_deep=most > 255)
@@ -171,7 +172,7 @@ def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogC
     assert "they are cut into tiles of 80 pixels" in caplog.text
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", ["swinir", "esrgan"])
 def test_what_a_picture_takes_grows_with_the_features(tmp_path: Path, kind: str) -> None:
     found, config = check_file(WRITERS[kind](tmp_path / "x.pth"))
     whole = bytes_per_pixel(found, config, torch.float32)
