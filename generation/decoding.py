@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from modules.bars import FRAMES, track
 from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.family import Family
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, UserError
 from modules.failures import Failures
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,11 @@ def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures)
     paths: dict[str, Path] = {}
     with run.session.media(images=False, again=False) as encoders:
         for one in done:
-            with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
+            with (
+                failures.note_errors(one.job.label),
+                name_preview_on_failure(one.preview),
+                name_latents_on_failure(one.latent_path),
+            ):
                 prepared = one.job.prepared
                 chunks = decode(run.family, encoders, one.latents)
                 path = save_pixels(output, one.stem, chunks, prepared.fps, one.metadata, run.post)
@@ -44,6 +49,17 @@ def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures)
                 if not output.keeps_latents:
                     one.latent_path.unlink(missing_ok=True)
     return paths
+
+
+@contextmanager
+def name_latents_on_failure(path: Path) -> Iterator[None]:
+    """Say in a UserError of the block that the latents are there, and how to decode them."""
+    try:
+        yield
+    except UserError as error:
+        said = f"{error}\n  Nothing is lost: the latents are kept. --latent_path {path} decodes them."
+        error.args = (said, *error.args[1:])
+        raise
 
 
 def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
@@ -83,7 +99,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                         logger.info("%s: %s", path, results[-1])
     if results:
         show_end(results, time.monotonic() - start, run.session.device, len(failures.reasons))
-    failures.raise_if_any(len(paths))
+    failures.raise_if_any(len(paths), with_code=True)
 
 
 def check_latents(family: Family, path: Path) -> SavedLatents:

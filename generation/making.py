@@ -172,6 +172,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     needed = None if run.predicted is None else run.predicted.decoding
     shown_from = run.options.guidance.scaled_steps
     tags = as_tags(run.metadata(prepared) or {})
+    hides = run.post is not None and run.post.hides
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
         preview_clip(run.previews, prepared.fps, shown_from) as (watchers, preview_section),
@@ -181,8 +182,10 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
         def on_section(section: Section) -> None:
             bars.end()
             preview_section(section)
-            if section.made is not None and output.shows_progress:
+            if section.made is not None and output.shows_progress and not hides:
                 video.add(section.made)
+            elif section.made is None and section.count > 1 and output.shows_progress and hides:
+                logger.info("There is no preview of the video: it would show what a tool of --post hides.")
             bars.begin(section)
 
         yield [bars.advance, *watchers], on_section

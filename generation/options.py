@@ -125,6 +125,12 @@ class GenerationOptions:
                 f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
                 f"{POST} when the latents are decoded (--latent_path)"
             )
+        shows = self.preview.preview_latent_every is not None and not self.latent_path
+        if shows and self.post.hiding is not None:
+            raise OptionError(
+                f"--preview_latent_every with {POST} {self.post.hiding}: previews would show what it hides. "
+                "Leave one of them out"
+            )
         if self.sheet.is_asked:
             self._check_sheet()
         if self.save_merged_model is not None:

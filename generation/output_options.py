@@ -107,7 +107,8 @@ def add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaul
             "--no_progressive_save",
             action="store_true",
             help="do not write NAME_progress.mp4, a preview updated after each section and removed when the "
-            "video is finished; it makes the VAE decode about two more sections for each one",
+            "video is finished; it makes the VAE decode about two more sections for each one. There is none "
+            "with a tool of --post that hides something",
         )
     else:
         parser.set_defaults(no_progressive_save=False)

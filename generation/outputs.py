@@ -108,19 +108,22 @@ def save_pixels(
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script does not number single images). With `--save_last_frame` the last frame
-    of what is more than a picture is written beside it, as it was decoded. post: what frames go through
-    before they are written.
+    of what is more than a picture is written beside it: as it was decoded, to continue from, but behind the
+    tools if one of them hides something. post: what frames go through before they are written.
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
     first = list(islice(frames, 2))
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1
     is_picture = is_single and (options.numbers_single or not options.writes_images)
-    last = LastFrame(first[0]) if first and options.save_last_frame and not is_picture else None
-    if last is not None:
+    last = LastFrame() if first and options.save_last_frame and not is_picture else None
+    is_last_plain = post is None or not post.hides
+    if last is not None and is_last_plain:
         playing = last.note(playing)
     if post is not None:
         playing, fps = post.lead(playing, fps, is_single)
+    if last is not None and not is_last_plain:
+        playing = last.note(playing)
     del first  # a frame takes megabytes
     if is_picture:
         return _save_picture(options, stem, playing, metadata)
@@ -175,12 +178,14 @@ def _save_video(
     height, width = first[0].shape[:2]
     codec = settle_codec(options.format.codec, width, height)
     playing = chain(first, playing)
+    with ExitStack() as opened:
+        if options.format.keep_pngs:
+            pngs = options.save_path / free_stem(options.save_path, "frames", [""])
+            folder = opened.enter_context(atomic_folder(pngs))
+            playing = write_frames(playing, folder, "{:06d}.png", as_png_texts(metadata or {}))
+        write_video(path, playing, fps, codec=codec, tags=as_tags(metadata or {}))
     if options.format.keep_pngs:
-        pngs = options.save_path / free_stem(options.save_path, "frames", [""])
-        pngs.mkdir(parents=True)
-        playing = write_frames(playing, pngs, "{:06d}.png", as_png_texts(metadata or {}))
         logger.info("Frames: %s", pngs)
-    write_video(path, playing, fps, codec=codec, tags=as_tags(metadata or {}))
     return path
 
 
@@ -188,7 +193,7 @@ def _save_video(
 class LastFrame:
     """The last of the frames that have gone by, for --save_last_frame."""
 
-    frame: Frame
+    frame: Frame | None = None
 
     def note(self, frames: Iterable[Frame]) -> Iterator[Frame]:
         """Pass the frames on and keep the last one."""
@@ -198,6 +203,7 @@ class LastFrame:
 
     def write(self, output: Path, texts: Mapping[str, str]) -> None:
         """Write it beside an output. output: its path without suffix."""
+        assert self.frame is not None, "a video has frames"
         path = output.with_name(f"{output.name}{LAST_FRAME_SUFFIX}")
         write_png(path, self.frame, texts)
         logger.info("Last frame: %s", path)

@@ -35,6 +35,11 @@ class PostTools:
         """Return how messages name the tools."""
         return [f"{POST} {tool.name}" for tool, _ in self.tools]
 
+    @property
+    def hides(self) -> bool:
+        """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
+        return any(tool.hides for tool, _ in self.tools)
+
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
         check_tools(self.tools, self.labels)

@@ -25,6 +25,11 @@ class PostOptions:
         return tuple(tool for text in self.post or () for tool in read_tools(text, POST))
 
     @property
+    def hiding(self) -> str | None:
+        """The name of the first tool that hides something; None if there is none."""
+        return next((tool.name for tool, _ in self.tools if tool.hides), None)
+
+    @property
     def in_words(self) -> str | None:
         """What the tools do, as metadata keep it: without folders. None without a tool."""
         return f" {THEN} ".join(in_words(tool, options) for tool, options in self.tools) or None
@@ -41,6 +46,7 @@ def add_post_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOOL ...",
         help=f"a tool that decoded frames go through before they are written, in one text with its options: "
         f'"upscaler model=x.pth scale=2". The tools: {tool_names()}; "upscaler --help" lists the options of '
-        f"one. May be repeated, or hold several with {THEN} between them. NAME_last.png, latents and what "
-        "is recorded of size and rate stay those of the generation",
+        f"one. May be repeated, or hold several with {THEN} between them. Latents and what is recorded of "
+        "size and rate stay those of the generation, and so does NAME_last.png, to continue from, unless a "
+        "tool hides something (yolo_blur)",
     )

@@ -76,6 +76,11 @@ def do(family: Family, options: GenerationOptions) -> None:
     post = PostTools(options.post.tools, device) if options.post.tools else None
     if post is not None:
         post.check()
+        if post.hides and options.output.keeps_latents:
+            logger.warning(
+                "The latents of --output_type %s hold the video as it is before %s.",
+                *(options.output.output_type, " and ".join(post.labels)),
+            )
     run = GenerationRun(family, options, session, predicted, make_rewriter(options.rewriting), post=post)
     if options.latent_path:
         decode_files(run, options.latent_path)
@@ -119,7 +124,7 @@ def make_prompt(run: GenerationRun) -> None:
     tell_unused_sources(request.source, jobs[:1])
     failures = Failures(strict=count == 1)
     make(run, jobs, failures)
-    failures.raise_if_any(count)
+    failures.raise_if_any(count, with_code=True)
 
 
 def check_models(run: GenerationRun) -> None:
@@ -180,7 +185,7 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
         make(run, jobs, failures)
-    failures.raise_if_any(len(lines), f"{path}: ")
+    failures.raise_if_any(len(lines), f"{path}: ", with_code=True)
 
 
 def converse(run: GenerationRun) -> None:

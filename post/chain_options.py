@@ -44,6 +44,11 @@ class Chain:
         """Return whether single pictures cannot go through all tools."""
         return any(tool.needs_video for tool, _ in self.tools)
 
+    @property
+    def hides(self) -> bool:
+        """Return whether a tool hides something, so that no picture of the source may go into the result."""
+        return any(tool.hides for tool, _ in self.tools)
+
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
     """Read the command line of a tool's script, `--then` and further tools included.

@@ -11,7 +11,7 @@ import numpy as np
 
 from modules.atomic_write import claim_name
 from modules.media.reading import read_image
-from modules.media.tags import read_tags
+from modules.media.tags import read_tags, without_pictures
 from modules.media.writing import write_png
 from post.contract import Clip, Picture
 from post.naming import Job
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it
 
 
-def run_picture(stages: Sequence[NamedStage], job: Job, done: Sequence[str]) -> None:
+def run_picture(stages: Sequence[NamedStage], job: Job, done: Sequence[str], hides: bool = False) -> None:
     """Let all stages work on a picture, and write a PNG. done: what they do, for its texts.
 
-    Raises UserError.
+    hides: of a chain; texts that may hold a small copy of the picture are left out. Raises UserError.
     """
     pixels = read_image(job.source, alpha=True)
     if pixels.shape[2] == 4:
@@ -37,7 +37,9 @@ def run_picture(stages: Sequence[NamedStage], job: Job, done: Sequence[str]) -> 
     clips = results(stages, Clip(job.source, width, height, None, 1, is_deep=False))
     made = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
     assert len(made) == 1, f"{len(made)} pictures of one"
-    write_png(job.output, to_bytes(made[0].pixels), add_done(read_tags(job.source), done))
+    texts = read_tags(job.source)
+    texts = without_pictures(job.source, texts) if hides else texts
+    write_png(job.output, to_bytes(made[0].pixels), add_done(texts, done))
     logger.info("%s", job.output)
 
 

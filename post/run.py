@@ -43,9 +43,9 @@ def run_jobs(chain: Chain, jobs: Sequence[Job], stages: Sequence[NamedStage]) ->
     for job in jobs:
         with failures.note_errors(str(job.source)):
             if job.is_picture:
-                run_picture(stages, job, done)
+                run_picture(stages, job, done, chain.hides)
             else:
-                run_video(stages, job, done, chain.run.format)
+                run_video(stages, job, done, chain.run.format, chain.hides)
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
     failures.raise_if_any(len(jobs), f"{chain.run.input}: ", with_code=True)

@@ -21,6 +21,7 @@ class Tool:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     added: Callable[[Any], str]  # options -> SWINIR, VFI
     needs_video: bool = False  # it can do nothing with a single picture
+    hides: bool = False  # what was to be seen before must not be in its result, in a cover picture either
 
 
 TOOLS = (
@@ -40,5 +41,5 @@ TOOLS = (
         needs_video=True,
     ),
     Tool("facefix", (), FacefixOptions, add_facefix_arguments, lambda options: options.mode.upper()),
-    Tool("yolo_blur", ("blur",), BlurOptions, add_blur_arguments, lambda _: "blur"),
+    Tool("yolo_blur", ("blur",), BlurOptions, add_blur_arguments, lambda _: "blur", hides=True),
 )

@@ -30,8 +30,10 @@ def check_video(path: Path) -> None:
     source_info(path)
 
 
-def run_video(stages: Sequence[NamedStage], job: Job, done: Sequence[str], form: FormatOptions) -> None:
-    """Let all stages work on a video. done: what they do, for its metadata.
+def run_video(
+    stages: Sequence[NamedStage], job: Job, done: Sequence[str], form: FormatOptions, hides: bool = False
+) -> None:
+    """Let all stages work on a video. done: what they do, for its metadata. hides: of a chain.
 
     Reading and writing have a thread each. Nothing appears under the output's name before all of it is
     written. Raises UserError.
@@ -49,7 +51,12 @@ def run_video(stages: Sequence[NamedStage], job: Job, done: Sequence[str], form:
             if form.keep_pngs:
                 name = opened.enter_context(own_folder(job.source.with_name("frames")))
                 pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
-            write_shown(job.output, pictures, rate, codec, companions_of=job.source, tags=tags)
+            write_shown(
+                *(job.output, pictures, rate, codec),
+                companions_of=job.source,
+                covers=not hides,
+                tags=tags,
+            )
         if form.keep_pngs:
             logger.info("Frames: %s", name)
 

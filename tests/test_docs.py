@@ -12,6 +12,7 @@ import pytest
 from tests.commands import ROOT, run_python
 from tests.faults.messages import succeed_here
 from tests.tiny.chat_model import write_chat_model
+from tests.tiny.post_models import lay_out_tools
 from tests.tiny.project import (
     lay_out_models,
     write_clips,
@@ -69,6 +70,7 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
     # they make two steps
     "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],
     "--cfg_schedule 1-": ["--cfg_schedule", "1:3, e~2, !2"],
+    "--post gimmvfi": ["--video_size", "128", "128"],  # it takes no smaller frames
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }
@@ -149,6 +151,8 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     lay_out_datasets(tmp_path, in_sections="framepack" in page.stem)
     lay_out_inputs(tmp_path)
+    if page.stem == "post":
+        lay_out_tools(tmp_path)
     commands = commands_of(page)
     if any("models/chat" in command for command in commands):
         pytest.importorskip("transformers")

@@ -24,6 +24,7 @@ from modules.media.opening import is_cover, open_container, reading
 from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
 from modules.media.subtitles import add_text, is_text
+from modules.media.tags import without_pictures
 
 logger = getLogger(__name__)
 
@@ -267,7 +268,9 @@ class Companions:
             self._leave_out(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        if self._suffix == ".mkv":
+        if not self._covers and not _is_font(stream):
+            self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
+        elif self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
             target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
         else:
@@ -295,7 +298,7 @@ class Companions:
         # FFmpeg fails at time codes that leave frames out (;), unless the rate is 29.97 or a multiple of it
         if ";" in kept.get("timecode", "") and round(self._rate) % 30:
             del kept["timecode"]
-        return kept
+        return kept if self._covers else without_pictures(self._path, kept)
 
     def _leave_out(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
         reason = reason or f"{self._suffix} files cannot hold it"
@@ -310,8 +313,8 @@ def open_companions(
 ) -> Iterator[Companions | None]:
     """Open a video for its other streams; None if there is no video, or a GIF or WebP.
 
-    suffix, rate: of the new file and of its pictures. covers: whether to keep cover pictures.
-    Raises MediaError.
+    suffix, rate: of the new file and of its pictures. covers: whether to keep cover pictures, and what
+    may hold others: attachments but for fonts, XMP. Raises MediaError.
     """
     if path is None or is_animation(path):
         yield None
@@ -325,6 +328,12 @@ def open_companions(
 def needs_own_tags(tags: Iterable[str]) -> bool:
     """Return whether MP4 has no fields of its own for some of these tags."""
     return any(name.lower() not in _MP4_TAGS for name in tags)
+
+
+def _is_font(stream: Any) -> bool:
+    """Return whether an attachment is a font, as subtitles need them."""
+    name, kind = (stream.metadata.get(key, "").lower() for key in ("filename", "mimetype"))
+    return name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in kind
 
 
 def _copy(packet: Any) -> list[Any]:

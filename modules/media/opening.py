@@ -56,7 +56,7 @@ _ALONE = {
 # two or three copies
 MAX_PIXELS = 1 << 27
 
-_ATTACHED_PICTURE = 1 << 10  # FFmpeg's number
+ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
 
 # what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
 _DAMAGE = (
@@ -112,7 +112,7 @@ def open_container(path: Path) -> Any:
 
 def is_cover(stream: Any) -> bool:
     """Return whether a stream of pictures is a single one that stands for the file."""
-    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
+    return bool(int(stream.disposition) & ATTACHED_PICTURE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -1,9 +1,18 @@
 """Read the texts that images and videos carry."""
 
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from modules.media.opening import open_image, open_video
 from modules.media.reading import image_suffixes
+
+logger = logging.getLogger(__name__)
+
+# metadata of cameras and editors, which hold a small picture written as letters, and any text like that
+_OF_PICTURES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
+_CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 
 
 def read_tags(path: Path) -> dict[str, str]:
@@ -17,3 +26,14 @@ def read_tags(path: Path) -> dict[str, str]:
             return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
     with open_video(path) as (container, _):
         return {name.lower(): value for name, value in container.metadata.items()}
+
+
+def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
+    """Return tags but for those that may hold a picture, such as XMP with its thumbnails; they are logged.
+
+    path: of the file that has them.
+    """
+    left_out = [name for name, text in tags.items() if _OF_PICTURES.search(name) or _CODED.search(text)]
+    if left_out:
+        logger.warning("%s: left out, because there may be a picture in it: %s", path, ", ".join(left_out))
+    return {name: text for name, text in tags.items() if name not in left_out}

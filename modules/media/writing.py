@@ -71,7 +71,7 @@ def write_video(
         stream = add_video_stream(
             container, kind, first, _rate(fps), crf=crf, preset=preset, bit_rate=bit_rate
         )
-        for packet in encode_pictures(stream, itertools.chain([first], remaining)):
+        for packet in encode_pictures(stream, itertools.chain(iter([first]), remaining)):
             container.mux(packet)
 
 
@@ -103,8 +103,8 @@ def write_shown(
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
     one. codec, crf, preset: as of `write_video`. companions_of: a video whose sound, subtitles, attachments,
     chapters and tags go into this one as they are; what the format cannot hold is logged. covers: whether
-    its cover pictures do, which show what was in the pictures before. tags: as of `write_video`; they replace
-    the video's own.
+    its cover pictures do, and what else may show what was in the pictures before. tags: as of `write_video`;
+    they replace the video's own.
     Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
     changes; ValueError if their times do not rise; OutputError if the file cannot be written.
     """
@@ -129,7 +129,8 @@ def write_shown(
             if others is not None:
                 others.add_streams(container, stream)
             timing = Timing(rate)
-            pictures = timing.note(itertools.chain([first], remaining))
+            pictures = timing.note(itertools.chain(iter([first]), remaining))
+            del first  # else it lives as long as the video grows; so it would in a list above
             for packet in encode_pictures(stream, pictures):
                 timing.apply(packet)
                 if others is None:

@@ -11,7 +11,6 @@ import torch
 
 from modules.devices import choose_compute_dtype
 from modules.errors import NothingFoundError, OptionError
-from modules.media.opening import is_cover, open_container, reading
 from post.blurring.covering import cover
 from post.blurring.options import BlurOptions
 from post.blurring.tracks import Box, Tracks
@@ -80,7 +79,6 @@ class BlurStage:
         was found in any of them.
         """
         options = self.options
-        _tell_of_cover(clip)
         tracks = Tracks(options.hold, options.lookback)
         waiting: deque[_Waiting] = deque()
         count = _Count()
@@ -133,20 +131,6 @@ def within(found: Sequence[Found], height: int, width: int) -> list[Box]:
         if left < right and top < bottom:
             boxes.append((left, top, right, bottom))
     return boxes
-
-
-def _tell_of_cover(clip: Clip) -> None:
-    """Warn of a cover picture in a video's file: it is copied as it is, and may show what is to be hidden."""
-    if clip.rate is None or not clip.path.is_file():
-        return
-    with reading(clip.path), open_container(clip.path) as container:
-        has_cover = any(map(is_cover, container.streams.video))
-    if has_cover:
-        logger.warning(
-            "%s has a cover picture, in which nothing is blurred: it goes into the result as it is, and may "
-            "show what is to be hidden.",
-            clip.path,
-        )
 
 
 def _report(clip: Clip, count: _Count, tracks: Tracks) -> None:

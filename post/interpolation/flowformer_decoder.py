@@ -131,8 +131,7 @@ class MemoryDecoder(nn.Module):
             recalled = recalled.squeeze(1).T.view(query.shape)
             motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
             moving = torch.cat([motion, block.aggregator(motion, mean)], dim=1)
-            for turn in turns:
-                hidden = turn(hidden, moving)
+            hidden = block.gru(hidden, moving, turns)
             places = places + block.flow_head(hidden)
         return upsample_flow(places - start, 0.25 * block.mask(hidden))
 

@@ -3,8 +3,9 @@
 Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 licence). Attributes are named as in raft-things.pth.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -103,24 +104,13 @@ class MotionEncoder(nn.Module):
         return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One turn of the recurrent unit, along rows or columns, with what stays the same in all iterations."""
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
     moving: Tensor  # weights of the motion for the three gates
     recurrent: Tensor  # weights of the hidden state for the first two
     kept: Tensor  # weights of what is kept of it for the third
-    padding: tuple[int, int]
-
-    def __call__(self, hidden: Tensor, motion: Tensor) -> Tensor:
-        """hidden: 1 C h w. Returns the new one."""
-        width = hidden.shape[1]
-        inputs = self.constant + conv2d(motion, self.moving, padding=self.padding)
-        gates = conv2d(hidden, self.recurrent, padding=self.padding) + inputs[:, : 2 * width]
-        share, reset = torch.sigmoid(gates).chunk(2, dim=1)
-        kept = conv2d(reset * hidden, self.kept, padding=self.padding)
-        return (1 - share) * hidden + share * torch.tanh(kept + inputs[:, 2 * width :])
 
 
 class SeparableGru(nn.Module):
@@ -142,20 +132,33 @@ class SeparableGru(nn.Module):
         """
         return self._turn("1", context), self._turn("2", context)
 
+    def forward(self, hidden: Tensor, motion: Tensor, turns: tuple[Turn, Turn]) -> Tensor:
+        """Return the new hidden state, 1 C h w."""
+        width = hidden.shape[1]
+        for turn in turns:
+            inputs = turn.constant + _keeping_size(motion, turn.moving)
+            gates = _keeping_size(hidden, turn.recurrent) + inputs[:, : 2 * width]
+            share, reset = torch.sigmoid(gates).chunk(2, dim=1)
+            fresh = torch.tanh(_keeping_size(reset * hidden, turn.kept) + inputs[:, 2 * width :])
+            hidden = (1 - share) * hidden + share * fresh
+        return hidden
+
     def _turn(self, number: str, context: Tensor) -> Turn:
         update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
         weight = torch.cat([update.weight, reset.weight, fresh.weight])
         bias = torch.cat([update.bias, reset.bias, fresh.bias])
         width, inputs = len(bias) // 3, context.shape[1]
         own, of_context, moving = weight.split([width, inputs, weight.shape[1] - width - inputs], dim=1)
-        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
         return Turn(
-            constant=conv2d(context, of_context, bias, padding=padding),
+            constant=_keeping_size(context, of_context, bias),
             moving=moving.contiguous(),
             recurrent=own[: 2 * width].contiguous(),
             kept=own[2 * width :].contiguous(),
-            padding=padding,
         )
+
+
+def _keeping_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
 
 class FlowHead(nn.Module):
@@ -180,12 +183,11 @@ class UpdateBlock(nn.Module):
         self.mask = upsampling_mask(config.hidden, config.mask)
 
     def forward(
-        self, hidden: Tensor, turns: Sequence[Turn], correlation: Tensor, flow: Tensor
+        self, hidden: Tensor, turns: tuple[Turn, Turn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the new hidden state and the change of the flow. turns: of the recurrent unit."""
         motion = self.encoder(correlation, flow)
-        for turn in turns:
-            hidden = turn(hidden, motion)
+        hidden = self.gru(hidden, motion, turns)
         return hidden, self.flow_head(hidden)
 
 

@@ -11,16 +11,17 @@ from torch import Tensor
 from generation.outputs import save_pixels
 from generation.post import PostTools
 from generation.run import generate
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError, NothingFoundError, OptionError, OutputError, UserError
 from modules.media.reading import read_image, video_info
 from modules.media.tags import read_tags
 from post.chain_options import ToolOptions
 from post.contract import Stage
 from post.stages import NamedStage
 from tests.generation.saving import output_options
-from tests.generation.test_run import only, options
+from tests.generation.test_run import only, options, prompts
 from tests.generation.toy_family import ToyFamily
-from tests.post.stages_here import Larger, Smoother, frames_of, tool_for
+from tests.post.stages_here import Black, Larger, Refusing, Smoother, files_in, frames_of, tool_for
+from tests.tiny.post_faces import write_red_detector
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,8 @@ def post_of(*stages: Stage, needs_video: bool = False) -> tuple[PostTools, list[
         loaded.extend(labels)
         return [NamedStage(stage, label) for stage, label in zip(stages, labels, strict=True)]
 
-    return PostTools([tool_for(stage, needs_video) for stage in stages], CPU, load), loaded
+    tools = [tool_for(stage, needs_video, hides=isinstance(stage, Black)) for stage in stages]
+    return PostTools(tools, CPU, load), loaded
 
 
 def chunks(frames: int = 5) -> Iterator[Tensor]:
@@ -75,6 +77,28 @@ def test_images_and_the_last_frame(frames: int, made: str, tmp_path: Path) -> No
     assert read_image(tmp_path / "a_last.png").shape == (16, 32, 3)
 
 
+@pytest.mark.parametrize("output_type", ["images", "video"])
+def test_the_last_frame_shows_nothing_that_a_tool_hides(output_type: str, tmp_path: Path) -> None:
+    asked = output_options(tmp_path, output_type, last=True)
+
+    save_pixels(asked, "a", chunks(), 16.0, None, post_of(Black(), Larger())[0])
+
+    last = read_image(tmp_path / "a_last.png")
+    assert last.shape == (32, 64, 3)
+    assert not last.any()
+
+
+def test_a_tool_that_fails_at_the_end_leaves_nothing_half_made(tmp_path: Path) -> None:
+    post = post_of(Refusing(NothingFoundError("nothing")))[0]
+    for output_type in ("video", "images"):
+        with pytest.raises(NothingFoundError, match="^--post refusing: nothing"):
+            save_pixels(
+                output_options(tmp_path, output_type, last=True, pngs=True), "a", chunks(), 16, None, post
+            )
+
+    assert files_in(tmp_path) == set()
+
+
 def test_a_picture_goes_through_tools_for_pictures_only(tmp_path: Path) -> None:
     path = save_pixels(output_options(tmp_path), "a", chunks(1), 16.0, None, post_of(Larger())[0])
     assert read_image(path).shape == (32, 64, 3)
@@ -114,6 +138,10 @@ def test_tools_are_recorded_without_folders(tmp_path: Path) -> None:
     [
         (["--prompt", "cat", "--output_type", "latent"], "--post with --output_type latent"),
         (["--sheet", "seed=1,2", "--prompt", "cat"], "--sheet and --post cannot be used together"),
+        (
+            ["--prompt", "cat", "--preview_latent_every", "1", "--post", "blur model=x.onnx"],
+            "--preview_latent_every with --post yolo_blur: previews would show what it hides",
+        ),
         (["--prompt", "cat", "--post", ""], "--post '': the name of a tool is missing"),
         (["--prompt", "cat", "--post", "upscaler model=x --codec h264"], "--codec holds for the whole run"),
     ],
@@ -132,3 +160,66 @@ def test_latents_go_through_tools_when_they_are_decoded(tmp_path: Path) -> None:
         generate(
             ToyFamily(), options(tmp_path, "--latent_path", latents, "--post", f"upscaler model={missing}")
         )
+
+
+@pytest.fixture(scope="module")
+def blur(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A blur of red dots, which toy videos do not have."""
+    return (
+        "--post",
+        f"yolo_blur model={write_red_detector(tmp_path_factory.mktemp('blur') / 'red.safetensors')}",
+    )
+
+
+def test_where_nothing_is_found_the_latents_are_kept_and_decoded_later(
+    blur: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(NothingFoundError, match="--allow_none") as caught:
+        generate(ToyFamily(), options(tmp_path, "--prompt", "cat", "--save_last_frame", "--seed", 1, *blur))
+
+    latents = only(tmp_path, "*")
+    assert latents.name.endswith("_1_latent.safetensors")
+    assert f"--latent_path {latents} decodes them" in str(caught.value)
+    assert caught.value.exit_code == 3
+    with pytest.raises(NothingFoundError):
+        generate(ToyFamily(), options(tmp_path, "--latent_path", latents, *blur))
+    generate(ToyFamily(), options(tmp_path, "--latent_path", latents, blur[0], f"{blur[1]} allow_none"))
+    assert len(frames_of(only(tmp_path, "*.mp4"))) == 5
+
+
+def test_where_nothing_is_found_the_other_prompts_go_on(blur: tuple[str, ...], tmp_path: Path) -> None:
+    lines = prompts(tmp_path, "cat --d 1", "dog --d 2")
+
+    with pytest.raises(UserError, match="2 of 2 failed") as caught:
+        generate(ToyFamily(), options(tmp_path / "out", "--from_file", lines, *blur))
+
+    assert caught.value.exit_code == 3
+    kept = sorted((tmp_path / "out").iterdir())
+    assert [path.name[-21:] for path in kept] == ["_1_latent.safetensors", "_2_latent.safetensors"]
+    assert all(f"--latent_path {path} " in str(caught.value) for path in kept)
+
+
+def test_a_video_in_sections_has_no_preview_if_a_tool_hides(
+    blur: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = ToyFamily(sections_made=3)
+    more = (blur[0], f"{blur[1]} allow_none", "--output_type", "both")
+
+    with caplog.at_level("INFO"):
+        generate(family, options(tmp_path, "--prompt", "cat", *more))
+
+    assert "Preview: " not in caplog.text
+    assert caplog.text.count("There is no preview of the video") == 1
+    assert "The latents of --output_type both hold the video as it is before --post yolo_blur" in caplog.text
+
+
+def test_a_full_disk_leaves_the_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("generation.outputs.write_video", full)
+
+    with pytest.raises(OutputError, match="the disk is full\n.*the latents are kept"):
+        generate(ToyFamily(), options(tmp_path, "--prompt", "cat"))
+
+    assert only(tmp_path, "*").name.endswith("_latent.safetensors")

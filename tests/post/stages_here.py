@@ -103,14 +103,28 @@ class Refusing:
             raise self.error
 
 
-def tool_for(stage: Stage, needs_video: bool = False) -> tuple[Tool, Any]:
+@dataclass
+class Black:
+    """Hides everything."""
+
+    name: str = "black"
+
+    def result(self, clip: Clip) -> Clip:
+        return clip
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        for picture in pictures:
+            yield replace(picture, pixels=np.zeros_like(picture.pixels))
+
+
+def tool_for(stage: Stage, needs_video: bool = False, hides: bool = False) -> tuple[Tool, Any]:
     """A tool that the stage stands for, with options of no names."""
 
     def no_arguments(parser: argparse.ArgumentParser) -> None:
         return None
 
     return Tool(
-        stage.name, (), NoOptions, no_arguments, lambda _: stage.name.upper(), needs_video
+        stage.name, (), NoOptions, no_arguments, lambda _: stage.name.upper(), needs_video, hides
     ), NoOptions()
 
 

@@ -1,5 +1,6 @@
 """Blurring from file to file through the script: faces are red dots, missed where they are paler."""
 
+import io
 import logging
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from blissful_tuner.yolo_blur import main
 from modules.errors import CheckpointError, NothingFoundError, OptionError
 from modules.media.reading import read_image, video_frames
+from modules.media.tags import read_tags
 from modules.media.writing import write_png, write_video
 from post.blurring.options import BlurOptions
 from post.blurring.stage import BlurStage, make_blur, within
@@ -153,24 +156,54 @@ def test_pictures_of_a_folder_are_blurred_and_one_without_a_face_is_told(
     assert not outside[:, :28].any()
 
 
-def test_a_cover_picture_is_warned_of(
+def test_pictures_of_the_source_stay_behind_and_the_rest_is_kept(
     tmp_path: Path, detector: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_png(tmp_path / "cover.png", frame((40, 32, 255)))
+    shown = io.BytesIO()
+    Image.fromarray(frame((40, 32, 255))).save(shown, format="PNG")
     write_video(tmp_path / "plain.mkv", [frame((40, 32, 255))] * 2, 12)
     with av.open(str(tmp_path / "plain.mkv")) as source, av.open(str(tmp_path / "clip.mkv"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
-        target.add_attachment("cover.png", "image/png", (tmp_path / "cover.png").read_bytes())
+        target.add_attachment("cover.png", "image/png", shown.getvalue())
+        target.add_attachment("photo.webp", "image/webp", shown.getvalue())
+        target.add_attachment("letters.ttf", "application/x-truetype-font", b"a font")
+        target.metadata.update({"title": "At home", "xmp": "<x>", "note": "QUJD" * 200})
+        target.set_chapters(
+            [{"id": 1, "start": 0, "end": 1, "time_base": Fraction(1, 12), "metadata": {"title": "A"}}]
+        )
         for packet in source.demux(video=0):
             if packet.size:
                 packet.stream = stream
                 target.mux(packet)
-    words = ["--model", str(detector), "--device", "cpu", "--codec", "h264", "-y"]
 
-    for name, is_warned in (("plain", False), ("clip", True)):
-        caplog.clear()
-        main([*words, "--input", str(tmp_path / f"{name}.mkv")])
-        assert ("has a cover picture" in caplog.text) == is_warned
+    main(
+        ["--model", str(detector), "--device", "cpu", "--codec", "h264", "--container", "mkv"]
+        + ["--input", str(tmp_path / "clip.mkv")]
+    )
+
+    with av.open(str(tmp_path / "clip_blur.mkv")) as made:
+        assert [each.type for each in made.streams] == ["video", "attachment"]
+        assert made.streams[1].metadata["filename"] == "letters.ttf"
+        tags = {name.lower(): text for name, text in made.metadata.items()}
+        assert tags["title"] == "At home"
+        assert not tags.keys() & {"xmp", "note"}
+        assert [chapter["metadata"]["title"] for chapter in made.chapters()] == ["A"]
+    assert caplog.text.count("is left out: ") == 2
+    assert "left out, because there may be a picture in it: " in caplog.text
+
+
+def test_texts_of_a_picture_that_may_hold_a_small_copy_stay_behind(tmp_path: Path, detector: Path) -> None:
+    texts = {
+        "prompt": "a face, " * 100,
+        "XML:com.adobe.xmp": "<xmpGImg:image>",
+        "Raw profile type exif": "\nexif\n  8\n",
+        "workflow": "QUJD\n" + ("0f" * 36 + "\n") * 20,
+    }
+    write_png(tmp_path / "a.png", frame((40, 32, 255)), texts)
+
+    main(["--model", str(detector), "--device", "cpu", "--input", str(tmp_path / "a.png")])
+
+    assert read_tags(tmp_path / "a_blur.png").keys() == {"prompt", "post_1"}
 
 
 @pytest.mark.parametrize("write", [write_yunet, write_yolo])

@@ -22,8 +22,6 @@ def test_a_unit_that_reads_its_context_once_is_the_defined_one() -> None:
     gru = SeparableGru(hidden=4, inputs=3 + 5)
     hidden, context, motion = (torch.randn(1, channels, 6, 7) for channels in (4, 3, 5))
 
-    found = hidden
-    for turn in gru.turns(context):
-        found = turn(found, motion)
+    found = gru(hidden, motion, gru.turns(context))
 
     torch.testing.assert_close(found, plain(gru, hidden, torch.cat([context, motion], dim=1)))
