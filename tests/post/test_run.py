@@ -81,7 +81,7 @@ def test_no_more_memory_is_held_for_a_longer_clip(tmp_path: Path) -> None:
         clip = write_clip(tmp_path / f"{frames} {name}.mp4", frames, 160, 96)
         tracemalloc.start()  # numpy tells it of its arrays
         try:
-            run_stages([Larger(), Smoother()], clip)
+            run_stages([Larger(), Smoother()], clip, yes=True)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
