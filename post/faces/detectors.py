@@ -2,6 +2,7 @@
 
 import logging
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def _refuse_pickled_yolo(path: Path, option: str) -> None:
             with path.open("rb") as file:
                 start = file.read(MOST_OF_PICKLE)
                 start = start if start[:1] == PICKLE else b""
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
         return  # said by what opens it next
     if b"ultralytics" in start or b"models.yolo" in start:
         raise CheckpointError(

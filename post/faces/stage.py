@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,9 @@ class Facefix:
             return enlarge(pixels, self.options.upscale)
         # on a CPU a batch is no faster, and rounds a face differently; compiled code is for one size
         at_once = 1 if self.device.type == "cpu" or self.options.network.compile else FACES_AT_ONCE
-        restored = []
-        for first in range(0, len(matrices), at_once):
-            restored += self._restore_some(pixels, matrices[first : first + at_once])
-        return paste(pixels, restored, self.options.upscale)
+        parts = (matrices[first : first + at_once] for first in range(0, len(matrices), at_once))
+        restored = chain.from_iterable(self._restore_some(pixels, part) for part in parts)
+        return paste(pixels, matrices, restored, self.restorer.size, self.options.upscale)
 
     @torch.inference_mode()
     def _restore_some(self, pixels: Pixels, matrices: Sequence[Matrix]) -> list[Restored]:
@@ -106,10 +106,7 @@ class Facefix:
         parts = face_parts(self.restorer.parse(faces)).cpu().numpy()
         shown = ((faces + 1) / 2).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         strength = np.float32(self.options.strength)
-        return [
-            Restored(face, soften(part) * strength, matrix)
-            for face, part, matrix in zip(shown, parts, matrices, strict=True)
-        ]
+        return [Restored(face, soften(part) * strength) for face, part in zip(shown, parts, strict=True)]
 
 
 def check_facefix(options: FacefixOptions) -> None:
