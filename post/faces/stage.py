@@ -16,7 +16,7 @@ from post.compiling import check_compiling
 from post.contract import Clip, Picture, Pixels, Stage
 from post.faces.alignment import Matrix, alignment, crops, restorable
 from post.faces.contract import Detector
-from post.faces.detectors import check_detector, load_detector
+from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.model_folder import find_detector, find_model, find_parsenet
 from post.faces.onnx_header import may_be_onnx
 from post.faces.options import FacefixOptions
@@ -78,10 +78,7 @@ class Facefix:
         """Return how the faces to restore in the next picture are cut out."""
         found = self.detector.find(to_bytes(pixels), self.least_score)
         if any(face.landmarks is None for face in found):
-            raise CheckpointError(
-                f"--detection_model {self.options.detection_model} tells where faces are, but not where "
-                "their eyes are, which restoring needs. Give RetinaFace or YuNet."
-            )
+            raise no_landmarks(f"--detection_model {self.options.detection_model}")
         faces = restorable(found, (pixels.shape[1], pixels.shape[0]), self.options.only_center)
         landmarks = steady.steady([face.landmarks for face in faces if face.landmarks is not None])
         matrices = [alignment(points, self.restorer.size) for points in landmarks]
@@ -114,7 +111,7 @@ def check_facefix(options: FacefixOptions) -> None:
     choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     model, parsenet, detector = _files(options)
     check_restorer(options, model, parsenet)
-    check_detector(detector, "--detection_model")
+    check_detector(detector, "--detection_model", needs_landmarks=True)
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
