@@ -13,7 +13,7 @@ from modules.errors import CheckpointError
 from post.faces.boxes import best_of
 from post.faces.contract import Found
 from post.faces.detectors import check_detector, load_detector
-from post.faces.yolo import YoloDetector, YoloLayout
+from post.faces.yolo import YoloDetector, YoloLayout, letterbox
 from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny.onnx_files import write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -120,6 +120,20 @@ def test_a_yolo_that_gives_no_numbers_is_an_error_and_not_a_picture_without_a_fa
 
     with pytest.raises(CheckpointError, match="a.onnx is NaN"):
         detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
+
+
+def test_a_yolo_sees_grey_around_a_picture_and_leaves_out_what_overlaps_by_more_than_0_7() -> None:
+    square, _, _ = letterbox(np.full((16, 32, 3), 7, np.uint8), 64)
+    assert (square[:16] == 114).all()
+    assert (square[16:48] == 7).all()
+    rows = np.zeros((1, 5, 84))
+    rows[0, :, 0] = (30, 30, 20, 20, 0.9)
+    rows[0, :, 1] = (33, 30, 20, 20, 0.8)  # 17 of 23 pixels across are shared
+    rows[0, :, 2] = (30, 34, 20, 20, 0.7)  # 16 of 24
+
+    found = YoloDetector(Path("a.onnx"), Gives(rows), YoloLayout(64, 1, 0)).find(square, 0.5)
+
+    assert [round(each.score, 3) for each in found] == [0.9, 0.7]
 
 
 class Gives:

@@ -250,6 +250,21 @@ def test_a_lower_threshold_finds_more(folder: Path) -> None:
     assert not np.array_equal(below, pale)
 
 
+def test_faces_that_leave_the_range_of_colours_are_cut_off_before_their_parts_are_told(folder: Path) -> None:
+    stage = _stage(folder)
+    seen: list[torch.Tensor] = []
+
+    def parse(faces: torch.Tensor) -> torch.Tensor:
+        seen.append(faces)
+        return stage.restorer.parse(faces)
+
+    restorer = replace(stage.restorer, restore=lambda faces: faces * 0 - 3, parse=parse)
+    (made,) = _run(replace(stage, restorer=restorer), [_pixels((40, 24))])
+
+    assert float(seen[0].min()) == float(seen[0].max()) == -1
+    assert made[26:30, 42:46].max() == 0
+
+
 def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loads(
     folder: Path, tmp_path: Path
 ) -> None:
