@@ -84,7 +84,8 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
             YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
-        height, width = next(iter(header.inputs.values()))[-2:]
+        taken = next(iter(header.inputs.values()), ())
+        height, width = taken[-2:] if len(taken) == 4 else (None, None)
         if height is None or width is None:
             raise
         detector = YuNetDetector(path, network, side, (width, height))
