@@ -1,6 +1,6 @@
 """Measure the time of --help and of a mistyped option, against `import torch` in the same run.
 
-    python benchmarks/startup.py [runs]
+    python benchmarks/startup.py [runs] [script ...]
 
 Prints a ratio for every script. With PYTHONDONTWRITEBYTECODE set, our modules are compiled at every start,
 torch's are not: the ratios are then higher by about a quarter than a user's.
@@ -27,6 +27,14 @@ def seconds(command: list[str], runs: int) -> float:
     return statistics.median(times[1:])
 
 
+def scripts() -> list[str]:
+    """Return the scripts that users call: those beside the rooms, and the tools in blissful_tuner."""
+    found = [path for path in sorted(ROOT.glob("*.py")) if path.name not in NOT_COMMANDS]
+    tools = sorted((ROOT / "blissful_tuner").glob("*.py"))
+    found += [path for path in tools if "command_line(main" in path.read_text(encoding="utf-8")]
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     baseline = seconds([sys.executable, "-c", "import torch"], runs)
@@ -34,7 +42,7 @@ def main() -> None:
     if sys.dont_write_bytecode:
         print("our modules are compiled at every start: PYTHONDONTWRITEBYTECODE is set")
     worst = 0.0
-    for script in sorted(path.name for path in ROOT.glob("*.py") if path.name not in NOT_COMMANDS):
+    for script in sys.argv[2:] or scripts():
         for argument in ("--help", "--no_such_option"):
             ratio = seconds([sys.executable, script, argument], runs) / baseline
             worst = max(worst, ratio)
