@@ -121,7 +121,7 @@ def crowded(random: np.random.Generator) -> Frame:
 
 
 def repeating(network: RRDBNet) -> RRDBNet:
-    """Let a network begin by repeating pixels, beside random features: it learns what is missing much faster."""
+    """Let a network begin by repeating pixels, beside random features: what is missing is learned faster."""
     with torch.no_grad():
         for convolution in (network.conv_first, network.conv_up1, network.conv_hr):
             passed = torch.nn.init.dirac_(torch.empty_like(convolution.weight))
