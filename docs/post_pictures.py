@@ -156,10 +156,11 @@ def halved(frame: Frame) -> Frame:
 def draw_blur(folder: Path, path: Path) -> None:
     """Write frames in which a face is missed: above only what is found is blurred, below as the tool does."""
     detector = write_red_detector(folder / "red.safetensors", BOX)
-    write_video(folder / "clip.mp4", [clown(index) for index in range(COUNT)], 12)
+    clip = folder / "clip.mkv"
+    write_video(clip, [clown(index) for index in range(COUNT)], 12, "prores")
     rows = []
     for name, held in (("found", ["--hold", "0", "--lookback", "0"]), ("held", [])):
-        files = ["--input", str(folder / "clip.mp4"), "--output", str(folder / f"{name}.mkv")]
+        files = ["--input", str(clip), "--output", str(folder / f"{name}.mkv")]
         yolo_blur.main([*files, "--model", str(detector), "--device", "cpu", *held])
         frames = list(video_frames(folder / f"{name}.mkv"))
         rows.append(row([larger(frames[index], 2) for index in FRAMES]))
