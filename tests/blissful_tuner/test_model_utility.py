@@ -20,10 +20,10 @@ from blissful_tuner.model_utility_options import ModelUtilityOptions
 from blissful_tuner.taehv import load_taehv
 from frame_pack.checkpoints import load_dit as load_framepack
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
+from modules.asking import Answer, ask_at_console, ask_to_replace
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError, OutputError
-from modules.output_files import ask_to_replace
 from networks.hashes import add_hashes
 from post.upscaling.files import load_upscaler
 from tests.commands import run_script
@@ -416,17 +416,22 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, dtype: str | None)
 # --- what is refused ---
 
 
+def answer(typed: str) -> Callable[[str], Answer | None]:
+    """Return somebody at a terminal who types that."""
+    return lambda question: ask_at_console(question, lambda _: typed, lambda: True, offers_name=False)
+
+
 def test_what_exists_is_replaced_only_if_that_is_wanted(tmp_path: Path) -> None:
     path, there = write(tmp_path / "a.safetensors"), write(tmp_path / "b.safetensors", {"x": torch.ones(1)})
     before = there.read_bytes()
 
-    with pytest.raises(OutputError, match=r"b\.safetensors exists. Give another name, or -y"):
+    with pytest.raises(OutputError, match=r"b\.safetensors exists already. Give another name, or --yes"):
         run(path, "--convert", there)
     with pytest.raises(OutputError, match="is kept"):
-        ask_to_replace([there], yes=False, ask=lambda question: "n")
+        ask_to_replace([there], yes=False, ask=answer("f"))  # no other name is offered
     assert there.read_bytes() == before
 
-    ask_to_replace([there], yes=False, ask=lambda question: "Y")
+    ask_to_replace([there], yes=False, ask=answer("Y"))
     run(path, "--convert", there, "-y")
     assert load_file(there).keys() == STATE.keys()
 
