@@ -14,7 +14,6 @@ MODELS = {
     "codeformer": ("codeformer", "codeformer-v0.1.0"),
 }
 PARSENET = "parsing_parsenet"
-YUNET_FOLDER = "faces"  # beside that of the models, where download.py puts it
 ORIGINS = {
     GFPGAN: "the releases of github.com/TencentARC/GFPGAN",
     "codeformer": "the releases of github.com/sczhou/CodeFormer",
@@ -64,10 +63,9 @@ def find_detector(model: Path, mode: str, named: str) -> Path:
             f"--detection_model {named}: there is no such file. Give the path of one, or one of {names}.",
             path,
         )
-    for folder in (model.parent, model.parent.parent / YUNET_FOLDER):
-        files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
-        if files:
-            return files[-1]  # their names end with a date
+    files = [path for path in sorted(model.parent.glob("*.onnx")) if "yunet" in path.name.lower()]
+    if files:
+        return files[-1]  # their names end with a date
     raise CheckpointError(
         f"--detection_model yunet: no .onnx file with yunet in its name is in {model.parent}.\n  Give its "
         f"path, or download it with {_command(YUNET)}, or from {ORIGINS[YUNET]}.",

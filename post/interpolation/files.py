@@ -65,6 +65,8 @@ def find_files(path: Path, kind: str) -> ModelFiles:
 
     Raises CheckpointError if one is missing.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder. Give the folder to {OPTION}.", path)
     known = tuple(
         f"{kind}_arb{perceptual}{ending}"
         for perceptual in ("_lpips", "")

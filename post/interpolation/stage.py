@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from modules.devices import choose_compute_dtype
-from modules.errors import MediaError, OptionError
+from modules.errors import CheckpointError, MediaError, OptionError, UserError
 from post.compiling import check_compiling, compile_parts
 from post.contract import Clip, Picture, Pixels, Stage
 from post.interpolation.files import check_networks, load_networks
@@ -57,7 +57,7 @@ class Interpolator:
         factor = self._options.factor
         if factor == 1:
             return clip
-        if clip.rate is None or clip.frames == 1:
+        if clip.rate is None:  # how many frames a file says it has may be wrong: `run` counts them
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
         part = self._options.part
         left, right, top, bottom = self._edges(clip.height, clip.width)
@@ -126,11 +126,15 @@ class Interpolator:
         left, _, top, _ = self._edges(height, width)
         image = image[..., top : top + height, left : left + width]
         if not bool(image.isfinite().all()):
-            raise OptionError(
-                f"--dtype {self._options.network.dtype}: a picture of {NAME} has values that are NaN or "
-                "infinite. Use --dtype bf16 or fp32."
-            )
+            raise self._not_finite()
         return to_pixels(image, is_deep)
+
+    def _not_finite(self) -> UserError:
+        what = f"a picture of {NAME} has values that are NaN or infinite"
+        if self._network.network.synthesis.dtype == torch.float32:
+            path = self._options.network.model
+            return CheckpointError(f"{path}: {what}. A file may be damaged: download or copy it again.", path)
+        return OptionError(f"--dtype {self._options.network.dtype}: {what}. Use --dtype bf16 or fp32.")
 
 
 class _Shown:

@@ -332,6 +332,19 @@ def test_a_missing_file_is_named_with_its_folder(
     assert "my.pth" in words or str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["gfpgan", "codeformer"])
+@pytest.mark.parametrize("absent", ["parsing_parsenet.pth", "detection_Resnet50_Final.pth"])
+def test_the_command_that_downloads_a_missing_helper_is_told(
+    folder: Path, tmp_path: Path, mode: str, absent: str
+) -> None:
+    for path in folder.iterdir():
+        if path.name != absent:
+            (tmp_path / path.name).symlink_to(path)
+
+    with pytest.raises(CheckpointError, match=f"python download.py --family tools --task {mode}, or put it"):
+        check_facefix(_options(tmp_path, "--mode", mode))
+
+
 def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "faces.pth").symlink_to(folder / "GFPGANv1.4.pth")
     (tmp_path / "Detection_resnet50_final.PTH").symlink_to(folder / "detection_Resnet50_Final.pth")
@@ -376,14 +389,12 @@ def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp
         check_facefix(_options(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["restorers/face_YuNet.onnx", "faces/yunet_2026may.onnx"])
+@pytest.mark.parametrize("name", ["face_YuNet.onnx", "yunet_2026may.onnx"])
 def test_a_yunet_is_found_and_has_a_threshold_of_its_own(folder: Path, tmp_path: Path, name: str) -> None:
-    for part in ("restorers", "faces"):
-        (tmp_path / part).mkdir()
     for path in folder.iterdir():
-        (tmp_path / "restorers" / path.name).symlink_to(path)
+        (tmp_path / path.name).symlink_to(path)
     write_yunet(tmp_path / name)
-    stage = _stage(tmp_path / "restorers", "--detection_model", "yunet")
+    stage = _stage(tmp_path, "--detection_model", "yunet")
     faced = _pixels((44, 28))
 
     assert stage.least_score == 0.8

@@ -1,6 +1,7 @@
 """Interpolation as a stream: which pictures when, what is computed how often, and what is refused."""
 
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -56,14 +57,22 @@ def stream(frames: list[Pixels], starts: list[Fraction]) -> Iterator[Picture]:
 
 
 class Counting:
-    """An estimator that counts what it is asked for."""
+    """An estimator that counts what it is asked for, and how many pictures' features live at once."""
 
     def __init__(self, inner: FlowEstimator) -> None:
         self.inner, self.encoded, self.flows = inner, 0, 0
+        self.living = self.most_living = 0
 
     def encode(self, image: Tensor) -> Encoded:
         self.encoded += 1
-        return self.inner.encode(image)
+        self.living += 1
+        self.most_living = max(self.most_living, self.living)
+        encoded = self.inner.encode(image)
+        weakref.finalize(encoded.matching, self.forget)
+        return encoded
+
+    def forget(self) -> None:
+        self.living -= 1
 
     def flow(self, first: Encoded, second: Encoded) -> Tensor:
         self.flows += 1
@@ -79,7 +88,7 @@ def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Pa
 
     made = list(stage.run(stream(frames, starts), CLIP))
 
-    assert (counting.encoded, counting.flows) == (3, 4)
+    assert (counting.encoded, counting.flows, counting.most_living) == (3, 4, 2)
     for index, pixels in enumerate(frames):
         assert made[3 * index].pixels is pixels
     assert [picture.start for picture in made] == [
@@ -161,11 +170,10 @@ def test_deep_clips_get_deep_pictures_and_keep_their_own(folder: Path) -> None:
 
 def test_what_cannot_be_interpolated_is_refused(folder: Path) -> None:
     stage = make_interpolation(options(folder), CPU)
-    for clip in (replace(CLIP, rate=None), replace(CLIP, frames=1)):
-        with pytest.raises(MediaError, match="is one picture"):
-            stage.result(clip)
+    with pytest.raises(MediaError, match="is one picture"):
+        stage.result(replace(CLIP, rate=None))
     with pytest.raises(MediaError, match="has one picture"):
-        list(stage.run(stream(moving(1), [Fraction(0)]), replace(CLIP, frames=None)))
+        list(stage.run(stream(moving(1), [Fraction(0)]), CLIP))
     with pytest.raises(MediaError, match="64 x 128: GIMMVFI needs at least 97 pixels"):
         stage.result(replace(CLIP, width=64))
     small = make_interpolation(options(folder, ds_factor=0.5), CPU)
@@ -201,6 +209,8 @@ def test_sides_are_made_multiples_of_32_at_the_part(tmp_path: Path, part: float,
 
 
 def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such file or folder"):
+        check_interpolation(options(tmp_path / "nowhere" / "model"))
     with pytest.raises(CheckpointError, match="no file of gimmvfi_f in this folder"):
         check_interpolation(options(folder, mode="gimmvfi_f"))
     main = tmp_path / "gimmvfi_r_arb.pt"
@@ -266,3 +276,12 @@ def test_a_compiled_network_makes_the_same_pictures(folder: Path) -> None:
         stage = Interpolator(options(folder), Interpolation(networks.gimm, networks.estimator), CPU)
         made.append(list(stage.run(stream(moving(2), [Fraction(0), Fraction(1)]), CLIP))[1].pixels)
     assert np.array_equal(*made)
+
+
+def test_a_picture_that_is_not_finite_ends_the_run(folder: Path) -> None:
+    for dtype, error in ((torch.float32, CheckpointError), (torch.bfloat16, OptionError)):
+        networks = load_networks(folder, "gimmvfi_r", CPU, dtype)
+        networks.gimm.synthesis.amt_comb_block[2].bias.fill_(torch.nan)
+        stage = Interpolator(options(folder), Interpolation(networks.gimm, networks.estimator), CPU)
+        with pytest.raises(error, match="NaN or infinite"):
+            list(stage.run(stream(moving(2), [Fraction(0), Fraction(1)]), CLIP))
