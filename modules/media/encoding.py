@@ -160,7 +160,10 @@ def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
     is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
     exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
     converted = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24").reformat(
-        format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        format=stream.pix_fmt,
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        threads=1,  # with several, swscale at times damages rows where their parts meet
     )
     converted.pts = index
     converted.time_base = 1 / stream.codec_context.framerate

@@ -62,7 +62,8 @@ class Interpolator:
         part = self._options.part
         left, right, top, bottom = self._edges(clip.height, clip.width)
         if min(clip.height + top + bottom, clip.width + left + right) * part < LEAST_SIDE:
-            needed = math.ceil(LEAST_SIDE / part) - self._options.alignment + 1  # the rest is added
+            step = self._options.alignment
+            needed = (math.ceil(LEAST_SIDE / part / step) - 1) * step + 1  # the rest is added
             at_part = f" with --ds_factor {self._options.ds_factor:g}" if part < 1 else ""
             raise MediaError(
                 f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {needed} pixels in "
