@@ -172,7 +172,15 @@ def _as_dtype(
 ) -> Tensor:
     if scale is None and tensor.dtype == dtype:
         return tensor
-    made = dequantise(tensor, scale, dtype)
+    try:
+        made = dequantise(tensor, scale, dtype)
+    except RuntimeError as error:
+        shape = None if scale is None else list(scale.shape)
+        raise CheckpointError(
+            f"{checkpoint.path}: the scale of {name} has the shape {shape}, which does not fit "
+            f"{list(tensor.shape)}. Download or copy the file again.",
+            checkpoint.path,
+        ) from error
     if not is_finite(made) and is_finite(tensor):
         raise CheckpointError(
             f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot hold. Use --dtype "

@@ -90,6 +90,28 @@ def test_whole_numbers_with_a_scale_stay_as_they_are(tmp_path: Path) -> None:
     assert made["m.weight"].dtype == torch.bfloat16
 
 
+def test_a_scale_that_does_not_fit_its_weight_is_named(tmp_path: Path) -> None:
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    weight = torch.ones(4, 8).to(torch.float8_e4m3fn)
+    save_file({"l.weight": weight, "l.scale_weight": torch.ones(3, 1)}, path)
+
+    with pytest.raises(CheckpointError, match=r"the scale of l\.weight has the shape \[3, 1\]"):
+        run(path, "--convert", out, "--dtype", "bf16")
+    assert not out.exists()
+
+
+def test_a_lora_of_single_numbers_is_described_without_a_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.safetensors"
+    parts = {"lora_down.weight": torch.tensor(1.0), "lora_up.weight": torch.ones(4, 8)}
+    save_file({f"diffusion_model.blocks.0.self_attn.q.{part}": each for part, each in parts.items()}, path)
+
+    run(path)
+
+    assert "a LoRA" in capsys.readouterr().out
+
+
 def test_names_that_no_safetensors_file_can_hold_are_refused(tmp_path: Path) -> None:
     half, taken = tmp_path / "half.pt", tmp_path / "taken.pt"
     torch.save({"a\ud800": torch.ones(1)}, half)
