@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from post.contract import Pixels
 from post.faces.alignment import TEMPLATE_SIZE, Matrix
+from post.sizes import enlarged_size
 
 # of masks of `TEMPLATE_SIZE`, those of other sizes in proportion
 BLUR, SIGMA, BLUR_TIMES = 101, 11.0, 2
@@ -36,11 +37,6 @@ def soften(is_face: NDArray[np.bool_]) -> Plane:
     mask[:free] = mask[-free:] = 0
     mask[:, :free] = mask[:, -free:] = 0
     return mask
-
-
-def enlarged_size(width: int, height: int, upscale: float) -> tuple[int, int]:
-    """Return the width and height of the result."""
-    return int(width * upscale), int(height * upscale)
 
 
 def enlarge(pixels: Pixels, upscale: float) -> Pixels:

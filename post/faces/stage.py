@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.devices import choose_compute_dtype
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from post.compiling import check_compiling
 from post.contract import Clip, Picture, Pixels, Stage
 from post.faces.alignment import Matrix, alignment, crops, restorable
@@ -21,15 +21,15 @@ from post.faces.model_folder import find_detector, find_model, find_parsenet
 from post.faces.onnx_header import may_be_onnx
 from post.faces.options import FacefixOptions
 from post.faces.parsenet import face_parts
-from post.faces.pasting import Restored, deepen, enlarge, enlarged_size, paste, soften
+from post.faces.pasting import Restored, deepen, enlarge, paste, soften
 from post.faces.restorers import Restorer, check_restorer, load_restorer
 from post.faces.steadying import SteadyLandmarks
 from post.pixels import to_bytes
+from post.sizes import enlarged_clip
 
 logger = logging.getLogger(__name__)
 
 LEAST_SCORE, LEAST_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
-LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 # in one pass of the networks: a crowd must not take more memory than that
 FACES_AT_ONCE = 4
 
@@ -47,13 +47,7 @@ class Facefix:
 
     def result(self, clip: Clip) -> Clip:
         """Return the clip with its new size. Raises OptionError for a size that no file can have."""
-        width, height = enlarged_size(clip.width, clip.height, self.options.upscale)
-        if min(width, height) < 1 or max(width, height) > LARGEST:
-            raise OptionError(
-                f"--upscale {self.options.upscale:g} makes {width} x {height} pixels of the {clip.width} x "
-                f"{clip.height} of {clip.path}. Give another --upscale."
-            )
-        return replace(clip, width=width, height=height)
+        return enlarged_clip(clip, self.options.upscale, "--upscale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the pictures with restored faces; one without a face passes as it is, unless it is scaled."""

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modules.errors import UserError
+from modules.asking import Answer
 from modules.media.options import FormatOptions
 from modules.media.reading import video_frames
 from modules.media.writing import write_video
-from post.asking import Answer
 from post.chain_options import Chain
 from post.contract import Clip, Picture, Stage
 from post.naming import plan_jobs
@@ -87,7 +86,7 @@ class Smoother:
 class Refusing:
     """Fails at the picture of that number, or at the end."""
 
-    error: UserError
+    error: Exception
     at: int | None = None
     name: str = "refusing"
 
