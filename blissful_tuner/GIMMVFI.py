@@ -1,4 +1,4 @@
-"""Make pictures between the pictures of a video with GIMM-VFI: smoother or slower motion.
+"""Make pictures between the pictures of a video with GIMM-VFI: smoother motion.
 
 All options: python blissful_tuner/GIMMVFI.py --help
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from modules.errors import UserError
+from modules.errors import OptionError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class Failures:
     def raise_if_any(self, total: int, where: str = "", with_code: bool = False) -> None:
         """Raise UserError listing what failed. where: begins the message, as "prompts.txt: ".
 
-        with_code: end with the exit code of the failures if it is the same for all of them, else with 1.
+        with_code: if all failures share an exit code that says more than 1 or 2, end with that one.
         """
         if not self.reasons:
             return
         lines = "\n".join(f"  {label}: {reason}" for label, reason in self.reasons.items())
         error = UserError(f"{where}{len(self.reasons)} of {total} failed:\n{lines}")
-        if with_code and len(self._codes) == 1:
+        if with_code and len(self._codes) == 1 and max(self._codes) > OptionError.exit_code:
             (error.exit_code,) = self._codes
         raise error
