@@ -42,7 +42,7 @@ class PostTools:
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
-        check_tools(self.tools, self.labels)
+        check_tools(self.tools, self.labels, self.device)
 
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.

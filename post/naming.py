@@ -16,6 +16,8 @@ from post.chain_options import Chain
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIX = ".png"
+# with what phones, cameras and broadcasts have
+VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 NAMED = 3  # files that a message names
 
 
@@ -47,12 +49,15 @@ def list_sources(chain: Chain) -> list[Path]:
     given = chain.run.input
     if not given.is_dir():
         return [given]
-    known = VIDEO_SUFFIXES | {".gif"} | (frozenset() if chain.needs_video else image_suffixes())
+    known = VIDEOS | {".gif"} | image_suffixes()
     ending = f"_{chain.added}"
     found = [
         path
         for path in sorted(given.iterdir())
-        if path.suffix.lower() in known and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in known
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not (chain.needs_video and _is_still(path))
     ]
     fresh = [path for path in found if not path.stem.rstrip("_").endswith(ending)]
     if not fresh:
@@ -73,6 +78,14 @@ def is_picture(path: Path) -> bool:
         return True
 
 
+def _is_still(path: Path) -> bool:
+    """Return whether a file of a folder is a picture, GIF included, and no damaged animation."""
+    try:
+        return path.suffix.lower() not in VIDEOS and not is_animation(path)
+    except MediaError:
+        return is_picture(path)
+
+
 def name_output(chain: Chain, source: Path) -> Path:
     """Return where the result of a file goes. Raises OptionError if --output is no place for it."""
     run, suffix = chain.run, PICTURE_SUFFIX if is_picture(source) else chain.run.format.suffix
@@ -80,7 +93,7 @@ def name_output(chain: Chain, source: Path) -> Path:
     given = run.output_path
     if given is None:
         return source.with_name(usual)
-    has_ending = given.suffix.lower() in VIDEO_SUFFIXES | image_suffixes()
+    has_ending = given.suffix.lower() in VIDEOS | image_suffixes()
     if given.is_dir() or run.means_folder:
         return given / usual
     if run.input.is_dir():

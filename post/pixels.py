@@ -12,19 +12,21 @@ from post.contract import Pixels
 def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
     """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; few bytes go there."""
     whole = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
-    on_device = send_ahead(torch.from_numpy(whole), device)
-    most = 255.0 if whole.dtype == np.uint8 else 65535.0
-    return rearrange(on_device.to(torch.float32), "h w c -> 1 c h w") / most
+    is_deep = whole.dtype == np.uint16
+    # with a sign and back: not every device knows 16 bits without one
+    on_device = send_ahead(torch.from_numpy(whole.view(np.int16) if is_deep else whole), device)
+    values = on_device.to(torch.int32) & 0xFFFF if is_deep else on_device
+    return rearrange(values.to(torch.float32), "h w c -> 1 c h w") / (65535.0 if is_deep else 255.0)
 
 
 def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
     """Return 1 3 H W of 0..1, limited and rounded, as pixels H W 3 with 16 or 8 bits on the host."""
-    most, dtype = (65535.0, torch.uint16) if is_deep else (255.0, torch.uint8)
-    values = (image[0].to(torch.float32).clamp(0, 1) * most).round()
-    # through int32: not every device converts to 16 bits without a sign
-    whole = values.to(torch.int32).to(dtype) if is_deep else values.to(dtype)
-    pixels: Pixels = rearrange(whole, "c h w -> h w c").contiguous().cpu().numpy()
-    return pixels
+    values = (image[0].to(torch.float32).clamp(0, 1) * (65535.0 if is_deep else 255.0)).round()
+    if is_deep:  # with a sign, as in `to_tensor`
+        values = torch.where(values < 32768, values, values - 65536)
+    whole = rearrange(values.to(torch.int16 if is_deep else torch.uint8), "c h w -> h w c")
+    pixels: Pixels = whole.contiguous().cpu().numpy()
+    return pixels.view(np.uint16) if is_deep else pixels
 
 
 def to_bytes(pixels: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -1,5 +1,6 @@
 """Run tools on videos and pictures: read, stage after stage, write, as one stream."""
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
     """Do what a command line asks for. Raises UserError; what is named wrongly fails before networks load."""
     jobs = plan_jobs(chain, ask)
-    check_tools(chain.tools, chain.labels)
+    device = choose_device(chain.run.device)
+    check_tools(chain.tools, chain.labels, device)
     if not jobs:
         return
     tell_suffix(chain, jobs)
@@ -30,7 +32,7 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
             make_folder(folder, "--keep_pngs")
     if len(jobs) == 1 and not jobs[0].is_picture:
         check_video(jobs[0].source)
-    run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, choose_device(chain.run.device)))
+    run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
 
 
 def run_jobs(chain: Chain, jobs: Sequence[Job], stages: Sequence[NamedStage]) -> None:
@@ -46,6 +48,7 @@ def run_jobs(chain: Chain, jobs: Sequence[Job], stages: Sequence[NamedStage]) ->
                 run_picture(stages, job, done, chain.hides)
             else:
                 run_video(stages, job, done, chain.run.format, chain.hides)
+        gc.collect()  # errors and their tracebacks hold each other, and with them what a file took
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
     failures.raise_if_any(len(jobs), f"{chain.run.input}: ", with_code=True)

@@ -1,13 +1,17 @@
 """Make the stages of several tools, and lead pictures through them."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from modules.errors import MemoryPlanError
 from post.chain_options import ToolOptions, name_tool
+from post.compiling import check_compiling
 from post.contract import Clip, Picture, Stage
 from post.making import check_tool, make_stage
+from post.tiling import is_out_of_memory, short_reason
 
 
 @dataclass(frozen=True)
@@ -18,14 +22,15 @@ class NamedStage:
     label: str = ""
 
 
-def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str]) -> None:
+def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device) -> None:
     """Read the headers of all model files. labels: how messages name the tools; empty: not at all.
 
-    Raises UserError if a file does not fit.
+    Raises UserError if a file does not fit, or if --compile cannot be followed on the device.
     """
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label):
             check_tool(options)
+            check_compiling(options.network, device)
 
 
 def make_stages(
@@ -34,7 +39,7 @@ def make_stages(
     """Load the networks of all tools. Raises UserError."""
     stages = []
     for (_, options), label in zip(tools, labels, strict=True):
-        with name_tool(label):
+        with name_tool(label), _explain_memory("its network"):
             stages.append(NamedStage(make_stage(options, device), label))
     return stages
 
@@ -56,20 +61,39 @@ def lead_through(
 ) -> Iterator[Picture]:
     """Yield what leaves the last stage. clips: those of `results`.
 
-    What a stage raises names it; what comes from before it stays as it is.
+    What a stage raises names it; what comes from before it stays as it is. Raises MemoryPlanError if memory
+    ends.
     """
     foreign: list[BaseException] = []
-    pictures = _note_errors(pictures, "", foreign)
+    pictures = _note_errors(pictures, clips[0], "", foreign)
     for each, clip in zip(stages, clips, strict=False):  # one clip more: the last result
-        pictures = _note_errors(each.stage.run(pictures, clip), each.label, foreign)
+        pictures = _note_errors(each.stage.run(pictures, clip), clip, each.label, foreign)
     return pictures
 
 
-def _note_errors(pictures: Iterator[Picture], label: str, foreign: list[BaseException]) -> Iterator[Picture]:
+def _note_errors(
+    pictures: Iterator[Picture], clip: Clip, label: str, foreign: list[BaseException]
+) -> Iterator[Picture]:
     """Pass pictures on; name the tool in an error, unless it is of an earlier one."""
     try:
-        yield from pictures
+        with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
+            yield from pictures
     except BaseException as error:
         with name_tool("" if error in foreign else label):
             foreign.append(error)
             raise
+
+
+@contextlib.contextmanager
+def _explain_memory(what: str) -> Iterator[None]:
+    """Raise MemoryPlanError, with what to do, if memory ends in the block. what: does not fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryPlanError(
+            f"there is too little memory for {what} ({short_reason(error)}).\n"
+            "  Use --dtype bf16 or fp16, with GIMMVFI --ds_factor 0.5 or 0.25, smaller pictures, or close "
+            "other programs."
+        ) from error

@@ -155,6 +155,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
+def short_reason(error: BaseException) -> str:
+    """Return the first sentence of what an error says, its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+
+
 @dataclass
 class Fitting:
     """Run a network on batches of pictures with as much at once as memory holds, remembered for a clip.
@@ -185,7 +190,7 @@ class Fitting:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+                reason = short_reason(error)
             # here, as the error holds the tensors of the run that failed
             self._take_less(len(images), max(images.shape[-2:]), reason)
             free_memory(self.device)

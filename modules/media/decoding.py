@@ -15,6 +15,7 @@ from modules.media.opening import MAX_PIXELS
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+TAIL = 64  # bytes; programs that fetch files may claim their whole length at once, in zeros
 
 
 def decode_frames(
@@ -79,6 +80,24 @@ def _matroska_size(path: Path) -> int:
     return 0
 
 
+def stated_end(container: Any, stream: Any) -> Fraction | None:
+    """Return the second at which a stream of a Matroska file ends by its tags; None if they do not say."""
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if "matroska" not in container.format.name or match is None:
+        return None
+    return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3])
+
+
+def _has_all_bytes(path: Path) -> bool:
+    """Return whether a Matroska file is as long as its header says, without zeros for an end not fetched."""
+    stated = _matroska_size(path)
+    if not 0 < stated <= path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(max(stated - TAIL, 0))
+        return any(file.read(TAIL))
+
+
 def turn_upright(frame: Turned, degrees: float) -> Turned:
     """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
     turns = round(degrees / 90) % 4
@@ -132,12 +151,11 @@ def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_s
     """
     if not num_frames:
         raise MediaError(f"no frames in {path}: it holds none that can be decoded")
-    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if "matroska" not in container.format.name or match is None:
-        return
-    seconds = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+    seconds = stated_end(container, stream)
     frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
-    if end_seconds + max(4 * frame_seconds, 0.3) < seconds:
+    # a picture may be held long at the end; a file that has all its bytes is not cut
+    is_early = seconds is not None and end_seconds + max(4 * frame_seconds, 0.3) < seconds
+    if is_early and not _has_all_bytes(path):
         raise MediaError(
             f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at "
             f"{end_seconds:.2f} s"

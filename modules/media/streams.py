@@ -13,7 +13,7 @@ from typing import Any
 
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
-from modules.media.decoding import check_size, decode_frames, time_origin, turn_upright
+from modules.media.decoding import check_size, decode_frames, stated_end, time_origin, turn_upright
 from modules.media.depth import Pixels, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
@@ -111,6 +111,7 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
     with open_video(path) as (container, stream):
         rate, origin = _plain_rate(stream), time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
+        end = _stated_end(container, stream, origin)
         for number, (frame, _) in enumerate(decode_frames(path, container, stream)):
             base = frame.time_base or stream.time_base
             if number == 0:
@@ -121,7 +122,18 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
             pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24")
             pixels = pixels if deep else in_eight_bits(pixels)
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
+            if end is not None and end - start > seconds + 1 / rate:
+                seconds = end - start  # of the last one; of the others it is not known yet
             yield ShownFrame(turn_upright(pixels, frame.rotation), start, seconds)
+
+
+def _stated_end(container: Any, stream: Any, origin: Fraction) -> Fraction | None:
+    """Return when the last picture of a Matroska file ends: the file itself has no durations of pictures."""
+    end = stated_end(container, stream)
+    if end is None or not container.duration:
+        return None
+    # tags stay as they were when a file is cut, its own length does not
+    return min(end, Fraction(container.duration, 1_000_000)) - origin
 
 
 class Clock:

@@ -44,6 +44,7 @@ class Timing:
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
+        self._first: int | None = None  # when the first packet is stored, in ticks
         self._held: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
 
     @property
@@ -68,12 +69,37 @@ class Timing:
             self.count += 1
             yield frame.pixels
 
-    def apply(self, packet: Any) -> None:
-        """Replace the numbers of pictures in a packet by times; packets come in storage order."""
+    def timed(self, packets: Iterable[Any]) -> Iterator[Any]:
+        """Yield the packets of an encoder with times in place of the numbers of pictures, in storage order.
+
+        The last one waits until it is known to be the last.
+        """
+        held = None
+        for packet in packets:
+            self._apply(packet)
+            if held is not None:
+                yield held
+            held = packet
+        if held is not None:
+            self._end_with(held)
+            yield held
+
+    def _end_with(self, packet: Any) -> None:
+        """Store the last packet so late that all together last as long as the pictures are shown.
+
+        MP4 counts from one packet to the next one stored: of a picture that is held near the end it would
+        lose what the encoder is ahead.
+        """
+        assert self._first is not None
+        end = self._first + round(self.seconds * self._ticks)
+        packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
+
+    def _apply(self, packet: Any) -> None:
         shown, stored = (round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts))
         packet.time_base = Fraction(1, self._ticks)
         packet.pts, packet.duration = self._held[shown]
         packet.dts = self._stored_at(stored)
+        self._first = packet.dts if self._first is None else self._first
         for number in [number for number in self._held if number < stored]:
             del self._held[number]  # no later packet is stored or shown before this one
 

@@ -131,8 +131,7 @@ def write_shown(
             timing = Timing(rate)
             pictures = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
-            for packet in encode_pictures(stream, pictures):
-                timing.apply(packet)
+            for packet in timing.timed(encode_pictures(stream, pictures)):
                 if others is None:
                     container.mux(packet)
                 else:

@@ -89,7 +89,10 @@ class Interpolator:
         if count == 1:
             raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
         last = before.picture
-        yield replace(last, seconds=last.seconds / self._options.factor)
+        # one that is held long stays: only one of an even rate is cut to the new rate
+        usual = 1 / clip.rate if clip.rate else last.seconds
+        shown = max(last.seconds / self._options.factor, last.seconds - usual)
+        yield replace(last, seconds=shown)
         cuts.report()
 
     def _pair(self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: Cuts) -> Iterator[Picture]:

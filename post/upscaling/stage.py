@@ -86,9 +86,9 @@ class UpscalerStage:
         while some := list(islice(pictures, fitting.batch)):
             enlarged = self.enlarge([picture.pixels for picture in some], (made.height, made.width), fitting)
             for index, picture in enumerate(some):
-                pixels = to_pixels(enlarged[index : index + 1], clip.is_deep)
-                yield replace(picture, pixels=pixels)
-            del enlarged, some
+                # in no name of its own: it would live on while the next one is made
+                yield replace(picture, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
+            del enlarged, some, picture
 
     @torch.no_grad()
     def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: Fitting) -> Tensor:

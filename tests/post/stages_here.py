@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.asking import Answer
-from modules.errors import UserError
 from modules.media.options import FormatOptions
 from modules.media.reading import video_frames
 from modules.media.writing import write_video
@@ -87,7 +86,7 @@ class Smoother:
 class Refusing:
     """Fails at the picture of that number, or at the end."""
 
-    error: UserError
+    error: Exception
     at: int | None = None
     name: str = "refusing"
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import post.stages
 from modules.compile_options import Compilation
 from modules.errors import OptionError
+from post.chain_options import read_chain
 from post.compiling import check_compiling, compile_parts
 from post.network_options import NetworkOptions
+from post.run import run_chain
 from post.upscaling.files import load_upscaler
+from tests.post.stages_here import write_clip
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
 
 CPU = torch.device("cpu")
@@ -55,12 +59,44 @@ def test_compiled_networks_compute_the_same(tmp_path: Path, write: object, forms
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_compiling(options(False), CPU)
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
     import torch._inductor.cpp_builder
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_compiling_without_a_compiler_is_refused() -> None:
+    check_compiling(options(False), CPU)
     with pytest.raises(OptionError, match=r"needs a C\+\+ compiler.*--compile"):
         check_compiling(options(True), CPU)
-    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_it_is_refused_for_a_later_tool_before_any_network_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, model = write_clip(tmp_path / "a.mp4"), str(write_rrdb(tmp_path / "x.safetensors"))
+    words = [
+        "--input",
+        str(clip),
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "new/a.mkv"),
+    ]
+    chain = read_chain("upscaler", "", [*words, "--then", "upscaler", "--model", model, "--compile"])
+    loaded = []
+    monkeypatch.setattr(post.stages, "make_stage", lambda *given: loaded.append(given))
+
+    with pytest.raises(OptionError, match=r"--then upscaler: .*needs a C\+\+ compiler"):
+        run_chain(chain)
+
+    assert not loaded
+    assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from modules.asking import Answer, ask_at_console
 from modules.errors import MediaError, OptionError, OutputError
@@ -80,6 +81,21 @@ def test_of_a_folder_all_videos_and_pictures_but_no_results(tmp_path: Path) -> N
     assert [job.source.name for job in jobs] == ["a.mkv", "b.mp4", "d_SWIN_VFI.mp4", "e.png"]
     assert [job.output.name for job in jobs][-2:] == ["d_SWIN_VFI_SWIN.mp4", "e_SWIN.png"]
     assert [job.source.name for job in of_videos] == ["a.mkv", "b.mp4", "d_SWIN_VFI.mp4"]
+
+
+def test_a_tool_between_pictures_takes_the_videos_and_animations_of_a_folder(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.3GP", "c.mts"):
+        write_clip(tmp_path / "clip.mp4").rename(tmp_path / name)
+    first, *others = [Image.fromarray(frame) for frame in moving_square(2, 16, 16, 1)]
+    for name in ("d.gif", "e.webp"):
+        first.save(tmp_path / name, save_all=True, append_images=others, duration=100)
+    for name in ("f.gif", "g.png", "h.webp"):
+        first.save(tmp_path / name)
+
+    jobs = plan_jobs(chain_of(TOOL, tmp_path, needs_video=True), Asked())
+
+    assert [job.source.name for job in jobs] == ["a.mp4", "b.3GP", "c.mts", "d.gif", "e.webp"]
+    assert not any(job.is_picture for job in jobs)
 
 
 @pytest.mark.parametrize("given", ["a.mkv", "link.mkv", "hard.mkv", "sub/../a.mkv"])

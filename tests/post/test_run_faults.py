@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
-from modules.errors import MediaError, OutputError, UserError
+from modules.errors import MediaError, MemoryPlanError, OutputError, UserError
 from modules.media.writing import write_video
+from post.contract import Clip, Picture
 from post.naming import plan_jobs
 from post.run import run_jobs
 from post.stages import NamedStage
@@ -124,6 +128,50 @@ def test_of_several_files_the_others_go_on(tmp_path: Path, caplog: pytest.LogCap
     assert failure.value.exit_code == 1
     assert files_in(tmp_path) == {"a.mp4", "a_SAME.mp4", "b.mkv", "b.webp", "c.mp4", "c_SAME.mp4"}
     assert any("b.mkv is skipped. MediaError" in message for message in caplog.messages)
+
+
+LACKS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", LACKS, ids=lambda error: type(error).__name__)
+def test_a_lack_of_memory_is_said_with_what_to_do(error: Exception, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4")
+
+    with pytest.raises(MemoryPlanError) as failure:
+        run_stages([Larger(), Refusing(error, 2), Same()], clip)
+
+    first, *others = str(failure.value).splitlines()
+    assert first.startswith("--then refusing: there is too little memory for pictures of 96 x 64 (")
+    assert len(others) == 1
+    assert "--dtype" in others[0]
+    assert files_in(tmp_path) == {"a.mp4"}
+
+
+def test_a_lack_of_memory_at_one_file_gives_the_memory_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        write_clip(tmp_path / f"{name}.mp4", frames=2)
+    living: list[weakref.ref[object]] = []
+    at_start = []
+
+    class Heavy(Same):
+        def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+            at_start.append(sum(ref() is not None for ref in living))
+            tensor = torch.zeros(8)
+            living.append(weakref.ref(tensor))
+            yield next(pictures)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="2 of 2 failed"):
+        run_stages([Heavy()], tmp_path)
+
+    assert at_start == [0, 0]
+    assert not any(record.exc_info for record in caplog.records)  # no traceback
 
 
 def test_files_that_all_fail_alike_end_with_the_code_of_their_error(tmp_path: Path) -> None:

@@ -76,6 +76,22 @@ def test_a_variable_rate_is_read_back_as_it_was(tmp_path: Path, codec: str, suff
     assert written.seconds == starts[-1]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_picture_that_is_held_near_the_end_counts(tmp_path: Path, suffix: str, after: int) -> None:
+    rate = Fraction(25)
+    starts = [*at_rate(rate, 25), *(3 + index / rate for index in range(after + 1))]  # held for two seconds
+    path = tmp_path / f"clip{suffix}"
+
+    write_shown(path, shown(starts), rate, "h264", preset="medium")  # faster ones keep the pictures' order
+
+    back = list(shown_frames(path))
+    assert len(back) == len(starts) - 1
+    assert abs(back[-1].start + back[-1].seconds - starts[-1]) <= Fraction(1, 1000)
+    with av.open(str(path)) as container:
+        assert abs(Fraction(container.duration, 1_000_000) - starts[-1]) <= Fraction(1, 1000)
+
+
 @pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("prores", ".mkv")])
 @pytest.mark.parametrize("deep", [False, True])
 def test_colours_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -> None:

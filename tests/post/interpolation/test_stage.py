@@ -79,6 +79,19 @@ class Counting:
         return self.inner.flow(first, second)
 
 
+def test_a_last_picture_that_is_held_stays_as_long(folder: Path) -> None:
+    stage = make_interpolation(options(folder, factor=4), CPU)
+    pixels = moving(1)[0]
+    pictures = [Picture(pixels, Fraction(i, 24), Fraction(1, 24)) for i in range(2)]
+
+    ends = []
+    for seconds in (Fraction(1, 24), Fraction(3)):
+        *_, last = stage.run(iter([pictures[0], replace(pictures[1], seconds=seconds)]), CLIP)
+        ends.append(last.start + last.seconds)
+
+    assert ends == [Fraction(1, 24) + Fraction(1, 96), Fraction(3)]
+
+
 def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Path) -> None:
     networks = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
     counting = Counting(networks.estimator)
