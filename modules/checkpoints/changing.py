@@ -65,7 +65,7 @@ class NewFile:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 

@@ -103,6 +103,24 @@ def shapes_of(
     return shape
 
 
+def checked_shapes_of(
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError
+) -> Callable[..., tuple[int, ...]]:
+    """Return a function: our name, number of axes (default 4) -> shape of the tensor in the file.
+
+    It raises `wrong` if the tensor has another number of axes or no values, and as that of `shapes_of`.
+    """
+    shape_of = shapes_of(checkpoint, sources)
+
+    def shape(name: str, axes: int = 4) -> tuple[int, ...]:
+        found = shape_of(name)
+        if len(found) != axes or 0 in found:
+            raise wrong
+        return found
+
+    return shape
+
+
 @dataclass(frozen=True)
 class DitShapes:
     """Hold the shapes of a transformer's tensors, from which its dimensions are read."""

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, pad, scaled_dot_product_attention, silu
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
@@ -293,18 +293,11 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
         raise other
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources)
-
-    def sizes(name: str) -> tuple[int, ...]:
-        found = shape(name)
-        if len(found) != 2 or 0 in found:
-            raise other
-        return found
-
+    shape = checked_shapes_of(checkpoint, sources, other)
     encoder, generator = (_blocks(part, checkpoint) for part in ("encoder", "generator"))
-    places, tokens = sizes("position_emb")
-    codes, code_width = sizes("quantize.embedding.weight")
-    hidden, layers = sizes("ft_layers.0.linear1.weight")[0], count(names, r"ft_layers\.\d+")
+    places, tokens = shape("position_emb", 2)
+    codes, code_width = shape("quantize.embedding.weight", 2)
+    hidden, layers = shape("ft_layers.0.linear1.weight", 2)[0], count(names, r"ft_layers\.\d+")
     fused = {int(found[1]) for name in names if (found := re.match(r"fuse_convs_dict\.(\d{1,5})\.", name))}
     config = CodeFormerConfig(
         encoder, generator, places, tokens, hidden, layers, (codes, code_width), tuple(sorted(fused))

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, leaky_relu
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
 
 # Letters: B faces, C channels, h w height and width of features, S side of a face in pixels
@@ -209,36 +209,26 @@ def _steering(width_in: int, width: int) -> nn.Sequential:
 def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
     """Plan how to load a GFPGAN file. Raises CheckpointError for any other file."""
     names = checkpoint.tensors
+    other = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
-        raise other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+        raise other
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources)
+    shape = checked_shapes_of(checkpoint, sources, other)
     levels = count(names, r"conv_body_down\.\d+")
-
-    def rows(name: str) -> int:
-        found = shape(name)
-        if len(found) < 2 or 0 in found:
-            raise other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
-        return found[0]
-
-    def channels(name: str) -> int:
-        rows(name)
-        return shape(name)[1]
-
     body = (
-        rows("conv_body_first.weight"),
-        *(rows(f"conv_body_down.{n}.conv2.weight") for n in range(levels)),
+        shape("conv_body_first.weight")[0],
+        *(shape(f"conv_body_down.{n}.conv2.weight")[0] for n in range(levels)),
     )
     start = "stylegan_decoder."
     config = GfpganConfig(
         body,
         (
-            channels(f"{start}constant_input.weight"),
-            *(channels(f"{start}style_convs.{2 * n}.modulated_conv.weight") for n in range(levels)),
+            shape(f"{start}constant_input.weight")[1],
+            *(shape(f"{start}style_convs.{2 * n}.modulated_conv.weight", 5)[1] for n in range(levels)),
         ),
-        channels(f"{start}style_conv1.modulated_conv.modulation.weight"),
-        tuple(rows(f"condition_scale.{n}.2.weight") for n in range(levels)),
+        shape(f"{start}style_conv1.modulated_conv.modulation.weight", 2)[1],
+        tuple(shape(f"condition_scale.{n}.2.weight")[0] for n in range(levels)),
     )
     if any(some > all_of for some, all_of in zip(config.steered, config.decoder[1:], strict=True)):
-        raise other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+        raise other
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
 
 # Letters: B faces, C channels, h w height and width
@@ -106,22 +106,20 @@ def face_parts(scores: Tensor) -> Tensor:
 
 def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     """Plan how to load a ParseNet file. Raises CheckpointError for any other file."""
+    other = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
-        raise other_kind(checkpoint, "a ParseNet", "the folder of --model", FILES)
+        raise other
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources)
+    shape = checked_shapes_of(checkpoint, sources, other)
 
     def rows(name: str) -> int:
-        found = shape(f"{name}.conv2d.weight")
-        if len(found) != 4 or 0 in found:
-            raise other_kind(checkpoint, "a ParseNet", "the folder of --model", FILES)
-        return found[0]
+        return shape(f"{name}.conv2d.weight")[0]
 
     downs = count(sources, r"encoder\.\d+") - 1
     ups = count(sources, r"decoder\.\d+")
     down = (rows("encoder.0"), *(rows(f"encoder.{n + 1}.conv1") for n in range(downs)))
     up = (down[-1], *(rows(f"decoder.{n}.conv1") for n in range(ups)))
     if downs != ups or rows("out_mask_conv") != CLASSES:
-        raise other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
+        raise other
     config = ParseNetConfig(down, count(sources, r"body\.\d+"), up)
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

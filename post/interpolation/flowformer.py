@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from post.interpolation.contract import Encoded
 from post.interpolation.correlation import Correlation
@@ -98,14 +98,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     wanted = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
     if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
         raise wanted
-    shape_of = shapes_of(checkpoint, sources)
-
-    def shape(name: str, axes: int = 4) -> tuple[int, ...]:
-        found = shape_of(name)
-        if len(found) != axes or 0 in found:
-            raise wanted
-        return found
-
+    shape = checked_shapes_of(checkpoint, sources, wanted)
     features = _read_trunk("memory_encoder.feat_encoder.svt", shape)
     context = _read_trunk("context_encoder.svt", shape)
     matching = shape("memory_encoder.channel_convertor.weight")[0]

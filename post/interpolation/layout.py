@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Set
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind, rename_sources
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from post.interpolation.correlation import CHANNELS
 from post.interpolation.gimm import GimmConfig
@@ -24,13 +24,10 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     other = other_kind(checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb")
     if not {"hyponet.params_dict.linear_wb0", "amt_init_decoder.convblock.4.weight"} <= sources.keys():
         raise other
-    shape = shapes_of(checkpoint, sources)
+    shape = checked_shapes_of(checkpoint, sources, other)
 
     def of(name: str, axes: int = 4) -> tuple[int, ...]:
-        found = shape(f"{name}.weight" if axes == 4 else name)
-        if len(found) != axes or 0 in found:
-            raise other
-        return found
+        return shape(f"{name}.weight" if axes == 4 else name, axes)
 
     layers = count((f"{name}." for name in sources), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(of(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))

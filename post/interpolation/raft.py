@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, instance_norm, relu, unfold
 
-from modules.checkpoints.dialects import LoadPlan, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from post.interpolation.contract import Encoded
 from post.interpolation.correlation import CHANNELS, Correlation, grid_of
@@ -246,13 +246,10 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
     wanted = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
     if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
         raise wanted
-    shape = shapes_of(checkpoint, sources)
+    shape = checked_shapes_of(checkpoint, sources, wanted)
 
     def rows(name: str) -> int:
-        found = shape(f"{name}.weight")
-        if len(found) != 4 or 0 in found:
-            raise wanted
-        return found[0]
+        return shape(f"{name}.weight")[0]
 
     hidden = rows("update_block.gru.convz1")
     encoder = "update_block.encoder."
