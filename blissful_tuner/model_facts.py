@@ -84,10 +84,11 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
 
 def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
     """Yield the facts as lines. listed: the tensors to list; None: none is listed."""
-    yield f"{facts.path}: {shorten(facts.what, MOST_OF_KIND)}"
+    yield f"{facts.path}: {shorten(_in_one_line(facts.what), MOST_OF_KIND)}"
     files = f", {len(facts.files)} files" if len(facts.files) > 1 else ""
     yield f"container: {facts.container}{files}, {as_size(facts.file_bytes)}"
-    yield f"tensors: {len(facts.tensors)}, with {facts.numbers:,} numbers"
+    numbers = "1 number" if facts.numbers == 1 else f"{facts.numbers:,} numbers"
+    yield f"tensors: {len(facts.tensors)}, with {numbers}"
     for name, count, size_bytes in dtypes_of(facts.tensors):
         yield f"  {name}: {count_of(count, 'tensor')}, {as_size(size_bytes)} ({size_bytes:,} bytes)"
     if facts.left_out:
@@ -99,7 +100,7 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
         if len(facts.metadata) > MOST_VALUES:
             yield f"  and {len(facts.metadata) - MOST_VALUES} more, which metaview.py shows"
     for name, info in (listed or {}).items():
-        yield f"{name}: {list(info.shape)} ({dtype_name(info.dtype)})"
+        yield f"{_in_one_line(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
 
 
 def as_json(
@@ -147,8 +148,8 @@ def file_hashes(path: Path) -> dict[str, str]:
     read.
     """
     whole, data, old = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    has_data = is_safetensors(path)
     try:
+        has_data = is_safetensors(path)
         size = path.stat().st_size
         with path.open("rb") as file, Bar(size, f"Reading {path.name}", BYTES) as bar:
             start = 8 + int.from_bytes(file.read(8), "little") if has_data else 0
@@ -170,4 +171,8 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _line(text: str) -> str:
-    return shorten(text.replace("\n", "\\n"), MOST_OF_VALUE)
+    return shorten(_in_one_line(text), MOST_OF_VALUE)
+
+
+def _in_one_line(text: str) -> str:
+    return text.replace("\n", "\\n")

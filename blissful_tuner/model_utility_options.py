@@ -57,10 +57,9 @@ class ModelUtilityOptions:
                 "--target_keys and --exclude_keys say which tensors --dtype casts and --inspect lists: give "
                 "one of these; --full_target_keys and --full_exclude_keys leave tensors out"
             )
-        if any(not text for text in (*(self.target_keys or ()), *(self.full_target_keys or ()))):
-            raise OptionError("--target_keys: an empty text is in every name. Leave it out")
-        if any(not text for text in (*(self.exclude_keys or ()), *(self.full_exclude_keys or ()))):
-            raise OptionError("--exclude_keys: an empty text is in every name. Leave it out")
+        for option in ("target_keys", "exclude_keys", "full_target_keys", "full_exclude_keys"):
+            if "" in (getattr(self, option) or ()):
+                raise OptionError(f"--{option}: an empty text is in every name. Leave it out")
         if self.shard_size is not None and self.shard_bytes < LEAST_SHARD:
             raise OptionError(f"--shard_size {self.shard_size}: give a size such as 5GB or 500MB")
 
@@ -98,6 +97,13 @@ def add_model_utility_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model (.safetensors, .sft, .pt, .pth, .bin, .ckpt), one of its shards, an index.json, or a "
         "folder with all files of a model",
     )
+    _add_showing(parser)
+    _add_writing(parser)
+    _add_names(parser)
+    _add_safety(parser)
+
+
+def _add_showing(parser: argparse.ArgumentParser) -> None:
     show = parser.add_argument_group(
         "what is shown; without any of these what the file is, its dtypes and sizes"
     )
@@ -108,6 +114,9 @@ def add_model_utility_arguments(parser: argparse.ArgumentParser) -> None:
         help="show SHA-256 of each file, and the checksums that model browsers look LoRAs up by",
     )
     show.add_argument("--json", action="store_true", help="print JSON; values as they are stored")
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
     write = parser.add_argument_group("what is written")
     write.add_argument(
         "--convert",
@@ -129,41 +138,18 @@ def add_model_utility_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="cut the model into files of at most this size, such as 5GB, with an index as on Hugging Face",
     )
+
+
+def _add_names(parser: argparse.ArgumentParser) -> None:
     names = parser.add_argument_group("names of tensors")
-    names.add_argument(
-        *("--target_keys", "--dtype_target_keys"),
-        dest="target_keys",
-        type=str,
-        nargs="*",
-        default=None,
-        metavar="TEXT",
-        help="cast and list only tensors with one of these texts in their names",
-    )
-    names.add_argument(
-        *("--exclude_keys", "--dtype_exclude_keys"),
-        dest="exclude_keys",
-        type=str,
-        nargs="*",
-        default=None,
-        metavar="TEXT",
-        help="do not cast or list tensors with one of these texts in their names",
-    )
-    names.add_argument(
-        "--full_target_keys",
-        type=str,
-        nargs="*",
-        default=None,
-        metavar="TEXT",
-        help="write only tensors with one of these texts in their names",
-    )
-    names.add_argument(
-        "--full_exclude_keys",
-        type=str,
-        nargs="*",
-        default=None,
-        metavar="TEXT",
-        help="do not write tensors with one of these texts in their names",
-    )
+    for options, what in (
+        (("--target_keys", "--dtype_target_keys"), "cast and list only tensors with"),
+        (("--exclude_keys", "--dtype_exclude_keys"), "do not cast or list tensors with"),
+        (("--full_target_keys",), "write only tensors with"),
+        (("--full_exclude_keys",), "do not write tensors with"),
+    ):
+        help_text = f"{what} one of these texts in their names"
+        names.add_argument(*options, type=str, nargs="*", default=None, metavar="TEXT", help=help_text)
     names.add_argument(
         "--strip_prefix",
         type=str,
@@ -175,6 +161,9 @@ def add_model_utility_arguments(parser: argparse.ArgumentParser) -> None:
     names.add_argument(
         "--add_prefix", type=str, default=None, metavar="TEXT", help="put this before all names"
     )
+
+
+def _add_safety(parser: argparse.ArgumentParser) -> None:
     safety = parser.add_argument_group("safety")
     safety.add_argument(
         "--weights_only",

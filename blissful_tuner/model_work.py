@@ -8,18 +8,19 @@ from pathlib import Path
 
 from blissful_tuner.model_facts import Facts, as_json, as_lines, dtypes_of, facts_of, file_hashes
 from blissful_tuner.model_utility_options import ModelUtilityOptions
+from modules.asking import Answer, ask_to_replace, ask_yes_or_no
 from modules.checkpoints.changing import Change, NewFile, Selection, plan_change
-from modules.checkpoints.gathering import gather
+from modules.checkpoints.gathering import INDEX, gather
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint
 from modules.checkpoints.sharding import existing_shards, split, write_shards
 from modules.checkpoints.writing import stream_tensors
-from modules.console import as_size
+from modules.console import as_size, count_of
 from modules.contract.loading import TensorInfo
 from modules.control_codes import escape_control_codes
 from modules.devices import dtype_named
 from modules.errors import OptionError
-from modules.output_files import ask_to_replace, check_output_file, refuse_replacing
+from modules.output_files import check_output_file, refuse_replacing
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +38,31 @@ class Knowledge:
     stale: tuple[str, ...]  # how metadata begin that are true of a LoRA's own tensors only
 
 
-def work(options: ModelUtilityOptions, knowledge: Knowledge, ask: Callable[[str], str] | None = None) -> None:
+def work(
+    options: ModelUtilityOptions,
+    knowledge: Knowledge,
+    ask: Callable[[str], Answer | None] = ask_yes_or_no,
+) -> None:
     """Show what a file is, and write it anew if that is asked for.
 
-    ask: answers a question; default: the user at the terminal. Raises UserError.
+    ask: answers whether files that exist are replaced. Raises UserError.
     """
     output = None if options.convert is None else output_name(options.convert, options.shard_size is not None)
     with gather(options.input) as checkpoint:
         plan, replaced = None, []
         if output is not None:
             replaced = [output] if options.shard_size is None else [output, *existing_shards(output)]
+            indexes = list(options.input.glob(f"*{INDEX}")) if options.input.is_dir() else []
             for path in replaced:
-                refuse_replacing(OPTION, path, [*checkpoint.parts, options.input])
+                refuse_replacing(OPTION, path, [*checkpoint.parts, options.input, *indexes])
             plan = plan_change(checkpoint, change_of(options), knowledge.stale)
             ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         if output is not None and plan is not None:
             written = _write(output, plan, options.shard_bytes)
-            for path in set(replaced) - set(written):  # what would be taken for the new model, too
-                path.unlink(missing_ok=True)
+            for path in replaced:  # what would be taken for the new model, too
+                if path not in written:
+                    path.unlink(missing_ok=True)
 
 
 def output_name(path: Path, in_shards: bool) -> Path:
@@ -157,5 +164,5 @@ def _write(output: Path, plan: NewFile, shard_bytes: int) -> list[Path]:
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
         paths, what = [output], str(output)
     kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in dtypes_of(plan.tensors))
-    logger.info("Written: %s (%d tensors: %s)", what, len(plan.tensors), kinds)
+    logger.info("Written: %s (%s: %s)", what, count_of(len(plan.tensors), "tensor"), kinds)
     return paths

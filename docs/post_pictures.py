@@ -44,8 +44,10 @@ GAP = 4  # pixels between pictures
 CPU = torch.device("cpu")
 
 # the upscaler that learns here
-RRDB = RrdbConfig(features=24, growth=12, blocks=2, doublings=2, unshuffle=2, has_shortcuts=False)
-STEPS, BATCH, RATE = 1500, 8, 1e-3
+RRDB = RrdbConfig(features=16, growth=8, blocks=1, doublings=1, unshuffle=1, has_shortcuts=False)
+STEPS, BATCH, RATE = 700, 6, 2e-3
+FORMS = 12  # in a picture that it learns from
+COLOURS = 3
 UNSEEN = (("star", "yellow"), ("ring", "red"), ("cross", "white"), ("diamond", "green"))  # it learns others
 SHOWN = 4  # how much larger the picture shows its pixels
 
@@ -91,12 +93,11 @@ def learned_upscaler() -> RRDBNet:
     """Return a network that has learned to undo the halving of pictures with circles, squares, triangles."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    network = RRDBNet(RRDB)
+    network = repeating(RRDBNet(RRDB))
     optimizer = torch.optim.Adam(network.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, cycle_momentum=False)
     for _ in range(STEPS):
-        scenes = (drawing.scene(random, two=0.5) for _ in range(BATCH))
-        frames = [drawing.draw(scene, int(random.integers(drawing.FRAMES)), 1)[0] for scene in scenes]
+        frames = [crowded(random) for _ in range(BATCH)]
         large = torch.cat([to_tensor(frame, CPU) for frame in frames])
         small = torch.cat([to_tensor(halved(frame), CPU) for frame in frames])
         optimizer.zero_grad()
@@ -104,6 +105,33 @@ def learned_upscaler() -> RRDBNet:
         optimizer.step()
         schedule.step()
     return network.eval()
+
+
+def crowded(random: np.random.Generator) -> Frame:
+    """Return a picture with many forms of the pocket model, which hide each other in part."""
+    side = drawing.SIZE
+    fine = np.empty((side * drawing.FINE, side * drawing.FINE, 3), np.uint8)
+    fine[:] = drawing.GROUNDS[drawing.pick(random, tuple(drawing.GROUNDS))]
+    for _ in range(FORMS):
+        colour = drawing.near(random, drawing.COLOURS[drawing.pick(random, tuple(drawing.COLOURS))], 40)
+        x, y = random.uniform(0, side, 2)
+        form = drawing.pick(random, drawing.SHAPES)
+        drawing.paint(fine, form, (x, y), random.uniform(6, 26), colour)
+    return cv2.resize(fine, (side, side), interpolation=cv2.INTER_AREA)
+
+
+def repeating(network: RRDBNet) -> RRDBNet:
+    """Let a network begin by repeating pixels, beside random features: what is missing is learned faster."""
+    with torch.no_grad():
+        for convolution in (network.conv_first, network.conv_up1, network.conv_hr):
+            passed = torch.nn.init.dirac_(torch.empty_like(convolution.weight))
+            convolution.weight[:COLOURS] = passed[:COLOURS]
+            convolution.bias[:COLOURS] = 0
+        network.conv_body.weight[:COLOURS] = 0
+        network.conv_body.bias[:COLOURS] = 0
+        torch.nn.init.dirac_(network.conv_last.weight)
+        network.conv_last.bias.zero_()
+    return network
 
 
 def unseen_forms() -> Frame:
@@ -128,10 +156,11 @@ def halved(frame: Frame) -> Frame:
 def draw_blur(folder: Path, path: Path) -> None:
     """Write frames in which a face is missed: above only what is found is blurred, below as the tool does."""
     detector = write_red_detector(folder / "red.safetensors", BOX)
-    write_video(folder / "clip.mp4", [clown(index) for index in range(COUNT)], 12)
+    clip = folder / "clip.mkv"
+    write_video(clip, [clown(index) for index in range(COUNT)], 12, "prores")
     rows = []
     for name, held in (("found", ["--hold", "0", "--lookback", "0"]), ("held", [])):
-        files = ["--input", str(folder / "clip.mp4"), "--output", str(folder / f"{name}.mkv")]
+        files = ["--input", str(clip), "--output", str(folder / f"{name}.mkv")]
         yolo_blur.main([*files, "--model", str(detector), "--device", "cpu", *held])
         frames = list(video_frames(folder / f"{name}.mkv"))
         rows.append(row([larger(frames[index], 2) for index in FRAMES]))

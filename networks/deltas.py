@@ -96,9 +96,9 @@ def _fault_in_shapes(factors: Factors) -> str | None:
 
 
 def rank_of(factors: Factors) -> int | None:
-    """Return the inner size of the factors; None if they are stored as one matrix."""
+    """Return the inner size of the factors; None if they are stored as one matrix, or are single numbers."""
     for part in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if part in factors:
+        if part in factors and factors[part].ndim:
             return int(factors[part].shape[0])
     return None
 

@@ -4,10 +4,10 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 
+from modules.asking import Answer, ask_at_console
 from modules.atomic_write import make_folder
 from modules.devices import choose_device
 from modules.failures import Failures
-from post.asking import Answer, ask_at_console
 from post.chain_options import Chain, in_words
 from post.naming import Job, plan_jobs, tell_suffix
 from post.pictures import run_picture

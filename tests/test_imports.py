@@ -28,7 +28,7 @@ FLOORS = {
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "fp8", "installation", "options"},
-        {"command", "console", "environment", "output_files"},
+        {"asking", "command", "console", "environment", "output_files"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
@@ -48,8 +48,8 @@ FLOORS = {
         {"commands"},
     ),
     "post": (
-        {"asking", "contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
-        {"compiling", "pixels", "precision"},
+        {"contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
+        {"compiling", "pixels", "precision", "sizes"},
         {"faces", "interpolation", "upscaling"},
         {"blurring"},
         {"making", "tools_options"},
@@ -91,6 +91,7 @@ LIGHT_FILES = {
     "modules/installation.py",
     "modules/interpreter.py",
     "modules/version.py",
+    "modules/asking.py",
     "modules/output_files.py",
     "modules/text_files.py",
     "modules/text_encodings.py",

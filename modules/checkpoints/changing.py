@@ -14,12 +14,14 @@ from torch import Tensor
 
 from modules.checkpoints.finite import is_finite
 from modules.checkpoints.opening import Checkpoint, plain_sources, scales_in
+from modules.console import count_of
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
-from modules.fp8.weights import dequantise
+from modules.fp8.weights import dequantise, is_fp8
 
 QUANTISATION = "_quantization_metadata"  # ComfyUI's record of layers in 8 bits
+NO_NAME = "__metadata__"  # taken in the header of a safetensors file
 _MARKER = "scaled_fp8"  # a tensor that says that weights have scales
 # what belongs to the weight of a layer in 8 bits, beside its scale
 _COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")
@@ -78,8 +80,13 @@ def plan_change(checkpoint: Checkpoint, change: Change, stale: Sequence[str] = (
     _check_selections(checkpoint, change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = scales_in(checkpoint.tensors)
-    unscaled = {  # weights that are multiplied by their scales
-        name for name in names if name in scales and name in plain and change.cast.takes(name)
+    unscaled = {  # weights that are multiplied by their scales; whole numbers stay, with theirs
+        name
+        for name in names
+        if name in scales
+        and name in plain
+        and change.cast.takes(name)
+        and is_fp8(checkpoint.tensors[name].dtype)
     }
     names = _without_companions(checkpoint, names, unscaled)
     _check_pairs(checkpoint, names, scales, unscaled)
@@ -102,7 +109,9 @@ def plan_change(checkpoint: Checkpoint, change: Change, stale: Sequence[str] = (
 
     metadata, notes = _metadata(checkpoint, change, unscaled, stale)
     if unscaled:
-        notes.append(f"{len(unscaled)} weights in 8 bits are multiplied by their scales, which are left out")
+        notes.append(
+            f"in 8 bits: {count_of(len(unscaled), 'weight')}, multiplied by their scales, which are left out"
+        )
     if checkpoint.left_out:
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
     dropped = len([name for name in checkpoint.tensors if not change.kept.takes(name)])
@@ -127,8 +136,13 @@ def _check_selections(checkpoint: Checkpoint, change: Change, names: Sequence[st
         before = replace(change, strip=change.strip[:index], add="")
         if not any(rename(name, before).startswith(prefix) for name in names):
             raise OptionError(f"--strip_prefix {prefix}: no tensor's name begins so, such as {names[0]}")
-    if "" in {rename(name, replace(change, add="")) for name in names}:
+    if change.strip and any(not rename(name, replace(change, add="")) for name in names):
         raise OptionError(f"--strip_prefix {' '.join(change.strip)} leaves nothing of a tensor's name")
+    if NO_NAME in {rename(name, change) for name in names}:
+        raise OptionError(
+            f"a tensor would be called {NO_NAME}, which stands for the metadata: leave it out with "
+            f"--full_exclude_keys {NO_NAME}, or give an --add_prefix"
+        )
 
 
 def _without_companions(checkpoint: Checkpoint, names: Sequence[str], unscaled: set[str]) -> list[str]:
@@ -158,11 +172,19 @@ def _as_dtype(
 ) -> Tensor:
     if scale is None and tensor.dtype == dtype:
         return tensor
-    made = dequantise(tensor, scale, dtype)
+    try:
+        made = dequantise(tensor, scale, dtype)
+    except RuntimeError as error:
+        shape = None if scale is None else list(scale.shape)
+        raise CheckpointError(
+            f"{checkpoint.path}: the scale of {name} has the shape {shape}, which does not fit "
+            f"{list(tensor.shape)}. Download or copy the file again.",
+            checkpoint.path,
+        ) from error
     if not is_finite(made) and is_finite(tensor):
         raise CheckpointError(
             f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot hold. Use --dtype "
-            f"bf16, or --exclude_keys {name}.",
+            f"{'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
             checkpoint.path,
         )
     return made

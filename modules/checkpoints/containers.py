@@ -57,6 +57,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+# of the format, but of no model that can be used here: 4 and 6 bits, complex numbers
+OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 class TensorFile(Protocol):
@@ -202,6 +204,12 @@ class SafetensorsFile:
         return metadata, entries, 8 + length
 
     def _entry(self, name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int]:
+        if entry["dtype"] in OTHER_DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name} is of type {entry['dtype']}, which is not supported. Give the bf16, "
+                "fp16 or fp8 file of the model.",
+                self.path,
+            )
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise ValueError(f"{name} has the unknown type {entry['dtype']}")
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
@@ -238,6 +246,10 @@ class TorchFile:
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
         size, known = path.stat().st_size, set(SAFETENSORS_DTYPES.values())
+        try:
+            "".join(self.tensors).encode("utf-8")
+        except UnicodeEncodeError as error:  # it could not be shown, nor written again
+            raise _pickle_damage_error(path, f"a tensor's name is no text ({error})") from error
         for name, info in self.tensors.items():
             if info.dtype not in known:
                 raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from modules.checkpoints.containers import TensorFile
-from modules.checkpoints.opening import SUFFIXES, Checkpoint, checkpoint_paths, open_files
+from modules.checkpoints.opening import SUFFIXES, Checkpoint, checkpoint_paths, open_files, require_all_shards
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 
@@ -60,6 +60,7 @@ def _parts_of(path: Path) -> tuple[list[Path], Path | None]:
     indexes = sorted(path.glob(f"*{INDEX}"))
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if not indexes and found:
+        require_all_shards(found)
         return found, None
     parts = checkpoint_paths(path)  # raises for none, and for several indexes
     for file in sorted(set(found) - set(parts)):

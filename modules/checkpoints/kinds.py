@@ -44,7 +44,7 @@ OF_FAMILIES: Marks = (
     ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
 )
 
-# networks that work on finished videos, and preview decoders; no file has the marks of two
+# networks that work on finished videos, and preview decoders; of those that have two marks the first counts
 OF_TOOLS: Marks = (
     (
         "layers.0.residual_group.overlap_attn.relative_position_bias_table",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,11 +21,13 @@ from torch import Tensor
 from modules.checkpoints.containers import TensorFile, open_file
 from modules.checkpoints.sources import TensorSource
 from modules.contract.loading import TensorInfo
+from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, is_fp8, store_scale
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
+MOST_OF_NAME = 200  # characters of a name there
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
@@ -158,20 +161,29 @@ def checkpoint_paths(path: Path) -> list[Path]:
         ) from error
     if path.name.endswith(".index.json"):
         return _read_index(path)
-    shard = _SHARD.fullmatch(path.name)
-    if shard is None:
-        return [path]
+    return [path] if _SHARD.fullmatch(path.name) is None else _require_existing(path, _shards_of(path.name))
+
+
+def require_all_shards(files: Sequence[Path]) -> None:
+    """Raise CheckpointError if some are shards, by their names, of which others are not beside them."""
+    for file in files:
+        if _SHARD.fullmatch(file.name):
+            _require_existing(file, _shards_of(file.name))
+
+
+@lru_cache(maxsize=4)  # all shards of a model have the same
+def _shards_of(name: str) -> list[str]:
+    """Return the names of all shards of the model that a file of this name is one of."""
+    shard = _SHARD.fullmatch(name)
+    assert shard is not None
     count = int(shard["count"])
-    names = [
-        f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)
-    ]
-    return _require_existing(path, names)
+    return [f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)]
 
 
 def _read_index(path: Path) -> list[Path]:
     try:
         named = parse_json(read_text(path))["weight_map"]
-        names = sorted({str(Path(name)) for name in named.values()})
+        names = sorted({_name_below(name) for name in named.values()})
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,10 +193,26 @@ def _read_index(path: Path) -> list[Path]:
     return _require_existing(path, names)
 
 
+def _name_below(name: str) -> str:
+    """Return the name of a file in an index. Raises ValueError if it leads out of the index's folder."""
+    path = Path(name)
+    if path.is_absolute() or path.drive or ".." in path.parts:
+        raise ValueError(f"{shorten(name, MOST_OF_NAME)} is not in its folder")
+    return str(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
-    missing = [name for name in names if not (path.parent / name).is_file()]
+    missing = [name for name in names if not _is_file(path.parent / name)]
     if missing:
-        which = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
+        shown = [shorten(name, MOST_OF_NAME) for name in missing[:LISTED]]
+        which = ", ".join(shown) + (", ..." if len(missing) > LISTED else "")
         raise CheckpointError(
             f"{path}: {len(missing)} of its {len(names)} files are not beside it: {which}.", path
         )
@@ -199,6 +227,7 @@ def _folder_paths(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
     safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
     if not indexes and safe:
+        require_all_shards(safe)
         return safe
     if not indexes and len(files) == 1:
         return files
@@ -249,9 +278,10 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     """
     _refuse_foreign_quantisation(checkpoint)
     scales = scales_in(checkpoint.tensors)
+    beside = set(scales.values())
     sources = {}
     for name in checkpoint.tensors:
-        if name in scales.values() or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
+        if name in beside or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
         in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
         if name in scales:

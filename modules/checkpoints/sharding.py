@@ -13,6 +13,9 @@ from modules.atomic_write import atomic_files, write_text
 from modules.checkpoints.gathering import INDEX
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
+from modules.errors import OptionError
+
+MOST_SHARDS = 99_999  # their names have five digits
 
 
 def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
@@ -42,14 +45,17 @@ def index_path(path: Path) -> Path:
 
 
 def existing_shards(path: Path) -> list[Path]:
-    """Return the files of an earlier model of this name, cut into any number of files, and its index."""
+    """Return the index of an earlier model of this name, and the files, any number, that it was cut into.
+
+    Remove them in this order: an index must not lead to files that are gone.
+    """
     digits = "[0-9]" * 5
     found = [
         file
         for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}")
         if file.name[: -len(f"-00000-of-00000{path.suffix}")] == path.stem
     ]
-    return sorted(found) + ([index_path(path)] if index_path(path).exists() else [])
+    return ([index_path(path)] if index_path(path).exists() else []) + sorted(found)
 
 
 def write_shards(
@@ -62,9 +68,15 @@ def write_shards(
     """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
 
     path: what one file would be called. read: as for `stream_tensors`. Files of an earlier model of this name
-    are replaced; `existing_shards` tells which remain. Raises OutputError if a file cannot be written.
+    are replaced; `existing_shards` tells which remain. A kill may leave some of the files, which are refused
+    for those that lack, but never files of two models. Raises OutputError if a file cannot be written,
+    OptionError if there would be too many.
     """
     groups = split(tensors, most_bytes)
+    if len(groups) > MOST_SHARDS:
+        raise OptionError(
+            f"--shard_size: the model would be cut into {len(groups):,} files. Give a larger size"
+        )
     paths = shard_paths(path, len(groups))
     size_bytes = sum(info.size_bytes for info in tensors.values())
     weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
@@ -73,7 +85,7 @@ def write_shards(
         for group, target in zip(groups, paths, strict=True):
             stream_tensors(folder / target.name, group, read, metadata)
         write_text(folder / index_path(path).name, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        index_path(path).unlink(
-            missing_ok=True
-        )  # an old index must not lead to new files; the new one is last
+        # an old index must not lead to new files, nor old files lie among new ones; the new index is last
+        for old in (index_path(path), *paths):
+            old.unlink(missing_ok=True)
     return [*paths, index_path(path)]

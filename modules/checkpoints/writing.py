@@ -10,8 +10,9 @@ from torch import Tensor
 
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
-from modules.checkpoints.containers import SAFETENSORS_DTYPES
+from modules.checkpoints.containers import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
 from modules.contract.loading import TensorInfo
+from modules.errors import OutputError
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -27,10 +28,15 @@ def stream_tensors(
     tensors: what the file will hold; the header is made from it. read: returns the tensor of a name, on any
     device; called once for each, largest element size first, then by name, as the safetensors library
     orders its files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file
-    cannot be written.
+    cannot be written, or nothing could read it again.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header = _header({name: tensors[name] for name in order}, metadata)
+    if len(header) - 8 > MAX_HEADER_BYTES:
+        raise OutputError(
+            f"{path}: the names of its {len(tensors):,} tensors and its metadata take {len(header):,} bytes; "
+            f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
+        )
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
     with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
         file.write(header)

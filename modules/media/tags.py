@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 # metadata of cameras and editors, which hold a small picture written as letters, and any text like that
 _OF_PICTURES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
+LONGEST = 1 << 18  # letters that are looked through
 _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 
 
@@ -33,7 +34,11 @@ def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
 
     path: of the file that has them.
     """
-    left_out = [name for name, text in tags.items() if _OF_PICTURES.search(name) or _CODED.search(text)]
+    left_out = [
+        name
+        for name, text in tags.items()
+        if _OF_PICTURES.search(name) or len(text) > LONGEST or _CODED.search(text)
+    ]
     if left_out:
         logger.warning("%s: left out, because there may be a picture in it: %s", path, ", ".join(left_out))
     return {name: text for name, text in tags.items() if name not in left_out}

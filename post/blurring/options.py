@@ -79,6 +79,11 @@ def add_blur_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the result even if nothing was found in it; without it that is an error (exit code 3)",
     )
+    _add_look(parser)
+
+
+def _add_look(parser: argparse.ArgumentParser) -> None:
+    """Declare how what is found is hidden."""
     group = parser.add_argument_group("blur")
     group.add_argument("--method", type=str, default="blur", choices=METHODS, help="blur, or fill with black")
     group.add_argument(

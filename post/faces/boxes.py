@@ -20,14 +20,15 @@ def overlaps(box: Numbers, others: Numbers) -> Numbers:
 def best_of(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | None = None) -> list[int]:
     """Return the places of boxes that overlap no better one by more than that, best first.
 
-    Known as non-maximum suppression. most: how many at most. Of equal scores the first one is better.
+    Known as non-maximum suppression. most: how many at most. Of equal scores the first one is better. A box
+    that is not finite overlaps nothing.
     """
     waiting = np.argsort(-scores, kind="stable")
     kept: list[int] = []
     while len(waiting) and (most is None or len(kept) < most):
         best, waiting = int(waiting[0]), waiting[1:]
         kept.append(best)
-        waiting = waiting[overlaps(boxes[best], boxes[waiting]) <= most_overlap]
+        waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > most_overlap)]
     return kept
 
 

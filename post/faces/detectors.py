@@ -2,6 +2,7 @@
 
 import logging
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -22,14 +23,17 @@ SIDE = 640  # of the copy of a large picture that is looked at
 MOST_OF_PICKLE = 1 << 22  # bytes of a pickled program's names that are looked through
 
 
-def check_detector(path: Path, option: str = "--model") -> None:
+def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
     """Read the headers of a detector's file. Raises CheckpointError if it is none, or damaged.
 
-    option: under which it is given, for messages.
+    option: under which it is given, for messages. needs_landmarks: one that says that it finds no eyes is
+    refused.
     """
     if may_be_onnx(path):
         header, _ = read_onnx(path)
-        _layout(path, header, None, option)
+        layout = _layout(path, header, None, option)
+        if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
+            raise no_landmarks(f"{option} {path}")
         return
     _refuse_pickled_yolo(path, option)
     with open_checkpoint(path) as checkpoint:
@@ -64,6 +68,14 @@ def load_detector(
         return load_retinaface(plan, device, half_where_fast(device, dtype, "RetinaFace"), side, option)
 
 
+def no_landmarks(detector: str) -> CheckpointError:
+    """Return the error for a detector of boxes where landmarks are needed. detector: how it was given."""
+    return CheckpointError(
+        f"{detector} tells where faces are, but not where their eyes are, which restoring needs. Give "
+        "RetinaFace or YuNet."
+    )
+
+
 def _layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
     """Return how to read a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
     if is_yunet(header):
@@ -90,7 +102,7 @@ def _refuse_pickled_yolo(path: Path, option: str) -> None:
             with path.open("rb") as file:
                 start = file.read(MOST_OF_PICKLE)
                 start = start if start[:1] == PICKLE else b""
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
         return  # said by what opens it next
     if b"ultralytics" in start or b"models.yolo" in start:
         raise CheckpointError(

@@ -45,7 +45,7 @@ def may_be_onnx(path: Path) -> bool:
 
 def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
     """Return what the file takes and gives, and its content. Raises CheckpointError if it is damaged."""
-    content = _read(path, MOST_BYTES)
+    content = _read(path)
     try:
         return _read_model(memoryview(content)), content
     except (ValueError, IndexError, struct.error):
@@ -54,11 +54,14 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
         ) from None
 
 
-def _read(path: Path, most: int) -> bytes:
+def _read(path: Path, most: int | None = None) -> bytes:
+    """Return the content of a file, or its first bytes. Raises CheckpointError."""
     try:
         require_regular_file(path)
+        if most is None and path.stat().st_size > MOST_BYTES:
+            raise CheckpointError(f"{path} has more than 2 GiB, which no ONNX file has.", path)
         with path.open("rb") as file:
-            return file.read(most)
+            return file.read(-1 if most is None else most)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file.", path) from None
     except OSError as error:
@@ -117,6 +120,8 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while position < len(content):
         key, position = _varint(content, position)
         field, kind = key >> 3, key & 7
+        if field == 0:  # as in the empty rest of a file that was not downloaded whole
+            raise ValueError("damaged")
         if kind == _VARINT:
             value, position = _varint(content, position)
             yield field, value
@@ -124,7 +129,7 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         size = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}.get(kind)
         if kind == _LENGTH:
             size, position = _varint(content, position)
-        if size is None or field == 0 or position + size > len(content):
+        if size is None or position + size > len(content):
             raise ValueError("damaged")
         yield field, content[position : position + size]
         position += size

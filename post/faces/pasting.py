@@ -1,7 +1,7 @@
 """Put restored faces back to where they were, through soft masks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from post.contract import Pixels
 from post.faces.alignment import TEMPLATE_SIZE, Matrix
+from post.sizes import enlarged_size
 
 # of masks of `TEMPLATE_SIZE`, those of other sizes in proportion
 BLUR, SIGMA, BLUR_TIMES = 101, 11.0, 2
@@ -23,7 +24,6 @@ class Restored:
 
     face: Plane  # S S 3, RGB, 0..1
     mask: Plane  # S S, 0..1: how much of it is shown
-    matrix: Matrix  # from the picture to the face
 
 
 def soften(is_face: NDArray[np.bool_]) -> Plane:
@@ -37,11 +37,6 @@ def soften(is_face: NDArray[np.bool_]) -> Plane:
     mask[:free] = mask[-free:] = 0
     mask[:, :free] = mask[:, -free:] = 0
     return mask
-
-
-def enlarged_size(width: int, height: int, upscale: float) -> tuple[int, int]:
-    """Return the width and height of the result."""
-    return int(width * upscale), int(height * upscale)
 
 
 def enlarge(pixels: Pixels, upscale: float) -> Pixels:
@@ -61,16 +56,19 @@ def deepen(pixels: Pixels) -> Pixels:
     return pixels if pixels.dtype == np.uint16 else pixels.astype(np.uint16) * np.uint16(257)
 
 
-def paste(pixels: Pixels, faces: Sequence[Restored], upscale: float) -> Pixels:
+def paste(
+    pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
+) -> Pixels:
     """Return the enlarged picture (H W 3) with faces in it; where all masks are 0 no value changes.
 
-    Of faces that overlap, later ones lie above earlier ones; all is rounded once.
+    matrices: how each face was cut out, size x size. faces: taken one at a time, so that those of a crowd
+    need not be in memory together. Of faces that overlap, later ones lie above earlier ones; all is rounded
+    once.
     """
     canvas = enlarge(pixels, upscale)
     to_canvas = _to_canvas(pixels, canvas)
-    back = [to_canvas @ _whole(cv2.invertAffineTransform(face.matrix)) for face in faces]
-    size = canvas.shape[1], canvas.shape[0]
-    areas = [_area(matrix, len(face.face), size) for matrix, face in zip(back, faces, strict=True)]
+    back = [to_canvas @ _whole(cv2.invertAffineTransform(matrix)) for matrix in matrices]
+    areas = [_area(matrix, size, (canvas.shape[1], canvas.shape[0])) for matrix in back]
     left, top = (min(area[side] for area in areas) for side in (0, 1))
     right, bottom = (max(area[side] for area in areas) for side in (2, 3))
     if left >= right or top >= bottom:

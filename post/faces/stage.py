@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +11,25 @@ import torch
 from torch import Tensor
 
 from modules.devices import choose_compute_dtype
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from post.compiling import check_compiling
 from post.contract import Clip, Picture, Pixels, Stage
 from post.faces.alignment import Matrix, alignment, crops, restorable
 from post.faces.contract import Detector
-from post.faces.detectors import check_detector, load_detector
+from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.model_folder import find_detector, find_model, find_parsenet
 from post.faces.onnx_header import may_be_onnx
 from post.faces.options import FacefixOptions
 from post.faces.parsenet import face_parts
-from post.faces.pasting import Restored, deepen, enlarge, enlarged_size, paste, soften
+from post.faces.pasting import Restored, deepen, enlarge, paste, soften
 from post.faces.restorers import Restorer, check_restorer, load_restorer
 from post.faces.steadying import SteadyLandmarks
 from post.pixels import to_bytes
+from post.sizes import enlarged_clip
 
 logger = logging.getLogger(__name__)
 
 LEAST_SCORE, LEAST_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
-LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 # in one pass of the networks: a crowd must not take more memory than that
 FACES_AT_ONCE = 4
 
@@ -46,13 +47,7 @@ class Facefix:
 
     def result(self, clip: Clip) -> Clip:
         """Return the clip with its new size. Raises OptionError for a size that no file can have."""
-        width, height = enlarged_size(clip.width, clip.height, self.options.upscale)
-        if min(width, height) < 1 or max(width, height) > LARGEST:
-            raise OptionError(
-                f"--upscale {self.options.upscale:g} makes {width} x {height} pixels of the {clip.width} x "
-                f"{clip.height} of {clip.path}. Give another --upscale."
-            )
-        return replace(clip, width=width, height=height)
+        return enlarged_clip(clip, self.options.upscale, "--upscale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the pictures with restored faces; one without a face passes as it is, unless it is scaled."""
@@ -77,10 +72,7 @@ class Facefix:
         """Return how the faces to restore in the next picture are cut out."""
         found = self.detector.find(to_bytes(pixels), self.least_score)
         if any(face.landmarks is None for face in found):
-            raise CheckpointError(
-                f"--detection_model {self.options.detection_model} tells where faces are, but not where "
-                "their eyes are, which restoring needs. Give RetinaFace or YuNet."
-            )
+            raise no_landmarks(f"--detection_model {self.options.detection_model}")
         faces = restorable(found, (pixels.shape[1], pixels.shape[0]), self.options.only_center)
         landmarks = steady.steady([face.landmarks for face in faces if face.landmarks is not None])
         matrices = [alignment(points, self.restorer.size) for points in landmarks]
@@ -94,10 +86,9 @@ class Facefix:
             return enlarge(pixels, self.options.upscale)
         # on a CPU a batch is no faster, and rounds a face differently; compiled code is for one size
         at_once = 1 if self.device.type == "cpu" or self.options.network.compile else FACES_AT_ONCE
-        restored = []
-        for first in range(0, len(matrices), at_once):
-            restored += self._restore_some(pixels, matrices[first : first + at_once])
-        return paste(pixels, restored, self.options.upscale)
+        parts = (matrices[first : first + at_once] for first in range(0, len(matrices), at_once))
+        restored = chain.from_iterable(self._restore_some(pixels, part) for part in parts)
+        return paste(pixels, matrices, restored, self.restorer.size, self.options.upscale)
 
     @torch.inference_mode()
     def _restore_some(self, pixels: Pixels, matrices: Sequence[Matrix]) -> list[Restored]:
@@ -106,10 +97,7 @@ class Facefix:
         parts = face_parts(self.restorer.parse(faces)).cpu().numpy()
         shown = ((faces + 1) / 2).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         strength = np.float32(self.options.strength)
-        return [
-            Restored(face, soften(part) * strength, matrix)
-            for face, part, matrix in zip(shown, parts, matrices, strict=True)
-        ]
+        return [Restored(face, soften(part) * strength) for face, part in zip(shown, parts, strict=True)]
 
 
 def check_facefix(options: FacefixOptions) -> None:
@@ -117,7 +105,7 @@ def check_facefix(options: FacefixOptions) -> None:
     choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     model, parsenet, detector = _files(options)
     check_restorer(options, model, parsenet)
-    check_detector(detector, "--detection_model")
+    check_detector(detector, "--detection_model", needs_landmarks=True)
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:

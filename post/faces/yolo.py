@@ -32,6 +32,7 @@ BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
 FINISHED = (6, 6 + 3 * POINTS)  # numbers of each row of a file that has left out overlapping boxes itself
 TASKS = ("detect", "pose", "segment")
 CLASSES_SHOWN = 8
+LONGEST_NOTE = 1 << 20  # letters; one of a thousand classes has some 20 thousand
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class YoloDetector:
         """Return the rows of boxes; masks of a file that has them are another output, of four axes."""
         for output in outputs:
             if output.ndim == 3 and output.shape[0] == 1:
+                if np.isnan(output).any():
+                    raise CheckpointError(
+                        f"The result of {self.path} is NaN: what it has missed could not be told. The file "
+                        "may be damaged: export it again, without half precision.",
+                        self.path,
+                    )
                 return output[0]
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise _other_layout(self.path, shapes)
@@ -180,6 +187,8 @@ def _points(numbers: Numbers, each: int) -> Numbers | None:
 
 def _literal(text: str | None) -> Any:
     """Return what a note says, which is written as Python's own literals; None if it cannot be read."""
+    if len(text or "") > LONGEST_NOTE:
+        return None
     try:
         return ast.literal_eval(text or "None")
     except (ValueError, SyntaxError, MemoryError, RecursionError):

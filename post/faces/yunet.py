@@ -82,7 +82,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
     detector = YuNetDetector(path, network, side)
     try:
         for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
-            detector.find(np.zeros(shape, np.uint8), 0.5)
+            YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
         height, width = next(iter(header.inputs.values()))[-2:]
         if height is None or width is None:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.devices import choose_compute_dtype
-from modules.errors import OptionError
 from modules.layers.memory_layouts import layouts
 from post.compiling import check_compiling, compile_parts
 from post.contract import Clip, Picture, Pixels, Stage
 from post.pixels import to_pixels, to_tensor
 from post.precision import Guarded, network_dtype
+from post.sizes import enlarged_clip
 from post.tiling import WHOLE, Fitting, largest_tile, pad_to_multiple, room_on, round_up
 from post.upscaling.files import Kind, Upscaler, check_file, load_upscaler
 from post.upscaling.memory import bytes_per_pixel, result_bytes
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 PLENTY = 1 << 16  # bytes; no released network takes so much for a pixel of its input
-LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 MOST_AT_ONCE = 16  # pictures of a batch that is chosen here
 BATCH_PIXELS = 1 << 19  # of the input: a GPU is busy with so many, more would only take memory
 
@@ -78,13 +77,7 @@ class UpscalerStage:
 
     def result(self, clip: Clip) -> Clip:
         """Return the clip in its new size. Raises OptionError for a size that no file can have."""
-        width, height = (int(side * self.options.scale) for side in (clip.width, clip.height))
-        if min(width, height) < 1 or max(width, height) > LARGEST:
-            raise OptionError(
-                f"--scale {self.options.scale:g} makes {width} x {height} pixels of the {clip.width} x "
-                f"{clip.height} of {clip.path}. Give another --scale"
-            )
-        return replace(clip, width=width, height=height)
+        return enlarged_clip(clip, self.options.scale, "--scale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the enlarged pictures. As many as are computed at once are in memory."""

@@ -22,8 +22,6 @@ from frame_pack.checkpoints import load_dit as load_framepack
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
-from modules.errors import CheckpointError, OptionError, OutputError
-from modules.output_files import ask_to_replace
 from networks.hashes import add_hashes
 from post.upscaling.files import load_upscaler
 from tests.commands import run_script
@@ -413,137 +411,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, dtype: str | None)
     assert largest <= peak <= 1.6 * largest  # a cast has both in memory
 
 
-# --- what is refused ---
-
-
-def test_what_exists_is_replaced_only_if_that_is_wanted(tmp_path: Path) -> None:
-    path, there = write(tmp_path / "a.safetensors"), write(tmp_path / "b.safetensors", {"x": torch.ones(1)})
-    before = there.read_bytes()
-
-    with pytest.raises(OutputError, match=r"b\.safetensors exists. Give another name, or -y"):
-        run(path, "--convert", there)
-    with pytest.raises(OutputError, match="is kept"):
-        ask_to_replace([there], yes=False, ask=lambda question: "n")
-    assert there.read_bytes() == before
-
-    ask_to_replace([there], yes=False, ask=lambda question: "Y")
-    run(path, "--convert", there, "-y")
-    assert load_file(there).keys() == STATE.keys()
-
-
-def test_a_file_that_is_read_is_not_replaced(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", {f"w{i}": torch.randn(100) for i in range(4)})
-    run(path, "--convert", tmp_path / "s.safetensors", "--shard_size", "1kB")
-    shard = tmp_path / "s-00001-of-00002.safetensors"
-
-    for source, target in ((path, path), (shard, shard), (tmp_path / "s.safetensors.index.json", shard)):
-        with pytest.raises(OptionError, match="would be lost"):
-            run(source, "--convert", target, "-y")
-    with pytest.raises(OptionError, match="would be lost"):
-        run(shard, "--convert", tmp_path / "s.safetensors", "--shard_size", "1kB", "-y")
-
-
-def test_nothing_is_left_of_a_file_that_cannot_be_written_to_its_end(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", {"a": torch.ones(9), "b": torch.tensor([1e6])})
-    out = tmp_path / "out"
-
-    with pytest.raises(CheckpointError, match="b has values that float16 cannot hold"):
-        run(path, "--convert", out / "b.safetensors", "--dtype", "fp16")
-    with pytest.raises(CheckpointError, match="b has values that float16 cannot hold"):
-        run(path, "--convert", out, "--dtype", "fp16", "--shard_size", "1000")
-
-    assert list(out.iterdir()) == []
-
-
-def test_the_disk_is_asked_for_room_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = 1 << 40
-    hollow = write_hollow(tmp_path / "a.safetensors", {"a": ("F32", (size,)), "b": ("F32", (size,))})
-
-    for more in ([], ["--shard_size", "5TB"]):
-        with pytest.raises(OutputError, match="the disk has"):
-            run(hollow, "--convert", tmp_path / "b.safetensors", *more)
-
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
-
-
-def test_a_tensor_that_differs_between_two_files_is_named_with_both(tmp_path: Path) -> None:
-    write(tmp_path / "1.safetensors", {"a": torch.ones(2)})
-    write(tmp_path / "2.safetensors", {"a": torch.zeros(2)})
-
-    with pytest.raises(CheckpointError, match=r"a is in two files, 1\.safetensors and 2\.safetensors"):
-        run(tmp_path)
-
-
-def test_an_index_whose_files_lack_a_tensor_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "1.safetensors", {"a": torch.ones(2)})
-    index = {"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}
-    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-
-    with pytest.raises(CheckpointError, match="1 tensors are in none of its files: b"):
-        run(tmp_path)
-
-
-def test_metadata_that_differ_between_files_are_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(tmp_path / "1.safetensors", {"a": torch.ones(1)}, {"same": "x", "other": "1"})
-    write(tmp_path / "2.safetensors", {"b": torch.ones(1)}, {"same": "x", "other": "2"})
-
-    run(tmp_path)
-
-    assert [record.message.partition(": ")[2] for record in caplog.records] == [
-        "its files say different things of other; the last one's counts"
-    ]
-
-
-def test_two_tensors_cannot_get_one_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", {"x.a": torch.ones(1), "a": torch.ones(1)})
-
-    with pytest.raises(OptionError, match=r"a and x\.a would both be called a"):
-        run(path, "--convert", tmp_path / "b.safetensors", "--strip_prefix", "x.")
-
-
-def test_a_scale_is_not_parted_from_its_weight(tmp_path: Path) -> None:
-    state = {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(1)}
-    path = write(tmp_path / "a.safetensors", state)
-
-    with pytest.raises(OptionError, match=r"a\.weight is in 8 bits and means nothing without"):
-        run(path, "--convert", tmp_path / "b.safetensors", "--full_exclude_keys", "scale_weight")
-
-
-def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(1), "code": Touch(tmp_path / "touched")}, tmp_path / "a.pth")
-
-    with pytest.raises(CheckpointError, match="holds program code"):
-        run(tmp_path / "a.pth", "--convert", tmp_path / "b.safetensors")
-
-    assert not (tmp_path / "touched").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--weights_only", "false"], "--weights_only false: .* never opened"),
-        (["--disable_weights_only"], "--disable_weights_only: .* never opened"),
-        (["--dtype", "bf16"], "--dtype says how to write a file: give its name with --convert"),
-        (["--shard_size", "5GB"], "--shard_size says how to write"),
-        (["--convert", "b.safetensors", "--dtype", "fp61"], "Did you mean fp16"),
-        (["--convert", "b.safetensors", "--dtype", "fp8"], "weights in 8 bits are not written"),
-        (["--convert", "b.safetensors", "--shard_size", "many"], "give a size such as 5GB"),
-        (["--convert", "b.safetensors", "--target_keys", "a"], "which tensors --dtype casts"),
-        (["--convert", "b.safetensors", "--strip_prefix", "nothing."], "no tensor's name begins so"),
-        (["--convert", "b.safetensors", "--full_target_keys", "nothing"], "leave no tensor"),
-        (["--convert", "b.txt"], "a name that ends in .safetensors"),
-        (["--inspect", "--target_keys", "nothing"], "leave no tensor to list"),
-    ],
-)
-def test_options_that_cannot_be_used_are_refused(tmp_path: Path, words: list[str], message: str) -> None:
-    path = write(tmp_path / "a.safetensors")
-
-    with pytest.raises(OptionError, match=message):
-        run(path, *[str(tmp_path / word) if word.startswith("b.") else word for word in words])
-
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+# --- the command line ---
 
 
 @pytest.mark.parametrize(
@@ -591,13 +459,3 @@ def peak_bytes(call: Callable[[], None]) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(sizes))
-
-
-class Touch:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return Path.touch, (self.path,)

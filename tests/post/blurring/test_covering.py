@@ -133,3 +133,12 @@ def test_an_ellipse_leaves_the_corners() -> None:
     assert touched[40:60, 30:70].mean() == pytest.approx(np.pi / 4, abs=0.03)
     assert not touched[41, 31]
     assert touched[50, 30:70].all()
+
+
+def test_soft_edges_are_rounded_to_the_nearest_value() -> None:
+    pixels = np.full((20, 20, 3), 101, np.uint8)
+    options = dataclasses.replace(OLD, method="fill", feather=0.2)
+
+    result = cover(pixels, [(5, 5, 15, 15)], options)
+
+    assert result[10, 2:6, 0].tolist() == [101, 67, 34, 0]  # 101, 2/3 of it, 1/3 of it

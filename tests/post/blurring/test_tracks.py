@@ -106,3 +106,19 @@ def test_memory_does_not_grow_with_the_number_of_pictures() -> None:
 
     assert len(tracks._tracks) <= 2
     assert sum(len(track.sightings) for track in tracks._tracks) <= 2 * (HOLD + 6)
+
+
+def test_things_that_have_gone_are_forgotten() -> None:
+    _, tracks = followed({index: [at(300 * (index // 9))] for index in range(0, 500, 3)}, 500)
+
+    assert tracks.started > 50
+    assert len(tracks._tracks) <= 2
+
+
+def test_what_is_covered_grows_with_the_time_since_something_was_seen() -> None:
+    covered, _ = followed({10: [at(50)]}, 30)
+
+    for index in (10 - LOOKBACK, 10 + HOLD):
+        grown = 20 * (1 + 2 * 0.02 * abs(index - 10))
+        assert holds(covered[index], at(50, size=grown))
+    assert covered[10] == [at(50)]

@@ -260,6 +260,15 @@ def test_a_face_that_moves_away_while_it_is_missed_is_covered(detector: Path) ->
     assert max(redness(each.pixels) for each in made) < SEEN
 
 
+def test_pictures_wait_for_what_is_found_later_even_if_little_is_held(detector: Path) -> None:
+    frames = moving_dot(range(6))
+    stage = make_blur(options(detector, "--hold", "1", "--lookback", "6"), torch.device("cpu"))
+
+    made = list(stage.run(pictures(frames), clip_of(frames)))
+
+    assert max(redness(each.pixels) for each in made) < SEEN
+
+
 def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:
     frames = moving_dot([])
     stage = make_blur(options(detector, "--hold", "4", "--lookback", "6"), torch.device("cpu"))

@@ -13,7 +13,7 @@ from modules.errors import CheckpointError
 from post.faces.boxes import best_of
 from post.faces.contract import Found
 from post.faces.detectors import check_detector, load_detector
-from post.faces.yolo import YoloDetector, YoloLayout
+from post.faces.yolo import YoloDetector, YoloLayout, letterbox
 from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny.onnx_files import write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -80,7 +80,8 @@ def test_a_yunet_for_one_size_looks_at_pictures_of_any(tmp_path: Path, height: i
     pixels = dotted(height, 64, (20, 12)).repeat(scale, axis=0).repeat(scale, axis=1)
 
     path = write_yunet(tmp_path / "yunet.onnx", (64, 64))
-    assert load_detector(path, CPU).canvas == (64, 64)  # type: ignore[attr-defined]
+    for side in (None, 640, 64):  # the last: trial pictures must not be reduced to the one size
+        assert load_detector(path, CPU, side=side).canvas == (64, 64)  # type: ignore[attr-defined]
     (found,) = found_in(path, pixels)
 
     assert surrounds(found, 16 * scale, 8 * scale, 24 * scale, 16 * scale)
@@ -104,6 +105,51 @@ def test_overlapping_boxes_give_way_to_the_best() -> None:
     assert best_of(boxes, scores, 0.2) == [1, 2]
     assert best_of(boxes, scores, 0.4, most=1) == [1]
     assert best_of(boxes[:0], scores[:0], 0.4) == []
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_box_that_is_not_finite_neither_hides_another_nor_is_hidden(broken: float) -> None:
+    boxes = np.array([[0, 0, 10, 10], [broken, 0, broken, 10], [0, 0, 10, 10.5], [30, 0, 40, 10]], np.float32)
+
+    with np.errstate(invalid="ignore"):
+        assert best_of(boxes, np.array([0.9, 0.8, 0.7, 0.6], np.float32), 0.4) == [0, 1, 3]
+
+
+def test_a_yolo_that_gives_no_numbers_is_an_error_and_not_a_picture_without_a_face(tmp_path: Path) -> None:
+    detector = YoloDetector(tmp_path / "a.onnx", Gives(np.full((1, 5, 84), np.nan)), YoloLayout(64, 1, 0))
+
+    with pytest.raises(CheckpointError, match="a.onnx is NaN"):
+        detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
+
+
+def test_a_yolo_sees_grey_around_a_picture_and_leaves_out_what_overlaps_by_more_than_0_7() -> None:
+    square, _, _ = letterbox(np.full((16, 32, 3), 7, np.uint8), 64)
+    assert (square[:16] == 114).all()
+    assert (square[16:48] == 7).all()
+    rows = np.zeros((1, 5, 84))
+    rows[0, :, 0] = (30, 30, 20, 20, 0.9)
+    rows[0, :, 1] = (33, 30, 20, 20, 0.8)  # 17 of 23 pixels across are shared
+    rows[0, :, 2] = (30, 34, 20, 20, 0.7)  # 16 of 24
+
+    found = YoloDetector(Path("a.onnx"), Gives(rows), YoloLayout(64, 1, 0)).find(square, 0.5)
+
+    assert [round(each.score, 3) for each in found] == [0.9, 0.7]
+
+
+class Gives:
+    """A network in OpenCV that always gives the same."""
+
+    def __init__(self, output: np.ndarray) -> None:
+        self.output = output.astype(np.float32)
+
+    def setInput(self, image: np.ndarray) -> None:  # noqa: N802, the name in OpenCV
+        assert image.shape == (1, 3, 64, 64)
+
+    def getUnconnectedOutLayersNames(self) -> list[str]:  # noqa: N802
+        return ["output0"]
+
+    def forward(self, names: list[str]) -> list[np.ndarray]:
+        return [self.output]
 
 
 def rows_of(layout: YoloLayout, result: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -182,6 +228,28 @@ def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) 
 
 def write_other_onnx(path: Path) -> Path:
     return write_onnx(path, [b""], {}, {"x": [1, 3, 8, 8]}, {"y": [1, 8]}, {})
+
+
+def test_a_file_too_large_for_onnx_and_a_damaged_archive_are_refused(tmp_path: Path) -> None:
+    large = write_yolo(tmp_path / "large.onnx")
+    with large.open("r+b") as file:
+        file.truncate(2**31 + 1)  # a hole: it takes no space
+    with pytest.raises(CheckpointError, match="more than 2 GiB"):
+        check_detector(large)
+
+    with large.open("r+b") as file:
+        file.truncate(1 << 24)  # as a download that was given up
+    with pytest.raises(CheckpointError, match="is no ONNX file"):
+        check_detector(large)
+
+    packed = tmp_path / "a.pt"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"0123456789" * 99)
+    content = bytearray(packed.read_bytes())
+    content[42:48] = b"\xff" * 6  # of what is packed
+    packed.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        check_detector(packed)
 
 
 def test_an_onnx_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from post.contract import Clip, Picture, Pixels
 from post.faces.stage import Facefix, check_facefix, make_facefix
 from tests.faults.messages import run_here
 from tests.tiny import post_restorers as tiny
-from tests.tiny.onnx_files import write_yunet
+from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
 
 WIDTH, HEIGHT, FACE = 96, 64, 24
@@ -248,6 +248,32 @@ def test_a_lower_threshold_finds_more(folder: Path) -> None:
 
     assert np.array_equal(above, pale)
     assert not np.array_equal(below, pale)
+
+
+def test_faces_that_leave_the_range_of_colours_are_cut_off_before_their_parts_are_told(folder: Path) -> None:
+    stage = _stage(folder)
+    seen: list[torch.Tensor] = []
+
+    def parse(faces: torch.Tensor) -> torch.Tensor:
+        seen.append(faces)
+        return stage.restorer.parse(faces)
+
+    restorer = replace(stage.restorer, restore=lambda faces: faces * 0 - 3, parse=parse)
+    (made,) = _run(replace(stage, restorer=restorer), [_pixels((40, 24))])
+
+    assert float(seen[0].min()) == float(seen[0].max()) == -1
+    assert made[26:30, 42:46].max() == 0
+
+
+def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loads(
+    folder: Path, tmp_path: Path
+) -> None:
+    boxes = write_yolo(tmp_path / "a.onnx", notes={"names": "{0: 'face'}"})
+    with pytest.raises(CheckpointError, match="--detection_model .*a.onnx tells where faces are, but not"):
+        check_facefix(_options(folder, "--detection_model", str(boxes)))
+
+    whole = write_yolo(tmp_path / "b.onnx", notes={"names": "{0: 'face'}", "kpt_shape": "[5, 3]"})
+    check_facefix(_options(folder, "--detection_model", str(whole)))
 
 
 def test_a_detector_without_landmarks_is_refused(folder: Path) -> None:

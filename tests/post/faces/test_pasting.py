@@ -1,12 +1,16 @@
 """Alignment, soft masks, pasting, steady landmarks."""
 
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from post.contract import Pixels
-from post.faces.alignment import BORDER, TEMPLATE, alignment, crop, crops, restorable
+from post.faces.alignment import TEMPLATE, Matrix, alignment, crop, crops, restorable
 from post.faces.contract import Found
 from post.faces.pasting import Restored, deepen, enlarge, paste, soften
 from post.faces.steadying import SteadyLandmarks
@@ -26,13 +30,27 @@ def _points(scale: float = 0.1, shift: tuple[float, float] = (20, 10)) -> NDArra
     return TEMPLATE * np.float32(scale) + np.float32(shift)
 
 
-def _face(pixels: Pixels, mask: float | None, points: NDArray[np.float32]) -> Restored:
+@dataclass(frozen=True)
+class _Face:
+    """A restored face and how it was cut out."""
+
+    face: NDArray[np.float32]
+    mask: NDArray[np.float32]
+    matrix: Matrix
+
+
+def _pasted(pixels: Pixels, faces: Sequence[_Face], upscale: float) -> Pixels:
+    restored = (Restored(each.face, each.mask) for each in faces)
+    return paste(pixels, [each.matrix for each in faces], restored, SIZE, upscale)
+
+
+def _face(pixels: Pixels, mask: float | None, points: NDArray[np.float32]) -> _Face:
     """What a network that changes nothing gives; mask: one value everywhere, None: a soft one."""
     matrix = alignment(points, SIZE)
     assert matrix is not None
     face = (crops(pixels, [matrix], SIZE)[0].transpose(1, 2, 0) + 1) / 2
     whole = soften(np.ones((SIZE, SIZE), dtype=bool))
-    return Restored(face, whole if mask is None else np.full((SIZE, SIZE), mask, np.float32), matrix)
+    return _Face(face, whole if mask is None else np.full((SIZE, SIZE), mask, np.float32), matrix)
 
 
 def test_alignment_equals_the_reference() -> None:
@@ -63,7 +81,8 @@ def test_a_face_at_the_edge_is_filled_up_with_the_known_grey(dtype: type) -> Non
     matrix = alignment(_points(0.2, (-50, -50)), SIZE)
 
     assert matrix is not None
-    assert tuple(crop(pixels, matrix, SIZE)[0, 0]) == tuple(v * np.iinfo(dtype).max // 255 for v in BORDER)
+    grey = (132, 133, 135)  # R G B
+    assert tuple(crop(pixels, matrix, SIZE)[0, 0]) == tuple(v * np.iinfo(dtype).max // 255 for v in grey)
 
 
 def test_faces_without_far_enough_eyes_or_landmarks_are_left_out() -> None:
@@ -95,7 +114,7 @@ def test_the_mask_is_soft_inside_and_free_at_the_edge() -> None:
 def test_a_mask_of_nothing_changes_no_value(dtype: type) -> None:
     pixels = _picture(dtype=dtype)
 
-    assert np.array_equal(paste(pixels, [_face(pixels, 0.0, _points())], 1), pixels)
+    assert np.array_equal(_pasted(pixels, [_face(pixels, 0.0, _points())], 1), pixels)
 
 
 @pytest.mark.parametrize("upscale", [1, 1.5, 2, 0.5])
@@ -103,7 +122,7 @@ def test_an_unchanged_face_goes_back_to_its_place(upscale: float) -> None:
     pixels = _picture()
     enlarged = enlarge(pixels, upscale)
 
-    pasted = paste(pixels, [_face(pixels, None, _points())], upscale)
+    pasted = _pasted(pixels, [_face(pixels, None, _points())], upscale)
 
     assert pasted.shape == enlarged.shape == (int(80 * upscale), int(100 * upscale), 3)
     # a face half a pixel off its place would differ by up to 8
@@ -114,9 +133,9 @@ def test_only_what_the_mask_covers_changes_and_it_is_rounded_once() -> None:
     pixels = _picture(dtype=np.uint16)
     before = pixels.copy()
     face = _face(pixels, None, _points())
-    white = Restored(np.ones_like(face.face), face.mask * np.float32(0.5), face.matrix)
+    white = _Face(np.ones_like(face.face), face.mask * np.float32(0.5), face.matrix)
 
-    pasted = paste(pixels, [white], 1)
+    pasted = _pasted(pixels, [white], 1)
 
     back = cv2.invertAffineTransform(face.matrix)
     mask = cv2.warpAffine(white.mask, back, (100, 80))[..., None]
@@ -131,28 +150,54 @@ def test_only_what_the_mask_covers_changes_and_it_is_rounded_once() -> None:
 def test_values_are_rounded_to_the_nearest(value: float, expected: int) -> None:
     pixels = _picture()
     face = _face(pixels, 1.0, _points(0.1, (20, 10)))
-    flat = Restored(np.full_like(face.face, value / 255), face.mask, face.matrix)
+    flat = _Face(np.full_like(face.face, value / 255), face.mask, face.matrix)
 
-    assert (paste(pixels, [flat], 1)[40, 46] == expected).all()
+    assert (_pasted(pixels, [flat], 1)[40, 46] == expected).all()
 
 
 def test_faces_that_overlap_are_pasted_one_above_the_other() -> None:
     pixels = np.zeros((80, 100, 3), np.uint8)
     first, second = (_face(pixels, None, _points(0.1, (20 + x, 10))) for x in (0, 9))
-    white = Restored(np.ones_like(first.face), first.mask, first.matrix)
-    grey = Restored(np.full_like(first.face, 0.5), second.mask, second.matrix)
+    white = _Face(np.ones_like(first.face), first.mask, first.matrix)
+    grey = _Face(np.full_like(first.face, 0.5), second.mask, second.matrix)
 
-    both = paste(pixels, [white, grey], 1)
+    both = _pasted(pixels, [white, grey], 1)
 
-    alone = paste(pixels, [white], 1).astype(np.float64)
-    shown = paste(pixels, [Restored(np.ones_like(first.face), grey.mask, grey.matrix)], 1) / 255.0
+    alone = _pasted(pixels, [white], 1).astype(np.float64)
+    shown = _pasted(pixels, [_Face(np.ones_like(first.face), grey.mask, grey.matrix)], 1) / 255.0
     np.testing.assert_allclose(both, shown * 127.5 + (1 - shown) * alone, atol=1.6)
+
+
+def test_the_faces_of_a_crowd_are_not_in_memory_together() -> None:
+    pixels = _picture()
+    faces = [_face(pixels, None, _points(0.1, (15 + 5 * index, 10))) for index in range(6)]
+    seen: list[weakref.ref[Restored]] = []
+
+    def one_by_one() -> Iterator[Restored]:
+        for each in faces:
+            restored = Restored(each.face, each.mask)
+            seen.append(weakref.ref(restored))
+            assert sum(ref() is not None for ref in seen) <= 2
+            yield restored
+
+    pasted = paste(pixels, [each.matrix for each in faces], one_by_one(), SIZE, 1)
+
+    assert len(seen) == 6
+    assert np.array_equal(pasted, _pasted(pixels, faces, 1))
+
+
+@pytest.mark.parametrize(("upscale", "how"), [(1.5, cv2.INTER_LANCZOS4), (0.5, cv2.INTER_AREA)])
+def test_pictures_are_enlarged_sharply_and_reduced_by_their_mean(upscale: float, how: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+
+    size = int(30 * upscale), int(20 * upscale)
+    assert np.array_equal(enlarge(pixels, upscale), cv2.resize(pixels, size, interpolation=how))
 
 
 def test_a_face_outside_the_picture_changes_nothing() -> None:
     pixels = _picture()
 
-    pasted = paste(pixels, [_face(pixels, None, _points(0.1, (500, 500)))], 1)
+    pasted = _pasted(pixels, [_face(pixels, None, _points(0.1, (500, 500)))], 1)
 
     assert np.array_equal(pasted, pixels)
 

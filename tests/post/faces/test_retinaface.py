@@ -2,11 +2,12 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.checkpoints.opening import open_checkpoint
 from post.faces.detectors import check_detector, load_detector
@@ -136,3 +137,32 @@ def test_files_without_counts_of_training_load_too(tmp_path: Path) -> None:
     weights["body.stage1.0.1.num_batches_tracked"] = torch.tensor(3)
 
     assert load(write_weights(tmp_path / "some.pth", weights))
+
+
+class Says(nn.Module):
+    """A network that finds what it is told to, at the anchors themselves."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(scores[None])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = self.scores.shape[1]
+        return self.scores, torch.zeros(1, count, 4), torch.zeros(1, count, 10)
+
+
+def test_faces_that_overlap_by_more_than_0_4_are_one() -> None:
+    places = anchors(64, 64) * 64
+    scores = torch.zeros(len(places))
+    for score, (x, y, size) in (
+        (0.9, (20, 20, 32)),
+        (0.8, (28, 20, 32)),
+        (0.7, (36, 20, 32)),
+        (0.6, (20, 20, 16)),
+    ):
+        scores[(places == torch.tensor([x, y, size, size])).all(dim=1)] = score
+    network: Any = Says(scores)
+
+    found = RetinaFaceDetector(network, None, torch.device("cpu")).find(np.zeros((64, 64, 3), np.uint8), 0.5)
+
+    assert [round(each.score, 3) for each in found] == [0.9, 0.7, 0.6]  # 0.6 and 0.33 of both are shared
