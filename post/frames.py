@@ -36,7 +36,8 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     if os.path.lexists(frames):
         raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
     is_single = is_picture(path)
-    total = 1 if is_single else source_info(path).frames
+    # of a damaged file the beginning may still be wanted
+    total = most if is_single or most is not None else source_info(path).frames
     make_folder(folder, "--output")
     started, written = time.monotonic(), 0
     with atomic_folder(frames) as temporary:
@@ -45,7 +46,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
             written = 1
         else:
             with (
-                Bar(most if total is None else min(total, most or total), path.name, FRAMES) as bar,
+                Bar(total, path.name, FRAMES) as bar,
                 read_ahead(read_pictures(path, deep=False, most=most)) as pictures,
             ):
                 for _ in keep_pngs(pictures, temporary):

@@ -153,10 +153,11 @@ def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_s
         raise MediaError(f"no frames in {path}: it holds none that can be decoded")
     seconds = stated_end(container, stream)
     frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
+    if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
+        return
     # a picture may be held long at the end; a file that has all its bytes is not cut
-    is_early = seconds is not None and end_seconds + max(4 * frame_seconds, 0.3) < seconds
-    if is_early and not _has_all_bytes(path):
+    if not _has_all_bytes(path):
         raise MediaError(
-            f"{path} is cut short: it should last {seconds:.2f} s, the last of {num_frames} frames is at "
-            f"{end_seconds:.2f} s"
+            f"{path} is cut short: it should last {float(seconds):.2f} s, the last of {num_frames} frames is "
+            f"at {end_seconds:.2f} s"
         )

@@ -128,12 +128,18 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
 
 
 def _stated_end(container: Any, stream: Any, origin: Fraction) -> Fraction | None:
-    """Return when the last picture of a Matroska file ends: the file itself has no durations of pictures."""
-    end = stated_end(container, stream)
+    """Return when the last picture ends: files keep no duration of it, or that of the one stored last."""
+    if "mov" in container.format.name and stream.duration:
+        end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
+    else:
+        end = stated_end(container, stream)
     if end is None or not container.duration:
         return None
     # tags stay as they were when a file is cut, its own length does not
-    return min(end, Fraction(container.duration, 1_000_000)) - origin
+    return (
+        min(end, Fraction(container.start_time or 0, 1_000_000) + Fraction(container.duration, 1_000_000))
+        - origin
+    )
 
 
 class Clock:

@@ -45,6 +45,7 @@ class Timing:
         self._begin = Fraction(0)
         self._end = Fraction(0)
         self._first: int | None = None  # when the first packet is stored, in ticks
+        self._ahead: int | None = None  # ticks between those that are stored before the first is shown
         self._held: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
 
     @property
@@ -93,6 +94,9 @@ class Timing:
         assert self._first is not None
         end = self._first + round(self.seconds * self._ticks)
         packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
+        # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
+        last = round(self._end * self._ticks)
+        packet.duration = max(packet.duration, min(end - packet.dts, last - packet.pts))
 
     def _apply(self, packet: Any) -> None:
         shown, stored = (round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts))
@@ -107,4 +111,7 @@ class Timing:
         """Return when a picture is stored; those before the first are counted backwards."""
         if number >= 0:
             return self._held[number][0]
-        return round(self._begin * self._ticks) + round(number / self._rate * self._ticks)
+        if self._ahead is None:
+            # the shortest of the first: with a mean, pictures held long would begin the file seconds early
+            self._ahead = min(length for _, length in self._held.values())
+        return round(self._begin * self._ticks) + number * self._ahead

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -90,6 +91,32 @@ def test_a_picture_that_is_held_near_the_end_counts(tmp_path: Path, suffix: str,
     assert abs(back[-1].start + back[-1].seconds - starts[-1]) <= Fraction(1, 1000)
     with av.open(str(path)) as container:
         assert abs(Fraction(container.duration, 1_000_000) - starts[-1]) <= Fraction(1, 1000)
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [Fraction(0), Fraction(1, 10), Fraction(1, 5), Fraction(27, 10)],
+        [Fraction(0), *(2 + index / Fraction(25) for index in range(20))],
+        at_rate(Fraction(25), 12),
+    ],
+    ids=["held last", "held first", "even"],
+)
+def test_what_is_stored_lasts_as_long_as_the_pictures(tmp_path: Path, starts: list[Fraction]) -> None:
+    path = tmp_path / "clip.mp4"
+    rate = (len(starts) - 1) / starts[-1]
+
+    write_shown(path, shown(starts), rate, "h264", preset="medium")
+
+    with av.open(str(path)) as container:
+        stored: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
+        (base,) = {packet.time_base for packet in stored}
+        lasts = (stored[-1].dts + stored[-1].duration - stored[0].dts) * base
+    assert abs(lasts - starts[-1]) <= Fraction(1, 1000)
+    *_, last = shown_frames(path)
+    assert abs(last.start + last.seconds - starts[-1]) <= Fraction(1, 1000)
+    assert [packet.dts for packet in stored] == sorted({packet.dts for packet in stored})
+    assert all(packet.dts <= packet.pts for packet in stored)
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("prores", ".mkv")])
