@@ -165,7 +165,7 @@ def timed_frames(path: Path, alpha: bool = False) -> Iterator[TimedFrame]:
         for frame, start in decode_frames(path, container, stream, alpha):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
             has_alpha = alpha and any(part.is_alpha for part in frame.format.components)
-            pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
+            pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
             yield TimedFrame(turn_upright(pixels, frame.rotation), start, start + shown)
 
 

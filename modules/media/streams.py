@@ -119,7 +119,8 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
             start = clock.place(None if frame.pts is None else frame.pts * base - origin)
-            pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24")
+            # in one thread, as when pictures are encoded: with several, swscale at times damages rows
+            pixels = frame.to_ndarray(format="rgb48le" if _is_deep(frame) else "rgb24", threads=1)
             pixels = pixels if deep else in_eight_bits(pixels)
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             if end is not None and end - start > seconds + 1 / rate:
