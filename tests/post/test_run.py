@@ -30,7 +30,8 @@ from tests.tiny.project import moving_square
 
 
 def test_the_stream_gives_what_the_whole_clip_at_once_gives(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "a.mp4", frames=7)
+    # libx264 repeats itself to the bit only if the width is a multiple of 64
+    clip = write_clip(tmp_path / "a.mp4", frames=7, width=32, height=32)
     (streamed,) = run_stages([Larger(), Smoother()], clip)
 
     frames = frames_of(clip).repeat(2, 1).repeat(2, 2)
@@ -42,7 +43,7 @@ def test_the_stream_gives_what_the_whole_clip_at_once_gives(tmp_path: Path) -> N
     assert streamed.name == "a_LARGER_SMOOTHER.mp4"
     np.testing.assert_array_equal(frames_of(streamed), frames_of(tmp_path / "whole.mp4"))
     info = video_info(streamed)
-    assert (info.width, info.height, info.frames, info.fps) == (96, 64, 13, 32.0)
+    assert (info.width, info.height, info.frames, info.fps) == (64, 64, 13, 32.0)
 
 
 def test_a_stage_gets_the_times_of_the_frames(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_odd(path: Path, count: int = 5) -> Path:
-    """A clip of odd sides that holds its pixels exactly."""
+    """A clip of odd sides that holds its pixels exactly; libx264 repeats itself for widths of 64 n only."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 145, 129, "bgr0"
-        for pixels in moving(count, width=145, height=129):
+        stream.width, stream.height, stream.pix_fmt = 129, 129, "bgr0"
+        for pixels in moving(count, width=129, height=129):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         container.mux(stream.encode())
     return path
@@ -52,7 +52,7 @@ def test_a_clip_gets_pictures_between(
 
     output = tmp_path / "clip_VFI.mp4"
     info = video_info(output)
-    assert (info.width, info.height, info.fps) == (144, 128, 24 * factor)
+    assert (info.width, info.height, info.fps) == (128, 128, 24 * factor)
     after = list(timed_frames(output))
     starts = [index / (24 * factor) for index in range((count - 1) * factor + 1)]
     assert [frame.start for frame in after] == pytest.approx(starts, abs=0.001)
