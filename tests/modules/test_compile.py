@@ -247,12 +247,16 @@ def test_inductor_without_triton_is_refused_for_a_gpu() -> None:
         check_compilation(Compilation(), torch.device("cuda"))
 
 
-def test_inductor_without_a_compiler_is_refused_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_inductor_without_a_compiler_is_refused_for_a_cpu() -> None:
     torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
 
-    with pytest.raises(OptionError, match=r"for cpu needs .*C\+\+ compiler"):
+    # not monkeypatch, which would delete the setting afterwards
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(OptionError, match=r"for cpu needs .*C\+\+ compiler"),
+    ):
         check_compilation(Compilation(), CPU)
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
 
 
 @pytest.mark.slow
