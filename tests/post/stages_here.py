@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from modules.asking import Answer
 from modules.media.options import FormatOptions
-from modules.media.reading import video_frames
+from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_video
 from post.chain_options import Chain
 from post.contract import Clip, Picture, Stage
@@ -155,6 +155,13 @@ def chain_of(
     """The command line that would have named these stages."""
     run = RunOptions(source, None if output is None else str(output), yes, "cpu", form)
     return Chain(run, tuple(tool_for(stage, needs_video) for stage in stages))
+
+
+def kept_frames(folder: Path) -> list[NDArray[np.uint8]]:
+    """The frames that --keep_pngs has written beside an input, as the encoder got them: libx264 does not
+    repeat itself to the bit.
+    """
+    return [read_image(path) for path in sorted((folder / "frames").glob("*.png"))]
 
 
 def run_stages(

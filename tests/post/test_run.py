@@ -23,6 +23,7 @@ from tests.post.stages_here import (
     Smoother,
     files_in,
     frames_of,
+    kept_frames,
     run_stages,
     write_clip,
 )
@@ -30,20 +31,18 @@ from tests.tiny.project import moving_square
 
 
 def test_the_stream_gives_what_the_whole_clip_at_once_gives(tmp_path: Path) -> None:
-    # libx264 repeats itself to the bit only if the width is a multiple of 64
-    clip = write_clip(tmp_path / "a.mp4", frames=7, width=32, height=32)
-    (streamed,) = run_stages([Larger(), Smoother()], clip)
+    clip = write_clip(tmp_path / "a.mp4", frames=7)
+    (streamed,) = run_stages([Larger(), Smoother()], clip, form=type(H264)("h264", "mp4", True))
 
     frames = frames_of(clip).repeat(2, 1).repeat(2, 2)
     whole = [frames[0]]
     for before, after in zip(frames, frames[1:], strict=False):
         whole += [((before.astype(np.uint16) + after) // 2).astype(np.uint8), after]
-    write_video(tmp_path / "whole.mp4", whole, 32, "h264")
 
     assert streamed.name == "a_LARGER_SMOOTHER.mp4"
-    np.testing.assert_array_equal(frames_of(streamed), frames_of(tmp_path / "whole.mp4"))
+    np.testing.assert_array_equal(kept_frames(tmp_path), whole)
     info = video_info(streamed)
-    assert (info.width, info.height, info.frames, info.fps) == (64, 64, 13, 32.0)
+    assert (info.width, info.height, info.frames, info.fps) == (96, 64, 13, 32.0)
 
 
 def test_a_stage_gets_the_times_of_the_frames(tmp_path: Path) -> None:
