@@ -231,7 +231,13 @@ def test_ctrl_c_and_kill_leave_no_file_under_a_final_name(
     command = [sys.executable, "-m", "tests.post.run_slowly", str(clip), f"{tmp_path / 'out'}/"]
     environment = {**os.environ, **QUIET}
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        # a shell has what it runs in the background ignore Ctrl-C, and tests hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == b"at work\n"
