@@ -14,7 +14,7 @@ from modules.errors import NothingFoundError, OptionError
 from post.blurring.covering import cover
 from post.blurring.options import BlurOptions
 from post.blurring.tracks import Box, Tracks
-from post.compiling import check_compiling, compile_parts
+from post.compiling import compile_parts
 from post.contract import Clip, Picture, Stage
 from post.faces.contract import Detector, Found
 from post.faces.detectors import check_detector, load_detector
@@ -35,7 +35,6 @@ def check_blur(options: BlurOptions) -> None:
 
 def make_blur(options: BlurOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_blur`."""
-    check_compiling(options.network, device)
     dtype = choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
     if isinstance(detector, RetinaFaceDetector):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
-from post.compiling import check_compiling
 from post.contract import Clip, Picture, Pixels, Stage
 from post.faces.alignment import Matrix, alignment, crops, restorable
 from post.faces.contract import Detector
@@ -110,7 +109,6 @@ def check_facefix(options: FacefixOptions) -> None:
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_facefix`."""
-    check_compiling(options.network, device)
     model, parsenet, path = _files(options)
     restorer = load_restorer(options, model, parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, MediaError, OptionError, UserError
-from post.compiling import check_compiling, compile_parts
+from post.compiling import compile_parts
 from post.contract import Clip, Picture, Pixels, Stage
 from post.interpolation.files import check_networks, load_networks
 from post.interpolation.gimm import Frame, Interpolation
@@ -34,7 +34,6 @@ def check_interpolation(options: InterpolationOptions) -> None:
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_interpolation`."""
-    check_compiling(options.network, device)
     dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
     compile_parts(options.network, networks.parts)

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from modules.devices import choose_compute_dtype
 from modules.layers.memory_layouts import layouts
-from post.compiling import check_compiling, compile_parts
+from post.compiling import compile_parts
 from post.contract import Clip, Picture, Pixels, Stage
 from post.pixels import to_pixels, to_tensor
 from post.precision import Guarded, network_dtype
@@ -38,7 +38,6 @@ def check_upscaler(options: UpscalerOptions) -> None:
 def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_upscaler`."""
     path = options.network.model
-    check_compiling(options.network, device)
     dtype = network_dtype(options.network, device, "the upscaler")
     upscaler = load_upscaler(path, device, dtype)
     _say(options, upscaler.kind, upscaler.config.factor)
