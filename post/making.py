@@ -1,39 +1,34 @@
 """From the options of tools to stages."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from modules.installation import import_own
 from post.blurring.options import BlurOptions
-from post.blurring.stage import check_blur, make_blur
 from post.contract import Stage
 from post.faces.options import FacefixOptions
-from post.faces.stage import check_facefix, make_facefix
 from post.interpolation.options import InterpolationOptions
-from post.interpolation.stage import check_interpolation, make_interpolation
 from post.upscaling.options import UpscalerOptions
-from post.upscaling.stage import check_upscaler, make_upscaler
 
-_CHECKS: dict[type, Callable[[Any], None]] = {
-    UpscalerOptions: check_upscaler,
-    InterpolationOptions: check_interpolation,
-    FacefixOptions: check_facefix,
-    BlurOptions: check_blur,
-}
-_MAKERS: dict[type, Callable[[Any, torch.device], Stage]] = {
-    UpscalerOptions: make_upscaler,
-    InterpolationOptions: make_interpolation,
-    FacefixOptions: make_facefix,
-    BlurOptions: make_blur,
+# options of a tool -> the module with `check_NAME` and `make_NAME`, and NAME. Only what is asked for is
+# imported: every generation could run a tool, and all their networks take a sixth of a second
+_STAGES = {
+    UpscalerOptions: ("post.upscaling.stage", "upscaler"),
+    InterpolationOptions: ("post.interpolation.stage", "interpolation"),
+    FacefixOptions: ("post.faces.stage", "facefix"),
+    BlurOptions: ("post.blurring.stage", "blur"),
 }
 
 
 def check_tool(options: Any) -> None:
     """Read the headers of a tool's model files. Raises UserError if they do not fit."""
-    _CHECKS[type(options)](options)
+    module, name = _STAGES[type(options)]
+    getattr(import_own(module), f"check_{name}")(options)
 
 
 def make_stage(options: Any, device: torch.device) -> Stage:
     """Load the networks of a tool. Raises UserError if its model files do not fit."""
-    return _MAKERS[type(options)](options, device)
+    module, name = _STAGES[type(options)]
+    stage: Stage = getattr(import_own(module), f"make_{name}")(options, device)
+    return stage
