@@ -99,7 +99,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
                         logger.info("%s: %s", path, results[-1])
     if results:
         show_end(results, time.monotonic() - start, run.session.device, len(failures.reasons))
-    failures.raise_if_any(len(paths), with_code=True)
+    failures.raise_if_any(len(paths))
 
 
 def check_latents(family: Family, path: Path) -> SavedLatents:

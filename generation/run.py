@@ -124,7 +124,7 @@ def make_prompt(run: GenerationRun) -> None:
     tell_unused_sources(request.source, jobs[:1])
     failures = Failures(strict=count == 1)
     make(run, jobs, failures)
-    failures.raise_if_any(count, with_code=True)
+    failures.raise_if_any(count)
 
 
 def check_models(run: GenerationRun) -> None:
@@ -185,7 +185,7 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
         make(run, jobs, failures)
-    failures.raise_if_any(len(lines), f"{path}: ", with_code=True)
+    failures.raise_if_any(len(lines), f"{path}: ")
 
 
 def converse(run: GenerationRun) -> None:

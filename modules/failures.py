@@ -33,15 +33,15 @@ class Failures:
             is_known = isinstance(error, (UserError, torch.OutOfMemoryError))
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
-    def raise_if_any(self, total: int, where: str = "", with_code: bool = False) -> None:
+    def raise_if_any(self, total: int, where: str = "") -> None:
         """Raise UserError listing what failed. where: begins the message, as "prompts.txt: ".
 
-        with_code: if all failures share an exit code that says more than 1 or 2, end with that one.
+        If all failures share an exit code that says more than 1 or 2, the error has that one.
         """
         if not self.reasons:
             return
         lines = "\n".join(f"  {label}: {reason}" for label, reason in self.reasons.items())
         error = UserError(f"{where}{len(self.reasons)} of {total} failed:\n{lines}")
-        if with_code and len(self._codes) == 1 and max(self._codes) > OptionError.exit_code:
+        if len(self._codes) == 1 and max(self._codes) > OptionError.exit_code:
             (error.exit_code,) = self._codes
         raise error

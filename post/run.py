@@ -51,4 +51,4 @@ def run_jobs(chain: Chain, jobs: Sequence[Job], stages: Sequence[NamedStage]) ->
         gc.collect()  # errors and their tracebacks hold each other, and with them what a file took
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
-    failures.raise_if_any(len(jobs), f"{chain.run.input}: ", with_code=True)
+    failures.raise_if_any(len(jobs), f"{chain.run.input}: ")
