@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from generation.post_options import POST
 from modules.errors import OptionError
-from post.chain_options import ToolOptions
+from post.chain_options import ToolOptions, hiding_tool
 from post.contract import Clip, Picture
 from post.pixels import to_bytes
 from post.stages import NamedStage, check_tools, lead_through, make_stages, results
@@ -38,7 +38,7 @@ class PostTools:
     @property
     def hides(self) -> bool:
         """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
-        return any(tool.hides for tool, _ in self.tools)
+        return hiding_tool(self.tools) is not None
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""

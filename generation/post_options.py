@@ -5,7 +5,7 @@ import functools
 from dataclasses import dataclass, field
 
 from modules.options import OF_DECODING
-from post.chain_options import THEN, ToolOptions, in_words, read_tools, tool_names
+from post.chain_options import THEN, ToolOptions, hiding_tool, in_words, read_tools, tool_names
 
 POST = "--post"
 
@@ -27,7 +27,7 @@ class PostOptions:
     @property
     def hiding(self) -> str | None:
         """The name of the first tool that hides something; None if there is none."""
-        return next((tool.name for tool, _ in self.tools if tool.hides), None)
+        return hiding_tool(self.tools)
 
     @property
     def in_words(self) -> str | None:

@@ -47,7 +47,7 @@ class Chain:
     @property
     def hides(self) -> bool:
         """Return whether a tool hides something, so that no picture of the source may go into the result."""
-        return any(tool.hides for tool, _ in self.tools)
+        return hiding_tool(self.tools) is not None
 
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
@@ -130,6 +130,11 @@ def find_tool(name: str) -> Tool:
             return tool
     names = [tool.name for tool in TOOLS]
     raise OptionError(f"{name} is no tool. Use {', '.join(names)}.{did_you_mean(name, names)}")
+
+
+def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
+    """Return the name of the first tool that hides something; None if there is none."""
+    return next((tool.name for tool, _ in tools if tool.hides), None)
 
 
 def tool_names() -> str:

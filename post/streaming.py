@@ -96,7 +96,7 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
                 del item  # else it would live until the next one is there
             pipe.end()
         except Closed:
-            pass
+            pass  # whoever took the items wants no more of them
         except BaseException as error:  # raised again where items are taken
             pipe.fail(error)
         finally:
