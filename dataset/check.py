@@ -28,7 +28,8 @@ from dataset.checking.folders import check_unused, folder_id
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
-from dataset.sources.listing import MediaSource, find_sources
+from dataset.sources.listing import find_sources
+from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import LatentSpec

@@ -19,7 +19,8 @@ from dataset.caching.texts import TextEncoding
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
-from dataset.sources.listing import MediaSource, find_all_sources, require_captions, warn_missing_captions
+from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
+from dataset.sources.media_source import MediaSource
 from modules.atomic_write import free_bytes
 from modules.console import Row, as_size, count_of, show_box
 from modules.devices import choose_device

@@ -26,7 +26,7 @@ from dataset.caching.source_jobs import read_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
