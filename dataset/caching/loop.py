@@ -90,6 +90,8 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 belongs = {name for of_process in names for index, name in of_process if index == table.index}
                 failed = {one.stem for one in join_reports(reports).failures if one.table == table.index}
                 removed += remove_stale_latents(stores.of(table), table.kind, family, belongs, failed)
+        if share.is_main:
+            stores.settle(config.datasets)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
@@ -129,6 +131,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 names = {file.path.name for file in files if file.table.index == table.index}
                 surplus_of = stems if options.keep_cache else None
                 removed += remove_stale_texts(stores.of(table), family, names, surplus_of)
+            stores.settle(config.datasets)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
