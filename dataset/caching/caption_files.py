@@ -7,7 +7,7 @@ from typing import Any
 
 from dataset.cache.files import empty_text_name, text_file_name
 from dataset.config import DatasetTable
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 
 
 @dataclass(frozen=True)

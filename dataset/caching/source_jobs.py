@@ -9,7 +9,7 @@ from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
 from dataset.config_keys import AUTO
 from dataset.sources.frames import frames_wanted
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.errors import MediaError, UserError
 from modules.media.animations import is_animation

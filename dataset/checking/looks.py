@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from dataset.sources.decoding import bucket_of, source_frames
 from dataset.sources.frames import Span, describe_short, spans
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 from modules.contract.family import LatentSpec
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
-from dataset.sources.listing import MediaSource
 from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
+from dataset.sources.media_source import MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
 from modules.media.buckets import Size, bucket_sizes, choose_bucket
