@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.latents import LatentEncoding
 from dataset.caching.planning import Caches, Recipe, SourcePlan, list_names, media_table, plan_all
 from dataset.caching.processes import Share, join_processes
@@ -42,6 +43,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     _check_tables(family, config, sources)
     warn_missing_captions(sources)
     family.check_given_files()
+    sources = use_moments(family, sources)
     recipe = recipe_of(family, options.skip_existing)
     existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
     workers = workers_of(options)
