@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name, write_tensors
+from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.cache.store import CacheStore
 from dataset.caching.cleanup import remove_caches
 from dataset.caching.planning import (
     Caches,
@@ -257,33 +258,39 @@ class LatentEncoding:
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
         """Write an item's files, then remove its other files: sections that it no longer has."""
         names = set()
+        store = self._recipe.stores.of(item.table)
         crop, stride = item.crop, self._recipe.latent.stride
         mask = None if crop.mask is None else shrink_mask(crop.mask, stride)
         for entry in entries:
             name = dataclasses.replace(item.name, section=entry.section)
-            path = item.path.with_name(name.file_name(self._recipe.tag))
+            file = name.file_name(self._recipe.tag)
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if mask is not None:
                 tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
             record = dataclasses.replace(item.record, parts=len(entries))
             whole = dataclasses.replace(entry, tensors=tensors)
-            self._writer.submit(partial(write_latents, path, name, record, whole, self._family.name))
-            names.add(path.name)
+            self._writer.submit(partial(write_latents, store, file, name, record, whole, self._family.name))
+            names.add(file)
         self.written |= {(item.table.index, name) for name in names}
-        surplus = [item.path.with_name(name) for name in item.there if name not in names]
+        surplus = [name for name in item.there if name not in names]
         if surplus:
-            self._writer.submit(partial(remove_caches, surplus, self._family.name))
+            self._writer.submit(partial(remove_caches, store, surplus, self._family.name))
 
 
 def write_latents(
-    path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str
+    store: CacheStore,
+    file: str,
+    name: LatentName,
+    record: LatentRecord,
+    entry: CacheEntry,
+    architecture: str,
 ) -> None:
-    """Write one latent cache file with its record.
+    """Write one latent cache with its record. file: its name.
 
     Raises OutputError, or CacheError if a value is NaN or infinite.
     """
     for key, tensor in entry.tensors.items():
-        require_finite(tensor, path.name, key)
+        require_finite(tensor, file, key)
     named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
     metadata = {
         "architecture": architecture,
@@ -294,7 +301,7 @@ def write_latents(
     if name.span is not None:
         metadata["frame_count"] = str(name.span[1])
     sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
-    write_tensors(path, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+    store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:

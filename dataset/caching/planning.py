@@ -6,11 +6,11 @@ This is decided from records, if possible without decoding.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dataset.cache.files import Entry, LatentName, parse_latent_name, read_entry, read_header
+from dataset.cache.files import Entry, LatentName, parse_latent_name
 from dataset.cache.records import (
     ClipFacts,
     LatentRecord,
@@ -21,6 +21,7 @@ from dataset.cache.records import (
     section_frames,
     verify_tensors,
 )
+from dataset.cache.store import CacheStore, Stores
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import read_ahead
 from dataset.config import DatasetTable
@@ -54,6 +55,7 @@ class Recipe:
     fps: float
     skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
+    stores: Stores = field(default_factory=Stores)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """Return what the record of an item contains besides the encoders."""
@@ -83,14 +85,16 @@ class SourcePlan:
     outdated: str | None = None  # why an existing file is made again
 
 
-def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]]:
-    """List the latent cache files of a table by the stem of their source, without opening a file."""
+def list_names(store: CacheStore, tag: str, kind: str) -> dict[str, dict[str, LatentName]]:
+    """List the latent caches of a table by the stem of their source, without opening one.
+
+    kind: of the table, "image" or "video".
+    """
     found: dict[str, dict[str, LatentName]] = {}
-    folder = table.cache_directory
-    for path in folder.iterdir() if folder.is_dir() else ():
-        name = parse_latent_name(path.name, tag, table.kind)
+    for file in store.names():
+        name = parse_latent_name(file, tag, kind)
         if name is not None:
-            found.setdefault(name.stem, {})[path.name] = name
+            found.setdefault(name.stem, {})[file] = name
     return found
 
 
@@ -234,7 +238,7 @@ def _check_item(
     foreign = 0
     for file in files:
         path = source.table.cache_directory / file
-        entry = read_entry(path)
+        entry = recipe.stores.of(source.table).read(file)
         record = latent_record(entry.header)
         if record is None:
             if source.mask_from is not None:
@@ -286,7 +290,7 @@ def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe) -> Cl
     known = []
     for file in existing:
         try:
-            record = latent_record(read_header(source.table.cache_directory / file))
+            record = latent_record(recipe.stores.of(source.table).read_header(file))
         except CacheError:
             continue
         if record is None or record.clip is None or not record.files:
