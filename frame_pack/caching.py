@@ -27,8 +27,8 @@ WHOLE_FRAMES = 192
 COARSENESS = ("", "_2x", "_4x")  # of the past; as in the names of tensors
 
 NO_MOMENTS = (
-    "FramePack learns sections of clips, whose conditions (the first frame's features, the past) are made from "
-    "frames. Leave out load_tensors"
+    "FramePack learns sections of clips, whose conditions (the first frame's features, the past) are made "
+    "from frames. Leave out load_tensors"
 )
 
 

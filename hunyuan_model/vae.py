@@ -164,10 +164,10 @@ class HunyuanVae(nn.Module):
 
 
 def sample_posterior(moments: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return a sample of each posterior, B Z f h w float32, on the device of `moments`, which are overwritten.
+    """Return a sample of each posterior, B Z f h w float32, on the device of `moments`.
 
-    moments: B 2Z f h w float32, means and logarithms of variances. generators: one for each item; the noise
-    is drawn in float32 on their device.
+    moments: B 2Z f h w float32, means and logarithms of variances; overwritten. generators: one for each
+    item; the noise is drawn in float32 on their device.
     """
     mean, log_variance = moments.chunk(2, dim=1)
     # in place: even the latents of a long clip are large

@@ -79,8 +79,8 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     prepared = read_prepared(folder)
     if prepared is None or prepared.architecture is None:
         logger.warning(
-            "%s: nothing in %s says which VAE made %s. They are used as moments of the VAE of %s; if they are "
-            "of another one, the model learns noise.",
+            "%s: nothing in %s says which VAE made %s. They are used as moments of the VAE of %s; of another "
+            "one, the model would learn noise.",
             source.table.name,
             folder,
             path.parent.name,
@@ -110,7 +110,10 @@ def embeds_note(path: Path) -> Path:
 
 
 def describe_embeds(
-    caption: str, architecture: str, identities: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]
+    caption: str,
+    architecture: str,
+    identities: Mapping[str, Mapping[str, str]],
+    tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Return the content of that file. identities: of the encoders by name. tensors: by key."""
     return {
@@ -150,14 +153,15 @@ def read_embeds(
         return None, str(error)
     if not isinstance(tensors, dict):
         return None, f"it holds {type(tensors).__name__}, not tensors by name"
-    found = {key: tensors.get(key) for key in encoder.keys}
-    wrong = [key for key, tensor in found.items() if _shape_of(tensor) != stated[key]]
-    if wrong:
-        return None, f"its {', '.join(sorted(wrong))} is not what {note.name} says"
-    return {key: [tensor.clone()] if key in encoder.variable_length else tensor.clone() for key, tensor in found.items()}, None
+    found: dict[str, Tensor | list[Tensor]] = {}
+    for key in encoder.keys:
+        tensor = tensors.get(key)
+        if not isinstance(tensor, Tensor) or _shape_of(tensor) != stated[key]:
+            return None, f"its {key} is not what {note.name} says"
+        # a copy: a file that is mapped can change
+        found[key] = [tensor.clone()] if key in encoder.variable_length else tensor.clone()
+    return found, None
 
 
-def _shape_of(tensor: Any) -> dict[str, Any] | None:
-    if not isinstance(tensor, Tensor):
-        return None
+def _shape_of(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}

@@ -234,7 +234,8 @@ class LatentEncoding:
     def _encode(self, group: tuple[object, ...]) -> None:
         items = self._pending.pop(group)
         if items[0].crop.moments:
-            moments = [torch.stack(found) for found in zip(*(item.crop.moments for item in items), strict=True)]
+            parts = zip(*(item.crop.moments for item in items), strict=True)
+            moments = [torch.stack(found) for found in parts]
             given = MomentsBatch(moments[0], tuple(item.path.stem for item in items), *moments[1:])
             for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
                 self._write(item, [entry])

@@ -135,7 +135,9 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
         return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
     if source.tensors is not None:
         clip = _find_known_clip(source, existing, recipe)
-        given = measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
+        given = (
+            measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
+        )
         return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe)
     if not existing:
         return SourcePlan(source, frozenset(), 0, None)

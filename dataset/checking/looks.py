@@ -11,6 +11,7 @@ from markupsafe import Markup
 from dataset.sources.decoding import bucket_of, source_frames
 from dataset.sources.frames import Span, describe_short, spans
 from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import measure_source
 from modules.contract.family import LatentSpec
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
@@ -66,6 +67,8 @@ def look_at(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     values: dict[str, object] = {"bytes": _size_bytes(source)}
     sample, fit = _Sample(PICTURE_HEIGHT if not is_clip else STRIP_HEIGHT), None
     try:
+        if source.tensors is not None:
+            return _look_at_tensors(source, latent)
         if is_clip:
             info = video_info(source.path)
             values |= {"fps": info.fps, "frames": info.frames}
@@ -86,6 +89,14 @@ def look_at(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     if frames:
         values["strip"] = embed_picture(_strip(frames, fit), source.path.name, STRIP_WIDTH, quality=80)
     return Look(used=sample.count, **values)  # type: ignore[arg-type]
+
+
+def _look_at_tensors(source: MediaSource, latent: LatentSpec) -> Look:
+    """Look at a source whose latents are given: its clip, which need not be there, is not shown."""
+    given = measure_source(source, latent)
+    spans = (given.span(latent.frame_step),)
+    size_bytes = _size_bytes(source)
+    return Look(bytes=size_bytes, size=given.size, frames=given.frames, used=given.frames, spans=spans)
 
 
 class _Sample:
@@ -159,6 +170,7 @@ def _compare_rates(found: float | None, stated: object, fps: float) -> str | Non
 
 def _size_bytes(source: MediaSource) -> int | None:
     try:
-        return None if source.path.is_dir() else source.path.stat().st_size
+        path = source.path if source.tensors is None else source.tensors.moments
+        return None if path.is_dir() else path.stat().st_size
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""List the clips of a data set in CogVideoX form: two lists of lines, a table, and tensors computed before."""
+"""List the clips of a data set in CogVideoX form: two lists, or a table; and tensors computed before."""
 
 import os
 from collections.abc import Iterator
@@ -125,8 +125,8 @@ def _from_lists(data: CogData) -> Iterator[tuple[str, str, str]]:
     captions, paths = _lines(data, prompts, "caption_column"), _lines(data, videos, "video_column")
     if len(captions) != len(paths):
         raise DatasetError(
-            f"{data.name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
-            "prompt, in the same order. Blank lines are not counted."
+            f"{data.name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has "
+            "one prompt, in the same order. Blank lines are not counted."
         )
     for (_, caption), (number, video) in zip(captions, paths, strict=True):
         yield f"{videos}, line {number}", caption, video

@@ -56,8 +56,8 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     found = "x".join(map(str, moments.shape))
     if moments.ndim != 4 or not moments.numel() or not moments.is_floating_point():
         raise MediaError(
-            f"{path} holds {found or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames x "
-            "height x width)"
+            f"{path} holds {found or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
+            "x height x width)"
         )
     if moments.shape[0] != 2 * latent.channels:
         raise MediaError(

@@ -1,4 +1,4 @@
-"""The file that prepare_dataset.py leaves beside its folders: with what they were made, and with which settings."""
+"""The file that prepare_dataset.py leaves beside its folders: the models and settings they were made with."""
 
 import json
 from collections.abc import Mapping
