@@ -242,7 +242,9 @@ def main() -> None:
                 if phase == "check_training" and count > MOST_READ and not args.read_all:
                     continue
                 rows[phase][count] = numbers = run(path, phase)
-                said = ", ".join(f"{name} {number:.2f} s" for name, number in numbers.items() if name != "peak")
+                said = ", ".join(
+                    f"{name} {number:.2f} s" for name, number in numbers.items() if name != "peak"
+                )
                 print(f"{phase:>15}: {said}, peak {numbers['peak'] / 1e6:.0f} MB", flush=True)
         finally:
             if not args.keep:
