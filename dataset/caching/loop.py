@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.latents import LatentEncoding
 from dataset.caching.planning import Caches, Recipe, SourcePlan, list_names, media_table, plan_all
 from dataset.caching.processes import Share, join_processes
@@ -43,6 +44,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     _check_tables(family, config, sources)
     warn_missing_captions(sources)
     family.check_given_files()
+    sources = use_moments(family, sources)
     recipe = recipe_of(family, options.skip_existing)
     stores = recipe.stores
     existing = {
