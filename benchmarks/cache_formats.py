@@ -40,20 +40,17 @@ def main() -> None:
     parser.add_argument("--size_kb", type=int, nargs="+", default=[10, 300, 2000], help="of an entry")
     parser.add_argument("--reads", type=int, default=2000)
     args = parser.parse_args()
-    rows = []
     for size_kb in args.size_kb:
         entries = min(args.entries, 1_500_000 // size_kb)
         for form in (single_files, shards, lance_table):
             args.folder.mkdir(parents=True)
             try:
-                rows.append(
-                    f"{size_kb:8d} {entries:8d} {measure(form, args.folder, entries, size_kb, args.reads)}"
-                )
+                said = measure(form, args.folder, entries, size_kb, args.reads)
             except ImportError as error:
-                rows.append(f"{form.__name__} is left out: {error}")
+                said = f"{form.__name__} is left out: {error}"
             finally:
                 shutil.rmtree(args.folder)
-            print(rows[-1], flush=True)  # noqa: T201
+            print(f"{size_kb:6d} KB {entries:6d} {said}", flush=True)
 
 
 def data_of(number: int, size_kb: int) -> bytes:
@@ -102,13 +99,10 @@ def lance_table(folder: Path, entries: int, size_kb: int) -> Callable[[], Reader
     def batches() -> Any:
         for start in range(0, entries, BATCH):
             numbers = range(start, min(start + BATCH, entries))
-            columns = [
-                [name_of(number) for number in numbers],
-                [data_of(number, size_kb) for number in numbers],
-            ]
-            yield pa.record_batch(
-                [pa.array(column, kind) for column, kind in zip(columns, schema.types)], schema
-            )
+            names, data = map(name_of, numbers), (data_of(number, size_kb) for number in numbers)
+            columns = [list(names), list(data)]
+            arrays = map(pa.array, columns, schema.types)
+            yield pa.record_batch(list(arrays), schema)
 
     path = str(folder / "cache.lance")
     lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches()), path)

@@ -172,8 +172,9 @@ class Catalog:
         """Return the names of entries, lost ones too: a set of its own."""
         ends, names = self.known.ends.tolist(), self.known.names
         found = {decode_name(names[start:end]) for start, end in zip(ends, ends[1:], strict=False)}
-        if (self.known.kind == Kind.REMOVED).any():
-            found -= {self.known.name(place) for place in np.flatnonzero(self.known.kind == Kind.REMOVED)}
+        places = np.flatnonzero(self.known.kind == Kind.REMOVED).tolist()
+        if places:
+            found -= {self.known.name(place) for place in places}
         for name, row in self.added.items():
             if row.kind is Kind.REMOVED:
                 found.discard(name)

@@ -257,9 +257,9 @@ class ShardStore:
 
     def _read_at(self, shard: Path, offset: int, count: int) -> bytes:
         if not hasattr(os, "pread"):  # Windows, which removes and replaces no file that is open
-            with shard.open("rb") as file:
-                file.seek(offset)
-                return file.read(count)
+            with shard.open("rb") as opened:
+                opened.seek(offset)
+                return opened.read(count)
         file = self._handle(shard)
         data = os.pread(file.fileno(), count, offset)
         while 0 < len(data) < count:  # a read is at most 2 GB

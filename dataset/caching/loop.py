@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 
+from dataset.cache.forms import require_form
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
@@ -45,6 +46,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     warn_missing_captions(sources)
     family.check_given_files()
     sources = use_moments(family, sources)
+    require_form(config, family.cache_tag)
     recipe = recipe_of(family, options.skip_existing)
     stores = recipe.stores
     existing = {
@@ -107,6 +109,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     sources = find_all_sources(config)
     require_captions(sources)
     family.check_given_files()
+    require_form(config, family.cache_tag)
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
         stores = Stores()
