@@ -20,8 +20,8 @@ from dataset.cache.catalog import (
     SHARD,
     Catalog,
     Row,
-    list_shards,
     open_catalog,
+    read_index,
     write_index,
 )
 from dataset.cache.tar_records import (
@@ -30,10 +30,11 @@ from dataset.cache.tar_records import (
     Kind,
     Record,
     encode_name,
+    machine,
     padded,
     read_records,
     record_header,
-    writer_header,
+    writer_of,
 )
 from modules.atomic_write import LEFTOVER_SECONDS, atomic_path, explain_errors, temporary_of
 from modules.file_locks import try_lock
@@ -86,11 +87,13 @@ def _lock_untidy(folder: Path, small_bytes: float, locks: contextlib.ExitStack) 
     catalog = open_catalog(folder)
     small = {shard.name for shard in catalog.shards if shard.size < small_bytes}
     untidy = _untidy(catalog, small)
+    index = read_index(folder)
+    listed = set() if index is None else {shard.name for shard in index.shards}
     locked = {}
     if untidy or len(small) > 1:
         for shard in catalog.shards:
             if shard.name in small | untidy:
-                file = _lock(folder / shard.name, locks, shard.is_finished)
+                file = _lock(folder / shard.name, locks, shard.is_finished or shard.name in listed)
                 if file is not None:
                     locked[shard.name] = file
     return locked if untidy & locked.keys() or len(small & locked.keys()) > 1 else {}
@@ -106,10 +109,11 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
         is_there = path.exists() and os.path.samestat(path.stat(), found)
     except (FileNotFoundError, PermissionError):  # PermissionError: Windows, someone reads it
         return None
-    if not is_finished:
+    if not is_finished and is_free is not False:
         # other machines' locks are not seen on every network share
-        is_here = is_free and file.read(len(writer_header())) == writer_header()
-        is_free = is_here or (is_free is not False and found.st_mtime < time.time() - LEFTOVER_SECONDS)
+        writer = writer_of(file)
+        is_here = is_free and (writer is None or writer == machine())
+        is_free = is_here or found.st_mtime < time.time() - LEFTOVER_SECONDS
     return file if is_there and is_free is not False else None
 
 
@@ -125,7 +129,9 @@ def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
     for name, row in catalog.rows():
         if row.shard == NOWHERE:
             continue
-        alive[row.shard] += _record_bytes(name, row)
+        # what says that something was removed is a hole itself, unless the shard is compared record by record
+        if row.kind is Kind.ENTRY or row.shard in small:
+            alive[row.shard] += _record_bytes(name, row)
         if row.shard in small:
             small[row.shard].append((name, row))
     untidy = set()
@@ -152,13 +158,12 @@ def _merge(
         for name, row in held
         if row.kind is not Kind.REMOVED or name in elsewhere
     ]
-    whole = {shard.name: shard.size for shard in catalog.shards if shard.is_finished and not shard.damaged}
     written = set()
     with contextlib.ExitStack() as writes:  # the new ones get their names together
         for chunk in _chunks(_sorted(rows), shard_bytes):
             name = shard_name(chunk)
             written.add(name)
-            if whole.get(name) != _total(chunk):
+            if not _is_already(catalog, name, chunk):
                 temporary = writes.enter_context(atomic_path(folder / name, _total(chunk)))
                 _write_shard(temporary, chunk, catalog, locked)
         if os.name == "nt":  # which replaces and removes no file that is open
@@ -170,6 +175,20 @@ def _merge(
     _renew_index(folder, gone, {name for name, _ in held})
     for name in gone:
         (folder / name).unlink(missing_ok=True)
+
+
+def _is_already(catalog: Catalog, name: str, rows: Rows) -> bool:
+    """Whether a shard holds just these records: its own ones, not others with equal names and checksums."""
+    number, shard = next(
+        ((number, one) for number, one in enumerate(catalog.shards) if one.name == name), (NOWHERE, None)
+    )
+    return (
+        shard is not None
+        and shard.is_finished
+        and not shard.damaged
+        and shard.size == _total(rows)
+        and all(row.shard == number for _, row in rows)
+    )
 
 
 def _elsewhere(folder: Path, catalog: Catalog, numbers: set[int], rows: Rows) -> set[str]:
@@ -247,7 +266,7 @@ def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed merges left; who still writes one has locked it."""
     with os.scandir(folder) as entries:
-        found = [entry.name for entry in entries if SHARD.fullmatch(temporary_of(entry.name) or "")]
+        found = [entry.name for entry in entries if is_ours(temporary_of(entry.name) or "")]
     for name in found:
         path = folder / name
         with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -257,6 +276,6 @@ def _remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def list_all(folder: Path) -> list[Path]:
-    """Return the files of a folder that belong to its shards: those and the index."""
-    return [folder / name for name in [*sorted(list_shards(folder)), INDEX] if (folder / name).exists()]
+def is_ours(name: str) -> bool:
+    """Whether a file name is that of a shard or of the index."""
+    return name == INDEX or SHARD.fullmatch(name) is not None
