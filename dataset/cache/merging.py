@@ -37,7 +37,7 @@ from dataset.cache.tar_records import (
     writer_of,
 )
 from modules.atomic_write import LEFTOVER_SECONDS, atomic_path, explain_errors, temporary_of
-from modules.file_locks import try_lock
+from modules.file_locks import only_one, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ SHARD_BYTES = 1 << 30  # a writer begins another shard when it has as many
 SMALL = 0.5  # of these bytes: smaller ones are merged
 MOST_HOLES = 0.25  # of a shard: what more is reclaimed
 COPY_BYTES = 1 << 22
+LOCK = ".cache-index.lock"  # is there while shards are merged
 
 Rows = Sequence[tuple[str, Row]]
 
@@ -52,12 +53,13 @@ Rows = Sequence[tuple[str, Row]]
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Put a folder in order: at most one small shard, none that is unfinished or damaged, and an index.
 
+    One process at a time does this: merged shards are named by what they hold, so two would use one name.
     Shards that others write or merge are left alone. Raises OutputError if there is no room for it; then all
     shards are as they were.
     """
     if not folder.is_dir():
         return
-    with explain_errors(folder / INDEX):
+    with explain_errors(folder / INDEX), only_one(folder / LOCK):
         _remove_leftovers(folder)
         with contextlib.ExitStack() as locks:
             locked = _lock_untidy(folder, shard_bytes * SMALL, locks)
@@ -106,7 +108,7 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
         is_free = try_lock(file)
         found = os.fstat(file.fileno())
         # another process may have merged it before we had the lock
-        is_there = path.exists() and os.path.samestat(path.stat(), found)
+        is_there = _is_same(path, file)
     except (FileNotFoundError, PermissionError):  # PermissionError: Windows, someone reads it
         return None
     if not is_finished and is_free is not False:
@@ -115,6 +117,13 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
         is_here = is_free and (writer is None or writer == machine())
         is_free = is_here or found.st_mtime < time.time() - LEFTOVER_SECONDS
     return file if is_there and is_free is not False else None
+
+
+def _is_same(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
@@ -174,7 +183,9 @@ def _merge(
     logger.debug("%s: %d shards were merged into %d", folder, len(locked), len(written))
     _renew_index(folder, gone, {name for name, _ in held})
     for name in gone:
-        (folder / name).unlink(missing_ok=True)
+        # on a volume without locks another merge may have made one of this name meanwhile
+        if os.name == "nt" or _is_same(folder / name, locked[name]):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _is_already(catalog: Catalog, name: str, rows: Rows) -> bool:

@@ -110,7 +110,7 @@ def machine() -> str:
 
 
 def writer_header() -> bytes:
-    """Return what a shard begins with until it is merged: a comment that tells on which machine it is written."""
+    """Return what a shard begins with until it is merged: a comment that tells which machine writes it."""
     body = _line(b"comment", _WRITER + machine().encode())
     return _block(b"reelsmith", len(body), b"g") + _fill(body)
 
