@@ -25,7 +25,7 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"answers", "control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "fp8", "installation", "options"},
         {"asking", "command", "console", "environment", "output_files"},
@@ -43,7 +43,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
-        {"checking"},
+        {"captioning", "checking"},
         {"check", "debug_views"},
         {"commands"},
     ),
