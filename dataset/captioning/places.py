@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import read_caption
-from dataset.sources.listing import MediaSource, find_all_sources
+from dataset.sources.listing import find_all_sources
+from dataset.sources.media_source import MediaSource
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_lines
 

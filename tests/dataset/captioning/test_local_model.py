@@ -194,18 +194,23 @@ def test_a_folder_that_cannot_be_used_is_refused(
 def test_code_in_a_model_is_never_run(llava: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llava, tmp_path / "model")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    classes = dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoModelForImageTextToText"), "evil.X")
     for name in ("config.json", "processor_config.json"):
-        classes = ("AutoConfig", "AutoProcessor", "AutoModelForImageTextToText")
-        _change(
-            folder, name, model_type="evil", processor_class=None, auto_map=dict.fromkeys(classes, "evil.X")
-        )
-    # pickles are not read either
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+        _change(folder, name, model_type="evil", processor_class=None, auto_map=classes)
 
     with pytest.raises(CheckpointError):
         load(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_is_not_read(llava: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llava, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    weights = load(llava).model.state_dict()
+    torch.save(weights, folder / "pytorch_model.bin")  # a harmless one
+
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load(folder)
 
 
 def test_a_name_of_a_hub_is_not_fetched_offline(monkeypatch: pytest.MonkeyPatch) -> None:
