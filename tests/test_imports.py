@@ -43,7 +43,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
-        {"checking"},
+        {"checking", "cutting"},
         {"check", "debug_views"},
         {"commands"},
     ),
