@@ -43,7 +43,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
-        {"captioning", "checking"},
+        {"captioning", "checking", "cutting"},
         {"check", "debug_views"},
         {"commands"},
     ),
