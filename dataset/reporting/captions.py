@@ -8,6 +8,7 @@ from typing import Any
 from dataset.checking.captions import is_unread
 from dataset.reporting.bins import count_bins, summarise
 from dataset.sources.listing import MediaSource
+from modules.control_codes import shorten
 
 MOST_WORDS = 60  # of the most frequent ones
 MOST_DUPLICATES = 200  # texts that are listed
@@ -86,7 +87,7 @@ class CaptionCounts:
                 for word, count in sorted(self._triggers.items())
             ],
             "duplicate_texts": [
-                {"text": text, "count": len(paths), "paths": paths[:MOST_PATHS]}
+                {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MOST_PATHS]}
                 for text, paths in ranked[:MOST_DUPLICATES]
             ],
             "empty_paths": self._empty,
@@ -95,8 +96,9 @@ class CaptionCounts:
         }
 
     def _frequent(self) -> list[dict[str, Any]]:
+        """Return the words that the most captions hold, but for stop words."""
         telling = ((word, count) for word, count in self._words.items() if word not in STOP_WORDS)
-        ranked = sorted(telling, key=lambda item: (-item[1], item[0]))[:MOST_WORDS]
+        ranked = sorted(telling, key=lambda item: (-self._holders[item[0]], -item[1], item[0]))[:MOST_WORDS]
         return [{"word": word, "count": count, "captions": self._holders[word]} for word, count in ranked]
 
 

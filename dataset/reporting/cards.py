@@ -1,5 +1,6 @@
 """A card for each file that the page shows: its frames with the crop, its numbers and its caption."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,9 +51,10 @@ class Card:
 
     @property
     def lengths(self) -> str:
-        """Return the items in words: "2 of 5 frames, 1 of 9 frames"."""
-        lengths = [length for _, length in self.look.spans]
-        return ", ".join(f"{lengths.count(one)} of {one} frames" for one in dict.fromkeys(lengths))
+        """Return the items in words: "2 x 5, 1 x 9 frames"; empty if there is none."""
+        lengths = Counter(length for _, length in self.look.spans)
+        parts = ", ".join(f"{count} \u00d7 {length}" for length, count in sorted(lengths.items()))
+        return f"{parts} frames" if parts else ""
 
 
 def make_cards(
@@ -79,11 +81,13 @@ def make_cards(
     }
 
     def work(source: MediaSource) -> Card:
+        paths = {escape_control_codes(str(path)) for path in (source.path, source.caption_path)}
         one = measured.get((source.table.index, source.stem))
         faults, remarks = (
             [
-                escape_control_codes(fault.text)
+                fault.text
                 for fault in told.get((kind, source.table.index, source.stem), [])
+                if fault.text not in paths  # an empty caption, which the card shows
             ]
             for kind in ("fault", "remark")
         )

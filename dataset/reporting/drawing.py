@@ -50,12 +50,11 @@ def draw_crops(bucket: tuple[int, int], crops: Crops) -> Markup:
         shape = '<rect class="whole" x="{}" y="{}" width="{}" height="{}" opacity="{:.2f}">'
         title = Markup("<title>{}</title></rect>").format(words)
         parts.append(Markup(shape).format(x, y, w, h, strength) + title)
-    parts.append(
-        Markup('<rect class="kept" x="0" y="0" width="{}" height="{}"/></svg>').format(width, height)
-    )
-    return Markup("").join(parts)
+    for name in ("ground", "kept"):
+        parts.append(Markup('<rect class="{}" width="{}" height="{}"/>').format(name, width, height))
+    return Markup("").join([*parts, Markup("</svg>")])
 
 
 def number(value: float) -> str:
-    """Return a number of a histogram as short text."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    """Return a number as short text."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -52,6 +52,12 @@ def collect_numbers(
             for fault in report.found.faults
             if fault.kind != CANNOT_BE_READ
         ],
+        "remarks": [  # about files that no source uses
+            {"kind": fault.kind, "text": fault.text, "table": report.table.index + 1}
+            for report in reports
+            for fault in report.found.remarks
+            if fault.stem is None
+        ],
         "captions": count_captions(source for report in reports for source in report.found.sources),
         "near_duplicates": [[str(path) for path in group] for group in copies],
         "black": _paths(reports, "is_black"),

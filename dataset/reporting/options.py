@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import check_at_most
+from modules.output_files import check_place
 
 STDOUT = "-"  # of --json without a value
 MOST_WORKERS = 1024
@@ -52,8 +53,7 @@ def _check_file(option: str, path: Path | None, suffixes: tuple[str, ...]) -> No
         return
     if path.suffix.lower() not in suffixes:
         raise OptionError(f"{option} {path}: name a file that ends in {suffixes[0]}")
-    if path.is_dir():
-        raise OptionError(f"{option} {path}: there is a folder of that name; name a file")
+    check_place(option, path)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from dataset.reporting.drawing import draw_bins, draw_crops, number
 from dataset.reporting.numbers import Numbers
 from dataset.reporting.options import ReportOptions
 from dataset.reporting.tables import TableReport
+from modules.console import in_words
 from modules.control_codes import escape_control_codes
 from modules.pages.page import write_page
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
 MOST_LINES = 100  # of one list
-MOST_ROWS = 12  # of sizes and rates
+MOST_ROWS = 7  # of sizes and rates
 MOST_GROUPS = 60  # of files that are nearly the same
 MOST_IN_GROUP = 12
 FILTERS = (
@@ -87,6 +88,7 @@ def write_report_page(
         "most_groups": MOST_GROUPS,
         "most_in_group": MOST_IN_GROUP,
         "number": number,
+        "in_words": in_words,
     }
     write_page(path, TEMPLATE, escape_control_codes(config.path.name), values)
     logger.info("wrote %s", path)
@@ -136,7 +138,7 @@ def _summary(values: Numbers, unit: str) -> str:
     low, middle, high = (number(values[name]) for name in ("min", "median", "max"))
     if low == high:
         return f"all {low}{unit}"
-    return f"{low} to {high}{unit}, half of them below {middle}"
+    return f"{low} to {high}{unit}, median {middle}"
 
 
 def _escape(value: Any) -> Any:
