@@ -18,6 +18,7 @@ from dataset.config_keys import (
     KEYS,
     LEARNING_DEFAULTS,
     MODES,
+    ONLY_WITH,
     SECTION_DEFAULTS,
     SOURCES,
     Unfit,
@@ -39,10 +40,15 @@ class DatasetTable:
     config_path: Path
     index: int  # place in the file, from 0
     kind: Literal["image", "video"]
+    # exactly one of these five is set
     directory: Path | None  # image_directory or video_directory
-    jsonl_file: Path | None  # image_jsonl_file or video_jsonl_file; exactly one of the two is set
+    jsonl_file: Path | None  # image_jsonl_file or video_jsonl_file
+    table_file: Path | None  # image_table_file or video_table_file
+    tars: tuple[str, ...] | None  # image_tars or video_tars: paths, globs or addresses
+    cogvideox_root: Path | None
     control_directory: Path | None
     cache_directory: Path
+    cache_format: Literal["files", "shards"]
     resolution: tuple[int, int]  # width, height
     caption_extension: str | None
     trigger_word: str  # these three: "" for none
@@ -64,6 +70,14 @@ class DatasetTable:
     frame_sample: int
     max_frames: int
     source_fps: float | str | None  # AUTO: by the times in each file
+    dataset_file: Path | None  # of cogvideox_root
+    path_column: str | None  # of table_file; None: the usual names
+    caption_column: str | None  # of table_file and cogvideox_root; None: the usual names
+    video_column: str | None  # of cogvideox_root
+    id_token: str  # of cogvideox_root; "" for none
+    load_tensors: bool  # of cogvideox_root: latents are computed already
+    allow_urls: bool  # sources may lie elsewhere
+    download_directory: Path | None  # where these are kept; None: in the cache directory
     fp_latent_window_size: int
     fp_1f_clean_indices: tuple[int, ...] | None
     fp_1f_target_index: int | None
@@ -76,10 +90,20 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from."""
-        source = self.directory or self.jsonl_file
-        assert source is not None
+        """Return the folder or list that the items come from; of tars the first name or pattern."""
+        source = self.directory or self.jsonl_file or self.table_file or self.cogvideox_root
+        if source is None:
+            assert self.tars is not None
+            source = Path(self.tars[0])
         return source
+
+    @property
+    def source_key(self) -> str:
+        """Return which key of SOURCES the table has."""
+        if self.cogvideox_root is not None:
+            return "cogvideox_root"
+        ends = ("directory", "jsonl_file", "table_file", "tars")
+        return f"{self.kind}_{next(end for end in ends if getattr(self, end) is not None)}"
 
     @property
     def control_count(self) -> int:
@@ -123,7 +147,7 @@ class DatasetTable:
             "num_repeats": self.num_repeats,
             "enable_bucket": self.enable_bucket,
             "bucket_no_upscale": self.bucket_no_upscale,
-            f"{self.kind}_{'directory' if self.directory else 'jsonl_file'}": self.source.name,
+            self.source_key: self.source.name,
         }
         if self.control_directory is not None:
             entry["control_directory"] = self.control_directory.name
@@ -267,7 +291,7 @@ def _read_table(
             values[name] = _read_value(name, value, place, problems if name in entry else [])
     if len(problems) > before or any(values[name] is _BAD for name in values):
         return None
-    return _finish_table(path, index, kind, values, problems)
+    return _finish_table(path, index, kind, source_key, values, problems)
 
 
 def _source_key(entry: Table, where: str, problems: list[str]) -> str | None:
@@ -299,6 +323,10 @@ def _check_names(entry: Table, kind: str, source_key: str, where: str, problems:
             problems.append(
                 f"{where}: {name} = {_show(value)} is for {other} tables; {source_key} makes this one {kind}s"
             )
+        elif not source_key.endswith(ONLY_WITH.get(name, source_key)):
+            sources = [one for one in SOURCES if kind in KEYS[one].kinds and one.endswith(ONLY_WITH[name])]
+            theirs = f"is for tables with {' or '.join(sources)}, not {source_key}"
+            problems.append(f"{where}: {name} = {_show(value)} {theirs}")
 
 
 _BAD = object()  # marks a value that has been reported
@@ -320,12 +348,18 @@ def _read_value(name: str, value: Any, where: str, problems: list[str]) -> Any:
 
 
 def _finish_table(
-    path: Path, index: int, kind: Literal["image", "video"], values: dict[str, Any], problems: list[str]
+    path: Path,
+    index: int,
+    kind: Literal["image", "video"],
+    source_key: str,
+    values: dict[str, Any],
+    problems: list[str],
 ) -> DatasetTable | None:
     where = f"[[datasets]] {index + 1}"
-    directory = values.pop("image_directory") or values.pop("video_directory")
-    jsonl_file = values.pop("image_jsonl_file") or values.pop("video_jsonl_file")
-    fields = {name: value for name, value in values.items() if name not in SOURCES}
+    ends = ("directory", "jsonl_file", "table_file", "tars")
+    given = {end: values[f"{kind}_{end}"] for end in ends} | {"cogvideox_root": values["cogvideox_root"]}
+    directory, jsonl_file = given["directory"], given["jsonl_file"]
+    fields = given | {name: value for name, value in values.items() if name not in SOURCES}
     if jsonl_file and fields["control_directory"]:
         logger.warning(
             "%s, %s: control_directory is ignored because a list itself names control files (control_path)",
@@ -333,14 +367,20 @@ def _finish_table(
             where,
         )
         fields["control_directory"] = None
-    if fields["cache_directory"] is None and jsonl_file:
-        problems.append(f"{where}: cache_directory is required with {kind}_jsonl_file")
+    folder = directory or given["cogvideox_root"]
+    if fields["cache_directory"] is None and not folder:
+        problems.append(f"{where}: cache_directory is required with {source_key}")
         return None
     if fields["mask_directory"] and (jsonl_file or fields["alpha_mask"]):
         other = "give mask_path in the lines of the list" if jsonl_file else "leave out it or alpha_mask"
         problems.append(f"{where}: mask_directory cannot be used here; {other}")
         return None
-    fields["cache_directory"] = fields["cache_directory"] or directory
+    if fields["load_tensors"] and fields["alpha_mask"]:
+        problems.append(
+            f"{where}: alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+        )
+        return None
+    fields["cache_directory"] = fields["cache_directory"] or folder
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
     fields["target_frames"] = _round_targets(fields["target_frames"], f"{path}, {where}")
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
@@ -348,7 +388,7 @@ def _finish_table(
             '%s, %s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', path, where
         )
         fields["frame_extraction"] = "head"
-    return DatasetTable(path, index, kind, directory, jsonl_file, **fields)
+    return DatasetTable(path, index, kind, **fields)
 
 
 def _round_targets(targets: tuple[int, ...], where: str) -> tuple[int, ...]:

@@ -25,6 +25,9 @@ RATES = (0.001, 1_000_000)  # frames a second
 AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
 
 
+CACHE_FORMATS = ("files", "shards")
+
+
 class Unfit(Exception):
     """The value is not allowed."""
 
@@ -147,6 +150,20 @@ def _mode(value: Any) -> str:
     return str(value)
 
 
+def _cache_format(value: Any) -> str:
+    if value not in CACHE_FORMATS:
+        raise Unfit
+    return str(value)
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    """Return paths, globs or addresses: one, or a list of them."""
+    patterns = value if isinstance(value, list) else [value]
+    if not patterns:
+        raise Unfit
+    return tuple(_text(pattern) for pattern in patterns)
+
+
 @dataclass(frozen=True)
 class Key:
     """One key of a table.
@@ -169,6 +186,8 @@ _PIXELS = (
 _RATE = f'"{AUTO}", or a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})'
 _BOOL = "true or false, without quotes"
 _FOLDER = "a path in quotes"
+_TARS = 'a path in quotes, such as "clips-*.tar", or a list of them'
+_COLUMN = "the name of a column in quotes"
 _WORDS = f"text in quotes, one line of at most {MOST_WORDS} characters"
 
 KEYS: Mapping[str, Key] = {
@@ -185,11 +204,27 @@ KEYS: Mapping[str, Key] = {
     "num_repeats": Key(_repeats, f"{_POSITIVE}, at most {MOST_REPEATS}", 1, in_general=True),
     "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
     "bucket_no_upscale": Key(_yes_no, _BOOL, False, in_general=True),
+    "cache_format": Key(
+        _cache_format, "one of " + ", ".join(f'"{one}"' for one in CACHE_FORMATS), "files", in_general=True
+    ),
     "cache_directory": Key(_path, _FOLDER, None),
     "image_directory": Key(_path, _FOLDER, None, ("image",)),
     "image_jsonl_file": Key(_path, _FOLDER, None, ("image",)),
+    "image_table_file": Key(_path, _FOLDER, None, ("image",)),
+    "image_tars": Key(_patterns, _TARS, None, ("image",)),
     "video_directory": Key(_path, _FOLDER, None, ("video",)),
     "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
+    "video_table_file": Key(_path, _FOLDER, None, ("video",)),
+    "video_tars": Key(_patterns, _TARS, None, ("video",)),
+    "cogvideox_root": Key(_path, _FOLDER, None, ("video",)),
+    "dataset_file": Key(_path, "a path in quotes", None, ("video",)),
+    "path_column": Key(_text, _COLUMN, None),
+    "caption_column": Key(_text, _COLUMN, None),
+    "video_column": Key(_text, _COLUMN, None, ("video",)),
+    "id_token": Key(_words, _WORDS, "", ("video",)),
+    "load_tensors": Key(_yes_no, _BOOL, False, ("video",)),
+    "allow_urls": Key(_yes_no, _BOOL, False),
+    "download_directory": Key(_path, _FOLDER, None),
     "control_directory": Key(_path, _FOLDER, None),
     "mask_directory": Key(_path, _FOLDER, None),
     "alpha_mask": Key(_yes_no, _BOOL, False),
@@ -223,4 +258,21 @@ LEARNING_DEFAULTS = {
 }
 # `mask` of a latent record: where the mask of its loss is from
 FROM_FILE, FROM_ALPHA = "file", "alpha"
-SOURCES = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")
+# of these a table has one; it says what kind of source the others of the table must fit
+SOURCES = (
+    *("image_directory", "image_jsonl_file", "image_table_file", "image_tars"),
+    *("video_directory", "video_jsonl_file", "video_table_file", "video_tars", "cogvideox_root"),
+)
+# keys that only tables of some sources have, by the end of the source's key
+ONLY_WITH: Mapping[str, tuple[str, ...]] = {
+    "dataset_file": ("cogvideox_root",),
+    "video_column": ("cogvideox_root",),
+    "id_token": ("cogvideox_root",),
+    "load_tensors": ("cogvideox_root",),
+    "path_column": ("table_file",),
+    "caption_column": ("table_file", "cogvideox_root"),
+    "allow_urls": ("table_file", "tars", "jsonl_file"),
+    "download_directory": ("table_file", "tars", "jsonl_file"),
+    "control_directory": ("directory", "jsonl_file"),
+    "mask_directory": ("directory", "jsonl_file"),
+}

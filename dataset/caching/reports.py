@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 from modules.console import Row, show_box
 from modules.errors import DatasetError
 

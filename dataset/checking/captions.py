@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from dataset.checking.findings import TableFindings
 from dataset.sources.captions import describe_cut
 from dataset.sources.faults import Fault
-from dataset.sources.listing import MediaSource, missing_captions
+from dataset.sources.listing import missing_captions
+from dataset.sources.media_source import MediaSource
 from modules.contract.family import TextEncoder
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, OptionError

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dataset.config import DatasetTable
 from dataset.sources.faults import Fault, list_faults
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 
 LISTED = 50  # at most so many lines of one kind
 

@@ -4,7 +4,6 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -12,7 +11,9 @@ from markupsafe import Markup
 
 from dataset.sources.decoding import bucket_of, source_frames
 from dataset.sources.frames import Span, describe_short, spans
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import measure_source
+from dataset.sources.steps import Steps
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
 from modules.media.buckets import Fit, fit_cover
@@ -58,16 +59,6 @@ class Look:
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
 
-class Steps(Protocol):
-    """What sizes and lengths a model takes: a LatentSpec is one."""
-
-    @property
-    def pixel_step(self) -> int: ...
-
-    @property
-    def frame_step(self) -> int: ...
-
-
 def look_at(source: MediaSource, fps: float, steps: Steps) -> Look:
     """Read a source once; only a few small frames are kept in memory. fps: the family's rate.
 
@@ -91,6 +82,8 @@ def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[F
     values: dict[str, object] = {"bytes": _size_bytes(source)}
     used, fit = 0, None
     try:
+        if source.tensors is not None:
+            return _look_at_tensors(source, steps)
         if is_clip:
             info = video_info(source.path)
             values |= {"fps": info.fps, "frames": info.frames}
@@ -109,6 +102,14 @@ def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[F
     except (MediaError, DatasetError, OSError) as error:
         values["problem"] = str(error)
     return Look(used=used, **values)  # type: ignore[arg-type]
+
+
+def _look_at_tensors(source: MediaSource, steps: Steps) -> Look:
+    """Look at a source whose latents are given: its clip, which need not be there, is not shown."""
+    given = measure_source(source, steps)
+    found = (given.span(steps.frame_step),)
+    size_bytes = _size_bytes(source)
+    return Look(bytes=size_bytes, size=given.size, frames=given.frames, used=given.frames, spans=found)
 
 
 class EvenFrames:
@@ -187,6 +188,7 @@ def _compare_rates(found: float | None, stated: object, fps: float) -> str | Non
 
 def _size_bytes(source: MediaSource) -> int | None:
     try:
-        return None if source.path.is_dir() else source.path.stat().st_size
+        path = source.path if source.tensors is None else source.tensors.moments
+        return None if path.is_dir() else path.stat().st_size
     except OSError:
         return None

@@ -14,7 +14,7 @@ from dataset.checking.findings import CheckResult, TableFindings
 from dataset.checking.looks import Look, look_at
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.faults import Fault
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.contract.family import LatentSpec
 from modules.contract.tokens import TokenCount

@@ -6,12 +6,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.config_keys import FROM_ALPHA, FROM_FILE
 from dataset.sources.animations import animation_suffixes, find_animations
 from dataset.sources.captions import (
     caption_path,
@@ -21,9 +19,13 @@ from dataset.sources.captions import (
     guess_captions,
     read_caption,
 )
+from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.control import ControlFolder, list_folder
 from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.masks import find_masks
+from dataset.sources.media_source import MediaSource
+from dataset.sources.tables import list_table
+from dataset.sources.tars import list_tars
 from modules.errors import DatasetError
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines
@@ -31,26 +33,6 @@ from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, rea
 logger = logging.getLogger(__name__)
 
 MOST_CAPTIONS = 100  # of an item; each has a cache file
-
-
-@dataclass(frozen=True)
-class MediaSource:
-    """An image or clip of a table. No media file has been opened."""
-
-    path: Path  # a file, or for a clip also a folder of images
-    stem: str  # file name without suffix: the beginning of its cache names, unique within the table
-    caption: str | None  # None: missing (see `missing_captions`), or not read
-    # the text file of the caption, there or not; None: JSONL, or no caption_extension
-    caption_path: Path | None
-    control: tuple[Path, ...]  # control images in order, or one control clip; () without control
-    table: DatasetTable
-    more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
-    mask: Path | None = None  # an image, clip or folder of images: white is learned
-
-    @property
-    def mask_from(self) -> str | None:
-        """Return FROM_FILE, FROM_ALPHA, or None."""
-        return FROM_ALPHA if self.table.alpha_mask else FROM_FILE if self.mask is not None else None
 
 
 def find_sources(
@@ -65,10 +47,7 @@ def find_sources(
     faults instead, so that what is usable is returned.
     """
     found: list[Fault] = []
-    if table.directory is not None:
-        sources = _from_folder(table, captions, found)
-    else:
-        sources = _from_list(table, found)
+    sources = _list(table, captions, found)
     if not sources and not found:
         holds = _describe_entries(table) if table.directory is not None else "has no lines"
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
@@ -79,6 +58,18 @@ def find_sources(
     else:
         faults += found
     return sources
+
+
+def _list(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
+    if table.directory is not None:
+        return _from_folder(table, captions, faults)
+    if table.jsonl_file is not None:
+        return _from_list(table, faults)
+    if table.table_file is not None:
+        return list_table(table, faults)
+    if table.tars is not None:
+        return list_tars(table, faults)
+    return list_cogvideox(table, faults)
 
 
 def find_all_sources(config: DatasetConfig, captions: bool = True) -> list[MediaSource]:

@@ -35,8 +35,12 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         kind="image",
         directory=Path("pics"),
         jsonl_file=None,
+        table_file=None,
+        tars=None,
+        cogvideox_root=None,
         control_directory=None,
         cache_directory=Path("pics"),
+        cache_format="files",
         resolution=(960, 544),
         caption_extension=None,
         trigger_word="",
@@ -58,6 +62,14 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         frame_sample=1,
         max_frames=129,
         source_fps=None,
+        dataset_file=None,
+        path_column=None,
+        caption_column=None,
+        video_column=None,
+        id_token="",
+        load_tensors=False,
+        allow_urls=False,
+        download_directory=None,
         fp_latent_window_size=9,
         fp_1f_clean_indices=None,
         fp_1f_target_index=None,
@@ -333,3 +345,28 @@ def test_what_sections_are_made_from_is_in_the_metadata_where_it_is_not_the_usua
 @pytest.fixture(autouse=True)
 def _warnings_are_seen(caplog) -> None:
     caplog.set_level(logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "needed"),
+    [
+        ('image_directory = "a"', 'path_column = "b"', "image_table_file"),
+        ('video_jsonl_file = "a"', 'id_token = "b"', "cogvideox_root"),
+        ('video_tars = "a-*.tar"', 'control_directory = "b"', "video_directory or video_jsonl_file"),
+    ],
+)
+def test_keys_of_other_sources_are_refused(tmp_path: Path, source: str, key: str, needed: str) -> None:
+    message = problem(tmp_path, f'[[datasets]]\n{source}\ncache_directory = "c"\n{key}')
+
+    assert f"is for tables with {needed}, not {source.split()[0]}" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [('video_tars = ["a.tar", "b-*.tar"]', "video_tars"), ('cogvideox_root = "c"', "cogvideox_root")],
+)
+def test_a_table_knows_its_source(tmp_path: Path, source: str, key: str) -> None:
+    (table,) = tables(tmp_path, f'[[datasets]]\n{source}\ncache_directory = "cache"')
+
+    assert (table.kind, table.source_key) == ("video", key)
+    assert table.describe()[key] == table.source.name

@@ -14,7 +14,8 @@ from dataset.checking.looks import draw_crop, look_at
 from dataset.checking.page import caption_segments, choose_sources, write_check_page
 from dataset.config import DatasetConfig
 from dataset.sources.faults import Fault
-from dataset.sources.listing import MediaSource, find_sources
+from dataset.sources.listing import find_sources
+from dataset.sources.media_source import MediaSource
 from modules.contract.tokens import TokenCount
 from modules.media.buckets import fit_cover
 from tests.browser import open_page
