@@ -7,7 +7,7 @@ from typing import Any
 
 from dataset.checking.captions import is_unread
 from dataset.reporting.bins import count_bins, summarise
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
 from modules.control_codes import shorten
 
 MOST_WORDS = 60  # of the most frequent ones

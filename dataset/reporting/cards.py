@@ -11,7 +11,6 @@ from dataset.caching.source_jobs import read_ahead
 from dataset.checking.looks import (
     EvenFrames,
     Look,
-    Steps,
     draw_strip,
     fill_strip,
     read_source,
@@ -20,7 +19,8 @@ from dataset.checking.looks import (
 from dataset.checking.page import choose_sources, shorten_caption, told_by_source
 from dataset.reporting.measuring import Measured, Measures
 from dataset.reporting.tables import TableReport
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
+from dataset.sources.steps import Steps
 from modules.bars import Bar
 from modules.control_codes import escape_control_codes
 from modules.pages.embedding import embed_picture

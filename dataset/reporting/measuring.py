@@ -10,10 +10,11 @@ import numpy as np
 
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead, read_ahead
-from dataset.checking.looks import EvenFrames, Look, Steps, choose_evenly, read_source
+from dataset.checking.looks import EvenFrames, Look, choose_evenly, read_source
 from dataset.sources.decoding import decode_source, plan_source
 from dataset.sources.frames import describe_short
-from dataset.sources.listing import MediaSource
+from dataset.sources.media_source import MediaSource
+from dataset.sources.steps import Steps
 from modules.bars import Bar
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit, fit_cover
@@ -87,7 +88,9 @@ def measure_all(
     bar = Bar(len(jobs), "Measuring" if decodes else "Reading headers", "file")
 
     def work(job: tuple[int, MediaSource]) -> Measured:
-        return (measure_source if decodes else read_header)(*job, fps, steps)
+        if decodes or job[1].tensors is not None:  # whose header is all that is read
+            return measure_source(*job, fps, steps)
+        return read_header(*job, fps, steps)
 
     ahead = decode_ahead if decodes else read_ahead
     for job, result in ahead(jobs, lambda job: job[1], work, workers, bar):
@@ -101,9 +104,10 @@ def measure_source(place: int, source: MediaSource, fps: float, steps: Steps) ->
     problem = look.problem or _problem_beside(source, fps, steps)
     frames = choose_evenly(sample.frames, MOST_MEASURED) if sample.frames else []
     lengths = tuple(sorted(Counter(length for _, length in look.spans).items())) if problem is None else ()
+    fit = fit_cover(look.size, look.size) if look.fit is None and look.size is not None else look.fit
     return Measured(
         place,
-        look.fit,
+        fit,  # of given latents, nothing is cut off
         look.size,
         look.fps,
         _seconds(look.frames, look.fps),
@@ -112,7 +116,7 @@ def measure_source(place: int, source: MediaSource, fps: float, steps: Steps) ->
         problem,
         _none(source, look.used) if not look.spans and problem is None else None,
         look.short,
-        None if problem is not None else measure_frames(frames, source.table.kind == "video"),
+        None if problem is not None or not frames else measure_frames(frames, source.table.kind == "video"),
     )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dataset.checking.looks import Steps
 from dataset.config import DatasetConfig
 from dataset.reporting.cards import make_cards
 from dataset.reporting.drawing import draw_bins, draw_crops, number
 from dataset.reporting.numbers import Numbers
 from dataset.reporting.options import ReportOptions
 from dataset.reporting.tables import TableReport
+from dataset.sources.steps import Steps
 from modules.console import in_words
 from modules.control_codes import escape_control_codes
 from modules.pages.page import write_page

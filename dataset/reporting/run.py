@@ -20,11 +20,18 @@ logger = logging.getLogger(__name__)
 NAMED = 10  # faults of one kind in the log
 
 
+# channels of the latents and the pixels of each, by --pixel_step: those of Wan2.2 TI2V-5B, and of all others
+LATENTS = {32: (48, (4, 16, 16))}
+USUAL = (16, (4, 8, 8))
+
+
 @dataclass(frozen=True)
 class ModelSteps:
-    """What sizes and lengths the model takes."""
+    """What sizes, lengths and latents the model takes."""
 
     pixel_step: int
+    channels: int
+    stride: tuple[int, int, int]
     frame_step: int = FRAME_STEP  # of all families
 
 
@@ -34,7 +41,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-    steps, decodes = ModelSteps(options.pixel_step), not options.no_decode
+    steps = ModelSteps(options.pixel_step, *LATENTS.get(options.pixel_step, USUAL))
+    decodes = not options.no_decode
     reports, copies = read_tables(config, options.fps, steps, decodes, workers)
     numbers = collect_numbers(config, reports, copies, options.fps, options.pixel_step, decodes)
     _tell_faults(reports)

@@ -8,12 +8,12 @@ from pathlib import Path
 from dataset.check import UNUSABLE, find_table
 from dataset.checking.captions import Counters, check_captions
 from dataset.checking.findings import TableFindings
-from dataset.checking.looks import Steps
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.reporting.copies import group_copies
 from dataset.reporting.measuring import Measured, measure_all
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import Fault
+from dataset.sources.steps import Steps
 from modules.errors import DatasetError
 from modules.media.buckets import Fit
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dataset_report
@@ -13,6 +14,8 @@ from dataset.caching.loop import cache_media
 from dataset.check import check_media
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError
+from tests.dataset.cogvideox.making import save, write_lists
+from tests.dataset.cogvideox.making import write_config as write_cogvideox
 from tests.dataset.making import make_clip, make_frames, make_image
 from tests.dataset.reporting.making import (
     names,
@@ -291,3 +294,19 @@ def test_json_goes_to_standard_output_without_a_name(
 def test_wrong_options_are_refused_before_anything_is_read(options: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         dataset_report.main(["--dataset_config", "none.toml", *options])
+
+
+@pytest.mark.parametrize("options", [(), ("--no_decode",)])
+def test_given_latents_are_counted_without_their_clips(tmp_path: Path, options: tuple[str, ...]) -> None:
+    write_lists(tmp_path, ("one", "two"), ["videos/a.mp4", "videos/b.mp4"])
+    save(torch.zeros(32, 3, 4, 8), tmp_path / "video_latents/a.pt")
+    save(torch.zeros(16, 3, 4, 8), tmp_path / "video_latents/b.pt")  # latents, not moments
+    config = write_cogvideox(tmp_path, tmp_path, "load_tensors = true")
+    page = tmp_path / "page.html"
+
+    result = report(config, "--output", str(page), *options)
+
+    assert result["buckets"] == [{"width": 64, "height": 32, "frames": 9, "items": 1}]
+    assert "16 channels" in result["broken"][0]["reason"]
+    assert result["near_duplicates"] == result["black"] == []
+    assert "its latents are given" in page.read_text(encoding="utf-8")
