@@ -66,7 +66,7 @@ def check_media(
     recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, sections)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
-        found = _find(config, table)
+        found = find_table(config, table)
         if found.sources:
             if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
@@ -93,7 +93,7 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     ]
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
-        found = _find(config, table)
+        found = find_table(config, table)
         texts = list_caption_files(found.sources, family.cache_tag)
         store = open_store(table)
         plans = [plan_text(store, text, encoders, skip_existing) for text in texts]
@@ -146,7 +146,7 @@ def check_training(
     return CheckResult(head, tuple(tables), tuple(tail))
 
 
-def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:
+def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files beside them."""
     found = TableFindings(table)
     try:
@@ -255,7 +255,7 @@ def _compare_sources(
     config: DatasetConfig, found: TableFindings, items: Sequence[TrainingItem], counters: Counters
 ) -> None:
     """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
-    sources = _find(config, found.table)
+    sources = find_table(config, found.table)
     if not sources.sources:
         found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
         return

@@ -45,7 +45,7 @@ FLOORS = {
         {"batches", "caching"},
         {"captioning", "checking", "cutting"},
         {"check", "debug_views"},
-        {"commands"},
+        {"commands", "reporting"},
     ),
     "post": (
         {"contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
