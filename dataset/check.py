@@ -234,6 +234,9 @@ def _check_caches(
         ("text caches are unfinished", cached.unfinished_text),
     ):
         found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
+    found.faults += [
+        Fault("caches may be incomplete", line) for table, line in cached.unsound if table is found.table
+    ]
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
     remarks, stores = [], Stores()

@@ -73,6 +73,10 @@ def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header]
         try:
             is_ours = store.has(name) and is_cache(store.read_header(name))
         except CacheError as error:
+            if store.holds_only_caches:
+                store.remove(name)
+                count += 1
+                continue
             logger.warning(
                 "%s. It belongs to no item, but is kept because it may not be a cache file.",
                 error,

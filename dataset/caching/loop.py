@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 
+from dataset.cache.forms import require_form
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
@@ -45,6 +46,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     warn_missing_captions(sources)
     family.check_given_files()
     sources = use_moments(family, sources)
+    require_form(config, family.cache_tag)
     recipe = recipe_of(family, options.skip_existing)
     stores = recipe.stores
     existing = {
@@ -92,6 +94,8 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 belongs = {name for of_process in names for index, name in of_process if index == table.index}
                 failed = {one.stem for one in join_reports(reports).failures if one.table == table.index}
                 removed += remove_stale_latents(stores.of(table), table.kind, family, belongs, failed)
+        if share.is_main:
+            stores.settle(config.datasets)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
@@ -105,6 +109,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     sources = find_all_sources(config)
     require_captions(sources)
     family.check_given_files()
+    require_form(config, family.cache_tag)
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
         stores = Stores()
@@ -131,6 +136,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 names = {file.path.name for file in files if file.table.index == table.index}
                 surplus_of = stems if options.keep_cache else None
                 removed += remove_stale_texts(stores.of(table), family, names, surplus_of)
+            stores.settle(config.datasets)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 

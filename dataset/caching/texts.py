@@ -288,8 +288,7 @@ def write_text(
     if unfinished is None:
         store.write(name, new.named, new.header.metadata)
     else:
-        store.write(part, new.named, new.header.metadata)
-        store.rename(part, name)
+        store.replace(part, name, new.named, new.header.metadata)
 
 
 def finish_text(store: CacheStore, name: str) -> None:
@@ -301,8 +300,9 @@ def finish_text(store: CacheStore, name: str) -> None:
     old, new = _require_existing(store, name), store.read(part)
     if old is not None:
         new = _join(old, new)
-        store.write(part, new.named, new.header.metadata)
-    store.rename(part, name)
+        store.replace(part, name, new.named, new.header.metadata)
+    else:
+        store.rename(part, name)
 
 
 def _join(old: Entry, new: Entry) -> Entry:
