@@ -59,7 +59,9 @@ class CacheStore(Protocol):
         ...
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove what killed writers left of entries whose names fit; no process may be writing."""
+        """Remove what killed writers left of entries whose names fit. What another process is writing
+        stays.
+        """
         ...
 
     def finish(self) -> None:
@@ -97,7 +99,7 @@ class SingleFiles:
 
     def sweep(self, of: Callable[[str], bool]) -> None:
         if self.folder.is_dir():
-            remove_leftovers(self.folder, of, older_seconds=0)
+            remove_leftovers(self.folder, of)
 
     def finish(self) -> None:
         """Do nothing: each file is flushed when it is written."""
