@@ -10,6 +10,7 @@ from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores, open_store
 from dataset.caching.caption_files import list_caption_files
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
     Caches,
     Recipe,
@@ -164,6 +165,7 @@ def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> boo
         check_resolution(found.table, family.latent.pixel_step)
         if encodes_media:
             family.check_table(media_table(found.table, any(source.control for source in found.sources)))
+            found.sources = use_moments(family, found.sources)
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return False

@@ -35,9 +35,10 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.masks import shrink_mask
+from dataset.sources.moments import measure, read_moments
 from modules.bars import Bar
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders, MomentsBatch
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 
@@ -54,11 +55,12 @@ class Crop:
     control: tuple[Tensor, ...]  # each F H W C uint8
     alpha: Tensor | None  # H W uint8
     mask: Tensor | None = None  # F H W uint8: of the loss
+    moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what is encoded."""
-        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
+        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     Raises MediaError, DatasetError or OSError if the source cannot be used.
     """
     source = plan.source
+    if source.tensors is not None:
+        return take_moments(plan, recipe)
     check_memory(source)
     media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
     if min(media.bucket) < SMALLEST_SIDE:
@@ -100,6 +104,23 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     crops = {span: cut(media, span) for span in missing}
     media = dataclasses.replace(media, frames=NO_FRAMES, control=(), mask=None)
     return Decoded(plan, media, crops, files, clip)
+
+
+def take_moments(plan: SourcePlan, recipe: Recipe) -> Decoded:
+    """Read the moments of a source that needs no decoding. Raises MediaError if they cannot be used."""
+    source, latent = plan.source, recipe.latent
+    assert source.tensors is not None
+    paths = paths_of(source)
+    # copies: a file that is mapped can change, and Windows does not replace it
+    moments = tuple(read_moments(path, latent).clone() for path in paths)
+    clip = measure(moments[0], latent, paths[0])
+    if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
+        raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
+    span = clip.span(latent.frame_step)
+    media = DecodedSource(source, clip.size, clip.size, NO_FRAMES, (), (span,), None)
+    crop = Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
+    facts = ClipFacts(clip.size, clip.frames, complete=True)
+    return Decoded(plan, media, {span: crop}, tuple(map(identify, paths)), facts)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
@@ -230,6 +251,13 @@ class LatentEncoding:
 
     def _encode(self, group: tuple[object, ...]) -> None:
         items = self._pending.pop(group)
+        if items[0].crop.moments:
+            parts = zip(*(item.crop.moments for item in items), strict=True)
+            moments = [torch.stack(found) for found in parts]
+            given = MomentsBatch(moments[0], tuple(item.path.stem for item in items), *moments[1:])
+            for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
+                self._write(item, [entry])
+            return
         encoders = self._encoders.get()
         media = MediaBatch(
             frames=_stack_batch([item.crop.frames for item in items]),

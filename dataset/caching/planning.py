@@ -28,6 +28,7 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
@@ -64,6 +65,8 @@ class Recipe:
             options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
         if source.mask_from is not None:
             options["mask"] = source.mask_from
+        if source.tensors is not None:
+            options["moments"] = True
         return options | table.section_keys
 
 
@@ -130,6 +133,12 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
     """
     if source.table.kind == "image":
         return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
+    if source.tensors is not None:
+        clip = _find_known_clip(source, existing, recipe)
+        given = (
+            measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
+        )
+        return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe)
     if not existing:
         return SourcePlan(source, frozenset(), 0, None)
     table, step = source.table, recipe.latent.frame_step
@@ -289,7 +298,8 @@ def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe) -> Cl
         if record is None or record.clip is None or not record.files:
             continue
         same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
-        if same_rate and is_unchanged(record.files[0], source.path):
+        same_kind = record.options.get("moments") == rate.get("moments")
+        if same_rate and same_kind and is_unchanged(record.files[0], paths_of(source)[0]):
             known.append(record.clip)
     return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
@@ -313,4 +323,6 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
 
 def paths_of(source: MediaSource) -> tuple[Path, ...]:
     """Return the files or folders that a source's latents are made from."""
+    if source.tensors is not None:
+        return tuple(path for path in (source.tensors.moments, source.tensors.image) if path is not None)
     return (source.path, *source.control, *(() if source.mask is None else (source.mask,)))

@@ -35,6 +35,7 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.caption_files import CaptionFile
+from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
@@ -141,6 +142,7 @@ class TextEncoding:
         for encoder, identity in self._encoders:
             to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
+            self._take_given(encoder, identity, files, to_do)
             if not to_do:
                 continue
             self._load(encoder)
@@ -187,6 +189,53 @@ class TextEncoding:
                 store.remove(part_name(plan.path.name))
         return plans
 
+    def _take_given(
+        self,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        files: Sequence[CaptionFile],
+        to_do: dict[Path, TextPlan],
+    ) -> None:
+        """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
+        taken, left = 0, []
+        with WriteBehind() as writer:
+            for file in files:
+                if file.path not in to_do:
+                    continue
+                conditions, why = read_embeds(file, encoder, identity)
+                if conditions is not None:
+                    is_last = to_do.pop(file.path).is_last(encoder.name)
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
+                    taken += 1
+                elif why is not None:
+                    left.append(f"{file.embeds}: {why}")
+        if taken or left:
+            logger.info("%s: %d captions have embeddings already", encoder.name, taken)
+        if left:
+            logger.warning(
+                "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
+                len(left),
+                encoder.name,
+                left[0],
+            )
+
+    def _submit(
+        self,
+        writer: WriteBehind,
+        file: CaptionFile,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        conditions: Conditions,
+        is_last: bool,
+    ) -> None:
+        tensors = _named_tensors(conditions, encoder, file.name)
+        source = None if file.caption_path is None else identify(file.caption_path)
+        record = TextRecord(identity, file.caption or "", source, {}, file.settings)
+        store, wanted = self._stores.of(file.table), Wanted(file, self._encoders, self._skip_existing)
+        writer.submit(
+            partial(write_text, store, wanted, tensors, encoder.name, record, self._family.name, is_last)
+        )
+
     def _encode(
         self,
         encoder: TextEncoder,
@@ -209,17 +258,8 @@ class TextEncoding:
                 for file, conditions in zip(batch, encoded, strict=True):
                     if file.path not in missing:
                         continue
-                    tensors = _named_tensors(conditions, encoder, file.name)
-                    source = None if file.caption_path is None else identify(file.caption_path)
-                    record = TextRecord(identity, file.caption or "", source, {}, file.settings)
                     is_last = to_do[file.path].is_last(encoder.name)
-                    store, architecture = self._stores.of(file.table), self._family.name
-                    wanted = Wanted(file, self._encoders, self._skip_existing)
-                    writer.submit(
-                        partial(
-                            write_text, store, wanted, tensors, encoder.name, record, architecture, is_last
-                        )
-                    )
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
                 bar.update(len(missing))
 
 

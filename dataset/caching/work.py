@@ -14,6 +14,7 @@ import torch
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import list_texts
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.latents import EncodersOnDemand, LatentEncoding
 from dataset.caching.planning import (
     Caches,
@@ -62,10 +63,11 @@ class MediaWork:
             table.index: list_names(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
-        self.sources: Sequence[MediaSource] = find_all_sources(config, captions=False)
-        _check_tables(family, config, self.sources)
-        warn_missing_captions(self.sources)
+        sources = find_all_sources(config, captions=False)
+        _check_tables(family, config, sources)
+        warn_missing_captions(sources)
         family.check_given_files()
+        self.sources: Sequence[MediaSource] = use_moments(family, sources)
         self._recipe = recipe_of(family, options.skip_existing, self.stores)
         self._family = family
         self._options = options

@@ -8,6 +8,15 @@ from dataset.config_keys import FROM_ALPHA, FROM_FILE
 
 
 @dataclass(frozen=True)
+class GivenTensors:
+    """Files of what was computed for a clip before, in CogVideoX form. None has been opened."""
+
+    moments: Path  # the VAE's, of the clip
+    image: Path | None  # those of the first frame alone; may be missing; None: not used
+    embeds: Path | None  # of the caption; None: there are none
+
+
+@dataclass(frozen=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
@@ -20,6 +29,7 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
     mask: Path | None = None  # an image, clip or folder of images: white is learned
+    tensors: GivenTensors | None = None  # with load_tensors: instead of `path`, which may be missing
 
     @property
     def mask_from(self) -> str | None:
