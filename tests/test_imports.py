@@ -26,7 +26,7 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"answers", "control_codes", "errors", "flow", "interpreter", "seeds"}
-        | {"text_encodings", "text_files", "version"},
+        | {"temporary_names", "text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "environment", "output_files"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},

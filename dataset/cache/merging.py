@@ -35,8 +35,9 @@ from dataset.cache.tar_records import (
     record_header,
     writer_header,
 )
-from modules.atomic_write import LEFTOVER_SECONDS, atomic_path, explain_errors, temporary_of
+from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
 from modules.file_locks import try_lock
+from modules.temporary_names import LEFTOVER_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     if not folder.is_dir():
         return
     with explain_errors(folder / INDEX):
-        _remove_leftovers(folder)
+        remove_leftovers(folder, lambda name: SHARD.fullmatch(name) is not None)
         with contextlib.ExitStack() as locks:
             locked = _lock_untidy(folder, shard_bytes * SMALL, locks)
             if locked:
@@ -242,19 +243,6 @@ def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
             raise OSError("a shard became shorter while it was merged")
         target.write(data)
         count -= len(data)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed merges left; who still writes one has locked it."""
-    with os.scandir(folder) as entries:
-        found = [entry.name for entry in entries if SHARD.fullmatch(temporary_of(entry.name) or "")]
-    for name in found:
-        path = folder / name
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            with path.open("rb+") as file:
-                is_left = try_lock(file) is True
-            if is_left:
-                path.unlink()
 
 
 def list_all(folder: Path) -> list[Path]:
