@@ -5,6 +5,7 @@ Threads decode ahead, batches hold items of one size, and files are written whil
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +26,13 @@ from dataset.caching.planning import (
     complete,
     media_table,
     names_of,
-    paths_of,
 )
 from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.masks import shrink_mask
 from modules.bars import Bar
@@ -81,8 +82,10 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     Raises MediaError, DatasetError or OSError if the source cannot be used.
     """
     source = plan.source
-    check_memory(source)
-    media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    with fetch(source) as here:
+        check_memory(here)
+        media = decode_source(here, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    media = dataclasses.replace(media, source=source)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
         raise MediaError(
@@ -91,7 +94,7 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
         )
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
     missing = plan.missing or ()
-    files = tuple(map(identify, paths_of(source))) if missing else ()
+    files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
     size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
     if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
         # overlapping or large: cut each when its turn comes

@@ -16,9 +16,10 @@ from dataset.caching.planning import Caches, Recipe, SourcePlan, list_names, med
 from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import CacheReport, Failure, join_reports
 from dataset.caching.texts import TextEncoding
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
+from dataset.sources.faults import Fault
 from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
 from dataset.sources.media_source import MediaSource
 from modules.atomic_write import free_bytes
@@ -38,7 +39,8 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    sources = find_all_sources(config, captions=False)
+    skipped: list[tuple[DatasetTable, Fault]] = []
+    sources = find_all_sources(config, captions=False, skipped=skipped)
     _check_tables(family, config, sources)
     warn_missing_captions(sources)
     family.check_given_files()
@@ -66,7 +68,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             written=len(encoding.written),
             kept=sum(len(plan.kept) for plan in finished),
             foreign=sum(plan.foreign for plan in finished),
-            failures=(*failures, *encoding.failures),
+            failures=(*failures, *encoding.failures, *(_failures_of(skipped) if share.is_main else ())),
             dropped=tuple(
                 Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
             ),
@@ -81,7 +83,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
         reports, names = [one for one, _ in gathered], [theirs for _, theirs in gathered]
         removed = 0
         if share.is_main and not options.keep_cache:
-            for table in config.datasets:
+            for table in _whole_tables(config, skipped):
                 belongs = {name for of_process in names for index, name in of_process if index == table.index}
                 failed = {one.stem for one in join_reports(reports).failures if one.table == table.index}
                 removed += remove_stale_latents(table, family, belongs, failed)
@@ -95,7 +97,8 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     run continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be
     loaded, OutputError if a file cannot be written.
     """
-    sources = find_all_sources(config)
+    skipped: list[tuple[DatasetTable, Fault]] = []
+    sources = find_all_sources(config, skipped=skipped)
     require_captions(sources)
     family.check_given_files()
     with join_processes() as share:
@@ -108,14 +111,27 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
             captions = count_of(len(files), "caption")
             show_box("Caching texts", [("data", f"{config.path}, {captions}"), ("device", str(device))])
         encoding.run(share.of(files))
-        reports = share.gather(CacheReport(encoding.written, encoding.kept, encoding.foreign))
+        failures = tuple(_failures_of(skipped)) if share.is_main else ()
+        report = CacheReport(encoding.written, encoding.kept, encoding.foreign, failures=failures)
+        reports = share.gather(report)
         removed = 0
         if share.is_main:
-            for table in config.datasets:
+            for table in _whole_tables(config, skipped):
                 stems = {one.stem for one in sources if one.table.index == table.index}
                 names = {file.path.name for file in files if file.table.index == table.index}
                 removed += remove_stale_texts(table, family, names, stems if options.keep_cache else None)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
+
+
+def _failures_of(skipped: Sequence[tuple[DatasetTable, Fault]]) -> list[Failure]:
+    """Return the failures of what listing could not read, such as the end of a tar."""
+    return [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
+
+
+def _whole_tables(config: DatasetConfig, skipped: Sequence[tuple[DatasetTable, Fault]]) -> list[DatasetTable]:
+    """Return the tables of which all sources are known: of others, no cache file is known to be stale."""
+    broken = {table.index for table, _ in skipped}
+    return [table for table in config.datasets if table.index not in broken]
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:

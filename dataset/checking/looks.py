@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dataset.sources.decoding import bucket_of, source_frames
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, describe_short, spans
 from dataset.sources.media_source import MediaSource
 from modules.contract.family import LatentSpec
@@ -62,30 +63,41 @@ def look_at(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
     What cannot be read is told in `problem`; the frames before it are shown.
     """
-    is_clip = source.table.kind == "video"
-    values: dict[str, object] = {"bytes": _size_bytes(source)}
-    sample, fit = _Sample(PICTURE_HEIGHT if not is_clip else STRIP_HEIGHT), None
+    sample = _Sample(PICTURE_HEIGHT if source.table.kind == "image" else STRIP_HEIGHT)
+    values: dict[str, object] = {}
     try:
-        if is_clip:
-            info = video_info(source.path)
-            values |= {"fps": info.fps, "frames": info.frames}
-            if not is_animation(source.path):  # these are played by the times in the file
-                values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
-        for frame in source_frames(source, fps):
-            if fit is None:
-                size = (frame.shape[1], frame.shape[0])
-                values["size"] = size
-                bucket = bucket_of(source.table, size, latent.pixel_step, source.path)
-                fit = values["fit"] = fit_cover(size, bucket)
-            sample.add(frame)
-        found = spans(source.table, sample.count, latent.frame_step) if is_clip else ((0, 1),)
-        values |= {"spans": found, "short": describe_short(source.table, found, sample.count)}
+        with fetch(source) as here:
+            _look(here, fps, latent, sample, values)
     except (MediaError, DatasetError, OSError) as error:
         values["problem"] = str(error)
     frames = list(sample.chosen())
     if frames:
-        values["strip"] = embed_picture(_strip(frames, fit), source.path.name, STRIP_WIDTH, quality=80)
+        fit = values.get("fit")
+        strip = _strip(frames, fit if isinstance(fit, Fit) else None)
+        values["strip"] = embed_picture(strip, source.path.name, STRIP_WIDTH, quality=80)
     return Look(used=sample.count, **values)  # type: ignore[arg-type]
+
+
+def _look(
+    source: MediaSource, fps: float, latent: LatentSpec, sample: "_Sample", values: dict[str, object]
+) -> None:
+    """Read a source that is on disk: add its frames to `sample`, and fields of Look to `values`."""
+    is_clip, fit = source.table.kind == "video", None
+    values["bytes"] = _size_bytes(source)
+    if is_clip:
+        info = video_info(source.path)
+        values |= {"fps": info.fps, "frames": info.frames}
+        if not is_animation(source.path):  # these are played by the times in the file
+            values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
+    for frame in source_frames(source, fps):
+        if fit is None:
+            size = (frame.shape[1], frame.shape[0])
+            values["size"] = size
+            bucket = bucket_of(source.table, size, latent.pixel_step, source.path)
+            fit = values["fit"] = fit_cover(size, bucket)
+        sample.add(frame)
+    found = spans(source.table, sample.count, latent.frame_step) if is_clip else ((0, 1),)
+    values |= {"spans": found, "short": describe_short(source.table, found, sample.count)}
 
 
 class _Sample:

@@ -5,13 +5,16 @@ from pathlib import Path
 
 from dataset.config import DatasetTable
 from dataset.config_keys import FROM_ALPHA, FROM_FILE
+from dataset.sources.origin import Origin
 
 
 @dataclass(frozen=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
-    path: Path  # a file, or for a clip also a folder of images
+    # a file, or for a clip also a folder of images. In a tar: only a name for it. At an address: where its
+    # download is, or will be. `fetch` gives files that can be opened
+    path: Path
     stem: str  # file name without suffix: the beginning of its cache names, unique within the table
     caption: str | None  # None: missing (see `missing_captions`), or not read
     # the text file of the caption, there or not; None: in a list, or no caption_extension
@@ -20,6 +23,13 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
     mask: Path | None = None  # an image, clip or folder of images: white is learned
+    origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
+
+    @property
+    def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
+        """Return what latents are made from, and where it is: the media, its control media, its mask."""
+        paths = (self.path, *self.control, *(() if self.mask is None else (self.mask,)))
+        return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
     @property
     def mask_from(self) -> str | None:
