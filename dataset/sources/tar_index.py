@@ -115,9 +115,14 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             raise DatasetError(
                 f"{tar} is no tar, or it is damaged at its beginning. Make it again."
             ) from None
-        groups.pop(last, None)  # something that belongs to it may be missing
-        behind = f", {last} and what follows are lost" if last else ""
-        index.damage = f"{damage}. {len(groups)} samples before that are used{behind}"
+        final = groups.pop(last, {})
+        # complete if it has the same kinds of files as another
+        if any(group.keys() == final.keys() for group in groups.values()):
+            groups[last] = final
+            lost = "what follows"
+        else:
+            lost = f"{last} and what follows"
+        index.damage = f"{damage}. {len(groups)} samples before that are used, {lost} cannot be read"
     for key, group in groups.items():
         _add(index, key, group, rules)
     return index
