@@ -8,7 +8,9 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
+from dataset.cache.store import Stores, open_store
 from dataset.caching.caption_files import list_caption_files
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
     Caches,
     Recipe,
@@ -93,7 +95,8 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     for table in config.datasets:
         found = _find(config, table)
         texts = list_caption_files(found.sources, family.cache_tag)
-        plans = [plan_text(text, encoders, skip_existing) for text in texts]
+        store = open_store(table)
+        plans = [plan_text(store, text, encoders, skip_existing) for text in texts]
         for encoder, _ in encoders:
             to_do = sum(encoder.name in plan.missing for plan in plans)
             kept = len(plans) - to_do
@@ -162,6 +165,7 @@ def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> boo
         check_resolution(found.table, family.latent.pixel_step)
         if encodes_media:
             family.check_table(media_table(found.table, any(source.control for source in found.sources)))
+            found.sources = use_moments(family, found.sources)
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return False
@@ -197,7 +201,7 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
 def _look_at(
     table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    existing = {table.index: list_names(table, recipe.tag)}
+    existing = {table.index: list_names(recipe.stores.of(table), recipe.tag, table.kind)}
     plans, unreadable = plan_all(sources, existing, recipe, workers)
 
     def decoded(plan: SourcePlan) -> SourcePlan:
@@ -232,13 +236,13 @@ def _check_caches(
         found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
-    remarks = []
+    remarks, stores = [], Stores()
     drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
     # each caption, and the empty prompt once
     pairs = [(item, number) for item in items for number in range(item.captions)]
     for item, number in [*pairs, *((item, number) for item in items[:1] for number in drops)]:
         try:
-            batch = read_batch([item], latent, encoders.commands, captions=[number])
+            batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
             said = encoders.difference(batch.made_by)
         except CacheError as error:
             found.faults.append(Fault("cannot be used", str(error).splitlines()[0], item.source_stem))

@@ -376,6 +376,11 @@ def _finish_table(
         other = "give mask_path in the lines of the list" if jsonl_file else "leave out it or alpha_mask"
         problems.append(f"{where}: mask_directory cannot be used here; {other}")
         return None
+    if fields["load_tensors"] and fields["alpha_mask"]:
+        problems.append(
+            f"{where}: alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+        )
+        return None
     fields["cache_directory"] = fields["cache_directory"] or folder
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
     fields["target_frames"] = _round_targets(fields["target_frames"], f"{path}, {where}")

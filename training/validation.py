@@ -14,6 +14,7 @@ from dataset.batches.finding import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
+from dataset.cache.store import Stores
 from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
@@ -37,6 +38,7 @@ class Validation:
     processes: int
     loss: LossOptions = L2
     checks: CacheChecks = field(default_factory=CacheChecks)
+    stores: Stores = field(default_factory=Stores)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     @property
@@ -80,7 +82,7 @@ class Validation:
         self, item: TrainingItem, sigmas: Sequence[float], dit: nn.Module, autocast: Autocast
     ) -> list[float]:
         """Return the loss of one item at each of these noise levels."""
-        batch = read_batch((item,), self.family.latent, self.commands, self.checks)
+        batch = read_batch((item,), self.family.latent, self.commands, self.checks, stores=self.stores)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
         shape = batch.tensor("latents").shape

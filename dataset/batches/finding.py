@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +16,11 @@ from dataset.cache.files import (
     empty_text_name,
     parse_latent_name,
     parse_more_text_name,
-    part_path,
+    part_name,
     text_file_name,
 )
 from dataset.cache.records import section_frames
+from dataset.cache.store import open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
 from modules.contract.family import LatentSpec
@@ -112,7 +112,7 @@ def find_items(
     empty: list[DatasetTable] = []
     missing_empty: list[Path] = []
     for table in config.datasets:
-        names = _names_in(table.cache_directory)
+        names = frozenset(open_store(table).names())
         found = _table_items(table, names, kind, latent)
         if not found:
             empty.append(table)
@@ -131,7 +131,11 @@ def find_items(
             elif text not in names:
                 missing[item.text_path] = None
     return FoundItems(
-        tuple(items), tuple(missing), tuple(empty), tuple(map(part_path, unfinished)), tuple(missing_empty)
+        tuple(items),
+        tuple(missing),
+        tuple(empty),
+        tuple(path.with_name(part_name(path.name)) for path in unfinished),
+        tuple(missing_empty),
     )
 
 
@@ -158,10 +162,6 @@ def _unfinished_more(table: DatasetTable, names: Iterable[str], tag: str) -> lis
         if (table.multi_caption and parse_more_text_name(name, tag) is not None)
         or (table.caption_dropout_rate and name == empty_text_name(tag))
     ]
-
-
-def _names_in(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208  # a Path for each name takes longer than all else
 
 
 def _table_items(
@@ -276,8 +276,7 @@ def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Pat
 
 def _others_in(table: DatasetTable) -> str:
     """Describe caches in a table's folder that cannot be used: for another model, or of another kind."""
-    folder = table.cache_directory
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(open_store(table).names())
     other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)
     return (
         ""

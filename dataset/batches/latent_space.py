@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dataset.batches.finding import CachingCommands, TrainingItem
-from dataset.cache.files import latent_channels
+from dataset.cache.files import Header, tensor_key
+from dataset.cache.store import Stores
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 
@@ -16,13 +17,20 @@ def check_channels(items: Iterable[TrainingItem], latent: LatentSpec, commands: 
     in their sizes.
     """
     one_of_each = {(item.table.index, item.bucket): item for item in items}
+    stores = Stores()
     for item in one_of_each.values():
-        fault = other_space(item.latent_path, latent_channels(item.latent_path), latent)
+        header = stores.of(item.table).read_header(item.latent_path.name)
+        fault = other_space(item.latent_path, _channels(header), latent)
         if fault is not None:
             raise CacheError(
                 f"{fault}.\n  Make them again with: {commands.latents}\n"
                 "  To keep caches for both models, give each a cache_directory of its own."
             )
+
+
+def _channels(header: Header) -> int | None:
+    shapes = (header.shapes[name] for name in header.names if tensor_key(name) == "latents")
+    return next((shape[0] for shape in shapes if shape), None)
 
 
 def other_space(path: Path, channels: int | None, latent: LatentSpec) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _join_sides
 from dataset.batches.latent_space import other_space
 from dataset.cache.checks import CacheChecks
-from dataset.cache.files import EMPTY, Entry, read_entry
+from dataset.cache.files import EMPTY, Entry
 from dataset.cache.records import (
     LatentRecord,
     TextRecord,
@@ -22,6 +22,7 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
+from dataset.cache.store import CacheStore, Stores
 from dataset.config_keys import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
 from dataset.sources.masks import has_mask
@@ -36,6 +37,7 @@ def read_batch(
     commands: CachingCommands = NO_COMMANDS,
     checks: CacheChecks | None = None,
     captions: Sequence[int] | None = None,
+    stores: Stores | None = None,
 ) -> Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
@@ -43,11 +45,12 @@ def read_batch(
     Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
     options, made from a source or a caption that has changed since, or not of the shape that the
     configuration asks for. checks: of the run, which remembers what it has looked at. captions: the number of
-    the caption to use of each item, or EMPTY; without it the first.
+    the caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them
+    open.
     """
-    checks = checks or CacheChecks()
+    checks, stores = checks or CacheChecks(), stores or Stores()
     read = [
-        _read_item(item, latent, commands, checks, number)
+        _read_item(item, stores.of(item.table), latent, commands, checks, number)
         for item, number in zip(items, captions or [0] * len(items), strict=True)
     ]
     if any(LOSS_MASK in one.tensors for one in read):
@@ -93,13 +96,18 @@ class _ReadItem:
 
 
 def _read_item(
-    item: TrainingItem, latent: LatentSpec, commands: CachingCommands, checks: CacheChecks, number: int
+    item: TrainingItem,
+    store: CacheStore,
+    latent: LatentSpec,
+    commands: CachingCommands,
+    checks: CacheChecks,
+    number: int,
 ) -> _ReadItem:
     with _remedy(commands.latents):
-        latents, media = _read_latents(item, latent, checks)
+        latents, media = _read_latents(item, store, latent, checks)
     with _remedy(commands.text):
         text_path = item.caption_path(number)
-        text = read_entry(text_path)
+        text = store.read(text_path.name)
         absent = sorted(item.kind.text_keys - text.tensors.keys())
         if absent:
             maker = text.header.metadata.get("architecture", "")
@@ -120,9 +128,9 @@ def _read_item(
 
 
 def _read_latents(
-    item: TrainingItem, latent: LatentSpec, checks: CacheChecks
+    item: TrainingItem, store: CacheStore, latent: LatentSpec, checks: CacheChecks
 ) -> tuple[Entry, LatentRecord | None]:
-    entry = read_entry(item.latent_path)
+    entry = store.read(item.latent_path.name)
     if "latents" not in entry.tensors:
         raise CacheError(
             f"{item.latent_path}: it has no latents, so it is not a cache; move it out of the cache folder"

@@ -111,9 +111,9 @@ def parse_text_name(file_name: str, tag: str) -> str | None:
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
 
 
-def part_path(path: Path) -> Path:
-    """Return the path of a text cache until all encoders have written, e.g. `clip_hv_te.safetensors.part`."""
-    return path.with_name(path.name + PART)
+def part_name(name: str) -> str:
+    """Return the name of a text cache until all encoders have written, e.g. `clip_hv_te.safetensors.part`."""
+    return name + PART
 
 
 def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:
@@ -156,6 +156,7 @@ class Header:
     path: Path
     metadata: Mapping[str, str]
     names: tuple[str, ...]  # of the tensors
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by name, if only the header is read
 
     @property
     def keys(self) -> frozenset[str]:
@@ -189,18 +190,9 @@ class Entry:
 def read_header(path: Path) -> Header:
     """Read metadata and tensor names. Raises CacheError if the file is missing or damaged."""
     with _open(path) as file:
-        return Header(path, file.metadata() or {}, tuple(file.keys()))
-
-
-def latent_channels(path: Path) -> int | None:
-    """Return the channels of the latents in a cache file; None if it holds none. Only the header is read.
-
-    Raises CacheError if the file is missing or damaged.
-    """
-    with _open(path) as file:
-        names = (name for name in tuple(file.keys()) if tensor_key(name) == "latents")
-        shapes = (file.get_slice(name).get_shape() for name in names)
-        return next((int(shape[0]) for shape in shapes if shape), None)
+        names = tuple(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        return Header(path, file.metadata() or {}, names, shapes)
 
 
 def read_entry(path: Path) -> Entry:

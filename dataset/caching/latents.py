@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name, write_tensors
+from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name
 from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.cache.store import CacheStore
 from dataset.caching.cleanup import remove_caches
 from dataset.caching.planning import (
     Caches,
@@ -35,9 +36,10 @@ from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.masks import shrink_mask
+from dataset.sources.moments import measure, read_moments
 from modules.bars import Bar
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders, MomentsBatch
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 
@@ -54,11 +56,12 @@ class Crop:
     control: tuple[Tensor, ...]  # each F H W C uint8
     alpha: Tensor | None  # H W uint8
     mask: Tensor | None = None  # F H W uint8: of the loss
+    moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what is encoded."""
-        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
+        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     Raises MediaError, DatasetError or OSError if the source cannot be used.
     """
     source = plan.source
+    if source.tensors is not None:
+        return take_moments(plan, recipe)
     with fetch(source) as here:
         check_memory(here)
         media = decode_source(here, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
@@ -102,6 +107,23 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     crops = {span: cut(media, span) for span in missing}
     media = dataclasses.replace(media, frames=NO_FRAMES, control=(), mask=None)
     return Decoded(plan, media, crops, files, clip)
+
+
+def take_moments(plan: SourcePlan, recipe: Recipe) -> Decoded:
+    """Read the moments of a source that needs no decoding. Raises MediaError if they cannot be used."""
+    source, latent = plan.source, recipe.latent
+    assert source.tensors is not None
+    paths = [path for path, _ in source.parts]
+    # copies: a file that is mapped can change, and Windows does not replace it
+    moments = tuple(read_moments(path, latent).clone() for path in paths)
+    clip = measure(moments[0], latent, paths[0])
+    if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
+        raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
+    span = clip.span(latent.frame_step)
+    media = DecodedSource(source, clip.size, clip.size, NO_FRAMES, (), (span,), None)
+    crop = Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
+    facts = ClipFacts(clip.size, clip.frames, complete=True)
+    return Decoded(plan, media, {span: crop}, tuple(map(identify, paths)), facts)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
@@ -214,6 +236,13 @@ class LatentEncoding:
 
     def _encode(self, group: tuple[object, ...]) -> None:
         items = self._pending.pop(group)
+        if items[0].crop.moments:
+            parts = zip(*(item.crop.moments for item in items), strict=True)
+            moments = [torch.stack(found) for found in parts]
+            given = MomentsBatch(moments[0], tuple(item.path.stem for item in items), *moments[1:])
+            for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
+                self._write(item, [entry])
+            return
         if self._encoders is None:
             self._encoders = self._family.media_encoders(self._device)
         media = MediaBatch(
@@ -233,33 +262,39 @@ class LatentEncoding:
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
         """Write an item's files, then remove its other files: sections that it no longer has."""
         names = set()
+        store = self._recipe.stores.of(item.table)
         crop, stride = item.crop, self._recipe.latent.stride
         mask = None if crop.mask is None else shrink_mask(crop.mask, stride)
         for entry in entries:
             name = dataclasses.replace(item.name, section=entry.section)
-            path = item.path.with_name(name.file_name(self._recipe.tag))
+            file = name.file_name(self._recipe.tag)
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if mask is not None:
                 tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
             record = dataclasses.replace(item.record, parts=len(entries))
             whole = dataclasses.replace(entry, tensors=tensors)
-            self._writer.submit(partial(write_latents, path, name, record, whole, self._family.name))
-            names.add(path.name)
+            self._writer.submit(partial(write_latents, store, file, name, record, whole, self._family.name))
+            names.add(file)
         self.written |= {(item.table.index, name) for name in names}
-        surplus = [item.path.with_name(name) for name in item.there if name not in names]
+        surplus = [name for name in item.there if name not in names]
         if surplus:
-            self._writer.submit(partial(remove_caches, surplus, self._family.name))
+            self._writer.submit(partial(remove_caches, store, surplus, self._family.name))
 
 
 def write_latents(
-    path: Path, name: LatentName, record: LatentRecord, entry: CacheEntry, architecture: str
+    store: CacheStore,
+    file: str,
+    name: LatentName,
+    record: LatentRecord,
+    entry: CacheEntry,
+    architecture: str,
 ) -> None:
-    """Write one latent cache file with its record.
+    """Write one latent cache with its record. file: its name.
 
     Raises OutputError, or CacheError if a value is NaN or infinite.
     """
     for key, tensor in entry.tensors.items():
-        require_finite(tensor, path.name, key)
+        require_finite(tensor, file, key)
     named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
     metadata = {
         "architecture": architecture,
@@ -270,7 +305,7 @@ def write_latents(
     if name.span is not None:
         metadata["frame_count"] = str(name.span[1])
     sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
-    write_tensors(path, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+    store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:

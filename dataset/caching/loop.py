@@ -9,8 +9,10 @@ import logging
 import os
 from collections.abc import Sequence
 
+from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.latents import LatentEncoding
 from dataset.caching.planning import Caches, Recipe, SourcePlan, list_names, media_table, plan_all
 from dataset.caching.processes import Share, join_processes
@@ -44,8 +46,12 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     _check_tables(family, config, sources)
     warn_missing_captions(sources)
     family.check_given_files()
+    sources = use_moments(family, sources)
     recipe = recipe_of(family, options.skip_existing)
-    existing = {table.index: list_names(table, recipe.tag) for table in config.datasets}
+    stores = recipe.stores
+    existing = {
+        table.index: list_names(stores.of(table), recipe.tag, table.kind) for table in config.datasets
+    }
     workers = workers_of(options)
     with join_processes() as share:
         plans, failures = plan_all(share.of(sources), existing, recipe, workers, share.is_main)
@@ -79,6 +85,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
         right = {
             (plan.source.table.index, name) for plan in finished for name in plan.kept
         } | encoding.written
+        stores.finish(config.datasets)
         gathered = share.gather((report, right))
         reports, names = [one for one, _ in gathered], [theirs for _, theirs in gathered]
         removed = 0
@@ -86,7 +93,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             for table in _whole_tables(config, skipped):
                 belongs = {name for of_process in names for index, name in of_process if index == table.index}
                 failed = {one.stem for one in join_reports(reports).failures if one.table == table.index}
-                removed += remove_stale_latents(table, family, belongs, failed)
+                removed += remove_stale_latents(stores.of(table), table.kind, family, belongs, failed)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
@@ -103,14 +110,22 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     family.check_given_files()
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
+        stores = Stores()
         encoding = TextEncoding(
-            family, device, options.batch_size, workers_of(options), options.skip_existing, share.is_main
+            family,
+            device,
+            options.batch_size,
+            workers_of(options),
+            options.skip_existing,
+            share.is_main,
+            stores,
         )
         files = list_caption_files(sources, family.cache_tag)
         if share.is_main:
             captions = count_of(len(files), "caption")
             show_box("Caching texts", [("data", f"{config.path}, {captions}"), ("device", str(device))])
         encoding.run(share.of(files))
+        stores.finish(config.datasets)
         failures = tuple(_failures_of(skipped)) if share.is_main else ()
         report = CacheReport(encoding.written, encoding.kept, encoding.foreign, failures=failures)
         reports = share.gather(report)
@@ -119,7 +134,8 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
             for table in _whole_tables(config, skipped):
                 stems = {one.stem for one in sources if one.table.index == table.index}
                 names = {file.path.name for file in files if file.table.index == table.index}
-                removed += remove_stale_texts(table, family, names, stems if options.keep_cache else None)
+                surplus_of = stems if options.keep_cache else None
+                removed += remove_stale_texts(stores.of(table), family, names, surplus_of)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 

@@ -6,10 +6,10 @@ This is decided from records, if possible without decoding.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dataset.cache.files import Entry, LatentName, parse_latent_name, read_entry, read_header
+from dataset.cache.files import Entry, LatentName, parse_latent_name
 from dataset.cache.records import (
     ClipFacts,
     LatentRecord,
@@ -20,12 +20,14 @@ from dataset.cache.records import (
     section_frames,
     verify_tensors,
 )
+from dataset.cache.store import CacheStore, Stores
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import read_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
@@ -52,6 +54,7 @@ class Recipe:
     fps: float
     skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
+    stores: Stores = field(default_factory=Stores)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """Return what the record of an item contains besides the encoders."""
@@ -61,6 +64,8 @@ class Recipe:
             options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
         if source.mask_from is not None:
             options["mask"] = source.mask_from
+        if source.tensors is not None:
+            options["moments"] = True
         return options | table.section_keys
 
 
@@ -79,14 +84,16 @@ class SourcePlan:
     outdated: str | None = None  # why an existing file is made again
 
 
-def list_names(table: DatasetTable, tag: str) -> dict[str, dict[str, LatentName]]:
-    """List the latent cache files of a table by the stem of their source, without opening a file."""
+def list_names(store: CacheStore, tag: str, kind: str) -> dict[str, dict[str, LatentName]]:
+    """List the latent caches of a table by the stem of their source, without opening one.
+
+    kind: of the table, "image" or "video".
+    """
     found: dict[str, dict[str, LatentName]] = {}
-    folder = table.cache_directory
-    for path in folder.iterdir() if folder.is_dir() else ():
-        name = parse_latent_name(path.name, tag, table.kind)
+    for file in store.names():
+        name = parse_latent_name(file, tag, kind)
         if name is not None:
-            found.setdefault(name.stem, {})[path.name] = name
+            found.setdefault(name.stem, {})[file] = name
     return found
 
 
@@ -124,10 +131,16 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
     Raises MediaError if its header cannot be read.
     """
     if source.table.kind == "image":
-        size = _image_size(source, existing)
+        size = _image_size(source, existing, recipe)
         if size is None:
             return SourcePlan(source, frozenset(), 0, None)
         return compare(source, size, [(0, 1)], existing, recipe)
+    if source.tensors is not None:
+        clip = _find_known_clip(source, existing, recipe)
+        given = (
+            measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
+        )
+        return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe)
     if not existing:
         return SourcePlan(source, frozenset(), 0, None)
     table, step = source.table, recipe.latent.frame_step
@@ -229,7 +242,7 @@ def _check_item(
     foreign = 0
     for file in files:
         path = source.table.cache_directory / file
-        entry = read_entry(path)
+        entry = recipe.stores.of(source.table).read(file)
         record = latent_record(entry.header)
         if record is None:
             if source.mask_from is not None:
@@ -283,18 +296,19 @@ def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe) -> Cl
     known = []
     for file in existing:
         try:
-            record = latent_record(read_header(source.table.cache_directory / file))
+            record = latent_record(recipe.stores.of(source.table).read_header(file))
         except CacheError:
             continue
         if record is None or record.clip is None or not record.files:
             continue
         same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
-        if same_rate and is_unchanged(record.files[0], *source.parts[0]):
+        same_kind = record.options.get("moments") == rate.get("moments")
+        if same_rate and same_kind and is_unchanged(record.files[0], *source.parts[0]):
             known.append(record.clip)
     return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
 
-def _image_size(source: MediaSource, existing: Names) -> Size | None:
+def _image_size(source: MediaSource, existing: Names, recipe: Recipe) -> Size | None:
     """Return the size of an image; None if it has to be fetched first, and it has no cache that knows it.
 
     Raises MediaError if its header cannot be read.
@@ -304,7 +318,7 @@ def _image_size(source: MediaSource, existing: Names) -> Size | None:
     path, origin = source.parts[0]
     for file, name in existing.items():
         with contextlib.suppress(CacheError):
-            record = latent_record(read_header(source.table.cache_directory / file))
+            record = latent_record(recipe.stores.of(source.table).read_header(file))
             if record is not None and record.files and is_unchanged(record.files[0], path, origin):
                 return name.size
     return None

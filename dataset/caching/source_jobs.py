@@ -52,6 +52,8 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 
     Reads its header only if the table uses the whole clip.
     """
+    if source.tensors is not None:
+        return 0  # moments are small
     width, height = source.table.resolution
     frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
     channels = 3 * (1 + len(source.control)) + (source.mask_from is not None)

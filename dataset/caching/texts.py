@@ -21,11 +21,9 @@ from dataset.cache.files import (
     Entry,
     Header,
     checksum,
-    part_path,
-    read_entry,
+    part_name,
     tensor_key,
     tensor_name,
-    write_tensors,
 )
 from dataset.cache.records import (
     TextRecord,
@@ -35,13 +33,14 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
+from dataset.cache.store import CacheStore, Stores
 from dataset.caching.caption_files import CaptionFile
+from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
 from dataset.sources.captions import describe_cut
-from modules.atomic_write import give_name
 from modules.bars import Bar
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
@@ -68,11 +67,11 @@ class TextPlan:
         return encoder == self.missing[-1]
 
 
-def plan_text(file: CaptionFile, encoders: Encoders, skip_existing: bool) -> TextPlan:
+def plan_text(store: CacheStore, file: CaptionFile, encoders: Encoders, skip_existing: bool) -> TextPlan:
     """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed."""
     path = file.path
-    right, _ = _right(path, file, encoders, skip_existing)
-    part, others = _right(part_path(path), file, encoders, skip_existing=False)
+    right, _ = _right(store, path.name, file, encoders, skip_existing)
+    part, others = _right(store, part_name(path.name), file, encoders, skip_existing=False)
     if others:
         # it is from a run with other encoders or another caption: joining it would corrupt the valid outputs
         part = {}
@@ -100,7 +99,9 @@ class TextEncoding:
         workers: int,
         skip_existing: bool,
         show_progress: bool,
+        stores: Stores,
     ) -> None:
+        self._stores = stores
         self.written = self.kept = self.foreign = 0
         self._family = family
         self._device = device
@@ -116,6 +117,7 @@ class TextEncoding:
         for encoder, identity in encoders:
             to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
+            self._take_given(encoder, identity, files, to_do)
             if not to_do:
                 continue
             encoder.load(self._device)
@@ -130,10 +132,10 @@ class TextEncoding:
         """Compare all texts with their files. Finish or remove unfinished files that need nothing else."""
 
         def compare(file: CaptionFile) -> TextPlan:
-            return plan_text(file, encoders, self._skip_existing)
+            return plan_text(self._stores.of(file.table), file, encoders, self._skip_existing)
 
         plans = []
-        for _, plan in run_ahead(files, compare, self._workers, lambda _: 0, limit_bytes=1):
+        for file, plan in run_ahead(files, compare, self._workers, lambda _: 0, limit_bytes=1):
             if isinstance(plan, Exception):
                 raise plan
             plans.append(plan)
@@ -144,10 +146,59 @@ class TextEncoding:
                 self.kept += 1
             if not plan.in_part:
                 # nothing in it is valid, or nothing in it is needed
-                part_path(plan.path).unlink(missing_ok=True)
+                self._stores.of(file.table).remove(part_name(plan.path.name))
             elif not plan.missing:
-                finish_text(plan.path)  # an earlier run was stopped before it could do so
+                finish_text(
+                    self._stores.of(file.table), plan.path.name
+                )  # an earlier run was stopped before it could do so
         return plans
+
+    def _take_given(
+        self,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        files: Sequence[CaptionFile],
+        to_do: dict[Path, TextPlan],
+    ) -> None:
+        """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
+        taken, left = 0, []
+        with WriteBehind() as writer:
+            for file in files:
+                if file.path not in to_do:
+                    continue
+                conditions, why = read_embeds(file, encoder, identity)
+                if conditions is not None:
+                    is_last = to_do.pop(file.path).is_last(encoder.name)
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
+                    taken += 1
+                elif why is not None:
+                    left.append(f"{file.embeds}: {why}")
+        if taken or left:
+            logger.info("%s: %d captions have embeddings already", encoder.name, taken)
+        if left:
+            logger.warning(
+                "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
+                len(left),
+                encoder.name,
+                left[0],
+            )
+
+    def _submit(
+        self,
+        writer: WriteBehind,
+        file: CaptionFile,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        conditions: Conditions,
+        is_last: bool,
+    ) -> None:
+        tensors = _named_tensors(conditions, encoder, file.name)
+        source = None if file.caption_path is None else identify(file.caption_path)
+        record = TextRecord(identity, file.caption or "", source, {}, file.settings)
+        store, name = self._stores.of(file.table), file.path.name
+        writer.submit(
+            partial(write_text, store, name, tensors, encoder.name, record, self._family.name, is_last)
+        )
 
     def _encode(
         self,
@@ -171,14 +222,8 @@ class TextEncoding:
                 for file, conditions in zip(batch, encoded, strict=True):
                     if file.path not in missing:
                         continue
-                    path = file.path
-                    tensors = _named_tensors(conditions, encoder, file.name)
-                    source = None if file.caption_path is None else identify(file.caption_path)
-                    record = TextRecord(identity, file.caption or "", source, {}, file.settings)
-                    is_last = to_do[path].is_last(encoder.name)
-                    writer.submit(
-                        partial(write_text, path, tensors, encoder.name, record, self._family.name, is_last)
-                    )
+                    is_last = to_do[file.path].is_last(encoder.name)
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
                 bar.update(len(missing))
 
 
@@ -207,7 +252,8 @@ def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> Non
 
 
 def write_text(
-    path: Path,
+    store: CacheStore,
+    name: str,
     tensors: Mapping[str, Tensor],
     encoder: str,
     record: TextRecord,
@@ -223,15 +269,15 @@ def write_text(
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
     metadata |= text_metadata({encoder: dataclasses.replace(record, crc32=sums)})
-    part = part_path(path)
+    part, path = part_name(name), store.folder / name
     new = Entry(Header(path, metadata, tuple(tensors)), tensors)
-    unfinished = _require_existing(part)
+    unfinished = _require_existing(store, part)
     if unfinished is not None:
         new = _join(unfinished, new)
     if not is_last:
-        write_tensors(part, new.named, new.header.metadata)
+        store.write(part, new.named, new.header.metadata)
         return
-    old = _require_existing(path)
+    old = _require_existing(store, name)
     if old is not None:
         before = old.header.metadata.get("caption1", record.caption)
         if before != record.caption:
@@ -240,23 +286,23 @@ def write_text(
             )
         new = _join(old, new)
     if unfinished is None:
-        write_tensors(path, new.named, new.header.metadata)
+        store.write(name, new.named, new.header.metadata)
     else:
-        write_tensors(part, new.named, new.header.metadata)
-        give_name(part, path)
+        store.write(part, new.named, new.header.metadata)
+        store.rename(part, name)
 
 
-def finish_text(path: Path) -> None:
+def finish_text(store: CacheStore, name: str) -> None:
     """Join a text cache with its `.part`, if nothing is left to encode.
 
     Raises CacheError if the `.part` is damaged, OutputError if writing fails.
     """
-    part = part_path(path)
-    old, new = _require_existing(path), read_entry(part)
+    part = part_name(name)
+    old, new = _require_existing(store, name), store.read(part)
     if old is not None:
         new = _join(old, new)
-        write_tensors(part, new.named, new.header.metadata)
-    give_name(part, path)
+        store.write(part, new.named, new.header.metadata)
+    store.rename(part, name)
 
 
 def _join(old: Entry, new: Entry) -> Entry:
@@ -270,7 +316,7 @@ def _join(old: Entry, new: Entry) -> Entry:
 
 
 def _right(
-    path: Path, file: CaptionFile, encoders: Encoders, skip_existing: bool
+    store: CacheStore, name: str, file: CaptionFile, encoders: Encoders, skip_existing: bool
 ) -> tuple[dict[str, bool], frozenset[str]]:
     """Return the encoders whose outputs in a file are valid (name -> has a record), and all other records.
 
@@ -278,10 +324,10 @@ def _right(
     the caption is the same.
     """
     right: dict[str, bool] = {}
-    if not path.exists():
+    if not store.has(name):
         return right, frozenset()
     try:
-        entry = read_entry(path)
+        entry = store.read(name)
         records = text_records(entry.header)
     except CacheError as error:
         logger.warning("%s. It is made again.", error)
@@ -296,7 +342,7 @@ def _right(
             {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
         )
         if changed is not None:
-            logger.debug("%s: %s", path, changed)
+            logger.debug("%s: %s", store.folder / name, changed)
             continue
         try:
             verify_tensors(entry, record.crc32)
@@ -306,9 +352,9 @@ def _right(
     return right, frozenset(records.keys() - right.keys())
 
 
-def _require_existing(path: Path) -> Entry | None:
+def _require_existing(store: CacheStore, name: str) -> Entry | None:
     try:
-        entry = read_entry(path) if path.exists() else None
+        entry = store.read(name) if store.has(name) else None
         if entry is not None:
             text_records(entry.header)
         return entry

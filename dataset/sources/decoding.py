@@ -103,6 +103,8 @@ def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: i
 
 def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
     table = source.table
+    if source.tensors is not None:
+        raise MediaError(f"{source.path}: its latents are given (load_tensors), so that no frames are read")
     if table.kind == "image":
         image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
         size = (image.shape[1], image.shape[0])
@@ -176,11 +178,13 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
-    """Return the size that an image of `size` is resized to. path: for messages.
+    """Return the size that an image of `size` is resized to: with load_tensors its own. path: for messages.
 
     Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
     `step`.
     """
+    if table.load_tensors:
+        return size
     width, height = table.resolution
     if not table.enable_bucket:
         if width % step or height % step:

@@ -9,6 +9,15 @@ from dataset.sources.origin import Origin
 
 
 @dataclass(frozen=True)
+class GivenTensors:
+    """Files of what was computed for a clip before, in CogVideoX form. None has been opened."""
+
+    moments: Path  # the VAE's, of the clip
+    image: Path | None  # those of the first frame alone; may be missing; None: not used
+    embeds: Path | None  # of the caption; None: there are none
+
+
+@dataclass(frozen=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
@@ -23,11 +32,18 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
     mask: Path | None = None  # an image, clip or folder of images: white is learned
+    tensors: GivenTensors | None = None  # with load_tensors: instead of `path`, which may be missing
     origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return what latents are made from, and where it is: the media, its control media, its mask."""
+        """Return the files or folders that latents are made from, and where each is if not on disk.
+
+        The media, its control media and its mask; or what was computed before.
+        """
+        if self.tensors is not None:
+            given = (self.tensors.moments, self.tensors.image)
+            return tuple((path, None) for path in given if path is not None)
         paths = (self.path, *self.control, *(() if self.mask is None else (self.mask,)))
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 

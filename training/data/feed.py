@@ -24,6 +24,7 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
+from dataset.cache.store import Stores
 from modules.contract.data import Batch
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import LatentSpec
@@ -139,7 +140,7 @@ class MicroBatches:
         self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands
     ) -> None:
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
-        self.checks = CacheChecks()  # of the run, which begins here
+        self.checks, self.stores = CacheChecks(), Stores()  # of the run, which begins here
         # the last epoch asked for, its batches, and how many samples the run has seen before each batch
         self._epoch = -1
         self._batches: tuple[tuple[TrainingItem, ...], ...] = ()
@@ -152,7 +153,7 @@ class MicroBatches:
         number = epoch * self.order.num_batches + index
         items = self._batches[index]
         captions = choose_captions(items, self.randomness.seed, number)
-        batch = read_batch(items, self.latent, self.commands, self.checks, captions)
+        batch = read_batch(items, self.latent, self.commands, self.checks, captions, self.stores)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
 
     def expert_of(self, key: Key) -> int:

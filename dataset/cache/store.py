@@ -1,0 +1,132 @@
+"""Where the entries of a cache folder are kept: reading, writing and removing them by their names.
+
+An entry has the name of a single cache file (see files.py), whatever holds it. Messages name it as
+`folder/name`.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from dataset.cache.files import Entry, Header, read_entry, read_header, write_tensors
+from dataset.config import DatasetTable
+from modules.atomic_write import give_name, remove_leftovers
+
+
+class CacheStore(Protocol):
+    """The entries of one cache folder. An entry is there whole or not at all, and may be used by several
+    threads at once; other processes may write others of the same folder meanwhile.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Return the cache folder, there or not."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """Return the names of all entries, and of other files that lie beside them."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of this name."""
+        ...
+
+    def read_header(self, name: str) -> Header:
+        """Read metadata and tensor names. Raises CacheError if the entry is missing or damaged."""
+        ...
+
+    def read(self, name: str) -> Entry:
+        """Read an entry to the CPU. Raises CacheError if it is missing or damaged."""
+        ...
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write an entry, in place of one of the same name. tensors: by their names in the file.
+
+        Equal contents give equal bytes. Raises OutputError.
+        """
+        ...
+
+    def rename(self, name: str, new: str) -> None:
+        """Give an entry another name, in place of one that has it. Raises OutputError."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove an entry, if it is there."""
+        ...
+
+    def sweep(self, of: Callable[[str], bool]) -> None:
+        """Remove what killed writers left of entries whose names fit; no process may be writing."""
+        ...
+
+    def finish(self) -> None:
+        """Make sure that all that was written survives, as the last act of a writer; more may follow."""
+        ...
+
+
+@dataclass(frozen=True)
+class SingleFiles:
+    """A file for each entry: the form that existing tuners read and write."""
+
+    folder: Path
+
+    def names(self) -> Collection[str]:
+        # not `iterdir`: a Path for each name takes longer than all else
+        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def read_header(self, name: str) -> Header:
+        return read_header(self.folder / name)
+
+    def read(self, name: str) -> Entry:
+        return read_entry(self.folder / name)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        write_tensors(self.folder / name, tensors, metadata)
+
+    def rename(self, name: str, new: str) -> None:
+        give_name(self.folder / name, self.folder / new)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    def sweep(self, of: Callable[[str], bool]) -> None:
+        if self.folder.is_dir():
+            remove_leftovers(self.folder, of, older_seconds=0)
+
+    def finish(self) -> None:
+        """Do nothing: each file is flushed when it is written."""
+
+
+def open_store(table: DatasetTable) -> CacheStore:
+    """Return the store of a table's cache folder, in the form that `cache_format` says.
+
+    Raises DatasetError if this form cannot be read here.
+    """
+    return SingleFiles(table.cache_directory)
+
+
+@dataclass
+class Stores:
+    """The stores of a run's tables, each opened when it is first asked for.
+
+    It is copied into the processes that read batches, so stores can be pickled.
+    """
+
+    _opened: dict[Path, CacheStore] = field(default_factory=dict)
+
+    def of(self, table: DatasetTable) -> CacheStore:
+        """Return the store of a table. Raises DatasetError if its form cannot be read here."""
+        if table.cache_directory not in self._opened:
+            self._opened[table.cache_directory] = open_store(table)
+        return self._opened[table.cache_directory]
+
+    def finish(self, tables: Iterable[DatasetTable]) -> None:
+        """Finish the stores of these tables, as the last act of a writer."""
+        for table in tables:
+            self.of(table).finish()
