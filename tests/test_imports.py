@@ -25,7 +25,7 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"answers", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"addresses", "answers", "control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"temporary_names", "text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "environment", "output_files"},
@@ -86,6 +86,7 @@ FLOORS = {
 LIGHT_FILES = {
     "modules/options.py",
     "modules/command.py",
+    "modules/addresses.py",
     "modules/errors.py",
     "modules/control_codes.py",
     "modules/installation.py",
