@@ -43,6 +43,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
+        {"cogvideox"},
         {"checking"},
         {"check", "debug_views"},
         {"commands"},

@@ -1,9 +1,8 @@
 """Read the clips of items ahead, encode them in batches of one size, and write their files behind."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +57,7 @@ def prepare_clips(
 
 def _clips_ahead(
     items: Sequence[PreparedItem], options: PrepareOptions, failures: list[Failure], bar: Bar
-) -> Iterator[tuple[Shape, tuple[PreparedItem, Clip]]]:
+) -> Generator[tuple[Shape, tuple[PreparedItem, Clip]], None, None]:
     """Yield each clip with its shape, in order, while threads read later ones."""
     threads, shape = options.workers, options.shape
     size_bytes = 3 * max(shape.frame_buckets) * max(shape.height_buckets) * max(shape.width_buckets)
@@ -94,7 +93,7 @@ def _encode_clips(
     """
     if encode is None:
         return None
-    settings: Any = options.encoding
+    settings = options.encoding
     dtype = DTYPES[settings.dtype]
     step = 1 if settings.use_slicing or device.type == "cpu" else len(clips)
     found: list[Tensor] = []

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.text_files import parse_json, read_text
 
@@ -20,8 +22,6 @@ def find_model(model_id: str) -> Path:
         raise OptionError(
             f"--model_id {model_id}: no such folder, and no name on the hub, such as THUDM/CogVideoX-2b"
         )
-    from huggingface_hub import snapshot_download
-
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
     try:
         return Path(snapshot_download(model_id, allow_patterns=patterns))

@@ -147,7 +147,9 @@ def _settle(options: PrepareOptions, maker: MomentsMaker | None) -> None:
         for name, value in dataclasses.asdict(options.shape).items()
     }
     earlier = read_prepared(options.output_dir)
-    now = Prepared(maker and maker.architecture, dict(maker.identity) if maker else {}, settings)
+    now = Prepared(None, {}, settings)
+    if maker is not None:
+        now = Prepared(maker.architecture, maker.identity, settings)
     if earlier is not None:
         changed = difference(earlier.settings, now.settings)
         if changed is None and earlier.architecture is not None:
