@@ -43,6 +43,7 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
+        {"cogvideox"},
         {"captioning", "checking", "cutting"},
         {"check", "debug_views"},
         {"commands", "reporting"},
