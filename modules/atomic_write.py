@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 import secrets
 import shutil
 import time
@@ -16,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.errors import OutputError
+from modules.temporary_names import LEFTOVER_SECONDS, parse_temporary, temporary_name
 
-LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer uses them
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
 
 
@@ -34,7 +32,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         check_space(path, size_bytes)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_name(path)
         try:
             yield temporary
             _flush(temporary)
@@ -55,7 +53,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_name(path)
         temporary.mkdir()
         try:
             yield temporary
@@ -87,7 +85,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         check_space(path, size_bytes)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_name(path)
         temporary.mkdir()
         try:
             yield temporary
@@ -157,30 +155,27 @@ def recover_folder(path: Path) -> None:
 def remove_leftovers(
     folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
 ) -> None:
-    """Remove temporary files and folders of killed runs that have not changed for `older_seconds`.
+    """Remove temporary files and folders of killed runs. What a living process writes is left alone.
 
-    of: given the final name of a temporary file, returns whether to remove it.
+    of: given the final name of a temporary file, returns whether to remove it. older_seconds: how long a file
+    must have been unchanged if its name does not tell whether its writer lives. Machines that share the
+    folder need clocks that agree to within an hour.
     """
-    newest = time.time() - older_seconds
+    now = time.time()
     with os.scandir(folder) as entries:
         for entry in entries:
-            temporary = _TEMPORARY.fullmatch(entry.name)
-            if temporary is None or not of(temporary["name"]):
+            temporary = parse_temporary(entry.name)
+            if temporary is None or not of(temporary.name):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 # a folder's time changes with every file put into it
-                if entry.stat(follow_symlinks=False).st_mtime > newest:
+                changed = entry.stat(follow_symlinks=False).st_mtime
+                if changed > now - temporary.least_age(older_seconds):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
                 else:
                     Path(entry.path).unlink()
-
-
-def temporary_of(name: str) -> str | None:
-    """Return the final name of a temporary file or folder; None if it is none."""
-    temporary = _TEMPORARY.fullmatch(name)
-    return None if temporary is None else temporary["name"]
 
 
 @lru_cache(maxsize=64)

@@ -36,8 +36,9 @@ from dataset.cache.tar_records import (
     record_header,
     writer_of,
 )
-from modules.atomic_write import LEFTOVER_SECONDS, atomic_path, explain_errors, temporary_of
+from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
 from modules.file_locks import only_one, try_lock
+from modules.temporary_names import LEFTOVER_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     if not folder.is_dir():
         return
     with explain_errors(folder / INDEX), only_one(folder / LOCK):
-        _remove_leftovers(folder)
+        remove_leftovers(folder, is_ours)
         with contextlib.ExitStack() as locks:
             locked = _lock_untidy(folder, shard_bytes * SMALL, locks)
             if locked:
@@ -272,19 +273,6 @@ def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
             raise OSError("a shard became shorter while it was merged")
         target.write(data)
         count -= len(data)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed merges left; who still writes one has locked it."""
-    with os.scandir(folder) as entries:
-        found = [entry.name for entry in entries if is_ours(temporary_of(entry.name) or "")]
-    for name in found:
-        path = folder / name
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            with path.open("rb+") as file:
-                is_left = try_lock(file) is True
-            if is_left:
-                path.unlink()
 
 
 def is_ours(name: str) -> bool:

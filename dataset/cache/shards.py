@@ -127,11 +127,6 @@ class ShardStore:
         self.write(name, tensors, metadata)
         self.remove(old)
 
-    def rename(self, name: str, new: str) -> None:
-        """Give an entry another name, in place of one that has it. Raises CacheError, OutputError."""
-        self.write_bytes(new, self.read_bytes(name))
-        self.remove(name)
-
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
         if self.has(name):

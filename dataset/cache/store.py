@@ -15,7 +15,7 @@ from torch import Tensor
 from dataset.cache.files import Entry, Header, read_entry, read_header, write_tensors
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
-from modules.atomic_write import give_name, remove_leftovers
+from modules.atomic_write import remove_leftovers
 
 
 class CacheStore(Protocol):
@@ -30,7 +30,7 @@ class CacheStore(Protocol):
 
     @property
     def holds_only_caches(self) -> bool:
-        """Return whether files that are no caches can be among the names."""
+        """Return whether all names are those of caches, so that a damaged one may be removed."""
         ...
 
     def names(self) -> Collection[str]:
@@ -62,16 +62,14 @@ class CacheStore(Protocol):
         """Write an entry in place of another, of another name. Raises OutputError."""
         ...
 
-    def rename(self, name: str, new: str) -> None:
-        """Give an entry another name, in place of one that has it. Raises OutputError."""
-        ...
-
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
         ...
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove what killed writers left of entries whose names fit; no process may be writing."""
+        """Remove what killed writers left of entries whose names fit. What another process is writing
+        stays.
+        """
         ...
 
     def finish(self) -> None:
@@ -98,8 +96,8 @@ class SingleFiles:
     holds_only_caches: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
-        # not `iterdir`: a Path for each name takes longer than all else
-        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
+        return os.listdir(self.folder) if self.folder.is_dir() else []
 
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -116,18 +114,15 @@ class SingleFiles:
     def replace(
         self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
-        self.write(old, tensors, metadata)
-        self.rename(old, name)
-
-    def rename(self, name: str, new: str) -> None:
-        give_name(self.folder / name, self.folder / new)
+        self.write(name, tensors, metadata)  # first: another process may need the old one until then
+        self.remove(old)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
         if self.folder.is_dir():
-            remove_leftovers(self.folder, of, older_seconds=0)
+            remove_leftovers(self.folder, of)
 
     def finish(self) -> None:
         """Do nothing: each file is flushed when it is written."""

@@ -241,7 +241,7 @@ def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(
         there = entries(config) if config.datasets[0].cache_directory.is_dir() else {}
         media = cache_media(two(), config, options())
         assert media.kept >= sum("_te." not in name for name in there)
-        cache_texts(family, config, options())
+        cache_texts(two(), config, options())
         assert files(config) == expected
     assert interrupted
 
