@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dataset.caching.prefetch import run_ahead
-from dataset.captioning.answers import Answer, Frames, Look, NoCaptionError, caption_in, prompt_for
+from dataset.captioning.answers import Answer, Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from dataset.captioning.drawing import draw_words
 from dataset.captioning.options import AskOptions, ModelOptions
 from dataset.captioning.planning import CaptionJob
@@ -50,7 +50,7 @@ class LocalModel:
     ask: AskOptions
     batch_size: int
 
-    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Iterator[Answer]:
+    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Answers:
         """Yield a caption, or why there is none, for each job, in order.
 
         Threads read files ahead. If a batch fails, its images and clips are asked about one by one. Raises

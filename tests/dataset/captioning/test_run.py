@@ -158,8 +158,15 @@ def test_an_interrupted_overwriting_goes_on_where_it_was(tmp_path: Path) -> None
         run(config, server, "--overwrite")
         assert sorted(read_captions(tmp_path).values()) == ["three", "three", "two"]
         run(config, server, "--overwrite")
+        assert set(read_captions(tmp_path).values()) == {"three"}
 
-    assert set(read_captions(tmp_path).values()) == {"three"}
+        # killed behind the last caption
+        record = tmp_path / "im ages" / NAME
+        record.write_text(record.read_text().rpartition('{"end"')[0])
+        run(config, server, "--overwrite")
+        assert len(server.bodies) == 10
+        run(config, server, "--overwrite")
+        assert len(server.bodies) == 13
 
 
 def test_an_empty_caption_is_a_caption_unless_it_is_to_be_filled(tmp_path: Path, server: FakeServer) -> None:
