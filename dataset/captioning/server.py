@@ -220,13 +220,14 @@ class ApiServer:
         return request
 
     def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
-        """Note which parameter an error says the model refuses. Returns whether it is a new one."""
+        """Leave out what the model refuses by an error's text. Returns whether the request held it."""
         for name, other in OTHER_NAMES.items():
             is_named = f"'{name}'" in text or f'"{name}"' in text or f"`{name}`" in text
-            if is_named and name in sent and name not in self._replaced:
-                self._replaced.add(name)
-                what = f"{other} is sent instead" if other else "its own is used"
-                logger.warning("%s does not take %s: %s", self.model, name, what)
+            if is_named and name in sent:
+                if name not in self._replaced:  # else another thread has been told
+                    self._replaced.add(name)
+                    what = f"{other} is sent instead" if other else "its own is used"
+                    logger.warning("%s does not take %s: %s", self.model, name, what)
                 return True
         return False
 

@@ -356,3 +356,19 @@ def test_the_script_ends_with_2_and_0_as_it_says(tmp_path: Path) -> None:
     code, said = run_here("caption_dataset.py", *words, folder=tmp_path)
     assert_one_message(code, said, missing, "no such folder")
     assert code == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("--dry_run",), ("--edit_only", "--trigger_word", "zxc"), ("--model", "m")]
+)
+def test_tables_with_no_place_for_captions_are_refused_by_name(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = make_folder(tmp_path)
+    table = f"video_table_file = {str(tmp_path / 'clips.csv')!r}\ncache_directory = 'cache'"
+    config.write_text(f"{config.read_text(encoding='utf-8')}[[datasets]]\n{table}\n", encoding="utf-8")
+
+    with pytest.raises(
+        DatasetError, match=r"\[\[datasets\]\] 2 \(.*clips\.csv\): .*Use a configuration with"
+    ):
+        run(config, None, *words)
