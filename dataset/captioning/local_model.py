@@ -97,8 +97,7 @@ class LocalModel:
         """Return for each image or clip the model's answer, and whether it was cut."""
         texts = [self.message(prompt_for(job, self.ask), len(frames)) for job, frames in batch]
         images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
-        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        inputs = self.inputs(texts, images).to(self.model.device, self.model.dtype)
         names = [job.place.name for job, _ in batch]
         made = self.model.generate(
             **inputs,
@@ -119,6 +118,15 @@ class LocalModel:
             (f"<think>{text}" if thinking else text, ends.isdisjoint(tokens.tolist()))
             for text, thinking, tokens in zip(decoded, thinks, answers, strict=True)
         ]
+
+    def inputs(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+        """Return the tensors of texts and of each one's images."""
+        start = self.processor.tokenizer.bos_token
+        has_start = bool(start) and texts[0].startswith(
+            start
+        )  # templates of some models put it there themselves
+        own: dict[str, Any] = {"add_special_tokens": False} if has_start else {}
+        return self.processor(text=list(texts), images=list(images), padding=True, return_tensors="pt", **own)
 
     def message(self, prompt: str, num_images: int) -> str:
         """Return the text that the model reads: by its chat template, or image marks and the prompt.

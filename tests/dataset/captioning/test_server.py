@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dataset.captioning.places import find_places
+from dataset.captioning.planning import CaptionJob
 from dataset.captioning.run import run_captioning
 from dataset.captioning.server import make_server
 from dataset.config import load_dataset_config
@@ -106,9 +108,6 @@ def test_waits_grow_and_an_answer_that_does_not_come_is_asked_for_again(tmp_path
 
 
 def job_of(config: Path) -> Any:
-    from dataset.captioning.places import find_places
-    from dataset.captioning.planning import CaptionJob
-
     return CaptionJob(find_places(load_dataset_config(config), False).all[0], "missing")
 
 
