@@ -47,8 +47,14 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 
     With multi_caption each line that is not empty is one.
     """
-    lines = [line.strip() for line in text.split("\n") if line.strip()] if table.multi_caption else [text]
-    return complete_captions(lines or [""], table)
+    return complete_captions(caption_lines(text, table), table)
+
+
+def caption_lines(text: str, table: DatasetTable) -> list[str]:
+    """Return the text, or with multi_caption its lines that are not empty; at least one."""
+    if not table.multi_caption:
+        return [text]
+    return [line.strip() for line in text.split("\n") if line.strip()] or [""]
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
