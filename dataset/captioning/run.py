@@ -6,13 +6,13 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataset.caching.reports import Failure
 from dataset.captioning.answers import Answerer, Frames, NoCaptionError
 from dataset.captioning.editing import edit_captions
-from dataset.captioning.lists import CaptionList
+from dataset.captioning.lists import CaptionList, line_key
 from dataset.captioning.local_model import load_model
 from dataset.captioning.looking import look_at
 from dataset.captioning.options import CaptioningOptions, WordingOptions
@@ -31,6 +31,7 @@ from dataset.captioning.server import make_server
 from dataset.captioning.wording import reword
 from dataset.captioning.writing import CaptionWriter
 from dataset.config import DatasetConfig
+from dataset.sources.fetching import fetch
 from modules.bars import Bar
 from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
@@ -117,8 +118,10 @@ class _Run:
                 bar.update()
 
     def _look(self, job: CaptionJob) -> Frames:
-        ask, is_image = self.options.ask, job.place.source.table.kind == "image"
-        return look_at(job.path, is_image, ask.num_frames, ask.max_pixels)
+        ask, source = self.options.ask, job.place.source
+        media = replace(source, control=(), mask=None, origins=source.origins[:1])
+        with fetch(media) as fetched:
+            return look_at(fetched.path, source.table.kind == "image", ask.num_frames, ask.max_pixels)
 
     def _write(self, job: CaptionJob, answer: str) -> None:
         self._num_answers, self._server_failed = self._num_answers + 1, 0
@@ -199,8 +202,8 @@ def _say_plan(config: DatasetConfig, options: CaptioningOptions) -> None:
     lists = _open_lists(config)
     places = find_places(config, needs_texts(options))
     plan = plan_captions(places.all, read_made(places.all), options)
-    waiting = {(path, entry) for path, one in lists.items() for entry in one.waiting}
-    jobs = [job for job in plan.jobs if (job.place.file, job.place.entry) not in waiting]
+    waiting = {(path, key) for path, one in lists.items() for key in one.waiting}
+    jobs = [job for job in plan.jobs if (job.place.file, line_key(job.place.entry or "")) not in waiting]
     lines = [f"{count_of(len(jobs), 'caption')} would be made, {plan.num_kept} are kept. Nothing is written."]
     lines += [f"  {job.path} ({job.why}): {job.place}" for job in jobs[:LISTED]]
     lines += [f"  ... and {len(jobs) - LISTED} more"] if len(jobs) > LISTED else []

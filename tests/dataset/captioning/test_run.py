@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tests.dataset.captioning.making import (
     read_captions,
     read_lines,
 )
+from tests.dataset.making import make_image
 from tests.faults.messages import assert_one_message, run_here
 
 HAND = "written by a person\n"
@@ -372,3 +375,35 @@ def test_tables_with_no_place_for_captions_are_refused_by_name(
         DatasetError, match=r"\[\[datasets\]\] 2 \(.*clips\.csv\): .*Use a configuration with"
     ):
         run(config, None, *words)
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_lines_with_addresses_get_captions_and_their_secrets_stay_in_the_list(
+    tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    make_image(site / "a.png")
+    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(site)))
+    threading.Thread(target=files.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    address = f"http://127.0.0.1:{files.server_port}/a.png?key=SECRET"
+    bare = '{"image_path": {}}'
+    config = make_list(tmp_path, [json.dumps({"image_path": address}), bare, bare], keys="allow_urls = true")
+    try:
+        run(config, None, "--dry_run")
+        run(config, server)
+        run(config, server, "--overwrite")
+        run(config, None, "--edit_only", "--trigger_word", "zxc")
+    finally:
+        files.shutdown()
+        files.server_close()
+
+    lines = read_lines(tmp_path)
+    assert all(str(line["caption"]).startswith("zxc, caption ") for line in lines)
+    assert lines[0]["image_path"] == address
+    assert b"SECRET" not in (tmp_path / NAME).read_bytes()
+    assert "SECRET" not in caplog.text
