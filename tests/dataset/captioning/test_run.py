@@ -298,7 +298,7 @@ def test_captions_of_a_list_are_edited_and_none_becomes_empty(tmp_path: Path) ->
     assert (tmp_path / "list.jsonl.bak").read_text(encoding="utf-8") == old
 
 
-@pytest.mark.parametrize("is_list", [False, True])
+@pytest.mark.parametrize("is_list", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_between_two_captions(is_list: bool, tmp_path: Path) -> None:
     config = (make_list if is_list else make_folder)(tmp_path)
     reached, release = threading.Event(), threading.Event()
