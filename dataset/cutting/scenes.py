@@ -93,7 +93,7 @@ class OwnDetector:
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
         """Note a picture of one colour, or the end of some. Returns whether it is one."""
-        if float(now.grey.std()) < FLAT:
+        if _is_plain(now):
             if self._plain_since is None:
                 self._plain_since = number
             return True
@@ -111,6 +111,12 @@ class OwnDetector:
         if is_other or end - begin >= self._plain:
             # a scene of its own: too short for a clip, as a rule, or black
             self._found += [Change(begin, begin, PLAIN), Change(end, end, PLAIN)]
+
+
+def _is_plain(now: Thumbnail) -> bool:
+    """Return whether a picture has one colour but for what is white: `scene_distance` says nothing of it."""
+    seen = now.grey[~now.is_white]
+    return not seen.size or float(seen.std()) < FLAT
 
 
 class _Dissolves:

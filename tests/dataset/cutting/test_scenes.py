@@ -73,6 +73,14 @@ def test_plain_pictures_at_both_ends_are_scenes() -> None:
     assert scenes_of(find(frames), len(frames)) == [(0, 10), (10, 40), (40, 52)]
 
 
+def test_white_letters_on_black_are_a_scene_of_their_own() -> None:
+    title = plain(0, 1)[0].copy()
+    for left in range(16, 112, 16):
+        title[24:48, left : left + 8] = 1
+
+    assert scenes_of(find([*scene(1, 30), *[title] * 20, *scene(2, 30)]), 80) == [(0, 30), (30, 50), (50, 80)]
+
+
 @pytest.mark.parametrize(("length", "speed"), [(8, 0.5), (24, 0.0), (48, 0.0)])
 def test_the_frames_of_a_dissolve_belong_to_no_scene(length: int, speed: float) -> None:
     one, other = scene(9, 30 + length, speed), scene(2, 30 + length, speed)
