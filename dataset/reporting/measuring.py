@@ -11,8 +11,7 @@ import numpy as np
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead, read_ahead
 from dataset.checking.looks import EvenFrames, Look, choose_evenly, read_source
-from dataset.sources.decoding import decode_source, plan_source
-from dataset.sources.frames import describe_short
+from dataset.sources.decoding import decode_source, plan_source, spans_or_reason
 from dataset.sources.media_source import MediaSource
 from dataset.sources.steps import Steps
 from modules.bars import Bar
@@ -114,7 +113,7 @@ def measure_source(place: int, source: MediaSource, fps: float, steps: Steps) ->
         look.used,
         lengths,
         problem,
-        _none(source, look.used) if not look.spans and problem is None else None,
+        None if look.spans or problem is not None else _reason(source, look.used, steps),
         look.short,
         None if problem is not None or not frames else measure_frames(frames, source.table.kind == "video"),
     )
@@ -136,7 +135,6 @@ def read_header(place: int, source: MediaSource, fps: float, steps: Steps) -> Me
         _seconds(info.frames, info.fps) if info else None,
         lengths=lengths,
         none=plan.reason,
-        short=describe_short(source.table, plan.spans, info.frames or 0) if info else None,
     )
 
 
@@ -196,8 +194,9 @@ def _colours(frame: Frame) -> bytes:
     return bytes(np.asarray(small, np.uint8).tobytes())
 
 
-def _none(source: MediaSource, used: int) -> str:
-    return f"{used} frames, the shortest of target_frames is {min(source.table.target_frames)}"
+def _reason(source: MediaSource, used: int, steps: Steps) -> str | None:
+    """Return why a clip of which so many frames are used gives no item."""
+    return spans_or_reason(source.table, used, steps.frame_step)[1]
 
 
 def _seconds(frames: int | None, fps: float | None) -> float | None:

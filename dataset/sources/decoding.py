@@ -120,7 +120,7 @@ def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: i
     mask = stack_alphas(alphas)
     if source.mask is not None:
         mask = _mask_of_clip(source.mask, table, fps, bucket, size, len(frames))
-    found, reason = _spans_or_reason(table, len(frames), frame_step)
+    found, reason = spans_or_reason(table, len(frames), frame_step)
     control = (
         tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control)
         if found
@@ -147,7 +147,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
         kept = sum(1 for _ in _kept_frames(source.path, table, fps))
     else:
         kept = len(resample_indices(info.frames, table.stated_fps, fps))
-    found, reason = _spans_or_reason(table, kept, frame_step)
+    found, reason = spans_or_reason(table, kept, frame_step)
     return DecodedSource(
         source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
     )
@@ -285,7 +285,8 @@ def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num
     )
 
 
-def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+    """Return the spans of a clip of `kept` frames, and if there are none, why."""
     found = spans(table, kept, frame_step)
     if found:
         return found, None
