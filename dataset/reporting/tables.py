@@ -1,5 +1,6 @@
 """Read the tables of a dataset for the report: their sources, what each gives, and what stands out."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,9 @@ def _read_table(
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return report
-    for one in measure_all(found.sources, fps, steps, decodes, workers):
+    fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
+    for measured in measure_all(found.sources, fps, steps, decodes, workers):
+        one = dataclasses.replace(measured, fit=fits.setdefault(measured.fit, measured.fit))
         report.measured.append(one)
         _count(report, one)
     return report
