@@ -5,6 +5,7 @@ Threads decode ahead, batches hold items of one size, and files are written whil
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +27,13 @@ from dataset.caching.planning import (
     complete,
     media_table,
     names_of,
-    paths_of,
 )
 from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.masks import shrink_mask
 from dataset.sources.moments import measure, read_moments
@@ -86,8 +87,10 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     source = plan.source
     if source.tensors is not None:
         return take_moments(plan, recipe)
-    check_memory(source)
-    media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    with fetch(source) as here:
+        check_memory(here)
+        media = decode_source(here, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    media = dataclasses.replace(media, source=source)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
         raise MediaError(
@@ -96,7 +99,7 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
         )
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
     missing = plan.missing or ()
-    files = tuple(map(identify, paths_of(source))) if missing else ()
+    files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
     size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
     if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
         # overlapping or large: cut each when its turn comes
@@ -110,7 +113,7 @@ def take_moments(plan: SourcePlan, recipe: Recipe) -> Decoded:
     """Read the moments of a source that needs no decoding. Raises MediaError if they cannot be used."""
     source, latent = plan.source, recipe.latent
     assert source.tensors is not None
-    paths = paths_of(source)
+    paths = [path for path, _ in source.parts]
     # copies: a file that is mapped can change, and Windows does not replace it
     moments = tuple(read_moments(path, latent).clone() for path in paths)
     clip = measure(moments[0], latent, paths[0])
@@ -157,18 +160,38 @@ class _Pending:
         return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
+class EncodersOnDemand:
+    """The media encoders of a family, loaded when the first item is encoded."""
+
+    def __init__(self, family: Caches, device: torch.device) -> None:
+        self._family, self._device = family, device
+        self._loaded: MediaEncoders | None = None
+
+    def get(self) -> MediaEncoders:
+        """Return the encoders. Raises CheckpointError if they cannot be loaded."""
+        if self._loaded is None:
+            self._loaded = self._family.media_encoders(self._device)
+        return self._loaded
+
+    def free(self) -> None:
+        """Free the encoders and their memory; the next `get` loads them again."""
+        self._loaded = None
+        free_memory(self._device)
+
+
 class LatentEncoding:
     """One run over the sources that need encoding. Its public attributes report what was done."""
 
-    def __init__(self, family: Caches, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
+    def __init__(
+        self, family: Caches, recipe: Recipe, encoders: EncodersOnDemand, batch_size: int | None
+    ) -> None:
         self.finished: list[SourcePlan] = []
         self.failures: list[Failure] = []
         self.written: set[tuple[int, str]] = set()  # table index and name of each file
         self._family = family
         self._recipe = recipe
-        self._device = device
         self._batch_size = batch_size
-        self._encoders: MediaEncoders | None = None
+        self._encoders = encoders
         # by what the items of a batch must have in common
         self._pending: dict[tuple[object, ...], list[_Pending]] = {}
         self._writer = WriteBehind()
@@ -195,8 +218,6 @@ class LatentEncoding:
                 del result  # frees its frames before waiting for the next source
             for group in list(self._pending):
                 self._encode(group)
-        self._encoders = None
-        free_memory(self._device)
 
     def _add(self, decoded: Decoded, there: Names) -> None:
         """Put the missing items of a source into their batches; encode full batches."""
@@ -240,8 +261,7 @@ class LatentEncoding:
             for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
                 self._write(item, [entry])
             return
-        if self._encoders is None:
-            self._encoders = self._family.media_encoders(self._device)
+        encoders = self._encoders.get()
         media = MediaBatch(
             frames=_stack_batch([item.crop.frames for item in items]),
             keys=tuple(item.path.stem for item in items),
@@ -253,7 +273,7 @@ class LatentEncoding:
             alpha=_all_or_none([item.crop.alpha for item in items]),
             table=media_table(items[0].table, bool(items[0].crop.control)),
         )
-        for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
+        for item, entries in zip(items, self._family.encode_media(encoders, media), strict=True):
             self._write(item, entries)
 
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
