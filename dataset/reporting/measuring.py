@@ -12,6 +12,7 @@ from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead, read_ahead
 from dataset.checking.looks import EvenFrames, Look, choose_evenly, read_source
 from dataset.sources.decoding import decode_source, plan_source, spans_or_reason
+from dataset.sources.fetching import fetch
 from dataset.sources.media_source import MediaSource
 from dataset.sources.steps import Steps
 from modules.bars import Bar
@@ -122,8 +123,9 @@ def measure_source(place: int, source: MediaSource, fps: float, steps: Steps) ->
 def read_header(place: int, source: MediaSource, fps: float, steps: Steps) -> Measured:
     """Return what the header of a source says; a clip whose header has no number of frames is decoded."""
     try:
-        plan = plan_source(source, fps, steps.pixel_step, steps.frame_step)
-        info = video_info(source.path) if source.table.kind == "video" else None
+        with fetch(source) as here:
+            plan = plan_source(here, fps, steps.pixel_step, steps.frame_step)
+            info = video_info(here.path) if source.table.kind == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Measured(place, problem=str(error))
     lengths = tuple(sorted(Counter(length for _, length in plan.spans).items()))
