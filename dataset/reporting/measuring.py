@@ -19,11 +19,11 @@ from modules.bars import Bar
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit, fit_cover
 from modules.media.measures import (
+    BLURRED,
     SHARP_SIDE,
     brightness,
     clip_hash,
     is_black,
-    is_blurred,
     is_flat,
     is_static,
     motion,
@@ -143,15 +143,16 @@ def read_header(place: int, source: MediaSource, fps: float, steps: Steps) -> Me
 def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     """Return the measures of a picture, or of frames of a clip, all of one size."""
     black = all(map(is_black, frames))
-    blurred = sum(map(is_blurred, frames))
+    flat, sharp = [is_flat(frame) for frame in frames], [sharpness(frame) for frame in frames]
+    blurred = sum(not one and value < BLURRED for one, value in zip(flat, sharp, strict=True))
     return Measures(
         _round(np.mean([brightness(frame) for frame in frames])),
         _round(motion(frames)),
-        _round(np.median([sharpness(frame) for frame in frames])),
+        _round(np.median(sharp)),
         black,
         is_clip and len(frames) > 1 and not black and is_static(frames),
         2 * blurred > len(frames),
-        all(map(is_flat, frames)),
+        all(flat),
         clip_hash(frames),
         b"".join(_colours(frame) for frame in _hashed(frames)),
     )
