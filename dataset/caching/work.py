@@ -28,7 +28,7 @@ from dataset.caching.planning import (
 from dataset.caching.reports import CacheReport, Failure
 from dataset.caching.texts import TextBatch, TextEncoding, text_batches
 from dataset.config import DatasetConfig
-from dataset.options import CachingOptions
+from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
 from dataset.sources.media_source import MediaSource
@@ -70,6 +70,7 @@ class MediaWork:
         self.sources: Sequence[MediaSource] = use_moments(family, sources)
         self._recipe = recipe_of(family, options.skip_existing, self.stores)
         self._family = family
+        self._config = config
         self._options = options
         self._encoders = EncodersOnDemand(family, device)
 
@@ -106,6 +107,12 @@ class MediaWork:
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
         return Encoded(report, frozenset(kept | encoding.written))
 
+    def encode_shard(self, shard: ShardOptions) -> CacheReport:
+        """Encode a shard, so that it survives. Raises as `encode` does."""
+        report = self.encode(shard.of(self.sources), show=False).report
+        self.stores.finish(self._config.datasets)
+        return report
+
     def free(self) -> None:
         """Free the encoders."""
         self._encoders.free()
@@ -129,6 +136,7 @@ class TextWork:
         self.sources: Sequence[MediaSource] = find_all_sources(config)
         require_captions(self.sources)
         family.check_given_files()
+        self._config = config
         self.files = list_caption_files(self.sources, family.cache_tag)
         self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
         self._encoding = TextEncoding(
@@ -144,6 +152,12 @@ class TextWork:
         return CacheReport(
             done.written, done.kept, done.foreign, share=sum(map(len, batches)), whole=len(self.files)
         )
+
+    def encode_shard(self, shard: ShardOptions) -> CacheReport:
+        """Encode a shard, so that it survives. Raises as `encode` does."""
+        report = self.encode(shard.of(self.batches))
+        self.stores.finish(self._config.datasets)
+        return report
 
     def free(self) -> None:
         """Free the encoders."""
