@@ -102,8 +102,11 @@ def run_on_ray(main: Main, options: RayOptions) -> list[dict[str, Any]]:
         count = options.num_shards or actors * (SHARDS_PER_ACTOR if options.is_latents else 1)
         logger.info("%d actors cache %d shards", actors, count)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        shards = ray.data.from_items([{"shard_index": index} for index in range(count)])
-        reports = shards.repartition(count).map_batches(
+        # a block for each, made here: tasks that cut blocks would wait for the cores that the actors have
+        shards = ray.data.from_items(
+            [{"shard_index": index} for index in range(count)], override_num_blocks=count
+        )
+        reports = shards.map_batches(
             CachingActor,
             batch_size=1,
             concurrency=actors,
