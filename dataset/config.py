@@ -23,6 +23,7 @@ from dataset.config_keys import (
     SOURCES,
     Unfit,
 )
+from modules.addresses import hide_secrets
 from modules.errors import DatasetError
 from modules.text_encodings import guess_encoding
 from modules.text_files import explain_toml, parse_json, parse_toml, read_text
@@ -90,11 +91,11 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from; of tars the first name or pattern."""
+        """Return the folder or list that the items come from; of tars the first name, without passwords."""
         source = self.directory or self.jsonl_file or self.table_file or self.cogvideox_root
         if source is None:
             assert self.tars is not None
-            source = Path(self.tars[0])
+            source = Path(hide_secrets(self.tars[0]))
         return source
 
     @property
@@ -432,7 +433,7 @@ def _unknown(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> str
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

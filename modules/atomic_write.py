@@ -28,7 +28,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     runs are removed. size_bytes: what will be written; compared with the free space first. Raises OutputError
     if the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         check_space(path, size_bytes)
@@ -40,7 +40,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
     renames. Raises OutputError if the folder cannot be written.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
         temporary = temporary_name(path)
@@ -60,7 +60,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            _flush_folder(temporary)
+            flush_folder(temporary)
             aside = path.with_name(f".{path.name}.old")
             if path.exists():
                 os.replace(path, aside)
@@ -69,7 +69,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             recover_folder(path)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -81,7 +81,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     names. size_bytes: as for
     `atomic_path`. Raises OutputError if they cannot be written; existing files then stay unchanged.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         check_space(path, size_bytes)
@@ -93,7 +93,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
                 os.replace(file, path.parent / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -127,7 +127,7 @@ def claim_name(path: Path) -> Iterator[bool]:
     """
     # different from every name of a temporary file or folder of `path`
     claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")
-    with _explain_errors(path):
+    with explain_errors(path):
         try:
             claim.touch(exist_ok=False)
             is_ours = True
@@ -189,9 +189,9 @@ def give_name(file: Path, path: Path) -> None:
 
     Raises OutputError if that fails.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         os.replace(file, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -210,7 +210,7 @@ def append_text(path: Path, text: str) -> None:
 
     Raises OutputError if that fails.
     """
-    with _explain_errors(path), path.open("ab") as file:
+    with explain_errors(path), path.open("ab") as file:
         file.write(text.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
@@ -262,7 +262,8 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make sure that the names of new files in a folder survive a power cut."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS orders the rename itself
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -273,7 +274,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explain_errors(path: Path) -> Iterator[None]:
+def explain_errors(path: Path) -> Iterator[None]:
+    """Raise OutputError, with what to do, in place of an OSError while writing `path`."""
     try:
         yield
     except OSError as error:

@@ -91,6 +91,10 @@ def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header]
         except CacheError as error:
             if not store.has(name):  # another process has just removed it
                 continue
+            if store.holds_only_caches:
+                store.remove(name)
+                count += 1
+                continue
             logger.warning(
                 "%s. It belongs to no item, but is kept because it may not be a cache file.",
                 error,

@@ -5,6 +5,7 @@ Threads decode ahead, batches hold items of one size, and files are written whil
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +27,13 @@ from dataset.caching.planning import (
     complete,
     media_table,
     names_of,
-    paths_of,
 )
 from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.masks import shrink_mask
 from dataset.sources.moments import measure, read_moments
@@ -86,8 +87,10 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     source = plan.source
     if source.tensors is not None:
         return take_moments(plan, recipe)
-    check_memory(source)
-    media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    with fetch(source) as here:
+        check_memory(here)
+        media = decode_source(here, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    media = dataclasses.replace(media, source=source)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
         raise MediaError(
@@ -96,7 +99,7 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
         )
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
     missing = plan.missing or ()
-    files = tuple(map(identify, paths_of(source))) if missing else ()
+    files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
     size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
     if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
         # overlapping or large: cut each when its turn comes
@@ -110,7 +113,7 @@ def take_moments(plan: SourcePlan, recipe: Recipe) -> Decoded:
     """Read the moments of a source that needs no decoding. Raises MediaError if they cannot be used."""
     source, latent = plan.source, recipe.latent
     assert source.tensors is not None
-    paths = paths_of(source)
+    paths = [path for path, _ in source.parts]
     # copies: a file that is mapped can change, and Windows does not replace it
     moments = tuple(read_moments(path, latent).clone() for path in paths)
     clip = measure(moments[0], latent, paths[0])

@@ -49,17 +49,20 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
             work.free()
         work.stores.finish(config.datasets)
         gathered = share.gather(done)
-        report = join_reports([one.report for one in gathered])
+        reports = [*(one.report for one in gathered), work.not_listed]
+        failures = join_reports(reports).failures
         removed = 0
         if share.is_main and not options.keep_cache and not options.shard.is_given:
-            for table in config.datasets:
+            for table in work.whole_tables:
                 belongs = {name for one in gathered for index, name in one.right if index == table.index}
-                failed = {one.stem for one in report.failures if one.table == table.index}
+                failed = {one.stem for one in failures if one.table == table.index}
                 existing = work.existing[table.index]
                 removed += remove_stale_latents(
                     work.stores.of(table), existing, table.kind, family, belongs, failed
                 )
-        return join_reports([one.report for one in gathered], sum(share.gather(removed)), share.is_main)
+        if share.is_main and not options.shard.is_given:
+            work.stores.settle(config.datasets)
+        return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
 def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
@@ -80,15 +83,16 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
         finally:
             work.free()
         work.stores.finish(config.datasets)
-        reports = share.gather(done)
+        reports = [*share.gather(done), work.not_listed]
         removed = 0
         if share.is_main and not options.shard.is_given:
-            for table in config.datasets:
+            for table in work.whole_tables:
                 stems = {one.stem for one in work.sources if one.table.index == table.index}
                 names = {file.path.name for file in work.files if file.table.index == table.index}
                 surplus_of = stems if options.keep_cache else None
                 existing = work.existing[table.index]
                 removed += remove_stale_texts(work.stores.of(table), existing, family, names, surplus_of)
+            work.stores.settle(config.datasets)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 

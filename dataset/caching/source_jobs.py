@@ -81,6 +81,8 @@ def machine_bytes() -> int | None:
 
 
 def _frames_in_header(source: MediaSource) -> float:
+    if source.origins:  # it would have to be fetched: `check_memory` looks when it is here
+        return UNKNOWN_FRAMES
     try:
         info = video_info(source.path)
         is_timed = source.table.source_fps == AUTO or is_animation(source.path)

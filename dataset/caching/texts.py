@@ -347,8 +347,7 @@ def _finish(store: CacheStore, wanted: Wanted, entry: Entry, there: Collection[s
             f"removed or replaced what {', '.join(lost)} had written.\n"
             "  Let one of the two end, then run this command again."
         )
-    store.write(wanted.name, entry.named, entry.header.metadata)
-    store.remove(part_name(wanted.name))
+    store.replace(part_name(wanted.name), wanted.name, entry.named, entry.header.metadata)
 
 
 def _join(old: Entry, new: Entry) -> Entry:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dataset.cache.forms import require_form
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import list_texts
@@ -27,9 +28,10 @@ from dataset.caching.planning import (
 )
 from dataset.caching.reports import CacheReport, Failure
 from dataset.caching.texts import TextBatch, TextEncoding, text_batches
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution
+from dataset.sources.faults import Fault
 from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
 from dataset.sources.media_source import MediaSource
 from modules.errors import DatasetError
@@ -63,11 +65,14 @@ class MediaWork:
             table.index: list_names(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
-        sources = find_all_sources(config, captions=False)
+        skipped: list[tuple[DatasetTable, Fault]] = []
+        sources = find_all_sources(config, captions=False, skipped=skipped)
+        self.not_listed, self.whole_tables = _report_skipped(skipped), _whole_tables(config, skipped)
         _check_tables(family, config, sources)
         warn_missing_captions(sources)
         family.check_given_files()
         self.sources: Sequence[MediaSource] = use_moments(family, sources)
+        require_form(config, family.cache_tag)
         self._recipe = recipe_of(family, options.skip_existing, self.stores)
         self._family = family
         self._config = config
@@ -133,10 +138,13 @@ class TextWork:
         self.existing: Mapping[int, Collection[str]] = {
             table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
         }
-        self.sources: Sequence[MediaSource] = find_all_sources(config)
+        skipped: list[tuple[DatasetTable, Fault]] = []
+        self.sources: Sequence[MediaSource] = find_all_sources(config, skipped=skipped)
+        self.not_listed, self.whole_tables = _report_skipped(skipped), _whole_tables(config, skipped)
         require_captions(self.sources)
         family.check_given_files()
         self._config = config
+        require_form(config, family.cache_tag)
         self.files = list_caption_files(self.sources, family.cache_tag)
         self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
         self._encoding = TextEncoding(
@@ -162,6 +170,18 @@ class TextWork:
     def free(self) -> None:
         """Free the encoders."""
         self._encoding.free()
+
+
+def _report_skipped(skipped: Sequence[tuple[DatasetTable, Fault]]) -> CacheReport:
+    """Return a report of what listing could not read, such as the end of a tar."""
+    failures = [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
+    return CacheReport(failures=tuple(failures))
+
+
+def _whole_tables(config: DatasetConfig, skipped: Sequence[tuple[DatasetTable, Fault]]) -> list[DatasetTable]:
+    """Return the tables of which all sources are known: of others, no entry is known to be stale."""
+    broken = {table.index for table, _ in skipped}
+    return [table for table in config.datasets if table.index not in broken]
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:

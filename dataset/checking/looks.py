@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dataset.sources.decoding import bucket_of, source_frames
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, describe_short, spans
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import measure_source
@@ -78,30 +79,46 @@ def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[F
 
     What cannot be read is told in `problem`.
     """
-    is_clip = source.table.kind == "video"
-    values: dict[str, object] = {"bytes": _size_bytes(source)}
-    used, fit = 0, None
+    values: dict[str, object] = {}
+    used = 0
+
+    def count(frame: Frame) -> None:
+        nonlocal used
+        take(frame)
+        used += 1
+
     try:
         if source.tensors is not None:
             return _look_at_tensors(source, steps)
-        if is_clip:
-            info = video_info(source.path)
-            values |= {"fps": info.fps, "frames": info.frames}
-            if not is_animation(source.path):  # these are played by the times in the file
-                values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
-        for frame in source_frames(source, fps):
-            if fit is None:
-                size = (frame.shape[1], frame.shape[0])
-                values["size"] = size
-                bucket = bucket_of(source.table, size, steps.pixel_step, source.path)
-                fit = values["fit"] = fit_cover(size, bucket)
-            take(frame)
-            used += 1
-        found = spans(source.table, used, steps.frame_step) if is_clip else ((0, 1),)
+        with fetch(source) as here:
+            _read_frames(here, fps, steps, count, values)
+        found = spans(source.table, used, steps.frame_step) if source.table.kind == "video" else ((0, 1),)
         values |= {"spans": found, "short": describe_short(source.table, found, used)}
     except (MediaError, DatasetError, OSError) as error:
         values["problem"] = str(error)
     return Look(used=used, **values)  # type: ignore[arg-type]
+
+
+def _read_frames(
+    source: MediaSource,
+    fps: float,
+    steps: Steps,
+    take: Callable[[Frame], None],
+    values: dict[str, object],
+) -> None:
+    """Hand the frames of a source on disk to `take`; add what is learned on the way to `values`."""
+    values["bytes"] = _size_bytes(source)
+    if source.table.kind == "video":
+        info = video_info(source.path)
+        values |= {"fps": info.fps, "frames": info.frames}
+        if not is_animation(source.path):  # these are played by the times in the file
+            values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
+    for frame in source_frames(source, fps):
+        if "fit" not in values:
+            size = (frame.shape[1], frame.shape[0])
+            bucket = bucket_of(source.table, size, steps.pixel_step, source.path)
+            values |= {"size": size, "fit": fit_cover(size, bucket)}
+        take(frame)
 
 
 def _look_at_tensors(source: MediaSource, steps: Steps) -> Look:

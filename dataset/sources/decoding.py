@@ -1,5 +1,6 @@
 """Turn a source into items to encode: decode once, keep and resize frames, choose the bucket, cut spans."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
@@ -95,6 +97,11 @@ def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: i
     LatentSpec. Raises MediaError if a file is unreadable or too small, DatasetError if the resolution is not
     a multiple of `step`.
     """
+    with fetch(source) as here:
+        return dataclasses.replace(_decode(here, fps, step, frame_step), source=source)
+
+
+def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
     table = source.table
     if source.tensors is not None:
         raise MediaError(f"{source.path}: its latents are given (load_tensors), so that no frames are read")
@@ -135,6 +142,11 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
     `decode_source` that headers show.
     """
+    with fetch(source) as here:
+        return dataclasses.replace(_plan(here, fps, step, frame_step), source=source)
+
+
+def _plan(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
     table = source.table
     if table.kind == "image":
         size = image_size(source.path)
@@ -158,10 +170,11 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
     Raises MediaError if the file cannot be read.
     """
-    if source.table.kind == "image":
-        yield read_image(source.path)
-    else:
-        yield from _kept_frames(source.path, source.table, fps)
+    with fetch(source) as here:
+        if source.table.kind == "image":
+            yield read_image(here.path)
+        else:
+            yield from _kept_frames(here.path, source.table, fps)
 
 
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dataset.config import DatasetTable
 from dataset.config_keys import FROM_ALPHA, FROM_FILE
+from dataset.sources.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class GivenTensors:
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
-    path: Path  # a file, or for a clip also a folder of images
+    # a file, or for a clip also a folder of images. In a tar: only a name for it. At an address: where its
+    # download is, or will be. `fetch` gives files that can be opened
+    path: Path
     stem: str  # file name without suffix: the beginning of its cache names, unique within the table
     caption: str | None  # None: missing (see `missing_captions`), or not read
     # the text file of the caption, there or not; None: in a list, or no caption_extension
@@ -30,6 +33,19 @@ class MediaSource:
     more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
     mask: Path | None = None  # an image, clip or folder of images: white is learned
     tensors: GivenTensors | None = None  # with load_tensors: instead of `path`, which may be missing
+    origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
+
+    @property
+    def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
+        """Return the files or folders that latents are made from, and where each is if not on disk.
+
+        The media, its control media and its mask; or what was computed before.
+        """
+        if self.tensors is not None:
+            given = (self.tensors.moments, self.tensors.image)
+            return tuple((path, None) for path in given if path is not None)
+        paths = (self.path, *self.control, *(() if self.mask is None else (self.mask,)))
+        return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
     @property
     def mask_from(self) -> str | None:
