@@ -41,7 +41,7 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
 
 def check_captions(found: TableFindings, counters: Counters) -> None:
     """Add what is wrong with the captions of a table's sources, but for those that cannot be read."""
-    missing = [source for source in found.sources if source.caption is None and not _is_unread(source)]
+    missing = [source for source in found.sources if source.caption is None and not is_unread(source)]
     lines = missing_captions(missing)
     found.faults += [
         Fault("have no caption", line, source.stem) for line, source in zip(lines, missing, strict=True)
@@ -54,7 +54,7 @@ def check_captions(found: TableFindings, counters: Counters) -> None:
     found.remarks += [fault for one in found.sources for fault in _cut(one, counters)]
 
 
-def _is_unread(source: MediaSource) -> bool:
+def is_unread(source: MediaSource) -> bool:
     """Return whether the caption is there but could not be read: the listing has reported that."""
     return source.caption_path is not None and source.caption_path.exists()
 

@@ -9,7 +9,7 @@ from dataset.config import DatasetTable
 from dataset.sources.captions import complete_captions, guess_captions
 from dataset.sources.columns import JSONL, column_names, read_columns, table_format
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import GivenTensors, MediaSource
+from dataset.sources.media_source import EMBEDS, MOMENTS, GivenTensors, MediaSource
 from modules.errors import DatasetError
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_lines
 
@@ -18,7 +18,6 @@ PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
 # columns of tables, by their format: (caption, video)
 COLUMNS = {JSONL: ("prompt", "video")}
 OTHER_COLUMNS = ("caption", "video")
-MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"  # folders beside videos/
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
     )
     sources, folders = [], Folders()
     for row in read_rows(data, faults):
-        first, *more = complete_captions([row.caption], table)
+        (caption,) = complete_captions([row.caption], table)
         tensors = None
         if table.load_tensors:
             tensors = _find_tensors(row, folders, faults)
@@ -69,12 +68,12 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
             faults.append(_missing(data, row))
             continue
         video, stem = row.video, row.video.stem
-        sources.append(MediaSource(video, stem, first, None, (), table, tuple(more), tensors=tensors))
+        sources.append(MediaSource(video, stem, caption, None, (), table, tensors=tensors))
     return sources
 
 
-def read_rows(data: CogData, faults: list[Fault]) -> list[CogRow]:
-    """Return clips and captions in the order of the lists; add lines that cannot be used to `faults`.
+def read_rows(data: CogData, faults: list[Fault]) -> Iterator[CogRow]:
+    """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
 
     It is not checked whether the clips exist. Raises DatasetError if a list is missing, the two lists differ
     in length, or a column is missing.
@@ -82,15 +81,13 @@ def read_rows(data: CogData, faults: list[Fault]) -> list[CogRow]:
     if not data.root.is_dir():
         raise DatasetError(f"{data.name}: {data.root}: no such folder. Correct the path.")
     pairs = _from_lists(data) if data.dataset_file is None else _from_table(data, faults)
-    rows = []
     for where, caption, video in pairs:
         fault = _fault_of(caption, video)
         if fault is None:
             caption = f"{data.id_token} {caption.strip()}" if data.id_token else caption.strip()
-            rows.append(CogRow(where, caption, data.root / Path(video.strip()).expanduser()))
+            yield CogRow(where, caption, data.root / Path(video.strip()).expanduser())
         else:
             faults.append(Fault(f"lines of {data.name} cannot be used", f"{where}: {fault}"))
-    return rows
 
 
 def missing_clips(data: CogData, rows: list[CogRow]) -> list[Fault]:
@@ -205,6 +202,11 @@ class Folders:
 
     def __init__(self) -> None:
         self._found: dict[Path, frozenset[str] | None] = {}
+        self._shared: dict[Path, Path] = {}
+
+    def shared(self, folder: Path) -> Path:
+        """Return the one object for a folder."""
+        return self._shared.setdefault(folder, folder)
 
     def names(self, folder: Path) -> frozenset[str] | None:
         """Return the names in a folder; None if there is no such folder."""
@@ -220,7 +222,7 @@ def _find_tensors(row: CogRow, folders: Folders, faults: list[Fault]) -> GivenTe
     Without a folder of embeddings, captions are encoded as always. Adds to `faults` and returns None if a
     file is missing.
     """
-    folder, name = row.video.parent.parent, f"{row.video.stem}.pt"
+    folder, name = folders.shared(row.video.parent.parent), f"{row.video.stem}.pt"
     moments, embeds = folder / MOMENTS, folder / EMBEDS
     if folders.names(moments) is None:
         fault = Fault("folders are missing, which load_tensors needs", str(moments))
@@ -232,8 +234,4 @@ def _find_tensors(row: CogRow, folders: Folders, faults: list[Fault]) -> GivenTe
             kind = "files are missing, which load_tensors needs"
             faults.append(Fault(kind, f"{inner / name} ({row.where})", row.video.stem))
             return None
-    return GivenTensors(
-        moments / name,
-        folder / IMAGE_MOMENTS / name,
-        None if folders.names(embeds) is None else embeds / name,
-    )
+    return GivenTensors(folder, row.video.stem, folders.names(embeds) is not None)
