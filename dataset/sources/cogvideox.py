@@ -56,18 +56,18 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
         table.video_column,
         table.id_token,
     )
-    sources, folders = [], Folders()
+    sources: list[MediaSource] = []
+    folders: dict[str, TensorFolder] = {}
     for row in read_rows(data, faults):
         (caption,) = complete_captions([row.caption], table)
-        tensors = None
+        video, stem, tensors = row.video, row.video.stem, None
         if table.load_tensors:
-            tensors = _find_tensors(row, folders, faults)
+            tensors = _find_tensors(row, stem, folders, faults)
             if tensors is None:
                 continue
-        elif not row.video.exists():
+        elif not video.exists():
             faults.append(_missing(data, row))
             continue
-        video, stem = row.video, row.video.stem
         sources.append(MediaSource(video, stem, caption, None, (), table, tensors=tensors))
     return sources
 
@@ -85,7 +85,9 @@ def read_rows(data: CogData, faults: list[Fault]) -> Iterator[CogRow]:
         fault = _fault_of(caption, video)
         if fault is None:
             caption = f"{data.id_token} {caption.strip()}" if data.id_token else caption.strip()
-            yield CogRow(where, caption, data.root / Path(video.strip()).expanduser())
+            video = video.strip()
+            path = Path(video).expanduser() if video.startswith("~") else data.root / video
+            yield CogRow(where, caption, path)
         else:
             faults.append(Fault(f"lines of {data.name} cannot be used", f"{where}: {fault}"))
 
@@ -197,41 +199,43 @@ def _place_of(file: Path, data: CogData) -> Path:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Folders:
-    """Names in folders, each listed once: a million files are not asked for one by one."""
+@dataclass(frozen=True)
+class TensorFolder:
+    """A folder X with video_latents and prompt_embeds: the names in them; None if there is no such folder."""
 
-    def __init__(self) -> None:
-        self._found: dict[Path, frozenset[str] | None] = {}
-        self._shared: dict[Path, Path] = {}
-
-    def shared(self, folder: Path) -> Path:
-        """Return the one object for a folder."""
-        return self._shared.setdefault(folder, folder)
-
-    def names(self, folder: Path) -> frozenset[str] | None:
-        """Return the names in a folder; None if there is no such folder."""
-        if folder not in self._found:
-            is_there = folder.is_dir()
-            self._found[folder] = frozenset(os.listdir(folder)) if is_there else None  # noqa: PTH208  # a Path each is slow
-        return self._found[folder]
+    path: Path
+    moments: frozenset[str] | None
+    embeds: frozenset[str] | None
 
 
-def _find_tensors(row: CogRow, folders: Folders, faults: list[Fault]) -> GivenTensors | None:
+def _list_tensors(folder: str) -> TensorFolder:
+    """List the names once: a million files are not asked for one by one."""
+    found: list[frozenset[str] | None] = []
+    for inner in (MOMENTS, EMBEDS):
+        place = os.path.join(folder, inner)  # noqa: PTH118  # as the caller has it
+        found.append(frozenset(os.listdir(place)) if os.path.isdir(place) else None)  # noqa: PTH208, PTH112
+    return TensorFolder(Path(folder), *found)
+
+
+def _find_tensors(
+    row: CogRow, stem: str, folders: dict[str, TensorFolder], faults: list[Fault]
+) -> GivenTensors | None:
     """Return the files of what was computed for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
 
-    Without a folder of embeddings, captions are encoded as always. Adds to `faults` and returns None if a
-    file is missing.
+    Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
+    to `faults` and returns None if a file is missing.
     """
-    folder, name = folders.shared(row.video.parent.parent), f"{row.video.stem}.pt"
-    moments, embeds = folder / MOMENTS, folder / EMBEDS
-    if folders.names(moments) is None:
-        fault = Fault("folders are missing, which load_tensors needs", str(moments))
-        faults += [] if fault in faults else [fault]
+    x = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path for each takes three times as long
+    folder = folders.get(x)
+    if folder is None:
+        folder = folders[x] = _list_tensors(x)
+        if folder.moments is None:
+            faults.append(Fault("folders are missing, which load_tensors needs", str(folder.path / MOMENTS)))
+    if folder.moments is None:
         return None
-    for inner in (moments, embeds):
-        names = folders.names(inner)
-        if names is not None and name not in names:
+    for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
+        if names is not None and f"{stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
-            faults.append(Fault(kind, f"{inner / name} ({row.where})", row.video.stem))
+            faults.append(Fault(kind, f"{folder.path / inner / stem}.pt ({row.where})", stem))
             return None
-    return GivenTensors(folder, row.video.stem, folders.names(embeds) is not None)
+    return GivenTensors(folder.path, stem, folder.embeds is not None)

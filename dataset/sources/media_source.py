@@ -26,7 +26,7 @@ class GivenTensors:
 
     @property
     def image(self) -> Path | None:
-        """Return the file of the moments of the first frame alone, there or not; None if they are not used."""
+        """Return the file of moments of the first frame alone, there or not; None if not used."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property
