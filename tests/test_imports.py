@@ -38,7 +38,7 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "options"},
+        {"config_keys", "convert_options", "options"},
         {"config"},
         {"sources"},
         {"cache"},
