@@ -205,9 +205,14 @@ def expand_braces(pattern: str, where: str) -> list[str]:
     """
     names = [pattern]
     while any(_BRACES.search(name) for name in names):
-        names = [longer for name in names for longer in _expand_first(name, where)]
-        if len(names) > MOST_NAMES:
-            raise DatasetError(f"{where}: {hide_secrets(pattern)} stands for more than {MOST_NAMES:,} names")
+        longer: list[str] = []
+        for name in names:
+            longer += _expand_first(name, where)
+            if len(longer) > MOST_NAMES:
+                raise DatasetError(
+                    f"{where}: {hide_secrets(pattern)} stands for more than {MOST_NAMES:,} names"
+                )
+        names = longer
     return names
 
 
