@@ -17,7 +17,7 @@ class GivenTensors:
     embeds: Path | None  # of the caption; None: there are none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
