@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands, TrainingItem, _join_sides
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, _join_sides
+from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import other_space
 from dataset.cache.checks import CacheChecks
 from dataset.cache.files import EMPTY, Entry

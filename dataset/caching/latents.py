@@ -160,18 +160,38 @@ class _Pending:
         return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
+class EncodersOnDemand:
+    """The media encoders of a family, loaded when the first item is encoded."""
+
+    def __init__(self, family: Caches, device: torch.device) -> None:
+        self._family, self._device = family, device
+        self._loaded: MediaEncoders | None = None
+
+    def get(self) -> MediaEncoders:
+        """Return the encoders. Raises CheckpointError if they cannot be loaded."""
+        if self._loaded is None:
+            self._loaded = self._family.media_encoders(self._device)
+        return self._loaded
+
+    def free(self) -> None:
+        """Free the encoders and their memory; the next `get` loads them again."""
+        self._loaded = None
+        free_memory(self._device)
+
+
 class LatentEncoding:
     """One run over the sources that need encoding. Its public attributes report what was done."""
 
-    def __init__(self, family: Caches, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
+    def __init__(
+        self, family: Caches, recipe: Recipe, encoders: EncodersOnDemand, batch_size: int | None
+    ) -> None:
         self.finished: list[SourcePlan] = []
         self.failures: list[Failure] = []
         self.written: set[tuple[int, str]] = set()  # table index and name of each file
         self._family = family
         self._recipe = recipe
-        self._device = device
         self._batch_size = batch_size
-        self._encoders: MediaEncoders | None = None
+        self._encoders = encoders
         # by what the items of a batch must have in common
         self._pending: dict[tuple[object, ...], list[_Pending]] = {}
         self._writer = WriteBehind()
@@ -198,8 +218,6 @@ class LatentEncoding:
                 del result  # frees its frames before waiting for the next source
             for group in list(self._pending):
                 self._encode(group)
-        self._encoders = None
-        free_memory(self._device)
 
     def _add(self, decoded: Decoded, there: Names) -> None:
         """Put the missing items of a source into their batches; encode full batches."""
@@ -243,8 +261,7 @@ class LatentEncoding:
             for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
                 self._write(item, [entry])
             return
-        if self._encoders is None:
-            self._encoders = self._family.media_encoders(self._device)
+        encoders = self._encoders.get()
         media = MediaBatch(
             frames=_stack_batch([item.crop.frames for item in items]),
             keys=tuple(item.path.stem for item in items),
@@ -256,7 +273,7 @@ class LatentEncoding:
             alpha=_all_or_none([item.crop.alpha for item in items]),
             table=media_table(items[0].table, bool(items[0].crop.control)),
         )
-        for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
+        for item, entries in zip(items, self._family.encode_media(encoders, media), strict=True):
             self._write(item, entries)
 
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:

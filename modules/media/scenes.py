@@ -48,19 +48,20 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     return Thumbnail(grey, small.max(axis=-1) >= WHITE, histogram)
 
 
-def scene_distance(first: Thumbnail, second: Thumbnail) -> float:
+def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> float:
     """Return how much speaks for a cut, from 0 to 1: sqrt(structure * colours) * min(1, change / 0.05).
 
     structure: 1 minus the best correlation of the grey thumbnails over all shifts of up to 6 cells of 32,
     from 0 to 1. Cells that are white in either do not count: there a flash hides what was. If less than a
     quarter is left, or what is left has one grey in either, there is nothing to tear apart: 0. colours: half
     the absolute difference of the histograms, the mean of red, green and blue. change: the mean absolute
-    difference of the grey values.
+    difference of the grey values. least: a distance below that may be given as 0, which takes less time.
     """
     colours = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
     smallness = min(1.0, change / SMALL_CHANGE)
-    if colours * smallness == 0:
+    most_structure = 2.0  # of pictures that are each other's negatives
+    if colours * smallness == 0 or float(np.sqrt(most_structure * colours)) * smallness < least:
         return 0.0
     return float(np.sqrt(_structure(first, second) * colours)) * smallness
 
