@@ -29,7 +29,7 @@ from dataset.caching.planning import (
 from dataset.caching.reports import CacheReport, Failure
 from dataset.caching.texts import TextBatch, TextEncoding, text_batches
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.options import CachingOptions
+from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import Fault
 from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
@@ -75,6 +75,7 @@ class MediaWork:
         require_form(config, family.cache_tag)
         self._recipe = recipe_of(family, options.skip_existing, self.stores)
         self._family = family
+        self._config = config
         self._options = options
         self._encoders = EncodersOnDemand(family, device)
 
@@ -111,6 +112,12 @@ class MediaWork:
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
         return Encoded(report, frozenset(kept | encoding.written))
 
+    def encode_shard(self, shard: ShardOptions) -> CacheReport:
+        """Encode a shard, so that it survives. Raises as `encode` does."""
+        report = self.encode(shard.of(self.sources), show=False).report
+        self.stores.finish(self._config.datasets)
+        return report
+
     def free(self) -> None:
         """Free the encoders."""
         self._encoders.free()
@@ -136,6 +143,7 @@ class TextWork:
         self.not_listed, self.whole_tables = _report_skipped(skipped), _whole_tables(config, skipped)
         require_captions(self.sources)
         family.check_given_files()
+        self._config = config
         require_form(config, family.cache_tag)
         self.files = list_caption_files(self.sources, family.cache_tag)
         self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
@@ -152,6 +160,12 @@ class TextWork:
         return CacheReport(
             done.written, done.kept, done.foreign, share=sum(map(len, batches)), whole=len(self.files)
         )
+
+    def encode_shard(self, shard: ShardOptions) -> CacheReport:
+        """Encode a shard, so that it survives. Raises as `encode` does."""
+        report = self.encode(shard.of(self.batches))
+        self.stores.finish(self._config.datasets)
+        return report
 
     def free(self) -> None:
         """Free the encoders."""

@@ -1,6 +1,5 @@
 """Encode the captions of items, one text encoder after the other, and write their files."""
 
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from torch import Tensor
 from dataset.caching.prefetch import WriteBehind
 from dataset.cogvideox.artifacts import save_pickled, write_texts
 from dataset.cogvideox.items import PreparedItem
-from dataset.sources.cogvideox import EMBEDS
+from dataset.sources.media_source import EMBEDS
 from modules.bars import Bar
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions
@@ -20,7 +19,7 @@ from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
 from modules.contract.moments_maker import MomentsMaker
 
-logger = logging.getLogger(__name__)
+UNFINISHED = ".unfinished-"  # in front of a process's number: a folder of what earlier encoders gave
 
 
 def write_captions(items: Sequence[PreparedItem], threads: int, show_progress: bool) -> None:
@@ -51,8 +50,7 @@ def encode_captions(
         return
     encoders = maker.text_encoders
     identities = {encoder.name: dict(encoder.identity) for encoder in encoders}
-    aside = items[0].folder / EMBEDS / f".unfinished-{rank}"
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed; their captions may have changed
+    aside = items[0].folder / EMBEDS / f"{UNFINISHED}{rank}"
     for encoder in encoders:
         is_last = encoder is encoders[-1]
         encoder.load(device)

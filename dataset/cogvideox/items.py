@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.caching.given_tensors import embeds_note
-from dataset.sources.cogvideox import EMBEDS, IMAGE_MOMENTS, MOMENTS, CogRow
+from dataset.sources.cogvideox import CogRow
+from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS
 from modules.text_files import parse_json, read_text
 
 FOLDERS = ("images", IMAGE_MOMENTS, "videos", MOMENTS, "prompts", EMBEDS)
