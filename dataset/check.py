@@ -10,6 +10,7 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
+from dataset.cache.forms import other_form
 from dataset.cache.store import Stores, open_store
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.given_tensors import use_moments
@@ -40,6 +41,7 @@ from modules.contract.family import LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
 NO_COUNTERS = Counters(())
+OTHER_FORM = "cache folders are in the other form"
 UNUSABLE = "tables cannot be used"
 
 
@@ -69,6 +71,8 @@ def check_media(
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = find_table(config, table)
+        if encodes_media:
+            found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
         if found.sources:
             if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
@@ -96,6 +100,7 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = find_table(config, table)
+        found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
         texts = list_caption_files(found.sources, family.cache_tag)
         store = open_store(table)
         plans = [plan_text(store, text, encoders, skip_existing) for text in texts]

@@ -19,10 +19,10 @@ from dataset.cache.files import Entry, Header
 from dataset.cache.merging import SHARD_BYTES, merge_shards
 from dataset.cache.packing import unpack, unpack_header
 from dataset.cache.tar_records import END, Kind, padded, record_header, writer_header
-from modules.atomic_write import check_space, explain_errors, flush_folder
+from modules.atomic_write import check_space, explain_errors, write_bytes
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError
-from modules.file_locks import try_lock
+from modules.file_locks import is_file_of, try_lock
 
 FLUSH_BYTES = 1 << 26  # a power cut costs no more than this; a kill costs nothing
 MOST_OPEN = 64  # shards at once
@@ -32,14 +32,19 @@ class ShardWriter:
     """The shard that a process appends to. It is locked until it is finished, so that nobody merges it."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / f"cache-{secrets.token_hex(8)}.tar"
-        with explain_errors(self.path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("xb", buffering=0)
-            try_lock(self._file)
-            flush_folder(folder)
-            self.size = self._flushed = 0
-            self.append(writer_header(), b"")
+        while True:
+            self.path = folder / f"cache-{secrets.token_hex(8)}.tar"
+            write_bytes(self.path, writer_header())
+            with explain_errors(self.path):
+                # before it is locked, a merge may take it for that of a killed writer
+                try:
+                    self._file = self.path.open("rb+", buffering=0)
+                except FileNotFoundError:
+                    continue
+                if try_lock(self._file) is not False and is_file_of(self.path, self._file):
+                    break
+                self._file.close()
+        self.size = self._flushed = self._file.seek(0, os.SEEK_END)
 
     def append(self, header: bytes, data: bytes) -> int:
         """Append a record, whole or not at all; return the place of its data. Raises OutputError."""
