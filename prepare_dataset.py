@@ -4,6 +4,7 @@ All options: python prepare_dataset.py --help
 """
 
 from collections.abc import Sequence
+from logging import getLogger
 
 import modules.interpreter  # noqa: F401
 from dataset.cogvideox.options import MAX_TOKENS, PrepareOptions, add_prepare_arguments
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens = None if encoding.max_sequence_length == MAX_TOKENS else encoding.max_sequence_length
         settings = MakerSettings(DTYPES[encoding.dtype], encoding.use_tiling, tokens)
         maker = import_own(MAKERS[name]).make_maker(folder, settings)
+    elif encoding.model_id is not None:
+        getLogger(__name__).info(
+            "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
+            encoding.model_id,
+        )
     conclude(prepare(options, maker), options.output_dir)
 
 
