@@ -54,8 +54,8 @@ class ShapeOptions:
                 check_at_most(option, side, LONGEST_SIDE, "pixels")
                 if side % 2:
                     raise OptionError(f"{option} {side}: give even numbers; the videos have colours by twos")
-        for frames in (*self.frame_buckets, self.max_num_frames):
-            option = "--max_num_frames" if frames == self.max_num_frames else "--frame_buckets"
+        counts = [("--frame_buckets", frames) for frames in self.frame_buckets]
+        for option, frames in [*counts, ("--max_num_frames", self.max_num_frames)]:
             check_at_least(option, frames, 1, "frames")
             check_at_most(option, frames, MOST_FRAMES, "frames")
         check_at_least("--target_fps", self.target_fps, 1, "frames a second")
