@@ -184,14 +184,14 @@ def _add_shape_arguments(parser: argparse.ArgumentParser) -> None:
             type=int,
             nargs="+",
             default=list(SIDES),
-            help=f"{side}s in pixels; a clip gets the nearest size ({' '.join(map(str, SIDES))})",
+            help=f"{side}s in pixels; a clip gets the nearest size",
         )
     group.add_argument(
         "--frame_buckets",
         type=int,
         nargs="+",
         default=[FRAMES],
-        help=f"numbers of frames; a clip gets the nearest one ({FRAMES})",
+        help="numbers of frames; a clip gets the nearest one that it has",
     )
     group.add_argument(
         "--max_num_frames", type=int, default=FRAMES, help="most frames of a clip (%(default)s)"
