@@ -36,7 +36,7 @@ class GivenTensors:
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 

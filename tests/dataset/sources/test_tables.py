@@ -14,10 +14,10 @@ from dataset.sources.listing import find_sources, missing_captions
 from modules.errors import DatasetError
 from tests.dataset.making import make_image, make_table
 
+Rows = list[dict[str, Any]]
 
-def table_of(
-    folder: Path, rows: list[dict[str, Any]], name: str = "t.parquet", **changes: Any
-) -> DatasetTable:
+
+def table_of(folder: Path, rows: Rows, name: str = "t.parquet", **changes: Any) -> DatasetTable:
     path = folder / name
     if name.endswith("parquet"):
         pq.write_table(pa.Table.from_pylist(rows), path)
