@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -24,6 +25,8 @@ from split_video import main
 from tests.commands import QUIET, ROOT
 from tests.dataset.cutting.films import find_frame, plain, scene, write_film
 from tests.dataset.toy_family import ToyFamily, options
+from tests.modules.media.test_sections import clicks_in, sound_of
+from tests.modules.media.test_sections import write_film as write_clicks
 
 NTSC = Fraction(24000, 1001)
 # a film: two scenes that move, one that stands, black, and one that is too short
@@ -95,6 +98,22 @@ def test_times_of_a_variable_rate_are_kept(tmp_path: Path) -> None:
     assert second == [time - times[20] for time in times[20:40]]
     line = lines_of(tmp_path / "out")[1]
     assert (line["start_seconds"], line["end_seconds"], line["frames"]) == (0.8, 3.8, 20)
+
+
+@pytest.mark.parametrize("more", [[], ["--no_audio"]])
+def test_clips_have_the_sound_of_the_source_unless_it_is_not_wanted(tmp_path: Path, more: list[str]) -> None:
+    source = write_clicks(tmp_path / "clicks.mp4", "aac")
+
+    clips = run(source, tmp_path / "out", "--keep_static", "--keep_black", "--max_seconds", 2, *more)
+
+    assert len(clips) == 2
+    if more:
+        for clip in clips:
+            with av.open(str(clip)) as container:
+                assert not container.streams.audio
+    else:
+        assert clicks_in(sound_of(clips[0])) == pytest.approx([0.7], abs=0.002)
+        assert clicks_in(sound_of(clips[1])) == pytest.approx([0.2, 1.1], abs=0.002)
 
 
 def test_the_list_is_a_table_that_is_cached_from_any_folder(
