@@ -37,7 +37,7 @@ class Sample:
 
 
 class Samples:
-    """The samples of a video in order, in few large blocks: small ones would keep memory from being reused."""
+    """The samples of a video in order, in few large blocks: small ones would scatter the memory."""
 
     def __init__(self) -> None:
         self._numbers = array("q")

@@ -19,7 +19,7 @@ import pytest
 from dataset.caching.loop import cache_media
 from dataset.config import load_dataset_config
 from dataset.sources.listing import find_sources
-from modules.errors import DatasetError, MediaError, OptionError
+from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.media.streams import shown_frames, source_info
 from split_video import main
 from tests.commands import QUIET, ROOT
@@ -175,6 +175,8 @@ def test_equal_names_in_folders_give_different_names_of_clips(tmp_path: Path) ->
     run(tmp_path / "in", output)
     after = state_of(output)
     assert {name: after[name] for name in expected} == {name: before[name] for name in expected}
+    # clips that were cut before into another folder are no sources either
+    assert len(run(tmp_path / "in", tmp_path / "in" / "other")) == 5
     paths = [Path(line["video_path"]).name for line in lines_of(output)]
     assert len(paths) == len(set(paths)) == 5
     assert paths[-1] == "a_00001.mp4"
@@ -240,7 +242,7 @@ def test_clips_with_work_of_the_user_are_not_cut_anew(film: Path, tmp_path: Path
         clips[1].write_bytes(b"cut by hand")
     before = state_of(output)
 
-    with pytest.raises(DatasetError, match=r"--max_frames 28 \(was 0\).*a film_0000"):
+    with pytest.raises(OutputError, match=r"--max_frames 28 \(was 0\).*a film_0000"):
         run(film, output, "--max_frames", 28)
 
     assert state_of(output) == before
@@ -252,7 +254,7 @@ def test_a_file_of_the_user_is_never_replaced(film: Path, tmp_path: Path) -> Non
     own = output / "a film_00002.mp4"
     own.write_bytes(b"mine")
 
-    with pytest.raises(DatasetError, match="this command has not made"):
+    with pytest.raises(OutputError, match="this command has not made"):
         run(film, output)
 
     assert own.read_bytes() == b"mine"
@@ -394,6 +396,11 @@ def test_mistakes_end_before_anything_is_read(tmp_path: Path, words: Sequence[st
 
     with pytest.raises(OptionError, match=message):
         main(["--input", str(tmp_path / "film.mp4"), "--output", str(tmp_path / "out"), *words])
+
+
+def test_clips_cannot_go_into_the_folder_of_their_sources(film: Path) -> None:
+    with pytest.raises(OptionError, match="is --input too"):
+        main(["--input", str(film.parent), "--output", str(film.parent)])
 
 
 def test_a_folder_without_videos_is_named(tmp_path: Path) -> None:
