@@ -1,15 +1,18 @@
 """`--check`: report what a configuration amounts to, and all that is wrong with it, before a long run."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, TrainingItem, find_items
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, find_items
+from dataset.batches.items import Items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores, open_store
 from dataset.caching.caption_files import list_caption_files
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
     Caches,
     Recipe,
@@ -65,7 +68,7 @@ def check_media(
     recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, sections)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
-        found = _find(config, table)
+        found = find_table(config, table)
         if found.sources:
             if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
@@ -92,7 +95,7 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     ]
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
-        found = _find(config, table)
+        found = find_table(config, table)
         texts = list_caption_files(found.sources, family.cache_tag)
         store = open_store(table)
         plans = [plan_text(store, text, encoders, skip_existing) for text in texts]
@@ -127,14 +130,15 @@ def check_training(
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = TableFindings(table)
-        items = [item for item in cached.items if item.table.index == table.index]
-        found.buckets.update(item.bucket for item in items)
+        items = cached.items.where([facts.table.index == table.index for facts in cached.items.facts])
+        found.buckets.update({group[1:]: len(places) for group, places in items.groups().items()})
         _check_caches(found, items, cached, latent, encoders)
         _compare_sources(config, found, items, counters)
         is_held_back = ", for validation" if table.validation else ""
         found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(found)
-    order = BatchOrder([item for item in cached.items if not item.table.validation], seed=0)
+    trained = cached.items.where([not facts.table.validation for facts in cached.items.facts])
+    order = BatchOrder(trained, seed=0)
     steps = -(-order.num_batches // (accumulation * processes))
     tail = [
         f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps} steps"
@@ -145,7 +149,7 @@ def check_training(
     return CheckResult(head, tuple(tables), tuple(tail))
 
 
-def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:
+def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files beside them."""
     found = TableFindings(table)
     try:
@@ -164,6 +168,7 @@ def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> boo
         check_resolution(found.table, family.latent.pixel_step)
         if encodes_media:
             family.check_table(media_table(found.table, any(source.control for source in found.sources)))
+            found.sources = use_moments(family, found.sources)
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return False
@@ -220,7 +225,7 @@ def _look_at(
 
 def _check_caches(
     found: TableFindings,
-    items: Sequence[TrainingItem],
+    items: Items,
     cached: FoundItems,
     latent: LatentSpec,
     encoders: SameEncoders,
@@ -232,13 +237,16 @@ def _check_caches(
         ("text caches are unfinished", cached.unfinished_text),
     ):
         found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
+    found.faults += [
+        Fault("caches may be incomplete", line) for table, line in cached.unsound if table is found.table
+    ]
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
     remarks, stores = [], Stores()
     drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
     # each caption, and the empty prompt once
-    pairs = [(item, number) for item in items for number in range(item.captions)]
-    for item, number in [*pairs, *((item, number) for item in items[:1] for number in drops)]:
+    pairs = ((item, number) for item in items for number in range(item.captions))
+    for item, number in itertools.chain(pairs, ((item, number) for item in items[:1] for number in drops)):
         try:
             batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
             said = encoders.difference(batch.made_by)
@@ -249,18 +257,16 @@ def _check_caches(
     found.caches += remarks
 
 
-def _compare_sources(
-    config: DatasetConfig, found: TableFindings, items: Sequence[TrainingItem], counters: Counters
-) -> None:
+def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, counters: Counters) -> None:
     """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
-    sources = _find(config, found.table)
+    sources = find_table(config, found.table)
     if not sources.sources:
         found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
         return
     found.sources = sources.sources
     check_captions(sources, counters)
     found.remarks += [*sources.faults, *sources.remarks]
-    stems = {item.source_stem for item in items}
+    stems = set(items.stems)
     found.remarks += [
         Fault("have no cache: too short, unreadable, or not cached yet", str(one.path), one.stem)
         for one in found.sources

@@ -247,6 +247,8 @@ KEYS: Mapping[str, Key] = {
 }
 # what the latents of a family with sections depend on besides the frames
 SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
+# which frames of a clip are taken
+FRAME_KEYS = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
 # what text caches depend on besides the caption files
 CAPTION_DEFAULTS = {
     name: KEYS[name].default for name in ("trigger_word", "caption_prefix", "caption_suffix", "multi_caption")
@@ -270,7 +272,7 @@ ONLY_WITH: Mapping[str, tuple[str, ...]] = {
     "id_token": ("cogvideox_root",),
     "load_tensors": ("cogvideox_root",),
     "path_column": ("table_file",),
-    "caption_column": ("table_file", "cogvideox_root"),
+    "caption_column": ("table_file", "tars", "cogvideox_root"),
     "allow_urls": ("table_file", "tars", "jsonl_file"),
     "download_directory": ("table_file", "tars", "jsonl_file"),
     "control_directory": ("directory", "jsonl_file"),

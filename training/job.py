@@ -10,11 +10,11 @@ from accelerate import Accelerator
 
 from dataset.batches.finding import (
     CachingCommands,
-    TrainingItem,
     find_items,
     require_items,
     split_validation,
 )
+from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import check_channels
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders

@@ -162,7 +162,8 @@ def epoch_digest(order: BatchOrder) -> str:
     digest = hashlib.sha256()
     batches = order.epoch(0)
     for start in range(0, len(batches), 4096):  # never all names at once
-        lines = "\n".join(",".join([item.key for item in batch]) for batch in batches[start : start + 4096])
+        end = min(start + 4096, len(batches))
+        lines = "\n".join(map(",".join, batches.keys(start, end)))
         digest.update(("\n" + lines if start else lines).encode())
     return digest.hexdigest()[:12]
 

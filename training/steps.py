@@ -71,13 +71,30 @@ class StepPlan:
         """
         return [index for index in group if index % self.processes == process]
 
-    def keys(self, process: int, epoch: int, position: int, num_epochs: int) -> list[tuple[int, int]]:
+    def keys(self, process: int, epoch: int, position: int, num_epochs: int) -> "Keys":
         """Return (epoch, micro-batch) in the order in which a process needs them.
 
         Covers `num_epochs` epochs from (epoch, position) on.
         """
-        keys = []
+        shares = []
         for number in range(epoch, min(epoch + num_epochs, self.num_epochs)):
-            for group in self.groups(number, position if number == epoch else 0):
-                keys += [(number, index) for index in self.share(group, process)]
-        return keys
+            start = position if number == epoch else 0
+            steps = max(0, self.total_steps - self.steps_until(number, start))
+            end = min(self.num_batches, start + steps * self.group_size)
+            # groups follow on each other, so that their shares are one range
+            first = start + (process - start) % self.processes
+            shares.append((number, range(first, end, self.processes)))
+        return Keys(tuple(shares))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """(epoch, micro-batch) of one process in order; of many epochs too, without a list of them."""
+
+    shares: tuple[tuple[int, range], ...]  # epoch and its micro-batches
+
+    def __len__(self) -> int:
+        return sum(len(share) for _, share in self.shares)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((epoch, index) for epoch, share in self.shares for index in share)

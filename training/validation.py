@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dataset.batches.finding import CachingCommands, TrainingItem
+from dataset.batches.finding import CachingCommands
+from dataset.batches.items import TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks

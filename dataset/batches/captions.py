@@ -6,7 +6,7 @@ A function of the run's seed, the micro-batch's number in the run and the sample
 import random
 from collections.abc import Sequence
 
-from dataset.batches.finding import TrainingItem
+from dataset.batches.items import TrainingItem
 from dataset.cache.files import EMPTY
 from modules.seeds import derive_seed
 

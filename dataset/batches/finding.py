@@ -1,15 +1,18 @@
 """Find cached items for training by their file names."""
 
 import hashlib
+import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from dataset.batches.items import ItemFacts, ItemKind, Items, Stems, TrainingItem
 from dataset.cache.files import (
-    EMPTY,
     PART,
     SUFFIX,
     LatentName,
@@ -19,6 +22,7 @@ from dataset.cache.files import (
     part_name,
     text_file_name,
 )
+from dataset.cache.forms import unsound
 from dataset.cache.records import section_frames
 from dataset.cache.store import open_store
 from dataset.config import DatasetConfig, DatasetTable
@@ -43,59 +47,15 @@ _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names
 
 
 @dataclass(frozen=True)
-class ItemKind:
-    """What all items of a table share beside it."""
-
-    tag: str  # the family's cache_tag
-    text_keys: frozenset[str] = frozenset()  # what a text file has to hold
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingItem:
-    """A pair of cache files.
-
-    There may be millions: everything but `key` is shared between items or follows from it.
-    """
-
-    key: str  # name of the latent file without suffix
-    stem_length: int  # of `key`, how much is the name of the source
-    table: DatasetTable
-    # width, height in pixels; for videos also frames: of a section, those that it decodes to
-    bucket: tuple[int, ...]
-    kind: ItemKind
-    parts: int = 1  # how many files of the same clip are there
-    captions: int = 1  # how many text files of the source are there, besides the empty prompt's
-
-    @property
-    def source_stem(self) -> str:
-        """The name of the source without suffix."""
-        return self.key[: self.stem_length]
-
-    @property
-    def latent_path(self) -> Path:
-        return self.table.cache_directory / f"{self.key}{SUFFIX}"
-
-    @property
-    def text_path(self) -> Path:
-        """The file of the first caption."""
-        return self.caption_path(0)
-
-    def caption_path(self, number: int) -> Path:
-        """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""
-        tag = self.kind.tag
-        name = empty_text_name(tag) if number == EMPTY else text_file_name(self.source_stem, tag, number)
-        return self.table.cache_directory / name
-
-
-@dataclass(frozen=True)
 class FoundItems:
     """Result of listing the cache folders."""
 
-    items: tuple[TrainingItem, ...]  # sorted by table and file name
+    items: Items  # sorted by table and file name
     missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
     empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
     unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
     missing_empty: tuple[Path, ...] = ()  # of tables with caption_dropout_rate: files of the empty prompt
+    unsound: tuple[tuple[DatasetTable, str], ...] = ()  # why caches of a table may be missing
 
 
 def find_items(
@@ -106,56 +66,106 @@ def find_items(
     text_keys: what a whole text cache holds.
     """
     kind = ItemKind(cache_tag, text_keys)
-    items: list[TrainingItem] = []
+    found: list[_Column] = []
     missing: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     empty: list[DatasetTable] = []
     missing_empty: list[Path] = []
     for table in config.datasets:
-        names = frozenset(open_store(table).names())
-        found = _table_items(table, names, kind, latent)
-        if not found:
+        names = open_store(table).names()
+        column = _table_items(table, names, kind, latent)
+        end = text_file_name("", cache_tag)
+        texts = {name for name in names if name.endswith(end)}
+        if not column.stems:
             empty.append(table)
-        has_parts = any(name.endswith(PART) for name in names)
         if table.multi_caption:
-            found = _with_captions(found, names)
-        if table.caption_dropout_rate and found and empty_text_name(cache_tag) not in names:
-            missing_empty.append(found[0].caption_path(EMPTY))
-        unfinished |= dict.fromkeys(_unfinished_more(table, names, cache_tag)) if has_parts else {}
-        for item in found:
-            text = text_file_name(item.source_stem, cache_tag)
-            if text in names:
-                items.append(item)
-            if has_parts and text + PART in names:
-                unfinished[item.text_path] = None
-            elif text not in names:
-                missing[item.text_path] = None
+            column.count_captions(names)
+        if table.caption_dropout_rate and column.stems and empty_text_name(cache_tag) not in names:
+            missing_empty.append(table.cache_directory / empty_text_name(cache_tag))
+        parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
+        unfinished |= dict.fromkeys(_unfinished_more(table, parts, cache_tag))
+        has_text = [stem + end in texts for stem in column.stems]
+        without = set(parts)
+        if parts or not all(has_text):
+            for stem, is_there in zip(column.stems, has_text, strict=True):
+                if stem + end in without:
+                    unfinished[table.cache_directory / (stem + end)] = None
+                elif not is_there:
+                    missing[table.cache_directory / (stem + end)] = None
+            column.keep(has_text)
+        found.append(column)
     return FoundItems(
-        tuple(items),
+        _join(found),
         tuple(missing),
         tuple(empty),
         tuple(path.with_name(part_name(path.name)) for path in unfinished),
         tuple(missing_empty),
+        tuple((table, line) for table in config.datasets for line in unsound(table, cache_tag)),
     )
 
 
-def _with_captions(items: Sequence[TrainingItem], names: Iterable[str]) -> list[TrainingItem]:
-    """Count the text files of each source: the first, and further ones up to a gap in their numbers."""
-    further: dict[str, set[int]] = {}
-    for name in names:
-        found = parse_more_text_name(name, items[0].kind.tag) if items else None
-        if found is not None:
-            further.setdefault(found[0], set()).add(found[1])
-    counts = {
-        stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
-        for stem, numbers in further.items()
-    }
-    return [replace(item, captions=counts.get(item.source_stem, 1)) for item in items]
+@dataclass
+class _Column:
+    """The items of one table, sorted by the names of their files: source and number of its facts."""
+
+    facts: list[ItemFacts]
+    stems: list[str]
+    which: list[int]
+
+    def keep(self, is_kept: Sequence[bool]) -> None:
+        """Drop the other items."""
+        self.stems = list(itertools.compress(self.stems, is_kept))
+        self.which = list(itertools.compress(self.which, is_kept))
+
+    def set(self, field: str, values: Iterable[int]) -> None:
+        """Set a field of each item's facts."""
+        numbers: dict[tuple[int, int], int] = {}
+        pairs = zip(self.which, values, strict=True)
+        self.which = [numbers.setdefault(pair, len(numbers)) for pair in pairs]
+        changes = ((self.facts[number], {field: value}) for number, value in numbers)
+        self.facts = [replace(facts, **change) for facts, change in changes]  # type: ignore[arg-type]
+
+    def count_captions(self, names: Iterable[str]) -> None:
+        """Count the text files of each source: the first, and further ones up to a gap in their numbers."""
+        if not self.facts:
+            return
+        tag, further = self.facts[0].kind.tag, dict[str, set[int]]()
+        for name in names:
+            found = parse_more_text_name(name, tag) if ".caption" in name else None
+            if found is not None:
+                further.setdefault(found[0], set()).add(found[1])
+        counts = {
+            stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
+            for stem, numbers in further.items()
+        }
+        self.set("captions", (counts.get(stem, 1) for stem in self.stems))
+
+    def count_parts(self, clips: Sequence[LatentName]) -> None:
+        """Count the files of each clip: all that differ in their section alone. clips: for each of `facts`,
+        what its tail says.
+        """
+        whole = [replace(clip, section=None) for clip in clips]
+        numbers = {clip: number for number, clip in enumerate(dict.fromkeys(whole))}
+        of_facts = [numbers[clip] for clip in whole]
+        keys = [(stem, of_facts[number]) for stem, number in zip(self.stems, self.which, strict=True)]
+        parts = Counter(keys)
+        self.set("parts", (parts[key] for key in keys))
 
 
-def _unfinished_more(table: DatasetTable, names: Iterable[str], tag: str) -> list[Path]:
-    """Return the unfinished files of further captions and of the empty prompt, if the table uses these."""
-    finished = [name.removesuffix(PART) for name in names if name.endswith(PART)]
+def _join(columns: Sequence[_Column]) -> Items:
+    """Return the items of all tables."""
+    facts = [one for column in columns for one in column.facts]
+    stems = Stems([stem for column in columns for stem in column.stems])
+    starts = itertools.accumulate((len(column.facts) for column in columns), initial=0)
+    which = [np.array(column.which, np.int32) + start for column, start in zip(columns, starts, strict=False)]
+    return Items(facts, stems, np.concatenate([np.zeros(0, np.int32), *which]).astype(np.int32))
+
+
+def _unfinished_more(table: DatasetTable, finished: Iterable[str], tag: str) -> list[Path]:
+    """Return the unfinished files of further captions and of the empty prompt, if the table uses these.
+
+    finished: the names that unfinished files will have.
+    """
     return [
         table.cache_directory / name
         for name in finished
@@ -164,62 +174,57 @@ def _unfinished_more(table: DatasetTable, names: Iterable[str], tag: str) -> lis
     ]
 
 
-def _table_items(
-    table: DatasetTable, names: Iterable[str], kind: ItemKind, latent: LatentSpec
-) -> list[TrainingItem]:
+def _table_items(table: DatasetTable, names: Collection[str], kind: ItemKind, latent: LatentSpec) -> _Column:
     """The items of a table, sorted by file name. Names end alike: each end is read once."""
     end = f"_{kind.tag}{SUFFIX}"
     num_ends = 1 if table.kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
-    ends: dict[str, LatentName | None] = {}
-    buckets: dict[str, tuple[int, ...]] = {}
-    found: list[TrainingItem] = []
-    has_sections = False
-    for name in sorted(name for name in names if name.endswith(end) and not name.startswith(".")):
-        key = name[: -len(SUFFIX)]
-        stem_length = len(key) - len(kind.tag) - 1
-        for _ in range(num_ends):
-            stem_length = key.rfind("_", 0, max(stem_length, 0))
-        if stem_length < 0:
-            continue
-        tail = key[stem_length:]
-        if tail not in ends:
-            ends[tail] = parse_latent_name(f"x{tail}{SUFFIX}", kind.tag, table.kind)
-        what = ends[tail]
-        if what is None:
-            continue
-        if tail not in buckets:
-            buckets[tail] = _bucket(table, what, latent, table.cache_directory / name)
-        has_sections = has_sections or what.section is not None
-        found.append(TrainingItem(key, stem_length, table, buckets[tail], kind))
-    return _with_parts(found, ends) if has_sections else found
+    numbers: dict[str, int] = {}  # of ends; -1: of another file
+    clips: list[LatentName] = []
+    column = _Column([], [], [])
+    tail, number = end + "?", -1  # those of the name before: mostly they are the same
+    for name in sorted([name for name in names if name.endswith(end) and name[0] != "."]):
+        if not name.endswith(tail):
+            start = len(name) - len(end)
+            for _ in range(num_ends):
+                start = name.rfind("_", 0, max(start, 0))
+            if start < 0:
+                continue
+            tail = name[start:]
+            if tail not in numbers:
+                what = parse_latent_name(f"x{tail}", kind.tag, table.kind)
+                numbers[tail] = -1 if what is None else len(clips)
+                if what is not None:
+                    bucket = _bucket(table, what, latent, table.cache_directory / name)
+                    clips.append(what)
+                    column.facts.append(ItemFacts(tail[: -len(SUFFIX)], table, bucket, kind))
+            number = numbers[tail]
+        if number >= 0:
+            column.stems.append(name[: -len(tail)])
+            column.which.append(number)
+    if any(clip.section is not None for clip in clips):
+        column.count_parts(clips)
+    return column
 
 
-def _with_parts(items: Sequence[TrainingItem], ends: Mapping[str, LatentName | None]) -> list[TrainingItem]:
-    """Count the files of each clip: all that differ in their section alone."""
-
-    def clip_of(item: TrainingItem) -> tuple[str, LatentName]:
-        what = ends[item.key[item.stem_length :]]
-        assert what is not None  # else it were no item
-        return item.source_stem, replace(what, section=None)
-
-    clips = [clip_of(item) for item in items]
-    parts = Counter(clips)
-    return [replace(item, parts=parts[clip]) for item, clip in zip(items, clips, strict=True)]
-
-
-def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
+def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Items:
     """Return the items to train on. Items without a text cache are left out with a warning.
 
     Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
     finished.
     """
+    if found.unsound:
+        lines = [line for _, line in found.unsound]
+        raise CacheError(
+            "\n  ".join([*lines, "Shards are made whole by:", commands.latents, commands.text])
+            if any("convert_cache" not in line for line in lines)
+            else "\n".join(lines)
+        )
     if found.unfinished_text:
         raise CacheError(
             f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: "
             "text caching was "
             f"stopped before all text encoders had written.\n  Finish it with: {commands.text}"
         )
-    usable = {item.table.index for item in found.items}
     untexted = sorted({path.parent for path in found.missing_text})
     faults = [
         f"{table.name}: no latent cache in {table.cache_directory}{_others_in(table)}"
@@ -237,32 +242,29 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
             found.missing_text[0],
             commands.text,
         )
-    logger.info("%d items of %d dataset tables are cached", len(found.items), len(usable))
+    logger.info("%d items of %d dataset tables are cached", len(found.items), len(found.items.tables))
     return found.items
 
 
-def split_validation(
-    items: Sequence[TrainingItem], fraction: float
-) -> tuple[tuple[TrainingItem, ...], tuple[TrainingItem, ...]]:
+def split_validation(items: Iterable[TrainingItem], fraction: float) -> tuple[Items, Items]:
     """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
 
     Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
     takes at least one source and leaves at least one.
     """
+    items = Items.of(items)
+    for_validation = [facts.table.validation for facts in items.facts]
     if fraction == 0:
-        return tuple(item for item in items if not item.table.validation), tuple(
-            item for item in items if item.table.validation
-        )
-    stems = sorted({item.source_stem for item in items if not item.table.validation}, key=_stem_hash)
-    count = round(fraction * len(stems))
+        return items.where([not is_held for is_held in for_validation]), items.where(for_validation)
+    held_back = np.array(for_validation, bool)[items.numbers]
+    stems = items.stems
+    candidates = list(dict.fromkeys(itertools.compress(stems, ~held_back)))
+    count = round(fraction * len(candidates))
     if fraction > 0:
-        count = min(max(count, 1), len(stems) - 1)
-    held_back = set(stems[: max(count, 0)])
-    training: list[TrainingItem] = []
-    validation: list[TrainingItem] = []
-    for item in items:
-        (validation if item.table.validation or item.source_stem in held_back else training).append(item)
-    return tuple(training), tuple(validation)
+        count = min(max(count, 1), len(candidates) - 1)
+    chosen = {candidates[place] for place in _by_hash(candidates)[:count]} if count > 0 else set()
+    held_back |= np.fromiter((stem in chosen for stem in stems), bool, len(stems))
+    return items.take(np.flatnonzero(~held_back)), items.take(np.flatnonzero(held_back))
 
 
 def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
@@ -285,8 +287,12 @@ def _others_in(table: DatasetTable) -> str:
     )
 
 
-def _stem_hash(stem: str) -> bytes:
-    return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
+def _by_hash(stems: Sequence[str]) -> list[int]:
+    """Return the places of names in the order of their SHA-256."""
+    hashes = b"".join([hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest() for stem in stems])
+    columns = np.frombuffer(hashes, ">u8").reshape(len(stems), 4)
+    order: list[int] = np.lexsort(columns.T[::-1]).tolist()
+    return order
 
 
 def _join_sides(shape: Iterable[int]) -> str:

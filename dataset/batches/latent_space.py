@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from dataset.batches.finding import CachingCommands, TrainingItem
+from dataset.batches.finding import CachingCommands
+from dataset.batches.items import Items, TrainingItem
 from dataset.cache.files import Header, tensor_key
 from dataset.cache.store import Stores
 from modules.contract.family import LatentSpec
@@ -16,9 +17,9 @@ def check_channels(items: Iterable[TrainingItem], latent: LatentSpec, commands: 
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
     in their sizes.
     """
-    one_of_each = {(item.table.index, item.bucket): item for item in items}
-    stores = Stores()
-    for item in one_of_each.values():
+    columns, stores = Items.of(items), Stores()
+    for places in columns.groups().values():
+        item = columns[int(places[-1])]
         header = stores.of(item.table).read_header(item.latent_path.name)
         fault = other_space(item.latent_path, _channels(header), latent)
         if fault is not None:

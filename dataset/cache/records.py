@@ -17,6 +17,7 @@ from typing import Any
 
 from dataset.cache.files import Entry, Header, checksum
 from dataset.config_keys import SECTION_DEFAULTS
+from dataset.sources.origin import Origin, Remote, TarMember, hash_member, origin_stamp
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 from modules.media.reading import folder_images
@@ -155,21 +156,27 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return ", ".join(f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed) or None
 
 
-def identify(path: Path) -> FileIdentity:
-    """Return size, time and content hash of a file, or of the images in a folder."""
-    size_bytes, mtime_ns = _stamp(path)
-    return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns))
+def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
+    """Return size, time and content hash of a file, or of the images in a folder.
+
+    origin: of a source's part; what is at an address has to be downloaded.
+    """
+    size_bytes, mtime_ns = _stamp(path, origin)
+    return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
 
 
-def is_unchanged(then: FileIdentity, path: Path) -> bool:
+def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
     """Whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
+    What was downloaded from the same address and is no longer here counts as unchanged; nothing is asked for.
     Raises OSError if it is missing, MediaError if a folder has no images any more.
     """
-    size_bytes, mtime_ns = _stamp(path)
+    if isinstance(origin, Remote) and not path.exists():
+        return then.name == path.name  # it holds a hash of the address
+    size_bytes, mtime_ns = _stamp(path, origin)
     if size_bytes != then.size_bytes:
         return False
-    return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns) == then.sha256
+    return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns, origin) == then.sha256
 
 
 def modified_ns(path: Path) -> int:
@@ -177,18 +184,22 @@ def modified_ns(path: Path) -> int:
     return _stamp(path)[1]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path, origin: Origin | None = None) -> tuple[int, int]:
+    if isinstance(origin, TarMember):
+        return origin_stamp(origin)
     found = [file.stat() for file in _files(path)]
     return sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)
 
 
 # cached, because training checks every item again if a dataset was copied without its times
 @functools.lru_cache(maxsize=4096)
-def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
+def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | None = None) -> str:
     """Return SHA-256 of a file, or of the names and hashes of a folder's images.
 
     Size and time are only part of this function's cache key.
     """
+    if isinstance(origin, TarMember):
+        return hash_member(origin)
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

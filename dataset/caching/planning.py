@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from dataset.cache.files import Entry, LatentName, parse_latent_name
@@ -28,6 +27,7 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
@@ -64,6 +64,8 @@ class Recipe:
             options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
         if source.mask_from is not None:
             options["mask"] = source.mask_from
+        if source.tensors is not None:
+            options["moments"] = True
         return options | table.section_keys
 
 
@@ -129,7 +131,16 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
     Raises MediaError if its header cannot be read.
     """
     if source.table.kind == "image":
-        return compare(source, image_size(source.path), [(0, 1)], existing, recipe)
+        size = _image_size(source, existing, recipe)
+        if size is None:
+            return SourcePlan(source, frozenset(), 0, None)
+        return compare(source, size, [(0, 1)], existing, recipe)
+    if source.tensors is not None:
+        clip = _find_known_clip(source, existing, recipe)
+        given = (
+            measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
+        )
+        return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe)
     if not existing:
         return SourcePlan(source, frozenset(), 0, None)
     table, step = source.table, recipe.latent.frame_step
@@ -268,11 +279,13 @@ def _check_foreign(
 
 
 def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
-    paths = paths_of(source)
-    if len(paths) != len(record.files):
-        return f"it was made from {len(record.files)} source files, now there are {len(paths)}"
+    parts = source.parts
+    if len(parts) != len(record.files):
+        return f"it was made from {len(record.files)} source files, now there are {len(parts)}"
     changed = [
-        str(path) for path, then in zip(paths, record.files, strict=True) if not is_unchanged(then, path)
+        str(path)
+        for (path, origin), then in zip(parts, record.files, strict=True)
+        if not is_unchanged(then, path, origin)
     ]
     return f"{', '.join(changed)} changed since" if changed else None
 
@@ -289,9 +302,26 @@ def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe) -> Cl
         if record is None or record.clip is None or not record.files:
             continue
         same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
-        if same_rate and is_unchanged(record.files[0], source.path):
+        same_kind = record.options.get("moments") == rate.get("moments")
+        if same_rate and same_kind and is_unchanged(record.files[0], *source.parts[0]):
             known.append(record.clip)
     return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
+
+
+def _image_size(source: MediaSource, existing: Names, recipe: Recipe) -> Size | None:
+    """Return the size of an image; None if it has to be fetched first, and it has no cache that knows it.
+
+    Raises MediaError if its header cannot be read.
+    """
+    if not source.origins:
+        return image_size(source.path)
+    path, origin = source.parts[0]
+    for file, name in existing.items():
+        with contextlib.suppress(CacheError):
+            record = latent_record(recipe.stores.of(source.table).read_header(file))
+            if record is not None and record.files and is_unchanged(record.files[0], path, origin):
+                return name.size
+    return None
 
 
 def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
@@ -309,8 +339,3 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
         target_index=table.fp_1f_target_index,
         has_post=not table.fp_1f_no_post,
     )
-
-
-def paths_of(source: MediaSource) -> tuple[Path, ...]:
-    """Return the files or folders that a source's latents are made from."""
-    return (source.path, *source.control, *(() if source.mask is None else (source.mask,)))

@@ -2,14 +2,14 @@
 
 One file per caption serves all items of its source and holds the tensors of all encoders. Each text encoder
 runs in a pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a
-`.part` beside the file; the last pass joins everything and gives it the file's name. So a file is always
-complete.
+`.part` beside the file; the last pass joins everything, writes the file, and then removes the `.part`. So a
+file is always complete, also if several processes work on it: whoever finds the `.part` gone finds the file.
 """
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.caption_files import CaptionFile
+from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
@@ -47,6 +48,8 @@ from modules.contract.generation import Prompt
 from modules.errors import CacheError, CheckpointError
 
 logger = logging.getLogger(__name__)
+
+TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 # in the order of their passes, each with its identity
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
@@ -66,106 +69,188 @@ class TextPlan:
         return encoder == self.missing[-1]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What one text's cache file has to hold: the caption, and what the encoders would write for it."""
+
+    file: CaptionFile
+    encoders: Encoders
+    skip_existing: bool  # outputs without a record count as valid if the caption is the same
+
+    @property
+    def name(self) -> str:
+        """Return the name of the cache file."""
+        return self.file.path.name
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a cache file, finished or not, holds of what is wanted."""
+
+    entry: Entry | None = None  # None: it is missing or damaged
+    right: Mapping[str, bool] = field(default_factory=dict)  # encoders with valid outputs: has it a record?
+
+
 def plan_text(store: CacheStore, file: CaptionFile, encoders: Encoders, skip_existing: bool) -> TextPlan:
     """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed."""
-    path = file.path
-    right, _ = _right(store, path.name, file, encoders, skip_existing)
-    part, others = _right(store, part_name(path.name), file, encoders, skip_existing=False)
-    if others:
-        # it is from a run with other encoders or another caption: joining it would corrupt the valid outputs
-        part = {}
+    wanted = Wanted(file, encoders, skip_existing)
+    part = find_part(store, wanted).right  # before the file, as another process may finish it now
+    right = find_finished(store, wanted).right
     names = [encoder.name for encoder, _ in encoders]
     return TextPlan(
-        path,
+        file.path,
         missing=tuple(name for name in names if name not in right and name not in part),
         in_part=tuple(name for name in names if name not in right and name in part),
         is_foreign=not all(right.values()),
     )
 
 
-class TextEncoding:
-    """The text encoders' passes over this process's texts, with counters of files.
+@dataclass(frozen=True)
+class TextCounts:
+    """What was done for some texts, in numbers of files."""
 
-    written: files to which an encoder added something. kept: all others. foreign: files with outputs that
-    have no record.
-    """
+    written: int  # an encoder added something
+    kept: int  # all others
+    foreign: int  # with outputs that have no record
+
+
+class TextEncoding:
+    """The text encoders' passes. An encoder is freed when the next one is loaded, the last one by `free`."""
 
     def __init__(
         self,
         family: Caches,
         device: torch.device,
-        batch_size: int | None,
         workers: int,
         skip_existing: bool,
         show_progress: bool,
         stores: Stores,
     ) -> None:
         self._stores = stores
-        self.written = self.kept = self.foreign = 0
         self._family = family
         self._device = device
-        self._batch_size = batch_size
         self._workers = workers
         self._skip_existing = skip_existing
         self._show_progress = show_progress
+        self._loaded: TextEncoder | None = None
+        self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
 
-    def run(self, files: Sequence[CaptionFile]) -> None:
+    def run(self, batches: Sequence[TextBatch]) -> TextCounts:
         """Encode what is missing, one encoder after the other; an encoder without work is not loaded."""
-        encoders = [(encoder, dict(encoder.identity)) for encoder in self._family.text_encoders()]
-        plans = self._plan(files, encoders)
-        for encoder, identity in encoders:
+        files = [file for batch in batches for file in batch]
+        plans = self._plan(files)
+        for encoder, identity in self._encoders:
             to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
+            self._take_given(encoder, identity, files, to_do)
             if not to_do:
                 continue
-            encoder.load(self._device)
+            self._load(encoder)
             warn_cut_captions(encoder, [file for file in files if file.path in to_do])
-            try:
-                with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
-                    self._encode(encoder, identity, files, to_do, bar)
-            finally:
-                encoder.free()
+            with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
+                self._encode(encoder, identity, batches, to_do, bar)
+        changed = sum(bool(plan.missing or plan.in_part) for plan in plans)
+        return TextCounts(changed, len(plans) - changed, sum(plan.is_foreign for plan in plans))
 
-    def _plan(self, files: Sequence[CaptionFile], encoders: Encoders) -> list[TextPlan]:
-        """Compare all texts with their files. Finish or remove unfinished files that need nothing else."""
+    def free(self) -> None:
+        """Free the encoder that is loaded, if any."""
+        if self._loaded is not None:
+            self._loaded.free()
+            self._loaded = None
+
+    def _load(self, encoder: TextEncoder) -> None:
+        if self._loaded is encoder:
+            return
+        self.free()
+        self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
+        encoder.load(self._device)
+
+    def _plan(self, files: Sequence[CaptionFile]) -> list[TextPlan]:
+        """Compare all texts with their files. Finish those that need nothing else.
+
+        A `.part` is removed only if its file is complete. If it is no use it is replaced: another process may
+        have written a better one since.
+        """
 
         def compare(file: CaptionFile) -> TextPlan:
-            return plan_text(self._stores.of(file.table), file, encoders, self._skip_existing)
+            return plan_text(self._stores.of(file.table), file, self._encoders, self._skip_existing)
 
         plans = []
         for file, plan in run_ahead(files, compare, self._workers, lambda _: 0, limit_bytes=1):
             if isinstance(plan, Exception):
                 raise plan
             plans.append(plan)
-            self.foreign += plan.is_foreign
-            if plan.missing or plan.in_part:
-                self.written += 1
+            store = self._stores.of(file.table)
+            if plan.missing:
+                continue
+            if plan.in_part:  # an earlier run was stopped before it could do so
+                finish_text(store, Wanted(file, self._encoders, self._skip_existing))
             else:
-                self.kept += 1
-            if not plan.in_part:
-                # nothing in it is valid, or nothing in it is needed
-                self._stores.of(file.table).remove(part_name(plan.path.name))
-            elif not plan.missing:
-                finish_text(
-                    self._stores.of(file.table), plan.path.name
-                )  # an earlier run was stopped before it could do so
+                store.remove(part_name(plan.path.name))
         return plans
+
+    def _take_given(
+        self,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        files: Sequence[CaptionFile],
+        to_do: dict[Path, TextPlan],
+    ) -> None:
+        """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
+        taken, left = 0, []
+        with WriteBehind() as writer:
+            for file in files:
+                if file.path not in to_do:
+                    continue
+                conditions, why = read_embeds(file, encoder, identity)
+                if conditions is not None:
+                    is_last = to_do.pop(file.path).is_last(encoder.name)
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
+                    taken += 1
+                elif why is not None:
+                    left.append(f"{file.embeds}: {why}")
+        if taken or left:
+            logger.info("%s: %d captions have embeddings already", encoder.name, taken)
+        if left:
+            logger.warning(
+                "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
+                len(left),
+                encoder.name,
+                left[0],
+            )
+
+    def _submit(
+        self,
+        writer: WriteBehind,
+        file: CaptionFile,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        conditions: Conditions,
+        is_last: bool,
+    ) -> None:
+        tensors = _named_tensors(conditions, encoder, file.name)
+        source = None if file.caption_path is None else identify(file.caption_path)
+        record = TextRecord(identity, file.caption or "", source, {}, file.settings)
+        store, wanted = self._stores.of(file.table), Wanted(file, self._encoders, self._skip_existing)
+        writer.submit(
+            partial(write_text, store, wanted, tensors, encoder.name, record, self._family.name, is_last)
+        )
 
     def _encode(
         self,
         encoder: TextEncoder,
         identity: Mapping[str, str],
-        files: Sequence[CaptionFile],
+        batches: Sequence[TextBatch],
         to_do: Mapping[Path, TextPlan],
         bar: Bar,
     ) -> None:
-        """Encode every batch of `files` in which something is missing, and write what is missing.
+        """Encode every batch in which something is missing, and write what is missing.
 
         Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
         killed and continued gives the same files as an uninterrupted one.
         """
         with WriteBehind() as writer, torch.no_grad():
-            for batch in _batches(files, self._batch_size):
+            for batch in batches:
                 missing = {file.path for file in batch if file.path in to_do}
                 if not missing:
                     continue
@@ -173,17 +258,8 @@ class TextEncoding:
                 for file, conditions in zip(batch, encoded, strict=True):
                     if file.path not in missing:
                         continue
-                    path = file.path
-                    tensors = _named_tensors(conditions, encoder, file.name)
-                    source = None if file.caption_path is None else identify(file.caption_path)
-                    record = TextRecord(identity, file.caption or "", source, {}, file.settings)
-                    is_last = to_do[path].is_last(encoder.name)
-                    store, architecture = self._stores.of(file.table), self._family.name
-                    writer.submit(
-                        partial(
-                            write_text, store, path.name, tensors, encoder.name, record, architecture, is_last
-                        )
-                    )
+                    is_last = to_do[file.path].is_last(encoder.name)
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
                 bar.update(len(missing))
 
 
@@ -213,7 +289,7 @@ def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> Non
 
 def write_text(
     store: CacheStore,
-    name: str,
+    wanted: Wanted,
     tensors: Mapping[str, Tensor],
     encoder: str,
     record: TextRecord,
@@ -224,45 +300,54 @@ def write_text(
 
     is_last: no other encoder adds anything, so the tensors are joined with the content of the `.part` and the
     file. Tensors with other names, other metadata and other encoders' records are kept. A changed caption is
-    replaced with a warning. Raises OutputError if writing fails.
+    replaced with a warning. Raises OutputError if writing fails, CacheError if what other encoders wrote is
+    gone: no file is left incomplete.
     """
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
     metadata |= text_metadata({encoder: dataclasses.replace(record, crc32=sums)})
-    part, path = part_name(name), store.folder / name
+    path = store.folder / wanted.name
     new = Entry(Header(path, metadata, tuple(tensors)), tensors)
-    unfinished = _require_existing(store, part)
-    if unfinished is not None:
-        new = _join(unfinished, new)
+    part = find_part(store, wanted)  # before the file, as another process may finish it now
+    if part.entry is not None:
+        new = _join(part.entry, new)
     if not is_last:
-        store.write(part, new.named, new.header.metadata)
+        store.write(part_name(wanted.name), new.named, new.header.metadata)
         return
-    old = _require_existing(store, name)
-    if old is not None:
-        before = old.header.metadata.get("caption1", record.caption)
+    old = find_finished(store, wanted)
+    if old.entry is not None:
+        before = old.entry.header.metadata.get("caption1", record.caption)
         if before != record.caption:
             logger.warning(
                 "%s: the caption was %r, now it is %r; it is replaced", path, before, record.caption
             )
-        new = _join(old, new)
-    if unfinished is None:
-        store.write(name, new.named, new.header.metadata)
-    else:
-        store.write(part, new.named, new.header.metadata)
-        store.rename(part, name)
+        new = _join(old.entry, new)
+    _finish(store, wanted, new, {encoder, *part.right, *old.right})
 
 
-def finish_text(store: CacheStore, name: str) -> None:
-    """Join a text cache with its `.part`, if nothing is left to encode.
+def finish_text(store: CacheStore, wanted: Wanted) -> None:
+    """Write a text cache whose tensors are all in the file and its `.part`.
 
-    Raises CacheError if the `.part` is damaged, OutputError if writing fails.
+    Raises OutputError if writing fails, CacheError if the `.part` is gone and the file is incomplete.
     """
-    part = part_name(name)
-    old, new = _require_existing(store, name), store.read(part)
-    if old is not None:
-        new = _join(old, new)
-        store.write(part, new.named, new.header.metadata)
-    store.rename(part, name)
+    part, old = find_part(store, wanted), find_finished(store, wanted)
+    new = part.entry or old.entry
+    if part.entry is not None and old.entry is not None:
+        new = _join(old.entry, part.entry)
+    if new is not None:
+        _finish(store, wanted, new, {*part.right, *old.right})
+
+
+def _finish(store: CacheStore, wanted: Wanted, entry: Entry, there: Collection[str]) -> None:
+    """Write a complete file, then remove its `.part`. there: the encoders whose valid outputs `entry` has."""
+    lost = [encoder.name for encoder, _ in wanted.encoders if encoder.name not in there]
+    if lost:
+        raise CacheError(
+            f"{store.folder / wanted.name}: while it was made, another run with other captions or encoders "
+            f"removed or replaced what {', '.join(lost)} had written.\n"
+            "  Let one of the two end, then run this command again."
+        )
+    store.replace(part_name(wanted.name), wanted.name, entry.named, entry.header.metadata)
 
 
 def _join(old: Entry, new: Entry) -> Entry:
@@ -275,24 +360,38 @@ def _join(old: Entry, new: Entry) -> Entry:
     return Entry(Header(new.header.path, metadata, tuple(named)), named)
 
 
-def _right(
-    store: CacheStore, name: str, file: CaptionFile, encoders: Encoders, skip_existing: bool
-) -> tuple[dict[str, bool], frozenset[str]]:
-    """Return the encoders whose outputs in a file are valid (name -> has a record), and all other records.
+def find_finished(store: CacheStore, wanted: Wanted) -> Found:
+    """Compare the finished file of a text with what is wanted."""
+    return _find(store, wanted.name, wanted, wanted.skip_existing)[0]
 
-    Valid outputs are those that the encoder would write. skip_existing: outputs without a record are valid if
-    the caption is the same.
+
+def find_part(store: CacheStore, wanted: Wanted) -> Found:
+    """Compare the unfinished file of a text with what is wanted.
+
+    If anything in it is from a run with other encoders or another caption, joining it would corrupt the valid
+    outputs: then nothing is found.
+    """
+    found, others = _find(store, part_name(wanted.name), wanted, skip_existing=False)
+    return Found() if others or not found.right else found
+
+
+def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> tuple[Found, frozenset[str]]:
+    """Return what a file holds of what is wanted, and the encoders of all other records in it.
+
+    skip_existing: outputs without a record are valid if the caption is the same.
     """
     right: dict[str, bool] = {}
+    file = wanted.file
     if not store.has(name):
-        return right, frozenset()
+        return Found(), frozenset()
     try:
         entry = store.read(name)
         records = text_records(entry.header)
     except CacheError as error:
-        logger.warning("%s. It is made again.", error)
-        return right, frozenset()
-    for encoder, identity in encoders:
+        if store.has(name):  # else another process has removed it since
+            logger.warning("%s. It is made again.", error)
+        return Found(), frozenset()
+    for encoder, identity in wanted.encoders:
         record = records.get(encoder.name)
         if record is None:
             if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
@@ -309,18 +408,7 @@ def _right(
             right[encoder.name] = True
         except CacheError as error:
             logger.warning("%s. It is made again.", error)
-    return right, frozenset(records.keys() - right.keys())
-
-
-def _require_existing(store: CacheStore, name: str) -> Entry | None:
-    try:
-        entry = store.read(name) if store.has(name) else None
-        if entry is not None:
-            text_records(entry.header)
-        return entry
-    except CacheError as error:
-        logger.warning("%s. It is replaced.", error)
-        return None
+    return Found(entry, right), frozenset(records.keys() - right.keys())
 
 
 def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:
@@ -338,7 +426,7 @@ def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> d
     return named
 
 
-def _batches(files: Sequence[CaptionFile], batch_size: int | None) -> list[Sequence[CaptionFile]]:
+def text_batches(files: Sequence[CaptionFile], batch_size: int | None) -> list[TextBatch]:
     """Group consecutive texts of one table and kind by `batch_size`, or by the table's batch size."""
     batches: list[list[CaptionFile]] = []
     for file in files:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dataset.batches.finding import ItemKind, TrainingItem
+from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
 from modules.errors import CheckpointError, OptionError
 from modules.options import FREE, HABIT, IDENTITY

@@ -140,7 +140,7 @@ def test_held_back_caches_of_another_encoder_are_told_of_with_those_that_are_lea
     write_caches(tmp_path, count=3)
     items = find_items(load_dataset_config(tmp_path / "dataset.toml"), "toy", LATENT).items
     _, (held,) = split_validation(items, 0.3)
-    record_encoders(tmp_path, {item.source_stem: "second" if item is held else "first" for item in items})
+    record_encoders(tmp_path, {item.source_stem: "second" if item == held else "first" for item in items})
 
     train_toy(tmp_path, "--validation_split", 0.3, "--validate_every_n_steps", 2)
 

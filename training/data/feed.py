@@ -11,7 +11,6 @@ import os
 import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from multiprocessing.synchronize import Event
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.batches.captions import choose_captions
-from dataset.batches.finding import CachingCommands, TrainingItem
+from dataset.batches.finding import CachingCommands
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
@@ -141,39 +140,29 @@ class MicroBatches:
     ) -> None:
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
         self.checks, self.stores = CacheChecks(), Stores()  # of the run, which begins here
-        # the last epoch asked for, its batches, and how many samples the run has seen before each batch
-        self._epoch = -1
-        self._batches: tuple[tuple[TrainingItem, ...], ...] = ()
-        self._first_samples: tuple[int, ...] = ()
 
     def __getitem__(self, key: Key) -> MicroBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
-        self.open_epoch(epoch)
-        number = epoch * self.order.num_batches + index
-        items = self._batches[index]
+        number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
         captions = choose_captions(items, self.randomness.seed, number)
         batch = read_batch(items, self.latent, self.commands, self.checks, captions, self.stores)
-        return MicroBatch(number, self.randomness.add(batch, number, self._first_samples[index]))
+        return MicroBatch(number, self.randomness.add(batch, number, self._first_sample(key)))
 
     def expert_of(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch goes to. None of its files is read."""
         epoch, index = key
         if len(self.randomness.experts) == 1:
             return 0
-        self.open_epoch(epoch)
-        number, items = epoch * self.order.num_batches + index, self._batches[index]
+        number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.latent.shape(frames[0] if frames else 1, height, width)
-        return self.randomness.draw(len(items), number, self._first_samples[index], shape).expert
+        return self.randomness.draw(len(items), number, self._first_sample(key), shape).expert
 
-    def open_epoch(self, epoch: int) -> None:
-        """Order the batches of an epoch, if they are not those at hand."""
-        if self._epoch != epoch:
-            self._epoch, self._batches = epoch, self.order.epoch(epoch)
-            self._first_samples = tuple(
-                accumulate(map(len, self._batches), initial=epoch * self.order.num_items)
-            )
+    def _first_sample(self, key: Key) -> int:
+        """Return how many samples the run has seen before a micro-batch."""
+        epoch, index = key
+        return epoch * self.order.num_items + int(self.order.epoch(epoch).starts[index])
 
 
 @dataclass(frozen=True)
@@ -198,6 +187,7 @@ class Feed:
 
     def _load(self, epoch: int, position: int, num_epochs: int) -> Generator[MicroBatch]:
         keys = self.plan.keys(self.process, epoch, position, num_epochs)
+        self.batches.order.epoch(epoch)  # once, not in every worker
         ending = multiprocessing.Event()
         loader: DataLoader[Packed | UserError] = DataLoader(
             _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves

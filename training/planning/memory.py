@@ -3,13 +3,14 @@
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 
 import torch
 
-from dataset.batches.finding import CachingCommands, TrainingItem
+from dataset.batches.finding import CachingCommands
+from dataset.batches.items import Items, Places, TrainingItem
 from dataset.batches.reading import read_batch
 from modules.contract.family import Described, LatentSpec
 from modules.plan_advice import advise, resolve_swap
@@ -23,17 +24,17 @@ from training.planning.prediction import StepPrediction, predict
 logger = logging.getLogger(__name__)
 
 
-def largest_batch(items: Sequence[TrainingItem]) -> tuple[TrainingItem, ...]:
+def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give."""
-    buckets: dict[tuple[int, ...], list[TrainingItem]] = {}
-    for item in items:
-        buckets.setdefault((item.table.index, *item.bucket), []).append(item)
+    columns = Items.of(items)
 
-    def batch(bucket: list[TrainingItem]) -> list[TrainingItem]:
-        return (bucket * bucket[0].table.num_repeats)[: bucket[0].table.batch_size]
+    def batch(places: Places) -> list[TrainingItem]:
+        table = columns[int(places[0])].table
+        count = min(len(places) * table.num_repeats, table.batch_size)
+        return [columns[int(places[number % len(places)])] for number in range(count)]
 
-    chosen = max(buckets.values(), key=lambda bucket: prod(bucket[0].bucket) * len(batch(bucket)))
-    return tuple(batch(chosen))
+    found = map(batch, columns.groups().values())
+    return tuple(max(found, key=lambda one: prod(one[0].bucket) * len(one)))
 
 
 def read_largest(

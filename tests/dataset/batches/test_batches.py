@@ -11,12 +11,11 @@ import torch
 
 from dataset.batches.finding import (
     CachingCommands,
-    ItemKind,
-    TrainingItem,
     find_items,
     require_items,
     split_validation,
 )
+from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.cache.checks import MOST_KNOWN, CacheChecks

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.finding import ItemKind, TrainingItem
+from dataset.batches.items import ItemKind, TrainingItem
 from dataset.config import load_dataset_config
 from modules.planning.memory_plan import CONTEXT, GIB, Room
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
