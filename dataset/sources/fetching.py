@@ -2,14 +2,20 @@
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from dataset.sources.downloading import download
 from dataset.sources.media_source import MediaSource
 from dataset.sources.origin import Remote, TarMember, member_pieces
 from modules.errors import MediaError
+
+PREFIX = "reelsmith-extracted-"  # of folders of copies
+LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day
 
 
 @contextlib.contextmanager
@@ -29,7 +35,8 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         for path, origin in source.parts:
             if isinstance(origin, TarMember):
                 if not places:
-                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reelsmith-")))
+                    _sweep(tempfile.gettempdir())
+                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
                 copy = folder / f"{len(places)}{path.suffix}"
                 _extract(origin, path, copy)
                 places[copy] = path
@@ -45,6 +52,15 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             for copy, path in places.items():
                 text = text.replace(str(copy), str(path))
             raise MediaError(text) from error
+
+
+@lru_cache(maxsize=4)
+def _sweep(folder: str) -> None:
+    """Remove, once a run, what killed runs have left."""
+    for left in Path(folder).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _with_paths(source: MediaSource, paths: list[Path]) -> MediaSource:
