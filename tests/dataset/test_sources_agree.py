@@ -85,6 +85,8 @@ def write_forms(folder: Path, media: Path, rows: list[dict[str, str]], kind: str
     addresses = [{"url": f"{url}/{row['file_name']}", "caption": row["text"]} for row in rows]
     pq.write_table(pa.Table.from_pylist(addresses), folder / "urls.parquet")
     pq.write_table(pa.Table.from_pylist(rows), media / "t.parquet")
+    held = [{kind: {"bytes": (media / row["file_name"]).read_bytes()}, "text": row["text"]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(held), folder / "held.parquet", row_group_size=2)
     with tarfile.open(folder / "t-000.tar", "w") as tar:
         for row in rows[:2]:
             tar.add(media / row["file_name"], row["file_name"])
@@ -103,6 +105,7 @@ def write_forms(folder: Path, media: Path, rows: list[dict[str, str]], kind: str
         "jsonl": {f"{kind}_table_file": str(folder / "t.jsonl"), "path_column": "where"},
         "parquet": {f"{kind}_table_file": str(media / "t.parquet")},
         "tars": {f"{kind}_tars": str(folder / "t-{000..001}.tar")},
+        "held": {f"{kind}_table_file": str(folder / "held.parquet")},
         "urls": {f"{kind}_table_file": str(folder / "urls.parquet"), "allow_urls": True},
         "list": {f"{kind}_jsonl_file": str(folder / "l.jsonl"), "allow_urls": True},
     }
@@ -119,10 +122,13 @@ def caches_of(folder: Path) -> dict[str, dict[str, Any]]:
         told = (
             None if media is None else (media.options, media.clip, media.parts, media.crc32),
             [(one.caption, one.crc32) for one in texts.values()],
-            [] if media is None else [(one.size_bytes, one.sha256) for one in media.files],
+            [] if media is None else [one.sha256 for one in media.files],
         )
         tensors = {name: tensor.numpy(force=True).tobytes() for name, tensor in _viewed(entry.named).items()}
-        found[path.name] = {"tensors": tensors, "told": told}
+        name = path.name
+        for row, stem in enumerate(NAMES, 1):  # files in a column have no names
+            name = name.replace(f"held_{row:08d}", stem)
+        found[name] = {"tensors": tensors, "told": told}
     return found
 
 
