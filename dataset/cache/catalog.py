@@ -26,7 +26,8 @@ from dataset.cache.tar_records import (
     is_safe_name,
     read_records,
 )
-from modules.atomic_write import write_bytes
+from modules.atomic_write import atomic_path
+from modules.file_locks import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -348,7 +349,7 @@ def write_index(folder: Path, catalog: Catalog) -> None:
         pa.large_binary(), len(columns), [None, pa.py_buffer(columns.ends), pa.py_buffer(columns.names)]
     )
     shards = [[catalog.shards[number].name, catalog.shards[number].size] for number in order]
-    content = json.dumps({"version": INDEX_VERSION, "shards": shards})
+    said = json.dumps({"version": INDEX_VERSION, "shards": shards})
     table = pa.table(
         {
             "name": names,
@@ -357,8 +358,11 @@ def write_index(folder: Path, catalog: Catalog) -> None:
                 for name in ("shard", "offset", "length", "crc32", "generation", "kind")
             },
         },
-        metadata={INDEX_KEY: content.encode()},
+        metadata={INDEX_KEY: said.encode()},
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_bytes(folder / INDEX, sink.getvalue().to_pybytes())
+    content = sink.getvalue().to_pybytes()
+    with atomic_path(folder / INDEX, len(content)) as temporary, temporary.open("wb") as file:
+        try_lock(file)  # so that nobody takes it for a leftover
+        file.write(content)

@@ -15,7 +15,7 @@ from dataset.cache.forms import single_files
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetConfig
 from dataset.convert_options import ConvertCacheOptions
-from modules.atomic_write import explain_errors, write_bytes
+from modules.atomic_write import explain_errors, remove_leftovers, write_bytes
 from modules.bars import track
 from modules.console import as_size
 from modules.errors import CacheError
@@ -118,6 +118,8 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     store = ShardStore(folder)
     if not dry_run:
         store.settle()  # what a killed run left is whole after it
+        if folder.is_dir():
+            remove_leftovers(folder, is_cache_name, older_seconds=0)
     names = sorted(store.names())
     copied = size_bytes = 0
     damaged = [] if dry_run else store.faults()

@@ -20,8 +20,8 @@ from dataset.cache.catalog import (
     SHARD,
     Catalog,
     Row,
-    list_shards,
     open_catalog,
+    read_index,
     write_index,
 )
 from dataset.cache.tar_records import (
@@ -30,13 +30,14 @@ from dataset.cache.tar_records import (
     Kind,
     Record,
     encode_name,
+    machine,
     padded,
     read_records,
     record_header,
-    writer_header,
+    writer_of,
 )
 from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
-from modules.file_locks import try_lock
+from modules.file_locks import only_one, try_lock
 from modules.temporary_names import LEFTOVER_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ SHARD_BYTES = 1 << 30  # a writer begins another shard when it has as many
 SMALL = 0.5  # of these bytes: smaller ones are merged
 MOST_HOLES = 0.25  # of a shard: what more is reclaimed
 COPY_BYTES = 1 << 22
+LOCK = ".cache-index.lock"  # is there while shards are merged
 
 Rows = Sequence[tuple[str, Row]]
 
@@ -52,13 +54,14 @@ Rows = Sequence[tuple[str, Row]]
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Put a folder in order: at most one small shard, none that is unfinished or damaged, and an index.
 
+    One process at a time does this: merged shards are named by what they hold, so two would use one name.
     Shards that others write or merge are left alone. Raises OutputError if there is no room for it; then all
     shards are as they were.
     """
     if not folder.is_dir():
         return
-    with explain_errors(folder / INDEX):
-        remove_leftovers(folder, lambda name: SHARD.fullmatch(name) is not None)
+    with explain_errors(folder / INDEX), only_one(folder / LOCK):
+        remove_leftovers(folder, is_ours)
         with contextlib.ExitStack() as locks:
             locked = _lock_untidy(folder, shard_bytes * SMALL, locks)
             if locked:
@@ -87,11 +90,13 @@ def _lock_untidy(folder: Path, small_bytes: float, locks: contextlib.ExitStack) 
     catalog = open_catalog(folder)
     small = {shard.name for shard in catalog.shards if shard.size < small_bytes}
     untidy = _untidy(catalog, small)
+    index = read_index(folder)
+    listed = set() if index is None else {shard.name for shard in index.shards}
     locked = {}
     if untidy or len(small) > 1:
         for shard in catalog.shards:
             if shard.name in small | untidy:
-                file = _lock(folder / shard.name, locks, shard.is_finished)
+                file = _lock(folder / shard.name, locks, shard.is_finished or shard.name in listed)
                 if file is not None:
                     locked[shard.name] = file
     return locked if untidy & locked.keys() or len(small & locked.keys()) > 1 else {}
@@ -104,14 +109,22 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
         is_free = try_lock(file)
         found = os.fstat(file.fileno())
         # another process may have merged it before we had the lock
-        is_there = path.exists() and os.path.samestat(path.stat(), found)
+        is_there = _is_same(path, file)
     except (FileNotFoundError, PermissionError):  # PermissionError: Windows, someone reads it
         return None
-    if not is_finished:
+    if not is_finished and is_free is not False:
         # other machines' locks are not seen on every network share
-        is_here = is_free and file.read(len(writer_header())) == writer_header()
-        is_free = is_here or (is_free is not False and found.st_mtime < time.time() - LEFTOVER_SECONDS)
+        writer = writer_of(file)
+        is_here = is_free and (writer is None or writer == machine())
+        is_free = is_here or found.st_mtime < time.time() - LEFTOVER_SECONDS
     return file if is_there and is_free is not False else None
+
+
+def _is_same(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
@@ -126,7 +139,9 @@ def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
     for name, row in catalog.rows():
         if row.shard == NOWHERE:
             continue
-        alive[row.shard] += _record_bytes(name, row)
+        # what says that something was removed is a hole itself, unless the shard is compared record by record
+        if row.kind is Kind.ENTRY or row.shard in small:
+            alive[row.shard] += _record_bytes(name, row)
         if row.shard in small:
             small[row.shard].append((name, row))
     untidy = set()
@@ -153,13 +168,12 @@ def _merge(
         for name, row in held
         if row.kind is not Kind.REMOVED or name in elsewhere
     ]
-    whole = {shard.name: shard.size for shard in catalog.shards if shard.is_finished and not shard.damaged}
     written = set()
     with contextlib.ExitStack() as writes:  # the new ones get their names together
         for chunk in _chunks(_sorted(rows), shard_bytes):
             name = shard_name(chunk)
             written.add(name)
-            if whole.get(name) != _total(chunk):
+            if not _is_already(catalog, name, chunk):
                 temporary = writes.enter_context(atomic_path(folder / name, _total(chunk)))
                 _write_shard(temporary, chunk, catalog, locked)
         if os.name == "nt":  # which replaces and removes no file that is open
@@ -170,7 +184,23 @@ def _merge(
     logger.debug("%s: %d shards were merged into %d", folder, len(locked), len(written))
     _renew_index(folder, gone, {name for name, _ in held})
     for name in gone:
-        (folder / name).unlink(missing_ok=True)
+        # on a volume without locks another merge may have made one of this name meanwhile
+        if os.name == "nt" or _is_same(folder / name, locked[name]):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_already(catalog: Catalog, name: str, rows: Rows) -> bool:
+    """Whether a shard holds just these records: its own ones, not others with equal names and checksums."""
+    number, shard = next(
+        ((number, one) for number, one in enumerate(catalog.shards) if one.name == name), (NOWHERE, None)
+    )
+    return (
+        shard is not None
+        and shard.is_finished
+        and not shard.damaged
+        and shard.size == _total(rows)
+        and all(row.shard == number for _, row in rows)
+    )
 
 
 def _elsewhere(folder: Path, catalog: Catalog, numbers: set[int], rows: Rows) -> set[str]:
@@ -245,6 +275,6 @@ def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
         count -= len(data)
 
 
-def list_all(folder: Path) -> list[Path]:
-    """Return the files of a folder that belong to its shards: those and the index."""
-    return [folder / name for name in [*sorted(list_shards(folder)), INDEX] if (folder / name).exists()]
+def is_ours(name: str) -> bool:
+    """Whether a file name is that of a shard or of the index."""
+    return name == INDEX or SHARD.fullmatch(name) is not None

@@ -25,6 +25,7 @@ _MAGIC_AT = 257
 _COMMENT = re.compile(
     rb"reelsmith 1 (entry|removed) (\d{1,9}) (\d{1,11}) ([0-9a-f]{8}) ([0-9a-f]{8}) (.+)", re.DOTALL
 )
+_WRITER = b"reelsmith 1 writer "
 _BAD_NAME = re.compile(r"[/\\:\x00]" if os.name == "nt" else r"[/\x00]")
 
 
@@ -103,10 +104,21 @@ def record_header(name: str, kind: Kind, generation: int, length: int = 0, crc32
     return _block(b"reelsmith", len(body), b"x") + _fill(body) + _block(raw[:100], length, b"0")
 
 
+def machine() -> str:
+    """Return eight digits that tell this machine from others."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
 def writer_header() -> bytes:
-    """Return what a shard begins with while it is written: a comment that tells on which machine."""
-    body = _line(b"comment", b"reelsmith 1 writer %08x" % zlib.crc32(platform.node().encode()))
+    """Return what a shard begins with until it is merged: a comment that tells which machine writes it."""
+    body = _line(b"comment", _WRITER + machine().encode())
     return _block(b"reelsmith", len(body), b"g") + _fill(body)
+
+
+def writer_of(file: BinaryIO) -> str | None:
+    """Return the machine on which a shard was begun; None if it does not say."""
+    comment = _comment_in(_at(file, BLOCK, BLOCK))
+    return comment.removeprefix(_WRITER).decode("ascii", "replace") if comment.startswith(_WRITER) else None
 
 
 def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Record | Damage | Ending]:
@@ -117,12 +129,12 @@ def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Recor
     """
     floor = position  # where a search begins: the bytes of the last record may be fewer than it says
     while True:
-        found = _read_record(file, position, size)
+        found = _read_record(file, position)
         if isinstance(found, Record) and found.end <= size:
             yield found
             floor, position = found.offset, found.end
             continue
-        if isinstance(found, int):  # a member of another program
+        if isinstance(found, int):
             floor, position = position, found
             continue
         if size - position <= 2 * BLOCK and _at(file, position, size - position).count(0) == size - position:
@@ -136,23 +148,23 @@ def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Recor
         floor = position = after
 
 
-def _read_record(file: BinaryIO, position: int, size: int) -> Record | int | None:
-    """Return the record at a position; for a member of another program where the next one begins."""
+def _read_record(file: BinaryIO, position: int) -> Record | int | None:
+    """Return the record at a position; for the writer's header where the next one begins."""
     start = _at(file, position, 3 * BLOCK)
     length = _size_in(start[:BLOCK])
     if length is None:
         return None
     flag = start[156:157]
     if flag not in (b"x", b"g") or length > MOST_COMMENT:
-        after = position + BLOCK + padded(length)
-        return after if after <= size else None
+        return None
     body_end = BLOCK + padded(length)
     if body_end + BLOCK > len(start):
         start = _at(file, position, body_end + BLOCK)
-    match = _COMMENT.fullmatch(_comment_in(start[BLOCK : BLOCK + length]))
-    if match is None:
+    comment = _comment_in(start[BLOCK : BLOCK + length])
+    if re.fullmatch(_WRITER + rb"[0-9a-f]{8}", comment):
         return position + body_end
-    if zlib.crc32(match[0][: match.start(5)] + match[6]) != int(match[5], 16):
+    match = _COMMENT.fullmatch(comment)
+    if match is None or zlib.crc32(match[0][: match.start(5)] + match[6]) != int(match[5], 16):
         return None
     kind, data_length = Kind[match[1].decode().upper()], int(match[3])
     name = decode_name(match[6])
@@ -177,7 +189,7 @@ def _search(file: BinaryIO, position: int, size: int) -> int | None:
         place = chunk.find(_MAGIC)
         while place >= 0:
             start = place - _MAGIC_AT
-            if start >= 0 and isinstance(_read_record(file, position + start, size), Record):
+            if start >= 0 and isinstance(_read_record(file, position + start), Record):
                 return position + start
             place = chunk.find(_MAGIC, place + 1)
         position += SEARCH_BYTES

@@ -40,9 +40,9 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     folders: dict[Path, MediaSource] = {}
     for source in given:
         assert source.tensors is not None
-        folders.setdefault(source.tensors.moments.parent, source)
+        folders.setdefault(source.tensors.folder, source)
     for folder, source in folders.items():
-        _check_vae(family, folder.parent, source)
+        _check_vae(family, folder, source)
     if rules.with_image:
         kind = "moments of first frames are missing, which this model's image-to-video caches hold"
         raise_faults(
@@ -58,7 +58,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     return [
         source
         if source.tensors is None
-        else dataclasses.replace(source, tensors=dataclasses.replace(source.tensors, image=None))
+        else dataclasses.replace(source, tensors=dataclasses.replace(source.tensors, uses_image=False))
         for source in sources
     ]
 

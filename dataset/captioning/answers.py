@@ -1,6 +1,6 @@
 """What makers of captions have in common: they are shown frames, and answer with a text or a reason."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from dataset.captioning.options import AskOptions
 from dataset.captioning.planning import CaptionJob
@@ -11,7 +11,8 @@ Frames = tuple[Frame, ...]  # each H W 3
 Look = Callable[[CaptionJob], Frames]
 # the caption, or why there is none; other errors end the run
 Answer = tuple[CaptionJob, str | Exception]
-Answerer = Callable[[Sequence[CaptionJob], Look], Iterator[Answer]]
+Answers = Generator[Answer, None, None]
+Answerer = Callable[[Sequence[CaptionJob], Look], Answers]
 
 PROMPTS = {
     "image": "Describe this image in one paragraph of plain English, for a model that learns to make images "

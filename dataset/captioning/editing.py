@@ -10,10 +10,11 @@ from typing import Any
 from dataset.captioning.backups import keep_backup
 from dataset.captioning.lists import rewrite_lines
 from dataset.captioning.options import WordingOptions
-from dataset.captioning.places import Place, find_places
+from dataset.captioning.places import Place, entry_name, find_places
 from dataset.captioning.planning import read_made
 from dataset.captioning.wording import reword, reword_lines
 from dataset.config import DatasetConfig, DatasetTable
+from modules.addresses import hide_secrets
 from modules.atomic_write import write_text
 from modules.console import count_of, show_box
 from modules.control_codes import escape_control_codes, shorten
@@ -101,7 +102,8 @@ def _edits_of_lists(config: DatasetConfig, wording: WordingOptions) -> Iterator[
                     for values in (record, changed)
                 )
                 is_emptied = any(not text for key in changed for text in _texts(changed[key]))
-                yield Edit(file, f"{file.name}: {media}", media, old, "" if is_emptied else new)
+                name, shown = entry_name(file, media), hide_secrets(media)
+                yield Edit(file, name, shown, old, "" if is_emptied else new)
 
 
 def _change_line(wording: WordingOptions, table: DatasetTable, record: dict[str, Any]) -> dict[str, Any]:

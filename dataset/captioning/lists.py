@@ -17,6 +17,7 @@ from typing import Any
 
 from dataset.captioning.backups import BACKUP, keep_backup
 from dataset.captioning.made import hash_of
+from modules.addresses import address_identity, is_address, short_hash
 from modules.atomic_write import append_text, atomic_path
 from modules.errors import DatasetError, OutputError
 from modules.text_files import parse_json, read_lines
@@ -55,10 +56,10 @@ class CaptionList:
         alone. is_foreign: a person wrote the old one. Raises OutputError if it cannot be written.
         """
         found = Waiting(caption, None if old is None else hash_of(old), is_foreign)
-        line = json.dumps({"path": entry, **vars(found)}, ensure_ascii=False)
+        line = json.dumps({"path": line_key(entry), **vars(found)}, ensure_ascii=False)
         # the last line may be an unfinished one of a killed run
         append_text(self._journal, f"{line}\n" if self.waiting else f"\n{line}\n")
-        self.waiting[entry] = found
+        self.waiting[line_key(entry)] = found
         if self._now() - self._merged >= SHARE * self._took:
             self.merge()
 
@@ -79,12 +80,12 @@ class CaptionList:
         late: list[str] = []
 
         def change(record: dict[str, Any]) -> dict[str, Any]:
-            found = self.waiting.get(str(record.get(self._key)))
+            found = self.waiting.get(line_key(str(record.get(self._key))))
             if found is None or record.get("caption") == found.caption:
                 return {}
             there = record.get("caption")
             if (None if there is None else hash_of(str(there))) != found.old:
-                late.append(str(record[self._key]))
+                late.append(line_key(str(record[self._key])))
                 return {}
             return {"caption": found.caption}
 
@@ -94,6 +95,11 @@ class CaptionList:
         self.waiting = {}
         self._merged = self._now()
         self._took = self._merged - start
+
+
+def line_key(entry: str) -> str:
+    """Return a line's path, or of an address a hash: it may hold a secret."""
+    return short_hash(address_identity(entry)) if is_address(entry) else entry
 
 
 def _read_journal(path: Path) -> dict[str, Waiting]:

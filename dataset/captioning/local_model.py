@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dataset.caching.prefetch import run_ahead
-from dataset.captioning.answers import Answer, Frames, Look, NoCaptionError, caption_in, prompt_for
+from dataset.captioning.answers import Answer, Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from dataset.captioning.drawing import draw_words
 from dataset.captioning.options import AskOptions, ModelOptions
 from dataset.captioning.planning import CaptionJob
@@ -50,7 +50,7 @@ class LocalModel:
     ask: AskOptions
     batch_size: int
 
-    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Iterator[Answer]:
+    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Answers:
         """Yield a caption, or why there is none, for each job, in order.
 
         Threads read files ahead. If a batch fails, its images and clips are asked about one by one. Raises
@@ -97,8 +97,7 @@ class LocalModel:
         """Return for each image or clip the model's answer, and whether it was cut."""
         texts = [self.message(prompt_for(job, self.ask), len(frames)) for job, frames in batch]
         images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
-        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        inputs = self.inputs(texts, images).to(self.model.device, self.model.dtype)
         names = [job.place.name for job, _ in batch]
         made = self.model.generate(
             **inputs,
@@ -119,6 +118,15 @@ class LocalModel:
             (f"<think>{text}" if thinking else text, ends.isdisjoint(tokens.tolist()))
             for text, thinking, tokens in zip(decoded, thinks, answers, strict=True)
         ]
+
+    def inputs(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+        """Return the tensors of texts and of each one's images."""
+        start = self.processor.tokenizer.bos_token
+        has_start = bool(start) and texts[0].startswith(
+            start
+        )  # templates of some models put it there themselves
+        own: dict[str, Any] = {"add_special_tokens": False} if has_start else {}
+        return self.processor(text=list(texts), images=list(images), padding=True, return_tensors="pt", **own)
 
     def message(self, prompt: str, num_images: int) -> str:
         """Return the text that the model reads: by its chat template, or image marks and the prompt.

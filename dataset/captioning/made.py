@@ -84,9 +84,10 @@ class MadeCaptions:
         return frozenset(self._of_pass) if self._pass == what else frozenset()
 
     def end_pass(self) -> None:
-        """Note that all captions have been made anew."""
-        self._pass = None
-        self._append({"end": True})
+        """Note that all captions have been made anew. Without a pass that has begun, do nothing."""
+        if self._pass is not None:
+            self._pass = None
+            self._append({"end": True})
 
     def _append(self, entry: dict[str, Any]) -> None:
         # the last line may be an unfinished one of a killed run

@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.captioning.lists import line_key
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import read_caption
 from dataset.sources.listing import find_all_sources
 from dataset.sources.media_source import MediaSource
+from dataset.sources.rows import RowReader
+from modules.addresses import is_address
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_lines
 
@@ -28,10 +31,15 @@ class Place:
     @property
     def name(self) -> str:
         """Return what the caption is called in the record of its folder."""
-        return self.file.name if self.entry is None else f"{self.file.name}: {self.entry}"
+        return self.file.name if self.entry is None else entry_name(self.file, self.entry)
 
     def __str__(self) -> str:
         return str(self.file) if self.entry is None else f"a line of {self.file}"
+
+
+def entry_name(file: Path, entry: str) -> str:
+    """Return what a line of a list is called in the record of its folder. entry: the path in the line."""
+    return f"{file.name}: {line_key(entry)}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,16 @@ def _read_list(table: DatasetTable) -> dict[Path, tuple[str, str | None]]:
     """
     assert table.jsonl_file is not None
     key = f"{table.kind}_path"
-    found = {}
-    for line in read_lines(table.jsonl_file):
+    found: dict[Path, tuple[str, str | None]] = {}
+    rows = RowReader(table, table.jsonl_file, key, is_list=True)
+    for number, line in enumerate(read_lines(table.jsonl_file), 1):
         record = parse_json(line)
-        found[Path(record[key]).expanduser()] = (record[key], record.get("caption"))
+        entry = record[key]
+        if is_address(entry):  # `rows` would do for paths too, but takes several times as long
+            source = rows.read(record, f"{table.jsonl_file}, line {number}")
+            path = None if source is None else source.path
+        else:
+            path = Path(entry).expanduser()
+        if path is not None:
+            found[path] = (entry, record.get("caption"))
     return found

@@ -1,17 +1,18 @@
 """Run caption_dataset.py after its options are read: name what is missing, write captions, or edit them."""
 
+import contextlib
 import itertools
 import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataset.caching.reports import Failure
 from dataset.captioning.answers import Answerer, Frames, NoCaptionError
 from dataset.captioning.editing import edit_captions
-from dataset.captioning.lists import CaptionList
+from dataset.captioning.lists import CaptionList, line_key
 from dataset.captioning.local_model import load_model
 from dataset.captioning.looking import look_at
 from dataset.captioning.options import CaptioningOptions, WordingOptions
@@ -30,6 +31,7 @@ from dataset.captioning.server import make_server
 from dataset.captioning.wording import reword
 from dataset.captioning.writing import CaptionWriter
 from dataset.config import DatasetConfig
+from dataset.sources.fetching import fetch
 from modules.bars import Bar
 from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
@@ -46,6 +48,8 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     """Do what the options ask for. Raises UserError if something cannot be used, or failed at last."""
     _refuse_doubling(config, options.wording)
     if options.edit_only:
+        if not options.dry_run:
+            _recover_lists(config)
         edit_captions(config, options.wording, options.dry_run)
     elif options.dry_run:
         _say_plan(config, options)
@@ -61,14 +65,13 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     if there are sources without a caption.
     """
     start = time.monotonic()
-    lists = _open_lists(config)
-    for one in lists.values():  # of a run that was killed
-        one.merge()
+    lists = _recover_lists(config)
     places = find_places(config, needs_texts(options))
     made = read_made(places.all)
     plan = plan_captions(places.all, made, options)
     writer = CaptionWriter(made, lists)
     run = _Run(options, writer)
+    is_again = options.overwrite or options.overwrite_all
     rows: list[Row] = [
         ("data", str(config.path)),
         ("captions", _counts(plan)),
@@ -79,15 +82,14 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
         logger.warning("%s", text)
     if plan.jobs:
         answerer = _make_answerer(options)
-        is_again = options.overwrite or options.overwrite_all
         try:
             for folder in made.values() if is_again else ():
                 folder.begin_pass(pass_of(options))
             run.make(plan.jobs, answerer)
         finally:
             writer.close()
-        for folder in made.values() if is_again else ():
-            folder.end_pass()
+    for folder in made.values() if is_again else ():
+        folder.end_pass()
     _conclude(run, plan, start)
 
 
@@ -98,12 +100,15 @@ class _Run:
     options: CaptioningOptions
     writer: CaptionWriter
     failures: list[Failure] = field(default_factory=list)
+    _num_answers: int = 0
+    _num_failed: int = 0  # though their files can be read
     _server_failed: int = 0  # in a row
 
     def make(self, jobs: Sequence[CaptionJob], answerer: Answerer) -> None:
         """Have captions made, and write each one as it comes."""
-        with Bar(len(jobs), "captions", unit="caption") as bar:
-            for job, answer in answerer(jobs, self._look):
+        answers = answerer(jobs, self._look)
+        with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
+            for job, answer in answers:
                 if isinstance(answer, str):
                     self._write(job, answer)
                 elif isinstance(answer, (MediaError, NoCaptionError)):
@@ -113,11 +118,13 @@ class _Run:
                 bar.update()
 
     def _look(self, job: CaptionJob) -> Frames:
-        ask, is_image = self.options.ask, job.place.source.table.kind == "image"
-        return look_at(job.path, is_image, ask.num_frames, ask.max_pixels)
+        ask, source = self.options.ask, job.place.source
+        media = replace(source, control=(), mask=None, origins=source.origins[:1])
+        with fetch(media) as fetched:
+            return look_at(fetched.path, source.table.kind == "image", ask.num_frames, ask.max_pixels)
 
     def _write(self, job: CaptionJob, answer: str) -> None:
-        self._server_failed = 0
+        self._num_answers, self._server_failed = self._num_answers + 1, 0
         caption = reword(answer, self.options.wording)
         if caption:
             self.writer.write(job, caption)
@@ -129,12 +136,13 @@ class _Run:
         logger.warning("%s", self.failures[-1])
         if not isinstance(error, NoCaptionError):
             return
+        self._num_failed += 1
         self._server_failed = self._server_failed + 1 if error.server_failed else 0
         if self._server_failed == SERVER_GONE:
             raise UserError(
                 f"The server fails again and again: {error}. What is written stays: run again later."
             )
-        if not self.writer.num_put and len(self.failures) == GIVE_UP:
+        if not self._num_answers and self._num_failed == GIVE_UP:
             raise UserError(
                 f"None of the first {GIVE_UP} got a caption, the last one because {error}. Nothing more is "
                 "tried. Try another model, or other options."
@@ -158,6 +166,14 @@ def _open_lists(config: DatasetConfig) -> dict[Path, CaptionList]:
         for table in config.datasets
         if table.jsonl_file is not None
     }
+
+
+def _recover_lists(config: DatasetConfig) -> dict[Path, CaptionList]:
+    """Put into the lists what a run that was killed has left beside them."""
+    lists = _open_lists(config)
+    for one in lists.values():
+        one.merge()
+    return lists
 
 
 def _refuse_doubling(config: DatasetConfig, wording: WordingOptions) -> None:
@@ -186,8 +202,8 @@ def _say_plan(config: DatasetConfig, options: CaptioningOptions) -> None:
     lists = _open_lists(config)
     places = find_places(config, needs_texts(options))
     plan = plan_captions(places.all, read_made(places.all), options)
-    waiting = {(path, entry) for path, one in lists.items() for entry in one.waiting}
-    jobs = [job for job in plan.jobs if (job.place.file, job.place.entry) not in waiting]
+    waiting = {(path, key) for path, one in lists.items() for key in one.waiting}
+    jobs = [job for job in plan.jobs if (job.place.file, line_key(job.place.entry or "")) not in waiting]
     lines = [f"{count_of(len(jobs), 'caption')} would be made, {plan.num_kept} are kept. Nothing is written."]
     lines += [f"  {job.path} ({job.why}): {job.place}" for job in jobs[:LISTED]]
     lines += [f"  ... and {len(jobs) - LISTED} more"] if len(jobs) > LISTED else []

@@ -12,7 +12,7 @@ import queue
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 import requests
 from PIL import Image
 
-from dataset.captioning.answers import Answer, Frames, Look, NoCaptionError, caption_in, prompt_for
+from dataset.captioning.answers import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from dataset.captioning.options import ApiOptions, AskOptions
 from dataset.captioning.planning import CaptionJob
 from modules.control_codes import shorten
-from modules.errors import OptionError, UserError
+from modules.errors import MediaError, OptionError, UserError
 from modules.text_files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ApiServer:
     _told: set[str] = field(default_factory=set, init=False)  # why it was asked again
     _replaced: set[str] = field(default_factory=set, init=False)  # parameters that the model refuses
 
-    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Iterator[Answer]:
+    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Answers:
         """Yield a caption, or why there is none, for each job, as they arrive.
 
         Requests that wait for their answer when the caller ends are left to themselves.
@@ -93,8 +93,11 @@ class ApiServer:
                     return
                 try:
                     done.put((job, self.describe(job, look(job))))
-                except BaseException as error:
+                except (MediaError, NoCaptionError) as error:
                     done.put((job, error))
+                except BaseException as error:  # ends the run: nothing more is asked
+                    done.put((job, error))
+                    self._stop.set()
 
         self._stop.clear()
         for number in range(min(self.workers, len(jobs))):
@@ -217,13 +220,14 @@ class ApiServer:
         return request
 
     def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
-        """Note which parameter an error says the model refuses. Returns whether it is a new one."""
+        """Leave out what the model refuses by an error's text. Returns whether the request held it."""
         for name, other in OTHER_NAMES.items():
             is_named = f"'{name}'" in text or f'"{name}"' in text or f"`{name}`" in text
-            if is_named and name in sent and name not in self._replaced:
-                self._replaced.add(name)
-                what = f"{other} is sent instead" if other else "its own is used"
-                logger.warning("%s does not take %s: %s", self.model, name, what)
+            if is_named and name in sent:
+                if name not in self._replaced:  # else another thread has been told
+                    self._replaced.add(name)
+                    what = f"{other} is sent instead" if other else "its own is used"
+                    logger.warning("%s does not take %s: %s", self.model, name, what)
                 return True
         return False
 

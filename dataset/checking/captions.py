@@ -12,6 +12,8 @@ from modules.contract.family import TextEncoder
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, OptionError
 
+NO_CAPTION = "have no caption"
+
 
 @dataclass(frozen=True)
 class Counters:
@@ -44,7 +46,7 @@ def check_captions(found: TableFindings, counters: Counters) -> None:
     missing = [source for source in found.sources if source.caption is None and not is_unread(source)]
     lines = missing_captions(missing)
     found.faults += [
-        Fault("have no caption", line, source.stem) for line, source in zip(lines, missing, strict=True)
+        Fault(NO_CAPTION, line, source.stem) for line, source in zip(lines, missing, strict=True)
     ]
     found.remarks += [
         Fault("have an empty caption", str(one.caption_path or one.path), one.stem)

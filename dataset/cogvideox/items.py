@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.caching.given_tensors import embeds_note
-from dataset.sources.cogvideox import EMBEDS, IMAGE_MOMENTS, MOMENTS, CogRow
+from dataset.sources.cogvideox import CogRow
+from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS
 from modules.text_files import parse_json, read_text
 
 FOLDERS = ("images", IMAGE_MOMENTS, "videos", MOMENTS, "prompts", EMBEDS)
@@ -64,6 +65,10 @@ class PreparedItem:
         """Whether the files of the clip are there, and newer than the clip."""
         if not all(path.exists() for path in self.media_files(latents, image_latents)):
             return False
+        try:
+            self.read_facts()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
         return self.source.is_dir() or self.source.stat().st_mtime_ns <= self.facts.stat().st_mtime_ns
 
     def has_texts(self, embeds: bool) -> bool:
@@ -76,7 +81,7 @@ class PreparedItem:
             return False
 
     def read_facts(self) -> dict[str, Any]:
-        """Return num_frames, height and width. Raises OSError or ValueError if they are not there."""
+        """Return num_frames, height and width. Raises OSError, ValueError, KeyError or TypeError."""
         found = parse_json(read_text(self.facts))
         return {key: int(found[key]) for key in ("num_frames", "height", "width")}
 

@@ -6,6 +6,7 @@ the first of several processes, in the order of the input.
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from dataset.cache.records import difference
 from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import Failure
-from dataset.cogvideox.captions import encode_captions, write_captions
+from dataset.cogvideox.captions import UNFINISHED, encode_captions, write_captions
 from dataset.cogvideox.clips import prepare_clips
 from dataset.cogvideox.items import FOLDERS, PreparedItem, list_texts, name_items
 from dataset.cogvideox.options import PrepareOptions, ShapeOptions
@@ -133,7 +134,7 @@ def _find_items(options: PrepareOptions) -> list[PreparedItem]:
         (given.id_token or "").strip(),
     )
     faults: list[Fault] = []
-    rows = read_rows(data, faults)
+    rows = list(read_rows(data, faults))
     raise_faults([*faults, *missing_clips(data, rows)])
     if not rows:
         raise DatasetError(f"{data.name} has no clips")
@@ -163,8 +164,11 @@ def _settle(options: PrepareOptions, maker: MomentsMaker | None) -> None:
             )
     write_prepared(options.output_dir, now)
     for name in FOLDERS:  # of runs that were killed; no other process has begun
-        if (options.output_dir / name).is_dir():
-            remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
+        folder = options.output_dir / name
+        if folder.is_dir():
+            remove_leftovers(folder, lambda _: True, older_seconds=0)
+            for aside in folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def _model_of(prepared: Prepared) -> Mapping[str, Any]:

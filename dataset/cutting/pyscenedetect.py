@@ -27,7 +27,7 @@ def load_pyscenedetect(detector: str, threshold: float) -> Callable[[float], Det
             f"--detector {detector} needs PySceneDetect: pip install scenedetect-headless (not scenedetect: "
             "it brings opencv-python, which clashes with opencv-python-headless). Or use --detector own."
         ) from None
-    if not hasattr(package, "Timecode"):
+    if not hasattr(package, "TimecodeLike"):
         raise InstallationError(
             f"--detector {detector} needs PySceneDetect 0.7 or newer, here is {package.__version__}: "
             "pip install -U scenedetect-headless"

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from dataset.checking.captions import is_unread
@@ -37,7 +38,7 @@ class CaptionCounts:
         self._holders: Counter[str] = Counter()  # in how many captions a word occurs
         self._lengths: list[int] = []  # words of each caption that is not empty
         self._characters: list[int] = []
-        self._paths: dict[str, dict[str, None]] = {}  # text -> paths, each once, in order
+        self._paths: dict[str, dict[Path, str]] = {}  # text -> paths by absolute path: each file once
         self._missing: list[str] = []
         self._unreadable: list[str] = []
         self._empty: list[str] = []
@@ -65,11 +66,11 @@ class CaptionCounts:
         self._holders.update(set(words))
         self._lengths.append(len(words))
         self._characters.append(len(caption))
-        self._paths.setdefault(caption, {})[path] = None
+        self._paths.setdefault(caption, {}).setdefault(Path(path).absolute(), path)
 
     def result(self) -> dict[str, Any]:
         """Return all counts as JSON values."""
-        repeated = {text: list(paths) for text, paths in self._paths.items() if len(paths) > 1}
+        repeated = {text: list(paths.values()) for text, paths in self._paths.items() if len(paths) > 1}
         ranked = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
         return {
             "total": len(self._lengths) + len(self._empty),

@@ -74,10 +74,12 @@ def make_cards(
     told = told_by_source(tables)
     in_groups = {path for group in copies for path in group}
     chosen = [source for sources in choose_sources(tables, most) for source in sources]
+    keys = {(source.table.index, source.stem) for source in chosen}
     measured = {
-        (report.table.index, report.found.sources[one.place].stem): one
+        key: one
         for report in reports
         for one in report.measured
+        if (key := (report.table.index, report.found.sources[one.place].stem)) in keys
     }
 
     def work(source: MediaSource) -> Card:

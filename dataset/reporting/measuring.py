@@ -11,19 +11,20 @@ import numpy as np
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead, read_ahead
 from dataset.checking.looks import EvenFrames, Look, choose_evenly, read_source
-from dataset.sources.decoding import decode_source, plan_source
-from dataset.sources.frames import describe_short
+from dataset.sources.decoding import decode_source, plan_source, spans_or_reason
+from dataset.sources.fetching import fetch
 from dataset.sources.media_source import MediaSource
 from dataset.sources.steps import Steps
 from modules.bars import Bar
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit, fit_cover
 from modules.media.measures import (
+    BLURRED,
     SHARP_SIDE,
     brightness,
     clip_hash,
+    hashed_frames,
     is_black,
-    is_blurred,
     is_flat,
     is_static,
     motion,
@@ -114,7 +115,7 @@ def measure_source(place: int, source: MediaSource, fps: float, steps: Steps) ->
         look.used,
         lengths,
         problem,
-        _none(source, look.used) if not look.spans and problem is None else None,
+        None if look.spans or problem is not None else _reason(source, look.used, steps),
         look.short,
         None if problem is not None or not frames else measure_frames(frames, source.table.kind == "video"),
     )
@@ -123,8 +124,9 @@ def measure_source(place: int, source: MediaSource, fps: float, steps: Steps) ->
 def read_header(place: int, source: MediaSource, fps: float, steps: Steps) -> Measured:
     """Return what the header of a source says; a clip whose header has no number of frames is decoded."""
     try:
-        plan = plan_source(source, fps, steps.pixel_step, steps.frame_step)
-        info = video_info(source.path) if source.table.kind == "video" else None
+        with fetch(source) as here:
+            plan = plan_source(here, fps, steps.pixel_step, steps.frame_step)
+            info = video_info(here.path) if source.table.kind == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Measured(place, problem=str(error))
     lengths = tuple(sorted(Counter(length for _, length in plan.spans).items()))
@@ -136,24 +138,24 @@ def read_header(place: int, source: MediaSource, fps: float, steps: Steps) -> Me
         _seconds(info.frames, info.fps) if info else None,
         lengths=lengths,
         none=plan.reason,
-        short=describe_short(source.table, plan.spans, info.frames or 0) if info else None,
     )
 
 
 def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     """Return the measures of a picture, or of frames of a clip, all of one size."""
     black = all(map(is_black, frames))
-    blurred = sum(map(is_blurred, frames))
+    flat, sharp = [is_flat(frame) for frame in frames], [sharpness(frame) for frame in frames]
+    blurred = sum(not one and value < BLURRED for one, value in zip(flat, sharp, strict=True))
     return Measures(
         _round(np.mean([brightness(frame) for frame in frames])),
         _round(motion(frames)),
-        _round(np.median([sharpness(frame) for frame in frames])),
+        _round(np.median(sharp)),
         black,
         is_clip and len(frames) > 1 and not black and is_static(frames),
         2 * blurred > len(frames),
-        all(map(is_flat, frames)),
+        all(flat),
         clip_hash(frames),
-        b"".join(_colours(frame) for frame in _hashed(frames)),
+        b"".join(_colours(frame) for frame in hashed_frames(frames)),
     )
 
 
@@ -184,20 +186,14 @@ def _problem_beside(source: MediaSource, fps: float, steps: Steps) -> str | None
     return None
 
 
-def _hashed(frames: Sequence[Frame]) -> Sequence[Frame]:
-    """Return the frames that `clip_hash` takes."""
-    if len(frames) == 1:
-        return frames
-    return [frames[place] for place in np.linspace(0, len(frames) - 1, 4).round().astype(int)]
-
-
 def _colours(frame: Frame) -> bytes:
     small = cv2.resize(frame, (COLOUR_SIDE, COLOUR_SIDE), interpolation=cv2.INTER_AREA)
     return bytes(np.asarray(small, np.uint8).tobytes())
 
 
-def _none(source: MediaSource, used: int) -> str:
-    return f"{used} frames, the shortest of target_frames is {min(source.table.target_frames)}"
+def _reason(source: MediaSource, used: int, steps: Steps) -> str | None:
+    """Return why a clip of which so many frames are used gives no item."""
+    return spans_or_reason(source.table, used, steps.frame_step)[1]
 
 
 def _seconds(frames: int | None, fps: float | None) -> float | None:

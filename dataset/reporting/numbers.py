@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataset.checking.captions import NO_CAPTION
 from dataset.config import DatasetConfig
 from dataset.reporting.bins import count_bins, summarise
 from dataset.reporting.captions import count_captions
@@ -30,6 +31,7 @@ def collect_numbers(
     """
     epoch = sum(report.items_per_epoch for report in reports)
     tables = [_table(report, epoch) for report in reports]
+    sources = (source for report in reports for source in report.found.sources)
     return {
         "dataset_config": str(config.path),
         "decoded": decodes,
@@ -50,7 +52,7 @@ def collect_numbers(
             {"kind": fault.kind, "text": fault.text, "table": report.table.index + 1}
             for report in reports
             for fault in report.found.faults
-            if fault.kind != CANNOT_BE_READ
+            if fault.kind not in (CANNOT_BE_READ, NO_CAPTION)  # these have their own lists
         ],
         "remarks": [  # about files that no source uses
             {"kind": fault.kind, "text": fault.text, "table": report.table.index + 1}
@@ -58,7 +60,7 @@ def collect_numbers(
             for fault in report.found.remarks
             if fault.stem is None
         ],
-        "captions": count_captions(source for report in reports for source in report.found.sources),
+        "captions": tables[0]["captions"] if len(tables) == 1 else count_captions(sources),
         "near_duplicates": [[str(path) for path in group] for group in copies],
         "black": _paths(reports, "is_black"),
         "static": _paths(reports, "is_static"),

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
 MOST_LINES = 100  # of one list
+MOST_BUCKETS = 60  # sizes of a table
 MOST_ROWS = 7  # of sizes and rates
 MOST_GROUPS = 60  # of files that are nearly the same
 MOST_IN_GROUP = 12
@@ -42,7 +43,9 @@ class Drawings:
     """The drawings of a table, or of all of them."""
 
     histograms: Sequence[tuple[str, str, Markup]]  # title, summary, drawing
-    crops: Sequence[tuple[Sequence[Numbers], Markup]]  # the buckets of one size, and what they cut off
+    # the buckets of one size, and what they cut off
+    crops: Sequence[tuple[Sequence[Numbers], Markup]] = ()
+    more: int = 0  # sizes that are not drawn
 
 
 def write_report_page(
@@ -98,8 +101,10 @@ def _draw_table(table: Numbers, report: TableReport) -> Drawings:
     by_size: dict[tuple[int, int], list[Numbers]] = {}
     for bucket in table["buckets"]:
         by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
-    crops = [(rows, draw_crops(size, report.crops[size])) for size, rows in by_size.items()]
-    return Drawings(_draw_numbers(table).histograms, crops)
+    by_items = sorted(by_size, key=lambda size: -sum(row["items"] for row in by_size[size]))
+    shown = set(by_items[:MOST_BUCKETS])
+    crops = [(rows, draw_crops(size, report.crops[size])) for size, rows in by_size.items() if size in shown]
+    return Drawings(_draw_numbers(table).histograms, crops, len(by_size) - len(crops))
 
 
 def _draw_numbers(numbers: Numbers) -> Drawings:

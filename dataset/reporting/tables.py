@@ -1,5 +1,6 @@
 """Read the tables of a dataset for the report: their sources, what each gives, and what stands out."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,9 @@ def _read_table(
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return report
-    for one in measure_all(found.sources, fps, steps, decodes, workers):
+    fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
+    for measured in measure_all(found.sources, fps, steps, decodes, workers):
+        one = dataclasses.replace(measured, fit=fits.setdefault(measured.fit, measured.fit))
         report.measured.append(one)
         _count(report, one)
     return report
@@ -120,12 +123,14 @@ def _count(report: TableReport, one: Measured) -> None:
 
 def _copies(reports: Sequence[TableReport], kind: str) -> list[list[Path]]:
     """Return groups of files of a kind that are nearly the same. A file of several tables counts once."""
-    by_path = {
-        report.path(one): one.measures
-        for report in reversed(reports)
-        for one in reversed(report.measured)
-        if report.table.kind == kind and one.measures is not None
-    }
+    by_path = {}
+    places: set[Path] = set()  # one table may name a file by a relative path, another one by an absolute one
+    for report in reports:
+        for one in report.measured if report.table.kind == kind else ():
+            path = report.path(one)
+            if one.measures is not None and path.absolute() not in places:
+                places.add(path.absolute())
+                by_path[path] = one.measures
     files = sorted(by_path, key=str)
     by_length: dict[int, list[Path]] = {}  # clips of one frame have one hash
     for path in files:
@@ -140,12 +145,13 @@ def _copies(reports: Sequence[TableReport], kind: str) -> list[list[Path]]:
 
 def _tell_copies(reports: Sequence[TableReport], copies: Sequence[Sequence[Path]]) -> None:
     """Add a remark for each file of a group."""
-    group_of = {path: group for group in copies for path in group}
+    group_of = {path.absolute(): group for group in copies for path in group}
     for report in reports:
         for source in report.found.sources:
-            group = group_of.get(source.path)
+            own = source.path.absolute()
+            group = group_of.get(own)
             if group is not None:
-                other = next(path for path in group if path != source.path)
+                other = next(path for path in group if path.absolute() != own)
                 more = f" and {len(group) - 2} more" if len(group) > 2 else ""
                 text = f"nearly the same as {other.name}{more}"
                 report.found.remarks.append(Fault("are nearly the same as another", text, source.stem))

@@ -9,7 +9,7 @@ from dataset.config import DatasetTable
 from dataset.sources.captions import complete_captions, guess_captions
 from dataset.sources.columns import JSONL, column_names, read_columns, table_format
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import GivenTensors, MediaSource
+from dataset.sources.media_source import EMBEDS, MOMENTS, GivenTensors, MediaSource
 from modules.errors import DatasetError
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_lines
 
@@ -18,7 +18,6 @@ PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
 # columns of tables, by their format: (caption, video)
 COLUMNS = {JSONL: ("prompt", "video")}
 OTHER_COLUMNS = ("caption", "video")
-MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"  # folders beside videos/
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,24 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
         table.video_column,
         table.id_token,
     )
-    sources, folders = [], Folders()
+    sources: list[MediaSource] = []
+    folders: dict[str, TensorFolder] = {}
     for row in read_rows(data, faults):
-        first, *more = complete_captions([row.caption], table)
-        tensors = None
+        (caption,) = complete_captions([row.caption], table)
+        video, stem, tensors = row.video, row.video.stem, None
         if table.load_tensors:
-            tensors = _find_tensors(row, folders, faults)
+            tensors = _find_tensors(row, stem, folders, faults)
             if tensors is None:
                 continue
-        elif not row.video.exists():
+        elif not video.exists():
             faults.append(_missing(data, row))
             continue
-        video, stem = row.video, row.video.stem
-        sources.append(MediaSource(video, stem, first, None, (), table, tuple(more), tensors=tensors))
+        sources.append(MediaSource(video, stem, caption, None, (), table, tensors=tensors))
     return sources
 
 
-def read_rows(data: CogData, faults: list[Fault]) -> list[CogRow]:
-    """Return clips and captions in the order of the lists; add lines that cannot be used to `faults`.
+def read_rows(data: CogData, faults: list[Fault]) -> Iterator[CogRow]:
+    """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
 
     It is not checked whether the clips exist. Raises DatasetError if a list is missing, the two lists differ
     in length, or a column is missing.
@@ -82,15 +81,15 @@ def read_rows(data: CogData, faults: list[Fault]) -> list[CogRow]:
     if not data.root.is_dir():
         raise DatasetError(f"{data.name}: {data.root}: no such folder. Correct the path.")
     pairs = _from_lists(data) if data.dataset_file is None else _from_table(data, faults)
-    rows = []
     for where, caption, video in pairs:
         fault = _fault_of(caption, video)
         if fault is None:
             caption = f"{data.id_token} {caption.strip()}" if data.id_token else caption.strip()
-            rows.append(CogRow(where, caption, data.root / Path(video.strip()).expanduser()))
+            video = video.strip()
+            path = Path(video).expanduser() if video.startswith("~") else data.root / video
+            yield CogRow(where, caption, path)
         else:
             faults.append(Fault(f"lines of {data.name} cannot be used", f"{where}: {fault}"))
-    return rows
 
 
 def missing_clips(data: CogData, rows: list[CogRow]) -> list[Fault]:
@@ -200,40 +199,43 @@ def _place_of(file: Path, data: CogData) -> Path:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Folders:
-    """Names in folders, each listed once: a million files are not asked for one by one."""
+@dataclass(frozen=True)
+class TensorFolder:
+    """A folder X with video_latents and prompt_embeds: the names in them; None if there is no such folder."""
 
-    def __init__(self) -> None:
-        self._found: dict[Path, frozenset[str] | None] = {}
-
-    def names(self, folder: Path) -> frozenset[str] | None:
-        """Return the names in a folder; None if there is no such folder."""
-        if folder not in self._found:
-            is_there = folder.is_dir()
-            self._found[folder] = frozenset(os.listdir(folder)) if is_there else None  # noqa: PTH208  # a Path each is slow
-        return self._found[folder]
+    path: Path
+    moments: frozenset[str] | None
+    embeds: frozenset[str] | None
 
 
-def _find_tensors(row: CogRow, folders: Folders, faults: list[Fault]) -> GivenTensors | None:
+def _list_tensors(folder: str) -> TensorFolder:
+    """List the names once: a million files are not asked for one by one."""
+    found: list[frozenset[str] | None] = []
+    for inner in (MOMENTS, EMBEDS):
+        place = os.path.join(folder, inner)  # noqa: PTH118  # as the caller has it
+        found.append(frozenset(os.listdir(place)) if os.path.isdir(place) else None)  # noqa: PTH208, PTH112
+    return TensorFolder(Path(folder), *found)
+
+
+def _find_tensors(
+    row: CogRow, stem: str, folders: dict[str, TensorFolder], faults: list[Fault]
+) -> GivenTensors | None:
     """Return the files of what was computed for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
 
-    Without a folder of embeddings, captions are encoded as always. Adds to `faults` and returns None if a
-    file is missing.
+    Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
+    to `faults` and returns None if a file is missing.
     """
-    folder, name = row.video.parent.parent, f"{row.video.stem}.pt"
-    moments, embeds = folder / MOMENTS, folder / EMBEDS
-    if folders.names(moments) is None:
-        fault = Fault("folders are missing, which load_tensors needs", str(moments))
-        faults += [] if fault in faults else [fault]
+    x = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path for each takes three times as long
+    folder = folders.get(x)
+    if folder is None:
+        folder = folders[x] = _list_tensors(x)
+        if folder.moments is None:
+            faults.append(Fault("folders are missing, which load_tensors needs", str(folder.path / MOMENTS)))
+    if folder.moments is None:
         return None
-    for inner in (moments, embeds):
-        names = folders.names(inner)
-        if names is not None and name not in names:
+    for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
+        if names is not None and f"{stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
-            faults.append(Fault(kind, f"{inner / name} ({row.where})", row.video.stem))
+            faults.append(Fault(kind, f"{folder.path / inner / stem}.pt ({row.where})", stem))
             return None
-    return GivenTensors(
-        moments / name,
-        folder / IMAGE_MOMENTS / name,
-        None if folders.names(embeds) is None else embeds / name,
-    )
+    return GivenTensors(folder.path, stem, folder.embeds is not None)

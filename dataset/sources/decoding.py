@@ -127,7 +127,7 @@ def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> Deco
     mask = stack_alphas(alphas)
     if source.mask is not None:
         mask = _mask_of_clip(source.mask, table, fps, bucket, size, len(frames))
-    found, reason = _spans_or_reason(table, len(frames), frame_step)
+    found, reason = spans_or_reason(table, len(frames), frame_step)
     control = (
         tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control)
         if found
@@ -159,7 +159,7 @@ def _plan(source: MediaSource, fps: float, step: int, frame_step: int) -> Decode
         kept = sum(1 for _ in _kept_frames(source.path, table, fps))
     else:
         kept = len(resample_indices(info.frames, table.stated_fps, fps))
-    found, reason = _spans_or_reason(table, kept, frame_step)
+    found, reason = spans_or_reason(table, kept, frame_step)
     return DecodedSource(
         source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
     )
@@ -298,7 +298,8 @@ def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num
     )
 
 
-def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+    """Return the spans of a clip of `kept` frames, and if there are none, why."""
     found = spans(table, kept, frame_step)
     if found:
         return found, None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock
@@ -28,7 +29,7 @@ TRIES = 3
 FIRST_WAIT = 0.5  # seconds before the second try; before the third twice as long
 LONGEST_WAIT = 60.0  # that a site may ask for
 TIMEOUTS = (20.0, 30.0)  # seconds to connect, and without any data
-PIECE = 1 << 18  # bytes
+PIECE = 1 << 16  # bytes; a broken connection loses the last one
 SLOW_SECONDS, SLOW_BYTES = 60.0, 1 << 16  # a connection that brings less in that time is given up
 MOST_BYTES = 1 << 38  # of a file: 256 GiB
 NUM_LOCKS = 64  # files in a folder by which processes wait for one another
@@ -67,10 +68,17 @@ def local_name(address: str) -> str:
     """Return the name of a downloaded file: the address's last part, readable, with a hash that tells it
     from others, and its suffix.
     """
-    name = Path(readable_stem(address_name(address)))
-    suffix = name.suffix if len(name.suffix) <= LONGEST_SUFFIX else ""
-    stem = name.name.removesuffix(suffix)
+    stem, suffix = split_name(address)
     return f"{stem}-{short_hash(address_identity(address), 16)}{suffix}"
+
+
+@lru_cache(maxsize=1024)  # asked for twice
+def split_name(address: str) -> tuple[str, str]:
+    """Return the last part of an address, readable, and its suffix; without one, the host."""
+    stem, dot, end = address_name(address).rpartition(".")
+    if not stem or not 0 < len(end) < LONGEST_SUFFIX or not end.isalnum():
+        stem, dot, end = address_name(address), "", ""
+    return readable_stem(stem or urlsplit(address).hostname or ""), dot + end
 
 
 @lru_cache(maxsize=256)

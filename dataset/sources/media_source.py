@@ -7,17 +7,36 @@ from dataset.config import DatasetTable
 from dataset.config_keys import FROM_ALPHA, FROM_FILE
 from dataset.sources.origin import Origin
 
+# folders beside that of the clips, in CogVideoX form
+MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class GivenTensors:
-    """Files of what was computed for a clip before, in CogVideoX form. None has been opened."""
+    """Files of what was computed for a clip before. There may be millions: none is opened, few are named."""
 
-    moments: Path  # the VAE's, of the clip
-    image: Path | None  # those of the first frame alone; may be missing; None: not used
-    embeds: Path | None  # of the caption; None: there are none
+    folder: Path  # that the folders are in; shared
+    name: str  # of the files, without suffix
+    has_embeds: bool
+    uses_image: bool = True
+
+    @property
+    def moments(self) -> Path:
+        """Return the file of the clip's moments."""
+        return self.folder / MOMENTS / f"{self.name}.pt"
+
+    @property
+    def image(self) -> Path | None:
+        """Return the file of moments of the first frame alone, there or not; None if not used."""
+        return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
+
+    @property
+    def embeds(self) -> Path | None:
+        """Return the file of the caption's embeddings; None if there are none."""
+        return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-CUT = 100  # bytes that arrive before the connection breaks
+CUT = 100_000  # bytes that arrive before the connection breaks
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Site:
     fails: Counter[str] = field(default_factory=Counter)
     cuts: Counter[str] = field(default_factory=Counter)
     passes: dict[str, str] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)  # names, with `@100` if from byte 100 on
+    asked: list[str] = field(default_factory=list)  # names, with `@9` if from byte 9 on
     auth: list[str] = field(default_factory=list)
 
     def answer(self, handler: Any) -> None:

@@ -6,19 +6,10 @@ from typing import Any
 
 import torch
 
-WORDS = [
-    "<unk>",
-    "</s>",
-    "<image>",
-    "<pad>",
-    "<user>",
-    "<model>",
-    "<system>",
-    "<vision>",
-    "</vision>",
-    "<video>",
-]
-WORDS += ["a", "red", "blue", "cat", "dog", "walks", "runs", "on", "the", "grass", "in", "light"]
+SPECIAL = ["<unk>", "</s>", "<image>", "<pad>", "<user>", "<model>", "<system>", "<s>"]
+SPECIAL += ["<vision>", "</vision>", "<video>"]
+WORDS = ["a", "red", "blue", "cat", "dog", "walks", "runs", "on", "the", "grass", "in", "light"]
+VOCABULARY = [*SPECIAL, *WORDS]
 TEMPLATE = (
     "{% for turn in messages %}<{{ turn['role'] }}> {% for part in turn['content'] %}"
     "{% if part['type'] == 'image' %} <image> {% else %}{{ part['text'] }}{% endif %}{% endfor %} "
@@ -46,7 +37,7 @@ def write_llava(folder: Path, template: str | None = TEMPLATE) -> Path:
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8, projection_dim=16),
         text_config=transformers.LlamaConfig(**_text()),
-        image_token_index=WORDS.index("<image>"),
+        image_token_index=VOCABULARY.index("<image>"),
         vision_feature_layer=-1,
     )
     _save(transformers.LlavaForConditionalGeneration(config), folder)
@@ -76,10 +67,10 @@ def write_qwen(folder: Path) -> Path:
             **{"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
             **{"spatial_merge_size": 2, "mlp_ratio": 2},
         },
-        image_token_id=WORDS.index("<image>"),
-        video_token_id=WORDS.index("<video>"),
-        vision_start_token_id=WORDS.index("<vision>"),
-        vision_end_token_id=WORDS.index("</vision>"),
+        image_token_id=VOCABULARY.index("<image>"),
+        video_token_id=VOCABULARY.index("<video>"),
+        vision_start_token_id=VOCABULARY.index("<vision>"),
+        vision_end_token_id=VOCABULARY.index("</vision>"),
     )
     _save(transformers.Qwen2VLForConditionalGeneration(config), folder)
     return folder
@@ -87,20 +78,24 @@ def write_qwen(folder: Path) -> Path:
 
 def _text() -> dict[str, Any]:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokens = {"vocab_size": len(WORDS), "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 3}
+    tokens = {"vocab_size": len(VOCABULARY), "bos_token_id": 7, "eos_token_id": 1, "pad_token_id": 3}
     return {**sizes, **tokens, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 
 
 def _tokenizer() -> Any:
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens(WORDS[:10])
+    core.add_special_tokens(SPECIAL)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", VOCABULARY.index("<s>"))]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<unk>",
+        bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
@@ -113,5 +108,5 @@ def _save(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * (1.0 if weight.ndim > 1 else 0.1))
-    model.generation_config.suppress_tokens = list(range(10))
+    model.generation_config.suppress_tokens = list(range(len(SPECIAL)))
     model.save_pretrained(folder)

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -50,6 +50,10 @@ def run_server(reply: Reply, retry_after: str | None = None) -> Iterator[FakeSer
             with lock:
                 seen.at_once -= 1
             status, text = caption(answer) if isinstance(answer, str) else answer
+            with suppress(OSError):  # the program that asked may be gone
+                self._send(status, text)
+
+        def _send(self, status: int, text: str) -> None:
             self.send_response(status)
             if status != 200 and retry_after is not None:
                 self.send_header("Retry-After", retry_after)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tests.dataset.captioning.making import (
     read_captions,
     read_lines,
 )
+from tests.dataset.making import make_image
 from tests.faults.messages import assert_one_message, run_here
 
 HAND = "written by a person\n"
@@ -158,8 +161,15 @@ def test_an_interrupted_overwriting_goes_on_where_it_was(tmp_path: Path) -> None
         run(config, server, "--overwrite")
         assert sorted(read_captions(tmp_path).values()) == ["three", "three", "two"]
         run(config, server, "--overwrite")
+        assert set(read_captions(tmp_path).values()) == {"three"}
 
-    assert set(read_captions(tmp_path).values()) == {"three"}
+        # killed behind the last caption
+        record = tmp_path / "im ages" / NAME
+        record.write_text(record.read_text().rpartition('{"end"')[0])
+        run(config, server, "--overwrite")
+        assert len(server.bodies) == 10
+        run(config, server, "--overwrite")
+        assert len(server.bodies) == 13
 
 
 def test_an_empty_caption_is_a_caption_unless_it_is_to_be_filled(tmp_path: Path, server: FakeServer) -> None:
@@ -288,7 +298,7 @@ def test_captions_of_a_list_are_edited_and_none_becomes_empty(tmp_path: Path) ->
     assert (tmp_path / "list.jsonl.bak").read_text(encoding="utf-8") == old
 
 
-@pytest.mark.parametrize("is_list", [False, True])
+@pytest.mark.parametrize("is_list", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_between_two_captions(is_list: bool, tmp_path: Path) -> None:
     config = (make_list if is_list else make_folder)(tmp_path)
     reached, release = threading.Event(), threading.Event()
@@ -349,3 +359,51 @@ def test_the_script_ends_with_2_and_0_as_it_says(tmp_path: Path) -> None:
     code, said = run_here("caption_dataset.py", *words, folder=tmp_path)
     assert_one_message(code, said, missing, "no such folder")
     assert code == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("--dry_run",), ("--edit_only", "--trigger_word", "zxc"), ("--model", "m")]
+)
+def test_tables_with_no_place_for_captions_are_refused_by_name(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = make_folder(tmp_path)
+    table = f"video_table_file = {str(tmp_path / 'clips.csv')!r}\ncache_directory = 'cache'"
+    config.write_text(f"{config.read_text(encoding='utf-8')}[[datasets]]\n{table}\n", encoding="utf-8")
+
+    with pytest.raises(
+        DatasetError, match=r"\[\[datasets\]\] 2 \(.*clips\.csv\): .*Use a configuration with"
+    ):
+        run(config, None, *words)
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_lines_with_addresses_get_captions_and_their_secrets_stay_in_the_list(
+    tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    make_image(site / "a.png")
+    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(site)))
+    threading.Thread(target=files.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    address = f"http://127.0.0.1:{files.server_port}/a.png?key=SECRET"
+    bare = '{"image_path": {}}'
+    config = make_list(tmp_path, [json.dumps({"image_path": address}), bare, bare], keys="allow_urls = true")
+    try:
+        run(config, None, "--dry_run")
+        run(config, server)
+        run(config, server, "--overwrite")
+        run(config, None, "--edit_only", "--trigger_word", "zxc")
+    finally:
+        files.shutdown()
+        files.server_close()
+
+    lines = read_lines(tmp_path)
+    assert all(str(line["caption"]).startswith("zxc, caption ") for line in lines)
+    assert lines[0]["image_path"] == address
+    assert b"SECRET" not in (tmp_path / NAME).read_bytes()
+    assert "SECRET" not in caplog.text

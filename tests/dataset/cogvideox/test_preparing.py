@@ -328,7 +328,8 @@ def test_a_clip_that_cannot_be_read_is_reported_and_the_others_are_listed(tmp_pa
         (("--num_artifact_workers", "0"), "--num_artifact_workers 0: must be at least 1"),
         (("--batch_size", "0"), "--batch_size 0: must be at least 1"),
         (("--model_id", "nowhere", "--save_latents_and_embeddings"), "nowhere: no such folder, and no name"),
-        (("--model_id", ".", "--save_latents_and_embeddings"), r"config\.json does not say what the VAE is"),
+        (("--model_id", ".", "--save_latents_and_embeddings"), "--model_id . has no folder text_encoder"),
+        (("--model_id", "half", "--save_latents_and_embeddings"), r"config\.json does not say what the VAE"),
         (
             ("--model_id", "{wan}", "--save_latents_and_embeddings", "--max_sequence_length", "100"),
             "--max_sequence_length 100: the text encoder of Wan reads 512",
@@ -348,6 +349,7 @@ def test_what_does_not_work_is_refused_by_name_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
+    (tmp_path / "half" / "text_encoder").mkdir(parents=True)
     (tmp_path / "data" / "a.mp4").touch()
     write_lists(tmp_path / "data", ("one",), ["a.mp4"])
     given = [word.format(**models) for word in words]

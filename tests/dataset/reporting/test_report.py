@@ -1,6 +1,7 @@
 """The numbers of the report against sets that were counted by hand, and against --check."""
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,38 @@ def test_given_latents_are_counted_without_their_clips(tmp_path: Path, options: 
     assert "16 channels" in result["broken"][0]["reason"]
     assert result["near_duplicates"] == result["black"] == []
     assert "its latents are given" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("options", [(), ("--no_decode",)])
+def test_tables_and_tars_are_reported_on_like_folders(tmp_path: Path, options: tuple[str, ...]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    save_clip(folder / "a.mp4", 1, 9, caption="a dog")
+    save_clip(folder / "b.mp4", 2, 6, caption="a dog")
+    (folder / "c.mp4").write_bytes(b"damaged")
+    (folder / "c.txt").write_text("", encoding="utf-8")
+    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    rows = [f"{folder / name}.mp4,{caption}" for name, caption in (("a", "a dog"), ("b", "a dog"), ("c", ""))]
+    (tmp_path / "list.csv").write_text("\n".join(["path,caption", *rows]) + "\n", encoding="utf-8")
+    sources = ("video_directory = '{folder}/data'", "video_table_file = '{folder}/list.csv'")
+    tables = (*sources, "video_tars = ['{folder}/clips.tar']")
+    results = []
+    for number, table in enumerate(tables):
+        place = tmp_path / str(number)
+        place.mkdir()
+        config = write_config(place, f"{table.replace('{folder}', str(tmp_path))}\ntarget_frames = [5, 9]")
+        results.append(report(config, "--output", str(place / "page.html"), *options))
+
+    first = results[0]
+    assert [(one["width"], one["height"], one["frames"], one["items"]) for one in first["buckets"]] == [
+        (64, 48, 5, 2),
+        (64, 48, 9, 1),
+    ]
+    for other in results[1:]:
+        for key in ("buckets", "sources", "items", "batches_per_epoch", "durations", "black", "motion"):
+            assert other[key] == first[key], key
+        assert names([one["path"] for one in other["broken"]]) == ["c.mp4"]
+        counts = ("total", "empty", "missing", "duplicates", "words")
+        assert [other["captions"][key] for key in counts] == [first["captions"][key] for key in counts]
