@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from dataset.checking.findings import TableFindings
+from dataset.shard_names import is_of_shards
 from dataset.sources.faults import Fault
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
@@ -27,7 +28,9 @@ def check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
     names: Counter[str] = Counter()
     for path in table.directory.iterdir():
         suffix = path.suffix.lower()
-        if path in used or path.name.startswith(".") or suffix in USUAL or not path.is_file():
+        if path in used or path.name.startswith(".") or suffix in USUAL or is_of_shards(path.name):
+            continue
+        if not path.is_file():
             continue
         names[suffix] += 1
     for suffix, count in sorted(names.items()):
