@@ -8,15 +8,25 @@ partial, so the same command continues a run that was killed. The encoding is in
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
+from dataset.cache.index import Indexes
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.caching.latents import LatentEncoding
-from dataset.caching.planning import Caches, Recipe, SourcePlan, list_names, media_table, plan_all
+from dataset.caching.planning import (
+    Caches,
+    LatentNames,
+    Recipe,
+    SourcePlan,
+    latent_index,
+    media_table,
+    plan_all,
+)
 from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import CacheReport, Failure, join_reports
-from dataset.caching.texts import TextEncoding
+from dataset.caching.texts import TextEncoding, Texts, text_index
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
@@ -43,10 +53,10 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     _check_tables(family, config, sources)
     warn_missing_captions(sources)
     family.check_given_files()
-    recipe = recipe_of(family, options.skip_existing)
+    recipe = recipe_of(family, options.skip_existing, options.verify)
     stores = recipe.stores
     existing = {
-        table.index: list_names(stores.of(table), recipe.tag, table.kind) for table in config.datasets
+        table.index: LatentNames(stores.of(table), recipe.tag, table.kind) for table in config.datasets
     }
     workers = workers_of(options)
     with join_processes() as share:
@@ -90,6 +100,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 belongs = {name for of_process in names for index, name in of_process if index == table.index}
                 failed = {one.stem for one in join_reports(reports).failures if one.table == table.index}
                 removed += remove_stale_latents(stores.of(table), table.kind, family, belongs, failed)
+        _keep_index(share, recipe.index, stores, config)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
@@ -106,15 +117,8 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
         stores = Stores()
-        encoding = TextEncoding(
-            family,
-            device,
-            options.batch_size,
-            workers_of(options),
-            options.skip_existing,
-            share.is_main,
-            stores,
-        )
+        texts = Texts(stores, options.skip_existing, text_index(options.verify))
+        encoding = TextEncoding(family, device, options.batch_size, workers_of(options), share.is_main, texts)
         files = list_caption_files(sources, family.cache_tag)
         if share.is_main:
             captions = count_of(len(files), "caption")
@@ -129,6 +133,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 names = {file.path.name for file in files if file.table.index == table.index}
                 surplus_of = stems if options.keep_cache else None
                 removed += remove_stale_texts(stores.of(table), family, names, surplus_of)
+        _keep_index(share, texts.index, stores, config)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
@@ -144,6 +149,14 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             problems.append(str(error))
     if problems:
         raise DatasetError("\n".join(problems))
+
+
+def _keep_index(share: Share, index: Indexes[Any], stores: Stores, config: DatasetConfig) -> None:
+    """Write what all processes have verified, so that a later run need not read it again."""
+    of_tables = [stores.of(table) for table in config.datasets]
+    gathered = share.gather(index.rows(of_tables))
+    if share.is_main:
+        index.write(of_tables, gathered)
 
 
 def log_outdated(plans: Sequence[SourcePlan]) -> None:
@@ -173,10 +186,18 @@ def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) ->
     return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
 
-def recipe_of(family: Caches, skip_existing: bool) -> Recipe:
+def recipe_of(family: Caches, skip_existing: bool, verify: bool) -> Recipe:
     """Return how this run makes latents. Reads the identity of the encoders' files."""
     latent, fps = family.latent, family.defaults.fps
-    return Recipe(family.cache_tag, family.media_identity, latent, fps, skip_existing, family.sections_of)
+    return Recipe(
+        family.cache_tag,
+        family.media_identity,
+        latent,
+        fps,
+        skip_existing,
+        family.sections_of,
+        index=latent_index(verify),
+    )
 
 
 def workers_of(options: CachingOptions) -> int:

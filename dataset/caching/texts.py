@@ -9,7 +9,7 @@ complete.
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dataset.cache.files import (
     FORMAT_VERSION,
+    PART,
     Entry,
     Header,
     checksum,
@@ -25,18 +26,21 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
 )
+from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     TextRecord,
     difference,
     identify,
+    text_facts,
     text_metadata,
     text_records,
+    text_records_of,
     verify_tensors,
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.caption_files import CaptionFile
 from dataset.caching.latents import require_finite
-from dataset.caching.planning import Caches
+from dataset.caching.planning import AT_ONCE, Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
 from dataset.sources.captions import describe_cut
@@ -66,20 +70,120 @@ class TextPlan:
         return encoder == self.missing[-1]
 
 
-def plan_text(store: CacheStore, file: CaptionFile, encoders: Encoders, skip_existing: bool) -> TextPlan:
-    """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed."""
-    path = file.path
-    right, _ = _right(store, path.name, file, encoders, skip_existing)
-    part, others = _right(store, part_name(path.name), file, encoders, skip_existing=False)
-    if others:
-        # it is from a run with other encoders or another caption: joining it would corrupt the valid outputs
-        part = {}
-    names = [encoder.name for encoder, _ in encoders]
-    return TextPlan(
-        path,
-        missing=tuple(name for name in names if name not in right and name not in part),
-        in_part=tuple(name for name in names if name not in right and name in part),
-        is_foreign=not all(right.values()),
+def text_index(verify: bool = False) -> Indexes[dict[str, TextRecord]]:
+    """Return what earlier runs have verified of text caches. verify: read all again."""
+    return Indexes("texts", text_records_of, not verify)
+
+
+@dataclass
+class Texts:
+    """The text caches of a run, and what is known of them."""
+
+    stores: Stores
+    skip_existing: bool  # outputs without a record are valid if the caption is the same
+    index: Indexes[dict[str, TextRecord]] = field(default_factory=text_index)
+    _parts: dict[Path, frozenset[str]] = field(default_factory=dict)
+    _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
+
+    def has_part(self, file: CaptionFile) -> bool:
+        """Whether a text had an unfinished file when the first one of its table was asked for."""
+        folder = file.table.cache_directory
+        if folder not in self._parts:
+            names = self.stores.of(file.table).names()
+            self._parts[folder] = frozenset(name for name in names if name.endswith(PART))
+        parts = self._parts[folder]
+        return bool(parts) and part_name(file.path.name) in parts
+
+    def plan(self, file: CaptionFile, encoders: Encoders) -> TextPlan:
+        """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed."""
+        name = file.path.name
+        right, _ = self._right(name, file, encoders, self.skip_existing)
+        part: dict[str, bool] = {}
+        if self.has_part(file):
+            part, others = self._right(part_name(name), file, encoders, skip_existing=False)
+            if others:
+                # it is from a run with other encoders or another caption: joining it would corrupt the valid
+                # outputs
+                part = {}
+        names = [encoder.name for encoder, _ in encoders]
+        return TextPlan(
+            file.path,
+            missing=tuple(name for name in names if name not in right and name not in part),
+            in_part=tuple(name for name in names if name not in right and name in part),
+            is_foreign=not all(right.values()),
+        )
+
+    def _right(
+        self, name: str, file: CaptionFile, encoders: Encoders, skip_existing: bool
+    ) -> tuple[dict[str, bool], frozenset[str]]:
+        """Return the encoders whose outputs in a file are valid (name -> has a record), and all other
+        records.
+
+        Valid outputs are those that the encoder would write.
+        """
+        store, right = self.stores.of(file.table), dict[str, bool]()
+        index, source = self.index.of(store), caption_fingerprint(file.caption)
+        known = index.get(name, source)
+        entry: Entry | None = None
+        if known is None:
+            stamp = store.stamp(name)
+            if stamp is None:
+                return right, frozenset()
+            try:
+                entry = store.read(name)
+                records = text_records(entry.header)
+            except CacheError as error:
+                logger.warning("%s. It is made again.", error)
+                return right, frozenset()
+        else:
+            records = known
+        for encoder, identity in encoders:
+            record = records.get(encoder.name)
+            if record is None:
+                if skip_existing and not file.settings and self._is_foreign(name, file, encoder, entry):
+                    right[encoder.name] = False
+                continue
+            if entry is None:
+                changed = self._known_difference(record, identity, file)
+            else:
+                changed = _difference(record, identity, file)
+            if changed is not None:
+                logger.debug("%s: %s", store.folder / name, changed)
+                continue
+            try:
+                if entry is not None:
+                    verify_tensors(entry, record.crc32)
+                right[encoder.name] = True
+            except CacheError as error:
+                logger.warning("%s. It is made again.", error)
+        if entry is not None and records and all(right.get(one) for one in records):
+            index.note(name, stamp, source, text_facts(records))
+        return right, frozenset(records.keys() - right.keys())
+
+    def _known_difference(
+        self, record: TextRecord, identity: Mapping[str, str], file: CaptionFile
+    ) -> str | None:
+        """Do as `_difference` for a record of the index, of which there are few for a million entries."""
+        key = (id(record), id(identity), tuple(file.settings.items()))
+        if key not in self._compared:
+            same = dataclasses.replace(record, caption=file.caption or "")
+            self._compared[key] = _difference(same, identity, dataclasses.replace(file, caption=same.caption))
+        return self._compared[key]
+
+    def _is_foreign(self, name: str, file: CaptionFile, encoder: TextEncoder, entry: Entry | None) -> bool:
+        """Return whether a file without this encoder's record holds its tensors for the same caption."""
+        header = self.stores.of(file.table).read_header(name) if entry is None else entry.header
+        return encoder.keys <= header.keys and header.metadata.get("caption1", file.caption) == file.caption
+
+
+def caption_fingerprint(caption: str | None) -> int:
+    """Return what tells a text from others."""
+    return fingerprint((), caption or "")
+
+
+def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
+    return difference(record.encoder, identity) or difference(
+        {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
     )
 
 
@@ -96,18 +200,17 @@ class TextEncoding:
         device: torch.device,
         batch_size: int | None,
         workers: int,
-        skip_existing: bool,
         show_progress: bool,
-        stores: Stores,
+        texts: Texts,
     ) -> None:
-        self._stores = stores
         self.written = self.kept = self.foreign = 0
         self._family = family
         self._device = device
         self._batch_size = batch_size
         self._workers = workers
-        self._skip_existing = skip_existing
         self._show_progress = show_progress
+        self._texts = texts
+        self._stores = texts.stores
 
     def run(self, files: Sequence[CaptionFile]) -> None:
         """Encode what is missing, one encoder after the other; an encoder without work is not loaded."""
@@ -127,28 +230,33 @@ class TextEncoding:
                 encoder.free()
 
     def _plan(self, files: Sequence[CaptionFile], encoders: Encoders) -> list[TextPlan]:
-        """Compare all texts with their files. Finish or remove unfinished files that need nothing else."""
+        """Compare all texts with their files; return what is to do.
 
-        def compare(file: CaptionFile) -> TextPlan:
-            return plan_text(self._stores.of(file.table), file, encoders, self._skip_existing)
+        Finish or remove unfinished files that need nothing else.
+        """
 
+        def compare(some: Sequence[CaptionFile]) -> list[tuple[CaptionFile, TextPlan]]:
+            return [(file, self._texts.plan(file, encoders)) for file in some]
+
+        jobs = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
         plans = []
-        for file, plan in run_ahead(files, compare, self._workers, lambda _: 0, limit_bytes=1):
-            if isinstance(plan, Exception):
-                raise plan
-            plans.append(plan)
-            self.foreign += plan.is_foreign
-            if plan.missing or plan.in_part:
-                self.written += 1
-            else:
-                self.kept += 1
-            if not plan.in_part:
-                # nothing in it is valid, or nothing in it is needed
-                self._stores.of(file.table).remove(part_name(plan.path.name))
-            elif not plan.missing:
-                finish_text(
-                    self._stores.of(file.table), plan.path.name
-                )  # an earlier run was stopped before it could do so
+        for _, compared in run_ahead(jobs, compare, self._workers, lambda _: 0, limit_bytes=1):
+            if isinstance(compared, Exception):
+                raise compared
+            for file, plan in compared:
+                self.foreign += plan.is_foreign
+                if plan.missing or plan.in_part:
+                    self.written += 1
+                    plans.append(plan)
+                else:
+                    self.kept += 1
+                if not self._texts.has_part(file):
+                    continue
+                store, name = self._stores.of(file.table), plan.path.name
+                if not plan.in_part:
+                    store.remove(part_name(name))  # nothing in it is valid, or nothing in it is needed
+                elif not plan.missing:
+                    finish_text(store, name)  # an earlier run was stopped before it could do so
         return plans
 
     def _encode(
@@ -178,13 +286,23 @@ class TextEncoding:
                     source = None if file.caption_path is None else identify(file.caption_path)
                     record = TextRecord(identity, file.caption or "", source, {}, file.settings)
                     is_last = to_do[path].is_last(encoder.name)
-                    store, architecture = self._stores.of(file.table), self._family.name
-                    writer.submit(
-                        partial(
-                            write_text, store, path.name, tensors, encoder.name, record, architecture, is_last
-                        )
-                    )
+                    writer.submit(partial(self._write, file, tensors, encoder.name, record, is_last))
                 bar.update(len(missing))
+
+    def _write(
+        self,
+        file: CaptionFile,
+        tensors: Mapping[str, Tensor],
+        encoder: str,
+        record: TextRecord,
+        is_last: bool,
+    ) -> None:
+        store, name = self._stores.of(file.table), file.path.name
+        written = write_text(store, name, tensors, encoder, record, self._family.name, is_last)
+        records = text_records(written)
+        if is_last and all(one.caption == record.caption for one in records.values()):
+            source, facts = caption_fingerprint(record.caption), text_facts(records)
+            self._texts.index.of(store).note_written(name, store.stamp(name), source, facts)
 
 
 def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> None:
@@ -219,12 +337,12 @@ def write_text(
     record: TextRecord,
     architecture: str,
     is_last: bool = True,
-) -> None:
+) -> Header:
     """Write one encoder's tensors (by their names in the file) to a text cache: to its `.part` or the file.
 
     is_last: no other encoder adds anything, so the tensors are joined with the content of the `.part` and the
     file. Tensors with other names, other metadata and other encoders' records are kept. A changed caption is
-    replaced with a warning. Raises OutputError if writing fails.
+    replaced with a warning. Returns the header of what was written. Raises OutputError if writing fails.
     """
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
@@ -236,7 +354,7 @@ def write_text(
         new = _join(unfinished, new)
     if not is_last:
         store.write(part, new.named, new.header.metadata)
-        return
+        return new.header
     old = _require_existing(store, name)
     if old is not None:
         before = old.header.metadata.get("caption1", record.caption)
@@ -250,6 +368,7 @@ def write_text(
     else:
         store.write(part, new.named, new.header.metadata)
         store.rename(part, name)
+    return new.header
 
 
 def finish_text(store: CacheStore, name: str) -> None:
@@ -275,43 +394,6 @@ def _join(old: Entry, new: Entry) -> Entry:
     return Entry(Header(new.header.path, metadata, tuple(named)), named)
 
 
-def _right(
-    store: CacheStore, name: str, file: CaptionFile, encoders: Encoders, skip_existing: bool
-) -> tuple[dict[str, bool], frozenset[str]]:
-    """Return the encoders whose outputs in a file are valid (name -> has a record), and all other records.
-
-    Valid outputs are those that the encoder would write. skip_existing: outputs without a record are valid if
-    the caption is the same.
-    """
-    right: dict[str, bool] = {}
-    if not store.has(name):
-        return right, frozenset()
-    try:
-        entry = store.read(name)
-        records = text_records(entry.header)
-    except CacheError as error:
-        logger.warning("%s. It is made again.", error)
-        return right, frozenset()
-    for encoder, identity in encoders:
-        record = records.get(encoder.name)
-        if record is None:
-            if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
-                right[encoder.name] = False
-            continue
-        changed = difference(record.encoder, identity) or difference(
-            {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
-        )
-        if changed is not None:
-            logger.debug("%s: %s", store.folder / name, changed)
-            continue
-        try:
-            verify_tensors(entry, record.crc32)
-            right[encoder.name] = True
-        except CacheError as error:
-            logger.warning("%s. It is made again.", error)
-    return right, frozenset(records.keys() - right.keys())
-
-
 def _require_existing(store: CacheStore, name: str) -> Entry | None:
     try:
         entry = store.read(name) if store.has(name) else None
@@ -321,11 +403,6 @@ def _require_existing(store: CacheStore, name: str) -> Entry | None:
     except CacheError as error:
         logger.warning("%s. It is replaced.", error)
         return None
-
-
-def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:
-    """Return whether a file without this encoder's record holds its tensors for the same caption."""
-    return encoder.keys <= header.keys and header.metadata.get("caption1", caption) == caption
 
 
 def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> dict[str, Tensor]:
