@@ -42,7 +42,7 @@ _SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("mtime_ns", pa.int64()),
         ("sources", pa.int64()),
-        ("facts", pa.dictionary(pa.int32(), pa.large_string())),
+        ("facts", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
 
