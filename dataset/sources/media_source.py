@@ -7,7 +7,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import FROM_ALPHA, FROM_FILE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
