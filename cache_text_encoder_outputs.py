@@ -3,7 +3,7 @@
 All options: python cache_text_encoder_outputs.py --help
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
@@ -13,7 +13,8 @@ from hunyuan_model.options import HunyuanTextCachingOptions, add_text_caching_ar
 from modules.command import as_typed, command_line
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
+    """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
     options, hunyuan_options = read_text_caching(
         __doc__, add_text_caching_arguments, HunyuanTextCachingOptions, argv
     )
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     following = as_typed(
         ["python", "hv_train_network.py", "--dataset_config", str(options.dataset_config), "--check"]
     )
-    run_text_caching(family_for_text_caching(hunyuan_options), config, options, following)
+    (run or run_text_caching)(family_for_text_caching(hunyuan_options), config, options, following)
 
 
 if __name__ == "__main__":

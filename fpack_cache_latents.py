@@ -3,7 +3,7 @@
 All options: python fpack_cache_latents.py --help
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
@@ -14,7 +14,8 @@ from modules.command import as_typed, command_line
 from modules.options import require
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
+    """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
     options, debug, fpack_options = read_latent_caching(
         __doc__, add_latent_caching_arguments, FramePackLatentCachingOptions, argv
     )
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoders = [word for n in "12" for word in (f"--text_encoder{n}", f"TEXT_ENCODER{n}")]
     words = ["python", "fpack_cache_text_encoder_outputs.py", *encoders]
     following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
-    run_latent_caching(family_for_latent_caching(fpack_options), config, options, debug, following)
+    (run or run_latent_caching)(family_for_latent_caching(fpack_options), config, options, debug, following)
 
 
 if __name__ == "__main__":

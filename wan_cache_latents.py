@@ -3,7 +3,7 @@
 All options: python wan_cache_latents.py --help
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
@@ -14,7 +14,8 @@ from modules.options import require
 from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
+    """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
     options, debug, wan_options = read_latent_caching(
         __doc__, add_latent_caching_arguments, WanLatentCachingOptions, argv
     )
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     words = ["python", "wan_cache_text_encoder_outputs.py", "--t5", "T5"]
     following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
-    run_latent_caching(family_for_latent_caching(wan_options), config, options, debug, following)
+    (run or run_latent_caching)(family_for_latent_caching(wan_options), config, options, debug, following)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 
 from dataset.caching.loop import cache_media  # noqa: E402
 from dataset.config import load_dataset_config  # noqa: E402
-from dataset.options import CachingOptions, CheckPageOptions  # noqa: E402
+from dataset.options import CachingOptions, CheckPageOptions, ShardOptions  # noqa: E402
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders  # noqa: E402
 from modules.contract.family import LatentSpec, SamplingDefaults  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
@@ -118,7 +118,8 @@ def run(folder: Path, args: argparse.Namespace) -> float:
         disable_cudnn_backend=False,
         check=False,
         repair_captions=None,
-        page=CheckPageOptions(html=None, html_items=0),
+        page=CheckPageOptions(html=None, html_items=500),
+        shard=ShardOptions(num_shards=None, shard_index=None),
     )
     family: Any = WaitingFamily(args.seconds)
     start = time.perf_counter()

@@ -6,7 +6,6 @@ section 4.4); the instruction is our own. Any chat model that `transformers` loa
 
 import importlib.util
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
+from modules.answers import take_answer
 from modules.contract.generation import Prompt, Prompts
 from modules.contract.prepared import Prepared
 from modules.control_codes import shorten
@@ -24,7 +24,6 @@ from modules.offload.loaded import Loaded
 logger = logging.getLogger(__name__)
 
 MOST_NEW_TOKENS = 400  # more than the text encoders take
-MOST_CHARACTERS = 4000
 ATTENTION = "eager"  # which all models have; fast enough for a paragraph
 COMMON = (
     "You write prompts for a model that makes short videos from text. Rewrite the request at the end of "
@@ -44,22 +43,11 @@ INSTRUCTIONS: Mapping[str, str] = {
     "what it does to surfaces and colours, how near the camera is and how it moves. Small details of the "
     "request may give way to a clearer picture; its subject and its action may not.",
 }
-# what models that think aloud say before their answer; a thought may have no end
-_THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 
 
 def instruction(prompt: str, mode: str) -> str:
     """Return the message to the chat model: `INSTRUCTIONS[mode]`, and the prompt once, at the end."""
     return f"{INSTRUCTIONS[mode]}\n\nRequest: {prompt}"
-
-
-def take_answer(text: str) -> str:
-    """Return the paragraph in an answer: without thoughts, line breaks and quotation marks around it."""
-    text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
-    text = " ".join(text.split())[:MOST_CHARACTERS]
-    if len(text) > 1 and (text[0], text[-1]) in {('"', '"'), ("'", "'"), ("“", "”")}:
-        text = text[1:-1].strip()
-    return text
 
 
 class PromptRewriter:

@@ -12,6 +12,7 @@ from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
+from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
     Caches,
     LatentNames,
@@ -25,7 +26,7 @@ from dataset.caching.planning import (
 )
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead
-from dataset.caching.texts import Texts, text_index
+from dataset.caching.texts import KnownTexts, plan_text, text_index
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, indent
 from dataset.checking.folders import check_unused, folder_id
@@ -74,7 +75,7 @@ def check_media(
     recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, index=index)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
-        found = _find(config, table)
+        found = find_table(config, table)
         if found.sources:
             if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
@@ -104,13 +105,16 @@ def check_texts(
     ]
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
-        found = _find(config, table)
-        captions = list_caption_files(found.sources, family.cache_tag)
-        texts = Texts(Stores(), skip_existing, text_index(verify))
-        missing = Counter(name for file in captions for name in texts.plan(file, encoders).missing)
+        found = find_table(config, table)
+        texts = list_caption_files(found.sources, family.cache_tag)
+        stores = Stores()
+        store, known = stores.of(table), KnownTexts(stores, text_index(verify))
+        missing: Counter[str] = Counter()
+        for text in texts:
+            missing.update(plan_text(store, text, encoders, skip_existing, known).missing)
         for encoder, _ in encoders:
             to_do = missing[encoder.name]
-            kept = len(captions) - to_do
+            kept = len(texts) - to_do
             found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
         check_captions(found, counters)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
@@ -158,7 +162,7 @@ def check_training(
     return CheckResult(head, tuple(tables), tuple(tail))
 
 
-def _find(config: DatasetConfig, table: DatasetTable) -> TableFindings:
+def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files beside them."""
     found = TableFindings(table)
     try:
@@ -177,6 +181,7 @@ def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> boo
         check_resolution(found.table, family.latent.pixel_step)
         if encodes_media:
             family.check_table(media_table(found.table, any(source.control for source in found.sources)))
+            found.sources = use_moments(family, found.sources)
     except DatasetError as error:
         found.faults.append(Fault(UNUSABLE, str(error)))
         return False
@@ -245,6 +250,9 @@ def _check_caches(
         ("text caches are unfinished", cached.unfinished_text),
     ):
         found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
+    found.faults += [
+        Fault("caches may be incomplete", line) for table, line in cached.unsound if table is found.table
+    ]
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
     remarks, stores = [], Stores()
@@ -264,7 +272,7 @@ def _check_caches(
 
 def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, counters: Counters) -> None:
     """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
-    sources = _find(config, found.table)
+    sources = find_table(config, found.table)
     if not sources.sources:
         found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
         return

@@ -4,9 +4,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dataset.caching.loop import cache_media, cache_texts, workers_of
+from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.planning import Caches
-from dataset.caching.reports import conclude
+from dataset.caching.reports import CacheReport, conclude
+from dataset.caching.work import workers_of
 from dataset.check import check_media, check_texts
 from dataset.checking.captions import Counters, load_counters
 from dataset.checking.findings import CheckResult, join_findings
@@ -43,7 +44,7 @@ def run_latent_caching(
         _prepare(options)
         start = time.monotonic()
         report = cache_media(family, config, options)
-        conclude(report, _costs(options, start), [("Next, cache the captions", following)])
+        _conclude(report, "sources", options, start, ("Next, cache the captions", following))
 
 
 def run_text_caching(
@@ -68,7 +69,24 @@ def run_text_caching(
     _prepare(options)
     start = time.monotonic()
     report = cache_texts(family, config, options)
-    conclude(report, _costs(options, start), [("Next, check all before training", following)])
+    _conclude(report, "captions", options, start, ("Next, check all before training", following))
+
+
+def _conclude(report: CacheReport, what: str, options: CachingOptions, start: float, following: Row) -> None:
+    """Show what was done. what: the report's sources or captions. following: shown if no shard is missing."""
+    costs = _costs(options, start)
+    if not options.shard.is_given:
+        conclude(report, costs, [following])
+        return
+    rows: list[Row] = [
+        ("this shard", f"{report.share} of {report.whole} {what}"),
+        (
+            "when all are done",
+            "run this command once without --num_shards and --shard_index: it checks everything, makes what "
+            "is missing and removes what is stale",
+        ),
+    ]
+    conclude(report, [*rows, *costs])
 
 
 def _prepare(options: CachingOptions) -> None:

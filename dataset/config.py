@@ -23,6 +23,7 @@ from dataset.config_keys import (
     SOURCES,
     Unfit,
 )
+from modules.addresses import hide_secrets
 from modules.errors import DatasetError
 from modules.text_encodings import guess_encoding
 from modules.text_files import explain_toml, parse_json, parse_toml, read_text
@@ -90,11 +91,11 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from; of tars the first name or pattern."""
+        """Return the folder or list that the items come from; of tars the first name, without passwords."""
         source = self.directory or self.jsonl_file or self.table_file or self.cogvideox_root
         if source is None:
             assert self.tars is not None
-            source = Path(self.tars[0])
+            source = Path(hide_secrets(self.tars[0]))
         return source
 
     @property
@@ -375,6 +376,11 @@ def _finish_table(
         other = "give mask_path in the lines of the list" if jsonl_file else "leave out it or alpha_mask"
         problems.append(f"{where}: mask_directory cannot be used here; {other}")
         return None
+    if fields["load_tensors"] and fields["alpha_mask"]:
+        problems.append(
+            f"{where}: alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+        )
+        return None
     fields["cache_directory"] = fields["cache_directory"] or folder
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
     fields["target_frames"] = _round_targets(fields["target_frames"], f"{path}, {where}")
@@ -427,7 +433,7 @@ def _unknown(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> str
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -270,7 +270,7 @@ ONLY_WITH: Mapping[str, tuple[str, ...]] = {
     "id_token": ("cogvideox_root",),
     "load_tensors": ("cogvideox_root",),
     "path_column": ("table_file",),
-    "caption_column": ("table_file", "cogvideox_root"),
+    "caption_column": ("table_file", "tars", "cogvideox_root"),
     "allow_urls": ("table_file", "tars", "jsonl_file"),
     "download_directory": ("table_file", "tars", "jsonl_file"),
     "control_directory": ("directory", "jsonl_file"),

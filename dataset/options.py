@@ -16,6 +16,7 @@ AddArguments = Callable[[argparse.ArgumentParser], None]
 GUESS = "guess"  # of --repair_captions without a value
 MOST_AT_ONCE = 1024  # items or threads
 MOST_CHARACTERS = 1000
+MOST_SHARDS = 1_000_000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
 
@@ -41,6 +42,54 @@ class CheckPageOptions:
 
 
 @dataclass(frozen=True)
+class ShardOptions:
+    """Which share of the work this run does, if several machines cache one dataset."""
+
+    num_shards: int | None  # None: this run does everything, and cleans up
+    shard_index: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_shards is None and self.shard_index is None:
+            return
+        if self.num_shards is None:
+            raise OptionError(
+                f"--shard_index {self.shard_index} needs --num_shards, how many shards there are"
+            )
+        if self.shard_index is None:
+            raise OptionError(
+                f"--num_shards {self.num_shards} needs --shard_index, which of them this is: 0 to "
+                f"{max(0, self.num_shards - 1)}"
+            )
+        if self.num_shards < 1:
+            raise OptionError(f"--num_shards {self.num_shards}: give at least 1")
+        check_at_most("--num_shards", self.num_shards, MOST_SHARDS, "shards of the work")
+        if not 0 <= self.shard_index < self.num_shards:
+            raise OptionError(
+                f"--shard_index {self.shard_index}: shards are counted from 0, so with --num_shards "
+                f"{self.num_shards} give 0 to {self.num_shards - 1}"
+            )
+
+    @property
+    def is_given(self) -> bool:
+        """Return whether this run does a share only, and so removes nothing."""
+        return self.num_shards is not None
+
+    def of(self, work: Sequence[T]) -> Sequence[T]:
+        """Return this shard's pieces, every `num_shards`-th, of a list that all machines have."""
+        if self.num_shards is None or self.shard_index is None:
+            return work
+        return work[self.shard_index :: self.num_shards]
+
+    def refuse_beside(self, option: str) -> None:
+        """Raise OptionError if a shard is given to what looks at the whole dataset."""
+        if self.is_given:
+            raise OptionError(
+                f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
+                "the work of caching"
+            )
+
+
+@dataclass(frozen=True)
 class CachingOptions:
     """What to cache, on which device, and which files to keep."""
 
@@ -55,6 +104,7 @@ class CachingOptions:
     check: bool
     repair_captions: str | None  # an encoding, or GUESS
     page: CheckPageOptions
+    shard: ShardOptions
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
@@ -64,6 +114,8 @@ class CachingOptions:
         check_at_most("--batch_size", self.batch_size, MOST_AT_ONCE, "items to encode at once")
         check_at_most("--num_workers", self.num_workers, MOST_AT_ONCE, "threads that read ahead")
         self.page.require_check(self.check)
+        if self.check:
+            self.shard.refuse_beside("--check")
         if self.repair_captions is None:
             return
         if not self.check:
@@ -112,7 +164,10 @@ def read_latent_caching(
     add_arguments(parser)
     add_debug_arguments(parser)
     args = _parse(parser, argv)
-    return read_options(CachingOptions, args), read_options(DebugOptions, args), read_options(record, args)
+    caching, debug = read_options(CachingOptions, args), read_options(DebugOptions, args)
+    if debug.debug_mode is not None:
+        caching.shard.refuse_beside("--debug_mode")
+    return caching, debug, read_options(record, args)
 
 
 def read_text_caching(
@@ -166,6 +221,23 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read every cache file again; without it, files that have not changed since they were last read "
         "are not opened if a folder has thousands of them",
+    )
+    group.add_argument(
+        "--num_shards",
+        type=int,
+        default=None,
+        metavar="N",
+        help="share the work with other machines: each runs the same command with its own --shard_index, in "
+        "any order and number at a time, into one cache folder. When all are done, run the command once "
+        "without these two: it checks everything, makes what is missing and removes what is stale",
+    )
+    group.add_argument(
+        "--shard_index",
+        type=int,
+        default=None,
+        metavar="I",
+        help="which share this run does, from 0 to N - 1: every N-th source (or batch of captions) from the "
+        "I-th on; several processes of accelerate launch divide it among themselves",
     )
     group.add_argument(
         "--disable_cudnn_backend",

@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 WHOLE_FRAMES = 192
 COARSENESS = ("", "_2x", "_4x")  # of the past; as in the names of tensors
 
+NO_MOMENTS = (
+    "FramePack learns sections of clips, whose conditions (the first frame's features, the past) are made "
+    "from frames. Leave out load_tensors"
+)
+
 
 # Checks of tables
 

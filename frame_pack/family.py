@@ -38,7 +38,16 @@ from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
@@ -48,6 +57,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.source import LATENTS, VIDEO, SourceRules
 from modules.devices import send
+from modules.errors import DatasetError
 from modules.options import NO_OPTIONS
 from modules.vae_options import VAE_TILE
 
@@ -209,6 +219,15 @@ class FramePack:
                 item for part in parts for item in caching.picture_entries(encoders, part, self.one_frame)
             ]
         return [item for part in parts for item in caching.clip_entries(encoders, part, self.order)]
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Moments do not: sections have conditions that only frames give."""
+        return MomentsRules(caching.NO_MOMENTS)
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Raise DatasetError, always."""
+        raise DatasetError(f"{media.keys[0]}: {caching.NO_MOMENTS}")
 
     # the network
 

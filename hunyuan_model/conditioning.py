@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hunyuan_model.vae import HunyuanVae
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch
+from hunyuan_model.vae import HunyuanVae, sample_posterior
+from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MomentsBatch
 from modules.contract.family import LatentSpec
 from modules.devices import send
 from modules.media.pixels import byte_clips
@@ -49,6 +49,25 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
         CacheEntry({name: tensor[item].to(vae.dtype) for name, tensor in tensors.items()})
         for item in range(len(pixels))
     ]
+
+
+def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
+    """Return what `encode_latents` does for clips with these moments: the same draws for the same names.
+
+    dtype: of the VAE. With moments of first frames, also `latents_image`.
+    """
+    generators = [posterior_generator(key) for key in media.keys]
+    tensors = {"latents": sample_posterior(_copied(media.moments), generators)}
+    if media.image is not None:
+        tensors["latents_image"] = sample_posterior(_copied(media.image), generators)
+    return [
+        CacheEntry({name: tensor[item].to(dtype) for name, tensor in tensors.items()})
+        for item in range(len(media.keys))
+    ]
+
+
+def _copied(moments: Tensor) -> Tensor:
+    return moments.to(torch.float32, copy=True)
 
 
 def first_frame_condition(first: Tensor, frames: int) -> Tensor:

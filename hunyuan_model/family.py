@@ -15,6 +15,7 @@ from hunyuan_model.conditioning import (
     first_frame_condition,
     first_frame_of,
     posterior_generator,
+    sample_moments,
     texts_for,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
@@ -30,7 +31,16 @@ from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
 from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype, with_dtype
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
@@ -170,6 +180,15 @@ class HunyuanVideo:
         """
         parts = media.split_for(encoders.vae.device)
         return [[entry] for part in parts for entry in encode_latents(encoders.vae, part, self.caches_image)]
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Moments do; with `caches_image` those of the first frame alone too."""
+        return MomentsRules(with_image=self.caches_image)
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Samples of the posteriors, seeded as those of clips that are encoded here."""
+        return sample_moments(media, beside(self.files.encoders.vae_dtype, self._dit_dtype()))
 
     # the network
 

@@ -80,13 +80,15 @@ class HunyuanVae(nn.Module):
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} clips")
-        mean, log_variance = self._all_moments(pixels).chunk(2, dim=1)
-        if generators is not None:  # in place: even the latents of a long clip are large
-            deviation = log_variance.clamp_(*LOG_VARIANCE).mul_(0.5).exp_()
-            for item, each in enumerate(generators):
-                noise = torch.randn(mean.shape[1:], generator=each, device=each.device)
-                mean[item] += deviation[item].mul_(noise.to(self.device))
-        return mean.contiguous()
+        moments = self._all_moments(pixels)
+        if generators is not None:
+            return sample_posterior(moments, generators)
+        return moments.chunk(2, dim=1)[0].contiguous()
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return means and logarithms of variances, B 2Z n+1 H/8 W/8 float32, as the network gives them."""
+        return self._all_moments(pixels)
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +161,21 @@ class HunyuanVae(nn.Module):
         if x.dtype == torch.uint8:
             x = from_bytes(x.to(self.device))
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
+
+
+def sample_posterior(moments: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return a sample of each posterior, B Z f h w float32, on the device of `moments`.
+
+    moments: B 2Z f h w float32, means and logarithms of variances; overwritten. generators: one for each
+    item; the noise is drawn in float32 on their device.
+    """
+    mean, log_variance = moments.chunk(2, dim=1)
+    # in place: even the latents of a long clip are large
+    deviation = log_variance.clamp_(*LOG_VARIANCE).mul_(0.5).exp_()
+    for item, each in enumerate(generators):
+        noise = torch.randn(mean.shape[1:], generator=each, device=each.device)
+        mean[item] += deviation[item].mul_(noise.to(mean.device))
+    return mean.contiguous()
 
 
 def _in_playing_order(pixels: Tensor) -> Iterator[Tensor]:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 import secrets
 import shutil
 import time
@@ -16,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.errors import OutputError
+from modules.temporary_names import LEFTOVER_SECONDS, parse_temporary, temporary_name
 
-LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer uses them
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
 
 
@@ -30,11 +28,11 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     runs are removed. size_bytes: what will be written; compared with the free space first. Raises OutputError
     if the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         check_space(path, size_bytes)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_name(path)
         try:
             yield temporary
             _flush(temporary)
@@ -42,7 +40,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -52,17 +50,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
     renames. Raises OutputError if the folder cannot be written.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_name(path)
         temporary.mkdir()
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            _flush_folder(temporary)
+            flush_folder(temporary)
             aside = path.with_name(f".{path.name}.old")
             if path.exists():
                 os.replace(path, aside)
@@ -71,7 +69,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             recover_folder(path)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -83,11 +81,11 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     names. size_bytes: as for
     `atomic_path`. Raises OutputError if they cannot be written; existing files then stay unchanged.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         check_space(path, size_bytes)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_name(path)
         temporary.mkdir()
         try:
             yield temporary
@@ -95,7 +93,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
                 os.replace(file, path.parent / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -129,7 +127,7 @@ def claim_name(path: Path) -> Iterator[bool]:
     """
     # different from every name of a temporary file or folder of `path`
     claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")
-    with _explain_errors(path):
+    with explain_errors(path):
         try:
             claim.touch(exist_ok=False)
             is_ours = True
@@ -157,19 +155,22 @@ def recover_folder(path: Path) -> None:
 def remove_leftovers(
     folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
 ) -> None:
-    """Remove temporary files and folders of killed runs that have not changed for `older_seconds`.
+    """Remove temporary files and folders of killed runs. What a living process writes is left alone.
 
-    of: given the final name of a temporary file, returns whether to remove it.
+    of: given the final name of a temporary file, returns whether to remove it. older_seconds: how long a file
+    must have been unchanged if its name does not tell whether its writer lives. Machines that share the
+    folder need clocks that agree to within an hour.
     """
-    newest = time.time() - older_seconds
+    now = time.time()
     with os.scandir(folder) as entries:
         for entry in entries:
-            temporary = _TEMPORARY.fullmatch(entry.name)
-            if temporary is None or not of(temporary["name"]):
+            temporary = parse_temporary(entry.name)
+            if temporary is None or not of(temporary.name):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 # a folder's time changes with every file put into it
-                if entry.stat(follow_symlinks=False).st_mtime > newest:
+                changed = entry.stat(follow_symlinks=False).st_mtime
+                if changed > now - temporary.least_age(older_seconds):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -188,9 +189,9 @@ def give_name(file: Path, path: Path) -> None:
 
     Raises OutputError if that fails.
     """
-    with _explain_errors(path):
+    with explain_errors(path):
         os.replace(file, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -209,7 +210,7 @@ def append_text(path: Path, text: str) -> None:
 
     Raises OutputError if that fails.
     """
-    with _explain_errors(path), path.open("ab") as file:
+    with explain_errors(path), path.open("ab") as file:
         file.write(text.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
@@ -261,7 +262,8 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make sure that the names of new files in a folder survive a power cut."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS orders the rename itself
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -272,7 +274,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explain_errors(path: Path) -> Iterator[None]:
+def explain_errors(path: Path) -> Iterator[None]:
+    """Raise OutputError, with what to do, in place of an OSError while writing `path`."""
     try:
         yield
     except OSError as error:

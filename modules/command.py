@@ -205,7 +205,8 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Say how to write two numbers if they are typed as one word: 480x832."""
-        pairs = {flag for action in self._actions if action.nargs == 2 for flag in action.option_strings}
+        numbers = [action for action in self._actions if action.nargs == 2 and action.type in NUMBERS]
+        pairs = {flag for action in numbers for flag in action.option_strings}
         typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
         for before, word in pairwise(typed):
             found = _JOINED.fullmatch(word)

@@ -24,12 +24,17 @@ OTHER_KINDS = {
 
 def check_output_file(option: str, path: Path) -> None:
     """Raise OptionError if a safetensors file cannot be written under this name."""
-    if path.is_dir():
-        raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
-    if path.suffix.lower() in OTHER_KINDS:
+    if path.suffix.lower() in OTHER_KINDS and not path.is_dir():
         raise OptionError(
             f"{option} {path}: a safetensors file is written. Give a name that ends in .safetensors"
         )
+    check_place(option, path)
+
+
+def check_place(option: str, path: Path) -> None:
+    """Raise OptionError if no file can be written under this name: a folder has it, or a file is above it."""
+    if path.is_dir():
+        raise OptionError(f"{option} {path}: is a folder. Give the name of the file to write in it")
     above = next((folder for folder in path.parents if folder.exists()), None)
     if above is not None and not above.is_dir():
         raise OptionError(f"{option} {path}: {above} is a file, not a folder. Choose another folder")

@@ -25,9 +25,9 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "interpreter", "seeds"}
-        | {"text_encodings", "text_files", "version"},
-        {"atomic_write", "devices", "failures", "fp8", "installation", "options"},
+        {"addresses", "answers", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        | {"temporary_names", "text_encodings", "text_files", "version"},
+        {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "environment", "output_files"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
         {"contract", "pages"},
@@ -38,14 +38,14 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "options"},
+        {"config_keys", "convert_options", "options"},
         {"config"},
         {"sources"},
         {"cache"},
         {"batches", "caching"},
-        {"checking"},
+        {"captioning", "checking", "cogvideox", "cutting"},
         {"check", "debug_views"},
-        {"commands"},
+        {"commands", "reporting"},
     ),
     "post": (
         {"contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
@@ -86,6 +86,7 @@ FLOORS = {
 LIGHT_FILES = {
     "modules/options.py",
     "modules/command.py",
+    "modules/addresses.py",
     "modules/errors.py",
     "modules/control_codes.py",
     "modules/installation.py",

@@ -2,11 +2,19 @@
 
 import torch
 
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.data import (
+    CacheEntry,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
 from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
 from wan import conditioning
 from wan.configs import WanTask
+from wan.vae import normalise
 
 
 def check_controls(task: WanTask, table: MediaTable) -> None:
@@ -49,3 +57,20 @@ def encode_together(
     return [
         CacheEntry({name: tensor[item] for name, tensor in tensors.items()}) for item in range(len(pixels))
     ]
+
+
+def moments_rules(image_kind: str | None) -> MomentsRules:
+    """Return what caches can be made from without frames. image_kind: as of `encode_together`."""
+    if image_kind is None:
+        return MomentsRules()
+    return MomentsRules(
+        "Wan's image-to-video caches hold the first frame followed by grey frames, encoded together, and "
+        "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "
+        "and --flf2v"
+    )
+
+
+def normalise_moments(media: MomentsBatch, store: torch.dtype) -> list[CacheEntry]:
+    """Return the latents of clips with these moments. store: their dtype."""
+    latents = normalise(media.moments.float().chunk(2, dim=1)[0]).to(store)
+    return [CacheEntry({"latents": latent}) for latent in latents]

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.checkpoints.opening import fingerprint
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
@@ -24,7 +33,7 @@ from modules.devices import dtype_name
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from wan.batches import batch_conditions, no_features
-from wan.caching import check_controls, encode_together
+from wan.caching import check_controls, encode_together, moments_rules, normalise_moments
 from wan.checkpoints import load_dit, note_task
 from wan.chosen import (
     boundary_of,
@@ -195,6 +204,15 @@ class Wan:
         return [
             [entry] for part in parts for entry in encode_together(encoders, part, store, self.image_kind)
         ]
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Moments do unless conditions of an image are cached too."""
+        return moments_rules(self.image_kind)
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Means of the posteriors, normalised: no sample is drawn, as for clips that are encoded here."""
+        return normalise_moments(media, self._vae_dtype())
 
     # the network
 

@@ -4,7 +4,7 @@ It works on one group of frames at a time, so that memory does not grow with the
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -59,19 +59,27 @@ class WanVae(nn.Module):
         stride S, 8 or 16. Returns B Z n+1 H/S W/S, float32, on the VAE's device. Raises ValueError for other
         sizes.
         """
+        return self._in_tiles(pixels, self._encode, self.conv2.in_channels)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return means and logarithms of variances, not normalised: B 2Z n+1 H/S W/S, as `encode` does."""
+        return self._in_tiles(pixels, self._moments, self.conv1.out_channels)
+
+    def _in_tiles(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+        """Encode pixels, in tiles if they are larger than one. channels: of what `encode` returns."""
         step, side, _ = self.config.stride
         check_clip(pixels, step, side)
         batch, _, frames, height, width = pixels.shape
         rows, columns = self._tiles(height // side), self._tiles(width // side)
         if len(rows) == len(columns) == 1:
-            return self._encode(pixels)
+            return encode(pixels)
         latents = torch.zeros(
-            (batch, self.conv2.in_channels, (frames - 1) // step + 1, height // side, width // side),
-            device=self.device,
+            (batch, channels, (frames - 1) // step + 1, height // side, width // side), device=self.device
         )
         for row in rows:
             for column in columns:
-                piece = self._encode(pixels[..., row.pick(side), column.pick(side)])
+                piece = encode(pixels[..., row.pick(side), column.pick(side)])
                 add_tile(latents, piece, row, column, 1)
         return latents
 
@@ -107,19 +115,24 @@ class WanVae(nn.Module):
         return tiles(size, size if self.tile is None else max(1, self.tile // self.config.stride[1]))
 
     def _encode(self, pixels: Tensor) -> Tensor:
+        means = [moments.chunk(2, dim=1)[0].float() for moments in self._groups(pixels)]
+        return normalise(torch.cat(means, dim=2))
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        return torch.cat([moments.float() for moments in self._groups(pixels)], dim=2)
+
+    def _groups(self, pixels: Tensor) -> list[Tensor]:
+        """Return the moments of each group of frames."""
         frames = pixels.shape[2]
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
         (step, _, _), patch = self.config.stride, self.config.patch
         groups = pixels.split([1] + [step] * ((frames - 1) // step), dim=2)
-        moments = [self.conv1(self.encoder(self._place(group, patch), memory)) for group in groups]
-        means = torch.cat([moment.chunk(2, dim=1)[0].float() for moment in moments], dim=2)
-        mean, std = self._statistics()
-        return ((means - mean) / std).contiguous()
+        return [self.conv1(self.encoder(self._place(group, patch), memory)) for group in groups]
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         frames = latents.shape[2]
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
-        mean, std = self._statistics()
+        mean, std = _statistics(latents.shape[1], self.device)
         for index in range(frames):
             latent = latents[:, :, index : index + 1].to(self.device).float() * std + mean
             chunk = self.decoder(self.conv2(self._place(latent)), memory)
@@ -134,14 +147,23 @@ class WanVae(nn.Module):
             x = fold_patches(x.to(self.device, self.dtype), patch)
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, 1 Z 1 1 1, float32: in 16 bits they would tint every video."""
-        release = RELEASES[self.config.latent_channels]
-        mean, std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
-            for values in (release.mean, release.std)
-        )
-        return mean, std
+
+def normalise(means: Tensor) -> Tensor:
+    """Return the latents of caches and of the model, B Z f h w float32, for the means of posteriors.
+
+    Which VAE it is, the number of channels says.
+    """
+    mean, std = _statistics(means.shape[1], means.device)
+    return ((means.float() - mean) / std).contiguous()
+
+
+def _statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation, 1 Z 1 1 1, float32: in 16 bits they would tint every video."""
+    release = RELEASES[channels]
+    mean, std = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1, 1) for values in (release.mean, release.std)
+    )
+    return mean, std
 
 
 def load_vae(

@@ -22,6 +22,7 @@ from dataset.cache.files import (
     part_name,
     text_file_name,
 )
+from dataset.cache.forms import unsound
 from dataset.cache.records import section_frames
 from dataset.cache.store import open_store
 from dataset.config import DatasetConfig, DatasetTable
@@ -54,6 +55,7 @@ class FoundItems:
     empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
     unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
     missing_empty: tuple[Path, ...] = ()  # of tables with caption_dropout_rate: files of the empty prompt
+    unsound: tuple[tuple[DatasetTable, str], ...] = ()  # why caches of a table may be missing
 
 
 def find_items(
@@ -98,6 +100,7 @@ def find_items(
         tuple(empty),
         tuple(path.with_name(part_name(path.name)) for path in unfinished),
         tuple(missing_empty),
+        tuple((table, line) for table in config.datasets for line in unsound(table, cache_tag)),
     )
 
 
@@ -202,6 +205,13 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
     finished.
     """
+    if found.unsound:
+        lines = [line for _, line in found.unsound]
+        raise CacheError(
+            "\n  ".join([*lines, "Shards are made whole by:", commands.latents, commands.text])
+            if any("convert_cache" not in line for line in lines)
+            else "\n".join(lines)
+        )
     if found.unfinished_text:
         raise CacheError(
             f"{len(found.unfinished_text)} text caches are unfinished, such as {found.unfinished_text[0]}: "

@@ -187,7 +187,7 @@ def _check_mask(item: TrainingItem, record: LatentRecord | None) -> None:
     elif table.mask_directory is not None:
         wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
     else:
-        wanted = {FROM_FILE, None} if table.jsonl_file is not None else {None}
+        wanted = {FROM_FILE, None} if table.directory is None else {None}
     if made_from not in wanted:
         now = "alpha_mask = true" if table.alpha_mask else "no mask" if wanted == {None} else "a mask for it"
         raise CacheError(

@@ -18,6 +18,7 @@ from typing import Any
 
 from dataset.cache.files import Entry, Header, checksum
 from dataset.config_keys import SECTION_DEFAULTS
+from dataset.sources.origin import Origin, Remote, TarMember, hash_member, origin_stamp
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 from modules.media.reading import folder_images
@@ -189,21 +190,27 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return ", ".join(f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed) or None
 
 
-def identify(path: Path) -> FileIdentity:
-    """Return size, time and content hash of a file, or of the images in a folder."""
-    size_bytes, mtime_ns = stamp_of(path)
-    return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns))
+def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
+    """Return size, time and content hash of a file, or of the images in a folder.
+
+    origin: of a source's part; what is at an address has to be downloaded.
+    """
+    size_bytes, mtime_ns = stamp_of(path, origin)
+    return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
 
 
-def is_unchanged(then: FileIdentity, path: Path) -> bool:
+def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
     """Whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
+    What was downloaded from the same address and is no longer here counts as unchanged; nothing is asked for.
     Raises OSError if it is missing, MediaError if a folder has no images any more.
     """
-    size_bytes, mtime_ns = stamp_of(path)
+    if isinstance(origin, Remote) and not path.exists():
+        return then.name == path.name  # it holds a hash of the address
+    size_bytes, mtime_ns = stamp_of(path, origin)
     if size_bytes != then.size_bytes:
         return False
-    return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns) == then.sha256
+    return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns, origin) == then.sha256
 
 
 def modified_ns(path: Path) -> int:
@@ -211,11 +218,13 @@ def modified_ns(path: Path) -> int:
     return stamp_of(path)[1]
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return the size of a file and when it was last written; of a folder, of all its images together.
 
-    Raises OSError if it is missing, MediaError if a folder has no images.
+    origin: of a source's part. Raises OSError if it is missing, MediaError if a folder has no images.
     """
+    if isinstance(origin, TarMember):
+        return origin_stamp(origin)
     one = path.stat()
     if not stat.S_ISDIR(one.st_mode):
         return one.st_size, one.st_mtime_ns
@@ -225,11 +234,13 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 # cached, because training checks every item again if a dataset was copied without its times
 @functools.lru_cache(maxsize=4096)
-def _content_hash(path: Path, size_bytes: int, mtime_ns: int) -> str:
+def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | None = None) -> str:
     """Return SHA-256 of a file, or of the names and hashes of a folder's images.
 
     Size and time are only part of this function's cache key.
     """
+    if isinstance(origin, TarMember):
+        return hash_member(origin)
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from dataset.cache.files import Entry, Header, read_entry, read_header, write_tensors
+from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
-from modules.atomic_write import give_name, remove_leftovers
+from modules.atomic_write import remove_leftovers
 
 Stamp = tuple[int, int]  # size in bytes, and when it was last written, in nanoseconds since 1970
 
@@ -27,6 +28,11 @@ class CacheStore(Protocol):
     @property
     def folder(self) -> Path:
         """Return the cache folder, there or not."""
+        ...
+
+    @property
+    def holds_only_caches(self) -> bool:
+        """Return whether all names are those of caches, so that a damaged one may be removed."""
         ...
 
     def names(self) -> Collection[str]:
@@ -56,8 +62,10 @@ class CacheStore(Protocol):
         """
         ...
 
-    def rename(self, name: str, new: str) -> None:
-        """Give an entry another name, in place of one that has it. Raises OutputError."""
+    def replace(
+        self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        """Write an entry in place of another, of another name. Raises OutputError."""
         ...
 
     def remove(self, name: str) -> None:
@@ -65,11 +73,24 @@ class CacheStore(Protocol):
         ...
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove what killed writers left of entries whose names fit; no process may be writing."""
+        """Remove what killed writers left of entries whose names fit. What another process is writing
+        stays.
+        """
         ...
 
     def finish(self) -> None:
         """Make sure that all that was written survives, as the last act of a writer; more may follow."""
+        ...
+
+    def settle(self) -> None:
+        """Put the store in order when the writers of a run have finished: the act of one process.
+
+        Raises OutputError if there is no room for it; nothing is lost then.
+        """
+        ...
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the store as a whole, so that entries may be missing."""
         ...
 
 
@@ -78,6 +99,7 @@ class SingleFiles:
     """A file for each entry: the form that existing tuners read and write."""
 
     folder: Path
+    holds_only_caches: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
         # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
@@ -102,25 +124,33 @@ class SingleFiles:
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         write_tensors(self.folder / name, tensors, metadata)
 
-    def rename(self, name: str, new: str) -> None:
-        give_name(self.folder / name, self.folder / new)
+    def replace(
+        self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        self.write(name, tensors, metadata)  # first: another process may need the old one until then
+        self.remove(old)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
         if self.folder.is_dir():
-            remove_leftovers(self.folder, of, older_seconds=0)
+            remove_leftovers(self.folder, of)
 
     def finish(self) -> None:
         """Do nothing: each file is flushed when it is written."""
 
+    def settle(self) -> None:
+        """Do nothing: files stay as they are."""
+
+    def faults(self) -> list[str]:
+        return []
+
 
 def open_store(table: DatasetTable) -> CacheStore:
-    """Return the store of a table's cache folder, in the form that `cache_format` says.
-
-    Raises DatasetError if this form cannot be read here.
-    """
+    """Return the store of a table's cache folder, in the form that `cache_format` says."""
+    if table.cache_format == "shards":
+        return ShardStore(table.cache_directory)
     return SingleFiles(table.cache_directory)
 
 
@@ -134,7 +164,7 @@ class Stores:
     _opened: dict[Path, CacheStore] = field(default_factory=dict)
 
     def of(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table. Raises DatasetError if its form cannot be read here."""
+        """Return the store of a table."""
         if table.cache_directory not in self._opened:
             self._opened[table.cache_directory] = open_store(table)
         return self._opened[table.cache_directory]
@@ -143,3 +173,8 @@ class Stores:
         """Finish the stores of these tables, as the last act of a writer."""
         for table in tables:
             self.of(table).finish()
+
+    def settle(self, tables: Iterable[DatasetTable]) -> None:
+        """Put the stores of these tables in order, when all writers of the run have finished."""
+        for table in tables:
+            self.of(table).settle()

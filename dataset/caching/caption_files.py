@@ -21,6 +21,7 @@ class CaptionFile:
     caption_path: Path | None  # the text file it is from, there or not
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
     pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
+    embeds: Path | None = None  # what text encoders gave for it, computed before
 
 
 def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
@@ -41,8 +42,12 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
         settings = {**table.caption_settings, **({"captions": len(captions)} if len(captions) > 1 else {})}
         for number, caption in enumerate(captions):
             path = table.cache_directory / text_file_name(source.stem, tag, number)
+            embeds = None if source.tensors is None or number else source.tensors.embeds
+            pass_over = min(number, 1)
             files.append(
-                CaptionFile(table, path, source.stem, caption, source.caption_path, settings, min(number, 1))
+                CaptionFile(
+                    table, path, source.stem, caption, source.caption_path, settings, pass_over, embeds
+                )
             )
     if table.caption_dropout_rate:
         path = table.cache_directory / empty_text_name(tag)

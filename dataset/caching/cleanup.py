@@ -1,10 +1,11 @@
 """Remove cache files that no longer belong to any item.
 
-A file is removed only if its tensor names show that it is a cache file.
+A file is removed only if its tensor names show that it is a cache file, and only if it was there before the
+run listed its sources.
 """
 
 import logging
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 
 from dataset.cache.files import (
     PART,
@@ -16,25 +17,27 @@ from dataset.cache.files import (
     parse_more_text_name,
 )
 from dataset.cache.store import CacheStore
-from dataset.caching.planning import Caches
+from dataset.caching.planning import Caches, LatentNames
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
 
 def remove_stale_latents(
-    store: CacheStore, kind: str, family: Caches, names: Container[str], failed_stems: Container[str]
+    store: CacheStore,
+    existing: LatentNames,
+    kind: str,
+    family: Caches,
+    names: Container[str],
+    failed_stems: Container[str],
 ) -> int:
     """Remove latent caches not in `names`, except those of sources that failed in this run.
 
-    kind: of the table, "image" or "video". Returns how many were removed.
+    existing: those that were there before the sources were listed. What others have added since is
+    not looked at. kind: of the table, "image" or "video". Returns how many were removed.
     """
     tag = family.cache_tag
-    stale = []
-    for file in sorted(store.names()):
-        name = parse_latent_name(file, tag, kind)
-        if name is not None and file not in names and name.stem not in failed_stems:
-            stale.append(file)
+    stale = existing.not_in(names, but_of=failed_stems)
     store.sweep(lambda name: parse_latent_name(name, tag, kind) is not None)
     return remove_caches(store, stale, family.name)
 
@@ -47,23 +50,30 @@ def remove_caches(store: CacheStore, names: Iterable[str], architecture: str) ->
     return _remove(store, names, lambda header: is_latent_cache(header, architecture))
 
 
+def list_texts(store: CacheStore, tag: str) -> frozenset[str]:
+    """Return the names of the family's text caches in a store, also of unfinished ones."""
+    return frozenset(name for name in store.names() if is_text_name(name.removesuffix(PART), tag))
+
+
 def remove_stale_texts(
-    store: CacheStore, family: Caches, names: Container[str], surplus_of: Container[str] | None = None
+    store: CacheStore,
+    existing: Collection[str],
+    family: Caches,
+    names: Container[str],
+    surplus_of: Container[str] | None = None,
 ) -> int:
     """Remove text caches not in `names`, also unfinished ones. Returns how many were removed.
 
-    surplus_of: only further captions of these sources (by stem), which have fewer captions now.
+    existing: as `list_texts` gave them before the sources were listed; what others have added since is not
+    looked at. surplus_of: only further captions of these sources (by stem), which have fewer captions now.
     """
-
-    def is_text(name: str) -> bool:
-        return is_text_name(name.removesuffix(PART), family.cache_tag)
-
-    stale = [name for name in sorted(store.names()) if is_text(name) and name.removesuffix(PART) not in names]
+    tag = family.cache_tag
+    stale = [name for name in sorted(existing) if name.removesuffix(PART) not in names]
     if surplus_of is not None:
-        further = [(name, parse_more_text_name(name.removesuffix(PART), family.cache_tag)) for name in stale]
+        further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
         stale = [name for name, parsed in further if parsed is not None and parsed[0] in surplus_of]
     else:
-        store.sweep(is_text)
+        store.sweep(lambda name: is_text_name(name.removesuffix(PART), tag))
     return _remove(store, stale, lambda header: is_text_cache(header, family.name))
 
 
@@ -73,6 +83,12 @@ def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header]
         try:
             is_ours = store.has(name) and is_cache(store.read_header(name))
         except CacheError as error:
+            if not store.has(name):  # another process has just removed it
+                continue
+            if store.holds_only_caches:
+                store.remove(name)
+                count += 1
+                continue
             logger.warning(
                 "%s. It belongs to no item, but is kept because it may not be a cache file.",
                 error,

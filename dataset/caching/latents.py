@@ -5,6 +5,7 @@ Threads decode ahead, batches hold items of one size, and files are written whil
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,18 +35,19 @@ from dataset.caching.planning import (
     complete,
     media_table,
     names_of,
-    paths_of,
 )
 from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.masks import shrink_mask
+from dataset.sources.moments import measure, read_moments
 from modules.bars import Bar
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders, MomentsBatch
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 
@@ -62,11 +64,12 @@ class Crop:
     control: tuple[Tensor, ...]  # each F H W C uint8
     alpha: Tensor | None  # H W uint8
     mask: Tensor | None = None  # F H W uint8: of the loss
+    moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what is encoded."""
-        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)))
+        return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,12 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     Raises MediaError, DatasetError or OSError if the source cannot be used.
     """
     source = plan.source
-    check_memory(source)
-    media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    if source.tensors is not None:
+        return take_moments(plan, recipe)
+    with fetch(source) as here:
+        check_memory(here)
+        media = decode_source(here, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+    media = dataclasses.replace(media, source=source)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
         raise MediaError(
@@ -100,7 +107,7 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
         )
     plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
     missing = plan.missing or ()
-    files = tuple(map(identify, paths_of(source))) if missing else ()
+    files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
     size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
     if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
         # overlapping or large: cut each when its turn comes
@@ -108,6 +115,23 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     crops = {span: cut(media, span) for span in missing}
     media = dataclasses.replace(media, frames=NO_FRAMES, control=(), mask=None)
     return Decoded(plan, media, crops, files, clip)
+
+
+def take_moments(plan: SourcePlan, recipe: Recipe) -> Decoded:
+    """Read the moments of a source that needs no decoding. Raises MediaError if they cannot be used."""
+    source, latent = plan.source, recipe.latent
+    assert source.tensors is not None
+    paths = [path for path, _ in source.parts]
+    # copies: a file that is mapped can change, and Windows does not replace it
+    moments = tuple(read_moments(path, latent).clone() for path in paths)
+    clip = measure(moments[0], latent, paths[0])
+    if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
+        raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
+    span = clip.span(latent.frame_step)
+    media = DecodedSource(source, clip.size, clip.size, NO_FRAMES, (), (span,), None)
+    crop = Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
+    facts = ClipFacts(clip.size, clip.frames, complete=True)
+    return Decoded(plan, media, {span: crop}, tuple(map(identify, paths)), facts)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:
@@ -144,18 +168,38 @@ class _Pending:
         return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
+class EncodersOnDemand:
+    """The media encoders of a family, loaded when the first item is encoded."""
+
+    def __init__(self, family: Caches, device: torch.device) -> None:
+        self._family, self._device = family, device
+        self._loaded: MediaEncoders | None = None
+
+    def get(self) -> MediaEncoders:
+        """Return the encoders. Raises CheckpointError if they cannot be loaded."""
+        if self._loaded is None:
+            self._loaded = self._family.media_encoders(self._device)
+        return self._loaded
+
+    def free(self) -> None:
+        """Free the encoders and their memory; the next `get` loads them again."""
+        self._loaded = None
+        free_memory(self._device)
+
+
 class LatentEncoding:
     """One run over the sources that need encoding. Its public attributes report what was done."""
 
-    def __init__(self, family: Caches, recipe: Recipe, device: torch.device, batch_size: int | None) -> None:
+    def __init__(
+        self, family: Caches, recipe: Recipe, encoders: EncodersOnDemand, batch_size: int | None
+    ) -> None:
         self.finished: list[SourcePlan] = []
         self.failures: list[Failure] = []
         self.written: set[tuple[int, str]] = set()  # table index and name of each file
         self._family = family
         self._recipe = recipe
-        self._device = device
         self._batch_size = batch_size
-        self._encoders: MediaEncoders | None = None
+        self._encoders = encoders
         # by what the items of a batch must have in common
         self._pending: dict[tuple[object, ...], list[_Pending]] = {}
         self._writer = WriteBehind()
@@ -182,8 +226,6 @@ class LatentEncoding:
                 del result  # frees its frames before waiting for the next source
             for group in list(self._pending):
                 self._encode(group)
-        self._encoders = None
-        free_memory(self._device)
 
     def _add(self, decoded: Decoded, there: Names) -> None:
         """Put the missing items of a source into their batches; encode full batches."""
@@ -220,8 +262,14 @@ class LatentEncoding:
 
     def _encode(self, group: tuple[object, ...]) -> None:
         items = self._pending.pop(group)
-        if self._encoders is None:
-            self._encoders = self._family.media_encoders(self._device)
+        if items[0].crop.moments:
+            parts = zip(*(item.crop.moments for item in items), strict=True)
+            moments = [torch.stack(found) for found in parts]
+            given = MomentsBatch(moments[0], tuple(item.path.stem for item in items), *moments[1:])
+            for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
+                self._write(item, [entry])
+            return
+        encoders = self._encoders.get()
         media = MediaBatch(
             frames=_stack_batch([item.crop.frames for item in items]),
             keys=tuple(item.path.stem for item in items),
@@ -233,7 +281,7 @@ class LatentEncoding:
             alpha=_all_or_none([item.crop.alpha for item in items]),
             table=media_table(items[0].table, bool(items[0].crop.control)),
         )
-        for item, entries in zip(items, self._family.encode_media(self._encoders, media), strict=True):
+        for item, entries in zip(items, self._family.encode_media(encoders, media), strict=True):
             self._write(item, entries)
 
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:

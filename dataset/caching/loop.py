@@ -2,42 +2,25 @@
 
 Both halves do the same: compare existing files with what this run would make, encode the rest, and, when all
 processes are done, remove files that no longer belong to any item. A file is complete or missing, never
-partial, so the same command continues a run that was killed. The encoding is in latents.py and texts.py.
+partial, so the same command continues a run that was killed. The work itself is in work.py; a run that does
+only one shard of it removes nothing, because it does not know what the other machines make.
 """
 
-import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from dataset.cache.index import Indexes
 from dataset.cache.store import Stores
-from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
-from dataset.caching.latents import LatentEncoding
-from dataset.caching.planning import (
-    Caches,
-    LatentNames,
-    Recipe,
-    SourcePlan,
-    latent_index,
-    media_table,
-    plan_all,
-)
+from dataset.caching.planning import Caches, SourcePlan
 from dataset.caching.processes import Share, join_processes
-from dataset.caching.reports import CacheReport, Failure, join_reports
-from dataset.caching.texts import TextEncoding, Texts, text_index
+from dataset.caching.reports import CacheReport, join_reports
+from dataset.caching.work import MediaWork, TextWork
 from dataset.config import DatasetConfig
-from dataset.options import CachingOptions
-from dataset.sources.decoding import check_resolution
-from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
-from dataset.sources.media_source import MediaSource
+from dataset.options import CachingOptions, ShardOptions
 from modules.atomic_write import free_bytes
 from modules.console import Row, as_size, count_of, show_box
 from modules.devices import choose_device
-from modules.errors import DatasetError
-
-logger = logging.getLogger(__name__)
 
 NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
@@ -49,106 +32,73 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    sources = find_all_sources(config, captions=False)
-    _check_tables(family, config, sources)
-    warn_missing_captions(sources)
-    family.check_given_files()
-    recipe = recipe_of(family, options.skip_existing, options.verify)
-    stores = recipe.stores
-    existing = {
-        table.index: LatentNames(stores.of(table), recipe.tag, table.kind) for table in config.datasets
-    }
-    workers = workers_of(options)
     with join_processes() as share:
-        plans, failures = plan_all(share.of(sources), existing, recipe, workers, share.is_main)
-        to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         device = choose_device(share.device_name(options.device))
-        encoding = LatentEncoding(family, recipe, device, options.batch_size)
-        rows: list[Row] = [
-            ("data", str(config.path)),
-            (_who(share), f"{len(plans) + len(failures)} sources, {len(to_do)} of them to encode"),
-            ("disk", _disk(config, family, to_do)),
-            ("device", str(device)),
-        ]
-        if share.is_main:
+        work = MediaWork(family, config, options, device)
+
+        def announce(number: int, to_do: Sequence[SourcePlan]) -> None:
+            rows: list[Row] = [
+                ("data", str(config.path)),
+                (_who(share, options.shard), f"{number} sources, {len(to_do)} of them to encode"),
+                ("disk", _disk(config, family, to_do)),
+                ("device", str(device)),
+            ]
             show_box("Caching latents", rows)
-        if to_do:
-            encoding.run(to_do, existing, workers, share.is_main)
-        finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
-        log_outdated(finished)
-        report = CacheReport(
-            written=len(encoding.written),
-            kept=sum(len(plan.kept) for plan in finished),
-            foreign=sum(plan.foreign for plan in finished),
-            failures=(*failures, *encoding.failures),
-            dropped=tuple(
-                Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
-            ),
-            shortened=tuple(
-                Failure.of(plan.source, plan.short) for plan in finished if plan.short is not None
-            ),
-        )
-        right = {
-            (plan.source.table.index, name) for plan in finished for name in plan.kept
-        } | encoding.written
-        stores.finish(config.datasets)
-        gathered = share.gather((report, right))
-        reports, names = [one for one, _ in gathered], [theirs for _, theirs in gathered]
+
+        try:
+            sources = share.of(options.shard.of(work.sources))
+            done = work.encode(sources, share.is_main, announce if share.is_main else None)
+        finally:
+            work.free()
+        work.stores.finish(config.datasets)
+        gathered = share.gather(done)
+        reports = [*(one.report for one in gathered), work.not_listed]
+        failures = join_reports(reports).failures
         removed = 0
-        if share.is_main and not options.keep_cache:
-            for table in config.datasets:
-                belongs = {name for of_process in names for index, name in of_process if index == table.index}
-                failed = {one.stem for one in join_reports(reports).failures if one.table == table.index}
-                removed += remove_stale_latents(stores.of(table), table.kind, family, belongs, failed)
-        _keep_index(share, recipe.index, stores, config)
+        if share.is_main and not options.keep_cache and not options.shard.is_given:
+            for table in work.whole_tables:
+                belongs = {name for one in gathered for index, name in one.right if index == table.index}
+                failed = {one.stem for one in failures if one.table == table.index}
+                existing = work.existing[table.index]
+                removed += remove_stale_latents(
+                    work.stores.of(table), existing, table.kind, family, belongs, failed
+                )
+        if share.is_main and not options.shard.is_given:
+            work.stores.settle(config.datasets)
+        _keep_index(share, work.index, work.stores, config)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
 def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
     """Encode every caption without a valid text cache, one encoder after the other; then remove stale files.
 
-    A text cache gets its final name when all encoders have written; until then it is a `.part`, which a later
-    run continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be
-    loaded, OutputError if a file cannot be written.
+    A text cache is written when all encoders are through; until then there is a `.part`, which a later run
+    continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be loaded,
+    OutputError if a file cannot be written.
     """
-    sources = find_all_sources(config)
-    require_captions(sources)
-    family.check_given_files()
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
-        stores = Stores()
-        texts = Texts(stores, options.skip_existing, text_index(options.verify))
-        encoding = TextEncoding(family, device, options.batch_size, workers_of(options), share.is_main, texts)
-        files = list_caption_files(sources, family.cache_tag)
+        work = TextWork(family, config, options, device, share.is_main)
         if share.is_main:
-            captions = count_of(len(files), "caption")
+            captions = count_of(len(work.files), "caption")
             show_box("Caching texts", [("data", f"{config.path}, {captions}"), ("device", str(device))])
-        encoding.run(share.of(files))
-        stores.finish(config.datasets)
-        reports = share.gather(CacheReport(encoding.written, encoding.kept, encoding.foreign))
-        removed = 0
-        if share.is_main:
-            for table in config.datasets:
-                stems = {one.stem for one in sources if one.table.index == table.index}
-                names = {file.path.name for file in files if file.table.index == table.index}
-                surplus_of = stems if options.keep_cache else None
-                removed += remove_stale_texts(stores.of(table), family, names, surplus_of)
-        _keep_index(share, texts.index, stores, config)
-        return join_reports(reports, sum(share.gather(removed)), share.is_main)
-
-
-def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError with the reasons of all tables that cannot be cached."""
-    problems = []
-    for table in config.datasets:
-        has_control = any(source.control for source in sources if source.table is table)
         try:
-            check_resolution(table, family.latent.pixel_step)
-            family.check_table(media_table(table, has_control))
-        except DatasetError as error:
-            problems.append(str(error))
-    if problems:
-        raise DatasetError("\n".join(problems))
+            done = work.encode(share.of(options.shard.of(work.batches)))
+        finally:
+            work.free()
+        work.stores.finish(config.datasets)
+        reports = [*share.gather(done), work.not_listed]
+        removed = 0
+        if share.is_main and not options.shard.is_given:
+            for table in work.whole_tables:
+                stems = {one.stem for one in work.sources if one.table.index == table.index}
+                names = {file.path.name for file in work.files if file.table.index == table.index}
+                surplus_of = stems if options.keep_cache else None
+                existing = work.existing[table.index]
+                removed += remove_stale_texts(work.stores.of(table), existing, family, names, surplus_of)
+            work.stores.settle(config.datasets)
+        _keep_index(share, work.index, work.stores, config)
+        return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
 def _keep_index(share: Share, index: Indexes[Any], stores: Stores, config: DatasetConfig) -> None:
@@ -157,17 +107,6 @@ def _keep_index(share: Share, index: Indexes[Any], stores: Stores, config: Datas
     gathered = share.gather(index.rows(of_tables))
     if share.is_main:
         index.write(of_tables, gathered)
-
-
-def log_outdated(plans: Sequence[SourcePlan]) -> None:
-    """Log why existing files were made again, so that the extra work is explained."""
-    reasons = [plan.outdated for plan in plans if plan.outdated is not None]
-    if reasons:
-        logger.info(
-            "%d sources had outdated cache files, which were made again. The first: %s",
-            len(reasons),
-            reasons[0],
-        )
 
 
 def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) -> str | None:
@@ -186,24 +125,10 @@ def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) ->
     return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
 
-def recipe_of(family: Caches, skip_existing: bool, verify: bool) -> Recipe:
-    """Return how this run makes latents. Reads the identity of the encoders' files."""
-    latent, fps = family.latent, family.defaults.fps
-    return Recipe(
-        family.cache_tag,
-        family.media_identity,
-        latent,
-        fps,
-        skip_existing,
-        family.sections_of,
-        index=latent_index(verify),
-    )
-
-
-def workers_of(options: CachingOptions) -> int:
-    """Return how many threads read ahead."""
-    return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-
-
-def _who(share: Share) -> str:
-    return "latents" if share.count == 1 else f"latents, process {share.rank + 1} of {share.count}"
+def _who(share: Share, shard: ShardOptions) -> str:
+    words = ["latents"]
+    if shard.num_shards is not None and shard.shard_index is not None:
+        words.append(f"shard {shard.shard_index} of 0 to {shard.num_shards - 1}")
+    if share.count > 1:
+        words.append(f"process {share.rank + 1} of {share.count}")
+    return ", ".join(words)

@@ -5,9 +5,8 @@ This is decided from records, if possible without decoding.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from dataset.cache.files import Entry, LatentName, latent_names
@@ -32,6 +31,7 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
@@ -60,9 +60,20 @@ class LatentNames:
 
     def of(self, stem: str) -> Names:
         """Return those of one source."""
+        return {file: self._rest[file[len(stem) :]] for file in self._files(stem)}
+
+    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
+        """Return the files that are not among `names`, by stem; none of the sources `but_of`."""
+        stale = {
+            stem: [file for file in sorted(self._files(stem)) if file not in names]
+            for stem in self._names
+            if stem not in but_of and not all(file in names for file in self._files(stem))
+        }
+        return [file for _, files in sorted(stale.items()) for file in files]
+
+    def _files(self, stem: str) -> Sequence[str]:
         found = self._names.get(stem)
-        names = () if found is None else (found,) if isinstance(found, str) else found
-        return {file: self._rest[file[len(stem) :]] for file in names}
+        return () if found is None else (found,) if isinstance(found, str) else found
 
 
 ExistingNames = Mapping[int, LatentNames]  # by table index
@@ -99,6 +110,8 @@ class Recipe:
             options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
         if source.mask_from is not None:
             options["mask"] = source.mask_from
+        if source.tensors is not None:
+            options["moments"] = True
         return options | table.section_keys
 
     def difference(
@@ -134,7 +147,7 @@ def look_at(source: MediaSource, existing: Names, recipe: Recipe) -> Look:
     if not existing:
         return Look({}, 0, None)
     try:
-        stamps = [stamp_of(path) for path in paths_of(source)]
+        stamps = [stamp_of(path, origin) for path, origin in source.parts]
     except (OSError, MediaError):  # what reads it says why
         return Look({}, 0, None)
     sources = fingerprint(stamps)
@@ -207,8 +220,16 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
     """
     look = look_at(source, existing, recipe)
     if source.table.kind == "image":
-        size = _known_size(look) or image_size(source.path)
+        size = _known_size(look) or _image_size(source, existing, recipe)
+        if size is None:
+            return SourcePlan(source, frozenset(), 0, None)
         return compare(source, size, [(0, 1)], existing, recipe, look)
+    if source.tensors is not None:
+        clip = _find_known_clip(source, existing, recipe, look)
+        given = (
+            measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
+        )
+        return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe, look)
     if not existing:
         return SourcePlan(source, frozenset(), 0, None)
     table, step = source.table, recipe.latent.frame_step
@@ -366,11 +387,13 @@ def _check_foreign(
 
 
 def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
-    paths = paths_of(source)
-    if len(paths) != len(record.files):
-        return f"it was made from {len(record.files)} source files, now there are {len(paths)}"
+    parts = source.parts
+    if len(parts) != len(record.files):
+        return f"it was made from {len(record.files)} source files, now there are {len(parts)}"
     changed = [
-        str(path) for path, then in zip(paths, record.files, strict=True) if not is_unchanged(then, path)
+        str(path)
+        for (path, origin), then in zip(parts, record.files, strict=True)
+        if not is_unchanged(then, path, origin)
     ]
     return f"{', '.join(changed)} changed since" if changed else None
 
@@ -398,9 +421,28 @@ def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe, look:
         if record is None or record.clip is None or not (record.files or file in look.known):
             continue
         same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
-        if same_rate and (file in look.known or is_unchanged(record.files[0], source.path)):
+        same_kind = record.options.get("moments") == rate.get("moments")
+        if not (same_rate and same_kind):
+            continue
+        if file in look.known or is_unchanged(record.files[0], *source.parts[0]):
             known.append(record.clip)
     return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
+
+
+def _image_size(source: MediaSource, existing: Names, recipe: Recipe) -> Size | None:
+    """Return the size of an image; None if it has to be fetched first, and it has no cache that knows it.
+
+    Raises MediaError if its header cannot be read.
+    """
+    if not source.origins:
+        return image_size(source.path)
+    path, origin = source.parts[0]
+    for file, name in existing.items():
+        with contextlib.suppress(CacheError):
+            record = latent_record(recipe.stores.of(source.table).read_header(file))
+            if record is not None and record.files and is_unchanged(record.files[0], path, origin):
+                return name.size
+    return None
 
 
 def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
@@ -418,8 +460,3 @@ def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
         target_index=table.fp_1f_target_index,
         has_post=not table.fp_1f_no_post,
     )
-
-
-def paths_of(source: MediaSource) -> tuple[Path, ...]:
-    """Return the files or folders that a source's latents are made from."""
-    return (source.path, *source.control, *(() if source.mask is None else (source.mask,)))

@@ -45,13 +45,14 @@ def run_ahead(
 
 
 class WriteBehind:
-    """A thread that writes files while the next items are encoded.
+    """A thread, or several, that writes files while the next items are encoded.
 
     An error is raised by a later call, or at the end.
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+    def __init__(self, threads: int = 1) -> None:
+        self._most = WRITES_BEHIND * threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="writer")
         self._waiting: collections.deque[Future[object]] = collections.deque()
 
     def __enter__(self) -> "WriteBehind":
@@ -64,7 +65,7 @@ class WriteBehind:
 
     def submit(self, write: Callable[[], object]) -> None:
         """Run `write` in the background. Waits while too many writes are pending."""
-        self._collect(WRITES_BEHIND)
+        self._collect(self._most)
         self._waiting.append(self._pool.submit(write))
 
     def _collect(self, most: int) -> None:

@@ -44,6 +44,8 @@ class CacheReport:
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
+    share: int = 0  # how many of the sources or captions this run looked at
+    whole: int = 0  # how many there are
     is_main: bool = True  # whether this process reports for all
 
 
@@ -57,6 +59,8 @@ def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool
         failures=tuple(sorted((one for report in reports for one in report.failures), key=_by_path)),
         dropped=tuple(sorted((one for report in reports for one in report.dropped), key=_by_path)),
         shortened=tuple(sorted((one for report in reports for one in report.shortened), key=_by_path)),
+        share=sum(report.share for report in reports),
+        whole=max((report.whole for report in reports), default=0),
         is_main=is_main,
     )
 
@@ -84,7 +88,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
             "%d files were made by another program: only their sizes could be compared (--skip_existing)",
             report.foreign,
         )
-    if report.written or report.kept or report.removed:
+    if report.written or report.kept or report.removed or report.share < report.whole:
         files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
         show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
     if report.failures:

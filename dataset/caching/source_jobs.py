@@ -52,6 +52,8 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 
     Reads its header only if the table uses the whole clip.
     """
+    if source.tensors is not None:
+        return 0  # moments are small
     width, height = source.table.resolution
     frames = 1.0 if source.table.kind == "image" else frames_wanted(source.table) or _frames_in_header(source)
     channels = 3 * (1 + len(source.control)) + (source.mask_from is not None)
@@ -79,6 +81,8 @@ def machine_bytes() -> int | None:
 
 
 def _frames_in_header(source: MediaSource) -> float:
+    if source.origins:  # it would have to be fetched: `check_memory` looks when it is here
+        return UNKNOWN_FRAMES
     try:
         info = video_info(source.path)
         is_timed = source.table.source_fps == AUTO or is_animation(source.path)

@@ -2,16 +2,17 @@
 
 One file per caption serves all items of its source and holds the tensors of all encoders. Each text encoder
 runs in a pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a
-`.part` beside the file; the last pass joins everything and gives it the file's name. So a file is always
-complete.
+`.part` beside the file; the last pass joins everything, writes the file, and then removes the `.part`. So a
+file is always complete, also if several processes work on it: whoever finds the `.part` gone finds the file.
 """
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ from dataset.cache.records import (
     text_records_of,
     verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import CacheStore, Stamp, Stores
 from dataset.caching.caption_files import CaptionFile
+from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import AT_ONCE, Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
@@ -52,11 +54,13 @@ from modules.errors import CacheError, CheckpointError
 
 logger = logging.getLogger(__name__)
 
+TextBatch = Sequence[CaptionFile]  # texts that are encoded together
+
 # in the order of their passes, each with its identity
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextPlan:
     """What to do for one text, by names of encoders."""
 
@@ -64,10 +68,33 @@ class TextPlan:
     missing: tuple[str, ...]  # those that must encode, in order
     in_part: tuple[str, ...]  # those whose outputs are valid in the unfinished file only
     is_foreign: bool  # whether valid outputs have no record: another program made them
+    is_known: bool = False  # to be whole, and without an unfinished file
 
     def is_last(self, encoder: str) -> bool:
         """Return whether the file is complete once this encoder has written."""
         return encoder == self.missing[-1]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one text's cache file has to hold: the caption, and what the encoders would write for it."""
+
+    file: CaptionFile
+    encoders: Encoders
+    skip_existing: bool  # outputs without a record count as valid if the caption is the same
+
+    @property
+    def name(self) -> str:
+        """Return the name of the cache file."""
+        return self.file.path.name
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a cache file, finished or not, holds of what is wanted."""
+
+    entry: Entry | None = None  # None: it is missing or damaged
+    right: Mapping[str, bool] = field(default_factory=dict)  # encoders with valid outputs: has it a record?
 
 
 def text_index(verify: bool = False) -> Indexes[dict[str, TextRecord]]:
@@ -76,167 +103,177 @@ def text_index(verify: bool = False) -> Indexes[dict[str, TextRecord]]:
 
 
 @dataclass
-class Texts:
-    """The text caches of a run, and what is known of them."""
+class KnownTexts:
+    """What is known of the text caches of a run without reading them."""
 
     stores: Stores
-    skip_existing: bool  # outputs without a record are valid if the caption is the same
-    index: Indexes[dict[str, TextRecord]] = field(default_factory=text_index)
-    _parts: dict[Path, frozenset[str]] = field(default_factory=dict)
-    _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
+    index: Indexes[dict[str, TextRecord]]
+    _parts: dict[Path, frozenset[str]] = field(default_factory=dict)  # unfinished files by folder
+    _compared: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
-    def has_part(self, file: CaptionFile) -> bool:
-        """Whether a text had an unfinished file when the first one of its table was asked for."""
-        folder = file.table.cache_directory
-        if folder not in self._parts:
-            names = self.stores.of(file.table).names()
-            self._parts[folder] = frozenset(name for name in names if name.endswith(PART))
-        parts = self._parts[folder]
-        return bool(parts) and part_name(file.path.name) in parts
+    def is_whole(self, wanted: Wanted) -> bool:
+        """Whether a text's file is as it was when it was verified, and holds what all encoders would write.
 
-    def plan(self, file: CaptionFile, encoders: Encoders) -> TextPlan:
-        """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed."""
-        name = file.path.name
-        right, _ = self._right(name, file, encoders, self.skip_existing)
-        part: dict[str, bool] = {}
-        if self.has_part(file):
-            part, others = self._right(part_name(name), file, encoders, skip_existing=False)
-            if others:
-                # it is from a run with other encoders or another caption: joining it would corrupt the valid
-                # outputs
-                part = {}
-        names = [encoder.name for encoder, _ in encoders]
-        return TextPlan(
-            file.path,
-            missing=tuple(name for name in names if name not in right and name not in part),
-            in_part=tuple(name for name in names if name not in right and name in part),
-            is_foreign=not all(right.values()),
-        )
-
-    def _right(
-        self, name: str, file: CaptionFile, encoders: Encoders, skip_existing: bool
-    ) -> tuple[dict[str, bool], frozenset[str]]:
-        """Return the encoders whose outputs in a file are valid (name -> has a record), and all other
-        records.
-
-        Valid outputs are those that the encoder would write.
+        False if that is not known, or if there was an unfinished file when the first text of the table was
+        asked for.
         """
-        store, right = self.stores.of(file.table), dict[str, bool]()
-        index, source = self.index.of(store), caption_fingerprint(file.caption)
-        known = index.get(name, source)
-        entry: Entry | None = None
-        if known is None:
-            stamp = store.stamp(name)
-            if stamp is None:
-                return right, frozenset()
-            try:
-                entry = store.read(name)
-                records = text_records(entry.header)
-            except CacheError as error:
-                logger.warning("%s. It is made again.", error)
-                return right, frozenset()
-        else:
-            records = known
-        for encoder, identity in encoders:
-            record = records.get(encoder.name)
-            if record is None:
-                if skip_existing and not file.settings and self._is_foreign(name, file, encoder, entry):
-                    right[encoder.name] = False
-                continue
-            if entry is None:
-                changed = self._known_difference(record, identity, file)
-            else:
-                changed = _difference(record, identity, file)
-            if changed is not None:
-                logger.debug("%s: %s", store.folder / name, changed)
-                continue
-            try:
-                if entry is not None:
-                    verify_tensors(entry, record.crc32)
-                right[encoder.name] = True
-            except CacheError as error:
-                logger.warning("%s. It is made again.", error)
-        if entry is not None and records and all(right.get(one) for one in records):
-            index.note(name, stamp, source, text_facts(records))
-        return right, frozenset(records.keys() - right.keys())
-
-    def _known_difference(
-        self, record: TextRecord, identity: Mapping[str, str], file: CaptionFile
-    ) -> str | None:
-        """Do as `_difference` for a record of the index, of which there are few for a million entries."""
-        key = (id(record), id(identity), tuple(file.settings.items()))
+        file = wanted.file
+        store = self.stores.of(file.table)
+        records = self.index.of(store).get(wanted.name, caption_fingerprint(file))
+        if records is None or self._has_part(store, wanted.name):
+            return False
+        key = (id(records), id(wanted.encoders), tuple(file.settings.items()))
         if key not in self._compared:
-            same = dataclasses.replace(record, caption=file.caption or "")
-            self._compared[key] = _difference(same, identity, dataclasses.replace(file, caption=same.caption))
+            self._compared[key] = all(
+                encoder.name in records
+                and _difference(
+                    dataclasses.replace(records[encoder.name], caption=file.caption or ""), one, file
+                )
+                is None
+                for encoder, one in wanted.encoders
+            )
         return self._compared[key]
 
-    def _is_foreign(self, name: str, file: CaptionFile, encoder: TextEncoder, entry: Entry | None) -> bool:
-        """Return whether a file without this encoder's record holds its tensors for the same caption."""
-        header = self.stores.of(file.table).read_header(name) if entry is None else entry.header
-        return encoder.keys <= header.keys and header.metadata.get("caption1", file.caption) == file.caption
+    def note(self, wanted: Wanted, entry: Entry, stamp: Stamp | None) -> None:
+        """Remember a file that was just read and holds what all encoders would write."""
+        facts = self._facts(wanted, text_records(entry.header))
+        if facts is not None:
+            index = self.index.of(self.stores.of(wanted.file.table))
+            index.note(wanted.name, stamp, caption_fingerprint(wanted.file), facts)
+
+    def note_written(self, wanted: Wanted, header: Header) -> None:
+        """Remember a file that was just written."""
+        store = self.stores.of(wanted.file.table)
+        facts = self._facts(wanted, text_records(header))
+        if facts is not None:
+            source, stamp = caption_fingerprint(wanted.file), store.stamp(wanted.name)
+            self.index.of(store).note_written(wanted.name, stamp, source, facts)
+
+    def _facts(self, wanted: Wanted, records: Mapping[str, TextRecord]) -> dict[str, Any] | None:
+        """Return what an index says of a file: nothing of one with records of other encoders or captions."""
+        names = {encoder.name for encoder, _ in wanted.encoders}
+        same = all(record.caption == (wanted.file.caption or "") for record in records.values())
+        return text_facts(records) if same and records.keys() == names else None
+
+    def _has_part(self, store: CacheStore, name: str) -> bool:
+        if store.folder not in self._parts:
+            self._parts[store.folder] = frozenset(one for one in store.names() if one.endswith(PART))
+        parts = self._parts[store.folder]
+        return bool(parts) and part_name(name) in parts
 
 
-def caption_fingerprint(caption: str | None) -> int:
-    """Return what tells a text from others."""
-    return fingerprint((), caption or "")
+def caption_fingerprint(file: CaptionFile) -> int:
+    """Return what tells the caption of a text from others."""
+    return fingerprint((), file.caption or "")
 
 
-def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    return difference(record.encoder, identity) or difference(
-        {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
+def plan_text(
+    store: CacheStore,
+    file: CaptionFile,
+    encoders: Encoders,
+    skip_existing: bool,
+    known: KnownTexts | None = None,
+) -> TextPlan:
+    """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed.
+
+    known: of the run, so that what is known to be right is not read.
+    """
+    wanted = Wanted(file, encoders, skip_existing)
+    if known is not None and known.is_whole(wanted):
+        return TextPlan(file.path, (), (), is_foreign=False, is_known=True)
+    part = find_part(store, wanted).right  # before the file, as another process may finish it now
+    stamp = store.stamp(wanted.name)
+    found = find_finished(store, wanted)
+    right = found.right
+    if known is not None and found.entry is not None and all(right.get(one.name) for one, _ in encoders):
+        known.note(wanted, found.entry, stamp)
+    names = [encoder.name for encoder, _ in encoders]
+    return TextPlan(
+        file.path,
+        missing=tuple(name for name in names if name not in right and name not in part),
+        in_part=tuple(name for name in names if name not in right and name in part),
+        is_foreign=not all(right.values()),
     )
 
 
-class TextEncoding:
-    """The text encoders' passes over this process's texts, with counters of files.
+@dataclass(frozen=True)
+class TextCounts:
+    """What was done for some texts, in numbers of files."""
 
-    written: files to which an encoder added something. kept: all others. foreign: files with outputs that
-    have no record.
-    """
+    written: int  # an encoder added something
+    kept: int  # all others
+    foreign: int  # with outputs that have no record
+
+
+class TextEncoding:
+    """The text encoders' passes. An encoder is freed when the next one is loaded, the last one by `free`."""
 
     def __init__(
         self,
         family: Caches,
         device: torch.device,
-        batch_size: int | None,
         workers: int,
+        skip_existing: bool,
         show_progress: bool,
-        texts: Texts,
+        stores: Stores,
+        known: KnownTexts,
     ) -> None:
-        self.written = self.kept = self.foreign = 0
+        self._stores = stores
+        self._known = known
         self._family = family
         self._device = device
-        self._batch_size = batch_size
         self._workers = workers
+        self._skip_existing = skip_existing
         self._show_progress = show_progress
-        self._texts = texts
-        self._stores = texts.stores
+        self._loaded: TextEncoder | None = None
+        self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
 
-    def run(self, files: Sequence[CaptionFile]) -> None:
+    def run(self, batches: Sequence[TextBatch]) -> TextCounts:
         """Encode what is missing, one encoder after the other; an encoder without work is not loaded."""
-        encoders = [(encoder, dict(encoder.identity)) for encoder in self._family.text_encoders()]
-        plans = self._plan(files, encoders)
-        for encoder, identity in encoders:
+        files = [file for batch in batches for file in batch]
+        plans = self._plan(files)
+        for encoder, identity in self._encoders:
             to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
+            self._take_given(encoder, identity, files, to_do)
             if not to_do:
                 continue
-            encoder.load(self._device)
+            self._load(encoder)
             warn_cut_captions(encoder, [file for file in files if file.path in to_do])
-            try:
-                with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
-                    self._encode(encoder, identity, files, to_do, bar)
-            finally:
-                encoder.free()
+            with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
+                self._encode(encoder, identity, batches, to_do, bar)
+        changed = sum(bool(plan.missing or plan.in_part) for plan in plans)
+        return TextCounts(changed, len(files) - changed, sum(plan.is_foreign for plan in plans))
 
-    def _plan(self, files: Sequence[CaptionFile], encoders: Encoders) -> list[TextPlan]:
-        """Compare all texts with their files; return what is to do.
+    def free(self) -> None:
+        """Free the encoder that is loaded, if any."""
+        if self._loaded is not None:
+            self._loaded.free()
+            self._loaded = None
 
-        Finish or remove unfinished files that need nothing else.
+    def _load(self, encoder: TextEncoder) -> None:
+        if self._loaded is encoder:
+            return
+        self.free()
+        self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
+        encoder.load(self._device)
+
+    def _plan(self, files: Sequence[CaptionFile]) -> list[TextPlan]:
+        """Compare all texts with their files; finish those that need nothing else. Returns the plans of those
+        that were read.
+
+        A `.part` is removed only if its file is complete. If it is no use it is replaced: another process may
+        have written a better one since.
         """
 
-        def compare(some: Sequence[CaptionFile]) -> list[tuple[CaptionFile, TextPlan]]:
-            return [(file, self._texts.plan(file, encoders)) for file in some]
+        def compare(some: TextBatch) -> list[tuple[CaptionFile, TextPlan]]:
+            encoders, skip_existing, known = self._encoders, self._skip_existing, self._known
+            stores = self._stores
+            plans = [
+                (file, plan_text(stores.of(file.table), file, encoders, skip_existing, known))
+                for file in some
+            ]
+            return [(file, plan) for file, plan in plans if not plan.is_known]
 
         jobs = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
         plans = []
@@ -244,36 +281,84 @@ class TextEncoding:
             if isinstance(compared, Exception):
                 raise compared
             for file, plan in compared:
-                self.foreign += plan.is_foreign
-                if plan.missing or plan.in_part:
-                    self.written += 1
-                    plans.append(plan)
-                else:
-                    self.kept += 1
-                if not self._texts.has_part(file):
+                plans.append(plan)
+                store = self._stores.of(file.table)
+                if plan.missing:
                     continue
-                store, name = self._stores.of(file.table), plan.path.name
-                if not plan.in_part:
-                    store.remove(part_name(name))  # nothing in it is valid, or nothing in it is needed
-                elif not plan.missing:
-                    finish_text(store, name)  # an earlier run was stopped before it could do so
+                if plan.in_part:  # an earlier run was stopped before it could do so
+                    finish_text(store, Wanted(file, self._encoders, self._skip_existing))
+                else:
+                    store.remove(part_name(plan.path.name))
         return plans
+
+    def _take_given(
+        self,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        files: Sequence[CaptionFile],
+        to_do: dict[Path, TextPlan],
+    ) -> None:
+        """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
+        taken, left = 0, []
+        with WriteBehind() as writer:
+            for file in files:
+                if file.path not in to_do:
+                    continue
+                conditions, why = read_embeds(file, encoder, identity)
+                if conditions is not None:
+                    is_last = to_do.pop(file.path).is_last(encoder.name)
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
+                    taken += 1
+                elif why is not None:
+                    left.append(f"{file.embeds}: {why}")
+        if taken or left:
+            logger.info("%s: %d captions have embeddings already", encoder.name, taken)
+        if left:
+            logger.warning(
+                "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
+                len(left),
+                encoder.name,
+                left[0],
+            )
+
+    def _submit(
+        self,
+        writer: WriteBehind,
+        file: CaptionFile,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        conditions: Conditions,
+        is_last: bool,
+    ) -> None:
+        tensors = _named_tensors(conditions, encoder, file.name)
+        source = None if file.caption_path is None else identify(file.caption_path)
+        record = TextRecord(identity, file.caption or "", source, {}, file.settings)
+        wanted = Wanted(file, self._encoders, self._skip_existing)
+        writer.submit(partial(self._write, wanted, tensors, encoder.name, record, is_last))
+
+    def _write(
+        self, wanted: Wanted, tensors: Mapping[str, Tensor], encoder: str, record: TextRecord, is_last: bool
+    ) -> None:
+        store, architecture = self._stores.of(wanted.file.table), self._family.name
+        written = write_text(store, wanted, tensors, encoder, record, architecture, is_last)
+        if is_last:
+            self._known.note_written(wanted, written)
 
     def _encode(
         self,
         encoder: TextEncoder,
         identity: Mapping[str, str],
-        files: Sequence[CaptionFile],
+        batches: Sequence[TextBatch],
         to_do: Mapping[Path, TextPlan],
         bar: Bar,
     ) -> None:
-        """Encode every batch of `files` in which something is missing, and write what is missing.
+        """Encode every batch in which something is missing, and write what is missing.
 
         Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
         killed and continued gives the same files as an uninterrupted one.
         """
         with WriteBehind() as writer, torch.no_grad():
-            for batch in _batches(files, self._batch_size):
+            for batch in batches:
                 missing = {file.path for file in batch if file.path in to_do}
                 if not missing:
                     continue
@@ -281,28 +366,9 @@ class TextEncoding:
                 for file, conditions in zip(batch, encoded, strict=True):
                     if file.path not in missing:
                         continue
-                    path = file.path
-                    tensors = _named_tensors(conditions, encoder, file.name)
-                    source = None if file.caption_path is None else identify(file.caption_path)
-                    record = TextRecord(identity, file.caption or "", source, {}, file.settings)
-                    is_last = to_do[path].is_last(encoder.name)
-                    writer.submit(partial(self._write, file, tensors, encoder.name, record, is_last))
+                    is_last = to_do[file.path].is_last(encoder.name)
+                    self._submit(writer, file, encoder, identity, conditions, is_last)
                 bar.update(len(missing))
-
-    def _write(
-        self,
-        file: CaptionFile,
-        tensors: Mapping[str, Tensor],
-        encoder: str,
-        record: TextRecord,
-        is_last: bool,
-    ) -> None:
-        store, name = self._stores.of(file.table), file.path.name
-        written = write_text(store, name, tensors, encoder, record, self._family.name, is_last)
-        records = text_records(written)
-        if is_last and all(one.caption == record.caption for one in records.values()):
-            source, facts = caption_fingerprint(record.caption), text_facts(records)
-            self._texts.index.of(store).note_written(name, store.stamp(name), source, facts)
 
 
 def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> None:
@@ -331,7 +397,7 @@ def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> Non
 
 def write_text(
     store: CacheStore,
-    name: str,
+    wanted: Wanted,
     tensors: Mapping[str, Tensor],
     encoder: str,
     record: TextRecord,
@@ -342,46 +408,55 @@ def write_text(
 
     is_last: no other encoder adds anything, so the tensors are joined with the content of the `.part` and the
     file. Tensors with other names, other metadata and other encoders' records are kept. A changed caption is
-    replaced with a warning. Returns the header of what was written. Raises OutputError if writing fails.
+    replaced with a warning. Returns the header of what was written. Raises OutputError if writing fails,
+    CacheError if what other encoders wrote is gone: no file is left incomplete.
     """
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
     metadata |= text_metadata({encoder: dataclasses.replace(record, crc32=sums)})
-    part, path = part_name(name), store.folder / name
+    path = store.folder / wanted.name
     new = Entry(Header(path, metadata, tuple(tensors)), tensors)
-    unfinished = _require_existing(store, part)
-    if unfinished is not None:
-        new = _join(unfinished, new)
+    part = find_part(store, wanted)  # before the file, as another process may finish it now
+    if part.entry is not None:
+        new = _join(part.entry, new)
     if not is_last:
-        store.write(part, new.named, new.header.metadata)
+        store.write(part_name(wanted.name), new.named, new.header.metadata)
         return new.header
-    old = _require_existing(store, name)
-    if old is not None:
-        before = old.header.metadata.get("caption1", record.caption)
+    old = find_finished(store, wanted)
+    if old.entry is not None:
+        before = old.entry.header.metadata.get("caption1", record.caption)
         if before != record.caption:
             logger.warning(
                 "%s: the caption was %r, now it is %r; it is replaced", path, before, record.caption
             )
-        new = _join(old, new)
-    if unfinished is None:
-        store.write(name, new.named, new.header.metadata)
-    else:
-        store.write(part, new.named, new.header.metadata)
-        store.rename(part, name)
+        new = _join(old.entry, new)
+    _finish(store, wanted, new, {encoder, *part.right, *old.right})
     return new.header
 
 
-def finish_text(store: CacheStore, name: str) -> None:
-    """Join a text cache with its `.part`, if nothing is left to encode.
+def finish_text(store: CacheStore, wanted: Wanted) -> None:
+    """Write a text cache whose tensors are all in the file and its `.part`.
 
-    Raises CacheError if the `.part` is damaged, OutputError if writing fails.
+    Raises OutputError if writing fails, CacheError if the `.part` is gone and the file is incomplete.
     """
-    part = part_name(name)
-    old, new = _require_existing(store, name), store.read(part)
-    if old is not None:
-        new = _join(old, new)
-        store.write(part, new.named, new.header.metadata)
-    store.rename(part, name)
+    part, old = find_part(store, wanted), find_finished(store, wanted)
+    new = part.entry or old.entry
+    if part.entry is not None and old.entry is not None:
+        new = _join(old.entry, part.entry)
+    if new is not None:
+        _finish(store, wanted, new, {*part.right, *old.right})
+
+
+def _finish(store: CacheStore, wanted: Wanted, entry: Entry, there: Collection[str]) -> None:
+    """Write a complete file, then remove its `.part`. there: the encoders whose valid outputs `entry` has."""
+    lost = [encoder.name for encoder, _ in wanted.encoders if encoder.name not in there]
+    if lost:
+        raise CacheError(
+            f"{store.folder / wanted.name}: while it was made, another run with other captions or encoders "
+            f"removed or replaced what {', '.join(lost)} had written.\n"
+            "  Let one of the two end, then run this command again."
+        )
+    store.replace(part_name(wanted.name), wanted.name, entry.named, entry.header.metadata)
 
 
 def _join(old: Entry, new: Entry) -> Entry:
@@ -394,15 +469,64 @@ def _join(old: Entry, new: Entry) -> Entry:
     return Entry(Header(new.header.path, metadata, tuple(named)), named)
 
 
-def _require_existing(store: CacheStore, name: str) -> Entry | None:
+def find_finished(store: CacheStore, wanted: Wanted) -> Found:
+    """Compare the finished file of a text with what is wanted."""
+    return _find(store, wanted.name, wanted, wanted.skip_existing)[0]
+
+
+def find_part(store: CacheStore, wanted: Wanted) -> Found:
+    """Compare the unfinished file of a text with what is wanted.
+
+    If anything in it is from a run with other encoders or another caption, joining it would corrupt the valid
+    outputs: then nothing is found.
+    """
+    found, others = _find(store, part_name(wanted.name), wanted, skip_existing=False)
+    return Found() if others or not found.right else found
+
+
+def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> tuple[Found, frozenset[str]]:
+    """Return what a file holds of what is wanted, and the encoders of all other records in it.
+
+    skip_existing: outputs without a record are valid if the caption is the same.
+    """
+    right: dict[str, bool] = {}
+    file = wanted.file
+    if not store.has(name):
+        return Found(), frozenset()
     try:
-        entry = store.read(name) if store.has(name) else None
-        if entry is not None:
-            text_records(entry.header)
-        return entry
+        entry = store.read(name)
+        records = text_records(entry.header)
     except CacheError as error:
-        logger.warning("%s. It is replaced.", error)
-        return None
+        if store.has(name):  # else another process has removed it since
+            logger.warning("%s. It is made again.", error)
+        return Found(), frozenset()
+    for encoder, identity in wanted.encoders:
+        record = records.get(encoder.name)
+        if record is None:
+            if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
+                right[encoder.name] = False
+            continue
+        changed = _difference(record, identity, file)
+        if changed is not None:
+            logger.debug("%s: %s", store.folder / name, changed)
+            continue
+        try:
+            verify_tensors(entry, record.crc32)
+            right[encoder.name] = True
+        except CacheError as error:
+            logger.warning("%s. It is made again.", error)
+    return Found(entry, right), frozenset(records.keys() - right.keys())
+
+
+def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
+    return difference(record.encoder, identity) or difference(
+        {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
+    )
+
+
+def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:
+    """Return whether a file without this encoder's record holds its tensors for the same caption."""
+    return encoder.keys <= header.keys and header.metadata.get("caption1", caption) == caption
 
 
 def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> dict[str, Tensor]:
@@ -415,7 +539,7 @@ def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> d
     return named
 
 
-def _batches(files: Sequence[CaptionFile], batch_size: int | None) -> list[Sequence[CaptionFile]]:
+def text_batches(files: Sequence[CaptionFile], batch_size: int | None) -> list[TextBatch]:
     """Group consecutive texts of one table and kind by `batch_size`, or by the table's batch size."""
     batches: list[list[CaptionFile]] = []
     for file in files:

@@ -12,6 +12,8 @@ from modules.contract.family import TextEncoder
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, OptionError
 
+NO_CAPTION = "have no caption"
+
 
 @dataclass(frozen=True)
 class Counters:
@@ -41,10 +43,10 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
 
 def check_captions(found: TableFindings, counters: Counters) -> None:
     """Add what is wrong with the captions of a table's sources, but for those that cannot be read."""
-    missing = [source for source in found.sources if source.caption is None and not _is_unread(source)]
+    missing = [source for source in found.sources if source.caption is None and not is_unread(source)]
     lines = missing_captions(missing)
     found.faults += [
-        Fault("have no caption", line, source.stem) for line, source in zip(lines, missing, strict=True)
+        Fault(NO_CAPTION, line, source.stem) for line, source in zip(lines, missing, strict=True)
     ]
     found.remarks += [
         Fault("have an empty caption", str(one.caption_path or one.path), one.stem)
@@ -55,7 +57,7 @@ def check_captions(found: TableFindings, counters: Counters) -> None:
         found.remarks += [fault for one in found.sources for fault in _cut(one, counters)]
 
 
-def _is_unread(source: MediaSource) -> bool:
+def is_unread(source: MediaSource) -> bool:
     """Return whether the caption is there but could not be read: the listing has reported that."""
     return source.caption_path is not None and source.caption_path.exists()
 

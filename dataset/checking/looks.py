@@ -1,7 +1,8 @@
 """Look at a source for the page: a strip of its frames with the crop drawn in, and its numbers."""
 # Letters: H, W height and width of a frame
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -9,9 +10,11 @@ import numpy as np
 from markupsafe import Markup
 
 from dataset.sources.decoding import bucket_of, source_frames
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, describe_short, spans
 from dataset.sources.media_source import MediaSource
-from modules.contract.family import LatentSpec
+from dataset.sources.moments import measure_source
+from dataset.sources.steps import Steps
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
 from modules.media.buckets import Fit, fit_cover
@@ -57,62 +60,104 @@ class Look:
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
 
-def look_at(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
+def look_at(source: MediaSource, fps: float, steps: Steps) -> Look:
     """Read a source once; only a few small frames are kept in memory. fps: the family's rate.
 
     What cannot be read is told in `problem`; the frames before it are shown.
     """
-    is_clip = source.table.kind == "video"
-    values: dict[str, object] = {"bytes": _size_bytes(source)}
-    sample, fit = _Sample(PICTURE_HEIGHT if not is_clip else STRIP_HEIGHT), None
+    height = STRIP_HEIGHT if source.table.kind == "video" else PICTURE_HEIGHT
+    sample = EvenFrames(lambda frame: reduce_to_height(frame, height, STRIP_WIDTH))
+    look = read_source(source, fps, steps, sample.add)
+    if not sample.frames:
+        return look
+    strip = draw_strip(fill_strip(sample.frames, STRIP_WIDTH), look.fit)
+    return dataclasses.replace(look, strip=embed_picture(strip, source.path.name, STRIP_WIDTH, quality=80))
+
+
+def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]) -> Look:
+    """Read a source once and hand each frame that is used to `take`, at its own size: a look without strip.
+
+    What cannot be read is told in `problem`.
+    """
+    values: dict[str, object] = {}
+    used = 0
+
+    def count(frame: Frame) -> None:
+        nonlocal used
+        take(frame)
+        used += 1
+
     try:
-        if is_clip:
-            info = video_info(source.path)
-            values |= {"fps": info.fps, "frames": info.frames}
-            if not is_animation(source.path):  # these are played by the times in the file
-                values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
-        for frame in source_frames(source, fps):
-            if fit is None:
-                size = (frame.shape[1], frame.shape[0])
-                values["size"] = size
-                bucket = bucket_of(source.table, size, latent.pixel_step, source.path)
-                fit = values["fit"] = fit_cover(size, bucket)
-            sample.add(frame)
-        found = spans(source.table, sample.count, latent.frame_step) if is_clip else ((0, 1),)
-        values |= {"spans": found, "short": describe_short(source.table, found, sample.count)}
+        if source.tensors is not None:
+            return _look_at_tensors(source, steps)
+        with fetch(source) as here:
+            _read_frames(here, fps, steps, count, values)
+        found = spans(source.table, used, steps.frame_step) if source.table.kind == "video" else ((0, 1),)
+        values |= {"spans": found, "short": describe_short(source.table, found, used)}
     except (MediaError, DatasetError, OSError) as error:
         values["problem"] = str(error)
-    frames = list(sample.chosen())
-    if frames:
-        values["strip"] = embed_picture(_strip(frames, fit), source.path.name, STRIP_WIDTH, quality=80)
-    return Look(used=sample.count, **values)  # type: ignore[arg-type]
+    return Look(used=used, **values)  # type: ignore[arg-type]
 
 
-class _Sample:
-    """Evenly spaced frames of a stream of unknown length, reduced to a height; at most 2 * MOST_FRAMES."""
+def _read_frames(
+    source: MediaSource,
+    fps: float,
+    steps: Steps,
+    take: Callable[[Frame], None],
+    values: dict[str, object],
+) -> None:
+    """Hand the frames of a source on disk to `take`; add what is learned on the way to `values`."""
+    values["bytes"] = _size_bytes(source)
+    if source.table.kind == "video":
+        info = video_info(source.path)
+        values |= {"fps": info.fps, "frames": info.frames}
+        if not is_animation(source.path):  # these are played by the times in the file
+            values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
+    for frame in source_frames(source, fps):
+        if "fit" not in values:
+            size = (frame.shape[1], frame.shape[0])
+            bucket = bucket_of(source.table, size, steps.pixel_step, source.path)
+            values |= {"size": size, "fit": fit_cover(size, bucket)}
+        take(frame)
 
-    def __init__(self, height: int) -> None:
-        self.count = 0
-        self._height = height
+
+def _look_at_tensors(source: MediaSource, steps: Steps) -> Look:
+    """Look at a source whose latents are given: its clip, which need not be there, is not shown."""
+    given = measure_source(source, steps)
+    found = (given.span(steps.frame_step),)
+    size_bytes = _size_bytes(source)
+    return Look(bytes=size_bytes, size=given.size, frames=given.frames, used=given.frames, spans=found)
+
+
+class EvenFrames:
+    """Evenly spaced frames of a stream of unknown length, from its first on; at most 2 * MOST_FRAMES."""
+
+    def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
+        """reduce: makes of a frame what is kept; only called for those that are."""
+        self.frames: list[Frame] = []
+        self._count = 0
+        self._reduce = reduce
         self._step = 1
-        self._frames: list[Frame] = []
 
     def add(self, frame: Frame) -> None:
-        if self.count % self._step == 0:
-            self._frames.append(_reduce(frame, self._height))
-            if len(self._frames) > 2 * MOST_FRAMES:
-                self._frames = self._frames[::2]
+        if self._count % self._step == 0:
+            self.frames.append(self._reduce(frame))
+            if len(self.frames) > 2 * MOST_FRAMES:
+                self.frames = self.frames[::2]
                 self._step *= 2
-        self.count += 1
+        self._count += 1
 
-    def chosen(self) -> Iterator[Frame]:
-        """Yield as many of them as fit into a strip, from the first to the last."""
-        if not self._frames:
-            return
-        width = max(frame.shape[1] for frame in self._frames)
-        most = max(1, min(MOST_FRAMES, (STRIP_WIDTH + GAP) // (width + GAP), len(self._frames)))
-        for index in np.unique(np.linspace(0, len(self._frames) - 1, most).round().astype(int)):
-            yield self._frames[index]
+
+def fill_strip(frames: Sequence[Frame], width: int) -> list[Frame]:
+    """Return as many of the frames as fit side by side into `width` pixels, from the first to the last."""
+    widest = max(frame.shape[1] for frame in frames)
+    return choose_evenly(frames, min(MOST_FRAMES, (width + GAP) // (widest + GAP)))
+
+
+def choose_evenly(frames: Sequence[Frame], most: int) -> list[Frame]:
+    """Return at least one and at most `most` frames, evenly from the first to the last."""
+    count = max(1, min(most, len(frames)))
+    return [frames[index] for index in np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
 
 
 def draw_crop(frame: Frame, fit: Fit) -> Frame:
@@ -129,8 +174,8 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
     return drawn
 
 
-def _strip(frames: Iterable[Frame], fit: Fit | None) -> Frame:
-    """Return frames of one height side by side, with white gaps."""
+def draw_strip(frames: Iterable[Frame], fit: Fit | None) -> Frame:
+    """Return frames of one height side by side, with white gaps; `fit` draws what is cut off."""
     parts: list[Frame] = []
     for frame in frames:
         if parts:
@@ -139,8 +184,9 @@ def _strip(frames: Iterable[Frame], fit: Fit | None) -> Frame:
     return np.concatenate(parts, axis=1)
 
 
-def _reduce(frame: Frame, height: int) -> Frame:
-    width = min(max(1, round(frame.shape[1] * height / frame.shape[0])), STRIP_WIDTH)
+def reduce_to_height(frame: Frame, height: int, widest: int) -> Frame:
+    """Return a frame resized to `height`; one that would be wider than `widest` becomes that wide."""
+    width = min(max(1, round(frame.shape[1] * height / frame.shape[0])), widest)
     method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
@@ -159,6 +205,7 @@ def _compare_rates(found: float | None, stated: object, fps: float) -> str | Non
 
 def _size_bytes(source: MediaSource) -> int | None:
     try:
-        return None if source.path.is_dir() else source.path.stat().st_size
+        path = source.path if source.tensors is None else source.tensors.moments
+        return None if path.is_dir() else path.stat().st_size
     except OSError:
         return None

@@ -30,7 +30,7 @@ MOST_LINES = 200  # of one kind of fault
 MOST_SPANS = 120  # of one length in the drawing of a clip
 
 # "fault" or "remark", table and stem -> what was found
-_Told = dict[tuple[str, int, str], list[Fault]]
+Told = dict[tuple[str, int, str], list[Fault]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def write_check_page(
     cards: dict[int, list[Card]] = {found.table.index: [] for found in result.tables}
     bar = Bar(len(pairs), "Reading pictures", "file")
 
-    told = _by_source(result.tables)
+    told = told_by_source(result.tables)
 
     def work(pair: tuple[TableFindings, MediaSource]) -> Card:
         return _make_card(pair[1], look_at(pair[1], fps, latent), counters, told)
@@ -149,7 +149,7 @@ def _make_section(found: TableFindings, cards: Sequence[Card]) -> Section:
     return Section(found, place, _describe(found.table), caches, faults, remarks, cards)
 
 
-def _make_card(source: MediaSource, look: Look, counters: Counters, told: _Told) -> Card:
+def _make_card(source: MediaSource, look: Look, counters: Counters, told: Told) -> Card:
     index = source.table.index
     faults, remarks = (told.get((which, index, source.stem), []) for which in ("fault", "remark"))
     counts = counters.count(source.caption) if source.caption else []
@@ -160,9 +160,9 @@ def _make_card(source: MediaSource, look: Look, counters: Counters, told: _Told)
     return Card(name, source, look, faults, remarks, counts, texts, _windows(look))
 
 
-def _by_source(tables: Sequence[TableFindings]) -> _Told:
-    """Return what was found of each source."""
-    told: _Told = {}
+def told_by_source(tables: Sequence[TableFindings]) -> Told:
+    """Return the faults and remarks of each source, with control codes written out."""
+    told: Told = {}
     for found in tables:
         for which, ones in (("fault", found.faults), ("remark", found.remarks)):
             for one in _escape(ones):
@@ -179,7 +179,7 @@ def _escape(faults: Sequence[Fault]) -> list[Fault]:
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[Segment]]:
     """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
     if not counts:
-        return [[Segment(_shorten(caption), (), False)]]
+        return [[Segment(shorten_caption(caption), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
     for name, count in counts:
         by_text.setdefault(count.text, []).append((name, count))
@@ -190,13 +190,14 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
         for start, end in zip(places, places[1:], strict=False):
             unread = tuple(name for name, count in readers if count.kept <= start)
             is_lost = len(unread) == len(readers)
-            shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
+            shown = shorten_caption(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
             segments.append(Segment(shown, unread, is_lost))
         found.append(segments)
     return found
 
 
-def _shorten(text: str, most: int = MOST_CHARACTERS) -> str:
+def shorten_caption(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Return the beginning of a text, with control codes written out, and how much is left out."""
     more = f" [... and {len(text) - most:,} more characters]" if len(text) > most else ""
     return escape_control_codes(text[:most]) + more
 

@@ -47,8 +47,14 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 
     With multi_caption each line that is not empty is one.
     """
-    lines = [line.strip() for line in text.split("\n") if line.strip()] if table.multi_caption else [text]
-    return complete_captions(lines or [""], table)
+    return complete_captions(caption_lines(text, table), table)
+
+
+def caption_lines(text: str, table: DatasetTable) -> list[str]:
+    """Return the text, or with multi_caption its lines that are not empty; at least one."""
+    if not table.multi_caption:
+        return [text]
+    return [line.strip() for line in text.split("\n") if line.strip()] or [""]
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
@@ -58,12 +64,17 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 
 def _complete(caption: str, table: DatasetTable) -> str:
     """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is."""
-    trigger = table.trigger_word
-    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
-        caption = f"{trigger}, {caption}" if caption else trigger
+    caption = add_trigger(caption, table.trigger_word)
     if not (table.caption_prefix or table.caption_suffix):
         return caption
     return " ".join(part for part in (table.caption_prefix, caption, table.caption_suffix) if part)
+
+
+def add_trigger(caption: str, trigger: str) -> str:
+    """Return "trigger, caption"; the caption itself if it has the trigger word, or if that is empty."""
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
 
 
 def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:

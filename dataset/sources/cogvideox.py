@@ -1,14 +1,241 @@
-"""List the sources of a table with cogvideox_root."""
+"""List the clips of a data set in CogVideoX form: two lists, or a table; and tensors computed before."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from dataset.config import DatasetTable
+from dataset.sources.captions import complete_captions, guess_captions
+from dataset.sources.columns import JSONL, column_names, read_columns, table_format
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import EMBEDS, MOMENTS, GivenTensors, MediaSource
 from modules.errors import DatasetError
+from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_lines
+
+# lists of the folder form; the second name of prompts is what the tools of CogVideoX write
+PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
+# columns of tables, by their format: (caption, video)
+COLUMNS = {JSONL: ("prompt", "video")}
+OTHER_COLUMNS = ("caption", "video")
+
+
+@dataclass(frozen=True)
+class CogData:
+    """Where a data set is. The names are those of keys and of options."""
+
+    name: str  # for messages: "data.toml, [[datasets]] 1 (data)"
+    root: Path
+    dataset_file: Path | None  # relative to the working folder, else to the root; None: lists in the root
+    caption_column: str | None  # of the table, or the file of captions; None: the usual name
+    video_column: str | None
+    id_token: str  # "" for none
+
+
+@dataclass(frozen=True)
+class CogRow:
+    """One clip with its caption."""
+
+    where: str  # "videos.txt, line 3": for messages
+    caption: str  # with the id token
+    video: Path
 
 
 def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in any order; add what is wrong to `faults`.
+    """Return the sources of the table, in the order of its lists; add what is wrong to `faults`.
 
+    With load_tensors a source's latents are given, and its clip need not be there.
     Raises DatasetError if there is nothing to list.
     """
-    raise DatasetError(f"{table.name}: {table.source_key} is not supported yet")
+    assert table.cogvideox_root is not None
+    data = CogData(
+        table.name,
+        table.cogvideox_root,
+        table.dataset_file,
+        table.caption_column,
+        table.video_column,
+        table.id_token,
+    )
+    sources: list[MediaSource] = []
+    folders: dict[str, TensorFolder] = {}
+    for row in read_rows(data, faults):
+        (caption,) = complete_captions([row.caption], table)
+        video, stem, tensors = row.video, row.video.stem, None
+        if table.load_tensors:
+            tensors = _find_tensors(row, stem, folders, faults)
+            if tensors is None:
+                continue
+        elif not video.exists():
+            faults.append(_missing(data, row))
+            continue
+        sources.append(MediaSource(video, stem, caption, None, (), table, tensors=tensors))
+    return sources
+
+
+def read_rows(data: CogData, faults: list[Fault]) -> Iterator[CogRow]:
+    """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
+
+    It is not checked whether the clips exist. Raises DatasetError if a list is missing, the two lists differ
+    in length, or a column is missing.
+    """
+    if not data.root.is_dir():
+        raise DatasetError(f"{data.name}: {data.root}: no such folder. Correct the path.")
+    pairs = _from_lists(data) if data.dataset_file is None else _from_table(data, faults)
+    for where, caption, video in pairs:
+        fault = _fault_of(caption, video)
+        if fault is None:
+            caption = f"{data.id_token} {caption.strip()}" if data.id_token else caption.strip()
+            video = video.strip()
+            path = Path(video).expanduser() if video.startswith("~") else data.root / video
+            yield CogRow(where, caption, path)
+        else:
+            faults.append(Fault(f"lines of {data.name} cannot be used", f"{where}: {fault}"))
+
+
+def missing_clips(data: CogData, rows: list[CogRow]) -> list[Fault]:
+    """Return a fault for each clip that does not exist."""
+    return [_missing(data, row) for row in rows if not row.video.exists()]
+
+
+def _missing(data: CogData, row: CogRow) -> Fault:
+    return Fault(f"clips of {data.name} do not exist", f"{row.video} ({row.where})", row.video.stem)
+
+
+def _fault_of(caption: str, video: str) -> str | None:
+    if not video.strip():
+        return "it names no video"
+    if not caption.strip():
+        return "it has no caption"
+    found = bad_character(caption) or bad_character(video)
+    if found is not None:
+        return f"it holds {found}"
+    if len(caption) > MAX_CAPTION_BYTES:
+        return f"its caption has {len(caption):,} characters, at most {MAX_CAPTION_BYTES:,} are read"
+    return None
+
+
+# --- lists
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _from_lists(data: CogData) -> Iterator[tuple[str, str, str]]:
+    prompts = data.root / (data.caption_column or _usual_prompts(data))
+    videos = data.root / (data.video_column or VIDEOS)
+    captions, paths = _lines(data, prompts, "caption_column"), _lines(data, videos, "video_column")
+    if len(captions) != len(paths):
+        raise DatasetError(
+            f"{data.name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has "
+            "one prompt, in the same order. Blank lines are not counted."
+        )
+    for (_, caption), (number, video) in zip(captions, paths, strict=True):
+        yield f"{videos}, line {number}", caption, video
+
+
+def _usual_prompts(data: CogData) -> str:
+    found = [name for name in PROMPTS if (data.root / name).exists()]
+    if len(found) > 1:
+        raise DatasetError(
+            f"{data.name}: {data.root} has {' and '.join(found)}; say with caption_column which one it is"
+        )
+    return found[0] if found else PROMPTS[0]
+
+
+def _lines(data: CogData, path: Path, key: str) -> list[tuple[int, str]]:
+    """Return the lines that are not blank, with their numbers."""
+    number = 0
+    found = []
+    try:
+        for number, line in enumerate(read_lines(path), 1):
+            if line.strip():
+                found.append((number, line))
+    except UnicodeDecodeError:
+        guess = guess_captions([path])[0]
+        seems = "" if guess is None else f"; it looks like {guess.name}"
+        raise DatasetError(
+            f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{data.name}: {path}: {error.strerror}. Without dataset_file, a CogVideoX folder has "
+            f"{PROMPTS[0]} and {VIDEOS}; name another list with {key}."
+        ) from error
+    return found
+
+
+# --- tables
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _from_table(data: CogData, faults: list[Fault]) -> Iterator[tuple[str, str, str]]:
+    assert data.dataset_file is not None
+    path = _place_of(data.dataset_file, data)
+    usual = COLUMNS.get(table_format(path), OTHER_COLUMNS)
+    caption, video = data.caption_column or usual[0], data.video_column or usual[1]
+    names = column_names(path)
+    for key, column in (("caption_column", caption), ("video_column", video)):
+        if column not in names:
+            raise DatasetError(
+                f"{data.name}: {path} has no column {column!r}; it has {', '.join(names)}. Name one of them "
+                f"with {key}."
+            )
+    for row in read_columns(path, (caption, video)):
+        values = row.values.get(caption, ""), row.values.get(video, "")
+        if row.fault is None and all(isinstance(value, str) for value in values):
+            yield row.where, *values
+        else:
+            why = row.fault or "its caption and its video must be texts"
+            faults.append(Fault(f"lines of {data.name} cannot be used", f"{row.where}: {why}"))
+
+
+def _place_of(file: Path, data: CogData) -> Path:
+    """Return where dataset_file is. Raises DatasetError if it is nowhere."""
+    found = next((path for path in (file, data.root / file) if path.exists()), None)
+    if found is None:
+        raise DatasetError(f"{data.name}: dataset_file {file} is neither there nor in {data.root}")
+    return found
+
+
+# --- tensors
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorFolder:
+    """A folder X with video_latents and prompt_embeds: the names in them; None if there is no such folder."""
+
+    path: Path
+    moments: frozenset[str] | None
+    embeds: frozenset[str] | None
+
+
+def _list_tensors(folder: str) -> TensorFolder:
+    """List the names once: a million files are not asked for one by one."""
+    found: list[frozenset[str] | None] = []
+    for inner in (MOMENTS, EMBEDS):
+        place = os.path.join(folder, inner)  # noqa: PTH118  # as the caller has it
+        found.append(frozenset(os.listdir(place)) if os.path.isdir(place) else None)  # noqa: PTH208, PTH112
+    return TensorFolder(Path(folder), *found)
+
+
+def _find_tensors(
+    row: CogRow, stem: str, folders: dict[str, TensorFolder], faults: list[Fault]
+) -> GivenTensors | None:
+    """Return the files of what was computed for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
+
+    Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
+    to `faults` and returns None if a file is missing.
+    """
+    x = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path for each takes three times as long
+    folder = folders.get(x)
+    if folder is None:
+        folder = folders[x] = _list_tensors(x)
+        if folder.moments is None:
+            faults.append(Fault("folders are missing, which load_tensors needs", str(folder.path / MOMENTS)))
+    if folder.moments is None:
+        return None
+    for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
+        if names is not None and f"{stem}.pt" not in names:
+            kind = "files are missing, which load_tensors needs"
+            faults.append(Fault(kind, f"{folder.path / inner / stem}.pt ({row.where})", stem))
+            return None
+    return GivenTensors(folder.path, stem, folder.embeds is not None)

@@ -1,5 +1,6 @@
 """Turn a source into items to encode: decode once, keep and resize frames, choose the bucket, cut spans."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
+from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
@@ -95,7 +97,14 @@ def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: i
     LatentSpec. Raises MediaError if a file is unreadable or too small, DatasetError if the resolution is not
     a multiple of `step`.
     """
+    with fetch(source) as here:
+        return dataclasses.replace(_decode(here, fps, step, frame_step), source=source)
+
+
+def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
     table = source.table
+    if source.tensors is not None:
+        raise MediaError(f"{source.path}: its latents are given (load_tensors), so that no frames are read")
     if table.kind == "image":
         image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
         size = (image.shape[1], image.shape[0])
@@ -118,7 +127,7 @@ def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: i
     mask = stack_alphas(alphas)
     if source.mask is not None:
         mask = _mask_of_clip(source.mask, table, fps, bucket, size, len(frames))
-    found, reason = _spans_or_reason(table, len(frames), frame_step)
+    found, reason = spans_or_reason(table, len(frames), frame_step)
     control = (
         tuple(_control_clip(path, table, fps, bucket, len(frames)) for path in source.control)
         if found
@@ -133,6 +142,11 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
     `decode_source` that headers show.
     """
+    with fetch(source) as here:
+        return dataclasses.replace(_plan(here, fps, step, frame_step), source=source)
+
+
+def _plan(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
     table = source.table
     if table.kind == "image":
         size = image_size(source.path)
@@ -145,7 +159,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
         kept = sum(1 for _ in _kept_frames(source.path, table, fps))
     else:
         kept = len(resample_indices(info.frames, table.stated_fps, fps))
-    found, reason = _spans_or_reason(table, kept, frame_step)
+    found, reason = spans_or_reason(table, kept, frame_step)
     return DecodedSource(
         source, size, bucket_of(table, size, step, source.path), NO_FRAMES, (), found, reason
     )
@@ -156,18 +170,21 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
     Raises MediaError if the file cannot be read.
     """
-    if source.table.kind == "image":
-        yield read_image(source.path)
-    else:
-        yield from _kept_frames(source.path, source.table, fps)
+    with fetch(source) as here:
+        if source.table.kind == "image":
+            yield read_image(here.path)
+        else:
+            yield from _kept_frames(here.path, source.table, fps)
 
 
 def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Size:
-    """Return the size that an image of `size` is resized to. path: for messages.
+    """Return the size that an image of `size` is resized to: with load_tensors its own. path: for messages.
 
     Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
     `step`.
     """
+    if table.load_tensors:
+        return size
     width, height = table.resolution
     if not table.enable_bucket:
         if width % step or height % step:
@@ -281,7 +298,8 @@ def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num
     )
 
 
-def _spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
+    """Return the spans of a clip of `kept` frames, and if there are none, why."""
     found = spans(table, kept, frame_step)
     if found:
         return found, None

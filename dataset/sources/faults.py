@@ -15,10 +15,12 @@ class Fault:
     kind: str  # "captions cannot be read": follows a count
     text: str  # one line: where, and what
     stem: str | None = None  # of the source that it concerns
+    ends_run: bool = True  # False: what it concerns is skipped, and counted at the end
 
 
 def raise_faults(faults: Sequence[Fault]) -> None:
-    """Raise DatasetError with all faults by kind, if there are any."""
+    """Raise DatasetError with all faults by kind, if there are any that end a run."""
+    faults = [fault for fault in faults if fault.ends_run]
     if len(faults) == 1 and faults[0].text.endswith("."):
         raise DatasetError(faults[0].text)
     if faults:

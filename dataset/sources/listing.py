@@ -1,9 +1,7 @@
 """Find the files of a dataset table: images or clips, captions and control media, by folder or JSONL list."""
 
-import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,26 +11,24 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.animations import animation_suffixes, find_animations
 from dataset.sources.captions import (
     captions_in,
-    complete_captions,
     explain_captions,
     guess_captions,
     read_caption,
 )
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.control import ControlFolder, list_entries
-from dataset.sources.faults import Fault, raise_faults
+from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
 from dataset.sources.masks import find_masks
 from dataset.sources.media_source import MediaSource
+from dataset.sources.rows import RowReader, first_and_more
 from dataset.sources.tables import list_table
 from dataset.sources.tars import list_tars
 from modules.errors import DatasetError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines
+from modules.text_files import bad_character, parse_json, read_lines
 
 logger = logging.getLogger(__name__)
-
-MOST_CAPTIONS = 100  # of an item; each has a cache file
 
 
 def find_sources(
@@ -55,9 +51,17 @@ def find_sources(
     found += _same_stems(table, sources)
     if faults is None:
         raise_faults(found)
+        warn_skipped(found)
     else:
         faults += found
     return sources
+
+
+def warn_skipped(faults: Sequence[Fault]) -> None:
+    """Warn about what cannot be read and is left out, such as the end of a tar that is cut short."""
+    lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
+    if lines:
+        logger.warning("%s", "\n".join(lines))
 
 
 def _list(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
@@ -72,15 +76,26 @@ def _list(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[Medi
     return list_cogvideox(table, faults)
 
 
-def find_all_sources(config: DatasetConfig, captions: bool = True) -> list[MediaSource]:
-    """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables."""
+def find_all_sources(
+    config: DatasetConfig, captions: bool = True, skipped: list[tuple[DatasetTable, Fault]] | None = None
+) -> list[MediaSource]:
+    """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
+
+    skipped: takes what cannot be read and is left out, with its table; without it there is a warning.
+    """
     sources: list[MediaSource] = []
     problems = []
     for table in config.datasets:
+        faults: list[Fault] = []
         try:
-            sources += find_sources(table, captions)
+            sources += find_sources(table, captions, faults)
+            raise_faults(faults)
         except DatasetError as error:
             problems.append(str(error))
+        if skipped is None:
+            warn_skipped(faults)
+        else:
+            skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
     return sources
@@ -124,11 +139,13 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
 def _where_caption(source: MediaSource) -> str:
     if source.caption_path is not None:
         return f"no {source.caption_path.name} beside it"
-    return (
-        'no "caption" in its line'
-        if source.table.jsonl_file
-        else "no caption_extension in its table, such as .txt"
-    )
+    if source.table.jsonl_file:
+        return 'no "caption" in its line'
+    if source.table.table_file:
+        return f'no "{source.table.caption_column or "caption"}" in its row'
+    if source.table.tars:
+        return "no text file and no caption in a .json of the same name in the tar"
+    return "no caption_extension in its table, such as .txt"
 
 
 def _suffixes(table: DatasetTable) -> frozenset[str]:
@@ -174,7 +191,7 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
         if captions and text_path is not None:
             try:
                 text = read_caption(text_path)
-                first, more = _first_and_more(None if text is None else captions_in(text, table), text_path)
+                first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
             except DatasetError as error:
                 bad[text_path] = stem, str(error)
         mask = masks.get(path) if masks else None
@@ -287,12 +304,16 @@ def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
 def _from_list(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     path = table.jsonl_file
     assert path is not None
+    rows = RowReader(table, path, f"{table.kind}_path", is_list=True)
     sources = []
     number = 0
     try:
         for number, line in enumerate(read_lines(path), 1):
             try:
-                sources.append(_from_line(table, f"{path}, line {number}", line))
+                source = rows.read(
+                    _parse_line(table, f"{path}, line {number}", line), f"{path}, line {number}"
+                )
+                sources += [] if source is None else [source]
             except DatasetError as error:
                 faults.append(Fault(f"lines of {path} cannot be used", f"{str(error).rstrip('.')}."))
     except UnicodeDecodeError:
@@ -305,106 +326,17 @@ def _from_list(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         raise DatasetError(
             f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."
         ) from error
-    return _check_controls(table, sources, faults)
+    return rows.finish(sources, faults)
 
 
-def _from_line(table: DatasetTable, where: str, line: str) -> MediaSource:
+def _parse_line(table: DatasetTable, where: str, line: str) -> dict[str, Any]:
+    name = f"{table.kind}_path"
+    example = f'{{"{name}": "...", "caption": "..."}}'
     try:
         record = parse_json(line)
     except ValueError as error:
         found = "an empty line" if not line.strip() else f"invalid JSON: {error}"
-        raise DatasetError(f"{where}: {found}. Each line is one object such as {_example(table)}") from None
-    name = f"{table.kind}_path"
-    if not isinstance(record, dict) or not isinstance(record.get(name), str):
-        raise DatasetError(f"{where}: {name} is missing. Each line is one object such as {_example(table)}")
-    _check_text(record[name], f"{where}: {name}")
-    captions = _line_captions(table, record, where)
-    first, more = _first_and_more(complete_captions(captions, table) if captions else None, where)
-    path, mask = Path(record[name]).expanduser(), _line_mask(table, record, where)
-    return MediaSource(path, path.stem, first, None, _line_controls(table, record, where), table, more, mask)
-
-
-def _line_mask(table: DatasetTable, record: dict[str, Any], where: str) -> Path | None:
-    mask = record.get("mask_path")
-    if mask is None:
-        return None
-    if table.alpha_mask:
-        raise DatasetError(f"{where}: mask_path and alpha_mask = true exclude each other; leave out one")
-    if not isinstance(mask, str):
-        raise DatasetError(f"{where}: mask_path = {json.dumps(mask)[:80]} is not a path in quotes")
-    _check_text(mask, f"{where}: mask_path")
-    return Path(mask).expanduser()
-
-
-def _line_captions(table: DatasetTable, record: dict[str, Any], where: str) -> list[str]:
-    """Return `caption`, and with multi_caption the texts of the list `captions` behind it."""
-    caption = record.get("caption")
-    if caption is not None and not isinstance(caption, str):
-        raise DatasetError(f"{where}: caption = {json.dumps(caption)} is not a text")
-    more = record.get("captions") if table.multi_caption else None
-    if more is not None and not (isinstance(more, list) and all(isinstance(one, str) for one in more)):
-        raise DatasetError(f"{where}: captions = {json.dumps(more)[:80]} is not a list of texts")
-    captions = [*([] if caption is None else [caption]), *(more or ())]
-    for one in captions:
-        _check_text(one, f"{where}: caption")
-    return captions
-
-
-def _first_and_more(
-    captions: tuple[str, ...] | None, where: Path | str | None
-) -> tuple[str | None, tuple[str, ...]]:
-    if captions and len(captions) > MOST_CAPTIONS:
-        raise DatasetError(
-            f"{where}: {len(captions)} captions, at most {MOST_CAPTIONS} are used. With multi_caption = true "
-            "each line is one; leave it out if the lines are one text."
-        )
-    return (captions[0], captions[1:]) if captions else (None, ())
-
-
-def _check_text(text: str, where: str) -> None:
-    """Raise DatasetError for what neither a file's name nor a caption can be."""
-    found = bad_character(text)
-    if found is not None:
-        raise DatasetError(f"{where} holds {found}. Correct the line.")
-    if len(text) > MAX_CAPTION_BYTES:
-        raise DatasetError(
-            f"{where} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
-        )
-
-
-def _example(table: DatasetTable) -> str:
-    return f'{{"{table.kind}_path": "...", "caption": "..."}}'
-
-
-def _line_controls(table: DatasetTable, record: dict[str, Any], where: str) -> tuple[Path, ...]:
-    """Return the first `control_count` of `control_path`, or of `control_path_<number>` by number."""
-    numbered: dict[int, str] = {}
-    for name, value in record.items():
-        match = re.fullmatch(r"control_path(?:_(\d+))?", name)
-        if match is None or value is None:
-            continue
-        number = int(match[1] or 0)
-        if not isinstance(value, str):
-            raise DatasetError(f"{where}: {name} = {json.dumps(value)} is not a path in quotes")
-        if number in numbered:
-            raise DatasetError(
-                f"{where}: {name} repeats the number of another control_path; control_path is control_path_0"
-            )
-        _check_text(value, f"{where}: {name}")
-        numbered[number] = value
-    return tuple(Path(numbered[number]).expanduser() for number in sorted(numbered))[: table.control_count]
-
-
-def _check_controls(
-    table: DatasetTable, sources: list[MediaSource], faults: list[Fault]
-) -> list[MediaSource]:
-    if any(source.control for source in sources):
-        lacking = [source for source in sources if len(source.control) < table.control_count]
-        needed = (
-            "control_path"
-            if table.control_count == 1
-            else f"control_path_0 to control_path_{table.control_count - 1}"
-        )
-        kind = f"lines of {table.jsonl_file} have no {needed}, while others have"
-        faults += [Fault(kind, str(source.path), source.stem) for source in lacking]
-    return sources
+        raise DatasetError(f"{where}: {found}. Each line is one object such as {example}") from None
+    if not isinstance(record, dict):
+        raise DatasetError(f"{where}: {name} is missing. Each line is one object such as {example}")
+    return record

@@ -5,13 +5,44 @@ from pathlib import Path
 
 from dataset.config import DatasetTable
 from dataset.config_keys import FROM_ALPHA, FROM_FILE
+from dataset.sources.origin import Origin
+
+# folders beside that of the clips, in CogVideoX form
+MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
+
+
+@dataclass(frozen=True, slots=True)
+class GivenTensors:
+    """Files of what was computed for a clip before. There may be millions: none is opened, few are named."""
+
+    folder: Path  # that the folders are in; shared
+    name: str  # of the files, without suffix
+    has_embeds: bool
+    uses_image: bool = True
+
+    @property
+    def moments(self) -> Path:
+        """Return the file of the clip's moments."""
+        return self.folder / MOMENTS / f"{self.name}.pt"
+
+    @property
+    def image(self) -> Path | None:
+        """Return the file of moments of the first frame alone, there or not; None if not used."""
+        return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
+
+    @property
+    def embeds(self) -> Path | None:
+        """Return the file of the caption's embeddings; None if there are none."""
+        return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
-    path: Path  # a file, or for a clip also a folder of images
+    # a file, or for a clip also a folder of images. In a tar: only a name for it. At an address: where its
+    # download is, or will be. `fetch` gives files that can be opened
+    path: Path
     stem: str  # file name without suffix: the beginning of its cache names, unique within the table
     caption: str | None  # None: missing (see `missing_captions`), or not read
     # the text file of the caption, there or not; None: in a list, or no caption_extension
@@ -20,6 +51,20 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
     mask: Path | None = None  # an image, clip or folder of images: white is learned
+    tensors: GivenTensors | None = None  # with load_tensors: instead of `path`, which may be missing
+    origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
+
+    @property
+    def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
+        """Return the files or folders that latents are made from, and where each is if not on disk.
+
+        The media, its control media and its mask; or what was computed before.
+        """
+        if self.tensors is not None:
+            given = (self.tensors.moments, self.tensors.image)
+            return tuple((path, None) for path in given if path is not None)
+        paths = (self.path, *self.control, *(() if self.mask is None else (self.mask,)))
+        return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
     @property
     def mask_from(self) -> str | None:

@@ -1,14 +1,99 @@
-"""List the sources of a table with table_file."""
+"""List the sources of a table with image_table_file or video_table_file: Parquet, CSV, TSV, JSONL."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from dataset.config import DatasetTable
+from dataset.sources.columns import JSONL, PARQUET, column_names, read_columns, table_format
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
+from dataset.sources.rows import RowReader, control_number
+from modules.addresses import is_address
 from modules.errors import DatasetError
+
+# in order; the first that a table has is used
+PATH_COLUMNS = ("path", "file_name", "url")  # behind image_path or video_path
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+FIRST_ROWS = 100  # of which one shows where relative paths start
+MOST_SHOWN = 20  # columns in a message
 
 
 def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in any order; add what is wrong to `faults`.
+    """Return the sources of the table, in any order; add what is wrong to `faults`, with the numbers of rows.
 
-    Raises DatasetError if there is nothing to list.
+    Relative paths start in the working folder, as in lists, or in the folder of the table: that of the two in
+    which the first file is found. Raises DatasetError if the table cannot be read or has no paths.
     """
-    raise DatasetError(f"{table.name}: {table.source_key} is not supported yet")
+    path = table.table_file
+    assert path is not None
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path.as_posix()):
+        raise DatasetError(
+            f"{table.name}: {table.source_key} is an address. Download the table itself first; what it lists "
+            "may lie at addresses (allow_urls = true)."
+        )
+    columns = column_names(path)
+    path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
+    if path_column is None:
+        raise DatasetError(_no_column(table, columns))
+    caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
+    rows = RowReader(table, path, path_column, caption_column, base=_base_of(path, path_column))
+    wanted = {path_column, "mask_path", *(name for name in columns if control_number(name) is not None)}
+    wanted |= {"captions"} if table.multi_caption else set()
+    wanted |= set() if caption_column is None else {caption_column}
+    sources = []
+    kind = f"rows of {path} cannot be used"
+    for row in read_columns(path, None if table_format(path) == JSONL else wanted):
+        try:
+            if row.fault is not None:
+                raise DatasetError(f"{row.where}: {row.fault}")
+            source = rows.read(row.values, row.where)
+            sources += [] if source is None else [source]
+        except DatasetError as error:
+            faults.append(Fault(kind, f"{str(error).rstrip('.')}."))
+    return rows.finish(sources, faults)
+
+
+def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
+    """Return the column that a key names, or the first of the usual ones; None if there is none of these."""
+    named: str | None = getattr(table, key)
+    if named is None:
+        return next((name for name in usual if name in columns), None)
+    if named not in columns:
+        raise DatasetError(f"{table.name}: {key} = {named!r} is not a column. It has {_shown(columns)}.")
+    return named
+
+
+def _no_column(table: DatasetTable, columns: Sequence[str]) -> str:
+    usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS))
+    assert table.table_file is not None
+    problem = (
+        f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
+        f"path_column = ... It has {_shown(columns)}."
+    )
+    if table_format(table.table_file) == PARQUET and {"image", "video"} & set(columns):
+        problem += " A column of whole files is not read: write them to a folder or into tars first."
+    return problem
+
+
+def _shown(columns: Sequence[str]) -> str:
+    more = f" and {len(columns) - MOST_SHOWN} more" if len(columns) > MOST_SHOWN else ""
+    return ", ".join(map(repr, columns[:MOST_SHOWN])) + more if columns else "no columns"
+
+
+def _base_of(path: Path, column: str) -> Path | None:
+    """Return the folder that relative paths start in; None: the working folder, also if no file is found."""
+    beside = path if path.is_dir() else path.parent
+    for row in itertools.islice(read_columns(path, [column]), FIRST_ROWS):
+        text = row.values.get(column)
+        if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
+            continue
+        found = Path(text).expanduser()
+        if found.is_absolute():
+            continue
+        if found.exists():
+            return None
+        if (beside / found).exists():
+            return beside
+    return None

@@ -1,14 +1,233 @@
-"""List the sources of a table with tars."""
+"""List the sources of a table with image_tars or video_tars: WebDataset tars, which are not unpacked."""
+
+import glob
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
+from dataset.sources.captions import captions_in
+from dataset.sources.downloading import HTTP, download, find_remote, local_name
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
-from modules.errors import DatasetError
+from dataset.sources.origin import Origin, TarMember
+from dataset.sources.rows import check_controls, download_folder, first_and_more
+from dataset.sources.stems import readable_stem, unique_stems
+from dataset.sources.tables import CAPTION_COLUMNS
+from dataset.sources.tar_index import CONTROL, MASK, Sample, TarRules, read_index
+from dataset.sources.tar_reading import Member, name_parts
+from modules.addresses import hide_secrets, is_address, protocol_of
+from modules.errors import DatasetError, MediaError
+from modules.media.animations import ANIMATION_SUFFIXES
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMES = 100_000  # that one pattern stands for
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
 
 
 def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of the table, in any order; add what is wrong to `faults`.
 
-    Raises DatasetError if there is nothing to list.
+    Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
+    run. Raises DatasetError if no tar is named.
     """
-    raise DatasetError(f"{table.name}: {table.source_key} is not supported yet")
+    samples: list[tuple[Path, Sample]] = []
+    rules = _rules(table)
+    num_others, example = 0, ""
+    for tar in _find_tars(table, faults):
+        kind = f"tars of {table.name} cannot be read to their end"
+        try:
+            index = read_index(tar, rules, table.cache_directory)
+        except DatasetError as error:
+            faults.append(Fault(f"tars of {table.name} cannot be used", str(error)))
+            continue
+        except OSError as error:
+            faults.append(Fault(kind, f"{tar}: {error.strerror}", ends_run=False))
+            continue
+        samples += [(tar, sample) for sample in index.samples]
+        kind_of_sample = f"samples of {table.name} cannot be used"
+        faults += [Fault(kind_of_sample, f"{name_parts(tar, key)}: {text}.") for key, text in index.faults]
+        if index.damage is not None:
+            faults.append(Fault(kind, f"{tar}: {index.damage}", ends_run=False))
+        num_others += index.num_others
+        example = example or next((str(name_parts(tar, key)) for key in index.others), "")
+    if num_others:
+        logger.warning(
+            "%s: %d samples, such as %s, hold no %s and are not used.",
+            table.name,
+            num_others,
+            example,
+            table.kind,
+        )
+    return check_controls(table, _sources(table, samples, faults), faults, f"samples of {table.name}")
+
+
+def _rules(table: DatasetTable) -> TarRules:
+    images, clips = image_suffixes(), VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+    is_image = table.kind == "image"
+    return TarRules(
+        media=tuple(sorted(images if is_image else VIDEO_SUFFIXES)),
+        spare=tuple(sorted({".gif"} if is_image else ANIMATION_SUFFIXES)),
+        beside=tuple(sorted(images | {".gif"} if is_image else images | clips)),
+        caption_suffix=(table.caption_extension or ".txt").lower(),
+        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
+        json_first=table.caption_column is not None,
+        multi_caption=table.multi_caption,
+    )
+
+
+def _sources(
+    table: DatasetTable, samples: Sequence[tuple[Path, Sample]], faults: list[Fault]
+) -> list[MediaSource]:
+    """Return the sources of samples; the stem of one is its key, with a hash where two tars have it."""
+    names = Counter(tar.name for tar in {tar for tar, _ in samples})
+    labels = {tar: tar.name if names[tar.name] == 1 else str(tar) for tar, _ in samples}
+    stems = unique_stems(
+        [readable_stem(sample.key) for _, sample in samples],
+        [f"{labels[tar]}/{sample.key}" for tar, sample in samples],
+    )
+    sources = []
+    for (tar, sample), stem in zip(samples, stems, strict=True):
+        path = name_parts(tar, readable_path(sample.media.name))
+        try:
+            sources.append(_source(table, tar, sample, path, stem))
+        except DatasetError as error:
+            faults.append(Fault(f"samples of {table.name} cannot be used", str(error), stem))
+    return sources
+
+
+def _source(table: DatasetTable, tar: Path, sample: Sample, path: Path, stem: str) -> MediaSource:
+    captions = None if sample.caption is None else captions_in(sample.caption, table)
+    first, more = first_and_more(captions, path)
+    if not sample.extras:
+        return MediaSource(path, stem, first, None, (), table, more, origins=(_origin(tar, sample.media),))
+    controls = [one for role, _, one in sample.extras if role == CONTROL][: table.control_count]
+    masks = [one for role, _, one in sample.extras if role == MASK]
+    if masks and table.alpha_mask:
+        raise DatasetError(f"{path}: its mask and alpha_mask = true exclude each other; leave out one.")
+    members = (sample.media, *controls, *masks)
+    paths = [name_parts(tar, readable_path(one.name)) for one in members]
+    return MediaSource(
+        paths[0],
+        stem,
+        first,
+        None,
+        tuple(paths[1 : 1 + len(controls)]),
+        table,
+        more,
+        paths[-1] if masks else None,
+        origins=tuple(_origin(tar, one) for one in members),
+    )
+
+
+def _origin(tar: Path, member: Member) -> Origin:
+    return TarMember(tar, member.offset, member.size_bytes)
+
+
+def readable_path(name: str) -> str:
+    """Return a member's name with each part as `readable_stem` writes it; the suffix stays."""
+    parts = []
+    for part in name.split("/"):
+        pure = PurePosixPath(part)
+        parts.append(f"{readable_stem(pure.stem)}{pure.suffix}" if pure.suffix else readable_stem(part))
+    return "/".join(parts)
+
+
+# --- which tars
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _find_tars(table: DatasetTable, faults: list[Fault]) -> list[Path]:
+    """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
+    assert table.tars is not None
+    found: dict[Path, None] = {}
+    refused: list[str] = []
+    for pattern in table.tars:
+        for name in expand_braces(pattern, table.name):
+            if is_address(name) and not table.allow_urls:
+                refused.append(hide_secrets(name))
+                continue
+            try:
+                found |= dict.fromkeys(_tars_of(table, name))
+            except MediaError as error:
+                faults.append(Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False))
+            except DatasetError as error:
+                faults.append(Fault(f"names in {table.name} are of no tar", str(error)))
+    if refused:
+        text = f"{table.name}: {len(refused)} tars are at addresses, read only with allow_urls = true"
+        faults.append(Fault("kinds of addresses are refused", f"{text}. The first: {refused[0]}."))
+    return list(found)
+
+
+def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
+    """Yield the tars of a name without braces. Raises DatasetError if there is none, MediaError if one
+    cannot be downloaded.
+    """
+    if is_address(name) and protocol_of(name) == "file":
+        name = url2pathname(urlsplit(name).path)
+    if is_address(name):
+        has_pattern = protocol_of(name) not in HTTP and any(mark in name for mark in "*?[")
+        addresses = find_remote(name) if has_pattern else [name]
+        if not addresses:
+            raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
+        for address in addresses:
+            target = download_folder(table) / local_name(address)
+            if not target.is_file():
+                logger.info("downloading %s", hide_secrets(address))
+            download(address, target)
+            yield target
+        return
+    path = Path(name).expanduser()
+    if path.exists():
+        if path.is_dir():
+            raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")
+        yield path
+        return
+    has_pattern = any(mark in name for mark in "*?[")
+    matches = sorted(glob.glob(str(path))) if has_pattern else []  # noqa: PTH207  # of any depth and root
+    if not matches:
+        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise DatasetError(f"{path}: no such file{looked}. Correct the path.")
+    yield from map(Path, matches)
+
+
+def expand_braces(pattern: str, where: str) -> list[str]:
+    """Return the names that `{000..012}` and `{a,b}` stand for, in order; numbers keep their zeros.
+
+    Raises DatasetError if they are too many.
+    """
+    names = [pattern]
+    while any(_BRACES.search(name) for name in names):
+        longer: list[str] = []
+        for name in names:
+            longer += _expand_first(name, where)
+            if len(longer) > MOST_NAMES:
+                raise DatasetError(
+                    f"{where}: {hide_secrets(pattern)} stands for more than {MOST_NAMES:,} names"
+                )
+        names = longer
+    return names
+
+
+def _expand_first(name: str, where: str) -> list[str]:
+    braces = _BRACES.search(name)
+    if braces is None:
+        return [name]
+    numbers = _RANGE.fullmatch(braces[1])
+    if numbers is None:
+        options = braces[1].split(",")
+    else:
+        first, last = int(numbers[1]), int(numbers[2])
+        if abs(last - first) >= MOST_NAMES:
+            raise DatasetError(f"{where}: {hide_secrets(name)} stands for more than {MOST_NAMES:,} names")
+        width = len(numbers[1]) if numbers[1].startswith("0") else 0
+        step = 1 if last >= first else -1
+        options = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    return [name[: braces.start()] + option + name[braces.end() :] for option in options]

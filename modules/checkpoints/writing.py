@@ -1,5 +1,6 @@
 """Write a safetensors file tensor by tensor, so that only one of them is in memory at a time."""
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,13 +31,9 @@ def stream_tensors(
     orders its files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file
     cannot be written, or nothing could read it again.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = _order(tensors)
     header = _header({name: tensors[name] for name in order}, metadata)
-    if len(header) - 8 > MAX_HEADER_BYTES:
-        raise OutputError(
-            f"{path}: the names of its {len(tensors):,} tensors and its metadata take {len(header):,} bytes; "
-            f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
-        )
+    _check_header(header, tensors, path)
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
     with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -50,6 +47,32 @@ def stream_tensors(
                 )
             _write_data(file, tensor)
             del tensor  # before the next one is read
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of the file that `stream_tensors` would write. Raises OutputError as it does."""
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    order = _order(infos)
+    header = _header({name: infos[name] for name in order}, metadata)
+    _check_header(header, infos, "safetensors")
+    whole = io.BytesIO()
+    whole.write(header)
+    for name in order:
+        _write_data(whole, tensors[name])
+    return whole.getvalue()
+
+
+def _order(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the names, largest element size first, then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def _check_header(header: bytes, tensors: Mapping[str, TensorInfo], what: Path | str) -> None:
+    if len(header) - 8 > MAX_HEADER_BYTES:
+        raise OutputError(
+            f"{what}: the names of its {len(tensors):,} tensors and its metadata take {len(header):,} bytes; "
+            f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
+        )
 
 
 def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:

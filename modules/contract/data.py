@@ -133,6 +133,24 @@ class MediaBatch:
 
 
 @dataclass(frozen=True)
+class MomentsBatch:
+    """Posteriors of a VAE that were computed before, instead of frames. All items are of one size."""
+
+    # B 2C F H W, before any normalisation: means, then logarithms of variances, on the channel axis
+    moments: Tensor
+    keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
+    image: Tensor | None = None  # B 2C 1 H W: of each clip's first frame alone
+
+
+@dataclass(frozen=True)
+class MomentsRules:
+    """What a family's caches can be made from if there are moments instead of frames."""
+
+    refusal: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
+    with_image: bool = False  # whether those of the first frame alone are needed too
+
+
+@dataclass(frozen=True)
 class CacheEntry:
     """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype
     (`latents`, `clip`).

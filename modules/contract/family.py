@@ -14,7 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
@@ -198,6 +207,12 @@ class Encodes(Protocol):
 
     # per item at least one
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...
+
+    @property
+    def moments(self) -> MomentsRules: ...
+
+    # what `encode_media` returns for clips with these moments, one file each; nothing is loaded
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]: ...
 
 
 class Predicts(Protocol):

@@ -91,7 +91,7 @@ class Companions:
         """
         if self._main is not None:
             self._describe(video, self._main)
-            self._keep_proportions(video)
+            keep_proportions(self._path, self._main, video)
         for stream in self._source.streams:
             if stream is not self._main:
                 self._add(target, stream)
@@ -122,16 +122,6 @@ class Companions:
                 raise
             self._sent -= 1
             self._failed += 1
-
-    def _keep_proportions(self, video: Any) -> None:
-        """Let pixels that are not square, as those of DVDs, stay so."""
-        ratio = self._main.sample_aspect_ratio
-        if not ratio or ratio == 1:
-            return
-        with open_container(self._path) as again, contextlib.suppress(av.FFmpegError):
-            first = next(again.decode(again.streams[self._main.index]))
-            sideways = round(first.rotation / 90) % 2 == 1
-            video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
 
     def _report(self) -> None:
         lost = {track.name: track.lost for track in self._tracks.values()}
@@ -323,6 +313,20 @@ def open_companions(
         source = open_container(path)
     with source:
         yield Companions(path, source, suffix, rate, covers)
+
+
+def keep_proportions(path: Path, source: Any, video: Any) -> None:
+    """Let pixels that are not square, as those of DVDs, stay so.
+
+    source: the stream of pictures of the file at `path`. video: that of a new file.
+    """
+    ratio = source.sample_aspect_ratio
+    if not ratio or ratio == 1:
+        return
+    with open_container(path) as again, contextlib.suppress(av.FFmpegError):
+        first = next(again.decode(again.streams[source.index]))
+        sideways = round(first.rotation / 90) % 2 == 1
+        video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:

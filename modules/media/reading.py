@@ -83,10 +83,13 @@ def image_size(path: Path) -> Size:
         return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
 
 
-def resize_cover(frame: Frame, bucket: Size, shrink: str = "area") -> Frame:
+def resize_cover(
+    frame: Frame, bucket: Size, shrink: str = "area", place: tuple[float, float] | None = None
+) -> Frame:
     """Resize a frame until it covers `bucket`, and crop the centre.
 
     Lanczos when enlarging, else area average, as the cache format requires; shrink: "lanczos" for that, too.
+    place: from left and top in 0..1, below 1, where to crop instead; each pixel is as likely as another.
     """
     fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
     if fit.interpolation == "none":
@@ -97,6 +100,9 @@ def resize_cover(frame: Frame, bucket: Size, shrink: str = "area") -> Frame:
     else:
         resized = np.asarray(cv2.resize(frame, fit.resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     left, top = fit.crop
+    if place is not None:
+        left = int(place[0] * (fit.resized[0] - bucket[0] + 1))
+        top = int(place[1] * (fit.resized[1] - bucket[1] + 1))
     return np.ascontiguousarray(resized[top : top + bucket[1], left : left + bucket[0]])
 
 
@@ -139,20 +145,21 @@ class TimedFrame:
     end: float
 
 
-def video_frames(path: Path, alpha: bool = False) -> Iterator[Frame]:
+def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[Frame]:
     """Yield all frames (H W 3, upright) in playing order, of a video file or a folder of images.
 
-    alpha: H W 4 if they have transparency; without it GIF and WebP are blended on white. Raises MediaError if
+    alpha: H W 4 if they have transparency; without it GIF and WebP are blended on white. threads: that
+    decode; 0: FFmpeg's choice. Raises MediaError if
     the file is missing, empty, without a video stream, not decodable, or truncated (an interrupted download).
     """
     if path.is_dir():
         yield from (read_image(image, alpha) for image in folder_images(path))
         return
-    for frame in timed_frames(path, alpha):
+    for frame in timed_frames(path, alpha, threads):
         yield frame.pixels
 
 
-def timed_frames(path: Path, alpha: bool = False) -> Iterator[TimedFrame]:
+def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[TimedFrame]:
     """Yield all frames of a video file with their times, as `video_frames` does."""
     if is_animation(path):
         end = 0.0
@@ -162,6 +169,7 @@ def timed_frames(path: Path, alpha: bool = False) -> Iterator[TimedFrame]:
         return
     with open_video(path) as (container, stream):
         usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
+        stream.codec_context.thread_count = threads
         for frame, start in decode_frames(path, container, stream, alpha):
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
             has_alpha = alpha and any(part.is_alpha for part in frame.format.components)

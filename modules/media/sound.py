@@ -1,6 +1,7 @@
 """Encode sound anew for files that cannot hold it as it is."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -14,17 +15,39 @@ BITS_PER_CHANNEL = 128_000  # a second; transparent to most ears
 SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 
 
+@dataclass(frozen=True)
+class AacFormat:
+    """What sound is turned into."""
+
+    rate: int  # samples a second
+    layout: str
+    channels: int
+    bit_rate: int
+
+
+def aac_format(source: Any) -> AacFormat:
+    """Return the format for the sound of `source`, a stream of another file."""
+    rate = min(_AAC_RATES, key=lambda allowed: abs(allowed - source.codec_context.sample_rate))
+    # by name: raw sound in Matroska has only a number of channels
+    given = source.codec_context.channels
+    channels = given if given in _LAYOUTS else 2
+    return AacFormat(rate, _LAYOUTS[channels], channels, BITS_PER_CHANNEL * min(given, 8))
+
+
+def add_aac_stream(target: Any, form: AacFormat) -> Any:
+    """Add an AAC stream to a file."""
+    stream = target.add_stream("aac", rate=form.rate)
+    stream.layout = form.layout
+    stream.bit_rate = form.bit_rate
+    return stream
+
+
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
     """Add an AAC stream to a file for the sound of `source`, a stream of another file.
 
     Returns it, and what turns packets of `source`, up to the empty last one, into packets to write.
     """
-    rate = min(_AAC_RATES, key=lambda allowed: abs(allowed - source.codec_context.sample_rate))
-    stream = target.add_stream("aac", rate=rate)
-    # by name: raw sound in Matroska has only a number of channels
-    channels = source.codec_context.channels
-    stream.layout = _LAYOUTS.get(channels, "stereo")
-    stream.bit_rate = BITS_PER_CHANNEL * min(channels, 8)
+    stream = add_aac_stream(target, aac_format(source))
     gapless = _Gapless(source.time_base)
 
     def convert(packet: Any) -> Iterator[Any]:

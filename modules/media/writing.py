@@ -1,5 +1,6 @@
 """Write uint8 frames to image and video files, and join videos without encoding them again."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
-from modules.media.companions import needs_own_tags, open_companions
+from modules.media.companions import Companions, needs_own_tags, open_companions
 from modules.media.encoding import (
     add_video_stream,
     check_picture,
@@ -22,6 +23,7 @@ from modules.media.encoding import (
 )
 from modules.media.opening import open_container, open_video
 from modules.media.reading import Frame
+from modules.media.sections import Section, SectionSound, open_section
 from modules.media.timing import MOST_TICKS, Shown, Timing, ticks_per_second
 
 
@@ -94,6 +96,7 @@ def write_shown(
     crf: int = 12,
     preset: str = "slow",
     companions_of: Path | None = None,
+    section_of: Section | None = None,
     covers: bool = True,
     tags: Mapping[str, str] | None = None,
 ) -> Written:
@@ -103,7 +106,8 @@ def write_shown(
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
     one. codec, crf, preset: as of `write_video`. companions_of: a video whose sound, subtitles, attachments,
     chapters and tags go into this one as they are; what the format cannot hold is logged. covers: whether
-    its cover pictures do, and what else may show what was in the pictures before. tags: as of `write_video`;
+    its cover pictures do, and what else may show what was in the pictures before. section_of: a part of a
+    video whose sound goes into this one, in place of all that. tags: as of `write_video`;
     they replace the video's own.
     Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
     changes; ValueError if their times do not rise; OutputError if the file cannot be written.
@@ -119,7 +123,7 @@ def write_shown(
     with (
         atomic_path(path) as temporary,
         name_write_errors(),
-        open_companions(companions_of, suffix, rate, covers) as others,
+        _open_others(companions_of, section_of, suffix, rate, covers) as others,
     ):
         all_tags = _joined_tags(others.tags if others else {}, tags or {})
         options = _shown_options(suffix, rate, all_tags)
@@ -140,6 +144,18 @@ def write_shown(
             if others is not None:
                 others.write(container, None)
     return Written(stream.width, stream.height, timing.count, timing.seconds)
+
+
+@contextlib.contextmanager
+def _open_others(
+    whole: Path | None, section: Section | None, suffix: str, rate: Fraction, covers: bool
+) -> Iterator[Companions | SectionSound | None]:
+    if section is not None:
+        with open_section(section) as sound:
+            yield sound
+    else:
+        with open_companions(whole, suffix, rate, covers) as companions:
+            yield companions
 
 
 def _shown_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:

@@ -13,12 +13,13 @@ from torch.nn.functional import pad
 
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, MediaError, OptionError, UserError
+from modules.media.scenes import Thumbnail, scene_distance, thumbnail
 from post.compiling import compile_parts
 from post.contract import Clip, Picture, Pixels, Stage
+from post.interpolation.cuts import Cuts
 from post.interpolation.files import check_networks, load_networks
 from post.interpolation.gimm import Frame, Interpolation
 from post.interpolation.options import InterpolationOptions
-from post.interpolation.scenes import Cuts, Thumbnail, scene_distance, thumbnail
 from post.pixels import to_pixels, to_tensor
 from post.precision import network_dtype
 

@@ -17,9 +17,9 @@ from blissful_tuner.prompt_rewrite import (
     instruction,
     make_rewriter,
     rewrite_prompts,
-    take_answer,
 )
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
+from modules.answers import take_answer
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.errors import CheckpointError, OptionError
 from tests.preparing import prepare

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dataset.options import CachingOptions, CheckPageOptions
+from dataset.options import CachingOptions, CheckPageOptions, ShardOptions
 from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt
@@ -31,6 +31,7 @@ OPTIONS = CachingOptions(
     check=False,
     repair_captions=None,
     page=CheckPageOptions(html=None, html_items=500),
+    shard=ShardOptions(num_shards=None, shard_index=None),
 )
 
 

@@ -242,7 +242,7 @@ def test_files_of_other_programs_stay_where_that_is_asked_for(
 
 @pytest.mark.parametrize(
     ("point", "count", "left", "encoded"),
-    [("mid_write", 7, (0, 1), "2 of them"), ("before_rename", 8, (1, 2, 3), "0 of them")],
+    [("mid_write", 7, (0, 1), "2 of them"), ("before_rename", 6, (1, 2, 3), "0 of them")],
     ids=["first pass", "second pass"],
 )
 def test_a_run_that_is_killed_is_finished_by_the_same_command(
@@ -250,8 +250,7 @@ def test_a_run_that_is_killed_is_finished_by_the_same_command(
 ) -> None:
     """left: captions whose files are unfinished. encoded: how much of the first pass is done again.
 
-    A file of the first pass has a header and two tensors, and takes one rename; in the second pass each takes
-    two: when the encoders' tensors are joined, and for its name.
+    A file of the first pass has a header and two tensors. Each file of either pass takes one rename.
     """
     dataset = project.elsewhere(tmp_path, cached=False)
     command = [ROOT / SCRIPT, "--dataset_config", dataset, *project.encoders]

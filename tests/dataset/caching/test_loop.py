@@ -182,9 +182,9 @@ def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) ->
         {"latents_1x1x1_float32": torch.zeros(1)},
         {},
     )
-    (tmp_path / "cache" / ".clip_0_00000-005_0032x0032_toy.safetensors.ab12cd34.tmp").write_bytes(
-        b"left by a kill"
-    )
+    left = tmp_path / "cache" / ".clip_0_00000-005_0032x0032_toy.safetensors.ab12cd34.tmp"
+    left.write_bytes(b"left by a kill")
+    os.utime(left, (0, 0))
     narrower = change(config, target_frames=(5,))
 
     assert cache_media(ToyFamily(), narrower, options(keep_cache=True)).removed == 0

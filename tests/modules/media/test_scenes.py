@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from post.contract import Pixels
-from post.interpolation.scenes import in_words, scene_distance, thumbnail
+from modules.media.depth import Pixels
+from modules.media.scenes import clock_time, scene_distance, thumbnail
 
 THRESHOLD = 0.25  # the default
 HEIGHT, WIDTH = 180, 320
@@ -94,5 +94,5 @@ def test_the_measure_takes_16_bits_and_narrow_pictures() -> None:
 
 
 def test_times_are_written_as_minutes_and_seconds() -> None:
-    assert in_words(Fraction(1001, 24)) == "0:41.708"
-    assert in_words(Fraction(119999, 1000) + Fraction(9, 10000)) == "2:00.000"
+    assert clock_time(Fraction(1001, 24)) == "0:41.708"
+    assert clock_time(Fraction(119999, 1000) + Fraction(9, 10000)) == "2:00.000"

@@ -5,7 +5,6 @@ colours; a flash or a fade changes the brightness and leaves everything in its p
 to be large.
 """
 
-import logging
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,10 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from post.contract import Pixels
-from post.pixels import to_bytes
-
-logger = logging.getLogger(__name__)
+from modules.media.depth import Pixels, in_eight_bits
 
 LONG_SIDE = 32  # of a thumbnail
 MOST_SHIFT = 6  # cells that all may have moved together, in x and y
@@ -25,7 +21,6 @@ SMALL_CHANGE = 0.05  # of the range: pictures that differ less on average count 
 FLAT = 0.005  # deviation of the grey values below which there is no structure to compare
 WHITE = 245  # of 255
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-SHOWN = 5  # times of cuts in the log
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     factor = min(1.0, LONG_SIDE / max(height, width))
     size = max(1, round(width * factor)), max(1, round(height * factor))
     # twice as fine for the colours, so that the histogram has enough samples
-    fine = cv2.resize(to_bytes(pixels), (4 * size[0], 4 * size[1]), interpolation=cv2.INTER_AREA)
+    fine = cv2.resize(in_eight_bits(pixels), (4 * size[0], 4 * size[1]), interpolation=cv2.INTER_AREA)
     small = cv2.resize(fine, size, interpolation=cv2.INTER_AREA)
     shares = [
         np.bincount((fine[..., colour] // (256 // BINS)).ravel(), minlength=BINS) for colour in range(3)
@@ -53,19 +48,20 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     return Thumbnail(grey, small.max(axis=-1) >= WHITE, histogram)
 
 
-def scene_distance(first: Thumbnail, second: Thumbnail) -> float:
+def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> float:
     """Return how much speaks for a cut, from 0 to 1: sqrt(structure * colours) * min(1, change / 0.05).
 
     structure: 1 minus the best correlation of the grey thumbnails over all shifts of up to 6 cells of 32,
     from 0 to 1. Cells that are white in either do not count: there a flash hides what was. If less than a
     quarter is left, or what is left has one grey in either, there is nothing to tear apart: 0. colours: half
     the absolute difference of the histograms, the mean of red, green and blue. change: the mean absolute
-    difference of the grey values.
+    difference of the grey values. least: a distance below that may be given as 0, which takes less time.
     """
     colours = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
     smallness = min(1.0, change / SMALL_CHANGE)
-    if colours * smallness == 0:
+    most_structure = 2.0  # of pictures that are each other's negatives
+    if colours * smallness == 0 or float(np.sqrt(most_structure * colours)) * smallness < least:
         return 0.0
     return float(np.sqrt(_structure(first, second) * colours)) * smallness
 
@@ -102,25 +98,7 @@ def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float |
     return float((own * other).mean()) / (spreads[0] * spreads[1])
 
 
-class Cuts:
-    """The cuts of a clip, for the log: the first few with their times, and how many there are."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, time: Fraction) -> None:
-        """Note one. time: the beginning of the new scene, in seconds."""
-        self.count += 1
-        if self.count <= SHOWN:
-            logger.info("A new scene begins at %s: the picture before it is repeated.", in_words(time))
-
-    def report(self) -> None:
-        """Log how many there were, if not all have been."""
-        if self.count > SHOWN:
-            logger.info("%d scenes began; at their beginnings the picture before is repeated.", self.count)
-
-
-def in_words(time: Fraction) -> str:
+def clock_time(time: Fraction) -> str:
     """Return a time in seconds as 0:07.250."""
     thousandths = round(time * 1000)
     return f"{thousandths // 60000}:{thousandths % 60000 / 1000:06.3f}"

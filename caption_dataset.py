@@ -1,0 +1,30 @@
+"""Write captions for a dataset with a vision-language model, or edit the captions that are there.
+
+Every image or clip of the dataset that has no caption gets one: a text file beside it, or in a JSONL list the
+"caption" of its line, where all else stays (the list as it was becomes .bak). What a person wrote is kept: the
+hidden file .captions_made.jsonl beside the captions says which of them this program wrote.
+All options: python caption_dataset.py --help
+"""
+
+from collections.abc import Sequence
+
+import modules.interpreter  # noqa: F401
+from dataset.captioning.options import CaptioningOptions, add_captioning_arguments
+from dataset.config import load_dataset_config
+from modules.command import Parser, command_line
+from modules.options import read_options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_captioning_arguments(parser)
+    options = read_options(CaptioningOptions, parser.parse_args(argv))
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.captioning.run import run_captioning  # torch loads here, after every option has been read
+
+    run_captioning(config, options)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,75 @@
+"""In which form a cache folder is, single files or shards, and whether that is what `cache_format` says."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dataset.cache.catalog import list_shards
+from dataset.cache.files import (
+    PART,
+    is_latent_cache,
+    is_text_cache,
+    is_text_name,
+    parse_latent_name,
+    read_header,
+)
+from dataset.cache.shards import ShardStore
+from dataset.cache.store import open_store
+from dataset.config import DatasetConfig, DatasetTable
+from modules.command import as_typed
+from modules.errors import CacheError, DatasetError
+
+
+def require_form(config: DatasetConfig, tag: str) -> None:
+    """Raise DatasetError, with the command that converts, if a table has caches of a family in the form that
+    its `cache_format` does not say.
+
+    tag: of the family, in the names of its caches.
+    """
+    said = [line for table in config.datasets for line in other_form(table, tag)]
+    if said:
+        raise DatasetError("\n".join(said))
+
+
+def unsound(table: DatasetTable, tag: str) -> list[str]:
+    """Return why the caches of a table may be incomplete: another form, or shards that are not whole."""
+    return [*other_form(table, tag), *open_store(table).faults()]
+
+
+def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
+    """Yield what is wrong if a table has caches of a family in the form that `cache_format` does not say."""
+    folder, form = table.cache_directory, table.cache_format
+    if form == "shards":
+        found = next(single_files(folder, lambda name: is_of(name, tag, table.kind)), None)
+    else:
+        names = ShardStore(folder).names() if list_shards(folder) else ()
+        found = next((name for name in names if is_of(name, tag, table.kind)), None)
+    if found is not None:
+        words = ["python", "convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
+        is_in = "a file of its own" if form == "shards" else "a shard"
+        yield (
+            f'{table.name}: cache_format = "{form}", but in {folder} {found} is in {is_in}.\n'
+            f"  Convert what is there: {as_typed(words)}"
+        )
+
+
+def is_of(name: str, tag: str, kind: str) -> bool:
+    """Whether a name is that of a cache of a family, finished or not."""
+    return parse_latent_name(name, tag, kind) is not None or is_text_name(name.removesuffix(PART), tag)
+
+
+def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
+    """Yield the names of the files of a folder that fit and hold what caches hold."""
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if of(name) and is_cache_file(folder / name):
+            yield name
+
+
+def is_cache_file(path: Path) -> bool:
+    """Whether a file can be read and its tensors are those of a cache, of whatever family."""
+    try:
+        header = read_header(path)
+    except CacheError:
+        return False
+    maker = header.metadata.get("architecture", "")
+    return is_latent_cache(header, maker) or is_text_cache(header, maker)

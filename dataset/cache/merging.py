@@ -1,0 +1,280 @@
+"""Merge small shards at the end of a run, and reclaim what was removed: sorted, so that equal entries give
+equal files.
+
+A merged shard is named by what it holds. It gets its name, then the index follows, then its sources go: a
+kill between any two of these leaves every entry in one shard or in two.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from dataset.cache.catalog import (
+    INDEX,
+    NOWHERE,
+    SHARD,
+    Catalog,
+    Row,
+    open_catalog,
+    read_index,
+    write_index,
+)
+from dataset.cache.tar_records import (
+    BLOCK,
+    END,
+    Kind,
+    Record,
+    encode_name,
+    machine,
+    padded,
+    read_records,
+    record_header,
+    writer_of,
+)
+from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
+from modules.file_locks import only_one, try_lock
+from modules.temporary_names import LEFTOVER_SECONDS
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 1 << 30  # a writer begins another shard when it has as many
+SMALL = 0.5  # of these bytes: smaller ones are merged
+MOST_HOLES = 0.25  # of a shard: what more is reclaimed
+COPY_BYTES = 1 << 22
+LOCK = ".cache-index.lock"  # is there while shards are merged
+
+Rows = Sequence[tuple[str, Row]]
+
+
+def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Put a folder in order: at most one small shard, none that is unfinished or damaged, and an index.
+
+    One process at a time does this: merged shards are named by what they hold, so two would use one name.
+    Shards that others write or merge are left alone. Raises OutputError if there is no room for it; then all
+    shards are as they were.
+    """
+    if not folder.is_dir():
+        return
+    with explain_errors(folder / INDEX), only_one(folder / LOCK):
+        remove_leftovers(folder, is_ours)
+        with contextlib.ExitStack() as locks:
+            locked = _lock_untidy(folder, shard_bytes * SMALL, locks)
+            if locked:
+                _merge(folder, shard_bytes, locked, locks)
+        _renew_index(folder)
+
+
+def _renew_index(folder: Path, without: Collection[str] = (), found: Collection[str] = ()) -> None:
+    """Write the index, unless it says what it should. Shards that are being written have no place in it.
+
+    without: shards that are about to go. found: entries that are not lost, whatever the index says.
+    """
+    catalog = open_catalog(folder)
+    finished = {shard.name for shard in catalog.shards if shard.is_finished and not shard.damaged}
+    finished -= set(without)
+    if len(finished) < len(catalog.shards):
+        catalog = open_catalog(folder, finished, found)
+    if not catalog.shards and not any(True for _ in catalog.rows()):
+        (folder / INDEX).unlink(missing_ok=True)
+    elif not catalog.has_index:
+        write_index(folder, catalog)
+
+
+def _lock_untidy(folder: Path, small_bytes: float, locks: contextlib.ExitStack) -> dict[str, BinaryIO]:
+    """Lock the shards that are to be merged, if any has to be; those that others hold are left out."""
+    catalog = open_catalog(folder)
+    small = {shard.name for shard in catalog.shards if shard.size < small_bytes}
+    untidy = _untidy(catalog, small)
+    index = read_index(folder)
+    listed = set() if index is None else {shard.name for shard in index.shards}
+    locked = {}
+    if untidy or len(small) > 1:
+        for shard in catalog.shards:
+            if shard.name in small | untidy:
+                file = _lock(folder / shard.name, locks, shard.is_finished or shard.name in listed)
+                if file is not None:
+                    locked[shard.name] = file
+    return locked if untidy & locked.keys() or len(small & locked.keys()) > 1 else {}
+
+
+def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryIO | None:
+    """Open and lock a file that nobody else writes or merges; return None if somebody may."""
+    try:
+        file = locks.enter_context(path.open("rb+"))
+        is_free = try_lock(file)
+        found = os.fstat(file.fileno())
+        # another process may have merged it before we had the lock
+        is_there = _is_same(path, file)
+    except (FileNotFoundError, PermissionError):  # PermissionError: Windows, someone reads it
+        return None
+    if not is_finished and is_free is not False:
+        # other machines' locks are not seen on every network share
+        writer = writer_of(file)
+        is_here = is_free and (writer is None or writer == machine())
+        is_free = is_here or found.st_mtime < time.time() - LEFTOVER_SECONDS
+    return file if is_there and is_free is not False else None
+
+
+def _is_same(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
+    """Return the shards that are unfinished, damaged or full of holes, and small ones in another order.
+
+    names: of the small ones.
+    """
+    alive = [BLOCK * 2] * len(catalog.shards)
+    small: dict[int, list[tuple[str, Row]]] = {
+        number: [] for number, shard in enumerate(catalog.shards) if shard.name in names
+    }
+    for name, row in catalog.rows():
+        if row.shard == NOWHERE:
+            continue
+        # what says that something was removed is a hole itself, unless the shard is compared record by record
+        if row.kind is Kind.ENTRY or row.shard in small:
+            alive[row.shard] += _record_bytes(name, row)
+        if row.shard in small:
+            small[row.shard].append((name, row))
+    untidy = set()
+    for number, shard in enumerate(catalog.shards):
+        has_holes = alive[number] < shard.size * (1 - MOST_HOLES)
+        if number in small:
+            has_holes = alive[number] != shard.size or shard.name != shard_name(_sorted(small[number]))
+        if has_holes or not shard.is_finished or shard.damaged:
+            untidy.add(shard.name)
+    return untidy
+
+
+def _merge(
+    folder: Path, shard_bytes: int, locked: Mapping[str, BinaryIO], locks: contextlib.ExitStack
+) -> None:
+    """Write what holds in the locked shards to new ones, then remove the locked ones."""
+    catalog = open_catalog(folder)
+    numbers = {number for number, shard in enumerate(catalog.shards) if shard.name in locked}
+    held = [(name, row) for name, row in catalog.rows() if row.shard in numbers]
+    elsewhere = _elsewhere(folder, catalog, numbers, held)
+    # what no other shard knows starts anew, so that equal entries give equal bytes
+    rows = [
+        (name, row if name in elsewhere else row._replace(generation=0))
+        for name, row in held
+        if row.kind is not Kind.REMOVED or name in elsewhere
+    ]
+    written = set()
+    with contextlib.ExitStack() as writes:  # the new ones get their names together
+        for chunk in _chunks(_sorted(rows), shard_bytes):
+            name = shard_name(chunk)
+            written.add(name)
+            if not _is_already(catalog, name, chunk):
+                temporary = writes.enter_context(atomic_path(folder / name, _total(chunk)))
+                _write_shard(temporary, chunk, catalog, locked)
+        if os.name == "nt":  # which replaces and removes no file that is open
+            locks.close()
+    with_removals = {catalog.shards[row.shard].name for _, row in held if row.kind is Kind.REMOVED}
+    # those that say what was removed go last, so that nothing comes back
+    gone = sorted(locked.keys() - written, key=lambda name: (name in with_removals, name))
+    logger.debug("%s: %d shards were merged into %d", folder, len(locked), len(written))
+    _renew_index(folder, gone, {name for name, _ in held})
+    for name in gone:
+        # on a volume without locks another merge may have made one of this name meanwhile
+        if os.name == "nt" or _is_same(folder / name, locked[name]):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_already(catalog: Catalog, name: str, rows: Rows) -> bool:
+    """Whether a shard holds just these records: its own ones, not others with equal names and checksums."""
+    number, shard = next(
+        ((number, one) for number, one in enumerate(catalog.shards) if one.name == name), (NOWHERE, None)
+    )
+    return (
+        shard is not None
+        and shard.is_finished
+        and not shard.damaged
+        and shard.size == _total(rows)
+        and all(row.shard == number for _, row in rows)
+    )
+
+
+def _elsewhere(folder: Path, catalog: Catalog, numbers: set[int], rows: Rows) -> set[str]:
+    """Return those of the removed and replaced names that shards outside of the merge have too."""
+    doubtful = {name for name, row in rows if row.kind is Kind.REMOVED or row.generation}
+    found = set()
+    for number, shard in enumerate(catalog.shards):
+        if not doubtful or number in numbers:
+            continue
+        with contextlib.suppress(FileNotFoundError), (folder / shard.name).open("rb") as file:
+            found |= {
+                record.name
+                for record in read_records(file, shard.size)
+                if isinstance(record, Record) and record.name in doubtful
+            }
+    return found
+
+
+def _sorted(rows: Rows) -> Rows:
+    return sorted(rows, key=lambda pair: encode_name(pair[0]))
+
+
+def shard_name(rows: Rows) -> str:
+    """Return the name of a shard that holds these records in this order, and nothing else."""
+    content = hashlib.sha256()
+    for name, row in rows:
+        content.update(record_header(name, row.kind, row.generation, row.length, row.crc32))
+    return f"cache-{content.hexdigest()[:16]}.tar"
+
+
+def _record_bytes(name: str, row: Row) -> int:
+    return len(record_header(name, row.kind, row.generation, row.length, row.crc32)) + padded(row.length)
+
+
+def _total(rows: Rows) -> int:
+    return sum(_record_bytes(name, row) for name, row in rows) + len(END)
+
+
+def _chunks(rows: Rows, shard_bytes: int) -> Iterator[Rows]:
+    """Yield rows in groups that make one shard."""
+    chunk: list[tuple[str, Row]] = []
+    size = 0
+    for name, row in rows:
+        chunk.append((name, row))
+        size += _record_bytes(name, row)
+        if size >= shard_bytes:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write_shard(path: Path, rows: Rows, catalog: Catalog, locked: Mapping[str, BinaryIO]) -> None:
+    with path.open("wb") as file:
+        try_lock(file)  # so that nobody takes it for a leftover
+        for name, row in rows:
+            file.write(record_header(name, row.kind, row.generation, row.length, row.crc32))
+            if row.kind is Kind.ENTRY:
+                _copy(locked[catalog.shards[row.shard].name], row.offset, row.length, file)
+                file.write(bytes(padded(row.length) - row.length))
+        file.write(END)
+
+
+def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
+    """Copy bytes as they are: what is damaged keeps a checksum that does not fit, and is found again."""
+    source.seek(offset)
+    while count:
+        data = source.read(min(count, COPY_BYTES))
+        if not data:
+            raise OSError("a shard became shorter while it was merged")
+        target.write(data)
+        count -= len(data)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file name is that of a shard or of the index."""
+    return name == INDEX or SHARD.fullmatch(name) is not None

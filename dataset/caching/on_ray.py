@@ -1,0 +1,184 @@
+"""Cache on a Ray cluster: `map_batches` over shards of the work, by actors that load the encoders once.
+
+An actor does what the caching loop does, with the same code (work.py), for one shard after another, and
+writes into the shared cache folder. Nothing is removed: the plain command does that afterwards.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dataset.caching.planning import Caches
+from dataset.caching.reports import CacheReport
+from dataset.caching.work import MediaWork, TextWork
+from dataset.config import DatasetConfig
+from dataset.options import CachingOptions, ShardOptions
+from dataset.ray_options import RayOptions
+from modules.devices import choose_device, leave_cudnn_out
+from modules.errors import DatasetError, InstallationError, UserError
+from modules.installation import PREFIX, ROOT
+
+logger = logging.getLogger(__name__)
+
+SHARDS_PER_ACTOR = 8  # of latents: the last ones to end wait for little. Texts load their encoders for each
+# `main` of a caching script: reads the words, then calls the function with what is to be cached
+Main = Callable[[Sequence[str], Callable[..., None]], None]
+
+
+class CachingActor:
+    """A callable class for `map_batches`: caches the shards of each batch, and reports on them.
+
+    Takes and returns columns by name. In: `shard_index`. Out: `shard_index`, the counts `written`, `kept`
+    and `sources`, `failures` (a JSON list of texts) and `error` (empty if the shard was done).
+    """
+
+    def __init__(
+        self, main: Main, words: Sequence[str], is_latents: bool, num_shards: int, threads: int
+    ) -> None:
+        self._main, self._words, self._is_latents = main, words, is_latents
+        self._num_shards, self._threads = num_shards, threads
+        self._work: MediaWork | TextWork | None = None
+
+    def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        """Cache some shards. What a user can mend is reported, all other errors are raised."""
+        rows = [self._row(int(index)) for index in batch["shard_index"]]
+        return {column: [row[column] for row in rows] for column in rows[0]}
+
+    def _row(self, index: int) -> dict[str, Any]:
+        error = ""
+        report = CacheReport()
+        try:
+            if self._work is None:
+                self._main(self._words, self._make)
+            assert self._work is not None
+            report = self._work.encode_shard(ShardOptions(self._num_shards, index))
+        except UserError as failure:
+            error = str(failure)
+        return {
+            "shard_index": index,
+            "written": report.written,
+            "kept": report.kept,
+            "sources": report.share,
+            "failures": json.dumps([str(one) for one in report.failures]),
+            "error": error,
+        }
+
+    def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
+        """Make what is to be cached, as the script would."""
+        if options.num_workers is None:
+            options = dataclasses.replace(options, num_workers=self._threads)
+        if options.disable_cudnn_backend:
+            leave_cudnn_out()
+        device = choose_device(options.device)  # Ray shows an actor its own GPUs only
+        if self._is_latents:
+            self._work = MediaWork(family, config, options, device)
+        else:
+            self._work = TextWork(family, config, options, device, show=False)
+
+
+def run_on_ray(main: Main, options: RayOptions) -> list[dict[str, Any]]:
+    """Cache all shards on a cluster; return the rows that `CachingActor` gave, by shard.
+
+    Raises InstallationError if Ray is missing, OptionError if the command cannot be run on a cluster,
+    DatasetError if the cluster cannot be reached or a shard could not be done.
+    """
+    words = options.command[1:]
+    main(words, _refuse_looks)  # a wrong option is found before anything starts
+    ray = _import_ray()
+    try:
+        _join_cluster(ray, options)
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise DatasetError(f"the Ray cluster {options.address or 'of this machine'}: {error}") from error
+    try:
+        available = ray.cluster_resources()
+        gpus = options.gpus_per_actor
+        if gpus is None:
+            gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
+        actors = options.num_actors or (max(1, int(available.get("GPU", 0) / gpus)) if gpus else 1)
+        _check_room(available, actors, gpus, options.cpus_per_actor)
+        count = options.num_shards or actors * (SHARDS_PER_ACTOR if options.is_latents else 1)
+        logger.info("%d actors cache %d shards", actors, count)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        # a block for each, made here: tasks that cut blocks would wait for the cores that the actors have
+        shards = ray.data.from_items(
+            [{"shard_index": index} for index in range(count)], override_num_blocks=count
+        )
+        reports = shards.map_batches(
+            CachingActor,
+            batch_size=1,
+            concurrency=actors,
+            num_cpus=options.cpus_per_actor,
+            num_gpus=gpus or None,
+            fn_constructor_args=(main, words, options.is_latents, count, options.cpus_per_actor),
+        )
+        rows = []
+        for row in reports.iter_rows():
+            rows.append(row)
+            logger.info("shard %d is done: %d of %d", row["shard_index"], len(rows), count)
+        return sorted(rows, key=lambda row: int(row["shard_index"]))
+    finally:
+        ray.shutdown()
+
+
+def require_done(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DatasetError with what could not be done, in the words of the actors."""
+    errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
+    failures = [text for row in rows for text in json.loads(row["failures"])]
+    if errors:
+        raise DatasetError(
+            f"{len(errors)} of {len(rows)} shards could not be done; all others are:\n  "
+            + "\n  ".join(errors)
+        )
+    if failures:
+        raise DatasetError(
+            f"{len(failures)} of the sources could not be used; all others are done:\n  "
+            + "\n  ".join(failures)
+        )
+
+
+def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *more: Any) -> None:
+    """Raise OptionError if the command does not cache, or only a shard."""
+    options.shard.refuse_beside("cache_on_ray.py")
+    if options.check or (more and getattr(more[0], "debug_mode", None) is not None):
+        raise DatasetError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")
+
+
+def _join_cluster(ray: Any, options: RayOptions) -> None:
+    # actors import our modules as this process does; the package is found without
+    paths = [] if PREFIX else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}} if paths else {}
+    if options.address is not None:
+        ray.init(address=options.address, runtime_env=environment)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    place = {} if options.temp_dir is None else {"_temp_dir": str(options.temp_dir.resolve())}
+    cpus = (
+        None
+        if options.num_actors is None
+        else max(os.cpu_count() or 1, options.num_actors * options.cpus_per_actor)
+    )
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **place)
+
+
+def _check_room(available: Mapping[str, float], actors: int, gpus: float, cpus: int) -> None:
+    """Raise DatasetError if the cluster cannot start so many actors, which Ray would wait for forever."""
+    for name, needed in (("GPU", actors * gpus), ("CPU", actors * cpus)):
+        if needed > available.get(name, 0):
+            raise DatasetError(
+                f"{actors} actors need {needed:g} {name}s, the cluster has {available.get(name, 0):g}. Give "
+                f"a smaller --num_actors or --{name.lower()}s_per_actor."
+            )
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InstallationError(
+            f"Ray is not installed ({error}). Install it with: pip install 'ray[data]' (or the extra [ray])"
+        ) from error
+    return ray

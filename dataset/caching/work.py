@@ -1,0 +1,233 @@
+"""The work of caching a dataset, of which any part can be done by itself, by any process on any machine.
+
+Names of existing caches are listed before the sources are: an entry that was there belongs to a source that
+was there, so what others add meanwhile is never taken for stale.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dataset.cache.forms import require_form
+from dataset.cache.index import Indexes
+from dataset.cache.store import Stores
+from dataset.caching.caption_files import list_caption_files
+from dataset.caching.cleanup import list_texts
+from dataset.caching.given_tensors import use_moments
+from dataset.caching.latents import EncodersOnDemand, LatentEncoding
+from dataset.caching.planning import (
+    Caches,
+    ExistingNames,
+    LatentNames,
+    Recipe,
+    SourcePlan,
+    latent_index,
+    media_table,
+    plan_all,
+)
+from dataset.caching.reports import CacheReport, Failure
+from dataset.caching.texts import KnownTexts, TextBatch, TextEncoding, text_batches, text_index
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.options import CachingOptions, ShardOptions
+from dataset.sources.decoding import check_resolution
+from dataset.sources.faults import Fault
+from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
+from dataset.sources.media_source import MediaSource
+from modules.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+# shows what is to do: how many sources there are, and the plans of those to encode
+Announce = Callable[[int, Sequence[SourcePlan]], None]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What was done for a part of the sources."""
+
+    report: CacheReport
+    right: frozenset[tuple[int, str]]  # table index and name of each valid entry
+
+
+class MediaWork:
+    """The latents of a dataset. The encoders are loaded when they are first needed and stay until `free`."""
+
+    def __init__(
+        self, family: Caches, config: DatasetConfig, options: CachingOptions, device: torch.device
+    ) -> None:
+        """List entries and sources.
+
+        Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
+        """
+        self.stores = Stores()
+        self.existing: ExistingNames = {
+            table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
+            for table in config.datasets
+        }
+        skipped: list[tuple[DatasetTable, Fault]] = []
+        sources = find_all_sources(config, captions=False, skipped=skipped)
+        self.not_listed, self.whole_tables = _report_skipped(skipped), _whole_tables(config, skipped)
+        _check_tables(family, config, sources)
+        warn_missing_captions(sources)
+        family.check_given_files()
+        self.sources: Sequence[MediaSource] = use_moments(family, sources)
+        require_form(config, family.cache_tag)
+        self._recipe = recipe_of(family, options, self.stores)
+        self._family = family
+        self._config = config
+        self._options = options
+        self._encoders = EncodersOnDemand(family, device)
+
+    def encode(self, sources: Sequence[MediaSource], show: bool, announce: Announce | None = None) -> Encoded:
+        """Encode every item of some sources that has no valid entry.
+
+        A source that cannot be read becomes a failure of the report and does not stop the others. Raises
+        CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be written.
+        """
+        recipe, workers = self._recipe, workers_of(self._options)
+        plans, failures = plan_all(sources, self.existing, recipe, workers, show)
+        to_do = [plan for plan in plans if plan.missing is None or plan.missing]
+        if announce is not None:
+            announce(len(plans) + len(failures), to_do)
+        encoding = LatentEncoding(self._family, recipe, self._encoders, self._options.batch_size)
+        if to_do:
+            encoding.run(to_do, self.existing, workers, show)
+        finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
+        log_outdated(finished)
+        report = CacheReport(
+            written=len(encoding.written),
+            kept=sum(len(plan.kept) for plan in finished),
+            foreign=sum(plan.foreign for plan in finished),
+            failures=(*failures, *encoding.failures),
+            dropped=tuple(
+                Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
+            ),
+            shortened=tuple(
+                Failure.of(plan.source, plan.short) for plan in finished if plan.short is not None
+            ),
+            share=len(sources),
+            whole=len(self.sources),
+        )
+        kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
+        return Encoded(report, frozenset(kept | encoding.written))
+
+    @property
+    def index(self) -> Indexes[Any]:
+        """Return what is known of the entries."""
+        return self._recipe.index
+
+    def encode_shard(self, shard: ShardOptions) -> CacheReport:
+        """Encode a shard, so that it survives. Raises as `encode` does."""
+        report = self.encode(shard.of(self.sources), show=False).report
+        self.stores.finish(self._config.datasets)
+        return report
+
+    def free(self) -> None:
+        """Free the encoders."""
+        self._encoders.free()
+
+
+class TextWork:
+    """The texts of a dataset, in the batches in which they are encoded."""
+
+    def __init__(
+        self, family: Caches, config: DatasetConfig, options: CachingOptions, device: torch.device, show: bool
+    ) -> None:
+        """List entries and captions. show: whether this process shows its progress.
+
+        Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
+        of an encoder is wrong.
+        """
+        self.stores = Stores()
+        self.existing: Mapping[int, Collection[str]] = {
+            table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
+        }
+        skipped: list[tuple[DatasetTable, Fault]] = []
+        self.sources: Sequence[MediaSource] = find_all_sources(config, skipped=skipped)
+        self.not_listed, self.whole_tables = _report_skipped(skipped), _whole_tables(config, skipped)
+        require_captions(self.sources)
+        family.check_given_files()
+        self._config = config
+        require_form(config, family.cache_tag)
+        self.files = list_caption_files(self.sources, family.cache_tag)
+        self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
+        self.index = text_index(options.verify)
+        known = KnownTexts(self.stores, self.index)
+        self._encoding = TextEncoding(
+            family, device, workers_of(options), options.skip_existing, show, self.stores, known
+        )
+
+    def encode(self, batches: Sequence[TextBatch]) -> CacheReport:
+        """Encode every caption of some batches that has no valid entry, one encoder after the other.
+
+        Raises CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be written.
+        """
+        done = self._encoding.run(batches)
+        return CacheReport(
+            done.written, done.kept, done.foreign, share=sum(map(len, batches)), whole=len(self.files)
+        )
+
+    def encode_shard(self, shard: ShardOptions) -> CacheReport:
+        """Encode a shard, so that it survives. Raises as `encode` does."""
+        report = self.encode(shard.of(self.batches))
+        self.stores.finish(self._config.datasets)
+        return report
+
+    def free(self) -> None:
+        """Free the encoders."""
+        self._encoding.free()
+
+
+def _report_skipped(skipped: Sequence[tuple[DatasetTable, Fault]]) -> CacheReport:
+    """Return a report of what listing could not read, such as the end of a tar."""
+    failures = [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
+    return CacheReport(failures=tuple(failures))
+
+
+def _whole_tables(config: DatasetConfig, skipped: Sequence[tuple[DatasetTable, Fault]]) -> list[DatasetTable]:
+    """Return the tables of which all sources are known: of others, no entry is known to be stale."""
+    broken = {table.index for table, _ in skipped}
+    return [table for table in config.datasets if table.index not in broken]
+
+
+def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError with the reasons of all tables that cannot be cached."""
+    problems = []
+    controlled = {source.table.index for source in sources if source.control}
+    for table in config.datasets:
+        has_control = table.index in controlled
+        try:
+            check_resolution(table, family.latent.pixel_step)
+            family.check_table(media_table(table, has_control))
+        except DatasetError as error:
+            problems.append(str(error))
+    if problems:
+        raise DatasetError("\n".join(problems))
+
+
+def log_outdated(plans: Sequence[SourcePlan]) -> None:
+    """Log why existing files were made again, so that the extra work is explained."""
+    reasons = [plan.outdated for plan in plans if plan.outdated is not None]
+    if reasons:
+        logger.info(
+            "%d sources had outdated cache files, which were made again. The first: %s",
+            len(reasons),
+            reasons[0],
+        )
+
+
+def recipe_of(family: Caches, options: CachingOptions, stores: Stores) -> Recipe:
+    """Return how this run makes latents. Reads the identity of the encoders' files."""
+    latent, fps, encoder = family.latent, family.defaults.fps, family.media_identity
+    skip_existing, index = options.skip_existing, latent_index(options.verify)
+    sections = family.sections_of
+    return Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index)
+
+
+def workers_of(options: CachingOptions) -> int:
+    """Return how many threads read ahead."""
+    return options.num_workers or max(1, (os.cpu_count() or 2) - 1)

@@ -1,0 +1,1 @@
+"""Cut footage into the clips of a dataset: find scenes, choose clips, write them and a list of them."""

@@ -1,0 +1,73 @@
+"""Which videos are cut, and how their clips are named."""
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import MediaError
+from modules.media.reading import VIDEO_SUFFIXES
+from modules.text_files import bad_character
+
+# with what phones, cameras and broadcasts have
+SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
+MOST_OF_NAME = 120  # characters of a source's name in those of its clips
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video to cut."""
+
+    path: Path  # absolute
+    stem: str  # the name its clips would have by its place below --input, if no other source has it
+
+
+def find_videos(given: Path, output: Path) -> list[Source]:
+    """Return the videos of a folder and of the folders in it, by name, or the one that is given.
+
+    What is in `output` is left out, if that is inside the folder. Raises MediaError if there is none.
+    """
+    if not given.is_dir():
+        return [Source(given.resolve(), _clean(given.stem))]
+    root, own = given.resolve(), output.resolve()
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name != own)
+        if here != own:
+            found += [here / name for name in sorted(names) if _is_video(here / name)]
+    if not found:
+        raise MediaError(
+            f"--input {given} is a folder without videos (those in --output do not count). Their names end "
+            f"in {', '.join(sorted(SUFFIXES))}."
+        )
+    return [Source(path, _clean("_".join(path.relative_to(root).with_suffix("").parts))) for path in found]
+
+
+def free_stem(wanted: str, taken: Collection[str]) -> str:
+    """Return a name that is not taken: with a number behind it if necessary.
+
+    taken: without capitals, because file systems of Windows and macOS ignore them.
+    """
+    stem, number = wanted, 1
+    while stem.casefold() in taken:
+        number += 1
+        stem = f"{wanted}-{number}"
+    return stem
+
+
+def clip_name(stem: str, number: int, suffix: str) -> str:
+    """Return the name of a clip. number: from 1."""
+    return f"{stem}_{number:05d}{suffix}"
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _clean(name: str) -> str:
+    """Return a name as any system and any list can hold it."""
+    if bad_character(name):
+        name = name.encode("utf-8", "replace").decode("utf-8")
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)[:MOST_OF_NAME].strip(" .") or "clip"

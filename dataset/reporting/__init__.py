@@ -1,0 +1,1 @@
+"""The page about a dataset, and the same numbers as JSON."""

@@ -1,0 +1,259 @@
+"""Read tables that others made, row by row: Parquet (a file or a folder of parts), CSV, TSV, JSONL.
+
+Only the rows of one batch are in memory. Values are those of the file: texts in CSV and TSV, what the column
+holds in Parquet and JSONL.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataset.sources.captions import guess_captions
+from modules.errors import DatasetError
+from modules.text_files import MAX_LINE_CHARACTERS, parse_json, read_lines, require_regular_file
+
+PARQUET, CSV, TSV, JSONL = "Parquet", "CSV", "TSV", "JSONL"
+FORMATS: Mapping[str, str] = {
+    **dict.fromkeys((".parquet", ".pq"), PARQUET),
+    ".csv": CSV,
+    **dict.fromkeys((".tsv", ".tab"), TSV),
+    **dict.fromkeys((".jsonl", ".ndjson"), JSONL),
+}
+BATCH_ROWS = 4096  # of Parquet, in memory at a time
+FIRST_LINES = 100  # of JSONL, whose keys are taken for the columns
+LONGEST_CELL = 131_072  # characters of a CSV cell; the standard library's own limit
+MOST_COLUMNS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One row of a table."""
+
+    file: Path  # of several parts: the one that it is in
+    unit: str  # what `number` counts: "line", or "row" in Parquet
+    number: int  # from 1; of a CSV row over several lines, the first; in CSV the first line is the header
+    # by column, those that were asked for and are not null
+    values: Mapping[str, Any] = field(default_factory=dict)
+    fault: str | None = None  # why it has no values: "it has 3 cells, the header has 2"
+
+    @property
+    def where(self) -> str:
+        """Return `data.csv, line 3` for messages."""
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+def table_format(path: Path) -> str:
+    """Return the format of a table by its suffix; of a folder PARQUET. Raises DatasetError for another."""
+    if path.is_dir():
+        return PARQUET
+    found = FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise DatasetError(
+            f"{path}: tables are read from {', '.join(FORMATS)}, or a folder of .parquet parts; this ends in "
+            f"{path.suffix or 'nothing'}"
+        )
+    return found
+
+
+def column_names(path: Path) -> tuple[str, ...]:
+    """Return the names of a table's columns; of JSONL the keys of its first lines.
+
+    Raises DatasetError if the file cannot be read or has no columns.
+    """
+    kind = table_format(path)
+    if kind == PARQUET:
+        return _parquet_names(_parquet_parts(path)[0])
+    if kind == JSONL:
+        found: dict[str, None] = {}
+        for row, _ in zip(_jsonl_rows(path, None), range(FIRST_LINES), strict=False):
+            found |= dict.fromkeys(row.values)
+        return tuple(found)
+    return _csv_header(path, kind)[0]
+
+
+def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[TableRow]:
+    """Yield the rows of a table with the wanted columns; None: all of them. A name that is no column is left
+    out.
+
+    A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
+    file is missing, is not what its suffix says, or is not UTF-8.
+    """
+    kind = table_format(path)
+    if kind == PARQUET:
+        for part in _parquet_parts(path):
+            yield from _parquet_rows(part, wanted)
+    elif kind == JSONL:
+        yield from _jsonl_rows(path, wanted)
+    else:
+        yield from _csv_rows(path, kind, wanted)
+
+
+# --- texts
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file without their ends. Raises DatasetError as `read_columns`."""
+    number = 0
+    try:
+        for number, line in enumerate(read_lines(path, MAX_LINE_CHARACTERS), 1):  # noqa: B007
+            yield line
+    except UnicodeDecodeError:
+        guess = guess_captions([path])[0]
+        seems = "" if guess is None else f"; it looks like {guess.name}"
+        raise DatasetError(
+            f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}. Correct the path.") from error
+
+
+def _jsonl_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        fault = None
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            record, fault = None, f"invalid JSON: {error}"
+        if fault is None and not isinstance(record, dict):
+            fault = "it is not an object of columns and values"
+        if fault is not None:
+            yield TableRow(path, "line", number, {}, fault)
+            continue
+        keys = record if wanted is None else wanted
+        yield TableRow(
+            path, "line", number, {key: record[key] for key in keys if record.get(key) is not None}
+        )
+
+
+def _csv_header(path: Path, kind: str) -> tuple[tuple[str, ...], str]:
+    """Return the columns of a CSV or TSV file, and what separates its cells."""
+    lines = _lines(path)
+    first = next(lines, None)
+    if first is None:
+        raise DatasetError(f"{path} is empty; its first line names the columns")
+    # spreadsheets write semicolons where the comma stands in numbers
+    mark = "\t" if kind == TSV else ";" if "," not in first and ";" in first else ","
+    rows = csv.reader(_with_ends([first], lines), delimiter=mark, strict=True)
+    try:
+        names = [name.strip() for name in next(rows)]
+    except (csv.Error, StopIteration) as error:
+        raise DatasetError(f"{path}, line 1: the names of the columns cannot be read: {error}") from None
+    _check_names(path, names)
+    return tuple(names), mark
+
+
+def _with_ends(first: Sequence[str], lines: Iterator[str]) -> Iterator[str]:
+    for line in first:
+        yield line + "\n"
+    for line in lines:
+        yield line + "\n"
+
+
+def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator[TableRow]:
+    names, mark = _csv_header(path, kind)
+    places = [(name, place) for place, name in enumerate(names) if wanted is None or name in wanted]
+    rows = csv.reader(_with_ends([], _lines(path)), delimiter=mark, strict=True)
+    next(rows)
+    while True:
+        number = rows.line_num + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "limit" in str(error):
+                raise DatasetError(
+                    f"{path}, line {number}: a cell has more than {LONGEST_CELL:,} characters. A quote that "
+                    "is not closed looks like that; correct it, or use JSONL or Parquet."
+                ) from None
+            yield TableRow(path, "line", number, {}, f"it is not valid {kind}: {error}")
+            continue
+        if not cells:  # an empty line
+            continue
+        if len(cells) != len(names):
+            fault = f"it has {len(cells)} cells, the header has {len(names)}"
+            yield TableRow(path, "line", number, {}, fault)
+            continue
+        yield TableRow(path, "line", number, {name: cells[place] for name, place in places})
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if len(names) > MOST_COLUMNS:
+        raise DatasetError(f"{path} has {len(names):,} columns, at most {MOST_COLUMNS:,} are read")
+    twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
+    if twice is not None:
+        raise DatasetError(f"{path}: the column {twice!r} is there twice; rename one of them")
+
+
+# --- Parquet
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _parquet_parts(path: Path) -> list[Path]:
+    """Return the file itself, or the parts in a folder, by name."""
+    if not path.is_dir():
+        return [path]
+    parts = sorted(
+        part
+        for part in path.iterdir()
+        if FORMATS.get(part.suffix.lower()) == PARQUET and not part.name.startswith((".", "_"))
+    )
+    if not parts:
+        raise DatasetError(
+            f"{path} is a folder without .parquet files. Name a .parquet, .csv, .tsv or .jsonl file, or a "
+            "folder of .parquet parts."
+        )
+    return parts
+
+
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file (a pyarrow `ParquetFile`). Raises DatasetError if it cannot be read."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DatasetError(f"{path} needs the package pyarrow: pip install pyarrow") from None
+    try:
+        require_regular_file(path)
+        return parquet.ParquetFile(path)
+    except (OSError, ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return DatasetError(f"{path} cannot be read as Parquet: {reason}. Correct the path, or write it again.")
+
+
+def _parquet_names(path: Path) -> tuple[str, ...]:
+    with open_parquet(path) as file:
+        names = tuple(file.schema_arrow.names)
+    _check_names(path, names)
+    return names
+
+
+def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
+    with open_parquet(path) as file:
+        names = tuple(file.schema_arrow.names)
+        _check_names(path, names)
+        columns = [name for name in names if wanted is None or name in wanted]
+        number = 0
+        try:
+            batches = file.iter_batches(BATCH_ROWS, columns=columns)
+            if not columns:
+                batches = ()
+            for batch in batches:
+                cells = [batch.column(name).to_pylist() for name in columns]
+                for row in zip(*cells, strict=True):
+                    number += 1
+                    values = {
+                        name: value for name, value in zip(columns, row, strict=True) if value is not None
+                    }
+                    yield TableRow(path, "row", number, values)
+        except (OSError, ValueError) as error:  # pyarrow's errors of damaged data are ValueErrors
+            raise _unreadable(path, error) from error

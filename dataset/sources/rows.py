@@ -1,0 +1,229 @@
+"""Turn the rows of lists and tables into sources: paths or addresses, captions, control media, masks."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from dataset.config import DatasetTable
+from dataset.sources.captions import caption_lines, complete_captions
+from dataset.sources.downloading import local_name, protocol_problem
+from dataset.sources.faults import Fault
+from dataset.sources.media_source import MediaSource
+from dataset.sources.origin import Origin, Remote
+from dataset.sources.stems import readable_stem, unique_stems
+from modules.addresses import address_identity, address_name, hide_secrets, is_address, protocol_of
+from modules.errors import DatasetError
+from modules.text_files import MAX_CAPTION_BYTES, bad_character
+
+MOST_CAPTIONS = 100  # of an item; each has a cache file
+DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
+
+
+class _Refused(Exception):
+    """An address that the table does not allow, or that cannot be read here; the text says why."""
+
+
+@dataclass
+class RowReader:
+    """Makes the sources of one list or table, and collects what is refused in many of its rows."""
+
+    table: DatasetTable
+    file: Path  # for messages
+    path_column: str
+    caption_column: str | None = "caption"
+    is_list: bool = False  # a JSONL list, whose texts are captions as they stand and whose names are unique
+    base: Path | None = None  # where relative paths start; None: in the working folder
+    _texts: list[str] = field(default_factory=list)  # of each source made, what tells it from others
+    _refused: dict[str, list[str]] = field(default_factory=dict)  # by reason: where
+
+    def read(self, values: Mapping[str, Any], where: str) -> MediaSource | None:
+        """Return the source of a row; None if its address is refused, which `finish` reports.
+
+        where: `list.jsonl, line 3`. Raises DatasetError if a value cannot be used.
+        """
+        text = self._path_text(values, where)
+        captions = complete_captions(found, self.table) if (found := self._captions(values, where)) else None
+        first, more = first_and_more(captions, where)
+        control_texts, mask_text = self._control_texts(values, where), self._mask_text(values, where)
+        try:
+            places = [self._locate(one) for one in (text, *control_texts)]
+            mask = None if mask_text is None else self._locate(mask_text)
+        except _Refused as refused:
+            self._refused.setdefault(str(refused), []).append(f"{where}: {hide_secrets(text)}")
+            return None
+        (path, origin), *controls = places
+        is_remote = isinstance(origin, Remote)
+        stem = _remote_stem(origin.address) if isinstance(origin, Remote) else path.stem
+        self._texts.append(address_identity(text) if is_remote else text)
+        origins = tuple(one for _, one in (*places, *(() if mask is None else (mask,))))
+        return MediaSource(
+            path,
+            stem,
+            first,
+            None,
+            tuple(one for one, _ in controls),
+            self.table,
+            more,
+            None if mask is None else mask[0],
+            origins=origins if any(origins) else (),
+        )
+
+    def finish(self, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
+        """Return the sources with stems of their own where theirs clash; add what concerns all rows to
+        `faults`. sources: all that `read` made, in order.
+        """
+        unit = "lines" if self.is_list else "rows"
+        for reason, places in self._refused.items():
+            text = (
+                f"{self.table.name}: {len(places)} {unit} cannot be used: {reason}. The first: {places[0]}."
+            )
+            faults.append(Fault("kinds of addresses are refused", text))
+        stems = unique_stems([source.stem for source in sources], self._texts)
+        named = [
+            source
+            if stem == source.stem or (self.is_list and not source.origins)
+            else replace(source, stem=stem)
+            for source, stem in zip(sources, stems, strict=True)
+        ]
+        return check_controls(self.table, named, faults, f"{unit} of {self.file}")
+
+    def _path_text(self, values: Mapping[str, Any], where: str) -> str:
+        text = values.get(self.path_column)
+        if not isinstance(text, str) or (not self.is_list and not text.strip()):
+            hint = f". Each line is one object such as {_example(self.table)}" if self.is_list else ""
+            problem = "is missing" if self.is_list or text is None or text == "" else "is not a path"
+            raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
+        check_text(text, f"{where}: {self.path_column}")
+        return text
+
+    def _locate(self, text: str) -> tuple[Path, Origin | None]:
+        """Return the path of a file, and where its bytes are if they are not there."""
+        if not is_address(text):
+            path = Path(text).expanduser()
+            return (path if self.base is None else self.base / path), None
+        table, protocol = self.table, protocol_of(text)
+        if not table.allow_urls:
+            raise _Refused("addresses are read only with allow_urls = true in the table")
+        if "::" in text.split("/", 1)[0]:
+            raise _Refused("chains of addresses (::) are not followed")
+        if protocol == "file":
+            # a path in other words, and as one only opened as an image or a clip
+            return Path(url2pathname(urlsplit(text).path)), None
+        problem = protocol_problem(protocol)
+        if problem is not None:
+            raise _Refused(problem)
+        return download_folder(table) / local_name(text), Remote(text)
+
+    def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+        """Return the caption, and with multi_caption the texts of the list `captions` behind it."""
+        name = self.caption_column
+        caption = None if name is None else values.get(name)
+        if caption is not None and not isinstance(caption, str):
+            raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text")
+        more = values.get("captions") if self.table.multi_caption else None
+        if more is not None and not (isinstance(more, list) and all(isinstance(one, str) for one in more)):
+            raise DatasetError(f"{where}: captions = {_show(more)} is not a list of texts")
+        captions = [*([] if caption is None else [caption]), *(more or ())]
+        for one in captions:
+            check_text(one, f"{where}: {name or 'captions'}")
+        if self.is_list:
+            return captions
+        stripped = [one.strip() for one in captions]
+        return stripped if caption is None else [*caption_lines(stripped[0], self.table), *stripped[1:]]
+
+    def _mask_text(self, values: Mapping[str, Any], where: str) -> str | None:
+        mask = values.get("mask_path")
+        if mask is None or (not self.is_list and mask == ""):
+            return None
+        if self.table.alpha_mask:
+            raise DatasetError(f"{where}: mask_path and alpha_mask = true exclude each other; leave out one")
+        if not isinstance(mask, str):
+            raise DatasetError(f"{where}: mask_path = {_show(mask)} is not a path in quotes")
+        check_text(mask, f"{where}: mask_path")
+        return mask
+
+    def _control_texts(self, values: Mapping[str, Any], where: str) -> list[str]:
+        """Return the first `control_count` of `control_path`, or of `control_path_<number>` by number."""
+        numbered: dict[int, str] = {}
+        for name, value in values.items():
+            number = control_number(name)
+            if number is None or value is None or (not self.is_list and value == ""):
+                continue
+            if not isinstance(value, str):
+                raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
+            if number in numbered:
+                raise DatasetError(
+                    f"{where}: {name} repeats the number of another control_path; control_path is "
+                    "control_path_0"
+                )
+            check_text(value, f"{where}: {name}")
+            numbered[number] = value
+        return [numbered[number] for number in sorted(numbered)][: self.table.control_count]
+
+
+def control_number(name: str) -> int | None:
+    """Return 0 for `control_path`, 2 for `control_path_2`, None for other columns."""
+    match = re.fullmatch(r"control_path(?:_(\d{1,9}))?", name)
+    return None if match is None else int(match[1] or 0)
+
+
+def download_folder(table: DatasetTable) -> Path:
+    """Return where a table keeps what it downloads."""
+    return table.download_directory or table.cache_directory / DOWNLOADS
+
+
+def first_and_more(
+    captions: tuple[str, ...] | None, where: Path | str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """Split captions into the first and the others. Raises DatasetError if there are too many."""
+    if captions and len(captions) > MOST_CAPTIONS:
+        raise DatasetError(
+            f"{where}: {len(captions)} captions, at most {MOST_CAPTIONS} are used. With multi_caption = true "
+            "each line is one; leave it out if the lines are one text."
+        )
+    return (captions[0], captions[1:]) if captions else (None, ())
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise DatasetError for what neither a file's name nor a caption can be."""
+    found = bad_character(text)
+    if found is not None:
+        raise DatasetError(f"{where} holds {found}. Correct the line.")
+    if len(text) > MAX_CAPTION_BYTES:
+        raise DatasetError(
+            f"{where} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
+        )
+
+
+def check_controls(
+    table: DatasetTable, sources: list[MediaSource], faults: list[Fault], where: str
+) -> list[MediaSource]:
+    """Add a fault for each source with too few control media, if any source has one. Returns `sources`."""
+    if any(source.control for source in sources):
+        lacking = [source for source in sources if len(source.control) < table.control_count]
+        needed = (
+            "control_path"
+            if table.control_count == 1
+            else f"control_path_0 to control_path_{table.control_count - 1}"
+        )
+        kind = f"{where} have no {needed}, while others have"
+        faults += [Fault(kind, str(source.path), source.stem) for source in lacking]
+    return sources
+
+
+def _remote_stem(address: str) -> str:
+    name = PurePosixPath(readable_stem(address_name(address))).stem
+    return name or readable_stem(urlsplit(address).hostname or "")
+
+
+def _example(table: DatasetTable) -> str:
+    return f'{{"{table.kind}_path": "...", "caption": "..."}}'
+
+
+def _show(value: Any) -> str:
+    return hide_secrets(json.dumps(value, default=repr)[:80])

@@ -1,0 +1,27 @@
+"""Write a page about a dataset: what a training will see of it, and what is wrong with it.
+
+All options: python dataset_report.py --help
+"""
+
+from collections.abc import Sequence
+
+import modules.interpreter  # noqa: F401
+from dataset.config import load_dataset_config
+from dataset.reporting.options import ReportOptions, add_report_arguments
+from modules.command import Parser, command_line
+from modules.options import read_options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_report_arguments(parser)
+    options = read_options(ReportOptions, parser.parse_args(argv))
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.reporting.run import run_report  # the libraries that read media load here
+
+    run_report(config, options)
+
+
+if __name__ == "__main__":
+    command_line(main)

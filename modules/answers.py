@@ -1,0 +1,20 @@
+"""Take the text out of what a chat model answers. Standard library only."""
+
+import re
+
+# what models that think aloud say before their answer; a thought may have no end
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
+MOST_CHARACTERS = 4000  # of a prompt
+_QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
+
+
+def take_answer(text: str, most_characters: int = MOST_CHARACTERS) -> str:
+    """Return the paragraph in an answer: without thoughts, line breaks and quotation marks around it.
+
+    What is beyond `most_characters` is cut off.
+    """
+    text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
+    text = " ".join(text.split())[:most_characters]
+    if len(text) > 1 and (text[0], text[-1]) in _QUOTES:
+        text = text[1:-1].strip()
+    return text

@@ -1,0 +1,78 @@
+"""Locks on open files, which end with the process that holds them, however it ends."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+FAR = 1 << 62  # Windows keeps others from reading what is locked: a byte that no file reaches
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: BinaryIO, waits: bool) -> None:
+        place = file.tell()
+        try:
+            file.seek(FAR)
+            while True:
+                try:
+                    # the one that waits gives up after ten seconds
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if waits else msvcrt.LK_NBLCK, 1)
+                    return
+                except OSError as error:
+                    if not waits or error.errno != errno.EDEADLK:
+                        raise
+        finally:
+            file.seek(place)
+
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO, waits: bool) -> None:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+
+
+def try_lock(file: BinaryIO) -> bool | None:
+    """Lock a file until it is closed, for this process alone, without waiting.
+
+    file: opened for writing. Returns False if somebody else holds the lock, None if the volume has no locks.
+    """
+    try:
+        _lock(file, waits=False)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED and os.name != "nt":
+            return None
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Let one process at a time do the block: others wait until it has ended, or is killed.
+
+    path: a file that is there meanwhile. On a volume without locks nobody waits. Raises OSError if the file
+    cannot be made.
+    """
+    while True:
+        with path.open("ab") as file:
+            try:
+                _lock(file, waits=True)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            try:
+                is_same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                is_same = False
+            if not is_same:  # who had the lock before has removed the file
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows removes no open file: there it stays
+                    path.unlink()
+            return

@@ -1,0 +1,22 @@
+"""Cut footage into clips for a dataset, at its scenes. All options: python split_video.py --help"""
+
+from collections.abc import Sequence
+
+import modules.interpreter  # noqa: F401
+from dataset.cutting.options import CuttingOptions, add_cutting_arguments
+from modules.command import Parser, command_line
+from modules.options import read_options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_cutting_arguments(parser)
+    options = read_options(CuttingOptions, parser.parse_args(argv))
+
+    from dataset.cutting.run import cut_footage  # what reads videos loads here
+
+    cut_footage(options)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,118 @@
+"""Caching on a Ray cluster: the actor by itself, and a cluster of two workers with a real script."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cache_on_ray
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.on_ray import CachingActor, require_done
+from dataset.ray_options import LATENT_SCRIPTS, TEXT_SCRIPTS, read_ray_options
+from modules.errors import DatasetError, OptionError
+from tests.commands import ROOT
+from tests.dataset.caching.test_shards import contents, family, into, make_dataset
+from tests.dataset.toy_family import ToyFamily, options
+from tests.faults.runs import FAMILIES, write_project
+
+
+def main_of(used: ToyFamily, config: Any, **changes: Any) -> Callable[..., None]:
+    """What `main` of a caching script does."""
+
+    def main(words: Sequence[str], run: Callable[..., None]) -> None:
+        assert words == ("--words",)
+        run(used, config, options(**changes), "following")
+
+    return main
+
+
+@pytest.mark.parametrize("is_latents", [True, False], ids=["latents", "texts"])
+def test_an_actor_loads_the_encoders_once_and_gives_the_bytes_of_a_plain_run(
+    tmp_path: Path, is_latents: bool
+) -> None:
+    config = make_dataset(tmp_path)
+    cache = cache_media if is_latents else cache_texts
+    cache(family(), into(config, tmp_path / "plain"), options())
+    used = family()
+    actor = CachingActor(main_of(used, into(config, tmp_path / "shared")), ("--words",), is_latents, 3, 1)
+
+    rows = [actor({"shard_index": indices}) for indices in ([2], [0, 1])]
+
+    assert contents(tmp_path / "shared") == contents(tmp_path / "plain")
+    assert (used.loaded if is_latents else used.text[0].loaded) == 1
+    assert [row["shard_index"] for row in rows] == [[2], [0, 1]]
+    assert sum(number for row in rows for number in row["sources"]) == (5 if is_latents else 6)
+    assert sum(number for row in rows for number in row["written"]) == len(contents(tmp_path / "plain"))
+    assert not any(text for row in rows for text in row["error"])
+    report = cache(family(), into(config, tmp_path / "shared"), options())
+    assert (report.written, report.removed) == (0, 0)
+
+
+def test_what_an_actor_cannot_do_is_told_in_its_row(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path)
+    refused = ToyFamily(refuses="no such thing")
+    row = CachingActor(main_of(refused, config), ("--words",), True, 1, 1)({"shard_index": [0]})
+    assert "no such thing" in row["error"][0]
+    rows = [{key: value[0] for key, value in row.items()}]
+    with pytest.raises(DatasetError, match=r"1 of 1 shards could not be done(.|\n)*shard 0: .*no such thing"):
+        require_done(rows)
+
+    (tmp_path / "clip_1.mp4").write_bytes(b"no clip")
+    row = CachingActor(main_of(family(), config), ("--words",), True, 1, 1)({"shard_index": [0]})
+    (failure,) = json.loads(row["failures"][0])
+    assert "clip_1.mp4" in failure
+    with pytest.raises(DatasetError, match=r"1 of the sources(.|\n)*clip_1"):
+        require_done([{key: value[0] for key, value in row.items()}])
+
+
+def test_all_caching_scripts_run_on_a_cluster_and_no_others() -> None:
+    scripts = {path.stem for path in ROOT.glob("*cache_*.py")} - {"cache_on_ray"}
+    assert scripts == {*LATENT_SCRIPTS, *TEXT_SCRIPTS}
+    read = read_ray_options(None, ["--num_actors", "2", "some/wan_cache_latents.py", "--vae", "V"])
+    assert (read.script, read.is_latents, read.command[1:]) == ("wan_cache_latents", True, ("--vae", "V"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which command is to run on the cluster"),
+        (["wan_cache_latent.py"], "Did you mean wan_cache_latents"),
+        (["download.py"], "none of the scripts that cache"),
+        (["--num_actors", "0", "cache_latents.py"], "--num_actors 0: give at least 1"),
+        (["--gpus_per_actor", "-1", "cache_latents.py"], "--gpus_per_actor -1.0"),
+        (["--address", "auto", "--temp_dir", "x", "cache_latents.py"], "leave it out with --address"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        read_ray_options(None, words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["latents", "texts"])
+def test_a_cluster_of_two_workers_gives_the_bytes_of_a_plain_run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    pytest.importorskip("ray.data")
+    scripts = next(one for one in FAMILIES if one.name == "wan")
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, scripts)
+    text = (tmp_path / "dataset.toml").read_text(encoding="utf-8")
+    (tmp_path / "shared.toml").write_text(text.replace("/cache", "/shared"), encoding="utf-8")
+    script, *words = scripts.cache_latents if part == "latents" else scripts.cache_texts
+    # actors have a working folder of their own
+    words = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in words]
+    shared = [word.replace("dataset.toml", "shared.toml") for word in words]
+    module = __import__(script.removesuffix(".py"))
+    module.main(words)
+    sockets = tmp_path_factory.getbasetemp().parent / f"ray{part[0]}"  # a short path
+
+    arguments = ["--num_actors", "2", "--gpus_per_actor", "0", "--temp_dir", str(sockets)]
+    cache_on_ray.main([*arguments, script, *shared])
+
+    assert len(contents(tmp_path / "cache")) == 6
+    assert contents(tmp_path / "shared") == contents(tmp_path / "cache")
+    with pytest.raises(OptionError, match=r"cache_on_ray\.py looks at the whole dataset"):
+        cache_on_ray.main([script, *shared, "--num_shards", "2", "--shard_index", "0"])

@@ -1,0 +1,268 @@
+"""Caching and training with `cache_format = "shards"`: the same as with single files, in few files."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.batches.finding import find_items, require_items
+from dataset.batches.reading import read_batch
+from dataset.cache.catalog import INDEX, list_shards
+from dataset.cache.files import write_tensors
+from dataset.cache.shards import ShardStore
+from dataset.cache.store import open_store
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.check import check_media, check_texts, check_training
+from dataset.config import DatasetConfig
+from modules.errors import CacheError, DatasetError
+from tests.dataset.cache.killing import needs_fork, run_and_kill
+from tests.dataset.making import make_image, make_table
+from tests.dataset.test_two_passes import COMMANDS, KEYS, two
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+
+COUNT = 12
+FORMS = ("files", "shards")
+
+
+def make(folder: Path, form: str, **changes: object) -> DatasetConfig:
+    """Pictures with captions, and a cache of this form."""
+    if not (folder / "pic_00.png").exists():
+        folder.mkdir(exist_ok=True)
+        for number in range(COUNT):
+            make_image(folder / f"pic_{number:02d}.png", colour=(10 * number, 20, 30))
+            (folder / f"pic_{number:02d}.txt").write_text(f"picture {number}", encoding="utf-8")
+    settings = {"resolution": (32, 32), "caption_extension": ".txt", "cache_format": form, **changes}
+    table = make_table(folder, "image_directory", **settings)
+    return DatasetConfig(folder / "data.toml", (table,))
+
+
+def cache(config: DatasetConfig) -> tuple[int, int]:
+    """Cache all; how many latents and texts were written."""
+    return cache_media(two(), config, options()).written, cache_texts(two(), config, options()).written
+
+
+def entries(config: DatasetConfig) -> dict[str, bytes]:
+    """The bytes of each entry, in whatever form."""
+    (table,) = config.datasets
+    store = open_store(table)
+    if isinstance(store, ShardStore):
+        return {name: store.read_bytes(name) for name in store.names()}
+    return {name: (store.folder / name).read_bytes() for name in store.names()}
+
+
+def files(config: DatasetConfig) -> dict[str, bytes]:
+    (table,) = config.datasets
+    return {path.name: path.read_bytes() for path in table.cache_directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of pictures for each form, cached by nobody else."""
+    first = tmp_path_factory.mktemp("forms") / "files"
+    make(first, "files")
+    shutil.copytree(first, first.with_name("shards"))
+    for form in FORMS:
+        assert cache(make(first.with_name(form), form)) == (COUNT, COUNT)
+    return {form: first.with_name(form) for form in FORMS}
+
+
+@pytest.fixture
+def copy(undisturbed: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Copies one of these folders."""
+
+    def copied(form: str) -> Path:
+        shutil.copytree(undisturbed[form], tmp_path / form)
+        return tmp_path / form
+
+    return copied
+
+
+def test_both_forms_hold_the_same_entries_shards_in_two_files(undisturbed: dict[str, Path]) -> None:
+    ours, theirs = (make(undisturbed[form], form) for form in ("shards", "files"))
+    assert entries(ours) == entries(theirs)
+    assert len(files(theirs)) == 2 * COUNT
+    assert len(files(ours)) == 2
+
+
+def test_a_second_run_finds_all_valid_and_changes_no_file(copy: Callable[[str], Path]) -> None:
+    config = make(copy("shards"), "shards")
+    before = files(config)
+    family = two()
+    assert cache_media(family, config, options()).kept == COUNT
+    assert cache_texts(family, config, options()).kept == COUNT
+    assert (family.loaded, family.seen) == (0, [])
+    assert files(config) == before
+    assert "  caches: 12 files are valid, 0 items need encoding" in check_media(two(), config, 1, False).lines
+    assert (
+        "  caches of llm: 12 are valid, 0 captions need encoding" in check_texts(two(), config, False).lines
+    )
+
+
+def test_batches_are_the_same_from_both_forms(undisturbed: dict[str, Path]) -> None:
+    batches = []
+    for form in FORMS:
+        config = make(undisturbed[form], form)
+        assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
+        items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
+        batches.append(read_batch(items, LATENT, COMMANDS))
+    ours, theirs = batches
+    assert (ours.captions, ours.keys) == (theirs.captions, theirs.keys)
+    for key, value in ours.tensors.items():
+        for mine, other in zip(value, theirs.tensors[key], strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_what_changed_is_made_again_and_what_is_gone_is_removed(copy: Callable[[str], Path]) -> None:
+    config = make(copy("shards"), "shards")
+    folder = config.path.parent
+    make_image(folder / "pic_03.png", colour=(250, 0, 0))
+    (folder / "pic_04.txt").write_text("another caption", encoding="utf-8")
+    for path in folder.glob("pic_05.*"):
+        path.unlink()
+    assert cache_media(two(), config, options()).removed == 1
+    assert cache_texts(two(), config, options()).removed == 1
+    single = make(folder, "files", cache_directory=folder / "single")
+    cache(single)
+    assert entries(config) == entries(single)
+    assert len(files(config)) == 2
+
+
+def test_caches_of_other_families_stay_in_their_shard(copy: Callable[[str], Path]) -> None:
+    config = make(copy("shards"), "shards")
+    before = entries(config)
+    other = ToyFamily(name="other", cache_tag="oth")
+    assert cache_media(other, config, options()).written == COUNT
+    assert before.items() <= entries(config).items()
+    assert len(entries(config)) == 3 * COUNT
+    assert len(files(config)) == 2
+
+
+# --- damage
+# ------------------------------------------------------------------------------------------------------------
+
+
+def shard_of(config: DatasetConfig) -> Path:
+    folder = config.datasets[0].cache_directory
+    (name,) = list_shards(folder)
+    return folder / name
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
+    copy: Callable[[str], Path], how: str, has_index: bool
+) -> None:
+    config = make(copy("shards"), "shards")
+    right = files(config)
+    path = shard_of(config)
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[data.index(b"latents_1x") + 20] ^= 1
+    path.write_bytes(data)
+    if not has_index:
+        (path.parent / INDEX).unlink()
+
+    result = check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS)
+    assert not result.ok
+    with pytest.raises(CacheError, match=r"(?s)(cut|do not match).*cache_latents\.py --x"):
+        read_batch(require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS), LATENT, COMMANDS)
+
+    made = sum(cache(config))
+    assert made == 1 if how == "flipped" else 8 < made < 16
+    assert files(config) == right
+    assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
+
+
+def test_training_tells_that_a_shard_is_gone(copy: Callable[[str], Path]) -> None:
+    config = make(copy("shards"), "shards")
+    shard_of(config).unlink()
+    with pytest.raises(CacheError, match=r"(?s)24 entries with them.*cache_latents\.py.*cache_text\.py"):
+        require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
+    assert cache(config) == (COUNT, COUNT)
+
+
+# --- the other form
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_in_the_other_form_is_refused_with_the_command(
+    copy: Callable[[str], Path], form: str
+) -> None:
+    other = next(one for one in FORMS if one != form)
+    config = make(copy(other), form)
+    says = rf'(?s)cache_format = "{form}", but in .*convert_cache\.py --dataset_config .* --to {form}'
+    for work in (cache_media, cache_texts):
+        with pytest.raises(DatasetError, match=says):
+            work(two(), config, options())
+    with pytest.raises(CacheError, match=says):
+        require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
+    assert "caches may be incomplete" in "\n".join(
+        check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).lines
+    )
+    # nothing is in the way of another family, nor of files that are no caches
+    assert cache_media(ToyFamily(name="other", cache_tag="oth"), config, options()).written == COUNT
+
+
+def test_a_file_that_only_has_the_name_of_a_cache_is_no_other_form(copy: Callable[[str], Path]) -> None:
+    config = make(copy("shards"), "shards")
+    write_tensors(
+        shard_of(config).parent / "a_0032x0032_toy.safetensors", {"lora_up.weight": torch.ones(1)}, {}
+    )
+    assert cache(config) == (0, 0)
+
+
+# --- kills, and several at once
+# ------------------------------------------------------------------------------------------------------------
+
+
+@needs_fork
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(
+    undisturbed: dict[str, Path], tmp_path: Path, kills: int
+) -> None:
+    expected = files(make(undisturbed["shards"], "shards"))
+    chance, interrupted = random.Random(kills), 0
+    for number in range(kills):
+        folder = tmp_path / str(number)
+        shutil.copytree(undisturbed["files"], folder, ignore=shutil.ignore_patterns("cache"))
+        config = make(folder, "shards")
+        for _ in range(3):
+            _, is_over = run_and_kill(
+                lambda _, config=config: cache(config) and None, chance.uniform(0.02, 0.8)
+            )
+            interrupted += not is_over
+        there = entries(config) if config.datasets[0].cache_directory.is_dir() else {}
+        media = cache_media(two(), config, options())
+        assert media.kept >= sum("_te." not in name for name in there)
+        cache_texts(two(), config, options())
+        assert files(config) == expected
+    assert interrupted
+
+
+@needs_fork
+def test_two_processes_cache_into_one_folder(undisturbed: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(undisturbed["files"], folder, ignore=shutil.ignore_patterns("cache"))
+    config = make(folder, "shards")
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                cache(config)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    assert cache(config) == (0, 0)
+    assert files(config) == files(make(undisturbed["shards"], "shards"))

@@ -1,0 +1,173 @@
+"""Shards: several runs that each cache a share of one dataset, and the last one that checks it all."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.cache.files import write_tensors
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.config import DatasetConfig
+from dataset.options import ShardOptions
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
+from modules.errors import OptionError
+from tests.dataset.caching.test_loop import ROOT, change, make_config
+from tests.dataset.toy_family import ToyFamily, ToyText, options
+
+CLIPS = (9, 5, 9, 13, 9)
+
+
+@dataclasses.dataclass
+class Neighbourly(ToyText):
+    """An encoder whose embeddings depend on the whole batch, as the last bits of real ones do."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        self.calls += [prompt.text for prompt in prompts]
+        value = float(sum((number + 1) * len(prompt.text) for number, prompt in enumerate(prompts)))
+        return [{self.name: [torch.full((2, 4), value)]} for _ in prompts]
+
+
+def shard(index: int, count: int) -> ShardOptions:
+    return ShardOptions(num_shards=count, shard_index=index)
+
+
+def into(config: DatasetConfig, folder: Path) -> DatasetConfig:
+    """The same dataset with another cache folder."""
+    return change(config, cache_directory=folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def make_dataset(folder: Path) -> DatasetConfig:
+    """Make it, or find it as it was made."""
+    is_new = not (folder / "clip_0.mp4").exists()
+    config = make_config(folder, clips=CLIPS, target_frames=(5, 9))
+    for index in range(len(CLIPS) if is_new else 0):  # of different lengths
+        (folder / f"clip_{index}.txt").write_text("word " * (index + 1), encoding="utf-8")
+    return change(config, caption_dropout_rate=0.1, batch_size=2)
+
+
+def family() -> ToyFamily:
+    return ToyFamily(text=[Neighbourly()])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, count: int) -> None:
+    config = make_dataset(tmp_path)
+    whole, shared = into(config, tmp_path / "whole"), into(config, tmp_path / "shared")
+    cache_media(family(), whole, options())
+    cache_texts(family(), whole, options())
+
+    media = [cache_media(family(), shared, options(shard=shard(i, count))) for i in reversed(range(count))]
+    texts = [cache_texts(family(), shared, options(shard=shard(i, count))) for i in range(count)]
+
+    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+    assert sum(one.share for one in media) == len(CLIPS)
+    assert sum(one.share for one in texts) == len(CLIPS) + 1  # and the empty prompt
+    assert all(one.whole == len(CLIPS) for one in media)
+    for report in (cache_media(family(), shared, options()), cache_texts(family(), shared, options())):
+        assert report.written == report.removed == 0
+        assert report.kept
+
+
+def test_a_shard_removes_nothing_and_the_last_run_what_is_stale(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 9, 9))
+    stale = [tmp_path / "cache" / name for name in ("gone_00000-005_0032x0032_toy.safetensors",)]
+    stale.append(tmp_path / "cache" / "gone_toy_te.safetensors")
+    stale[0].parent.mkdir()
+    write_tensors(stale[0], {"latents_2x4x4_bfloat16": torch.zeros(2, 2, 4, 4)}, {"architecture": "toy"})
+    write_tensors(stale[1], {"t5_float32": torch.zeros(2, 4)}, {"architecture": "toy"})
+    left = tmp_path / "cache" / ".clip_0_toy_te.safetensors.ab12cd34.tmp"
+    left.touch()
+
+    for index in range(2):
+        for cache in (cache_media, cache_texts):
+            assert cache(ToyFamily(), config, options(shard=shard(index, 2))).removed == 0
+        assert all(path.exists() for path in (*stale, left))
+
+    assert cache_media(ToyFamily(), config, options()).removed == 1
+    assert cache_texts(ToyFamily(), config, options()).removed == 1
+    assert not any(path.exists() for path in stale)
+
+
+def test_lists_that_differ_lose_nothing(tmp_path: Path) -> None:
+    """Files are still being copied while the first shard runs: the last run makes what nobody did."""
+    make_config(tmp_path, clips=(5, 5, 5, 5))
+    hidden = (tmp_path / "clip_0.mp4").rename(tmp_path / "later")
+    config = make_config(tmp_path, clips=())
+    cache_media(ToyFamily(), config, options(shard=shard(0, 2)))  # clips 1 and 3
+    hidden.rename(tmp_path / "clip_0.mp4")
+    cache_media(ToyFamily(), config, options(shard=shard(1, 2)))  # clips 1 and 3 again
+
+    report = cache_media(ToyFamily(), config, options())
+
+    assert (report.written, report.kept, report.removed) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "index", "words"),
+    [
+        (4, None, "--num_shards 4 needs --shard_index, which of them this is: 0 to 3"),
+        (None, 0, "--shard_index 0 needs --num_shards"),
+        (0, 0, "--num_shards 0: give at least 1"),
+        (4, 4, "--shard_index 4: shards are counted from 0, so with --num_shards 4 give 0 to 3"),
+        (4, -1, "--shard_index -1: shards are counted from 0"),
+        (10**9, 0, "--num_shards 1000000000"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(count: int | None, index: int | None, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        ShardOptions(num_shards=count, shard_index=index)
+
+
+def test_a_look_at_the_whole_dataset_takes_no_shard() -> None:
+    with pytest.raises(OptionError, match="--check looks at the whole dataset: leave out --num_shards"):
+        options(check=True, shard=shard(0, 2))
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.dataset.caching.test_shards import family, into, make_dataset, options, shard
+from dataset.caching.loop import cache_media, cache_texts
+folder = Path({folder!r})
+config = into(make_dataset(folder), folder / "shared")
+for cache in (cache_media, cache_texts):
+    report = cache(family(), config, options(shard=shard({index}, 2)))
+    print(report.share, report.whole, report.removed)
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_divide_a_shard(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path)
+    whole = into(config, tmp_path / "whole")
+    cache_media(family(), whole, options())
+    cache_texts(family(), whole, options())
+    port = 20000 + os.getpid() % 20000
+    for index in range(2):
+        code = PROCESS.format(root=str(ROOT), folder=str(tmp_path), index=index)
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + index)}
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=120)[0].splitlines() for process in running]
+        # both report for all processes: 3 or 2 sources; two batches of captions, one of a single caption
+        assert said == [[f"{3 - index} 5 0", "3 6 0"]] * 2
+
+    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")

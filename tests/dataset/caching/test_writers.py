@@ -1,0 +1,270 @@
+"""Several processes that write into one cache folder without knowing of each other.
+
+Each scenario stops one process at a chosen place, lets another do something, and lets the first go on.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataset.caching.loop import cache_media, cache_texts
+from modules.atomic_write import remove_leftovers
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
+from modules.errors import CacheError
+from modules.temporary_names import parse_temporary, temporary_name
+from tests.dataset.caching.test_loop import change, make_config, names
+from tests.dataset.caching.test_shards import contents, into, shard
+from tests.dataset.test_two_passes import KEYS, PARTS, ToyClip, ToyLlm, assert_whole, two
+from tests.dataset.toy_family import ToyFamily, options
+
+PATIENCE = 60.0  # seconds until a process that does not come to its place counts as hanging
+LATENT = "clip_{}_00000-005_0032x0032_toy.safetensors"
+# not "fork": this process has threads. A server forks children that have all modules loaded already.
+PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+if sys.platform != "win32":
+    PROCESSES.set_forkserver_preload([__name__])
+
+
+class Stop:
+    """A place where a process waits: `reached` when it is there, `go` lets it on."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = PROCESSES.Event(), PROCESSES.Event()
+
+    def here(self) -> None:
+        """Wait; only the first time."""
+        if not self.reached.is_set():
+            self.reached.set()
+            assert self.go.wait(PATIENCE)
+
+
+@dataclasses.dataclass
+class StoppingLlm(ToyLlm):
+    stop: Any = None
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        self.stop.here()
+        return super().encode(prompts)
+
+
+@dataclasses.dataclass
+class StoppingClip(ToyClip):
+    stop: Any = None
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        self.stop.here()
+        return super().encode(prompts)
+
+
+@dataclasses.dataclass
+class StoppingFamily(ToyFamily):
+    """Stops when its sources are listed."""
+
+    stop: Any = None
+
+    def check_given_files(self) -> None:
+        self.stop.here()
+
+
+def texts_stopping_in(encoder: str, folder: Path, stop: Stop) -> None:
+    llm = StoppingLlm(stop=stop) if encoder == "llm" else ToyLlm()
+    clip = StoppingClip(stop=stop) if encoder == "clipL" else ToyClip()
+    cache_texts(ToyFamily(text=[llm, clip], text_keys=KEYS), make_config(folder), options())
+
+
+def latents_stopping_before_a_rename(folder: Path, stop: Stop) -> None:
+    rename = os.replace
+
+    def stopping(source: Any, target: Any) -> None:
+        stop.here()
+        rename(source, target)
+
+    os.replace = stopping
+    cache_media(ToyFamily(), make_config(folder), options())
+
+
+def latents_stopping_when_listed(folder: Path, stop: Stop) -> None:
+    cache_media(StoppingFamily(stop=stop), make_config(folder, clips=()), options())
+
+
+def texts_stopping_when_listed(folder: Path, stop: Stop) -> None:
+    cache_texts(StoppingFamily(stop=stop, text=two().text), make_config(folder, clips=()), options())
+
+
+class Other:
+    """Another process that runs until it comes to its stop."""
+
+    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
+        self.stop = Stop()
+        self.process = PROCESSES.Process(target=work, args=(*arguments, self.stop), daemon=True)
+
+    def __enter__(self) -> "Other":
+        self.process.start()
+        assert self.stop.reached.wait(PATIENCE)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.process.kill()
+        self.stop.go.set()
+        self.process.join(PATIENCE)
+
+    def end(self) -> int | None:
+        """Let it go on; return its exit code."""
+        self.stop.go.set()
+        self.process.join(PATIENCE)
+        return int(self.process.exitcode)
+
+
+@pytest.mark.parametrize("encoder", ["llm", "clipL"])
+def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str) -> None:
+    """The other process does everything while this one is in its first pass, or between its passes."""
+    config = make_config(tmp_path)
+    cache_texts(two(), into(config, tmp_path / "undisturbed"), options())
+    with Other(texts_stopping_in, encoder, tmp_path) as other:
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        assert names(tmp_path) == (PARTS if encoder == "clipL" else [])
+        cache_texts(two(), config, options())
+        assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+        assert other.end() == 0
+    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+    assert_whole(config, tmp_path)
+
+
+def test_both_runs_are_in_their_last_pass_at_once(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_texts(two(), into(config, tmp_path / "undisturbed"), options())
+    first, second = (Other(texts_stopping_in, "clipL", tmp_path) for _ in range(2))
+    with first, second:
+        assert names(tmp_path) == PARTS
+        first.stop.go.set()
+        assert (second.end(), first.end()) == (0, 0)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+
+
+@dataclasses.dataclass
+class RemovingClip(ToyClip):
+    """Meanwhile another run removes what the first encoder wrote, as one with other captions does."""
+
+    folder: Path = Path()
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        for part in PARTS:
+            (self.folder / part).unlink(missing_ok=True)
+        return super().encode(prompts)
+
+
+def test_what_another_run_removed_is_said_and_no_file_is_left_incomplete(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    robbed = ToyFamily(text=[ToyLlm(), RemovingClip(folder=tmp_path / "cache")], text_keys=KEYS)
+    with pytest.raises(CacheError, match="removed or replaced what llm had written.\n  Let one"):
+        cache_texts(robbed, config, options())
+    assert names(tmp_path) == []
+    cache_texts(two(), config, options())
+    assert_whole(config, tmp_path)
+
+
+def test_a_file_that_another_process_is_writing_is_not_swept(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with Other(latents_stopping_before_a_rename, tmp_path) as other:
+        (written,) = names(tmp_path)
+        assert parse_temporary(written) is not None
+        assert cache_media(ToyFamily(), config, options()).written == 2
+        assert written in names(tmp_path)
+        assert other.end() == 0
+    assert names(tmp_path) == [LATENT.format(0), LATENT.format(1)]
+
+
+def test_what_a_killed_process_was_writing_goes_at_once(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with Other(latents_stopping_before_a_rename, tmp_path) as other:
+        os.kill(other.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        other.process.join(PATIENCE)
+        (left,) = names(tmp_path)
+        if os.name == "nt":  # there nobody asks whether a process lives
+            os.utime(tmp_path / "cache" / left, (0, 0))
+        assert cache_media(ToyFamily(), config, options(shard=shard(0, 2))).written == 1
+    assert left not in names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("work", "cache"),
+    [(latents_stopping_when_listed, cache_media), (texts_stopping_when_listed, cache_texts)],
+)
+def test_what_others_make_of_new_sources_is_not_stale(
+    tmp_path: Path, work: Callable[..., None], cache: Callable[..., Any]
+) -> None:
+    """A clip is copied in after one run has listed the sources and before another one does."""
+    make_config(tmp_path, clips=(9,))
+    with Other(work, tmp_path) as other:
+        cache(two(), make_config(tmp_path, clips=(9, 9)), options())
+        made = names(tmp_path)
+        assert len(made) == 2
+        assert other.end() == 0
+    assert names(tmp_path) == made
+
+
+def test_two_that_remove_the_same_stale_files_both_end_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, clips=(9, 9))
+    cache_media(ToyFamily(), change(config, target_frames=(5, 9)), options())
+    with Other(latents_stopping_when_listed, tmp_path) as other:
+        assert cache_media(ToyFamily(), config, options()).removed == 2
+        assert other.end() == 0
+    assert names(tmp_path) == [LATENT.format(0), LATENT.format(1)]
+    assert "may not be a cache file" not in caplog.text
+
+
+def test_overlapping_shards_and_a_whole_run_end_with_the_same_files(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), into(config, tmp_path / "undisturbed"), options())
+    with Other(latents_stopping_before_a_rename, tmp_path) as other:
+        for index in range(2):
+            cache_media(ToyFamily(), config, options(shard=shard(index, 2)))
+        assert other.end() == 0
+    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+
+
+# --- temporary names
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_temporary_names_tell_whose_they_are(tmp_path: Path) -> None:
+    ours = temporary_name(tmp_path / "a.bin")
+    found = parse_temporary(ours.name)
+    assert found is not None
+    assert (found.name, found.is_written) == ("a.bin", None if os.name == "nt" else True)
+    machine = "0" * 8 if ours.name[7:15] != "0" * 8 else "1" * 8
+    elsewhere = f".a.bin.{machine}{ours.name[15:]}"
+    for name, written in ((elsewhere, None), (".a.bin.1234abcd.tmp", None)):
+        found = parse_temporary(name)
+        assert found is not None
+        assert (found.name, found.is_written) == ("a.bin", written)
+    for name in ("a.bin", ".a.bin.tmp", ".a.bin.xyz.tmp", ".a.bin.0123456789.tmp", "a.bin.1234abcd.tmp"):
+        assert parse_temporary(name) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there nobody asks whether a process lives")
+def test_only_age_tells_of_the_files_of_other_machines(tmp_path: Path) -> None:
+    ours = temporary_name(tmp_path / "a.bin")
+    machine = ours.name[7:15]
+    dead = tmp_path / ours.name.replace(f"{os.getpid():06x}", f"{0xFFFFFF:06x}")  # beyond what Linux gives
+    elsewhere = tmp_path / ours.name.replace(machine, f"{int(machine, 16) ^ 1:08x}")
+    for path in (ours, dead, elsewhere):
+        path.touch()
+    os.utime(dead, (2**32, 2**32))  # by a clock that is ahead
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([ours, elsewhere])
+    for path in (ours, elsewhere):
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,123 @@
+"""Captions in JSONL lists: nothing else of a line changes, and nothing is lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dataset.captioning.lists import CaptionList, set_value
+from dataset.captioning.made import NAME, MadeCaptions
+
+
+@pytest.mark.parametrize(
+    ("line", "changed"),
+    [
+        ('{"video_path": "a.mp4"}', '{"video_path": "a.mp4", "caption": "é \\"x\\""}'),
+        (
+            '{ "n": 1.50e2 , "video_path":"a" }  ',
+            '{ "n": 1.50e2 , "video_path":"a", "caption": "é \\"x\\"" }  ',
+        ),
+        ('{"caption": null, "video_path": "a"}', '{"caption": "é \\"x\\"", "video_path": "a"}'),
+        (
+            '{"caption":"old \\u00e9 }","l":[{"caption":1}],"b":"\\u00e9"}',
+            '{"caption":"é \\"x\\"","l":[{"caption":1}],"b":"\\u00e9"}',
+        ),
+        ('{"caption": "a", "x": 1, "caption" : "b"}', '{"caption": "a", "x": 1, "caption" : "é \\"x\\""}'),
+        ('{"a": [1, {"b": "}"}], "c": 123456789012345678901234567890}',) * 2,
+    ],
+)
+def test_only_the_caption_of_a_line_changes(line: str, changed: str) -> None:
+    if line == changed:
+        changed = f'{line[:-1]}, "caption": "é \\"x\\""}}'
+
+    assert set_value(line, "caption", 'é "x"') == changed
+    assert json.loads(changed)["caption"] == 'é "x"'
+
+
+def write_list(folder: Path, text: str) -> Path:
+    path = folder / "list.jsonl"
+    path.write_bytes(text.encode("utf-8"))
+    return path
+
+
+def test_a_list_keeps_its_line_ends_its_mark_and_its_first_state(tmp_path: Path) -> None:
+    text = (
+        '\ufeff{"video_path": "a", "z": 1.0}\r\n{"video_path": "b", "caption": "hand"}\r\n{"video_path": "c"}'
+    )
+    path = write_list(tmp_path, text)
+
+    captions = CaptionList(path, "video_path")
+    captions.put("a", "new a", None)
+    captions.put("c", "new c", None)
+    captions.merge()
+
+    assert path.read_bytes().decode("utf-8") == (
+        '\ufeff{"video_path": "a", "z": 1.0, "caption": "new a"}\r\n'
+        '{"video_path": "b", "caption": "hand"}\r\n{"video_path": "c", "caption": "new c"}'
+    )
+    assert (tmp_path / "list.jsonl.bak").read_bytes().decode("utf-8") == text
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["list.jsonl", "list.jsonl.bak"]
+
+
+def test_what_waits_after_a_kill_is_put_in_and_a_torn_line_is_not(tmp_path: Path) -> None:
+    path = write_list(tmp_path, '{"video_path": "a"}\n{"video_path": "b"}\n{"video_path": "c"}\n')
+    killed = CaptionList(path, "video_path", now=lambda: 0.0)
+    killed._took = 1.0  # so that nothing is merged
+    killed.put("a", "new a", None)
+    killed.put("b", "new b", None)
+    journal = tmp_path / ".list.jsonl.captions"
+    journal.write_bytes(journal.read_bytes() + b'{"path": "c", "caption": "to')
+    # meanwhile a person writes one
+    path.write_text(path.read_text().replace('"b"}', '"b", "caption": "hand"}'))
+
+    after = CaptionList(path, "video_path")
+    after.put("c", "new c", None)
+    after.merge()
+
+    assert [json.loads(line)["caption"] for line in path.read_text().splitlines()] == [
+        "new a",
+        "hand",
+        "new c",
+    ]
+    assert after.kept == ["b"]
+    assert not journal.exists()
+
+
+def test_each_replaced_hand_written_caption_is_in_a_backup(tmp_path: Path) -> None:
+    path = write_list(tmp_path, '{"video_path": "a", "caption": "first"}\n')
+    for old, new in (("first", "second"), ("second", "third")):
+        captions = CaptionList(path, "video_path")
+        captions.put("a", new, old, is_foreign=True)
+        captions.merge()
+
+    assert "third" in path.read_text()
+    assert "first" in (tmp_path / "list.jsonl.bak").read_text()
+    assert "second" in (tmp_path / "list.jsonl.2.bak").read_text()
+
+
+def test_the_record_knows_its_texts_after_a_torn_line(tmp_path: Path) -> None:
+    made = MadeCaptions(tmp_path)
+    made.add("a.txt", "one")
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes() + b'{"name": "b.t')
+    again = MadeCaptions(tmp_path)
+    again.add("a.txt", "two")
+    again = MadeCaptions(tmp_path)
+
+    assert again.has("a.txt", "one\n")
+    assert again.has("a.txt", "two")
+    assert not again.has("a.txt", "three")
+    assert not again.has("b.txt", "one")
+
+
+def test_an_interrupted_pass_goes_on_and_a_finished_one_begins_anew(tmp_path: Path) -> None:
+    made = MadeCaptions(tmp_path)
+    made.add("old.txt", "one")
+    assert made.begin_pass("p") == frozenset()
+    made.add("a.txt", "two")
+
+    again = MadeCaptions(tmp_path)
+    assert again.done_before("p") == {"a.txt"}
+    assert again.done_before("q") == frozenset()
+    assert again.begin_pass("p") == {"a.txt"}
+    again.end_pass()
+    assert MadeCaptions(tmp_path).begin_pass("p") == frozenset()

@@ -1,0 +1,231 @@
+"""The page of the report: it shows the numbers of the JSON and runs nothing of what it shows."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.reporting.drawing import draw_crops
+from dataset.reporting.tables import Crops
+from modules.media.buckets import fit_cover
+from modules.pages.bars import draw_histogram
+from tests.browser import open_page
+from tests.dataset.reporting.making import (
+    report,
+    save_clip,
+    save_copy,
+    save_picture,
+    save_still_clip,
+    write_caption,
+    write_config,
+)
+
+HOSTILE = "<script>alert(1)</script> \"'><img src=x onerror=alert(2)> {{ 7 * 7 }} </p></style> \u202e"
+
+
+def make_set(folder: Path) -> Path:
+    for name in ("pictures", "clips"):
+        (folder / name).mkdir()
+    for seed in range(6):
+        save_picture(folder / f"pictures/{seed}.png", seed, caption=f"a cat, {'red ' * seed}")
+    save_copy(folder / "pictures/0.png", folder / "pictures/copy.jpg", (64, 48), caption="a cat,")
+    (folder / "pictures/bad.png").write_bytes(b"damaged")
+    save_clip(folder / "clips/a.mp4", 8, 11)
+    save_still_clip(folder / "clips/night.mp4", 0, 9, caption=None)
+    return write_config(
+        folder,
+        "image_directory = '{folder}/pictures'\nnum_repeats = 3",
+        "video_directory = '{folder}/clips'\ntarget_frames = [5, 9]",
+    )
+
+
+def test_hostile_names_and_captions_are_shown_and_run_nothing(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    name = "<img src=x onerror=alert(3)>'\"&{{1}}"
+    save_picture(tmp_path / f"p/{name}.png", 1, caption=HOSTILE)
+    save_picture(tmp_path / f"p/{name} 2.png", 1, caption=HOSTILE)
+    save_picture(tmp_path / "p/turn\u202eed.png", 2, caption="<b>" * 3334)  # 10,002 characters
+    write_caption(tmp_path / "p/<svg onload=alert(5)>.png", "x").write_bytes(b"damaged")
+    page_path = tmp_path / "page.html"
+
+    config = write_config(tmp_path, "image_directory = '{folder}/p'").rename(
+        tmp_path / "<script>alert(4)<b>.toml"
+    )
+    report(config, "--output", str(page_path))
+
+    assert "\u202e" not in page_path.read_text(encoding="utf-8")
+    with open_page(page_path) as page:
+        page.wait_for_timeout(100)
+        assert page.problems == []
+        assert page.title() == page.locator("h1").inner_text() == "<script>alert(4)<b>.toml"
+        assert page.locator("script, iframe, svg script, .card b > b, img[onerror]").count() == 0
+        cards = page.locator(".card h4").all_inner_texts()
+        assert sorted(cards) == sorted(
+            [f"{name}.png", f"{name} 2.png", "turn\\u202eed.png", "<svg onload=alert(5)>.png"]
+        )
+        captions = page.locator(".card .caption").all_inner_texts()
+        assert (
+            sum(
+                text.startswith("<script>alert(1)</script> \"'><img src=x onerror=alert(2)>")
+                for text in captions
+            )
+            == 2
+        )
+        assert "<b>" * 3334 in captions
+        assert page.locator("summary").inner_text().startswith("2 \u00d7 <script>alert(1)</script>")
+        widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+        assert len(widths) == 5  # three cards, and two of a group
+        assert min(widths) > 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A page, and the JSON written with it."""
+    folder = tmp_path_factory.mktemp("set")
+    path = folder / "page.html"
+    return path, report(make_set(folder), "--output", str(path))
+
+
+def test_the_page_shows_the_numbers_of_the_json(made: tuple[Path, dict[str, Any]]) -> None:
+    path, found = made
+    with open_page(path) as page:
+        assert page.problems == []
+        tiles = page.locator(".tile b").all_inner_texts()
+        keys = ("sources", "items", "items_per_epoch", "batches_per_epoch")
+        assert tiles[:4] == [str(found[key]) for key in keys]
+        assert tiles[5] == str(len(found["broken"])) == "1"
+        rows = [row.split("\t") for row in page.locator(".tables tbody tr").all_inner_texts()]
+        assert [[row[3], row[4], row[5], row[6], row[8]] for row in rows] == [
+            [
+                str(table[key])
+                for key in ("sources", "items", "num_repeats", "items_per_epoch", "batches_per_epoch")
+            ]
+            for table in found["tables"]
+        ]
+        assert [float(row[7].split()[0]) for row in rows] == [
+            round(table["share_percent"], 1) for table in found["tables"]
+        ]
+        items = [
+            re.findall(r"(\d+) items?, (\d+) batch", text)
+            for text in page.locator(".bucket").all_inner_texts()
+        ]
+        buckets = [bucket for table in found["tables"] for bucket in table["buckets"]]
+        assert [(int(one), int(other)) for pairs in items for one, other in pairs] == [
+            (bucket["items"], bucket["batches_per_epoch"]) for bucket in buckets
+        ]
+        notes = dict(
+            line.rsplit("\n", 1) if "\n" in line else line.rsplit(" ", 1)
+            for line in page.locator(".notes li").all_inner_texts()
+        )
+        captions = found["captions"]
+        assert notes["captions"] == str(captions["total"])
+        assert notes["captions missing"] == notes["missing"] == str(captions["missing"]) == "2"
+        assert notes["captions empty"] == notes["empty"] == str(captions["empty"]) == "0"
+        assert notes["captions that repeat another"] == str(captions["duplicates"]) == "1"
+        assert notes["groups of near-duplicates"] == str(len(found["near_duplicates"])) == "1"
+        assert notes["black"] == str(len(found["black"])) == "1"
+        words = page.locator(".words .rows").all_inner_texts()
+        assert [(text.split()[0], int(text.split()[-1])) for text in words] == [
+            (one["word"], one["captions"]) for one in captions["frequent_words"]
+        ]
+        shown = page.locator("main, body").first.inner_text()
+        for one in found["broken"]:
+            assert one["reason"] in shown
+
+
+def test_the_cards_are_filtered_without_a_script_and_fit_a_phone(made: tuple[Path, dict[str, Any]]) -> None:
+    with open_page(made[0], width=360, height=700) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate("[...document.images].filter(image => !image.alt).length") == 0
+        shown = "[...document.querySelectorAll('.card')].filter(card => card.offsetParent).length"
+        assert page.evaluate(shown) == 10
+        page.locator("#only-all").focus()
+        page.keyboard.press("ArrowRight")
+        assert page.locator(".card:visible h4").all_inner_texts() == ["bad.png", "night.mp4"]
+        page.locator("label", has_text="near-duplicates").click()
+        assert page.locator(".card:visible h4").all_inner_texts() == ["0.png", "copy.jpg"]
+
+
+@pytest.mark.parametrize(("most", "cards"), [(0, 0), (3, 3), (200, 10)])
+def test_thumbnails_are_bounded_and_faults_come_first(tmp_path: Path, most: int, cards: int) -> None:
+    path = tmp_path / "page.html"
+    report(make_set(tmp_path), "--output", str(path), "--items", str(most))
+
+    text = path.read_text(encoding="utf-8")
+
+    assert text.count("<article") == cards
+    assert ("Shown are 3 of 10" in text) == (most == 3)
+    assert [name in re.findall(r"<h4>(\S+)</h4>", text) for name in ("bad.png", "night.mp4")] == [
+        most > 0
+    ] * 2
+
+
+def test_a_page_replaces_an_older_one_whole(tmp_path: Path) -> None:
+    config = make_set(tmp_path)
+    path = tmp_path / "page.html"
+    path.write_text("old" * 100_000, encoding="utf-8")
+
+    report(config, "--output", str(path))
+
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert text.endswith("</html>")
+    assert not [one for one in tmp_path.iterdir() if one.suffix == ".tmp"]
+
+
+def test_what_a_bucket_cuts_off_is_drawn_to_scale() -> None:
+    crops = Crops()
+    crops.fits.update({fit_cover((200, 100), (50, 50)): 3, fit_cover((50, 100), (50, 50)): 1})
+
+    text = str(draw_crops((50, 50), crops))
+
+    rects = re.findall(r'class="(\w+)"(?: x="(-?\d+)" y="(-?\d+)")? width="(\d+)" height="(\d+)"', text)
+    assert rects == [
+        ("whole", "-25", "0", "100", "50"),
+        ("whole", "0", "-25", "50", "100"),
+        ("ground", "", "", "50", "50"),
+        ("kept", "", "", "50", "50"),
+    ]
+    assert 'viewBox="-28 -28 106 106"' in text
+
+
+def test_a_histogram_is_as_high_as_its_counts_and_escapes_texts() -> None:
+    text = str(draw_histogram([("<0>", "a & b", 4), ("1", "c", 0), ("2", "d", 2)], '"', "3"))
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)" rx', text)]
+    assert heights == [76.0, 0.0, 38.0]
+    assert "&lt;0&gt;" in text
+    assert 'aria-label="&#34;"' in text
+    assert draw_histogram([], "none") == ""
+
+
+@pytest.mark.slow
+def test_two_thousand_pictures_take_a_bounded_memory(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="not on Windows")
+    (tmp_path / "p").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(2000):
+        coarse = generator.integers(0, 255, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC).save(
+            tmp_path / f"p/{number:04d}.png"
+        )
+    for number in range(5):
+        os.link(tmp_path / f"p/{number:04d}.png", tmp_path / f"p/copy {number}.png")
+    config = write_config(tmp_path, "image_directory = '{folder}/p'")
+    path = tmp_path / "page.html"
+    report(config, "--output", str(path), "--items", "20")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    found = report(config, "--output", str(path))
+
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    assert found["items"] == 2005
+    assert [len(group) for group in found["near_duplicates"]] == [2] * 5
+    assert path.read_text(encoding="utf-8").count("<article") == 200
+    assert grown < 60e6  # 200 cards; not 2000

@@ -1,0 +1,141 @@
+"""Data sets in CogVideoX form are read as our own lists are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.sources.cogvideox import list_cogvideox
+from dataset.sources.faults import Fault
+from dataset.sources.listing import find_sources
+from modules.errors import DatasetError
+from tests.dataset.cogvideox.making import NAMES, read_table, save, write_data, write_lists
+from tests.dataset.making import make_table
+from tests.tiny.project import CAPTIONS
+
+FORMS = {
+    "lists": (),
+    "csv": ('dataset_file = "data.csv"',),
+    "jsonl": ('dataset_file = "data.jsonl"',),
+    "csv by columns": ('dataset_file = "data.csv"', 'caption_column = "caption"', 'video_column = "video"'),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("cog") / "data set")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gives_the_items_of_our_own_list(form: str, data: Path, tmp_path: Path) -> None:
+    own = [
+        json.dumps({"video_path": str(data / "videos" / f"{name}.mp4"), "caption": caption})
+        for name, caption in zip(NAMES, CAPTIONS, strict=False)
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(own), encoding="utf-8")
+
+    found = find_sources(read_table(tmp_path, data, *FORMS[form]))
+    expected = find_sources(make_table(tmp_path, "video_jsonl_file"))
+
+    assert len(found) == 3
+    assert [(one.path, one.stem, one.caption, one.control, one.tensors) for one in found] == [
+        (one.path, one.stem, one.caption, one.control, one.tensors) for one in expected
+    ]
+
+
+def test_the_token_stands_one_space_before_every_caption_and_behind_a_prefix(
+    data: Path, tmp_path: Path
+) -> None:
+    table = read_table(tmp_path, data, 'id_token = "BW_STYLE"', 'caption_prefix = "film."')
+
+    assert [one.caption for one in find_sources(table)] == [f"film. BW_STYLE {text}" for text in CAPTIONS[:3]]
+
+
+def test_lists_have_other_names_if_columns_say_so_and_blank_lines_are_dropped(
+    data: Path, tmp_path: Path
+) -> None:
+    (data / "captions.list").write_text("\ufeff\n" + "\n\n".join(CAPTIONS[:3]) + "\n \n", encoding="utf-8")
+    (data / "clips.list").write_text(
+        "\r\n".join(f"videos/{name}.mp4" for name in NAMES) + "\r\n", encoding="utf-8", newline=""
+    )
+
+    table = read_table(tmp_path, data, 'caption_column = "captions.list"', 'video_column = "clips.list"')
+
+    assert [one.caption for one in find_sources(table)] == list(CAPTIONS[:3])
+
+
+def test_prompts_may_have_the_name_that_the_writer_gives_them(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    write_lists(tmp_path, ("one",), ["videos/a.mp4"])
+    (tmp_path / "prompt.txt").rename(tmp_path / "prompts.txt")
+    assert [one.caption for one in find_sources(read_table(tmp_path, tmp_path))] == ["one"]
+
+    (tmp_path / "prompt.txt").write_text("two\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"has prompt\.txt and prompts\.txt; say with caption_column"):
+        find_sources(read_table(tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("captions", "videos", "lines", "words"),
+    [
+        (("one", "two"), ["videos/a.mp4"], (), r"prompt\.txt has 2 lines, .*videos\.txt has 1"),
+        (("one",), ["videos/b.mp4"], (), r"1 clips of .* do not exist:\n .*b\.mp4 \(.*videos\.txt, line 1\)"),
+        (("one",), ["videos/a.mp4"], ('dataset_file = "no.csv"',), r"no\.csv is neither there nor in"),
+        (("one",), ["videos/a.mp4"], ('video_column = "no.txt"',), r"no\.txt: No such file.*video_column"),
+        ((), [], (), "has no lines"),
+        (
+            ("one",),
+            ["videos/a.mp4"],
+            ('dataset_file = "t.csv"', 'caption_column = "text"'),
+            r"has no column 'text'; it has caption, video",
+        ),
+        (("one",), ["videos/a.mp4"], ('dataset_file = "t.csv"',), r"t\.csv, line 3: it has no caption"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    captions: tuple[str, ...], videos: list[str], lines: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    (tmp_path / "t.csv").write_text("caption,video\none,videos/a.mp4\n,videos/a.mp4\n", encoding="utf-8")
+    write_lists(tmp_path, captions, videos)
+
+    with pytest.raises(DatasetError, match=words):
+        find_sources(read_table(tmp_path, tmp_path, *lines))
+
+
+def test_all_missing_clips_are_listed_at_once(tmp_path: Path) -> None:
+    write_lists(tmp_path, ("one", "two", "three"), ["videos/a.mp4", "videos/b.mp4", "c.mp4"])
+    with pytest.raises(DatasetError) as error:
+        find_sources(read_table(tmp_path, tmp_path))
+
+    assert all(name in str(error.value) for name in ("3 clips", "a.mp4", "b.mp4", "c.mp4"))
+
+
+def test_tensors_are_beside_the_folder_of_clips_which_may_be_absent(tmp_path: Path) -> None:
+    write_lists(tmp_path, ("one", "two"), ["part/videos/a.mp4", "part/videos/b.mp4"])
+    table = read_table(tmp_path, tmp_path, "load_tensors = true")
+    part = tmp_path / "part"
+
+    with pytest.raises(DatasetError, match=r"1 folders are missing, .*\n .*part.video_latents"):
+        find_sources(table)
+    save(torch.zeros(32, 1, 4, 4), part / "video_latents" / "a.pt")
+    with pytest.raises(DatasetError, match=r"1 files are missing, .*\n .*video_latents.b\.pt"):
+        find_sources(table)
+    save(torch.zeros(32, 1, 4, 4), part / "video_latents" / "b.pt")
+    save(torch.zeros(226, 4096), part / "prompt_embeds" / "a.pt")
+    with pytest.raises(DatasetError, match=r"1 files are missing, .*\n .*prompt_embeds.b\.pt"):
+        find_sources(table)
+    (part / "prompt_embeds" / "a.pt").unlink()
+    (part / "prompt_embeds").rmdir()
+
+    faults: list[Fault] = []
+    sources = list_cogvideox(table, faults)
+
+    assert not faults
+    assert [one.tensors.moments for one in sources if one.tensors] == [
+        part / "video_latents" / f"{name}.pt" for name in "ab"
+    ]
+    assert all(one.tensors and one.tensors.embeds is None for one in sources)

@@ -1,0 +1,111 @@
+"""Tables of sources: which columns, where relative paths start, which rows cannot be used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dataset.config import DatasetTable
+from dataset.sources.faults import Fault
+from dataset.sources.listing import find_sources, missing_captions
+from modules.errors import DatasetError
+from tests.dataset.making import make_image, make_table
+
+
+def table_of(
+    folder: Path, rows: list[dict[str, Any]], name: str = "t.parquet", **changes: Any
+) -> DatasetTable:
+    path = folder / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return make_table(folder, "image_directory", directory=None, table_file=path, **changes)
+
+
+@pytest.mark.parametrize("column", ["image_path", "path", "file_name", "url"])
+def test_the_usual_names_of_columns_are_found_and_others_are_named(tmp_path: Path, column: str) -> None:
+    rows = [{"id": "b.png", column: "a.png", "text": "x", "prompt": "y"}]
+    (one,) = find_sources(table_of(tmp_path, rows))
+    assert (one.path, one.caption) == (Path("a.png"), "x")
+    (one,) = find_sources(table_of(tmp_path, rows, path_column="id", caption_column="prompt"))
+    assert (one.path, one.caption) == (Path("b.png"), "y")
+    with pytest.raises(DatasetError, match=f"path_column = 'no' is not a column. It has 'id', '{column}', "):
+        find_sources(table_of(tmp_path, rows, path_column="no"))
+
+
+def test_a_table_without_paths_says_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"none of the columns image_path, path, .* is there.*'image'"):
+        find_sources(table_of(tmp_path, [{"image": {"bytes": b"x"}, "label": 1}]))
+    with pytest.raises(DatasetError, match="Download the table itself first"):
+        find_sources(
+            make_table(tmp_path, "image_directory", directory=None, table_file=Path("hf://a/b.parquet"))
+        )
+
+
+def test_relative_paths_start_in_the_working_folder_or_beside_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    rows = [{"path": "gone.png"}, {"path": "a.png", "mask_path": "m.png", "control_path": "/c.png"}]
+
+    def paths() -> list[Path]:
+        sources = find_sources(table_of(tmp_path / "beside", rows, "t.jsonl"), faults=[])
+        return [path for source in sources for path, _ in source.parts]
+
+    assert paths() == [Path("a.png"), Path("/c.png"), Path("m.png"), Path("gone.png")]
+    make_image(tmp_path / "beside" / "a.png")
+    beside = tmp_path / "beside"
+    assert paths() == [beside / "a.png", Path("/c.png"), beside / "m.png", beside / "gone.png"]
+    make_image(tmp_path / "here" / "a.png")
+    assert paths()[0] == Path("a.png")
+
+
+def test_equal_names_in_two_folders_get_a_hash_and_the_same_row_twice_is_a_fault(tmp_path: Path) -> None:
+    rows = [{"path": f"{folder}/a.png"} for folder in ("x", "y")] + [{"path": "x/b.png"}]
+    first = {str(one.path): one.stem for one in find_sources(table_of(tmp_path, rows))}
+    second = {str(one.path): one.stem for one in find_sources(table_of(tmp_path, rows[::-1]))}
+    assert first == second
+    assert first["x/b.png"] == "b"
+    assert len(set(first.values())) == 3
+    with pytest.raises(DatasetError, match="would share a cache file"):
+        find_sources(table_of(tmp_path, [*rows, rows[0]]))
+
+
+def test_bad_rows_are_faults_with_their_numbers(tmp_path: Path) -> None:
+    rows: Rows = [{"path": "a.png", "caption": "x"}, {"caption": "x"}, {"path": 5}]
+    rows += [{"path": "b\0.png"}, {"path": "c.png", "caption": ["x"]}, {"path": "d.png", "mask_path": 1}]
+    table = table_of(tmp_path, rows, "t.jsonl")
+    with table.table_file.open("a", encoding="utf-8") as file:  # type: ignore[union-attr]
+        file.write("\n{\n")
+    faults: list[Fault] = []
+    assert [one.stem for one in find_sources(table, faults=faults)] == ["a"]
+    texts = [fault.text.split("t.jsonl, ")[1] for fault in faults]
+    assert [text.split(":")[0] for text in texts] == [f"line {number}" for number in (2, 3, 4, 5, 6, 7)]
+    assert [text.split(": ", 1)[1] for text in texts[:3]] == [
+        "path is missing.",
+        "path is not a path.",
+        "path holds the character NUL (\\u0000). Correct the line.",
+    ]
+
+
+def test_several_captions_are_lines_or_a_list(tmp_path: Path) -> None:
+    rows = [{"path": "a.png", "caption": "one\n\n two", "captions": ["three"]}]
+    (one,) = find_sources(table_of(tmp_path, rows, multi_caption=True, trigger_word="ohwx"))
+    assert (one.caption, *one.more_captions) == ("ohwx, one", "ohwx, two", "ohwx, three")
+    (one,) = find_sources(table_of(tmp_path, rows))
+    assert (one.caption, one.more_captions) == ("one\n\n two", ())
+    (one,) = find_sources(table_of(tmp_path, [{"path": "a.png"}]))
+    assert missing_captions([one]) == ['a.png: no "caption" in its row']
+
+
+def test_an_unknown_kind_of_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.xlsx"
+    path.touch()
+    with pytest.raises(DatasetError, match="tables are read from .parquet, .pq, .csv"):
+        find_sources(make_table(tmp_path, "image_directory", directory=None, table_file=path))

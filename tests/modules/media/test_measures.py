@@ -1,0 +1,177 @@
+"""Measures of pictures and clips: what they say of made pictures, and which copies the hashes find."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from modules.media.measures import (
+    NEAR,
+    black_share,
+    brightness,
+    clip_hash,
+    hash_distance,
+    is_black,
+    is_blurred,
+    is_flat,
+    is_static,
+    motion,
+    perceptual_hash,
+    sharpness,
+)
+from modules.media.reading import Frame
+from tests.pictures import picture
+
+
+def recompressed(frame: Frame) -> Frame:
+    data = io.BytesIO()
+    Image.fromarray(frame).save(data, format="JPEG", quality=30)
+    return np.asarray(Image.open(data))
+
+
+def rescaled(frame: Frame, size: tuple[int, int]) -> Frame:
+    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+COPIES = {
+    "reduced": lambda frame: rescaled(frame, (160, 120)),
+    "enlarged": lambda frame: rescaled(frame, (640, 480)),
+    "stretched": lambda frame: rescaled(frame, (300, 300)),
+    "recompressed": recompressed,
+    "brighter": lambda frame: frame + 25,
+    "darker": lambda frame: (frame * 0.7).astype(np.uint8),
+}
+OTHERS = {
+    "mirrored": lambda frame: np.ascontiguousarray(frame[:, ::-1]),
+    "upside down": lambda frame: np.ascontiguousarray(frame[::-1]),
+    "turned": lambda frame: np.ascontiguousarray(np.rot90(frame)),
+    "inverted": lambda frame: 255 - frame,
+}
+
+
+@pytest.mark.parametrize("change", COPIES)
+def test_copies_of_a_picture_have_near_hashes(change: str) -> None:
+    for seed in range(5):
+        frame = picture(seed)
+        assert hash_distance([perceptual_hash(frame)], [perceptual_hash(COPIES[change](frame))]) <= NEAR
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_turned_or_inverted_picture_is_another_one(change: str) -> None:
+    for seed in range(5):
+        frame = picture(seed)
+        assert hash_distance([perceptual_hash(frame)], [perceptual_hash(OTHERS[change](frame))]) > 2 * NEAR
+
+
+def test_different_pictures_are_far_apart() -> None:
+    hashes = [perceptual_hash(picture(seed)) for seed in range(40)]
+    pairs = [(one ^ other).bit_count() for i, one in enumerate(hashes) for other in hashes[:i]]
+    assert min(pairs) > 2 * NEAR
+    assert 28 < np.mean(pairs) < 34
+
+
+def test_stripes_of_one_direction_have_a_hash_of_their_own() -> None:
+    upright = np.zeros((64, 64, 3), np.uint8)
+    upright[:, :24] = 200
+    lying = np.ascontiguousarray(upright.transpose(1, 0, 2))
+
+    assert hash_distance([perceptual_hash(upright)], [perceptual_hash(lying)]) > 0
+    assert hash_distance([perceptual_hash(upright)], [perceptual_hash(recompressed(upright))]) <= NEAR
+
+
+def test_flat_frames_have_no_hash_and_are_neither_sharp_nor_blurred() -> None:
+    flat = np.full((40, 60, 3), 90, np.uint8)
+    assert (perceptual_hash(flat), sharpness(flat)) == (0, 0.0)
+    assert is_flat(flat)
+    assert not is_blurred(flat)
+
+
+def test_a_clip_is_near_its_copy_at_another_rate_and_far_from_its_reverse() -> None:
+    frames = [
+        cv2.addWeighted(picture(1), 1 - i / 20, picture(2), i / 20, 0).astype(np.uint8) for i in range(21)
+    ]
+    copy = [recompressed(frame) for frame in frames[::2]]
+
+    assert len(clip_hash(frames)) == 4
+    assert hash_distance(clip_hash(frames), clip_hash(copy)) <= NEAR
+    assert hash_distance(clip_hash(frames), clip_hash(frames[::-1])) > 2 * NEAR
+    assert clip_hash(frames[:1]) == (perceptual_hash(frames[0]),)
+    with pytest.raises(ValueError, match="1 and 4 frames"):
+        hash_distance(clip_hash(frames[:1]), clip_hash(frames))
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0, 0.0), (51, 0.2), (255, 1.0)])
+def test_brightness_is_the_mean_luma(level: int, expected: float) -> None:
+    assert brightness(np.full((30, 20, 3), level, np.uint8)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_green_is_brighter_than_blue() -> None:
+    green, blue = np.zeros((2, 8, 8, 3), np.uint8)
+    green[..., 1], blue[..., 2] = 255, 255
+    assert (brightness(green), brightness(blue)) == (pytest.approx(0.587), pytest.approx(0.114))
+
+
+def test_black_allows_some_light_and_noise() -> None:
+    frame = np.random.default_rng(0).integers(0, 20, (100, 100, 3)).astype(np.uint8)
+    assert is_black(frame)
+    frame[:10, :15] = 255  # 1.5 %
+    assert is_black(frame)
+    frame[:10, :40] = 255
+    assert not is_black(frame)
+    assert is_black(frame, share=0.9)
+    assert not is_black(np.full((10, 10, 3), 40, np.uint8))
+    assert is_black(np.full((10, 10, 3), 40, np.uint8), threshold=0.2)
+
+
+def test_the_share_of_black_frames() -> None:
+    black, grey = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 128, np.uint8)
+    assert black_share([black, grey, black, black]) == 0.75
+    with pytest.raises(ValueError, match="no frame"):
+        black_share([])
+
+
+def test_motion_is_the_mean_change_between_neighbours() -> None:
+    frames = [np.full((16, 16, 3), level, np.uint8) for level in (0, 51, 0)]
+    assert motion(frames) == pytest.approx(0.2)
+    assert motion(frames[:1]) == 0
+
+
+def test_noise_and_compression_are_no_motion_but_a_small_part_that_moves_is() -> None:
+    generator = np.random.default_rng(0)
+    still = picture(3)
+    noisy = [np.clip(still + generator.normal(0, 4, still.shape), 0, 255).astype(np.uint8) for _ in range(6)]
+    assert is_static(noisy)
+    assert is_static([still, recompressed(still)])
+    talking = [frame.copy() for frame in noisy]
+    talking[3][120:140, 150:190] += 40  # a mouth: 1 % of the picture
+    assert not is_static(talking)
+
+
+def test_slow_motion_counts_although_neighbours_hardly_differ() -> None:
+    wide = picture(4, (400, 240))
+    slow = [np.ascontiguousarray(wide[:, i : i + 320]) for i in range(24)]
+    assert not is_static(slow)
+    assert is_static(slow[:1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_blurred_picture_is_told_from_a_sharp_one_at_any_size_and_brightness(seed: int) -> None:
+    frame = picture(seed, (1024, 768))
+    blurred = cv2.GaussianBlur(frame, (0, 0), 8).astype(np.uint8)
+
+    assert not is_blurred(frame)
+    assert is_blurred(blurred)
+    for change in (COPIES["darker"], COPIES["brighter"], lambda one: rescaled(one, (640, 480))):
+        assert not is_blurred(change(frame))
+        assert is_blurred(change(blurred))
+    assert sharpness(COPIES["darker"](frame)) == pytest.approx(sharpness(frame), rel=0.1)
+    assert sharpness(rescaled(frame, (512, 384))) == pytest.approx(sharpness(frame), rel=0.01)
+
+
+def test_a_sharp_face_before_a_soft_background_is_sharp() -> None:
+    frame = picture(5, (512, 512))
+    portrait = cv2.GaussianBlur(frame, (0, 0), 8).astype(np.uint8)
+    portrait[150:350, 150:350] = frame[150:350, 150:350]
+    assert not is_blurred(portrait)
