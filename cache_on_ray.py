@@ -9,7 +9,6 @@ import modules.interpreter  # noqa: F401
 from dataset.ray_options import read_ray_options
 from families import identify
 from modules.command import as_typed, command_line
-from modules.console import show_box
 from modules.installation import import_own
 
 
@@ -18,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     script = import_own(options.script)
 
     from dataset.caching.on_ray import require_done, run_on_ray  # torch loads here, after options are read
+    from modules.console import show_box
 
     rows = run_on_ray(script.main, options)
     done = [row for row in rows if not row["error"]]

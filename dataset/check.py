@@ -35,6 +35,7 @@ from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
+from modules.addresses import is_address
 from modules.bars import Bar
 from modules.contract.data import MediaTable
 from modules.contract.family import LatentSpec
@@ -272,6 +273,9 @@ def _check_caches(
 
 def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, counters: Counters) -> None:
     """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
+    if any(map(is_address, found.table.tars or ())):  # listing them would download them
+        found.caches.append("its sources are not checked: they are in tars at addresses")
+        return
     sources = find_table(config, found.table)
     if not sources.sources:
         found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]

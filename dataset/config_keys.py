@@ -247,6 +247,8 @@ KEYS: Mapping[str, Key] = {
 }
 # what the latents of a family with sections depend on besides the frames
 SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
+# which frames of a clip are taken
+FRAME_KEYS = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
 # what text caches depend on besides the caption files
 CAPTION_DEFAULTS = {
     name: KEYS[name].default for name in ("trigger_word", "caption_prefix", "caption_suffix", "multi_caption")

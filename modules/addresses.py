@@ -7,8 +7,10 @@ record or name of a file.
 
 import hashlib
 import re
+from functools import lru_cache
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
+_PLAIN = re.compile(r"[a-z0-9+.-]+://[a-z0-9.:-]*(?:/[^?#]*)?")  # nothing to leave out, nor to lower
 # two letters at least: C:\data is a path
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|::)", re.ASCII)
 _SECRETS = re.compile(
@@ -41,11 +43,14 @@ def hide_secrets(text: str) -> str:
     return _SECRETS.sub(lambda found: f"{found[1]}{found[2]}{'?...' if found[3] else ''}", text)
 
 
+@lru_cache(maxsize=1024)  # asked for a few times for each of a million addresses
 def address_identity(address: str) -> str:
     """Return what tells a file from others: the address without password, signature and `#...`.
 
     Not to be shown: its query may hold a secret of a kind that is not known here.
     """
+    if _PLAIN.fullmatch(address):
+        return address
     parts = urlsplit(address)
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     is_azure = any(name.lower() == "sig" for name, _ in pairs)
@@ -61,7 +66,8 @@ def address_identity(address: str) -> str:
 
 def address_name(address: str) -> str:
     """Return the last part of an address's path, `cat 1.png`; "" if it has none."""
-    return unquote(urlsplit(address).path.rstrip("/").rpartition("/")[2], errors="replace")
+    path = address.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2]
+    return unquote(path.rstrip("/").rpartition("/")[2], errors="replace")
 
 
 def short_hash(identity: str, digits: int = 12) -> str:

@@ -39,7 +39,7 @@ FLOORS = {
     ),
     "dataset": (
         {"config_keys", "convert_options", "options"},
-        {"config"},
+        {"config", "ray_options"},
         {"sources"},
         {"cache"},
         {"batches", "caching"},

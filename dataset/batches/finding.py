@@ -71,8 +71,11 @@ def find_items(
     unfinished: dict[Path, None] = {}
     empty: list[DatasetTable] = []
     missing_empty: list[Path] = []
+    incomplete: list[tuple[DatasetTable, str]] = []
     for table in config.datasets:
-        names = open_store(table).names()
+        store = open_store(table)
+        names = store.names()
+        incomplete += [(table, line) for line in unsound(store, table, cache_tag)]
         column = _table_items(table, names, kind, latent)
         end = text_file_name("", cache_tag)
         texts = {name for name in names if name.endswith(end)}
@@ -100,7 +103,7 @@ def find_items(
         tuple(empty),
         tuple(path.with_name(part_name(path.name)) for path in unfinished),
         tuple(missing_empty),
-        tuple((table, line) for table in config.datasets for line in unsound(table, cache_tag)),
+        tuple(incomplete),
     )
 
 

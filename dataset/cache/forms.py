@@ -14,7 +14,7 @@ from dataset.cache.files import (
     read_header,
 )
 from dataset.cache.shards import ShardStore
-from dataset.cache.store import open_store
+from dataset.cache.store import CacheStore
 from dataset.config import DatasetConfig, DatasetTable
 from modules.command import as_typed
 from modules.errors import CacheError, DatasetError
@@ -31,9 +31,9 @@ def require_form(config: DatasetConfig, tag: str) -> None:
         raise DatasetError("\n".join(said))
 
 
-def unsound(table: DatasetTable, tag: str) -> list[str]:
+def unsound(store: CacheStore, table: DatasetTable, tag: str) -> list[str]:
     """Return why the caches of a table may be incomplete: another form, or shards that are not whole."""
-    return [*other_form(table, tag), *open_store(table).faults()]
+    return [*other_form(table, tag), *store.faults()]
 
 
 def other_form(table: DatasetTable, tag: str) -> Iterator[str]:

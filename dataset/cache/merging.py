@@ -25,7 +25,6 @@ from dataset.cache.catalog import (
     write_index,
 )
 from dataset.cache.tar_records import (
-    BLOCK,
     END,
     Kind,
     Record,
@@ -132,23 +131,13 @@ def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
 
     names: of the small ones.
     """
-    alive = [BLOCK * 2] * len(catalog.shards)
-    small: dict[int, list[tuple[str, Row]]] = {
-        number: [] for number, shard in enumerate(catalog.shards) if shard.name in names
-    }
-    for name, row in catalog.rows():
-        if row.shard == NOWHERE:
-            continue
-        # what says that something was removed is a hole itself, unless the shard is compared record by record
-        if row.kind is Kind.ENTRY or row.shard in small:
-            alive[row.shard] += _record_bytes(name, row)
-        if row.shard in small:
-            small[row.shard].append((name, row))
-    untidy = set()
+    untidy, alive = set(), catalog.entry_bytes()
     for number, shard in enumerate(catalog.shards):
-        has_holes = alive[number] < shard.size * (1 - MOST_HOLES)
-        if number in small:
-            has_holes = alive[number] != shard.size or shard.name != shard_name(_sorted(small[number]))
+        if shard.name in names:
+            rows = _sorted(list(catalog.rows({number})))
+            has_holes = shard.size != _total(rows) or shard.name != shard_name(rows)
+        else:  # what says that something was removed is a hole too
+            has_holes = alive[number] < shard.size * (1 - MOST_HOLES)
         if has_holes or not shard.is_finished or shard.damaged:
             untidy.add(shard.name)
     return untidy
@@ -160,7 +149,7 @@ def _merge(
     """Write what holds in the locked shards to new ones, then remove the locked ones."""
     catalog = open_catalog(folder)
     numbers = {number for number, shard in enumerate(catalog.shards) if shard.name in locked}
-    held = [(name, row) for name, row in catalog.rows() if row.shard in numbers]
+    held = list(catalog.rows(numbers))
     elsewhere = _elsewhere(folder, catalog, numbers, held)
     # what no other shard knows starts anew, so that equal entries give equal bytes
     rows = [

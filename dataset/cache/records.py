@@ -18,7 +18,8 @@ from typing import Any
 
 from dataset.cache.files import Entry, Header, checksum
 from dataset.config_keys import SECTION_DEFAULTS
-from dataset.sources.origin import Origin, Remote, TarMember, hash_member, origin_stamp
+from dataset.sources.origin import Origin, ParquetCell, Remote, TarMember, hash_member, origin_stamp
+from dataset.sources.parquet_cells import read_cell
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 from modules.media.reading import folder_images
@@ -223,7 +224,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
 
     origin: of a source's part. Raises OSError if it is missing, MediaError if a folder has no images.
     """
-    if isinstance(origin, TarMember):
+    if isinstance(origin, (TarMember, ParquetCell)):
         return origin_stamp(origin)
     one = path.stat()
     if not stat.S_ISDIR(one.st_mode):
@@ -241,6 +242,8 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
     """
     if isinstance(origin, TarMember):
         return hash_member(origin)
+    if isinstance(origin, ParquetCell):
+        return hashlib.sha256(read_cell(origin)).hexdigest()
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,7 +26,7 @@ _COMMENT = re.compile(
     rb"reelsmith 1 (entry|removed) (\d{1,9}) (\d{1,11}) ([0-9a-f]{8}) ([0-9a-f]{8}) (.+)", re.DOTALL
 )
 _WRITER = b"reelsmith 1 writer "
-_BAD_NAME = re.compile(r"[/\\:\x00]" if os.name == "nt" else r"[/\x00]")
+_BAD = re.compile(rb"[/\\:\x00]" if os.name == "nt" else rb"[/\x00]")
 
 
 class Kind(IntEnum):
@@ -88,7 +88,12 @@ def decode_name(name: bytes) -> str:
 
 def is_safe_name(name: str) -> bool:
     """Whether a name can be that of a file in a folder, not of one elsewhere."""
-    return name not in {"", ".", ".."} and _BAD_NAME.search(name) is None
+    return name not in {"", ".", ".."} and not has_bad_characters(encode_name(name))
+
+
+def has_bad_characters(names: bytes) -> bool:
+    """Whether a character of some names leads out of their folder."""
+    return _BAD.search(names) is not None
 
 
 def record_header(name: str, kind: Kind, generation: int, length: int = 0, crc32: int = 0) -> bytes:

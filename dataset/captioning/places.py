@@ -11,6 +11,7 @@ from dataset.sources.captions import read_caption
 from dataset.sources.listing import find_all_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rows import RowReader
+from modules.addresses import is_address
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_lines
 
@@ -121,11 +122,17 @@ def _read_list(table: DatasetTable) -> dict[Path, tuple[str, str | None]]:
     The list has been read before, without faults.
     """
     assert table.jsonl_file is not None
-    key, found = f"{table.kind}_path", {}
+    key = f"{table.kind}_path"
+    found: dict[Path, tuple[str, str | None]] = {}
     rows = RowReader(table, table.jsonl_file, key, is_list=True)
     for number, line in enumerate(read_lines(table.jsonl_file), 1):
         record = parse_json(line)
-        source = rows.read(record, f"{table.jsonl_file}, line {number}")
-        if source is not None:
-            found[source.path] = (record[key], record.get("caption"))
+        entry = record[key]
+        if is_address(entry):  # `rows` would do for paths too, but takes several times as long
+            source = rows.read(record, f"{table.jsonl_file}, line {number}")
+            path = None if source is None else source.path
+        else:
+            path = Path(entry).expanduser()
+        if path is not None:
+            found[path] = (entry, record.get("caption"))
     return found

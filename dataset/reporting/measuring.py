@@ -23,6 +23,7 @@ from modules.media.measures import (
     SHARP_SIDE,
     brightness,
     clip_hash,
+    hashed_frames,
     is_black,
     is_flat,
     is_static,
@@ -154,7 +155,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
         2 * blurred > len(frames),
         all(flat),
         clip_hash(frames),
-        b"".join(_colours(frame) for frame in _hashed(frames)),
+        b"".join(_colours(frame) for frame in hashed_frames(frames)),
     )
 
 
@@ -183,13 +184,6 @@ def _problem_beside(source: MediaSource, fps: float, steps: Steps) -> str | None
     except (MediaError, DatasetError, OSError) as error:
         return str(error)
     return None
-
-
-def _hashed(frames: Sequence[Frame]) -> Sequence[Frame]:
-    """Return the frames that `clip_hash` takes."""
-    if len(frames) == 1:
-        return frames
-    return [frames[place] for place in np.linspace(0, len(frames) - 1, 4).round().astype(int)]
 
 
 def _colours(frame: Frame) -> bytes:

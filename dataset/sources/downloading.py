@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock
@@ -67,10 +68,17 @@ def local_name(address: str) -> str:
     """Return the name of a downloaded file: the address's last part, readable, with a hash that tells it
     from others, and its suffix.
     """
-    name = Path(readable_stem(address_name(address)))
-    suffix = name.suffix if len(name.suffix) <= LONGEST_SUFFIX else ""
-    stem = name.name.removesuffix(suffix)
+    stem, suffix = split_name(address)
     return f"{stem}-{short_hash(address_identity(address), 16)}{suffix}"
+
+
+@lru_cache(maxsize=1024)  # asked for twice
+def split_name(address: str) -> tuple[str, str]:
+    """Return the last part of an address, readable, and its suffix; without one, the host."""
+    stem, dot, end = address_name(address).rpartition(".")
+    if not stem or not 0 < len(end) < LONGEST_SUFFIX or not end.isalnum():
+        stem, dot, end = address_name(address), "", ""
+    return readable_stem(stem or urlsplit(address).hostname or ""), dot + end
 
 
 @lru_cache(maxsize=256)

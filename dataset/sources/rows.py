@@ -4,19 +4,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import caption_lines, complete_captions
-from dataset.sources.downloading import local_name, protocol_problem
+from dataset.sources.downloading import local_name, protocol_problem, split_name
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
 from dataset.sources.origin import Origin, Remote
-from dataset.sources.stems import readable_stem, unique_stems
-from modules.addresses import address_identity, address_name, hide_secrets, is_address, protocol_of
+from dataset.sources.stems import unique_stems
+from modules.addresses import address_identity, hide_secrets, is_address, protocol_of
 from modules.errors import DatasetError
 from modules.text_files import MAX_CAPTION_BYTES, bad_character
 
@@ -58,7 +58,7 @@ class RowReader:
             return None
         (path, origin), *controls = places
         is_remote = isinstance(origin, Remote)
-        stem = _remote_stem(origin.address) if isinstance(origin, Remote) else path.stem
+        stem = split_name(origin.address)[0] if isinstance(origin, Remote) else path.stem
         self._texts.append(address_identity(text) if is_remote else text)
         origins = tuple(one for _, one in (*places, *(() if mask is None else (mask,))))
         return MediaSource(
@@ -168,6 +168,8 @@ class RowReader:
 
 def control_number(name: str) -> int | None:
     """Return 0 for `control_path`, 2 for `control_path_2`, None for other columns."""
+    if not name.startswith("control_path"):
+        return None
     match = re.fullmatch(r"control_path(?:_(\d{1,9}))?", name)
     return None if match is None else int(match[1] or 0)
 
@@ -214,11 +216,6 @@ def check_controls(
         kind = f"{where} have no {needed}, while others have"
         faults += [Fault(kind, str(source.path), source.stem) for source in lacking]
     return sources
-
-
-def _remote_stem(address: str) -> str:
-    name = PurePosixPath(readable_stem(address_name(address))).stem
-    return name or readable_stem(urlsplit(address).hostname or "")
 
 
 def _example(table: DatasetTable) -> str:

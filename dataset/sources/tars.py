@@ -5,7 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -133,11 +133,11 @@ def _origin(tar: Path, member: Member) -> Origin:
 
 def readable_path(name: str) -> str:
     """Return a member's name with each part as `readable_stem` writes it; the suffix stays."""
-    parts = []
-    for part in name.split("/"):
-        pure = PurePosixPath(part)
-        parts.append(f"{readable_stem(pure.stem)}{pure.suffix}" if pure.suffix else readable_stem(part))
-    return "/".join(parts)
+    folder, mark, base = name.rpartition("/")
+    if mark:
+        folder = "/".join(map(readable_stem, folder.split("/")))
+    stem, dot, suffix = base.rpartition(".")
+    return f"{folder}{mark}{readable_stem(stem)}{dot}{suffix}"
 
 
 # --- which tars

@@ -137,12 +137,15 @@ def perceptual_hash(frame: Frame) -> int:
 
 def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
     """Return the hashes of four frames, evenly from the first to the last; of a single frame its own."""
+    return tuple(map(perceptual_hash, hashed_frames(frames)))
+
+
+def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
+    """Return the frames of a clip whose hashes are its own. Raises ValueError if there is no frame."""
     if not len(frames):
         raise ValueError("no frame to measure")
-    if len(frames) == 1:
-        return (perceptual_hash(frames[0]),)
-    places = np.linspace(0, len(frames) - 1, CLIP_FRAMES).round().astype(int)
-    return tuple(perceptual_hash(frames[place]) for place in places)
+    count = 1 if len(frames) == 1 else CLIP_FRAMES
+    return [frames[place] for place in np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
 def hash_distance(first: Sequence[int], second: Sequence[int]) -> float:

@@ -126,7 +126,7 @@ def test_later_entries_hold_and_removed_ones_are_gone(tmp_path: Path) -> None:
     assert second.names() == set(NAMES[:3])  # not finished yet, and whole
     second.write(NAMES[0], tensors(7), meta(7))
     second.remove(NAMES[1])
-    second.rename(NAMES[2], NAMES[4])
+    second.replace(NAMES[2], NAMES[4], tensors(2), meta(2))
     for _ in range(2):
         assert ShardStore(tmp_path).names() == {NAMES[0], NAMES[4]}
         assert ShardStore(tmp_path).read(NAMES[0]).header.metadata["number"] == "7"
@@ -387,7 +387,7 @@ def steps(count: int) -> list[tuple[str, str, int]]:
     chance = random.Random(5)
     found = []
     for number in range(count):
-        kind = chance.choices(["write", "remove", "rename", "settle"], [6, 2, 1, 2])[0]
+        kind = chance.choices(["write", "remove", "replace", "settle"], [6, 2, 1, 2])[0]
         found.append((kind, chance.choice(NAMES), number))
     return found
 
@@ -398,8 +398,8 @@ def take(store: ShardStore, step: tuple[str, str, int]) -> None:
         store.write(name, tensors(number), meta(number))
     elif kind == "remove":
         store.remove(name)
-    elif kind == "rename" and store.has(name):
-        store.rename(name, NAMES[0] + ".part")
+    elif kind == "replace":
+        store.replace(name, NAMES[0] + ".part", tensors(number), meta(number))
     elif kind == "settle":
         store.settle()
 
@@ -411,8 +411,10 @@ def after(state: State, step: tuple[str, str, int], halfway: bool = False) -> St
         state[name] = number
     elif kind == "remove":
         state.pop(name, None)
-    elif kind == "rename" and name in state:
-        state[NAMES[0] + ".part"] = state[name] if halfway else state.pop(name)
+    elif kind == "replace":
+        state[NAMES[0] + ".part"] = number
+        if not halfway:
+            state.pop(name, None)
     return state
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from dataset.cache.files import write_tensors
+from dataset.cache.shards import ShardStore
+from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from dataset.options import ShardOptions
@@ -43,7 +45,17 @@ def into(config: DatasetConfig, folder: Path) -> DatasetConfig:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """All files by their names."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def entries(config: DatasetConfig) -> dict[str, bytes]:
+    """The bytes of all entries, in whatever form they are kept."""
+    (table,) = config.datasets
+    store = open_store(table)
+    if isinstance(store, ShardStore):
+        return {name: store.read_bytes(name) for name in store.names()}
+    return contents(table.cache_directory)
 
 
 def make_dataset(folder: Path) -> DatasetConfig:
@@ -59,9 +71,11 @@ def family() -> ToyFamily:
     return ToyFamily(text=[Neighbourly()])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, count: int) -> None:
-    config = make_dataset(tmp_path)
+@pytest.mark.parametrize(
+    ("count", "form"), [(1, "files"), (2, "files"), (3, "files"), (7, "files"), (1, "shards"), (3, "shards")]
+)
+def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, count: int, form: str) -> None:
+    config = change(make_dataset(tmp_path), cache_format=form)
     whole, shared = into(config, tmp_path / "whole"), into(config, tmp_path / "shared")
     cache_media(family(), whole, options())
     cache_texts(family(), whole, options())
@@ -69,13 +83,15 @@ def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, coun
     media = [cache_media(family(), shared, options(shard=shard(i, count))) for i in reversed(range(count))]
     texts = [cache_texts(family(), shared, options(shard=shard(i, count))) for i in range(count)]
 
-    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+    assert entries(shared) == entries(whole)
     assert sum(one.share for one in media) == len(CLIPS)
     assert sum(one.share for one in texts) == len(CLIPS) + 1  # and the empty prompt
     assert all(one.whole == len(CLIPS) for one in media)
     for report in (cache_media(family(), shared, options()), cache_texts(family(), shared, options())):
         assert report.written == report.removed == 0
         assert report.kept
+    # the last runs have put the files of shards in order too
+    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
 
 
 def test_a_shard_removes_nothing_and_the_last_run_what_is_stale(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ import pytest
 
 from dataset.caching.loop import cache_media, cache_texts
 from modules.atomic_write import remove_leftovers
-from modules.contract.data import Conditions
+from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders
 from modules.contract.generation import Prompt
 from modules.errors import CacheError
 from modules.temporary_names import parse_temporary, temporary_name
 from tests.dataset.caching.test_loop import change, make_config, names
-from tests.dataset.caching.test_shards import contents, into, shard
+from tests.dataset.caching.test_shards import contents, entries, into, shard
 from tests.dataset.test_two_passes import KEYS, PARTS, ToyClip, ToyLlm, assert_whole, two
 from tests.dataset.toy_family import ToyFamily, options
 
@@ -31,6 +31,9 @@ LATENT = "clip_{}_00000-005_0032x0032_toy.safetensors"
 PROCESSES: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
     PROCESSES.set_forkserver_preload([__name__])
+
+
+FORMS = pytest.mark.parametrize("form", ["files", "shards"])
 
 
 class Stop:
@@ -74,10 +77,23 @@ class StoppingFamily(ToyFamily):
         self.stop.here()
 
 
-def texts_stopping_in(encoder: str, folder: Path, stop: Stop) -> None:
+@dataclasses.dataclass
+class MiddleFamily(ToyFamily):
+    """Stops when it has encoded a clip, before the second one."""
+
+    stop: Any = None
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        if self.seen:
+            self.stop.here()
+        return super().encode_media(encoders, media)
+
+
+def texts_stopping_in(encoder: str, folder: Path, form: str, stop: Stop) -> None:
     llm = StoppingLlm(stop=stop) if encoder == "llm" else ToyLlm()
     clip = StoppingClip(stop=stop) if encoder == "clipL" else ToyClip()
-    cache_texts(ToyFamily(text=[llm, clip], text_keys=KEYS), make_config(folder), options())
+    config = make_config(folder, cache_format=form)
+    cache_texts(ToyFamily(text=[llm, clip], text_keys=KEYS), config, options())
 
 
 def latents_stopping_before_a_rename(folder: Path, stop: Stop) -> None:
@@ -91,12 +107,19 @@ def latents_stopping_before_a_rename(folder: Path, stop: Stop) -> None:
     cache_media(ToyFamily(), make_config(folder), options())
 
 
-def latents_stopping_when_listed(folder: Path, stop: Stop) -> None:
-    cache_media(StoppingFamily(stop=stop), make_config(folder, clips=()), options())
+def latents_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
+    config = make_config(folder, clips=(), cache_format=form)
+    cache_media(StoppingFamily(stop=stop), config, options())
 
 
-def texts_stopping_when_listed(folder: Path, stop: Stop) -> None:
-    cache_texts(StoppingFamily(stop=stop, text=two().text), make_config(folder, clips=()), options())
+def texts_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
+    config = make_config(folder, clips=(), cache_format=form)
+    cache_texts(StoppingFamily(stop=stop, text=two().text), config, options())
+
+
+def latents_stopping_in_the_middle(folder: Path, form: str, stop: Stop) -> None:
+    family = MiddleFamily(stop=stop)
+    cache_media(family, make_config(folder, cache_format=form), options())
 
 
 class Other:
@@ -114,8 +137,10 @@ class Other:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
             self.process.kill()
-        self.stop.go.set()
-        self.process.join(PATIENCE)
+            self.process.join(PATIENCE)
+        if self.process.is_alive():  # an event that a killed process waited for would wait for it
+            self.stop.go.set()
+            self.process.join(PATIENCE)
 
     def end(self) -> int | None:
         """Let it go on; return its exit code."""
@@ -124,30 +149,35 @@ class Other:
         return int(self.process.exitcode)
 
 
+@FORMS
 @pytest.mark.parametrize("encoder", ["llm", "clipL"])
-def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str) -> None:
-    """The other process does everything while this one is in its first pass, or between its passes."""
-    config = make_config(tmp_path)
-    cache_texts(two(), into(config, tmp_path / "undisturbed"), options())
-    with Other(texts_stopping_in, encoder, tmp_path) as other:
+def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form: str) -> None:
+    """This process does everything while the other one is in its first pass, or between its passes."""
+    config = make_config(tmp_path, cache_format=form)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    cache_texts(two(), undisturbed, options())
+    with Other(texts_stopping_in, encoder, tmp_path, form) as other:
         (tmp_path / "cache").mkdir(exist_ok=True)
-        assert names(tmp_path) == (PARTS if encoder == "clipL" else [])
+        assert sorted(entries(config)) == (PARTS if encoder == "clipL" else [])
         cache_texts(two(), config, options())
-        assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+        assert entries(config) == entries(undisturbed)
         assert other.end() == 0
+    assert entries(config) == entries(undisturbed)
+    assert cache_texts(two(), config, options()).kept == 2
     assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
-    assert_whole(config, tmp_path)
 
 
-def test_both_runs_are_in_their_last_pass_at_once(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_texts(two(), into(config, tmp_path / "undisturbed"), options())
-    first, second = (Other(texts_stopping_in, "clipL", tmp_path) for _ in range(2))
+@FORMS
+def test_both_runs_are_in_their_last_pass_at_once(tmp_path: Path, form: str) -> None:
+    config = make_config(tmp_path, cache_format=form)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    cache_texts(two(), undisturbed, options())
+    first, second = (Other(texts_stopping_in, "clipL", tmp_path, form) for _ in range(2))
     with first, second:
-        assert names(tmp_path) == PARTS
+        assert sorted(entries(config)) == PARTS
         first.stop.go.set()
         assert (second.end(), first.end()) == (0, 0)
-    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+    assert entries(config) == entries(undisturbed)
 
 
 @dataclasses.dataclass
@@ -195,21 +225,24 @@ def test_what_a_killed_process_was_writing_goes_at_once(tmp_path: Path) -> None:
     assert left not in names(tmp_path)
 
 
+@FORMS
 @pytest.mark.parametrize(
     ("work", "cache"),
     [(latents_stopping_when_listed, cache_media), (texts_stopping_when_listed, cache_texts)],
+    ids=["latents", "texts"],
 )
 def test_what_others_make_of_new_sources_is_not_stale(
-    tmp_path: Path, work: Callable[..., None], cache: Callable[..., Any]
+    tmp_path: Path, work: Callable[..., None], cache: Callable[..., Any], form: str
 ) -> None:
     """A clip is copied in after one run has listed the sources and before another one does."""
     make_config(tmp_path, clips=(9,))
-    with Other(work, tmp_path) as other:
-        cache(two(), make_config(tmp_path, clips=(9, 9)), options())
-        made = names(tmp_path)
+    with Other(work, tmp_path, form) as other:
+        config = make_config(tmp_path, clips=(9, 9), cache_format=form)
+        cache(two(), config, options())
+        made = entries(config)
         assert len(made) == 2
         assert other.end() == 0
-    assert names(tmp_path) == made
+    assert entries(config) == made
 
 
 def test_two_that_remove_the_same_stale_files_both_end_well(
@@ -217,20 +250,40 @@ def test_two_that_remove_the_same_stale_files_both_end_well(
 ) -> None:
     config = make_config(tmp_path, clips=(9, 9))
     cache_media(ToyFamily(), change(config, target_frames=(5, 9)), options())
-    with Other(latents_stopping_when_listed, tmp_path) as other:
+    with Other(latents_stopping_when_listed, tmp_path, "files") as other:
         assert cache_media(ToyFamily(), config, options()).removed == 2
         assert other.end() == 0
     assert names(tmp_path) == [LATENT.format(0), LATENT.format(1)]
     assert "may not be a cache file" not in caplog.text
 
 
-def test_overlapping_shards_and_a_whole_run_end_with_the_same_files(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), into(config, tmp_path / "undisturbed"), options())
-    with Other(latents_stopping_before_a_rename, tmp_path) as other:
+@FORMS
+def test_overlapping_shards_and_a_whole_run_end_with_the_same_entries(tmp_path: Path, form: str) -> None:
+    config = make_config(tmp_path, cache_format=form)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    cache_media(ToyFamily(), undisturbed, options())
+    with Other(latents_stopping_in_the_middle, tmp_path, form) as other:
         for index in range(2):
             cache_media(ToyFamily(), config, options(shard=shard(index, 2)))
+        cache_media(ToyFamily(), config, options())  # it leaves alone what is being written
+        assert entries(config) == entries(undisturbed)
         assert other.end() == 0
+    assert entries(config) == entries(undisturbed)
+    cache_media(ToyFamily(), config, options())
+    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+
+
+@FORMS
+def test_a_killed_shard_goes_on_with_the_same_command(tmp_path: Path, form: str) -> None:
+    config = make_config(tmp_path, cache_format=form)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    cache_media(ToyFamily(), undisturbed, options())
+    with Other(latents_stopping_in_the_middle, tmp_path, form) as other:
+        os.kill(other.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        other.process.join(PATIENCE)
+    written = [cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written for index in range(2)]
+    assert written in ([0, 1], [1, 1])  # the first clip may have been on its way to the disk
+    cache_media(ToyFamily(), config, options())
     assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
 
 

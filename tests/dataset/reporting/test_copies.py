@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dataset.reporting.copies import SAME_COLOURS, group_copies
+from dataset.reporting.copies import SAME_FLAT, group_copies
 from dataset.reporting.measuring import Measures
 from modules.media.measures import NEAR, hash_distance
 
@@ -76,8 +76,17 @@ def test_one_shape_in_other_colours_is_no_copy() -> None:
     assert group_copies([measures((5,), red), measures((5,), brighter)]) == [[0, 1]]
 
 
+def test_brightness_and_contrast_do_not_count_but_one_cell_does() -> None:
+    generator = random.Random(0)
+    picture = bytes(generator.randrange(20, 200) for _ in range(48))
+    darker = bytes(round(0.7 * value) for value in picture)
+    other = bytes([*picture[:3], 250, 20, 250, *picture[6:]])
+    assert group_copies([measures((5,), picture), measures((5,), darker)]) == [[0, 1]]
+    assert group_copies([measures((5,), picture), measures((5,), other)]) == []
+
+
 def test_flat_pictures_are_copies_if_they_have_one_colour() -> None:
-    off = bytes([100 + round(255 * SAME_COLOURS) + 2] * 48)
+    off = bytes([100 + round(255 * SAME_FLAT) + 2] * 48)
     found = [
         measures((0,), GREY, is_flat=True),
         measures((0,), off, is_flat=True),
