@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dataset.config_keys import (
     CAPTION_DEFAULTS,
+    FRAME_KEYS,
     KEYS,
     LEARNING_DEFAULTS,
     MODES,
@@ -381,6 +382,14 @@ def _finish_table(
             f"{where}: alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
         )
         return None
+    unused = [name for name in FRAME_KEYS if fields["load_tensors"] and fields[name] != KEYS[name].default]
+    if unused:
+        logger.warning(
+            "%s, %s: %s is ignored because with load_tensors each clip is what was prepared, whole",
+            path,
+            where,
+            " and ".join(unused),
+        )
     fields["cache_directory"] = fields["cache_directory"] or folder
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
     fields["target_frames"] = _round_targets(fields["target_frames"], f"{path}, {where}")

@@ -40,7 +40,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            _flush_folder(temporary)
+            flush_folder(temporary)
             aside = path.with_name(f".{path.name}.old")
             if path.exists():
                 os.replace(path, aside)
@@ -69,7 +69,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             recover_folder(path)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -93,7 +93,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
                 os.replace(file, path.parent / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -191,7 +191,7 @@ def give_name(file: Path, path: Path) -> None:
     """
     with explain_errors(path):
         os.replace(file, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -262,7 +262,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make sure that the names of new files in a folder survive a power cut."""
     if os.name == "nt":  # Windows cannot open a folder; NTFS orders the rename itself
         return

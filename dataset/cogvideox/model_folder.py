@@ -36,8 +36,14 @@ def find_model(model_id: str) -> Path:
 def read_vae_class(folder: Path) -> str:
     """Return the class of a pipeline's VAE, as vae/config.json names it.
 
-    Raises CheckpointError if the file is missing or says nothing.
+    Raises CheckpointError if the file is missing or says nothing, or if there is no text encoder.
     """
+    if not (folder / "text_encoder").is_dir():
+        raise CheckpointError(
+            f"--model_id {folder} has no folder text_encoder. Give the folder of a diffusers pipeline, with "
+            "vae, text_encoder and tokenizer.",
+            folder,
+        )
     path = folder / "vae" / "config.json"
     try:
         name = parse_json(read_text(path))["_class_name"]

@@ -13,7 +13,7 @@ from modules.contract.data import Conditions
 from modules.contract.family import LatentSpec
 from modules.contract.generation import Prompt
 from modules.contract.moments_maker import EncodeMoments, MakerSettings, MomentsMaker
-from modules.contract.tokens import CountTokens
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, InstallationError
 
@@ -88,8 +88,20 @@ class CogTextEncoder:
         }
 
     def token_counter(self) -> CountTokens:
-        """Raise CheckpointError: captions are cut without a count."""
-        raise CheckpointError("the tokens of CogVideoX's captions are not counted", self.folder)
+        """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
+
+        Raises CheckpointError if it cannot tell where tokens are in a text.
+        """
+        tokenizer = _read(_import("transformers").AutoTokenizer, self.folder / "tokenizer")
+        if not tokenizer.is_fast:
+            raise CheckpointError(f"{self.folder / 'tokenizer'} does not say where its tokens are")
+
+        def count(text: str) -> TokenCount:
+            ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+            kept = kept_characters(ends[:-1], self.max_tokens - 1, len(text))
+            return TokenCount(text, len(ends), self.max_tokens, kept)
+
+        return count
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer."""

@@ -5,6 +5,7 @@ size.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from modules.seeds import derive_seed
 
 T = TypeVar("T")
 Shape = tuple[int, int, int]  # frames, height, width
+MOST_WAITING = 1 << 29  # bytes of frames whose batch is not full
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,24 @@ def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -
     return np.ascontiguousarray(frame[:, ::-1]) if draws.is_flipped else frame
 
 
-def batches_by_shape(items: Iterable[tuple[Shape, T]], batch_size: int) -> Iterator[list[T]]:
-    """Yield lists of `batch_size` items of one shape, each when it is full; the rest at the end."""
+def batches_by_shape(
+    items: Iterable[tuple[Shape, T]], batch_size: int, most_bytes: int = MOST_WAITING
+) -> Iterator[list[T]]:
+    """Yield lists of `batch_size` items of one shape, each when it is full; the rest at the end.
+
+    If the frames that wait take more than `most_bytes`, the group that takes most goes before it is full.
+    """
     waiting: dict[Shape, list[T]] = {}
+
+    def size_bytes(shape: Shape) -> int:
+        return 3 * math.prod(shape) * len(waiting[shape])
+
     for shape, item in items:
-        group = waiting.setdefault(shape, [])
-        group.append(item)
-        if len(group) == batch_size:
+        waiting.setdefault(shape, []).append(item)
+        if len(waiting[shape]) == batch_size:
             yield waiting.pop(shape)
+        elif sum(map(size_bytes, waiting)) > most_bytes:
+            yield waiting.pop(max(waiting, key=size_bytes))
     yield from waiting.values()
 
 

@@ -137,8 +137,10 @@ class Other:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
             self.process.kill()
-        self.stop.go.set()
-        self.process.join(PATIENCE)
+            self.process.join(PATIENCE)
+        if self.process.is_alive():  # an event that a killed process waited for would wait for it
+            self.stop.go.set()
+            self.process.join(PATIENCE)
 
     def end(self) -> int | None:
         """Let it go on; return its exit code."""

@@ -89,7 +89,9 @@ def test_latents_of_moments_equal_those_of_the_clip(
         assert not torch.equal(next(iter(found.values()))[next(iter(next(iter(found.values()))))], mean)
 
 
-def test_clips_may_be_absent_and_other_keys_do_not_cut_what_is_given(project: Path, tmp_path: Path) -> None:
+def test_clips_may_be_absent_and_other_keys_do_not_cut_what_is_given(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = tmp_path / "data"
     (root / "video_latents").mkdir(parents=True)
     for name in ("prompt.txt", "videos.txt"):
@@ -100,9 +102,11 @@ def test_clips_may_be_absent_and_other_keys_do_not_cut_what_is_given(project: Pa
         tmp_path, root, "load_tensors = true", "target_frames = [5]", "resolution = [64, 64]"
     )
 
-    cache(project, "wan", config)
+    with caplog.at_level(logging.WARNING):
+        cache(project, "wan", config)
 
-    found = sorted((tmp_path / "cache").iterdir())
+    assert "target_frames is ignored because with load_tensors" in caplog.text
+    found = sorted(path for path in (tmp_path / "cache").iterdir() if path.suffix == ".safetensors")
     assert [path.name for path in found] == [f"{name}_00000-013_0032x0032_wan.safetensors" for name in NAMES]
     record = latent_record(read_header(found[0]))
     assert record is not None

@@ -10,7 +10,7 @@ import transformers
 
 import prepare_dataset
 import wan_cache_latents
-from dataset.cogvideox.pipeline import usable_frames
+from dataset.cogvideox.pipeline import CogTextEncoder, usable_frames
 from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
@@ -82,3 +82,14 @@ def test_clips_and_captions_are_encoded_as_by_diffusers(pipeline: Path, tmp_path
     config = write_config(tmp_path, output, "load_tensors = true")
     with pytest.raises(DatasetError, match="was made by the VAE of cogvideox .*this is wan"):
         wan_cache_latents.main(["--dataset_config", str(config), "--vae", str(tmp_path / "wan.pth")])
+
+
+def test_captions_that_are_cut_are_told(pipeline: Path) -> None:
+    encoder = CogTextEncoder(pipeline, torch.float32, max_tokens=4)
+    count = encoder.token_counter()
+
+    assert not count("a").is_cut
+    cut = count("a red square moves right and a blue circle moves left")
+    assert cut.is_cut
+    assert cut.text.endswith(cut.cut_text)
+    assert 0 < len(cut.cut_text) < len(cut.text)

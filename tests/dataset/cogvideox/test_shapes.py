@@ -125,4 +125,6 @@ def test_batches_are_of_one_shape_full_ones_first_and_the_rest_at_the_end() -> N
     items = [(small, 1), (large, 2), (small, 3), (small, 4), (large, 5), (small, 6), (large, 7)]
 
     assert list(batches_by_shape(items, 3)) == [[1, 3, 4], [2, 5, 7], [6]]
+    # of two small ones, or one large one, and no more
+    assert list(batches_by_shape(items, 3, most_bytes=25_000)) == [[2], [1, 3, 4], [5], [7], [6]]
     assert list(batches_by_shape(items, 1)) == [[number] for _, number in items]
