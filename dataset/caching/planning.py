@@ -33,6 +33,7 @@ from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
+from modules.collection import pause_collection
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError
@@ -101,18 +102,36 @@ class Recipe:
     stores: Stores = field(default_factory=Stores)
     index: Indexes[LatentRecord] = field(default_factory=lambda: latent_index())
     _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
+    _of_tables: dict[tuple[object, ...], Mapping[str, Any]] = field(default_factory=dict)
+    _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """Return what the record of an item contains besides the encoders."""
-        table = source.table
         options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
-        if table.kind == "video":
-            options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
-        if source.mask_from is not None:
-            options["mask"] = source.mask_from
-        if source.tensors is not None:
-            options["moments"] = True
-        return options | table.section_keys
+        return options | self.table_options(source)
+
+    def table_options(self, source: MediaSource) -> Mapping[str, Any]:
+        """Return those of a source's options that are the same for most sources of its table."""
+        table, mask_from, has_tensors = source.table, source.mask_from, source.tensors is not None
+        key = (table.index, mask_from, has_tensors)
+        if key not in self._of_tables:
+            options: dict[str, Any] = {}
+            if table.kind == "video":
+                fps = None if table.source_fps is None else self.fps
+                options |= {"source_fps": table.source_fps, "fps": fps}
+            if mask_from is not None:
+                options["mask"] = mask_from
+            if has_tensors:
+                options["moments"] = True
+            self._of_tables[key] = options | table.section_keys
+        return self._of_tables[key]
+
+    def sections_in(self, table: DatasetTable, frames: int) -> int | None:
+        """Return the number of sections of an item of so many frames. Raises MediaError if it is too short."""
+        key = (table.index, frames)
+        if key not in self._sections:
+            self._sections[key] = self.sections(media_table(table), frames)
+        return self._sections[key]
 
     def difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
@@ -200,7 +219,8 @@ def plan_all(
     at_once = min(AT_ONCE, max(1, len(sources) // (4 * workers)))
     jobs = [sources[start : start + at_once] for start in range(0, len(sources), at_once)]
     ahead = contextlib.closing(run_ahead(jobs, work, workers, lambda _: 0, limit_bytes=1))
-    with Bar(len(sources), "Comparing", "source", show_progress) as bar, ahead as results:
+    bar = Bar(len(sources), "Comparing", "source", show_progress)
+    with pause_collection(), bar, ahead as results:
         for job, result in results:
             if isinstance(result, Exception):
                 raise result
@@ -277,7 +297,7 @@ def compare(
     there = _by_item(existing)
     items: list[tuple[int, ...]] = []
     for span in wanted:
-        sections = recipe.sections(media_table(source.table), span[1])
+        sections = recipe.sections_in(source.table, span[1])
         items += [bucket if is_image else (*bucket, _frames_of(source.table, span, sections, recipe))] * (
             sections or 1
         )
@@ -409,7 +429,7 @@ def _known_size(look: Look) -> Size | None:
 
 def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe, look: Look) -> ClipFacts | None:
     """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
-    rate = recipe.options(source, (0, 0), (0, 0), (0, 0))
+    rate = recipe.table_options(source)
     known = []
     for file in existing:
         record = look.known.get(file)
@@ -420,7 +440,7 @@ def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe, look:
             continue
         if record is None or record.clip is None or not (record.files or file in look.known):
             continue
-        same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
+        same_rate = all(record.options.get(key) == rate.get(key) for key in ("source_fps", "fps"))
         same_kind = record.options.get("moments") == rate.get("moments")
         if not (same_rate and same_kind):
             continue

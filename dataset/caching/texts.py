@@ -64,11 +64,16 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 class TextPlan:
     """What to do for one text, by names of encoders."""
 
-    path: Path  # of its cache file
+    file: CaptionFile
     missing: tuple[str, ...]  # those that must encode, in order
     in_part: tuple[str, ...]  # those whose outputs are valid in the unfinished file only
     is_foreign: bool  # whether valid outputs have no record: another program made them
     is_known: bool = False  # to be whole, and without an unfinished file
+
+    @property
+    def path(self) -> Path:
+        """Return the path of its cache file."""
+        return self.file.path
 
     def is_last(self, encoder: str) -> bool:
         """Return whether the file is complete once this encoder has written."""
@@ -86,7 +91,7 @@ class Wanted:
     @property
     def name(self) -> str:
         """Return the name of the cache file."""
-        return self.file.path.name
+        return self.file.file_name
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ def plan_text(
     """
     wanted = Wanted(file, encoders, skip_existing)
     if known is not None and known.is_whole(wanted):
-        return TextPlan(file.path, (), (), is_foreign=False, is_known=True)
+        return TextPlan(file, (), (), is_foreign=False, is_known=True)
     part = find_part(store, wanted).right  # before the file, as another process may finish it now
     stamp = store.stamp(wanted.name)
     found = find_finished(store, wanted)
@@ -189,7 +194,7 @@ def plan_text(
         known.note(wanted, found.entry, stamp)
     names = [encoder.name for encoder, _ in encoders]
     return TextPlan(
-        file.path,
+        file,
         missing=tuple(name for name in names if name not in right and name not in part),
         in_part=tuple(name for name in names if name not in right and name in part),
         is_foreign=not all(right.values()),
@@ -301,7 +306,7 @@ class TextEncoding:
         """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
         taken, left = 0, []
         with WriteBehind() as writer:
-            for file in files:
+            for file in files if to_do else ():
                 if file.path not in to_do:
                     continue
                 conditions, why = read_embeds(file, encoder, identity)
