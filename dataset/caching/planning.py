@@ -127,7 +127,7 @@ class Recipe:
         return self._of_tables[key]
 
     def sections_in(self, table: DatasetTable, frames: int) -> int | None:
-        """Return the number of sections of an item of so many frames. Raises MediaError if it is too short."""
+        """Return the number of sections of an item of so many frames. Raises MediaError if too short."""
         key = (table.index, frames)
         if key not in self._sections:
             self._sections[key] = self.sections(media_table(table), frames)
