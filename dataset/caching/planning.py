@@ -102,7 +102,7 @@ class Recipe:
     stores: Stores = field(default_factory=Stores)
     index: Indexes[LatentRecord] = field(default_factory=lambda: latent_index())
     _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
-    _of_tables: dict[tuple[object, ...], Mapping[str, Any]] = field(default_factory=dict)
+    _of_tables: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Recipe:
         options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
         return options | self.table_options(source)
 
-    def table_options(self, source: MediaSource) -> Mapping[str, Any]:
+    def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return those of a source's options that are the same for most sources of its table."""
         table, mask_from, has_tensors = source.table, source.mask_from, source.tensors is not None
         key = (table.index, mask_from, has_tensors)
