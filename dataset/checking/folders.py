@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dataset.checking.findings import TableFindings
+from dataset.shard_names import is_of_shards
 from dataset.sources.faults import Fault
 from dataset.sources.listing import is_file
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
@@ -31,7 +32,7 @@ def check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
     names: Counter[str] = Counter()
     with os.scandir(table.directory) as entries:
         for entry in entries:
-            if before + entry.name in used or entry.name[0] == ".":
+            if before + entry.name in used or entry.name[0] == "." or is_of_shards(entry.name):
                 continue
             suffix = Path(entry.name).suffix.lower()
             if suffix not in USUAL and is_file(entry):
