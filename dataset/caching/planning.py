@@ -5,11 +5,11 @@ This is decided from records, if possible without decoding.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dataset.cache.files import Entry, LatentName, latent_names
+from dataset.cache.files import Entry, LatentName
 from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     ClipFacts,
@@ -24,7 +24,8 @@ from dataset.cache.records import (
     stamp_of,
     verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import Stores
+from dataset.caching.existing import ExistingNames, Names, names_of
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetTable
@@ -40,44 +41,7 @@ from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
-# the latent cache files of one source, with what their names say but for the stem
-Names = Mapping[str, LatentName]
-
 AT_ONCE = 64  # sources that a thread compares one after the other: handing each over takes as long
-
-
-class LatentNames:
-    """The latent caches of a table by the stem of their source. There may be millions."""
-
-    def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
-        """List them, without opening one. kind: of the table, "image" or "video"."""
-        self._rest: dict[str, LatentName] = {}  # by the end of a name
-        self._names: dict[str, str | list[str]] = {}  # by stem; mostly there is one
-        for file, stem, rest in latent_names(store.names(), tag, kind):
-            self._rest.setdefault(file[len(stem) :], rest)
-            before = self._names.setdefault(stem, file)
-            if before is not file:
-                self._names[stem] = [*([before] if isinstance(before, str) else before), file]
-
-    def of(self, stem: str) -> Names:
-        """Return those of one source."""
-        return {file: self._rest[file[len(stem) :]] for file in self._files(stem)}
-
-    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
-        """Return the files that are not among `names`, by stem; none of the sources `but_of`."""
-        stale = {
-            stem: [file for file in sorted(self._files(stem)) if file not in names]
-            for stem in self._names
-            if stem not in but_of and not all(file in names for file in self._files(stem))
-        }
-        return [file for _, files in sorted(stale.items()) for file in files]
-
-    def _files(self, stem: str) -> Sequence[str]:
-        found = self._names.get(stem)
-        return () if found is None else (found,) if isinstance(found, str) else found
-
-
-ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 class Caches(Described, Encodes, Protocol):
@@ -189,11 +153,6 @@ class SourcePlan:
     reason: str | None = None  # why there is no item at all
     short: str | None = None  # for which target_frames the clip is too short, if it gives other items
     outdated: str | None = None  # why an existing file is made again
-
-
-def names_of(existing: ExistingNames, source: MediaSource) -> Names:
-    """Return the existing cache files of one source."""
-    return existing[source.table.index].of(source.stem)
 
 
 def plan_all(

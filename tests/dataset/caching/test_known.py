@@ -15,10 +15,11 @@ from dataset.batches.reading import read_batch
 from dataset.cache.index import INDEX_NAME
 from dataset.cache.store import SingleFiles, Stores
 from dataset.caching.caption_files import list_caption_files
+from dataset.caching.existing import LatentNames
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.planning import LatentNames, plan_all
+from dataset.caching.planning import plan_all
 from dataset.caching.reports import CacheReport
-from dataset.caching.texts import KnownTexts, plan_text, text_index
+from dataset.caching.text_plans import KnownTexts, plan_text, text_index
 from dataset.caching.work import recipe_of
 from dataset.check import check_media, check_texts
 from dataset.config import DatasetConfig
