@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dataset.sources.decoding import decode_source
 from dataset.sources.faults import Fault
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
@@ -168,6 +169,13 @@ def test_a_tar_that_shrinks_later_is_an_error_of_its_sample(tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(MediaError, match=r"t.tar.1.png cannot be read: the tar is shorter"):
         content_of(one)
+
+
+def test_a_damaged_picture_is_called_by_its_place_in_the_tar(tmp_path: Path) -> None:
+    (one,), _ = listed(tmp_path, write_tar(tmp_path / "t.tar", {"x/1.png": b"no picture"}))
+    with pytest.raises(MediaError, match=r"t.tar.x.1.png is no image") as caught:
+        decode_source(one, 16.0)
+    assert "reelsmith-extracted" not in str(caught.value)
 
 
 def hostile(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 3) -> bytes:
