@@ -48,6 +48,7 @@ def find_sources(
         sources = _list(table, captions, found)
     if not sources and not found:
         holds = _describe_entries(table) if table.directory is not None else "has no lines"
+        holds = f"holds no {table.kind}s" if table.tars is not None else holds
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
