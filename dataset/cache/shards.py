@@ -26,6 +26,7 @@ from modules.file_locks import try_lock
 from modules.temporary_names import temporary_name
 
 FLUSH_BYTES = 1 << 26  # a power cut costs no more than this; a kill costs nothing
+_MOST = (1 << 63) - 1  # of a signed number
 MOST_OPEN = 64  # shards at once
 
 
@@ -109,6 +110,20 @@ class ShardStore:
         """Whether there is an entry of this name, be it damaged."""
         with self._lock:
             return self._look().there(name) is not None
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Return what changes with the bytes of an entry, and when its shard was last written, unread."""
+        with self._lock:
+            catalog = self._look()
+            row = catalog.there(name)
+            if row is None or row.kind is Kind.LOST:
+                return None
+            path = self.folder / catalog.shards[row.shard].name
+        try:
+            changed_ns = path.stat().st_mtime_ns
+        except OSError:
+            return None
+        return (row.length << 32 | row.crc32) & _MOST, changed_ns
 
     def read_header(self, name: str) -> Header:
         """Read metadata and tensor names. Raises CacheError if the entry is missing or damaged."""

@@ -47,7 +47,9 @@ def write_media(
     write_video(item.video, list(frames), fps)
     write_png(item.image, frames[0])
     for path, tensor in ((item.moments, moments), (item.image_moments, image_moments)):
-        if tensor is not None:
+        if tensor is None:
+            path.unlink(missing_ok=True)  # of the clip as it was before
+        else:
             save_pickled(path, tensor)
     count, height, width = frames.shape[:3]
     write_text(item.facts, json.dumps({"num_frames": count, "height": height, "width": width}))
@@ -69,7 +71,10 @@ def write_texts(
     CacheError if a value is NaN.
     """
     item.prompt.unlink(missing_ok=True)
-    if tensors:
+    if not tensors:  # those that are there are of the caption as it was before
+        for path in (item.embeds, embeds_note(item.embeds)):
+            path.unlink(missing_ok=True)
+    else:
         save_pickled(item.embeds, tensors if bare_key is None else tensors[bare_key])
         note = describe_embeds(item.caption, architecture, identities, tensors)
         write_text(embeds_note(item.embeds), json.dumps(note, ensure_ascii=False, sort_keys=True))

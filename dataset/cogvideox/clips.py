@@ -23,6 +23,8 @@ from modules.media.pixels import to_pixels
 
 Clip = NDArray[np.uint8]  # F H W 3
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in options
+
 
 def prepare_clips(
     items: Sequence[PreparedItem],
@@ -105,6 +107,3 @@ def _encode_clips(
         moments = encode(to_pixels(frames.to(device, non_blocking=settings.pin_memory)))
         found += [one.to(dtype).cpu().clone() for one in moments]
     return found
-
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -104,24 +104,22 @@ def name_items(rows: Sequence[CogRow], root: Path, folder: Path, seed: int) -> l
     return items
 
 
-def list_texts(
-    items: Sequence[tuple[PreparedItem, Mapping[str, Any]]], latents: bool, image_latents: bool
-) -> dict[str, str]:
+def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
     """Return the lists of finished items by file name: prompts.txt, videos.txt and data.jsonl.
 
-    items: with their facts.
+    items: with their facts. What is not there is null in data.jsonl.
     """
     lines = []
     for item, facts in items:
         files = {
-            "prompt_embed": item.embeds if latents else None,
+            "prompt_embed": item.embeds,
             "image": item.image,
-            "image_latent": item.image_moments if image_latents else None,
+            "image_latent": item.image_moments,
             "video": item.video,
-            "video_latent": item.moments if latents else None,
+            "video_latent": item.moments,
         }
         places = {
-            key: None if path is None else path.relative_to(item.folder).as_posix()
+            key: path.relative_to(item.folder).as_posix() if path.exists() else None
             for key, path in files.items()
         }
         record = {"prompt": item.caption, **places, "metadata": dict(facts)}

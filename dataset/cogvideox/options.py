@@ -54,8 +54,8 @@ class ShapeOptions:
                 check_at_most(option, side, LONGEST_SIDE, "pixels")
                 if side % 2:
                     raise OptionError(f"{option} {side}: give even numbers; the videos have colours by twos")
-        for frames in (*self.frame_buckets, self.max_num_frames):
-            option = "--max_num_frames" if frames == self.max_num_frames else "--frame_buckets"
+        counts = [("--frame_buckets", frames) for frames in self.frame_buckets]
+        for option, frames in [*counts, ("--max_num_frames", self.max_num_frames)]:
             check_at_least(option, frames, 1, "frames")
             check_at_most(option, frames, MOST_FRAMES, "frames")
         check_at_least("--target_fps", self.target_fps, 1, "frames a second")
@@ -184,14 +184,14 @@ def _add_shape_arguments(parser: argparse.ArgumentParser) -> None:
             type=int,
             nargs="+",
             default=list(SIDES),
-            help=f"{side}s in pixels; a clip gets the nearest size ({' '.join(map(str, SIDES))})",
+            help=f"{side}s in pixels; a clip gets the nearest size",
         )
     group.add_argument(
         "--frame_buckets",
         type=int,
         nargs="+",
         default=[FRAMES],
-        help=f"numbers of frames; a clip gets the nearest one ({FRAMES})",
+        help="numbers of frames; a clip gets the nearest one that it has",
     )
     group.add_argument(
         "--max_num_frames", type=int, default=FRAMES, help="most frames of a clip (%(default)s)"

@@ -210,7 +210,7 @@ def _write_lists(options: PrepareOptions, items: list[PreparedItem], latents: bo
         for item in items
         if item.has_texts(latents) and item.has_media(latents, images)
     ]
-    for name, text in list_texts(done, latents, images).items():
+    for name, text in list_texts(done).items():
         write_text(options.output_dir / name, text)
     logger.info("%s in the lists of %s", count_of(len(done), "item"), options.output_dir)
     return len(done)

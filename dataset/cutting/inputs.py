@@ -12,6 +12,7 @@ from modules.text_files import bad_character
 
 # with what phones, cameras and broadcasts have
 SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
+MARK = ".split_video"  # folder of the records, beside the clips
 MOST_OF_NAME = 120  # characters of a source's name in those of its clips
 
 
@@ -26,7 +27,8 @@ class Source:
 def find_videos(given: Path, output: Path) -> list[Source]:
     """Return the videos of a folder and of the folders in it, by name, or the one that is given.
 
-    What is in `output` is left out, if that is inside the folder. Raises MediaError if there is none.
+    What is in `output` is left out, if that is inside the folder, and so are clips that were cut into another
+    folder there. Raises MediaError if there is none.
     """
     if not given.is_dir():
         return [Source(given.resolve(), _clean(given.stem))]
@@ -35,12 +37,12 @@ def find_videos(given: Path, output: Path) -> list[Source]:
     for folder, folders, names in os.walk(root):
         here = Path(folder)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name != own)
-        if here != own:
+        if here == root or not (here / MARK).is_dir():
             found += [here / name for name in sorted(names) if _is_video(here / name)]
     if not found:
         raise MediaError(
-            f"--input {given} is a folder without videos (those in --output do not count). Their names end "
-            f"in {', '.join(sorted(SUFFIXES))}."
+            f"--input {given} is a folder without videos (clips of this command do not count). Their names "
+            f"end in {', '.join(sorted(SUFFIXES))}."
         )
     return [Source(path, _clean("_".join(path.relative_to(root).with_suffix("").parts))) for path in found]
 

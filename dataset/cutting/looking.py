@@ -16,6 +16,7 @@ from modules.media.measures import CELLS, brightness, is_black, is_flat, sharpne
 from modules.media.streams import shown_frames, source_info
 
 SAMPLE_SECONDS = 0.25  # between two pictures that are measured
+BLOCK = 256  # samples
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,42 @@ class Sample:
         return np.broadcast_to(self.cells[..., None], (*self.cells.shape, 3))
 
 
+class Samples:
+    """The samples of a video in order, in few large blocks: small ones would scatter the memory."""
+
+    def __init__(self) -> None:
+        self._numbers = array("q")
+        self._values: array[float] = array("f")  # brightness and sharpness of each
+        self._is_black, self._is_flat = bytearray(), bytearray()
+        self._blocks: list[NDArray[np.uint8]] = []  # BLOCK h w
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample; its frame is behind those before it."""
+        place = len(self._numbers) % BLOCK
+        if place == 0:
+            self._blocks.append(np.empty((BLOCK, *sample.cells.shape), np.uint8))
+        self._blocks[-1][place] = sample.cells
+        self._numbers.append(sample.number)
+        self._values.extend((sample.brightness, sample.sharpness))
+        self._is_black.append(sample.is_black)
+        self._is_flat.append(sample.is_flat)
+
+    def between(self, begin: int, end: int) -> list[Sample]:
+        """Return the samples of the frames from `begin` to before `end`."""
+        first, last = (bisect_left(self._numbers, number) for number in (begin, end))
+        return [self._sample(place) for place in range(first, last)]
+
+    def _sample(self, place: int) -> Sample:
+        return Sample(
+            self._numbers[place],
+            self._values[2 * place],
+            self._values[2 * place + 1],
+            bool(self._is_black[place]),
+            bool(self._is_flat[place]),
+            self._blocks[place // BLOCK][place % BLOCK],
+        )
+
+
 @dataclass
 class Look:
     """What is known of a video after all of it was looked at."""
@@ -44,25 +81,18 @@ class Look:
     rate: float  # pictures a second on average
     starts: "array[float]" = field(default_factory=lambda: array("d"))  # of each picture, in seconds
     end: float = 0.0
-    samples: list[Sample] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
     changes: list[Change] = field(default_factory=list)
 
     def time(self, number: int) -> float:
         """Return when a frame begins; for the number behind the last one, when the last ends."""
         return self.starts[number] if number < len(self.starts) else self.end
 
-    def samples_of(self, begin: int, end: int) -> list[Sample]:
-        """Return the samples of the frames from `begin` to before `end`."""
-        first, last = (
-            bisect_left(self.samples, one, key=lambda sample: sample.number) for one in (begin, end)
-        )
-        return self.samples[first:last]
-
 
 def look_at(
     path: Path, make: Callable[[float], Detector], black_threshold: float, seen: Callable[[], None]
 ) -> Look:
-    """Decode a video and find its changes. Two hours take about 60 MB, most of it for the samples.
+    """Decode a video and find its changes. Two hours take some 60 MB, most of it for the samples.
 
     make: a detector for a rate. seen: called after each picture. Raises MediaError.
     """
@@ -76,7 +106,7 @@ def look_at(
         look.end = float(frame.start + frame.seconds)
         detector.see(frame.pixels)
         if start >= due:
-            look.samples.append(_measure(number, frame.pixels, black_threshold))
+            look.samples.add(_measure(number, frame.pixels, black_threshold))
             due = start + SAMPLE_SECONDS
         seen()
     look.changes = detector.changes()

@@ -126,6 +126,10 @@ class CuttingOptions:
             raise OptionError(f"--input {self.input} does not exist. Give a video, or a folder of videos")
         if self.output.exists() and not self.output.is_dir():
             raise OptionError(f"--output {self.output} is a file. Give a folder, which is made if needed")
+        if self.input.is_dir() and self.input.resolve() == self.output.resolve():
+            raise OptionError(
+                f"--output {self.output} is --input too. Give another folder, such as one in it"
+            )
         if self.list_path.is_dir():
             raise OptionError(f"--jsonl {self.list_path} is a folder. Give the name of a file")
         if self.list_path.suffix.lower() not in {".jsonl", ".json"}:

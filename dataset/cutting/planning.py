@@ -121,7 +121,7 @@ def _is_long_enough(look: Look, first: int, end: int, lengths: LengthOptions) ->
 
 def _look_reason(look: Look, first: int, end: int, choice: ChoiceOptions) -> str:
     """Return why a clip is left out for what it shows; empty if it is kept."""
-    samples = look.samples_of(first, end)
+    samples = look.samples.between(first, end)
     if not samples:
         return ""
     if sum(one.is_black for one in samples) >= BLACK_PART * len(samples):
@@ -139,7 +139,7 @@ def _is_blurred(sample: Sample, choice: ChoiceOptions) -> bool:
 
 
 def _measured(look: Look, scene: int, first: int, end: int, dropped: str) -> Clip:
-    samples = look.samples_of(first, end)
+    samples = look.samples.between(first, end)
     return Clip(
         *(scene, first, end, look.time(first), look.time(end) - look.time(first)),
         brightness=fmean(one.brightness for one in samples) if samples else 0.0,

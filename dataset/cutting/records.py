@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.cutting.inputs import Source, clip_name
+from dataset.cutting.inputs import MARK, Source, clip_name
 from dataset.cutting.looking import Look
 from dataset.cutting.options import CuttingOptions
 from dataset.cutting.planning import Clip
@@ -19,7 +19,6 @@ from modules.errors import DatasetError
 from modules.options import option_values
 from modules.text_files import parse_json, read_text
 
-FOLDER = ".split_video"
 VERSION = 1
 
 
@@ -97,7 +96,7 @@ def read_records(output: Path) -> dict[str, Record]:
 
     Raises DatasetError if one is damaged.
     """
-    folder = output / FOLDER
+    folder = output / MARK
     if not folder.is_dir():
         return {}
     records = (_read(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith("."))
@@ -108,7 +107,7 @@ def write_record(output: Path, record: Record) -> None:
     """Write a record, completely or not at all. Raises OutputError."""
     content = {"version": VERSION, **asdict(record)}
     # in ASCII: a path may hold bytes that are no text
-    write_text(output / FOLDER / f"{record.stem}.json", json.dumps(content) + "\n")
+    write_text(output / MARK / f"{record.stem}.json", json.dumps(content) + "\n")
 
 
 def finish_record(output: Path, record: Record) -> Record:

@@ -16,9 +16,9 @@ from dataset.cutting.footage import Job, Result, Workshop, check_old_clips, cut_
 from dataset.cutting.inputs import Source, find_videos, free_stem
 from dataset.cutting.options import CuttingOptions
 from dataset.cutting.planning import Clip, count_reasons
-from dataset.cutting.records import FOLDER, Record, list_line, read_records, write_record
+from dataset.cutting.records import Record, list_line, read_records, write_record
 from dataset.cutting.scenes import load_detector
-from modules.atomic_write import make_folder, remove_leftovers
+from modules.atomic_write import make_folder
 from modules.console import count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, OptionError, UserError
@@ -50,7 +50,6 @@ def cut_footage(options: CuttingOptions) -> None:
         return
     make_folder(output, "--output")
     make_folder(options.list_path.resolve().parent, "--jsonl")
-    _remove_leftovers(options.list_path.resolve(), output)
     ledger = _Ledger(shop)
     jobs, failures = ledger.check(jobs)
     results: dict[int, Result] = {}
@@ -66,13 +65,6 @@ def cut_footage(options: CuttingOptions) -> None:
         ledger.close()
     _conclude(list(results.values()), shop, time.monotonic() - started)
     _finish(failures, len(sources))
-
-
-def _remove_leftovers(list_path: Path, output: Path) -> None:
-    """Remove what a run that was killed has left of the list and of records; of clips, their job does."""
-    remove_leftovers(list_path.parent, lambda name: name == list_path.name, 0)
-    if (output / FOLDER).is_dir():
-        remove_leftovers(output / FOLDER, older_seconds=0)
 
 
 def _name_jobs(sources: Sequence[Source], records: dict[str, Record]) -> list[Job]:
@@ -104,7 +96,7 @@ class _Ledger:
             try:
                 old = check_old_clips(job, self._shop, self._list)
             except (UserError, OSError) as error:
-                failures[job.source.path] = _reported(job, error)
+                failures[job.source.path] = _reported(job, error, len(jobs))
                 continue
             if old and job.record is not None:
                 write_record(self._output, replace(job.record, lists=()))
@@ -153,15 +145,17 @@ def _each(jobs: Sequence[Job], shop: Workshop) -> Iterator[tuple[int, Result | E
                 try:
                     result: Result | Exception = future.result()
                 except (UserError, OSError) as error:
-                    result = _reported(jobs[place], error)
+                    result = _reported(jobs[place], error, len(jobs))
                 yield place, result
     finally:
         shop.stop.set()  # if this ends early, so do the threads: at the next frame
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _reported(job: Job, error: Exception) -> Exception:
-    logger.error("%s is skipped: %s", job.source.path, error)
+def _reported(job: Job, error: Exception, total: int) -> Exception:
+    """Return the error; of several videos, say at once which one fails."""
+    if total > 1:
+        logger.error("%s is skipped: %s", job.source.path, error)
     return error
 
 
@@ -229,9 +223,12 @@ def _conclude(results: Sequence[Result], shop: Workshop, seconds: float) -> None
 
 
 def _finish(failures: dict[Path, Exception], total: int) -> None:
-    """Raise DatasetError if videos could not be cut."""
+    """Raise DatasetError if some of several videos could not be cut; for a single one, its own error."""
     if not failures:
         return
+    if total == 1:
+        (error,) = failures.values()
+        raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
     said = ((path, str(error)) for path, error in sorted(failures.items()))
     lines = "\n".join(f"  {text}" if str(path) in text else f"  {path}: {text}" for path, text in said)
     raise DatasetError(

@@ -65,7 +65,7 @@ def column_names(path: Path) -> tuple[str, ...]:
     """
     kind = table_format(path)
     if kind == PARQUET:
-        return _parquet_names(_parquet_parts(path)[0])
+        return _parquet_names(parquet_parts(path)[0])
     if kind == JSONL:
         found: dict[str, None] = {}
         for row, _ in zip(_jsonl_rows(path, None), range(FIRST_LINES), strict=False):
@@ -83,7 +83,7 @@ def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[
     """
     kind = table_format(path)
     if kind == PARQUET:
-        for part in _parquet_parts(path):
+        for part in parquet_parts(path):
             yield from _parquet_rows(part, wanted)
     elif kind == JSONL:
         yield from _jsonl_rows(path, wanted)
@@ -195,8 +195,8 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _parquet_parts(path: Path) -> list[Path]:
-    """Return the file itself, or the parts in a folder, by name."""
+def parquet_parts(path: Path) -> list[Path]:
+    """Return the file itself, or the parts in a folder, by name. Raises DatasetError if it has none."""
     if not path.is_dir():
         return [path]
     parts = sorted(
@@ -244,10 +244,10 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
         columns = [name for name in names if wanted is None or name in wanted]
         number = 0
         try:
-            batches = file.iter_batches(BATCH_ROWS, columns=columns)
             if not columns:
-                batches = ()
-            for batch in batches:
+                yield from (TableRow(path, "row", place + 1) for place in range(file.metadata.num_rows))
+                return
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 cells = [batch.column(name).to_pylist() for name in columns]
                 for row in zip(*cells, strict=True):
                     number += 1

@@ -2,22 +2,29 @@
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from dataset.sources.downloading import download
 from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import Remote, TarMember, member_pieces
+from dataset.sources.origin import ParquetCell, Remote, TarMember, member_pieces
+from dataset.sources.parquet_cells import cell_suffix, read_cell
 from modules.errors import MediaError
+
+PREFIX = "reelsmith-extracted-"  # of folders of copies
+LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day
 
 
 @contextlib.contextmanager
 def fetch(source: MediaSource) -> Iterator[MediaSource]:
     """Yield the source with files that can be opened until the block ends; if it has them, it is the same.
 
-    What is at an address is downloaded and stays. What is in a tar is copied to the system's folder for
-    temporary files, one source at a time in each thread, and removed; errors name the tar instead.
+    What is at an address is downloaded and stays. What is in a tar or a table is copied to the system's
+    folder for temporary files, one source at a time in each thread, and removed; errors name its own place.
     Raises MediaError if something cannot be had.
     """
     if not source.origins:
@@ -27,11 +34,11 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         places: dict[Path, Path] = {}  # of copies: what they are called
         paths = []
         for path, origin in source.parts:
-            if isinstance(origin, TarMember):
+            if isinstance(origin, (TarMember, ParquetCell)):
                 if not places:
-                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reelsmith-")))
-                copy = folder / f"{len(places)}{path.suffix}"
-                _extract(origin, path, copy)
+                    _sweep(tempfile.gettempdir())
+                    folder = Path(stack.enter_context(_temporary_folder()))
+                copy = _extract(origin, path, folder / str(len(places)))
                 places[copy] = path
                 paths.append(copy)
             else:
@@ -47,6 +54,20 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             raise MediaError(text) from error
 
 
+def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    # Windows removes no file that is still open somewhere: the next run does
+    return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+
+
+@lru_cache(maxsize=4)
+def _sweep(folder: str) -> None:
+    """Remove, once a run, what killed runs have left."""
+    for left in Path(folder).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def _with_paths(source: MediaSource, paths: list[Path]) -> MediaSource:
     count = len(source.control)
     mask = None if source.mask is None else paths[1 + count]
@@ -55,10 +76,14 @@ def _with_paths(source: MediaSource, paths: list[Path]) -> MediaSource:
     )
 
 
-def _extract(origin: TarMember, path: Path, copy: Path) -> None:
+def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:
+    """Write a part of a file to `copy` with a suffix; returns that path."""
+    content = read_cell(origin) if isinstance(origin, ParquetCell) else None
+    copy = copy.with_name(copy.name + (path.suffix if content is None else cell_suffix(content)))
     try:
         with copy.open("xb") as file:
-            for piece in member_pieces(origin):
+            for piece in member_pieces(origin) if isinstance(origin, TarMember) else (content or b"",):
                 file.write(piece)
     except OSError as error:
         raise MediaError(f"{path} cannot be read: {error.strerror}") from error
+    return copy

@@ -1,4 +1,4 @@
-"""Where the bytes of a source are, if they are not a file at its path: in a tar, or at an address."""
+"""Where the bytes of a source are, if they are no file at its path: in a tar, in a table, at an address."""
 
 import errno
 import hashlib
@@ -26,12 +26,27 @@ class Remote:
     address: str = field(repr=False)  # with its password and signature
 
 
-Origin = TarMember | Remote
+@dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """A file in a row of a Parquet file."""
+
+    file: Path
+    group: int  # of rows; both from 0
+    row: int  # in the group
+    column: str  # "image.bytes"
 
 
-def origin_stamp(origin: TarMember) -> tuple[int, int]:
-    """Return the size and time of a member: the time is that of the tar. Raises OSError if that is gone."""
-    return origin.size_bytes, os.stat(origin.tar).st_mtime_ns  # noqa: PTH116  # a third faster, a million times
+Origin = TarMember | Remote | ParquetCell
+
+
+def origin_stamp(origin: TarMember | ParquetCell) -> tuple[int, int]:
+    """Return the size and time of a part of a file: the time is that of the whole.
+
+    The size of a cell is 0: it is not known without reading it. Raises OSError if the file is gone.
+    """
+    if isinstance(origin, ParquetCell):
+        return 0, os.stat(origin.file).st_mtime_ns  # noqa: PTH116  # a third faster, a million times
+    return origin.size_bytes, os.stat(origin.tar).st_mtime_ns  # noqa: PTH116
 
 
 def member_pieces(origin: TarMember) -> Iterator[bytes]:

@@ -1,19 +1,30 @@
 """List the sources of a table with image_table_file or video_table_file: Parquet, CSV, TSV, JSONL."""
 
 import itertools
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.config import DatasetTable
-from dataset.sources.columns import JSONL, PARQUET, column_names, read_columns, table_format
+from dataset.sources.columns import (
+    JSONL,
+    PARQUET,
+    TableRow,
+    column_names,
+    parquet_parts,
+    read_columns,
+    table_format,
+)
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
+from dataset.sources.origin import ParquetCell
+from dataset.sources.parquet_cells import cell_column, cells_of
 from dataset.sources.rows import RowReader, control_number
+from dataset.sources.stems import readable_stem
 from modules.addresses import is_address
 from modules.errors import DatasetError
 
-# in order; the first that a table has is used
+# in order; the first that a table has is used. Behind them all: a column `image` or `video` of whole files
 PATH_COLUMNS = ("path", "file_name", "url")  # behind image_path or video_path
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 FIRST_ROWS = 100  # of which one shows where relative paths start
@@ -28,31 +39,55 @@ def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """
     path = table.table_file
     assert path is not None
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path.as_posix()):
-        raise DatasetError(
-            f"{table.name}: {table.source_key} is an address. Download the table itself first; what it lists "
-            "may lie at addresses (allow_urls = true)."
-        )
     columns = column_names(path)
     path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
-    if path_column is None:
+    cells = _cells(path, path_column or table.kind)
+    if path_column is None and cells is None:
         raise DatasetError(_no_column(table, columns))
     caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
-    rows = RowReader(table, path, path_column, caption_column, base=_base_of(path, path_column))
-    wanted = {path_column, "mask_path", *(name for name in columns if control_number(name) is not None)}
+    path_column = path_column or table.kind
+    base = None if cells else _base_of(path, path_column)
+    rows = RowReader(table, path, path_column, caption_column, base=base)
+    wanted = {"mask_path", *(name for name in columns if control_number(name) is not None)}
     wanted |= {"captions"} if table.multi_caption else set()
-    wanted |= set() if caption_column is None else {caption_column}
+    wanted |= {one for one in (caption_column, None if cells else path_column) if one is not None}
     sources = []
     kind = f"rows of {path} cannot be used"
     for row in read_columns(path, None if table_format(path) == JSONL else wanted):
         try:
             if row.fault is not None:
                 raise DatasetError(f"{row.where}: {row.fault}")
-            source = rows.read(row.values, row.where)
+            if cells is None:
+                source = rows.read(row.values, row.where)
+            else:
+                source = rows.read({**row.values, path_column: _cell_name(row)}, row.where)
+                source = source and _with_cell(source, row, cells(row))
             sources += [] if source is None else [source]
         except DatasetError as error:
             faults.append(Fault(kind, f"{str(error).rstrip('.')}."))
     return rows.finish(sources, faults)
+
+
+def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
+    """Return what gives the place of a row's file if the column `name` holds files; None if it does not."""
+    if table_format(path) != PARQUET:
+        return None
+    parts = parquet_parts(path)
+    column = cell_column(parts[0], name)
+    if column is None:
+        return None
+    places = {part: cells_of(part, column) for part in parts}
+    return lambda row: places[row.file](row.number)
+
+
+def _cell_name(row: TableRow) -> str:
+    """Return what a file in a row is called: `train-00000-of-00002_00000012`."""
+    return f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
+
+
+def _with_cell(source: MediaSource, row: TableRow, cell: ParquetCell) -> MediaSource:
+    others = source.origins[1:] or (None,) * (len(source.parts) - 1)
+    return replace(source, path=row.file / f"{row.number:08d}", origins=(cell, *others))
 
 
 def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
@@ -67,14 +102,10 @@ def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequen
 
 def _no_column(table: DatasetTable, columns: Sequence[str]) -> str:
     usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS))
-    assert table.table_file is not None
-    problem = (
+    return (
         f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
         f"path_column = ... It has {_shown(columns)}."
     )
-    if table_format(table.table_file) == PARQUET and {"image", "video"} & set(columns):
-        problem += " A column of whole files is not read: write them to a folder or into tars first."
-    return problem
 
 
 def _shown(columns: Sequence[str]) -> str:

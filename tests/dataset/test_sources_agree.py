@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
@@ -21,12 +23,18 @@ from dataset.cache.records import latent_record, text_records
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.reports import conclude
 from dataset.check import check_media
+from dataset.checking.captions import Counters
+from dataset.checking.page import write_check_page
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.debug_views import show_datasets
+from dataset.options import DebugOptions
 from modules.contract.data import LOSS_MASK
 from modules.errors import DatasetError
 from tests.dataset.making import make_clip, make_image
 from tests.dataset.serving import Site, site
 from tests.dataset.toy_family import LATENT, ToyFamily, options
+from tests.faults.messages import succeed_here
+from tests.tiny.families import FAMILIES
 
 __all__ = ["site"]
 NAMES = ("a b", "ü", "third")
@@ -77,6 +85,8 @@ def write_forms(folder: Path, media: Path, rows: list[dict[str, str]], kind: str
     addresses = [{"url": f"{url}/{row['file_name']}", "caption": row["text"]} for row in rows]
     pq.write_table(pa.Table.from_pylist(addresses), folder / "urls.parquet")
     pq.write_table(pa.Table.from_pylist(rows), media / "t.parquet")
+    held = [{kind: {"bytes": (media / row["file_name"]).read_bytes()}, "text": row["text"]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(held), folder / "held.parquet", row_group_size=2)
     with tarfile.open(folder / "t-000.tar", "w") as tar:
         for row in rows[:2]:
             tar.add(media / row["file_name"], row["file_name"])
@@ -95,6 +105,7 @@ def write_forms(folder: Path, media: Path, rows: list[dict[str, str]], kind: str
         "jsonl": {f"{kind}_table_file": str(folder / "t.jsonl"), "path_column": "where"},
         "parquet": {f"{kind}_table_file": str(media / "t.parquet")},
         "tars": {f"{kind}_tars": str(folder / "t-{000..001}.tar")},
+        "held": {f"{kind}_table_file": str(folder / "held.parquet")},
         "urls": {f"{kind}_table_file": str(folder / "urls.parquet"), "allow_urls": True},
         "list": {f"{kind}_jsonl_file": str(folder / "l.jsonl"), "allow_urls": True},
     }
@@ -111,10 +122,13 @@ def caches_of(folder: Path) -> dict[str, dict[str, Any]]:
         told = (
             None if media is None else (media.options, media.clip, media.parts, media.crc32),
             [(one.caption, one.crc32) for one in texts.values()],
-            [] if media is None else [(one.size_bytes, one.sha256) for one in media.files],
+            [] if media is None else [one.sha256 for one in media.files],
         )
         tensors = {name: tensor.numpy(force=True).tobytes() for name, tensor in _viewed(entry.named).items()}
-        found[path.name] = {"tensors": tensors, "told": told}
+        name = path.name
+        for row, stem in enumerate(NAMES, 1):  # files in a column have no names
+            name = name.replace(f"held_{row:08d}", stem)
+        found[name] = {"tensors": tensors, "told": told}
     return found
 
 
@@ -272,3 +286,48 @@ def test_masks_and_control_images_come_from_columns_and_from_tars(tmp_path: Path
         found.append(caches_of(tmp_path / name))
 
     assert found[0] == found[1]
+
+
+def test_the_check_its_page_and_the_debug_views_show_what_lies_elsewhere(
+    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    rows = make_media(site.folder, "video")
+    forms = write_forms(tmp_path, site.folder, rows, "video", site.url)
+    for name in ("tars", "urls"):
+        config = config_of(tmp_path, name, forms[name] | {"target_frames": [5]})
+        result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+        assert (result.num_faults, result.tables[0].num_items) == (0, 3)
+        page = tmp_path / f"{name}.html"
+        write_check_page(page, config, result, Counters(()), LATENT, 16.0, 10, workers=1)
+        assert page.read_text(encoding="utf-8").count("data:image/") == 3
+        debug = DebugOptions(debug_mode="image", console_width=16, console_back=None, console_num_images=None)
+        assert not show_datasets(ToyFamily(), config, debug, workers=1).failures
+        shown = sorted(path.name for path in (tmp_path / "debug_views").iterdir())
+        assert shown == sorted(f"0_{name}_00000-005.png" for name in NAMES)
+        shutil.rmtree(tmp_path / "debug_views")
+
+
+@pytest.mark.slow
+def test_training_from_tars_equals_training_from_a_folder(tmp_path: Path) -> None:
+    family = FAMILIES[0]
+    family.prepare(tmp_path)
+    loras = []
+    for form in ("folder", "tars"):
+        if form == "tars":
+            make_tar(tmp_path / "clips.tar", tmp_path / "clips")
+            shutil.rmtree(tmp_path / "clips")
+            shutil.rmtree(tmp_path / "cache")
+            path = tmp_path / "dataset.toml"
+            text = path.read_text(encoding="utf-8")
+            folder = f'video_directory = "{tmp_path.as_posix()}/clips"'
+            assert folder in text
+            path.write_text(text.replace(folder, 'video_tars = "clips.tar"'), encoding="utf-8")
+        succeed_here(*family.cache_latents, folder=tmp_path)
+        succeed_here(*family.cache_texts, folder=tmp_path)
+        output = ["--output_dir", form, "--output_name", "lora", "--seed", "1", "--max_train_steps", "3"]
+        succeed_here(*family.train, *output, "--max_data_loader_n_workers", "0", folder=tmp_path)
+        loras.append(load_file(tmp_path / form / "lora.safetensors"))
+    assert loras[0].keys() == loras[1].keys()
+    assert all(torch.equal(loras[0][name], loras[1][name]) for name in loras[0])

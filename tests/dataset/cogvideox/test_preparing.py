@@ -296,6 +296,8 @@ def test_a_changed_caption_or_clip_is_prepared_again_and_other_settings_are_refu
     run(data, output)
 
     assert (output / "prompts.txt").read_text(encoding="utf-8") == f"another text\n{CAPTIONS[1]}\n"
+    (record, _) = map(json.loads, (output / "data.jsonl").read_text(encoding="utf-8").splitlines())
+    assert record["video_latent"] is record["prompt_embed"] is None
     assert contents(output).keys() == before.keys()
     again = {path.name: path.stat().st_mtime_ns for path in (output / "videos").glob("*.mp4")}
     assert [times[name] != again[name] for name in sorted(times)].count(True) == 1
@@ -357,3 +359,22 @@ def test_what_does_not_work_is_refused_by_name_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         run(tmp_path / "data", tmp_path / "prepared", *given)
     assert not (tmp_path / "prepared").exists()
+
+
+def test_a_rerun_without_latents_keeps_them_until_their_clip_or_caption_changes(
+    models: Models, tmp_path: Path
+) -> None:
+    data, output = write_data(tmp_path / "data", count=1), tmp_path / "prepared"
+    encode(data, output, models["wan"])
+    whole = contents(output)
+
+    run(data, output)
+    assert contents(output) == whole
+
+    write_lists(data, ("another text",), [f"videos/{NAMES[0]}.mp4"])
+    run(data, output)
+    (record,) = map(json.loads, (output / "data.jsonl").read_text(encoding="utf-8").splitlines())
+    assert record["prompt_embed"] is None
+    assert record["video_latent"] is not None
+    encode(data, output, models["wan"])
+    assert contents(output).keys() == whole.keys()

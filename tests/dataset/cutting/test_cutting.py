@@ -12,18 +12,21 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
 from dataset.caching.loop import cache_media
 from dataset.config import load_dataset_config
 from dataset.sources.listing import find_sources
-from modules.errors import DatasetError, MediaError, OptionError
+from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.media.streams import shown_frames, source_info
 from split_video import main
 from tests.commands import QUIET, ROOT
 from tests.dataset.cutting.films import find_frame, plain, scene, write_film
 from tests.dataset.toy_family import ToyFamily, options
+from tests.modules.media.test_sections import clicks_in, sound_of
+from tests.modules.media.test_sections import write_film as write_clicks
 
 NTSC = Fraction(24000, 1001)
 # a film: two scenes that move, one that stands, black, and one that is too short
@@ -97,6 +100,22 @@ def test_times_of_a_variable_rate_are_kept(tmp_path: Path) -> None:
     assert (line["start_seconds"], line["end_seconds"], line["frames"]) == (0.8, 3.8, 20)
 
 
+@pytest.mark.parametrize("more", [[], ["--no_audio"]])
+def test_clips_have_the_sound_of_the_source_unless_it_is_not_wanted(tmp_path: Path, more: list[str]) -> None:
+    source = write_clicks(tmp_path / "clicks.mp4", "aac")
+
+    clips = run(source, tmp_path / "out", "--keep_static", "--keep_black", "--max_seconds", 2, *more)
+
+    assert len(clips) == 2
+    if more:
+        for clip in clips:
+            with av.open(str(clip)) as container:
+                assert not container.streams.audio
+    else:
+        assert clicks_in(sound_of(clips[0])) == pytest.approx([0.7], abs=0.002)
+        assert clicks_in(sound_of(clips[1])) == pytest.approx([0.2, 1.1], abs=0.002)
+
+
 def test_the_list_is_a_table_that_is_cached_from_any_folder(
     film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +175,8 @@ def test_equal_names_in_folders_give_different_names_of_clips(tmp_path: Path) ->
     run(tmp_path / "in", output)
     after = state_of(output)
     assert {name: after[name] for name in expected} == {name: before[name] for name in expected}
+    # clips that were cut before into another folder are no sources either
+    assert len(run(tmp_path / "in", tmp_path / "in" / "other")) == 5
     paths = [Path(line["video_path"]).name for line in lines_of(output)]
     assert len(paths) == len(set(paths)) == 5
     assert paths[-1] == "a_00001.mp4"
@@ -221,7 +242,7 @@ def test_clips_with_work_of_the_user_are_not_cut_anew(film: Path, tmp_path: Path
         clips[1].write_bytes(b"cut by hand")
     before = state_of(output)
 
-    with pytest.raises(DatasetError, match=r"--max_frames 28 \(was 0\).*a film_0000"):
+    with pytest.raises(OutputError, match=r"--max_frames 28 \(was 0\).*a film_0000"):
         run(film, output, "--max_frames", 28)
 
     assert state_of(output) == before
@@ -233,7 +254,7 @@ def test_a_file_of_the_user_is_never_replaced(film: Path, tmp_path: Path) -> Non
     own = output / "a film_00002.mp4"
     own.write_bytes(b"mine")
 
-    with pytest.raises(DatasetError, match="this command has not made"):
+    with pytest.raises(OutputError, match="this command has not made"):
         run(film, output)
 
     assert own.read_bytes() == b"mine"
@@ -375,6 +396,11 @@ def test_mistakes_end_before_anything_is_read(tmp_path: Path, words: Sequence[st
 
     with pytest.raises(OptionError, match=message):
         main(["--input", str(tmp_path / "film.mp4"), "--output", str(tmp_path / "out"), *words])
+
+
+def test_clips_cannot_go_into_the_folder_of_their_sources(film: Path) -> None:
+    with pytest.raises(OptionError, match="is --input too"):
+        main(["--input", str(film.parent), "--output", str(film.parent)])
 
 
 def test_a_folder_without_videos_is_named(tmp_path: Path) -> None:

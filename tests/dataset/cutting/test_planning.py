@@ -29,7 +29,7 @@ def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> 
     look = Look(64, 48, 1 / (times[1] - times[0]), array("d", times[:-1]), times[-1], changes=changes)
     for number in range(0, len(times) - 1, 6):
         cells = np.full((4, 4), number % 200, np.uint8)
-        look.samples.append(Sample(**{**USUAL, "cells": cells, **sample, "number": number}))
+        look.samples.add(Sample(**{**USUAL, "cells": cells, **sample, "number": number}))
     return look
 
 

@@ -3,18 +3,24 @@
 import logging
 import subprocess
 import sys
+import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from dataset.config import load_dataset_config
 from dataset.sources.downloading import download, local_name, protocol_problem
+from dataset.sources.faults import Fault
+from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
 from dataset.sources.stems import readable_stem, unique_stems
 from modules.addresses import address_identity, hide_secrets, is_address
 from modules.errors import DatasetError, MediaError
-from tests.dataset.making import make_table
+from modules.media.reading import image_size
+from tests.dataset.making import make_image, make_table
 from tests.dataset.serving import Site, site
 
 __all__ = ["site"]
@@ -175,3 +181,51 @@ def test_sources_at_addresses_show_no_secret_anywhere(tmp_path: Path) -> None:
     )
     (one,) = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
     assert (one.path, one.origins) == (tmp_path / "a b.png", ())
+
+
+def test_a_configuration_shows_no_password_of_its_tars(tmp_path: Path) -> None:
+    path = tmp_path / "data.toml"
+    text = f'[[datasets]]\nvideo_tars = "{SECRET}"\ncache_directory = "cache"\n'
+    path.write_text(text, encoding="utf-8")
+    (table,) = load_dataset_config(path).datasets
+    path.write_text(f"{text}imagetars = '{SECRET}'", encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"unknown key imagetars.*cat%201.png\?\.\.\.") as caught:
+        load_dataset_config(path)
+    path.write_text(text.replace("tars", "table_file"), encoding="utf-8")
+    with pytest.raises(DatasetError, match="not an address: download the list or table itself") as refused:
+        load_dataset_config(path)
+    for shown in (
+        str(refused.value),
+        table.name,
+        str(table.describe()),
+        str(table.source),
+        str(caught.value),
+    ):
+        assert "cat%201.png" in shown
+        assert "pa55word" not in shown
+        assert "s1gnature" not in shown
+    with pytest.raises(DatasetError, match="1 tars are at addresses, read only with allow_urls = true"):
+        find_sources(table)
+
+
+def test_tars_at_addresses_are_downloaded_once(tmp_path: Path, site: Site) -> None:
+    make_image(tmp_path / "a.png")
+    for name in ("t-0.tar", "t-1.tar"):
+        with tarfile.open(site.folder / name, "w") as tar:
+            tar.add(tmp_path / "a.png", f"{name}.png")
+    table = make_table(
+        *(tmp_path, "image_directory"),
+        directory=None,
+        tars=(f"{site.url}/t-{{0..2}}.tar",),
+        allow_urls=True,
+        download_directory=tmp_path / "kept",
+    )
+    faults: list[Fault] = []
+    for _ in range(2):
+        assert len(find_sources(table, faults=faults)) == 2
+    assert site.asked == ["t-0.tar", "t-1.tar", "t-2.tar", "t-2.tar"]
+    assert [(fault.ends_run, "404" in fault.text) for fault in faults] == [(False, True)] * 2
+    fsspec.filesystem("memory").pipe("/shards/a-1.tar", (site.folder / "t-0.tar").read_bytes())
+    (one,) = find_sources(replace(table, tars=("memory://shards/a-*.tar",)))
+    with fetch(one) as here:
+        assert image_size(here.path) == (32, 32)

@@ -1,5 +1,7 @@
 """Tables of sources: which columns, where relative paths start, which rows cannot be used."""
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
 from dataset.sources.faults import Fault
+from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources, missing_captions
-from modules.errors import DatasetError
+from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 
 Rows = list[dict[str, Any]]
@@ -39,11 +43,7 @@ def test_the_usual_names_of_columns_are_found_and_others_are_named(tmp_path: Pat
 
 def test_a_table_without_paths_says_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"none of the columns image_path, path, .* is there.*'image'"):
-        find_sources(table_of(tmp_path, [{"image": {"bytes": b"x"}, "label": 1}]))
-    with pytest.raises(DatasetError, match="Download the table itself first"):
-        find_sources(
-            make_table(tmp_path, "image_directory", directory=None, table_file=Path("hf://a/b.parquet"))
-        )
+        find_sources(table_of(tmp_path, [{"image": "a.png", "label": 1}]))
 
 
 def test_relative_paths_start_in_the_working_folder_or_beside_the_table(
@@ -109,3 +109,41 @@ def test_an_unknown_kind_of_table_is_refused(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(DatasetError, match="tables are read from .parquet, .pq, .csv"):
         find_sources(make_table(tmp_path, "image_directory", directory=None, table_file=path))
+
+
+def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
+    images = [make_image(tmp_path / f"{index}.png", colour=(index, 0, 0)) for index in range(5)]
+    contents = [path.read_bytes() for path in images]
+    rows = [{"image": {"bytes": one}, "text": f"c{index}"} for index, one in enumerate(contents)]
+    (tmp_path / "parts").mkdir()
+    held = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", held), ("text", pa.string())])
+    for part, chosen in enumerate((rows[:3], [*rows[3:], {"image": None, "text": "empty"}])):
+        path = tmp_path / "parts" / f"train-{part}.v1.parquet"
+        pq.write_table(pa.Table.from_pylist(chosen, schema), path, row_group_size=2)
+    table = make_table(tmp_path, "image_directory", directory=None, table_file=tmp_path / "parts")
+
+    sources = find_sources(table)
+
+    assert [one.stem for one in sources] == [
+        *("train-0_v1_00000001", "train-0_v1_00000002", "train-0_v1_00000003"),
+        *("train-1_v1_00000001", "train-1_v1_00000002", "train-1_v1_00000003"),
+    ]
+    assert [one.caption for one in sources] == ["c0", "c1", "c2", "c3", "c4", "empty"]
+    for source, content in zip(sources, contents, strict=False):
+        with fetch(source) as here:
+            assert here.path.read_bytes() == content
+        then = identify(*source.parts[0])
+        assert then.sha256 == hashlib.sha256(content).hexdigest()
+        assert is_unchanged(then, *source.parts[0])
+        assert is_unchanged(dataclasses.replace(then, mtime_ns=1), *source.parts[0])
+    empty = r"train-1.v1.parquet, row 1 of row group 2: image.bytes is empty"
+    with pytest.raises(MediaError, match=empty), fetch(sources[5]):
+        pass
+
+    plain = pa.table({"video": [b"GIF89a"], "id": ["x"]})
+    pq.write_table(plain, tmp_path / "t.parquet")
+    table = make_table(tmp_path, directory=None, table_file=tmp_path / "t.parquet")
+    (one,) = find_sources(table)
+    with fetch(one) as here:
+        assert (here.path.suffix, here.path.read_bytes()) == (".gif", b"GIF89a")
