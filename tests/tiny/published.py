@@ -39,7 +39,7 @@ def lay_out_published(folder: Path, site: str) -> None:
 def lay_out_material(folder: Path) -> None:
     """Footage of two scenes, a folder in CogVideoX form, a pipeline of Wan."""
     (folder / "footage").mkdir()
-    film = [*films.scene(1, 30), *films.scene(2, 30)]
+    film = [*films.scene(1, 50), *films.scene(2, 50)]
     films.write_film(folder / "footage" / "film.mp4", film, Fraction(24))
     write_data(folder / "cogvideox")
     write_wan_pipeline(folder / "models" / "wan_pipeline")
