@@ -332,7 +332,9 @@ def read_index(folder: Path) -> Catalog | None:
 
 
 def _parse_index(data: bytes) -> Catalog:
-    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True, use_threads=False)
+    # not `read_table`: it starts threads, which can end a program with "terminate called" at its exit
+    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False) as file:
+        table = file.read(use_threads=False)
     content = json.loads((table.schema.metadata or {})[INDEX_KEY])
     if content["version"] != INDEX_VERSION:
         raise ValueError(f"it has version {content['version']}, this program knows version {INDEX_VERSION}")
