@@ -114,6 +114,7 @@ def run(folder: Path, args: argparse.Namespace) -> float:
         num_workers=args.num_workers,
         skip_existing=False,
         keep_cache=False,
+        verify=False,
         disable_cudnn_backend=False,
         check=False,
         repair_captions=None,

@@ -10,22 +10,23 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
-from dataset.cache.store import Stores, open_store
+from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
     Caches,
+    LatentNames,
     Recipe,
     SourcePlan,
     complete,
-    list_names,
+    latent_index,
     media_table,
     names_of,
     plan_all,
 )
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead
-from dataset.caching.texts import plan_text
+from dataset.caching.texts import KnownTexts, plan_text, text_index
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, indent
 from dataset.checking.folders import check_unused, folder_id
@@ -45,9 +46,14 @@ UNUSABLE = "tables cannot be used"
 
 
 def check_media(
-    family: Caches, config: DatasetConfig, workers: int, skip_existing: bool, encodes_media: bool = True
+    family: Caches,
+    config: DatasetConfig,
+    workers: int,
+    skip_existing: bool,
+    encodes_media: bool = True,
+    verify: bool = False,
 ) -> CheckResult:
-    """Report what latent caching would do.
+    """Report what latent caching would do. verify: read all cache files again.
 
     Sources whose records are missing or outdated are decoded; nothing is encoded or written. encodes_media:
     False if the family was made for another script, without the options of latent caching.
@@ -66,7 +72,8 @@ def check_media(
         is_whole = table.kind == "image" and not encodes_media
         return None if is_whole else family.sections_of(table, frames)
 
-    recipe = Recipe(family.cache_tag, encoder, family.latent, family.defaults.fps, skip_existing, sections)
+    latent, fps, index = family.latent, family.defaults.fps, latent_index(verify)
+    recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, index=index)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = find_table(config, table)
@@ -81,10 +88,13 @@ def check_media(
     return CheckResult(head, tuple(tables), (tail,))
 
 
-def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> CheckResult:
+def check_texts(
+    family: Caches, config: DatasetConfig, skip_existing: bool, verify: bool = False
+) -> CheckResult:
     """Report what text caching would do, and which captions are longer than an encoder reads.
 
-    No encoder is loaded. Without the encoders' files only the captions are checked.
+    No encoder is loaded. Without the encoders' files only the captions are checked. verify: read all cache
+    files again.
     """
     counters = load_counters(family.text_encoders)
     try:
@@ -98,11 +108,14 @@ def check_texts(family: Caches, config: DatasetConfig, skip_existing: bool) -> C
     for table in config.datasets:
         found = find_table(config, table)
         texts = list_caption_files(found.sources, family.cache_tag)
-        store = open_store(table)
-        plans = [plan_text(store, text, encoders, skip_existing) for text in texts]
+        stores = Stores()
+        store, known = stores.of(table), KnownTexts(stores, text_index(verify))
+        missing: Counter[str] = Counter()
+        for text in texts:
+            missing.update(plan_text(store, text, encoders, skip_existing, known).missing)
         for encoder, _ in encoders:
-            to_do = sum(encoder.name in plan.missing for plan in plans)
-            kept = len(plans) - to_do
+            to_do = missing[encoder.name]
+            kept = len(texts) - to_do
             found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
         check_captions(found, counters)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
@@ -205,7 +218,7 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
 def _look_at(
     table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    existing = {table.index: list_names(recipe.stores.of(table), recipe.tag, table.kind)}
+    existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
     plans, unreadable = plan_all(sources, existing, recipe, workers)
 
     def decoded(plan: SourcePlan) -> SourcePlan:

@@ -35,7 +35,8 @@ def run_latent_caching(
         conclude(show_datasets(family, config, debug, workers_of(options)))
     elif options.check:
         _repair(config, options)
-        result = check_media(family, config, workers_of(options), options.skip_existing)
+        workers = workers_of(options)
+        result = check_media(family, config, workers, options.skip_existing, verify=options.verify)
         _say(result.lines)
         _write_page(family, config, options, result, TOKENS_ELSEWHERE)
         raise SystemExit(result.exit_code)
@@ -55,10 +56,12 @@ def run_text_caching(
     """
     if options.check:
         _repair(config, options)
-        result = check_texts(family, config, options.skip_existing)
+        result = check_texts(family, config, options.skip_existing, options.verify)
         if options.page.html is not None:  # it shows the media too
             workers = workers_of(options)
-            media = check_media(family, config, workers, options.skip_existing, encodes_media=False)
+            media = check_media(
+                family, config, workers, options.skip_existing, encodes_media=False, verify=options.verify
+            )
             result = join_findings(media, result)
         _say(result.lines)
         _write_page(family, config, options, result, load_counters(family.text_encoders))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modules.addresses import is_address
 from modules.text_files import bad_character
 
 # of frame_extraction; what they do: dataset/sources/frames.py
@@ -84,6 +85,12 @@ def _text(value: Any) -> str:
 
 def _path(value: Any) -> Path:
     return Path(_text(value)).expanduser()
+
+
+def _table_path(value: Any) -> Path:
+    if is_address(_text(value)):
+        raise Unfit
+    return _path(value)
 
 
 def _resolution(value: Any) -> tuple[int, int]:
@@ -186,6 +193,7 @@ _PIXELS = (
 _RATE = f'"{AUTO}", or a number above 0, such as 30 or 29.97 ({RATES[0]} to {RATES[1]})'
 _BOOL = "true or false, without quotes"
 _FOLDER = "a path in quotes"
+_TABLE = "a path in quotes, not an address: download the list or table itself first"
 _TARS = 'a path in quotes, such as "clips-*.tar", or a list of them'
 _COLUMN = "the name of a column in quotes"
 _WORDS = f"text in quotes, one line of at most {MOST_WORDS} characters"
@@ -209,12 +217,12 @@ KEYS: Mapping[str, Key] = {
     ),
     "cache_directory": Key(_path, _FOLDER, None),
     "image_directory": Key(_path, _FOLDER, None, ("image",)),
-    "image_jsonl_file": Key(_path, _FOLDER, None, ("image",)),
-    "image_table_file": Key(_path, _FOLDER, None, ("image",)),
+    "image_jsonl_file": Key(_table_path, _TABLE, None, ("image",)),
+    "image_table_file": Key(_table_path, _TABLE, None, ("image",)),
     "image_tars": Key(_patterns, _TARS, None, ("image",)),
     "video_directory": Key(_path, _FOLDER, None, ("video",)),
-    "video_jsonl_file": Key(_path, _FOLDER, None, ("video",)),
-    "video_table_file": Key(_path, _FOLDER, None, ("video",)),
+    "video_jsonl_file": Key(_table_path, _TABLE, None, ("video",)),
+    "video_table_file": Key(_table_path, _TABLE, None, ("video",)),
     "video_tars": Key(_patterns, _TARS, None, ("video",)),
     "cogvideox_root": Key(_path, _FOLDER, None, ("video",)),
     "dataset_file": Key(_path, "a path in quotes", None, ("video",)),

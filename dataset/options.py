@@ -99,6 +99,7 @@ class CachingOptions:
     num_workers: int | None  # None: the machine's cores minus one
     skip_existing: bool
     keep_cache: bool
+    verify: bool
     disable_cudnn_backend: bool
     check: bool
     repair_captions: str | None  # an encoding, or GUESS
@@ -214,6 +215,12 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--keep_cache", action="store_true", help="do not remove cache files that no longer belong to an item"
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every cache file again; without it, files that have not changed since they were last read "
+        "are not opened if a folder has thousands of them",
     )
     group.add_argument(
         "--num_shards",

@@ -6,6 +6,7 @@ UserError.
 """
 
 import errno
+import os
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
 MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
 MAX_LINE_CHARACTERS = 1 << 23  # of a JSONL list: a caption of 1 MiB with every character written as \uXXXX
+_PIECE_BYTES = 1 << 20  # are read at once of a file that is larger than it said
 MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 
 # a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
@@ -30,22 +32,24 @@ _KINDS = (
 )
 
 
-def require_regular_file(path: Path) -> None:
+def require_regular_file(path: Path) -> int:
     """Check that `path` is a regular file, or a link to one: reading anything else could wait or go on for
     ever.
 
-    Raises OSError whose `strerror` says what it is instead, as `open` does for a folder or if nothing is
-    there.
+    Returns its size. Raises OSError whose `strerror` says what it is instead, as `open` does for a folder or
+    if nothing is there.
     """
     try:
-        mode = path.stat().st_mode
+        found = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
     except ValueError:  # a NUL character, by which the system ends names
         raise OSError(errno.EINVAL, "its name holds a character that no file name can have") from None
+    mode = found.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    return found.st_size
 
 
 def read_safetensors_texts(path: Path) -> dict[str, str]:
@@ -85,9 +89,16 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
 
     Raises OSError if the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
-    require_regular_file(path)
-    with path.open("rb") as file:
-        content = file.read(limit_bytes + 1)  # one more than allowed, not what a size claims: a file may grow
+    most = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
+    size = min(require_regular_file(path) + 1, most)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        content = piece = os.read(handle, size)
+        while piece and len(content) < most:
+            piece = os.read(handle, min(most - len(content), _PIECE_BYTES))
+            content += piece
+    finally:
+        os.close(handle)
     if len(content) > limit_bytes:
         raise OSError(
             errno.EFBIG, f"it is larger than {limit_bytes >> 20} MiB, the most that is read", str(path)

@@ -38,7 +38,7 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "convert_options", "options"},
+        {"config_keys", "convert_options", "shard_names", "options"},
         {"config", "ray_options"},
         {"sources"},
         {"cache"},

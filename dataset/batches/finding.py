@@ -17,7 +17,7 @@ from dataset.cache.files import (
     SUFFIX,
     LatentName,
     empty_text_name,
-    parse_latent_name,
+    latent_names,
     parse_more_text_name,
     part_name,
     text_file_name,
@@ -178,32 +178,25 @@ def _unfinished_more(table: DatasetTable, finished: Iterable[str], tag: str) -> 
 
 
 def _table_items(table: DatasetTable, names: Collection[str], kind: ItemKind, latent: LatentSpec) -> _Column:
-    """The items of a table, sorted by file name. Names end alike: each end is read once."""
+    """The items of a table, sorted by file name."""
     end = f"_{kind.tag}{SUFFIX}"
-    num_ends = 1 if table.kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
-    numbers: dict[str, int] = {}  # of ends; -1: of another file
     clips: list[LatentName] = []
     column = _Column([], [], [])
-    tail, number = end + "?", -1  # those of the name before: mostly they are the same
-    for name in sorted([name for name in names if name.endswith(end) and name[0] != "."]):
-        if not name.endswith(tail):
-            start = len(name) - len(end)
-            for _ in range(num_ends):
-                start = name.rfind("_", 0, max(start, 0))
-            if start < 0:
-                continue
-            tail = name[start:]
-            if tail not in numbers:
-                what = parse_latent_name(f"x{tail}", kind.tag, table.kind)
-                numbers[tail] = -1 if what is None else len(clips)
-                if what is not None:
-                    bucket = _bucket(table, what, latent, table.cache_directory / name)
-                    clips.append(what)
-                    column.facts.append(ItemFacts(tail[: -len(SUFFIX)], table, bucket, kind))
-            number = numbers[tail]
-        if number >= 0:
-            column.stems.append(name[: -len(tail)])
-            column.which.append(number)
+    number, before = -1, None
+    numbers: dict[int, int] = {}  # of `clips`, by identity
+    wanted = sorted([name for name in names if name.endswith(end)])
+    for name, stem, what in latent_names(wanted, kind.tag, table.kind):
+        if what is not before:
+            before = what
+            if id(what) not in numbers:
+                numbers[id(what)] = len(clips)
+                bucket = _bucket(table, what, latent, table.cache_directory / name)
+                clips.append(what)
+                tail = name[len(stem) : -len(SUFFIX)]
+                column.facts.append(ItemFacts(tail, table, bucket, kind))
+            number = numbers[id(what)]
+        column.stems.append(stem)
+        column.which.append(number)
     if any(clip.section is not None for clip in clips):
         column.count_parts(clips)
     return column

@@ -7,10 +7,10 @@ or of another size, is read by its headers.
 import json
 import logging
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,16 +28,16 @@ from dataset.cache.tar_records import (
     padded,
     read_records,
 )
+from dataset.shard_names import INDEX, SHARD
 from modules.atomic_write import atomic_path
 from modules.file_locks import try_lock
 
 logger = logging.getLogger(__name__)
 
-INDEX = "cache-index.parquet"
 INDEX_KEY = b"reelsmith_shards"  # of its metadata: the shards that it describes, with their sizes
 INDEX_VERSION = 1
-SHARD = re.compile(r"cache-[0-9a-f]{16}\.tar")
 USUAL_HEADER = 3 * BLOCK  # of an entry whose name is short
+NOTHING: Mapping[str, bool] = MappingProxyType({})
 NOWHERE = -1  # instead of a shard's number
 
 
@@ -166,7 +166,7 @@ class Catalog:
 
     def rows(self, shards: Collection[int] | None = None) -> Iterator[tuple[str, Row]]:
         """Yield names with what holds for them, in no order. shards: only those whose rows are in these."""
-        places = range(len(self.known))
+        places: Sequence[int] = range(len(self.known))
         if shards is not None:
             places = np.flatnonzero(np.isin(self.known.shard, list(shards))).tolist()
         for place in places:
@@ -277,9 +277,11 @@ def list_shards(folder: Path) -> dict[str, int]:
     return found
 
 
-def open_catalog(folder: Path, only: Collection[str] | None = None, found: Collection[str] = ()) -> Catalog:
-    """Look at a folder. only: the names of the shards to look at. found: entries that are not lost, whatever
-    the index says.
+def open_catalog(
+    folder: Path, only: Collection[str] | None = None, merged: Mapping[str, bool] = NOTHING
+) -> Catalog:
+    """Look at a folder. only: the names of the shards to look at. merged: names that have just been merged,
+    and whether they still are entries, so that their generation began anew.
 
     Entries that the index lists in a shard that is cut or gone, and that no other shard has, are lost: they
     are not forgotten, so that nobody trains on less without being told.
@@ -303,13 +305,28 @@ def open_catalog(folder: Path, only: Collection[str] | None = None, found: Colle
     catalog.known = index.known.of_shards({old: new for new, old in enumerate(right)})
     catalog.grow(folder, sizes)
     wrong = set(range(NOWHERE, len(index.shards))) - set(right)
-    for place in np.flatnonzero(np.isin(index.known.shard, list(wrong))).tolist():
-        then, name = index.known.row(place), index.known.name(place)
-        now = catalog.get(name)
-        is_gone = now is None or now.generation < then.generation
-        if then.kind is not Kind.REMOVED and is_gone and name not in found:
+    then = {name: row for name, row in index.rows(wrong) if row.kind is not Kind.REMOVED}
+    if _missing(catalog, then, merged):
+        # the index says of each name only what holds: the shards that it knows may have other copies
+        catalog = Catalog()
+        catalog.grow(folder, sizes)
+        for name in _missing(catalog, then, merged):
             catalog.added[name] = Row(NOWHERE, 0, 0, 0, 0, Kind.LOST)
     return catalog
+
+
+def _missing(catalog: Catalog, then: Mapping[str, Row], merged: Mapping[str, bool]) -> list[str]:
+    """Return which entries there is no longer anything of, or only what they replaced."""
+    missing = []
+    for name, row in then.items():
+        now = catalog.get(name)
+        if now is None:
+            is_missing = merged.get(name, True)
+        else:
+            is_missing = now.generation < row.generation and name not in merged
+        if is_missing:
+            missing.append(name)
+    return missing
 
 
 def read_index(folder: Path) -> Catalog | None:

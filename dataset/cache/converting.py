@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.cache.catalog import INDEX, list_shards
+from dataset.cache.catalog import list_shards
 from dataset.cache.files import PART, SUFFIX
 from dataset.cache.forms import single_files
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetConfig
 from dataset.convert_options import ConvertCacheOptions
+from dataset.shard_names import INDEX
 from modules.atomic_write import explain_errors, remove_leftovers, write_bytes
 from modules.bars import track
 from modules.console import as_size

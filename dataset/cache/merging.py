@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dataset.cache.catalog import (
-    INDEX,
+    NOTHING,
     NOWHERE,
-    SHARD,
     Catalog,
     Row,
     open_catalog,
@@ -35,6 +34,7 @@ from dataset.cache.tar_records import (
     record_header,
     writer_of,
 )
+from dataset.shard_names import INDEX, is_of_shards
 from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
 from modules.file_locks import only_one, try_lock
 from modules.temporary_names import LEFTOVER_SECONDS
@@ -60,7 +60,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     if not folder.is_dir():
         return
     with explain_errors(folder / INDEX), only_one(folder / LOCK):
-        remove_leftovers(folder, is_ours)
+        remove_leftovers(folder, is_of_shards)
         with contextlib.ExitStack() as locks:
             locked = _lock_untidy(folder, shard_bytes * SMALL, locks)
             if locked:
@@ -68,16 +68,16 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         _renew_index(folder)
 
 
-def _renew_index(folder: Path, without: Collection[str] = (), found: Collection[str] = ()) -> None:
+def _renew_index(folder: Path, without: Collection[str] = (), merged: Mapping[str, bool] = NOTHING) -> None:
     """Write the index, unless it says what it should. Shards that are being written have no place in it.
 
-    without: shards that are about to go. found: entries that are not lost, whatever the index says.
+    without: shards that are about to go. merged: as for `open_catalog`.
     """
     catalog = open_catalog(folder)
     finished = {shard.name for shard in catalog.shards if shard.is_finished and not shard.damaged}
     finished -= set(without)
     if len(finished) < len(catalog.shards):
-        catalog = open_catalog(folder, finished, found)
+        catalog = open_catalog(folder, finished, merged)
     if not catalog.shards and not any(True for _ in catalog.rows()):
         (folder / INDEX).unlink(missing_ok=True)
     elif not catalog.has_index:
@@ -171,7 +171,7 @@ def _merge(
     # those that say what was removed go last, so that nothing comes back
     gone = sorted(locked.keys() - written, key=lambda name: (name in with_removals, name))
     logger.debug("%s: %d shards were merged into %d", folder, len(locked), len(written))
-    _renew_index(folder, gone, {name for name, _ in held})
+    _renew_index(folder, gone, {name: row.kind is Kind.ENTRY for name, row in held})
     for name in gone:
         # on a volume without locks another merge may have made one of this name meanwhile
         if os.name == "nt" or _is_same(folder / name, locked[name]):
@@ -262,8 +262,3 @@ def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
             raise OSError("a shard became shorter while it was merged")
         target.write(data)
         count -= len(data)
-
-
-def is_ours(name: str) -> bool:
-    """Whether a file name is that of a shard or of the index."""
-    return name == INDEX or SHARD.fullmatch(name) is not None

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -97,19 +98,52 @@ def latent_record(header: Header) -> LatentRecord | None:
         return None
     try:
         data = found["latents"]
-        clip = data["clip"]
-        return LatentRecord(
-            encoder=dict(data["encoder"]),
-            options=dict(data["options"]),
+        return dataclasses.replace(
+            latent_record_of(data),
             files=tuple(FileIdentity(**file) for file in data["files"]),
-            clip=None
-            if clip is None
-            else ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"]),
-            parts=int(data["parts"]),
             crc32=dict(data["crc32"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _damage_error(header, error) from error
+
+
+def latent_facts(record: LatentRecord) -> dict[str, Any]:
+    """Return what a record says but for its files and checksums, as JSON values."""
+    facts = dataclasses.asdict(dataclasses.replace(record, files=(), crc32={}))
+    return {name: facts[name] for name in ("encoder", "options", "clip", "parts")}
+
+
+def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
+    """Return the record of `latent_facts`, without files and checksums.
+
+    Raises KeyError, TypeError or ValueError.
+    """
+    clip = data["clip"]
+    facts = (
+        None
+        if clip is None
+        else ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
+    )
+    encoder, options = dict(data["encoder"]), dict(data["options"])
+    return LatentRecord(encoder, options, (), facts, int(data["parts"]), {})
+
+
+def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
+    """Return what records of one caption say but for the caption, its file and checksums, as JSON values."""
+    return {
+        name: {"encoder": dict(one.encoder), "settings": dict(one.settings)} for name, one in records.items()
+    }
+
+
+def text_records_of(data: Mapping[str, Any]) -> dict[str, TextRecord]:
+    """Return the records of `text_facts`, without captions, files and checksums.
+
+    Raises KeyError, TypeError or ValueError.
+    """
+    return {
+        name: TextRecord(dict(one["encoder"]), "", None, {}, dict(one["settings"]))
+        for name, one in data.items()
+    }
 
 
 def _frames(value: Any) -> int:
@@ -162,7 +196,7 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 
     origin: of a source's part; what is at an address has to be downloaded.
     """
-    size_bytes, mtime_ns = _stamp(path, origin)
+    size_bytes, mtime_ns = stamp_of(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
 
 
@@ -174,7 +208,7 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
     """
     if isinstance(origin, Remote) and not path.exists():
         return then.name == path.name  # it holds a hash of the address
-    size_bytes, mtime_ns = _stamp(path, origin)
+    size_bytes, mtime_ns = stamp_of(path, origin)
     if size_bytes != then.size_bytes:
         return False
     return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns, origin) == then.sha256
@@ -182,14 +216,21 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 
 def modified_ns(path: Path) -> int:
     """Return when a file, or the newest image of a folder, was last written, in nanoseconds since 1970."""
-    return _stamp(path)[1]
+    return stamp_of(path)[1]
 
 
-def _stamp(path: Path, origin: Origin | None = None) -> tuple[int, int]:
+def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
+    """Return the size of a file and when it was last written; of a folder, of all its images together.
+
+    origin: of a source's part. Raises OSError if it is missing, MediaError if a folder has no images.
+    """
     if isinstance(origin, (TarMember, ParquetCell)):
         return origin_stamp(origin)
-    found = [file.stat() for file in _files(path)]
-    return sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)
+    one = path.stat()
+    if not stat.S_ISDIR(one.st_mode):
+        return one.st_size, one.st_mtime_ns
+    found = [file.stat() for file in folder_images(path)]
+    return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
 
 
 # cached, because training checks every item again if a dataset was copied without its times

@@ -23,8 +23,10 @@ from modules.atomic_write import check_space, explain_errors, flush_folder
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError
 from modules.file_locks import try_lock
+from modules.temporary_names import temporary_name
 
 FLUSH_BYTES = 1 << 26  # a power cut costs no more than this; a kill costs nothing
+_MOST = (1 << 63) - 1  # of a signed number
 MOST_OPEN = 64  # shards at once
 
 
@@ -35,11 +37,20 @@ class ShardWriter:
         self.path = folder / f"cache-{secrets.token_hex(8)}.tar"
         with explain_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("xb", buffering=0)
+            # it gets its name when it says who writes it: a kill leaves no shard that nobody dares to remove
+            first = self.path if os.name == "nt" else temporary_name(self.path)
+            self._file = first.open("xb", buffering=0)
             try_lock(self._file)
-            flush_folder(folder)
             self.size = self._flushed = 0
-            self.append(writer_header(), b"")
+            try:
+                self.append(writer_header(), b"")
+            except BaseException:
+                self._file.close()
+                first.unlink()
+                raise
+            if first != self.path:  # Windows renames no open file
+                first.rename(self.path)
+            flush_folder(folder)
 
     def append(self, header: bytes, data: bytes) -> int:
         """Append a record, whole or not at all; return the place of its data. Raises OutputError."""
@@ -99,6 +110,20 @@ class ShardStore:
         """Whether there is an entry of this name, be it damaged."""
         with self._lock:
             return self._look().there(name) is not None
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Return what changes with the bytes of an entry, and when its shard was last written, unread."""
+        with self._lock:
+            catalog = self._look()
+            row = catalog.there(name)
+            if row is None or row.kind is Kind.LOST:
+                return None
+            path = self.folder / catalog.shards[row.shard].name
+        try:
+            changed_ns = path.stat().st_mtime_ns
+        except OSError:
+            return None
+        return (row.length << 32 | row.crc32) & _MOST, changed_ns
 
     def read_header(self, name: str) -> Header:
         """Read metadata and tensor names. Raises CacheError if the entry is missing or damaged."""

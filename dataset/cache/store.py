@@ -17,6 +17,8 @@ from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers
 
+Stamp = tuple[int, int]  # size in bytes, and when it was last written, in nanoseconds since 1970
+
 
 class CacheStore(Protocol):
     """The entries of one cache folder. An entry is there whole or not at all, and may be used by several
@@ -39,6 +41,10 @@ class CacheStore(Protocol):
 
     def has(self, name: str) -> bool:
         """Whether there is an entry of this name."""
+        ...
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return what changes with the bytes of an entry, unread; None if it is not there."""
         ...
 
     def read_header(self, name: str) -> Header:
@@ -101,6 +107,13 @@ class SingleFiles:
 
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
+
+    def stamp(self, name: str) -> Stamp | None:
+        try:
+            found = os.stat(f"{self.folder}/{name}")  # noqa: PTH116  # a Path would take longer
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns
 
     def read_header(self, name: str) -> Header:
         return read_header(self.folder / name)

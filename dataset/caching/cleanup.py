@@ -5,7 +5,7 @@ run listed its sources.
 """
 
 import logging
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable
 
 from dataset.cache.files import (
     PART,
@@ -17,7 +17,7 @@ from dataset.cache.files import (
     parse_more_text_name,
 )
 from dataset.cache.store import CacheStore
-from dataset.caching.planning import Caches, Names
+from dataset.caching.planning import Caches, LatentNames
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def remove_stale_latents(
     store: CacheStore,
-    existing: Mapping[str, Names],
+    existing: LatentNames,
     kind: str,
     family: Caches,
     names: Container[str],
@@ -33,17 +33,11 @@ def remove_stale_latents(
 ) -> int:
     """Remove latent caches not in `names`, except those of sources that failed in this run.
 
-    existing: those that were there before the sources were listed, by stem. What others have added since is
+    existing: those that were there before the sources were listed. What others have added since is
     not looked at. kind: of the table, "image" or "video". Returns how many were removed.
     """
     tag = family.cache_tag
-    stale = [
-        file
-        for stem, files in sorted(existing.items())
-        if stem not in failed_stems
-        for file in sorted(files)
-        if file not in names
-    ]
+    stale = existing.not_in(names, but_of=failed_stems)
     store.sweep(lambda name: parse_latent_name(name, tag, kind) is not None)
     return remove_caches(store, stale, family.name)
 

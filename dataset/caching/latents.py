@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name
-from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify, latent_metadata
+from dataset.cache.index import fingerprint
+from dataset.cache.records import (
+    ClipFacts,
+    FileIdentity,
+    LatentRecord,
+    identify,
+    latent_facts,
+    latent_metadata,
+)
 from dataset.cache.store import CacheStore
 from dataset.caching.cleanup import remove_caches
 from dataset.caching.planning import (
@@ -290,12 +298,19 @@ class LatentEncoding:
                 tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
             record = dataclasses.replace(item.record, parts=len(entries))
             whole = dataclasses.replace(entry, tensors=tensors)
-            self._writer.submit(partial(write_latents, store, file, name, record, whole, self._family.name))
+            self._writer.submit(partial(self._write_one, store, file, name, record, whole))
             names.add(file)
         self.written |= {(item.table.index, name) for name in names}
         surplus = [name for name in item.there if name not in names]
         if surplus:
             self._writer.submit(partial(remove_caches, store, surplus, self._family.name))
+
+    def _write_one(
+        self, store: CacheStore, file: str, name: LatentName, record: LatentRecord, entry: CacheEntry
+    ) -> None:
+        write_latents(store, file, name, record, entry, self._family.name)
+        sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
+        self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
 
 
 def write_latents(

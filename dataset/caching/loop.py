@@ -7,7 +7,10 @@ only one shard of it removes nothing, because it does not know what the other ma
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+from dataset.cache.index import Indexes
+from dataset.cache.store import Stores
 from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.caching.planning import Caches, SourcePlan
 from dataset.caching.processes import Share, join_processes
@@ -62,6 +65,7 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 )
         if share.is_main and not options.shard.is_given:
             work.stores.settle(config.datasets)
+        _keep_index(share, work.index, work.stores, config)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
@@ -93,7 +97,16 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
                 existing = work.existing[table.index]
                 removed += remove_stale_texts(work.stores.of(table), existing, family, names, surplus_of)
             work.stores.settle(config.datasets)
+        _keep_index(share, work.index, work.stores, config)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
+
+
+def _keep_index(share: Share, index: Indexes[Any], stores: Stores, config: DatasetConfig) -> None:
+    """Write what all processes have verified, so that a later run need not read it again."""
+    of_tables = [stores.of(table) for table in config.datasets]
+    gathered = share.gather(index.rows(of_tables))
+    if share.is_main:
+        index.write(of_tables, gathered)
 
 
 def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) -> str | None:

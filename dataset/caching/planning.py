@@ -5,24 +5,28 @@ This is decided from records, if possible without decoding.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dataset.cache.files import Entry, LatentName, parse_latent_name
+from dataset.cache.files import Entry, LatentName, latent_names
+from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     ClipFacts,
     LatentRecord,
     difference,
     is_unchanged,
+    latent_facts,
     latent_record,
+    latent_record_of,
     options_difference,
     section_frames,
+    stamp_of,
     verify_tensors,
 )
 from dataset.cache.store import CacheStore, Stores
+from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import read_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
@@ -35,13 +39,53 @@ from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
-Names = Mapping[str, LatentName]  # the latent cache files of one source, with their parsed names
+# the latent cache files of one source, with what their names say but for the stem
+Names = Mapping[str, LatentName]
 
-ExistingNames = Mapping[int, Mapping[str, Names]]  # by table index and stem
+AT_ONCE = 64  # sources that a thread compares one after the other: handing each over takes as long
+
+
+class LatentNames:
+    """The latent caches of a table by the stem of their source. There may be millions."""
+
+    def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
+        """List them, without opening one. kind: of the table, "image" or "video"."""
+        self._rest: dict[str, LatentName] = {}  # by the end of a name
+        self._names: dict[str, str | list[str]] = {}  # by stem; mostly there is one
+        for file, stem, rest in latent_names(store.names(), tag, kind):
+            self._rest.setdefault(file[len(stem) :], rest)
+            before = self._names.setdefault(stem, file)
+            if before is not file:
+                self._names[stem] = [*([before] if isinstance(before, str) else before), file]
+
+    def of(self, stem: str) -> Names:
+        """Return those of one source."""
+        return {file: self._rest[file[len(stem) :]] for file in self._files(stem)}
+
+    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
+        """Return the files that are not among `names`, by stem; none of the sources `but_of`."""
+        stale = {
+            stem: [file for file in sorted(self._files(stem)) if file not in names]
+            for stem in self._names
+            if stem not in but_of and not all(file in names for file in self._files(stem))
+        }
+        return [file for _, files in sorted(stale.items()) for file in files]
+
+    def _files(self, stem: str) -> Sequence[str]:
+        found = self._names.get(stem)
+        return () if found is None else (found,) if isinstance(found, str) else found
+
+
+ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 class Caches(Described, Encodes, Protocol):
     """What caching asks of a family."""
+
+
+def latent_index(verify: bool = False) -> Indexes[LatentRecord]:
+    """Return what earlier runs have verified of latent caches. verify: read all again."""
+    return Indexes("latents", latent_record_of, not verify)
 
 
 @dataclass(frozen=True)
@@ -55,6 +99,8 @@ class Recipe:
     skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores = field(default_factory=Stores)
+    index: Indexes[LatentRecord] = field(default_factory=lambda: latent_index())
+    _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """Return what the record of an item contains besides the encoders."""
@@ -68,8 +114,50 @@ class Recipe:
             options["moments"] = True
         return options | table.section_keys
 
+    def difference(
+        self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
+    ) -> str | None:
+        """Describe how a record of other encoders or options than this run's differs."""
+        options = self.options(source, size, bucket, span)
+        return difference(record.encoder, self.encoder) or options_difference(
+            record.options, options, self.latent
+        )
+
+    def known_difference(
+        self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
+    ) -> str | None:
+        """Do as `difference` for a record of the index, of which there are few for a million entries."""
+        key = (id(record), source.table.index, source.mask_from, size, bucket, span)
+        if key not in self._compared:
+            self._compared[key] = self.difference(record, source, size, bucket, span)
+        return self._compared[key]
+
 
 @dataclass(frozen=True)
+class Look:
+    """What was seen of a source and its cache files without reading them."""
+
+    known: Mapping[str, LatentRecord]  # of files that are as they were when they were verified
+    sources: int  # fingerprint of the source files
+    newest_ns: int | None  # when one of them was last written; None: they cannot be looked at
+
+
+def look_at(source: MediaSource, existing: Names, recipe: Recipe) -> Look:
+    """Look which of the source's cache files are known, by one look at each file."""
+    if not existing:
+        return Look({}, 0, None)
+    try:
+        stamps = [stamp_of(path, origin) for path, origin in source.parts]
+    except (OSError, MediaError):  # what reads it says why
+        return Look({}, 0, None)
+    sources = fingerprint(stamps)
+    index = recipe.index.of(recipe.stores.of(source.table))
+    found = ((file, index.get(file, sources)) for file in existing)
+    known = {file: record for file, record in found if record is not None}
+    return Look(known, sources, max(time_ns for _, time_ns in stamps))
+
+
+@dataclass(frozen=True, slots=True)
 class SourcePlan:
     """What to do for one source."""
 
@@ -84,22 +172,9 @@ class SourcePlan:
     outdated: str | None = None  # why an existing file is made again
 
 
-def list_names(store: CacheStore, tag: str, kind: str) -> dict[str, dict[str, LatentName]]:
-    """List the latent caches of a table by the stem of their source, without opening one.
-
-    kind: of the table, "image" or "video".
-    """
-    found: dict[str, dict[str, LatentName]] = {}
-    for file in store.names():
-        name = parse_latent_name(file, tag, kind)
-        if name is not None:
-            found.setdefault(name.stem, {})[file] = name
-    return found
-
-
 def names_of(existing: ExistingNames, source: MediaSource) -> Names:
     """Return the existing cache files of one source."""
-    return existing[source.table.index].get(source.stem, {})
+    return existing[source.table.index].of(source.stem)
 
 
 def plan_all(
@@ -113,15 +188,28 @@ def plan_all(
     plans: list[SourcePlan] = []
     failures: list[Failure] = []
 
-    def work(source: MediaSource) -> SourcePlan:
-        return plan_latents(source, names_of(existing, source), recipe)
+    def work(some: Sequence[MediaSource]) -> list[SourcePlan | Failure]:
+        return [plan_or_failure(source) for source in some]
 
-    bar = Bar(len(sources), "Comparing", "source", show_progress)
-    for _, result in read_ahead(sources, lambda source: source, work, workers, bar):
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
-            plans.append(result)
+    def plan_or_failure(source: MediaSource) -> SourcePlan | Failure:
+        try:
+            return plan_latents(source, names_of(existing, source), recipe)
+        except (MediaError, OSError) as error:
+            return Failure.of(source, error)
+
+    at_once = min(AT_ONCE, max(1, len(sources) // (4 * workers)))
+    jobs = [sources[start : start + at_once] for start in range(0, len(sources), at_once)]
+    ahead = contextlib.closing(run_ahead(jobs, work, workers, lambda _: 0, limit_bytes=1))
+    with Bar(len(sources), "Comparing", "source", show_progress) as bar, ahead as results:
+        for job, result in results:
+            if isinstance(result, Exception):
+                raise result
+            for one in result:
+                if isinstance(one, Failure):
+                    failures.append(one)
+                else:
+                    plans.append(one)
+            bar.update(len(job))
     return plans, failures
 
 
@@ -130,21 +218,22 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
 
     Raises MediaError if its header cannot be read.
     """
+    look = look_at(source, existing, recipe)
     if source.table.kind == "image":
-        size = _image_size(source, existing, recipe)
+        size = _known_size(look) or _image_size(source, existing, recipe)
         if size is None:
             return SourcePlan(source, frozenset(), 0, None)
-        return compare(source, size, [(0, 1)], existing, recipe)
+        return compare(source, size, [(0, 1)], existing, recipe, look)
     if source.tensors is not None:
-        clip = _find_known_clip(source, existing, recipe)
+        clip = _find_known_clip(source, existing, recipe, look)
         given = (
             measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
         )
-        return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe)
+        return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe, look)
     if not existing:
         return SourcePlan(source, frozenset(), 0, None)
     table, step = source.table, recipe.latent.frame_step
-    clip = _find_known_clip(source, existing, recipe)
+    clip = _find_known_clip(source, existing, recipe, look)
     if clip is not None:
         wanted = frames_wanted(table)
         if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
@@ -156,23 +245,29 @@ def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> Source
                 f"target_frames are {', '.join(map(str, table.target_frames))}"
             )
             short = describe_short(table, found, clip.kept_frames)
-            plan = compare(source, clip.size, found, existing, recipe)
-            return dataclasses.replace(plan, reason=reason, short=short)
+            plan = compare(source, clip.size, found, existing, recipe, look)
+            return plan if reason is short is None else dataclasses.replace(plan, reason=reason, short=short)
     if recipe.skip_existing:
         # the header may be wrong about the number of frames, so it counts only if it agrees with the existing
         # files
         headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
         with contextlib.suppress(MediaError):  # too short for a section, according to the header
-            plan = compare(source, headers.size, headers.spans, existing, recipe)
+            plan = compare(source, headers.size, headers.spans, existing, recipe, look)
             if plan.kept == existing.keys() and not plan.missing:
                 return plan
     return SourcePlan(source, frozenset(), 0, None)
 
 
 def compare(
-    source: MediaSource, size: Size, wanted: Iterable[Span], existing: Names, recipe: Recipe
+    source: MediaSource,
+    size: Size,
+    wanted: Iterable[Span],
+    existing: Names,
+    recipe: Recipe,
+    look: Look | None = None,
 ) -> SourcePlan:
-    """Return the plan for a source whose size and spans are known."""
+    """Return the plan for a source whose size and spans are known. look: at it, if there was one."""
+    look = look or look_at(source, existing, recipe)
     bucket = bucket_of(source.table, size, recipe.latent.pixel_step, source.path)
     kept: set[str] = set()
     foreign = 0
@@ -192,7 +287,7 @@ def compare(
             continue
         try:
             _check_sections(source, files, sections)
-            foreign += _check_item(source, size, bucket, span, files, recipe)
+            foreign += _check_item(source, size, bucket, span, files, recipe, look)
             kept |= set(files)
         except CacheError as error:
             missing.append(span)
@@ -233,16 +328,23 @@ def _check_sections(source: MediaSource, files: Names, sections: int | None) -> 
 
 
 def _check_item(
-    source: MediaSource, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe
+    source: MediaSource, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe, look: Look
 ) -> int:
     """Check that the files of an item are what this run would write; return how many have no record.
 
-    Raises CacheError if they are not.
+    Files that are as they were when they were verified are not read. Raises CacheError if they are not right.
     """
     foreign = 0
+    store = recipe.stores.of(source.table)
     for file in files:
-        path = source.table.cache_directory / file
-        entry = recipe.stores.of(source.table).read(file)
+        known = look.known.get(file)
+        if known is not None:
+            changed = _wrong_parts(known, files) or recipe.known_difference(known, source, size, bucket, span)
+            if changed is not None:
+                raise CacheError(f"{source.table.cache_directory / file}: {changed}")
+            continue
+        path, stamp = source.table.cache_directory / file, store.stamp(file)
+        entry = store.read(file)
         record = latent_record(entry.header)
         if record is None:
             if source.mask_from is not None:
@@ -250,18 +352,24 @@ def _check_item(
             _check_foreign(entry, bucket, span, files[file].section, source.table, recipe)
             foreign += 1
             continue
-        if record.parts != len(files):
-            raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
-        expected = recipe.options(source, size, bucket, span)
         changed = (
-            difference(record.encoder, recipe.encoder)
-            or options_difference(record.options, expected, recipe.latent)
+            _wrong_parts(record, files)
+            or recipe.difference(record, source, size, bucket, span)
             or _find_change(source, record)
         )
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
         verify_tensors(entry, record.crc32)
+        if look.newest_ns is not None:
+            index = recipe.index.of(store)
+            index.note(file, stamp, look.sources, latent_facts(record), look.newest_ns)
     return foreign
+
+
+def _wrong_parts(record: LatentRecord, files: Names) -> str | None:
+    if record.parts == len(files):
+        return None
+    return f"{record.parts} files belong together, {len(files)} were found"
 
 
 def _check_foreign(
@@ -290,20 +398,33 @@ def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
     return f"{', '.join(changed)} changed since" if changed else None
 
 
-def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe) -> ClipFacts | None:
+def _known_size(look: Look) -> Size | None:
+    """Return the size of an image that is as it was when one of its caches was verified."""
+    for record in look.known.values():
+        size = record.options.get("size")
+        if isinstance(size, list) and len(size) == 2:
+            return size[0], size[1]
+    return None
+
+
+def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe, look: Look) -> ClipFacts | None:
     """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
     rate = recipe.options(source, (0, 0), (0, 0), (0, 0))
     known = []
     for file in existing:
+        record = look.known.get(file)
         try:
-            record = latent_record(recipe.stores.of(source.table).read_header(file))
+            if record is None:
+                record = latent_record(recipe.stores.of(source.table).read_header(file))
         except CacheError:
             continue
-        if record is None or record.clip is None or not record.files:
+        if record is None or record.clip is None or not (record.files or file in look.known):
             continue
         same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
         same_kind = record.options.get("moments") == rate.get("moments")
-        if same_rate and same_kind and is_unchanged(record.files[0], *source.parts[0]):
+        if not (same_rate and same_kind):
+            continue
+        if file in look.known or is_unchanged(record.files[0], *source.parts[0]):
             known.append(record.clip)
     return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 

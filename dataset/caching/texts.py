@@ -12,12 +12,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset.cache.files import (
     FORMAT_VERSION,
+    PART,
     Entry,
     Header,
     checksum,
@@ -25,19 +27,22 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
 )
+from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     TextRecord,
     difference,
     identify,
+    text_facts,
     text_metadata,
     text_records,
+    text_records_of,
     verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import CacheStore, Stamp, Stores
 from dataset.caching.caption_files import CaptionFile
 from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
-from dataset.caching.planning import Caches
+from dataset.caching.planning import AT_ONCE, Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
 from dataset.sources.captions import describe_cut
@@ -55,7 +60,7 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextPlan:
     """What to do for one text, by names of encoders."""
 
@@ -63,6 +68,7 @@ class TextPlan:
     missing: tuple[str, ...]  # those that must encode, in order
     in_part: tuple[str, ...]  # those whose outputs are valid in the unfinished file only
     is_foreign: bool  # whether valid outputs have no record: another program made them
+    is_known: bool = False  # to be whole, and without an unfinished file
 
     def is_last(self, encoder: str) -> bool:
         """Return whether the file is complete once this encoder has written."""
@@ -91,11 +97,96 @@ class Found:
     right: Mapping[str, bool] = field(default_factory=dict)  # encoders with valid outputs: has it a record?
 
 
-def plan_text(store: CacheStore, file: CaptionFile, encoders: Encoders, skip_existing: bool) -> TextPlan:
-    """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed."""
+def text_index(verify: bool = False) -> Indexes[dict[str, TextRecord]]:
+    """Return what earlier runs have verified of text caches. verify: read all again."""
+    return Indexes("texts", text_records_of, not verify)
+
+
+@dataclass
+class KnownTexts:
+    """What is known of the text caches of a run without reading them."""
+
+    stores: Stores
+    index: Indexes[dict[str, TextRecord]]
+    _parts: dict[Path, frozenset[str]] = field(default_factory=dict)  # unfinished files by folder
+    _compared: dict[tuple[object, ...], bool] = field(default_factory=dict)
+
+    def is_whole(self, wanted: Wanted) -> bool:
+        """Whether a text's file is as it was when it was verified, and holds what all encoders would write.
+
+        False if that is not known, or if there was an unfinished file when the first text of the table was
+        asked for.
+        """
+        file = wanted.file
+        store = self.stores.of(file.table)
+        records = self.index.of(store).get(wanted.name, caption_fingerprint(file))
+        if records is None or self._has_part(store, wanted.name):
+            return False
+        key = (id(records), id(wanted.encoders), tuple(file.settings.items()))
+        if key not in self._compared:
+            self._compared[key] = all(
+                encoder.name in records
+                and _difference(
+                    dataclasses.replace(records[encoder.name], caption=file.caption or ""), one, file
+                )
+                is None
+                for encoder, one in wanted.encoders
+            )
+        return self._compared[key]
+
+    def note(self, wanted: Wanted, entry: Entry, stamp: Stamp | None) -> None:
+        """Remember a file that was just read and holds what all encoders would write."""
+        facts = self._facts(wanted, text_records(entry.header))
+        if facts is not None:
+            index = self.index.of(self.stores.of(wanted.file.table))
+            index.note(wanted.name, stamp, caption_fingerprint(wanted.file), facts)
+
+    def note_written(self, wanted: Wanted, header: Header) -> None:
+        """Remember a file that was just written."""
+        store = self.stores.of(wanted.file.table)
+        facts = self._facts(wanted, text_records(header))
+        if facts is not None:
+            source, stamp = caption_fingerprint(wanted.file), store.stamp(wanted.name)
+            self.index.of(store).note_written(wanted.name, stamp, source, facts)
+
+    def _facts(self, wanted: Wanted, records: Mapping[str, TextRecord]) -> dict[str, Any] | None:
+        """Return what an index says of a file: nothing of one with records of other encoders or captions."""
+        names = {encoder.name for encoder, _ in wanted.encoders}
+        same = all(record.caption == (wanted.file.caption or "") for record in records.values())
+        return text_facts(records) if same and records.keys() == names else None
+
+    def _has_part(self, store: CacheStore, name: str) -> bool:
+        if store.folder not in self._parts:
+            self._parts[store.folder] = frozenset(one for one in store.names() if one.endswith(PART))
+        parts = self._parts[store.folder]
+        return bool(parts) and part_name(name) in parts
+
+
+def caption_fingerprint(file: CaptionFile) -> int:
+    """Return what tells the caption of a text from others."""
+    return fingerprint((), file.caption or "")
+
+
+def plan_text(
+    store: CacheStore,
+    file: CaptionFile,
+    encoders: Encoders,
+    skip_existing: bool,
+    known: KnownTexts | None = None,
+) -> TextPlan:
+    """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed.
+
+    known: of the run, so that what is known to be right is not read.
+    """
     wanted = Wanted(file, encoders, skip_existing)
+    if known is not None and known.is_whole(wanted):
+        return TextPlan(file.path, (), (), is_foreign=False, is_known=True)
     part = find_part(store, wanted).right  # before the file, as another process may finish it now
-    right = find_finished(store, wanted).right
+    stamp = store.stamp(wanted.name)
+    found = find_finished(store, wanted)
+    right = found.right
+    if known is not None and found.entry is not None and all(right.get(one.name) for one, _ in encoders):
+        known.note(wanted, found.entry, stamp)
     names = [encoder.name for encoder, _ in encoders]
     return TextPlan(
         file.path,
@@ -125,8 +216,10 @@ class TextEncoding:
         skip_existing: bool,
         show_progress: bool,
         stores: Stores,
+        known: KnownTexts,
     ) -> None:
         self._stores = stores
+        self._known = known
         self._family = family
         self._device = device
         self._workers = workers
@@ -150,7 +243,7 @@ class TextEncoding:
             with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
                 self._encode(encoder, identity, batches, to_do, bar)
         changed = sum(bool(plan.missing or plan.in_part) for plan in plans)
-        return TextCounts(changed, len(plans) - changed, sum(plan.is_foreign for plan in plans))
+        return TextCounts(changed, len(files) - changed, sum(plan.is_foreign for plan in plans))
 
     def free(self) -> None:
         """Free the encoder that is loaded, if any."""
@@ -166,27 +259,36 @@ class TextEncoding:
         encoder.load(self._device)
 
     def _plan(self, files: Sequence[CaptionFile]) -> list[TextPlan]:
-        """Compare all texts with their files. Finish those that need nothing else.
+        """Compare all texts with their files; finish those that need nothing else. Returns the plans of those
+        that were read.
 
         A `.part` is removed only if its file is complete. If it is no use it is replaced: another process may
         have written a better one since.
         """
 
-        def compare(file: CaptionFile) -> TextPlan:
-            return plan_text(self._stores.of(file.table), file, self._encoders, self._skip_existing)
+        def compare(some: TextBatch) -> list[tuple[CaptionFile, TextPlan]]:
+            encoders, skip_existing, known = self._encoders, self._skip_existing, self._known
+            stores = self._stores
+            plans = [
+                (file, plan_text(stores.of(file.table), file, encoders, skip_existing, known))
+                for file in some
+            ]
+            return [(file, plan) for file, plan in plans if not plan.is_known]
 
+        jobs = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
         plans = []
-        for file, plan in run_ahead(files, compare, self._workers, lambda _: 0, limit_bytes=1):
-            if isinstance(plan, Exception):
-                raise plan
-            plans.append(plan)
-            store = self._stores.of(file.table)
-            if plan.missing:
-                continue
-            if plan.in_part:  # an earlier run was stopped before it could do so
-                finish_text(store, Wanted(file, self._encoders, self._skip_existing))
-            else:
-                store.remove(part_name(plan.path.name))
+        for _, compared in run_ahead(jobs, compare, self._workers, lambda _: 0, limit_bytes=1):
+            if isinstance(compared, Exception):
+                raise compared
+            for file, plan in compared:
+                plans.append(plan)
+                store = self._stores.of(file.table)
+                if plan.missing:
+                    continue
+                if plan.in_part:  # an earlier run was stopped before it could do so
+                    finish_text(store, Wanted(file, self._encoders, self._skip_existing))
+                else:
+                    store.remove(part_name(plan.path.name))
         return plans
 
     def _take_given(
@@ -231,10 +333,16 @@ class TextEncoding:
         tensors = _named_tensors(conditions, encoder, file.name)
         source = None if file.caption_path is None else identify(file.caption_path)
         record = TextRecord(identity, file.caption or "", source, {}, file.settings)
-        store, wanted = self._stores.of(file.table), Wanted(file, self._encoders, self._skip_existing)
-        writer.submit(
-            partial(write_text, store, wanted, tensors, encoder.name, record, self._family.name, is_last)
-        )
+        wanted = Wanted(file, self._encoders, self._skip_existing)
+        writer.submit(partial(self._write, wanted, tensors, encoder.name, record, is_last))
+
+    def _write(
+        self, wanted: Wanted, tensors: Mapping[str, Tensor], encoder: str, record: TextRecord, is_last: bool
+    ) -> None:
+        store, architecture = self._stores.of(wanted.file.table), self._family.name
+        written = write_text(store, wanted, tensors, encoder, record, architecture, is_last)
+        if is_last:
+            self._known.note_written(wanted, written)
 
     def _encode(
         self,
@@ -295,13 +403,13 @@ def write_text(
     record: TextRecord,
     architecture: str,
     is_last: bool = True,
-) -> None:
+) -> Header:
     """Write one encoder's tensors (by their names in the file) to a text cache: to its `.part` or the file.
 
     is_last: no other encoder adds anything, so the tensors are joined with the content of the `.part` and the
     file. Tensors with other names, other metadata and other encoders' records are kept. A changed caption is
-    replaced with a warning. Raises OutputError if writing fails, CacheError if what other encoders wrote is
-    gone: no file is left incomplete.
+    replaced with a warning. Returns the header of what was written. Raises OutputError if writing fails,
+    CacheError if what other encoders wrote is gone: no file is left incomplete.
     """
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
@@ -313,7 +421,7 @@ def write_text(
         new = _join(part.entry, new)
     if not is_last:
         store.write(part_name(wanted.name), new.named, new.header.metadata)
-        return
+        return new.header
     old = find_finished(store, wanted)
     if old.entry is not None:
         before = old.entry.header.metadata.get("caption1", record.caption)
@@ -323,6 +431,7 @@ def write_text(
             )
         new = _join(old.entry, new)
     _finish(store, wanted, new, {encoder, *part.right, *old.right})
+    return new.header
 
 
 def finish_text(store: CacheStore, wanted: Wanted) -> None:
@@ -397,9 +506,7 @@ def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> 
             if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
                 right[encoder.name] = False
             continue
-        changed = difference(record.encoder, identity) or difference(
-            {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
-        )
+        changed = _difference(record, identity, file)
         if changed is not None:
             logger.debug("%s: %s", store.folder / name, changed)
             continue
@@ -409,6 +516,12 @@ def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> 
         except CacheError as error:
             logger.warning("%s. It is made again.", error)
     return Found(entry, right), frozenset(records.keys() - right.keys())
+
+
+def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
+    return difference(record.encoder, identity) or difference(
+        {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
+    )
 
 
 def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:

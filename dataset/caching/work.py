@@ -8,10 +8,12 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dataset.cache.forms import require_form
+from dataset.cache.index import Indexes
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import list_texts
@@ -20,14 +22,15 @@ from dataset.caching.latents import EncodersOnDemand, LatentEncoding
 from dataset.caching.planning import (
     Caches,
     ExistingNames,
+    LatentNames,
     Recipe,
     SourcePlan,
-    list_names,
+    latent_index,
     media_table,
     plan_all,
 )
 from dataset.caching.reports import CacheReport, Failure
-from dataset.caching.texts import TextBatch, TextEncoding, text_batches
+from dataset.caching.texts import KnownTexts, TextBatch, TextEncoding, text_batches, text_index
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution
@@ -62,7 +65,7 @@ class MediaWork:
         """
         self.stores = Stores()
         self.existing: ExistingNames = {
-            table.index: list_names(self.stores.of(table), family.cache_tag, table.kind)
+            table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
         skipped: list[tuple[DatasetTable, Fault]] = []
@@ -73,7 +76,7 @@ class MediaWork:
         family.check_given_files()
         self.sources: Sequence[MediaSource] = use_moments(family, sources)
         require_form(config, family.cache_tag)
-        self._recipe = recipe_of(family, options.skip_existing, self.stores)
+        self._recipe = recipe_of(family, options, self.stores)
         self._family = family
         self._config = config
         self._options = options
@@ -112,6 +115,11 @@ class MediaWork:
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
         return Encoded(report, frozenset(kept | encoding.written))
 
+    @property
+    def index(self) -> Indexes[Any]:
+        """Return what is known of the entries."""
+        return self._recipe.index
+
     def encode_shard(self, shard: ShardOptions) -> CacheReport:
         """Encode a shard, so that it survives. Raises as `encode` does."""
         report = self.encode(shard.of(self.sources), show=False).report
@@ -147,8 +155,10 @@ class TextWork:
         require_form(config, family.cache_tag)
         self.files = list_caption_files(self.sources, family.cache_tag)
         self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
+        self.index = text_index(options.verify)
+        known = KnownTexts(self.stores, self.index)
         self._encoding = TextEncoding(
-            family, device, workers_of(options), options.skip_existing, show, self.stores
+            family, device, workers_of(options), options.skip_existing, show, self.stores, known
         )
 
     def encode(self, batches: Sequence[TextBatch]) -> CacheReport:
@@ -187,8 +197,9 @@ def _whole_tables(config: DatasetConfig, skipped: Sequence[tuple[DatasetTable, F
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with the reasons of all tables that cannot be cached."""
     problems = []
+    controlled = {source.table.index for source in sources if source.control}
     for table in config.datasets:
-        has_control = any(source.control for source in sources if source.table is table)
+        has_control = table.index in controlled
         try:
             check_resolution(table, family.latent.pixel_step)
             family.check_table(media_table(table, has_control))
@@ -209,12 +220,12 @@ def log_outdated(plans: Sequence[SourcePlan]) -> None:
         )
 
 
-def recipe_of(family: Caches, skip_existing: bool, stores: Stores) -> Recipe:
+def recipe_of(family: Caches, options: CachingOptions, stores: Stores) -> Recipe:
     """Return how this run makes latents. Reads the identity of the encoders' files."""
-    latent, fps = family.latent, family.defaults.fps
-    return Recipe(
-        family.cache_tag, family.media_identity, latent, fps, skip_existing, family.sections_of, stores
-    )
+    latent, fps, encoder = family.latent, family.defaults.fps, family.media_identity
+    skip_existing, index = options.skip_existing, latent_index(options.verify)
+    sections = family.sections_of
+    return Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index)
 
 
 def workers_of(options: CachingOptions) -> int:

@@ -53,7 +53,8 @@ def check_captions(found: TableFindings, counters: Counters) -> None:
         for one in found.sources
         if one.caption == ""
     ]
-    found.remarks += [fault for one in found.sources for fault in _cut(one, counters)]
+    if counters.by_name:
+        found.remarks += [fault for one in found.sources for fault in _cut(one, counters)]
 
 
 def is_unread(source: MediaSource) -> bool:

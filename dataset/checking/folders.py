@@ -3,9 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 
 from dataset.checking.findings import TableFindings
+from dataset.shard_names import is_of_shards
 from dataset.sources.faults import Fault
+from dataset.sources.listing import is_file
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
 USUAL = frozenset(
@@ -21,15 +24,19 @@ def check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
     table = found.table
     if table.directory is None or folder_id(table.directory) in folders_in_use:
         return
-    used = {source.path for source in found.sources} | {source.caption_path for source in found.sources}
+    used = {str(source.path) for source in found.sources}
+    used |= {str(source.caption_path) for source in found.sources}
+    before = str(table.directory / "x")[:-1]
     other = "video" if table.kind == "image" else "image"
     others = VIDEO_SUFFIXES if other == "video" else image_suffixes()
     names: Counter[str] = Counter()
-    for path in table.directory.iterdir():
-        suffix = path.suffix.lower()
-        if path in used or path.name.startswith(".") or suffix in USUAL or not path.is_file():
-            continue
-        names[suffix] += 1
+    with os.scandir(table.directory) as entries:
+        for entry in entries:
+            if before + entry.name in used or entry.name[0] == "." or is_of_shards(entry.name):
+                continue
+            suffix = Path(entry.name).suffix.lower()
+            if suffix not in USUAL and is_file(entry):
+                names[suffix] += 1
     for suffix, count in sorted(names.items()):
         if suffix in others:
             why = f"{other}s: give them a table with {other}_directory"

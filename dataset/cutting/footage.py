@@ -15,7 +15,6 @@ from dataset.cutting.options import CuttingOptions
 from dataset.cutting.planning import Clip, plan_clips
 from dataset.cutting.records import Record, changed_options, finish_record, start_record, write_record
 from dataset.cutting.writing import write_clips
-from modules.atomic_write import remove_leftovers
 from modules.bars import FRAMES, Bar
 from modules.console import count_of
 from modules.errors import MediaError, OutputError
@@ -133,8 +132,6 @@ def cut_video(job: Job, shop: Workshop) -> Result:
             _remove_old(record, shop.output)
         write_record(shop.output, new)
         record = new
-    names = {one.name for one in record.clips}
-    remove_leftovers(shop.output, names.__contains__, 0)
     written = shop.write(path, [(shop.output / one.name, one.clip) for one in record.clips])
     if not record.is_of(path):
         raise MediaError(f"{path} has changed while it was cut. Run the same command again.")

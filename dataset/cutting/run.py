@@ -13,12 +13,12 @@ from threading import Event
 
 from dataset.cutting.clip_list import ClipList
 from dataset.cutting.footage import Job, Result, Workshop, check_old_clips, cut_video
-from dataset.cutting.inputs import MARK, Source, find_videos, free_stem
+from dataset.cutting.inputs import Source, find_videos, free_stem
 from dataset.cutting.options import CuttingOptions
 from dataset.cutting.planning import Clip, count_reasons
 from dataset.cutting.records import Record, list_line, read_records, write_record
 from dataset.cutting.scenes import load_detector
-from modules.atomic_write import make_folder, remove_leftovers
+from modules.atomic_write import make_folder
 from modules.console import count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, OptionError, UserError
@@ -50,7 +50,6 @@ def cut_footage(options: CuttingOptions) -> None:
         return
     make_folder(output, "--output")
     make_folder(options.list_path.resolve().parent, "--jsonl")
-    _remove_leftovers(options.list_path.resolve(), output)
     ledger = _Ledger(shop)
     jobs, failures = ledger.check(jobs)
     results: dict[int, Result] = {}
@@ -66,13 +65,6 @@ def cut_footage(options: CuttingOptions) -> None:
         ledger.close()
     _conclude(list(results.values()), shop, time.monotonic() - started)
     _finish(failures, len(sources))
-
-
-def _remove_leftovers(list_path: Path, output: Path) -> None:
-    """Remove what a run that was killed has left of the list and of records; of clips, their job does."""
-    remove_leftovers(list_path.parent, lambda name: name == list_path.name, 0)
-    if (output / MARK).is_dir():
-        remove_leftovers(output / MARK, older_seconds=0)
 
 
 def _name_jobs(sources: Sequence[Source], records: dict[str, Record]) -> list[Job]:

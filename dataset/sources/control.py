@@ -103,8 +103,15 @@ def list_folder(folder: Path, key: str) -> Sequence[Path]:
 
     Raises DatasetError, naming `key`, if the folder cannot be listed.
     """
+    return [folder / entry.name for entry in list_entries(folder, key)]
+
+
+def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
+    """Do as `list_folder` without a Path for each name: there may be a million."""
     try:
-        return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=str)
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name[0] != "."]
+        return sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
         near = _near_name(folder) if isinstance(error, FileNotFoundError) else None

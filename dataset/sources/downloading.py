@@ -21,7 +21,7 @@ from filelock import FileLock
 from dataset.sources.stems import readable_stem
 from modules.addresses import address_identity, address_name, hide_secrets, protocol_of, short_hash
 from modules.atomic_write import atomic_path, check_space
-from modules.errors import MediaError, OutputError
+from modules.errors import MediaError
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _copy(answer: _Answer, file: BinaryIO) -> None:
     for piece in answer.pieces:
         file.write(piece)
         if file.tell() > MOST_BYTES:
-            raise OutputError(f"an address sends more than {MOST_BYTES >> 30} GiB; remove it from the table")
+            raise MediaError(f"an address sends more than {MOST_BYTES >> 30} GiB; remove it from the table")
         if time.monotonic() - since > SLOW_SECONDS:
             if file.tell() - at_start < SLOW_BYTES:
                 raise _Broken(f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s")

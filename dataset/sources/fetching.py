@@ -24,7 +24,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
     """Yield the source with files that can be opened until the block ends; if it has them, it is the same.
 
     What is at an address is downloaded and stays. What is in a tar or a table is copied to the system's
-    folder for temporary files, one source at a time in each thread, and removed; errors name where it is from.
+    folder for temporary files, one source at a time in each thread, and removed; errors name its own place.
     Raises MediaError if something cannot be had.
     """
     if not source.origins:
@@ -37,7 +37,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             if isinstance(origin, (TarMember, ParquetCell)):
                 if not places:
                     _sweep(tempfile.gettempdir())
-                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
+                    folder = Path(stack.enter_context(_temporary_folder()))
                 copy = _extract(origin, path, folder / str(len(places)))
                 places[copy] = path
                 paths.append(copy)
@@ -52,6 +52,11 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             for copy, path in places.items():
                 text = text.replace(str(copy), str(path))
             raise MediaError(text) from error
+
+
+def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    # Windows removes no file that is still open somewhere: the next run does
+    return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
 
 
 @lru_cache(maxsize=4)

@@ -10,14 +10,13 @@ from typing import Any
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.animations import animation_suffixes, find_animations
 from dataset.sources.captions import (
-    caption_path,
     captions_in,
     explain_captions,
     guess_captions,
     read_caption,
 )
 from dataset.sources.cogvideox import list_cogvideox
-from dataset.sources.control import ControlFolder, list_folder
+from dataset.sources.control import ControlFolder, list_entries
 from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
 from dataset.sources.masks import find_masks
 from dataset.sources.media_source import MediaSource
@@ -25,6 +24,7 @@ from dataset.sources.rows import RowReader, first_and_more
 from dataset.sources.tables import list_table
 from dataset.sources.tars import list_tars
 from modules.errors import DatasetError
+from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.text_files import bad_character, parse_json, read_lines
 
@@ -114,10 +114,18 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
     """Warn about sources without a caption file: text caching will refuse them. No caption is read."""
+    folders: dict[str, frozenset[str]] = {}
+
+    def is_there(path: Path) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = frozenset(os.listdir(folder or ".")) if Path(folder).is_dir() else frozenset()
+        return name in folders[folder] or path.exists()
+
     missing = [
         source
         for source in sources
-        if source.caption is None and not (source.caption_path and source.caption_path.exists())
+        if source.caption is None and not (source.caption_path and is_there(source.caption_path))
     ]
     if missing:
         logger.warning(
@@ -166,33 +174,65 @@ def _same_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fau
 
 def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     assert table.directory is not None
-    suffixes = _suffixes(table)
-    entries = list_folder(table.directory, f"{table.name}: {table.kind}_directory")
-    there = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
-    there = sorted([*there, *find_animations(table, entries, there)], key=str)
-    paths = [path for path in there if not bad_character(path.name)]
+    there = _media_in(table)
+    bad_names = {path for path in there if not path.name.isascii() and bad_character(path.name)}
+    paths = [path for path in there if path not in bad_names] if bad_names else there
     kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
-    faults += [Fault(kind, ascii(str(path))) for path in there if bad_character(path.name)]
+    faults += [Fault(kind, ascii(str(path))) for path in there if path in bad_names]
     controls = _folder_controls(table, paths, faults)
     masks = _folder_masks(table, paths, faults)
     sources = []
     bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
     for path, control in zip(paths, controls, strict=True):
-        text_path = caption_path(path, table.caption_extension) if table.caption_extension else None
+        stem = path.stem
+        text_path = table.directory / (stem + table.caption_extension) if table.caption_extension else None
         first: str | None = None
         more: tuple[str, ...] = ()
-        try:
-            text = read_caption(text_path) if captions and text_path else None
-            first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
-        except DatasetError as error:
-            assert text_path is not None
-            bad[text_path] = path.stem, str(error)
-        mask = masks.get(path)
-        sources.append(MediaSource(path, path.stem, first, text_path, control, table, more, mask))
+        if captions and text_path is not None:
+            try:
+                text = read_caption(text_path)
+                first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
+            except DatasetError as error:
+                bad[text_path] = stem, str(error)
+        mask = masks.get(path) if masks else None
+        sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask))
     messages = explain_captions(list(bad), [message for _, message in bad.values()])
     kind = "have a caption that cannot be used"
     faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
     return sources
+
+
+def _media_in(table: DatasetTable) -> list[Path]:
+    """Return the images or clips of a table's folder, sorted."""
+    assert table.directory is not None
+    suffixes, animated = _suffixes(table), animation_suffixes(table)
+    entries = list_entries(table.directory, f"{table.name}: {table.kind}_directory")
+    ends = [_suffix_of(entry.name) for entry in entries]
+    there = [
+        table.directory / entry.name
+        for entry, end in zip(entries, ends, strict=True)
+        if end in suffixes and is_file(entry)
+    ]
+    if ANIMATION_SUFFIXES.isdisjoint(ends):
+        return there
+    others = [
+        table.directory / entry.name for entry, end in zip(entries, ends, strict=True) if end in animated
+    ]
+    return sorted([*there, *find_animations(table, others, there)], key=str)
+
+
+def _suffix_of(name: str) -> str:
+    """Return what `Path.suffix` does, in lower case."""
+    place = name.rfind(".")
+    return name[place:].lower() if 0 < place < len(name) - 1 else ""
+
+
+def is_file(entry: "os.DirEntry[str]") -> bool:
+    """Return what `Path.is_file` does; the listing tells it without another look."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _folder_masks(table: DatasetTable, paths: Sequence[Path], faults: list[Fault]) -> Mapping[Path, Path]:

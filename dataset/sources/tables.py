@@ -1,7 +1,6 @@
 """List the sources of a table with image_table_file or video_table_file: Parquet, CSV, TSV, JSONL."""
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,11 +39,6 @@ def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """
     path = table.table_file
     assert path is not None
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path.as_posix()):
-        raise DatasetError(
-            f"{table.name}: {table.source_key} is an address. Download the table itself first; what it lists "
-            "may lie at addresses (allow_urls = true)."
-        )
     columns = column_names(path)
     path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
     cells = _cells(path, path_column or table.kind)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
+from dataset.shard_names import is_of_shards
 from dataset.sources.captions import captions_in
 from dataset.sources.downloading import HTTP, download, find_remote, local_name
 from dataset.sources.faults import Fault
@@ -192,6 +193,8 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
         return
     has_pattern = any(mark in name for mark in "*?[")
     matches = sorted(glob.glob(str(path))) if has_pattern else []  # noqa: PTH207  # of any depth and root
+    # the caches may lie beside the sources
+    matches = [name for name in matches if not is_of_shards(Path(name).name)]
     if not matches:
         looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
         raise DatasetError(f"{path}: no such file{looked}. Correct the path.")

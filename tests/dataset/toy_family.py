@@ -26,6 +26,7 @@ OPTIONS = CachingOptions(
     num_workers=1,
     skip_existing=False,
     keep_cache=False,
+    verify=False,
     disable_cudnn_backend=False,
     check=False,
     repair_captions=None,

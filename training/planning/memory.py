@@ -33,8 +33,12 @@ def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
         count = min(len(places) * table.num_repeats, table.batch_size)
         return [columns[int(places[number % len(places)])] for number in range(count)]
 
-    found = map(batch, columns.groups().values())
-    return tuple(max(found, key=lambda one: prod(one[0].bucket) * len(one)))
+    def pixels(items: list[TrainingItem]) -> int:
+        return prod(items[0].bucket) * len(items)
+
+    batches: list[list[TrainingItem]] = [batch(places) for places in columns.groups().values()]
+    largest: list[TrainingItem] = max(batches, key=pixels)
+    return tuple(largest)
 
 
 def read_largest(

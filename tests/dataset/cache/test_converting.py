@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import convert_cache
-from dataset.cache.catalog import INDEX, list_shards
+from dataset.cache.catalog import list_shards
 from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import write_tensors
 from dataset.cache.shards import ShardStore
+from dataset.shard_names import INDEX
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.faults.messages import run_here

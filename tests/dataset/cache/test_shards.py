@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.cache.catalog import INDEX, Kind, list_shards, open_catalog
+from dataset.cache.catalog import Kind, list_shards, open_catalog, write_index
 from dataset.cache.files import read_entry
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import CacheStore, SingleFiles
 from dataset.cache.tar_records import Ending, Record, read_records
+from dataset.shard_names import INDEX
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
@@ -456,3 +457,18 @@ def test_what_was_acknowledged_survives_kills(tmp_path: Path, kills: int) -> Non
     assert contents(tmp_path / "undisturbed") == contents(tmp_path)
     assert done >= kills // 4
     assert open_catalog(tmp_path).has_index
+
+
+def test_a_copy_of_which_the_index_says_nothing_is_found(folder: Path) -> None:
+    merged = shard(folder).name
+    second = ShardStore(folder)
+    fill(second, NAMES)
+    second.finish()
+    (newer,) = list_shards(folder).keys() - {merged}
+    # an index of both, written while neither could be merged: it lists the newer ones
+    write_index(folder, open_catalog(folder))
+    (folder / newer).unlink()
+    assert ShardStore(folder).faults()[0].startswith(f"{folder}: shards were cut or removed, and 6 entries")
+    write_index(folder, open_catalog(folder, merged=dict.fromkeys(NAMES, True)))
+    assert ShardStore(folder).faults() == []
+    assert whole(folder) == NAMES

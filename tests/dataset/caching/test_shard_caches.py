@@ -11,13 +11,15 @@ import torch
 
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
-from dataset.cache.catalog import INDEX, list_shards
+from dataset.cache.catalog import list_shards
 from dataset.cache.files import write_tensors
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_media, check_texts, check_training
 from dataset.config import DatasetConfig
+from dataset.shard_names import INDEX
+from dataset.sources.listing import find_sources
 from modules.errors import CacheError, DatasetError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_image, make_table
@@ -129,6 +131,15 @@ def test_what_changed_is_made_again_and_what_is_gone_is_removed(copy: Callable[[
     cache(single)
     assert entries(config) == entries(single)
     assert len(files(config)) == 2
+
+
+def test_shards_beside_the_pictures_are_no_sources(tmp_path: Path) -> None:
+    config = make(tmp_path, "shards", cache_directory=tmp_path)
+    assert cache(config) == (COUNT, COUNT)
+    assert check_media(two(), config, 1, False).lines[-1] == "Nothing is wrong."
+    tars = make_table(tmp_path, "image_directory", directory=None, tars=(str(tmp_path / "*.tar"),))
+    with pytest.raises(DatasetError, match=r"\*\.tar: no such file"):
+        find_sources(tars)
 
 
 def test_caches_of_other_families_stay_in_their_shard(copy: Callable[[str], Path]) -> None:

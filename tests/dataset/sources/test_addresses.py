@@ -191,7 +191,16 @@ def test_a_configuration_shows_no_password_of_its_tars(tmp_path: Path) -> None:
     path.write_text(f"{text}imagetars = '{SECRET}'", encoding="utf-8")
     with pytest.raises(DatasetError, match=r"unknown key imagetars.*cat%201.png\?\.\.\.") as caught:
         load_dataset_config(path)
-    for shown in (table.name, str(table.describe()), str(table.source), str(caught.value)):
+    path.write_text(text.replace("tars", "table_file"), encoding="utf-8")
+    with pytest.raises(DatasetError, match="not an address: download the list or table itself") as refused:
+        load_dataset_config(path)
+    for shown in (
+        str(refused.value),
+        table.name,
+        str(table.describe()),
+        str(table.source),
+        str(caught.value),
+    ):
         assert "cat%201.png" in shown
         assert "pa55word" not in shown
         assert "s1gnature" not in shown

@@ -1,0 +1,11 @@
+"""Names of the files of a cache in shards: what lists folders has to tell them from sources."""
+
+import re
+
+INDEX = "cache-index.parquet"
+SHARD = re.compile(r"cache-[0-9a-f]{16}\.tar")
+
+
+def is_of_shards(name: str) -> bool:
+    """Whether a file name is that of a shard or of the index."""
+    return name == INDEX or SHARD.fullmatch(name) is not None
