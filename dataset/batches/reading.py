@@ -23,6 +23,7 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
+from dataset.cache.index import INDEX_NAME
 from dataset.cache.store import CacheStore, Stores
 from dataset.config_keys import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
@@ -104,9 +105,9 @@ def _read_item(
     checks: CacheChecks,
     number: int,
 ) -> _ReadItem:
-    with _remedy(commands.latents):
+    with _remedy(commands.latents, store):
         latents, media = _read_latents(item, store, latent, checks)
-    with _remedy(commands.text):
+    with _remedy(commands.text, store):
         text_path = item.caption_path(number)
         text = store.read(text_path.name)
         absent = sorted(item.kind.text_keys - text.tensors.keys())
@@ -271,9 +272,11 @@ def _stack(
 
 
 @contextlib.contextmanager
-def _remedy(command: str) -> Iterator[None]:
+def _remedy(command: str, store: CacheStore) -> Iterator[None]:
     """Add the command that makes the caches again to every CacheError."""
     try:
         yield
     except CacheError as error:
+        if (store.folder / INDEX_NAME).exists():  # a disk that forgets bits leaves times and sizes as they were
+            command += " --verify"
         raise CacheError(f"{error}.\n  Make it again with: {command}") from error
