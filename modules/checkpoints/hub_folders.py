@@ -33,6 +33,6 @@ def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
             else shorten(str(error) or type(error).__name__, 300)
         )
         raise DownloadError(
-            f"{option} {name}: there is no such folder, and it cannot be fetched from the hub: {why}. Give the "
-            "folder of a model."
+            f"{option} {name}: there is no such folder, and it cannot be fetched from the hub: {why}. Give "
+            "the folder of a model."
         ) from None
