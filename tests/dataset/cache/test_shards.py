@@ -188,7 +188,9 @@ def test_a_removed_entry_does_not_come_back_out_of_a_large_shard(tmp_path: Path)
         assert ShardStore(tmp_path).read(NAMES[1]).header.metadata["number"] == "9"
 
 
-@pytest.mark.parametrize("index", ["missing", "damaged", "of another folder", "older", "a row changed", "rows gone"])
+@pytest.mark.parametrize(
+    "index", ["missing", "damaged", "of another folder", "older", "a row changed", "rows gone"]
+)
 def test_an_index_that_cannot_be_used_is_replaced(folder: Path, tmp_path: Path, index: str) -> None:
     right = (folder / INDEX).read_bytes()
     store = ShardStore(tmp_path / "other")
