@@ -513,3 +513,10 @@ def test_several_writers_lose_nothing_when_some_are_killed(tmp_path: Path, round
                 ShardStore(folder).settle()
         assert ShardStore(folder).faults() == []
         assert len(contents(folder)) == 2
+
+
+def test_a_system_without_reads_at_a_place_reads_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pread", raising=False)  # as on Windows
+    assert whole(folder) == NAMES
