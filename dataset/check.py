@@ -13,21 +13,20 @@ from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
+from dataset.caching.existing import LatentNames, names_of
 from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
     Caches,
-    LatentNames,
     Recipe,
     SourcePlan,
     complete,
     latent_index,
     media_table,
-    names_of,
     plan_all,
 )
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead
-from dataset.caching.texts import KnownTexts, plan_text, text_index
+from dataset.caching.text_plans import KnownTexts, plan_text, text_index
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, indent
 from dataset.checking.folders import check_unused, folder_id
