@@ -243,7 +243,7 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
             if not columns:
                 yield from (TableRow(path, "row", place + 1) for place in range(file.metadata.num_rows))
                 return
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 cells = [batch.column(name).to_pylist() for name in columns]
                 for row in zip(*cells, strict=True):
                     number += 1

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -187,7 +188,9 @@ def test_a_removed_entry_does_not_come_back_out_of_a_large_shard(tmp_path: Path)
         assert ShardStore(tmp_path).read(NAMES[1]).header.metadata["number"] == "9"
 
 
-@pytest.mark.parametrize("index", ["missing", "damaged", "of another folder", "older", "a row changed"])
+@pytest.mark.parametrize(
+    "index", ["missing", "damaged", "of another folder", "older", "a row changed", "rows gone"]
+)
 def test_an_index_that_cannot_be_used_is_replaced(folder: Path, tmp_path: Path, index: str) -> None:
     right = (folder / INDEX).read_bytes()
     store = ShardStore(tmp_path / "other")
@@ -207,6 +210,9 @@ def test_an_index_that_cannot_be_used_is_replaced(folder: Path, tmp_path: Path, 
         index_then = (folder / INDEX).read_bytes()
         more.settle()
         (folder / INDEX).write_bytes(index_then)
+    elif index == "rows gone":  # one changed byte of its footer can say that there are fewer
+        rows = pq.read_table(folder / INDEX, use_threads=False)
+        pq.write_table(rows.slice(0, len(rows) - 2), folder / INDEX)
     elif index == "a row changed":
         data = bytearray(right)
         data[60] ^= 1
@@ -472,3 +478,44 @@ def test_a_copy_of_which_the_index_says_nothing_is_found(folder: Path) -> None:
     write_index(folder, open_catalog(folder, merged=dict.fromkeys(NAMES, True)))
     assert ShardStore(folder).faults() == []
     assert whole(folder) == NAMES
+
+
+@needs_fork
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.slow)])
+def test_several_writers_lose_nothing_when_some_are_killed(tmp_path: Path, rounds: int) -> None:
+    chance = random.Random(rounds)
+    for number in range(rounds):
+        folder = tmp_path / str(number)
+        counts: dict[int, tuple[int, bool]] = {}
+
+        def write(writer: int, acknowledge, folder: Path = folder) -> None:  # type: ignore[no-untyped-def]
+            store, order = ShardStore(folder), random.Random(writer)
+            for step in range(12):
+                store.write(f"of_{writer}_{step}", tensors(step), meta(step))
+                store.write(f"shared_{step}", tensors(step), meta(step))
+                store.write(f"shared_{step}.part", tensors(step), meta(step))
+                store.remove(f"shared_{step}.part")
+                acknowledge()
+                if order.random() < 0.3:
+                    store.settle()
+            store.settle()
+
+        def run(writer: int, seconds: float, counts=counts, write=write) -> None:  # type: ignore[no-untyped-def]
+            counts[writer] = run_and_kill(lambda acknowledge: write(writer, acknowledge), seconds)
+
+        times = [chance.uniform(0.1, 0.5), chance.uniform(0.1, 0.5), 2.0]
+        threads = [threading.Thread(target=run, args=pair) for pair in enumerate(times)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for again in range(2):
+            found = seen(folder)
+            for writer, (count, _) in counts.items():
+                for step in range(count):
+                    assert found.get(f"of_{writer}_{step}") == step, (writer, step)
+                    assert found.get(f"shared_{step}") == step, (writer, step)
+            if not again:
+                ShardStore(folder).settle()
+        assert ShardStore(folder).faults() == []
+        assert len(contents(folder)) == 2
