@@ -92,7 +92,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
         if share.is_main and not options.shard.is_given:
             for table in work.whole_tables:
                 stems = {one.stem for one in work.sources if one.table.index == table.index}
-                names = {file.path.name for file in work.files if file.table.index == table.index}
+                names = {file.file_name for file in work.files if file.table.index == table.index}
                 surplus_of = stems if options.keep_cache else None
                 existing = work.existing[table.index]
                 removed += remove_stale_texts(work.stores.of(table), existing, family, names, surplus_of)
