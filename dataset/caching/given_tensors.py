@@ -11,6 +11,7 @@ from torch import Tensor
 from dataset.cache.records import difference
 from dataset.caching.caption_files import CaptionFile
 from dataset.caching.planning import Caches
+from dataset.config import DatasetTable
 from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import explain_channels, read_tensor
@@ -25,6 +26,12 @@ from modules.text_files import parse_json, read_text
 logger = logging.getLogger(__name__)
 
 
+def refuse_moments(family: Caches, table: DatasetTable) -> None:
+    """Raise DatasetError if the table has load_tensors and the family cannot use moments."""
+    if table.load_tensors and family.moments.refusal is not None:
+        raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.refusal}.")
+
+
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
     """Return the sources with those of their tensors that the family's latents are made from.
 
@@ -34,16 +41,14 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     given = [source for source in sources if source.tensors is not None]
     if not given:
         return list(sources)
-    rules, table = family.moments, given[0].table
-    if rules.refusal is not None:
-        raise DatasetError(f"{table.name}: load_tensors cannot be used: {rules.refusal}.")
+    refuse_moments(family, given[0].table)
     folders: dict[Path, MediaSource] = {}
     for source in given:
         assert source.tensors is not None
         folders.setdefault(source.tensors.folder, source)
     for folder, source in folders.items():
         _check_vae(family, folder, source)
-    if rules.with_image:
+    if family.moments.with_image:
         kind = "moments of first frames are missing, which this model's image-to-video caches hold"
         raise_faults(
             [

@@ -18,7 +18,7 @@ from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import list_texts
 from dataset.caching.existing import ExistingNames, LatentNames
-from dataset.caching.given_tensors import use_moments
+from dataset.caching.given_tensors import refuse_moments, use_moments
 from dataset.caching.latents import EncodersOnDemand, LatentEncoding
 from dataset.caching.planning import (
     Caches,
@@ -201,6 +201,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     for table in config.datasets:
         has_control = table.index in controlled
         try:
+            # first: load_tensors ignores the keys that a family's own check would have changed
+            refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
             family.check_table(media_table(table, has_control))
         except DatasetError as error:

@@ -190,7 +190,7 @@ def test_another_vae_is_refused_by_name_before_anything_is_read(project: Path, t
 
 
 def test_what_needs_frames_is_refused_by_name(project: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, project / "wan", "load_tensors = true", "target_frames = [37]")
+    config = write_config(tmp_path, project / "wan", "load_tensors = true")
     with pytest.raises(DatasetError, match="load_tensors cannot be used: Wan's image-to-video caches hold"):
         cache(project, "wan", config, "--i2v")
     save_file(siglip_tensors(), tmp_path / "siglip.safetensors")
