@@ -47,15 +47,17 @@ class ClipList:
         self._added[place] = {path: line for path, line in lines.items() if path not in self._paths}
 
     def write(self) -> None:
-        """Write the list, completely or not at all. Raises OutputError, also if it cannot be read again."""
+        """Write the list, completely or not at all, also one without lines.
+
+        Raises OutputError, also if it cannot be read again.
+        """
         if _stamp_of(self._path) not in (self._stamp, None):
             self._read_again()
         new = [line for place in sorted(self._added) for line in self._added[place].values()]
         lines = [*(line for line in self._kept if line), *new]
-        if lines or self.was_there:
-            write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
-            self._written = {path for added in self._added.values() for path in added}
-            self._stamp = _stamp_of(self._path)
+        write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
+        self._written = {path for added in self._added.values() for path in added}
+        self._stamp = _stamp_of(self._path)
 
     def _read_again(self) -> None:
         """Take the lines that somebody else has written; a line that was taken out since stays out."""

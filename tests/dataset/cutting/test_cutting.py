@@ -159,6 +159,13 @@ def test_what_is_static_black_or_short_is_kept_on_demand(film: Path, tmp_path: P
     assert len(clips) == len(lines)
 
 
+def test_a_film_without_clips_has_an_empty_list(tmp_path: Path) -> None:
+    film = write_film(tmp_path / "black.mp4", plain(0, 26), NTSC)
+
+    assert run(film, tmp_path / "out") == []
+    assert lines_of(tmp_path / "out") == []
+
+
 def test_equal_names_in_folders_give_different_names_of_clips(tmp_path: Path) -> None:
     lights = scene(1, 24)
     for name in ("film.mp4", "film.mkv", "day/film.mp4", "day_film.mp4"):
