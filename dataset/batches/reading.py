@@ -14,6 +14,7 @@ from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import other_space
 from dataset.cache.checks import CacheChecks
 from dataset.cache.files import EMPTY, Entry
+from dataset.cache.index import INDEX_NAME
 from dataset.cache.records import (
     LatentRecord,
     TextRecord,
@@ -104,9 +105,9 @@ def _read_item(
     checks: CacheChecks,
     number: int,
 ) -> _ReadItem:
-    with _remedy(commands.latents):
+    with _remedy(commands.latents, store):
         latents, media = _read_latents(item, store, latent, checks)
-    with _remedy(commands.text):
+    with _remedy(commands.text, store):
         text_path = item.caption_path(number)
         text = store.read(text_path.name)
         absent = sorted(item.kind.text_keys - text.tensors.keys())
@@ -271,9 +272,11 @@ def _stack(
 
 
 @contextlib.contextmanager
-def _remedy(command: str) -> Iterator[None]:
+def _remedy(command: str, store: CacheStore) -> Iterator[None]:
     """Add the command that makes the caches again to every CacheError."""
     try:
         yield
     except CacheError as error:
-        raise CacheError(f"{error}.\n  Make it again with: {command}") from error
+        # an index believes times and sizes, which a disk that forgets bits leaves as they were
+        again = " --verify" if (store.folder / INDEX_NAME).exists() else ""
+        raise CacheError(f"{error}.\n  Make it again with: {command}{again}") from error

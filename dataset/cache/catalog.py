@@ -7,6 +7,7 @@ or of another size, is read by its headers.
 import json
 import logging
 import os
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,14 @@ INDEX_VERSION = 1
 USUAL_HEADER = 3 * BLOCK  # of an entry whose name is short
 NOTHING: Mapping[str, bool] = MappingProxyType({})
 NOWHERE = -1  # instead of a shard's number
+NUMBERS: Mapping[str, Any] = {  # the columns beside the names
+    "shard": np.int32,
+    "offset": np.int64,
+    "length": np.int64,
+    "crc32": np.uint32,
+    "generation": np.int32,
+    "kind": np.int8,
+}
 
 
 class Row(NamedTuple):
@@ -122,7 +131,7 @@ class Columns:
             names,
             ends,
             shard[kept],
-            *(getattr(self, name)[kept] for name in ("offset", "length", "crc32", "generation", "kind")),
+            *(getattr(self, name)[kept] for name in list(NUMBERS)[1:]),
         )
 
 
@@ -133,12 +142,7 @@ def make_columns(rows: Mapping[str, Row]) -> Columns:
     return Columns(
         b"".join(name for name, _ in order),
         np.cumsum([0, *(len(name) for name, _ in order)], dtype=np.int64),
-        np.array([row.shard for row in values], np.int32),
-        np.array([row.offset for row in values], np.int64),
-        np.array([row.length for row in values], np.int64),
-        np.array([row.crc32 for row in values], np.uint32),
-        np.array([row.generation for row in values], np.int32),
-        np.array([row.kind for row in values], np.int8),
+        *(np.array([getattr(row, name) for row in values], dtype) for name, dtype in NUMBERS.items()),
     )
 
 
@@ -349,7 +353,9 @@ def read_index(folder: Path) -> Catalog | None:
 
 
 def _parse_index(data: bytes) -> Catalog:
-    table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True, use_threads=False)
+    # not `read_table`: it starts threads, which can end a program with "terminate called" at its exit
+    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False) as file:
+        table = file.read(use_threads=False)
     content = json.loads((table.schema.metadata or {})[INDEX_KEY])
     if content["version"] != INDEX_VERSION:
         raise ValueError(f"it has version {content['version']}, this program knows version {INDEX_VERSION}")
@@ -359,25 +365,16 @@ def _parse_index(data: bytes) -> Catalog:
     names = table.column("name").combine_chunks()
     names = names.chunk(0) if isinstance(names, pa.ChunkedArray) and names.num_chunks else names
     if len(table) == 0:
+        if content["check"] != _check(make_columns({})):
+            raise ValueError("its rows are missing")
         return Catalog(shards, has_index=True)
     _, ends, text = names.buffers()
     offsets = np.frombuffer(ends, np.int64)[names.offset : names.offset + len(names) + 1].copy()
     whole = text.to_pybytes()
-    columns = Columns(
-        whole,
-        offsets,
-        *(
-            table.column(name).to_numpy().astype(dtype)
-            for name, dtype in (
-                ("shard", np.int32),
-                ("offset", np.int64),
-                ("length", np.int64),
-                ("crc32", np.uint32),
-                ("generation", np.int32),
-                ("kind", np.int8),
-            )
-        ),
-    )
+    numbers = (table.column(name).to_numpy().astype(dtype) for name, dtype in NUMBERS.items())
+    columns = Columns(whole, offsets, *numbers)
+    if content["check"] != _check(columns):
+        raise ValueError("its rows do not match their checksum")
     if columns.shard.max() >= len(shards) or columns.shard.min() < NOWHERE or columns.length.min() < 0:
         raise ValueError("its rows lie in shards that it does not list")
     if columns.offset.min() < 0 or not set(np.unique(columns.kind).tolist()) <= set(Kind):
@@ -385,6 +382,14 @@ def _parse_index(data: bytes) -> Catalog:
     if has_bad_characters(whole):
         raise ValueError("its rows have impossible names")
     return Catalog(shards, columns, has_index=True)
+
+
+def _check(columns: Columns) -> int:
+    """Return the checksum of all rows. Parquet's own do not cover how many there are."""
+    check = zlib.crc32(columns.names)
+    for name in ("ends", *NUMBERS):
+        check = zlib.crc32(np.ascontiguousarray(getattr(columns, name)).data, check)
+    return check
 
 
 def write_index(folder: Path, catalog: Catalog) -> None:
@@ -397,15 +402,9 @@ def write_index(folder: Path, catalog: Catalog) -> None:
         pa.large_binary(), len(columns), [None, pa.py_buffer(columns.ends), pa.py_buffer(columns.names)]
     )
     shards = [[catalog.shards[number].name, catalog.shards[number].size] for number in order]
-    said = json.dumps({"version": INDEX_VERSION, "shards": shards})
+    said = json.dumps({"version": INDEX_VERSION, "shards": shards, "check": _check(columns)})
     table = pa.table(
-        {
-            "name": names,
-            **{
-                name: getattr(columns, name)
-                for name in ("shard", "offset", "length", "crc32", "generation", "kind")
-            },
-        },
+        {"name": names, **{name: getattr(columns, name) for name in NUMBERS}},
         metadata={INDEX_KEY: said.encode()},
     )
     sink = pa.BufferOutputStream()

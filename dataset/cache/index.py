@@ -195,21 +195,30 @@ class _Columns:
 
 def _read_columns(folder: Path, kind: str) -> _Columns:
     try:
-        return _Columns.of(_read(folder, [("kind", "==", kind)]))
+        return _Columns.of(_read(folder, kind))
     except _ERRORS:
         return _Columns.of(_SCHEMA.empty_table())
 
 
-def _read(folder: Path, filters: list[tuple[str, str, str]] | None = None) -> pa.Table:
-    """Return the table of a folder; an empty one if there is none, or one that cannot be used."""
+def _read(folder: Path, kind: str | None = None) -> pa.Table:
+    """Return the table of a folder; an empty one if there is none, or one that cannot be used.
+
+    kind: only its rows.
+    """
     path = folder / INDEX_NAME
     try:
         file = pa.BufferReader(path.read_bytes())
-        found = pq.read_schema(file)
-        if not found.equals(_SCHEMA) or (found.metadata or {}).get(_VERSION_KEY) != VERSION:
-            raise ValueError("it is of another version")
-        file.seek(0)
-        table = pq.read_table(file, filters=filters, page_checksum_verification=True, use_threads=False)
+        # not `read_table`: it starts threads, which can end a program with "terminate called" at its exit
+        with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as opened:
+            found = opened.schema_arrow
+            if not found.equals(_SCHEMA) or (found.metadata or {}).get(_VERSION_KEY) != VERSION:
+                raise ValueError("it is of another version")
+            table = opened.read_row_groups(
+                [group for group in range(opened.num_row_groups) if _has_kind(opened, group, kind)],
+                use_threads=False,
+            )
+        if kind is not None:
+            table = table.filter(pc.equal(table.column("kind"), kind))
         if any(column.null_count for column in table.columns):
             raise ValueError("values are missing")
         return table
@@ -218,6 +227,12 @@ def _read(folder: Path, filters: list[tuple[str, str, str]] | None = None) -> pa
     except _ERRORS as error:
         logger.info("%s cannot be used (%s); the entries are read instead", path, error)
     return _SCHEMA.empty_table()
+
+
+def _has_kind(file: Any, group: int, kind: str | None) -> bool:
+    """Whether a row group of a `ParquetFile` may have rows of a kind."""
+    said = file.metadata.row_group(group).column(0).statistics
+    return kind is None or said is None or not said.has_min_max or said.min <= kind <= said.max
 
 
 def _as_table(kind: str, rows: Sequence[Row]) -> pa.Table:

@@ -12,7 +12,7 @@ from dataset.sources.animations import animation_suffixes, find_animations
 from dataset.sources.captions import (
     captions_in,
     explain_captions,
-    guess_captions,
+    not_utf8,
     read_caption,
 )
 from dataset.sources.cogvideox import list_cogvideox
@@ -48,6 +48,7 @@ def find_sources(
         sources = _list(table, captions, found)
     if not sources and not found:
         holds = _describe_entries(table) if table.directory is not None else "has no lines"
+        holds = f"holds no {table.kind}s" if table.tars is not None else holds
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
@@ -318,11 +319,7 @@ def _from_list(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
             except DatasetError as error:
                 faults.append(Fault(f"lines of {path} cannot be used", f"{str(error).rstrip('.')}."))
     except UnicodeDecodeError:
-        guess = guess_captions([path])[0]
-        seems = "" if guess is None else f"; it looks like {guess.name}"
-        raise DatasetError(
-            f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8."
-        ) from None
+        raise not_utf8(path, number) from None
     except OSError as error:
         raise DatasetError(
             f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."

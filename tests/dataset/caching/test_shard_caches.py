@@ -11,6 +11,7 @@ import torch
 
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
+from dataset.cache import index
 from dataset.cache.catalog import list_shards
 from dataset.cache.files import write_tensors
 from dataset.cache.shards import ShardStore
@@ -198,6 +199,29 @@ def test_training_tells_that_a_shard_is_gone(copy: Callable[[str], Path]) -> Non
     assert cache(config) == (COUNT, COUNT)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bit_that_the_disk_forgot_is_mended_by_the_command_of_the_message(
+    copy: Callable[[str], Path], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "RACY_NS", 0)
+    config = make(copy(form), form)
+    right = entries(config)
+    folder = config.datasets[0].cache_directory
+    (folder / index.INDEX_NAME).touch()  # it is kept up to date where there is one
+    assert cache(config) == (0, 0)
+    name = next(name for name in right if "_te." not in name)
+    path = shard_of(config) if form == "shards" else folder / name
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[data.index(right[name]) + len(right[name]) - 1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert cache(config) == (0, 0)
+    with pytest.raises(CacheError, match=r"cache_latents\.py --x --verify"):
+        read_batch(require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS), LATENT, COMMANDS)
+    assert cache_media(two(), config, options(verify=True)).written == 1
+    assert {name: data for name, data in entries(config).items() if name in right} == right
+
+
 # --- the other form
 # ------------------------------------------------------------------------------------------------------------
 
@@ -212,6 +236,9 @@ def test_a_folder_in_the_other_form_is_refused_with_the_command(
     for work in (cache_media, cache_texts):
         with pytest.raises(DatasetError, match=says):
             work(two(), config, options())
+    for result in (check_media(two(), config, 1, False), check_texts(two(), config, False)):
+        assert "cache folders are in the other form" in "\n".join(result.lines)
+        assert not result.ok
     with pytest.raises(CacheError, match=says):
         require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
     assert "caches may be incomplete" in "\n".join(
