@@ -143,12 +143,12 @@ def _merge(
     catalog = open_catalog(folder)
     numbers = {number for number, shard in enumerate(catalog.shards) if shard.name in locked}
     held = list(catalog.rows(numbers))
-    elsewhere = _elsewhere(folder, catalog, numbers, held)
+    order, kept = _removal_order(catalog, numbers, held, _copies(folder, catalog, held))
     # what no other shard knows starts anew, so that equal entries give equal bytes
     rows = [
-        (name, row if name in elsewhere else row._replace(generation=0))
+        (name, row if name in kept else row._replace(generation=0))
         for name, row in held
-        if row.kind is not Kind.REMOVED or name in elsewhere
+        if row.kind is not Kind.REMOVED or name in kept
     ]
     written = set()
     with contextlib.ExitStack() as writes:  # the new ones get their names together
@@ -160,9 +160,7 @@ def _merge(
                 _write_shard(temporary, chunk, catalog, locked)
         if os.name == "nt":  # which replaces and removes no file that is open
             locks.close()
-    with_removals = {catalog.shards[row.shard].name for _, row in held if row.kind is Kind.REMOVED}
-    # those that say what was removed go last, so that nothing comes back
-    gone = sorted(locked.keys() - written, key=lambda name: (name in with_removals, name))
+    gone = [name for name in order if name not in written]
     logger.debug("%s: %d shards were merged into %d", folder, len(locked), len(written))
     _renew_index(folder, gone, {name: row.kind is Kind.ENTRY for name, row in held})
     for name in gone:
@@ -185,20 +183,45 @@ def _is_already(catalog: Catalog, name: str, rows: Rows) -> bool:
     )
 
 
-def _elsewhere(folder: Path, catalog: Catalog, numbers: set[int], rows: Rows) -> set[str]:
-    """Return those of the removed and replaced names that shards outside of the merge have too."""
-    doubtful = {name for name, row in rows if row.kind is Kind.REMOVED or row.generation}
-    found = set()
+def _copies(folder: Path, catalog: Catalog, rows: Rows) -> Mapping[str, set[int]]:
+    """Return which shards know something of the names that were removed or replaced."""
+    copies: dict[str, set[int]] = {
+        name: set() for name, row in rows if row.kind is Kind.REMOVED or row.generation
+    }
     for number, shard in enumerate(catalog.shards):
-        if not doubtful or number in numbers:
-            continue
+        if not copies:
+            break
         with contextlib.suppress(FileNotFoundError), (folder / shard.name).open("rb") as file:
-            found |= {
-                record.name
-                for record in read_records(file, shard.size)
-                if isinstance(record, Record) and record.name in doubtful
-            }
-    return found
+            for record in read_records(file, shard.size):
+                if isinstance(record, Record) and record.name in copies:
+                    copies[record.name].add(number)
+    return copies
+
+
+def _removal_order(
+    catalog: Catalog, numbers: set[int], rows: Rows, copies: Mapping[str, set[int]]
+) -> tuple[list[str], set[str]]:
+    """Return in which order merged shards go, and the names whose generations have to be kept.
+
+    A shard goes when all others have gone that say something else of its names: a kill between two of them
+    must bring nothing back. Names are kept that shards outside of the merge know too, or for which no order
+    is right.
+    """
+    kept = {name for name, found in copies.items() if found - numbers}
+    names: dict[int, list[str]] = {number: [] for number in numbers}  # that hold in a shard, not in others
+    for name, row in rows:
+        if name in copies and name not in kept and copies[name] - {row.shard}:
+            names[row.shard].append(name)
+    earlier = {number: set[int]().union(*(copies[name] for name in names[number])) for number in numbers}
+    order: list[str] = []
+    left = sorted(numbers, key=lambda number: catalog.shards[number].name)
+    while left:
+        others = set(left)
+        number = next((one for one in left if not earlier[one] & others - {one}), left[0])
+        left.remove(number)
+        order.append(catalog.shards[number].name)
+        kept |= {name for name in names[number] if copies[name] & others - {number}}
+    return order, kept
 
 
 def _sorted(rows: Rows) -> Rows:

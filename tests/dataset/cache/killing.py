@@ -1,12 +1,18 @@
 """Work in a process that is killed, as `kill -9` does it."""
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
 
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 
+KILLED = 9
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork a process")
 
 
@@ -35,3 +41,34 @@ def run_and_kill(work: Callable[[Callable[[], None]], None], seconds: float) -> 
         said += chunk
     os.close(reading)
     return len(said), os.WIFEXITED(status)
+
+
+def run_to_step(work: Callable[[], None], step: int) -> bool:
+    """Fork a process that works, and end it before it gives or takes away a file's name for the nth time.
+
+    Returns whether the work was done before.
+    """
+    child = os.fork()
+    if child == 0:
+        code, left = 1, [step]
+        try:
+            with contextlib.ExitStack() as patches:
+                for owner, name in ((os, "replace"), (Path, "rename"), (Path, "unlink")):
+                    patches.enter_context(patch.object(owner, name, _counted(getattr(owner, name), left)))
+                work()
+            code = 0
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, KILLED), "the work failed by itself"
+    return code == 0
+
+
+def _counted(function: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    def counted(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os._exit(KILLED)
+        return function(*arguments, **options)
+
+    return counted

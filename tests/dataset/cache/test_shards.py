@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -19,7 +20,7 @@ from dataset.cache.tar_records import Ending, Record, read_records
 from dataset.shard_names import INDEX
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
-from tests.dataset.cache.killing import needs_fork, run_and_kill
+from tests.dataset.cache.killing import needs_fork, run_and_kill, run_to_step
 
 NAMES = [f"clip_{number}_00000-005_0032x0032_toy.safetensors" for number in range(6)]
 ODD = ["ein Bär_toy_te.safetensors", "x" * 130 + "_toy_te.safetensors", "bad\udce9_toy_te.safetensors"]
@@ -519,3 +520,40 @@ def test_several_writers_lose_nothing_when_some_are_killed(tmp_path: Path, round
                 ShardStore(folder).settle()
         assert ShardStore(folder).faults() == []
         assert len(contents(folder)) == 2
+
+
+def test_a_system_without_reads_at_a_place_reads_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pread", raising=False)  # as on Windows
+    assert whole(folder) == NAMES
+
+
+@needs_fork
+def test_a_merge_that_stops_at_any_step_brings_nothing_back(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    fill(ShardStore(source), NAMES)
+    # what was replaced, removed and written again lies in shards whose names are chance
+    for change in ("replace", "remove", "again", "remove more"):
+        store = ShardStore(source)
+        if change == "replace":
+            fill(store, NAMES[:4], start=10)
+        elif change == "again":
+            fill(store, NAMES[:2], start=20)
+        else:
+            for name in NAMES[: 2 if change == "remove" else 1]:
+                store.remove(name)
+        store.finish()
+    state = seen(source)
+    assert len(state) == len(NAMES) - 1
+    step, is_done = 0, False
+    while not is_done:
+        step += 1
+        folder = tmp_path / str(step)
+        shutil.copytree(source, folder)
+        is_done = run_to_step(ShardStore(folder).settle, step)
+        assert seen(folder) == state, step
+        ShardStore(folder).settle()
+        assert seen(folder) == state, step
+        assert contents(folder) == contents(tmp_path / "1")
+    assert step > 6
