@@ -128,7 +128,7 @@ def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) ->
 def _who(share: Share, shard: ShardOptions) -> str:
     words = ["latents"]
     if shard.num_shards is not None and shard.shard_index is not None:
-        words.append(f"shard {shard.shard_index} of 0 to {shard.num_shards - 1}")
+        words.append(f"--shard_index {shard.shard_index} of {shard.num_shards} shards")
     if share.count > 1:
         words.append(f"process {share.rank + 1} of {share.count}")
     return ", ".join(words)
