@@ -14,6 +14,7 @@ from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import other_space
 from dataset.cache.checks import CacheChecks
 from dataset.cache.files import EMPTY, Entry
+from dataset.cache.index import INDEX_NAME
 from dataset.cache.records import (
     LatentRecord,
     TextRecord,
@@ -23,7 +24,6 @@ from dataset.cache.records import (
     text_records,
     verify_tensors,
 )
-from dataset.cache.index import INDEX_NAME
 from dataset.cache.store import CacheStore, Stores
 from dataset.config_keys import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
@@ -277,6 +277,8 @@ def _remedy(command: str, store: CacheStore) -> Iterator[None]:
     try:
         yield
     except CacheError as error:
-        if (store.folder / INDEX_NAME).exists():  # a disk that forgets bits leaves times and sizes as they were
+        if (
+            store.folder / INDEX_NAME
+        ).exists():  # a disk that forgets bits leaves times and sizes as they were
             command += " --verify"
         raise CacheError(f"{error}.\n  Make it again with: {command}") from error

@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
