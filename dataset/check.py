@@ -10,23 +10,23 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
+from dataset.cache.forms import other_form
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
+from dataset.caching.existing import LatentNames, names_of
 from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
     Caches,
-    LatentNames,
     Recipe,
     SourcePlan,
     complete,
     latent_index,
     media_table,
-    names_of,
     plan_all,
 )
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead
-from dataset.caching.texts import KnownTexts, plan_text, text_index
+from dataset.caching.text_plans import KnownTexts, plan_text, text_index
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, indent
 from dataset.checking.folders import check_unused, folder_id
@@ -42,6 +42,7 @@ from modules.contract.family import LatentSpec
 from modules.errors import CacheError, DatasetError, OptionError
 
 NO_COUNTERS = Counters(())
+OTHER_FORM = "cache folders are in the other form"
 UNUSABLE = "tables cannot be used"
 
 
@@ -77,6 +78,8 @@ def check_media(
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = find_table(config, table)
+        if encodes_media:
+            found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
         if found.sources:
             if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
@@ -107,6 +110,7 @@ def check_texts(
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = find_table(config, table)
+        found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
         texts = list_caption_files(found.sources, family.cache_tag)
         stores = Stores()
         store, known = stores.of(table), KnownTexts(stores, text_index(verify))

@@ -1,6 +1,6 @@
-"""Make docs/dataset_page.png, the page of dataset_report.py about some drawn clips: python docs/dataset_pictures.py
+"""Make docs/dataset_page.png, a page of dataset_report.py: python docs/dataset_pictures.py
 
-It is photographed in a headless Chromium, as tests/browser.py finds it.
+Its clips are drawn. It is photographed in a headless Chromium, as tests/browser.py finds it.
 """
 
 import contextlib

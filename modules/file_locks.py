@@ -50,6 +50,14 @@ def try_lock(file: BinaryIO) -> bool | None:
     return True
 
 
+def is_file_of(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still is what a path names: it may have been removed or replaced."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
     """Let one process at a time do the block: others wait until it has ended, or is killed.
@@ -64,11 +72,7 @@ def only_one(path: Path) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
-            try:
-                is_same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            except FileNotFoundError:
-                is_same = False
-            if not is_same:  # who had the lock before has removed the file
+            if not is_file_of(path, file):  # who had the lock before has removed the file
                 continue
             try:
                 yield

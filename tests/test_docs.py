@@ -1,5 +1,6 @@
 """The commands in README.md and docs/ run as they stand there, on tiny models and short clips."""
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -10,6 +11,8 @@ from unittest.mock import patch
 import pytest
 
 from tests.commands import ROOT, run_python
+from tests.dataset.captioning.api_server import run_server
+from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
 from tests.tiny.chat_model import write_chat_model
 from tests.tiny.post_models import lay_out_tools
@@ -21,16 +24,21 @@ from tests.tiny.project import (
     write_picture_dataset,
     write_pictures,
 )
+from tests.tiny.published import lay_out_material, lay_out_published, lay_out_vision_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# they have tests of their own, or are running this one
-NOT_HERE = ("quickstart.py", "run_tests.py", "download.py")
+# dataset files that commands name: blocks that begin with their name
+NAMED_TOML = re.compile(r"^```toml\n# (\w+\.toml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# they have tests of their own, or are running this one; RAY is slow
+RAY = "cache_on_ray.py"
+NOT_HERE = ("quickstart.py", "run_tests.py", "download.py", RAY)
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
 QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
 SMALLER = {  # appended, so that the last value wins
     "compare.py": GENERATION,
+    "prepare_dataset.py": ["--height_buckets", "32", "--width_buckets", "32", "--frame_buckets", "5"],
     "wan_generate_video.py": GENERATION,
     "hv_generate_video.py": [*GENERATION, *QUICK_VAE],
     "sample_video.py": [
@@ -110,6 +118,9 @@ video_directory = "clips"
 cache_directory = "cache"
 target_frames = [1, 5]
 """
+# what a page says -> what fits tiny clips
+TINY = {"resolution = [832, 480]": "resolution = [32, 32]", "target_frames = [25]": "target_frames = [5]"}
+SITE, SERVER = "https://example.com/data", "http://localhost:8000/v1"  # as the pages name them
 # short ones for short clips
 SECTIONS = {"target_frames = [1, 5]": "target_frames = [5]\nfp_latent_window_size = 1"}
 SAMPLES = {
@@ -132,12 +143,16 @@ PRECISION = "--mixed_precision"
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
 
 
-def commands_of(page: Path) -> list[str]:
+def all_commands_of(page: Path) -> list[str]:
     """The command lines of a page's bash blocks, in order."""
     text = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8"))).replace("\\\n", " ")
     lines = [line.split("  #")[0].strip() for line in text.splitlines()]
-    commands = [line for line in lines if line.startswith(("python ", "accelerate launch "))]
-    return [command for command in commands if not any(name in command for name in NOT_HERE)]
+    return [line for line in lines if line.startswith(("python ", "accelerate launch "))]
+
+
+def commands_of(page: Path) -> list[str]:
+    """Those that are run here."""
+    return [command for command in all_commands_of(page) if not any(name in command for name in NOT_HERE)]
 
 
 def test_the_pages_have_commands() -> None:
@@ -157,9 +172,35 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     if any("models/chat" in command for command in commands):
         pytest.importorskip("transformers")
         write_chat_model(tmp_path / "models" / "chat")
+    if any("models/vision" in command for command in commands):
+        pytest.importorskip("transformers")
+        lay_out_vision_model(tmp_path)
     makes_caches = any("cache_latents.py" in command for command in commands)
-    for command in commands:
-        run_in(tmp_path, command, makes_caches, apart=page.stem in APART)
+    with contextlib.ExitStack() as servers:
+        site = servers.enter_context(serve(tmp_path / "clips"))
+        describer = servers.enter_context(run_server(lambda *_: "a caption"))
+        if page.stem.startswith("dataset"):
+            lay_out_material(tmp_path)
+            lay_out_published(tmp_path, site.url)
+            lay_out_named(tmp_path)
+        for command in commands:
+            asked = command.replace(SERVER, describer.address)
+            run_in(tmp_path, asked, makes_caches, apart=page.stem in APART)
+
+
+@pytest.mark.slow
+def test_the_command_for_ray_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("ray.data")
+    lay_out_models(tmp_path / "models")
+    write_clips(tmp_path / "clips", count=2)
+    lay_out_datasets(tmp_path, in_sections=False)
+    (command,) = [one for page in PAGES for one in all_commands_of(page) if RAY in one]
+    sockets = tmp_path_factory.getbasetemp().parent / "ray"  # a short path
+
+    _, script, *words = shlex.split(command)
+    run_python(ROOT / script, "--gpus_per_actor", "0", "--temp_dir", sockets, *words, folder=tmp_path)
+
+    assert len([*(tmp_path / "cache").glob("*.safetensors")]) == 4
 
 
 def lay_out_datasets(folder: Path, in_sections: bool) -> None:
@@ -173,6 +214,15 @@ def lay_out_datasets(folder: Path, in_sections: bool) -> None:
         write_picture_dataset(folder, folder / "one_frame.toml", pictures="pictures", cache="cache_one_frame")
     for name, lines in SAMPLES.items():
         (folder / name).write_text(lines, encoding="utf-8")
+
+
+def lay_out_named(folder: Path) -> None:
+    """The dataset files that the pages about datasets show with their names, for tiny clips."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.stem.startswith("dataset"))
+    for name, block in NAMED_TOML.findall(text):
+        for old, new in TINY.items():
+            block = block.replace(old, new)
+        (folder / name).write_text(block, encoding="utf-8")
 
 
 def lay_out_inputs(folder: Path) -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"addresses", "answers", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"addresses", "answers", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"temporary_names", "text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "environment", "output_files"},

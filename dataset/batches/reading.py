@@ -277,8 +277,6 @@ def _remedy(command: str, store: CacheStore) -> Iterator[None]:
     try:
         yield
     except CacheError as error:
-        if (
-            store.folder / INDEX_NAME
-        ).exists():  # a disk that forgets bits leaves times and sizes as they were
-            command += " --verify"
-        raise CacheError(f"{error}.\n  Make it again with: {command}") from error
+        # an index believes times and sizes, which a disk that forgets bits leaves as they were
+        again = " --verify" if (store.folder / INDEX_NAME).exists() else ""
+        raise CacheError(f"{error}.\n  Make it again with: {command}{again}") from error

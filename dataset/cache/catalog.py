@@ -395,7 +395,7 @@ def _check(columns: Columns) -> int:
     """Return the checksum of all rows. Parquet's own do not cover how many there are."""
     check = zlib.crc32(columns.names)
     for name in ("ends", *NUMBERS):
-        check = zlib.crc32(getattr(columns, name).tobytes(), check)
+        check = zlib.crc32(np.ascontiguousarray(getattr(columns, name)).data, check)
     return check
 
 

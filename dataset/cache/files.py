@@ -125,6 +125,8 @@ def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
 
 def is_text_name(file_name: str, tag: str) -> bool:
     """Whether a file name is that of any text cache of the family."""
+    if "_te." not in file_name:  # of a million names, half are of latents
+        return False
     return (
         parse_text_name(file_name, tag) is not None
         or parse_more_text_name(file_name, tag) is not None

@@ -36,7 +36,7 @@ from dataset.cache.tar_records import (
 )
 from dataset.shard_names import INDEX, is_of_shards
 from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
-from modules.file_locks import only_one, try_lock
+from modules.file_locks import is_file_of, only_one, try_lock
 from modules.temporary_names import LEFTOVER_SECONDS, parse_temporary
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
         is_free = try_lock(file)
         found = os.fstat(file.fileno())
         # another process may have merged it before we had the lock
-        is_there = _is_same(path, file)
+        is_there = is_file_of(path, file)
     except (FileNotFoundError, PermissionError):  # PermissionError: Windows, someone reads it
         return None
     if not is_finished and is_free is not False:
@@ -126,13 +126,6 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
         is_here = is_free and (writer is None or not set(writer.split()).isdisjoint(machine().split()))
         is_free = is_here or found.st_mtime < time.time() - LEFTOVER_SECONDS
     return file if is_there and is_free is not False else None
-
-
-def _is_same(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _to_merge(catalog: Catalog, small_bytes: float) -> tuple[set[str], set[str]]:
@@ -187,7 +180,7 @@ def _merge(
     _renew_index(folder, gone, {name: row.kind is Kind.ENTRY for name, row in held})
     for name in gone:
         # on a volume without locks another merge may have made one of this name meanwhile
-        if os.name == "nt" or _is_same(folder / name, locked[name]):
+        if os.name == "nt" or is_file_of(folder / name, locked[name]):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import stat
 import zlib
 from collections.abc import Mapping
@@ -226,7 +227,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """
     if isinstance(origin, (TarMember, ParquetCell)):
         return origin_stamp(origin)
-    one = path.stat()
+    one = os.stat(path)  # noqa: PTH116  # a third faster, a million times
     if not stat.S_ISDIR(one.st_mode):
         return one.st_size, one.st_mtime_ns
     found = [file.stat() for file in folder_images(path)]

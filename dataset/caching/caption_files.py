@@ -8,20 +8,26 @@ from typing import Any
 from dataset.cache.files import empty_text_name, text_file_name
 from dataset.config import DatasetTable
 from dataset.sources.media_source import MediaSource
+from modules.collection import pause_collection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CaptionFile:
-    """One text, and the cache file of its embeddings."""
+    """One text, and the cache file of its embeddings. There may be a million."""
 
     table: DatasetTable
-    path: Path
+    file_name: str  # of the cache file
     name: str  # for messages
     caption: str | None
     caption_path: Path | None  # the text file it is from, there or not
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
     pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
     embeds: Path | None = None  # what text encoders gave for it, computed before
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the cache file."""
+        return self.table.cache_directory / self.file_name
 
 
 def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
@@ -32,16 +38,18 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
     tables: dict[int, list[MediaSource]] = {}
     for source in sources:
         tables.setdefault(source.table.index, []).append(source)
-    return [one for found in tables.values() for one in _files_of_table(found[0].table, found, tag)]
+    with pause_collection():
+        return [one for found in tables.values() for one in _files_of_table(found[0].table, found, tag)]
 
 
 def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
     files = []
+    alone = table.caption_settings
     for source in sources:
         captions = (source.caption, *source.more_captions)
-        settings = {**table.caption_settings, **({"captions": len(captions)} if len(captions) > 1 else {})}
+        settings = alone if len(captions) == 1 else {**alone, "captions": len(captions)}
         for number, caption in enumerate(captions):
-            path = table.cache_directory / text_file_name(source.stem, tag, number)
+            path = text_file_name(source.stem, tag, number)
             embeds = None if source.tensors is None or number else source.tensors.embeds
             pass_over = min(number, 1)
             files.append(
@@ -50,6 +58,6 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
                 )
             )
     if table.caption_dropout_rate:
-        path = table.cache_directory / empty_text_name(tag)
+        path = empty_text_name(tag)
         files.append(CaptionFile(table, path, "the empty prompt", "", None, pass_over=2))
     return sorted(files, key=lambda file: file.pass_over)

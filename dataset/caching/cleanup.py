@@ -17,7 +17,8 @@ from dataset.cache.files import (
     parse_more_text_name,
 )
 from dataset.cache.store import CacheStore
-from dataset.caching.planning import Caches, LatentNames
+from dataset.caching.existing import LatentNames
+from dataset.caching.planning import Caches
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)

@@ -26,16 +26,8 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore
 from dataset.caching.cleanup import remove_caches
-from dataset.caching.planning import (
-    Caches,
-    ExistingNames,
-    Names,
-    Recipe,
-    SourcePlan,
-    complete,
-    media_table,
-    names_of,
-)
+from dataset.caching.existing import ExistingNames, Names, names_of
+from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table
 from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import check_memory, decode_ahead

@@ -92,7 +92,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
         if share.is_main and not options.shard.is_given:
             for table in work.whole_tables:
                 stems = {one.stem for one in work.sources if one.table.index == table.index}
-                names = {file.path.name for file in work.files if file.table.index == table.index}
+                names = {file.file_name for file in work.files if file.table.index == table.index}
                 surplus_of = stems if options.keep_cache else None
                 existing = work.existing[table.index]
                 removed += remove_stale_texts(work.stores.of(table), existing, family, names, surplus_of)
@@ -128,7 +128,7 @@ def _disk(config: DatasetConfig, family: Caches, plans: Sequence[SourcePlan]) ->
 def _who(share: Share, shard: ShardOptions) -> str:
     words = ["latents"]
     if shard.num_shards is not None and shard.shard_index is not None:
-        words.append(f"shard {shard.shard_index} of 0 to {shard.num_shards - 1}")
+        words.append(f"--shard_index {shard.shard_index} of {shard.num_shards} shards")
     if share.count > 1:
         words.append(f"process {share.rank + 1} of {share.count}")
     return ", ".join(words)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dataset.caching.planning import Caches
@@ -18,7 +19,7 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, ShardOptions
 from dataset.ray_options import RayOptions
 from modules.devices import choose_device, leave_cudnn_out
-from modules.errors import DatasetError, InstallationError, UserError
+from modules.errors import DatasetError, InstallationError, OptionError, UserError
 from modules.installation import PREFIX, ROOT
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,21 @@ class CachingActor:
     """
 
     def __init__(
-        self, main: Main, words: Sequence[str], is_latents: bool, num_shards: int, threads: int
+        self,
+        main: Main,
+        words: Sequence[str],
+        is_latents: bool,
+        num_shards: int,
+        threads: int,
+        folder: str | None = None,
     ) -> None:
+        """Keep what is to be done; the first batch begins with it.
+
+        main, words: a caching script and what was typed behind it. threads: that read ahead, if the words do
+        not say. folder: in which the command was typed, for the actor's process to go to.
+        """
         self._main, self._words, self._is_latents = main, words, is_latents
-        self._num_shards, self._threads = num_shards, threads
+        self._num_shards, self._threads, self._folder = num_shards, threads, folder
         self._work: MediaWork | TextWork | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
@@ -52,6 +64,8 @@ class CachingActor:
         report = CacheReport()
         try:
             if self._work is None:
+                if self._folder is not None and Path(self._folder).is_dir():
+                    os.chdir(self._folder)  # so that paths mean what they mean where they were typed
                 self._main(self._words, self._make)
             assert self._work is not None
             report = self._work.encode_shard(ShardOptions(self._num_shards, index))
@@ -112,7 +126,14 @@ def run_on_ray(main: Main, options: RayOptions) -> list[dict[str, Any]]:
             concurrency=actors,
             num_cpus=options.cpus_per_actor,
             num_gpus=gpus or None,
-            fn_constructor_args=(main, words, options.is_latents, count, options.cpus_per_actor),
+            fn_constructor_args=(
+                main,
+                words,
+                options.is_latents,
+                count,
+                options.cpus_per_actor,
+                str(Path.cwd()),
+            ),
         )
         rows = []
         for row in reports.iter_rows():
@@ -143,7 +164,7 @@ def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions
     """Raise OptionError if the command does not cache, or only a shard."""
     options.shard.refuse_beside("cache_on_ray.py")
     if options.check or (more and getattr(more[0], "debug_mode", None) is not None):
-        raise DatasetError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")
+        raise OptionError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")
 
 
 def _join_cluster(ray: Any, options: RayOptions) -> None:

@@ -5,11 +5,11 @@ This is decided from records, if possible without decoding.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dataset.cache.files import Entry, LatentName, latent_names
+from dataset.cache.files import Entry, LatentName
 from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     ClipFacts,
@@ -24,7 +24,8 @@ from dataset.cache.records import (
     stamp_of,
     verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import Stores
+from dataset.caching.existing import ExistingNames, Names, names_of
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetTable
@@ -33,50 +34,14 @@ from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
+from modules.collection import pause_collection
 from modules.contract.data import MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
-# the latent cache files of one source, with what their names say but for the stem
-Names = Mapping[str, LatentName]
-
 AT_ONCE = 64  # sources that a thread compares one after the other: handing each over takes as long
-
-
-class LatentNames:
-    """The latent caches of a table by the stem of their source. There may be millions."""
-
-    def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
-        """List them, without opening one. kind: of the table, "image" or "video"."""
-        self._rest: dict[str, LatentName] = {}  # by the end of a name
-        self._names: dict[str, str | list[str]] = {}  # by stem; mostly there is one
-        for file, stem, rest in latent_names(store.names(), tag, kind):
-            self._rest.setdefault(file[len(stem) :], rest)
-            before = self._names.setdefault(stem, file)
-            if before is not file:
-                self._names[stem] = [*([before] if isinstance(before, str) else before), file]
-
-    def of(self, stem: str) -> Names:
-        """Return those of one source."""
-        return {file: self._rest[file[len(stem) :]] for file in self._files(stem)}
-
-    def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
-        """Return the files that are not among `names`, by stem; none of the sources `but_of`."""
-        stale = {
-            stem: [file for file in sorted(self._files(stem)) if file not in names]
-            for stem in self._names
-            if stem not in but_of and not all(file in names for file in self._files(stem))
-        }
-        return [file for _, files in sorted(stale.items()) for file in files]
-
-    def _files(self, stem: str) -> Sequence[str]:
-        found = self._names.get(stem)
-        return () if found is None else (found,) if isinstance(found, str) else found
-
-
-ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 class Caches(Described, Encodes, Protocol):
@@ -101,18 +66,36 @@ class Recipe:
     stores: Stores = field(default_factory=Stores)
     index: Indexes[LatentRecord] = field(default_factory=lambda: latent_index())
     _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
+    _of_tables: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
+    _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """Return what the record of an item contains besides the encoders."""
-        table = source.table
         options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
-        if table.kind == "video":
-            options |= {"source_fps": table.source_fps, "fps": None if table.source_fps is None else self.fps}
-        if source.mask_from is not None:
-            options["mask"] = source.mask_from
-        if source.tensors is not None:
-            options["moments"] = True
-        return options | table.section_keys
+        return options | self.table_options(source)
+
+    def table_options(self, source: MediaSource) -> dict[str, Any]:
+        """Return those of a source's options that are the same for most sources of its table."""
+        table, mask_from, has_tensors = source.table, source.mask_from, source.tensors is not None
+        key = (table.index, mask_from, has_tensors)
+        if key not in self._of_tables:
+            options: dict[str, Any] = {}
+            if table.kind == "video":
+                fps = None if table.source_fps is None else self.fps
+                options |= {"source_fps": table.source_fps, "fps": fps}
+            if mask_from is not None:
+                options["mask"] = mask_from
+            if has_tensors:
+                options["moments"] = True
+            self._of_tables[key] = options | table.section_keys
+        return self._of_tables[key]
+
+    def sections_in(self, table: DatasetTable, frames: int) -> int | None:
+        """Return the number of sections of an item of so many frames. Raises MediaError if too short."""
+        key = (table.index, frames)
+        if key not in self._sections:
+            self._sections[key] = self.sections(media_table(table), frames)
+        return self._sections[key]
 
     def difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
@@ -172,11 +155,6 @@ class SourcePlan:
     outdated: str | None = None  # why an existing file is made again
 
 
-def names_of(existing: ExistingNames, source: MediaSource) -> Names:
-    """Return the existing cache files of one source."""
-    return existing[source.table.index].of(source.stem)
-
-
 def plan_all(
     sources: Sequence[MediaSource],
     existing: ExistingNames,
@@ -200,7 +178,8 @@ def plan_all(
     at_once = min(AT_ONCE, max(1, len(sources) // (4 * workers)))
     jobs = [sources[start : start + at_once] for start in range(0, len(sources), at_once)]
     ahead = contextlib.closing(run_ahead(jobs, work, workers, lambda _: 0, limit_bytes=1))
-    with Bar(len(sources), "Comparing", "source", show_progress) as bar, ahead as results:
+    bar = Bar(len(sources), "Comparing", "source", show_progress)
+    with pause_collection(), bar, ahead as results:
         for job, result in results:
             if isinstance(result, Exception):
                 raise result
@@ -277,7 +256,7 @@ def compare(
     there = _by_item(existing)
     items: list[tuple[int, ...]] = []
     for span in wanted:
-        sections = recipe.sections(media_table(source.table), span[1])
+        sections = recipe.sections_in(source.table, span[1])
         items += [bucket if is_image else (*bucket, _frames_of(source.table, span, sections, recipe))] * (
             sections or 1
         )
@@ -409,7 +388,7 @@ def _known_size(look: Look) -> Size | None:
 
 def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe, look: Look) -> ClipFacts | None:
     """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
-    rate = recipe.options(source, (0, 0), (0, 0), (0, 0))
+    rate = recipe.table_options(source)
     known = []
     for file in existing:
         record = look.known.get(file)
@@ -420,7 +399,7 @@ def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe, look:
             continue
         if record is None or record.clip is None or not (record.files or file in look.known):
             continue
-        same_rate = all(record.options.get(key) == rate[key] for key in ("source_fps", "fps"))
+        same_rate = all(record.options.get(key) == rate.get(key) for key in ("source_fps", "fps"))
         same_kind = record.options.get("moments") == rate.get("moments")
         if not (same_rate and same_kind):
             continue

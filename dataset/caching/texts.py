@@ -9,17 +9,15 @@ file is always complete, also if several processes work on it: whoever finds the
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset.cache.files import (
     FORMAT_VERSION,
-    PART,
     Entry,
     Header,
     checksum,
@@ -27,24 +25,20 @@ from dataset.cache.files import (
     tensor_key,
     tensor_name,
 )
-from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     TextRecord,
-    difference,
     identify,
-    text_facts,
     text_metadata,
     text_records,
-    text_records_of,
-    verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stamp, Stores
+from dataset.cache.store import CacheStore, Stores
 from dataset.caching.caption_files import CaptionFile
 from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import AT_ONCE, Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
+from dataset.caching.text_plans import KnownTexts, TextPlan, Wanted, find_finished, find_part, plan_text
 from dataset.sources.captions import describe_cut
 from modules.bars import Bar
 from modules.contract.data import Conditions
@@ -55,145 +49,6 @@ from modules.errors import CacheError, CheckpointError
 logger = logging.getLogger(__name__)
 
 TextBatch = Sequence[CaptionFile]  # texts that are encoded together
-
-# in the order of their passes, each with its identity
-Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
-
-
-@dataclass(frozen=True, slots=True)
-class TextPlan:
-    """What to do for one text, by names of encoders."""
-
-    path: Path  # of its cache file
-    missing: tuple[str, ...]  # those that must encode, in order
-    in_part: tuple[str, ...]  # those whose outputs are valid in the unfinished file only
-    is_foreign: bool  # whether valid outputs have no record: another program made them
-    is_known: bool = False  # to be whole, and without an unfinished file
-
-    def is_last(self, encoder: str) -> bool:
-        """Return whether the file is complete once this encoder has written."""
-        return encoder == self.missing[-1]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What one text's cache file has to hold: the caption, and what the encoders would write for it."""
-
-    file: CaptionFile
-    encoders: Encoders
-    skip_existing: bool  # outputs without a record count as valid if the caption is the same
-
-    @property
-    def name(self) -> str:
-        """Return the name of the cache file."""
-        return self.file.path.name
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a cache file, finished or not, holds of what is wanted."""
-
-    entry: Entry | None = None  # None: it is missing or damaged
-    right: Mapping[str, bool] = field(default_factory=dict)  # encoders with valid outputs: has it a record?
-
-
-def text_index(verify: bool = False) -> Indexes[dict[str, TextRecord]]:
-    """Return what earlier runs have verified of text caches. verify: read all again."""
-    return Indexes("texts", text_records_of, not verify)
-
-
-@dataclass
-class KnownTexts:
-    """What is known of the text caches of a run without reading them."""
-
-    stores: Stores
-    index: Indexes[dict[str, TextRecord]]
-    _parts: dict[Path, frozenset[str]] = field(default_factory=dict)  # unfinished files by folder
-    _compared: dict[tuple[object, ...], bool] = field(default_factory=dict)
-
-    def is_whole(self, wanted: Wanted) -> bool:
-        """Whether a text's file is as it was when it was verified, and holds what all encoders would write.
-
-        False if that is not known, or if there was an unfinished file when the first text of the table was
-        asked for.
-        """
-        file = wanted.file
-        store = self.stores.of(file.table)
-        records = self.index.of(store).get(wanted.name, caption_fingerprint(file))
-        if records is None or self._has_part(store, wanted.name):
-            return False
-        key = (id(records), id(wanted.encoders), tuple(file.settings.items()))
-        if key not in self._compared:
-            self._compared[key] = all(
-                encoder.name in records
-                and _difference(
-                    dataclasses.replace(records[encoder.name], caption=file.caption or ""), one, file
-                )
-                is None
-                for encoder, one in wanted.encoders
-            )
-        return self._compared[key]
-
-    def note(self, wanted: Wanted, entry: Entry, stamp: Stamp | None) -> None:
-        """Remember a file that was just read and holds what all encoders would write."""
-        facts = self._facts(wanted, text_records(entry.header))
-        if facts is not None:
-            index = self.index.of(self.stores.of(wanted.file.table))
-            index.note(wanted.name, stamp, caption_fingerprint(wanted.file), facts)
-
-    def note_written(self, wanted: Wanted, header: Header) -> None:
-        """Remember a file that was just written."""
-        store = self.stores.of(wanted.file.table)
-        facts = self._facts(wanted, text_records(header))
-        if facts is not None:
-            source, stamp = caption_fingerprint(wanted.file), store.stamp(wanted.name)
-            self.index.of(store).note_written(wanted.name, stamp, source, facts)
-
-    def _facts(self, wanted: Wanted, records: Mapping[str, TextRecord]) -> dict[str, Any] | None:
-        """Return what an index says of a file: nothing of one with records of other encoders or captions."""
-        names = {encoder.name for encoder, _ in wanted.encoders}
-        same = all(record.caption == (wanted.file.caption or "") for record in records.values())
-        return text_facts(records) if same and records.keys() == names else None
-
-    def _has_part(self, store: CacheStore, name: str) -> bool:
-        if store.folder not in self._parts:
-            self._parts[store.folder] = frozenset(one for one in store.names() if one.endswith(PART))
-        parts = self._parts[store.folder]
-        return bool(parts) and part_name(name) in parts
-
-
-def caption_fingerprint(file: CaptionFile) -> int:
-    """Return what tells the caption of a text from others."""
-    return fingerprint((), file.caption or "")
-
-
-def plan_text(
-    store: CacheStore,
-    file: CaptionFile,
-    encoders: Encoders,
-    skip_existing: bool,
-    known: KnownTexts | None = None,
-) -> TextPlan:
-    """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed.
-
-    known: of the run, so that what is known to be right is not read.
-    """
-    wanted = Wanted(file, encoders, skip_existing)
-    if known is not None and known.is_whole(wanted):
-        return TextPlan(file.path, (), (), is_foreign=False, is_known=True)
-    part = find_part(store, wanted).right  # before the file, as another process may finish it now
-    stamp = store.stamp(wanted.name)
-    found = find_finished(store, wanted)
-    right = found.right
-    if known is not None and found.entry is not None and all(right.get(one.name) for one, _ in encoders):
-        known.note(wanted, found.entry, stamp)
-    names = [encoder.name for encoder, _ in encoders]
-    return TextPlan(
-        file.path,
-        missing=tuple(name for name in names if name not in right and name not in part),
-        in_part=tuple(name for name in names if name not in right and name in part),
-        is_foreign=not all(right.values()),
-    )
 
 
 @dataclass(frozen=True)
@@ -301,7 +156,7 @@ class TextEncoding:
         """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
         taken, left = 0, []
         with WriteBehind() as writer:
-            for file in files:
+            for file in files if to_do else ():
                 if file.path not in to_do:
                     continue
                 conditions, why = read_embeds(file, encoder, identity)
@@ -467,66 +322,6 @@ def _join(old: Entry, new: Entry) -> Entry:
     records = text_metadata({**text_records(old.header), **text_records(new.header)})
     metadata = {**old.header.metadata, **new.header.metadata, **records}
     return Entry(Header(new.header.path, metadata, tuple(named)), named)
-
-
-def find_finished(store: CacheStore, wanted: Wanted) -> Found:
-    """Compare the finished file of a text with what is wanted."""
-    return _find(store, wanted.name, wanted, wanted.skip_existing)[0]
-
-
-def find_part(store: CacheStore, wanted: Wanted) -> Found:
-    """Compare the unfinished file of a text with what is wanted.
-
-    If anything in it is from a run with other encoders or another caption, joining it would corrupt the valid
-    outputs: then nothing is found.
-    """
-    found, others = _find(store, part_name(wanted.name), wanted, skip_existing=False)
-    return Found() if others or not found.right else found
-
-
-def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> tuple[Found, frozenset[str]]:
-    """Return what a file holds of what is wanted, and the encoders of all other records in it.
-
-    skip_existing: outputs without a record are valid if the caption is the same.
-    """
-    right: dict[str, bool] = {}
-    file = wanted.file
-    if not store.has(name):
-        return Found(), frozenset()
-    try:
-        entry = store.read(name)
-        records = text_records(entry.header)
-    except CacheError as error:
-        if store.has(name):  # else another process has removed it since
-            logger.warning("%s. It is made again.", error)
-        return Found(), frozenset()
-    for encoder, identity in wanted.encoders:
-        record = records.get(encoder.name)
-        if record is None:
-            if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
-                right[encoder.name] = False
-            continue
-        changed = _difference(record, identity, file)
-        if changed is not None:
-            logger.debug("%s: %s", store.folder / name, changed)
-            continue
-        try:
-            verify_tensors(entry, record.crc32)
-            right[encoder.name] = True
-        except CacheError as error:
-            logger.warning("%s. It is made again.", error)
-    return Found(entry, right), frozenset(records.keys() - right.keys())
-
-
-def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    return difference(record.encoder, identity) or difference(
-        {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
-    )
-
-
-def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:
-    """Return whether a file without this encoder's record holds its tensors for the same caption."""
-    return encoder.keys <= header.keys and header.metadata.get("caption1", caption) == caption
 
 
 def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> dict[str, Tensor]:

@@ -17,12 +17,11 @@ from dataset.cache.index import Indexes
 from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.cleanup import list_texts
+from dataset.caching.existing import ExistingNames, LatentNames
 from dataset.caching.given_tensors import use_moments
 from dataset.caching.latents import EncodersOnDemand, LatentEncoding
 from dataset.caching.planning import (
     Caches,
-    ExistingNames,
-    LatentNames,
     Recipe,
     SourcePlan,
     latent_index,
@@ -30,7 +29,8 @@ from dataset.caching.planning import (
     plan_all,
 )
 from dataset.caching.reports import CacheReport, Failure
-from dataset.caching.texts import KnownTexts, TextBatch, TextEncoding, text_batches, text_index
+from dataset.caching.text_plans import KnownTexts, text_index
+from dataset.caching.texts import TextBatch, TextEncoding, text_batches
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution

@@ -21,17 +21,16 @@ from dataset.captioning.drawing import draw_words
 from dataset.captioning.options import AskOptions, ModelOptions
 from dataset.captioning.planning import CaptionJob
 from dataset.captioning.processors import image_token, load_processor
+from modules.checkpoints.hub_folders import find_model_folder
 from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, choose_device
 from modules.errors import (
     CheckpointError,
-    DownloadError,
     InstallationError,
     MemoryPlanError,
     OptionError,
     UserError,
 )
-from modules.options import to_path
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +164,7 @@ def load_model(options: ModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
     Raises InstallationError if transformers is missing, CheckpointError if the folder holds no such model,
-    DownloadError if it is the name of a repository that cannot be fetched.
+    DownloadError as `find_model_folder`.
     """
     if importlib.util.find_spec("transformers") is None:  # importing it takes seconds
         raise InstallationError(
@@ -230,31 +229,11 @@ def _read_model(folder: Path, dtype: torch.dtype | None) -> Any:
 
 def _find_folder(name: str) -> Path:
     """Return the folder of a model; one of a hub is fetched first, without code."""
-    folder = to_path("--model", name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"--model {folder}: there is no config.json in this folder. Give the folder of a model as "
-                "transformers saves it.",
-                folder,
-            )
-        return folder
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    folder = find_model_folder("--model", name, FETCHED)
+    if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"--model {name}: there is no such folder. Give the folder of a model, or the name of a "
-            "repository, such as owner/name.",
+            f"--model {folder}: there is no config.json in this folder. Give the folder of a model as "
+            "transformers saves it.",
             folder,
         )
-    from huggingface_hub import constants, snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
-    except Exception as error:
-        why = (
-            "HF_HUB_OFFLINE is set and it is not here"
-            if constants.HF_HUB_OFFLINE
-            else shorten(str(error), 300)
-        )
-        raise DownloadError(
-            f"--model {name}: it is no folder, and cannot be fetched from the hub: {why}."
-        ) from None
+    return folder

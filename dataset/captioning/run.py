@@ -88,7 +88,8 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
             run.make(plan.jobs, answerer)
         finally:
             writer.close()
-    for folder in made.values() if is_again else ():
+    # with failures the pass goes on: the same command tries these again, not all
+    for folder in made.values() if is_again and not run.failures else ():
         folder.end_pass()
     _conclude(run, plan, start)
 

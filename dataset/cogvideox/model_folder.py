@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-from modules.errors import CheckpointError, DownloadError, OptionError
+from modules.checkpoints.hub_folders import find_model_folder
+from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -13,24 +12,10 @@ PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 def find_model(model_id: str) -> Path:
     """Return the folder of a pipeline; one of the hub is downloaded, without its transformer.
 
-    Raises OptionError if it is neither a folder nor a name on the hub, DownloadError if the hub fails.
+    Raises CheckpointError and DownloadError as `find_model_folder`.
     """
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")) or "\\" in model_id:
-        raise OptionError(
-            f"--model_id {model_id}: no such folder, and no name on the hub, such as THUDM/CogVideoX-2b"
-        )
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except Exception as error:  # no network, no such name, no rights: many classes, one remedy
-        lines = str(error).strip().splitlines()
-        raise DownloadError(
-            f"--model_id {model_id}: there is no such folder, and the hub has not answered: "
-            f"{lines[0] if lines else type(error).__name__}\n  Give the folder of a pipeline."
-        ) from error
+    return find_model_folder("--model_id", model_id, patterns)
 
 
 def read_vae_class(folder: Path) -> str:

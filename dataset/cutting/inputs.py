@@ -1,19 +1,17 @@
 """Which videos are cut, and how their clips are named."""
 
 import os
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.sources.stems import readable_stem
 from modules.errors import MediaError
 from modules.media.reading import VIDEO_SUFFIXES
-from modules.text_files import bad_character
 
 # with what phones, cameras and broadcasts have
 SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 MARK = ".split_video"  # folder of the records, beside the clips
-MOST_OF_NAME = 120  # characters of a source's name in those of its clips
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ def find_videos(given: Path, output: Path) -> list[Source]:
     folder there. Raises MediaError if there is none.
     """
     if not given.is_dir():
-        return [Source(given.resolve(), _clean(given.stem))]
+        return [Source(given.resolve(), readable_stem(given.stem))]
     root, own = given.resolve(), output.resolve()
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
@@ -44,7 +42,9 @@ def find_videos(given: Path, output: Path) -> list[Source]:
             f"--input {given} is a folder without videos (clips of this command do not count). Their names "
             f"end in {', '.join(sorted(SUFFIXES))}."
         )
-    return [Source(path, _clean("_".join(path.relative_to(root).with_suffix("").parts))) for path in found]
+    return [
+        Source(path, readable_stem("_".join(path.relative_to(root).with_suffix("").parts))) for path in found
+    ]
 
 
 def free_stem(wanted: str, taken: Collection[str]) -> str:
@@ -66,10 +66,3 @@ def clip_name(stem: str, number: int, suffix: str) -> str:
 
 def _is_video(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _clean(name: str) -> str:
-    """Return a name as any system and any list can hold it."""
-    if bad_character(name):
-        name = name.encode("utf-8", "replace").decode("utf-8")
-    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)[:MOST_OF_NAME].strip(" .") or "clip"

@@ -85,6 +85,13 @@ def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
     return guess_encodings([_content(path) for path in paths])
 
 
+def not_utf8(path: Path, number: int) -> DatasetError:
+    """Return the error for a list or table that is not UTF-8 behind line `number`, with what it may be."""
+    guess = guess_captions([path])[0]
+    seems = "" if guess is None else f"; it looks like {guess.name}"
+    return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")
+
+
 def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
     """Return the messages of `read_caption` with the probable encoding and first words of each file."""
     explained = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config import DatasetTable
-from dataset.sources.captions import complete_captions, guess_captions
+from dataset.sources.captions import complete_captions, not_utf8
 from dataset.sources.columns import JSONL, column_names, read_columns, table_format
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import EMBEDS, MOMENTS, GivenTensors, MediaSource
@@ -149,11 +149,7 @@ def _lines(data: CogData, path: Path, key: str) -> list[tuple[int, str]]:
             if line.strip():
                 found.append((number, line))
     except UnicodeDecodeError:
-        guess = guess_captions([path])[0]
-        seems = "" if guess is None else f"; it looks like {guess.name}"
-        raise DatasetError(
-            f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8."
-        ) from None
+        raise not_utf8(path, number) from None
     except OSError as error:
         raise DatasetError(
             f"{data.name}: {path}: {error.strerror}. Without dataset_file, a CogVideoX folder has "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.sources.captions import guess_captions
+from dataset.sources.captions import not_utf8
 from modules.errors import DatasetError
 from modules.text_files import MAX_LINE_CHARACTERS, parse_json, read_lines, require_regular_file
 
@@ -102,11 +102,7 @@ def _lines(path: Path) -> Iterator[str]:
         for number, line in enumerate(read_lines(path, MAX_LINE_CHARACTERS), 1):  # noqa: B007
             yield line
     except UnicodeDecodeError:
-        guess = guess_captions([path])[0]
-        seems = "" if guess is None else f"; it looks like {guess.name}"
-        raise DatasetError(
-            f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8."
-        ) from None
+        raise not_utf8(path, number) from None
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}. Correct the path.") from error
 

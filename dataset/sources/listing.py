@@ -12,7 +12,7 @@ from dataset.sources.animations import animation_suffixes, find_animations
 from dataset.sources.captions import (
     captions_in,
     explain_captions,
-    guess_captions,
+    not_utf8,
     read_caption,
 )
 from dataset.sources.cogvideox import list_cogvideox
@@ -23,6 +23,7 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.rows import RowReader, first_and_more
 from dataset.sources.tables import list_table
 from dataset.sources.tars import list_tars
+from modules.collection import pause_collection
 from modules.errors import DatasetError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
@@ -43,11 +44,14 @@ def find_sources(
     faults instead, so that what is usable is returned.
     """
     found: list[Fault] = []
-    sources = _list(table, captions, found)
+    with pause_collection():
+        sources = _list(table, captions, found)
     if not sources and not found:
         holds = _describe_entries(table) if table.directory is not None else "has no lines"
+        holds = f"holds no {table.kind}s" if table.tars is not None else holds
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
-    sources.sort(key=lambda source: str(source.path))
+    if table.directory is None:  # those of a folder are sorted
+        sources.sort(key=lambda source: str(source.path))
     found += _same_stems(table, sources)
     if faults is None:
         raise_faults(found)
@@ -114,19 +118,17 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
     """Warn about sources without a caption file: text caching will refuse them. No caption is read."""
-    folders: dict[str, frozenset[str]] = {}
+    folders: dict[Path, frozenset[str]] = {}
 
-    def is_there(path: Path) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = frozenset(os.listdir(folder or ".")) if Path(folder).is_dir() else frozenset()
-        return name in folders[folder] or path.exists()
+    def has_file(source: MediaSource) -> bool:
+        folder = source.table.directory
+        if folder is not None and folder not in folders:
+            folders[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+        if folder is not None and f"{source.stem}{source.table.caption_extension}" in folders[folder]:
+            return True
+        return source.caption_path is not None and source.caption_path.exists()
 
-    missing = [
-        source
-        for source in sources
-        if source.caption is None and not (source.caption_path and is_there(source.caption_path))
-    ]
+    missing = [source for source in sources if source.caption is None and not has_file(source)]
     if missing:
         logger.warning(
             "%d of %d have no caption, and text caching needs one for each. The first: %s",
@@ -317,11 +319,7 @@ def _from_list(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
             except DatasetError as error:
                 faults.append(Fault(f"lines of {path} cannot be used", f"{str(error).rstrip('.')}."))
     except UnicodeDecodeError:
-        guess = guess_captions([path])[0]
-        seems = "" if guess is None else f"; it looks like {guess.name}"
-        raise DatasetError(
-            f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8."
-        ) from None
+        raise not_utf8(path, number) from None
     except OSError as error:
         raise DatasetError(
             f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from dataset.sources.origin import ParquetCell
 from modules.errors import DatasetError, MediaError
 
 MOST_GROUP_BYTES = 1 << 31  # of a column in a row group, which is read as a whole
+_ONE_AT_A_TIME = threading.Lock()  # else all threads that begin would read, and hold, the same row group
 _SUFFIXES = ((b"GIF8", ".gif"), (b"RIFF", ".webp"))  # of files whose name counts: they may be animations
 
 
@@ -67,7 +69,9 @@ def read_cell(origin: ParquetCell) -> bytes:
     where = f"{origin.file}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
         stamp = origin.file.stat().st_mtime_ns
-        content = _group(origin.file, origin.group, origin.column, stamp)[origin.row].as_py()
+        with _ONE_AT_A_TIME:
+            group = _group(origin.file, origin.group, origin.column, stamp)
+        content = group[origin.row].as_py()
     except OSError as error:
         raise MediaError(f"{where}: it cannot be read: {error.strerror or error}") from error
     except (DatasetError, ValueError, IndexError) as error:
@@ -86,7 +90,7 @@ def cell_suffix(content: bytes) -> str:
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group. mtime_ns: so that a file that was written again is read again."""
     with open_parquet(path) as file:
-        found = file.read_row_group(group, columns=[column]).column(0)
+        found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     if "." in column and hasattr(found.type, "num_fields") and found.type.num_fields:
         import pyarrow.compute as pc
 

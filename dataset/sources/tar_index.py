@@ -19,7 +19,7 @@ from dataset.sources.tar_reading import Member, TarDamage, compression_of, read_
 from modules.addresses import short_hash
 from modules.atomic_write import atomic_path
 from modules.errors import DatasetError, OutputError
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json
+from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, require_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
 
     Raises DatasetError if it is compressed or not a tar, OSError if it cannot be read.
     """
+    require_regular_file(tar)
     stat = tar.stat()
     made_for = json.dumps(
         [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False

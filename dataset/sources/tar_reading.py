@@ -82,6 +82,12 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
                 is_sparse = any(key.startswith(b"GNU.sparse.") for key in told)
             offset = data + -(-stated // BLOCK) * BLOCK
             continue
+        more = kind == SPARSE and block[482]  # GNU: more headers that list the parts of a file with holes
+        while more:
+            extension = file.read(BLOCK)
+            if len(extension) < BLOCK:
+                raise TarDamage(f"it is cut short after {size_bytes:,} bytes")
+            data, more = data + BLOCK, extension[504]
         length = 0 if kind in EMPTY_KINDS else stated if size is None else size
         if data + length > size_bytes:
             raise TarDamage(f"it is cut short after {size_bytes:,} bytes, in {_shown(name or _name(block))}")

@@ -54,13 +54,6 @@ def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_
     return bool((_grey(frame, BLACK_SIDE) < threshold).mean() >= share)
 
 
-def black_share(frames: Sequence[Frame], threshold: float = BLACK_PIXEL) -> float:
-    """Return which part of the frames is black, 0..1. Raises ValueError if there is none."""
-    if not len(frames):
-        raise ValueError("no frame to measure")
-    return sum(is_black(frame, threshold) for frame in frames) / len(frames)
-
-
 def motion(frames: Sequence[Frame]) -> float:
     """Return the mean absolute change of luma between neighbours, in place: 0..1, and 0 for a single frame.
 
@@ -113,11 +106,6 @@ def is_flat(frame: Frame) -> bool:
     return bool(_grey(frame, BLACK_SIDE).std() < FLAT)
 
 
-def is_blurred(frame: Frame, threshold: float = BLURRED) -> bool:
-    """Return whether a frame has structure, but none of it is sharp. See `sharpness`."""
-    return not is_flat(frame) and sharpness(frame) < threshold
-
-
 def perceptual_hash(frame: Frame) -> int:
     """Return a hash of 63 bits that copies nearly share: rescaled, recompressed, brighter or darker ones.
 
@@ -146,16 +134,6 @@ def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
         raise ValueError("no frame to measure")
     count = 1 if len(frames) == 1 else CLIP_FRAMES
     return [frames[place] for place in np.linspace(0, len(frames) - 1, count).round().astype(int)]
-
-
-def hash_distance(first: Sequence[int], second: Sequence[int]) -> float:
-    """Return in how many bits of 63 the hashes of two pictures or clips differ, the mean over their frames.
-
-    Raises ValueError if one is a picture's and the other a clip's.
-    """
-    if len(first) != len(second) or not first:
-        raise ValueError(f"hashes of {len(first)} and {len(second)} frames cannot be compared")
-    return sum((one ^ other).bit_count() for one, other in zip(first, second, strict=True)) / len(first)
 
 
 def _grey(frame: Frame, longest: int) -> Grey:

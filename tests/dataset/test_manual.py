@@ -10,10 +10,11 @@ from dataset.config import KEYS, MODES, load_dataset_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MANUAL = (ROOT / "docs" / "dataset.md").read_text(encoding="utf-8")
+TOOLS = (ROOT / "docs" / "dataset_tools.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL + TOOLS, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("text", blocks("toml"), ids=range(len(blocks("toml"))))

@@ -531,6 +531,54 @@ def test_a_copy_of_which_the_index_says_nothing_is_found(folder: Path) -> None:
 
 
 @needs_fork
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.slow)])
+def test_several_writers_lose_nothing_when_some_are_killed(tmp_path: Path, rounds: int) -> None:
+    chance = random.Random(rounds)
+    for number in range(rounds):
+        folder = tmp_path / str(number)
+        counts: dict[int, tuple[int, bool]] = {}
+
+        def write(writer: int, acknowledge, folder: Path = folder) -> None:  # type: ignore[no-untyped-def]
+            store, order = ShardStore(folder), random.Random(writer)
+            for step in range(12):
+                store.write(f"of_{writer}_{step}", tensors(step), meta(step))
+                store.write(f"shared_{step}", tensors(step), meta(step))
+                store.write(f"shared_{step}.part", tensors(step), meta(step))
+                store.remove(f"shared_{step}.part")
+                acknowledge()
+                if order.random() < 0.3:
+                    store.settle()
+            store.settle()
+
+        def run(writer: int, seconds: float, counts=counts, write=write) -> None:  # type: ignore[no-untyped-def]
+            counts[writer] = run_and_kill(lambda acknowledge: write(writer, acknowledge), seconds)
+
+        times = [chance.uniform(0.1, 0.5), chance.uniform(0.1, 0.5), 2.0]
+        threads = [threading.Thread(target=run, args=pair) for pair in enumerate(times)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for again in range(2):
+            found = seen(folder)
+            for writer, (count, _) in counts.items():
+                for step in range(count):
+                    assert found.get(f"of_{writer}_{step}") == step, (writer, step)
+                    assert found.get(f"shared_{step}") == step, (writer, step)
+            if not again:
+                ShardStore(folder).settle()
+        assert ShardStore(folder).faults() == []
+        assert len(contents(folder)) == 2
+
+
+def test_a_system_without_reads_at_a_place_reads_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pread", raising=False)  # as on Windows
+    assert whole(folder) == NAMES
+
+
+@needs_fork
 def test_a_merge_that_stops_at_any_step_brings_nothing_back(tmp_path: Path) -> None:
     source = tmp_path / "source"
     fill(ShardStore(source), NAMES)

@@ -1,6 +1,7 @@
 """Caching on a Ray cluster: the actor by itself, and a cluster of two workers with a real script."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import pytest
 
 import cache_on_ray
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.on_ray import CachingActor, require_done
+from dataset.caching.on_ray import CachingActor, require_done, run_on_ray
 from dataset.ray_options import LATENT_SCRIPTS, TEXT_SCRIPTS, read_ray_options
-from modules.errors import DatasetError, OptionError
+from modules.errors import DatasetError, InstallationError, OptionError
 from tests.commands import ROOT
-from tests.dataset.caching.test_shards import contents, family, into, make_dataset
+from tests.dataset.caching.test_shards import contents, family, into, make_dataset, shard
 from tests.dataset.toy_family import ToyFamily, options
 from tests.faults.runs import FAMILIES, write_project
 
@@ -90,6 +91,20 @@ def test_wrong_words_are_refused(words: list[str], said: str) -> None:
         read_ray_options(None, words)
 
 
+def test_a_look_at_the_dataset_is_refused_and_a_missing_ray_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_dataset(tmp_path)
+    read = read_ray_options(None, ["wan_cache_latents.py", "--words"])
+    with pytest.raises(OptionError, match="run them without cache_on_ray"):
+        run_on_ray(main_of(family(), config, check=True), read)
+    with pytest.raises(OptionError, match=r"cache_on_ray\.py looks at the whole dataset"):
+        run_on_ray(main_of(family(), config, shard=shard(0, 2)), read)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InstallationError, match=r"pip install 'ray\[data\]'"):
+        run_on_ray(main_of(family(), config), read)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["latents", "texts"])
 def test_a_cluster_of_two_workers_gives_the_bytes_of_a_plain_run(
@@ -102,8 +117,6 @@ def test_a_cluster_of_two_workers_gives_the_bytes_of_a_plain_run(
     text = (tmp_path / "dataset.toml").read_text(encoding="utf-8")
     (tmp_path / "shared.toml").write_text(text.replace("/cache", "/shared"), encoding="utf-8")
     script, *words = scripts.cache_latents if part == "latents" else scripts.cache_texts
-    # actors have a working folder of their own
-    words = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in words]
     shared = [word.replace("dataset.toml", "shared.toml") for word in words]
     module = __import__(script.removesuffix(".py"))
     module.main(words)
@@ -114,5 +127,3 @@ def test_a_cluster_of_two_workers_gives_the_bytes_of_a_plain_run(
 
     assert len(contents(tmp_path / "cache")) == 6
     assert contents(tmp_path / "shared") == contents(tmp_path / "cache")
-    with pytest.raises(OptionError, match=r"cache_on_ray\.py looks at the whole dataset"):
-        cache_on_ray.main([script, *shared, "--num_shards", "2", "--shard_index", "0"])

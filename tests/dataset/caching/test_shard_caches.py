@@ -236,6 +236,9 @@ def test_a_folder_in_the_other_form_is_refused_with_the_command(
     for work in (cache_media, cache_texts):
         with pytest.raises(DatasetError, match=says):
             work(two(), config, options())
+    for result in (check_media(two(), config, 1, False), check_texts(two(), config, False)):
+        assert "cache folders are in the other form" in "\n".join(result.lines)
+        assert not result.ok
     with pytest.raises(CacheError, match=says):
         require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
     assert "caches may be incomplete" in "\n".join(

@@ -6,6 +6,7 @@ Each scenario stops one process at a chosen place, lets another do something, an
 import dataclasses
 import multiprocessing
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
+from dataset.options import ShardOptions
 from modules.atomic_write import remove_leftovers
 from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders
 from modules.contract.generation import Prompt
-from modules.errors import CacheError
+from modules.errors import CacheError, OutputError
 from modules.temporary_names import parse_temporary, temporary_name
 from tests.dataset.caching.test_loop import change, make_config, names
 from tests.dataset.caching.test_shards import contents, entries, into, shard
@@ -34,6 +37,7 @@ if sys.platform != "win32":
 
 
 FORMS = pytest.mark.parametrize("form", ["files", "shards"])
+MOSTLY_FILES = pytest.mark.parametrize("form", ["files", pytest.param("shards", marks=pytest.mark.slow)])
 
 
 class Stop:
@@ -118,6 +122,7 @@ def texts_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
 
 
 def latents_stopping_in_the_middle(folder: Path, form: str, stop: Stop) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background ignores it
     family = MiddleFamily(stop=stop)
     cache_media(family, make_config(folder, cache_format=form), options())
 
@@ -225,7 +230,7 @@ def test_what_a_killed_process_was_writing_goes_at_once(tmp_path: Path) -> None:
     assert left not in names(tmp_path)
 
 
-@FORMS
+@MOSTLY_FILES
 @pytest.mark.parametrize(
     ("work", "cache"),
     [(latents_stopping_when_listed, cache_media), (texts_stopping_when_listed, cache_texts)],
@@ -321,3 +326,101 @@ def test_only_age_tells_of_the_files_of_other_machines(tmp_path: Path) -> None:
         os.utime(path, (0, 0))
     remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# --- faults
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class NeighbourlyLlm(ToyLlm):
+    """Its outputs depend on the whole batch."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        found = super().encode(prompts)
+        length = sum((place + 1) * len(prompt.text) for place, prompt in enumerate(prompts))
+        return [{**one, "llm": one["llm"] * 0 + length} for one in found]
+
+
+def cache_all(folder: Path, form: str, started: Any, share: ShardOptions, number: int) -> None:
+    config = make_config(folder, clips=(), cache_format=form)
+    started.wait(PATIENCE)
+    family = ToyFamily(text=[NeighbourlyLlm(), ToyClip()], text_keys=KEYS)
+    for cache in (cache_media, cache_texts) if number % 2 else (cache_texts, cache_media):
+        cache(family, config, options(shard=share, batch_size=2))
+
+
+@pytest.mark.slow
+@FORMS
+@pytest.mark.parametrize("number", range(25))
+def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: str, number: int) -> None:
+    """Three writers of the same entries: two shards, and a run of everything. One of them is killed."""
+    draw = random.Random(number)
+    config = make_config(tmp_path, clips=(5, 5, 5, 9, 5), cache_format=form)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    everything = ShardOptions(num_shards=None, shard_index=None)
+    for cache in (cache_media, cache_texts):
+        family = ToyFamily(text=[NeighbourlyLlm(), ToyClip()], text_keys=KEYS)
+        cache(family, undisturbed, options(batch_size=2))
+    started = PROCESSES.Barrier(4)
+    running = [
+        PROCESSES.Process(target=cache_all, args=(tmp_path, form, started, share, number + place))
+        for place, share in enumerate((shard(0, 2), shard(1, 2), everything))
+    ]
+    for process in running:
+        process.start()
+    started.wait(PATIENCE)
+    victim = draw.choice(running)
+    victim.join(draw.uniform(0, 0.4))
+    victim.kill()
+    for process in running:
+        process.join(PATIENCE)
+        assert process is victim or process.exitcode == 0
+    for path in (tmp_path / "cache").glob("*.safetensors"):
+        assert set(read_entry(path).tensors) in ({"latents"}, set(KEYS)), path
+
+    started = PROCESSES.Event()
+    started.set()
+    cache_all(tmp_path, form, started, everything, number)
+
+    assert entries(config) == entries(undisturbed)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+@MOSTLY_FILES
+def test_a_shard_that_is_interrupted_goes_on_with_the_same_command(tmp_path: Path, form: str) -> None:
+    config = make_config(tmp_path, cache_format=form)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    cache_media(ToyFamily(), undisturbed, options())
+    with Other(latents_stopping_in_the_middle, tmp_path, form) as other:
+        os.kill(other.process.pid, signal.SIGINT)
+        other.process.join(PATIENCE)
+        assert other.process.exitcode == 1
+    assert sorted(entries(config)) == [LATENT.format(0)]  # what was encoded is written
+    assert [
+        cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written for index in range(2)
+    ] == [0, 1]
+    cache_media(ToyFamily(), config, options())
+    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
+
+
+def test_a_disk_that_is_full_ends_one_shard_and_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path)
+    undisturbed = into(config, tmp_path / "undisturbed")
+    cache_media(ToyFamily(), undisturbed, options())
+    rename = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        cache_media(ToyFamily(), config, options(shard=shard(0, 2)))
+    assert names(tmp_path) == []
+    monkeypatch.setattr(os, "replace", rename)
+    for index in (1, 0):
+        assert cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written == 1
+    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")

@@ -172,6 +172,24 @@ def test_an_interrupted_overwriting_goes_on_where_it_was(tmp_path: Path) -> None
         assert len(server.bodies) == 13
 
 
+def test_after_files_that_failed_only_these_are_made_anew(tmp_path: Path, server: FakeServer) -> None:
+    config = make_folder(tmp_path)
+    run(config, server)
+    image = tmp_path / "im ages" / "a.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:60])
+    with pytest.raises(DatasetError, match="1 of 3 got no caption"):
+        run(config, server, "--overwrite")
+    image.write_bytes(whole)
+    before = len(server.bodies)
+
+    run(config, server, "--overwrite")  # as the error says
+
+    assert len(server.bodies) == before + 1
+    run(config, server, "--overwrite")
+    assert len(server.bodies) == before + 4
+
+
 def test_an_empty_caption_is_a_caption_unless_it_is_to_be_filled(tmp_path: Path, server: FakeServer) -> None:
     config = make_folder(tmp_path, {"a": " \n"})
     run(config, server)

@@ -329,7 +329,7 @@ def test_a_clip_that_cannot_be_read_is_reported_and_the_others_are_listed(tmp_pa
         (("--height_buckets", "33"), "--height_buckets 33: give even numbers"),
         (("--num_artifact_workers", "0"), "--num_artifact_workers 0: must be at least 1"),
         (("--batch_size", "0"), "--batch_size 0: must be at least 1"),
-        (("--model_id", "nowhere", "--save_latents_and_embeddings"), "nowhere: no such folder, and no name"),
+        (("--model_id", "nowhere", "--save_latents_and_embeddings"), "nowhere: there is no such folder"),
         (("--model_id", ".", "--save_latents_and_embeddings"), "--model_id . has no folder text_encoder"),
         (("--model_id", "half", "--save_latents_and_embeddings"), r"config\.json does not say what the VAE"),
         (

@@ -7,7 +7,8 @@ import pytest
 
 from dataset.reporting.copies import SAME_FLAT, group_copies
 from dataset.reporting.measuring import Measures
-from modules.media.measures import NEAR, hash_distance
+from modules.media.measures import NEAR
+from tests.modules.media.hash_distance import hash_distance
 
 GREY = bytes([100] * 48)
 

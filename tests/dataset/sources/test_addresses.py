@@ -24,7 +24,6 @@ from tests.dataset.making import make_image, make_table
 from tests.dataset.serving import Site, site
 
 __all__ = ["site"]
-ROOT = Path(__file__).resolve().parents[3]
 CONTENT = bytes(range(256)) * 800
 SECRET = "https://user:pa55word@host.org/a/cat%201.png?X-Amz-Signature=s1gnature&id=7#part"
 
@@ -119,24 +118,44 @@ def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
     assert "s3fs" in str(protocol_problem("s3")) or protocol_problem("s3") is None
 
 
+# as another process that downloads: it holds the locks, then puts the file there
+OTHER = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+folder, content = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+locks = [FileLock(folder / f".downloads-{number:02d}.lock") for number in range(64)]
+for lock in locks:
+    lock.acquire()
+print("locked", flush=True)
+time.sleep(0.3)
+(folder / "b.png").write_bytes(content)
+for lock in locks:
+    lock.release()
+"""
+
+
 def test_threads_and_processes_that_want_the_same_file_download_it_once(tmp_path: Path, site: Site) -> None:
     (site.folder / "a.png").write_bytes(CONTENT)
-    target = tmp_path / "kept" / "a.png"
-    code = (
-        "import sys; from pathlib import Path; from dataset.sources.downloading import download;"
-        "download(sys.argv[1], Path(sys.argv[2]))"
-    )
-    command = [sys.executable, "-c", code, f"{site.url}/a.png", str(target)]
-    process = subprocess.Popen(command, cwd=ROOT)
-    threads = [threading.Thread(target=download, args=(f"{site.url}/a.png", target)) for _ in range(4)]
+    folder = tmp_path / "kept"
+    threads = [
+        threading.Thread(target=download, args=(f"{site.url}/a.png", folder / "a.png")) for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert process.wait(60) == 0
-
     assert site.asked == ["a.png"]
-    assert target.stat().st_size == len(CONTENT)
+    assert (folder / "a.png").read_bytes() == CONTENT
+
+    command = [sys.executable, "-c", OTHER, str(folder), str(site.folder / "a.png")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        download(f"{site.url}/b.png", folder / "b.png")
+    assert other.returncode == 0
+    assert (folder / "b.png").read_bytes() == CONTENT
+    assert site.asked == ["a.png"]
 
 
 def test_a_table_from_elsewhere_asks_for_no_address_unless_it_is_told_to(

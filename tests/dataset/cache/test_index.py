@@ -1,0 +1,139 @@
+"""The index of a cache folder: what it says, and when it says nothing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dataset.cache.index import INDEX_NAME, VerifiedEntries, fingerprint
+from dataset.cache.store import SingleFiles
+
+OLD_NS = 1_700_000_000_000_000_000
+FACTS = {"encoder": {"vae": "first"}, "parts": 1}
+
+
+def opened(folder: Path, is_trusted: bool = True, kind: str = "latents") -> VerifiedEntries[Any]:
+    return VerifiedEntries(SingleFiles(folder), kind, lambda facts: facts, is_trusted)
+
+
+def make(folder: Path, *names: str, kind: str = "latents", facts: Any = FACTS) -> None:
+    """Write entries that are old enough, and an index of them."""
+    index = opened(folder, kind=kind)
+    for name in names:
+        (folder / name).write_bytes(b"content of " + name.encode())
+        os.utime(folder / name, ns=(OLD_NS, OLD_NS))
+        index.note(name, SingleFiles(folder).stamp(name), 7, facts)
+    index.write(index.rows(), least=0)
+
+
+def test_a_row_says_what_was_noted_until_entry_or_sources_change(tmp_path: Path) -> None:
+    make(tmp_path, "one", "two", "schön 猫")
+    index = opened(tmp_path)
+    assert [index.get(name, 7) for name in ("one", "schön 猫", "three")] == [FACTS, FACTS, None]
+    assert index.get("one", 7) is index.get("two", 7)  # a million rows share what is equal
+    assert index.get("one", 8) is None
+    (tmp_path / "one").write_bytes(b"content of oNe")  # of the same size
+    assert index.get("one", 7) is None
+    os.utime(tmp_path / "one", ns=(OLD_NS + 1, OLD_NS + 1))
+    assert opened(tmp_path).get("one", 7) is None
+    (tmp_path / "two").unlink()
+    assert index.get("two", 7) is None
+
+
+def test_who_wants_to_verify_is_told_nothing(tmp_path: Path) -> None:
+    make(tmp_path, "one")
+    assert opened(tmp_path, is_trusted=False).get("one", 7) is None
+
+
+def test_what_changed_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
+    """The next change may bear the same time, as git says of its index."""
+    store, index = SingleFiles(tmp_path), opened(tmp_path)
+    (tmp_path / "one").write_bytes(b"content")
+    index.note("one", store.stamp("one"), 7, FACTS)
+    index.note_written("one", store.stamp("one"), 7, FACTS)
+    assert index.rows() == []
+    os.utime(tmp_path / "one", ns=(OLD_NS, OLD_NS))
+    index.note("one", store.stamp("one"), 7, FACTS, newest_ns=(tmp_path).stat().st_mtime_ns)
+    assert index.rows() == []
+    index.note("one", store.stamp("one"), 7, FACTS)
+    assert [row[0] for row in index.rows()] == ["one"]
+
+
+def test_small_folders_get_no_index(tmp_path: Path) -> None:
+    index = opened(tmp_path)
+    (tmp_path / "one").touch()
+    os.utime(tmp_path / "one", ns=(OLD_NS, OLD_NS))
+    index.note("one", SingleFiles(tmp_path).stamp("one"), 7, FACTS)
+    index.write(index.rows())
+    assert os.listdir(tmp_path) == ["one"]
+
+
+def test_rows_of_both_kinds_and_of_earlier_runs_stay_and_those_of_removed_entries_go(tmp_path: Path) -> None:
+    make(tmp_path, "one", "two")
+    make(tmp_path, "text", kind="texts", facts={"t5": {}})
+    make(tmp_path, "two", "three", facts={"parts": 2})
+    (tmp_path / "one").unlink()
+    make(tmp_path, "four")
+    assert [opened(tmp_path).get(name, 7) for name in ("two", "three", "four")] == [
+        {"parts": 2},
+        {"parts": 2},
+        FACTS,
+    ]
+    assert opened(tmp_path, kind="texts").get("text", 7) == {"t5": {}}
+    assert opened(tmp_path).get("text", 7) is None
+    names = pq.read_table(tmp_path / INDEX_NAME).column("name").to_pylist()
+    assert sorted(names) == ["four", "text", "three", "two"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty", "folder", "null"])
+def test_an_index_that_cannot_be_used_is_passed_over_and_written_anew(tmp_path: Path, damage: str) -> None:
+    make(tmp_path, "one")
+    path = tmp_path / INDEX_NAME
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(data[:-20])
+    elif damage == "flipped":
+        data[60] ^= 255
+        path.write_bytes(data)
+    elif damage == "foreign":
+        pq.write_table(pa.table({"name": ["one"]}), path)
+    elif damage == "null":
+        table = pq.read_table(path)
+        nulls = pa.nulls(len(table), pa.int64())
+        pq.write_table(table.set_column(table.schema.get_field_index("size"), "size", nulls), path)
+    else:
+        path.unlink()
+        path.touch() if damage == "empty" else path.mkdir()
+    assert opened(tmp_path).get("one", 7) is None
+    if damage != "folder":
+        make(tmp_path, "one")
+        assert opened(tmp_path).get("one", 7) == FACTS
+
+
+def test_a_folder_that_cannot_be_written_goes_without(tmp_path: Path) -> None:
+    make(tmp_path, "one")
+    (tmp_path / INDEX_NAME).unlink()
+    (tmp_path / INDEX_NAME).mkdir()  # no file can take its place
+    make(tmp_path, "two")
+    assert (tmp_path / INDEX_NAME).is_dir()
+
+
+def test_a_million_rows_would_take_a_hundred_megabytes(tmp_path: Path) -> None:
+    names = [f"clip_{number:08d}_00000-081_0832x0480_wan.safetensors" for number in range(1000)]
+    store, index = SingleFiles(tmp_path), opened(tmp_path)
+    for number, name in enumerate(names):
+        (tmp_path / name).touch()
+        index.note(name, (100_000 + number, OLD_NS + 12_345_678 * number), number << 40, FACTS)
+    index.write(index.rows(), least=0)
+    assert len(store.names()) == 1001
+    assert (tmp_path / INDEX_NAME).stat().st_size < 100 * len(names)
+    assert pq.read_table(tmp_path / INDEX_NAME).nbytes < 110 * len(names)
+
+
+def test_a_fingerprint_tells_sizes_times_order_and_texts_apart() -> None:
+    assert fingerprint([(1, 2), (3, 4)]) == -3251428344978824213  # of files that were written before
+    others = [[(1, 2)], [(3, 4), (1, 2)], [(1, 2), (3, 5)]]
+    assert len({fingerprint(stamps) for stamps in others} | {fingerprint((), "a"), fingerprint(())}) == 5
