@@ -1,6 +1,7 @@
 """The commands in README.md and docs/ run as they stand there, on tiny models and short clips."""
 
 import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -32,6 +33,7 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NAMED_TOML = re.compile(r"^```toml\n# (\w+\.toml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # they have tests of their own, or are running this one; RAY is slow
 RAY = "cache_on_ray.py"
+PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_HERE = ("quickstart.py", "run_tests.py", "download.py", RAY)
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
@@ -189,16 +191,24 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_for_ray_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("part", ["command", "pipeline"])
+def test_the_recipes_for_ray_run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, part: str) -> None:
     pytest.importorskip("ray.data")
     lay_out_models(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
     lay_out_datasets(tmp_path, in_sections=False)
-    (command,) = [one for page in PAGES for one in all_commands_of(page) if RAY in one]
-    sockets = tmp_path_factory.getbasetemp().parent / "ray"  # a short path
+    sockets = tmp_path_factory.getbasetemp().parent / f"ray{part[0]}"  # a short path
 
-    _, script, *words = shlex.split(command)
-    run_python(ROOT / script, "--gpus_per_actor", "0", "--temp_dir", sockets, *words, folder=tmp_path)
+    if part == "command":
+        (command,) = [one for page in PAGES for one in all_commands_of(page) if RAY in one]
+        _, script, *words = shlex.split(command)
+        run_python(ROOT / script, "--gpus_per_actor", "0", "--temp_dir", sockets, *words, folder=tmp_path)
+    else:
+        (code,) = PYTHON.findall((ROOT / "docs" / "dataset.md").read_text(encoding="utf-8"))
+        start = f"import ray\nray.init(num_cpus=2, include_dashboard=False, _temp_dir={str(sockets)!r})\n"
+        code = start + code.replace("num_gpus=1", "num_gpus=0").replace("concurrency=4", "concurrency=2")
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        run_python("-c", code, folder=tmp_path, environment={"PYTHONPATH": os.pathsep.join(path)})
 
     assert len([*(tmp_path / "cache").glob("*.safetensors")]) == 4
 

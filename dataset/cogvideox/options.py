@@ -145,8 +145,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption_column",
         type=str,
         default=None,
-        help="column of captions (caption; prompt in .jsonl), or the list of captions in --data_root "
-        "(prompt.txt)",
+        help="column of captions (caption or prompt), or the list of captions in --data_root (prompt.txt)",
     )
     group.add_argument(
         "--video_column",

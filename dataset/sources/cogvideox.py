@@ -1,7 +1,7 @@
 """List the clips of a data set in CogVideoX form: two lists, or a table; and tensors computed before."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_lines
 
 # lists of the folder form; the second name of prompts is what the tools of CogVideoX write
 PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
-# columns of tables, by their format: (caption, video)
-COLUMNS = {JSONL: ("prompt", "video")}
-OTHER_COLUMNS = ("caption", "video")
+# usual columns, by the format of the table: those of captions and those of videos, the first that is there
+COLUMNS = {JSONL: (("prompt", "caption"), ("video", "video_path"))}
+OTHER_COLUMNS = (("caption", "prompt"), ("video", "video_path"))
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,10 @@ def _lines(data: CogData, path: Path, key: str) -> list[tuple[int, str]]:
 def _from_table(data: CogData, faults: list[Fault]) -> Iterator[tuple[str, str, str]]:
     assert data.dataset_file is not None
     path = _place_of(data.dataset_file, data)
-    usual = COLUMNS.get(table_format(path), OTHER_COLUMNS)
-    caption, video = data.caption_column or usual[0], data.video_column or usual[1]
+    captions, videos = COLUMNS.get(table_format(path), OTHER_COLUMNS)
     names = column_names(path)
+    caption = data.caption_column or _first_of(captions, names)
+    video = data.video_column or _first_of(videos, names)
     for key, column in (("caption_column", caption), ("video_column", video)):
         if column not in names:
             raise DatasetError(
@@ -181,6 +182,10 @@ def _from_table(data: CogData, faults: list[Fault]) -> Iterator[tuple[str, str, 
         else:
             why = row.fault or "its caption and its video must be texts"
             faults.append(Fault(f"lines of {data.name} cannot be used", f"{row.where}: {why}"))
+
+
+def _first_of(usual: tuple[str, ...], names: Sequence[str]) -> str:
+    return next((name for name in usual if name in names), usual[0])
 
 
 def _place_of(file: Path, data: CogData) -> Path:

@@ -24,7 +24,8 @@ from dataset.sources.stems import readable_stem
 from modules.addresses import is_address
 from modules.errors import DatasetError
 
-# in order; the first that a table has is used. Behind them all: a column `image` or `video` of whole files
+# in order; the first that a table has is used. Behind them all: a column `image` or `video`, of paths or of
+# whole files
 PATH_COLUMNS = ("path", "file_name", "url")  # behind image_path or video_path
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 FIRST_ROWS = 100  # of which one shows where relative paths start
@@ -42,7 +43,7 @@ def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     columns = column_names(path)
     path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
     cells = _cells(path, path_column or table.kind)
-    if path_column is None and cells is None:
+    if path_column is None and table.kind not in columns:
         raise DatasetError(_no_column(table, columns))
     caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
     path_column = path_column or table.kind
@@ -101,7 +102,7 @@ def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequen
 
 
 def _no_column(table: DatasetTable, columns: Sequence[str]) -> str:
-    usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS))
+    usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS, table.kind))
     return (
         f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
         f"path_column = ... It has {_shown(columns)}."

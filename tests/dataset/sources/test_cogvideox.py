@@ -44,6 +44,23 @@ def test_each_form_gives_the_items_of_our_own_list(form: str, data: Path, tmp_pa
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("t.jsonl", '{{"caption": "{0}", "video_path": "{1}"}}\n'),
+        ("t.jsonl", '{{"caption": "kept", "prompt": "{0}", "video_path": "no", "video": "{1}"}}\n'),
+        ("t.csv", 'prompt,video\n"{0}",{1}\n'),
+    ],
+)
+def test_a_table_may_have_the_other_usual_columns(name: str, line: str, data: Path, tmp_path: Path) -> None:
+    table = tmp_path / name
+    table.write_text(line.format("a red fox", "videos/00000.mp4"), encoding="utf-8")
+
+    (found,) = find_sources(read_table(tmp_path, data, f'dataset_file = "{table.as_posix()}"'))
+
+    assert (found.caption, found.path) == ("a red fox", data / "videos" / "00000.mp4")
+
+
 def test_the_token_stands_one_space_before_every_caption_and_behind_a_prefix(
     data: Path, tmp_path: Path
 ) -> None:

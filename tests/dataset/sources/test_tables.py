@@ -30,7 +30,7 @@ def table_of(folder: Path, rows: Rows, name: str = "t.parquet", **changes: Any) 
     return make_table(folder, "image_directory", directory=None, table_file=path, **changes)
 
 
-@pytest.mark.parametrize("column", ["image_path", "path", "file_name", "url"])
+@pytest.mark.parametrize("column", ["image_path", "path", "file_name", "url", "image"])
 def test_the_usual_names_of_columns_are_found_and_others_are_named(tmp_path: Path, column: str) -> None:
     rows = [{"id": "b.png", column: "a.png", "text": "x", "prompt": "y"}]
     (one,) = find_sources(table_of(tmp_path, rows))
@@ -42,8 +42,8 @@ def test_the_usual_names_of_columns_are_found_and_others_are_named(tmp_path: Pat
 
 
 def test_a_table_without_paths_says_what_it_has(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"none of the columns image_path, path, .* is there.*'image'"):
-        find_sources(table_of(tmp_path, [{"image": "a.png", "label": 1}]))
+    with pytest.raises(DatasetError, match=r"none of the columns image_path, path, .* is there.*'picture'"):
+        find_sources(table_of(tmp_path, [{"picture": "a.png", "label": 1}]))
 
 
 def test_relative_paths_start_in_the_working_folder_or_beside_the_table(
