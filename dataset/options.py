@@ -222,23 +222,7 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
         help="read every cache file again; without it, files that have not changed since they were last read "
         "are not opened if a folder has thousands of them",
     )
-    group.add_argument(
-        "--num_shards",
-        type=int,
-        default=None,
-        metavar="N",
-        help="share the work with other machines: each runs the same command with its own --shard_index, in "
-        "any order and number at a time, into one cache folder. When all are done, run the command once "
-        "without these two: it checks everything, makes what is missing and removes what is stale",
-    )
-    group.add_argument(
-        "--shard_index",
-        type=int,
-        default=None,
-        metavar="I",
-        help="which share this run does, from 0 to N - 1: every N-th source (or batch of captions) from the "
-        "I-th on; several processes of accelerate launch divide it among themselves",
-    )
+    _add_share_arguments(group)
     group.add_argument(
         "--disable_cudnn_backend",
         action="store_true",
@@ -259,6 +243,26 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
         "without ENCODING only if the guess is sure",
     )
     add_page_arguments(group)
+
+
+def _add_share_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--num_shards",
+        type=int,
+        default=None,
+        metavar="N",
+        help="share the work with other machines: each runs the same command with its own --shard_index, in "
+        "any order and number at a time, into one cache folder. When all are done, run the command once "
+        "without these two: it checks everything, makes what is missing and removes what is stale",
+    )
+    group.add_argument(
+        "--shard_index",
+        type=int,
+        default=None,
+        metavar="I",
+        help="which share this run does, from 0 to N - 1: every N-th source (or batch of captions) from the "
+        "I-th on; several processes of accelerate launch divide it among themselves",
+    )
 
 
 def add_page_arguments(group: argparse._ArgumentGroup) -> None:

@@ -26,11 +26,13 @@ from dataset.cache.tar_records import (
     decode_name,
     encode_name,
     has_bad_characters,
+    is_foreign,
     padded,
     read_records,
 )
 from dataset.shard_names import INDEX, SHARD
 from modules.atomic_write import atomic_path
+from modules.errors import CacheError
 from modules.file_locks import try_lock
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Shard:
     size: int  # when it was last looked at
     position: int  # behind its last whole record
     is_finished: bool
+    is_foreign: bool = False  # no shard at all, or one of another version: it is left alone
     damaged: list[Damage] = field(default_factory=list)
 
 
@@ -247,20 +250,24 @@ class Catalog:
 
     def _scan(self, folder: Path, number: int) -> None:
         shard = self.shards[number]
+        has_records = shard.position > 0
         try:
             with (folder / shard.name).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 for found in read_records(file, size, shard.position):
                     if isinstance(found, Record):
+                        has_records = True
                         row = (number, found.offset, found.length, found.crc32, found.generation, found.kind)
                         self.put(found.name, Row(*row))
                     elif isinstance(found, Damage):
                         shard.damaged.append(found)
                     else:
                         shard.position, shard.is_finished = found.position, found.is_finished
-                shard.size = size
+                shard.size, shard.is_foreign = size, not has_records and is_foreign(file)
         except FileNotFoundError:  # merged by another process meanwhile: what took its place is there
             shard.size, shard.is_finished = 0, True
+        except OSError as error:
+            raise CacheError(f"{folder / shard.name} cannot be read: {error.strerror or error}") from error
 
     def fits(self, sizes: Mapping[str, int]) -> bool:
         """Whether the shards that are there can be those of this catalog, grown or more of them."""
@@ -273,7 +280,7 @@ def list_shards(folder: Path) -> dict[str, int]:
     if folder.is_dir():
         with os.scandir(folder) as entries:
             for entry in entries:
-                if SHARD.fullmatch(entry.name):
+                if SHARD.fullmatch(entry.name) and entry.is_file():
                     try:
                         found[entry.name] = entry.stat().st_size
                     except FileNotFoundError:  # merged meanwhile

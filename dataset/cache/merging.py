@@ -37,7 +37,7 @@ from dataset.cache.tar_records import (
 from dataset.shard_names import INDEX, is_of_shards
 from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
 from modules.file_locks import is_file_of, only_one, try_lock
-from modules.temporary_names import LEFTOVER_SECONDS
+from modules.temporary_names import LEFTOVER_SECONDS, parse_temporary
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     Shards that others write or merge are left alone. Raises OutputError if there is no room for it; then all
     shards are as they were.
     """
-    if not folder.is_dir():
+    if not folder.is_dir() or _is_in_order(folder, shard_bytes * SMALL):
         return
     with explain_errors(folder / INDEX), only_one(folder / LOCK):
         remove_leftovers(folder, is_of_shards)
@@ -66,6 +66,16 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
             if locked:
                 _merge(folder, shard_bytes, locked, locks)
         _renew_index(folder)
+
+
+def _is_in_order(folder: Path, small_bytes: float) -> bool:
+    """Whether there is nothing to do: then the folder need not be writable."""
+    catalog = open_catalog(folder)
+    small, untidy = _to_merge(catalog, small_bytes)
+    if not catalog.has_index or untidy or len(small) > 1:
+        return False
+    found = (parse_temporary(name) for name in os.listdir(folder))
+    return not (folder / LOCK).exists() and not any(one and is_of_shards(one.name) for one in found)
 
 
 def _renew_index(folder: Path, without: Collection[str] = (), merged: Mapping[str, bool] = NOTHING) -> None:
@@ -87,8 +97,7 @@ def _renew_index(folder: Path, without: Collection[str] = (), merged: Mapping[st
 def _lock_untidy(folder: Path, small_bytes: float, locks: contextlib.ExitStack) -> dict[str, BinaryIO]:
     """Lock the shards that are to be merged, if any has to be; those that others hold are left out."""
     catalog = open_catalog(folder)
-    small = {shard.name for shard in catalog.shards if shard.size < small_bytes}
-    untidy = _untidy(catalog, small)
+    small, untidy = _to_merge(catalog, small_bytes)
     index = read_index(folder)
     listed = set() if index is None else {shard.name for shard in index.shards}
     locked = {}
@@ -114,9 +123,15 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
     if not is_finished and is_free is not False:
         # other machines' locks are not seen on every network share
         writer = writer_of(file)
-        is_here = is_free and writer in {None, machine()}
+        is_here = is_free and (writer is None or not set(writer.split()).isdisjoint(machine().split()))
         is_free = is_here or found.st_mtime < time.time() - LEFTOVER_SECONDS
     return file if is_there and is_free is not False else None
+
+
+def _to_merge(catalog: Catalog, small_bytes: float) -> tuple[set[str], set[str]]:
+    """Return the small shards, of which there may be one, and those that have to be merged."""
+    small = {shard.name for shard in catalog.shards if shard.size < small_bytes and not shard.is_foreign}
+    return small, _untidy(catalog, small)
 
 
 def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
@@ -131,7 +146,7 @@ def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
             has_holes = shard.size != _total(rows) or shard.name != shard_name(rows)
         else:  # what says that something was removed is a hole too
             has_holes = alive[number] < shard.size * (1 - MOST_HOLES)
-        if has_holes or not shard.is_finished or shard.damaged:
+        if not shard.is_foreign and (has_holes or not shard.is_finished or shard.damaged):
             untidy.add(shard.name)
     return untidy
 

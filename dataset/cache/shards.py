@@ -182,7 +182,12 @@ class ShardStore:
         for shard in catalog.shards:
             path = self.folder / shard.name
             said += [f"{path} is damaged at bytes {one.start} to {one.end}" for one in shard.damaged]
-            if not shard.is_finished:
+            if shard.is_foreign:
+                said.append(
+                    f"{path} is no shard, or one of another version of this program. It is left alone: "
+                    "move it out of the folder, or use the other version"
+                )
+            elif not shard.is_finished:
                 said.append(f"{path} has no end: it was cut, or caching was stopped, or is still running")
         lost = catalog.lost()
         if lost:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import BinaryIO
 
 BLOCK = 512
@@ -26,6 +27,7 @@ _COMMENT = re.compile(
     rb"reelsmith 1 (entry|removed) (\d{1,9}) (\d{1,11}) ([0-9a-f]{8}) ([0-9a-f]{8}) (.+)", re.DOTALL
 )
 _WRITER = b"reelsmith 1 writer "
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _BAD = re.compile(rb"[/\\:\x00]" if os.name == "nt" else rb"[/\x00]")
 
 
@@ -110,8 +112,15 @@ def record_header(name: str, kind: Kind, generation: int, length: int = 0, crc32
 
 
 def machine() -> str:
-    """Return eight digits that tell this machine from others."""
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+    """Return two words that tell this machine from others: of its name, which another container has not, and
+    of its last start. Machines with one of them in common are the same.
+    """
+    name = platform.node().encode()
+    try:
+        start = _BOOT_ID.read_bytes()
+    except OSError:
+        start = name
+    return f"{zlib.crc32(name):08x} {zlib.crc32(start):08x}"
 
 
 def writer_header() -> bytes:
@@ -121,9 +130,20 @@ def writer_header() -> bytes:
 
 
 def writer_of(file: BinaryIO) -> str | None:
-    """Return the machine on which a shard was begun; None if it does not say."""
+    """Return what `machine` returned where a shard was begun; None if it does not say."""
     comment = _comment_in(_at(file, BLOCK, BLOCK))
     return comment.removeprefix(_WRITER).decode("ascii", "replace") if comment.startswith(_WRITER) else None
+
+
+def is_foreign(file: BinaryIO) -> bool:
+    """Whether a file begins as a tar of another program does, or of another version of this format."""
+    start = _at(file, 0, 3 * BLOCK)
+    length = _size_in(start[:BLOCK])
+    if length is None:
+        return False
+    comment = _comment_in(start[BLOCK : BLOCK + length])
+    is_other_version = re.match(rb"reelsmith \d+ ", comment) and not comment.startswith(b"reelsmith 1 ")
+    return not start.startswith(b"reelsmith\0") or bool(is_other_version)
 
 
 def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Record | Damage | Ending]:
@@ -166,7 +186,7 @@ def _read_record(file: BinaryIO, position: int) -> Record | int | None:
     if body_end + BLOCK > len(start):
         start = _at(file, position, body_end + BLOCK)
     comment = _comment_in(start[BLOCK : BLOCK + length])
-    if re.fullmatch(_WRITER + rb"[0-9a-f]{8}", comment):
+    if re.fullmatch(_WRITER + rb"[0-9a-f]{8}( [0-9a-f]{8})?", comment):
         return position + body_end
     match = _COMMENT.fullmatch(comment)
     if match is None or zlib.crc32(match[0][: match.start(5)] + match[6]) != int(match[5], 16):

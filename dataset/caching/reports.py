@@ -92,11 +92,16 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
         show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
     if report.failures:
-        lines = "\n  ".join(map(str, report.failures))
-        raise DatasetError(
-            f"{len(report.failures)} of the sources could not be used; all others are done:\n  {lines}\n"
-            "  Repair or remove these files, then run the same command again."
-        )
+        raise failure_error(report.failures, "sources")
+
+
+def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
+    """Return the error with which a run ends that has done all but these. things: what they are."""
+    lines = "\n  ".join(map(str, failures))
+    return DatasetError(
+        f"{len(failures)} of the {things} could not be used; all others are done:\n  {lines}\n"
+        "  Repair or remove these files, then run the same command again."
+    )
 
 
 def _by_path(failure: Failure) -> str:

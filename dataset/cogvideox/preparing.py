@@ -14,7 +14,7 @@ from typing import Any
 
 from dataset.cache.records import difference
 from dataset.caching.processes import Share, join_processes
-from dataset.caching.reports import Failure
+from dataset.caching.reports import Failure, failure_error
 from dataset.cogvideox.captions import UNFINISHED, encode_captions, write_captions
 from dataset.cogvideox.clips import prepare_clips
 from dataset.cogvideox.items import FOLDERS, PreparedItem, list_texts, name_items
@@ -90,11 +90,7 @@ def conclude(report: PrepareReport, output_dir: Path) -> None:
     ]
     show_box("Preparing is finished", rows)
     if report.failures:
-        lines = "\n  ".join(map(str, report.failures))
-        raise DatasetError(
-            f"{len(report.failures)} of the clips could not be used; all others are done:\n  {lines}\n"
-            "  Repair or remove these files, then run the same command again."
-        )
+        raise failure_error(report.failures, "clips")
 
 
 def usable_shape(shape: ShapeOptions, maker: MomentsMaker | None) -> ShapeOptions:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.cache.tar_records import is_safe_name
 from dataset.cutting.inputs import MARK, Source, clip_name
 from dataset.cutting.looking import Look
 from dataset.cutting.options import CuttingOptions
@@ -146,7 +147,7 @@ def _read(path: Path) -> Record:
         )
         record = Record(**{**content, "lists": tuple(content["lists"])}, clips=clips)
         # names are joined to the output folder: no other one may be meant
-        if any(Path(one.name).name != one.name for one in clips) or Path(record.stem).name != record.stem:
+        if not all(map(is_safe_name, [record.stem, *(one.name for one in clips)])):
             raise ValueError("it names files in other folders")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(

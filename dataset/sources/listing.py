@@ -122,11 +122,13 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
 
     def has_file(source: MediaSource) -> bool:
         folder = source.table.directory
+        if source.caption_path is None:
+            return False
         if folder is not None and folder not in folders:
             folders[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
         if folder is not None and f"{source.stem}{source.table.caption_extension}" in folders[folder]:
             return True
-        return source.caption_path is not None and source.caption_path.exists()
+        return source.caption_path.exists()
 
     missing = [source for source in sources if source.caption is None and not has_file(source)]
     if missing:

@@ -90,7 +90,7 @@ def cell_suffix(content: bytes) -> str:
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group. mtime_ns: so that a file that was written again is read again."""
     with open_parquet(path) as file:
-        found = file.read_row_group(group, columns=[column]).column(0)
+        found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     if "." in column and hasattr(found.type, "num_fields") and found.type.num_fields:
         import pyarrow.compute as pc
 

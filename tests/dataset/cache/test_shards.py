@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import random
@@ -12,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dataset.cache import merging, tar_records
 from dataset.cache.catalog import Kind, list_shards, open_catalog, write_index
+from dataset.cache.converting import shards_to_files
 from dataset.cache.files import read_entry
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import CacheStore, SingleFiles
-from dataset.cache.tar_records import Ending, Record, read_records
+from dataset.cache.tar_records import END, Ending, Record, machine, read_records, record_header
 from dataset.shard_names import INDEX
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
@@ -190,7 +193,7 @@ def test_a_removed_entry_does_not_come_back_out_of_a_large_shard(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "index", ["missing", "damaged", "of another folder", "older", "a row changed", "rows gone"]
+    "index", ["missing", "damaged", "of another folder", "older", "changed row", "rows gone"]
 )
 def test_an_index_that_cannot_be_used_is_replaced(folder: Path, tmp_path: Path, index: str) -> None:
     right = (folder / INDEX).read_bytes()
@@ -214,7 +217,7 @@ def test_an_index_that_cannot_be_used_is_replaced(folder: Path, tmp_path: Path, 
     elif index == "rows gone":  # one changed byte of its footer can say that there are fewer
         rows = pq.read_table(folder / INDEX, use_threads=False)
         pq.write_table(rows.slice(0, len(rows) - 2), folder / INDEX)
-    elif index == "a row changed":
+    elif index == "changed row":
         data = bytearray(right)
         data[60] ^= 1
         (folder / INDEX).write_bytes(data)
@@ -383,6 +386,52 @@ def test_a_tar_of_other_files_has_no_entries(tmp_path: Path) -> None:
     assert ShardStore(tmp_path).faults()
     with path.open("rb") as file:
         assert list(read_records(file, path.stat().st_size)) == [Ending(0, is_finished=False)]
+
+
+def test_a_tar_of_another_program_or_version_is_left_alone(folder: Path) -> None:
+    other = folder / f"cache-{'0' * 16}.tar"
+    with tarfile.open(other, "w") as archive:
+        archive.add(folder / INDEX, "a picture.png")
+    later = folder / f"cache-{'1' * 16}.tar"
+    entry = record_header("a_toy_te.safetensors", Kind.ENTRY, 0, 0, 0)
+    later.write_bytes(entry.replace(b"reelsmith 1", b"reelsmith 2") + END)
+    (folder / f"cache-{'2' * 16}.tar").mkdir()
+    before = contents(folder)
+    store = ShardStore(folder)
+    store.settle()
+    assert contents(folder) == before
+    assert [fault.split(" is no shard")[0] for fault in store.faults()] == [str(other), str(later)]
+    with pytest.raises(CacheError, match="2 faults"):
+        shards_to_files(folder)
+    assert before.items() <= contents(folder).items()
+    assert set(store.names()) == set(NAMES)
+
+
+@pytest.mark.parametrize("same", ["name", "start", "nothing"])
+def test_a_shard_that_a_killed_container_left_is_merged_at_once(
+    folder: Path, same: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = machine().split()
+    begun = {"name": [words[0], "0" * 8], "start": ["0" * 8, words[1]], "nothing": ["0" * 8, "1" * 8]}
+    store = ShardStore(folder)
+    with monkeypatch.context() as there:
+        there.setattr(tar_records, "machine", lambda: " ".join(begun[same]))
+        fill(store, ODD[:1])
+    del store  # without an end, and without its lock
+    ShardStore(folder).settle()
+    assert len(list_shards(folder)) == (2 if same == "nothing" else 1)
+    assert whole(folder) == sorted([*NAMES, ODD[0]])
+
+
+def test_a_folder_in_order_need_not_be_writable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(merging, "only_one", refuse)
+    ShardStore(folder).settle()
+    fill(ShardStore(folder), ODD)
+    with pytest.raises(OutputError, match="Read-only"):
+        ShardStore(folder).settle()
 
 
 # --- kills

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dataset.captioning.lists import CaptionList, set_value
+from dataset.captioning.lists import CaptionList, rewrite_lines, set_value
 from dataset.captioning.made import NAME, MadeCaptions
+from modules.errors import OutputError
 
 
 @pytest.mark.parametrize(
@@ -121,3 +123,32 @@ def test_an_interrupted_pass_goes_on_and_a_finished_one_begins_anew(tmp_path: Pa
     assert again.begin_pass("p") == {"a.txt"}
     again.end_pass()
     assert MadeCaptions(tmp_path).begin_pass("p") == frozenset()
+
+
+def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"image_path": "a"}\n', encoding="utf-8")
+    more = ['{"image_path": "a", "n": 1}\n{"image_path": "b"}\n']
+
+    def change(_: Any) -> dict[str, Any]:
+        if more:
+            path.write_text(more.pop(), encoding="utf-8")
+        return {"caption": "x"}
+
+    rewrite_lines(path, change)
+
+    lines = ['{"image_path": "a", "n": 1, "caption": "x"}\n', '{"image_path": "b", "caption": "x"}\n']
+    assert path.read_text(encoding="utf-8") == "".join(lines)
+
+
+def test_a_list_that_is_written_all_the_time_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"image_path": "a"}\n', encoding="utf-8")
+
+    def change(_: Any) -> dict[str, Any]:
+        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        return {"caption": "x"}
+
+    with pytest.raises(OutputError, match="keeps writing this list"):
+        rewrite_lines(path, change)
+    assert "caption" not in path.read_text(encoding="utf-8")
