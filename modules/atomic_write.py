@@ -78,8 +78,8 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; if the block succeeds, move its files beside `path` too.
 
     For a set of files that belong together: until all are written none appears, then in the order of their
-    names. size_bytes: as for
-    `atomic_path`. Raises OutputError if they cannot be written; existing files then stay unchanged.
+    names. size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written; existing files then
+    stay unchanged.
     """
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,9 +121,8 @@ class LocalModel:
     def inputs(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
         """Return the tensors of texts and of each one's images."""
         start = self.processor.tokenizer.bos_token
-        has_start = bool(start) and texts[0].startswith(
-            start
-        )  # templates of some models put it there themselves
+        # templates of some models put it there themselves
+        has_start = bool(start) and texts[0].startswith(start)
         own: dict[str, Any] = {"add_special_tokens": False} if has_start else {}
         return self.processor(text=list(texts), images=list(images), padding=True, return_tensors="pt", **own)
 

@@ -53,9 +53,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 
 
 def _write_json(numbers: Numbers, options: ReportOptions) -> None:
-    text = (
-        json.dumps(numbers, indent=2) + "\n"
-    )  # ASCII, so that no text from outside reaches a terminal as it is
+    # ASCII, so that no text from outside reaches a terminal as it is
+    text = json.dumps(numbers, indent=2) + "\n"
     if options.prints:
         sys.stdout.write(text)
     elif options.json is not None:

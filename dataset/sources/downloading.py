@@ -198,8 +198,13 @@ def _ask_http(address: str, have: int, version: str | None) -> Iterator[_Answer]
             length = None if answer.headers.get("content-encoding") else _number(answer, "content-length")
             etag = answer.headers.get("etag", "")
             known = etag if etag.startswith('"') else answer.headers.get("last-modified")
+            if start and known not in (None, version):  # some sites pay no heed to if-range
+                raise _Broken("the file has changed meanwhile", from_start=True)
             yield _Answer(
-                start, None if length is None else start + length, known, answer.iter_content(PIECE)
+                start,
+                None if length is None else start + length,
+                known or (version if start else None),  # the rest of a file need not say it again
+                answer.iter_content(PIECE),
             )
     except requests.RequestException as error:
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):

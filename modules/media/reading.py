@@ -149,8 +149,8 @@ def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
     """Yield all frames (H W 3, upright) in playing order, of a video file or a folder of images.
 
     alpha: H W 4 if they have transparency; without it GIF and WebP are blended on white. threads: that
-    decode; 0: FFmpeg's choice. Raises MediaError if
-    the file is missing, empty, without a video stream, not decodable, or truncated (an interrupted download).
+    decode; 0: FFmpeg's choice. Raises MediaError if the file is missing, empty, without a video stream, not
+    decodable, or truncated (an interrupted download).
     """
     if path.is_dir():
         yield from (read_image(image, alpha) for image in folder_images(path))

@@ -26,6 +26,8 @@ class Site:
     fails: Counter[str] = field(default_factory=Counter)
     cuts: Counter[str] = field(default_factory=Counter)
     passes: dict[str, str] = field(default_factory=dict)
+    version: str = '"one"'  # of all files
+    heeds_version: bool = True  # else the rest of another file is sent as if it were that of the first
     asked: list[str] = field(default_factory=list)  # names, with `@9` if from byte 9 on
     auth: list[str] = field(default_factory=list)
 
@@ -33,6 +35,8 @@ class Site:
         name = unquote(urlsplit(handler.path).path).lstrip("/")
         start = handler.headers.get("range", "").removeprefix("bytes=").removesuffix("-")
         self.asked.append(f"{name}@{start}" if start else name)
+        if self.heeds_version and handler.headers.get("if-range", self.version) != self.version:
+            start = ""
         self.auth.append(handler.headers.get("authorization", ""))
         path = self.folder / name
         code = 503 if self.fails[name] else 302 if name in self.passes else 200 if path.is_file() else 404
@@ -45,7 +49,7 @@ class Site:
         if start:
             handler.send_header("content-range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         handler.send_header("content-length", str(len(content) - first))
-        handler.send_header("etag", '"one"')
+        handler.send_header("etag", self.version)
         handler.end_headers()
         is_cut = self.cuts[name] > 0
         self.cuts[name] -= is_cut

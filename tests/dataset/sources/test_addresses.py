@@ -7,9 +7,11 @@ import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+import requests
 
 from dataset.config import load_dataset_config
 from dataset.sources.downloading import download, local_name, protocol_problem
@@ -79,6 +81,37 @@ def test_a_site_that_fails_twice_and_one_that_breaks_in_the_middle(tmp_path: Pat
     assert waited == [0.5, 1.0, 0.5, 1.0]
     download(f"{site.url}/a.png", tmp_path / "kept" / "a.png")
     assert len(site.asked) == 6
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+@pytest.mark.parametrize("change", [b"x" * 300_000, b"short"])
+def test_a_file_that_changes_between_two_tries_is_not_put_together_from_both(
+    change: bytes, heeds: bool, tmp_path: Path, site: Site
+) -> None:
+    (site.folder / "a.png").write_bytes(CONTENT)
+    site.cuts["a.png"], site.heeds_version = 1, heeds
+
+    def write_another(seconds: float) -> None:
+        (site.folder / "a.png").write_bytes(change)
+        site.version = '"two"'
+
+    download(f"{site.url}/a.png", tmp_path / "a.png", write_another)
+
+    assert (tmp_path / "a.png").read_bytes() == change
+
+
+def test_a_site_cannot_pass_on_to_an_address_without_encryption(
+    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site.folder / "a.png").write_bytes(CONTENT)
+    get = requests.Session.get
+
+    def passed_on(self: Any, address: str, **settings: Any) -> Any:  # as a site that answers 302
+        return get(self, address.replace("https", "http"), **settings)
+
+    monkeypatch.setattr(requests.Session, "get", passed_on)
+    with pytest.raises(MediaError, match="without encryption"):
+        download(f"{site.url.replace('http', 'https')}/a.png", tmp_path / "a.png", nothing)
 
 
 def test_what_cannot_be_had_is_told_without_secrets_and_leaves_no_file(tmp_path: Path, site: Site) -> None:

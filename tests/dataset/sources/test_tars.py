@@ -188,7 +188,9 @@ def hostile(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int 
 def test_hostile_names_lead_nowhere(tmp_path: Path) -> None:
     names = ["/etc/passwd.png", "../../up.png", "a/../../b.png", "C:\\x.png", "c\n\x1b[31m.png"]
     names += ["d\u202e.png", "\udcff.png", "..png", "CON.png", " .png", "e" * 300 + ".png"]
-    content = b"".join(hostile(name) for name in names)
+    # some programs state the size of what a link leads to, and no data follow
+    content = hostile("first.png", tarfile.LNKTYPE, "/etc/passwd", 700)
+    content += b"".join(hostile(name) for name in names)
     content += hostile("link.png", tarfile.SYMTYPE, "/etc/passwd", 0)
     content += hostile("hard.png", tarfile.LNKTYPE, "/etc/passwd", 0)
     content += hostile("device.png", tarfile.CHRTYPE, size=0) + hostile("pipe.png", tarfile.FIFOTYPE, size=0)
