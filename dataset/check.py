@@ -11,7 +11,7 @@ from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
-from dataset.cache.store import Stores
+from dataset.cache.store import CacheStore, Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.existing import LatentNames, names_of
 from dataset.caching.given_tensors import use_moments
@@ -121,6 +121,7 @@ def check_texts(
             to_do = missing[encoder.name]
             kept = len(texts) - to_do
             found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
+        found.remarks += _store_remarks(store)
         check_captions(found, counters)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
         tables.append(found)
@@ -180,6 +181,11 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     return found
 
 
+def _store_remarks(store: CacheStore) -> list[Fault]:
+    """Return what is wrong with a store as a whole, which caching mends."""
+    return [Fault("shards or folders are not whole; caching mends them", line) for line in store.faults()]
+
+
 def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> bool:
     """Return whether the table can be cached; if not, add why."""
     try:
@@ -217,6 +223,7 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
         found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
+        found.remarks += _store_remarks(recipe.stores.of(table))
 
 
 def _look_at(

@@ -185,6 +185,10 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
     with pytest.raises(CacheError, match=r"(?s)(cut|do not match).*cache_latents\.py --x"):
         read_batch(require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS), LATENT, COMMANDS)
 
+    if how == "cut":
+        for planned in (check_media(two(), config, 1, False), check_texts(two(), config, False)):
+            assert planned.ok
+            assert f"    {path} has no end: it was cut" in "\n".join(planned.lines)
     made = sum(cache(config))
     assert made == 1 if how == "flipped" else 8 < made < 16
     assert files(config) == right
