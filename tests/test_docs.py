@@ -1,6 +1,5 @@
 """The commands in README.md and docs/ run as they stand there, on tiny models and short clips."""
 
-import contextlib
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from tests.tiny.project import (
     write_pictures,
 )
 from tests.tiny.published import lay_out_material, lay_out_published, lay_out_vision_model
+from tests.tiny.wan_encoders import write_encoders
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -122,7 +122,7 @@ target_frames = [1, 5]
 """
 # what a page says -> what fits tiny clips
 TINY = {"resolution = [832, 480]": "resolution = [32, 32]", "target_frames = [25]": "target_frames = [5]"}
-SITE, SERVER = "https://example.com/data", "http://localhost:8000/v1"  # as the pages name them
+SERVER = "http://localhost:8000/v1"  # as the pages name it
 # short ones for short clips
 SECTIONS = {"target_frames = [1, 5]": "target_frames = [5]\nfp_latent_window_size = 1"}
 SAMPLES = {
@@ -161,7 +161,12 @@ def test_the_pages_have_commands() -> None:
     assert sum(len(commands_of(page)) for page in PAGES) >= 15
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.stem)
+WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
+ABOUT_DATA = [page for page in WITH_COMMANDS if page.stem.startswith("dataset")]
+OTHERS = [page for page in WITH_COMMANDS if page not in ABOUT_DATA]
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
 def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     lay_out_models(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
@@ -174,27 +179,33 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     if any("models/chat" in command for command in commands):
         pytest.importorskip("transformers")
         write_chat_model(tmp_path / "models" / "chat")
+    makes_caches = any("cache_latents.py" in command for command in commands)
+    for command in commands:
+        run_in(tmp_path, command, makes_caches, apart=page.stem in APART)
+
+
+@pytest.mark.parametrize("page", ABOUT_DATA, ids=lambda page: page.stem)
+def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None:
+    write_encoders(tmp_path / "models")
+    write_clips(tmp_path / "clips", count=2)
+    lay_out_datasets(tmp_path, in_sections=False)
+    lay_out_material(tmp_path)
+    lay_out_named(tmp_path)
+    commands = commands_of(page)
     if any("models/vision" in command for command in commands):
         pytest.importorskip("transformers")
         lay_out_vision_model(tmp_path)
-    makes_caches = any("cache_latents.py" in command for command in commands)
-    with contextlib.ExitStack() as servers:
-        site = servers.enter_context(serve(tmp_path / "clips"))
-        describer = servers.enter_context(run_server(lambda *_: "a caption"))
-        if page.stem.startswith("dataset"):
-            lay_out_material(tmp_path)
-            lay_out_published(tmp_path, site.url)
-            lay_out_named(tmp_path)
+    with serve(tmp_path / "clips") as site, run_server(lambda *_: "a caption") as describer:
+        lay_out_published(tmp_path, site.url)
         for command in commands:
-            asked = command.replace(SERVER, describer.address)
-            run_in(tmp_path, asked, makes_caches, apart=page.stem in APART)
+            run_in(tmp_path, command.replace(SERVER, describer.address), makes_caches=True, apart=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["command", "pipeline"])
 def test_the_recipes_for_ray_run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, part: str) -> None:
     pytest.importorskip("ray.data")
-    lay_out_models(tmp_path / "models")
+    write_encoders(tmp_path / "models")
     write_clips(tmp_path / "clips", count=2)
     lay_out_datasets(tmp_path, in_sections=False)
     sockets = tmp_path_factory.getbasetemp().parent / f"ray{part[0]}"  # a short path

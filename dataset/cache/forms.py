@@ -1,7 +1,7 @@
 """In which form a cache folder is, single files or shards, and whether that is what `cache_format` says."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dataset.cache.catalog import list_shards
@@ -37,13 +37,19 @@ def unsound(store: CacheStore, table: DatasetTable, tag: str) -> list[str]:
 
 
 def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield what is wrong if a table has caches of a family in the form that `cache_format` does not say."""
+    """Yield what is wrong if a table has caches of a family in the form that `cache_format` does not say.
+
+    Those that are there in both forms, as `convert_cache.py --keep` leaves them, are no fault.
+    """
     folder, form = table.cache_directory, table.cache_format
+    shards = ShardStore(folder) if list_shards(folder) else None
+    names: Iterable[str]
     if form == "shards":
-        found = next(single_files(folder, lambda name: is_of(name, tag, table.kind)), None)
+        names = single_files(folder, lambda name: is_of(name, tag, table.kind))
+        found = next((name for name in names if shards is None or not shards.has(name)), None)
     else:
-        names = ShardStore(folder).names() if list_shards(folder) else ()
-        found = next((name for name in names if is_of(name, tag, table.kind)), None)
+        names = [name for name in shards.names() if is_of(name, tag, table.kind)] if shards else ()
+        found = next((name for name in names if not (folder / name).exists()), None)
     if found is not None:
         words = ["python", "convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
         is_in = "a file of its own" if form == "shards" else "a shard"

@@ -151,6 +151,8 @@ def read_embeds(
         tensors = load_pickled(file.embeds)
     except CheckpointError as error:
         return None, str(error)
+    if isinstance(tensors, Tensor) and len(encoder.keys) == 1:
+        tensors = dict.fromkeys(encoder.keys, tensors)
     if not isinstance(tensors, dict):
         return None, f"it holds {type(tensors).__name__}, not tensors by name"
     found: dict[str, Tensor | list[Tensor]] = {}

@@ -63,19 +63,18 @@ def write_texts(
     architecture: str,
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
-    bare_key: str | None,
 ) -> None:
     """Write what is made of a caption: embeddings, if any, whose they are, and last the caption itself.
 
-    tensors: by their keys in caches. bare_key: of the only one, if it is stored alone. Raises OutputError, or
-    CacheError if a value is NaN.
+    tensors: by their keys in caches; a single one is stored alone, as trainers of this form read it. Raises
+    OutputError, or CacheError if a value is NaN.
     """
     item.prompt.unlink(missing_ok=True)
     if not tensors:  # those that are there are of the caption as it was before
         for path in (item.embeds, embeds_note(item.embeds)):
             path.unlink(missing_ok=True)
     else:
-        save_pickled(item.embeds, tensors if bare_key is None else tensors[bare_key])
+        save_pickled(item.embeds, next(iter(tensors.values())) if len(tensors) == 1 else tensors)
         note = describe_embeds(item.caption, architecture, identities, tensors)
         write_text(embeds_note(item.embeds), json.dumps(note, ensure_ascii=False, sort_keys=True))
     write_text(item.prompt, item.caption)

@@ -34,7 +34,7 @@ def write_captions(items: Sequence[PreparedItem], threads: int, show_progress: b
         Bar(len(items), "Writing captions", "caption", show_progress) as bar,
     ):
         for item in items:
-            writer.submit(partial(write_texts, item, "", {}, {}, None))
+            writer.submit(partial(write_texts, item, "", {}, {}))
             bar.update()
 
 
@@ -74,11 +74,7 @@ def encode_captions(
                             continue
                         for earlier in encoders[:-1]:
                             tensors |= load_pickled(_part(aside, item, earlier))
-                        writer.submit(
-                            partial(
-                                write_texts, item, maker.architecture, identities, tensors, maker.bare_key
-                            )
-                        )
+                        writer.submit(partial(write_texts, item, maker.architecture, identities, tensors))
                     bar.update(len(batch))
         finally:
             encoder.free()

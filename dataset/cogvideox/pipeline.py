@@ -54,7 +54,6 @@ def make_maker(folder: Path, settings: MakerSettings) -> MomentsMaker:
         usable_frames=usable_frames,
         load=load,
         text_encoders=(CogTextEncoder(folder, settings.dtype, settings.max_tokens or MAX_TOKENS),),
-        bare_key=KEY,
     )
 
 

@@ -31,8 +31,6 @@ class MomentsMaker:
     usable_frames: Callable[[int], int]  # the most frames that the VAE takes, up to a number
     load: Callable[[torch.device], EncodeMoments]
     text_encoders: tuple[TextEncoder, ...]
-    # key of the only tensor of a caption, if it is stored alone; None: tensors are stored by their keys
-    bare_key: str | None = None
 
 
 def causal_frames(frames: int) -> int:

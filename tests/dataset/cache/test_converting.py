@@ -9,10 +9,12 @@ import convert_cache
 from dataset.cache.catalog import list_shards
 from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import write_tensors
+from dataset.cache.forms import other_form
 from dataset.cache.shards import ShardStore
 from dataset.shard_names import INDEX
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
+from tests.dataset.making import make_table
 from tests.faults.messages import run_here
 
 CACHES = [
@@ -136,3 +138,14 @@ def test_a_killed_conversion_loses_nothing_and_goes_on(folder: Path, kills: int)
                 assert (copy.read_bytes() if copy.exists() else store.read_bytes(name)) == before[name]
             convert(folder)
             assert contents(folder) == expected, number
+
+
+def test_a_folder_with_both_forms_serves_either_while_they_agree(folder: Path) -> None:
+    files_to_shards(folder, keep=True)
+    both = [make_table(folder.parent, cache_format=form) for form in ("files", "shards")]
+    assert [list(other_form(one, "wan")) for one in both] == [[], []]
+
+    (folder / CACHES[0]).unlink()
+    assert [len(list(other_form(one, "wan"))) for one in both] == [1, 0]
+    ShardStore(folder).remove(CACHES[1])
+    assert [len(list(other_form(one, "wan"))) for one in both] == [1, 1]
