@@ -204,6 +204,22 @@ def test_a_second_run_does_nothing_and_keeps_what_users_changed(film: Path, tmp_
     assert state_of(output) == before
 
 
+def test_a_video_that_is_damaged_for_a_while_gets_its_lines_back(film: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(film, output)
+    first, whole, state = lines_of(output), film.read_bytes(), film.stat()
+    film.write_bytes(whole[:-100])
+    with pytest.raises(MediaError):
+        run(film, output)
+    assert lines_of(output) == []
+
+    film.write_bytes(whole)
+    os.utime(film, ns=(state.st_atime_ns, state.st_mtime_ns))
+    run(film, output)
+
+    assert lines_of(output) == first
+
+
 def test_a_list_of_another_name_gets_the_lines_of_clips_that_are_there(film: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run(film, output)
