@@ -75,7 +75,7 @@ def find_items(
     for table in config.datasets:
         store = open_store(table)
         names = store.names()
-        incomplete += [(table, line) for line in unsound(store, table, cache_tag)]
+        incomplete += [(table, line) for line in unsound(store, names, table, cache_tag)]
         column = _table_items(table, names, kind, latent)
         end = text_file_name("", cache_tag)
         texts = {name for name in names if name.endswith(end)}

@@ -1,7 +1,7 @@
 """In which form a cache folder is, single files or shards, and whether that is what `cache_format` says."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from dataset.cache.catalog import list_shards
@@ -16,6 +16,7 @@ from dataset.cache.files import (
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import CacheStore
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.shard_names import is_of_shards
 from modules.command import as_typed
 from modules.errors import CacheError, DatasetError
 
@@ -31,17 +32,23 @@ def require_form(config: DatasetConfig, tag: str) -> None:
         raise DatasetError("\n".join(said))
 
 
-def unsound(store: CacheStore, table: DatasetTable, tag: str) -> list[str]:
-    """Return why the caches of a table may be incomplete: another form, or shards that are not whole."""
-    return [*other_form(table, tag), *store.faults()]
+def unsound(store: CacheStore, names: Collection[str], table: DatasetTable, tag: str) -> list[str]:
+    """Return why the caches of a table may be incomplete: another form, or shards that are not whole.
+
+    names: of the store, as they have just been listed.
+    """
+    return [*other_form(table, tag, names), *store.faults()]
 
 
-def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
+def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | None = None) -> Iterator[str]:
     """Yield what is wrong if a table has caches of a family in the form that `cache_format` does not say.
 
-    Those that are there in both forms, as `convert_cache.py --keep` leaves them, are no fault.
+    Those that are there in both forms, as `convert_cache.py --keep` leaves them, are no fault. names_there:
+    of the table's store, so that a folder of single files is not listed again.
     """
     folder, form = table.cache_directory, table.cache_format
+    if form == "files" and names_there is not None and not any(map(is_of_shards, names_there)):
+        return
     shards = ShardStore(folder) if list_shards(folder) else None
     names: Iterable[str]
     if form == "shards":
