@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dataset.caching.reports import CacheReport, Failure
 from dataset.caching.source_jobs import decode_ahead
+from dataset.checking.looks import choose_evenly
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedSource, Item, decode_source
@@ -73,8 +74,7 @@ def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
 
 def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
     """Return at most `most` frames, evenly spread from the first to the last, in one row."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
-    return np.concatenate([frames[index] for index in chosen], axis=1)
+    return np.concatenate(choose_evenly(list(frames), most), axis=1)
 
 
 def coloured_text(picture: Frame, columns: int, background: str | None) -> str:

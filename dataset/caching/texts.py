@@ -94,7 +94,10 @@ class TextEncoding:
             if not to_do:
                 continue
             self._load(encoder)
-            warn_cut_captions(encoder, [file for file in files if file.path in to_do])
+            texts = [file for file in files if file.path in to_do]
+            warn_cut_captions(
+                encoder, [(file.caption_path or file.name, file.caption or "") for file in texts]
+            )
             with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
                 self._encode(encoder, identity, batches, to_do, bar)
         changed = sum(bool(plan.missing or plan.in_part) for plan in plans)
@@ -226,8 +229,11 @@ class TextEncoding:
                 bar.update(len(missing))
 
 
-def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> None:
-    """Warn about captions with more tokens than the encoder reads: their ends are not used."""
+def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
+    """Warn about captions with more tokens than the encoder reads: their ends are not used.
+
+    captions: each with its place, for the message.
+    """
     try:
         count_tokens = encoder.token_counter()
     except CheckpointError as error:
@@ -235,16 +241,16 @@ def warn_cut_captions(encoder: TextEncoder, files: Sequence[CaptionFile]) -> Non
         return
     number = 0
     lines: list[str] = []
-    for file in files:
-        count = count_tokens(file.caption or "")
+    for place, caption in captions:
+        count = count_tokens(caption)
         number += count.is_cut
         if count.is_cut and len(lines) < NAMED:
-            lines.append(describe_cut(file.caption_path or file.name, encoder.name, count))
+            lines.append(describe_cut(place, encoder.name, count))
     if number:
         logger.warning(
             "%d of %d captions are longer than %s reads; the rest of them is not used. The first:\n  %s",
             number,
-            len(files),
+            len(captions),
             encoder.name,
             "\n  ".join(lines),
         )

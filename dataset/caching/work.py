@@ -68,9 +68,7 @@ class MediaWork:
             table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
-        skipped: list[tuple[DatasetTable, Fault]] = []
-        sources = find_all_sources(config, captions=False, skipped=skipped)
-        self.not_listed, self.whole_tables = _report_skipped(skipped), _whole_tables(config, skipped)
+        sources, self.not_listed, self.whole_tables = _list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_missing_captions(sources)
         family.check_given_files()
@@ -146,9 +144,8 @@ class TextWork:
         self.existing: Mapping[int, Collection[str]] = {
             table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
         }
-        skipped: list[tuple[DatasetTable, Fault]] = []
-        self.sources: Sequence[MediaSource] = find_all_sources(config, skipped=skipped)
-        self.not_listed, self.whole_tables = _report_skipped(skipped), _whole_tables(config, skipped)
+        sources, self.not_listed, self.whole_tables = _list_sources(config, captions=True)
+        self.sources: Sequence[MediaSource] = sources
         require_captions(self.sources)
         family.check_given_files()
         self._config = config
@@ -182,16 +179,18 @@ class TextWork:
         self._encoding.free()
 
 
-def _report_skipped(skipped: Sequence[tuple[DatasetTable, Fault]]) -> CacheReport:
-    """Return a report of what listing could not read, such as the end of a tar."""
+def _list_sources(
+    config: DatasetConfig, captions: bool
+) -> tuple[list[MediaSource], CacheReport, list[DatasetTable]]:
+    """Return all sources, a report of what listing could not read, such as the end of a tar, and the tables
+    of which all sources are known: of others, no entry is known to be stale.
+    """
+    skipped: list[tuple[DatasetTable, Fault]] = []
+    sources = find_all_sources(config, captions, skipped=skipped)
     failures = [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
-    return CacheReport(failures=tuple(failures))
-
-
-def _whole_tables(config: DatasetConfig, skipped: Sequence[tuple[DatasetTable, Fault]]) -> list[DatasetTable]:
-    """Return the tables of which all sources are known: of others, no entry is known to be stale."""
     broken = {table.index for table, _ in skipped}
-    return [table for table in config.datasets if table.index not in broken]
+    whole = [table for table in config.datasets if table.index not in broken]
+    return sources, CacheReport(failures=tuple(failures)), whole
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:

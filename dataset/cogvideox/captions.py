@@ -1,6 +1,5 @@
 """Encode the captions of items, one text encoder after the other, and write their files."""
 
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dataset.caching.prefetch import WriteBehind
+from dataset.caching.texts import warn_cut_captions
 from dataset.cogvideox.artifacts import save_pickled, write_texts
 from dataset.cogvideox.items import PreparedItem
-from dataset.sources.captions import describe_cut
 from dataset.sources.media_source import EMBEDS
 from modules.bars import Bar
 from modules.checkpoints.containers import load_pickled
@@ -20,9 +19,6 @@ from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
 from modules.contract.moments_maker import MomentsMaker
-from modules.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # in front of a process's number: a folder of what earlier encoders gave
 
@@ -59,7 +55,7 @@ def encode_captions(
     for encoder in encoders:
         is_last = encoder is encoders[-1]
         encoder.load(device)
-        _warn_cut(encoder, items)
+        warn_cut_captions(encoder, [(item.source, item.caption) for item in items])
         try:
             with (
                 WriteBehind(threads) as writer,
@@ -79,25 +75,6 @@ def encode_captions(
         finally:
             encoder.free()
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _warn_cut(encoder: TextEncoder, items: Sequence[PreparedItem]) -> None:
-    """Warn about captions with more tokens than the encoder reads: their ends are not used."""
-    try:
-        count_tokens = encoder.token_counter()
-    except CheckpointError as error:
-        logger.info("tokens of the captions are not counted: %s", error)
-        return
-    counts = [(item, count_tokens(item.caption)) for item in items]
-    cut = [(item, count) for item, count in counts if count.is_cut]
-    if cut:
-        logger.warning(
-            "%d of %d captions are longer than %s reads; the rest of them is not used. The first: %s",
-            len(cut),
-            len(items),
-            encoder.name,
-            describe_cut(cut[0][0].source, encoder.name, cut[0][1]),
-        )
 
 
 def _encode(encoder: TextEncoder, items: Sequence[PreparedItem]) -> list[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.media.depth import Pixels, in_eight_bits
+from modules.media.measures import LUMA
 
 LONG_SIDE = 32  # of a thumbnail
 MOST_SHIFT = 6  # cells that all may have moved together, in x and y
@@ -20,7 +21,6 @@ BINS = 16  # of the histogram of each colour
 SMALL_CHANGE = 0.05  # of the range: pictures that differ less on average count less
 FLAT = 0.005  # deviation of the grey values below which there is no structure to compare
 WHITE = 245  # of 255
-GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
         np.bincount((fine[..., colour] // (256 // BINS)).ravel(), minlength=BINS) for colour in range(3)
     ]
     histogram = (np.stack(shares) / (fine.shape[0] * fine.shape[1])).astype(np.float32)
-    grey: NDArray[np.float32] = (small.astype(np.float32) @ GREY) / np.float32(255)
+    grey: NDArray[np.float32] = (small.astype(np.float32) @ LUMA) / np.float32(255)
     return Thumbnail(grey, small.max(axis=-1) >= WHITE, histogram)
 
 
