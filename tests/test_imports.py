@@ -14,13 +14,18 @@ MAY_IMPORT = {
     "networks": {"modules"},
     "post": {"modules"},
     "blissful_tuner": {"modules"},
-    "wan": {"modules", "networks.names"},
-    "hunyuan_model": {"modules", "networks.names"},
-    "frame_pack": {"modules", "networks.names", "hunyuan_model"},
+    "encoders": {"modules"},
+    "wan": {"modules", "networks.names", "encoders"},
+    "hunyuan_model": {"modules", "networks.names", "encoders"},
+    "frame_pack": {"modules", "networks.names", "encoders", "hunyuan_model"},
+    "flux": {"modules", "networks.names", "encoders"},
+    "hunyuan_image": {"modules", "networks.names", "encoders"},
+    "lumina": {"modules", "networks.names", "encoders"},
     "generation": {"modules", "networks", "blissful_tuner", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
-    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"},
+    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"}
+    | {"flux", "hunyuan_image", "lumina"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
@@ -38,7 +43,7 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "convert_options", "shard_names", "options"},
+        {"config_keys", "convert_options", "shard_names", "options", "subset_records"},
         {"config", "ray_options"},
         {"sources"},
         {"cache"},
@@ -100,6 +105,7 @@ LIGHT_FILES = {
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
+    "dataset/subset_records.py",
 } | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (
     "torch",

@@ -9,7 +9,7 @@ latents`, shaped like `noisy`. A family is a frozen dataclass made by
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
+from modules.contract.npz import NpzFormat
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.source import SourceRules
@@ -50,6 +51,7 @@ class LatentSpec:
     preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
     in_sections: bool = False
+    npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """1 C F H W of the latents for a size in pixels."""
@@ -147,6 +149,18 @@ class TextEncoder(Protocol):
     ) -> list[Conditions]: ...  # one per prompt, without batch dimension (lists: one entry)
 
     def free(self) -> None: ...
+
+
+@runtime_checkable
+class LearningEncoder(TextEncoder, Protocol):
+    """A text encoder that a LoRA can be put into: `encode` is differentiable if gradients are on."""
+
+    @property
+    def lora_prefix(self) -> str: ...  # "lora_te1": of the names in LoRA files
+
+    @property
+    # once loaded; a LoRA goes into the blocks that its `DitSpec` names (`modules.run_blocks.spec_of`)
+    def network(self) -> nn.Module: ...
 
 
 class Described(Protocol):

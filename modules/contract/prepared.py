@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.contract.generation import Prompts, Request
+from modules.contract.guidance import AS_PLAIN, GuidanceRules
 from modules.layers.rope import Slow
 
 
@@ -29,6 +30,7 @@ class Prepared:
     embedded_guidance: float | None  # None: the model has no input for it
     slow_frames: Slow | None = None  # a frequency of the frames' positions, for a long video
     first_step: int = 0  # that is made; later than 0 if denoising starts from a video; set by the shared loop
+    rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     own: Any = None  # what only the family reads, in a record of its own
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 
