@@ -22,28 +22,12 @@ from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, store_scale
-from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.names.layouts import tensor_patterns
+from networks.names.hunyuan import COMFYUI_TENSORS, HUNYUAN_VIDEO
+from networks.names.layouts import swapped_tensors, tensor_patterns
 
 logger = logging.getLogger(__name__)
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
-
-# ComfyUI's names -> the published ones. Source: the repackaged checkpoint of Comfy-Org.
-FROM_COMFY: Names = (
-    (r"(time_in|guidance_in|txt_in\.t_embedder)\.in_layer\.(\w+)", r"\1.mlp.0.\2"),
-    (r"(time_in|guidance_in|txt_in\.t_embedder)\.out_layer\.(\w+)", r"\1.mlp.2.\2"),
-    (r"txt_in\.c_embedder\.in_layer\.(\w+)", r"txt_in.c_embedder.linear_1.\1"),
-    (r"txt_in\.c_embedder\.out_layer\.(\w+)", r"txt_in.c_embedder.linear_2.\1"),
-    (r"(.+\.(?:img|txt|self)_attn)\.(qkv|proj)\.(\w+)", r"\1_\2.\3"),
-    (r"(.+\.(?:img|txt)_attn)\.norm\.query_norm\.(?:scale|weight)", r"\1_q_norm.weight"),
-    (r"(.+\.(?:img|txt)_attn)\.norm\.key_norm\.(?:scale|weight)", r"\1_k_norm.weight"),
-    (r"(single_blocks\.\d+)\.norm\.query_norm\.(?:scale|weight)", r"\1.q_norm.weight"),
-    (r"(single_blocks\.\d+)\.norm\.key_norm\.(?:scale|weight)", r"\1.k_norm.weight"),
-    (r"(.+\.(?:img_|txt_|)mlp)\.0\.(\w+)", r"\1.fc1.\2"),
-    (r"(.+\.(?:img_|txt_|)mlp)\.2\.(\w+)", r"\1.fc2.\2"),
-    (r"(.+\.(?:img_mod|txt_mod|modulation))\.lin\.(\w+)", r"\1.linear.\2"),
-)
 
 # diffusers' names -> the published ones. Source: checkpoints of hunyuanvideo-community/HunyuanVideo and
 # Skywork/SkyReels-V1-*. A name that ends in #n is the nth of the parts that are stacked by rows in the
@@ -56,7 +40,7 @@ FROM_DIFFUSERS: Names = (
     ),
 )
 # diffusers: scale first, then shift
-SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")
+SWAPPED = swapped_tensors(HUNYUAN_VIDEO)
 DIMENSIONS = {  # for `read_dimensions`
     "in_dim": "img_in.proj.weight",
     "num_heads": "double_blocks.0.img_attn_q_norm.weight",
@@ -70,7 +54,7 @@ DIMENSIONS = {  # for `read_dimensions`
 }
 DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
     "official": ("double_blocks.0.img_attn_qkv.weight", ()),
-    "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", FROM_COMFY),
+    "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", COMFYUI_TENSORS),
     "diffusers": ("transformer_blocks.0.attn.add_q_proj.weight", FROM_DIFFUSERS),
 }
 
