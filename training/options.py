@@ -12,7 +12,6 @@ from modules.options import FREE, HABIT, read_options, refuse_unsupported, requi
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
 from training.average_options import AverageOptions, add_average_arguments
-from training.caching_options import CachingInsideOptions
 from training.config_options import add_config_argument, read_config_file
 from training.data.options import SAMPLERS, TimestepOptions, add_timestep_arguments
 from training.expert_options import ONE_DIT, ExpertTrainingOptions
@@ -62,8 +61,6 @@ class TrainingOptions:
     accelerator: AcceleratorOptions
     speed: TrainingSpeedOptions
     experts: ExpertTrainingOptions | None  # None: the script's models have one transformer
-    # None: the script trains from caches that were made before
-    caching: CachingInsideOptions | None = field(metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
