@@ -1,4 +1,4 @@
-"""FLUX.1 and Chroma as data: the dimensions of a transformer, the releases, and settings of their training."""
+"""FLUX.1 and Chroma as data: the dimensions of a transformer, the releases, their settings."""
 
 from dataclasses import dataclass
 

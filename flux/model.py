@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, row_plan
 from flux.chroma import Approximator
 from flux.configs import PATCH, FluxConfig
-from flux.spec import CHROMA_DIT, FLUX_DIT, GUIDANCE_UNIT
+from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import AwayTokens, HunyuanTokens, modulate
 from hunyuan_model.model import real_tokens, rotary_widths
 from modules.attention.lengths import Lengths, lengths_on
@@ -67,14 +67,14 @@ class FinalLayer(nn.Module):
 
 
 class FluxModel(nn.Module):
-    """Predict the velocity of noisy latents of a picture from T5's states and, if it takes it, CLIP's vector."""
+    """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L."""
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
-        self.spec = FLUX_DIT if config.approximator is None else CHROMA_DIT
+        self.spec = dit_spec(config.kind)
         dim = config.dim
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)

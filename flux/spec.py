@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from flux.configs import CHROMA
 from modules.contract.family import DitSpec, LatentSpec
 from modules.contract.noise import NoiseSpec, count_picture_tokens
 from modules.contract.npz import NpzFormat
@@ -30,6 +31,12 @@ FLUX_DIT = DitSpec(
     keep_float32=("time_in.", "vector_in.", "guidance_in."),
 )
 CHROMA_DIT = replace(FLUX_DIT, teacache_coefficients=())  # calibrate first
+
+
+def dit_spec(kind: str) -> DitSpec:
+    """Return the names inside a transformer of a kind: DEV, SCHNELL or CHROMA."""
+    return CHROMA_DIT if kind == CHROMA else FLUX_DIT
+
 
 # how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
 # Source: the released FLUX.1 code.
