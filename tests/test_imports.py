@@ -67,6 +67,7 @@ FLOORS = {
     "training": (
         {
             "average_options",
+            "caching_options",
             "config_options",
             "expert_options",
             "loop_options",
