@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from dataset.config_keys import FRAME_KEYS, KEYS, MODES, ONLY_WITH, SOURCES
 from dataset.key_reading import BAD, parse_config, read_value, show, unknown, without_nulls
+from dataset.subset_options import SubsetOptions
+from dataset.subsets.reading import has_subsets, read_subsets
 from dataset.table import DatasetConfig, DatasetTable, Table
 from modules.errors import DatasetError
 
@@ -22,8 +24,10 @@ logger = logging.getLogger(__name__)
 FRAME_STEP = 4  # target_frames are 4n + 1 for every family
 
 
-def load_dataset_config(path: Path) -> DatasetConfig:
-    """Read `path` (.toml or .json).
+def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> DatasetConfig:
+    """Read `path` (.toml or .json): our own form, or that of the image guides, which has subsets.
+
+    given: what the command line says if a file with subsets does not.
 
     Source folders are not checked, because training needs only the caches; `find_sources` checks them.
     Raises DatasetError, with file, table, key, the value found and the values allowed.
@@ -35,6 +39,8 @@ def load_dataset_config(path: Path) -> DatasetConfig:
         for name, value in content.items()
         if name not in _TOP_LEVEL
     ]
+    if has_subsets(content):
+        return _checked(path, read_subsets(path, content, given, problems), problems)
     general = without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     is_misspelt = entries is None and any("Did you mean datasets?" in problem for problem in problems)
@@ -51,7 +57,10 @@ def load_dataset_config(path: Path) -> DatasetConfig:
         entries = []
     _check_general(general, problems)
     tables = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
-    datasets = tuple(table for table in tables if table is not None)
+    return _checked(path, tuple(table for table in tables if table is not None), problems)
+
+
+def _checked(path: Path, datasets: tuple[DatasetTable, ...], problems: list[str]) -> DatasetConfig:
     _check_cache_directories(datasets, problems)
     if problems:
         raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
@@ -201,13 +210,13 @@ def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[
         there = next((place for place in (folder, *folder.parents) if place.exists()), None)
         if there is not None and not there.is_dir():
             problems.append(
-                f"[[datasets]] {table.index + 1}: cache_directory = {folder}: {there} is a file; name a "
+                f"{table.place}: cache_directory = {folder}: {there} is a file; name a "
                 "folder, which is made if it is not there"
             )
         first = users.setdefault(os.path.normcase(table.cache_directory.resolve()), table)
         if first is not table:
             problems.append(
-                f"[[datasets]] {first.index + 1} and {table.index + 1} share the cache directory "
+                f"{first.place} and {table.place.removeprefix('[[datasets]] ')} share the cache directory "
                 f"{table.cache_directory}; "
                 "give each its own cache_directory (the default is the folder of the images or videos)"
             )

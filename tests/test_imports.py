@@ -111,6 +111,8 @@ LIGHT_FILES = {
     "dataset/key_reading.py",
     "dataset/subset_keys.py",
     "dataset/subset_records.py",
+    "dataset/subsets/fallbacks.py",
+    "dataset/subsets/reading.py",
     "dataset/table.py",
 } | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (
