@@ -70,6 +70,7 @@ FLOORS = {
     "training": (
         {
             "average_options",
+            "caching_options",
             "config_options",
             "expert_options",
             "loop_options",
