@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,17 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
+from dataset.subset_records import BucketRule
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
-from modules.media.buckets import Size, bucket_sizes, choose_bucket
+from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
+from modules.media.image_buckets import (
+    choose_image_bucket,
+    fit_like,
+    fit_without_enlarging,
+    how_to_resize,
+    image_bucket_sizes,
+)
 from modules.media.reading import (
     Frame,
     frames_at_rate,
@@ -185,27 +193,66 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
     """
     if table.load_tensors:
         return size
-    width, height = table.resolution
     if not table.enable_bucket:
-        if width % step or height % step:
-            down, up = (
-                (width // step * step, height // step * step),
-                (-(-width // step) * step, -(-height // step) * step),
-            )
-            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
-            raise DatasetError(
-                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
-                f"enable_bucket is false. Use {options}, or enable_bucket = true."
-            )
+        _check_whole(table, step)
         return table.resolution
     try:
-        sizes = _bucket_sizes(width, height, step)
-    except ValueError as error:
-        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
-    try:
-        return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
+        if table.buckets is not None:
+            return _image_bucket(table, table.buckets, size, step)
+        return _video_bucket(table, size, step)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
+
+
+def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
+    """Return how an image of `size` is resized and cropped to its bucket. Raises as `bucket_of` does."""
+    bucket, rule = bucket_of(table, size, step, path), table.buckets
+    if rule is None:
+        return fit_cover(size, bucket)
+    area = table.resolution[0] * table.resolution[1]
+    fit = fit_without_enlarging(size, area, rule.step) if table.bucket_no_upscale else fit_cover(size, bucket)
+    how = how_to_resize(size, fit.resized)
+    return dataclasses.replace(fit, interpolation=how if how == "none" else rule.interpolation or how)
+
+
+def _check_whole(table: DatasetTable, step: int) -> None:
+    width, height = table.resolution
+    if width % step or height % step:
+        down, up = (
+            (width // step * step, height // step * step),
+            (-(-width // step) * step, -(-height // step) * step),
+        )
+        options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
+        raise DatasetError(
+            f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
+            f"enable_bucket is false. Use {options}, or enable_bucket = true."
+        )
+
+
+def _video_bucket(table: DatasetTable, size: Size, step: int) -> Size:
+    width, height = table.resolution
+    sizes = _sizes_or_error(table, functools.partial(_bucket_sizes, width, height, step))
+    return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
+
+
+def _image_bucket(table: DatasetTable, rule: BucketRule, size: Size, step: int) -> Size:
+    if rule.step % step:
+        raise DatasetError(
+            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
+            f"needs. Use {-(-rule.step // step) * step}."
+        )
+    if table.bucket_no_upscale:
+        return fit_without_enlarging(size, table.resolution[0] * table.resolution[1], rule.step).bucket
+    make = functools.partial(_image_sizes, table.resolution, rule.minimum, rule.maximum, rule.step)
+    return choose_image_bucket(size, _sizes_or_error(table, make))
+
+
+def _sizes_or_error(table: DatasetTable, make: Callable[[], tuple[Size, ...]]) -> tuple[Size, ...]:
+    try:
+        return make()
+    except ValueError as error:
+        width, height = table.resolution
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
@@ -214,6 +261,7 @@ def check_resolution(table: DatasetTable, step: int) -> None:
 
 
 _bucket_sizes = functools.cache(bucket_sizes)
+_image_sizes = functools.cache(image_bucket_sizes)
 
 
 def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Frame]:
