@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dataset.sources.media_source import MediaSource
 from dataset.subset_records import BucketRule
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
+from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
 from modules.media.image_buckets import (
     choose_image_bucket,
@@ -29,6 +31,7 @@ from modules.media.image_buckets import (
 )
 from modules.media.reading import (
     Frame,
+    fit_frame,
     frames_at_rate,
     image_size,
     read_image,
@@ -97,34 +100,33 @@ class DecodedSource:
         return tuple(_cut(frames, span) for frames in self.control)
 
 
-def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
+def decode_source(
+    source: MediaSource,
+    fps: float,
+    step: int = 16,
+    frame_step: int = 4,
+    numbers: random.Random | None = None,
+) -> DecodedSource:
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
     rate, reached by dropping frames if the table has source_fps. step, frame_step: of the family's
-    LatentSpec. Raises MediaError if a file is unreadable or too small, DatasetError if the resolution is not
-    a multiple of `step`.
+    LatentSpec. numbers: draws how a picture differs this time, as its table's `augmentation` says; without
+    them it does not differ. Raises MediaError if a file is unreadable or too small, DatasetError if the
+    resolution is not a multiple of `step`.
     """
     with fetch(source) as here:
-        return dataclasses.replace(_decode(here, fps, step, frame_step), source=source)
+        return dataclasses.replace(_decode(here, fps, step, frame_step, numbers), source=source)
 
 
-def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
+def _decode(
+    source: MediaSource, fps: float, step: int, frame_step: int, numbers: random.Random | None
+) -> DecodedSource:
     table = source.table
     if source.tensors is not None:
         raise MediaError(f"{source.path}: its latents are given (load_tensors), so that no frames are read")
     if table.kind == "image":
-        image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
-        size = (image.shape[1], image.shape[0])
-        bucket = bucket_of(table, size, step, source.path)
-        control = tuple(_control_image(read_image(path, alpha=True), bucket) for path in source.control)
-        alpha = None if alpha is None or alpha.min() == 255 else resize_cover(alpha, bucket)
-        mask = None if source.mask is None else read_still(source.mask, bucket, size, 1)
-        if table.alpha_mask:
-            mask, alpha = stack_alphas([alpha]), None
-        return DecodedSource(
-            source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha, mask
-        )
+        return _decode_image(source, step, numbers)
     decoded = _kept_frames(source.path, table, fps, table.alpha_mask)
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
@@ -142,6 +144,42 @@ def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> Deco
         else ()
     )
     return DecodedSource(source, size, bucket, frames, control, found, reason, mask=mask)
+
+
+def _decode_image(source: MediaSource, step: int, numbers: random.Random | None) -> DecodedSource:
+    table = source.table
+    image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
+    size = (image.shape[1], image.shape[0])
+    fit = fit_of(table, size, step, source.path)
+    is_mirrored = False
+    if numbers is not None:
+        fit = _draw_fit(source, size, fit, numbers)
+        is_mirrored = table.augmentation.flip and numbers.random() < 0.5
+        image = change_colours(image, numbers) if table.augmentation.color else image
+
+    def place(picture: Frame) -> Frame:
+        """Fit what belongs to the image in the same way."""
+        there = (picture.shape[1], picture.shape[0])
+        own = fit_cover(there, fit.bucket) if table.buckets is None else fit_like(fit, there, size)
+        placed = fit_frame(picture, own)
+        return mirror(placed) if is_mirrored else placed
+
+    control = tuple(_control_image(read_image(path, alpha=True), place) for path in source.control)
+    alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
+    mask = None if source.mask is None else read_still(source.mask, place, size, 1)
+    if table.alpha_mask:
+        mask, alpha = stack_alphas([alpha]), None
+    frames = place(image)[None]
+    return DecodedSource(source, size, fit.bucket, frames, control, IMAGE_SPANS, None, alpha, mask)
+
+
+def _draw_fit(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
+    """Return another fit to the same bucket, as the table's `augmentation` says."""
+    changes = source.table.augmentation
+    face = None if changes.face_crop_range is None else face_in_name(source.stem)
+    if face is not None and changes.face_crop_range is not None:
+        return fit_face(size, fit.bucket, face, changes.face_crop_range, numbers, changes.random_crop)
+    return crop_anywhere(fit, numbers) if changes.random_crop else fit
 
 
 def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
@@ -312,9 +350,10 @@ def _mask_of_clip(
     path: Path, table: DatasetTable, fps: float, bucket: Size, size: Size, num_frames: int
 ) -> Mask:
     """Read the mask of a clip: one image for all frames, or a clip at the same rate."""
+    place = functools.partial(resize_cover, bucket=bucket)
     if is_still(path) and not is_animation(path):
-        return read_still(path, bucket, size, num_frames)
-    return read_moving(path, _kept_frames(path, table, fps), bucket, size, num_frames)
+        return read_still(path, place, size, num_frames)
+    return read_moving(path, _kept_frames(path, table, fps), place, size, num_frames)
 
 
 def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
@@ -323,15 +362,13 @@ def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
     return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
 
-def _control_image(image: Frame, bucket: Size) -> Clip:
-    """Resize a control image to 1 H W C.
+def _control_image(image: Frame, place: Callable[[Frame], Frame]) -> Clip:
+    """Resize a control image to 1 H W C. place: resizes and crops a picture.
 
     Alpha is resized separately from the colours: Pillow would darken these by it, and generation does not.
     """
     colours, alpha = _colours_and_alpha(image)
-    parts = [resize_cover(colours, bucket)] + (
-        [] if alpha is None else [resize_cover(alpha, bucket)[..., None]]
-    )
+    parts = [place(colours)] + ([] if alpha is None else [place(alpha)[..., None]])
     return np.concatenate(parts, axis=2)[None]
 
 
