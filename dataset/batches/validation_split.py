@@ -18,12 +18,12 @@ def split_validation(items: Iterable[TrainingItem], fraction: float, seed: int =
     """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
 
     Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
-    takes at least one source and leaves at least one. Tables of the image guides' form say their fraction
-    themselves. seed: of the run, which chooses for those without a validation_seed.
+    takes at least one source and leaves at least one. Subsets of the image guides' form are split each by
+    itself, by their own fraction and seed if they say any. seed: chooses for those that do not.
     """
     items = Items.of(items)
     if any(facts.table.group is not None for facts in items.facts):
-        return _split_subsets(items, seed)
+        return _split_subsets(items, fraction, seed)
     for_validation = [facts.table.validation for facts in items.facts]
     if fraction == 0:
         return items.where([not is_held for is_held in for_validation]), items.where(for_validation)
@@ -63,17 +63,17 @@ def as_validated(table: DatasetTable) -> DatasetTable:
     )
 
 
-def _split_subsets(items: Items, seed: int) -> tuple[Items, Items]:
+def _split_subsets(items: Items, fraction: float, seed: int) -> tuple[Items, Items]:
     """Split the subsets of the image guides, each by itself; regularisation images are all trained on."""
     stems, numbers = np.array(items.stems, object), items.numbers
     tables = np.array([facts.table.index for facts in items.facts], np.int32)[numbers]
     held_back = np.zeros(len(items), bool)
     for table in items.tables:
-        if table.is_reg or not (table.validation or table.validation_split):
+        share = fraction if table.validation_split is None else table.validation_split
+        if table.is_reg or not share:
             continue
         places = np.flatnonzero(tables == table.index)
         table_seed = seed if table.validation_seed is None else table.validation_seed
-        share = 1.0 if table.validation else table.validation_split
         chosen = choose_held_back(stems[places], share, table_seed)
         held_back[places] = [stem in chosen for stem in stems[places]]
     validation = items.take(np.flatnonzero(held_back))

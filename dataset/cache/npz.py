@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -80,11 +81,8 @@ class NpzStore:
 
     table: DatasetTable
     family: NpzNames
-    holds_only_caches = False
-
-    @property
-    def folder(self) -> Path:
-        return self.table.cache_directory
+    folder: Path
+    holds_only_caches: ClassVar[bool] = False
 
     def is_shared(self, name: str) -> bool:
         return True

@@ -169,7 +169,7 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
                 f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
                 '"shards"'
             )
-        return NpzStore(table, names)
+        return NpzStore(table, names, table.cache_directory)
     if table.cache_format == "shards":
         return ShardStore(table.cache_directory)
     return SingleFiles(table.cache_directory)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dataset.cache.forms import require_form
 from dataset.cache.index import Indexes
 from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
-from dataset.caching.caption_files import list_caption_files
+from dataset.caching.caption_files import CaptionFile, list_caption_files
 from dataset.caching.cleanup import list_texts
 from dataset.caching.existing import ExistingNames, LatentNames
 from dataset.caching.given_tensors import refuse_moments, use_moments
@@ -177,7 +178,7 @@ class TextWork:
         family.check_given_files()
         self._config = config
         places.require_form(config, family.cache_tag)
-        self.files = list_caption_files(self.sources, family.cache_tag)
+        self.files = distinct_texts(list_caption_files(self.sources, family.cache_tag), self.stores)
         self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
         self.index = text_index(options.verify)
         known = KnownTexts(self.stores, self.index, places.trusts)
@@ -248,9 +249,31 @@ def log_outdated(plans: Sequence[SourcePlan]) -> None:
         )
 
 
+def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:
+    """Return the texts without those that an earlier table has in the same shared file.
+
+    Raises DatasetError if their captions differ.
+    """
+    seen: dict[tuple[Path, str], CaptionFile] = {}
+    for file in files:
+        store = stores.of(file.table)
+        folder = store.folder if store.is_shared(file.file_name) else file.table.cache_directory
+        first = seen.setdefault((folder, file.file_name), file)
+        if first is not file and first.caption != file.caption:
+            raise DatasetError(
+                f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
+                f"{first.caption!r} in {first.table.name}, and both have one npz file.\n  Let the tables "
+                "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
+                "_to_disk"
+            )
+    return list(seen.values())
+
+
 def npz_names(family: Caches) -> NpzNames:
     """Return how a family's caches are named in npz files."""
-    return NpzNames(family.cache_tag, family.latent, family.text_keys)
+    # the keys may be known only if all encoders are given, which a check does not need
+    has_npz = family.latent.npz is not None
+    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
 def recipe_of(family: Caches, options: CachingOptions, stores: Stores, trusts: bool = False) -> Recipe:
