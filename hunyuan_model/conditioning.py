@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hunyuan_model.vae import HunyuanVae, sample_posterior
+from encoders.posterior import sample_posterior
+from hunyuan_model.vae import LOG_VARIANCE, HunyuanVae
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MomentsBatch
 from modules.contract.family import LatentSpec
 from modules.devices import send
@@ -57,9 +58,9 @@ def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
     dtype: of the VAE. With moments of first frames, also `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
-    tensors = {"latents": sample_posterior(_copied(media.moments), generators)}
+    tensors = {"latents": sample_posterior(_copied(media.moments), generators, LOG_VARIANCE)}
     if media.image is not None:
-        tensors["latents_image"] = sample_posterior(_copied(media.image), generators)
+        tensors["latents_image"] = sample_posterior(_copied(media.image), generators, LOG_VARIANCE)
     return [
         CacheEntry({name: tensor[item].to(dtype) for name, tensor in tensors.items()})
         for item in range(len(media.keys))
