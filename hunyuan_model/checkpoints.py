@@ -22,28 +22,12 @@ from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, store_scale
-from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.names.layouts import tensor_patterns
+from networks.names.hunyuan import COMFYUI_TENSORS, HUNYUAN_VIDEO
+from networks.names.layouts import swapped_tensors, tensor_patterns
 
 logger = logging.getLogger(__name__)
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
-
-# ComfyUI's names -> the published ones. Source: the repackaged checkpoint of Comfy-Org.
-FROM_COMFY: Names = (
-    (r"(time_in|guidance_in|txt_in\.t_embedder)\.in_layer\.(\w+)", r"\1.mlp.0.\2"),
-    (r"(time_in|guidance_in|txt_in\.t_embedder)\.out_layer\.(\w+)", r"\1.mlp.2.\2"),
-    (r"txt_in\.c_embedder\.in_layer\.(\w+)", r"txt_in.c_embedder.linear_1.\1"),
-    (r"txt_in\.c_embedder\.out_layer\.(\w+)", r"txt_in.c_embedder.linear_2.\1"),
-    (r"(.+\.(?:img|txt|self)_attn)\.(qkv|proj)\.(\w+)", r"\1_\2.\3"),
-    (r"(.+\.(?:img|txt)_attn)\.norm\.query_norm\.(?:scale|weight)", r"\1_q_norm.weight"),
-    (r"(.+\.(?:img|txt)_attn)\.norm\.key_norm\.(?:scale|weight)", r"\1_k_norm.weight"),
-    (r"(single_blocks\.\d+)\.norm\.query_norm\.(?:scale|weight)", r"\1.q_norm.weight"),
-    (r"(single_blocks\.\d+)\.norm\.key_norm\.(?:scale|weight)", r"\1.k_norm.weight"),
-    (r"(.+\.(?:img_|txt_|)mlp)\.0\.(\w+)", r"\1.fc1.\2"),
-    (r"(.+\.(?:img_|txt_|)mlp)\.2\.(\w+)", r"\1.fc2.\2"),
-    (r"(.+\.(?:img_mod|txt_mod|modulation))\.lin\.(\w+)", r"\1.linear.\2"),
-)
 
 # diffusers' names -> the published ones. Source: checkpoints of hunyuanvideo-community/HunyuanVideo and
 # Skywork/SkyReels-V1-*. A name that ends in #n is the nth of the parts that are stacked by rows in the
@@ -56,7 +40,7 @@ FROM_DIFFUSERS: Names = (
     ),
 )
 # diffusers: scale first, then shift
-SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")
+SWAPPED = swapped_tensors(HUNYUAN_VIDEO)
 DIMENSIONS = {  # for `read_dimensions`
     "in_dim": "img_in.proj.weight",
     "num_heads": "double_blocks.0.img_attn_q_norm.weight",
@@ -70,7 +54,7 @@ DIMENSIONS = {  # for `read_dimensions`
 }
 DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
     "official": ("double_blocks.0.img_attn_qkv.weight", ()),
-    "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", FROM_COMFY),
+    "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", COMFYUI_TENSORS),
     "diffusers": ("transformer_blocks.0.attn.add_q_proj.weight", FROM_DIFFUSERS),
 }
 
@@ -185,22 +169,32 @@ def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -
     Raises CheckpointError if a tensor is missing, or if the width cannot be cut into heads.
     """
     dim, in_dim, patch_size = found.patches(names["in_dim"])
+    return {
+        "dim": dim,
+        **read_block_dimensions(found, spec, names, dim),
+        "in_dim": in_dim,
+        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
+        "pooled_dim": found.of(names["pooled_dim"])[1],
+        "patch_size": patch_size,
+    }
+
+
+def read_block_dimensions(
+    found: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
+) -> dict[str, int]:
+    """Read the dimensions of blocks and refiner, as `read_dimensions`. dim: width of the model."""
     (head_width,) = found.of(names["num_heads"], axes=1)
     check_heads(found.path, dim, head_width, found.model)
     double_blocks, single_blocks = spec.block_lists
-    outputs = {field: found.of(names[field])[0] for field in ("ffn_dim", "refiner_ffn_dim")}
-    inputs = {field: found.of(names[field])[1] for field in ("text_dim", "pooled_dim", "freq_dim")}
     return {
-        "dim": dim,
         "num_heads": dim // head_width,
+        "ffn_dim": found.of(names["ffn_dim"])[0],
         "double_blocks": found.blocks(double_blocks),
         "single_blocks": found.blocks(single_blocks),
         "refiner_blocks": found.blocks(names["refiner_blocks"]),
-        "in_dim": in_dim,
-        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
-        "patch_size": patch_size,
-        **outputs,
-        **inputs,
+        "refiner_ffn_dim": found.of(names["refiner_ffn_dim"])[0],
+        "text_dim": found.of(names["text_dim"])[1],
+        "freq_dim": found.of(names["freq_dim"])[1],
     }
 
 
@@ -245,15 +239,23 @@ def _relative(checkpoint: Checkpoint) -> str | None:
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
     """Map each published name to how its tensor is made from the file's tensors."""
-    table = DIALECTS[header.dialect][1]
+    swapped = SWAPPED if header.dialect == "diffusers" else ()
+    return join_parts(_with_scales(checkpoint, header), DIALECTS[header.dialect][1], swapped)
+
+
+def join_parts(
+    stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
+) -> dict[str, TensorSource]:
+    """Map each published name to how its tensor is made from those of a file.
+
+    table: of the file's dialect. swapped: published names of tensors whose halves it has in the other order.
+    """
     parts: dict[str, dict[int, TensorSource]] = {}
-    for stored, source in _with_scales(checkpoint, header).items():
-        name, _, part = translate_name(stored, table).partition("#")
+    for theirs, source in stored.items():
+        name, _, part = translate_name(theirs, table).partition("#")
         parts.setdefault(name, {})[int(part or 0)] = source
     sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
-    if header.dialect == "diffusers":
-        sources |= {name: sources[name].then(_swap_halves) for name in SWAPPED if name in sources}
-    return sources
+    return sources | {name: sources[name].then(_swap_halves) for name in swapped if name in sources}
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:

@@ -5,11 +5,12 @@ the path.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 
-REST, SWAPPED = -1, -2
+REST, SWAPPED, BEFORE_REST = -1, -2, -3
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
 # first layers; how many channels they take differs between models of a family
 FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
@@ -25,10 +26,10 @@ class WeightPart:
 
     theirs: str  # path in the other layout
     ours: str
-    # None: all rows; n: the nth group of as many rows as the part has; REST: the last rows; SWAPPED: all
-    # rows, with the two halves swapped
+    # None: all rows; n: the nth group of as many rows as the part has; REST: the last rows; BEFORE_REST: the
+    # last but as many rows as the part has; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
-    usual_height: int = 1  # REST: how many times as high as the others, in every published model
+    usual_height: int = 1  # how many times as high as the lowest part, in every published model
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,27 @@ class FamilyNames:
 def each(start: str, endings: str) -> tuple[str, ...]:
     """Return `start` + each of `endings`, which are separated by blanks."""
     return tuple(start + ending for ending in endings.split())
+
+
+def stacked_parts(theirs: str, ours: str, letters: str = "qkv") -> tuple[WeightPart, ...]:
+    """Return the parts for q, k and v ({x} in `theirs`), stacked in this order in the rows of ours."""
+    return tuple(
+        WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate(letters)
+    )
+
+
+def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
+    """Return parts that are whole modules of ours: `theirs` and `ours` before (their ending, our ending)."""
+    return tuple(WeightPart(theirs + ending, ours + own) for ending, own in endings)
+
+
+def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
+    """Return our tensors whose two halves stand the other way round in the family's other layout.
+
+    `tensor_patterns` renames them only: who reads such a file swaps the halves.
+    """
+    modules = [part.ours for part in names.parts if part.index == SWAPPED]
+    return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
