@@ -35,12 +35,11 @@ def autoencoder_tensors(seed: int = 6, dtype: torch.dtype = torch.float32) -> di
     """FLUX's autoencoder with the names and shapes of ae.safetensors."""
     with torch.device("meta"):
         network = Autoencoder(autoencoder_config())
-    return {
-        name: (
-            tensor[..., None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name) else tensor
-        ).to(dtype)
-        for name, tensor in random_tensors(network, seed).items()
-    }
+    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(network, seed).items()}
+    for name in tensors:
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
+            tensors[name] = tensors[name][..., None, None]
+    return tensors
 
 
 def autoencoder_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
