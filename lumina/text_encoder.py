@@ -15,6 +15,7 @@ from torch import nn
 from encoders.token_rows import check_ids, fill_rows
 from lumina.configs import PROMPT_START
 from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
+from lumina.options import MAX_TOKENS
 from lumina.tokenizer import GEMMA_FILES, GemmaTokenizer, find_tokenizer, load_tokenizer
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
@@ -27,7 +28,7 @@ from modules.offload.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 256  # with the begin token and the system prompt, where nothing is said
+
 TOKEN_STEP = 8  # of the padded length
 PAD = 0
 PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given

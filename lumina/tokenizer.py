@@ -61,9 +61,7 @@ def find_tokenizer(path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
     return TokenizerPlace(inside=checkpoint_path if _inside(checkpoint_path) is not None else None)
 
 
-def load_tokenizer(
-    path: Path | None, checkpoint_path: Path, may_download: bool = True
-) -> GemmaTokenizer:
+def load_tokenizer(path: Path | None, checkpoint_path: Path, may_download: bool = True) -> GemmaTokenizer:
     """Load the tokenizer. path: of --gemma2_tokenizer; None looks for it with `find_tokenizer`.
 
     Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
