@@ -1,7 +1,7 @@
-"""Checkpoint files of HunyuanVideo's language model and CLIP text tower: recognise them, read dimensions.
+"""Checkpoint files of HunyuanVideo's language model: recognise them, read dimensions.
 
-Both are published under several prefixes, alone or beside an image tower. So the prefix is whatever precedes
-the name of the token embeddings, and tensors of other networks are left out by name. Our modules have Hugging
+It is published under several prefixes, alone or beside an image tower. So the prefix is whatever precedes the
+name of the token embeddings, and tensors of other networks are left out by name. Our modules have Hugging
 Face's names.
 """
 
@@ -16,17 +16,13 @@ from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
 LLAMA_HEAD_WIDTH = 128  # of Llama 3; cannot be read from the tensors
-CLIP_HEAD_WIDTH = 64  # of CLIP-L
-CLIP_TOKENS = 77
 # values that a config.json leaves out: transformers do not write what equals their default
 LLAMA_DEFAULTS = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
-CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
 
 LLAMA_FILES = (
     "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
     "llava_llama3_fp16.safetensors"
 )
-CLIP_FILES = "the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors"
 
 # beginnings of the names of tensors beside the wanted network: other parts of the same model, other networks
 # of all-in-one files
@@ -40,9 +36,8 @@ _BESIDE_LLAMA = (
         "model.image_newline",
     ),
 )
-_BESIDE_CLIP = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
 # saved by old versions of transformers; computed here
-_COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq", "embeddings.position_ids")
+_COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -58,20 +53,6 @@ class LlamaConfig:
     num_layers: int  # that are run; layers after the wanted hidden state are left out
     final_norm: bool
     theta: float = 500000.0  # base of the rotary frequencies: Llama 3
-    eps: float = 1e-5
-
-
-@dataclass(frozen=True)
-class ClipTextConfig:
-    """Dimensions of a CLIP text tower."""
-
-    vocabulary: int
-    positions: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    activation: str = "quick_gelu"
     eps: float = 1e-5
 
 
@@ -131,43 +112,6 @@ def read_llama(
         *(() if final_norm else ("norm.weight",)),
     )
     return LoadPlan(config, own, sources, unused)
-
-
-def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
-    """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
-
-    Raises CheckpointError for any other file.
-    """
-    own = network_in(
-        checkpoint,
-        "embeddings.token_embedding.weight",
-        "encoder.layers.0.self_attn.q_proj.weight",
-        _BESIDE_CLIP,
-    )
-    if own is None:
-        raise other_kind(checkpoint, "a CLIP text encoder", "--text_encoder2", CLIP_FILES)
-    sources = plain_sources(own)
-    shape = shapes_of(own, sources)
-    vocabulary, dim = shape("embeddings.token_embedding.weight")
-    positions = shape("embeddings.position_embedding.weight")[0]
-    if positions < CLIP_TOKENS:
-        raise CheckpointError(
-            f"{checkpoint.path} takes {positions} tokens, HunyuanVideo needs {CLIP_TOKENS}. Give "
-            f"{CLIP_FILES} to --text_encoder2.",
-            checkpoint.path,
-        )
-    told = told_beside(checkpoint.path, "text_config", "clip", dim, CLIP_DEFAULTS)
-    config = ClipTextConfig(
-        vocabulary=vocabulary,
-        positions=positions,
-        dim=dim,
-        ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=dim // head_width(checkpoint.path, dim, told, CLIP_HEAD_WIDTH),
-        num_layers=count(sources, r"encoder\.layers\.\d+"),
-        activation=str(told.get("hidden_act", ClipTextConfig.activation)),
-        eps=float(told.get("layer_norm_eps", ClipTextConfig.eps)),
-    )
-    return LoadPlan(config, own, sources, (*_COMPUTED, *(f"{start}*" for start in _BESIDE_CLIP)))
 
 
 def _theta(path: Path, told: Mapping[str, Any]) -> float:
