@@ -169,22 +169,32 @@ def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -
     Raises CheckpointError if a tensor is missing, or if the width cannot be cut into heads.
     """
     dim, in_dim, patch_size = found.patches(names["in_dim"])
+    return {
+        "dim": dim,
+        **read_block_dimensions(found, spec, names, dim),
+        "in_dim": in_dim,
+        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
+        "pooled_dim": found.of(names["pooled_dim"])[1],
+        "patch_size": patch_size,
+    }
+
+
+def read_block_dimensions(
+    found: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
+) -> dict[str, int]:
+    """Read the dimensions of blocks and refiner, as `read_dimensions`. dim: width of the model."""
     (head_width,) = found.of(names["num_heads"], axes=1)
     check_heads(found.path, dim, head_width, found.model)
     double_blocks, single_blocks = spec.block_lists
-    outputs = {field: found.of(names[field])[0] for field in ("ffn_dim", "refiner_ffn_dim")}
-    inputs = {field: found.of(names[field])[1] for field in ("text_dim", "pooled_dim", "freq_dim")}
     return {
-        "dim": dim,
         "num_heads": dim // head_width,
+        "ffn_dim": found.of(names["ffn_dim"])[0],
         "double_blocks": found.blocks(double_blocks),
         "single_blocks": found.blocks(single_blocks),
         "refiner_blocks": found.blocks(names["refiner_blocks"]),
-        "in_dim": in_dim,
-        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
-        "patch_size": patch_size,
-        **outputs,
-        **inputs,
+        "refiner_ffn_dim": found.of(names["refiner_ffn_dim"])[0],
+        "text_dim": found.of(names["text_dim"])[1],
+        "freq_dim": found.of(names["freq_dim"])[1],
     }
 
 
@@ -229,15 +239,23 @@ def _relative(checkpoint: Checkpoint) -> str | None:
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
     """Map each published name to how its tensor is made from the file's tensors."""
-    table = DIALECTS[header.dialect][1]
+    swapped = SWAPPED if header.dialect == "diffusers" else ()
+    return join_parts(_with_scales(checkpoint, header), DIALECTS[header.dialect][1], swapped)
+
+
+def join_parts(
+    stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
+) -> dict[str, TensorSource]:
+    """Map each published name to how its tensor is made from those of a file.
+
+    table: of the file's dialect. swapped: published names of tensors whose halves it has in the other order.
+    """
     parts: dict[str, dict[int, TensorSource]] = {}
-    for stored, source in _with_scales(checkpoint, header).items():
-        name, _, part = translate_name(stored, table).partition("#")
+    for theirs, source in stored.items():
+        name, _, part = translate_name(theirs, table).partition("#")
         parts.setdefault(name, {})[int(part or 0)] = source
     sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
-    if header.dialect == "diffusers":
-        sources |= {name: sources[name].then(_swap_halves) for name in SWAPPED if name in sources}
-    return sources
+    return sources | {name: sources[name].then(_swap_halves) for name in swapped if name in sources}
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:
