@@ -43,7 +43,10 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "convert_options", "shard_names", "options", "subset_options"} | {"subset_records"},
+        {"config_keys", "convert_options", "shard_names", "options", "subset_records"},
+        {"key_reading", "subset_keys", "table"},
+        {"subset_options"},
+        {"subsets"},
         {"config", "ray_options"},
         {"sources"},
         {"cache"},
@@ -86,7 +89,8 @@ FLOORS = {
         {"averages", "changes", "options", "validation"},
         {"experts", "image_options"},
         {"training_run"},
-        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
+        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "starting"}
+        | {"unused_options"},
         {"job", "planning"},
         {"learning", "previews", "reporting", "saver", "summary"},
         {"run"},
@@ -109,7 +113,12 @@ LIGHT_FILES = {
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",
+    "dataset/key_reading.py",
+    "dataset/subset_keys.py",
     "dataset/subset_records.py",
+    "dataset/subsets/fallbacks.py",
+    "dataset/subsets/reading.py",
+    "dataset/table.py",
 } | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (
     "torch",
