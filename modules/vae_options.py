@@ -42,7 +42,7 @@ def add_vae_arguments(
 ) -> None:
     """Add the arguments of `VaeOptions`. always_tiled: omit --vae_tiling, which is always on.
 
-    flags: of the checkpoint; a parser that has --vae already gets the others, or none.
+    flags: of the file; none if the parser has a --vae already.
     """
     if flags:
         group.add_argument(*flags, dest="vae", type=str, default=None, help="VAE checkpoint")
