@@ -25,6 +25,7 @@ class CaptionChanges:
             separator=self.separator,
             keep_tokens=self.keep_tokens,
             keep_tokens_separator=self.keep_tokens_separator,
+            dropout_every_n_epochs=self.dropout_every_n_epochs,  # the empty prompt is cached
             secondary_separator=self.secondary_separator,
             warmup_min=self.warmup_min,
         )

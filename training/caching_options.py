@@ -53,9 +53,7 @@ def add_caching_in_run_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="encode all captions once, and free the text encoders; not with captions that vary",
     )
-    group.add_argument(
-        "--cache_text_encoder_outputs_to_disk", action="store_true", help="the same, in files"
-    )
+    group.add_argument("--cache_text_encoder_outputs_to_disk", action="store_true", help="the same, in files")
     group.add_argument(
         "--text_encoder_batch_size",
         type=int,

@@ -6,18 +6,31 @@ A function of the run's seed, the micro-batch's number in the run and the sample
 import random
 from collections.abc import Sequence
 
+from dataset.batches.changing import is_dropped
 from dataset.batches.items import TrainingItem
 from dataset.cache.files import EMPTY
 from modules.seeds import derive_seed
 
 
-def choose_captions(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[int, ...]:
+def choose_captions(items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0) -> tuple[int, ...]:
     """Return for each item which of its captions is used, from 0, or EMPTY.
 
-    number: of the micro-batch, in the whole run. EMPTY is chosen with the table's caption_dropout_rate;
-    captions are equally likely.
+    number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
+    caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
     """
-    return tuple(_choose(item, seed, number, place) for place, item in enumerate(items))
+    return tuple(
+        EMPTY if is_dropped(item.table.changes, epoch) else _choose(item, seed, number, place)
+        for place, item in enumerate(items)
+    )
+
+
+def choose_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
+    """Return for each item whether it is trained mirrored: every other time, if its table says so."""
+    return tuple(
+        item.table.augmentation.flip
+        and random.Random(derive_seed(seed, "flip", number, place)).random() < 0.5
+        for place, item in enumerate(items)
+    )
 
 
 def _choose(item: TrainingItem, seed: int, number: int, place: int) -> int:
