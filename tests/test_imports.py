@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "wan": {"modules", "networks.names", "encoders"},
     "hunyuan_model": {"modules", "networks.names", "encoders"},
     "frame_pack": {"modules", "networks.names", "encoders", "hunyuan_model"},
-    "flux": {"modules", "networks.names", "encoders"},
+    "flux": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
     "generation": {"modules", "networks", "blissful_tuner", "post"},
