@@ -15,12 +15,14 @@ from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import NEGATIVE, POSITIVE, Pass, Stage, StepPlan, Velocities, make_passes
 from blissful_tuner.guidance_steps import guidance_scales
 from blissful_tuner.nag import nag_tweaks
+from blissful_tuner.norm_limit import limit_norm
 from blissful_tuner.perp_neg import perp_neg
 from blissful_tuner.projected import Momentum, projected, watched
 from blissful_tuner.rescaling import rescale
 from blissful_tuner.skipped_layers import active_steps, add_skipped_layers
 from modules.contract.experts import ONE_EXPERT, Expert, expert_at
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
+from modules.contract.guidance import GuidanceRules
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Guidance, Needs, Step
 from modules.errors import OptionError
@@ -45,6 +47,8 @@ def make_guidance(
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
+        if is_truncated(step, prepared.rules):
+            plan = StepPlan(factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
         return plan.combine(make_passes(plan, predict, section, of_positive(section), join))
@@ -81,12 +85,19 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepP
             stages.append(add_skipped_layers(weakened, options.slg_scale))
         if stages and share != 0:
             stages.append(rescale(share))
+        if stages and prepared.rules.norm_limit is not None:
+            stages.append(limit_norm(prepared.rules.norm_limit))
         return StepPlan(tuple(stages), factor, of_all)
 
     return [
         tuple(plan(index, scale) for index, scale in enumerate(scales))
         for scales in guidance_scales(prepared, options)
     ]
+
+
+def is_truncated(step: Step, rules: GuidanceRules) -> bool:
+    """Return whether a step comes so late that the model's rules leave guidance out."""
+    return rules.below_share is not None and 1 - step.sigma >= rules.below_share
 
 
 def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[Stage, ...]:

@@ -71,7 +71,9 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.freq_dim = config.freq_dim
         self.mlp = nn.Sequential(
-            nn.Linear(config.freq_dim, config.time_dim), nn.SiLU(), nn.Linear(config.time_dim, config.time_dim)
+            nn.Linear(config.freq_dim, config.time_dim),
+            nn.SiLU(),
+            nn.Linear(config.time_dim, config.time_dim),
         )
 
     def forward(self, times: Tensor) -> Tensor:

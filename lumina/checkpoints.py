@@ -82,7 +82,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
     if mark not in names or MARK not in shapes:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    return DitHeader(_config(DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")), dialect, names[mark].dtype)
+    return DitHeader(
+        _config(DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")), dialect, names[mark].dtype
+    )
 
 
 def _config(found: DitShapes) -> LuminaConfig:
