@@ -188,7 +188,7 @@ class Lumina:
         self.files.check(("dit", "gemma2", *(("ae",) if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open, cut the size to whole patches and check files. Nothing is loaded.
+        """Fill what the request leaves open, cut the size to whole patches, check files. Nothing is loaded.
 
         Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of another
         kind.

@@ -89,8 +89,8 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
     """Raise OptionError for a share of data that is none."""
     if not 0 <= ratio <= 1:
         raise OptionError(
-            f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the picture holds so much. 0.25 "
-            "is usual, 1 keeps guidance to the end"
+            f"{option} {ratio:g}: give a share from 0 to 1; guidance ends when the picture holds so much. "
+            "0.25 is usual, 1 keeps guidance to the end"
         )
 
 
@@ -167,8 +167,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg_trunc_ratio",
         type=float,
         default=CFG_TRUNC_RATIO,
-        help="share of data in the noisy picture, 0 to 1, from which on guidance is left out; 1 keeps it to the "
-        "end (--ctr in a prompt line)",
+        help="share of data in the noisy picture, 0 to 1, from which on guidance is left out; 1 keeps it to "
+        "the end (--ctr in a prompt line)",
     )
     group.add_argument(
         "--renorm_cfg",

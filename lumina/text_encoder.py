@@ -127,8 +127,8 @@ class GemmaTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L} for each prompt.
 
-        They are on the CPU, masks and ids int64; gradients flow to what learns in the network. The states of a
-        part's tokens are multiplied by the part's weight.
+        They are on the CPU, masks and ids int64; gradients flow to what learns in the network. The states of
+        a part's tokens are multiplied by the part's weight.
         Raises CheckpointError if the tokenizer has more tokens than the model.
         """
         gemma, tokenizer = self._loaded.get()
@@ -147,8 +147,8 @@ class GemmaTextEncoder:
         results: list[Conditions] = []
         for first in range(0, len(read), PROMPTS_AT_ONCE):
             rows = [row[: self.max_tokens] for row, _ in read[first : first + PROMPTS_AT_ONCE]]
+            check_ids(rows, known, self.path, GEMMA_FILES.option)
             ids, mask = fill_rows(rows, self.length, PAD)
-            check_ids(ids, known, self.path, GEMMA_FILES.option)
             states = gemma_states(gemma, ids.to(device), mask.to(device)).cpu() * mask[..., None]
             results += [
                 {"hidden_state": state.clone(), "attention_mask": real.clone(), "input_ids": row.clone()}

@@ -23,7 +23,7 @@ GEMMA_FILES = TokenizerFiles(
     names=("tokenizer.json", "tokenizer.model"),
     folder="tokenizer",
     repository="Alpha-VLLM/Lumina-Image-2.0",
-    # beside a single file; diffusers pipelines, with text_encoder and tokenizer side by side; google/gemma-2-2b
+    # beside a single file; diffusers pipelines, with text_encoder and tokenizer side by side; google's folder
     beside=("tokenizer", "../tokenizer", "."),
     token="<start_of_turn>",
 )
