@@ -23,9 +23,8 @@ def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = No
     from dataset.commands import run_text_caching  # torch loads here, after every option has been read
     from hunyuan_image.family import family_for_text_caching
 
-    following = as_typed(
-        ["python", "hunyuan_image_train_network.py", "--dataset_config", str(options.dataset_config), "--check"]
-    )
+    words = ["python", "hunyuan_image_train_network.py", "--network_train_unet_only"]
+    following = as_typed([*words, "--dataset_config", str(options.dataset_config), "--check"])
     (run or run_text_caching)(family_for_text_caching(own_options), config, options, following)
 
 
