@@ -213,8 +213,12 @@ def _check_cache_directories(datasets: tuple[DatasetTable, ...], problems: list[
                 f"{table.place}: cache_directory = {folder}: {there} is a file; name a "
                 "folder, which is made if it is not there"
             )
+        if table.kind == "video" and table.cache_format == "npz":
+            problems.append(
+                f'{table.place}: cache_format = "npz" is for tables of pictures; use "files" or "shards"'
+            )
         first = users.setdefault(os.path.normcase(table.cache_directory.resolve()), table)
-        if first is not table:
+        if first is not table and not first.cache_format == table.cache_format == "npz":
             problems.append(
                 f"{first.place} and {table.place.removeprefix('[[datasets]] ')} share the cache directory "
                 f"{table.cache_directory}; "

@@ -26,7 +26,7 @@ RATES = (0.001, 1_000_000)  # frames a second
 AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
 
 
-CACHE_FORMATS = ("files", "shards")
+CACHE_FORMATS = ("files", "shards", "npz")
 
 
 class Unfit(Exception):

@@ -36,7 +36,7 @@ class DatasetTable:
     cogvideox_root: Path | None
     control_directory: Path | None
     cache_directory: Path
-    cache_format: Literal["files", "shards"]
+    cache_format: Literal["files", "shards", "npz"]
     resolution: tuple[int, int]  # width, height
     caption_extension: str | None
     trigger_word: str  # these three: "" for none
@@ -113,6 +113,11 @@ class DatasetTable:
             assert self.tars is not None
             source = Path(hide_secrets(self.tars[0]))
         return source
+
+    @property
+    def picture_folder(self) -> Path:
+        """Return the folder that its items, or their list, are in."""
+        return self.directory or self.image_folder or self.source.parent
 
     @property
     def source_key(self) -> str:

@@ -15,9 +15,6 @@ from modules.checkpoints.encoders import head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
-LLAMA_HEAD_WIDTH = 128  # of Llama 3; cannot be read from the tensors
-# values that a config.json leaves out: transformers do not write what equals their default
-LLAMA_DEFAULTS = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 
 LLAMA_FILES = (
     "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
@@ -54,20 +51,51 @@ class LlamaConfig:
     final_norm: bool
     theta: float = 500000.0  # base of the rotary frequencies: Llama 3
     eps: float = 1e-5
+    has_bias: bool = False  # of queries, keys and values
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """What a released language model is, beyond what its tensors show."""
+
+    what: str  # for messages: "a Llama language model"
+    option: str  # that names its file
+    files: str  # which files are one, for messages
+    kind: str  # prefix of `model_type` in a config.json
+    beside: tuple[str, ...]  # beginnings of the names of tensors beside it
+    defaults: Mapping[str, float]  # values that its config.json leaves out
+    theta: float  # base of the rotary frequencies, if there is no config.json
+    eps: float  # likewise
+    has_bias: bool = False
+    head_width: int = 128  # likewise; cannot be read from the tensors
+    # kinds of rotary frequencies that are plain ones for a text
+    rope_types: tuple[str, ...] = ("default",)
+
+
+LLAMA = LanguageModel(
+    "a Llama language model",
+    "--text_encoder1",
+    LLAMA_FILES,
+    "llama",
+    _BESIDE_LLAMA,
+    {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    LlamaConfig.theta,
+    LlamaConfig.eps,
+)
 
 
 def read_llama(
-    checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = True
+    checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = True, model: LanguageModel = LLAMA
 ) -> LoadPlan[LlamaConfig]:
     """Plan how to load the language model up to a hidden state.
 
     Reads LlavaForConditionalGeneration, LlamaForCausalLM, the bare LlamaModel and ComfyUI's files, in 16 or 8
-    bits. skip_layers: how many of the last layers are left out.
+    bits. skip_layers: how many of the last layers are left out. model: which one it has to be.
     Raises CheckpointError for any other file, or if it has fewer layers.
     """
-    own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", _BESIDE_LLAMA)
-    if own is None:
-        raise other_kind(checkpoint, "a Llama language model", "--text_encoder1", LLAMA_FILES)
+    own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", model.beside)
+    if own is None or ("layers.0.self_attn.q_proj.bias" in own.tensors) != model.has_bias:
+        raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(own)
     shape = shapes_of(own, sources)
     all_layers = count(sources, r"layers\.\d+")
@@ -83,8 +111,8 @@ def read_llama(
         shape("layers.0.self_attn.q_proj.weight")[0],
         shape("layers.0.self_attn.k_proj.weight")[0],
     )
-    told = told_beside(checkpoint.path, "text_config", "llama", dim, LLAMA_DEFAULTS)
-    width = head_width(checkpoint.path, rows, told, LLAMA_HEAD_WIDTH)
+    told = told_beside(checkpoint.path, "text_config", model.kind, dim, model.defaults)
+    width = head_width(checkpoint.path, rows, told, model.head_width)
     if key_rows % width or (rows // width) % max(1, key_rows // width):
         raise CheckpointError(
             f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads "
@@ -101,31 +129,31 @@ def read_llama(
         head_width=width,
         num_layers=num_layers,
         final_norm=final_norm,
-        theta=_theta(checkpoint.path, told),
-        eps=float(told.get("rms_norm_eps", LlamaConfig.eps)),
+        theta=_theta(checkpoint.path, told, model),
+        eps=float(told.get("rms_norm_eps", model.eps)),
+        has_bias=model.has_bias,
     )
     skipped = tuple(f"layers.{index}.*" for index in range(num_layers, all_layers))
     unused = (
         *_COMPUTED,
-        *(f"{start}*" for start in _BESIDE_LLAMA),
+        *(f"{start}*" for start in model.beside),
         *skipped,
         *(() if final_norm else ("norm.weight",)),
     )
     return LoadPlan(config, own, sources, unused)
 
 
-def _theta(path: Path, told: Mapping[str, Any]) -> float:
+def _theta(path: Path, told: Mapping[str, Any], model: LanguageModel) -> float:
     """Return the base of the rotary frequencies.
 
     Raises CheckpointError if they are stretched, as in Llama 3.1 and later.
     """
     rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    if kind not in model.rope_types:
         raise CheckpointError(
             f"{path}: its config.json asks for rotary frequencies of type {kind}, which the model that "
-            "HunyuanVideo was trained with "
-            f"does not use. Give {LLAMA_FILES} to --text_encoder1.",
+            f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
             path,
         )
-    return float(rope.get("rope_theta", told.get("rope_theta", LlamaConfig.theta)))
+    return float(rope.get("rope_theta", told.get("rope_theta", model.theta)))

@@ -29,7 +29,7 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters, token_weights
+from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
 from modules.offload.loaded import Loaded
@@ -241,15 +241,24 @@ class LlavaTextEncoder:
 
     def _weights(self, prompt: Prompt, tokenizer: LlamaTokenizer, start: int) -> list[float]:
         """Return the weights of the tokens from `start` on, which are all those that are kept."""
-        before, text = len(self.template.before), prompt.text
-        places = tokenizer.places(self.template.of(text))[start : start + PROMPT_TOKENS]
-        own = [None if place is None or not 0 <= place[0] - before < len(text) else place for place in places]
-        shifted = [(first + before, last + before, weight) for first, last, weight in prompt.spans]
-        return token_weights(self.template.of(text), own, shifted)
+        whole = self.template.of(prompt.text)
+        places = tokenizer.places(whole)[start : start + PROMPT_TOKENS]
+        return weights_within(prompt, whole, len(self.template.before), places)
 
     def free(self) -> None:
         """Release the encoder and its memory."""
         self._loaded.free()
+
+
+def weights_within(prompt: Prompt, whole: str, before: int, places: Sequence[Place]) -> list[float]:
+    """Return the weights of the tokens of a template with its prompt; those around the prompt have 1.
+
+    whole: the text with the prompt at the character `before`. places: of its tokens.
+    """
+    end = len(prompt.text)
+    own = [None if place is None or not 0 <= place[0] - before < end else place for place in places]
+    shifted = [(first + before, last + before, weight) for first, last, weight in prompt.spans]
+    return token_weights(whole, own, shifted)
 
 
 def clip_text_encoder(

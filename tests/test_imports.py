@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "hunyuan_model": {"modules", "networks.names", "encoders"},
     "frame_pack": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "flux": {"modules", "networks.names", "encoders", "hunyuan_model"},
-    "hunyuan_image": {"modules", "networks.names", "encoders"},
+    "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
     "generation": {"modules", "networks", "blissful_tuner", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},

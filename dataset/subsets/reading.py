@@ -239,13 +239,16 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     """Give each table without a cache_directory its own folder: `1024x768` beside its pictures.
 
     Several datasets may have one folder of pictures; where their resolutions are equal too, the later one
-    gets `1024x768_2`.
+    gets `1024x768_2`. npz files, which hold many resolutions, are beside the pictures.
     """
     used: Counter[tuple[str, str]] = Counter()
     found = []
     for table in tables:
         if table.cache_directory is None:
-            folder = table.directory or table.image_folder or table.source.parent
+            folder = table.picture_folder
+            if table.cache_format == "npz":
+                found.append(replace(table, cache_directory=folder))
+                continue
             name = _sides(table.resolution)
             key = (os.path.normcase(folder.resolve()), name)
             used[key] += 1
