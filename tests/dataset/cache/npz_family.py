@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
@@ -17,7 +18,7 @@ from dataset.config import DatasetConfig
 from modules.contract.data import Batch, CacheEntry, MediaBatch, MediaEncoders
 from modules.contract.family import LatentSpec
 from modules.contract.npz import NpzFormat
-from tests.dataset.making import make_image, make_table
+from tests.dataset.making import make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 FORMAT = NpzFormat(
@@ -47,17 +48,11 @@ class NpzFamily(ToyFamily):
 def make_pictures(folder: Path, count: int = 3, size: tuple[int, int] = (40, 40)) -> Path:
     folder.mkdir(exist_ok=True)
     for number in range(count):
-        path = make_image(folder / f"pic {number}.png", size, (50 * number + 10, 20, 30))
+        path = folder / f"pic {number}.png"
         path.with_suffix(".txt").write_text("picture " * (number + 1), encoding="utf-8")
-        shaded = np.asarray(torch.rand(size[1], size[0], 3).mul(255).byte())
-        make_shaded(path, shaded)
+        generator = np.random.default_rng(number)
+        Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path)
     return folder
-
-
-def make_shaded(path: Path, pixels: np.ndarray[Any, Any]) -> None:
-    from PIL import Image
-
-    Image.fromarray(pixels).save(path)
 
 
 def make_config(folder: Path, form: str = "npz", **changes: Any) -> DatasetConfig:
