@@ -148,7 +148,7 @@ def _accumulate(
             run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
         dit, noisy_batch = run.dits.at(expert), micro_batch.data.to(run.device)
-        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.options.loss) / len(group)
+        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys

@@ -24,7 +24,7 @@ from training.data.options import (
 )
 from training.expert_options import ONE_DIT, ExpertTrainingOptions
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
-from training.loss_options import LossOptions, PredictionOptions, add_loss_arguments
+from training.loss_options import RAW, LossOptions, PredictionOptions, add_loss_arguments
 from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
 from training.optimizers.options import OptimizerOptions, add_optimizer_arguments
 from training.optimizers.parts_options import PartsOptions
@@ -103,6 +103,16 @@ class TrainingOptions:
     def by_expert(self) -> ExpertTrainingOptions:
         """Return the options for several transformers, also where the script has none."""
         return self.experts or ONE_DIT
+
+    @property
+    def predicted(self) -> str:
+        """Return what of a network's output is compared with the velocity."""
+        return RAW if self.prediction is None else self.prediction.model_prediction_type
+
+    @property
+    def weights_by_time(self) -> bool:
+        """Return whether --weighting_scheme weights the loss, not only the draws of timesteps."""
+        return self.prediction is None or self.prediction.weights_by_time
 
     def _check_rank(self, options: NetworkOptions) -> None:
         is_ranked = options.network_module is None or options.network_module.startswith(RANKED_NETWORKS)

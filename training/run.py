@@ -25,6 +25,7 @@ from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_computing, load_model
 from training.loop import train
+from training.loss import LossRule
 from training.options import TrainingOptions
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
@@ -186,6 +187,7 @@ def _make_run(
     memory: MemoryWatch | None,
 ) -> TrainingRun:
     options, learning = job.options, loaded.learning
+    rule = LossRule(options.loss, options.predicted, learning.trainable.as_base)
     return TrainingRun(
         options=options,
         family=job.family,
@@ -208,7 +210,8 @@ def _make_run(
         sample_loras=loaded.sample_loras,
         sample_dits=loaded.sample_dits,
         compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dits.networks[0])),
-        validation=_make_validation(job, data),
+        rule=rule,
+        validation=_make_validation(job, data, rule),
         reporter=reporter,
         memory=memory if job.accelerator.is_main_process else None,
         triggers=_watch_files(job, can_sample=sampler is not None),
@@ -258,7 +261,12 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
 def _make_feed(job: TrainingJob, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
     randomness = Randomness(
-        job.options.timesteps, job.progress.seed, job.family.noise, tuple(job.family.experts)
+        job.options.timesteps,
+        job.progress.seed,
+        job.family.noise,
+        tuple(job.family.experts),
+        job.options.noise,
+        job.options.weights_by_time,
     )
     return Feed(
         MicroBatches(data.order, job.family.latent, randomness, job.commands),
@@ -271,7 +279,7 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
     )
 
 
-def _make_validation(job: TrainingJob, data: Data) -> Validation | None:
+def _make_validation(job: TrainingJob, data: Data, rule: LossRule) -> Validation | None:
     if not data.validation:
         return None
     accelerator = job.accelerator
@@ -282,6 +290,6 @@ def _make_validation(job: TrainingJob, data: Data) -> Validation | None:
         job.options.timesteps,
         job.commands,
         *share,
-        job.options.loss,
+        rule,
         encoders=data.encoders,
     )

@@ -20,8 +20,7 @@ from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
-from training.loss import Autocast, DitOf, NoisyBatch, Trains, measure_errors
-from training.loss_options import L2, LossOptions
+from training.loss import PLAIN_LOSS, Autocast, DitOf, LossRule, NoisyBatch, Trains, measure_errors
 
 NUM_BANDS = 5
 
@@ -37,7 +36,7 @@ class Validation:
     device: torch.device
     process: int
     processes: int
-    loss: LossOptions = L2
+    rule: LossRule = PLAIN_LOSS
     checks: CacheChecks = field(default_factory=CacheChecks)
     stores: Stores = field(default_factory=Stores)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
@@ -98,5 +97,5 @@ class Validation:
             noisy_batch = NoisyBatch(
                 batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames
             ).to(self.device)
-            losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
+            losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.rule))
         return torch.cat(losses).tolist()

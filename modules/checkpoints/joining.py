@@ -26,9 +26,7 @@ def join_parts(
     return sources | {name: sources[name].then(_swap_halves) for name in swapped if name in sources}
 
 
-def joined_shapes(
-    shapes: Mapping[str, tuple[int, ...]], table: Names
-) -> dict[str, tuple[int, ...]]:
+def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
     """Return the shapes of our tensors from those of a file's, as `join_parts` makes them."""
     found: dict[str, tuple[int, ...]] = {}
     for theirs, shape in shapes.items():

@@ -7,25 +7,12 @@ from typing import Any
 import pytest
 
 from dataset.batches.changing import changed_caption
-from dataset.config import load_dataset_config
 from dataset.sources.captions import captions_in
 from dataset.table import DatasetTable
+from tests.dataset.making import subset_table
 from tests.golden_cases import read_case
 
 CASES = read_case("image_captions")[0]["cases"]
-
-
-def subset_table(folder: Path, **keys: Any) -> DatasetTable:
-    lines = [
-        f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
-        for name, value in keys.items()
-    ]
-    path = folder / "data.toml"
-    path.write_text(
-        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'pics'\n" + "\n".join(lines),
-        "utf-8",
-    )
-    return load_dataset_config(path).datasets[0]
 
 
 def draw_many(table: DatasetTable, text: str, count: int = 400, **place: int) -> set[str]:
