@@ -221,7 +221,7 @@ def _buckets(values: Table, where: str) -> BucketRule:
 
 
 def _changes(values: Table) -> CaptionChanges:
-    return CaptionChanges(
+    changes = CaptionChanges(
         shuffle=values["shuffle_caption"],
         separator=values["caption_separator"],
         keep_tokens=values["keep_tokens"],
@@ -233,6 +233,7 @@ def _changes(values: Table) -> CaptionChanges:
         warmup_min=values["token_warmup_min"],
         warmup_step=values["token_warmup_step"],
     )
+    return replace(changes, is_raw=changes.varies)
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
