@@ -89,7 +89,8 @@ FLOORS = {
         {"averages", "changes", "options", "validation"},
         {"experts", "image_options"},
         {"training_run"},
-        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
+        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "starting"}
+        | {"unused_options"},
         {"job", "planning"},
         {"learning", "previews", "reporting", "saver", "summary"},
         {"run"},

@@ -39,10 +39,11 @@ from training.saver import facts_of_run, file_dtype, make_saver
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.saving.upload import make_uploads
+from training.starting import begin_later
 from training.summary import show_end, show_start, watch_run
 from training.training_run import TrainingRun
 from training.triggers import TriggerFiles, trigger_paths
-from training.validation import Validation
+from training.validation import Validation, ValidationRule, image_rule
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ def _begin(
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
+    options = replace(options, saving=options.saving.spread(data.plan.num_epochs))
+    job = replace(job, options=options)
     if job.accelerator.is_main_process:
         note_experts(family, options, sampling is not None)
     identity = identity_of(
@@ -149,6 +152,8 @@ def _begin(
     habits = habits_of(options, family.metadata, family.options)
     changes = check_resumable(job.saved, identity, habits, options)
     resume_progress(job.saved, changes, job.progress, data.plan)
+    if options.start is not None:
+        begin_later(options.start, job.progress, data.plan, job.saved is not None)
     return job, replace(data, plan=plan_steps(job, data.order)), Comparison(identity, habits, changes)
 
 
@@ -279,17 +284,22 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
     )
 
 
-def _make_validation(job: TrainingJob, data: Data, rule: LossRule) -> Validation | None:
+def _make_validation(job: TrainingJob, data: Data, loss: LossRule) -> Validation | None:
     if not data.validation:
         return None
-    accelerator = job.accelerator
-    share = accelerator.device, accelerator.process_index, accelerator.num_processes
+    accelerator, options = job.accelerator, job.options
+    asked = options.validation
     return Validation(
         job.family,
         data.validation,
-        job.options.timesteps,
+        options.timesteps,
         job.commands,
-        *share,
-        rule,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        loss,
+        image_rule(asked, options.timesteps)
+        if options.is_for_images
+        else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
         encoders=data.encoders,
     )
