@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from dataset.batches.items import Items, Places, TrainingItem
 from modules.seeds import derive_seed
 
-
 logger = logging.getLogger(__name__)
 
 
