@@ -244,7 +244,6 @@ class Feed:
         finally:
             ending.set()
 
-
     def _num_workers(self, num_keys: int) -> int:
         """Return how many processes read so many micro-batches: none, if what they need is not sent to them."""
         if self.batches.sources.stays:
