@@ -12,12 +12,11 @@ from torch import nn
 
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import TrainingItem
-from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from dataset.cache.store import Stores
 from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
+from training.data.live_media import BatchSources
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
 from training.loop_options import ValidationOptions
@@ -69,7 +68,7 @@ class Validation:
     loss: LossRule = PLAIN_LOSS
     rule: ValidationRule = ValidationRule()
     checks: CacheChecks = field(default_factory=CacheChecks)
-    stores: Stores = field(default_factory=Stores)
+    sources: BatchSources = field(default_factory=BatchSources)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     @property
@@ -113,7 +112,8 @@ class Validation:
         self, item: TrainingItem, sigmas: Sequence[float], dit: nn.Module, autocast: Autocast
     ) -> list[float]:
         """Return the loss of one item at each of these noise levels."""
-        batch = read_batch((item,), self.family.latent, self.commands, self.checks, stores=self.stores)
+        stream = "validation", item.key
+        batch = self.sources.read((item,), self.family.latent, self.commands, self.checks, stream)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
         shape = batch.tensor("latents").shape
