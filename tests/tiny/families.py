@@ -8,7 +8,15 @@ from pathlib import Path
 
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import write_clips, write_dataset, write_image, write_picture_dataset, write_pictures
+from tests.tiny.lumina import write_tiny_lumina
+from tests.tiny.project import (
+    write_clips,
+    write_dataset,
+    write_image,
+    write_image_dataset,
+    write_picture_dataset,
+    write_pictures,
+)
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 
@@ -29,7 +37,8 @@ class TinyFamily:
     # options with which a state of `train` is not resumed; none if the model's file excludes them
     another_run: Command
     changed_habit: Command  # options that a resumed run may change, with a warning
-    train_whole: str  # the script that trains the transformer itself, with the models of `train`
+    # the script that trains the transformer itself, with the models of `train`; "": there is none
+    train_whole: str
     sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"
 
 
@@ -170,6 +179,31 @@ def _framepack(
     )
 
 
+def _lumina() -> TinyFamily:
+    def prepare(folder: Path) -> None:
+        write_tiny_lumina(folder / "model")
+        write_pictures(folder / "clips", folder / "control")
+        write_image_dataset(folder)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--ae", "model/ae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--gemma2", "model/gemma2", "--text_encoder_dtype", "float32", "--system_prompt", "Draw."]
+    models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
+    network = ["--network_module", "networks.lora_lumina", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="lumina",
+        prepare=prepare,
+        cache_latents=["lumina_cache_latents.py", *dataset, *vae],
+        cache_texts=["lumina_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=["lumina_train_network.py", *models, *dataset, "--network_train_unet_only", *network],
+        generate=["lumina_generate_image.py", *models, "--negative_prompt", "dull", "--flow_shift", "5"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
+    )
+
+
 LENGTH = ["--video_length", "5", "--flow_shift", "5"]
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
@@ -218,6 +252,7 @@ FAMILIES = (
         line=f"--of target_index=1,control_index=0;3 --ci {CONTROLS[0]} --ci {CONTROLS[1]}",
         is_picture=True,
     ),
+    _lumina(),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 

@@ -34,6 +34,15 @@ fp_latent_window_size = 1
 fp_1f_clean_indices = [0, 3]
 fp_1f_target_index = 1
 """
+IMAGES = """[general]
+resolution = [32, 32]
+caption_extension = ".txt"
+batch_size = {batch_size}
+
+[[datasets]]
+image_directory = "{folder}/clips"
+cache_directory = "{folder}/cache"
+"""
 DATASET = """[general]
 resolution = [{size}, {size}]
 caption_extension = ".txt"
@@ -92,6 +101,13 @@ def write_picture_dataset(
     path = path or folder / "dataset.toml"
     text = PICTURES.format(folder=folder.as_posix(), batch_size=batch_size, pictures=pictures, cache=cache)
     path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_image_dataset(folder: Path, batch_size: int = 1) -> Path:
+    """dataset.toml for the pictures in `folder`/clips."""
+    path = folder / "dataset.toml"
+    path.write_text(IMAGES.format(folder=folder.as_posix(), batch_size=batch_size), encoding="utf-8")
     return path
 
 
