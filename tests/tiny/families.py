@@ -274,5 +274,7 @@ def write_deep(family: TinyFamily, folder: Path) -> None:
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "lumina":
+        write_tiny_lumina(folder / "model", num_layers=4)
     else:
         write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")
