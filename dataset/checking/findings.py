@@ -59,8 +59,8 @@ class TableFindings:
             frames = "" if len(bucket) == 2 else f", {bucket[2]} frames"
             remainder = f" (the last has {last})" if last < size else ""
             lines.append(
-                f"{bucket[0]}x{bucket[1]}{frames}: {count} items x {_in_words(repeats)}, {batches} batches of {size}"
-                f"{remainder}"
+                f"{bucket[0]}x{bucket[1]}{frames}: {count} items x {_in_words(repeats)}, "
+                f"{batches} batches of {size}{remainder}"
             )
         return lines
 
