@@ -86,10 +86,11 @@ FLOORS = {
         | {"step_numbers", "steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
-        {"averages", "changes", "options", "validation"},
+        {"averages", "caching_inside", "changes", "options", "validation"},
         {"experts", "image_options"},
         {"training_run"},
-        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "unused_options"},
+        {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "starting"}
+        | {"unused_options"},
         {"job", "planning"},
         {"learning", "previews", "reporting", "saver", "summary"},
         {"run"},

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from modules.errors import DatasetError, OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.options import require
+from training.data.live_media import BatchSources
 from training.optimizers.fused_backward import check_fused_backward
 from training.options import TrainingOptions
 from training.processes.accelerator import make_accelerator
@@ -92,6 +93,7 @@ class Data:
     validation: Sequence[TrainingItem]
     plan: StepPlan
     encoders: SameEncoders
+    sources: BatchSources = field(default_factory=BatchSources)  # where batches are read from
 
 
 def start_job(
@@ -126,16 +128,18 @@ def read_config(options: TrainingOptions) -> DatasetConfig:
     return load_dataset_config(require(path, "--dataset_config", "the clips to train on"), given)
 
 
-def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
-    """Find the caches by their names and plan the steps.
+def find_data(job: TrainingJob, config: DatasetConfig, sources: BatchSources) -> Data:
+    """Find the caches by their names and plan the steps. sources: where batches are read from.
 
     Raises CacheError with the caching commands if there are none.
     """
-    family = job.family
+    family, asked = job.family, job.options.validation
     family.check_given_files()  # first: caches are made with them
-    found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
-    check_channels(found, family.latent, job.commands)
-    training, validation = split_validation(found, job.options.validation.validation_split)
+    parts = family.cache_tag, family.latent, family.text_keys
+    found = require_items(find_items(config, *parts, sources.stores, sources.tables), job.commands)
+    check_channels(found, family.latent, job.commands, sources.stores)
+    seed = job.progress.seed if asked.validation_seed is None else asked.validation_seed
+    training, validation = split_validation(found, asked.validation_split, seed)
     if not training:
         raise DatasetError(
             f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
@@ -148,7 +152,7 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
         )
     order = BatchOrder(training, job.progress.seed)
     plan = plan_steps(job, order)
-    return Data(config, training, order, validation, plan, SameEncoders(job.commands))
+    return Data(config, training, order, validation, plan, SameEncoders(job.commands), sources)
 
 
 def plan_steps(job: TrainingJob, order: BatchOrder) -> StepPlan:

@@ -105,6 +105,11 @@ class TrainingOptions:
         return self.experts or ONE_DIT
 
     @property
+    def is_for_images(self) -> bool:
+        """Return whether the script follows the image guides."""
+        return self.parts is not None
+
+    @property
     def predicted(self) -> str:
         """Return what of a network's output is compared with the velocity."""
         return RAW if self.prediction is None else self.prediction.model_prediction_type

@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dataset.batches.captions import choose_captions
+from dataset.batches.captions import choose_captions, choose_sides
 from dataset.batches.finding import CachingCommands
 from dataset.batches.order import BatchOrder
-from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from dataset.cache.store import Stores
 from modules.contract.data import Batch
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import LatentSpec
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import UserError
 from modules.seeds import derive_seed
+from training.data.live_media import BatchSources
 from training.data.options import PLAIN_NOISE, NoiseOptions, TimestepOptions
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
@@ -161,17 +160,26 @@ class MicroBatches:
     """Hold every micro-batch of every epoch, by key: a map-style data set, copied into each worker."""
 
     def __init__(
-        self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands
+        self,
+        order: BatchOrder,
+        latent: LatentSpec,
+        randomness: Randomness,
+        commands: CachingCommands,
+        sources: BatchSources | None = None,
     ) -> None:
+        """sources: where the parts of batches come from; without it, from the caches that the tables name."""
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
-        self.checks, self.stores = CacheChecks(), Stores()  # of the run, which begins here
+        self.checks = CacheChecks()  # of the run, which begins here
+        self.sources = sources or BatchSources()
 
     def __getitem__(self, key: Key) -> MicroBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
-        captions = choose_captions(items, self.randomness.seed, number)
-        batch = read_batch(items, self.latent, self.commands, self.checks, captions, self.stores)
+        captions = choose_captions(items, self.randomness.seed, number, epoch)
+        flips = choose_sides(items, self.randomness.seed, number)
+        stream = self.randomness.seed, number
+        batch = self.sources.read(items, self.latent, self.commands, self.checks, stream, captions, flips)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_sample(key)))
 
     def expert_of(self, key: Key) -> int:
@@ -218,7 +226,9 @@ class Feed:
             _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
             sampler=keys,
-            num_workers=min(self.workers, os.cpu_count() or 1, len(keys)),
+            num_workers=0
+            if self.batches.sources.stays
+            else min(self.workers, os.cpu_count() or 1, len(keys)),
             collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it is given one item
             pin_memory=self.pin_memory,
             worker_init_fn=functools.partial(_start_worker, ending),
@@ -233,6 +243,12 @@ class Feed:
                 yield micro_batch
         finally:
             ending.set()
+
+    def _num_workers(self, num_keys: int) -> int:
+        """Return how many processes read so many micro-batches: none, if what they need is not sent to them."""
+        if self.batches.sources.stays:
+            return 0
+        return min(self.workers, os.cpu_count() or 1, num_keys)
 
 
 @dataclass(frozen=True)

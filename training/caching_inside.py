@@ -1,0 +1,267 @@
+"""Caches made inside the training command, by the one caching loop, before the DiT is loaded.
+
+Of each table, latents and texts are kept where the options say: in npz files beside the pictures, or in host
+memory. Without such options, caches that the caching scripts have made are used; if there are none, latents
+are encoded once into memory (which is encoding at each step but for the posterior's noise) and texts at each
+step. Pictures that augmentation changes each time are encoded at each step too.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from dataset.batches.live import LiveTable
+from dataset.cache.files import PART, is_text_name, parse_latent_name
+from dataset.cache.memory import MemoryStore, SplitStore
+from dataset.cache.npz import NpzStore
+from dataset.cache.store import CacheStore, Stores, open_store
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.planning import Caches
+from dataset.caching.processes import Share, join_processes
+from dataset.caching.reports import CacheReport, conclude
+from dataset.caching.work import Places, npz_names
+from dataset.options import CachingOptions, CheckPageOptions, ShardOptions
+from dataset.sources.fetching import fetch
+from dataset.sources.listing import find_all_sources, require_captions
+from dataset.sources.media_source import MediaSource
+from dataset.table import DatasetConfig, DatasetTable
+from modules.console import as_size
+from modules.errors import DatasetError, OptionError
+from modules.media.buckets import Size
+from modules.media.reading import image_size
+from training.caching_options import CachingInRunOptions
+from training.data.live_media import BatchSources, LiveMedia
+
+logger = logging.getLogger(__name__)
+
+SENT_AT_ONCE = 64  # entries that a process gives to the others: all at once would be there twice
+
+
+class Where(Enum):
+    """Where a part of a table's items is."""
+
+    OWN = "in the caches that the table names"
+    NPZ = "in npz files beside the pictures"
+    MEMORY = "in host memory"
+    LIVE = "encoded at each step"
+
+    @property
+    def is_made(self) -> bool:
+        """Return whether it is cached by the training command."""
+        return self in {Where.NPZ, Where.MEMORY}
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """Where latents and texts of a table are."""
+
+    table: DatasetTable
+    latents: Where
+    texts: Where
+
+    @property
+    def is_own(self) -> bool:
+        """Return whether all of it is in the caches that the table names."""
+        return self.latents is self.texts is Where.OWN
+
+
+def prepare_sources(
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingInRunOptions | None,
+    device: torch.device,
+    learns_texts: bool = False,
+) -> BatchSources:
+    """Cache what the options ask for, and return where batches are read from.
+
+    options: None for a script that trains from caches alone. device: that encodes. learns_texts: whether
+    text encoders are trained, so that nothing they make can be kept. All processes of a training call this,
+    and share the work. Raises UserError if something cannot be cached so, or a file cannot be used.
+    """
+    stores = Stores(npz_names(family))
+    plans = plan_tables(family, config, options, learns_texts)
+    if options is None or all(plan.is_own for plan in plans):
+        return BatchSources(stores)
+    given = {plan.table.index: store_for(plan, stores) for plan in plans if not plan.is_own}
+    stores = replace(stores, given=given)
+    places = Places(stores, options.skip_cache_check)
+
+    def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
+        return DatasetConfig(config.path, tuple(plan.table for plan in plans if is_wanted(plan)))
+
+    media = tables(lambda plan: plan.latents.is_made)
+    if media.datasets:
+        _conclude(cache_media(family, media, _loop_options(media, device, options.vae_batch_size), places))
+    texts = tables(lambda plan: plan.texts.is_made)
+    if texts.datasets:
+        batch_size = options.text_encoder_batch_size
+        _conclude(cache_texts(family, texts, _loop_options(texts, device, batch_size), places))
+    held = _memory_stores(given.values())
+    _share_entries(held)
+    if held:
+        size_bytes = sum(store.size_bytes for store in held)
+        logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
+    live = list_live_tables(plans)
+    encoder = None
+    if any(table.media for table in live.values()):
+        logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
+        encoder = LiveMedia(family, live, device)
+        encoder.load()
+    return BatchSources(stores, live, encoder, stays=bool(held) or encoder is not None)
+
+
+def can_learn_texts(family: Caches) -> bool:
+    """Return whether one of the text encoders is a `LearningEncoder`, without asking for its network."""
+    return any(hasattr(type(encoder), "lora_prefix") for encoder in family.text_encoders())
+
+
+def plan_tables(
+    family: Caches, config: DatasetConfig, options: CachingInRunOptions | None, learns_texts: bool = False
+) -> list[TablePlan]:
+    """Decide where latents and texts of each table are; nothing is encoded.
+
+    Raises DatasetError for a table whose items change each time, if they are to be cached, OptionError for a
+    family that has no npz files, if they are asked for.
+    """
+    if options is None:
+        return [TablePlan(table, Where.OWN, Where.OWN) for table in config.datasets]
+    asked = {
+        "latents": options.cache_latents_to_disk,
+        "text_encoder_outputs": options.cache_text_encoder_outputs_to_disk,
+    }
+    for name, to_disk in asked.items():
+        if to_disk and family.latent.npz is None:
+            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
+    plans = []
+    for table in config.datasets:
+        latents = _place_latents(family, table, options)
+        plans.append(TablePlan(table, latents, _place_texts(family, table, options, learns_texts)))
+    # the samples of a batch have the same tensors
+    live = {plan.table.batch_group for plan in plans if plan.texts is Where.LIVE}
+    return [replace(plan, texts=Where.LIVE) if plan.table.batch_group in live else plan for plan in plans]
+
+
+def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions) -> Where:
+    if table.augmentation.excludes_caches:
+        if options.caches_latents:
+            raise DatasetError(
+                f"{table.name}: color_aug, random_crop and face_crop_aug_range change pictures each time, so "
+                "their latents cannot be cached: leave out these keys, or --cache_latents"
+            )
+        return Where.LIVE
+    if options.caches_latents:
+        return Where.NPZ if options.cache_latents_to_disk else Where.MEMORY
+    tag, kind = family.cache_tag, table.kind
+    has_own = _has_own(family, table, lambda name: parse_latent_name(name, tag, kind) is not None)
+    return Where.OWN if has_own else Where.MEMORY
+
+
+def _place_texts(
+    family: Caches, table: DatasetTable, options: CachingInRunOptions, learns_texts: bool
+) -> Where:
+    if options.caches_texts:
+        if table.changes.varies:
+            raise DatasetError(
+                f"{table.name}: its captions are not always the same (shuffle_caption, enable_wildcard, "
+                "caption_tag_dropout_rate, token_warmup_step), so their embeddings cannot be cached: leave out "
+                "these keys, or --cache_text_encoder_outputs"
+            )
+        return Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
+    if table.changes.varies or learns_texts:
+        return Where.LIVE
+    tag = family.cache_tag
+    has_own = _has_own(family, table, lambda name: is_text_name(name.removesuffix(PART), tag))
+    return Where.OWN if has_own else Where.LIVE
+
+
+def _has_own(family: Caches, table: DatasetTable, is_one: Callable[[str], bool]) -> bool:
+    """Return whether a table's cache folder has caches in the form that the table says."""
+    return any(map(is_one, open_store(table, npz_names(family)).names()))
+
+
+def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
+    """Return where the entries of a table are."""
+    table, names = plan.table, stores.names
+    assert names is not None
+
+    def place(where: Where) -> CacheStore:
+        if where is Where.OWN:
+            return open_store(table, names)
+        if where is Where.NPZ:
+            return NpzStore(table, names, table.picture_folder)
+        return MemoryStore(table.cache_directory)  # of what is encoded at each step it has nothing
+
+    return SplitStore(place(plan.latents), place(plan.texts), names.tag)
+
+
+def list_live_tables(plans: Sequence[TablePlan]) -> Mapping[int, LiveTable]:
+    """Return the tables of which something is encoded at each step, by index, with their sources.
+
+    Raises DatasetError if captions are missing, MediaError for a picture whose header cannot be read.
+    """
+    live = [plan for plan in plans if Where.LIVE in {plan.latents, plan.texts}]
+    found: dict[int, LiveTable] = {}
+    for plan in live:
+        has_texts = plan.texts is Where.LIVE
+        sources = find_all_sources(DatasetConfig(plan.table.config_path, (plan.table,)), captions=has_texts)
+        if has_texts:
+            require_captions(sources)
+        by_stem = {source.stem: source for source in sources}
+        is_live = plan.latents is Where.LIVE
+        sizes = {stem: _size(one) for stem, one in by_stem.items()} if is_live else None
+        found[plan.table.index] = LiveTable(by_stem, has_texts, sizes)
+    return found
+
+
+def _size(source: MediaSource) -> Size:
+    with fetch(source) as here:
+        return image_size(here.path)
+
+
+def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int | None) -> CachingOptions:
+    """Return the options of the caching loop; nothing is removed as stale."""
+    return CachingOptions(
+        dataset_config=config.path,
+        device=str(device),
+        batch_size=batch_size,
+        num_workers=None,
+        skip_existing=False,
+        keep_cache=True,
+        verify=False,
+        disable_cudnn_backend=False,
+        check=False,
+        repair_captions=None,
+        page=CheckPageOptions(html=None, html_items=1),
+        shard=ShardOptions(num_shards=None, shard_index=None),
+    )
+
+
+def _conclude(report: CacheReport) -> None:
+    """Show what was done. Raises DatasetError, in all processes, if a source failed."""
+    conclude(replace(report, foreign=0))  # files of other programs are no surprise here
+
+
+def _memory_stores(stores: Iterable[CacheStore]) -> list[MemoryStore]:
+    """Return the stores in memory that have entries, or will have those of other processes."""
+    parts = [part for store in stores if isinstance(store, SplitStore) for part in store.stores]
+    return [part for part in parts if isinstance(part, MemoryStore)]
+
+
+def _share_entries(stores: Sequence[MemoryStore]) -> None:
+    """Give the entries of each process to all others, a few at a time."""
+    with join_processes() as share:
+        if share.count > 1:
+            for store in stores:
+                _share_store(share, store)
+
+
+def _share_store(share: Share, store: MemoryStore) -> None:
+    mine = list(store.entries.items())
+    rounds = max(share.gather(-(-len(mine) // SENT_AT_ONCE)))
+    for number in range(rounds):
+        some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
+        for theirs in share.gather(some):
+            store.entries.update({name: entry for name, entry in theirs.items() if name not in store.entries})
