@@ -114,7 +114,8 @@ def run_there(model: nn.Module, inputs: dict[str, Any], sample: int) -> Tensor:
     places[..., 1] += torch.arange(rows)[:, None]
     places[..., 2] += torch.arange(columns)
     is_chroma = isinstance(model, ChromaTransformer2DModel)
-    count = TEXT_ROWS if mask is None else min(int(mask.sum()) + is_chroma, TEXT_ROWS)
+    rows_there = one["t5"].shape[1]
+    count = rows_there if mask is None else min(int(mask.sum()) + is_chroma, rows_there)
     more = {} if is_chroma else {"pooled_projections": one["pooled"], "guidance": one["guidance"]}
     found = model(
         hidden_states=pack(noisy),
