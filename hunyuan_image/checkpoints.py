@@ -16,24 +16,19 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from networks.names.hunyuan import COMFYUI_TENSORS
+from networks.names.hunyuan_image import HUNYUAN_IMAGE
+from networks.names.layouts import swapped_tensors, tensor_patterns
 
 logger = logging.getLogger(__name__)
 
 WHAT = "a HunyuanImage-2.1 transformer"
 RELEASE = "dit/hunyuanimage2.1.safetensors of tencent/HunyuanImage-2.1 or hunyuanimage2.1_bf16.safetensors"
 OPTION = "--dit"
-# names of diffusers that HunyuanVideo does not have -> the published ones
-FROM_DIFFUSERS: Names = (
-    (r"context_embedder_2\.norm\.(\w+)", r"byt5_in.layernorm.\1"),
-    (r"context_embedder_2\.linear_([123])\.(\w+)", r"byt5_in.fc\1.\2"),
-    (r"time_guidance_embed\.timestep_embedder\.linear_1\.(\w+)", r"time_in.mlp.0.\1"),
-    (r"time_guidance_embed\.timestep_embedder\.linear_2\.(\w+)", r"time_in.mlp.2.\1"),
-    *hunyuan.FROM_DIFFUSERS,
-)
 DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
     "official": ("double_blocks.0.img_attn_qkv.weight", ()),
-    "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", hunyuan.FROM_COMFY),
-    "diffusers": ("transformer_blocks.0.attn.add_q_proj.weight", FROM_DIFFUSERS),
+    "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", COMFYUI_TENSORS),
+    "diffusers": ("transformer_blocks.0.attn.add_q_proj.weight", tensor_patterns(HUNYUAN_IMAGE)),
 }
 # tensors of this model that HunyuanVideo does not have, in the three dialects
 MARKS = ("byt5_in.fc1.weight", "context_embedder_2.linear_1.weight")
@@ -85,7 +80,7 @@ def load_dit(path: Path, placement: Placement) -> HunyuanImageModel:
         logger.info("Loading %s: %s, %s, as %s", path, WHAT, blocks, dtype_name(target))
         with torch.device("meta"):
             dit = HunyuanImageModel(config, placement.attention)
-        swapped = hunyuan.SWAPPED if header.dialect == "diffusers" else ()
+        swapped = swapped_tensors(HUNYUAN_IMAGE) if header.dialect == "diffusers" else ()
         sources = hunyuan.join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
         fill_dit(dit, checkpoint, sources, placement, target, DIT, WHAT)
     return dit

@@ -4,7 +4,7 @@ Our modules have the names of the released file. In diffusers' the layers of all
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     checkpoint = checkpoint.without_prefix("module.", "_orig_mod.", "first_stage_model.", "vae.")
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.conv1.weight" in sources:
-        sources = rename_sources(sources, _named_by_level(sources))
+        sources = rename_sources(sources, NamesByLevel(sources))
     if "encoder.down.0.downsample.conv.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise other_kind(checkpoint, WHAT, "--vae", RELEASE)
     for name in list(sources):
@@ -81,11 +81,7 @@ def _wrong(checkpoint: Checkpoint, why: str) -> CheckpointError:
     )
 
 
-def _named_by_level(names: Collection[str]) -> "Renamed":
-    return Renamed(names)
-
-
-class Renamed:
+class NamesByLevel:
     """Turn diffusers' names into the published ones; a level ends with the layer that changes resolution."""
 
     def __init__(self, names: Iterable[str]) -> None:

@@ -53,7 +53,7 @@ class GemmaConfig:
     num_kv_heads: int
     head_width: int
     num_layers: int  # that are run: all but the last
-    scalar: float  # attention is scaled by its inverse square root
+    scalar: int  # attention is scaled by its inverse square root
     theta: float = 10000.0
     eps: float = 1e-6
     softcap: float = 50.0  # of attention

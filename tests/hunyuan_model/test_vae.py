@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 from torch import Tensor
 
+from encoders import tiles as vae_tiles
 from hunyuan_model import vae_blocks
 from hunyuan_model.vae import HunyuanVae, load_vae
 from modules.errors import OptionError
@@ -302,6 +303,6 @@ def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
 
     found = peak()
     assert tiles == [(1, 16, 3, 8, 8)]
-    monkeypatch.setattr(tiles, "compute_piece", lambda compute, piece: compute(piece))
+    monkeypatch.setattr(vae_tiles, "compute_piece", lambda compute, piece: compute(piece))
     assert found == pytest.approx(peak(), rel=0.01)  # sizes are rounded up to what an allocator gives
     assert len(tiles) == 1 + 4 * 2
