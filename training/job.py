@@ -115,7 +115,8 @@ def start_job(
         takes_guidance = family.defaults.embedded_guidance is not None
         for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
             logger.warning(line)
-    check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
+    if options.is_fused:
+        check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)

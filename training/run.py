@@ -278,7 +278,7 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
         job.family.noise,
         tuple(job.family.experts),
         job.options.noise,
-        job.options.weights_by_time,
+        job.options.weighted_by,
     )
     return Feed(
         MicroBatches(

@@ -34,6 +34,7 @@ from modules.seeds import derive_seed
 from training.data.options import PLAIN_NOISE, NoiseOptions, TimestepOptions
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
+from training.loss_options import NOTHING, SIGMA, TIMESTEP
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
@@ -96,7 +97,7 @@ class Randomness:
     noise: NoiseSpec = FLOW
     experts: tuple[Expert, ...] = ONE_EXPERT
     perturbation: NoiseOptions = PLAIN_NOISE
-    weights_by_time: bool = True  # --weighting_scheme weights the loss too
+    weighted_by: str = TIMESTEP  # what of the time --weighting_scheme weights the loss by
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -106,7 +107,9 @@ class Randomness:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
-        weights = loss_weights(self.timesteps, times) if self.weights_by_time else torch.ones(len(batch))
+        weights = torch.ones(len(batch))
+        if self.weighted_by != NOTHING:
+            weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
         if batch.loss_weights:
             weights = weights * torch.tensor(batch.loss_weights)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
