@@ -238,7 +238,9 @@ def read_arguments(
     The launcher's settings are precision and compiling. Raises OptionError for a wrong value in the file and
     for an option that is not supported yet; ends the program for a wrong command line, as argparse does.
     """
-    config_file = parser.parse_args(argv).config_file
+    typed = parser.parse_args(argv)
+    # the file that --output_config writes is not there yet
+    config_file = None if getattr(typed, "output_config", False) else typed.config_file
     prefilled = {
         "mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),
         "dynamo_backend": environment.get("ACCELERATE_DYNAMO_BACKEND", "NO"),
