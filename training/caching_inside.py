@@ -67,6 +67,11 @@ class TablePlan:
         """Return whether all of it is in the caches that the table names."""
         return self.latents is self.texts is Where.OWN
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Return whether all of it is in files, made yet or not."""
+        return {self.latents, self.texts} <= {Where.OWN, Where.NPZ}
+
 
 def prepare_sources(
     family: Caches,
@@ -81,12 +86,10 @@ def prepare_sources(
     text encoders are trained, so that nothing they make can be kept. All processes of a training call this,
     and share the work. Raises UserError if something cannot be cached so, or a file cannot be used.
     """
-    stores = Stores(npz_names(family))
     plans = plan_tables(family, config, options, learns_texts)
+    stores = open_stores(family, plans)
     if options is None or all(plan.is_own for plan in plans):
         return BatchSources(stores)
-    given = {plan.table.index: store_for(plan, stores) for plan in plans if not plan.is_own}
-    stores = replace(stores, given=given)
     places = Places(stores, options.skip_cache_check)
 
     def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
@@ -99,7 +102,7 @@ def prepare_sources(
     if texts.datasets:
         batch_size = options.text_encoder_batch_size
         _conclude(cache_texts(family, texts, _loop_options(texts, device, batch_size), places))
-    held = _memory_stores(given.values())
+    held = _memory_stores(stores.given.values())
     _share_entries(held)
     if held:
         size_bytes = sum(store.size_bytes for store in held)
@@ -166,8 +169,8 @@ def _place_texts(
         if table.changes.varies:
             raise DatasetError(
                 f"{table.name}: its captions are not always the same (shuffle_caption, enable_wildcard, "
-                "caption_tag_dropout_rate, token_warmup_step), so their embeddings cannot be cached: leave out "
-                "these keys, or --cache_text_encoder_outputs"
+                "caption_tag_dropout_rate, token_warmup_step), so their embeddings cannot be cached: leave "
+                "out these keys, or --cache_text_encoder_outputs"
             )
         return Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
     if table.changes.varies or learns_texts:
@@ -180,6 +183,13 @@ def _place_texts(
 def _has_own(family: Caches, table: DatasetTable, is_one: Callable[[str], bool]) -> bool:
     """Return whether a table's cache folder has caches in the form that the table says."""
     return any(map(is_one, open_store(table, npz_names(family)).names()))
+
+
+def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
+    """Return where the entries of all tables are."""
+    stores = Stores(npz_names(family))
+    given = {plan.table.index: store_for(plan, stores) for plan in plans if not plan.is_own}
+    return replace(stores, given=given)
 
 
 def store_for(plan: TablePlan, stores: Stores) -> CacheStore:

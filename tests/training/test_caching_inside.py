@@ -236,3 +236,20 @@ def test_memory_stores_hold_copies() -> None:
 
     assert store.read("x_0032x0032_pic.safetensors").tensors["latents"].tolist() == [0, 0, 0, 0]
     assert store.size_bytes == 16
+
+
+def test_a_check_says_where_everything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+
+    assert train_network(family(), read(tmp_path, "--check", *CACHED)) == 0
+
+    said = capsys.readouterr().out
+    assert "latents are in host memory, embeddings of captions in host memory" in said
+    assert "32x32" in said
+    assert not list(tmp_path.glob("**/*.npz"))
+
+
+def test_a_plan_needs_caches_on_disk(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(OptionError, match="--plan rehearses a batch from caches on disk"):
+        train_network(family(), read(tmp_path, "--plan", *CACHED))

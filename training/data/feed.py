@@ -245,7 +245,7 @@ class Feed:
             ending.set()
 
     def _num_workers(self, num_keys: int) -> int:
-        """Return how many processes read so many micro-batches: none, if what they need is not sent to them."""
+        """Return how many processes read so many micro-batches; none if they cannot have what is needed."""
         if self.batches.sources.stays:
             return 0
         return min(self.workers, os.cpu_count() or 1, num_keys)
