@@ -118,7 +118,7 @@ def converted(lora: LoraFile, target: str, start: str = IN_DIFFUSERS) -> Convert
     made = read_family(lora.metadata)
     hint = LIKELY_FAMILY.get(lora.dialect) if made is None else made.name
     family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
-    native = fuse(lora.tensors) if family is not None and family.parts else lora.tensors
+    native = fuse(lora.tensors, family=family) if family is not None and family.parts else lora.tensors
     if target == "default":
         tensors = add_missing_alphas(native)
     else:

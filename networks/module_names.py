@@ -1,16 +1,21 @@
 """Modules by the names that LoRA files give them, in ours and in other layouts (`networks.names`)."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from networks.names.flux import FLUX
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.names.hunyuan_image import HUNYUAN_IMAGE
 from networks.names.layouts import TRAINED_ON, FamilyNames, WeightPart
+from networks.names.lumina import LUMINA
 from networks.names.wan import WAN
 
-FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
+# of several with equal names the first is chosen, if nothing else tells
+FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA)
 
 
 def replace_dots(path: str) -> str:
@@ -80,16 +85,29 @@ class Relative:
 
 
 @cache
-def relatives(name: str) -> tuple[Relative, ...]:
-    """Return the modules of other layouts, in any family, that are part of this one or contain it."""
-    found = []
-    for family in FAMILIES:
-        for part in family.parts:
-            for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
-                match = _template(own).fullmatch(name)
-                if match is not None:
-                    found.append(Relative(replace_dots(other.replace("{n}", match["n"])), part, is_part))
-    return tuple(found)
+def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, ...]:
+    """Return the modules of other layouts that are part of this one or contain it, in one family or in all.
+
+    A name that is a module's in one family and another layout's in another one has its relatives in both.
+    """
+    found: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
+    for part in itertools.chain.from_iterable(map(_all_parts, FAMILIES if family is None else [family])):
+        for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
+            match = _template(own).fullmatch(name)
+            if match is not None:
+                path = replace_dots(other.replace("{n}", match["n"]))
+                if path == name and part.index is None:
+                    continue  # the same in both layouts
+                found.setdefault((path, part.index, is_part), Relative(path, part, is_part))
+    return tuple(found.values())
+
+
+@cache
+def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
+    """Return a family's parts, and as such those aliases that are names of another family's own modules."""
+    others = {replace_dots(path) for other in FAMILIES if other is not family for path in other.modules}
+    aliases = [pair for pair in family.aliases if family.parts and replace_dots(pair[0]) in others]
+    return (*family.parts, *(WeightPart(theirs, ours) for theirs, ours in aliases))
 
 
 @cache

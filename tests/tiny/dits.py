@@ -11,7 +11,7 @@ from frame_pack.model import FramePackModel
 from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.family import DitSpec
 from networks import lora_framepack, lora_hunyuan, lora_wan
-from networks.lora import LoraNetwork
+from networks.lora_network import LoraNetwork
 from tests.networks.making import randomize
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from wan.model import WanModel

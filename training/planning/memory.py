@@ -11,6 +11,7 @@ import torch
 
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import Items, Places, TrainingItem
+from dataset.batches.order import count_repeats
 from dataset.batches.reading import stores_for
 from dataset.cache.checks import CacheChecks
 from modules.contract.family import Described, LatentSpec
@@ -30,16 +31,18 @@ logger = logging.getLogger(__name__)
 def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give."""
     columns = Items.of(items)
+    repeats = count_repeats(columns)
 
     def batch(places: Places) -> list[TrainingItem]:
         table = columns[int(places[0])].table
-        count = min(len(places) * table.num_repeats, table.batch_size)
+        count = min(int(repeats[places].sum()), table.batch_size)
         return [columns[int(places[number % len(places)])] for number in range(count)]
 
     def pixels(items: list[TrainingItem]) -> int:
         return prod(items[0].bucket) * len(items)
 
     batches: list[list[TrainingItem]] = [batch(places) for places in columns.groups().values()]
+    batches = [one for one in batches if one]
     largest: list[TrainingItem] = max(batches, key=pixels)
     return tuple(largest)
 
