@@ -26,6 +26,7 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.options import require
 from training.data.live_media import BatchSources
+from training.data.live_text import LiveTexts
 from training.optimizers.fused_backward import check_fused_backward
 from training.options import TrainingOptions
 from training.processes.accelerator import make_accelerator
@@ -93,6 +94,7 @@ class Data:
     plan: StepPlan
     encoders: SameEncoders
     sources: BatchSources = field(default_factory=BatchSources)  # where batches are read from
+    texts: LiveTexts | None = None  # encoded while training
 
 
 def start_job(
@@ -124,8 +126,11 @@ def read_config(options: TrainingOptions) -> DatasetConfig:
     )
 
 
-def find_data(job: TrainingJob, config: DatasetConfig, sources: BatchSources) -> Data:
-    """Find the caches by their names and plan the steps. sources: where batches are read from.
+def find_data(
+    job: TrainingJob, config: DatasetConfig, sources: BatchSources, texts: LiveTexts | None = None
+) -> Data:
+    """Find the caches by their names and plan the steps. sources: where batches are read from. texts:
+    encoded while training.
 
     Raises CacheError with the caching commands if there are none.
     """
@@ -148,7 +153,8 @@ def find_data(job: TrainingJob, config: DatasetConfig, sources: BatchSources) ->
         )
     order = BatchOrder(training, job.progress.seed)
     plan = plan_steps(job, order)
-    return Data(config, training, order, validation, plan, SameEncoders(job.commands), sources)
+    encoders = SameEncoders(job.commands)
+    return Data(config, training, order, validation, plan, encoders, sources, texts)
 
 
 def plan_steps(job: TrainingJob, order: BatchOrder) -> StepPlan:

@@ -18,10 +18,11 @@ from modules.contract.family import Family
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
-from training.caching_inside import TablePlan, open_stores, plan_tables
+from training.caching_inside import TablePlan, TextUse, open_stores, plan_tables
 from training.data.live_media import BatchSources
 from training.data.shown_timesteps import show_timesteps
 from training.job import read_config
+from training.live_choice import find_live_texts, text_use
 from training.options import TrainingOptions
 from training.planning.memory import plan_training
 
@@ -53,7 +54,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
     counters = load_counters(family.text_encoders)
-    plans = plan_tables(family, config, options.caching)
+    plans = plan_tables(family, config, options.caching, _use(family, options, config))
     workers = max(1, os.cpu_count() or 1)
     if not all(plan.is_own for plan in plans):
         return _conclude_check(_check_sources(family, config, plans, workers), family, options, counters)
@@ -69,6 +70,10 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         counters,
     )
     return _conclude_check(result, family, options, counters)
+
+
+def _use(family: Family, options: TrainingOptions, config: DatasetConfig) -> TextUse:
+    return text_use(family, find_live_texts(family, options, config))
 
 
 def _check_sources(
@@ -100,7 +105,7 @@ def _plan(
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
     config = read_config(options)
-    plans = plan_tables(family, config, options.caching)
+    plans = plan_tables(family, config, options.caching, _use(family, options, config))
     if not all(plan.is_on_disk for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
