@@ -270,7 +270,7 @@ def _check_caches(
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
     remarks, stores = [], None if not items else stores_for(items[0], latent)
-    drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
+    drops = [EMPTY] if items and items[0].table.drops_captions else []
     # each caption, and the empty prompt once
     pairs = ((item, number) for item in items for number in range(item.captions))
     for item, number in itertools.chain(pairs, ((item, number) for item in items[:1] for number in drops)):

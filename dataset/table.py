@@ -120,6 +120,11 @@ class DatasetTable:
         return source
 
     @property
+    def drops_captions(self) -> bool:
+        """Return whether the empty prompt is trained too."""
+        return self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
+
+    @property
     def picture_folder(self) -> Path:
         """Return the folder that its items, or their list, are in."""
         return self.directory or self.image_folder or self.source.parent

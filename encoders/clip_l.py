@@ -129,7 +129,7 @@ class ClipTextEncoder:
         if not rows:
             return []
         ids, mask = fill_rows(rows, CLIP_TOKENS, tokenizer.end)
-        check_ids(ids, clip.embeddings.token_embedding.num_embeddings, self.path, self.use.tokenizer.option)
+        check_ids(rows, clip.embeddings.token_embedding.num_embeddings, self.path, self.use.tokenizer.option)
         ends = torch.tensor([row.index(tokenizer.end) for row in rows])
         pooled = clip(ids.to(clip.device), ends.to(clip.device)).cpu()
         return [

@@ -217,12 +217,16 @@ class LlavaTextEncoder:
                     PROMPT_TOKENS,
                     prompt.text,
                 )
+        kept = [row[:length] for row in rows]
+        check_ids(
+            [*kept, [tokenizer.pad]],
+            llama.embed_tokens.num_embeddings,
+            self.path,
+            "--text_encoder1_tokenizer",
+        )
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):
-            ids, mask = fill_rows(
-                [row[:length] for row in rows[first : first + PROMPTS_AT_ONCE]], length, tokenizer.pad
-            )
-            check_ids(ids, llama.embed_tokens.num_embeddings, self.path, "--text_encoder1_tokenizer")
+            ids, mask = fill_rows(kept[first : first + PROMPTS_AT_ONCE], length, tokenizer.pad)
             states = llama(ids.to(llama.device), mask.to(llama.device))[:, start:].cpu()
             results += [
                 {"llm": state.clone(), "llm_mask": kept.clone()}

@@ -86,7 +86,7 @@ FLOORS = {
         | {"step_numbers", "steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
-        {"averages", "changes", "options", "validation"},
+        {"averages", "caching_inside", "changes", "options", "validation"},
         {"experts", "image_options", "live_choice"},
         {"training_run"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "starting"}

@@ -172,6 +172,8 @@ class TextWork:
         self.existing: Mapping[int, Collection[str]] = {
             table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
         }
+        for table in config.datasets:
+            _refuse_changing(table, table.changes.varying_keys, "texts")
         sources, self.not_listed, self.whole_tables = _list_sources(config, captions=True)
         self.sources: Sequence[MediaSource] = sources
         require_captions(self.sources)
@@ -228,6 +230,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     for table in config.datasets:
         has_control = table.index in controlled
         try:
+            _refuse_changing(table, table.augmentation.varying_keys, "latents")
             # first: load_tensors ignores the keys that a family's own check would have changed
             refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
@@ -236,6 +239,15 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             problems.append(str(error))
     if problems:
         raise DatasetError("\n".join(problems))
+
+
+def _refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
+    """Raise DatasetError if what would be cached is another each time. keys: that make it so."""
+    if keys:
+        raise DatasetError(
+            f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
+            "cached. Leave out the keys, or train without caching these."
+        )
 
 
 def log_outdated(plans: Sequence[SourcePlan]) -> None:
