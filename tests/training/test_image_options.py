@@ -40,7 +40,6 @@ def test_the_defaults_of_a_family_are_those_of_its_script() -> None:
         (["--fp8_base_unet"], ["--fp8_base"]),
         (["--fp8_scaled"], ["--fp8_base", "--fp8_scaled"]),
         (["--caption_extention", ".txt"], ["--caption_extension", ".txt"]),
-        (["--debug_dataset"], ["--check"]),
         (
             ["--gradient_checkpointing", "--cpu_offload_checkpointing"],
             ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"],
