@@ -88,7 +88,7 @@ FLOORS = {
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"averages", "caching_inside", "changes", "options", "validation"},
-        {"experts", "image_options"},
+        {"experts", "image_options", "live_choice"},
         {"training_run"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "starting"}
         | {"unused_options"},
