@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from modules.devices import choose_compute_dtype
 
         dtype = choose_compute_dtype(official.precision, "--precision", None)
-        output = replace(options.output, named_as_released=True)
+        output = replace(options.output, naming="released")
         settings = {**options.settings, "precision": official.precision}
         options = replace(options, output=output, settings=settings)
         generate(replace(family, dit_dtype=dtype), options)

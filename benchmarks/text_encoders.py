@@ -20,11 +20,11 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from encoders.t5_checkpoints import T5Config  # noqa: E402
 from hunyuan_model.llama import Llama  # noqa: E402
 from hunyuan_model.text_checkpoints import LlamaConfig  # noqa: E402
 from tests.tiny.wan_encoders import t5_hf_tensors  # noqa: E402
-from wan.encoder_checkpoints import T5Config  # noqa: E402
-from wan.t5 import UmT5  # noqa: E402
+from wan.t5 import T5Network  # noqa: E402
 
 LENGTHS = (9, 14, 23, 31, 58, 77, 120, 226)  # tokens of captions: words, sentences, paragraphs
 START = (
@@ -71,7 +71,7 @@ def compare_t5(layers: int, repeats: int) -> None:
     from transformers import UMT5Config, UMT5EncoderModel
 
     sizes = {"num_heads": 64, "num_layers": layers}
-    ours = UmT5(
+    ours = T5Network(
         T5Config(vocabulary=1000, dim=4096, attention_dim=4096, ffn_dim=10240, num_buckets=32, **sizes)
     )
     theirs = UMT5EncoderModel(

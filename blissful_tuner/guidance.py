@@ -15,13 +15,17 @@ from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import NEGATIVE, POSITIVE, Pass, Stage, StepPlan, Velocities, make_passes
 from blissful_tuner.guidance_steps import guidance_scales
 from blissful_tuner.nag import nag_tweaks
+from blissful_tuner.norm_limit import limit_norm
 from blissful_tuner.perp_neg import perp_neg
+from blissful_tuner.projected import Momentum, projected, watched
 from blissful_tuner.rescaling import rescale
 from blissful_tuner.skipped_layers import active_steps, add_skipped_layers
 from modules.contract.experts import ONE_EXPERT, Expert, expert_at
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
+from modules.contract.guidance import GuidanceRules
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Guidance, Needs, Step
+from modules.errors import OptionError
 
 
 def make_guidance(
@@ -43,6 +47,8 @@ def make_guidance(
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
+        if is_truncated(step, prepared.rules):
+            plan = StepPlan(factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
         return plan.combine(make_passes(plan, predict, section, of_positive(section), join))
@@ -58,6 +64,10 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepP
     weakened = Pass("negative", Tweaks(skip_blocks=options.skipped_layers))
     weakens = active_steps(options, prepared.num_steps)
     of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
+    rule = prepared.rules.projection
+    if rule is not None:
+        _refuse_other_formulas(options)
+    momentum = Momentum(0.0 if rule is None else rule.momentum)
 
     def plan(index: int, scale: float | None) -> StepPlan:
         factor = init_factor(options, index)
@@ -65,17 +75,29 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepP
             return StepPlan(factor=factor)
         skips = index in weakens
         negative = weakened if skips and options.slg_mode == "uncond" else NEGATIVE
-        stages = [*_formula(scale, negative, options)]
+        stages, share = [*_formula(scale, negative, options)], options.guidance_rescale
+        if stages and rule is not None:
+            if prepared.first_step + index > rule.after_step:
+                stages, share = [projected(rule, momentum, negative)], rule.rescale
+            else:
+                stages = [watched(stages[0], momentum, negative)]
         if skips and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_skipped_layers(weakened, options.slg_scale))
-        if stages and options.guidance_rescale != 0:
-            stages.append(rescale(options.guidance_rescale))
+        if stages and share != 0:
+            stages.append(rescale(share))
+        if stages and prepared.rules.norm_limit is not None:
+            stages.append(limit_norm(prepared.rules.norm_limit))
         return StepPlan(tuple(stages), factor, of_all)
 
     return [
         tuple(plan(index, scale) for index, scale in enumerate(scales))
         for scales in guidance_scales(prepared, options)
     ]
+
+
+def is_truncated(step: Step, rules: GuidanceRules) -> bool:
+    """Return whether a step comes so late that the model's rules leave guidance out."""
+    return rules.below_share is not None and 1 - step.sigma >= rules.below_share
 
 
 def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[Stage, ...]:
@@ -87,6 +109,17 @@ def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[St
     if scale == 1:
         return ()
     return (cfg_zero(scale, negative) if options.cfgzerostar_scaling else plain_cfg(scale, negative),)
+
+
+def _refuse_other_formulas(options: GuidanceOptions) -> None:
+    """Raise OptionError if another formula is asked for than the one that the projection begins with."""
+    given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
+    for option, is_given in given.items():
+        if is_given:
+            raise OptionError(
+                f"{option} replaces the formula of guidance, and this model has one of its own (projected "
+                "guidance). Leave it out"
+            )
 
 
 def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:

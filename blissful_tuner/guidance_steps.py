@@ -16,6 +16,8 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 
 def _scales_of_steps(prepared: Prepared, options: GuidanceOptions, scale: float) -> tuple[float | None, ...]:
     schedule, num_steps = prepared.asked.cfg_schedule, prepared.num_steps
+    if prepared.rules.below_share is not None and prepared.rules.below_share <= 0:
+        return (None,) * num_steps  # the first step already has that share
     if schedule:
         if options.cfg_skip_mode != "none":
             raise OptionError(

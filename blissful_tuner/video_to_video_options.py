@@ -29,6 +29,7 @@ class SourceDefaults:
     denoise: float = 0.5
     pad_mode: str | None = "end"  # None: a short video is refused
     takes_image: bool = True  # whether there is an --i2i_path
+    takes_video: bool = True  # whether there is a --video_path
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,17 @@ NO_SOURCE = SourceOptions(None, None, None, None, None, "traditional", None, Non
 
 def add_video_to_video_arguments(parser: argparse.ArgumentParser, defaults: SourceDefaults) -> None:
     """Declare the options of `SourceOptions`, as the script has them."""
-    group = parser.add_argument_group("video to video")
-    group.add_argument(
-        "--video_path",
-        type=str,
-        default=None,
-        help="video, or folder of images, to start from instead of noise",
-    )
+    group = parser.add_argument_group("video to video" if defaults.takes_video else "image to image")
+    if defaults.takes_video:
+        group.add_argument(
+            "--video_path",
+            type=str,
+            default=None,
+            help="video, or folder of images, to start from instead of noise",
+        )
+    else:
+        no_video = "this script makes pictures. Give one to --i2i_path"
+        add_unsupported(group, "--video_path", type=str, default=None, reason=no_video)
     if defaults.takes_image:
         group.add_argument("--i2i_path", type=str, default=None, help="image to make another image from")
     else:
@@ -137,14 +142,17 @@ def add_video_to_video_arguments(parser: argparse.ArgumentParser, defaults: Sour
         choices=["traditional", "direct"],
         help="traditional: the share is one of the steps; direct: it is the noise level of the first step",
     )
-    group.add_argument(
-        "--v2v_pad_mode",
-        type=str,
-        default=defaults.pad_mode,
-        choices=["front", "end"],
-        help="how a video that is too short is filled up: repeat its first or its last frame"
-        + ("; default: it is refused" if defaults.pad_mode is None else ""),
-    )
+    if defaults.takes_video:
+        group.add_argument(
+            "--v2v_pad_mode",
+            type=str,
+            default=defaults.pad_mode,
+            choices=["front", "end"],
+            help="how a video that is too short is filled up: repeat its first or its last frame"
+            + ("; default: it is refused" if defaults.pad_mode is None else ""),
+        )
+    else:
+        add_unsupported(group, "--v2v_pad_mode", type=str, default=None, reason=no_video)
     group.add_argument(
         "--v2v_extra_noise",
         "--v2_extra_noise",

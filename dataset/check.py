@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, find_items
 from dataset.batches.items import Items
 from dataset.batches.order import BatchOrder
-from dataset.batches.reading import read_batch
+from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
@@ -27,6 +27,7 @@ from dataset.caching.planning import (
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead
 from dataset.caching.text_plans import KnownTexts, plan_text, text_index
+from dataset.caching.work import npz_names
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, indent
 from dataset.checking.folders import check_unused, folder_id
@@ -74,7 +75,8 @@ def check_media(
         return None if is_whole else family.sections_of(table, frames)
 
     latent, fps, index = family.latent, family.defaults.fps, latent_index(verify)
-    recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, index=index)
+    stores = Stores(npz_names(family))
+    recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = find_table(config, table)
@@ -112,7 +114,7 @@ def check_texts(
         found = find_table(config, table)
         found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
         texts = list_caption_files(found.sources, family.cache_tag)
-        stores = Stores()
+        stores = Stores(npz_names(family))
         store, known = stores.of(table), KnownTexts(stores, text_index(verify))
         missing: Counter[str] = Counter()
         for text in texts:
@@ -267,7 +269,7 @@ def _check_caches(
     ]
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
-    remarks, stores = [], Stores()
+    remarks, stores = [], None if not items else stores_for(items[0], latent)
     drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
     # each caption, and the empty prompt once
     pairs = ((item, number) for item in items for number in range(item.captions))

@@ -26,30 +26,30 @@ RATES = (0.001, 1_000_000)  # frames a second
 AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
 
 
-CACHE_FORMATS = ("files", "shards")
+CACHE_FORMATS = ("files", "shards", "npz")
 
 
 class Unfit(Exception):
     """The value is not allowed."""
 
 
-def _whole(value: Any) -> int:
+def read_whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise Unfit
     return value
 
 
-def _count(value: Any) -> int:
+def read_count(value: Any) -> int:
     return _counted(value, MOST_COUNT)
 
 
 def _counted(value: Any, most: int) -> int:
-    if not 1 <= _whole(value) <= most:
+    if not 1 <= read_whole(value) <= most:
         raise Unfit
     return int(value)
 
 
-def _repeats(value: Any) -> int:
+def read_repeats(value: Any) -> int:
     return _counted(value, MOST_REPEATS)
 
 
@@ -57,7 +57,7 @@ def _samples(value: Any) -> int:
     return _counted(value, MOST_SAMPLES)
 
 
-def _side(value: Any) -> int:
+def read_side(value: Any) -> int:
     return _counted(value, LONGEST_SIDE)
 
 
@@ -71,7 +71,7 @@ def _source_fps(value: Any) -> float | str:
     return AUTO if value == AUTO else _rate(value)
 
 
-def _yes_no(value: Any) -> bool:
+def read_yes_no(value: Any) -> bool:
     if not isinstance(value, bool):
         raise Unfit
     return value
@@ -83,21 +83,21 @@ def _text(value: Any) -> str:
     return value
 
 
-def _path(value: Any) -> Path:
+def read_path(value: Any) -> Path:
     return Path(_text(value)).expanduser()
 
 
 def _table_path(value: Any) -> Path:
     if is_address(_text(value)):
         raise Unfit
-    return _path(value)
+    return read_path(value)
 
 
-def _resolution(value: Any) -> tuple[int, int]:
+def read_resolution(value: Any) -> tuple[int, int]:
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise Unfit
-    width, height = _side(sides[0]), _side(sides[1])
+    width, height = read_side(sides[0]), read_side(sides[1])
     if width * height > MOST_PIXELS:
         raise Unfit
     return width, height
@@ -106,7 +106,7 @@ def _resolution(value: Any) -> tuple[int, int]:
 def _counts(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
         raise Unfit
-    return tuple(_count(item) for item in value)
+    return tuple(read_count(item) for item in value)
 
 
 def _indices(value: Any) -> tuple[int, ...]:
@@ -116,18 +116,18 @@ def _indices(value: Any) -> tuple[int, ...]:
 
 
 def _place(value: Any) -> int:
-    if not -FAR < _whole(value) < FAR:
+    if not -FAR < read_whole(value) < FAR:
         raise Unfit
     return int(value)
 
 
-def _caption_extension(value: Any) -> str:
+def read_caption_extension(value: Any) -> str:
     if "." not in _text(value):
         raise Unfit
     return str(value)
 
 
-def _words(value: Any) -> str:
+def read_words(value: Any) -> str:
     """Return a part of captions; an empty one overrides [general]."""
     if (
         not isinstance(value, str)
@@ -139,13 +139,13 @@ def _words(value: Any) -> str:
     return value.strip()
 
 
-def _share(value: Any) -> float:
+def read_share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise Unfit
     return float(value)
 
 
-def _weight(value: Any) -> float:
+def read_weight(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_WEIGHT:
         raise Unfit
     return float(value)
@@ -157,7 +157,7 @@ def _mode(value: Any) -> str:
     return str(value)
 
 
-def _cache_format(value: Any) -> str:
+def read_cache_format(value: Any) -> str:
     if value not in CACHE_FORMATS:
         raise Unfit
     return str(value)
@@ -199,59 +199,62 @@ _COLUMN = "the name of a column in quotes"
 _WORDS = f"text in quotes, one line of at most {MOST_WORDS} characters"
 
 KEYS: Mapping[str, Key] = {
-    "resolution": Key(_resolution, _PIXELS, (960, 544), in_general=True),
+    "resolution": Key(read_resolution, _PIXELS, (960, 544), in_general=True),
     "caption_extension": Key(
-        _caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True
+        read_caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True
     ),
-    "trigger_word": Key(_words, _WORDS, "", in_general=True),
-    "caption_prefix": Key(_words, _WORDS, "", in_general=True),
-    "caption_suffix": Key(_words, _WORDS, "", in_general=True),
-    "multi_caption": Key(_yes_no, _BOOL, False, in_general=True),
-    "caption_dropout_rate": Key(_share, "a number from 0 to 1, such as 0.1", 0.0, in_general=True),
-    "batch_size": Key(_count, _POSITIVE, 1, in_general=True),
-    "num_repeats": Key(_repeats, f"{_POSITIVE}, at most {MOST_REPEATS}", 1, in_general=True),
-    "enable_bucket": Key(_yes_no, _BOOL, False, in_general=True),
-    "bucket_no_upscale": Key(_yes_no, _BOOL, False, in_general=True),
+    "trigger_word": Key(read_words, _WORDS, "", in_general=True),
+    "caption_prefix": Key(read_words, _WORDS, "", in_general=True),
+    "caption_suffix": Key(read_words, _WORDS, "", in_general=True),
+    "multi_caption": Key(read_yes_no, _BOOL, False, in_general=True),
+    "caption_dropout_rate": Key(read_share, "a number from 0 to 1, such as 0.1", 0.0, in_general=True),
+    "batch_size": Key(read_count, _POSITIVE, 1, in_general=True),
+    "num_repeats": Key(read_repeats, f"{_POSITIVE}, at most {MOST_REPEATS}", 1, in_general=True),
+    "enable_bucket": Key(read_yes_no, _BOOL, False, in_general=True),
+    "bucket_no_upscale": Key(read_yes_no, _BOOL, False, in_general=True),
     "cache_format": Key(
-        _cache_format, "one of " + ", ".join(f'"{one}"' for one in CACHE_FORMATS), "files", in_general=True
+        read_cache_format,
+        "one of " + ", ".join(f'"{one}"' for one in CACHE_FORMATS),
+        "files",
+        in_general=True,
     ),
-    "cache_directory": Key(_path, _FOLDER, None),
-    "image_directory": Key(_path, _FOLDER, None, ("image",)),
+    "cache_directory": Key(read_path, _FOLDER, None),
+    "image_directory": Key(read_path, _FOLDER, None, ("image",)),
     "image_jsonl_file": Key(_table_path, _TABLE, None, ("image",)),
     "image_table_file": Key(_table_path, _TABLE, None, ("image",)),
     "image_tars": Key(_patterns, _TARS, None, ("image",)),
-    "video_directory": Key(_path, _FOLDER, None, ("video",)),
+    "video_directory": Key(read_path, _FOLDER, None, ("video",)),
     "video_jsonl_file": Key(_table_path, _TABLE, None, ("video",)),
     "video_table_file": Key(_table_path, _TABLE, None, ("video",)),
     "video_tars": Key(_patterns, _TARS, None, ("video",)),
-    "cogvideox_root": Key(_path, _FOLDER, None, ("video",)),
-    "dataset_file": Key(_path, "a path in quotes", None, ("video",)),
+    "cogvideox_root": Key(read_path, _FOLDER, None, ("video",)),
+    "dataset_file": Key(read_path, "a path in quotes", None, ("video",)),
     "path_column": Key(_text, _COLUMN, None),
     "caption_column": Key(_text, _COLUMN, None),
     "video_column": Key(_text, _COLUMN, None, ("video",)),
-    "id_token": Key(_words, _WORDS, "", ("video",)),
-    "load_tensors": Key(_yes_no, _BOOL, False, ("video",)),
-    "allow_urls": Key(_yes_no, _BOOL, False),
-    "download_directory": Key(_path, _FOLDER, None),
-    "control_directory": Key(_path, _FOLDER, None),
-    "mask_directory": Key(_path, _FOLDER, None),
-    "alpha_mask": Key(_yes_no, _BOOL, False),
-    "validation": Key(_yes_no, _BOOL, False),
-    "prior_loss_weight": Key(_weight, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5", 1.0),
+    "id_token": Key(read_words, _WORDS, "", ("video",)),
+    "load_tensors": Key(read_yes_no, _BOOL, False, ("video",)),
+    "allow_urls": Key(read_yes_no, _BOOL, False),
+    "download_directory": Key(read_path, _FOLDER, None),
+    "control_directory": Key(read_path, _FOLDER, None),
+    "mask_directory": Key(read_path, _FOLDER, None),
+    "alpha_mask": Key(read_yes_no, _BOOL, False),
+    "validation": Key(read_yes_no, _BOOL, False),
+    "prior_loss_weight": Key(read_weight, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5", 1.0),
     "target_frames": Key(
         _counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)
     ),
     "frame_extraction": Key(_mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)),
-    "frame_stride": Key(_count, _POSITIVE, 1, ("video",)),
+    "frame_stride": Key(read_count, _POSITIVE, 1, ("video",)),
     "frame_sample": Key(_samples, f"{_POSITIVE}, at most {MOST_SAMPLES}", 1, ("video",)),
-    "max_frames": Key(_count, _POSITIVE, 129, ("video",)),
+    "max_frames": Key(read_count, _POSITIVE, 129, ("video",)),
     "source_fps": Key(_source_fps, _RATE, None, ("video",)),
-    "fp_latent_window_size": Key(_count, _POSITIVE, 9),
+    "fp_latent_window_size": Key(read_count, _POSITIVE, 9),
     "fp_1f_clean_indices": Key(
         _indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)
     ),
     "fp_1f_target_index": Key(_place, f"a whole number below {FAR}", None, ("image",)),
-    "fp_1f_no_post": Key(_yes_no, _BOOL, False, ("image",)),
+    "fp_1f_no_post": Key(read_yes_no, _BOOL, False, ("image",)),
 }
 # what the latents of a family with sections depend on besides the frames
 SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}

@@ -17,6 +17,7 @@ class CaptionChanges:
     part_dropout_rate: float = 0.0
     warmup_min: int = 1  # parts that are there from the start
     warmup_step: float = 0.0  # until when the number of parts grows: steps, below 1 a share of all; 0: no
+    is_raw: bool = False  # sources have the text of a caption file as it stands, to be changed each time
 
     @property
     def varies(self) -> bool:
@@ -25,8 +26,10 @@ class CaptionChanges:
             separator=self.separator,
             keep_tokens=self.keep_tokens,
             keep_tokens_separator=self.keep_tokens_separator,
+            dropout_every_n_epochs=self.dropout_every_n_epochs,  # the empty prompt is cached
             secondary_separator=self.secondary_separator,
             warmup_min=self.warmup_min,
+            is_raw=self.is_raw,
         )
 
 

@@ -13,8 +13,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from encoders.clip_layers import ClipLayers, check_activation
 from frame_pack.image_checkpoints import OPTION, SiglipConfig, read_siglip
-from hunyuan_model.clip_layers import ClipLayers, check_activation
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, half_where_fast

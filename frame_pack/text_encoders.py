@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.configs import SKIP_LAYERS
-from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
+from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder, template_of
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
@@ -96,7 +96,7 @@ def framepack_clip(
     It returns {"clip_l_pooler": C}. path: file or folder of the model, or a release's folder that holds it as
     `text_encoder_2`. dtype: compute dtype.
     """
-    return FramePackTextEncoder("clip_l", CLIP_KEYS, ClipTextEncoder(path, dtype, tokenizer), _pool)
+    return FramePackTextEncoder("clip_l", CLIP_KEYS, clip_text_encoder(path, dtype, tokenizer), _pool)
 
 
 def _in_rows(encoded: Conditions) -> Conditions:

@@ -31,6 +31,7 @@ from generation.outputs import (
     own_stem,
     released_stem,
     save_latents,
+    time_stem,
 )
 from generation.progress import Bars, Queue, show_end, show_start
 from generation.request import prepare_line
@@ -158,8 +159,10 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
 
 def _name(output: OutputOptions, prepared: Prepared) -> str:
     now, prompt = datetime.now(), prepared.asked.prompt
-    if output.named_as_released:
+    if output.naming == "released":
         return released_stem(now, prepared.seed, prompt)
+    if output.naming == "time":
+        return time_stem(now)
     return output_stem(now, prepared.seed, prompt=prompt if output.prompt_in_name else "")
 
 

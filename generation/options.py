@@ -140,11 +140,12 @@ class GenerationOptions:
         if self.latent_path and self.output.keeps_latents:
             raise OptionError(
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
-                "Use video or images"
+                f"Use {'images' if self.output.pictures else 'video or images'}"
             )
         is_empty = self.request.prompt is not None and not self.request.prompt.strip()
         if is_empty and self.save_merged_model is None:
-            raise OptionError("--prompt is empty: say what the video should show, or leave the option out")
+            what = "picture" if self.output.pictures else "video"
+            raise OptionError(f"--prompt is empty: say what the {what} should show, or leave the option out")
         require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
 
@@ -227,7 +228,8 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         extras=defaults.extras,
         line_options=defaults.line_options,
         numbers_single=defaults.numbers_single,
-        named_as_released=False,
+        pictures=defaults.pictures,
+        naming="",
         solver_names=defaults.solver_names,
     )
     parser.set_defaults(settings={}, decoding_options=frozenset())  # known when all options have been read
@@ -269,11 +271,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
         action="store_true",
         help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends",
     )
+    what = "pictures" if defaults.pictures else "videos"
     group.add_argument(
-        "--num_videos",
+        *(("--num_images", "--num_videos") if defaults.pictures else ("--num_videos",)),
+        dest="num_videos",
         type=int,
         default=1,
-        help="how many videos to make of --prompt, with seed, seed + 1, ...",
+        help=f"how many {what} to make of --prompt, with seed, seed + 1, ...",
     )
     group.add_argument(
         "--latent_path",

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from generation.request_options import NO_VIDEOS, add_video_only
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.media.options import FormatOptions, add_format_arguments
-from modules.options import NO_PIXELS, OF_DECODING
+from modules.options import NO_PIXELS, OF_DECODING, refuse_value
 
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
@@ -33,7 +34,9 @@ class OutputOptions:
     prompt_in_name: bool = field(metadata=NO_PIXELS)
     save_last_frame: bool  # also as NAME_last.png
     numbers_single: bool  # a single picture is NAME_000.png, never in a folder
-    named_as_released: bool = field(metadata=NO_PIXELS)  # TIME_seedSEED_PROMPT, as HunyuanVideo's own script
+    pictures: bool = field(metadata=NO_PIXELS)  # only such are made: NAME.png with --output_type images too
+    # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
+    naming: str = field(metadata=NO_PIXELS)
     format: FormatOptions
 
     def __post_init__(self) -> None:
@@ -76,13 +79,15 @@ def add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaul
     """Declare the options of `OutputOptions` that the script has."""
     group = parser.add_argument_group("output")
     group.add_argument("--save_path", type=str, required=True, help="output folder; created if missing")
-    group.add_argument(
+    kind = group.add_argument(
         "--output_type",
         type=str,
-        default="video",
+        default=defaults.output_types[0],
         choices=list(defaults.output_types),
         help=_output_help(defaults.output_types),
     )
+    if defaults.pictures:
+        refuse_value(kind, "video", "both", reason=NO_VIDEOS)
     group.add_argument(
         "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
     )
@@ -91,6 +96,14 @@ def add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaul
         action="store_true",
         help="add the first words of the prompt to the file's name, after time and seed",
     )
+    if defaults.pictures:
+        add_video_only(group, "--trim_tail_frames", type=int, default=0)
+        for flag in ("--save_last_frame", "--keep_pngs"):
+            add_video_only(group, flag, action="store_true")
+        for flag, usual in (("--codec", "h264"), ("--container", "mp4")):
+            add_video_only(group, flag, type=str, default=usual)
+        parser.set_defaults(no_progressive_save=False)
+        return
     group.add_argument(
         "--trim_tail_frames",
         type=int,

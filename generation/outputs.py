@@ -59,6 +59,11 @@ def released_stem(when: datetime, seed: int, prompt: str) -> str:
     return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{told.strip(' .')}"
 
 
+def time_stem(when: datetime) -> str:
+    """Name an output by its time alone, as the image guides' scripts do."""
+    return f"{when:%Y%m%d_%H%M%S}"
+
+
 def words_of(prompt: str) -> str:
     """Return the first words of a prompt as part of a file's name: letters and digits, joined by `-`."""
     words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt)))
@@ -107,15 +112,16 @@ def save_pixels(
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
-    a single frame only if the script does not number single images). With `--save_last_frame` the last frame
-    of what is more than a picture is written beside it: as it was decoded, to continue from, but behind the
-    tools if one of them hides something. post: what frames go through before they are written.
+    a single frame only if the script neither numbers single images nor makes pictures alone). With
+    `--save_last_frame` the last frame of what is more than a picture is written beside it: as it was decoded,
+    to continue from, but behind the tools if one of them hides something. post: what frames go through before
+    they are written.
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
     first = list(islice(frames, 2))
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1
-    is_picture = is_single and (options.numbers_single or not options.writes_images)
+    is_picture = is_single and (options.pictures or options.numbers_single or not options.writes_images)
     last = LastFrame() if first and options.save_last_frame and not is_picture else None
     is_last_plain = post is None or not post.hides
     if last is not None and is_last_plain:

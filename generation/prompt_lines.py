@@ -160,9 +160,26 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
+def _solver(text: str) -> str:
+    """Read a solver by our name, or by that of the image guides for the one that they have."""
+    return {"euler": "vanilla"}.get(text, text)
+
+
+# the same for models that make pictures, which have no frames and take no videos
+IMAGE_GENERATION_OPTIONS: Mapping[str, LineOption] = {
+    **{letter: one for letter, one in GENERATION_OPTIONS.items() if letter not in {*"fiv", "ei", "cn"}},
+    "ss": LineOption("sample_solver", _solver),
+}
+EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
+    **IMAGE_GENERATION_OPTIONS,
+    "g": LineOption("embedded_cfg_scale", _number),
+    "p2": LineOption("prompt_2", str),
+}
+
+
 # what generation lines know by the name on the command line only
 NAMED_OPTIONS: Mapping[str, LineOption] = {
-    "video_size": LineOption("video_size", _size),
+    **dict.fromkeys(("video_size", "image_size"), LineOption("video_size", _size)),
     "fps": LineOption("fps", _rate),
     "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", _number),
     "sample_solver": LineOption("sample_solver", str),
@@ -231,6 +248,9 @@ SAMPLE_OPTIONS: Mapping[str, LineOption] = {
     "cn": LineOption("control_video_path", _path),
     "ci": LineOption("control_image_path", _path, repeats=True),
     "of": LineOption("one_frame", str),
+    "ss": LineOption("sample_sampler", str),
+    "ctr": LineOption("cfg_trunc_ratio", _leading_number),
+    "rcfg": LineOption("renorm_cfg", _leading_number),
 }
 
 

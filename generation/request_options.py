@@ -10,7 +10,7 @@ from blissful_tuner.video_to_video_options import SourceOptions
 from generation.prompt_lines import MOST_FPS
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
-from modules.options import SETTING
+from modules.options import SETTING, add_unsupported
 
 SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "unipc": "unipc",
@@ -19,6 +19,7 @@ SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "dpm++sde": "dpm++sde",
     "lcm": "lcm",
 }
+NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it out"
 MEDIA = {
     "image_path": "first image, for image-to-video",
     "end_image_path": "last image",
@@ -65,7 +66,8 @@ class RequestOptions:
 def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
     """Declare the options of `RequestOptions` that the script has."""
     group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", type=str, default=None, help="what the video should show")
+    what = "picture" if defaults.pictures else "video"
+    group.add_argument("--prompt", type=str, default=None, help=f"what the {what} should show")
     group.add_argument(
         "--negative_prompt",
         type=str,
@@ -82,21 +84,28 @@ def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
     else:
         parser.set_defaults(prompt_2=None)
     group.add_argument(
-        "--video_size",
+        *(("--image_size", "--video_size") if defaults.pictures else ("--video_size",)),
+        dest="video_size",
         type=int,
         nargs=2,
-        default=[256, 256],
+        default=list(defaults.size),
         metavar=("HEIGHT", "WIDTH"),
-        help="size in pixels; default 256 256",
+        help="size in pixels; default {} {}".format(*defaults.size),
     )
     length, steps, shift = defaults.video_length, defaults.infer_steps, defaults.flow_shift
-    if defaults.has_length:
+    if defaults.pictures:
+        add_video_only(group, "--video_length", type=int, default=1)
+        add_video_only(group, "--fps", type=int, default=defaults.fps)
+    elif defaults.has_length:
         group.add_argument(
             "--video_length", type=int, default=length, help=f"number of frames, 4n + 1; {_else(length)}"
         )
     else:
         parser.set_defaults(video_length=None)
-    group.add_argument("--fps", type=int, default=defaults.fps, help="frames per second of the video file")
+    if not defaults.pictures:
+        group.add_argument(
+            "--fps", type=int, default=defaults.fps, help="frames per second of the video file"
+        )
     group.add_argument(
         "--infer_steps", type=int, default=steps, help=f"number of denoising steps; {_else(steps)}"
     )
@@ -153,6 +162,11 @@ def add_request_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefau
             group.add_argument(f"--{name}", type=str, default=None, help=text)
         else:
             parser.set_defaults(**{name: None})
+
+
+def add_video_only(group: argparse._ArgumentGroup, *flags: str, **settings: Any) -> None:
+    """Declare an option of videos in a script that makes pictures: it is refused by name if it is used."""
+    add_unsupported(group, *flags, reason=NO_VIDEOS, **settings)
 
 
 def _else(default: float | None) -> str:

@@ -15,6 +15,7 @@ from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
@@ -169,22 +170,32 @@ def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -
     Raises CheckpointError if a tensor is missing, or if the width cannot be cut into heads.
     """
     dim, in_dim, patch_size = found.patches(names["in_dim"])
+    return {
+        "dim": dim,
+        **read_block_dimensions(found, spec, names, dim),
+        "in_dim": in_dim,
+        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
+        "pooled_dim": found.of(names["pooled_dim"])[1],
+        "patch_size": patch_size,
+    }
+
+
+def read_block_dimensions(
+    found: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
+) -> dict[str, int]:
+    """Read the dimensions of blocks and refiner, as `read_dimensions`. dim: width of the model."""
     (head_width,) = found.of(names["num_heads"], axes=1)
     check_heads(found.path, dim, head_width, found.model)
     double_blocks, single_blocks = spec.block_lists
-    outputs = {field: found.of(names[field])[0] for field in ("ffn_dim", "refiner_ffn_dim")}
-    inputs = {field: found.of(names[field])[1] for field in ("text_dim", "pooled_dim", "freq_dim")}
     return {
-        "dim": dim,
         "num_heads": dim // head_width,
+        "ffn_dim": found.of(names["ffn_dim"])[0],
         "double_blocks": found.blocks(double_blocks),
         "single_blocks": found.blocks(single_blocks),
         "refiner_blocks": found.blocks(names["refiner_blocks"]),
-        "in_dim": in_dim,
-        "out_dim": found.of(names["out_dim"])[0] // math.prod(patch_size),
-        "patch_size": patch_size,
-        **outputs,
-        **inputs,
+        "refiner_ffn_dim": found.of(names["refiner_ffn_dim"])[0],
+        "text_dim": found.of(names["text_dim"])[1],
+        "freq_dim": found.of(names["freq_dim"])[1],
     }
 
 
@@ -229,52 +240,8 @@ def _relative(checkpoint: Checkpoint) -> str | None:
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
     """Map each published name to how its tensor is made from the file's tensors."""
-    table = DIALECTS[header.dialect][1]
-    parts: dict[str, dict[int, TensorSource]] = {}
-    for stored, source in _with_scales(checkpoint, header).items():
-        name, _, part = translate_name(stored, table).partition("#")
-        parts.setdefault(name, {})[int(part or 0)] = source
-    sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
-    if header.dialect == "diffusers":
-        sources |= {name: sources[name].then(_swap_halves) for name in SWAPPED if name in sources}
-    return sources
-
-
-def _join(parts: list[TensorSource]) -> TensorSource:
-    """Stack the rows of the parts to one tensor."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def build(*tensors: Tensor) -> Tensor:
-        rows, rest = [], list(tensors)
-        for part in parts:
-            rows.append(part.make(rest[: len(part.names)]))
-            rest = rest[len(part.names) :]
-        dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
-        return torch.cat([row.to(dtype) for row in rows])
-
-    def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Stack the rows as fp8, with a scale for each row."""
-        weights, scales, rest = [], [], list(tensors)
-        for part in parts:
-            weight, scale = part.make_fp8(rest[: len(part.names)])
-            rest = rest[len(part.names) :]
-            weights.append(weight)
-            scales.append(torch.ones(1, device=weight.device) if scale is None else scale)
-        whole = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
-        if any(scale.ndim == 3 for scale in scales):
-            return whole, torch.cat(scales)
-        return whole, torch.cat(
-            [scale.expand(len(weight), 1) for weight, scale in zip(weights, scales, strict=True)]
-        )
-
-    names = tuple(name for part in parts for name in part.names)
-    kept = all(part.as_fp8 is not None for part in parts)
-    return TensorSource(names, build, as_fp8 if kept else None)
-
-
-def _swap_halves(tensor: Tensor) -> Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])
+    swapped = SWAPPED if header.dialect == "diffusers" else ()
+    return join_parts(_with_scales(checkpoint, header), DIALECTS[header.dialect][1], swapped)
 
 
 # Scales in a separate file, as for the official fp8 weights

@@ -11,12 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hunyuan_model.vae import HunyuanVae, sample_posterior
+from encoders.posterior import posterior_generator, sample_posterior
+from hunyuan_model.vae import LOG_VARIANCE, HunyuanVae
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MomentsBatch
 from modules.contract.family import LatentSpec
 from modules.devices import send
 from modules.media.pixels import byte_clips
-from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
     dtype: of the VAE. With moments of first frames, also `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
-    tensors = {"latents": sample_posterior(_copied(media.moments), generators)}
+    tensors = {"latents": sample_posterior(_copied(media.moments), generators, LOG_VARIANCE)}
     if media.image is not None:
-        tensors["latents_image"] = sample_posterior(_copied(media.image), generators)
+        tensors["latents_image"] = sample_posterior(_copied(media.image), generators, LOG_VARIANCE)
     return [
         CacheEntry({name: tensor[item].to(dtype) for name, tensor in tensors.items()})
         for item in range(len(media.keys))
@@ -97,12 +97,3 @@ def _note_missing_image() -> None:
         "caches without latents_image: the first frame of latents is used, which was encoded together with "
         "later frames. cache_latents.py --i2v caches it alone, as generation encodes it."
     )
-
-
-def posterior_generator(owner: int | str) -> torch.Generator:
-    """Return the generator for the posterior sample of a clip.
-
-    owner: the name of the cached item, or the seed of the video to generate. So an item's cache does not
-    depend on the other items of a run, and a video depends only on its seed.
-    """
-    return torch.Generator().manual_seed(derive_seed("posterior", owner))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from encoders.clip_checkpoints import read_clip_text
 from hunyuan_model.options import HunyuanTextOptions, HunyuanVaeOptions
-from hunyuan_model.text_checkpoints import CLIP_FILES, LLAMA_FILES, read_clip_text, read_llama
-from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
-from hunyuan_model.tokenizer import CLIP_FILES as CLIP_TOKENIZER
+from hunyuan_model.text_checkpoints import LLAMA_FILES, read_llama
+from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder, clip_text_encoder
 from hunyuan_model.tokenizer import LLAMA_FILES as LLAMA_TOKENIZER
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
@@ -94,11 +94,11 @@ class Encoders:
         if self.text_encoder1 is not None:
             read_once(LlavaTextEncoder(self.text_encoder1_path).path, _llama_width)
         if self.text_encoder2 is not None:
-            read_once(ClipTextEncoder(self.text_encoder2_path).path, _clip_width)
+            read_once(clip_text_encoder(self.text_encoder2_path).path, _clip_width)
         if self.text_encoder1_tokenizer is not None:
             LLAMA_TOKENIZER.check_given(self.text_encoder1_tokenizer)
         if self.text_encoder2_tokenizer is not None:
-            CLIP_TOKENIZER.check_given(self.text_encoder2_tokenizer)
+            CLIP.tokenizer.check_given(self.text_encoder2_tokenizer)
 
     def check(self, dit_path: Path, text_dim: int, pooled_dim: int, needed: Collection[str] = ()) -> None:
         """Check the files that are given or needed ("vae", "text_encoder1", "text_encoder2"). Loads nothing.
@@ -114,9 +114,9 @@ class Encoders:
                 "--text_encoder1", path, read_once(path, _llama_width), dit_path, text_dim, LLAMA_FILES
             )
         if self.text_encoder2 is not None or "text_encoder2" in needed:
-            path = ClipTextEncoder(self.text_encoder2_path).path
+            path = clip_text_encoder(self.text_encoder2_path).path
             _check_width(
-                "--text_encoder2", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP_FILES
+                "--text_encoder2", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP.release
             )
 
 
@@ -140,4 +140,4 @@ def _llama_width(checkpoint: Checkpoint) -> int:
 
 
 def _clip_width(checkpoint: Checkpoint) -> int:
-    return read_clip_text(checkpoint).config.dim
+    return read_clip_text(checkpoint, CLIP).config.dim

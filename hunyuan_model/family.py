@@ -28,7 +28,7 @@ from hunyuan_model.options import (
     HunyuanTrainingOptions,
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
-from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
+from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder, clip_text_encoder, template_of
 from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
@@ -57,7 +57,7 @@ from modules.options import NO_OPTIONS, require
 
 logger = logging.getLogger(__name__)
 
-TEXT_KEYS = LlavaTextEncoder.keys | ClipTextEncoder.keys
+TEXT_KEYS = LlavaTextEncoder.keys | CLIP.keys
 # argument of the network, in their order -> name in caches
 TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said
@@ -148,7 +148,7 @@ class HunyuanVideo:
                 final_norm=self.final_norm,
                 in_fp8=files.llm_in_fp8,
             ),
-            ClipTextEncoder(files.text_encoder2_path, dtype, files.text_encoder2_tokenizer),
+            clip_text_encoder(files.text_encoder2_path, dtype, files.text_encoder2_tokenizer),
         ]
 
     @property

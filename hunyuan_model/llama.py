@@ -1,7 +1,8 @@
-"""A Llama 3 language model as a text encoder: turn prompts into one of its hidden states.
+"""A Llama 3 or Qwen 2.5 language model as a text encoder: turn prompts into one of its hidden states.
 
 Only the layers before that state are built and loaded. Module names follow Hugging Face's files. Source:
-Grattafiori et al. 2024, arXiv 2407.21783; Touvron et al. 2023, arXiv 2302.13971.
+Grattafiori et al. 2024, arXiv 2407.21783; Touvron et al. 2023, arXiv 2302.13971; Yang et al.
+2024, arXiv 2412.15115, whose queries, keys and values have biases.
 """
 # Letters: B prompts, L tokens, N heads, K heads of keys and values, D head width, C = model width
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
+from hunyuan_model.text_checkpoints import LLAMA, LanguageModel, LlamaConfig, read_llama
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 
@@ -55,9 +56,9 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.head_width = config.head_width
         rows, key_rows = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.dim, rows, bias=False)
-        self.k_proj = nn.Linear(config.dim, key_rows, bias=False)
-        self.v_proj = nn.Linear(config.dim, key_rows, bias=False)
+        self.q_proj = nn.Linear(config.dim, rows, bias=config.has_bias)
+        self.k_proj = nn.Linear(config.dim, key_rows, bias=config.has_bias)
+        self.v_proj = nn.Linear(config.dim, key_rows, bias=config.has_bias)
         self.o_proj = nn.Linear(rows, config.dim, bias=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, seen: Tensor) -> Tensor:
@@ -138,13 +139,14 @@ def load_llama(
     skip_layers: int,
     final_norm: bool,
     in_fp8: bool = False,
+    model: LanguageModel = LLAMA,
 ) -> Llama:
     """Load the language model up to the state before its last `skip_layers` layers.
 
     fp8 weights are dequantized. in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are
-    then used as they are.
+    then used as they are. model: which one it has to be.
     Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = read_llama(checkpoint, skip_layers, final_norm)
-        return load_planned(plan, Llama, device, dtype, "the language model (--text_encoder1)", in_fp8)
+        plan = read_llama(checkpoint, skip_layers, final_norm, model)
+        return load_planned(plan, Llama, device, dtype, f"the language model ({model.option})", in_fp8)

@@ -5,6 +5,7 @@ float32.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -56,14 +57,13 @@ class PooledTextEmbedding(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Final norm, modulated by the embedding, and projection to patches."""
+    """Final norm, modulated by the embedding, and projection to patches of so many numbers."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, dim: int, patch: int, eps: float) -> None:
         super().__init__()
-        frames, rows, columns = config.patch_size
-        self.norm_final = Float32LayerNorm(config.dim, config.eps)
-        self.linear = nn.Linear(config.dim, frames * rows * columns * config.out_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
+        self.norm_final = Float32LayerNorm(dim, eps)
+        self.linear = nn.Linear(dim, patch)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         shift, scale = (
@@ -98,7 +98,7 @@ class HunyuanVideoModel(nn.Module):
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
-        self.final_layer = FinalLayer(config)
+        self.final_layer = FinalLayer(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hunyuan_model.encoders import Encoders, beside
 from hunyuan_model.spec import LATENT
-from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder, template_of
+from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder, template_of
 from hunyuan_model.vae import TILE, load_vae
 from modules.contract.moments_maker import EncodeMoments, MakerSettings, MomentsMaker, causal_frames
 from modules.errors import OptionError
@@ -53,6 +53,6 @@ def make_maker(folder: Path, settings: MakerSettings) -> MomentsMaker:
         load=load,
         text_encoders=(
             LlavaTextEncoder(files.text_encoder1_path, dtype, first, template_of(None)),
-            ClipTextEncoder(files.text_encoder2_path, dtype, second),
+            clip_text_encoder(files.text_encoder2_path, dtype, second),
         ),
     )

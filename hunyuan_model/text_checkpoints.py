@@ -1,7 +1,7 @@
-"""Checkpoint files of HunyuanVideo's language model and CLIP text tower: recognise them, read dimensions.
+"""Checkpoint files of HunyuanVideo's language model: recognise them, read dimensions.
 
-Both are published under several prefixes, alone or beside an image tower. So the prefix is whatever precedes
-the name of the token embeddings, and tensors of other networks are left out by name. Our modules have Hugging
+It is published under several prefixes, alone or beside an image tower. So the prefix is whatever precedes the
+name of the token embeddings, and tensors of other networks are left out by name. Our modules have Hugging
 Face's names.
 """
 
@@ -15,18 +15,11 @@ from modules.checkpoints.encoders import head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
-LLAMA_HEAD_WIDTH = 128  # of Llama 3; cannot be read from the tensors
-CLIP_HEAD_WIDTH = 64  # of CLIP-L
-CLIP_TOKENS = 77
-# values that a config.json leaves out: transformers do not write what equals their default
-LLAMA_DEFAULTS = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
-CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
 
 LLAMA_FILES = (
     "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
     "llava_llama3_fp16.safetensors"
 )
-CLIP_FILES = "the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors"
 
 # beginnings of the names of tensors beside the wanted network: other parts of the same model, other networks
 # of all-in-one files
@@ -40,9 +33,8 @@ _BESIDE_LLAMA = (
         "model.image_newline",
     ),
 )
-_BESIDE_CLIP = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
 # saved by old versions of transformers; computed here
-_COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq", "embeddings.position_ids")
+_COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -59,34 +51,51 @@ class LlamaConfig:
     final_norm: bool
     theta: float = 500000.0  # base of the rotary frequencies: Llama 3
     eps: float = 1e-5
+    has_bias: bool = False  # of queries, keys and values
 
 
 @dataclass(frozen=True)
-class ClipTextConfig:
-    """Dimensions of a CLIP text tower."""
+class LanguageModel:
+    """What a released language model is, beyond what its tensors show."""
 
-    vocabulary: int
-    positions: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    activation: str = "quick_gelu"
-    eps: float = 1e-5
+    what: str  # for messages: "a Llama language model"
+    option: str  # that names its file
+    files: str  # which files are one, for messages
+    kind: str  # prefix of `model_type` in a config.json
+    beside: tuple[str, ...]  # beginnings of the names of tensors beside it
+    defaults: Mapping[str, float]  # values that its config.json leaves out
+    theta: float  # base of the rotary frequencies, if there is no config.json
+    eps: float  # likewise
+    has_bias: bool = False
+    head_width: int = 128  # likewise; cannot be read from the tensors
+    # kinds of rotary frequencies that are plain ones for a text
+    rope_types: tuple[str, ...] = ("default",)
+
+
+LLAMA = LanguageModel(
+    "a Llama language model",
+    "--text_encoder1",
+    LLAMA_FILES,
+    "llama",
+    _BESIDE_LLAMA,
+    {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    LlamaConfig.theta,
+    LlamaConfig.eps,
+)
 
 
 def read_llama(
-    checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = True
+    checkpoint: Checkpoint, skip_layers: int = 0, final_norm: bool = True, model: LanguageModel = LLAMA
 ) -> LoadPlan[LlamaConfig]:
     """Plan how to load the language model up to a hidden state.
 
     Reads LlavaForConditionalGeneration, LlamaForCausalLM, the bare LlamaModel and ComfyUI's files, in 16 or 8
-    bits. skip_layers: how many of the last layers are left out.
+    bits. skip_layers: how many of the last layers are left out. model: which one it has to be.
     Raises CheckpointError for any other file, or if it has fewer layers.
     """
-    own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", _BESIDE_LLAMA)
-    if own is None:
-        raise other_kind(checkpoint, "a Llama language model", "--text_encoder1", LLAMA_FILES)
+    own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", model.beside)
+    if own is None or ("layers.0.self_attn.q_proj.bias" in own.tensors) != model.has_bias:
+        raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(own)
     shape = shapes_of(own, sources)
     all_layers = count(sources, r"layers\.\d+")
@@ -102,8 +111,8 @@ def read_llama(
         shape("layers.0.self_attn.q_proj.weight")[0],
         shape("layers.0.self_attn.k_proj.weight")[0],
     )
-    told = told_beside(checkpoint.path, "text_config", "llama", dim, LLAMA_DEFAULTS)
-    width = head_width(checkpoint.path, rows, told, LLAMA_HEAD_WIDTH)
+    told = told_beside(checkpoint.path, "text_config", model.kind, dim, model.defaults)
+    width = head_width(checkpoint.path, rows, told, model.head_width)
     if key_rows % width or (rows // width) % max(1, key_rows // width):
         raise CheckpointError(
             f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads "
@@ -120,68 +129,31 @@ def read_llama(
         head_width=width,
         num_layers=num_layers,
         final_norm=final_norm,
-        theta=_theta(checkpoint.path, told),
-        eps=float(told.get("rms_norm_eps", LlamaConfig.eps)),
+        theta=_theta(checkpoint.path, told, model),
+        eps=float(told.get("rms_norm_eps", model.eps)),
+        has_bias=model.has_bias,
     )
     skipped = tuple(f"layers.{index}.*" for index in range(num_layers, all_layers))
     unused = (
         *_COMPUTED,
-        *(f"{start}*" for start in _BESIDE_LLAMA),
+        *(f"{start}*" for start in model.beside),
         *skipped,
         *(() if final_norm else ("norm.weight",)),
     )
     return LoadPlan(config, own, sources, unused)
 
 
-def read_clip_text(checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
-    """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
-
-    Raises CheckpointError for any other file.
-    """
-    own = network_in(
-        checkpoint,
-        "embeddings.token_embedding.weight",
-        "encoder.layers.0.self_attn.q_proj.weight",
-        _BESIDE_CLIP,
-    )
-    if own is None:
-        raise other_kind(checkpoint, "a CLIP text encoder", "--text_encoder2", CLIP_FILES)
-    sources = plain_sources(own)
-    shape = shapes_of(own, sources)
-    vocabulary, dim = shape("embeddings.token_embedding.weight")
-    positions = shape("embeddings.position_embedding.weight")[0]
-    if positions < CLIP_TOKENS:
-        raise CheckpointError(
-            f"{checkpoint.path} takes {positions} tokens, HunyuanVideo needs {CLIP_TOKENS}. Give "
-            f"{CLIP_FILES} to --text_encoder2.",
-            checkpoint.path,
-        )
-    told = told_beside(checkpoint.path, "text_config", "clip", dim, CLIP_DEFAULTS)
-    config = ClipTextConfig(
-        vocabulary=vocabulary,
-        positions=positions,
-        dim=dim,
-        ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=dim // head_width(checkpoint.path, dim, told, CLIP_HEAD_WIDTH),
-        num_layers=count(sources, r"encoder\.layers\.\d+"),
-        activation=str(told.get("hidden_act", ClipTextConfig.activation)),
-        eps=float(told.get("layer_norm_eps", ClipTextConfig.eps)),
-    )
-    return LoadPlan(config, own, sources, (*_COMPUTED, *(f"{start}*" for start in _BESIDE_CLIP)))
-
-
-def _theta(path: Path, told: Mapping[str, Any]) -> float:
+def _theta(path: Path, told: Mapping[str, Any], model: LanguageModel) -> float:
     """Return the base of the rotary frequencies.
 
     Raises CheckpointError if they are stretched, as in Llama 3.1 and later.
     """
     rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    if kind not in model.rope_types:
         raise CheckpointError(
             f"{path}: its config.json asks for rotary frequencies of type {kind}, which the model that "
-            "HunyuanVideo was trained with "
-            f"does not use. Give {LLAMA_FILES} to --text_encoder1.",
+            f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
             path,
         )
-    return float(rope.get("rope_theta", told.get("rope_theta", LlamaConfig.theta)))
+    return float(rope.get("rope_theta", told.get("rope_theta", model.theta)))

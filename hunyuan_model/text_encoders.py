@@ -1,4 +1,4 @@
-"""HunyuanVideo's two text encoders, as the shared loops use them: a language model and CLIP.
+"""HunyuanVideo's two text encoders, as the shared loops use them: a language model and CLIP-L.
 
 Names and shapes of the outputs are those of the cache format. Source of templates and lengths: the released
 HunyuanVideo.
@@ -12,19 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from hunyuan_model.clip_text import ClipText, load_clip_text
+from encoders.clip_checkpoints import ClipUse, clip_tokenizer_files
+from encoders.clip_l import ClipTextEncoder
+from encoders.token_rows import check_ids, fill_rows
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.llama import Llama, load_llama
-from hunyuan_model.text_checkpoints import CLIP_TOKENS, read_clip_text, read_llama
+from hunyuan_model.text_checkpoints import read_llama
 from hunyuan_model.tokenizer import (
-    ClipTokenizer,
     LlamaTokenizer,
-    clip_tokenizer_identity,
     llama_tokenizer_identity,
-    load_clip_ends,
-    load_clip_tokenizer,
     load_llama_ends,
     load_llama_tokenizer,
 )
@@ -32,13 +29,25 @@ from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters, token_weights
+from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
-from modules.errors import CheckpointError
 from modules.offload.loaded import Loaded
 
 logger = logging.getLogger(__name__)
+
+CLIP = ClipUse(
+    name="clipL",
+    pooled="clipL",
+    mask="clipL_mask",
+    what="text encoder 2",
+    option="--text_encoder2",
+    release="the folder text_encoder_2 of HunyuanVideo, clip-vit-large-patch14 or clip_l.safetensors",
+    folder="text_encoder_2",
+    tokenizer=clip_tokenizer_files(
+        "--text_encoder2_tokenizer", (".", "clip_l", "tokenizer_2", "../tokenizer_2")
+    ),
+)
 
 PROMPT_TOKENS = 256  # states of the language model that are kept
 PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
@@ -191,7 +200,6 @@ class LlavaTextEncoder:
             )
         return known
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"llm": 256 C, "llm_mask": 256 int64, 1 for real tokens} on the CPU for each prompt.
 
@@ -209,12 +217,16 @@ class LlavaTextEncoder:
                     PROMPT_TOKENS,
                     prompt.text,
                 )
+        kept = [row[:length] for row in rows]
+        check_ids(
+            [*kept, [tokenizer.pad]],
+            llama.embed_tokens.num_embeddings,
+            self.path,
+            "--text_encoder1_tokenizer",
+        )
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):
-            ids, mask = _fill(
-                [row[:length] for row in rows[first : first + PROMPTS_AT_ONCE]], length, tokenizer.pad
-            )
-            _check_ids(ids, llama.embed_tokens.num_embeddings, self.path, "--text_encoder1_tokenizer")
+            ids, mask = fill_rows(kept[first : first + PROMPTS_AT_ONCE], length, tokenizer.pad)
             states = llama(ids.to(llama.device), mask.to(llama.device))[:, start:].cpu()
             results += [
                 {"llm": state.clone(), "llm_mask": kept.clone()}
@@ -229,117 +241,28 @@ class LlavaTextEncoder:
 
     def _weights(self, prompt: Prompt, tokenizer: LlamaTokenizer, start: int) -> list[float]:
         """Return the weights of the tokens from `start` on, which are all those that are kept."""
-        before, text = len(self.template.before), prompt.text
-        places = tokenizer.places(self.template.of(text))[start : start + PROMPT_TOKENS]
-        own = [None if place is None or not 0 <= place[0] - before < len(text) else place for place in places]
-        shifted = [(first + before, last + before, weight) for first, last, weight in prompt.spans]
-        return token_weights(self.template.of(text), own, shifted)
+        whole = self.template.of(prompt.text)
+        places = tokenizer.places(whole)[start : start + PROMPT_TOKENS]
+        return weights_within(prompt, whole, len(self.template.before), places)
 
     def free(self) -> None:
         """Release the encoder and its memory."""
         self._loaded.free()
 
 
-class ClipTextEncoder:
-    """Text encoder 2: CLIP-L. Each prompt gives one vector, of its second text if it has one (--prompt_2).
+def weights_within(prompt: Prompt, whole: str, before: int, places: Sequence[Place]) -> list[float]:
+    """Return the weights of the tokens of a template with its prompt; those around the prompt have 1.
 
-    Weights of a prompt's parts do not count: the vector is the state of the text's end, not of its tokens.
+    whole: the text with the prompt at the character `before`. places: of its tokens.
     """
-
-    name = "clipL"
-    keys = frozenset({"clipL", "clipL_mask"})
-    variable_length: frozenset[str] = frozenset()
-
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
-        """Set up the encoder; `load` reads the files. dtype: compute dtype.
-
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`.
-        """
-        self.path = inside(path, "text_encoder_2")
-        self.dtype = dtype
-        self.tokenizer = tokenizer
-        self._loaded = Loaded[ClipText, ClipTokenizer]()
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the dtype.
-
-        Reads a few MB.
-        Raises CheckpointError if the file holds another model.
-        """
-        with open_checkpoint(self.path) as checkpoint:
-            config = read_clip_text(checkpoint).config
-        return {
-            "clipL": fingerprint(self.path),
-            "clipL_config": f"{config.num_heads} heads, {config.activation}, eps {config.eps}",
-            "clipL_tokenizer": clip_tokenizer_identity(self.tokenizer, self.path),
-            "clipL_dtype": dtype_name(self.dtype),
-        }
-
-    def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with the start and the end token.
-
-        Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
-        """
-        find_ends = load_clip_ends(self.tokenizer, self.path)
-
-        def count(text: str) -> TokenCount:
-            ends = find_ends(text)
-            kept = kept_characters(ends, CLIP_TOKENS - 2, len(text))
-            return TokenCount(text, len(ends) + 2, CLIP_TOKENS, kept)
-
-        return count
-
-    def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        self._loaded.load(device, self._read)
-
-    def _read(self, device: torch.device) -> tuple[ClipText, ClipTokenizer]:
-        tokenizer = load_clip_tokenizer(self.tokenizer, self.path)
-        clip = load_clip_text(self.path, device, self.dtype)
-        logger.info("text encoder 2: %s, computing in %s", self.path, dtype_name(self.dtype))
-        return clip, tokenizer
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"clipL": C, "clipL_mask": 77 int64, 1 for real tokens} on the CPU for each prompt.
-
-        Raises CheckpointError if the tokenizer has more tokens than the model.
-        """
-        clip, tokenizer = self._loaded.get()
-        rows = [
-            tokenizer.tokenize(prompt.text if prompt.second is None else prompt.second) for prompt in prompts
-        ]
-        if not rows:
-            return []
-        ids, mask = _fill(rows, CLIP_TOKENS, tokenizer.end)
-        _check_ids(
-            ids, clip.embeddings.token_embedding.num_embeddings, self.path, "--text_encoder2_tokenizer"
-        )
-        ends = torch.tensor([row.index(tokenizer.end) for row in rows])
-        pooled = clip(ids.to(clip.device), ends.to(clip.device)).cpu()
-        return [
-            {"clipL": state.clone(), "clipL_mask": real.clone()}
-            for state, real in zip(pooled, mask, strict=True)
-        ]
-
-    def free(self) -> None:
-        """Release the encoder and its memory."""
-        self._loaded.free()
+    end = len(prompt.text)
+    own = [None if place is None or not 0 <= place[0] - before < end else place for place in places]
+    shifted = [(first + before, last + before, weight) for first, last, weight in prompt.spans]
+    return token_weights(whole, own, shifted)
 
 
-def _fill(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, each B L int64, with the rows padded on the right."""
-    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
-    mask = torch.tensor([[*[1] * len(row), *[0] * (length - len(row))] for row in rows])
-    return ids, mask
-
-
-def _check_ids(ids: Tensor, known: int, path: Path, option: str) -> None:
-    largest = int(ids.max())
-    if largest >= known:
-        raise CheckpointError(
-            f"{path} knows {known} tokens, but its tokenizer has more (token {largest}). "
-            f"Give the tokenizer of this model to {option}.",
-            path,
-        )
+def clip_text_encoder(
+    path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None
+) -> ClipTextEncoder:
+    """Make text encoder 2: CLIP-L. Arguments as of `ClipTextEncoder`."""
+    return ClipTextEncoder(path, dtype, tokenizer, CLIP)

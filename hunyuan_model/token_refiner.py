@@ -6,13 +6,13 @@ arXiv 2406.11831.
 # Letters: B batch, T text tokens, N heads, D head width, C = N * D
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from hunyuan_model.blocks import Mlp, add_gated, heads
-from hunyuan_model.configs import HunyuanVideoConfig
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
@@ -20,6 +20,31 @@ from modules.devices import numbers_on
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import run, run_float32
 from modules.layers.sinusoid import sinusoid
+
+
+class RefinerConfig(Protocol):
+    """Dimensions of a refiner, among those of its transformer."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def refiner_blocks(self) -> int: ...
+
+    @property
+    def refiner_ffn_dim(self) -> int: ...
+
+    @property
+    def text_dim(self) -> int: ...
+
+    @property
+    def freq_dim(self) -> int: ...
+
+    @property
+    def eps(self) -> float: ...
 
 
 class NumberEmbedding(nn.Module):
@@ -54,7 +79,7 @@ class RefinerBlock(nn.Module):
     Timestep and mean text only gate the two branches.
     """
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, config: RefinerConfig) -> None:
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
@@ -81,7 +106,7 @@ class RefinerBlock(nn.Module):
 class IndividualTokenRefiner(nn.Module):
     """The refiner's blocks, under their name in the published checkpoints."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, config: RefinerConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
 
@@ -89,7 +114,7 @@ class IndividualTokenRefiner(nn.Module):
 class TokenRefiner(nn.Module):
     """Turn states of the language model into text tokens, given the timestep."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, config: RefinerConfig) -> None:
         super().__init__()
         self.input_embedder = nn.Linear(config.text_dim, config.dim)
         self.t_embedder = NumberEmbedding(config.freq_dim, config.dim)

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from encoders.posterior import sample_posterior
+from encoders.tiles import Cut, compute_in_spans, compute_in_tiles
 from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
-from hunyuan_model.vae_tiles import Cut, compute_in_spans, compute_in_tiles
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name
@@ -82,7 +83,7 @@ class HunyuanVae(nn.Module):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} clips")
         moments = self._all_moments(pixels)
         if generators is not None:
-            return sample_posterior(moments, generators)
+            return sample_posterior(moments, generators, LOG_VARIANCE)
         return moments.chunk(2, dim=1)[0].contiguous()
 
     @torch.no_grad()
@@ -161,21 +162,6 @@ class HunyuanVae(nn.Module):
         if x.dtype == torch.uint8:
             x = from_bytes(x.to(self.device))
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
-
-
-def sample_posterior(moments: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return a sample of each posterior, B Z f h w float32, on the device of `moments`.
-
-    moments: B 2Z f h w float32, means and logarithms of variances; overwritten. generators: one for each
-    item; the noise is drawn in float32 on their device.
-    """
-    mean, log_variance = moments.chunk(2, dim=1)
-    # in place: even the latents of a long clip are large
-    deviation = log_variance.clamp_(*LOG_VARIANCE).mul_(0.5).exp_()
-    for item, each in enumerate(generators):
-        noise = torch.randn(mean.shape[1:], generator=each, device=each.device)
-        mean[item] += deviation[item].mul_(noise.to(mean.device))
-    return mean.contiguous()
 
 
 def _in_playing_order(pixels: Tensor) -> Iterator[Tensor]:

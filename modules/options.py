@@ -52,8 +52,8 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     """Build the option record `cls` from parsed arguments.
 
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
-    record is read the same way; if the type is `Record | None` and the parser has no arguments of that
-    record, it is None. Text becomes Path and lists become tuples according to the field's type.
+    record is read the same way; if the type is `Record | None` and the parser has no argument for that
+    record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
     Raises OptionError if a text holds what no text can (`bad_character`), if a path is empty, or if a number
     is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
     user's.
@@ -64,9 +64,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         hint = hints[field.name]
         record = record_of(hint)
         if record is not None:
-            is_there = record is hint or any(
-                hasattr(args, option_name(item)) for item in dataclasses.fields(record)
-            )
+            is_there = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_there else None
             continue
         option = option_name(field)
@@ -197,6 +195,33 @@ def add_unsupported(
     action = group.add_argument(*flags, help=f"{text} (not supported yet)".strip(), **settings)
     action.unsupported_reason = reason  # type: ignore[attr-defined]
     action.harmless = (action.default, *harmless)  # type: ignore[attr-defined]
+
+
+def add_unneeded(
+    group: argparse._ActionsContainer,
+    *flags: str,
+    instead: str,
+    values: tuple[Any, ...] = (),
+    **settings: Any,
+) -> None:
+    """Declare an option of other programs that asks for nothing here: if it is given, a line says so.
+
+    instead: what happens instead, a sentence. values: those that need no line, besides the default. settings:
+    those of `add_argument`; a `help` stands before that sentence.
+    """
+    text = settings.pop("help", "")
+    action = group.add_argument(*flags, help=f"{text}; not needed: {instead}".removeprefix("; "), **settings)
+    action.instead = instead  # type: ignore[attr-defined]
+    action.silent = (action.default, *values)  # type: ignore[attr-defined]
+
+
+def list_unneeded(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return a line for each option declared by `add_unneeded` that is given."""
+    return [
+        f"{action.option_strings[0]} is not needed: {action.instead}"  # type: ignore[attr-defined]
+        for action in parser._actions
+        if hasattr(action, "instead") and getattr(args, action.dest) not in action.silent  # type: ignore[attr-defined]
+    ]
 
 
 def refuse_value(action: argparse.Action, *values: str, reason: str) -> None:

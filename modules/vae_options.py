@@ -1,6 +1,7 @@
 """Options of the VAE that all families share. Standard library only."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,15 @@ class VaeOptions:
         return VAE_TILE if self.vae_tiling else None
 
 
-def add_vae_arguments(group: argparse._ArgumentGroup, *, always_tiled: bool = False) -> None:
-    """Add the arguments of `VaeOptions`. always_tiled: omit --vae_tiling, which is always on."""
-    group.add_argument("--vae", type=str, default=None, help="VAE checkpoint")
+def add_vae_arguments(
+    group: argparse._ArgumentGroup, *, always_tiled: bool = False, flags: Sequence[str] = ("--vae",)
+) -> None:
+    """Add the arguments of `VaeOptions`. always_tiled: omit --vae_tiling, which is always on.
+
+    flags: of the file; none if the parser has a --vae already.
+    """
+    if flags:
+        group.add_argument(*flags, dest="vae", type=str, default=None, help="VAE checkpoint")
     group.add_argument("--vae_dtype", type=str, default=None, help="dtype of the VAE")
     text = (
         f"edge of a tile in pixels, default {VAE_TILE}"

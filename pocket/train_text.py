@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
+from encoders.t5_checkpoints import T5Config
+from encoders.t5_network import T5Network
 from modules.atomic_write import save_tensors, write_text
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.captions import WORDINGS, caption
-from wan.encoder_checkpoints import T5Config
-from wan.t5 import UmT5
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
     tokenizer = make_tokenizer(seed)
     write_text(folder / "tokenizer" / "tokenizer.json", tokenizer.to_str(pretty=False))
     torch.manual_seed(seed)
-    t5 = UmT5(CONFIG)
+    t5 = T5Network(CONFIG)
     heads = nn.ModuleDict({name: nn.Linear(CONFIG.dim, len(values)) for name, values in HEADS.items()})
     heads["token"] = nn.Linear(CONFIG.dim, CONFIG.vocabulary)
     optimizer = torch.optim.AdamW([*t5.parameters(), *heads.parameters()], lr=RATE, weight_decay=0.01)
@@ -84,7 +84,7 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
     return path
 
 
-def heads_losses(t5: UmT5, heads: nn.ModuleDict, examples: Sequence[Example]) -> dict[str, Tensor]:
+def heads_losses(t5: T5Network, heads: nn.ModuleDict, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Return the cross-entropy of each head over all tokens."""
     embeds = torch.cat(t5([each.ids for each in examples]))  # L C
     targets = {name: torch.cat([each.classes[name] for each in examples]) for name in HEADS}

@@ -71,9 +71,9 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
         default = list(action.default) if isinstance(action.default, tuple) else action.default
         assert default == option["default"], f"{flag}: default {default!r}"
     if option["choices"]:
-        ours = set(action.choices or ())
-        assert ours >= set(option["choices"]), flag
-        assert flag in WIDER_CHOICES or ours == set(option["choices"]), flag
+        ours, known = set(action.choices or ()), set(option["choices"]) - {None}  # None is not typed
+        assert ours >= known, flag
+        assert flag in WIDER_CHOICES or ours == known, flag
     if option["action"] == "store_true":
         assert isinstance(action, argparse._StoreTrueAction), flag
     elif flag in WIDER_TYPES:

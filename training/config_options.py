@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,33 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
                 raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
             logger.warning(f"{path}: {key} is ignored because no option has that name")
     return values
+
+
+def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
+    """Write options as TOML, to be read by `read_config_file`.
+
+    Raises OptionError if the file is there already or cannot be written.
+    """
+    if path.exists():
+        raise OptionError(f"--output_config: {path} exists already. Remove it, or name another file")
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OptionError(f"--config_file {path}: cannot be written ({error.strerror})") from None
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in text) + '"'
 
 
 def _load(path: Path) -> dict[str, Any]:

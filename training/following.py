@@ -30,6 +30,8 @@ class FamilyScripts:
     # given a sample as `Request` names its values: the script and the options that generate
     generation: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
     add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments
+    # all shared options, as the script has them; None: `training_parser` with `add_learner`
+    make_parser: Callable[[], argparse.ArgumentParser] | None = None
 
 
 NO_SCRIPTS = FamilyScripts()
@@ -62,7 +64,8 @@ class GivenOptions:
 
 def given_options(options: TrainingOptions, own: Any, scripts: FamilyScripts) -> GivenOptions:
     """Return the options of a run; own: the family's. Keys and tokens are left out."""
-    parser = training_parser(None, scripts.add_learner)
+    make = scripts.make_parser or (lambda: training_parser(None, scripts.add_learner))
+    parser = make()
     scripts.add_arguments(parser)
     values = option_values(own) | option_values(options)
     secret = {*options_with(type(own), "secret", True), *options_with(TrainingOptions, "secret", True)}

@@ -12,12 +12,12 @@ from dataset.batches.finding import (
     CachingCommands,
     find_items,
     require_items,
-    split_validation,
 )
 from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import check_channels
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
+from dataset.batches.validation_split import split_validation
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.compile import check_compilation
 from modules.contract.family import Family

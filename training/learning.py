@@ -23,7 +23,7 @@ from networks.adapter import make_network
 from networks.added import AddedFile, AddedLoras, add_loras
 from networks.merge import LoraPatch, LoraUse
 from training.averages import make_average
-from training.changes import Change
+from training.changes import Change, rebuild_schedule
 from training.dressing import AUTOCAST, dress, dtype_of, placement_of
 from training.experts import ExpertNetworks, Turns, network_for, read_lora_for
 from training.job import TrainingJob
@@ -74,6 +74,8 @@ def load_model(
     learning, optimizer_name = _make_learning(job, networks, trainable, total_steps)
     if job.saved is not None:
         restore(job.saved, learning, bool(changes))
+    elif job.progress.step:  # begun later
+        rebuild_schedule(learning.schedule, job.progress.step)
     steps = _make_steps(job, learning)
     return LoadedModel(dits, learning, optimizer_name, *steps, loading.sample_loras, sampled)
 

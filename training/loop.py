@@ -30,6 +30,7 @@ from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
 from training.training_run import TrainingRun
 from training.triggers import SAMPLE, SAVE
+from training.validation import EPOCH, STEP
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _accumulate(
             run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
         dit, noisy_batch = run.dits.at(expert), micro_batch.data.to(run.device)
-        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.options.loss) / len(group)
+        loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys
@@ -260,7 +261,7 @@ def _begin(run: TrainingRun) -> None:
     if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
         logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
     elif progress.step == 0 and run.validation is not None:
-        _validate(run)
+        _validate(run, STEP)
     _restart_clock(run)
 
 
@@ -280,7 +281,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
         return
     _settle(run)
     if validates:
-        _validate(run)
+        _validate(run, STEP)
     if samples:
         progress.sample_pending = f"{progress.step:06d}"
         if not is_ending(run):
@@ -324,8 +325,8 @@ def _after_epoch(run: TrainingRun) -> None:
         _sample(run)
     if is_ending(run):
         _save_to_go_on(run)
-    elif run.validation is not None and options.validation.validate_every_n_steps is None:
-        _validate(run)
+    elif run.validation is not None and _is_every(options.validation.epochs_between(), epoch):
+        _validate(run, EPOCH)
     _restart_clock(run)
 
 
@@ -377,11 +378,17 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
         yield
 
 
-def _validate(run: TrainingRun) -> None:
+def _is_every(every: int | None, epoch: int) -> bool:
+    return every is not None and epoch % every == 0
+
+
+def _validate(run: TrainingRun, occasion: str) -> None:
     assert run.validation is not None
     with evaluation(run.modules, run.optimizer, run.parameters):
         losses = run.validation.measure(run.dits.at, run.autocast)
-    run.logs.values(losses, run.progress.step)
+    past = run.progress.losses
+    running = sum(past) / len(past) if past else None
+    run.logs.values(run.validation.rule.logged(losses, occasion, running), run.progress.step)
     if run.reporter is not None:
         run.reporter.note_validation(run.progress.step, losses)
     logger.info(

@@ -96,7 +96,10 @@ class ValidationOptions:
     """Options of the loss on held-out items, at fixed noise and timesteps."""
 
     validation_split: float  # share of the source files, 0 up to but not including 1
-    validate_every_n_steps: int | None  # None: at the end of each epoch
+    validate_every_n_steps: int | None
+    validate_every_n_epochs: int | None  # both None: at the end of each epoch
+    max_validation_steps: int | None  # batches of each validation; None: all
+    validation_seed: int | None  # of the choice of the source files and of noise; None: that of the program
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -111,6 +114,14 @@ class ValidationOptions:
             1,
             "leave it out to validate after each epoch",
         )
+        for name in ("validate_every_n_epochs", "max_validation_steps"):
+            check_at_least(f"--{name}", getattr(self, name), 1, "leave it out for each epoch and all batches")
+        check_at_least("--validation_seed", self.validation_seed, 0, "leave it out for the usual choice")
+        check_seed("--validation_seed", self.validation_seed)
+
+    def epochs_between(self) -> int | None:
+        """Return after how many epochs to validate; None: after steps only."""
+        return self.validate_every_n_epochs or (1 if self.validate_every_n_steps is None else None)
 
 
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,4 +197,15 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         "--validate_every_n_steps",
         type=int,
         help="how often to compute the validation loss; after each epoch when not given",
+    )
+    group.add_argument(
+        "--validate_every_n_epochs", type=int, help="compute it after every so many epochs, too"
+    )
+    group.add_argument(
+        "--max_validation_steps", type=int, help="most batches of each validation; all when not given"
+    )
+    group.add_argument(
+        "--validation_seed",
+        type=int,
+        help="another choice of source files and another noise; the same for all runs when not given",
     )

@@ -16,7 +16,7 @@ from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.noise import NoiseSpec
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
-from training.loss_options import L2, LossOptions
+from training.loss_options import ADDITIVE, L2, RAW, SIGMA_SCALED, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -40,6 +40,12 @@ class NoisyBatch:
     weights: Tensor  # B, factors on the samples' losses
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
     expert: int = 0  # index of the one that they all go to
+    perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
+
+    @property
+    def input_noise(self) -> Tensor:
+        """Return what is mixed into the latents: B C F H W float32."""
+        return self.noise if self.perturbation is None else self.noise + self.perturbation
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -56,6 +62,7 @@ class NoisyBatch:
             move(self.weights),
             self.given_frames,
             self.expert,
+            None if self.perturbation is None else move(self.perturbation),
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
@@ -65,28 +72,52 @@ class NoisyBatch:
         return self.moved(lambda tensor: send(tensor, device, is_ordered))
 
 
+@dataclass(frozen=True)
+class LossRule:
+    """Hold how a prediction is judged."""
+
+    options: LossOptions = L2
+    prediction: str = RAW  # what of the output is compared with the velocity
+    # inside it the DiT is the base model, without what learns; None: no batch asks for that
+    as_base: Autocast | None = None
+
+
+PLAIN_LOSS = LossRule()
+
+
 def measure_errors(
-    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, options: LossOptions = L2
+    family: Trains,
+    dit: nn.Module,
+    noisy_batch: NoisyBatch,
+    autocast: Autocast,
+    rule: LossRule = PLAIN_LOSS,
 ) -> Tensor:
     """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
     batch.
 
+    Samples that the batch names in `preserved` are compared with what the base model predicts.
     If the batch has a mask (`MASK`, `LOSS_MASK`), errors are multiplied by it before the mean over all
     elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss. Given frames
     are left out: the mean is over the others.
     """
-    given = noisy_batch.given_frames
-    latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
-    noise, sigmas, spec = noisy_batch.noise, noisy_batch.sigmas, family.noise
-    conditions = family.batch_conditions(latents, noisy_batch.batch)
-    with autocast():
-        noisy = add_noise(latents, noise, sigmas, spec.data_shares(sigmas))
-        if given:
-            noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
-        velocity = family.predict(
-            dit, noisy, noisy_batch.timesteps, conditions, Tweaks(given_frames=given) if given else NO_TWEAKS
-        )
-    differences = velocity.float() - spec.velocity(latents, noise)
+    given, batch, sigmas = noisy_batch.given_frames, noisy_batch.batch, noisy_batch.sigmas
+    spec, options = family.noise, rule.options
+    latents = family.latent.to_model(batch.tensor("latents"))
+    conditions = family.batch_conditions(latents, batch)
+    noisy = add_noise(latents, noisy_batch.input_noise, sigmas, spec.data_shares(sigmas))
+    if given:
+        noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
+    tweaks = Tweaks(given_frames=given) if given else NO_TWEAKS
+
+    def predict() -> Tensor:
+        with autocast():
+            velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions, tweaks)
+        return compared(velocity.float(), noisy, sigmas, rule.prediction, spec.output_sign)
+
+    target = spec.velocity(latents, noisy_batch.noise)
+    if any(batch.preserved):
+        target = _preserve(target, batch, predict, rule)
+    differences = predict() - target
     thresholds = (
         find_thresholds(options, spec, sigmas, noisy_batch.timesteps) if options.has_threshold else None
     )
@@ -102,14 +133,42 @@ def measure_errors(
     return errors.flatten(1).mean(1)
 
 
+def _preserve(target: Tensor, batch: Batch, predict: Callable[[], Tensor], rule: LossRule) -> Tensor:
+    """Return the target with the base model's prediction for the samples that preserve its output."""
+    assert rule.as_base is not None  # the loop was told that there are such samples
+    with torch.no_grad(), rule.as_base():
+        known = predict()
+    chosen = torch.tensor(batch.preserved, device=target.device)
+    return torch.where(chosen.view(-1, *([1] * (target.ndim - 1))), known, target)
+
+
+def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
+    """Return what is compared with the velocity for --model_prediction_type, like `velocity`, B C F H W.
+
+    raw: the velocity; additive: the network's output plus the noisy latents; sigma_scaled: the noisy latents
+    minus sigma times the output. The last two estimate other things than the velocity, as known trainers
+    have them. sign: of the velocity in the output (`NoiseSpec.output_sign`); where it is -1, output and
+    target are turned round together, which no loss sees.
+    """
+    if prediction == ADDITIVE:
+        return velocity + sign * noisy.float()
+    if prediction == SIGMA_SCALED:
+        return sign * noisy.float() - sigmas.float().view(-1, *([1] * (noisy.ndim - 1))) * velocity
+    return velocity
+
+
 def training_loss(
-    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, options: LossOptions = L2
+    family: Trains,
+    dit: nn.Module,
+    noisy_batch: NoisyBatch,
+    autocast: Autocast,
+    rule: LossRule = PLAIN_LOSS,
 ) -> Tensor:
     """Return the weighted mean over the batch: one number.
 
     All samples of a batch have one size, so it is the mean over all elements too.
     """
-    return (measure_errors(family, dit, noisy_batch, autocast, options) * noisy_batch.weights).mean()
+    return (measure_errors(family, dit, noisy_batch, autocast, rule) * noisy_batch.weights).mean()
 
 
 def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor | None = None) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from modules.errors import OptionError
 
 LOSSES = ("l1", "l2", "huber", "smooth_l1")
+RAW, ADDITIVE, SIGMA_SCALED = "raw", "additive", "sigma_scaled"
+PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
 SCHEDULES = ("constant", "exponential", "snr")
 WITH_THRESHOLD = ("huber", "smooth_l1")
 
@@ -32,6 +34,30 @@ class LossOptions:
 
 
 L2 = LossOptions("l2", "snr", 0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """What of a network's output is compared with the velocity. Video models always compare the output."""
+
+    model_prediction_type: str
+
+    @property
+    def weights_by_time(self) -> bool:
+        """Return whether --weighting_scheme weights the loss, not only the draws of timesteps."""
+        return self.model_prediction_type == SIGMA_SCALED
+
+
+def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `PredictionOptions`."""
+    group = parser.add_argument_group("prediction")
+    group.add_argument(
+        "--model_prediction_type",
+        default=RAW,
+        choices=PREDICTIONS,
+        help="what is compared with the velocity: raw: the output of the model, as it was trained; additive: "
+        "the output plus the noisy latents; sigma_scaled: the noisy latents minus sigma times the output",
+    )
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:

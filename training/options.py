@@ -6,19 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from dataset.subset_options import SubsetOptions
 from modules.command import Parser
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, read_options, refuse_unsupported, require
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
 from training.average_options import AverageOptions, add_average_arguments
+from training.caching_options import CachingInRunOptions
 from training.config_options import add_config_argument, read_config_file
-from training.data.options import SAMPLERS, TimestepOptions, add_timestep_arguments
+from training.data.options import (
+    SAMPLERS,
+    NoiseOptions,
+    TimestepOptions,
+    add_noise_arguments,
+    add_timestep_arguments,
+)
 from training.expert_options import ONE_DIT, ExpertTrainingOptions
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
-from training.loss_options import LossOptions, add_loss_arguments
+from training.loss_options import RAW, LossOptions, PredictionOptions, add_loss_arguments
 from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
 from training.optimizers.options import OptimizerOptions, add_optimizer_arguments
+from training.optimizers.parts_options import PartsOptions
 from training.processes.options import AcceleratorOptions, add_accelerator_arguments
 from training.reports.options import LogOptions, add_log_arguments
 from training.sample_options import SampleOptions, add_sample_arguments
@@ -30,6 +39,7 @@ from training.saving.options import (
     add_metadata_arguments,
     add_saving_arguments,
 )
+from training.start_options import StartOptions
 from training.whole_dit_options import WholeDitOptions
 
 T = TypeVar("T")
@@ -49,7 +59,9 @@ class TrainingOptions:
     optimizer: OptimizerOptions
     lr_schedule: LrScheduleOptions = field(metadata=HABIT)
     timesteps: TimestepOptions = field(metadata=HABIT)
+    noise: NoiseOptions = field(metadata=HABIT)
     loss: LossOptions = field(metadata=HABIT)
+    prediction: PredictionOptions | None = field(metadata=HABIT)  # None: the output is the velocity
     network: NetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
     saving: SavingOptions = field(metadata=FREE)
@@ -61,6 +73,11 @@ class TrainingOptions:
     accelerator: AcceleratorOptions
     speed: TrainingSpeedOptions
     experts: ExpertTrainingOptions | None  # None: the script's models have one transformer
+    # of image trainers; None in the others
+    parts: PartsOptions | None
+    start: StartOptions | None = field(metadata=FREE)
+    subset: SubsetOptions | None = field(metadata=FREE)  # what it makes of the data is compared instead
+    caching: CachingInRunOptions | None = field(metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
@@ -69,7 +86,8 @@ class TrainingOptions:
             self._check_rank(self.network)
         if self.timesteps.show_timesteps is not None:
             return
-        require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
+        if self.subset is None or not self.subset.replaces_toml:
+            require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if self.hub.resume_from_huggingface:
             require(
                 self.saving.resume,
@@ -85,6 +103,21 @@ class TrainingOptions:
     def by_expert(self) -> ExpertTrainingOptions:
         """Return the options for several transformers, also where the script has none."""
         return self.experts or ONE_DIT
+
+    @property
+    def is_for_images(self) -> bool:
+        """Return whether the script follows the image guides."""
+        return self.parts is not None
+
+    @property
+    def predicted(self) -> str:
+        """Return what of a network's output is compared with the velocity."""
+        return RAW if self.prediction is None else self.prediction.model_prediction_type
+
+    @property
+    def weights_by_time(self) -> bool:
+        """Return whether --weighting_scheme weights the loss, not only the draws of timesteps."""
+        return self.prediction is None or self.prediction.weights_by_time
 
     def _check_rank(self, options: NetworkOptions) -> None:
         is_ranked = options.network_module is None or options.network_module.startswith(RANKED_NETWORKS)
@@ -170,6 +203,7 @@ def training_parser(
     add_optimizer_arguments(parser)
     add_lr_schedule_arguments(parser)
     add_timestep_arguments(parser, samplers)
+    add_noise_arguments(parser)
     add_loss_arguments(parser)
     add_training_speed_arguments(parser)
     add_accelerator_arguments(parser)

@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from dataset.batches.finding import CachingCommands, find_items, require_items, split_validation
+from dataset.batches.finding import CachingCommands, find_items, require_items
 from dataset.batches.latent_space import check_channels
+from dataset.batches.validation_split import split_validation
 from dataset.check import check_training
 from dataset.checking.captions import load_counters
 from dataset.checking.page import write_check_page

@@ -25,6 +25,7 @@ from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_computing, load_model
 from training.loop import train
+from training.loss import LossRule
 from training.options import TrainingOptions
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
@@ -38,10 +39,11 @@ from training.saver import facts_of_run, file_dtype, make_saver
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.saving.upload import make_uploads
+from training.starting import begin_later
 from training.summary import show_end, show_start, watch_run
 from training.training_run import TrainingRun
 from training.triggers import TriggerFiles, trigger_paths
-from training.validation import Validation
+from training.validation import Validation, ValidationRule, image_rule
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,8 @@ def _begin(
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
+    options = replace(options, saving=options.saving.spread(data.plan.num_epochs))
+    job = replace(job, options=options)
     if job.accelerator.is_main_process:
         note_experts(family, options, sampling is not None)
     identity = identity_of(
@@ -148,6 +152,8 @@ def _begin(
     habits = habits_of(options, family.metadata, family.options)
     changes = check_resumable(job.saved, identity, habits, options)
     resume_progress(job.saved, changes, job.progress, data.plan)
+    if options.start is not None:
+        begin_later(options.start, job.progress, data.plan, job.saved is not None)
     return job, replace(data, plan=plan_steps(job, data.order)), Comparison(identity, habits, changes)
 
 
@@ -186,6 +192,7 @@ def _make_run(
     memory: MemoryWatch | None,
 ) -> TrainingRun:
     options, learning = job.options, loaded.learning
+    rule = LossRule(options.loss, options.predicted, learning.trainable.as_base)
     return TrainingRun(
         options=options,
         family=job.family,
@@ -208,7 +215,8 @@ def _make_run(
         sample_loras=loaded.sample_loras,
         sample_dits=loaded.sample_dits,
         compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dits.networks[0])),
-        validation=_make_validation(job, data),
+        rule=rule,
+        validation=_make_validation(job, data, rule),
         reporter=reporter,
         memory=memory if job.accelerator.is_main_process else None,
         triggers=_watch_files(job, can_sample=sampler is not None),
@@ -258,7 +266,12 @@ def _make_sampler(job: TrainingJob) -> Sampler | None:
 def _make_feed(job: TrainingJob, data: Data) -> Feed:
     loop, accelerator = job.options.loop, job.accelerator
     randomness = Randomness(
-        job.options.timesteps, job.progress.seed, job.family.noise, tuple(job.family.experts)
+        job.options.timesteps,
+        job.progress.seed,
+        job.family.noise,
+        tuple(job.family.experts),
+        job.options.noise,
+        job.options.weights_by_time,
     )
     return Feed(
         MicroBatches(data.order, job.family.latent, randomness, job.commands),
@@ -271,17 +284,22 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
     )
 
 
-def _make_validation(job: TrainingJob, data: Data) -> Validation | None:
+def _make_validation(job: TrainingJob, data: Data, loss: LossRule) -> Validation | None:
     if not data.validation:
         return None
-    accelerator = job.accelerator
-    share = accelerator.device, accelerator.process_index, accelerator.num_processes
+    accelerator, options = job.accelerator, job.options
+    asked = options.validation
     return Validation(
         job.family,
         data.validation,
-        job.options.timesteps,
+        options.timesteps,
         job.commands,
-        *share,
-        job.options.loss,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        loss,
+        image_rule(asked, options.timesteps)
+        if options.is_for_images
+        else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
         encoders=data.encoders,
     )

@@ -17,6 +17,7 @@ from blissful_tuner.preview_options import NO_PREVIEW, PreviewOptions
 from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_sample_prompts
 from generation.request import check_values
+from generation.request_options import SOLVERS
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
@@ -190,6 +191,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         extra["control_image_path"] = "\n".join(
             [controls] if isinstance(controls, str) else map(str, controls)
         )
+    extra |= {name: str(values[name]) for name in ("cfg_trunc_ratio", "renorm_cfg") if name in entry}
     has_shift = family.defaults.flow_shift is not None
     scale = None if values.get("cfg_scale") is None else float(values["cfg_scale"])
     asked = int(values["width"]), int(values["height"]), int(values["frame_count"])
@@ -213,12 +215,27 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         expert_guidance={} if scale is None else {expert.name: scale for expert in family.experts},
         embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),
         flow_shift=float(values["discrete_flow_shift"]) if has_shift else None,
+        solver=_solver_of(values),
         negative_prompt=values.get("negative_prompt"),
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_video_path"),
         extra=extra,
     )
+
+
+def _solver_of(values: Mapping[str, Any]) -> str | None:
+    """Return the solver of a prompt; None, with a warning, for samplers of other models."""
+    name = values.get("sample_sampler")
+    if name is None:
+        return None
+    solver = name if name in SOLVERS.values() else SOLVERS.get(name)
+    if solver is None:
+        known = ", ".join(dict.fromkeys((*SOLVERS.values(), *SOLVERS)))
+        logger.warning(
+            "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
+        )
+    return solver
 
 
 def is_due_at_step(options: SampleOptions, step: int) -> bool:

@@ -1,7 +1,10 @@
 """What is trained: a network beside the frozen DiT (a LoRA), or the DiT itself."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
 from networks.adapter import TrainableNetwork, tie_network
 
+AsBase = Callable[[], AbstractContextManager[object]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
 
 
@@ -33,6 +37,8 @@ class Trainable:
     limit_norms: Callable[[], Tensor] | None = None
     tied: Sequence[nn.Module] = ()  # further modules that compute with the same parameters
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
+    # inside it the DiTs are as they were loaded; None: what is trained is the DiT itself
+    as_base: AsBase | None = None
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
@@ -83,6 +89,7 @@ def train_network(
         start_epoch=network.on_epoch_start,
         start_step=network.on_step_start,
         limit_norms=None if max_norm is None else lambda: network.scale_norms(max_norm, device),
+        as_base=partial(_without, [network]),
     )
 
 
@@ -99,6 +106,7 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
         start_epoch=_both(trainable.start_epoch, network.on_epoch_start),
         start_step=_both(trainable.start_step, network.on_step_start),
         tied=(*trainable.tied, network.module),
+        as_base=_inside_both(trainable.as_base, partial(_without, [network])),
     )
 
 
@@ -117,6 +125,7 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
         start_step=_both(*(part.start_step for part in parts.values())),
         limit_norms=(lambda: _join_norms([limit() for limit in limits])) if limits else None,
         by_expert=[part.parameters for part in parts.values()],
+        as_base=_inside_both(*(part.as_base for part in parts.values())),
     )
 
 
@@ -124,6 +133,32 @@ def _join_norms(numbers: Sequence[Tensor]) -> Tensor:
     """Return the numbers of a `NormReport` for networks of as many modules each."""
     keys_scaled, means, largest = torch.stack([*numbers]).unbind(1)
     return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
+
+
+@contextlib.contextmanager
+def _without(networks: Sequence[TrainableNetwork]) -> Iterator[None]:
+    """Switch networks off inside the block."""
+    for network in networks:
+        network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.set_multiplier(1.0)
+
+
+def _inside_both(*parts: AsBase | None) -> AsBase | None:
+    """Return what enters all of these; None if one cannot be switched off."""
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                assert part is not None
+                stack.enter_context(part())
+            yield
+
+    return None if None in parts else enter
 
 
 def _both(*calls: Callable[..., None]) -> Callable[..., None]:

@@ -16,7 +16,7 @@ from networks.added import AddedLoras
 from training.averages import WeightAverage
 from training.data.feed import Feed
 from training.experts import ExpertNetworks
-from training.loss import Autocast, Trains
+from training.loss import PLAIN_LOSS, Autocast, LossRule, Trains
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.parameter_steps import ParameterSteps
@@ -54,6 +54,7 @@ class TrainingRun:
     autocast: Autocast
     logs: Logs
     compute_dtype: torch.dtype = torch.float32  # of the DiT
+    rule: LossRule = PLAIN_LOSS
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
     steps: ParameterSteps | None = None  # if weights are stepped one by one
     fused: FusedBackward | None = None  # if that happens inside the backward pass

@@ -128,7 +128,7 @@ def _of_saving(options: SavingOptions) -> Iterator[Given]:
     for kind, is_saved, files, states in (
         (
             "epochs",
-            options.save_every_n_epochs is not None,
+            options.save_every_n_epochs is not None or options.save_n_epoch_ratio is not None,
             options.save_last_n_epochs,
             options.save_last_n_epochs_state,
         ),

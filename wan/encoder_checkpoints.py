@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from encoders.t5_checkpoints import T5Config, T5Kind
+from encoders.t5_checkpoints import read_t5 as read_any_t5
 from modules.checkpoints.dialects import (
     LoadPlan,
     Names,
@@ -22,19 +24,6 @@ from modules.checkpoints.dialects import (
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class T5Config:
-    """Dimensions of an umT5 encoder."""
-
-    vocabulary: int
-    dim: int
-    attention_dim: int  # all heads together
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    num_buckets: int  # of relative positions
 
 
 @dataclass(frozen=True)
@@ -51,65 +40,18 @@ class ClipConfig:
 
 # umT5
 
-HF_T5: Names = (
-    (r"shared\.weight", "token_embedding.weight"),
-    (r"(?:encoder\.)?embed_tokens\.weight", "token_embedding.weight"),
-    (r"(?:encoder\.)?final_layer_norm\.weight", "norm.weight"),
-    (
-        r"(?:encoder\.)?block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
-        r"blocks.\1.pos_embedding.embedding.weight",
-    ),
-    (r"(?:encoder\.)?block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.weight", r"blocks.\1.attn.\2.weight"),
-    (r"(?:encoder\.)?block\.(\d+)\.layer\.0\.layer_norm\.weight", r"blocks.\1.norm1.weight"),
-    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.layer_norm\.weight", r"blocks.\1.norm2.weight"),
-    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.weight", r"blocks.\1.ffn.gate.0.weight"),
-    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.ffn.fc1.weight"),
-    (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
+UMT5 = T5Kind(
+    name="umT5",
+    what="an umT5 encoder",
+    option="--t5",
+    release="models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors",
+    has_own_tables=True,
 )
-SPIECE_MODEL = "spiece_model"  # the tokenizer's bytes in ComfyUI's files
-_T5_PREFIXES = ("text_encoders.", "umt5xxl.", "text_encoder.", "transformer.")
-_NOT_T5 = ("model.diffusion_model.", "vae.", "clip_vision.", SPIECE_MODEL, "logit_scale")
-_T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 
 
 def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
-    """Plan how to load an umT5 encoder, in 16 or 8 bits.
-
-    Reads official names (also Kijai's) and Hugging Face's (ComfyUI, transformers).
-    Raises CheckpointError for any other file.
-    """
-    checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
-    # only with the official names: in Hugging Face's the same prefix is part of the name
-    if "encoder.token_embedding.weight" in checkpoint.tensors:
-        checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
-    # the same tensor, stored twice
-    tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
-    sources = rename_sources(
-        plain_sources(checkpoint), lambda name: name if name == tied else translate_name(name, HF_T5)
-    )
-    layers = count(sources, r"blocks\.\d+")
-    if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
-        raise other_kind(
-            checkpoint, "an umT5 encoder", "--t5", "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors"
-        )
-    if layers > 1 and "blocks.1.pos_embedding.embedding.weight" not in sources:
-        raise CheckpointError(
-            f"{checkpoint.path} is a T5 encoder, not an umT5: only its first block has a table of relative "
-            "positions. "
-            "Give models_t5_umt5-xxl-enc-bf16.pth or a file of the same model to --t5.",
-            checkpoint.path,
-        )
-    shape = shapes_of(checkpoint, sources)
-    vocabulary, dim = shape("token_embedding.weight")
-    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
-    attention_dim, ffn_dim = shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0]
-    if attention_dim % heads:
-        raise CheckpointError(
-            f"{checkpoint.path}: {attention_dim} attention channels cannot be divided among {heads} heads.",
-            checkpoint.path,
-        )
-    config = T5Config(vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets)
-    return LoadPlan(config, checkpoint, sources, (*_T5_UNUSED, tied))
+    """Plan how to load Wan's umT5 encoder, as `encoders.t5_checkpoints.read_t5` does."""
+    return read_any_t5(checkpoint, UMT5)
 
 
 # CLIP ViT-H

@@ -9,7 +9,7 @@ from modules.contract.family import LatentSpec
 from wan.checkpoints import check_alike, check_task, read_dit_header
 from wan.configs import WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
-from wan.tokenizer import FILES as TOKENIZER
+from wan.tokenizer import TOKENIZER
 from wan.vae_checkpoints import check_latents, read_vae
 from wan.vae_releases import RELEASES, VaeRelease
 
@@ -100,4 +100,4 @@ class WanFiles:
     def check_tokenizer(self) -> None:
         """Raise CheckpointError if --t5_tokenizer is given and names no tokenizer."""
         if self.t5_tokenizer is not None:
-            TOKENIZER.check_given(self.t5_tokenizer)
+            TOKENIZER.files.check_given(self.t5_tokenizer)

@@ -1,17 +1,18 @@
 """Find cached items for training by their file names."""
 
-import hashlib
 import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from dataset.batches.items import ItemFacts, ItemKind, Items, Stems, TrainingItem
+from dataset.batches.items import ItemFacts, ItemKind, Items, Stems
+from dataset.batches.live import LiveTable
 from dataset.cache.files import (
     PART,
     SUFFIX,
@@ -23,8 +24,9 @@ from dataset.cache.files import (
     text_file_name,
 )
 from dataset.cache.forms import unsound
+from dataset.cache.npz import NpzNames
 from dataset.cache.records import section_frames
-from dataset.cache.store import open_store
+from dataset.cache.store import Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
 from modules.contract.family import LatentSpec
@@ -42,6 +44,7 @@ class CachingCommands:
 
 
 NO_COMMANDS = CachingCommands()
+CACHED = LiveTable({}, texts=False)  # a table of which nothing is encoded while training
 
 _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
 
@@ -59,13 +62,19 @@ class FoundItems:
 
 
 def find_items(
-    config: DatasetConfig, cache_tag: str, latent: LatentSpec, text_keys: frozenset[str] = frozenset()
+    config: DatasetConfig,
+    cache_tag: str,
+    latent: LatentSpec,
+    text_keys: frozenset[str] = frozenset(),
+    stores: Stores | None = None,
+    live: Mapping[int, LiveTable] = MappingProxyType({}),
 ) -> FoundItems:
     """Find all items by the names of their files; none is opened.
 
-    text_keys: what a whole text cache holds.
+    text_keys: what a whole text cache holds. stores: of the run, if caches are elsewhere than the tables say.
+    live: tables of which something is encoded while training, by index.
     """
-    kind = ItemKind(cache_tag, text_keys)
+    stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     found: list[_Column] = []
     missing: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
@@ -73,14 +82,22 @@ def find_items(
     missing_empty: list[Path] = []
     incomplete: list[tuple[DatasetTable, str]] = []
     for table in config.datasets:
-        store = open_store(table)
+        store, one = stores.of(table), live.get(table.index, CACHED)
         names = store.names()
-        incomplete += [(table, line) for line in unsound(store, names, table, cache_tag)]
-        column = _table_items(table, names, kind, latent)
+        if table.index not in stores.given:
+            incomplete += [(table, line) for line in unsound(store, names, table, cache_tag)]
+        kind = ItemKind(cache_tag, text_keys, not one.media, not one.texts)
+        latent_files = one.latent_names(cache_tag) if one.media else names
+        column = _table_items(table, latent_files, kind, latent)
         end = text_file_name("", cache_tag)
         texts = {name for name in names if name.endswith(end)}
         if not column.stems:
             empty.append(table)
+        if one.texts:
+            column.keep([stem in one.sources for stem in column.stems])
+            column.set("captions", map(one.num_captions, column.stems))
+            found.append(column)
+            continue
         if table.multi_caption:
             column.count_captions(names)
         if table.caption_dropout_rate and column.stems and empty_text_name(cache_tag) not in names:
@@ -242,27 +259,6 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     return found.items
 
 
-def split_validation(items: Iterable[TrainingItem], fraction: float) -> tuple[Items, Items]:
-    """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
-
-    Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
-    takes at least one source and leaves at least one.
-    """
-    items = Items.of(items)
-    for_validation = [facts.table.validation for facts in items.facts]
-    if fraction == 0:
-        return items.where([not is_held for is_held in for_validation]), items.where(for_validation)
-    held_back = np.array(for_validation, bool)[items.numbers]
-    stems = items.stems
-    candidates = list(dict.fromkeys(itertools.compress(stems, ~held_back)))
-    count = round(fraction * len(candidates))
-    if fraction > 0:
-        count = min(max(count, 1), len(candidates) - 1)
-    chosen = {candidates[place] for place in _by_hash(candidates)[:count]} if count > 0 else set()
-    held_back |= np.fromiter((stem in chosen for stem in stems), bool, len(stems))
-    return items.take(np.flatnonzero(~held_back)), items.take(np.flatnonzero(held_back))
-
-
 def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)
@@ -274,21 +270,13 @@ def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Pat
 
 def _others_in(table: DatasetTable) -> str:
     """Describe caches in a table's folder that cannot be used: for another model, or of another kind."""
-    names = sorted(open_store(table).names())
+    names = [] if table.cache_format == "npz" else sorted(open_store(table).names())
     other = next((name for name in names if _LATENTS_OF_ANY.search(name)), None)
     return (
         ""
         if other is None
         else f" of {table.kind}s for this model: {other} is for another model, or of something else"
     )
-
-
-def _by_hash(stems: Sequence[str]) -> list[int]:
-    """Return the places of names in the order of their SHA-256."""
-    hashes = b"".join([hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest() for stem in stems])
-    columns = np.frombuffer(hashes, ">u8").reshape(len(stems), 4)
-    order: list[int] = np.lexsort(columns.T[::-1]).tolist()
-    return order
 
 
 def _join_sides(shape: Iterable[int]) -> str:

@@ -1,7 +1,7 @@
 """Training items: what the loops see of one, and a million of them in columns."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,6 +20,8 @@ class ItemKind:
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # what a text file has to hold
+    has_latents: bool = True  # False: pictures are encoded while training
+    has_text: bool = True  # False: captions are
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ class ItemFacts:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Return what the items of a batch have in common: the table's index and the bucket."""
-        return (self.table.index, *self.bucket)
+        """Return what the items of a batch have in common: the table, or its group, and the bucket."""
+        return (self.table.batch_group, *self.bucket)
 
 
 class Stems:
@@ -169,6 +171,13 @@ class Items(Sequence[TrainingItem]):
         """Return the items of certain facts. is_wanted: for each of `facts`."""
         return self.take(np.flatnonzero(np.array(is_wanted, bool)[self.numbers]).astype(np.int32))
 
+    def with_tables(self, change: Callable[[DatasetTable], DatasetTable]) -> "Items":
+        """Return the items with other tables; the index of each stays."""
+        tables = {id(facts.table): facts.table for facts in self.facts}
+        changed = {key: change(table) for key, table in tables.items()}
+        facts = [replace(one, table=changed[id(one.table)]) for one in self.facts]
+        return Items(facts, self._stems, self._which, self._rows)
+
     @property
     def numbers(self) -> Places:
         """The number in `facts` of each item."""
@@ -193,7 +202,7 @@ class Items(Sequence[TrainingItem]):
         return [table for _, table in sorted(used.items())]
 
     def groups(self) -> dict[tuple[int, ...], Places]:
-        """Return the places of the items that can share a batch, by table and bucket.
+        """Return the places of the items that can share a batch, by table or group, and bucket.
 
         The first group is the one of the first item, and so on; places ascend.
         """

@@ -11,15 +11,22 @@ from modules.contract.family import LatentSpec
 from modules.errors import CacheError
 
 
-def check_channels(items: Iterable[TrainingItem], latent: LatentSpec, commands: CachingCommands) -> None:
+def check_channels(
+    items: Iterable[TrainingItem],
+    latent: LatentSpec,
+    commands: CachingCommands,
+    stores: Stores | None = None,
+) -> None:
     """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
 
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
-    in their sizes.
+    in their sizes. stores: of the run. Items that are encoded while training have no caches.
     """
-    columns, stores = Items.of(items), Stores()
+    columns, stores = Items.of(items), stores or Stores()
     for places in columns.groups().values():
         item = columns[int(places[-1])]
+        if not item.kind.has_latents:
+            continue
         header = stores.of(item.table).read_header(item.latent_path.name)
         fault = other_space(item.latent_path, _channels(header), latent)
         if fault is not None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, _join_sides
 from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import other_space
+from dataset.batches.live import NO_LIVE_PARTS, LiveParts
 from dataset.cache.checks import CacheChecks
-from dataset.cache.files import EMPTY, Entry
+from dataset.cache.files import EMPTY, FLIPPED, Entry
 from dataset.cache.index import INDEX_NAME
+from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
     LatentRecord,
     TextRecord,
@@ -40,6 +42,8 @@ def read_batch(
     checks: CacheChecks | None = None,
     captions: Sequence[int] | None = None,
     stores: Stores | None = None,
+    flips: Sequence[bool] = (),
+    live: LiveParts = NO_LIVE_PARTS,
 ) -> Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
@@ -48,13 +52,16 @@ def read_batch(
     options, made from a source or a caption that has changed since, or not of the shape that the
     configuration asks for. checks: of the run, which remembers what it has looked at. captions: the number of
     the caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them
-    open.
+    open. flips: which items are mirrored; () for none. live: what is not cached: texts are left out then, and
+    `captions` of the batch are as their files have them.
     """
-    checks, stores = checks or CacheChecks(), stores or Stores()
-    read = [
-        _read_item(item, stores.of(item.table), latent, commands, checks, number)
-        for item, number in zip(items, captions or [0] * len(items), strict=True)
-    ]
+    checks, stores = checks or CacheChecks(), stores or stores_for(items[0], latent)
+    numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
+    read = []
+    for place, (item, number, flip) in enumerate(zip(items, numbers, sides, strict=True)):
+        store, encoded = stores.of(item.table), live.encoded.get(place)
+        whole = _read_item(item, store, latent, commands, checks, number, encoded, live)
+        read.append(replace(whole, tensors=choose_side(whole.tensors, flip)))
     if any(LOSS_MASK in one.tensors for one in read):
         read = [_with_mask(one) for one in read]
     first = read[0]
@@ -104,9 +111,20 @@ def _read_item(
     commands: CachingCommands,
     checks: CacheChecks,
     number: int,
+    encoded: Mapping[str, Tensor] | None,
+    live: LiveParts,
 ) -> _ReadItem:
-    with _remedy(commands.latents, store):
-        latents, media = _read_latents(item, store, latent, checks)
+    """Read an item. encoded: what was encoded instead of its latent cache."""
+    tensors, variable, made_by = dict(encoded or {}), frozenset[str](), list[MadeBy]()
+    if encoded is None:
+        with _remedy(commands.latents, store):
+            latents, media = _read_latents(item, store, latent, checks)
+        tensors, variable = dict(latents.tensors), latents.variable
+        made_by += [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
+    if not item.kind.has_text:
+        checks.add(item.table.index, item.key)
+        caption = live.tables[item.table.index].caption(item.source_stem, number)
+        return _ReadItem(tensors, item.text_path, frozenset(), variable, caption, tuple(made_by))
     with _remedy(commands.text, store):
         text_path = item.caption_path(number)
         text = store.read(text_path.name)
@@ -118,15 +136,33 @@ def _read_item(
                 + (f" (made for {maker})" if maker else "")
             )
         texts = text_records(text.header)
-        caption = _check_caption(item, number, text, texts, checks)
+        caption = _check_caption(item, number, text, texts, checks, store.is_shared(text_path.name))
     checks.add(item.table.index, item.key)
     checks.add(item.table.index, text_path.name)
-    tensors = {**latents.tensors, **text.tensors}
-    made_by = [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
     made_by += [MadeBy(text_path, name, record.encoder) for name, record in texts.items()]
     return _ReadItem(
-        tensors, text_path, frozenset(text.tensors), latents.variable | text.variable, caption, tuple(made_by)
+        {**tensors, **text.tensors},
+        text_path,
+        frozenset(text.tensors),
+        variable | text.variable,
+        caption,
+        tuple(made_by),
     )
+
+
+def choose_side(tensors: Mapping[str, Tensor], flip: bool) -> dict[str, Tensor]:
+    """Return the tensors of one side of an item. flip: of the mirrored one."""
+    sides = {key.removesuffix(FLIPPED): tensor for key, tensor in tensors.items() if key.endswith(FLIPPED)}
+    chosen = {key: tensor for key, tensor in tensors.items() if not key.endswith(FLIPPED)}
+    if not flip:
+        return chosen
+    if LOSS_MASK in chosen:
+        sides[LOSS_MASK] = chosen[LOSS_MASK].flip(-1)
+    return {**chosen, **sides}
+
+
+def stores_for(item: TrainingItem, latent: LatentSpec) -> Stores:
+    return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 
 
 def _read_latents(
@@ -141,7 +177,9 @@ def _read_latents(
     if fault is not None:
         raise CacheError(fault)
     record = latent_record(entry.header)
-    _check_mask(item, record)
+    _check_mask(item, record, LOSS_MASK in entry.tensors)
+    if item.table.augmentation.flip and "latents" + FLIPPED not in entry.tensors:
+        raise CacheError(f"{item.latent_path}: it has no mirrored latents, which flip_aug needs")
     if record is not None:
         verify_tensors(entry, record.crc32)
         _check_options(item, record, latent)
@@ -179,10 +217,11 @@ def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:
     return folders
 
 
-def _check_mask(item: TrainingItem, record: LatentRecord | None) -> None:
+def _check_mask(item: TrainingItem, record: LatentRecord | None, has_mask_tensor: bool) -> None:
     """Raise CacheError if the mask of an item is not from where its table says."""
     table = item.table
-    made_from = None if record is None else record.options.get("mask")
+    # other programs make none but from transparency
+    made_from = (FROM_ALPHA if has_mask_tensor else None) if record is None else record.options.get("mask")
     if table.alpha_mask:
         wanted: set[str | None] = {FROM_ALPHA}
     elif table.mask_directory is not None:
@@ -223,12 +262,20 @@ def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec)
 
 
 def _check_caption(
-    item: TrainingItem, number: int, text: Entry, records: Mapping[str, TextRecord], checks: CacheChecks
+    item: TrainingItem,
+    number: int,
+    text: Entry,
+    records: Mapping[str, TextRecord],
+    checks: CacheChecks,
+    is_shared: bool,
 ) -> str:
-    """Return the caption of a text file. Raises CacheError if its table or caption file has changed since."""
+    """Return the caption of a text file. Raises CacheError if its table or caption file has changed since.
+
+    is_shared: whether another program may have made it, which keeps no record.
+    """
     path = text.header.path
     is_known = number == EMPTY or checks.knows(item.table.index, path.name)
-    if not is_known and not records:
+    if not is_known and not records and not is_shared:
         _check_settings(item, path, {})
     for record in records.values():
         verify_tensors(text, record.crc32)

@@ -26,6 +26,7 @@ SUFFIX = ".safetensors"
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
+FLIPPED = "_flipped"  # behind the key of mirrored latents
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents

@@ -47,6 +47,8 @@ def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | Non
     of the table's store, so that a folder of single files is not listed again.
     """
     folder, form = table.cache_directory, table.cache_format
+    if form == "npz":  # beside files of other forms, which other trainings may use
+        return
     if form == "files" and names_there is not None and not any(map(is_of_shards, names_there)):
         return
     shards = ShardStore(folder) if list_shards(folder) else None

@@ -97,6 +97,10 @@ class ShardStore:
         self._writer: ShardWriter | None = None
         self._handles: dict[str, BinaryIO] = {}
 
+    def is_shared(self, name: str) -> bool:
+        """Return False: no other program writes into shards."""
+        return False
+
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy in another process opens files of its own
         return ShardStore, (self.folder, self._shard_bytes)

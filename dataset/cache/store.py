@@ -13,9 +13,11 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from dataset.cache.files import Entry, Header, read_entry, read_header, write_tensors
+from dataset.cache.npz import NpzNames, NpzStore
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers
+from modules.errors import DatasetError
 
 Stamp = tuple[int, int]  # size in bytes, and when it was last written, in nanoseconds since 1970
 
@@ -35,6 +37,10 @@ class CacheStore(Protocol):
         """Return whether all names are those of caches, so that a damaged one may be removed."""
         ...
 
+    def is_shared(self, name: str) -> bool:
+        """Return whether other programs keep it too: theirs counts if it fits, and it is never stale."""
+        ...
+
     def names(self) -> Collection[str]:
         """Return the names of all entries, and of other files that lie beside them."""
         ...
@@ -44,7 +50,9 @@ class CacheStore(Protocol):
         ...
 
     def stamp(self, name: str) -> Stamp | None:
-        """Return what changes with the bytes of an entry, unread; None if it is not there."""
+        """Return what changes with the bytes of an entry, unread; None if it is not there, or has to be read
+        to know.
+        """
         ...
 
     def read_header(self, name: str) -> Header:
@@ -101,6 +109,9 @@ class SingleFiles:
     folder: Path
     holds_only_caches: ClassVar[bool] = False
 
+    def is_shared(self, name: str) -> bool:
+        return False
+
     def names(self) -> Collection[str]:
         # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
         return os.listdir(self.folder) if self.folder.is_dir() else []
@@ -147,8 +158,18 @@ class SingleFiles:
         return []
 
 
-def open_store(table: DatasetTable) -> CacheStore:
-    """Return the store of a table's cache folder, in the form that `cache_format` says."""
+def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
+    """Return the store of a table's cache folder, in the form that `cache_format` says.
+
+    names: of the family in npz files. Raises DatasetError if it has none and the form is npz.
+    """
+    if table.cache_format == "npz":
+        if names is None or names.latent.npz is None:
+            raise DatasetError(
+                f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
+                '"shards"'
+            )
+        return NpzStore(table, names, table.cache_directory)
     if table.cache_format == "shards":
         return ShardStore(table.cache_directory)
     return SingleFiles(table.cache_directory)
@@ -161,13 +182,19 @@ class Stores:
     It is copied into the processes that read batches, so stores can be pickled.
     """
 
-    _opened: dict[Path, CacheStore] = field(default_factory=dict)
+    names: NpzNames | None = None  # of the family in npz files; None: no table has any
+    # of tables whose caches are elsewhere than their cache_format says, by index
+    given: Mapping[int, CacheStore] = field(default_factory=dict)
+    _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)
 
     def of(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table."""
-        if table.cache_directory not in self._opened:
-            self._opened[table.cache_directory] = open_store(table)
-        return self._opened[table.cache_directory]
+        """Return the store of a table. Raises as `open_store`."""
+        if table.index in self.given:
+            return self.given[table.index]
+        key = table.index, table.cache_directory
+        if key not in self._opened:
+            self._opened[key] = open_store(table, self.names)
+        return self._opened[key]
 
     def finish(self, tables: Iterable[DatasetTable]) -> None:
         """Finish the stores of these tables, as the last act of a writer."""

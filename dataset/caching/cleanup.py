@@ -81,6 +81,8 @@ def remove_stale_texts(
 def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:
     count = 0
     for name in names:
+        if store.is_shared(name):
+            continue
         try:
             is_ours = store.has(name) and is_cache(store.read_header(name))
         except CacheError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FORMAT_VERSION, LatentName, checksum, tensor_name
+from dataset.cache.files import FLIPPED, FORMAT_VERSION, LatentName, checksum, tensor_name
 from dataset.cache.index import fingerprint
 from dataset.cache.records import (
     ClipFacts,
@@ -273,7 +273,14 @@ class LatentEncoding:
             alpha=_all_or_none([item.crop.alpha for item in items]),
             table=media_table(items[0].table, bool(items[0].crop.control)),
         )
-        for item, entries in zip(items, self._family.encode_media(encoders, media), strict=True):
+        encoded = self._family.encode_media(encoders, media)
+        if items[0].table.augmentation.flip:
+            mirrored = self._family.encode_media(encoders, mirror_media(media))
+            encoded = [
+                [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
+                for sides in zip(encoded, mirrored, strict=True)
+            ]
+        for item, entries in zip(items, encoded, strict=True):
             self._write(item, entries)
 
     def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
@@ -303,6 +310,23 @@ class LatentEncoding:
         write_latents(store, file, name, record, entry, self._family.name)
         sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
         self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
+
+
+def mirror_media(media: MediaBatch) -> MediaBatch:
+    """Return the items with left and right exchanged."""
+    return dataclasses.replace(
+        media,
+        frames=media.frames.flip(3),
+        keys=tuple(f"{key}{FLIPPED}" for key in media.keys),
+        control=tuple(control.flip(3) for control in media.control),
+        alpha=None if media.alpha is None else media.alpha.flip(2),
+    )
+
+
+def add_mirrored(entry: CacheEntry, mirrored: CacheEntry) -> CacheEntry:
+    """Return an entry with the latents of its mirrored media too."""
+    more = {f"{key}{FLIPPED}": one for key, one in mirrored.tensors.items() if key.startswith("latents")}
+    return dataclasses.replace(entry, tensors={**entry.tensors, **more})
 
 
 def write_latents(

@@ -15,7 +15,7 @@ from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.caching.planning import Caches, SourcePlan
 from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import CacheReport, join_reports
-from dataset.caching.work import MediaWork, TextWork
+from dataset.caching.work import MediaWork, Places, TextWork
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, ShardOptions
 from modules.atomic_write import free_bytes
@@ -25,16 +25,19 @@ from modules.devices import choose_device
 NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
-def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
+def cache_media(
+    family: Caches, config: DatasetConfig, options: CachingOptions, places: Places | None = None
+) -> CacheReport:
     """Encode every item that has no valid latent cache, then remove stale files.
 
+    places: where caches are kept, if not where the tables say.
     A source that cannot be read becomes a failure of the report and does not stop the others. The encoders
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
-        work = MediaWork(family, config, options, device)
+        work = MediaWork(family, config, options, device, places)
 
         def announce(number: int, to_do: Sequence[SourcePlan]) -> None:
             rows: list[Row] = [
@@ -69,7 +72,9 @@ def cache_media(family: Caches, config: DatasetConfig, options: CachingOptions) 
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
 
 
-def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) -> CacheReport:
+def cache_texts(
+    family: Caches, config: DatasetConfig, options: CachingOptions, places: Places | None = None
+) -> CacheReport:
     """Encode every caption without a valid text cache, one encoder after the other; then remove stale files.
 
     A text cache is written when all encoders are through; until then there is a `.part`, which a later run
@@ -78,7 +83,7 @@ def cache_texts(family: Caches, config: DatasetConfig, options: CachingOptions) 
     """
     with join_processes() as share:
         device = choose_device(share.device_name(options.device))
-        work = TextWork(family, config, options, device, share.is_main)
+        work = TextWork(family, config, options, device, share.is_main, places)
         if share.is_main:
             captions = count_of(len(work.files), "caption")
             show_box("Caching texts", [("data", f"{config.path}, {captions}"), ("device", str(device))])

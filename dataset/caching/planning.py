@@ -35,12 +35,13 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
 from modules.collection import pause_collection
-from modules.contract.data import MediaTable
+from modules.contract.data import LOSS_MASK, MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
+FLIP = "flip"  # in the options of a record: mirrored latents are there too
 AT_ONCE = 64  # sources that a thread compares one after the other: handing each over takes as long
 
 
@@ -65,6 +66,7 @@ class Recipe:
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores = field(default_factory=Stores)
     index: Indexes[LatentRecord] = field(default_factory=lambda: latent_index())
+    trusts: bool = False  # shared files that are there are taken to be right, unread
     _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
     _of_tables: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
@@ -87,6 +89,8 @@ class Recipe:
                 options["mask"] = mask_from
             if has_tensors:
                 options["moments"] = True
+            if table.augmentation.flip:
+                options[FLIP] = True
             self._of_tables[key] = options | table.section_keys
         return self._of_tables[key]
 
@@ -101,10 +105,10 @@ class Recipe:
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
         """Describe how a record of other encoders or options than this run's differs."""
-        options = self.options(source, size, bucket, span)
-        return difference(record.encoder, self.encoder) or options_difference(
-            record.options, options, self.latent
-        )
+        options, then = self.options(source, size, bucket, span), dict(record.options)
+        if FLIP not in options:
+            then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
+        return difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
 
     def known_difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
@@ -264,6 +268,10 @@ def compare(
         if not files:
             missing.append(span)
             continue
+        if recipe.trusts and all(map(recipe.stores.of(source.table).is_shared, files)):
+            kept |= set(files)
+            foreign += len(files)
+            continue
         try:
             _check_sections(source, files, sections)
             foreign += _check_item(source, size, bucket, span, files, recipe, look)
@@ -326,9 +334,10 @@ def _check_item(
         entry = store.read(file)
         record = latent_record(entry.header)
         if record is None:
-            if source.mask_from is not None:
+            if source.mask_from is not None and LOSS_MASK not in entry.header.keys:
                 raise CacheError(f"{path}: it has no mask of the loss")
-            _check_foreign(entry, bucket, span, files[file].section, source.table, recipe)
+            accepts = recipe.skip_existing or store.is_shared(file)
+            _check_foreign(entry, bucket, span, files[file].section, source.table, recipe, accepts)
             foreign += 1
             continue
         changed = (
@@ -352,11 +361,20 @@ def _wrong_parts(record: LatentRecord, files: Names) -> str | None:
 
 
 def _check_foreign(
-    entry: Entry, bucket: Size, span: Span, section: int | None, table: DatasetTable, recipe: Recipe
+    entry: Entry,
+    bucket: Size,
+    span: Span,
+    section: int | None,
+    table: DatasetTable,
+    recipe: Recipe,
+    accepts: bool,
 ) -> None:
-    """Raise CacheError if a file made by another program should not be kept."""
+    """Raise CacheError if a file made by another program should not be kept.
+
+    accepts: whether any are.
+    """
     path = entry.header.path
-    if not recipe.skip_existing:
+    if not accepts:
         raise CacheError(f"{path}: it has no record of what it was made from")
     length = span[1] if section is None else section_frames(table.fp_latent_window_size, recipe.latent)
     frames, height, width = recipe.latent.shape(length, bucket[1], bucket[0])[2:]

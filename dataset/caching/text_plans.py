@@ -83,6 +83,7 @@ class KnownTexts:
 
     stores: Stores
     index: Indexes[dict[str, TextRecord]]
+    trusts: bool = False  # shared files that are there are taken to be right, unread
     _parts: dict[Path, frozenset[str]] = field(default_factory=dict)  # unfinished files by folder
     _compared: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
@@ -154,6 +155,8 @@ def plan_text(
     known: of the run, so that what is known to be right is not read.
     """
     wanted = Wanted(file, encoders, skip_existing)
+    if known is not None and known.trusts and store.is_shared(wanted.name) and store.has(wanted.name):
+        return TextPlan(file, (), (), is_foreign=True, is_known=True)
     if known is not None and known.is_whole(wanted):
         return TextPlan(file, (), (), is_foreign=False, is_known=True)
     part = find_part(store, wanted).right  # before the file, as another process may finish it now
@@ -205,7 +208,9 @@ def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> 
     for encoder, identity in wanted.encoders:
         record = records.get(encoder.name)
         if record is None:
-            if skip_existing and not file.settings and _is_foreign(entry.header, encoder, file.caption):
+            # what a shared one does not say is not asked for: other programs keep no record
+            accepts = store.is_shared(name) or (skip_existing and not file.settings)
+            if accepts and _is_foreign(entry.header, encoder, file.caption):
                 right[encoder.name] = False
             continue
         changed = _difference(record, identity, file)

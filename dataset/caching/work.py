@@ -8,14 +8,16 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataset.cache.forms import require_form
 from dataset.cache.index import Indexes
+from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
-from dataset.caching.caption_files import list_caption_files
+from dataset.caching.caption_files import CaptionFile, list_caption_files
 from dataset.caching.cleanup import list_texts
 from dataset.caching.existing import ExistingNames, LatentNames
 from dataset.caching.given_tensors import refuse_moments, use_moments
@@ -46,6 +48,19 @@ Announce = Callable[[int, Sequence[SourcePlan]], None]
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the entries of a run are kept."""
+
+    stores: Stores
+    trusts: bool = False  # shared files that are there are taken to be right, unread
+
+    def require_form(self, config: DatasetConfig, tag: str) -> None:
+        """Raise DatasetError if caches are there in another form than tables say that decide it."""
+        tables = tuple(table for table in config.datasets if table.index not in self.stores.given)
+        require_form(DatasetConfig(config.path, tables), tag)
+
+
+@dataclass(frozen=True)
 class Encoded:
     """What was done for a part of the sources."""
 
@@ -57,13 +72,19 @@ class MediaWork:
     """The latents of a dataset. The encoders are loaded when they are first needed and stay until `free`."""
 
     def __init__(
-        self, family: Caches, config: DatasetConfig, options: CachingOptions, device: torch.device
+        self,
+        family: Caches,
+        config: DatasetConfig,
+        options: CachingOptions,
+        device: torch.device,
+        places: Places | None = None,
     ) -> None:
-        """List entries and sources.
+        """List entries and sources. places: where entries are kept, if not where the tables say.
 
         Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
         """
-        self.stores = Stores()
+        places = places or Places(Stores(npz_names(family)))
+        self.stores = places.stores
         self.existing: ExistingNames = {
             table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
@@ -73,8 +94,8 @@ class MediaWork:
         warn_missing_captions(sources)
         family.check_given_files()
         self.sources: Sequence[MediaSource] = use_moments(family, sources)
-        require_form(config, family.cache_tag)
-        self._recipe = recipe_of(family, options, self.stores)
+        places.require_form(config, family.cache_tag)
+        self._recipe = recipe_of(family, options, self.stores, places.trusts)
         self._family = family
         self._config = config
         self._options = options
@@ -133,14 +154,21 @@ class TextWork:
     """The texts of a dataset, in the batches in which they are encoded."""
 
     def __init__(
-        self, family: Caches, config: DatasetConfig, options: CachingOptions, device: torch.device, show: bool
+        self,
+        family: Caches,
+        config: DatasetConfig,
+        options: CachingOptions,
+        device: torch.device,
+        show: bool,
+        places: Places | None = None,
     ) -> None:
-        """List entries and captions. show: whether this process shows its progress.
+        """List entries and captions. show: whether this process shows its progress. places: see `MediaWork`.
 
         Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
         of an encoder is wrong.
         """
-        self.stores = Stores()
+        places = places or Places(Stores(npz_names(family)))
+        self.stores = places.stores
         self.existing: Mapping[int, Collection[str]] = {
             table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
         }
@@ -149,11 +177,11 @@ class TextWork:
         require_captions(self.sources)
         family.check_given_files()
         self._config = config
-        require_form(config, family.cache_tag)
-        self.files = list_caption_files(self.sources, family.cache_tag)
+        places.require_form(config, family.cache_tag)
+        self.files = distinct_texts(list_caption_files(self.sources, family.cache_tag), self.stores)
         self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
         self.index = text_index(options.verify)
-        known = KnownTexts(self.stores, self.index)
+        known = KnownTexts(self.stores, self.index, places.trusts)
         self._encoding = TextEncoding(
             family, device, workers_of(options), options.skip_existing, show, self.stores, known
         )
@@ -221,12 +249,39 @@ def log_outdated(plans: Sequence[SourcePlan]) -> None:
         )
 
 
-def recipe_of(family: Caches, options: CachingOptions, stores: Stores) -> Recipe:
+def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:
+    """Return the texts without those that an earlier table has in the same shared file.
+
+    Raises DatasetError if their captions differ.
+    """
+    seen: dict[tuple[Path, str], CaptionFile] = {}
+    for file in files:
+        store = stores.of(file.table)
+        folder = store.folder if store.is_shared(file.file_name) else file.table.cache_directory
+        first = seen.setdefault((folder, file.file_name), file)
+        if first is not file and first.caption != file.caption:
+            raise DatasetError(
+                f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
+                f"{first.caption!r} in {first.table.name}, and both have one npz file.\n  Let the tables "
+                "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
+                "_to_disk"
+            )
+    return list(seen.values())
+
+
+def npz_names(family: Caches) -> NpzNames:
+    """Return how a family's caches are named in npz files."""
+    # the keys may be known only if all encoders are given, which a check does not need
+    has_npz = family.latent.npz is not None
+    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
+
+
+def recipe_of(family: Caches, options: CachingOptions, stores: Stores, trusts: bool = False) -> Recipe:
     """Return how this run makes latents. Reads the identity of the encoders' files."""
     latent, fps, encoder = family.latent, family.defaults.fps, family.media_identity
     skip_existing, index = options.skip_existing, latent_index(options.verify)
     sections = family.sections_of
-    return Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index)
+    return Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index, trusts)
 
 
 def workers_of(options: CachingOptions) -> int:

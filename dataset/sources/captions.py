@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetTable
+from dataset.subset_records import CaptionChanges
 from modules.contract.tokens import TokenCount
 from modules.errors import DatasetError
 from modules.text_encodings import EncodingGuess, guess_encodings
@@ -45,8 +46,11 @@ def read_caption(path: Path) -> str | None:
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """Return the captions in the text of a caption file, as they are encoded; at least one.
 
-    With multi_caption each line that is not empty is one.
+    With multi_caption each line that is not empty is one. Of image trainers it is one: if it is not always
+    the same, the whole text, which `dataset.batches.changing` changes, else its first line.
     """
+    if table.group is not None:
+        return (text if table.changes.is_raw else _fixed_caption(text, table),)
     return complete_captions(caption_lines(text, table), table)
 
 
@@ -54,7 +58,7 @@ def caption_lines(text: str, table: DatasetTable) -> list[str]:
     """Return the text, or with multi_caption its lines that are not empty; at least one."""
     if not table.multi_caption:
         return [text]
-    return [line.strip() for line in text.split("\n") if line.strip()] or [""]
+    return lines_of(text) or [""]
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
@@ -64,10 +68,30 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 
 def _complete(caption: str, table: DatasetTable) -> str:
     """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is."""
-    caption = add_trigger(caption, table.trigger_word)
+    return add_ends(add_trigger(caption, table.trigger_word), table)
+
+
+def add_ends(caption: str, table: DatasetTable) -> str:
+    """Return "prefix caption suffix"."""
     if not (table.caption_prefix or table.caption_suffix):
         return caption
     return " ".join(part for part in (table.caption_prefix, caption, table.caption_suffix) if part)
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a caption file that are not empty."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def join_parts(text: str, changes: CaptionChanges) -> str:
+    """Return a text in which parts that are shuffled as one are separated as the others are."""
+    second = changes.secondary_separator
+    return text.replace(second, changes.separator) if second else text
+
+
+def _fixed_caption(text: str, table: DatasetTable) -> str:
+    """Return the caption of an image trainer's table whose captions are always the same."""
+    return join_parts(add_ends(next(iter(lines_of(text)), ""), table), table.changes)
 
 
 def add_trigger(caption: str, trigger: str) -> str:

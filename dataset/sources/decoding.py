@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,21 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
+from dataset.subset_records import BucketRule
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
-from modules.media.buckets import Size, bucket_sizes, choose_bucket
+from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
+from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
+from modules.media.image_buckets import (
+    choose_image_bucket,
+    fit_like,
+    fit_without_enlarging,
+    how_to_resize,
+    image_bucket_sizes,
+)
 from modules.media.reading import (
     Frame,
+    fit_frame,
     frames_at_rate,
     image_size,
     read_image,
@@ -89,34 +100,33 @@ class DecodedSource:
         return tuple(_cut(frames, span) for frames in self.control)
 
 
-def decode_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
+def decode_source(
+    source: MediaSource,
+    fps: float,
+    step: int = 16,
+    frame_step: int = 4,
+    numbers: random.Random | None = None,
+) -> DecodedSource:
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
     rate, reached by dropping frames if the table has source_fps. step, frame_step: of the family's
-    LatentSpec. Raises MediaError if a file is unreadable or too small, DatasetError if the resolution is not
-    a multiple of `step`.
+    LatentSpec. numbers: draws how a picture differs this time, as its table's `augmentation` says; without
+    them it does not differ. Raises MediaError if a file is unreadable or too small, DatasetError if the
+    resolution is not a multiple of `step`.
     """
     with fetch(source) as here:
-        return dataclasses.replace(_decode(here, fps, step, frame_step), source=source)
+        return dataclasses.replace(_decode(here, fps, step, frame_step, numbers), source=source)
 
 
-def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> DecodedSource:
+def _decode(
+    source: MediaSource, fps: float, step: int, frame_step: int, numbers: random.Random | None
+) -> DecodedSource:
     table = source.table
     if source.tensors is not None:
         raise MediaError(f"{source.path}: its latents are given (load_tensors), so that no frames are read")
     if table.kind == "image":
-        image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
-        size = (image.shape[1], image.shape[0])
-        bucket = bucket_of(table, size, step, source.path)
-        control = tuple(_control_image(read_image(path, alpha=True), bucket) for path in source.control)
-        alpha = None if alpha is None or alpha.min() == 255 else resize_cover(alpha, bucket)
-        mask = None if source.mask is None else read_still(source.mask, bucket, size, 1)
-        if table.alpha_mask:
-            mask, alpha = stack_alphas([alpha]), None
-        return DecodedSource(
-            source, size, bucket, resize_cover(image, bucket)[None], control, IMAGE_SPANS, None, alpha, mask
-        )
+        return _decode_image(source, step, numbers)
     decoded = _kept_frames(source.path, table, fps, table.alpha_mask)
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
@@ -134,6 +144,42 @@ def _decode(source: MediaSource, fps: float, step: int, frame_step: int) -> Deco
         else ()
     )
     return DecodedSource(source, size, bucket, frames, control, found, reason, mask=mask)
+
+
+def _decode_image(source: MediaSource, step: int, numbers: random.Random | None) -> DecodedSource:
+    table = source.table
+    image, alpha = _colours_and_alpha(read_image(source.path, alpha=True))
+    size = (image.shape[1], image.shape[0])
+    fit = fit_of(table, size, step, source.path)
+    is_mirrored = False
+    if numbers is not None:
+        fit = _draw_fit(source, size, fit, numbers)
+        is_mirrored = table.augmentation.flip and numbers.random() < 0.5
+        image = change_colours(image, numbers) if table.augmentation.color else image
+
+    def place(picture: Frame) -> Frame:
+        """Fit what belongs to the image in the same way."""
+        there = (picture.shape[1], picture.shape[0])
+        own = fit_cover(there, fit.bucket) if table.buckets is None else fit_like(fit, there, size)
+        placed = fit_frame(picture, own)
+        return mirror(placed) if is_mirrored else placed
+
+    control = tuple(_control_image(read_image(path, alpha=True), place) for path in source.control)
+    alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
+    mask = None if source.mask is None else read_still(source.mask, place, size, 1)
+    if table.alpha_mask:
+        mask, alpha = stack_alphas([alpha]), None
+    frames = place(image)[None]
+    return DecodedSource(source, size, fit.bucket, frames, control, IMAGE_SPANS, None, alpha, mask)
+
+
+def _draw_fit(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
+    """Return another fit to the same bucket, as the table's `augmentation` says."""
+    changes = source.table.augmentation
+    face = None if changes.face_crop_range is None else face_in_name(source.stem)
+    if face is not None and changes.face_crop_range is not None:
+        return fit_face(size, fit.bucket, face, changes.face_crop_range, numbers, changes.random_crop)
+    return crop_anywhere(fit, numbers) if changes.random_crop else fit
 
 
 def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedSource:
@@ -185,27 +231,66 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
     """
     if table.load_tensors:
         return size
-    width, height = table.resolution
     if not table.enable_bucket:
-        if width % step or height % step:
-            down, up = (
-                (width // step * step, height // step * step),
-                (-(-width // step) * step, -(-height // step) * step),
-            )
-            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
-            raise DatasetError(
-                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
-                f"enable_bucket is false. Use {options}, or enable_bucket = true."
-            )
+        _check_whole(table, step)
         return table.resolution
     try:
-        sizes = _bucket_sizes(width, height, step)
-    except ValueError as error:
-        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
-    try:
-        return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
+        if table.buckets is not None:
+            return _image_bucket(table, table.buckets, size, step)
+        return _video_bucket(table, size, step)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
+
+
+def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
+    """Return how an image of `size` is resized and cropped to its bucket. Raises as `bucket_of` does."""
+    bucket, rule = bucket_of(table, size, step, path), table.buckets
+    if rule is None:
+        return fit_cover(size, bucket)
+    area = table.resolution[0] * table.resolution[1]
+    fit = fit_without_enlarging(size, area, rule.step) if table.bucket_no_upscale else fit_cover(size, bucket)
+    how = how_to_resize(size, fit.resized)
+    return dataclasses.replace(fit, interpolation=how if how == "none" else rule.interpolation or how)
+
+
+def _check_whole(table: DatasetTable, step: int) -> None:
+    width, height = table.resolution
+    if width % step or height % step:
+        down, up = (
+            (width // step * step, height // step * step),
+            (-(-width // step) * step, -(-height // step) * step),
+        )
+        options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
+        raise DatasetError(
+            f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
+            f"enable_bucket is false. Use {options}, or enable_bucket = true."
+        )
+
+
+def _video_bucket(table: DatasetTable, size: Size, step: int) -> Size:
+    width, height = table.resolution
+    sizes = _sizes_or_error(table, functools.partial(_bucket_sizes, width, height, step))
+    return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
+
+
+def _image_bucket(table: DatasetTable, rule: BucketRule, size: Size, step: int) -> Size:
+    if rule.step % step:
+        raise DatasetError(
+            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
+            f"needs. Use {-(-rule.step // step) * step}."
+        )
+    if table.bucket_no_upscale:
+        return fit_without_enlarging(size, table.resolution[0] * table.resolution[1], rule.step).bucket
+    make = functools.partial(_image_sizes, table.resolution, rule.minimum, rule.maximum, rule.step)
+    return choose_image_bucket(size, _sizes_or_error(table, make))
+
+
+def _sizes_or_error(table: DatasetTable, make: Callable[[], tuple[Size, ...]]) -> tuple[Size, ...]:
+    try:
+        return make()
+    except ValueError as error:
+        width, height = table.resolution
+        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
@@ -214,6 +299,7 @@ def check_resolution(table: DatasetTable, step: int) -> None:
 
 
 _bucket_sizes = functools.cache(bucket_sizes)
+_image_sizes = functools.cache(image_bucket_sizes)
 
 
 def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Frame]:
@@ -264,9 +350,10 @@ def _mask_of_clip(
     path: Path, table: DatasetTable, fps: float, bucket: Size, size: Size, num_frames: int
 ) -> Mask:
     """Read the mask of a clip: one image for all frames, or a clip at the same rate."""
+    place = functools.partial(resize_cover, bucket=bucket)
     if is_still(path) and not is_animation(path):
-        return read_still(path, bucket, size, num_frames)
-    return read_moving(path, _kept_frames(path, table, fps), bucket, size, num_frames)
+        return read_still(path, place, size, num_frames)
+    return read_moving(path, _kept_frames(path, table, fps), place, size, num_frames)
 
 
 def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
@@ -275,15 +362,13 @@ def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
     return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
 
-def _control_image(image: Frame, bucket: Size) -> Clip:
-    """Resize a control image to 1 H W C.
+def _control_image(image: Frame, place: Callable[[Frame], Frame]) -> Clip:
+    """Resize a control image to 1 H W C. place: resizes and crops a picture.
 
     Alpha is resized separately from the colours: Pillow would darken these by it, and generation does not.
     """
     colours, alpha = _colours_and_alpha(image)
-    parts = [resize_cover(colours, bucket)] + (
-        [] if alpha is None else [resize_cover(alpha, bucket)[..., None]]
-    )
+    parts = [place(colours)] + ([] if alpha is None else [place(alpha)[..., None]])
     return np.concatenate(parts, axis=2)[None]
 
 

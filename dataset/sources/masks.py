@@ -5,7 +5,7 @@ A mask comes from a file (`mask_directory`, `mask_path`) or from transparency (`
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -19,9 +19,10 @@ from dataset.sources.control import list_folder
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.buckets import Size
-from modules.media.reading import VIDEO_SUFFIXES, Frame, image_suffixes, read_image, resize_cover
+from modules.media.reading import VIDEO_SUFFIXES, Frame, image_suffixes, read_image
 
 Mask = NDArray[np.uint8]  # F H W
+Place = Callable[[Frame], Frame]  # resizes and crops a picture
 
 SAME_SHAPE = 0.02  # by how much the sides' ratio of a mask may differ from its clip's
 
@@ -81,15 +82,18 @@ def is_still(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes() and not path.is_dir()
 
 
-def read_still(path: Path, bucket: Size, size: Size, num_frames: int) -> Mask:
-    """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same."""
-    mask = _grey(path, read_image(path), bucket, size)
+def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
+    """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
+
+    place: resizes and crops it as what it masks.
+    """
+    mask = _grey(path, read_image(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
-def read_moving(path: Path, frames: Iterator[Frame], bucket: Size, size: Size, num_frames: int) -> Mask:
+def read_moving(path: Path, frames: Iterator[Frame], place: Place, size: Size, num_frames: int) -> Mask:
     """Turn the frames of a mask clip into masks; a longer one is cut, a shorter one repeats its last."""
-    masks = [_grey(path, frame, bucket, size) for frame in itertools.islice(frames, num_frames)]
+    masks = [_grey(path, frame, place, size) for frame in itertools.islice(frames, num_frames)]
     masks += [masks[-1]] * (num_frames - len(masks))
     return np.stack(masks)
 
@@ -116,11 +120,11 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return torch.cat([weights[:1], rest.unflatten(0, (groups, stride[0])).mean(1)]).half()
 
 
-def _grey(path: Path, frame: Frame, bucket: Size, size: Size) -> NDArray[np.uint8]:
+def _grey(path: Path, frame: Frame, place: Place, size: Size) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
     if abs(width * size[1] / (height * size[0]) - 1) > SAME_SHAPE:
         raise MediaError(
             f"{path} has {width}x{height} pixels, what it masks has {size[0]}x{size[1]}: they need the same "
             "shape, or the mask would cover other places"
         )
-    return resize_cover(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.uint8), bucket)
+    return place(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.uint8))

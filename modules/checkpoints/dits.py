@@ -1,6 +1,6 @@
 """Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -109,13 +109,15 @@ def fill_dit(
     target: torch.dtype,
     spec: DitSpec,
     what: str,
+    ignore: Sequence[str] = (),
 ) -> None:
     """Load a transformer that was built on the meta device, tensor by tensor, without gradients.
 
     Each tensor goes to its device. target: dtype of the weights; with `placement.keep_file_dtypes` each layer
     has the dtype of its weight in the file instead. spec: which layers are always kept in float32, and which
-    may be kept in 8 bits (`placement.fp8`). `placement.patch` gets the names in `sources`. Raises
-    CheckpointError as `load_module`, and if an fp8 file is to be rounded again or patched.
+    may be kept in 8 bits (`placement.fp8`). ignore: as for `load_module`. `placement.patch` gets the names
+    in `sources`. Raises CheckpointError as `load_module`, and if an fp8 file is to be rounded again or
+    patched.
     """
 
     def kept(name: str, stored: torch.dtype) -> torch.dtype:
@@ -136,6 +138,7 @@ def fill_dit(
         device=placement.device,
         dtype=kept,
         patch=placement.patch,
+        ignore=ignore,
         what=what,
         fp8=fp8,
         host=placement.host,

@@ -28,6 +28,7 @@ class TokenizerFiles:
     beside: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
     # must occur in a file that is beside a single-file encoder, where other tokenizers may be too
     token: str = ""
+    on_hub: str = "tokenizer.json"  # the file that is downloaded
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
@@ -72,12 +73,12 @@ class TokenizerFiles:
         )
 
     def download(self, checkpoint_path: Path) -> Path:
-        """Return tokenizer.json of the hub, from its cache if it is there.
+        """Return the tokenizer's file of the hub, from its cache if it is there.
 
         Raises CheckpointError if the hub cannot be reached.
         """
         try:
-            return Path(hf_hub_download(self.repository, "tokenizer.json", subfolder=self.folder or None))
+            return Path(hf_hub_download(self.repository, self.on_hub, subfolder=self.folder or None))
         except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
             raise CheckpointError(
                 f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub "
@@ -86,8 +87,8 @@ class TokenizerFiles:
             ) from error
 
     def require_local(self, checkpoint_path: Path) -> Path:
-        """Return tokenizer.json of the hub if it was downloaded before. Raises CheckpointError if not."""
-        name = "/".join(filter(None, (self.folder, "tokenizer.json")))
+        """Return the hub's file if it was downloaded before. Raises CheckpointError if not."""
+        name = "/".join(filter(None, (self.folder, self.on_hub)))
         file = try_to_load_from_cache(self.repository, name)
         if not isinstance(file, str):
             raise CheckpointError(

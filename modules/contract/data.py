@@ -40,6 +40,8 @@ class Batch:
     keys: tuple[str, ...]  # which items, for messages
     made_by: tuple[MadeBy, ...] = ()  # of all files that say so
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () where all are 1
+    # which samples are to keep what the base model predicts for them; () where none is
+    preserved: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)

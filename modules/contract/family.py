@@ -9,7 +9,7 @@ latents`, shaped like `noisy`. A family is a frozen dataclass made by
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,6 @@ class TextEncoder(Protocol):
     def free(self) -> None: ...
 
 
-@runtime_checkable
 class LearningEncoder(TextEncoder, Protocol):
     """A text encoder that a LoRA can be put into: `encode` is differentiable if gradients are on."""
 
@@ -161,6 +160,14 @@ class LearningEncoder(TextEncoder, Protocol):
     @property
     # once loaded; a LoRA goes into the blocks that its `DitSpec` names (`modules.run_blocks.spec_of`)
     def network(self) -> nn.Module: ...
+
+
+def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
+    """Return whether a text encoder, loaded or not, is a `LearningEncoder`.
+
+    `isinstance` would read its properties: `identity` opens files, `network` needs a loaded one.
+    """
+    return hasattr(encoder, "lora_prefix")
 
 
 class Described(Protocol):

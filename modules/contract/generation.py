@@ -25,6 +25,7 @@ class Prompt:
     text: str
     spans: Spans = ()
     second: str | None = None  # for the second text encoder of a family that has two; None: the same text
+    is_negative: bool = False  # set by families that read negative prompts in another way
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ class NoiseSpec:
     """
 
     training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
+    # of the velocity in what the network itself returns: -1 for latents - noise, which `predict` turns round.
+    # Only --model_prediction_type mixes the output with other tensors, so that it matters
+    output_sign: float = 1.0
     whole_timesteps: bool = False  # what is fed is cut to a whole number
     table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
     # shape of the latents -> number of tokens, for shifts that follow the size. No lambda: workers receive it

@@ -16,3 +16,7 @@ class NpzFormat:
     texts: str  # "_flux_te"
     # arrays of a text file that are no tensors of ours: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
+    # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns
+    zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    # arrays of a text file whose length differs per caption
+    variable_length: frozenset[str] = frozenset()

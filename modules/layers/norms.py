@@ -37,7 +37,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it
-        # a float32 copy of x, which autograd would keep
-        with torch.autocast(x.device.type, enabled=False):
-            return functional.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class ScaleNorm(nn.Module):
+    """`RMSNorm` whose weight is called `scale`, as in the files of some models."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.scale, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x. weight: C."""
+    # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it
+    # a float32 copy of x, which autograd would keep
+    with torch.autocast(x.device.type, enabled=False):
+        return functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)

@@ -16,7 +16,8 @@ class Fit:
     resized: Size
     crop: Size  # left, top
     bucket: Size
-    interpolation: str  # "none" (already that size), "lanczos" (enlarging) or "area" (shrinking)
+    # "none" (already that size), "lanczos" (enlarging), "area" (shrinking), or what is asked for
+    interpolation: str
 
 
 def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:

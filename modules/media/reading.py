@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, features
 
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
-from modules.media.buckets import Size, fit_cover
+from modules.media.buckets import Fit, Size, fit_cover
 from modules.media.decoding import decode_frames, turn_upright
 from modules.media.opening import open_image, open_video
 
@@ -34,6 +34,17 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})  # those 
 # of pictures at the usual rates, because files round their times to milliseconds
 PLACE_IN_FRAME = 0.3
 LONGEST_SHOWN = 60.0  # seconds of one picture; more is a damaged time, or a slide show
+
+PILLOW_METHODS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+OPENCV_METHODS = {
+    "nearest": cv2.INTER_NEAREST,
+    "bilinear": cv2.INTER_LINEAR,
+    "linear": cv2.INTER_LINEAR,
+    "bicubic": cv2.INTER_CUBIC,
+    "cubic": cv2.INTER_CUBIC,
+    "area": cv2.INTER_AREA,
+    "lanczos4": cv2.INTER_LANCZOS4,
+}
 
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
@@ -92,18 +103,36 @@ def resize_cover(
     place: from left and top in 0..1, below 1, where to crop instead; each pixel is as likely as another.
     """
     fit = fit_cover((frame.shape[1], frame.shape[0]), bucket)
-    if fit.interpolation == "none":
-        return frame
-    if "lanczos" in (fit.interpolation, shrink):
-        # a copy: Pillow's is read-only
-        resized = np.array(Image.fromarray(frame).resize(fit.resized, Image.Resampling.LANCZOS))
-    else:
-        resized = np.asarray(cv2.resize(frame, fit.resized, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    if "lanczos" in (fit.interpolation, shrink) and fit.interpolation != "none":
+        fit = replace(fit, interpolation="lanczos")
+    return fit_frame(frame, fit, place)
+
+
+def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
+    """Resize and crop a frame, as `fit` says. place: as of `resize_cover`."""
+    resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
     if place is not None:
-        left = int(place[0] * (fit.resized[0] - bucket[0] + 1))
-        top = int(place[1] * (fit.resized[1] - bucket[1] + 1))
-    return np.ascontiguousarray(resized[top : top + bucket[1], left : left + bucket[0]])
+        left = int(place[0] * (fit.resized[0] - fit.bucket[0] + 1))
+        top = int(place[1] * (fit.resized[1] - fit.bucket[1] + 1))
+    if fit.resized == fit.bucket:
+        return resized
+    return np.ascontiguousarray(resized[top : top + fit.bucket[1], left : left + fit.bucket[0]])
+
+
+def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
+    """Resize a frame, whatever becomes of its proportions.
+
+    interpolation: "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV the others in
+    OPENCV_METHODS.
+    """
+    if interpolation == "none":
+        return frame
+    if interpolation in PILLOW_METHODS:
+        # a copy: Pillow's is read-only
+        return np.array(Image.fromarray(frame).resize(size, PILLOW_METHODS[interpolation]))
+    method = OPENCV_METHODS[interpolation]
+    return np.asarray(cv2.resize(frame, size, interpolation=method), dtype=np.uint8)
 
 
 def resize_stretched(frame: Frame, size: Size) -> Frame:

@@ -1,6 +1,7 @@
 """Tables, images and clips for the tests of this folder."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.config import DatasetTable, load_dataset_config
+from dataset.subset_keys import DATASET, SUBSET_KEYS
 from modules.media.writing import write_video
 
 GREY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
@@ -22,6 +24,18 @@ def make_table(folder: Path, source: str = "video_directory", **changes: Any) ->
         encoding="utf-8",
     )
     return dataclasses.replace(load_dataset_config(path).datasets[0], **changes)
+
+
+def subset_table(folder: Path, **keys: Any) -> DatasetTable:
+    """A table of the image guides' form with a subset `pics` and these keys, each where it belongs."""
+    outer = {name: value for name, value in keys.items() if SUBSET_KEYS[name].place == DATASET}
+    subset = {"image_dir": str(folder / "pics")} | {
+        name: value for name, value in keys.items() if name not in outer
+    }
+    path = folder / "subsets.json"
+    content = {"datasets": [{"resolution": 64, **outer, "subsets": [subset]}]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return load_dataset_config(path).datasets[0]
 
 
 def make_image(path: Path, size: tuple[int, int] = (32, 32), colour: tuple[int, ...] = (40, 80, 120)) -> Path:

@@ -25,6 +25,7 @@ def output_options(
         prompt_in_name=False,
         save_last_frame=last,
         numbers_single=numbered,
-        named_as_released=False,
+        pictures=False,
+        naming="",
         format=FormatOptions(codec, container, pngs),
     )

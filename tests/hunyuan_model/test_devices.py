@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from encoders.clip_text import ClipText
 from hunyuan_model import model as transformer
 from hunyuan_model.checkpoints import DIT
-from hunyuan_model.clip_text import ClipText
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.llama import Llama

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.clip_text import ClipText, load_clip_text
+from encoders.clip_checkpoints import read_clip_text
+from encoders.clip_text import ClipText, load_clip_text
 from hunyuan_model.llama import Llama, load_llama
-from hunyuan_model.text_checkpoints import read_clip_text, read_llama
+from hunyuan_model.text_checkpoints import read_llama
+from hunyuan_model.text_encoders import CLIP
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
@@ -44,7 +47,7 @@ def load_whole_llama(path: Path, dtype: torch.dtype = torch.float32) -> Llama:
 
 
 def load_clip(path: Path, dtype: torch.dtype = torch.float32) -> ClipText:
-    return load_clip_text(path, CPU, dtype)
+    return load_clip_text(path, CPU, dtype, CLIP)
 
 
 def assert_equal(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -112,7 +115,9 @@ def test_published_language_models_fit_at_full_size(tmp_path: Path, manifest: st
 @pytest.mark.parametrize("manifest", CLIP_MANIFESTS)
 def test_published_clips_fit_at_full_size(tmp_path: Path, manifest: str) -> None:
     network = fitted(
-        write_hollow(tmp_path / "model.safetensors", tensor_list(manifest)), read_clip_text, ClipText
+        write_hollow(tmp_path / "model.safetensors", tensor_list(manifest)),
+        partial(read_clip_text, use=CLIP),
+        ClipText,
     )
     assert sum(tensor.numel() for tensor in network.state_dict().values()) == 123060480
     assert isinstance(network, ClipText)
@@ -259,12 +264,12 @@ def test_the_configuration_of_another_model_is_not_used(tmp_path: Path, other: d
 
 def test_clips_configuration_counts_too(tmp_path: Path) -> None:
     path = save(tmp_path / "clip.safetensors", clip_text_layouts(clip_text_tensors())["text"])
-    assert read_config(path, read_clip_text) == clip_text_config()
+    assert read_config(path, partial(read_clip_text, use=CLIP)) == clip_text_config()
     told = clip_config_json()
     assert isinstance(told["text_config"], dict)
     told["text_config"] |= {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-3}
     write_config(tmp_path, told)
-    config = read_config(path, read_clip_text)
+    config = read_config(path, partial(read_clip_text, use=CLIP))
     assert (config.num_heads, config.activation, config.eps, config.vocabulary) == (
         4,
         "gelu",
@@ -342,7 +347,7 @@ def test_tensors_of_an_unknown_network_beside_it_are_named(tmp_path: Path) -> No
 def test_a_clip_of_fewer_positions_is_refused(tmp_path: Path) -> None:
     tensors = clip_text_tensors()
     tensors["embeddings.position_embedding.weight"] = tensors["embeddings.position_embedding.weight"][:64]
-    with pytest.raises(CheckpointError, match="takes 64 tokens, HunyuanVideo needs 77"):
+    with pytest.raises(CheckpointError, match="takes 64 tokens, 77 are needed"):
         load_clip(save(tmp_path / "clip.safetensors", clip_text_layouts(tensors)["text"]))
 
 

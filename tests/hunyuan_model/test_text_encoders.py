@@ -21,10 +21,11 @@ from transformers import (
 from hunyuan_model.text_encoders import (
     IMAGE_TEMPLATE,
     VIDEO_TEMPLATE,
-    ClipTextEncoder,
     LlavaTextEncoder,
     PromptTemplate,
+    clip_text_encoder,
 )
+from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from tests.fp8_reference import quantised_layers
@@ -105,9 +106,7 @@ def pipeline(folder: Path) -> HunyuanVideoPipeline:
     )
 
 
-def encoded(
-    encoder: LlavaTextEncoder | ClipTextEncoder, prompts: Sequence[str | Prompt]
-) -> dict[str, Tensor]:
+def encoded(encoder: TextEncoder, prompts: Sequence[str | Prompt]) -> dict[str, Tensor]:
     """Loaded, and all prompts encoded together, stacked."""
     encoder.load(CPU)
     found = encoder.encode([prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts])
@@ -173,7 +172,7 @@ def test_the_final_norm_comes_on_top_of_the_state(folder: Path, pipeline: Hunyua
 
 def test_clips_pooled_state_is_that_of_the_pipeline(folder: Path, pipeline: HunyuanVideoPipeline) -> None:
     prompts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"]
-    ours = encoded(ClipTextEncoder(folder, torch.float32), prompts)
+    ours = encoded(clip_text_encoder(folder, torch.float32), prompts)
     with torch.no_grad():
         theirs = pipeline._get_clip_prompt_embeds(prompts, device=CPU)
     tokens = pipeline.tokenizer_2(
@@ -201,7 +200,7 @@ def test_the_single_files_give_the_same_as_the_release(folder: Path, tmp_path: P
     files = write_comfy_text_encoders(tmp_path)
     for kind, official, single in (
         (LlavaTextEncoder, folder / "text_encoder", files["text_encoder1"]),
-        (ClipTextEncoder, folder / "text_encoder_2", files["text_encoder2"]),
+        (clip_text_encoder, folder / "text_encoder_2", files["text_encoder2"]),
     ):
         expected, found = (encoded(kind(path, torch.float32), PROMPTS) for path in (official, single))
         for key, tensor in expected.items():
@@ -210,7 +209,7 @@ def test_the_single_files_give_the_same_as_the_release(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_its_dtype_and_stays_near(folder: Path, dtype: torch.dtype) -> None:
-    for kind, key in ((LlavaTextEncoder, "llm"), (ClipTextEncoder, "clipL")):
+    for kind, key in ((LlavaTextEncoder, "llm"), (clip_text_encoder, "clipL")):
         exact, half = (encoded(kind(folder, given), PROMPTS[:3])[key] for given in (torch.float32, dtype))
         assert half.dtype == dtype
         assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
@@ -232,7 +231,7 @@ def test_in_fp8_the_language_model_gives_its_dtype_and_stays_near(folder: Path, 
 
 def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
     both = Prompt("a rabbit", second="a dog")
-    clip = encoded(ClipTextEncoder(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
+    clip = encoded(clip_text_encoder(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
     assert torch.equal(clip[0], clip[1])
     assert not torch.equal(clip[0], clip[2])
     llm = encoded(LlavaTextEncoder(folder, torch.float32), [both, "a rabbit"])["llm"]
@@ -240,7 +239,7 @@ def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
 
 
 def test_outputs_hold_no_memory_of_their_neighbours(folder: Path) -> None:
-    for encoder in (LlavaTextEncoder(folder), ClipTextEncoder(folder)):
+    for encoder in (LlavaTextEncoder(folder), clip_text_encoder(folder)):
         encoder.load(CPU)
         for conditions in encoder.encode([Prompt("a"), Prompt("b")]):
             assert set(conditions) == encoder.keys
@@ -259,7 +258,7 @@ def test_many_prompts_are_encoded_in_groups_in_their_order(folder: Path) -> None
 
 
 def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None:
-    for encoder in (LlavaTextEncoder(folder, torch.float32), ClipTextEncoder(folder, torch.float32)):
+    for encoder in (LlavaTextEncoder(folder, torch.float32), clip_text_encoder(folder, torch.float32)):
         first = encoded(encoder, PROMPTS[:1])
         network = weakref.ref(encoder._loaded.get()[0])
         encoder.free()
@@ -288,10 +287,10 @@ def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: 
     assert {key for key in before if before[key] != changed[key]} == {"llm_config"}
 
     path = tmp_path / "text_encoder_2"
-    before = dict(ClipTextEncoder(path).identity)
+    before = dict(clip_text_encoder(path).identity)
     merges = path / "merges.txt"
     merges.write_text(merges.read_text(encoding="utf-8").rsplit("\n", 2)[0] + "\n", encoding="utf-8")
-    changed = dict(ClipTextEncoder(path).identity)
+    changed = dict(clip_text_encoder(path).identity)
     assert {key for key in before if before[key] != changed[key]} == {"clipL_tokenizer"}
 
 
@@ -317,14 +316,14 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(tmp_path: Path
     ]
     for encoder in (
         LlavaTextEncoder(save(tmp_path / "llava.safetensors", tensors)),
-        ClipTextEncoder(save(tmp_path / "clip.safetensors", clip_text_layouts(clip_tensors)["text"])),
+        clip_text_encoder(save(tmp_path / "clip.safetensors", clip_text_layouts(clip_tensors)["text"])),
     ):
         encoder.load(CPU)
         with pytest.raises(CheckpointError, match=r"knows 100 tokens.*--text_encoder[12]_tokenizer"):
             encoder.encode([Prompt("a rabbit")])
 
 
-@pytest.mark.parametrize("kind", [LlavaTextEncoder, ClipTextEncoder])
+@pytest.mark.parametrize("kind", [LlavaTextEncoder, clip_text_encoder])
 def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(folder: Path, kind: type) -> None:
     # its own tokenizer makes another number of tokens of the template than the released one
     more = {"template": PromptTemplate(VIDEO_TEMPLATE.system)} if kind is LlavaTextEncoder else {}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -9,7 +10,9 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from hunyuan_model.tokenizer import CLIP_FILES, LLAMA_FILES, load_clip_tokenizer, load_llama_tokenizer
+from encoders.clip_tokenizer import load_clip_tokenizer
+from hunyuan_model.text_encoders import CLIP
+from hunyuan_model.tokenizer import LLAMA_FILES, load_llama_tokenizer
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
 from tests.tiny.hunyuan_encoders import LLAMA_SPECIAL, save, write_clip_tokenizer, write_llama_tokenizer
@@ -53,7 +56,7 @@ def test_clips_tokens_equal_those_of_transformers(model: Path, form: str) -> Non
     if form == "tokenizer.json":
         theirs.save_pretrained(folder)
         (folder / "merges.txt").unlink(missing_ok=True)
-    ours = load_clip_tokenizer(folder, model)
+    ours = load_clip_tokenizer(CLIP.tokenizer, folder, model)
     for text in TEXTS:
         assert ours.tokenize(text) == theirs(text, truncation=True, max_length=77)["input_ids"]
     assert len(ours.tokenize(TEXTS[-1])) == 77
@@ -81,9 +84,9 @@ def test_a_tokenizer_needs_no_configuration(model: Path) -> None:
         (LLAMA_FILES, "tokens", "models/one"),
         (LLAMA_FILES, "tokens", "models/one/tokenizer"),
         (LLAMA_FILES, "tokens", "models/tokenizer"),
-        (CLIP_FILES, "clip tokens", "models/one"),
-        (CLIP_FILES, "clip tokens", "models/one/tokenizer_2"),
-        (CLIP_FILES, "clip tokens", "models/tokenizer_2"),
+        (CLIP.tokenizer, "clip tokens", "models/one"),
+        (CLIP.tokenizer, "clip tokens", "models/one/tokenizer_2"),
+        (CLIP.tokenizer, "clip tokens", "models/tokenizer_2"),
     ],
 )
 @pytest.mark.parametrize("given", ["file", "folder"])
@@ -102,7 +105,7 @@ def test_a_loose_tokenizer_of_the_other_encoder_is_not_taken(model: Path) -> Non
     root = model.parents[2]
     shutil.copy(root / "tokens" / "tokenizer.json", model.parent)
     assert LLAMA_FILES.find(None, model) == model.parent / "tokenizer.json"
-    assert CLIP_FILES.find(None, model) is None
+    assert CLIP.tokenizer.find(None, model) is None
 
 
 def test_what_the_option_names_comes_before_what_lies_beside(model: Path) -> None:
@@ -110,7 +113,7 @@ def test_what_the_option_names_comes_before_what_lies_beside(model: Path) -> Non
     write_llama_tokenizer(model.parent / "tokenizer")
     assert LLAMA_FILES.find(root / "tokens", model) == root / "tokens" / "tokenizer.json"
     shutil.copytree(root / "clip tokens", root / "release" / "tokenizer_2")
-    assert CLIP_FILES.find(root / "release", model) == root / "release" / "tokenizer_2" / "vocab.json"
+    assert CLIP.tokenizer.find(root / "release", model) == root / "release" / "tokenizer_2" / "vocab.json"
 
 
 def test_without_a_network_the_error_names_the_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +126,7 @@ def test_without_a_network_the_error_names_the_option(model: Path, monkeypatch: 
     with pytest.raises(
         CheckpointError, match=r"--text_encoder2_tokenizer the files of openai/clip-vit-large-patch14"
     ):
-        load_clip_tokenizer(None, model)
+        load_clip_tokenizer(CLIP.tokenizer, None, model)
 
 
 @pytest.mark.parametrize(("source", "name"), [("tokens", "tokenizer.json"), ("clip tokens", "vocab.json")])
@@ -131,24 +134,25 @@ def test_the_hubs_copy_is_used_where_there_is_no_other(
     model: Path, source: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the hub's cache laid out as the library lays it out."""
-    files = LLAMA_FILES if source == "tokens" else CLIP_FILES
+    files = LLAMA_FILES if source == "tokens" else CLIP.tokenizer
     root = model.parents[2]
     cache = root / "hub" / f"models--{files.repository.replace('/', '--')}"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0" * 40, encoding="utf-8")
     snapshot = cache / "snapshots" / ("0" * 40) / files.folder
     snapshot.mkdir(parents=True)
-    if files is CLIP_FILES:
+    if files is CLIP.tokenizer:
         CLIPTokenizer.from_pretrained(root / source).save_pretrained(root / source)
     shutil.copy(root / source / "tokenizer.json", snapshot)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
-    load = load_llama_tokenizer if files is LLAMA_FILES else load_clip_tokenizer
+    load = load_llama_tokenizer if files is LLAMA_FILES else partial(load_clip_tokenizer, CLIP.tokenizer)
     assert load(None, model).tokenize(TEXTS[0]) == load(root / source, model).tokenize(TEXTS[0])
 
 
 @pytest.mark.parametrize(
-    ("files", "load"), [(LLAMA_FILES, load_llama_tokenizer), (CLIP_FILES, load_clip_tokenizer)]
+    ("files", "load"),
+    [(LLAMA_FILES, load_llama_tokenizer), (CLIP.tokenizer, partial(load_clip_tokenizer, CLIP.tokenizer))],
 )
 def test_what_is_no_tokenizer_is_refused(model: Path, files: TokenizerFiles, load: object) -> None:
     with pytest.raises(CheckpointError, match=rf"{files.option}.*it holds model\.safetensors"):
@@ -163,22 +167,22 @@ def test_what_is_no_tokenizer_is_refused(model: Path, files: TokenizerFiles, loa
 
 def test_a_tokenizer_of_the_wrong_kind_is_refused_for_clip(model: Path) -> None:
     with pytest.raises(CheckpointError, match=r"does not put a text between <\|startoftext\|>"):
-        load_clip_tokenizer(model.parents[2] / "tokens", model)
+        load_clip_tokenizer(CLIP.tokenizer, model.parents[2] / "tokens", model)
     vocabulary = model.parents[2] / "clip tokens" / "vocab.json"
     names = json.loads(vocabulary.read_text(encoding="utf-8"))
     del names["<|startoftext|>"]
     vocabulary.write_text(json.dumps(names), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"it has no <\|startoftext\|>"):
-        load_clip_tokenizer(vocabulary, model)
+        load_clip_tokenizer(CLIP.tokenizer, vocabulary, model)
 
 
 def test_merges_that_are_missing_are_reported(model: Path) -> None:
     folder = model.parents[2] / "clip tokens"
     (folder / "merges.txt").unlink()
     with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
-        load_clip_tokenizer(folder, model)
+        load_clip_tokenizer(CLIP.tokenizer, folder, model)
 
 
 def test_a_tokenizer_that_is_the_hubs_is_told_by_its_place() -> None:
     assert LLAMA_FILES.identity(None) == "hunyuanvideo-community/HunyuanVideo/tokenizer"
-    assert CLIP_FILES.identity(None) == "openai/clip-vit-large-patch14"
+    assert CLIP.tokenizer.identity(None) == "openai/clip-vit-large-patch14"

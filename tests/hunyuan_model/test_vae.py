@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hunyuan_model import vae_blocks, vae_tiles
+from encoders import tiles as vae_tiles
+from hunyuan_model import vae_blocks
 from hunyuan_model.vae import HunyuanVae, load_vae
 from modules.errors import OptionError
 from modules.media.pixels import byte_clips, to_pixels

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from frame_pack.text_encoders import framepack_clip, framepack_llama
-from hunyuan_model.text_encoders import ClipTextEncoder, LlavaTextEncoder
+from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder
 from modules.contract.generation import Prompt, Spans
 from tests.tiny.hunyuan_encoders import write_llama_tokenizer, write_text_encoders
 
@@ -90,8 +90,8 @@ def test_a_text_that_is_cut_off_is_weighed_as_far_as_it_goes(rows_of: Rows) -> N
     assert torch.equal(weighed[256:], plain[256:])
 
 
-@pytest.mark.parametrize("kind", [ClipTextEncoder, framepack_clip])
-def test_clips_vector_has_no_weights(folder: Path, kind: type[ClipTextEncoder]) -> None:
+@pytest.mark.parametrize("kind", [clip_text_encoder, framepack_clip])
+def test_clips_vector_has_no_weights(folder: Path, kind: type[clip_text_encoder]) -> None:
     encoder = kind(folder, torch.float16)
     encoder.load(CPU)
     plain, weighed = encoder.encode([Prompt(TEXT), Prompt(TEXT, (SUN,))])

@@ -24,7 +24,7 @@ from pocket.measure import CLIP, POCKET, Accuracy, Asked, judge, model_options
 from pocket.train_vae import as_pixels, psnr
 from tests.pocket.detectors import Verdict, look
 from wan.t5 import WanTextEncoder
-from wan.tokenizer import load_tokenizer
+from wan.tokenizer import TOKENIZER
 from wan.vae import load_vae
 
 STEPS = (
@@ -214,7 +214,7 @@ def test_the_vae_gives_drawn_clips_back() -> None:
 def test_the_text_encoder_tells_words_apart() -> None:
     encoder = WanTextEncoder(POCKET / "t5.safetensors")
     encoder.load(torch.device("cpu"))
-    tokenize = load_tokenizer(None, POCKET / "t5.safetensors")
+    tokenize = TOKENIZER.load(None, POCKET / "t5.safetensors")
     assert len(tokenize("a red circle moving left")) == 6
     assert tokenize("A Red circle") == tokenize("a red circle")
     assert tokenize("a blorp") != tokenize("a zindle")

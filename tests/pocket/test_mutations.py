@@ -30,7 +30,7 @@ from wan.family import Wan, family_for_training
 from wan.model import WanModel
 from wan.options import WanTrainingOptions, add_training_arguments
 from wan.t5 import load_t5
-from wan.tokenizer import load_tokenizer
+from wan.tokenizer import TOKENIZER
 from wan.tokens import WanTokens
 from wan.vae import load_vae
 
@@ -126,7 +126,7 @@ def noisy_batch() -> NoisyBatch:
     scenes = [drawing.scene(random) for _ in range(count)]
     captions = [plain(scene.things[0]) for scene in scenes]
     vae = load_vae(POCKET / "vae.safetensors", CPU, torch.float32)
-    t5, tokenize = load_t5(POCKET / "t5.safetensors", CPU), load_tokenizer(None, POCKET / "t5.safetensors")
+    t5, tokenize = load_t5(POCKET / "t5.safetensors", CPU), TOKENIZER.load(None, POCKET / "t5.safetensors")
     with torch.no_grad():
         latents = vae.encode(as_pixels(np.stack([drawing.draw(scene) for scene in scenes])))
         texts = [t5([torch.tensor(tokenize(caption))])[0].float() for caption in captions]

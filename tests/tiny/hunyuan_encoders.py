@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from hunyuan_model.clip_text import ClipText
+from encoders.clip_checkpoints import ClipTextConfig
+from encoders.clip_text import ClipText
 from hunyuan_model.llama import Llama
-from hunyuan_model.text_checkpoints import ClipTextConfig, LlamaConfig
+from hunyuan_model.text_checkpoints import LlamaConfig
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
 from tests.tiny.wan_encoders import CORPUS, random_tensors
 

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from encoders.t5_checkpoints import T5Config
+from encoders.t5_network import T5Network
 from wan.clip import ClipVision
-from wan.encoder_checkpoints import ClipConfig, T5Config
-from wan.t5 import UmT5
+from wan.encoder_checkpoints import ClipConfig
 from wan.vae import WanVae
 from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
 
@@ -150,7 +151,7 @@ def vae_diffusers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def t5_tensors(seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """An umT5 encoder with the names of the official file."""
     with torch.device("meta"):
-        network = UmT5(t5_config())
+        network = T5Network(t5_config())
     return {name: tensor.to(dtype) for name, tensor in random_tensors(network, seed).items()}
 
 

@@ -1,6 +1,7 @@
 """The loss has a closed form for a network that says a constant."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,16 @@ from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.noise import NoiseSpec
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily
-from training.loss import NoisyBatch, element_errors, find_thresholds, measure_errors, training_loss
-from training.loss_options import LossOptions
+from training.loss import (
+    LossRule,
+    NoisyBatch,
+    compared,
+    element_errors,
+    find_thresholds,
+    measure_errors,
+    training_loss,
+)
+from training.loss_options import PREDICTIONS, LossOptions
 
 
 class Constant(torch.nn.Module):
@@ -143,7 +152,7 @@ def test_the_threshold_of_snr_falls_from_1_in_data_to_huber_c_in_noise() -> None
 def test_the_loss_that_options_ask_for_is_trained() -> None:
     plain = training_loss(ToyFamily(), Constant(0.5), noisy_batch(), nullcontext)
     absolute = training_loss(
-        ToyFamily(), Constant(0.5), noisy_batch(), nullcontext, LossOptions("l1", "snr", 0.1, 1.0)
+        ToyFamily(), Constant(0.5), noisy_batch(), nullcontext, LossRule(LossOptions("l1", "snr", 0.1, 1.0))
     )
     assert plain.item() == (1.5**2 + 3.5**2) / 2
     assert absolute.item() == (1.5 + 3.5) / 2
@@ -194,7 +203,52 @@ def test_a_mask_of_a_clip_weights_each_latent_and_the_mean_is_over_all(loss_type
     mask = torch.tensor([[[[1.0, 0.5], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]], dtype=torch.float16)
     batch = replace(plain.batch, tensors={**plain.batch.tensors, LOSS_MASK: mask})
 
-    whole = measure_errors(ToyFamily(), Constant(0.5), plain, nullcontext, options)
-    masked = measure_errors(ToyFamily(), Constant(0.5), replace(plain, batch=batch), nullcontext, options)
+    whole = measure_errors(ToyFamily(), Constant(0.5), plain, nullcontext, LossRule(options))
+    masked = measure_errors(
+        ToyFamily(), Constant(0.5), replace(plain, batch=batch), nullcontext, LossRule(options)
+    )
 
     torch.testing.assert_close(masked, whole * torch.tensor([1.5 / 4, 1.0]))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_is_the_recorded_one(prediction: str) -> None:
+    output, noisy = LOSS_TENSORS["model_output"], LOSS_TENSORS["x_t"]
+    sigmas = torch.tensor(LOSSES["sigma"])
+
+    straight = compared(output, noisy, sigmas, prediction, 1.0)
+    turned = compared(-output, noisy, sigmas, prediction, -1.0)  # a family turned the output round
+
+    torch.testing.assert_close(straight, LOSS_TENSORS[f"prediction_{prediction}"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(-turned, straight)
+
+
+def test_further_noise_of_the_input_is_not_to_be_predicted() -> None:
+    batch, dit = noisy_batch(), Constant(0.5)
+    perturbed = replace(batch, perturbation=torch.full_like(batch.noise, 2.0))
+
+    plain = measure_errors(ToyFamily(), dit, batch, nullcontext)
+    seen = dit.noisy.clone()
+    errors = measure_errors(ToyFamily(), dit, perturbed, nullcontext)
+
+    torch.testing.assert_close(dit.noisy - seen, (2.0 * batch.sigmas).view(2, 1, 1, 1, 1).expand_as(seen))
+    assert torch.equal(errors, plain)
+
+
+def test_preserved_samples_are_compared_with_the_base_model() -> None:
+    """Its prediction is a constant 0.25 here, whatever the latents and the noise are."""
+    batch, dit = noisy_batch(), Constant(0.5)
+    batch = replace(batch, batch=replace(batch.batch, preserved=(False, True)))
+
+    @contextmanager
+    def as_base() -> Iterator[None]:
+        learned = dit.value
+        dit.value = torch.nn.Parameter(torch.tensor(0.25))
+        yield
+        dit.value = learned
+
+    errors = measure_errors(ToyFamily(), dit, batch, nullcontext, LossRule(as_base=as_base))
+
+    assert errors.tolist() == [1.5**2, 0.25**2]
+    errors.sum().backward()
+    assert dit.value.grad is not None

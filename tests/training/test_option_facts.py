@@ -12,7 +12,8 @@ OWN = (WanTrainingOptions, HunyuanTrainingOptions, FramePackTrainingOptions)
 SHARED = {
     *("network_module", "network_dim", "network_alpha", "network_args", "trainable_modules", "full_bf16"),
     "lora_per_expert",
-    *("optimizer_type", "optimizer_args", "learning_rate"),
+    *("optimizer_type", "optimizer_args", "learning_rate", "unet_lr", "text_encoder_lr"),
+    *("network_train_unet_only", "network_train_text_encoder_only"),
 }
 CHANGEABLE = {
     *(
@@ -54,6 +55,7 @@ CHANGEABLE = {
         "fp8_scaled",
         "fp8_fast",
     ),
+    *("ip_noise_gamma", "ip_noise_gamma_random_strength", "model_prediction_type"),
     *("loss_type", "huber_schedule", "huber_c", "huber_scale"),
     *("cuda_allow_tf32", "cuda_cudnn_benchmark"),
     *("upcast_quantization", "fp16_accumulation", "compile", "dynamo_backend", "guidance_scale"),

@@ -85,6 +85,15 @@ def test_every_option_of_a_prompt_arrives() -> None:
     assert request.extra == {"one_frame": "default", "control_image_path": "d.png\ne.png"}
 
 
+def test_the_sampler_and_the_guidance_limits_of_picture_prompts_arrive() -> None:
+    entry = {"prompt": "a dog", "sample_sampler": "euler", "cfg_trunc_ratio": 0.3, "renorm_cfg": 0.9}
+    request = sample_request(entry, ToyFamily())
+
+    assert request.solver == "euler"
+    assert request.extra == {"cfg_trunc_ratio": "0.3", "renorm_cfg": "0.9"}
+    assert sample_request({**entry, "sample_sampler": "ddim"}, ToyFamily()).solver is None
+
+
 def test_times_of_samples(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "a cat\n")
     times = ["--sample_prompts", prompts, "--sample_every_n_steps", 3, "--sample_every_n_epochs", 2]

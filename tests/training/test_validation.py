@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.finding import NO_COMMANDS, find_items, split_validation
+from dataset.batches.finding import NO_COMMANDS, find_items
+from dataset.batches.validation_split import split_validation
 from dataset.config import load_dataset_config
 from modules.contract.loading import Placement
 from modules.errors import DatasetError, OptionError

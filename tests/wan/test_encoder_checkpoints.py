@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from encoders.t5_network import T5Network
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
@@ -32,7 +33,7 @@ from tests.tiny.wan_encoders import (
 )
 from wan.clip import ClipVision, load_clip
 from wan.encoder_checkpoints import read_clip, read_t5
-from wan.t5 import UmT5, load_t5
+from wan.t5 import load_t5
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import read_vae
 
@@ -41,7 +42,7 @@ Read = Callable[[Checkpoint], LoadPlan[Any]]
 READERS: tuple[tuple[str, Read, Callable[[Any], nn.Module]], ...] = (
     ("wan2.1-vae", read_vae, WanVae),
     ("wan2.2-vae", read_vae, WanVae),
-    ("umt5", read_t5, UmT5),
+    ("umt5", read_t5, T5Network),
     ("clip-vision", read_clip, ClipVision),
     ("clip-xlm", read_clip, ClipVision),
 )

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from encoders.t5_network import T5Network, relative_bucket
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, scale_of
@@ -24,7 +25,7 @@ from tests.tiny.wan_encoders import (
     write_encoders,
     write_tokenizer,
 )
-from wan.t5 import UmT5, WanTextEncoder, clean_text, load_t5, relative_bucket
+from wan.t5 import WanTextEncoder, clean_text, load_t5
 
 CPU = torch.device("cpu")
 PROMPTS = (
@@ -143,9 +144,9 @@ def test_scaled_fp8_weights_are_multiplied_out(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor.float(), meant[name], rtol=2**-7, atol=1e-6)
 
 
-def multiplied_out(t5: UmT5) -> UmT5:
+def multiplied_out(t5: T5Network) -> T5Network:
     """A plain encoder with the weights that the 8-bit ones stand for."""
-    plain = UmT5(t5_config()).to(t5.norm.weight.dtype)
+    plain = T5Network(t5_config()).to(t5.norm.weight.dtype)
     layers = quantised_layers(t5)
     meant = {f"{name}.weight": dequantise(layer.weight, scale_of(layer)) for name, layer in layers.items()}
     others = {name: tensor for name, tensor in t5.state_dict().items() if not name.endswith("scale_weight")}
@@ -186,7 +187,7 @@ def test_layers_of_an_fp8_file_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_float16_activations_stay_finite() -> None:
-    t5 = UmT5(t5_config()).half()
+    t5 = T5Network(t5_config()).half()
     tensors = {name: tensor.half() for name, tensor in t5_tensors().items()}
     tensors["blocks.0.ffn.fc2.weight"] *= 60000
     t5.load_state_dict(tensors)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from modules.errors import CheckpointError
 from tests.tiny.wan_encoders import T5_FILE, sentencepiece_model, t5_hf_tensors, t5_tensors, write_tokenizer
-from wan.tokenizer import find_tokenizer, load_token_counter, load_tokenizer
+from wan.tokenizer import TOKENIZER
 
 TEXT = "a small rabbit runs through tall grass; two dogs & a cat, 7:30!"
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_tokens_equal_those_of_transformers(folder: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(str(folder / "tokens"))
-    ours = load_tokenizer(folder / "tokens", folder / "model" / T5_FILE)
+    ours = TOKENIZER.load(folder / "tokens", folder / "model" / T5_FILE)
     for text in (TEXT, "", "rabbit " * 600, "日本語"):
         assert (
             ours(text) == theirs(text, truncation=True, max_length=512, add_special_tokens=True)["input_ids"]
@@ -41,8 +41,8 @@ def test_a_folder_and_each_of_its_files_give_the_same_tokens(folder: Path, given
     shutil.copytree(folder / "tokens", folder / "release" / "google" / "umt5-xxl")
     (folder / "only spiece").mkdir()
     shutil.copy(folder / "tokens" / "spiece.model", folder / "only spiece")
-    expected = load_tokenizer(folder / "tokens", folder / "model" / T5_FILE)(TEXT)
-    tokenize = load_tokenizer(folder / given, folder / "model" / T5_FILE)
+    expected = TOKENIZER.load(folder / "tokens", folder / "model" / T5_FILE)(TEXT)
+    tokenize = TOKENIZER.load(folder / given, folder / "model" / T5_FILE)
     assert tokenize(TEXT) == expected
     assert expected[-1] == 1  # the end token
     assert tokenize("") == [1]
@@ -53,7 +53,7 @@ def test_a_folder_and_each_of_its_files_give_the_same_tokens(folder: Path, given
 @pytest.mark.parametrize("place", ["model/google/umt5-xxl", "tokenizer", "model"])
 def test_a_tokenizer_beside_the_checkpoint_is_found(folder: Path, place: str) -> None:
     write_tokenizer(folder / place)
-    found = find_tokenizer(None, folder / "model" / T5_FILE)
+    found = TOKENIZER.find(None, folder / "model" / T5_FILE)
     assert found.file == folder / place / "tokenizer.json"
     assert len(found.identity) == 32
 
@@ -62,15 +62,15 @@ def test_the_tokenizer_inside_a_comfy_file_is_used(folder: Path) -> None:
     path = folder / "umt5.safetensors"
     blob = torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)
     save_file({**t5_hf_tensors(t5_tensors()), "spiece_model": blob}, path)
-    expected = load_tokenizer(folder / "tokens", path)(TEXT)
-    assert find_tokenizer(None, path).inside == path
-    assert load_tokenizer(None, path)(TEXT) == expected
+    expected = TOKENIZER.load(folder / "tokens", path)(TEXT)
+    assert TOKENIZER.find(None, path).inside == path
+    assert TOKENIZER.load(None, path)(TEXT) == expected
 
 
 def test_what_the_option_names_comes_before_what_lies_beside(folder: Path) -> None:
     write_tokenizer(folder / "model" / "google" / "umt5-xxl")
     assert (
-        find_tokenizer(folder / "tokens", folder / "model" / T5_FILE).file
+        TOKENIZER.find(folder / "tokens", folder / "model" / T5_FILE).file
         == folder / "tokens" / "tokenizer.json"
     )
 
@@ -79,28 +79,28 @@ def test_without_a_network_the_error_names_the_option(folder: Path, monkeypatch:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "empty"))
     with pytest.raises(CheckpointError, match="--t5_tokenizer"):
-        load_tokenizer(None, folder / "model" / T5_FILE)
+        TOKENIZER.load(None, folder / "model" / T5_FILE)
 
 
 def test_a_folder_without_a_tokenizer_is_refused_with_what_it_holds(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=f"it holds {T5_FILE}"):
-        find_tokenizer(folder / "model", folder / "model" / T5_FILE)
+        TOKENIZER.find(folder / "model", folder / "model" / T5_FILE)
     with pytest.raises(CheckpointError, match="no such file or folder"):
-        find_tokenizer(folder / "nowhere", folder / "model" / T5_FILE)
+        TOKENIZER.find(folder / "nowhere", folder / "model" / T5_FILE)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
 def test_a_damaged_tokenizer_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"neither json nor a model")
     with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
-        load_tokenizer(folder / name, folder / "model" / T5_FILE)
+        TOKENIZER.load(folder / name, folder / "model" / T5_FILE)
 
 
 @pytest.mark.parametrize("given", ["tokenizer.json", "spiece.model"])
 def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(folder: Path, given: str) -> None:
     place = folder / "tokens" / given
-    count = load_token_counter(place, folder / "model" / T5_FILE)
-    tokenize = load_tokenizer(place, folder / "model" / T5_FILE)
+    count = TOKENIZER.load_counter(place, folder / "model" / T5_FILE)
+    tokenize = TOKENIZER.load(place, folder / "model" / T5_FILE)
     long = " ".join(f"rabbit {number}" for number in range(600))
 
     assert (count(TEXT).tokens, count(TEXT).is_cut) == (len(tokenize(TEXT)), False)
@@ -112,4 +112,4 @@ def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(folder
 
 def test_counting_downloads_no_tokenizer(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokenizer for .*--t5_tokenizer"):
-        load_token_counter(None, folder / "model" / T5_FILE)
+        TOKENIZER.load_counter(None, folder / "model" / T5_FILE)

@@ -9,7 +9,7 @@ from torch import Tensor
 from modules.contract.generation import Prompt, Spans
 from tests.tiny.wan_encoders import T5_FILE, t5_tensors, write_tokenizer
 from wan.t5 import WanTextEncoder, clean_spans, clean_text
-from wan.tokenizer import load_tokenizer
+from wan.tokenizer import TOKENIZER
 
 CPU = torch.device("cpu")
 TEXT = "the sun rises over the hills while a squirrel laughs"
@@ -83,7 +83,7 @@ def test_prompts_of_one_call_have_their_own_weights(encoder: WanTextEncoder) -> 
 
 def test_both_forms_of_the_tokenizer_place_tokens_alike(folder: Path) -> None:
     json, pieces = (
-        load_tokenizer(folder / "google" / "umt5-xxl" / name, folder / T5_FILE)
+        TOKENIZER.load(folder / "google" / "umt5-xxl" / name, folder / T5_FILE)
         for name in ("tokenizer.json", "spiece.model")
     )
     for text in (TEXT, "", "日本語 and 😀 in the hills", LONG):
@@ -95,7 +95,7 @@ def test_both_forms_of_the_tokenizer_place_tokens_alike(folder: Path) -> None:
 
 def test_characters_that_sentencepiece_joins_keep_their_places(folder: Path) -> None:
     """Its own rules make two letters of the one that joins f and i."""
-    tokenizer = load_tokenizer(folder / "google" / "umt5-xxl" / "spiece.model", folder / T5_FILE)
+    tokenizer = TOKENIZER.load(folder / "google" / "umt5-xxl" / "spiece.model", folder / T5_FILE)
     text = "the ﬁne rabbit"
     places = [place for place in tokenizer.places(text) if place is not None]
     assert "".join(text[start:end] for start, end in places) == text

@@ -30,7 +30,7 @@ from modules.contract.family import LatentSpec
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.options import TimestepOptions
+from training.data.options import PLAIN_NOISE, NoiseOptions, TimestepOptions
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
 from training.steps import StepPlan
@@ -94,6 +94,8 @@ class Randomness:
     seed: int
     noise: NoiseSpec = FLOW
     experts: tuple[Expert, ...] = ONE_EXPERT
+    perturbation: NoiseOptions = PLAIN_NOISE
+    weights_by_time: bool = True  # --weighting_scheme weights the loss too
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -103,11 +105,34 @@ class Randomness:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
-        weights = loss_weights(self.timesteps, times)
+        weights = loss_weights(self.timesteps, times) if self.weights_by_time else torch.ones(len(batch))
         if batch.loss_weights:
             weights = weights * torch.tensor(batch.loss_weights)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
-        return NoisyBatch(batch, noise, times.sigmas, times.timesteps, weights, given, expert=times.expert)
+        return NoisyBatch(
+            batch,
+            noise,
+            times.sigmas,
+            times.timesteps,
+            weights,
+            given,
+            times.expert,
+            self._perturb(shape, number),
+        )
+
+    def _perturb(self, shape: Sequence[int], number: int) -> Tensor | None:
+        """Draw the further noise of the input of micro-batch `number`: like the latents; None: there is none.
+
+        Source: Ning et al. 2023, arXiv 2301.11706.
+        """
+        gamma = self.perturbation.ip_noise_gamma
+        if not gamma:
+            return None
+        generator = seed_generator(self.seed, "input perturbation", number)
+        noise = gamma * torch.randn(shape, generator=generator)
+        if self.perturbation.ip_noise_gamma_random_strength:
+            noise *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
+        return noise
 
     def draw(self, count: int, number: int, first_sample: int, shape: Sequence[int]) -> Timesteps:
         """Draw the timesteps of micro-batch `number`, which has `count` samples of this shape."""

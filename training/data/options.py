@@ -35,6 +35,7 @@ MOST_SHIFT = 1000  # beyond it every timestep is pure noise
 # a sigmoid of these is 0 or 1 to seven digits
 MOST_SCALE, MOST_LOGIT = 100, 16
 MOST_BUCKETS = 1_000_000
+MOST_PERTURBATION = 10  # beyond it latents are lost in the further noise
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,41 @@ class TimestepOptions:
         return NUM_TIMESTEPS if self.max_timestep is None else self.max_timestep
 
 
+@dataclass(frozen=True)
+class NoiseOptions:
+    """What is mixed into the latents beside the noise that the model has to find."""
+
+    ip_noise_gamma: float | None  # share of further noise in the input; None: none
+    ip_noise_gamma_random_strength: bool  # each sample draws its share, from 0 to --ip_noise_gamma
+
+    def __post_init__(self) -> None:
+        check_at_least("--ip_noise_gamma", self.ip_noise_gamma, 0, "0.1 is usual")
+        check_at_most("--ip_noise_gamma", self.ip_noise_gamma, MOST_PERTURBATION, "0.1 is usual")
+        if self.ip_noise_gamma_random_strength and self.ip_noise_gamma is None:
+            raise OptionError(
+                "--ip_noise_gamma_random_strength draws a share of --ip_noise_gamma: give both, 0.1 is usual"
+            )
+
+
+PLAIN_NOISE = NoiseOptions(None, False)
+
+
+def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `NoiseOptions`."""
+    group = parser.add_argument_group("noise")
+    group.add_argument(
+        "--ip_noise_gamma",
+        type=float,
+        help="input perturbation: this share of further noise is mixed in, which the model does not have to "
+        "predict; 0.1 is usual (arXiv 2301.11706)",
+    )
+    group.add_argument(
+        "--ip_noise_gamma_random_strength",
+        action="store_true",
+        help="draw the share for each sample, from 0 to --ip_noise_gamma",
+    )
+
+
 def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[str] = SAMPLERS) -> None:
     """Add the arguments of `TimestepOptions`. samplers: those that the family can use."""
     group = parser.add_argument_group("timesteps and loss weights")
@@ -120,7 +156,8 @@ def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[s
         "--discrete_flow_shift",
         type=float,
         default=1.0,
-        help="time shift of --timestep_sampling shift; no other sampler uses it",
+        help="time shift of --timestep_sampling shift; for image models also of sigma; no other sampler uses "
+        "it",
     )
     group.add_argument(
         "--sigmoid_scale",

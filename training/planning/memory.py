@@ -48,7 +48,7 @@ def read_largest(
     batch = read_batch(largest_batch(items), family.latent, commands)
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
-    return Randomness(options.timesteps, 0, noise).add(batch, 0, 0)
+    return Randomness(options.timesteps, 0, noise, perturbation=options.noise).add(batch, 0, 0)
 
 
 def plan_training(
@@ -243,7 +243,9 @@ def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: in
         tensors=tensors,
         captions=noisy_batch.batch.captions[:count],
         keys=noisy_batch.batch.keys[:count],
+        preserved=noisy_batch.batch.preserved[:count],
     )
     numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
     given = min(noisy_batch.given_frames, frames - 1)
-    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, given, noisy_batch.expert)
+    further = None if noisy_batch.perturbation is None else smaller(noisy_batch.perturbation)
+    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, given, noisy_batch.expert, further)

@@ -30,7 +30,7 @@ from modules.planning.dry_run import (
 )
 from networks.adapter import make_network
 from training.dressing import AUTOCAST, dress
-from training.loss import Autocast, NoisyBatch, Trains, training_loss
+from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
@@ -88,7 +88,7 @@ class Rehearsal:
             self.dit,
             noisy_batch,
             autocast_of(self.options, self.ledger.device),
-            self.options.loss,
+            LossRule(self.options.loss, self.options.predicted, contextlib.nullcontext),
         )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")

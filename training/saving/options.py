@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modules.errors import OptionError
@@ -24,6 +24,7 @@ class SavingOptions:
     output_name: str | None
     save_precision: str | None  # None: the model's dtype
     save_every_n_epochs: int | None
+    save_n_epoch_ratio: int | None  # saves in the whole run, spread over its epochs
     save_every_n_steps: int | None
     save_every_n_minutes: float | None  # saved after the step that passes this time, named by the step
     save_last_n_epochs: int | None  # None: keep all
@@ -41,9 +42,20 @@ class SavingOptions:
         """Return the file that a finished run leaves."""
         return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
 
+    def spread(self, num_epochs: int) -> "SavingOptions":
+        """Return the options with --save_n_epoch_ratio as --save_every_n_epochs. num_epochs: of the run."""
+        if self.save_n_epoch_ratio is None:
+            return self
+        every = max(1, num_epochs // self.save_n_epoch_ratio)
+        return replace(self, save_n_epoch_ratio=None, save_every_n_epochs=every)
+
     def __post_init__(self) -> None:
-        for name in ("save_every_n_epochs", "save_every_n_steps"):
+        for name in ("save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out to save at the end only")
+        if self.save_n_epoch_ratio is not None and self.save_every_n_epochs is not None:
+            raise OptionError(
+                "--save_n_epoch_ratio and --save_every_n_epochs both say after which epochs to save: give one"
+            )
         if self.save_every_n_minutes is not None and not self.save_every_n_minutes > 0:
             raise OptionError(
                 f"--save_every_n_minutes {self.save_every_n_minutes:g}: give a number above 0, or leave it "
@@ -108,6 +120,12 @@ class MetadataOptions:
     tags: str | None = field(metadata={"option": "metadata_tags"})
     resolution: str | None = field(metadata={"option": "metadata_reso"})
     architecture: str | None = field(metadata={"option": "metadata_arch"})
+    usage_hint: str | None = field(metadata={"option": "metadata_usage_hint"})
+    thumbnail: str | None = field(metadata={"option": "metadata_thumbnail"})  # a data: URL
+    merged_from: str | None = field(metadata={"option": "metadata_merged_from"})
+    trigger_phrase: str | None = field(metadata={"option": "metadata_trigger_phrase"})
+    preprocessor: str | None = field(metadata={"option": "metadata_preprocessor"})
+    is_negative_embedding: str | None = field(metadata={"option": "metadata_is_negative_embedding"})
 
     def __post_init__(self) -> None:
         if self.resolution is not None and not RESOLUTION.fullmatch(self.resolution.strip()):
@@ -128,6 +146,12 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of saved weights; the model's dtype when not given",
     )
     group.add_argument("--save_every_n_epochs", type=int, help="save the model after every so many epochs")
+    group.add_argument(
+        "--save_n_epoch_ratio",
+        type=int,
+        metavar="N",
+        help="save N times in the run, spread over its epochs; replaces --save_every_n_epochs",
+    )
     group.add_argument("--save_every_n_steps", type=int, help="save the model after every so many steps")
     group.add_argument(
         "--save_every_n_minutes",
@@ -202,4 +226,12 @@ def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--metadata_arch", help="architecture, for models that are not what they look like; default: found"
+    )
+    group.add_argument("--metadata_usage_hint", help="how to use the model, in a sentence")
+    group.add_argument("--metadata_thumbnail", help="a small picture of it, as a data: URL")
+    group.add_argument("--metadata_merged_from", help="what it was merged from, separated by commas")
+    group.add_argument("--metadata_trigger_phrase", help="words of a prompt that call what was learned")
+    group.add_argument("--metadata_preprocessor", help="what inputs have to go through before")
+    group.add_argument(
+        "--metadata_is_negative_embedding", help="true if it is to be used in the negative prompt"
     )

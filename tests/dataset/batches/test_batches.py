@@ -13,11 +13,11 @@ from dataset.batches.finding import (
     CachingCommands,
     find_items,
     require_items,
-    split_validation,
 )
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
+from dataset.batches.validation_split import split_validation
 from dataset.cache.checks import MOST_KNOWN, CacheChecks
 from dataset.cache.files import parse_latent_name, write_tensors
 from dataset.caching.loop import cache_media, cache_texts

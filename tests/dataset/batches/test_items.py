@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.batches.finding import split_validation
 from dataset.batches.items import ItemKind, Items, TrainingItem
 from dataset.batches.order import BatchOrder
+from dataset.batches.validation_split import split_validation
 from modules.seeds import derive_seed
 from tests.dataset.making import make_table
 from training.planning.memory import largest_batch

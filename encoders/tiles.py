@@ -1,4 +1,4 @@
-"""Cut clips into overlapping pieces in time, height and width, and join the results by linear ramps.
+"""Cut clips and pictures into overlapping pieces in time, height and width; join the results by linear ramps.
 
 Cuts and ramps are those of the released VAE (hunyuanvideo, `enable_tiling`): a tile begins every three
 quarters of a tile, however short that leaves the last one. In the overlap a tile fades in over the one above
@@ -29,9 +29,9 @@ class Cut:
 
 
 def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Tensor:
-    """Apply `compute` to x, B C F H W, tile by tile in height and width.
+    """Apply `compute` to x, ... H W, tile by tile in height and width.
 
-    Returns B C' F' H' W', float32, on `device`.
+    Returns ... H' W', float32, on `device`.
     """
     height, width = (size // cut.unit_in for size in x.shape[-2:])
     inside = cut.stride * cut.unit_out
@@ -51,7 +51,7 @@ def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device
             above[left], beside = tile[..., inside:, :].clone(), tile[..., inside:].clone()
             if not top and not left:
                 whole = torch.empty(
-                    (*tile.shape[:3], height * cut.unit_out, width * cut.unit_out), device=device
+                    (*tile.shape[:-2], height * cut.unit_out, width * cut.unit_out), device=device
                 )
             kept = tile[..., :inside, :inside]
             first, second = top * cut.unit_out, left * cut.unit_out

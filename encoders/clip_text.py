@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.clip_layers import ClipLayers, check_activation
-from hunyuan_model.text_checkpoints import ClipTextConfig, read_clip_text
+from encoders.clip_checkpoints import ClipTextConfig, ClipUse, read_clip_text
+from encoders.clip_layers import ClipLayers, check_activation
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
+from modules.contract.family import DitSpec
+from modules.contract.generation import NO_TWEAKS
+from modules.run_blocks import Hidden, run_blocks
 
 
 class ClipTextEmbeddings(nn.Module):
@@ -30,6 +33,8 @@ class ClipTextEmbeddings(nn.Module):
 class ClipText(nn.Module):
     """The text tower without its projection."""
 
+    spec = DitSpec(block_lists=("encoder.layers",))
+
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.embeddings = ClipTextEmbeddings(config)
@@ -46,16 +51,17 @@ class ClipText(nn.Module):
 
         Attention is causal, so padding after the end token changes nothing.
         """
-        states = self.encoder(self.embeddings(ids))
-        return self.final_layer_norm(states[torch.arange(len(ids), device=ids.device), ends])
+        hidden = Hidden(self.embeddings(ids), None)
+        run_blocks(self, hidden, NO_TWEAKS)
+        return self.final_layer_norm(hidden.x[torch.arange(len(ids), device=ids.device), ends])
 
 
-def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype) -> ClipText:
-    """Load the text tower; fp8 weights are dequantized.
+def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
+    """Load the text tower; fp8 weights are dequantized. use: names it in messages.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = read_clip_text(checkpoint)
+        plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
-        return load_planned(plan, ClipText, device, dtype, "the CLIP text encoder (--text_encoder2)")
+        return load_planned(plan, ClipText, device, dtype, f"the CLIP text encoder ({use.option})")

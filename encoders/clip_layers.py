@@ -92,7 +92,10 @@ class ClipFeedForward(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Attention and feed-forward, each applied to the normed stream and added to it."""
+    """Attention and feed-forward, each applied to the normed stream and added to it.
+
+    It needs no `tokens`, which `run_blocks` gives to each block.
+    """
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class ClipLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.dim, config.eps)
         self.mlp = ClipFeedForward(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: None = None) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 

@@ -1,0 +1,349 @@
+"""Caches in npz files beside the pictures, in the layout that image trainers of the known family share.
+
+Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
+`latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix
+`_{h}x{w}` in latent pixels. Texts: `STEM_TAG_te.npz`. Other programs read and write these files too: theirs
+count if they fit, and nothing is removed as stale. What we write has one more array for each resolution, with
+the record of what it was made from, which other programs ignore.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.cache.files import (
+    FLIPPED,
+    PART,
+    SUFFIX,
+    Entry,
+    Header,
+    is_text_name,
+    parse_latent_name,
+    tensor_key,
+    tensor_name,
+)
+from dataset.cache.npz_files import (
+    Array,
+    format_array,
+    list_arrays,
+    read_arrays,
+    read_members,
+    write_members,
+)
+from dataset.cache.npz_records import OURS, describe_tensors, open_record
+from dataset.config import DatasetTable
+from dataset.sources.decoding import bucket_of
+from dataset.sources.masks import shrink_mask
+from modules.atomic_write import remove_leftovers
+from modules.contract.data import LOSS_MASK
+from modules.contract.family import LatentSpec
+from modules.contract.npz import NpzFormat
+from modules.errors import CacheError
+from modules.file_locks import only_one
+from modules.media.buckets import Size, fit_cover
+
+logger = logging.getLogger(__name__)
+
+NPZ = ".npz"
+LOCK = ".reelsmith-npz.lock"  # while a file of the folder gets one resolution more
+ALPHA, MIRRORED = "alpha_mask", "latents" + FLIPPED
+_KNOWN = ("latents", MIRRORED)
+
+
+@dataclass(frozen=True)
+class NpzNames:
+    """How a family's caches are named in npz files."""
+
+    tag: str  # the family's cache_tag
+    latent: LatentSpec
+    text_keys: frozenset[str]  # of a whole text cache
+
+    @property
+    def format(self) -> NpzFormat:
+        """Return the family's format. Raises CacheError if it has none."""
+        if self.latent.npz is None:
+            raise CacheError('this model has no npz caches; use cache_format = "files" or "shards"')
+        return self.latent.npz
+
+
+@dataclass(frozen=True)
+class NpzStore:
+    """The npz files of a table. Messages of others name an entry as if it were a file of ours; those of this
+    class name the npz file.
+    """
+
+    table: DatasetTable
+    family: NpzNames
+    folder: Path
+    holds_only_caches: ClassVar[bool] = False
+
+    def is_shared(self, name: str) -> bool:
+        return True
+
+    def names(self) -> Collection[str]:
+        found = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        entries = (self._entry_name(name) for name in found if name.removesuffix(PART).endswith(NPZ))
+        return [name for name in entries if name is not None]
+
+    def has(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def stamp(self, name: str) -> None:
+        """Return None: one file has the entries of several tables, so that what it holds must be read."""
+
+    def read_header(self, name: str) -> Header:
+        return self.read(name).header
+
+    def read(self, name: str) -> Entry:
+        if self._is_text(name):
+            return self._read_text(name)
+        return self._read_latents(name)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        if self._is_text(name):
+            self._write_text(name, tensors, metadata)
+        else:
+            self._write_latents(name, tensors, metadata)
+
+    def replace(
+        self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        self.write(name, tensors, metadata)  # first: another process may need the old one until then
+        self.remove(old)
+
+    def remove(self, name: str) -> None:
+        path = self._path(name)
+        if self._is_text(name):
+            path.unlink(missing_ok=True)
+            return
+        end = self._suffix(name)
+        with only_one(self.folder / LOCK):
+            members = read_members(path) if path.is_file() else {}
+            kept = {array: data for array, data in members.items() if not array.endswith(end)}
+            if kept:
+                write_members(path, kept)
+            else:
+                path.unlink(missing_ok=True)
+
+    def sweep(self, of: Callable[[str], bool]) -> None:
+        def is_ours(file: str) -> bool:
+            name = self._entry_name(file)
+            return name is not None and of(name)
+
+        if self.folder.is_dir():
+            remove_leftovers(self.folder, is_ours)
+
+    def finish(self) -> None:
+        """Do nothing: each file is flushed when it is written."""
+
+    def settle(self) -> None:
+        """Do nothing: files stay as they are."""
+
+    def faults(self) -> list[str]:
+        return []
+
+    # --- names ---
+
+    def _is_text(self, name: str) -> bool:
+        return is_text_name(name.removesuffix(PART), self.family.tag)
+
+    def _path(self, name: str) -> Path:
+        """Return the file of an entry."""
+        whole = name.removesuffix(PART)
+        part, stem = name[len(whole) :], whole.removesuffix(SUFFIX)
+        for ours, theirs in self._ends():
+            if stem.endswith(ours):
+                stem = stem.removesuffix(ours) + theirs
+                break
+        return self.folder / f"{stem}{NPZ}{part}"
+
+    def _entry_name(self, file: str) -> str | None:
+        """Return the name of the entry in a file; None if it is none of this family."""
+        whole = file.removesuffix(PART)
+        part, stem = file[len(whole) :], whole.removesuffix(NPZ)
+        for ours, theirs in self._ends():
+            if stem.endswith(theirs):
+                stem = stem.removesuffix(theirs) + ours
+                break
+        name = stem + SUFFIX
+        is_one = self._is_text(name) or parse_latent_name(name, self.family.tag, "image") is not None
+        return name + part if is_one and whole.endswith(NPZ) else None
+
+    def _ends(self) -> tuple[tuple[str, str], ...]:
+        """Return the ends of names without suffix, ours and theirs, the longer ones first."""
+        form, tag = self.family.format, self.family.tag
+        return (f"_{tag}_te", form.texts), (f"_{tag}", form.latents)
+
+    # --- latents ---
+
+    def _bucket(self, name: str) -> tuple[Size, Size]:
+        """Return the size of a picture and of what the table makes of it."""
+        parsed = parse_latent_name(name, self.family.tag, "image")
+        if parsed is None:
+            raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
+        step = self.family.latent.pixel_step
+        return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
+
+    def _grid(self, name: str) -> tuple[int, int]:
+        """Return height and width of an entry's latents."""
+        width, height = self._bucket(name)[1]
+        shape = self.family.latent.shape(1, height, width)
+        return shape[-2], shape[-1]
+
+    def _suffix(self, name: str) -> str:
+        height, width = self._grid(name)
+        return f"_{height}x{width}"
+
+    def _read_latents(self, name: str) -> Entry:
+        path, end = self._path(name), self._suffix(name)
+        there = list_arrays(path)
+        if f"latents{end}" not in there:
+            others = sorted(one.removeprefix("latents") for one in there if one.startswith("latents_"))
+            raise CacheError(f"{path}: it has no latents{end}, but those of {', '.join(others) or 'nothing'}")
+        arrays = read_arrays(path, {one for one in there if one.endswith(end)})
+        plain = {one.removesuffix(end): array for one, array in arrays.items()}
+        record = plain.get(OURS)
+        entry = None if record is None else open_record(path, record, plain, self._as_ours)
+        return entry or self._foreign_latents(path, plain, self._grid(name))
+
+    def _foreign_latents(self, path: Path, arrays: Mapping[str, Array], grid: tuple[int, int]) -> Entry:
+        """Return what another program wrote, if it fits what the table asks for."""
+        latent, wanted = self.family.latent, ["latents"]
+        wanted += [MIRRORED] if self.table.augmentation.flip else []
+        wanted += [ALPHA] if self.table.alpha_mask else []
+        missing = [one for one in wanted if one not in arrays]
+        if missing:
+            asks = {MIRRORED: "flip_aug", ALPHA: "alpha_mask"}[missing[0]]
+            raise CacheError(f"{path}: it has no {missing[0]} of {grid[0]}x{grid[1]}, which {asks} needs")
+        tensors = {}
+        for key in wanted:
+            array = arrays[key]
+            if key == ALPHA:
+                tensors[LOSS_MASK] = shrink_alpha(path, array, grid, latent.stride)
+                continue
+            if array.shape != (latent.channels, *grid) or array.dtype.kind != "f":
+                raise CacheError(
+                    f"{path}: its {key} are {array.dtype} of shape {array.shape}, this model's are numbers "
+                    f"of shape {(latent.channels, *grid)}"
+                )
+            tensors[key] = torch.from_numpy(array)[:, None]
+        return _foreign_entry(path, {tensor_name(key, one): one for key, one in tensors.items()})
+
+    def _as_ours(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return an array of ours in the shape that it had."""
+        if key == LOSS_MASK and tensor.numel() != math.prod(shape):
+            return shrink_mask(tensor[None] * 255, self.family.latent.stride)
+        return tensor.reshape(shape)
+
+    def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        (size, bucket), end = self._bucket(name), self._suffix(name)
+        arrays: dict[str, Array] = {}
+        sources: dict[str, str] = {}  # array -> name of its tensor
+        for named, tensor in tensors.items():
+            key = tensor_key(named)
+            array, place = as_array(tensor, keep_half=False), f"{OURS}_{key}"
+            if key in _KNOWN and tensor.shape[1] == 1:
+                array, place = array[:, 0], key
+            elif key == LOSS_MASK and self.table.alpha_mask:
+                array, place = self._pixels(tensor), ALPHA
+            arrays[place], sources[place] = array, named
+        arrays["original_size"] = np.array(size)
+        arrays["crop_ltrb"] = np.array(kept_part(size, bucket))
+        arrays[OURS] = describe_tensors(tensors, sources, metadata)
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(self.folder / LOCK):
+            members = {one + end: format_array(array) for one, array in arrays.items()}
+            write_members(path, self._others_in(path, end) | members)
+
+    def _pixels(self, mask: Tensor) -> Array:
+        """Return the mask of latents, 1 H W, as one of pixels, which averages to the same: H W float32."""
+        _, down, across = self.family.latent.stride
+        return as_array(mask[0].repeat_interleave(down, 0).repeat_interleave(across, 1), keep_half=False)
+
+    def _others_in(self, path: Path, end: str) -> dict[str, bytes]:
+        """Return the arrays of other resolutions in a file; of a damaged one none."""
+        if not path.is_file():
+            return {}
+        try:
+            return {name: data for name, data in read_members(path).items() if not name.endswith(end)}
+        except CacheError as error:
+            logger.warning("%s. It is made again; what it held of other sizes has to be cached again.", error)
+            return {}
+
+    # --- texts ---
+
+    def _read_text(self, name: str) -> Entry:
+        path, form, keys = self._path(name), self.family.format, self.family.text_keys
+        arrays = read_arrays(path, {*keys, *form.constants, OURS})
+        is_part = name.endswith(PART)
+        for constant, expected in {} if is_part else form.constants.items():
+            found = arrays[constant].item() if constant in arrays and arrays[constant].size == 1 else None
+            if found != expected:
+                says = "nothing" if found is None else found
+                raise CacheError(f"{path}: it was made with {constant} {says}, this training has {expected}")
+        record = arrays.get(OURS)
+        entry = None if record is None else open_record(path, record, arrays, _reshaped)
+        if entry is not None:
+            return entry
+        missing = sorted(keys - arrays.keys())
+        if missing or is_part:
+            raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
+        tensors = {key: torch.from_numpy(arrays[key]) for key in sorted(keys)}
+        named = {
+            tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in tensors.items()
+        }
+        return _foreign_entry(path, named)
+
+    def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        form, sources = self.family.format, {tensor_key(named): named for named in tensors}
+        arrays = {key: as_array(tensors[named], keep_half=True) for key, named in sources.items()}
+        arrays[OURS] = describe_tensors(tensors, sources, metadata)
+        arrays |= {constant: np.array(value) for constant, value in form.constants.items()}
+        for zeros, (like, columns) in form.zeros.items():
+            if like in arrays:
+                arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
+        write_members(self._path(name), {one: format_array(array) for one, array in arrays.items()})
+
+
+def as_array(tensor: Tensor, keep_half: bool) -> Array:
+    """Return a tensor as other programs read it: numbers of less than 32 bits as float32.
+
+    keep_half: float16 stays.
+    """
+    if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
+        tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
+    found: Array = tensor.detach().cpu().contiguous().numpy()
+    return found
+
+
+def shrink_alpha(path: Path, array: Array, grid: tuple[int, int], stride: tuple[int, int, int]) -> Tensor:
+    """Return the mask of the loss, 1 H W of latents, for an alpha mask in pixels or in latent pixels."""
+    height, width = grid
+    if array.shape == grid:
+        return torch.from_numpy(array)[None].half()
+    if array.shape != (height * stride[1], width * stride[2]):
+        raise CacheError(f"{path}: its alpha_mask has the shape {array.shape}, its latents have {grid}")
+    return shrink_mask(torch.from_numpy(array).float()[None] * 255, stride)
+
+
+def kept_part(size: Size, bucket: Size) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of what a bucket keeps of a picture resized to cover it."""
+    left, top = fit_cover(size, bucket).crop
+    return left, top, left + bucket[0], top + bucket[1]
+
+
+def _reshaped(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor.reshape(shape)
+
+
+def _foreign_entry(path: Path, named: Mapping[str, Tensor]) -> Entry:
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    return Entry(Header(path, {}, tuple(named), shapes), named)

@@ -1,0 +1,114 @@
+"""npz files: arrays of numbers read without trusting the file, and written completely or not at all.
+
+An npz file is a zip archive with one `.npy` member for each array. Nothing is ever unpickled.
+"""
+
+import contextlib
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from modules.atomic_write import atomic_path
+from modules.errors import CacheError
+
+Array = NDArray[Any]
+
+MOST_BYTES = 1 << 30  # of one array; latents of 8192 x 8192 pixels take 64 MiB
+MOST_ARRAYS = 10_000
+_MEMBER = ".npy"
+_FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
+_ERRORS = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
+    *(OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError),
+)
+
+
+def list_arrays(path: Path) -> frozenset[str]:
+    """Return the names of the arrays of a file. Raises CacheError if it is missing or damaged."""
+    with _open(path) as file:
+        return frozenset(_names(file))
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
+    """Return those of the named arrays that a file has, native in byte order and writable.
+
+    Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
+    """
+    with _open(path) as file:
+        return {name: parse_array(_read(file, name)) for name in _names(file) if name in names}
+
+
+def read_members(path: Path) -> dict[str, bytes]:
+    """Return the bytes of all members by the names of their arrays. Raises CacheError as `read_arrays`."""
+    with _open(path) as file:
+        return {name: _read(file, name) for name in _names(file)}
+
+
+def write_members(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write a file, in place of an existing one. Equal contents give equal bytes. Raises OutputError."""
+    size_bytes = sum(map(len, members.values()))
+    with atomic_path(path, size_bytes) as temporary, zipfile.ZipFile(temporary, "w") as file:
+        for name in sorted(members):
+            file.writestr(zipfile.ZipInfo(name + _MEMBER, _FIRST_TIME), members[name])
+
+
+def format_array(array: Array) -> bytes:
+    """Return the bytes of an array as a member of a file."""
+    stream = io.BytesIO()
+    npy.write_array(stream, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
+    return stream.getvalue()
+
+
+def parse_array(data: bytes) -> Array:
+    """Return the array of a member. Raises ValueError if it is damaged, or holds no numbers."""
+    stream = io.BytesIO(data)
+    version = npy.read_magic(stream)
+    if version not in {(1, 0), (2, 0)}:
+        raise ValueError(f"an array of version {version}")
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(stream)
+    if dtype.hasobject or dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise ValueError(f"an array of {dtype}, which are no numbers")
+    values = memoryview(data)[stream.tell() :]
+    if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != len(values):
+        raise ValueError(f"an array of shape {shape} in {len(values)} bytes")
+    array: Array = np.frombuffer(values, dtype).reshape(shape, order="F" if is_fortran else "C")
+    return np.array(array, dtype.newbyteorder("="), order="C")
+
+
+def _names(file: zipfile.ZipFile) -> list[str]:
+    names = [name.removesuffix(_MEMBER) for name in file.namelist() if name.endswith(_MEMBER)]
+    if len(names) > MOST_ARRAYS:
+        raise ValueError(f"it has {len(names)} arrays")
+    return names
+
+
+def _read(file: zipfile.ZipFile, name: str) -> bytes:
+    """Return the bytes of a member, which are compared with their checksum."""
+    size_bytes = file.getinfo(name + _MEMBER).file_size
+    if size_bytes > MOST_BYTES:
+        raise ValueError(f"{name} has {size_bytes} bytes")
+    with file.open(name + _MEMBER) as member:
+        data = member.read(size_bytes + 1)
+    if len(data) != size_bytes:
+        raise ValueError(f"{name} has more bytes than the archive says")
+    return data
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[zipfile.ZipFile]:
+    if not path.is_file():
+        raise CacheError(f"{path}: no such cache file")
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield file
+    except _ERRORS as error:
+        raise CacheError(f"{path}: damaged, cannot be read as npz ({error})") from error

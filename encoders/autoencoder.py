@@ -1,0 +1,163 @@
+"""The autoencoder of FLUX.1, which Chroma and Lumina-Image-2.0 share: pixels to latents and back.
+
+A picture is a clip of one frame. Latents are those of the model and of cache files: shifted and scaled.
+Pictures of a batch are computed one after the other, so that memory does not grow with their number and no
+result depends on what else is in the batch. Tiles bound the memory of large pictures and change the result a
+little: neighbours share a quarter, as in diffusers.
+"""
+# Letters: B batch, H height, W width, Z latent channels, h = H / 8, w = W / 8
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from encoders.autoencoder_blocks import AutoencoderConfig, Decoder, Encoder
+from encoders.autoencoder_checkpoints import read_autoencoder
+from encoders.posterior import sample_posterior
+from encoders.tiles import Cut, compute_in_tiles
+from modules.checkpoints.dialects import LoadPlan, load_planned
+from modules.checkpoints.model_files import inside, read_once
+from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
+from modules.devices import dtype_name
+from modules.layers.memory_layouts import lay_out, layouts
+from modules.media.pixels import check_clip, from_bytes
+from modules.planning.pieces import Compute
+
+logger = logging.getLogger(__name__)
+
+SHIFT, SCALE = 0.1159, 0.3611  # of the latents: the released FLUX.1, `shift_factor` and `scale_factor`
+PIXELS = 8  # height and width of one latent pixel, in pixels
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_autoencoder`.
+
+    tile: edge of a tile in pixels, a multiple of 8; larger pictures are cut. None: they are computed whole.
+    """
+
+    def __init__(self, config: AutoencoderConfig, tile: int | None = None) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.tile = tile
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.encoder.conv_in.weight.device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Return a sample of the posterior in model space, or its mean if `generators` is None.
+
+        pixels: B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of 8. generators: one
+        for each picture; the noise is drawn in float32. Logarithms of variances are not clamped, as in the
+        released code. Returns B Z 1 h w, float32, on the autoencoder's device. Raises ValueError for other
+        sizes.
+        """
+        if generators is not None and len(generators) != len(pixels):
+            raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures")
+        moments = self.moments(pixels)
+        found = (
+            moments.chunk(2, dim=1)[0].contiguous()
+            if generators is None
+            else sample_posterior(moments, generators)
+        )
+        return found.sub_(SHIFT).mul_(SCALE)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return means and logarithms of variances, B 2Z 1 h w float32, neither shifted nor scaled."""
+        _require_pictures(pixels)
+        check_clip(pixels, 1, PIXELS)
+        cut = None if self.tile is None else Cut(self.tile // PIXELS, PIXELS, 1)
+        return self._one_by_one(pixels, self._moments, cut, self.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels B 3 1 H W, float32, -1..1. latents: B Z 1 h w in model space, on any device.
+
+        The result is on the autoencoder's device, with tiles in host memory.
+        """
+        return self.decode_unclamped(latents).clamp_(-1, 1)
+
+    @torch.no_grad()
+    def decode_unclamped(self, latents: Tensor) -> Tensor:
+        """Return the same as `decode`, before clamping to -1..1."""
+        _require_pictures(latents)
+        cut = None if self.tile is None else Cut(self.tile // PIXELS, 1, PIXELS)
+        return self._one_by_one(latents, self._pixels, cut, torch.device("cpu"))
+
+    def _one_by_one(self, x: Tensor, compute: Compute, cut: Cut | None, device: torch.device) -> Tensor:
+        """Apply `compute` to each picture of B C 1 H W, in tiles if it is larger than one. B C' 1 H' W'."""
+        parts = []
+        for picture in x.squeeze(2).split(1):
+            if cut is None or max(picture.shape[-2:]) <= cut.size * cut.unit_in:
+                parts.append(compute(picture))
+            else:
+                parts.append(compute_in_tiles(compute, picture, cut, device))
+        return torch.cat(parts).unsqueeze(2)
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype == torch.uint8:
+            pixels = from_bytes(pixels.to(self.device))
+        return self.encoder(self._place(pixels)).float()
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        # in float32: 16 bits would tint every picture
+        latents = latents.to(self.device).float() / SCALE + SHIFT
+        return self.decoder(self._place(latents)).float()
+
+    def _place(self, x: Tensor) -> Tensor:
+        """Move to the autoencoder's device, dtype and memory layout, which all layers keep."""
+        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[1])
+
+
+def load_autoencoder(
+    path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None
+) -> Autoencoder:
+    """Load FLUX's autoencoder from any of its file layouts.
+
+    path: file, or folder of a release that holds it as `vae`. tile: as for `Autoencoder`.
+    Raises CheckpointError if the file is damaged or holds another model.
+    """
+    path = inside(path, "vae")
+    with open_checkpoint(path) as checkpoint:
+        plan = read_autoencoder(checkpoint)
+        network = load_planned(
+            plan, lambda config: Autoencoder(config, tile), device, dtype, "the autoencoder of FLUX"
+        )
+    lay_out(network, device)
+    logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
+    return network
+
+
+def read_autoencoder_header(path: Path) -> AutoencoderConfig:
+    """Return the dimensions of the autoencoder in a file, or in the folder `vae` of a release.
+
+    Only headers are read. Raises CheckpointError if it is missing, damaged or another model.
+    """
+    return read_once(inside(path, "vae"), _config)
+
+
+def _config(checkpoint: Checkpoint) -> AutoencoderConfig:
+    plan: LoadPlan[AutoencoderConfig] = read_autoencoder(checkpoint)
+    return plan.config
+
+
+def autoencoder_identity(path: Path, dtype: torch.dtype, tile: int | None) -> Mapping[str, str]:
+    """Return what latents depend on besides the pixels, for cache records."""
+    return {"vae": fingerprint(inside(path, "vae")), "vae_dtype": dtype_name(dtype), "tile": str(tile)}
+
+
+def _require_pictures(x: Tensor) -> None:
+    if x.ndim != 5 or x.shape[2] != 1:
+        raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")

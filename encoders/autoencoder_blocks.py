@@ -1,0 +1,163 @@
+"""Layers of FLUX's autoencoder, whose pictures are B C H W.
+
+Module names follow the released file. Source: Esser et al. 2021, arXiv 2012.09841; the released FLUX.1.
+"""
+# Letters: B batch, C channels, H height, W width (at the layer's own resolution), Z latent channels
+
+from dataclasses import dataclass
+
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from modules.attention.attend import attend
+
+EPS = 1e-6  # in every group norm
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Dimensions of an autoencoder, read from a checkpoint's tensors."""
+
+    latent_channels: int  # Z
+    groups: int  # in every group norm
+    widths: tuple[int, ...]  # channels of each level, from the picture to the latents
+    encoder_blocks: int  # residual blocks in a level
+    decoder_blocks: int
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU and convolution, twice, added to the input."""
+
+    def __init__(self, width_in: int, width_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width_in, eps=EPS)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, width_out, eps=EPS)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(norm_and_silu(self.norm1, x))
+        h = self.conv2(norm_and_silu(self.norm2, h))
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class PictureAttention(nn.Module):
+    """One-head attention of each pixel to all pixels, added to the input."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=EPS)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # B H*W C
+        q, k, v = (layer(tokens).unsqueeze(2) for layer in (self.q, self.k, self.v))  # each B H*W 1 C
+        seen = self.proj_out(attend(q, k, v).squeeze(2))
+        return x + seen.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Middle(nn.Module):
+    """A residual block, attention, a residual block."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width, groups)
+        self.attn_1 = PictureAttention(width, groups)
+        self.block_2 = ResidualBlock(width, width, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Halve(nn.Module):
+    """Halve height and width; zeros are added on the right and below only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(functional.pad(x, (0, 1, 0, 1)))
+
+
+class Double(nn.Module):
+    """Double height and width: each pixel twice, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then the next one if `down` or `up` is set."""
+
+    def __init__(
+        self, width_in: int, width: int, blocks: int, groups: int, down: bool = False, up: bool = False
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)
+        )
+        self.downsample = Halve(width) if down else None
+        self.upsample = Double(width) if up else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.block, self.downsample, self.upsample):
+            x = x if layer is None else layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Encode pixels B 3 H W as means and logarithms of variances, B 2Z h w."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[max(0, level - 1)], width, config.encoder_blocks, groups, down=level < last)
+            for level, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(norm_and_silu(self.norm_out, self.mid(x)))
+
+
+class Decoder(nn.Module):
+    """Decode latents B Z h w to pixels B 3 H W. Levels are counted from the picture: the last runs first."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList(
+            Level(widths[min(last, level + 1)], width, config.decoder_blocks, groups, up=level > 0)
+            for level, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(list(self.up)):
+            x = level(x)
+        return self.conv_out(norm_and_silu(self.norm_out, x))
+
+
+def norm_and_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """Normalise and apply SiLU, with one temporary tensor."""
+    return functional.silu(norm(x), inplace=True)

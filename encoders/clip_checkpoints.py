@@ -1,0 +1,109 @@
+"""Checkpoint files of CLIP-L's text tower: recognise them, read dimensions.
+
+It is published under several prefixes, alone or beside its image tower. So the prefix is whatever precedes
+the name of the token embeddings, and tensors of other networks are left out by name. Our modules have Hugging
+Face's names, without `text_model.` in front.
+"""
+
+from dataclasses import dataclass
+
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.encoders import head_width, network_in, told_beside
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.errors import CheckpointError
+
+CLIP_HEAD_WIDTH = 64  # of CLIP-L; cannot be read from the tensors
+CLIP_TOKENS = 77
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+# values that a config.json leaves out: transformers do not write what equals their default
+CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
+
+# beginnings of the names of tensors beside the wanted network: other parts of the same model
+_BESIDE_CLIP = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
+_COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformers; computed here
+
+
+def clip_tokenizer_files(option: str, beside: tuple[str, ...]) -> TokenizerFiles:
+    """Return where CLIP's tokenizer may be. option, beside: as in `TokenizerFiles`."""
+    return TokenizerFiles(
+        option=option,
+        names=("tokenizer.json", "vocab.json"),
+        folder="",
+        repository="openai/clip-vit-large-patch14",
+        beside=beside,
+        token=CLIP_START,
+    )
+
+
+@dataclass(frozen=True)
+class ClipUse:
+    """What a family calls its CLIP-L: in options, cache records and conditions. The defaults are FLUX's."""
+
+    name: str = "clip_l"  # in cache records
+    pooled: str = "l_pooled"  # key of the pooled state
+    mask: str | None = None  # key of the mask of real tokens; None: it is not returned
+    what: str = "CLIP-L"  # in the log
+    option: str = "--clip_l"
+    release: str = "clip_l.safetensors, the folder text_encoder of FLUX.1 or clip-vit-large-patch14"
+    folder: str = "text_encoder"  # in a whole release
+    tokenizer: TokenizerFiles = clip_tokenizer_files(
+        "--clip_l_tokenizer",
+        (".", "clip_l", "tokenizer", "../tokenizer", "openai_clip-vit-large-patch14"),
+    )
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of what the encoder returns."""
+        return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
+
+
+@dataclass(frozen=True)
+class ClipTextConfig:
+    """Dimensions of a CLIP text tower."""
+
+    vocabulary: int
+    positions: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+
+
+def read_clip_text(checkpoint: Checkpoint, use: ClipUse) -> LoadPlan[ClipTextConfig]:
+    """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
+
+    Raises CheckpointError for any other file.
+    """
+    own = network_in(
+        checkpoint,
+        "embeddings.token_embedding.weight",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        _BESIDE_CLIP,
+    )
+    if own is None:
+        raise other_kind(checkpoint, "a CLIP text encoder", use.option, use.release)
+    sources = plain_sources(own)
+    shape = shapes_of(own, sources)
+    vocabulary, dim = shape("embeddings.token_embedding.weight")
+    positions = shape("embeddings.position_embedding.weight")[0]
+    if positions < CLIP_TOKENS:
+        raise CheckpointError(
+            f"{checkpoint.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {use.release} to "
+            f"{use.option}.",
+            checkpoint.path,
+        )
+    told = told_beside(checkpoint.path, "text_config", "clip", dim, CLIP_DEFAULTS)
+    config = ClipTextConfig(
+        vocabulary=vocabulary,
+        positions=positions,
+        dim=dim,
+        ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
+        num_heads=dim // head_width(checkpoint.path, dim, told, CLIP_HEAD_WIDTH),
+        num_layers=count(sources, r"encoder\.layers\.\d+"),
+        activation=str(told.get("hidden_act", ClipTextConfig.activation)),
+        eps=float(told.get("layer_norm_eps", ClipTextConfig.eps)),
+    )
+    return LoadPlan(config, own, sources, (*_COMPUTED, *(f"{start}*" for start in _BESIDE_CLIP)))

@@ -1,0 +1,190 @@
+"""T5-XXL's text encoder, as the shared loops use it: each prompt gives a fixed number of states.
+
+A LoRA goes into the linear layers of `blocks` (168 in T5-XXL): `T5Network.spec` names them. LoRA files have
+Hugging Face's module paths, ours are those of Wan's umT5:
+
+    blocks.N.attn.q        encoder.block.N.layer.0.SelfAttention.q         (k, v, o likewise)
+    blocks.N.ffn.gate.0    encoder.block.N.layer.1.DenseReluDense.wi_0
+    blocks.N.ffn.fc1       encoder.block.N.layer.1.DenseReluDense.wi_1
+    blocks.N.ffn.fc2       encoder.block.N.layer.1.DenseReluDense.wo
+"""
+# Letters: L tokens of a prompt with its padding, C = width of the model
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from encoders.t5_checkpoints import T5Kind
+from encoders.t5_network import T5Network, load_t5
+from encoders.t5_tokenizer import T5Tokenizer, T5Tokenizers
+from encoders.token_rows import check_ids, fill_rows, in_groups
+from modules.checkpoints.model_files import inside
+from modules.checkpoints.opening import fingerprint
+from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens, token_weights
+from modules.contract.weighting import weigh_rows
+from modules.devices import dtype_name
+from modules.offload.loaded import Loaded
+
+logger = logging.getLogger(__name__)
+
+LORA_PREFIX = "lora_te3"  # of names in LoRA files
+MAX_TOKENS = 512  # with the end token, as FLUX.1 dev and Chroma were trained; schnell with 256
+PAD = 0  # the id that rows are padded with
+
+T5_XXL = T5Kind(
+    name="T5",
+    what="a T5 encoder",
+    option="--t5xxl",
+    release="t5xxl_fp16.safetensors or the folder text_encoder_2 of FLUX.1",
+    has_own_tables=False,
+)
+T5_FILES = TokenizerFiles(
+    option="--t5xxl_tokenizer",
+    names=("tokenizer.json", "spiece.model", "tokenizer.model"),
+    folder="",
+    repository="google/t5-v1_1-xxl",
+    # diffusers: FLUX.1 has it as its second, Chroma as its only one
+    beside=(
+        *("t5xxl", "t5-v1_1-xxl", "google_t5-v1_1-xxl", "tokenizer_2", "../tokenizer_2"),
+        *("tokenizer", "../tokenizer", "."),
+    ),
+    token="</s>",
+    on_hub="spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class T5Use:
+    """What a family calls its T5: in cache records and conditions. The defaults are FLUX's and Chroma's."""
+
+    name: str = "t5"  # in cache records
+    states: str = "t5_out"  # key of the states, L C
+    mask: str = "t5_attn_mask"  # key of the mask, L int64
+    kind: T5Kind = T5_XXL
+    folders: tuple[str, ...] = (
+        "text_encoder_2",
+        "text_encoder",
+    )  # in a release, the first that exists
+    tokenizer: TokenizerFiles = T5_FILES
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of what the encoder returns."""
+        return frozenset({self.states, self.mask})
+
+
+USE = T5Use()
+
+
+class T5TextEncoder:
+    """T5 with its tokenizer: load, encode, free. Texts are not cleaned, as in the release."""
+
+    variable_length: frozenset[str] = frozenset()
+    lora_prefix = LORA_PREFIX
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype | None = torch.bfloat16,
+        tokenizer: Path | None = None,
+        max_length: int = MAX_TOKENS,
+        uses_mask: bool = False,
+        in_fp8: bool = False,
+        use: T5Use = USE,
+    ) -> None:
+        """Set up the encoder; `load` reads the files.
+
+        path: file or folder of the model, or a whole release. dtype: compute dtype; None: the file's.
+        max_length: tokens of each row (L), with the end token and padding. uses_mask: no token attends to
+        padding; otherwise padding counts as tokens. in_fp8: keep the linear layers in 8 bits.
+        """
+        there = (folder for folder in use.folders if (path / folder).is_dir())
+        self.path = inside(path, next(there, ""))
+        self.dtype = dtype
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.uses_mask = uses_mask
+        self.in_fp8 = in_fp8
+        self.use = use
+        self._tokenizers = T5Tokenizers(use.tokenizer, max_length)
+        self._loaded = Loaded[T5Network, T5Tokenizer]()
+
+    @property
+    def name(self) -> str:
+        """The name in messages and cache records."""
+        return self.use.name
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of what `encode` returns."""
+        return self.use.keys
+
+    @property
+    def network(self) -> T5Network:
+        """The network. Call `load` first."""
+        return self._loaded.get()[0]
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return fingerprints of checkpoint and tokenizer, and how they are used. Reads a few MB."""
+        name = self.name
+        identity = {
+            name: fingerprint(self.path),
+            f"{name}_tokenizer": self._tokenizers.find(self.tokenizer, self.path).identity,
+            f"{name}_dtype": "of the file" if self.dtype is None else dtype_name(self.dtype),
+            f"{name}_length": str(self.max_length),
+            f"{name}_mask": "used" if self.uses_mask else "not used",
+        }
+        return identity | ({f"{name}_weights": "fp8"} if self.in_fp8 else {})
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
+
+        Raises CheckpointError if there is no tokenizer here; none is downloaded.
+        """
+        return self._tokenizers.load_counter(self.tokenizer, self.path)
+
+    def load(self, device: torch.device) -> None:
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        self._loaded.load(device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[T5Network, T5Tokenizer]:
+        # first, so that a bad tokenizer is reported before gigabytes are read
+        tokenizer = self._tokenizers.load(self.tokenizer, self.path)
+        return load_t5(self.path, device, self.use.kind, self.dtype, self.in_fp8), tokenizer
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return each prompt's states L C and its mask: L int64, 1 for tokens, the end token among them.
+
+        They are on the CPU; gradients flow to what learns in the network, also through 8-bit weights. The
+        rows of a part's tokens are multiplied by the part's weight. Raises CheckpointError if the tokenizer
+        has more tokens than the encoder.
+        """
+        t5, tokenizer = self._loaded.get()
+        rows = [tokenizer(prompt.text) for prompt in prompts]
+        check_ids(rows, t5.token_embedding.num_embeddings, self.path, self.use.tokenizer.option)
+        results: list[Conditions] = []
+        filled = [fill_rows([row], self.max_length, PAD) for row in rows]
+        for group in in_groups([row[0].tolist() for row, _ in filled]):
+            masks = torch.cat([mask for _, mask in filled[len(results) : len(results) + len(group)]])
+            states = t5.encode_padded(torch.tensor(group), masks if self.uses_mask else None).cpu()
+            results += [
+                {self.use.states: state.clone(), self.use.mask: mask.clone()}
+                for state, mask in zip(states, masks, strict=True)
+            ]
+        for index, prompt in enumerate(prompts):
+            if prompt.spans:
+                weights = token_weights(prompt.text, tokenizer.places(prompt.text), prompt.spans)
+                weighed = weigh_rows(results[index][self.use.states], weights)
+                results[index] = {**results[index], self.use.states: weighed}
+        return results
+
+    def free(self) -> None:
+        """Release the encoder and its memory."""
+        self._loaded.free()

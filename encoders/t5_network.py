@@ -1,0 +1,231 @@
+"""The encoders T5 v1.1 and umT5: turn each prompt into one vector per token.
+
+Module names follow Wan's released umT5. Source: Raffel et al. 2020, arXiv 1910.10683; Shazeer 2020, arXiv
+2002.05202 (the gate); UniMax umT5, arXiv 2304.09151.
+"""
+# Letters: L tokens of all prompts concatenated, n tokens of one, N heads, D head width, C = model width
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoders.t5_checkpoints import T5Config, T5Kind, read_t5
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
+from modules.contract.family import DitSpec
+from modules.contract.generation import NO_TWEAKS
+from modules.devices import dtype_name
+from modules.run_blocks import Hidden, run_blocks
+
+logger = logging.getLogger(__name__)
+
+MAX_DISTANCE = 128  # all larger relative positions share one bucket
+
+
+def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
+    """Return the bucket of each relative position (key minus query).
+
+    Buckets are exact for small distances and logarithmic up to MAX_DISTANCE; each sign has one half of them.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    size = distance.abs()
+    log_part = torch.log(size.float().clamp_min(1) / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)
+    far = (exact + log_part.long()).clamp_max(half - 1)
+    return (distance > 0).long() * half + torch.where(size < exact, size, far)
+
+
+class T5Norm(nn.Module):
+    """RMS norm: x / root mean square * weight, with the division in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+
+
+class T5Attention(nn.Module):
+    """Attention without scaling; each prompt attends only to itself."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.dim, config.attention_dim, bias=False)
+        self.k = nn.Linear(config.dim, config.attention_dim, bias=False)
+        self.v = nn.Linear(config.dim, config.attention_dim, bias=False)
+        self.o = nn.Linear(config.attention_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor, tokens: "T5Tokens") -> Tensor:
+        """Attend within each prompt, to its visible tokens. x: L C. bias: N n n for the longest prompt."""
+        # N L D
+        heads = [
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for linear in (self.q, self.k, self.v)
+        ]
+        outputs = []
+        prompts = zip(*(tensor.split(list(tokens.lengths), dim=1) for tensor in heads), strict=True)
+        for (q, k, v), seen in zip(prompts, tokens.visible, strict=True):
+            mask = bias[None, :, : q.shape[1], :seen]
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q[None], k[None, :, :seen], v[None, :, :seen], attn_mask=mask, scale=1.0
+                )[0]
+            )
+        return self.o(torch.cat(outputs, dim=1).transpose(0, 1).flatten(1))
+
+
+class T5FeedForward(nn.Module):
+    """Gated feed-forward: fc2(fc1(x) * gelu(gate(x)))."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim, bias=False), nn.GELU(approximate="tanh")
+        )
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class PositionTable(nn.Module):
+    """Attention bias of each head, looked up by the relative position of two tokens."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
+
+    def forward(self, length: int) -> Tensor:
+        """Return the bias for `length` tokens, N n n: head, query, key."""
+        distances = torch.arange(1 - length, length, device=self.embedding.weight.device)
+        by_distance = self.embedding(relative_bucket(distances, self.embedding.num_embeddings)).T  # N 2n-1
+        return by_distance.unfold(1, length, 1).flip(1)  # query i takes the window that begins at distance -i
+
+
+@dataclass(frozen=True)
+class T5Tokens:
+    """The prompts that the rows of `Hidden.x` belong to."""
+
+    lengths: Sequence[int]  # of the prompts; they sum to L
+    visible: Sequence[int]  # how many tokens of each prompt attention sees, from its first
+    bias: Tensor | None  # N n n for the longest prompt, if all blocks share one table
+
+
+class T5Block(nn.Module):
+    """Attention and feed-forward with residuals. has_table: it has a position table of its own."""
+
+    def __init__(self, config: T5Config, has_table: bool) -> None:
+        super().__init__()
+        self.norm1 = T5Norm(config.dim)
+        self.attn = T5Attention(config)
+        self.norm2 = T5Norm(config.dim)
+        self.ffn = T5FeedForward(config)
+        self.pos_embedding = PositionTable(config) if has_table else None
+
+    def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
+        bias = tokens.bias
+        if bias is None:
+            assert self.pos_embedding is not None
+            bias = self.pos_embedding(max(tokens.lengths))
+        x = _within_float16(x + self.attn(self.norm1(x), bias, tokens))
+        return _within_float16(x + self.ffn(self.norm2(x)))
+
+
+def _within_float16(x: Tensor) -> Tensor:
+    """Clamp a float16 residual stream, which overflows in T5. Other dtypes pass unchanged."""
+    if x.dtype != torch.float16:
+        return x
+    limit = torch.finfo(torch.float16).max - 1000
+    return x.clamp(-limit, limit)
+
+
+class T5Network(nn.Module):
+    """The encoder, a T5 or an umT5.
+
+    Prompts of different lengths are concatenated without padding, so each gives the same result as alone.
+    """
+
+    spec = DitSpec(block_lists=("blocks",))
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocabulary, config.dim)
+        self.blocks = nn.ModuleList(
+            T5Block(config, has_table=index == 0 or not config.shares_positions)
+            for index in range(config.num_layers)
+        )
+        self.norm = T5Norm(config.dim)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.norm.weight.device
+
+    def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:
+        """Encode prompts. ids: one vector of n token ids per prompt. Returns one n C tensor per prompt.
+
+        visible: how many tokens of each prompt the others attend to, from its first: those before its
+        padding. None: all.
+        """
+        lengths = [len(prompt) for prompt in ids]
+        tokens = T5Tokens(lengths, lengths if visible is None else visible, self._bias(max(lengths)))
+        hidden = Hidden(self.token_embedding(torch.cat(list(ids))), tokens)
+        run_blocks(self, hidden, NO_TWEAKS)
+        return list(self.norm(hidden.x).split(lengths))
+
+    def encode_padded(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the states B n C of token ids B n, on any device.
+
+        mask: B n, 1 for tokens, then 0 for padding; padding attends to the tokens, no token to padding. None:
+        padding counts as tokens.
+        """
+        visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]
+        return torch.stack(self(list(ids.to(self.device)), visible))
+
+    def _bias(self, length: int) -> Tensor | None:
+        """Return the attention bias that all blocks share, N n n; None if each has its own."""
+        if not self.config.shares_positions:
+            return None
+        first = self.blocks[0].pos_embedding
+        assert isinstance(first, PositionTable)
+        return first(length)
+
+
+def load_t5(
+    path: Path,
+    device: torch.device,
+    kind: T5Kind,
+    dtype: torch.dtype | None = None,
+    in_fp8: bool = False,
+) -> T5Network:
+    """Load an encoder of that kind.
+
+    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. in_fp8: keep the linear layers in 8
+    bits; an fp8 file's weights are then used as they are, otherwise they are dequantized. Raises
+    CheckpointError if the file is damaged or holds another model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        plan = read_t5(checkpoint, kind)
+        stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
+        compute = dtype or _compute_dtype(stored, device)
+        what = f"the {kind.name} text encoder ({kind.option})"
+        t5 = load_planned(plan, T5Network, device, compute, what, in_fp8)
+    logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
+    return t5
+
+
+def _compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    if stored == torch.float32 or (stored == torch.float16 and device.type != "cpu"):
+        return stored
+    return torch.bfloat16  # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16

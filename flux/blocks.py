@@ -1,0 +1,234 @@
+"""Blocks in which picture and text tokens attend to each other: double (separate weights), single (shared).
+
+HunyuanVideo's blocks follow these; `hunyuan_model/blocks.py` says what is always float32, and how tokens
+stand: picture tokens first, then text, which is not rotated. The released code has the text first; attention
+does not depend on the order. Chroma's blocks do not compute their modulation, they take rows of it.
+Source: the released code of FLUX.1 and Chroma. Module names follow the published checkpoints.
+"""
+# Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D, M modulations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from flux.configs import FluxConfig
+from hunyuan_model.blocks import (
+    Heads,
+    HunyuanTokens,
+    add_gated,
+    attend_jointly,
+    attend_turned,
+    gelu,
+    heads,
+    modulate,
+)
+from modules.layers.norms import Float32LayerNorm, ScaleNorm
+from modules.layers.precision import run
+from modules.layers.rope import rotate
+
+
+class Modulation(nn.Module):
+    """Compute the shifts, scales and gates of a block from the embedding of timestep, text and guidance."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.lin = nn.Linear(dim, count * dim)
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        # vector: B C float32 -> count tensors B 1 C float32
+        return run(self.lin, functional.silu(vector)).float().unsqueeze(1).chunk(self.count, dim=-1)
+
+
+class ModulationRows(nn.Module):
+    """Take the shifts, scales and gates of a block from all that Chroma's approximator made."""
+
+    def __init__(self, first: int, count: int) -> None:
+        super().__init__()
+        self.first, self.count = first, count
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        # vector: B M C float32 -> count tensors B 1 C
+        return vector[:, self.first : self.first + self.count].split(1, dim=1)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Where each block's modulation stands among the rows of the approximator.
+
+    Single blocks first, then the pictures' of the double blocks, then the texts', then the final layer's.
+    Source: the released code of Chroma.
+    """
+
+    double_blocks: int
+    single_blocks: int
+
+    def picture(self, block: int) -> ModulationRows:
+        return ModulationRows(3 * self.single_blocks + 6 * block, 6)
+
+    def text(self, block: int) -> ModulationRows:
+        return ModulationRows(3 * self.single_blocks + 6 * (self.double_blocks + block), 6)
+
+    def single(self, block: int) -> ModulationRows:
+        return ModulationRows(3 * block, 3)
+
+    @property
+    def final(self) -> ModulationRows:
+        return ModulationRows(3 * self.single_blocks + 12 * self.double_blocks, 2)
+
+
+def row_plan(config: FluxConfig) -> RowPlan | None:
+    """Return where a model's modulations stand; None if each block computes its own."""
+    if config.approximator is None:
+        return None
+    return RowPlan(config.double_blocks, config.single_blocks)
+
+
+class QueryKeyNorm(nn.Module):
+    """Norms of queries and keys, of each head by itself."""
+
+    def __init__(self, head_width: int, eps: float) -> None:
+        super().__init__()
+        self.query_norm = ScaleNorm(head_width, eps)
+        self.key_norm = ScaleNorm(head_width, eps)
+
+
+class JointAttention(nn.Module):
+    """The layers around attention of one of the two streams."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = QueryKeyNorm(dim // num_heads, eps)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads_of(self, x: Tensor) -> Heads:
+        """Return query, key and value of B T C, each B T N D."""
+        q, k, v = heads(run(self.qkv, x), self.num_heads)
+        return self.norm.query_norm(q), self.norm.key_norm(k), v
+
+
+def make_mlp(config: FluxConfig) -> nn.Sequential:
+    """Return two layers with a GELU, in its tanh approximation, between them."""
+    return nn.Sequential(
+        nn.Linear(config.dim, config.ffn_dim),
+        nn.GELU(approximate="tanh"),
+        nn.Linear(config.ffn_dim, config.dim),
+    )
+
+
+class DoubleBlock(nn.Module):
+    """Block in which picture and text have separate weights and share one attention."""
+
+    def __init__(self, config: FluxConfig, index: int) -> None:
+        super().__init__()
+        dim, rows = config.dim, row_plan(config)
+        self.norm = Float32LayerNorm(dim, config.eps)  # has no weights, so one serves both streams
+        self.img_mod = Modulation(dim, 6) if rows is None else rows.picture(index)
+        self.img_attn = JointAttention(dim, config.num_heads, config.eps)
+        self.img_mlp = make_mlp(config)
+        self.txt_mod = Modulation(dim, 6) if rows is None else rows.text(index)
+        self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
+        self.txt_mlp = make_mlp(config)
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        # x: B L+T C
+        x, others = tokens.split_away(x)
+        picture = x[:, : tokens.video]
+        texts = [(x[:, tokens.video :], tokens.vector), *others]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
+        modulations = [self.txt_mod(vector) for _, vector in texts]
+
+        q, k, v = self.img_attn.heads_of(modulate(self.norm(picture), shift1, scale1, tokens.dtype))
+        mine = rotate(q, tokens.rotary), rotate(k, tokens.rotary), v
+        first, *rest = [
+            self.text_heads(text, modulation, tokens.dtype)
+            for (text, _), modulation in zip(texts, modulations, strict=True)
+        ]
+        q, k, v = (torch.cat([one, other], dim=1) for one, other in zip(mine, first, strict=True))
+        seen, *others_seen = attend_jointly(q, k, v, tokens, rest)
+
+        picture = add_gated(picture, gate1, run(self.img_attn.proj, seen[:, : tokens.video]))
+        seen_by_texts = [seen[:, tokens.video :], *others_seen]
+        finished = [
+            self.finish_text(text, one_seen, modulation, tokens.dtype)
+            for (text, _), one_seen, modulation in zip(texts, seen_by_texts, modulations, strict=True)
+        ]
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        picture = self.feed_forward(picture, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
+        return torch.cat([picture, *finished], dim=1)
+
+    def text_heads(self, text: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype) -> Heads:
+        """Return query, key and value of a text, B T C. modulation: six tensors B 1 C."""
+        shift, scale, *_ = modulation
+        return self.txt_attn.heads_of(modulate(self.norm(text), shift, scale, dtype))
+
+    def finish_text(
+        self, text: Tensor, seen: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Add to a text what it sees, B T C, and its feed-forward."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        text = add_gated(text, gate1, run(self.txt_attn.proj, seen))
+        return self.feed_forward(text, self.txt_mlp, shift2, scale2, gate2, dtype)
+
+    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return what attention gets for the picture tokens of x: B L+T C -> B L C."""
+        shift, scale, *_ = self.img_mod(tokens.vector)
+        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+
+    def feed_forward(
+        self, x: Tensor, mlp: nn.Sequential, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Add the feed-forward branch of a stream to x; each token is processed independently.
+
+        x: B L C; shift, scale, gate: B 1 C float32.
+        """
+        first, activation, second = mlp
+        hidden = activation(run(first, modulate(self.norm(x), shift, scale, dtype)))
+        return add_gated(x, gate, run(second, hidden))
+
+
+class SingleBlock(nn.Module):
+    """Block in which picture and text share all weights; attention and feed-forward run in parallel."""
+
+    def __init__(self, config: FluxConfig, index: int) -> None:
+        super().__init__()
+        dim, rows = config.dim, row_plan(config)
+        self.num_heads = config.num_heads
+        self.widths = (3 * dim, config.ffn_dim)
+        self.pre_norm = Float32LayerNorm(dim, config.eps)
+        self.modulation = Modulation(dim, 3) if rows is None else rows.single(index)
+        self.linear1 = nn.Linear(dim, 3 * dim + config.ffn_dim)
+        self.norm = QueryKeyNorm(dim // config.num_heads, config.eps)
+        self.linear2 = nn.Linear(dim + config.ffn_dim, dim)
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        # x: B L+T C
+        x, others = tokens.split_away(x)
+        begun = [
+            (text, *self.begin(text, vector, tokens.dtype)) for text, vector in ((x, tokens.vector), *others)
+        ]
+        (_, q, k, v, _, _), *rest = begun
+        seen = attend_turned(q, k, v, tokens, [(q2, k2, v2) for _, q2, k2, v2, *_ in rest])
+        finished = [
+            self.finish(text, one_seen, hidden, gate)
+            for (text, _, _, _, hidden, gate), one_seen in zip(begun, seen, strict=True)
+        ]
+        return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
+
+    def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
+        shift, scale, gate = self.modulation(vector)
+        qkv, hidden = run(self.linear1, modulate(self.pre_norm(x), shift, scale, dtype)).split(
+            self.widths, dim=-1
+        )
+        q, k, v = heads(qkv, self.num_heads)
+        return self.norm.query_norm(q), self.norm.key_norm(k), v, hidden, gate
+
+    def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
+        """Add to tokens what they see and their feed-forward."""
+        return add_gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))

@@ -1,0 +1,224 @@
+"""The transformer of FLUX.1 and of Chroma. Module names follow the published checkpoints.
+
+Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` says what is always
+float32.
+"""
+# Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D, M modulations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, row_plan
+from flux.chroma import Approximator
+from flux.configs import PATCH, FluxConfig
+from flux.spec import GUIDANCE_UNIT, dit_spec
+from hunyuan_model.blocks import AwayTokens, HunyuanTokens, modulate
+from hunyuan_model.model import real_tokens, rotary_widths
+from modules.attention.lengths import Lengths, lengths_on
+from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.layers.norms import Float32LayerNorm
+from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.rope import Grid, GridTable, exact_table, table_maker
+from modules.layers.sinusoid import sinusoid
+from modules.run_blocks import Hidden, run_blocks
+
+VectorOf = Callable[[Tensor | None], Tensor]  # pooled text B E -> B C, or B M C of Chroma
+
+
+class VectorEmbedding(nn.Module):
+    """Embed a vector per sample: B E -> B C float32."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(width, dim)
+        self.out_layer = nn.Linear(dim, dim)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, vector)))
+
+
+class FinalLayer(nn.Module):
+    """Final norm, modulated, and projection to the numbers of a token."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        rows = row_plan(config)
+        self.norm_final = Float32LayerNorm(config.dim, config.eps)
+        self.linear = nn.Linear(config.dim, config.token_dim)
+        self.adaLN_modulation = (
+            nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim)) if rows is None else rows.final
+        )
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        shift, scale = self._modulation(tokens.vector)
+        return run(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+
+    def _modulation(self, vector: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.adaLN_modulation, ModulationRows):
+            return self.adaLN_modulation(vector)
+        activation, layer = self.adaLN_modulation
+        return run(layer, activation(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+
+
+class FluxModel(nn.Module):
+    """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L."""
+
+    def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.spec = dit_spec(config.kind)
+        dim = config.dim
+        self.img_in = nn.Linear(config.token_dim, dim)
+        self.txt_in = nn.Linear(config.text_dim, dim)
+        if config.approximator is None:
+            self.time_in = VectorEmbedding(config.freq_dim, dim)
+            self.vector_in = VectorEmbedding(config.pooled_dim, dim)
+            if config.has_guidance:
+                self.guidance_in = VectorEmbedding(config.freq_dim, dim)
+        else:
+            self.distilled_guidance_layer = Approximator(
+                config.approximator, config.modulations, dim, config.eps
+            )
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(config, index) for index in range(config.double_blocks)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(config, index) for index in range(config.single_blocks)
+        )
+        self.final_layer = FinalLayer(config)
+        widths = rotary_widths(dim // config.num_heads)
+        self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("img_in.bias").dtype  # the weights of blocks may be in 8 bits
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        t5: Tensor,
+        t5_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> Tensor:
+        """Velocity B Z 1 H W in float32.
+
+        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
+        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
+        pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
+        not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
+        t5_mask and pooled. Raises ValueError where sizes do not go together.
+        """
+        hidden = Hidden(*self.embed(noisy, timesteps, t5, t5_mask, pooled, guidance, tweaks))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        t5: Tensor,
+        t5_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> tuple[Tensor, HunyuanTokens]:
+        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+
+        A second text comes behind the first one.
+        """
+        self._check(noisy, t5, t5_mask)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        picture = run(self.img_in, pack(noisy)).to(dtype)
+        grid = (1, noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
+        rotary = self._rotary.of(Grid(grid), noisy.device)
+        vector_of = self._vectors(timesteps, guidance, tweaks)
+        text, lengths = self._embed_text(t5, t5_mask, len(rotary), dtype)
+        tokens = HunyuanTokens(grid, rotary, lengths, vector_of(pooled), dtype, self.attention)
+        if tweaks.away is None:
+            return torch.cat([picture, text], dim=1), tokens
+        away_text, away = self._embed_away(tweaks.away, len(noisy), len(rotary), dtype, vector_of)
+        return torch.cat([picture, text, away_text], dim=1), replace(tokens, away=away)
+
+    def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
+        _, rows, columns = tokens.grid
+        return unpack(self.final_layer(x[:, : tokens.video], tokens).float(), rows, columns)
+
+    def _vectors(self, timesteps: Tensor, guidance: Tensor | None, tweaks: Tweaks) -> VectorOf:
+        """Return what makes the vector of the blocks for a pooled text."""
+        config = self.config
+        guidance = torch.zeros_like(timesteps) if guidance is None else guidance
+        if config.approximator is not None:
+            rows = self.distilled_guidance_layer(timesteps, guidance)
+            return lambda _: rows
+
+        def of(pooled: Tensor | None) -> Tensor:
+            if pooled is None:
+                raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
+            # float32 angles: those of a large guidance are rounded, and so they were in training
+            vector = self.time_in(sinusoid(timesteps, config.freq_dim, torch.float32))
+            vector = vector + self.vector_in(pooled)
+            if config.has_guidance and tweaks.embedded_guidance:
+                scaled = sinusoid(GUIDANCE_UNIT * guidance, config.freq_dim, torch.float32)
+                vector = vector + self.guidance_in(scaled)
+            return vector
+
+        return of
+
+    def _embed_text(
+        self, t5: Tensor, mask: Tensor | None, before: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Lengths | None]:
+        """Return text tokens, B T C, and how many of all tokens are real with `before` in front of them."""
+        if mask is None:
+            return run(self.txt_in, t5).to(dtype), None
+        longest, counts = real_tokens(mask)
+        if self.config.approximator is not None:  # one token of padding stays visible, as trained
+            most = mask.shape[1]
+            counts = None if counts is None else [min(count + 1, most) for count in counts]
+            longest = min(longest + 1, most)
+        lengths = None if counts is None else lengths_on([before + count for count in counts], t5.device)
+        return run(self.txt_in, t5[:, :longest]).to(dtype), lengths
+
+    def _embed_away(
+        self, away: Away, batch: int, before: int, dtype: torch.dtype, vector_of: VectorOf
+    ) -> tuple[Tensor, AwayTokens]:
+        """Embed the second text of a call, one for all samples or one for each."""
+        given = {
+            name: value.expand(batch, *value.shape[1:])
+            for name, value in away.text.items()
+            if isinstance(value, Tensor)
+        }
+        text, lengths = self._embed_text(given["t5"], given.get("t5_mask"), before, dtype)
+        return text, AwayTokens(text.shape[1], vector_of(given.get("pooled")), lengths, away.steer)
+
+    def _check(self, noisy: Tensor, t5: Tensor, mask: Tensor | None) -> None:
+        if noisy.shape[1] != self.config.channels:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.channels}")
+        if noisy.shape[2] != 1 or noisy.shape[-2] % PATCH or noisy.shape[-1] % PATCH:
+            raise ValueError(f"latents of {tuple(noisy.shape[2:])}: one frame of even height and width")
+        if mask is not None and mask.shape != t5.shape[:2]:
+            raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(t5.shape[:2])}")
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
+    return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `pack`. rows, columns: of tokens."""
+    return rearrange(
+        tokens, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
+    )

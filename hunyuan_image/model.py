@@ -1,0 +1,195 @@
+"""The HunyuanImage-2.1 transformer: HunyuanVideo's blocks over the pixels of a latent picture.
+
+Module names follow the published checkpoint. Two texts are joined: the prompt's states of a language model,
+and those of a glyph encoder for what is to be written in the picture. Source: the released model code.
+`hunyuan_model.blocks` lists what is always float32.
+"""
+# Letters: B batch, L picture tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from hunyuan_image.configs import HunyuanImageConfig
+from hunyuan_image.spec import DIT
+from hunyuan_model.blocks import AwayTokens, HunyuanTokens, MMDoubleStreamBlock, MMSingleStreamBlock
+from hunyuan_model.model import FinalLayer, real_tokens
+from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
+from modules.attention.lengths import Lengths, lengths_on
+from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.layers.norms import Float32LayerNorm
+from modules.layers.precision import activation_dtype, run
+from modules.layers.rope import Grid, GridTable, exact_table, table_maker
+from modules.run_blocks import Hidden, run_blocks
+
+GLYPH_EPS = 1e-5  # of the norm before the glyph layers
+
+
+class PixelEmbedding(nn.Module):
+    """Embed each pixel of a latent picture: B in_dim H W -> B C H W."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, 1)
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        return run(self.proj, noisy)
+
+
+class GlyphEmbedding(nn.Module):
+    """Turn states of the glyph encoder into text tokens: B G glyph_dim -> B G C."""
+
+    def __init__(self, config: HunyuanImageConfig) -> None:
+        super().__init__()
+        self.layernorm = Float32LayerNorm(config.glyph_dim, GLYPH_EPS, affine=True)
+        sizes = pairwise((config.glyph_dim, *config.glyph_hidden, config.dim))
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(taken, made) for taken, made in sizes)
+
+    def forward(self, states: Tensor) -> Tensor:
+        hidden = functional.gelu(run(self.fc1, self.layernorm(states)))
+        return run(self.fc3, functional.gelu(run(self.fc2, hidden)))
+
+
+class HunyuanImageModel(nn.Module):
+    """Predict the velocity of a noisy latent picture from the states of its two texts."""
+
+    spec = DIT
+
+    def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.byt5_in = GlyphEmbedding(config)
+        self.img_in = PixelEmbedding(config.in_dim, dim)
+        self.txt_in = TokenRefiner(config)
+        self.time_in = NumberEmbedding(config.freq_dim, dim)
+        sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
+        self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
+        self.final_layer = FinalLayer(dim, config.out_dim, config.eps)
+        side = dim // config.num_heads // 2  # of a head's channels, for rows and for columns
+        self._rotary = GridTable(table_maker(exact_table, (side, side), config.rope_theta))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("double_blocks.0.img_attn_proj.bias").dtype  # the weight may be in 8 bits
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        glyphs: Tensor,
+        glyph_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> Tensor:
+        """Velocity B out_dim H W in float32.
+
+        noisy: B in_dim H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. glyphs:
+        B G glyph_dim, states of the glyph encoder. text_mask: B T, glyph_mask: B G, true or 1 for real
+        tokens, which come first; a picture without glyphs has none. tweaks: ideas that change this call;
+        their second text has the names of these four arguments. Raises ValueError if sizes do not fit.
+        """
+        hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, glyphs, glyph_mask, tweaks))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        glyphs: Tensor,
+        glyph_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> tuple[Tensor, HunyuanTokens]:
+        """Return picture and text tokens, B L+J C, and the other inputs of the blocks.
+
+        A second text comes behind the first one.
+        """
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        pixels = self.img_in(noisy).to(dtype)  # B C H W
+        rows, columns = pixels.shape[2:]
+        rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
+        joined, lengths = self._embed_text(
+            text, text_mask, glyphs, glyph_mask, timesteps, len(rotary), dtype
+        )
+        vector = self.time_in(timesteps)
+        tokens = HunyuanTokens((1, rows, columns), rotary, lengths, vector, dtype, self.attention)
+        picture = rearrange(pixels, "b c h w -> b (h w) c")
+        if tweaks.away is None:
+            return torch.cat([picture, joined], dim=1), tokens
+        away_text, away_lengths = self._embed_away(tweaks.away, timesteps, len(rotary), dtype)
+        away = AwayTokens(away_text.shape[1], vector, away_lengths, tweaks.away.steer)
+        return torch.cat([picture, joined, away_text], dim=1), replace(tokens, away=away)
+
+    def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""
+        pixels = self.final_layer(x[:, : tokens.video], tokens).float()
+        return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
+
+    def _embed_text(
+        self,
+        text: Tensor,
+        text_mask: Tensor,
+        glyphs: Tensor,
+        glyph_mask: Tensor,
+        timesteps: Tensor,
+        before: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Lengths | None]:
+        """Return the tokens of both texts, B J C, and how many are real with `before` in front of them.
+
+        In each sample glyphs come first, then the text, then what is missing to the longest of the batch.
+        """
+        for states, mask in ((text, text_mask), (glyphs, glyph_mask)):
+            if mask.shape != states.shape[:2]:
+                raise ValueError(f"a mask of {tuple(mask.shape)} for a text of {tuple(states.shape[:2])}")
+        longest, counts = real_tokens(text_mask)
+        refined = self.txt_in(text[:, :longest], timesteps, counts, dtype, self.attention)
+        text_counts = counts or [longest] * len(text)
+        most, counts = real_tokens(glyph_mask)
+        glyph_counts = counts or [most] * len(glyphs)
+        if any(glyph_counts):
+            written = self.byt5_in(glyphs[:, :most]).to(dtype)
+            refined = join_texts(written, glyph_counts, refined, text_counts)
+        totals = [sum(both) for both in zip(glyph_counts, text_counts, strict=True)]
+        if min(totals) == refined.shape[1]:
+            return refined, None
+        return refined, lengths_on([before + total for total in totals], text.device)
+
+    def _embed_away(
+        self, away: Away, timesteps: Tensor, before: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Lengths | None]:
+        """Embed the second text of a call, one for all samples or one for each, as `_embed_text`."""
+        given = [away.text[name] for name in ("text", "text_mask", "glyphs", "glyph_mask")]
+        batch = len(timesteps)
+        texts = [one.expand(batch, *one.shape[1:]) for one in given if isinstance(one, Tensor)]
+        text, text_mask, glyphs, glyph_mask = texts
+        return self._embed_text(text, text_mask, glyphs, glyph_mask, timesteps, before, dtype)
+
+
+def join_texts(
+    first: Tensor, first_counts: Sequence[int], second: Tensor, second_counts: Sequence[int]
+) -> Tensor:
+    """Join the real tokens of two texts, B G C and B T C, to B J C; zeros fill up the shorter samples."""
+    pieces = [
+        torch.cat([one[:count], other[:many]])
+        for one, count, other, many in zip(
+            first.unbind(0), first_counts, second.unbind(0), second_counts, strict=True
+        )
+    ]
+    return nn.utils.rnn.pad_sequence(pieces, batch_first=True)

@@ -1,0 +1,165 @@
+"""HunyuanImage-2.1's text encoders, as the shared loops use them: a language model, and one for glyphs.
+
+Names and shapes of the outputs are those of the known caches. Source of template and lengths: the released
+HunyuanImage-2.1.
+"""
+# Letters: L tokens, C = width of the model
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from encoders.token_rows import check_ids
+from hunyuan_image.configs import TEXT_TOKENS
+from hunyuan_image.qwen import AFTER, BEFORE, DROPPED, QWEN, SKIP_LAYERS, TOKENIZER
+from hunyuan_model.llama import Llama, load_llama
+from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
+from hunyuan_model.text_encoders import weights_within
+from modules.checkpoints.model_files import inside
+from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
+from modules.checkpoints.tokenizers import token_places
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters
+from modules.contract.weighting import weigh_rows
+from modules.devices import dtype_name
+from modules.offload.loaded import Loaded
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+
+
+class QwenTextEncoder:
+    """The language model of Qwen2.5-VL. Each prompt gives a state for each of its tokens."""
+
+    name = "vlm"
+    keys = frozenset({"vlm_embed", "vlm_mask"})
+    variable_length = keys
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype = torch.bfloat16,
+        tokenizer: Path | None = None,
+        in_fp8: bool = False,
+        on_cpu: bool = False,
+    ) -> None:
+        """Set up the encoder; `load` reads the files.
+
+        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
+        compute dtype. in_fp8: keep the linear layers in 8 bits. on_cpu: compute there, whatever the device.
+        """
+        self.path = inside(path, "text_encoder")
+        self.dtype = dtype
+        self.tokenizer = tokenizer
+        self.in_fp8 = in_fp8
+        self.on_cpu = on_cpu
+        self._loaded = Loaded[Llama, Tokenizer]()
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used.
+
+        Reads a few MB. Raises CheckpointError if the file holds another model.
+        """
+        with open_checkpoint(self.path) as checkpoint:
+            config = read_qwen(checkpoint)
+        identity = {
+            "vlm": fingerprint(self.path),
+            "vlm_config": f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
+            "vlm_tokenizer": TOKENIZER.identity(TOKENIZER.find(self.tokenizer, self.path)),
+            "vlm_dtype": dtype_name(self.dtype),
+            "vlm_template": hashlib.sha256(template("{}").encode()).hexdigest()[:16],
+        }
+        return identity | ({"vlm_weights": "fp8"} if self.in_fp8 else {})
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens with the end token of its turn in the chat.
+
+        Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
+        """
+        file = TOKENIZER.find(self.tokenizer, self.path) or TOKENIZER.require_local(self.path)
+        tokenizer = TOKENIZER.read(file)
+
+        def count(text: str) -> TokenCount:
+            offsets = tokenizer.encode(template(text), add_special_tokens=False).offsets
+            ends = [end - len(BEFORE) for _, end in offsets]
+            kept = kept_characters(ends, DROPPED + TEXT_TOKENS, len(text))
+            return TokenCount(
+                text, max(len(ends) - DROPPED, 0), TEXT_TOKENS, min(max(kept, 0), len(text))
+            )
+
+        return count
+
+    def load(self, device: torch.device) -> None:
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        self._loaded.load(CPU if self.on_cpu else device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[Llama, Tokenizer]:
+        # first, so that a bad tokenizer is reported before gigabytes are read
+        file = TOKENIZER.find(self.tokenizer, self.path) or TOKENIZER.download(self.path)
+        logger.info("tokenizer of the text encoder: %s", file)
+        tokenizer = TOKENIZER.read(file)
+        dropped = len(tokenizer.encode(BEFORE, add_special_tokens=False).ids)
+        if dropped != DROPPED:
+            logger.warning(
+                "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
+                "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
+                dropped,
+                DROPPED,
+                TOKENIZER.option,
+            )
+        llama = load_llama(self.path, device, self.dtype, SKIP_LAYERS, False, self.in_fp8, QWEN)
+        logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
+        return llama, tokenizer
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return {"vlm_embed": [L C], "vlm_mask": [L int64]} on the CPU for each prompt.
+
+        L: number of the prompt's tokens with the end of its turn, at most 1024; all are real. One prompt at a
+        time, so that none depends on others. The states of a part's tokens are multiplied by its weight.
+        Raises CheckpointError if the tokenizer has more tokens than the model.
+        """
+        llama, tokenizer = self._loaded.get()
+        results: list[Conditions] = []
+        for prompt in prompts:
+            encoded = tokenizer.encode(template(prompt.text), add_special_tokens=False)
+            if len(encoded.ids) > DROPPED + TEXT_TOKENS:
+                logger.info(
+                    "%d tokens of the prompt are cut off, %d are used: %.60s",
+                    len(encoded.ids) - DROPPED - TEXT_TOKENS,
+                    TEXT_TOKENS,
+                    prompt.text,
+                )
+            ids = torch.tensor([encoded.ids[: DROPPED + TEXT_TOKENS]])
+            check_ids(ids, llama.embed_tokens.num_embeddings, self.path, TOKENIZER.option)
+            mask = torch.ones_like(ids)
+            states = llama(ids.to(llama.device), mask.to(llama.device))[0, DROPPED:].cpu()
+            if prompt.spans:
+                places = token_places(encoded)[DROPPED : DROPPED + TEXT_TOKENS]
+                weights = weights_within(prompt, template(prompt.text), len(BEFORE), places)
+                states = weigh_rows(states, weights)
+            results.append({"vlm_embed": [states.clone()], "vlm_mask": [mask[0, DROPPED:]]})
+        return results
+
+    def free(self) -> None:
+        """Release the encoder and its memory."""
+        self._loaded.free()
+
+
+def template(prompt: str) -> str:
+    """Return the text that the language model reads."""
+    return f"{BEFORE}{prompt}{AFTER}"
+
+
+def read_qwen(checkpoint: Checkpoint) -> LlamaConfig:
+    """Read the dimensions of the language model in an open file.
+
+    Raises CheckpointError if it holds another model.
+    """
+    return read_llama(checkpoint, SKIP_LAYERS, False, QWEN).config

@@ -1,0 +1,108 @@
+"""Checkpoint files of HunyuanImage-2.1's VAE: recognise their dialects and read dimensions from the tensors.
+
+Our modules have the names of the released file. In diffusers' the layers of all levels stand in one list.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from hunyuan_image.spec import LATENT
+from hunyuan_image.vae_blocks import FOLDED, GROUPS, HunyuanImageVaeConfig
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    checked_shapes_of,
+    count,
+    other_kind,
+    rename_sources,
+    translate_name,
+)
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
+from modules.errors import CheckpointError
+
+LEVELS = 6
+RELEASE = (
+    "hunyuan_image_2.1_vae_fp16.safetensors, vae/vae_2_1/pytorch_model.ckpt of tencent/HunyuanImage-2.1 or a "
+    "diffusers vae folder"
+)
+WHAT = "the VAE of HunyuanImage-2.1"
+# diffusers' names, once the layers of a level have its number -> the published ones
+FROM_DIFFUSERS: Names = (
+    (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
+    (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.mid.block_2.\2"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_([qkv])\.(.+)", r"\1.mid.attn_1.\2.\3"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.proj\.(.+)", r"\1.mid.attn_1.proj_out.\2"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.norm\.(.+)", r"\1.mid.attn_1.norm.\2"),
+)
+_LAYER = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.+)")
+
+
+def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
+    """Plan how to load the VAE: the released file or diffusers' layout. Raises CheckpointError for another."""
+    checkpoint = checkpoint.without_prefix("module.", "_orig_mod.", "first_stage_model.", "vae.")
+    sources = plain_sources(checkpoint)
+    if "encoder.down_blocks.0.conv1.weight" in sources:
+        sources = rename_sources(sources, NamesByLevel(sources))
+    if "encoder.down.0.downsample.conv.weight" not in sources or "decoder.conv_in.weight" not in sources:
+        raise other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    for name in list(sources):
+        if re.fullmatch(r".+\.mid\.attn_1\.(q|k|v|proj_out)\.weight", name):
+            sources[name] = sources[name].then(_as_matrix)  # 1x1 convolutions in the file
+    return LoadPlan(_read_config(checkpoint, sources), checkpoint, sources)
+
+
+def _read_config(checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> HunyuanImageVaeConfig:
+    shape = checked_shapes_of(checkpoint, sources, other_kind(checkpoint, WHAT, "--vae", RELEASE))
+    levels = {count(sources, rf"{part}\.\d+") for part in (r"encoder\.down", r"decoder\.up")}
+    if levels != {LEVELS}:
+        raise _wrong(checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}")
+    widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
+    channels = shape("decoder.conv_in.weight")[1]
+    if channels != LATENT.channels:
+        raise _wrong(checkpoint, f"it has {channels} latent channels, the model has {LATENT.channels}")
+    uneven = [width for width in widths if width % GROUPS]
+    pairs = zip(widths, widths[1:], strict=False)
+    if uneven or widths[-1] % (2 * channels) or any((FOLDED * near) % far for near, far in pairs):
+        raise _wrong(checkpoint, f"its levels have {', '.join(map(str, widths))} channels, which do not fit")
+    return HunyuanImageVaeConfig(
+        channels,
+        widths,
+        count(sources, r"encoder\.down\.0\.block\.\d+"),
+        count(sources, r"decoder\.up\.0\.block\.\d+"),
+    )
+
+
+def _wrong(checkpoint: Checkpoint, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path} is not {WHAT}: {why}.\n  Give {RELEASE} to --vae.", checkpoint.path
+    )
+
+
+class NamesByLevel:
+    """Turn diffusers' names into the published ones; a level ends with the layer that changes resolution."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        found = [match for match in map(_LAYER.fullmatch, names) if match]
+        self._changes = {
+            part: sorted({int(match[3]) for match in found if match[1] == part and match[4] == "conv.weight"})
+            for part in ("encoder", "decoder")
+        }
+
+    def __call__(self, name: str) -> str:
+        layer = _LAYER.fullmatch(name)
+        if layer is None:
+            return translate_name(name, FROM_DIFFUSERS)
+        part, way, place, rest = layer[1], layer[2], int(layer[3]), layer[4]
+        changes = self._changes[part]
+        level = sum(change < place for change in changes)
+        if place in changes:
+            return f"{part}.{way}.{level}.{way}sample.{rest}"
+        first = changes[level - 1] + 1 if level else 0
+        return f"{part}.{way}.{level}.block.{place - first}.{rest}"
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1)

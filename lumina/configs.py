@@ -1,0 +1,60 @@
+"""Lumina-Image-2.0 as data: dimensions of a transformer and of its text encoder, and where they come from."""
+
+from dataclasses import dataclass
+
+from modules.contract.release import ModelRelease
+
+LUMINA_2 = ModelRelease(
+    ("Alpha-VLLM/Lumina-Image-2.0",),
+    "Apache-2.0",
+    "apache-2.0",
+    "https://www.apache.org/licenses/LICENSE-2.0",
+)
+# between the system prompt and a caption, as trained
+PROMPT_START = "<Prompt Start>"
+
+
+@dataclass(frozen=True)
+class LuminaConfig:
+    """Dimensions of a Lumina-Image-2.0 transformer (NextDiT), read from a checkpoint's tensors."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads heads of queries
+    num_layers: int  # in which caption and image attend to each other
+    noise_refiner_layers: int
+    context_refiner_layers: int
+    in_dim: int  # channels of the latents
+    text_dim: int  # width of the language model's states
+    time_dim: int  # width of the embedded time
+    freq_dim: int = 256
+    patch_size: int = 2
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
+    final_eps: float = 1e-6
+
+    kind = "t2i"
+
+    @property
+    def head_width(self) -> int:
+        """Return the channels of a head."""
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Dimensions of a Gemma 2 model, and how many of its layers are run."""
+
+    vocabulary: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    num_layers: int  # that are run: all but the last
+    scalar: int  # attention is scaled by its inverse square root
+    theta: float = 10000.0
+    eps: float = 1e-6
+    softcap: float = 50.0  # of attention
+    window: int = 4096  # tokens that every other layer looks back

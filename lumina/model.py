@@ -1,0 +1,196 @@
+"""The Lumina-Image-2.0 transformer (NextDiT). Module names follow the published checkpoints.
+
+Source: the released model code and Qin et al. 2025, arXiv 2503.21758. `blocks.py` lists what is always
+float32.
+"""
+# Letters: B batch, L image tokens, T caption tokens, D head width, C width of the model
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lumina.blocks import AwayCaption, FinalLayer, JointTransformerBlock, LuminaTokens, TimeEmbedding
+from lumina.configs import LuminaConfig
+from lumina.spec import DIT
+from modules.attention.lengths import Lengths, lengths_on
+from modules.attention.options import SDPA, AttentionChoice
+from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.devices import send_ahead
+from modules.layers.norms import RMSNorm
+from modules.layers.precision import activation_dtype, run
+from modules.layers.rope import GridTable, angles_at, on_grid, turns
+from modules.run_blocks import Hidden, run_blocks
+
+
+class Layout(NamedTuple):
+    """What the rotations of a batch's tokens depend on."""
+
+    grid: tuple[int, int]  # rows, columns of image tokens
+    captions: tuple[int, ...]  # real tokens of each sample's caption; one number where all are equal
+    longest: int  # rows of the captions, padding included
+
+
+class LuminaModel(nn.Module):
+    """Predict where noisy latents of pictures are to go, from a caption's states."""
+
+    spec = DIT
+
+    def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.x_embedder = nn.Linear(config.patch_size**2 * config.in_dim, config.dim)
+        self.noise_refiner = nn.ModuleList(
+            JointTransformerBlock(config) for _ in range(config.noise_refiner_layers)
+        )
+        self.context_refiner = nn.ModuleList(
+            JointTransformerBlock(config, is_modulated=False) for _ in range(config.context_refiner_layers)
+        )
+        self.t_embedder = TimeEmbedding(config)
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.text_dim, config.eps), nn.Linear(config.text_dim, config.dim)
+        )
+        self.layers = nn.ModuleList(JointTransformerBlock(config) for _ in range(config.num_layers))
+        self.final_layer = FinalLayer(config)
+        self._rotary = GridTable(self._make_table)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("layers.0.attention_norm1.weight").dtype  # others may be in 8 bits
+
+    def forward(
+        self, noisy: Tensor, times: Tensor, caption: Tensor, caption_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Direction from noise to picture, B in_dim H W in float32: latents - noise.
+
+        noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
+        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: ideas that change this
+        call; their second text has the names caption and caption_mask. Raises ValueError where sizes do not
+        go together.
+        """
+        hidden = Hidden(*self.embed(noisy, times, caption, caption_mask, tweaks))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+    def embed(
+        self, noisy: Tensor, times: Tensor, caption: Tensor, caption_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> tuple[Tensor, LuminaTokens]:
+        """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
+
+        A second caption comes behind the first one.
+        """
+        self._check(noisy, caption, caption_mask)
+        patch = self.config.patch_size
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
+        patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
+        time = self.t_embedder(times)
+        tokens_of = partial(LuminaTokens, grid=grid, time=time, dtype=dtype, attention=self.attention)
+        text, tokens = self._read_caption(caption, caption_mask, grid, tokens_of)
+
+        image = run(self.x_embedder, patches).to(dtype)
+        of_image = tokens_of(rotary=tokens.rotary[..., : tokens.image, :, :, :], lengths=None)
+        for block in self.noise_refiner:
+            image = block(image, of_image)
+        if tweaks.away is None:
+            return torch.cat([image, text], dim=1), tokens
+        given = [tweaks.away.text[name] for name in ("caption", "caption_mask")]
+        second = [one.expand(len(noisy), *one.shape[1:]) for one in given if isinstance(one, Tensor)]
+        away_text, beside = self._read_caption(second[0], second[1], grid, tokens_of)
+        away = AwayCaption(away_text.shape[1], beside.rotary, beside.lengths, tweaks.away.steer)
+        return torch.cat([image, text, away_text], dim=1), replace(tokens, away=away)
+
+    def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Turn tokens B L+T C into the direction, B in_dim H W in float32."""
+        (rows, columns), patch = tokens.grid, self.config.patch_size
+        patches = self.final_layer(x[:, : tokens.image], tokens).float()
+        return rearrange(
+            patches, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=rows, w=columns, ph=patch, pw=patch
+        )
+
+    def _read_caption(
+        self,
+        caption: Tensor,
+        mask: Tensor,
+        grid: tuple[int, int],
+        tokens_of: Callable[..., LuminaTokens],
+    ) -> tuple[Tensor, LuminaTokens]:
+        """Return refined caption tokens B T C, and what the blocks need for them together with the image.
+
+        tokens_of: makes that of rotations and lengths. The image stands at the position behind the caption,
+        so its rotations depend on the caption's length.
+        """
+        longest, counts = real_tokens(mask)
+        equal = len(set(counts)) == 1
+        layout = Layout(grid, counts[:1] if equal else counts, longest)
+        rotary = self._rotary.of(layout, caption.device)
+
+        def lengths_behind(before: int) -> Lengths | None:
+            return None if equal else lengths_on([before + count for count in counts], caption.device)
+
+        both = tokens_of(rotary=rotary, lengths=lengths_behind(grid[0] * grid[1]))
+        alone = tokens_of(rotary=rotary[..., both.image :, :, :, :], lengths=lengths_behind(0))
+        text = self.cap_embedder[0](caption[:, :longest].to(both.dtype))
+        text = run(self.cap_embedder[1], text).to(both.dtype)
+        for block in self.context_refiner:
+            text = block(text, alone)
+        return text, both
+
+    def _make_table(self, layout: Layout, /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of image and caption tokens: L+T 1 D/2 2, or B L+T 1 D/2 2.
+
+        Angles are float64, as trained. A caption's token j stands at (j, 0, 0), an image's at (number of the
+        caption's tokens, row, column).
+        """
+        widths = rotary_widths(self.config.head_width)
+
+        def axis(positions: Sequence[int], width: int) -> Tensor:
+            exact = torch.tensor(positions, dtype=torch.float64)
+            return send_ahead(turns(angles_at(exact, width, self.config.rope_theta)).float(), device)
+
+        rows, columns = (
+            axis(range(size), width) for size, width in zip(layout.grid, widths[1:], strict=True)
+        )
+        still = [axis([0], width) for width in widths[1:]]
+        text = on_grid([axis(range(layout.longest), widths[0]), *still])
+        tables = [
+            torch.cat([on_grid([axis([count], widths[0]), rows, columns]), text]) for count in layout.captions
+        ]
+        return (tables[0] if len(tables) == 1 else torch.stack(tables)).unsqueeze(-3)
+
+    def _check(self, noisy: Tensor, caption: Tensor, mask: Tensor) -> None:
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        if any(size % self.config.patch_size for size in noisy.shape[2:]):
+            raise ValueError(
+                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
+            )
+        if mask.shape != caption.shape[:2]:
+            raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(caption.shape[:2])}")
+
+
+def rotary_widths(head_width: int) -> tuple[int, int, int]:
+    """Return the channels of a head that encode the place in the caption, rows and columns: a third each."""
+    return (head_width // 3,) * 3
+
+
+def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Return the longest caption's number of real rows, and that of each sample, at least 1.
+
+    mask: B T. Padding after the longest caption is cut off. An empty caption keeps one row, because its rows
+    need something to attend to. Raises ValueError if padding stands before a real token.
+    """
+    real = mask != 0
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    counts, ends = torch.stack([real.sum(dim=1), (real * positions).amax(dim=1)]).tolist()
+    if counts != ends:
+        raise ValueError(f"a text mask has padding before real tokens: {counts} real tokens end at {ends}")
+    kept = tuple(max(1, count) for count in counts)
+    return max(kept), kept

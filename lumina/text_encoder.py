@@ -1,0 +1,169 @@
+"""Lumina-Image-2.0's text encoder, as the shared loops use it: Gemma 2, behind the words of a system prompt.
+
+Names and shapes of the outputs are those of the known caches. Source: the released model, Qin et al. 2025,
+arXiv 2503.21758.
+"""
+# Letters: B prompts, L tokens, C = width of the model
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from encoders.token_rows import check_ids, fill_rows
+from lumina.configs import PROMPT_START
+from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
+from lumina.options import MAX_TOKENS
+from lumina.tokenizer import GEMMA_FILES, GemmaTokenizer, find_tokenizer, load_tokenizer
+from modules.checkpoints.model_files import inside
+from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.contract.data import Conditions
+from modules.contract.generation import Prompt
+from modules.contract.tokens import CountTokens, TokenCount, kept_characters, token_weights
+from modules.contract.weighting import weigh_rows
+from modules.devices import dtype_name
+from modules.offload.loaded import Loaded
+
+logger = logging.getLogger(__name__)
+
+
+TOKEN_STEP = 8  # of the padded length
+PAD = 0
+PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
+
+
+class GemmaTextEncoder:
+    """Gemma 2 up to its last but one state. Rows behind a text's end are zeros and masked."""
+
+    name = "gemma2"
+    keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
+    variable_length: frozenset[str] = frozenset()
+    lora_prefix = "lora_te"
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype = torch.bfloat16,
+        tokenizer: Path | None = None,
+        system_prompt: str = "",
+        in_negative: bool = False,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        """Set up the encoder; `load` reads the files.
+
+        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
+        compute dtype. system_prompt: words before every prompt; empty: none. in_negative: before negative
+        prompts too. max_tokens: rounded up to a multiple of 8.
+        """
+        self.path = inside(path, "text_encoder")
+        self.dtype = dtype
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.in_negative = in_negative
+        self.length = -(-max_tokens // TOKEN_STEP) * TOKEN_STEP
+        self.max_tokens = max_tokens
+        self._loaded = Loaded[nn.Module, GemmaTokenizer]()
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used.
+
+        Raises CheckpointError if the file holds another model.
+        """
+        with open_checkpoint(self.path) as checkpoint:
+            config = read_gemma(checkpoint).config
+        return {
+            "gemma2": fingerprint(self.path),
+            "gemma2_config": f"{config.num_heads} heads, theta {config.theta}, scaled by {config.scalar}",
+            "gemma2_tokenizer": find_tokenizer(self.tokenizer, self.path).identity,
+            "gemma2_dtype": dtype_name(self.dtype),
+            "gemma2_tokens": str(self.max_tokens),
+            "system_prompt": self.system_prompt,
+        }
+
+    @property
+    def network(self) -> nn.Module:
+        """Return Gemma 2, into whose layers a LoRA goes. Call `load` first."""
+        return self._loaded.get()[0]
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens with those of the system prompt and the begin token.
+
+        Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
+        """
+        read = load_tokenizer(self.tokenizer, self.path, may_download=False).read
+        before = len(self.text_of(Prompt("")))
+
+        def count(text: str) -> TokenCount:
+            whole = self.text_of(Prompt(text))
+            ends = [0 if place is None else place[1] for place in read(whole)[1]]
+            kept = kept_characters(ends, self.max_tokens, len(whole)) - before
+            return TokenCount(text, len(ends), self.max_tokens, min(max(kept, 0), len(text)))
+
+        return count
+
+    def text_of(self, prompt: Prompt) -> str:
+        """Return what the model reads: the prompt, behind the system prompt if that stands before it."""
+        if not self.system_prompt or (prompt.is_negative and not self.in_negative):
+            return prompt.text
+        return f"{self.system_prompt} {PROMPT_START} {prompt.text}"
+
+    def load(self, device: torch.device) -> None:
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        self._loaded.load(device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[nn.Module, GemmaTokenizer]:
+        require_transformers()
+        # first, so that a bad tokenizer is reported before gigabytes are read
+        tokenizer = load_tokenizer(self.tokenizer, self.path)
+        gemma = load_gemma(self.path, device, self.dtype)
+        logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
+        if self.system_prompt:
+            logger.info("system prompt: %s", self.system_prompt)
+        return gemma, tokenizer
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L} for each prompt.
+
+        They are on the CPU, masks and ids int64; gradients flow to what learns in the network. The states of
+        a part's tokens are multiplied by the part's weight.
+        Raises CheckpointError if the tokenizer has more tokens than the model.
+        """
+        gemma, tokenizer = self._loaded.get()
+        embeddings = gemma.get_parameter("embed_tokens.weight")
+        known, device = len(embeddings), embeddings.device
+        texts = [self.text_of(prompt) for prompt in prompts]
+        read = [tokenizer.read(text) for text in texts]
+        for (row, _), prompt in zip(read, prompts, strict=True):
+            if len(row) > self.max_tokens:
+                logger.info(
+                    "%d tokens of the prompt are cut off, %d are used: %.60s",
+                    len(row) - self.max_tokens,
+                    self.max_tokens,
+                    prompt.text,
+                )
+        results: list[Conditions] = []
+        for first in range(0, len(read), PROMPTS_AT_ONCE):
+            rows = [row[: self.max_tokens] for row, _ in read[first : first + PROMPTS_AT_ONCE]]
+            check_ids(rows, known, self.path, GEMMA_FILES.option)
+            ids, mask = fill_rows(rows, self.length, PAD)
+            states = gemma_states(gemma, ids.to(device), mask.to(device)).cpu() * mask[..., None]
+            results += [
+                {"hidden_state": state.clone(), "attention_mask": real.clone(), "input_ids": row.clone()}
+                for state, real, row in zip(states, mask, ids, strict=True)
+            ]
+        for index, prompt in enumerate(prompts):
+            if prompt.spans:
+                before = len(texts[index]) - len(prompt.text)
+                spans = [(first + before, last + before, weight) for first, last, weight in prompt.spans]
+                places = read[index][1][: self.max_tokens]
+                weights = token_weights(texts[index], places, spans)
+                weighed = weigh_rows(results[index]["hidden_state"], weights)
+                results[index] = {**results[index], "hidden_state": weighed}
+        return results
+
+    def free(self) -> None:
+        """Release the encoder and its memory."""
+        self._loaded.free()

@@ -1,0 +1,285 @@
+"""T5-XXL's and ByT5's encoders against recorded numbers and transformers; their files and tokenizers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from encoders.byt5 import byte_rows, load_byt5, read_byt5_header
+from encoders.t5 import T5_XXL, T5TextEncoder
+from encoders.t5_checkpoints import T5Kind, read_t5
+from encoders.t5_network import T5Network, load_t5
+from encoders.token_rows import fill_rows
+from modules.checkpoints.filling import load_module
+from modules.checkpoints.opening import open_checkpoint
+from modules.contract.family import can_learn
+from modules.contract.generation import Prompt
+from modules.errors import CheckpointError
+from tests.fp8_reference import quantised_layers
+from tests.golden_cases import make_weights, read_case
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny.hunyuan_encoders import prefixed, save
+from tests.tiny.picture_encoders import t5xxl_config, t5xxl_tensors, write_t5xxl
+from tests.tiny.wan_encoders import t5_comfy_fp8_tensors, t5_hf_tensors, t5_tensors
+
+CPU = torch.device("cpu")
+PROMPTS = ("a small rabbit in the grass", "", "two dogs &amp; a   cat, 7:30")
+LENGTH = 24
+TOLERANCE = 1e-4  # float32: the same operations, in another order
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_t5xxl(tmp_path_factory.mktemp("models"))
+
+
+def encoder_of(file: Path, uses_mask: bool = False, **settings: object) -> T5TextEncoder:
+    encoder = T5TextEncoder(file, torch.float32, None, LENGTH, uses_mask, **settings)  # type: ignore[arg-type]
+    encoder.load(CPU)
+    return encoder
+
+
+def stacked(encoder: T5TextEncoder, *texts: str | Prompt) -> tuple[Tensor, Tensor]:
+    found = encoder.encode([Prompt(text) if isinstance(text, str) else text for text in texts])
+    return tuple(torch.stack([each[key] for each in found]) for key in ("t5_out", "t5_attn_mask"))  # type: ignore[return-value, misc]
+
+
+def theirs_of(tensors: dict[str, Tensor]) -> T5EncoderModel:
+    config = t5xxl_config()
+    theirs = T5EncoderModel(
+        T5Config(
+            vocab_size=config.vocabulary,
+            d_model=config.dim,
+            d_kv=config.attention_dim // config.num_heads,
+            d_ff=config.ffn_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()
+    theirs.load_state_dict(tensors)
+    return theirs
+
+
+def test_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
+    case, tensors = read_case("flux_text")
+    save(tmp_path / "t5.safetensors", make_weights("t5xxl", case["models"]["t5xxl"]["weights"]))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(case["tokenizers"]["t5xxl"]), encoding="utf-8")
+    for uses_mask, key in ((False, "t5_states"), (True, "t5_states_masked")):
+        encoder = T5TextEncoder(
+            tmp_path / "t5.safetensors", torch.float32, None, case["t5_length"], uses_mask
+        )
+        encoder.load(CPU)
+        states, mask = stacked(encoder, *case["prompts"])
+        assert torch.equal(mask, tensors["t5_mask"])
+        rows = [encoder._loaded.get()[1](text) for text in case["prompts"]]
+        assert torch.equal(fill_rows(rows, case["t5_length"], 0)[0], tensors["t5_ids"])
+        kept = states * mask[..., None] if uses_mask else states
+        torch.testing.assert_close(kept, tensors[key], atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("uses_mask", [False, True])
+def test_states_equal_those_of_transformers(file: Path, uses_mask: bool) -> None:
+    """Padding too: Chroma's transformer sees the first row of it."""
+    states, mask = stacked(encoder_of(file, uses_mask), *PROMPTS)
+    tokenizer = encoder_of(file)._loaded.get()[1]
+    rows = [tokenizer(text) for text in PROMPTS]
+    ids = torch.tensor([[*row, *[0] * (LENGTH - len(row))] for row in rows])
+    expected = theirs_of(t5xxl_tensors())(ids, attention_mask=mask if uses_mask else None).last_hidden_state
+    torch.testing.assert_close(states, expected, atol=TOLERANCE, rtol=0)
+    assert mask.sum(dim=1).tolist() == [len(row) for row in rows]
+    assert rows[1] == [1]  # the end token alone
+
+
+def test_a_prompt_gives_the_same_alone_and_texts_are_not_cleaned(file: Path) -> None:
+    encoder = encoder_of(file)
+    together = stacked(encoder, *PROMPTS)[0]
+    torch.testing.assert_close(together[2:], stacked(encoder, PROMPTS[2])[0])
+    assert not torch.equal(together[2:], stacked(encoder, "two dogs & a cat, 7:30")[0])
+    assert encoder.encode([]) == []
+    many = [f"{number} rabbits" for number in range(200)]  # more than are computed at once
+    torch.testing.assert_close(stacked(encoder, *many)[0][190:191], stacked(encoder, many[190])[0])
+
+
+def test_parts_of_a_prompt_weigh_their_rows(file: Path) -> None:
+    encoder = encoder_of(file)
+    text = "a small rabbit"
+    plain, weighed = stacked(encoder, text, Prompt(text, ((2, 7, 1.5),)))[0]
+    ratios = (weighed / plain).nanmean(dim=1)
+    assert ratios[0] == 1
+    assert (ratios[LENGTH - 4 :] == 1).all()
+    assert ratios.max() == pytest.approx(1.5)
+
+
+def test_tokens_are_counted_and_long_prompts_cut(file: Path) -> None:
+    count = T5TextEncoder(file, max_length=LENGTH).token_counter()
+    assert not count(PROMPTS[0]).is_cut
+    long = count("rabbit " * 60)
+    assert long.is_cut
+    assert long.limit == LENGTH
+    states, mask = stacked(encoder_of(file), "rabbit " * 60)
+    assert mask.sum() == LENGTH
+    assert states.shape[1] == LENGTH
+
+
+def test_weights_in_8_bits_stay_near_and_the_files_own_are_kept(file: Path, tmp_path: Path) -> None:
+    exact = stacked(encoder_of(file), *PROMPTS)[0]
+    encoder = encoder_of(file, in_fp8=True)
+    linear = [name for name, part in encoder.network.named_modules() if isinstance(part, nn.Linear)]
+    assert list(quantised_layers(encoder.network)) == linear
+    apart = (stacked(encoder, *PROMPTS)[0] - exact).norm() / exact.norm()
+    assert 1e-4 < apart < 0.2  # two small layers; tests/wan has the same storage in larger ones
+
+    plain = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 and "Bias" not in name else tensor
+        for name, tensor in t5xxl_tensors(dtype=torch.float16).items()
+    }
+    cast = load_t5(save(tmp_path / "fp8.safetensors", plain), CPU, T5_XXL, torch.float32)
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    assert torch.equal(cast.blocks[1].attn.q.weight, plain[name].float())  # type: ignore[union-attr]
+    scaled, meant = t5_comfy_fp8_tensors(t5_tensors())
+    table = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    scaled.pop(table)
+    found = load_t5(save(tmp_path / "scaled.safetensors", scaled), CPU, T5_XXL, torch.float32)
+    torch.testing.assert_close(found.blocks[1].attn.q.weight, meant["blocks.1.attn.q.weight"])  # type: ignore[union-attr]
+
+
+def test_every_layout_gives_the_same_weights(file: Path, tmp_path: Path) -> None:
+    expected = load_t5(file, CPU, T5_XXL).state_dict()
+    twice = t5xxl_tensors()
+    once = {name: tensor for name, tensor in twice.items() if "embed_tokens" not in name}
+    layouts = {
+        "shared": once,
+        "embedded": {name: tensor for name, tensor in twice.items() if name != "shared.weight"},
+        "with decoder": {
+            **once,
+            "decoder.final_layer_norm.weight": torch.ones(2),
+            "lm_head.weight": torch.ones(2),
+        },
+        "all in one": {
+            **prefixed(twice, "text_encoders.t5xxl.transformer."),
+            "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight": torch.ones(2),
+            "model.diffusion_model.img_in.weight": torch.ones(2),
+            "vae.encoder.conv_in.weight": torch.ones(2),
+        },
+        "tower": prefixed(
+            {name.removeprefix("encoder."): tensor for name, tensor in once.items() if "shared" not in name}
+            | {"embed_tokens.weight": twice["shared.weight"]},
+            "module.text_tower.encoder.",
+        ),
+    }
+    for name, stored in layouts.items():
+        found = load_t5(save(tmp_path / f"{name}.safetensors", stored), CPU, T5_XXL).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items()), name
+
+
+@pytest.mark.parametrize("manifest", ["t5xxl-single", "t5xxl-hf"])
+def test_published_files_fit_at_full_size(tmp_path: Path, manifest: str) -> None:
+    path = write_hollow(tmp_path / "model.safetensors", tensor_list(manifest))
+    with open_checkpoint(path) as checkpoint:
+        plan = read_t5(checkpoint, T5_XXL)
+        with torch.device("meta"):
+            network = T5Network(plan.config)
+        load_module(
+            network,
+            plan.checkpoint,
+            plan.sources,
+            device=torch.device("meta"),
+            dtype=lambda _, stored: stored,
+            ignore=plan.ignore,
+        )
+    assert sum(tensor.numel() for tensor in network.state_dict().values()) == 4762310656
+    linear = [part for part in network.blocks.modules() if isinstance(part, nn.Linear)]
+    assert len(linear) == 168  # of which a LoRA may be put on each
+
+
+@pytest.mark.parametrize(
+    ("message", "tensors"),
+    [
+        (r"is an umT5 encoder, not a T5.*to --t5xxl", t5_hf_tensors(t5_tensors())),
+        (r"is not a T5 encoder; it looks like an unknown model", {"a.weight": torch.ones(2)}),
+        (
+            r"first version, whose feed-forward layers have no gate",
+            {
+                name.replace("wi_1", "wi"): tensor
+                for name, tensor in t5xxl_tensors().items()
+                if "wi_0" not in name
+            },
+        ),
+    ],
+)
+def test_other_encoders_are_refused(tmp_path: Path, message: str, tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_t5(save(tmp_path / "model.safetensors", tensors), CPU, T5_XXL)
+
+
+def test_gradients_reach_what_learns_through_all_blocks_and_8_bit_weights(file: Path) -> None:
+    for in_fp8 in (False, True):
+        encoder = encoder_of(file, in_fp8=in_fp8)
+        assert can_learn(encoder)
+        first = encoder.network.blocks[0].attn.q  # type: ignore[union-attr]
+        extra = torch.zeros(first.out_features, requires_grad=True)
+        first.register_forward_hook(lambda _module, _given, out, extra=extra: out + extra)
+        encoder.encode([Prompt(PROMPTS[0])])[0]["t5_out"].square().sum().backward()  # type: ignore[union-attr]
+        assert extra.grad is not None
+        assert extra.grad.abs().max() > 0
+        assert all(parameter.grad is None for parameter in encoder.network.parameters())
+
+
+def test_identity_follows_all_that_an_output_depends_on(file: Path) -> None:
+    usual = dict(T5TextEncoder(file).identity)
+    assert usual == dict(T5TextEncoder(file).identity)
+    for other in (
+        T5TextEncoder(file, torch.float32),
+        T5TextEncoder(file, max_length=256),
+        T5TextEncoder(file, uses_mask=True),
+        T5TextEncoder(file, in_fp8=True),
+        T5TextEncoder(file, tokenizer=file.parent / "t5xxl" / "spiece.model"),
+    ):
+        assert dict(other.identity) != usual
+
+
+def test_a_release_holds_it_as_the_second_or_the_only_encoder(file: Path, tmp_path: Path) -> None:
+    for folder in ("flux/text_encoder", "flux/text_encoder_2", "chroma/text_encoder"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert T5TextEncoder(tmp_path / "flux").path == tmp_path / "flux" / "text_encoder_2"
+    assert T5TextEncoder(tmp_path / "chroma").path == tmp_path / "chroma" / "text_encoder"
+    assert T5TextEncoder(file).path == file
+
+
+# ByT5
+
+
+def test_byt5s_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
+    case, tensors = read_case("hunyuan_image_text")
+    path = save(tmp_path / "byt5.safetensors", make_weights("byt5", case["models"]["byt5"]["weights"]))
+    network = load_byt5(path, CPU, torch.float32)
+    for index, text in enumerate(case["glyph_texts"]):
+        if text is None:
+            continue
+        ids, mask = byte_rows([text], case["byt5_length"])
+        assert torch.equal(ids[0], tensors["byt5_ids"][index])
+        assert torch.equal(mask[0], tensors["byt5_mask"][index])
+        states = network.encode_padded(ids, mask)[0] * mask[0, :, None]
+        torch.testing.assert_close(states, tensors["byt5_states"][index], atol=2e-4, rtol=0)
+    assert read_byt5_header(path).vocabulary == 1510
+
+
+def test_a_long_text_keeps_its_first_bytes_and_the_end_token() -> None:
+    ids, mask = byte_rows(["é" * 9, "x"], 6)
+    assert ids.tolist() == [[3 + 0xC3, 3 + 0xA9] * 2 + [3 + 0xC3, 1], [3 + 0x78, 1, 0, 0, 0, 0]]
+    assert mask.sum(dim=1).tolist() == [6, 2]
+
+
+def test_messages_name_the_option_of_each_use(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.safetensors", {"a.weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"is not a ByT5 encoder(.|\n)*to --byt5"):
+        load_byt5(path, CPU)
+    kind = T5Kind("T5", "a T5 encoder", "--text_encoder2", "t5.safetensors", has_own_tables=False)
+    with pytest.raises(CheckpointError, match=r"Give t5.safetensors to --text_encoder2"):
+        load_t5(path, CPU, kind)

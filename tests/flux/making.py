@@ -1,0 +1,124 @@
+"""FLUX.1 and Chroma transformers of the recorded cases, and tiny ones here and in diffusers."""
+
+from typing import Any
+
+import torch
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from flux.configs import ApproximatorConfig, FluxConfig
+from flux.model import FluxModel, pack, unpack
+from tests.golden_cases import make_weights, read_case
+from tests.tiny.flux import CONFIGS, diffusers_state, tiny_state
+
+TEXT_ROWS = 9
+
+
+def golden_model(case: str, weights_of: str = "") -> tuple[FluxModel, dict[str, Any], dict[str, Tensor]]:
+    """The model of a recorded case, its description, its tensors. weights_of: the case with the model."""
+    description, tensors = read_case(case)
+    model_description = read_case(weights_of)[0] if weights_of else description
+    sizes = model_description["config"]
+    is_chroma = "approximator_in_dim" in sizes
+    config = FluxConfig(
+        dim=sizes["hidden_size"],
+        ffn_dim=int(sizes["hidden_size"] * sizes["mlp_ratio"]),
+        num_heads=sizes["num_heads"],
+        double_blocks=sizes["depth"],
+        single_blocks=sizes["depth_single_blocks"],
+        token_dim=sizes["in_channels"],
+        text_dim=sizes["context_in_dim"],
+        pooled_dim=sizes.get("vec_in_dim", 0),
+        has_guidance=sizes["guidance_embed"] and not is_chroma,
+        approximator=ApproximatorConfig(
+            sizes["approximator_in_dim"], sizes["approximator_hidden_size"], sizes["approximator_depth"]
+        )
+        if is_chroma
+        else None,
+    )
+    model = FluxModel(config)
+    model.load_state_dict(make_weights(model_description["weights_model_key"], model_description["weights"]))
+    return model.eval().requires_grad_(False), description, tensors
+
+
+def tiny_model(kind: str) -> FluxModel:
+    model = FluxModel(CONFIGS[kind])
+    model.load_state_dict(tiny_state(kind))
+    return model.eval().requires_grad_(False)
+
+
+def in_diffusers(kind: str) -> nn.Module:
+    """The same weights in diffusers' class."""
+    config = CONFIGS[kind]
+    width = config.dim // config.num_heads
+    side = 7 * width // 16
+    sizes: dict[str, Any] = {
+        "in_channels": config.token_dim,
+        "num_layers": config.double_blocks,
+        "num_single_layers": config.single_blocks,
+        "attention_head_dim": width,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.text_dim,
+        "axes_dims_rope": (width - 2 * side, side, side),
+    }
+    model: nn.Module
+    if config.approximator is not None:
+        of = config.approximator
+        model = ChromaTransformer2DModel(
+            **sizes,
+            approximator_num_channels=of.in_dim,
+            approximator_hidden_dim=of.dim,
+            approximator_layers=of.layers,
+        )
+        for norm in model.distilled_guidance_layer.norms:
+            norm.eps = config.eps  # of the released code; diffusers leaves it to torch
+    else:
+        model = FluxTransformer2DModel(
+            **sizes, pooled_projection_dim=config.pooled_dim, guidance_embeds=config.has_guidance
+        )
+    model.load_state_dict(diffusers_state(tiny_state(kind)))
+    return model.eval().requires_grad_(False)
+
+
+def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 3)) -> dict[str, Any]:
+    """lengths: real tokens of each text; what stands in the padding is large, so that a look shows."""
+    config, generator, batch = CONFIGS[kind], torch.Generator().manual_seed(7), len(lengths)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    t5 = draw(batch, TEXT_ROWS, config.text_dim)
+    mask = torch.zeros(batch, TEXT_ROWS, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+        t5[row, length + 1 :] = 50.0
+    return {
+        "noisy": draw(batch, config.channels, 1, 6, 8),
+        "timesteps": torch.tensor([730.0, 210.0, 500.0][:batch]),
+        "t5": t5,
+        "t5_mask": mask,
+        "pooled": None if kind == "chroma" else draw(batch, config.pooled_dim),
+        "guidance": torch.tensor([3.5, 1.0, 2.0][:batch]) if kind == "dev" else None,
+    }
+
+
+def run_there(model: nn.Module, inputs: dict[str, Any], sample: int) -> Tensor:
+    """What diffusers' class returns for one sample, cut to the tokens of its text that count, B Z 1 H W."""
+    one = {name: None if value is None else value[sample : sample + 1] for name, value in inputs.items()}
+    noisy, mask = one["noisy"], one["t5_mask"]
+    rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+    places = torch.zeros(rows, columns, 3)
+    places[..., 1] += torch.arange(rows)[:, None]
+    places[..., 2] += torch.arange(columns)
+    is_chroma = isinstance(model, ChromaTransformer2DModel)
+    count = TEXT_ROWS if mask is None else min(int(mask.sum()) + is_chroma, TEXT_ROWS)
+    more = {} if is_chroma else {"pooled_projections": one["pooled"], "guidance": one["guidance"]}
+    found = model(
+        hidden_states=pack(noisy),
+        encoder_hidden_states=one["t5"][:, :count],
+        timestep=one["timesteps"] / 1000,
+        img_ids=places.flatten(0, 1),
+        txt_ids=torch.zeros(count, 3),
+        **more,
+    ).sample
+    return unpack(found, rows, columns)

@@ -1,0 +1,122 @@
+"""The FLUX.1 and Chroma transformers against recorded vectors, against diffusers, and against themselves."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from flux.model import pack
+from modules.contract.generation import Away, Tweaks
+from tests.flux.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.tiny.flux import CONFIGS
+
+NEAR = 1e-5  # of the largest value: the same formulas in float32, summed in another order
+
+
+@pytest.mark.parametrize("case", ["flux_dit_guidance", "flux_dit_noguidance"])
+def test_flux_equals_the_recorded_output(case: str) -> None:
+    model, description, stored = golden_model(case)
+    tolerance = description["tolerance"]["out*"]
+    given = (stored["latents"].unsqueeze(2), 1000 * stored["t"], stored["t5"])
+
+    plain = model(*given, None, stored["pooled"], stored.get("guidance"))
+    masked = model(*given, stored["t5_mask"], stored["pooled"], stored.get("guidance"))
+
+    assert plain.dtype == torch.float32
+    torch.testing.assert_close(pack(stored["latents"].unsqueeze(2)), stored["img"])
+    torch.testing.assert_close(pack(plain), stored["out"], **tolerance)
+    torch.testing.assert_close(plain.squeeze(2), stored["out_unpacked"], **tolerance)
+    torch.testing.assert_close(pack(masked), stored["out_t5_mask"], **tolerance)
+
+
+def test_chroma_equals_the_recorded_output() -> None:
+    model, description, stored = golden_model("chroma_dit")
+    timesteps = 1000 * stored["t"]
+
+    rows = model.distilled_guidance_layer(timesteps, torch.zeros_like(timesteps))
+    velocity = model(stored["latents"].unsqueeze(2), timesteps, stored["t5"], stored["t5_mask"])
+
+    torch.testing.assert_close(rows, stored["mod_vectors"], rtol=0, **description["tolerance"]["mod_vectors"])
+    torch.testing.assert_close(pack(velocity), stored["out"], **description["tolerance"]["out"])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("lengths", [(5, 3), (9, 8), (4, 4)])
+def test_forward_equals_diffusers_with_the_same_weights(kind: str, lengths: tuple[int, ...]) -> None:
+    inputs, there = tiny_inputs(kind, lengths), in_diffusers(kind)
+
+    velocity = tiny_model(kind)(**inputs)
+
+    expected = torch.cat([run_there(there, inputs, sample) for sample in range(len(lengths))])
+    assert velocity.shape == (2, 16, 1, 6, 8)
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_without_a_mask_all_text_tokens_count() -> None:
+    inputs = tiny_inputs("dev") | {"t5_mask": None}
+
+    velocity = tiny_model("dev")(**inputs)
+
+    expected = run_there(in_diffusers("dev"), inputs, 1)
+    assert (velocity[1:] - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_guidance_changes_the_output_of_dev_alone() -> None:
+    for kind, differs in (("dev", True), ("schnell", False)):
+        model, inputs = tiny_model(kind), tiny_inputs(kind)
+        other = model(**inputs | {"guidance": torch.tensor([2.0, 3.0])})
+        assert torch.equal(model(**inputs), other) is not differs
+
+
+def test_leaving_the_guidance_out_is_not_a_guidance_of_zero() -> None:
+    model, inputs = tiny_model("dev"), tiny_inputs("dev")
+    zero = model(**inputs | {"guidance": torch.zeros(2)})
+
+    assert not torch.equal(model(**inputs, tweaks=Tweaks(embedded_guidance=False)), zero)
+
+
+@pytest.mark.parametrize("kind", ["dev", "chroma"])
+def test_a_second_text_changes_only_what_the_picture_is_steered_to(kind: str) -> None:
+    model, inputs, other = tiny_model(kind), tiny_inputs(kind), tiny_inputs(kind, (7, 2))
+    names = ("t5", "t5_mask", *(() if kind == "chroma" else ("pooled",)))
+    text = {name: 0.5 * other[name] if name == "t5" else other[name] for name in names}
+
+    plain = model(**inputs)
+    same = model(**inputs, tweaks=Tweaks(away=Away(text, lambda mine, seen: mine)))
+    steered = model(**inputs, tweaks=Tweaks(away=Away(text, lambda mine, seen: seen)))
+
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-5)
+    assert (steered - plain).abs().max() > 1e-2
+
+
+def test_skipped_blocks_change_the_output_and_keep_its_shape() -> None:
+    model, inputs = tiny_model("chroma"), tiny_inputs("chroma")
+
+    skipped = model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({1, 3})))
+
+    assert skipped.shape == inputs["noisy"].shape
+    assert not torch.equal(skipped, model(**inputs))
+
+
+def test_no_gradient_goes_into_the_approximator() -> None:
+    model = tiny_model("chroma").requires_grad_(True)
+
+    model(**tiny_inputs("chroma")).square().mean().backward()
+
+    grads: dict[str, Any] = {name: one.grad for name, one in model.named_parameters()}
+    assert all(grad is None for name, grad in grads.items() if name.startswith("distilled_guidance_layer"))
+    assert all(grad is not None for name, grad in grads.items() if "linear1" in name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"noisy": torch.zeros(2, 4, 1, 6, 8)}, "4 input channels"),
+        ({"noisy": torch.zeros(2, 16, 1, 5, 8)}, "even height and width"),
+        ({"t5_mask": torch.ones(2, 4)}, "a text mask"),
+        ({"pooled": None}, "CLIP-L"),
+    ],
+)
+def test_inputs_that_do_not_go_together_are_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tiny_model("dev")(**tiny_inputs("dev") | changed)

@@ -1,0 +1,169 @@
+"""Compose the options of image trainers: those of every training, and those of the image guides.
+
+A script calls `read_image_training` with what differs for its family, then `train_network` as for video.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from dataset.subset_options import add_subset_arguments
+from modules.errors import OptionError
+from modules.options import list_unneeded, read_options, to_path
+from training.caching_options import add_caching_in_run_arguments
+from training.config_options import write_config_file
+from training.console_options import ConsoleOptions, add_console_arguments
+from training.data.options import WEIGHTINGS
+from training.foreign_options import add_foreign_arguments
+from training.loss_options import add_prediction_arguments
+from training.optimizers.parts_options import add_parts_arguments
+from training.options import TrainingOptions, read_arguments, training_parser
+from training.start_options import add_start_arguments
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+IMAGE_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
+UNIFORM = "uniform"  # a --weighting_scheme that neither shapes the draws nor weights the loss, as none
+TENSORRT = "tensort"  # another spelling of tensorrt that image trainers take
+OPTIMIZERS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}  # switch -> --optimizer_type
+SWITCHES = {  # another name of a switch -> ours
+    "cpu_offload_checkpointing": "gradient_checkpointing_cpu_offload",
+    "fp8_base_unet": "fp8_base",
+    "debug_dataset": "check",
+}
+
+
+@dataclass(frozen=True)
+class ImageTrainerDefaults:
+    """What differs between the scripts of image families."""
+
+    timestep_sampling: str
+    discrete_flow_shift: float
+    model_prediction_type: str
+    samplers: tuple[str, ...] = IMAGE_SAMPLERS  # choices of --timestep_sampling
+    guidance_scale: float = 1.0  # embedded guidance, for models that have such an input
+    # shared options that mean nothing for the family: name without dashes -> reason
+    refused: Mapping[str, str] = field(default_factory=dict)
+    # puts the family's own names of shared options into the shared ones, before records are read
+    translate: Callable[[argparse.Namespace], None] = lambda args: None
+
+
+def read_image_training(
+    doc: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    record: type[T],
+    defaults: ImageTrainerDefaults,
+    argv: Sequence[str] | None,
+) -> tuple[TrainingOptions, T]:
+    """Read the options of a script that trains an image model.
+
+    add_arguments, record: the family's own options. --pretrained_model_name_or_path and --vae are declared
+    here, and are read by a field of the record with that option name. Ends the program after --output_config.
+    """
+    parser = image_training_parser(doc, defaults)
+    add_arguments(parser)
+    args = read_arguments(parser, argv)
+    read_options(ConsoleOptions, args).apply()
+    if args.output_config:
+        _output_config(parser, args)
+    for line in list_unneeded(parser, args):
+        logger.info(line)
+    _translate(args)
+    defaults.translate(args)
+    return read_options(TrainingOptions, args), read_options(record, args)
+
+
+def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> argparse.ArgumentParser:
+    """A parser with all options that every image trainer has. doc: the script's docstring."""
+    parser = training_parser(doc, samplers=defaults.samplers)
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", help="checkpoint of the transformer")
+    group.add_argument("--vae", help="checkpoint of the VAE")
+    add_parts_arguments(parser)
+    add_prediction_arguments(parser)
+    add_subset_arguments(parser)
+    add_caching_in_run_arguments(parser)
+    add_start_arguments(parser)
+    add_console_arguments(parser)
+    _add_other_names(parser.add_argument_group("other names"))
+    add_foreign_arguments(parser)
+    actions = {action.dest: action for action in parser._actions}
+    actions["weighting_scheme"].choices = (*WEIGHTINGS, UNIFORM)
+    actions["dynamo_backend"].choices = (*(actions["dynamo_backend"].choices or ()), TENSORRT)
+    for name, reason in defaults.refused.items():
+        actions[name].unsupported_reason = reason  # type: ignore[attr-defined]
+        actions[name].harmless = (actions[name].default,)  # type: ignore[attr-defined]
+    parser.set_defaults(
+        timestep_sampling=defaults.timestep_sampling,
+        discrete_flow_shift=defaults.discrete_flow_shift,
+        model_prediction_type=defaults.model_prediction_type,
+        guidance_scale=defaults.guidance_scale,
+        weighting_scheme=UNIFORM,
+        dynamo_backend="inductor",  # takes effect with --torch_compile, or if it is given
+    )
+    return parser
+
+
+def _add_other_names(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--use_8bit_adam", action="store_true", help="--optimizer_type AdamW8bit")
+    group.add_argument("--use_lion_optimizer", action="store_true", help="--optimizer_type Lion")
+    group.add_argument(
+        "--torch_compile", action="store_true", help="compile the blocks with --dynamo_backend (inductor)"
+    )
+    group.add_argument(
+        "--cpu_offload_checkpointing", action="store_true", help="--gradient_checkpointing_cpu_offload"
+    )
+    group.add_argument(
+        "--fp8_base_unet",
+        action="store_true",
+        help="--fp8_base: the transformer in fp8, the text encoders in 16 bits",
+    )
+    group.add_argument("--debug_dataset", action="store_true", help="--check: show what is trained on")
+    group.add_argument(
+        "--output_config",
+        action="store_true",
+        help="write the options that differ from their defaults to --config_file, then exit",
+    )
+
+
+def _translate(args: argparse.Namespace) -> None:
+    """Put what other names of options say into the options that the records read."""
+    for name, optimizer in OPTIMIZERS.items():
+        if getattr(args, name):
+            if args.optimizer_type:
+                raise OptionError(
+                    f"--{name} is --optimizer_type {optimizer}, but --optimizer_type {args.optimizer_type} "
+                    "is given too: give one of them"
+                )
+            args.optimizer_type = optimizer
+    for other, name in SWITCHES.items():
+        setattr(args, name, getattr(args, name) or getattr(args, other))
+    args.fp8_base = args.fp8_base or args.fp8_scaled
+    if args.caption_extention is not None:
+        args.caption_extension = args.caption_extention
+    if args.torch_compile and args.dynamo_backend.lower() == "no":
+        args.dynamo_backend = "inductor"
+    elif args.dynamo_backend == TENSORRT:
+        args.dynamo_backend = "tensorrt"
+
+
+def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Write the options that differ from their defaults, and end the program."""
+    if args.config_file is None:
+        raise OptionError("--output_config writes to the file that --config_file names: give both")
+    name = args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml"
+    path = Path(to_path("--config_file", name))
+    unset = {"config_file", "output_config", "help"}
+    values = {
+        action.dest: getattr(args, action.dest)
+        for action in parser._actions
+        if action.dest not in unset and getattr(args, action.dest) not in (None, False, action.default)
+    }
+    write_config_file(path, values)
+    logger.info("Options written to %s.", path)
+    raise SystemExit(0)
