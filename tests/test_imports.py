@@ -87,7 +87,7 @@ FLOORS = {
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"averages", "changes", "options", "validation"},
-        {"experts", "image_options"},
+        {"experts", "image_options", "live_choice"},
         {"training_run"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "starting"}
         | {"unused_options"},

@@ -15,9 +15,12 @@ from dataset.batches.finding import (
 )
 from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import check_channels
+from dataset.batches.live import NO_LIVE_PARTS, LiveParts
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
 from dataset.batches.validation_split import split_validation
+from dataset.cache.npz import NpzNames
+from dataset.cache.store import Stores
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
@@ -25,6 +28,8 @@ from modules.errors import DatasetError, OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.options import require
+from training.data.live_text import LiveTexts
+from training.live_choice import choose_live_texts, is_uncached, live_text_tables
 from training.optimizers.fused_backward import check_fused_backward
 from training.options import TrainingOptions
 from training.processes.accelerator import make_accelerator
@@ -91,6 +96,9 @@ class Data:
     validation: Sequence[TrainingItem]
     plan: StepPlan
     encoders: SameEncoders
+    live: LiveParts = NO_LIVE_PARTS
+    texts: LiveTexts | None = None  # encoded while training
+    stores: Stores | None = None  # of all caches
 
 
 def start_job(
@@ -129,7 +137,10 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
     """
     family = job.family
     family.check_given_files()  # first: caches are made with them
-    found = require_items(find_items(config, family.cache_tag, family.latent, family.text_keys), job.commands)
+    texts, live = find_live(family, job.options, config)
+    stores = Stores(NpzNames(family.cache_tag, family.latent, family.text_keys))
+    items = find_items(config, family.cache_tag, family.latent, family.text_keys, stores, live.tables)
+    found = require_items(items, job.commands)
     check_channels(found, family.latent, job.commands)
     training, validation = split_validation(found, job.options.validation.validation_split)
     if not training:
@@ -144,7 +155,23 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
         )
     order = BatchOrder(training, job.progress.seed)
     plan = plan_steps(job, order)
-    return Data(config, training, order, validation, plan, SameEncoders(job.commands))
+    return Data(config, training, order, validation, plan, SameEncoders(job.commands), live, texts, stores)
+
+
+def find_live(
+    family: Family, options: TrainingOptions, config: DatasetConfig
+) -> tuple[LiveTexts | None, LiveParts]:
+    """Return the encoders that stay loaded, and the tables whose sources are read while training.
+
+    Raises OptionError and DatasetError.
+    """
+    texts = choose_live_texts(family, options, config)
+    if texts is None and is_uncached(family, options, config):
+        texts = LiveTexts(family.text_encoders())
+    if texts is None:
+        return None, NO_LIVE_PARTS
+    is_cached = not family.text_keys <= texts.keys
+    return texts, LiveParts(live_text_tables(config.datasets, is_cached))
 
 
 def plan_steps(job: TrainingJob, order: BatchOrder) -> StepPlan:

@@ -97,7 +97,13 @@ def prepare_run(
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
     job, memory = _resolve_memory(job, data)
-    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples=sampler is not None)
+    texts = data.texts
+    if texts is not None:
+        texts.load(job.accelerator.device)
+    has_samples = sampler is not None
+    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples, texts)
+    if sampler is not None and texts is not None and texts.learning:
+        sampler = replace(sampler, renew=texts.renew)
     job = replace(job, saved=None)  # gives its tensors free
     uploads, learning = make_uploads(job.options.hub), loaded.learning
     facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
@@ -216,6 +222,7 @@ def _make_run(
         sample_dits=loaded.sample_dits,
         compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dits.networks[0])),
         rule=rule,
+        texts=data.texts,
         validation=_make_validation(job, data, rule),
         reporter=reporter,
         memory=memory if job.accelerator.is_main_process else None,
@@ -274,7 +281,9 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
         job.options.weights_by_time,
     )
     return Feed(
-        MicroBatches(data.order, job.family.latent, randomness, job.commands),
+        MicroBatches(
+            data.order, job.family.latent, randomness, job.commands, data.plan, data.live, data.stores
+        ),
         data.plan,
         accelerator.process_index,
         loop.max_data_loader_n_workers,
@@ -302,4 +311,7 @@ def _make_validation(job: TrainingJob, data: Data, loss: LossRule) -> Validation
         if options.is_for_images
         else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
         encoders=data.encoders,
+        live=data.live,
+        texts=data.texts,
+        stores=data.stores,
     )

@@ -10,17 +10,18 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dataset.batches.captions import choose_captions
+from dataset.batches.captions import RunPlace, change_captions, choose_captions, choose_sides
 from dataset.batches.finding import CachingCommands
+from dataset.batches.live import NO_LIVE_PARTS, LiveParts
 from dataset.batches.order import BatchOrder
-from dataset.batches.reading import read_batch
+from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
 from dataset.cache.store import Stores
@@ -161,18 +162,41 @@ class MicroBatches:
     """Hold every micro-batch of every epoch, by key: a map-style data set, copied into each worker."""
 
     def __init__(
-        self, order: BatchOrder, latent: LatentSpec, randomness: Randomness, commands: CachingCommands
+        self,
+        order: BatchOrder,
+        latent: LatentSpec,
+        randomness: Randomness,
+        commands: CachingCommands,
+        plan: StepPlan | None = None,
+        live: LiveParts = NO_LIVE_PARTS,
+        stores: Stores | None = None,
     ) -> None:
+        """plan: of the run's steps, for captions that grow with them. live: what is not in caches."""
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
-        self.checks, self.stores = CacheChecks(), Stores()  # of the run, which begins here
+        self.plan, self.live = plan, live
+        self.checks, self.stores = CacheChecks(), stores  # of the run, which begins here
 
     def __getitem__(self, key: Key) -> MicroBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
-        captions = choose_captions(items, self.randomness.seed, number)
-        batch = read_batch(items, self.latent, self.commands, self.checks, captions, self.stores)
+        seed = self.randomness.seed
+        chosen = choose_captions(items, seed, number, epoch)
+        flips = choose_sides(items, seed, number)
+        if self.stores is None:
+            self.stores = stores_for(items[0], self.latent)
+        batch = read_batch(
+            items, self.latent, self.commands, self.checks, chosen, self.stores, flips, self.live
+        )
+        if self.live.tables:
+            steps = (0, 1) if self.plan is None else self._steps(self.plan, epoch, index)
+            texts = change_captions(items, batch.captions, chosen, RunPlace(seed, number, *steps))
+            batch = replace(batch, captions=texts)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_sample(key)))
+
+    def _steps(self, plan: StepPlan, epoch: int, index: int) -> tuple[int, int]:
+        """Return the optimizer step of a micro-batch, from 0, and how many the run has."""
+        return plan.steps_until(epoch, index - index % plan.group_size), plan.total_steps
 
     def expert_of(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch goes to. None of its files is read."""
