@@ -55,13 +55,14 @@ NAME = "Lumina-Image-2.0"
 TEXT_KEYS = GemmaTextEncoder.keys
 TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}  # of the network -> in caches
 FLOW_SHIFT = 6.0  # where nothing is said
+SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
 DEFAULTS = SamplingDefaults(
     steps=36,
     fps=1.0,
     guidance_scale=3.5,
     embedded_guidance=None,
     flow_shift=FLOW_SHIFT,
-    solver="euler",
+    solver=SOLVER,
     width=1024,
     height=1024,
     frames=1,
@@ -206,7 +207,12 @@ class Lumina:
         negative = Prompt(prepared.negative_prompt, is_negative=True)
         away = None if texts.away is None else replace(texts.away, is_negative=True)
         texts = replace(texts, negative=negative, blank=Prompt("", is_negative=True), away=away)
-        return replace(prepared, prompts={0: texts}, rules=guidance_rules(request.extra))
+        return replace(
+            prepared,
+            prompts={0: texts},
+            solver=SOLVER if prepared.solver == "euler" else prepared.solver,
+            rules=guidance_rules(request.extra),
+        )
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Whether an image must be encoded before denoising: never."""

@@ -19,7 +19,7 @@ from tests.tiny.picture_encoders import write_autoencoder
 TEXT_DIM = 48
 CONFIG = LuminaConfig(
     dim=96,
-    ffn_dim=128,
+    ffn_dim=384,
     num_heads=4,
     num_kv_heads=2,
     num_layers=2,
@@ -27,7 +27,7 @@ CONFIG = LuminaConfig(
     context_refiner_layers=1,
     in_dim=16,
     text_dim=TEXT_DIM,
-    time_dim=64,
+    time_dim=96,
 )
 GEMMA = GemmaConfig(
     vocabulary=520,  # of the tokenizer in tests/golden
