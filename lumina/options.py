@@ -230,11 +230,13 @@ def generation_words(options: LuminaTrainingOptions, sample: Mapping[str, Any]) 
     sample: what a sample was asked for, by the names of `Request`; may be empty.
     """
     files = {
-        "--pretrained_model_name_or_path": options.dit or "DIT_FILE",
+        "--dit": options.dit or "DIT_FILE",
         "--gemma2": options.text.gemma2 or "GEMMA2_FILE",
         "--ae": options.vae.vae or "AE_FILE",
     }
-    words = [word for name, path in files.items() for word in (name, str(path))]
+    dtypes = {"--vae_dtype": options.vae.vae_dtype, "--text_encoder_dtype": options.text.text_encoder_dtype}
+    given = {**files, **{name: dtype for name, dtype in dtypes.items() if dtype is not None}}
+    words = [word for name, value in given.items() for word in (name, str(value))]
     return ["lumina_generate_image.py", *words, *_reading_words(options.text)]
 
 

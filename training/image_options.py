@@ -34,7 +34,6 @@ OPTIMIZERS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}  # swi
 SWITCHES = {  # another name of a switch -> ours
     "cpu_offload_checkpointing": "gradient_checkpointing_cpu_offload",
     "fp8_base_unet": "fp8_base",
-    "debug_dataset": "check",
 }
 
 
@@ -123,7 +122,6 @@ def _add_other_names(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="--fp8_base: the transformer in fp8, the text encoders in 16 bits",
     )
-    group.add_argument("--debug_dataset", action="store_true", help="--check: show what is trained on")
     group.add_argument(
         "--output_config",
         action="store_true",

@@ -19,6 +19,7 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
 from dataset.batches.validation_split import split_validation
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.subsets.folders import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.errors import DatasetError, OptionError
@@ -118,10 +119,13 @@ def start_job(
 
 
 def read_config(options: TrainingOptions) -> DatasetConfig:
-    """Read the --dataset_config of a training."""
-    return load_dataset_config(
-        require(options.loop.dataset_config, "--dataset_config", "the clips to train on")
-    )
+    """Read the data of a training: --dataset_config, or what --train_data_dir and its companions say."""
+    path, given = options.loop.dataset_config, options.subset
+    if given is not None and given.replaces_toml:
+        if path is None:
+            return folders_config(given)
+        logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
+    return load_dataset_config(require(path, "--dataset_config", "the clips to train on"), given)
 
 
 def find_data(job: TrainingJob, config: DatasetConfig, sources: BatchSources) -> Data:

@@ -1,4 +1,4 @@
-"""Show what a run would do, without training: --show_timesteps, --check and --plan."""
+"""Show what a run would do, without training: --show_timesteps, --debug_dataset, --check and --plan."""
 
 import os
 import sys
@@ -7,9 +7,12 @@ from pathlib import Path
 from dataset.batches.finding import CachingCommands, find_items, require_items
 from dataset.batches.latent_space import check_channels
 from dataset.batches.validation_split import split_validation
+from dataset.caching.reports import conclude
 from dataset.check import check_training
 from dataset.checking.captions import load_counters
 from dataset.checking.page import write_check_page
+from dataset.debug_views import show_datasets
+from dataset.options import DebugOptions
 from modules.contract.family import Family
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
@@ -17,6 +20,10 @@ from training.data.shown_timesteps import show_timesteps
 from training.job import read_config
 from training.options import TrainingOptions
 from training.planning.memory import plan_training
+
+
+# of --debug_dataset: windows, or files where there are none
+DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
 
 
 def show_preview(
@@ -30,6 +37,9 @@ def show_preview(
     if options.timesteps.show_timesteps is not None:
         folder = options.saving.output_dir or Path()
         show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
+        return 0
+    if options.subset is not None and options.subset.debug_dataset:
+        conclude(show_datasets(family, read_config(options), DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
         return _check(family, options, commands)

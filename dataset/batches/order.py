@@ -89,7 +89,7 @@ class BatchOrder:
     def learning_keys(self) -> list[str]:
         """Return what the tables set that changes the run but not its items, in words."""
         return [
-            f"{name} = {value} in [[datasets]] {table.index + 1}"
+            f"{name} = {value} in {table.place}"
             for table in self._items.tables
             for name, value in table.learning_keys.items()
         ]

@@ -223,6 +223,12 @@ def _list_sources(
     return sources, CacheReport(failures=tuple(failures)), whole
 
 
+MASKS_HINT = (
+    " If conditioning_data_dir holds masks of the loss, train with --masked_loss, or call the key "
+    "mask_directory."
+)
+
+
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with the reasons of all tables that cannot be cached."""
     problems = []
@@ -236,7 +242,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             check_resolution(table, family.latent.pixel_step)
             family.check_table(media_table(table, has_control))
         except DatasetError as error:
-            problems.append(str(error))
+            is_hint = has_control and table.conditioning_directory is not None
+            problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
     if problems:
         raise DatasetError("\n".join(problems))
 

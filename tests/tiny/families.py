@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.project import (
     write_clips,
     write_dataset,
@@ -211,6 +212,30 @@ def _flux(name: str, kind: str) -> TinyFamily:
     )
 
 
+def _lumina() -> TinyFamily:
+    def prepare(folder: Path) -> None:
+        write_tiny_lumina(folder / "model")
+        write_plain_pictures(folder)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--ae", "model/ae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--gemma2", "model/gemma2", "--text_encoder_dtype", "float32", "--system_prompt", "Draw."]
+    models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
+    network = ["--network_module", "networks.lora_lumina", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="lumina",
+        prepare=prepare,
+        cache_latents=["lumina_cache_latents.py", *dataset, *vae],
+        cache_texts=["lumina_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=["lumina_train_network.py", *models, *dataset, "--network_train_unet_only", *network],
+        generate=["lumina_generate_image.py", *models, "--negative_prompt", "dull", "--flow_shift", "5"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
+    )
+
+
 LENGTH = ["--video_length", "5", "--flow_shift", "5"]
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
@@ -261,6 +286,7 @@ FAMILIES = (
     ),
     _flux("flux", "dev"),
     _flux("chroma", "chroma"),
+    _lumina(),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
@@ -284,5 +310,7 @@ def write_deep(family: TinyFamily, folder: Path) -> None:
         write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "lumina":
+        write_tiny_lumina(folder / "model", num_layers=4)
     else:
         write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")
