@@ -60,7 +60,9 @@ def test_projection_equals_that_of_diffusers() -> None:
     buffer = MomentumBuffer(-0.5)
     for ours, positive, negative in zip(made, cond, uncond, strict=True):
         # theirs guides from the positive velocity on: a scale of 4 is one of 3 there
-        theirs = normalized_guidance(positive, negative, 4.0, buffer, 0.3, 7.0, use_original_formulation=False)
+        theirs = normalized_guidance(
+            positive, negative, 4.0, buffer, 0.3, 7.0, use_original_formulation=False
+        )
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
