@@ -1,7 +1,6 @@
 """A limit on the size of a guided velocity, as Lumina-Image-2.0's release has it."""
 
 import torch
-
 from torch import Tensor
 
 from blissful_tuner.guidance_passes import POSITIVE, Stage, Velocities

@@ -5,6 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modules.seeds import derive_seed
+
+
+def posterior_generator(owner: int | str) -> torch.Generator:
+    """Return the generator for the posterior sample of a clip or a picture.
+
+    owner: the name of the cached item, or the seed of what is generated. So an item's cache does not depend
+    on the other items of a run, and a generation depends only on its seed.
+    """
+    return torch.Generator().manual_seed(derive_seed("posterior", owner))
+
 
 def sample_posterior(
     moments: Tensor, generators: Sequence[torch.Generator], limits: tuple[float, float] | None = None

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ def _config(found: DitShapes) -> FluxConfig:
             found.path,
         )
     is_chroma = f"{APPROXIMATOR}.in_proj.weight" in found.shapes
-    sizes = {
+    sizes: dict[str, Any] = {
         "dim": dim,
         "ffn_dim": found.of("double_blocks.0.img_mlp.0.weight")[0],
         "num_heads": dim // head_width,

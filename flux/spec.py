@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from encoders.autoencoder_colours import PREVIEW_BIAS, PREVIEW_FACTORS
 from flux.configs import CHROMA
 from modules.contract.family import DitSpec, LatentSpec
 from modules.contract.noise import NoiseSpec, count_picture_tokens
@@ -14,7 +15,9 @@ LATENT = LatentSpec(
     stride=(1, 8, 8),
     pixel_step=16,
     frame_step=1,
-    npz=NpzFormat("_flux", "_flux_te"),
+    preview_factors=PREVIEW_FACTORS,
+    preview_bias=PREVIEW_BIAS,
+    npz=NpzFormat("_flux", "_flux_te", zeros={"txt_ids": ("t5_out", 3)}),
 )
 NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_picture_tokens)
 GUIDANCE_UNIT = 1000.0  # the models were trained with 1000 times the scale
@@ -41,6 +44,11 @@ def dit_spec(kind: str) -> DitSpec:
 # how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
 # Source: the released FLUX.1 code.
 FEW, MANY = (256, 0.5), (4096, 1.15)
+
+
+def tokens_of(height: int, width: int) -> int:
+    """Return the number of tokens of a picture. height, width: in pixels."""
+    return count_picture_tokens(LATENT.shape(1, height, width))
 
 
 def size_shift(tokens: int) -> float:

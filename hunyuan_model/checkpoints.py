@@ -15,6 +15,7 @@ from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
@@ -241,58 +242,6 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> d
     """Map each published name to how its tensor is made from the file's tensors."""
     swapped = SWAPPED if header.dialect == "diffusers" else ()
     return join_parts(_with_scales(checkpoint, header), DIALECTS[header.dialect][1], swapped)
-
-
-def join_parts(
-    stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
-) -> dict[str, TensorSource]:
-    """Map each published name to how its tensor is made from those of a file.
-
-    table: of the file's dialect. swapped: published names of tensors whose halves it has in the other order.
-    """
-    parts: dict[str, dict[int, TensorSource]] = {}
-    for theirs, source in stored.items():
-        name, _, part = translate_name(theirs, table).partition("#")
-        parts.setdefault(name, {})[int(part or 0)] = source
-    sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
-    return sources | {name: sources[name].then(_swap_halves) for name in swapped if name in sources}
-
-
-def _join(parts: list[TensorSource]) -> TensorSource:
-    """Stack the rows of the parts to one tensor."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def build(*tensors: Tensor) -> Tensor:
-        rows, rest = [], list(tensors)
-        for part in parts:
-            rows.append(part.make(rest[: len(part.names)]))
-            rest = rest[len(part.names) :]
-        dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
-        return torch.cat([row.to(dtype) for row in rows])
-
-    def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Stack the rows as fp8, with a scale for each row."""
-        weights, scales, rest = [], [], list(tensors)
-        for part in parts:
-            weight, scale = part.make_fp8(rest[: len(part.names)])
-            rest = rest[len(part.names) :]
-            weights.append(weight)
-            scales.append(torch.ones(1, device=weight.device) if scale is None else scale)
-        whole = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
-        if any(scale.ndim == 3 for scale in scales):
-            return whole, torch.cat(scales)
-        return whole, torch.cat(
-            [scale.expand(len(weight), 1) for weight, scale in zip(weights, scales, strict=True)]
-        )
-
-    names = tuple(name for part in parts for name in part.names)
-    kept = all(part.as_fp8 is not None for part in parts)
-    return TensorSource(names, build, as_fp8 if kept else None)
-
-
-def _swap_halves(tensor: Tensor) -> Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])
 
 
 # Scales in a separate file, as for the official fp8 weights

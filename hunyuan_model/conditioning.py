@@ -11,13 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from encoders.posterior import sample_posterior
+from encoders.posterior import posterior_generator, sample_posterior
 from hunyuan_model.vae import LOG_VARIANCE, HunyuanVae
 from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MomentsBatch
 from modules.contract.family import LatentSpec
 from modules.devices import send
 from modules.media.pixels import byte_clips
-from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +97,3 @@ def _note_missing_image() -> None:
         "caches without latents_image: the first frame of latents is used, which was encoded together with "
         "later frames. cache_latents.py --i2v caches it alone, as generation encodes it."
     )
-
-
-def posterior_generator(owner: int | str) -> torch.Generator:
-    """Return the generator for the posterior sample of a clip.
-
-    owner: the name of the cached item, or the seed of the video to generate. So an item's cache does not
-    depend on the other items of a run, and a video depends only on its seed.
-    """
-    return torch.Generator().manual_seed(derive_seed("posterior", owner))

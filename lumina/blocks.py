@@ -5,7 +5,7 @@ Source: the released model code and Qin et al. 2025, arXiv 2503.21758, after Zhu
 residual stream, computes in the dtype of its weights or of autocast. Module names follow the published
 checkpoints.
 """
-# Letters: B batch, L image tokens, T caption tokens, N heads, K heads of keys and values, D head width, C = N * D
+# Letters: B batch, L image tokens, T caption tokens, N heads, K heads of keys, D head width, C = N * D
 
 from dataclasses import dataclass
 
@@ -71,7 +71,9 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.freq_dim = config.freq_dim
         self.mlp = nn.Sequential(
-            nn.Linear(config.freq_dim, config.time_dim), nn.SiLU(), nn.Linear(config.time_dim, config.time_dim)
+            nn.Linear(config.freq_dim, config.time_dim),
+            nn.SiLU(),
+            nn.Linear(config.time_dim, config.time_dim),
         )
 
     def forward(self, times: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints of the Lumina-Image-2.0 transformer: as published, as diffusers writes them, and all-in-one files."""
+"""Checkpoints of the Lumina-Image-2.0 transformer: as published, in diffusers' layout, all-in-one files."""
 
 import logging
 from pathlib import Path
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 WHAT = "a Lumina-Image-2.0 transformer"
 FILES = (
-    "lumina_2_model_bf16.safetensors, the folder transformer of Alpha-VLLM/Lumina-Image-2.0, or an all-in-one "
-    "file such as NetaLumina's"
+    "lumina_2_model_bf16.safetensors, the folder transformer of Alpha-VLLM/Lumina-Image-2.0, or an "
+    "all-in-one file such as Neta Lumina's"
 )
 OPTION = "--pretrained_model_name_or_path"
 PATCH = 2
@@ -82,7 +82,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
     if mark not in names or MARK not in shapes:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    return DitHeader(_config(DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")), dialect, names[mark].dtype)
+    return DitHeader(
+        _config(DitShapes(checkpoint.path, shapes, "Lumina-Image-2.0")), dialect, names[mark].dtype
+    )
 
 
 def _config(found: DitShapes) -> LuminaConfig:
@@ -93,15 +95,15 @@ def _config(found: DitShapes) -> LuminaConfig:
     kv_rows = rows - dim
     if dim % head_width or head_width % 6 or kv_rows <= 0 or kv_rows % (2 * head_width):
         raise CheckpointError(
-            f"{found.path}: width {dim}, heads of {head_width} and {rows} rows of queries, keys and values are "
-            "not those of a Lumina-Image-2.0 transformer. Copy the file again.",
+            f"{found.path}: width {dim}, heads of {head_width} and {rows} rows of queries, keys and values "
+            "are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
             found.path,
         )
     num_heads, num_kv_heads = dim // head_width, kv_rows // (2 * head_width)
     if num_heads % num_kv_heads or patch_width % PATCH**2:
         raise CheckpointError(
-            f"{found.path}: {num_heads} heads of queries and {num_kv_heads} of keys, patches of {patch_width} "
-            "numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
+            f"{found.path}: {num_heads} heads of queries and {num_kv_heads} of keys, patches of "
+            f"{patch_width} numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
             found.path,
         )
     return LuminaConfig(

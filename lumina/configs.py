@@ -1,4 +1,4 @@
-"""Lumina-Image-2.0 as data: the dimensions of a transformer and of its text encoder, and where they come from."""
+"""Lumina-Image-2.0 as data: dimensions of a transformer and of its text encoder, and where they come from."""
 
 from dataclasses import dataclass
 

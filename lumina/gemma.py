@@ -22,7 +22,9 @@ from modules.errors import CheckpointError, InstallationError
 logger = logging.getLogger(__name__)
 
 OPTION = "--gemma2"
-FILES = "gemma_2_2b_fp16.safetensors, a folder of google/gemma-2-2b, or an all-in-one file of Lumina-Image-2.0"
+FILES = (
+    "gemma_2_2b_fp16.safetensors, a folder of google/gemma-2-2b, or an all-in-one file of Lumina-Image-2.0"
+)
 SPIECE_MODEL = "spiece_model"  # the tokenizer's bytes in ComfyUI's files
 HEAD_WIDTH = 256  # of Gemma 2; cannot be read from the tensors
 # values that a config.json leaves out: transformers do not write what equals their default
@@ -73,7 +75,9 @@ def load_gemma(path: Path, device: torch.device, dtype: torch.dtype) -> nn.Modul
 def require_transformers() -> None:
     """Raise InstallationError if the package transformers is missing."""
     if importlib.util.find_spec("transformers") is None:  # importing it takes seconds
-        raise InstallationError(f"{OPTION} needs the package transformers. Install it: pip install transformers")
+        raise InstallationError(
+            f"{OPTION} needs the package transformers. Install it: pip install transformers"
+        )
 
 
 def build_gemma(config: GemmaConfig) -> nn.Module:
@@ -133,11 +137,11 @@ def _config(path: Path, told: Mapping[str, Any], dim: int, rows: int, key_rows: 
     }
 
 
-def _fill_computed(gemma: nn.Module, device: torch.device) -> None:
+def _fill_computed(gemma: Any, device: torch.device) -> None:
     """Make what files do not hold and a network built on the meta device lacks: angles and a factor."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 
     gemma.rotary_emb = Gemma2RotaryEmbedding(gemma.config).to(device)
-    embeddings = gemma.get_submodule("embed_tokens")
+    embeddings = gemma.embed_tokens
     if hasattr(embeddings, "embed_scale"):  # older versions compute it when it is needed
         embeddings.embed_scale = torch.tensor(embeddings.embedding_dim**0.5, device=device)

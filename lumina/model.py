@@ -177,7 +177,7 @@ class LuminaModel(nn.Module):
 
 
 def rotary_widths(head_width: int) -> tuple[int, int, int]:
-    """Return how many of a head's channels encode the place in the caption, rows and columns: a third each."""
+    """Return the channels of a head that encode the place in the caption, rows and columns: a third each."""
     return (head_width // 3,) * 3
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from encoders.token_rows import check_ids, fill_rows
 from lumina.configs import PROMPT_START
 from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
+from lumina.options import MAX_TOKENS
 from lumina.tokenizer import GEMMA_FILES, GemmaTokenizer, find_tokenizer, load_tokenizer
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
@@ -27,7 +28,7 @@ from modules.offload.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 256  # with the begin token and the system prompt, where nothing is said
+
 TOKEN_STEP = 8  # of the padded length
 PAD = 0
 PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
@@ -126,8 +127,8 @@ class GemmaTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L} for each prompt.
 
-        They are on the CPU, masks and ids int64; gradients flow to what learns in the network. The states of a
-        part's tokens are multiplied by the part's weight.
+        They are on the CPU, masks and ids int64; gradients flow to what learns in the network. The states of
+        a part's tokens are multiplied by the part's weight.
         Raises CheckpointError if the tokenizer has more tokens than the model.
         """
         gemma, tokenizer = self._loaded.get()
@@ -146,8 +147,8 @@ class GemmaTextEncoder:
         results: list[Conditions] = []
         for first in range(0, len(read), PROMPTS_AT_ONCE):
             rows = [row[: self.max_tokens] for row, _ in read[first : first + PROMPTS_AT_ONCE]]
+            check_ids(rows, known, self.path, GEMMA_FILES.option)
             ids, mask = fill_rows(rows, self.length, PAD)
-            check_ids(ids, known, self.path, GEMMA_FILES.option)
             states = gemma_states(gemma, ids.to(device), mask.to(device)).cpu() * mask[..., None]
             results += [
                 {"hidden_state": state.clone(), "attention_mask": real.clone(), "input_ids": row.clone()}

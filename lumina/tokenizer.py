@@ -23,7 +23,7 @@ GEMMA_FILES = TokenizerFiles(
     names=("tokenizer.json", "tokenizer.model"),
     folder="tokenizer",
     repository="Alpha-VLLM/Lumina-Image-2.0",
-    # beside a single file; diffusers pipelines, with text_encoder and tokenizer side by side; google/gemma-2-2b
+    # beside a single file; diffusers pipelines, with text_encoder and tokenizer side by side; google's folder
     beside=("tokenizer", "../tokenizer", "."),
     token="<start_of_turn>",
 )
@@ -61,9 +61,7 @@ def find_tokenizer(path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
     return TokenizerPlace(inside=checkpoint_path if _inside(checkpoint_path) is not None else None)
 
 
-def load_tokenizer(
-    path: Path | None, checkpoint_path: Path, may_download: bool = True
-) -> GemmaTokenizer:
+def load_tokenizer(path: Path | None, checkpoint_path: Path, may_download: bool = True) -> GemmaTokenizer:
     """Load the tokenizer. path: of --gemma2_tokenizer; None looks for it with `find_tokenizer`.
 
     Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.

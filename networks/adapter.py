@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -21,7 +21,7 @@ from modules.seeds import derive_seed
 from networks.factored import FactoredNetwork
 from networks.hashes import add_hashes, saved_dtype
 from networks.loading import OWN_MODULES, import_network_module, read_lora
-from networks.lora import LoraNetwork
+from networks.lora_network import LoraNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 
@@ -55,15 +55,25 @@ class TrainableNetwork:
     module: nn.Module
     dit: nn.Module
 
-    def parameter_groups(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return parameter groups for the optimizer, and a name of each for logs."""
+    def parameter_groups(
+        self,
+        learning_rate: float,
+        unet_lr: float | None = None,
+        text_encoder_lr: Sequence[float] | None = None,
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return parameter groups for the optimizer, and a name of each for logs.
+
+        unet_lr: of the DiT's part; None: `learning_rate`. text_encoder_lr: of each text encoder, the last one
+        for those without; None: `learning_rate`.
+        """
+        in_dit = learning_rate if unet_lr is None else unet_lr
         prepare = self._find_offered("prepare_optimizer_params")
         if prepare is None:
             return [{"params": self.parameters(), "lr": learning_rate}], ["unet"]
         result = _call(
             prepare,
-            text_encoder_lr=None,
-            unet_lr=learning_rate,
+            text_encoder_lr=[learning_rate] if text_encoder_lr is None else list(text_encoder_lr),
+            unet_lr=in_dit,
             learning_rate=learning_rate,
             default_lr=learning_rate,
             lr=learning_rate,
@@ -112,6 +122,17 @@ class TrainableNetwork:
 
     def on_step_start(self) -> None:
         own = self._find_offered("on_step_start")
+        if own is not None:
+            own()
+
+    @property
+    def state_beside_file(self) -> Mapping[str, nn.Module]:
+        """What a training saves beside the tensors of a LoRA file, by names."""
+        return getattr(self.module, "state_beside_file", {})
+
+    def before_optimizer_step(self) -> None:
+        """Call after gradients are clipped, before each optimizer step."""
+        own = self._find_offered("before_optimizer_step")
         if own is not None:
             own()
 
@@ -195,25 +216,38 @@ def check_network(options: NetworkOptions, name: str) -> None:
         )
 
 
-def make_network(options: NetworkOptions, default_module: str, dit: nn.Module, seed: int) -> TrainableNetwork:
-    """Build the network that the options ask for, load `--network_weights`, and put it into the DiT.
+def make_network(
+    options: NetworkOptions,
+    default_module: str,
+    dit: nn.Module,
+    seed: int,
+    encoders: Mapping[str, nn.Module] | None = None,
+    in_dit: bool = True,
+) -> TrainableNetwork:
+    """Build the network that the options ask for, load `--network_weights`, and put it into the models.
 
-    seed: for the initial values, which are the same on every machine. Parameters are on the CPU; move
-    `.module` to the device. Raises OptionError or CheckpointError if the module, its settings or the file
-    cannot be used.
+    seed: for the initial values, which are the same on every machine. encoders: the loaded networks of text
+    encoders that learn, by `LearningEncoder.lora_prefix`, in the order of their learning rates. in_dit:
+    whether the DiT gets a network too. Parameters are on the CPU; move `.module` to the device. Raises
+    OptionError or CheckpointError if the module, its settings or the file cannot be used.
     """
+    encoders = encoders or {}
     name = options.network_module or default_module
     builder = import_network_module(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
         module = (
-            _build_from_weights(builder, options, dit)
+            _build_from_weights(builder, options, dit, encoders)
             if options.dim_from_weights
-            else _build(builder, options, dit)
+            else _build(builder, options, dit if in_dit else None, encoders)
         )
-        frozen = dict(dit.named_parameters())
-        module.apply_to(None, dit, apply_text_encoder=False, apply_unet=True)
-    _put_back(dit, frozen)
+        models = [dit, *encoders.values()]
+        frozen = [dict(model.named_parameters()) for model in models]
+        module.apply_to(
+            list(encoders.values()) or None, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit
+        )
+    for model, parameters in zip(models, frozen, strict=True):
+        _put_back(model, parameters)
     network = TrainableNetwork(module, dit)
     if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
         raise OptionError(
@@ -260,7 +294,16 @@ def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:
             layer.register_parameter(leaf, parameter)
 
 
-def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
+def _encoders_for(builder: ModuleType, encoders: Mapping[str, nn.Module]) -> Any:
+    """Return text encoders as a module takes them: ours by prefix, others as a list."""
+    if not encoders:
+        return None
+    return encoders if builder.__name__.endswith(OWN_MODULES) else list(encoders.values())
+
+
+def _build(
+    builder: ModuleType, options: NetworkOptions, dit: nn.Module | None, encoders: Mapping[str, nn.Module]
+) -> Any:
     rank = options.network_dim or DEFAULT_RANK
     arguments = options.arguments()
     if hasattr(builder, "create_arch_network"):
@@ -269,7 +312,7 @@ def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
             rank,
             options.network_alpha,
             None,
-            None,
+            _encoders_for(builder, encoders),
             dit,
             neuron_dropout=options.network_dropout,
             **arguments,
@@ -279,10 +322,13 @@ def _build(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
             f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
             "--network_args dropout=..."
         )
-    return builder.create_network(1.0, rank, options.network_alpha, None, None, dit, **arguments)
+    texts = _encoders_for(builder, encoders)
+    return builder.create_network(1.0, rank, options.network_alpha, None, texts, dit, **arguments)
 
 
-def _build_from_weights(builder: ModuleType, options: NetworkOptions, dit: nn.Module) -> Any:
+def _build_from_weights(
+    builder: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
+) -> Any:
     assert options.network_weights is not None
     create: Callable[..., Any] | None = next(
         (
@@ -297,18 +343,19 @@ def _build_from_weights(builder: ModuleType, options: NetworkOptions, dit: nn.Mo
             f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
             "support it"
         )
-    tensors: Mapping[str, Tensor] = read_lora(options.network_weights).tensors
+    lora = read_lora(options.network_weights, with_texts=bool(encoders))
+    tensors: Mapping[str, Tensor] = {**lora.tensors, **lora.text_tensors}
     given: dict[str, Any] = {
         "multiplier": 1.0,
         "weights_sd": tensors,
         "file": str(options.network_weights),
         "unet": dit,
     }
-    nothing: Iterable[str] = ("vae", "text_encoder", "text_encoders")
+    texts = _encoders_for(builder, encoders)
+    given |= {"vae": None, "text_encoder": texts, "text_encoders": texts}
     result = _call(
         create,
         **given,
-        **dict.fromkeys(nothing),
         neuron_dropout=options.network_dropout,
         **options.arguments(),
     )

@@ -13,10 +13,11 @@ from modules.errors import CheckpointError, OptionError
 from networks.deltas import group_by_module, rank_of
 from networks.factored_layer import FactoredLayer, Shapes
 from networks.key_formats import OURS
-from networks.loading import list_some, read_lora, warn_of_other_family
-from networks.lora import attach_layers, choose_modules, fill_network
+from networks.loading import family_of_network, list_some, read_lora, warn_of_other_family
+from networks.lora_network import attach_layers, fill_network
 from networks.lora_settings import LoraSettings, read_settings
-from networks.module_names import choose_family, replace_dots
+from networks.lora_targets import choose_modules
+from networks.module_names import replace_dots
 
 logger = getLogger(__name__)
 MakeShapes = Callable[[int, int, int], Shapes]  # out, in, rank -> factors
@@ -72,7 +73,7 @@ class FactoredNetwork(nn.Module):
         """
         path = Path(file)
         lora, own = read_lora(path), group_by_module(self.state_dict())
-        warn_of_other_family(lora, choose_family(name.removeprefix(OURS) for name in own))
+        warn_of_other_family(lora, family_of_network(own, lora))
         stored = lora.modules()
         fitting = {name: factors for name, factors in stored.items() if name in own}
         for name, factors in fitting.items():
@@ -123,7 +124,8 @@ def build_factored(
     """
     settings = check_factored(rank, alpha, dropout, arguments)
     layers = {}
-    for name, (module, size, scaling) in choose_modules(unet, replace(settings, conv_rank=None)).items():
+    for name, target in choose_modules(unet, replace(settings, conv_rank=None)).items():
+        module, size, scaling = target.module, target.rank, target.alpha
         if isinstance(module, nn.Linear):
             shapes = make_shapes(module.out_features, module.in_features, size)
             layers[name] = FactoredLayer(module, shapes, size, scaling)
@@ -175,9 +177,12 @@ def check_factored(
 ) -> LoraSettings:
     """Read the settings. Raises OptionError for one that cannot be used, or that only LoRAs have."""
     settings = read_settings(rank, alpha, dropout, arguments)
-    if settings.dropouts or settings.decomposes or settings.loraplus_lr_ratio is not None:
+    ratios = settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio
+    others = settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation
+    if any(others) or any(ratio is not None for ratio in ratios):
         raise OptionError(
-            "--network_dropout, and rank_dropout, module_dropout, dora_wd and loraplus_lr_ratio of "
-            "--network_args, are for LoRAs only: leave them out, or use --network_module networks.lora"
+            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
+            "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
+            "networks.lora"
         )
     return settings

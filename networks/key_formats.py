@@ -49,6 +49,8 @@ _DOTTED = {
     "unet.": "diffusers",
 }
 _TEXT_ENCODERS = ("lora_te", "lycoris_te", "text_encoder", "te1", "te2", "cond_stage_model.", "conditioner.")
+# diffusers' pipelines with two encoders: CLIP-L and T5
+_TEXT_STARTS = {"text_encoder.": "lora_te1", "text_encoder_2.": "lora_te3"}
 _ENDINGS = {
     ".lora_A.weight": "lora_down.weight",
     ".lora_B.weight": "lora_up.weight",
@@ -83,7 +85,8 @@ class NativeTensors:
 
     tensors: dict[str, Tensor]
     dialect: str  # for messages
-    text_encoder: tuple[str, ...]  # keys that change a text encoder
+    text_encoder: tuple[str, ...]  # keys that change a text encoder and have no name here
+    texts: Mapping[str, Tensor]  # that change text encoders, as `lora_te1_text_model_....lora_down.weight`
     unknown: tuple[str, ...]  # keys that are no part of a LoRA, or name a part once more
     # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
@@ -104,10 +107,27 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     dialects = sorted({place.dialect for place in found.values()})
     used = set(keys.values())
     rest = [key for key in tensors if key not in used]
-    texts = tuple(key for key in rest if key.startswith(_TEXT_ENCODERS))
+    names_of_texts = {key: _name_of_text(key) for key in rest if key.startswith(_TEXT_ENCODERS)}
+    texts = {name: tensors[key] for key, name in names_of_texts.items() if name is not None}
+    strange = tuple(key for key, name in names_of_texts.items() if name is None)
     unknown = tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
     paths = {f"{OURS}{names[place.module]}": place.path for place in found.values()}
-    return NativeTensors(native, " + ".join(dialects), texts, unknown, paths)
+    return NativeTensors(native, " + ".join(dialects), strange, texts, unknown, paths)
+
+
+def _name_of_text(key: str) -> str | None:
+    """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown."""
+    key = _WITH_ADAPTER.sub(_without_adapter, key)
+    ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
+    if ending is None:
+        return None
+    path = key.removesuffix(ending)
+    if not path.startswith("lora_te"):
+        prefix = next((prefix for start, prefix in _TEXT_STARTS.items() if path.startswith(start)), None)
+        if prefix is None:
+            return None
+        path = f"{prefix}_{replace_dots(path.partition('.')[2])}"
+    return f"{path}.{_ENDINGS[ending]}"
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
@@ -227,7 +247,7 @@ def to_diffusers(
     def path_of(name: str) -> str | None:
         return None if family is None else diffusers_path(name, family)
 
-    return _write(tensors, start, path_of, _in_diffusers)
+    return _write(tensors, start, path_of, in_diffusers)
 
 
 def _family_of(tensors: Mapping[str, Tensor], hint: str | None) -> FamilyNames | None:
@@ -266,7 +286,7 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
     return form
 
 
-def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
+def in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
     """The tensors of a module as diffusers and PEFT read them, or why there are none."""
     if "diff" in factors and factors["diff"].ndim == 2 and LORA[0] not in factors and DORA not in factors:
         factors = _at_full_rank(factors)

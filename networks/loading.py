@@ -25,12 +25,14 @@ from networks.hashes import is_damaged
 from networks.key_formats import OURS, NativeTensors, other_kind, to_native
 from networks.module_names import choose_family, is_optional, read_family
 from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
+from networks.parts import mend_split_alphas
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
 OWN_MODULES = (
     *("networks.lora", "networks.loha", "networks.lokr"),
     *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
+    *("networks.lora_flux", "networks.lora_hunyuan_image", "networks.lora_lumina"),
 )
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
@@ -40,12 +42,6 @@ A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 PEFT_SETTINGS = "lora_adapter_metadata"
 # what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
 TRAINED_FOR = "reelsmith_trained_for"
-MADE_FOR = ("ss_base_model_version", "modelspec.architecture")
-OF_EQUAL_NAMES = (
-    "flux",
-    "Flux",
-    "chroma",
-)  # models that are no family here, some of whose blocks and layers are called as HunyuanVideo's
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,8 @@ class LoraFile:
     metadata: Mapping[str, str]
     dialect: str
     parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
+    # what it changes in text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
+    text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def expert(self) -> str | None:
@@ -101,12 +99,13 @@ def _several(path: Path) -> CheckpointError:
     )
 
 
-def read_lora(path: Path, by_expert: bool = False) -> LoraFile:
+def read_lora(path: Path, by_expert: bool = False, with_texts: bool = False) -> LoraFile:
     """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
     warning.
 
-    by_expert: allow a file that holds a LoRA for each expert; the result has `parts` then. Raises
-    CheckpointError if it is missing, damaged, not a LoRA, or of an unsupported kind.
+    with_texts: read what it changes in text encoders too. by_expert: allow a file that holds a LoRA for each
+    expert; the result has `parts` then. Raises CheckpointError if it is missing, damaged, not a LoRA,
+    or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
         kind = other_kind(checkpoint.tensors)
@@ -130,7 +129,7 @@ def read_lora(path: Path, by_expert: bool = False) -> LoraFile:
     if len(groups) > 1 and not by_expert:
         raise _several(path)
     parts = {
-        expert: _read_part(path, {name: stored[name] for name in names}, metadata, expert)
+        expert: _read_part(path, {name: stored[name] for name in names}, metadata, expert, with_texts)
         for expert, names in groups.items()
     }
     if len(parts) == 1:
@@ -141,7 +140,11 @@ def read_lora(path: Path, by_expert: bool = False) -> LoraFile:
 
 
 def _read_part(
-    path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str], expert: str | None
+    path: Path,
+    stored: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    expert: str | None,
+    with_texts: bool,
 ) -> LoraFile:
     """Bring tensors of a file under our names.
 
@@ -157,16 +160,17 @@ def _read_part(
             ) from error
     made = read_family(metadata)
     native = to_native(stored, None if made is None else made.name)
-    if not native.tensors:
+    texts = native.texts if with_texts else {}
+    if not native.tensors and not texts:
         raise _no_lora(path, stored)
-    if native.text_encoder:
+    ignored = native.text_encoder if with_texts else (*native.text_encoder, *native.texts)
+    if ignored:
         logger.warning(
-            f"{path}: {len(native.text_encoder)} tensors change a text encoder and are ignored: "
-            f"{list_some(native.text_encoder)}"
+            f"{path}: {len(ignored)} tensors change a text encoder and are ignored: {list_some(ignored)}"
         )
     if native.unknown:
         warn_of_rest(path, native.unknown, len(stored), "tensors are no part of a LoRA and are ignored")
-    for module, factors in group_by_module(native.tensors).items():
+    for module, factors in group_by_module({**native.tensors, **texts}).items():
         reason = find_fault(factors)
         if reason is not None:
             raise CheckpointError(
@@ -185,7 +189,8 @@ def _read_part(
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
     use += f", for the {in_words(expert)}" if expert is not None else ""
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
-    return LoraFile(path, native.tensors | alphas, metadata, native.dialect)
+    tensors = mend_split_alphas(path, native.tensors | alphas, metadata)
+    return LoraFile(path, tensors, metadata, native.dialect, text_tensors=texts)
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -242,18 +247,21 @@ def warn_of_absent(
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
     """Warn if a LoRA fits by its names but its metadata say that it was trained for another model."""
     made = read_family(lora.metadata)
-    name = next(
-        (text for key in MADE_FOR if (text := lora.metadata.get(key, "")).startswith(OF_EQUAL_NAMES)), None
-    )
-    if made is not None:
-        name = made.name
-    if name is None or model is None or made is model or name in model.takes:
+    if made is None or model is None or made is model or made.name in model.takes:
         return
     logger.warning(
-        f"{lora.path} was trained for {name}, as its metadata say, and is used on a {model.name} model. The "
-        "names are the same, "
-        "what it has learned is not: do not expect much of it."
+        f"{lora.path} was trained for {made.name}, as its metadata say, and is used on a {model.name} model. "
+        "The names are the same, what it has learned is not: do not expect much of it."
     )
+
+
+def family_of_network(names: Iterable[str], lora: LoraFile) -> FamilyNames | None:
+    """Return the family that a network was built for, by the names of its modules (ours, with our prefix).
+
+    These are only some of a model's: if they are names of the LoRA's family too, it is taken for that.
+    """
+    made = read_family(lora.metadata)
+    return choose_family((name.removeprefix(OURS) for name in names), None if made is None else made.name)
 
 
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:

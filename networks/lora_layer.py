@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from modules.devices import numbers_on
 from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.seeds import derive_seed
+from networks.lora_blocks import BlockUp
+from networks.lora_ggpo import perturbed
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
@@ -66,18 +68,26 @@ class LoraLayer(nn.Module):
     alpha: Tensor
     squares: Tensor  # of the norms of the frozen weight's rows, for DoRA
     lora_down: nn.Linear | nn.Conv2d
-    lora_up: nn.Linear | nn.Conv2d
+    lora_up: nn.Linear | nn.Conv2d | BlockUp
 
     def __init__(
-        self, original: nn.Linear | nn.Conv2d, rank: int, alpha: float, decomposes: bool = False
+        self,
+        original: nn.Linear | nn.Conv2d,
+        rank: int,
+        alpha: float,
+        decomposes: bool = False,
+        heights: Sequence[int] = (),
     ) -> None:
         """alpha: 0 means rank. decomposes: train the norms of the weight's rows beside the LoRA (DoRA).
 
+        heights: rows of the parts of a fused weight, each of which gets factors of its own, of this rank and
+        alpha. Rank and alpha of the whole are theirs times the parts, so that alpha / rank stays.
         Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
         """
         super().__init__()
-        self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
-        self.lora_down, self.lora_up = _factors(original, rank)
+        alpha, rank = (alpha or rank) * max(len(heights), 1), rank * max(len(heights), 1)
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.lora_down, self.lora_up = _factors(original, rank, heights)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
@@ -90,6 +100,8 @@ class LoraLayer(nn.Module):
         self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
+        # where the standard deviations of noise on the weight are, for training: a buffer, and its name
+        self.noise_of: tuple[nn.Module, str] | None = None
         self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
@@ -130,12 +142,31 @@ class LoraLayer(nn.Module):
             hidden = self._drop(hidden)
         added = self.lora_up(hidden).to(out.dtype)
         whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
+        if self.training and self.noise is not None:
+            whole = whole + perturbed(x, self.noise, self.seed.derive(self.index, "noise")).to(whole.dtype)
         # compiled code computes it in any case
         if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
             return torch.where(
                 self.seed_table[KINDS.index("module"), 0] < self.dropouts.module * (_32_BITS + 1), out, whole
             )
         return whole
+
+    @property
+    def original(self) -> nn.Linear | nn.Conv2d:
+        """The frozen module."""
+        return self._original[0]
+
+    @property
+    def noise(self) -> Tensor | None:
+        """Standard deviations of noise on the rows of the weight, out; None: there is none."""
+        return None if self.noise_of is None else getattr(*self.noise_of)
+
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (down R x in, up out x R) of each part of the weight, which may be the only one."""
+        if isinstance(self.lora_up, BlockUp):
+            ups = self.lora_up.weight.split(self.lora_up.heights)
+            return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
+        return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.
@@ -201,10 +232,13 @@ def row_norms(layer: nn.Linear) -> Tensor:
 
 
 def _factors(
-    original: nn.Linear | nn.Conv2d, rank: int
-) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
+    original: nn.Linear | nn.Conv2d, rank: int, heights: Sequence[int]
+) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
     """Return uninitialised down and up modules, float32 on the CPU."""
     made: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
+    if heights:
+        assert isinstance(original, nn.Linear)
+        return _make_empty(nn.Linear(original.in_features, rank, **made)), BlockUp(rank, heights)
     if isinstance(original, nn.Linear):
         down, up = (
             nn.Linear(original.in_features, rank, **made),

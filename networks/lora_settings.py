@@ -3,14 +3,16 @@
 import ast
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError
+from networks.lora_ggpo import Perturbation
 from networks.lora_layer import Dropouts
+from networks.lora_rules import BlockNumbers, LoraRules, read_block_numbers, read_ranks
 
 logger = getLogger(__name__)
 DEFAULT_RANK = 4
@@ -23,14 +25,22 @@ SETTINGS = (
     "include_patterns",
     "exclude_patterns",
     "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+    "network_reg_dims",
+    "network_reg_lrs",
+    "ggpo_sigma",
+    "ggpo_beta",
     "dora_wd",
     "verbose",
 )
+# searched in names of modules; the last that fits counts
+ByPattern = tuple[tuple[re.Pattern[str], float], ...]
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Ranks, dropouts and the choice of modules."""
+    """Ranks, dropouts, learning rates and the choice of modules."""
 
     rank: int = DEFAULT_RANK
     alpha: float = DEFAULT_ALPHA
@@ -40,8 +50,19 @@ class LoraSettings:
     include: tuple[re.Pattern[str], ...] = ()  # matched at the start of module paths
     exclude: tuple[re.Pattern[str], ...] = ()
     loraplus_lr_ratio: float | None = None
+    loraplus_encoder_ratio: float | None = None
     decomposes: bool = False  # DoRA
     verbose: bool = False
+    reg_ranks: ByPattern = ()
+    reg_rates: ByPattern = ()
+    perturbation: Perturbation | None = None  # LoRA-GGPO
+    rules: LoraRules | None = None  # of the family's module; None: the network's spec says what takes part
+    type_ranks: Mapping[str, int] = field(default_factory=dict)  # by the argument of a type
+    train_blocks: str | None = None
+    block_numbers: Mapping[str, BlockNumbers] = field(default_factory=dict)  # by argument
+    outside_ranks: tuple[int, ...] = ()
+    splits: bool = False  # factors for each part of a fused layer
+    encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
 
     def takes(self, path: str) -> bool:
         """Whether the module at this path gets a LoRA: it is not excluded, or included again."""
@@ -49,15 +70,22 @@ class LoraSettings:
 
 
 def read_settings(
-    rank: int | None, alpha: float | None, neuron_dropout: float | None, arguments: Mapping[str, Any]
+    rank: int | None,
+    alpha: float | None,
+    neuron_dropout: float | None,
+    arguments: Mapping[str, Any],
+    rules: LoraRules | None = None,
 ) -> LoraSettings:
     """Read settings from the options and from `--network_args`, whose values may be strings.
 
-    Warns of unknown keys. Raises OptionError if a value is out of range.
+    rules: of the family's module. Raises OptionError if a key is unknown or a value is out of range.
     """
     rest = {key: value for key, value in arguments.items() if value is not None}
     conv_rank = _number(rest, "conv_dim", int, 1, math.inf)
     conv_alpha = _number(rest, "conv_alpha", float, 0, math.inf)
+    ratio = _number(rest, "loraplus_lr_ratio", float, 0, math.inf)
+    unet_ratio = _number(rest, "loraplus_unet_lr_ratio", float, 0, math.inf)
+    encoder_ratio = _number(rest, "loraplus_text_encoder_lr_ratio", float, 0, math.inf)
     settings = LoraSettings(
         rank=DEFAULT_RANK if rank is None else int(rank),
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
@@ -70,16 +98,108 @@ def read_settings(
         ),
         include=_patterns(rest, "include_patterns"),
         exclude=_patterns(rest, "exclude_patterns"),
-        loraplus_lr_ratio=_number(rest, "loraplus_lr_ratio", float, 0, math.inf),
+        loraplus_lr_ratio=ratio if unet_ratio is None else unet_ratio,
+        loraplus_encoder_ratio=ratio if encoder_ratio is None else encoder_ratio,
         decomposes=_switch(rest, "dora_wd"),
-        verbose=str(rest.pop("verbose", False)) == "True",
+        verbose=_switch(rest, "verbose"),
+        reg_ranks=_by_pattern(rest, "network_reg_dims", int),
+        reg_rates=_by_pattern(rest, "network_reg_lrs", float),
+        perturbation=_perturbation(rest),
+        rules=rules,
+        **({} if rules is None else _by_rules(rest, rules)),
     )
-    for key in rest:
-        logger.warning(
-            f"--network_args {key} is ignored because this network has no such setting."
-            f"{did_you_mean(key, SETTINGS)}"
+    if rest:
+        known = (*SETTINGS, *(() if rules is None else rules.arguments))
+        key = next(iter(rest))
+        raise OptionError(
+            f"--network_args {key}: this network has no such setting.{did_you_mean(key, known)} It has "
+            f"{', '.join(known)}"
         )
+    _refuse_clashes(settings)
     return settings
+
+
+def _by_rules(rest: dict[str, Any], rules: LoraRules) -> dict[str, Any]:
+    """Remove the settings that only the family's module has from `rest` and return them as fields."""
+    ranks = {argument: _number(rest, argument, int, 0, math.inf) for argument, _ in rules.types}
+    blocks = rest.pop("train_blocks", None) if rules.choices else None
+    if blocks is not None and blocks not in rules.choices:
+        raise OptionError(f"--network_args train_blocks={blocks}: give one of {', '.join(rules.choices)}")
+    numbers = {
+        argument: read_block_numbers(argument, str(rest.pop(argument)))
+        for argument in rules.indices
+        if argument in rest
+    }
+    outside = (
+        read_ranks(rules.outside, str(rest.pop(rules.outside)), rules.outside_paths)
+        if rules.outside and rules.outside in rest
+        else ()
+    )
+    return {
+        "type_ranks": {argument: int(rank) for argument, rank in ranks.items() if rank is not None},
+        "train_blocks": blocks,
+        "block_numbers": numbers,
+        "outside_ranks": outside,
+        "splits": _switch(rest, "split_qkv") if rules.fused else False,
+        "encoders_off": frozenset(
+            prefix for argument, prefix in rules.encoders.items() if not _switch(rest, argument)
+        ),
+    }
+
+
+def _refuse_clashes(settings: LoraSettings) -> None:
+    for name, other in (("split_qkv", settings.splits), ("ggpo_sigma", settings.perturbation is not None)):
+        if other and settings.decomposes:
+            raise OptionError(f"--network_args {name} and dora_wd cannot be used together: leave one out")
+    if settings.splits and settings.perturbation is not None:
+        raise OptionError("--network_args split_qkv and ggpo_sigma cannot be used together: leave one out")
+
+
+def _perturbation(rest: dict[str, Any]) -> Perturbation | None:
+    sigma = _number(rest, "ggpo_sigma", float, 0, math.inf)
+    beta = _number(rest, "ggpo_beta", float, 0, math.inf)
+    if (sigma is None) != (beta is None):
+        raise OptionError(
+            "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
+            "ggpo_beta=0.01"
+        )
+    return None if sigma is None or beta is None else Perturbation(sigma, beta)
+
+
+def _by_pattern(rest: dict[str, Any], key: str, kind: type[int] | type[float]) -> ByPattern:
+    """Remove `pattern=number,pattern=number` from `rest` and return its pairs."""
+    text = rest.pop(key, None)
+    if text is None:
+        return ()
+    pairs = []
+    for part in str(text).split(","):
+        pattern, equals, number = part.strip().partition("=")
+        found = _read_number(number, kind)
+        if not equals or not pattern.strip() or found is None:
+            raise OptionError(
+                f"--network_args {key}: {part.strip()!r} is no pair; write pattern=number,pattern=number, "
+                f"with numbers {'of at least 0 that are whole' if kind is int else 'of at least 0'}"
+            )
+        pairs.append((_compile(key, pattern.strip()), found))
+    return tuple(pairs)
+
+
+def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
+    """Return the places of the patterns that a name fits; the last of them counts."""
+    return tuple(place for place, (pattern, _) in enumerate(pairs) if pattern.search(name))
+
+
+def log_overlaps(argument: str, pairs: ByPattern, found: Sequence[tuple[int, ...]]) -> None:
+    """Log which patterns take modules from earlier ones. found: `find_by_pattern` of each module."""
+    taken: dict[tuple[int, int], int] = {}
+    for places in found:
+        for place in places[:-1]:
+            taken[place, places[-1]] = taken.get((place, places[-1]), 0) + 1
+    for (place, last), count in sorted(taken.items()):
+        logger.info(
+            f"--network_args {argument}: {count} modules fit {pairs[place][0].pattern!r} and the later "
+            f"{pairs[last][0].pattern!r}, which counts ({pairs[last][1]:g})"
+        )
 
 
 def _number(
@@ -89,11 +209,8 @@ def _number(
     text = rest.pop(key, None)
     if text is None or text == "None":
         return None
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value < high:
+    value = _read_number(text, kind)
+    if value is None or not low <= value < high:
         limits = f"from {low:g} to below {high:g}" if high < math.inf else f"of at least {low:g}"
         raise OptionError(
             f"--network_args {key}={text}: give {'a whole' if kind is int else 'a'} number {limits}"
@@ -101,12 +218,21 @@ def _number(
     return value
 
 
+def _read_number(text: Any, kind: type[int] | type[float]) -> float | None:
+    """Return a number of at least 0 from its text, None if it is none."""
+    try:
+        value = kind(text)
+    except (ValueError, TypeError):
+        return None
+    return value if 0 <= value < math.inf else None
+
+
 def _switch(rest: dict[str, Any], key: str) -> bool:
     """Remove True or False, or its text, from `rest` and return it; False if missing."""
     text = str(rest.pop(key, False))
-    if text not in {"True", "False"}:
+    if text.lower() not in {"true", "false"}:
         raise OptionError(f"--network_args {key}={text}: give True or False")
-    return text == "True"
+    return text.lower() == "true"
 
 
 def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
@@ -124,13 +250,14 @@ def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
         raise OptionError(
             f"""--network_args {key}: write a Python list of strings, such as "{key}=[r'.*ffn.*']"."""
         )
-    compiled = []
-    for pattern in given:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise OptionError(
-                f"--network_args {key}: {pattern!r} is not a regular expression ({error}). Correct it, or "
-                "leave it out"
-            ) from None
-    return tuple(compiled)
+    return tuple(_compile(key, pattern) for pattern in given)
+
+
+def _compile(key: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise OptionError(
+            f"--network_args {key}: {pattern!r} is not a regular expression ({error}). Correct it, or leave "
+            "it out"
+        ) from None

@@ -1,16 +1,21 @@
 """Modules by the names that LoRA files give them, in ours and in other layouts (`networks.names`)."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from networks.names.flux import FLUX
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.names.layouts import TRAINED_ON, FamilyNames, WeightPart
+from networks.names.hunyuan_image import HUNYUAN_IMAGE
+from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
+from networks.names.lumina import LUMINA
 from networks.names.wan import WAN
 
-FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
+# of several with equal names the first is chosen, if nothing else tells
+FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA)
 
 
 def replace_dots(path: str) -> str:
@@ -32,6 +37,28 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
     best = max(FAMILIES, key=score)
     return best if score(best)[0] else None
+
+
+def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
+    """Return the family whose published models have as many blocks as these modules, and as wide ones.
+
+    inputs: underscored name in diffusers' layout -> how many values the module takes. For files that do not
+    say what they were trained for; None if no family fits.
+    """
+    numbers: dict[str, int] = {}
+    widths: set[int] = set()
+    for name, width in inputs.items():
+        found = re.match(r"((?:single_)?transformer_blocks)_(\d+)_", name)
+        if found is not None:
+            numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
+        if name.endswith(("attn_to_q", "attn_add_q_proj")):
+            widths.add(width)
+    fitting = [
+        family
+        for family in FAMILIES
+        if {family.width} == widths and any(numbers.get(name) == depth for name, depth in family.depths)
+    ]
+    return fitting[0] if fitting else None
 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
@@ -70,6 +97,15 @@ def alias(name: str, family: FamilyNames) -> str:
     return name if found is None else replace_dots(_fill([ours for _, ours in _all_aliases(family)], found))
 
 
+def to_alias(name: str, family: FamilyNames) -> str:
+    """Return another layout's underscored name for one of ours; return any other name unchanged."""
+    for theirs, ours in family.aliases:
+        found = _template(ours).fullmatch(name)
+        if found is not None:
+            return replace_dots(theirs.replace("{n}", found["n"]))
+    return name
+
+
 @dataclass(frozen=True)
 class Relative:
     """A module whose weight has all or some rows of another module's weight, or the reverse."""
@@ -80,16 +116,41 @@ class Relative:
 
 
 @cache
-def relatives(name: str) -> tuple[Relative, ...]:
-    """Return the modules of other layouts, in any family, that are part of this one or contain it."""
-    found = []
-    for family in FAMILIES:
-        for part in family.parts:
-            for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
-                match = _template(own).fullmatch(name)
-                if match is not None:
-                    found.append(Relative(replace_dots(other.replace("{n}", match["n"])), part, is_part))
-    return tuple(found)
+def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, ...]:
+    """Return the modules of other layouts that are part of this one or contain it, in one family or in all.
+
+    A name that is a module's in one family and another layout's in another one has its relatives in both.
+    """
+    found: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
+    for part in itertools.chain.from_iterable(map(_all_parts, FAMILIES if family is None else [family])):
+        for own, other, is_part in ((part.ours, part.theirs, True), (part.theirs, part.ours, False)):
+            match = _template(own).fullmatch(name)
+            if match is not None:
+                path = replace_dots(other.replace("{n}", match["n"]))
+                if path == name and part.index is None:
+                    continue  # the same in both layouts
+                found.setdefault((path, part.index, is_part), Relative(path, part, is_part))
+    return tuple(found.values())
+
+
+@cache
+def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
+    """Return the parts of a module in the family's other layout, (path, part), in the order of their rows."""
+    found = [
+        (part.theirs.replace("{n}", match["n"]), part)
+        for part in family.parts
+        if (match := _template(part.ours).fullmatch(name)) is not None
+    ]
+    order = {REST: 101, BEFORE_REST: 100}
+    return sorted(found, key=lambda pair: order.get(pair[1].index or 0, pair[1].index or 0))
+
+
+@cache
+def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
+    """Return a family's parts, and as such those aliases that are names of another family's own modules."""
+    others = {replace_dots(path) for other in FAMILIES if other is not family for path in other.modules}
+    aliases = [pair for pair in family.aliases if family.parts and replace_dots(pair[0]) in others]
+    return (*family.parts, *(WeightPart(theirs, ours) for theirs, ours in aliases))
 
 
 @cache

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from networks.deltas import (
     strength,
 )
 from networks.key_formats import OURS
+from networks.lora_blocks import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
-from networks.names.layouts import REST, SWAPPED, WeightPart
+from networks.names.layouts import BEFORE_REST, REST, SWAPPED, FamilyNames, WeightPart
 
 logger = getLogger(__name__)
 Pieces = Sequence[tuple[WeightPart, Factors]]  # of one fused module
@@ -31,7 +33,8 @@ def part_rows(part: WeightPart, own: int, whole: int) -> slice | Tensor | None:
         if own != whole:
             return None
         return slice(0, whole) if part.index is None else torch.arange(whole).roll(whole // 2)
-    start = whole - own if part.index == REST else part.index * own
+    from_end = {REST: 1, BEFORE_REST: 2}.get(part.index)
+    start = part.index * own if from_end is None else whole - from_end * own
     return slice(start, start + own) if 0 <= start <= whole - own else None
 
 
@@ -81,27 +84,32 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
 
 
 def fuse(
-    tensors: Mapping[str, Tensor], height: Callable[[str], int | None] | None = None
+    tensors: Mapping[str, Tensor],
+    height: Callable[[str], int | None] | None = None,
+    family: FamilyNames | None = None,
 ) -> dict[str, Tensor]:
     """Join the LoRAs for parts of a module to one for that module; warn of those that cannot be joined.
 
     tensors: under our names, with our prefix; others are unchanged. height: fused module -> number of rows of
     its weight, None if the model has no such module: its parts then stay as they are. Without `height` every
     part is joined, and heights come from the parts, those in other blocks too; if no block has the last part
-    of a weight, its height is that of every published model. The change of the weight stays the same. The
-    rank is the sum of the parts' ranks, or their rank if they share one down factor.
+    of a weight, its height is that of every published model. family: whose modules these are; None: any. The
+    change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share
+    one down factor.
     """
     modules = group_by_module(tensors)
     found: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
     fused: dict[str, Factors] = {}
+    parts: dict[str, WeightPart] = {}
     for name, factors in modules.items():
-        larger = _larger(name)
+        larger = _larger(name, height, family)
         into = None if larger is None else OURS + larger.name
-        if into is None or into in modules or (height is not None and height(into) is None):
+        if larger is None or into is None or into in modules:
             fused[name] = factors
         else:
             found.setdefault(into, []).append(name)
-    pieces = {into: [(_part(name), modules[name]) for name in names] for into, names in found.items()}
+            parts[name] = larger.part
+    pieces = {into: [(parts[name], modules[name]) for name in names] for into, names in found.items()}
     likely = _likely_heights(pieces.values()) if height is None else {}
     for into, names in found.items():
         rows = likely[pieces[into][0][0].ours] if height is None else height(into)
@@ -114,15 +122,12 @@ def fuse(
     return {f"{name}.{part}": tensor for name, factors in fused.items() for part, tensor in factors.items()}
 
 
-def _larger(name: str) -> Relative | None:
-    """Return the module of our layout that a module is part of."""
-    return next((other for other in relatives(name.removeprefix(OURS)) if not other.is_part), None)
-
-
-def _part(name: str) -> WeightPart:
-    larger = _larger(name)
-    assert larger is not None
-    return larger.part
+def _larger(
+    name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
+) -> Relative | None:
+    """Return the module of our layout that a module is part of, and that a model has if `height` is given."""
+    whole = [other for other in relatives(name.removeprefix(OURS), family) if not other.is_part]
+    return next((one for one in whole if height is None or height(OURS + one.name) is not None), None)
 
 
 def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
@@ -136,18 +141,19 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
 
 
 def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
-    siblings = [part for family in FAMILIES for part in family.parts if part.ours == ours]
-    rest = next((part for part in siblings if part.index == REST), None)
-    equal = next((height for index, height in rows.items() if index != REST), 0)
-    if rest is None:
-        return equal * len(siblings)
-    last = rows.get(REST, 0)
-    if not last:
-        logger.info(
-            f"{rest.theirs} is not in the file; it is assumed to have {rest.usual_height} times as many rows "
-            "as the parts beside it"
-        )
-    return (equal or last // rest.usual_height) * (len(siblings) - 1) + (last or equal * rest.usual_height)
+    """Return the rows of a fused weight. rows: of those parts that some block has, by index."""
+    siblings = {part.theirs: part for family in FAMILIES for part in family.parts if part.ours == ours}
+    known = next(part for part in siblings.values() if rows.get(part.index))
+    if known.index is None or known.index == SWAPPED:  # it is no part, but all of it
+        return rows[known.index]
+    unit = rows[known.index] // known.usual_height
+    for part in siblings.values():
+        if not rows.get(part.index) and part.usual_height > known.usual_height:
+            logger.info(
+                f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as many "
+                "rows as the parts beside it"
+            )
+    return sum(rows.get(part.index) or unit * part.usual_height for part in siblings.values())
 
 
 def _join(pieces: Pieces, height: int) -> Factors | str:
@@ -207,3 +213,35 @@ def _scaled_bias(factors: Factors) -> Factors:
     """The same, with the strength multiplied into a bias."""
     bias = bias_delta(factors, torch.device("cpu"))
     return factors if bias is None else {**factors, "lora_up.bias": bias.to(factors["lora_up.bias"].dtype)}
+
+
+def _part_heights(name: str, factors: Factors) -> tuple[int, ...]:
+    """Return the rows of each part of a module whose LoRA is made of LoRAs for its parts; () for others."""
+    if set(factors) != {"alpha", *LORA}:
+        return ()
+    parts = {other.part for other in relatives(name.removeprefix(OURS)) if other.is_part}
+    indices = {part.index for part in parts} - {None, SWAPPED}
+    heights = fused_heights(len(indices), len(factors[LORA[1]]), factors[LORA[0]].shape[1])
+    return heights if heights and diagonal_blocks(factors[LORA[1]], heights) is not None else ()
+
+
+def mend_split_alphas(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return a LoRA's tensors with the alphas that it was trained with, for files of sd-scripts' `split_qkv`.
+
+    Such a file has the parts' factors in one, of k times the rank, but the alpha of one part, so that alpha /
+    rank would be k times too small. It is told by its metadata and its block-diagonal up factors.
+    """
+    mended = dict(tensors)
+    if '"split_qkv": "true"' not in metadata.get("ss_network_args", "").lower():
+        return mended
+    for name, factors in group_by_module(tensors).items():
+        heights = _part_heights(name, factors)
+        if heights and f"{float(factors['alpha']):g}" == metadata.get("ss_network_alpha", "").removesuffix(
+            ".0"
+        ):
+            mended[f"{name}.alpha"] = factors["alpha"] * len(heights)
+    if changed := sum(mended[name] is not tensors[name] for name in tensors):
+        logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")
+    return mended

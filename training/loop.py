@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from modules.errors import UserError
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
 from training.data.feed import MicroBatch
-from training.loss import training_loss
+from training.loss import NoisyBatch, training_loss
 from training.optimizers.finished_weights import evaluation
 from training.processes.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
 from training.reports.logs import StepReport, name_rates
@@ -30,6 +30,7 @@ from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
 from training.training_run import TrainingRun
 from training.triggers import SAMPLE, SAVE
+from training.validation import EPOCH, STEP
 
 logger = logging.getLogger(__name__)
 
@@ -147,12 +148,20 @@ def _accumulate(
         if run.memory is not None:
             run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
-        dit, noisy_batch = run.dits.at(expert), micro_batch.data.to(run.device)
+        dit, noisy_batch = run.dits.at(expert), _with_texts(run, micro_batch.data).to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys
     return sums.row(), keys
+
+
+def _with_texts(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return a batch with what the loaded text encoders make of its captions."""
+    if run.texts is None:
+        return noisy_batch
+    with run.autocast():
+        return replace(noisy_batch, batch=run.texts.add_to(noisy_batch.batch))
 
 
 def _seed(run: TrainingRun, number: int) -> None:
@@ -189,6 +198,7 @@ def _clip_and_step(run: TrainingRun) -> Tensor:
     norm = norm_of_gradients(run.parameters)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(run.parameters, max_norm, norm)
+    run.trainable.before_step()
     if run.scaler is not None:
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -260,7 +270,7 @@ def _begin(run: TrainingRun) -> None:
     if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
         logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
     elif progress.step == 0 and run.validation is not None:
-        _validate(run)
+        _validate(run, STEP)
     _restart_clock(run)
 
 
@@ -280,7 +290,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
         return
     _settle(run)
     if validates:
-        _validate(run)
+        _validate(run, STEP)
     if samples:
         progress.sample_pending = f"{progress.step:06d}"
         if not is_ending(run):
@@ -324,8 +334,8 @@ def _after_epoch(run: TrainingRun) -> None:
         _sample(run)
     if is_ending(run):
         _save_to_go_on(run)
-    elif run.validation is not None and options.validation.validate_every_n_steps is None:
-        _validate(run)
+    elif run.validation is not None and _is_every(options.validation.epochs_between(), epoch):
+        _validate(run, EPOCH)
     _restart_clock(run)
 
 
@@ -377,11 +387,17 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
         yield
 
 
-def _validate(run: TrainingRun) -> None:
+def _is_every(every: int | None, epoch: int) -> bool:
+    return every is not None and epoch % every == 0
+
+
+def _validate(run: TrainingRun, occasion: str) -> None:
     assert run.validation is not None
     with evaluation(run.modules, run.optimizer, run.parameters):
         losses = run.validation.measure(run.dits.at, run.autocast)
-    run.logs.values(losses, run.progress.step)
+    past = run.progress.losses
+    running = sum(past) / len(past) if past else None
+    run.logs.values(run.validation.rule.logged(losses, occasion, running), run.progress.step)
     if run.reporter is not None:
         run.reporter.note_validation(run.progress.step, losses)
     logger.info(

@@ -19,7 +19,8 @@ from training.options import TrainingOptions
 from training.saving.model_card import CardFacts, write_card
 
 DEFAULT_RANK = 4
-RESOLUTION = "1280x720"  # constant in all files of other tuners
+RESOLUTION = "1280x720"  # constant in all files of other tuners of video models
+IMAGE_RESOLUTION = "1024x1024"  # likewise, of image models
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RunFacts:
     lr_scheduler: str
     network_module: str
     datasets: Sequence[Mapping[str, Any]]  # `DatasetTable.describe()` of each
+    num_validation: int = 0  # items that are not trained on
     changes: Sequence[str] = ()  # what --resume_changed changed on the way
 
 
@@ -51,11 +53,13 @@ def run_metadata(
     """The `ss_*` entries that stay the same over the run; with --no_metadata only what loading needs.
 
     family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name,
-    vae_name; trained_for where a model has several uses that its files do not tell apart). own: the family's
-    options that resume compares. A whole DiT has no `ss_network_*`, by which a LoRA is known.
+    vae_name; base_model_version where files name the model otherwise than we; trained_for where a model has
+    several uses that its files do not tell apart). own: the family's options that resume compares. A whole
+    DiT has no `ss_network_*`, by which a LoRA is known.
     """
     network = options.network
-    values: dict[str, Any] = {"ss_base_model_version": family_name}
+    version = family_metadata.get("base_model_version", family_name)
+    values: dict[str, Any] = {"ss_base_model_version": version}
     if network is not None:
         values |= {
             "ss_network_module": facts.network_module,
@@ -66,8 +70,9 @@ def run_metadata(
     if not options.metadata.no_metadata:
         values |= {f"ss_{name}": value for name, value in own.items()}
         values |= _training_values(options, facts)
-        if options.loss != L2:
+        if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
+        values |= _image_values(options, facts)
         if facts.changes:
             values["ss_resume_changes"] = json.dumps(list(facts.changes), ensure_ascii=False)
         further = [name for name in family_metadata if name.startswith("sd_model_name_")]
@@ -158,10 +163,42 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
     }
 
 
-def _resolution(given: str | None) -> str:
-    """Return what --metadata_reso says as "832x480"; "1024" is a square."""
+def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
+    """The entries that files of image trainers have besides; none for others."""
+    values: dict[str, Any] = {}
+    if options.noise.ip_noise_gamma:
+        values |= asdict(options.noise)
+    if options.parts is None or options.prediction is None:
+        return {f"ss_{name}": value for name, value in values.items()}
+    parts, asked = options.parts, options.validation
+    rates = parts.text_encoder_lr
+    values |= {
+        "ip_noise_gamma": options.noise.ip_noise_gamma,
+        "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
+        "model_prediction_type": options.prediction.model_prediction_type,
+        "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
+        "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),
+        "validation_split": asked.validation_split,
+        "validation_seed": asked.validation_seed,
+        "max_validation_steps": asked.max_validation_steps,
+        "validate_every_n_epochs": asked.validate_every_n_epochs,
+        "validate_every_n_steps": asked.validate_every_n_steps,
+        "num_train_images": facts.num_items,
+        "num_validation_images": facts.num_validation,
+        "num_reg_images": sum(table.get("num_reg_items", 0) for table in facts.datasets),
+    }
+    if options.subset is not None:
+        values |= {
+            "resize_interpolation": options.subset.resize_interpolation,
+            "prior_loss_weight": options.subset.prior_loss_weight,
+        }
+    return {f"ss_{name}": value for name, value in values.items()}
+
+
+def _resolution(given: str | None, usual: str) -> str:
+    """Return what --metadata_reso says as "832x480"; "1024" is a square. usual: if it says nothing."""
     if given is None:
-        return RESOLUTION
+        return usual
     width, *height = re.findall(r"\d+", given)
     return f"{width}x{height[0] if height else width}"
 
@@ -179,12 +216,21 @@ def _modelspec(
         else architecture,
         "implementation": family_metadata.get("implementation"),
         "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
-        "resolution": _resolution(given.resolution),
+        "resolution": _resolution(
+            given.resolution, IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+        ),
         "date": now.isoformat(timespec="seconds"),
         "author": given.author,
         "description": given.description,
         "license": given.license or licence,
         "tags": given.tags,
+        "prediction_type": family_metadata.get("prediction_type"),
+        "usage_hint": given.usage_hint,
+        "thumbnail": given.thumbnail,
+        "merged_from": given.merged_from,
+        "trigger_phrase": given.trigger_phrase,
+        "preprocessor": given.preprocessor,
+        "is_negative_embedding": given.is_negative_embedding,
     }
     if times.min_timestep is not None or times.max_timestep is not None:
         values["timestep_range"] = f"{times.lowest},{times.highest}"

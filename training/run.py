@@ -16,6 +16,7 @@ from modules.offload.block_swap import settle_all
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
+from training.caching_inside import prepare_sources
 from training.changes import Change, listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.dressing import AUTOCAST, dtype_of
@@ -24,6 +25,7 @@ from training.experts import note_experts
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_computing, load_model
+from training.live_choice import find_live_texts, text_use
 from training.loop import train
 from training.loss import LossRule
 from training.options import TrainingOptions
@@ -39,10 +41,11 @@ from training.saver import facts_of_run, file_dtype, make_saver
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.saving.upload import make_uploads
+from training.starting import begin_later
 from training.summary import show_end, show_start, watch_run
 from training.training_run import TrainingRun
 from training.triggers import TriggerFiles, trigger_paths
-from training.validation import Validation
+from training.validation import Validation, ValidationRule, image_rule
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +99,13 @@ def prepare_run(
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
     job, memory = _resolve_memory(job, data)
-    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples=sampler is not None)
+    texts = data.texts
+    if texts is not None:
+        texts.load(job.accelerator.device)
+    has_samples = sampler is not None
+    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples, texts)
+    if sampler is not None and texts is not None and texts.learning:
+        sampler = replace(sampler, renew=texts.renew)
     job = replace(job, saved=None)  # gives its tensors free
     uploads, learning = make_uploads(job.options.hub), loaded.learning
     facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
@@ -137,10 +146,17 @@ def _begin(
     config = read_config(options)  # a fault in it is told before anything is started
     job = start_job(family, options, commands, sampling)
     check_computing(job)
-    data = find_data(job, config)
+    if options.caching is not None:  # before minutes of encoding
+        check_before_loading(family, options, options.loop.max_train_steps, sampling)
+    texts = find_live_texts(family, options, config)
+    use = text_use(family, texts)
+    sources = prepare_sources(family, config, options.caching, job.accelerator.device, use)
+    data = find_data(job, config, sources, texts)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
+    options = replace(options, saving=options.saving.spread(data.plan.num_epochs))
+    job = replace(job, options=options)
     if job.accelerator.is_main_process:
         note_experts(family, options, sampling is not None)
     identity = identity_of(
@@ -149,13 +165,17 @@ def _begin(
     habits = habits_of(options, family.metadata, family.options)
     changes = check_resumable(job.saved, identity, habits, options)
     resume_progress(job.saved, changes, job.progress, data.plan)
+    if options.start is not None:
+        begin_later(options.start, job.progress, data.plan, job.saved is not None)
     return job, replace(data, plan=plan_steps(job, data.order)), Comparison(identity, habits, changes)
 
 
 def _resolve_memory(job: TrainingJob, data: Data) -> tuple[TrainingJob, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto, to the same number in all processes; also return what watches memory."""
     device, processes = job.accelerator.device, job.accelerator.num_processes
-    options, memory = prepare_memory(job.family, job.options, data.training, job.commands, device)
+    options, memory = prepare_memory(
+        job.family, job.options, data.training, job.commands, device, data.sources
+    )
     # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:
         number = largest(options.speed.swap.number, processes, device)
@@ -211,6 +231,7 @@ def _make_run(
         sample_dits=loaded.sample_dits,
         compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dits.networks[0])),
         rule=rule,
+        texts=data.texts,
         validation=_make_validation(job, data, rule),
         reporter=reporter,
         memory=memory if job.accelerator.is_main_process else None,
@@ -266,10 +287,10 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
         job.family.noise,
         tuple(job.family.experts),
         job.options.noise,
-        job.options.weights_by_time,
+        job.options.weighted_by,
     )
     return Feed(
-        MicroBatches(data.order, job.family.latent, randomness, job.commands),
+        MicroBatches(data.order, job.family.latent, randomness, job.commands, data.plan, data.sources),
         data.plan,
         accelerator.process_index,
         loop.max_data_loader_n_workers,
@@ -279,17 +300,24 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
     )
 
 
-def _make_validation(job: TrainingJob, data: Data, rule: LossRule) -> Validation | None:
+def _make_validation(job: TrainingJob, data: Data, loss: LossRule) -> Validation | None:
     if not data.validation:
         return None
-    accelerator = job.accelerator
-    share = accelerator.device, accelerator.process_index, accelerator.num_processes
+    accelerator, options = job.accelerator, job.options
+    asked = options.validation
     return Validation(
         job.family,
         data.validation,
-        job.options.timesteps,
+        options.timesteps,
         job.commands,
-        *share,
-        rule,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        loss,
+        image_rule(asked, options.timesteps)
+        if options.is_for_images
+        else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
+        sources=data.sources,
         encoders=data.encoders,
+        texts=data.texts,
     )

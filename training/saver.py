@@ -97,6 +97,7 @@ def facts_of_run(job: TrainingJob, data: Data, optimizer: str, schedule: str) ->
         optimizer=optimizer,
         lr_scheduler=schedule,
         network_module=job.network_module,
+        num_validation=len(data.validation),
         datasets=[table.describe() for table in data.config.datasets],
         changes=tuple(progress.changes),
     )

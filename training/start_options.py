@@ -32,8 +32,8 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--initial_epoch",
         type=int,
-        help="begin at this epoch, from 1, as with --network_weights from a run that ended before it; the "
-        "learning rate's schedule begins anew. --resume goes on exactly",
+        help="begin at this epoch, from 1, as with --network_weights from a run that ended before it; "
+        "without the optimizer's state, which --resume has",
     )
     group.add_argument("--initial_step", type=int, help="begin after so many steps, likewise")
     add_unneeded(

@@ -4,25 +4,56 @@ The loss of one training step means little, because its timestep and noise are r
 item, so values of two steps, and of two runs with the same items, can be compared.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from dataset.batches.captions import RunPlace, change_captions
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import TrainingItem
-from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from dataset.cache.store import Stores
 from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
+from training.data.live_media import BatchSources
+from training.data.live_text import LiveTexts
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
+from training.loop_options import ValidationOptions
 from training.loss import PLAIN_LOSS, Autocast, DitOf, LossRule, NoisyBatch, Trains, measure_errors
+from training.reports.history import LOSS
 
 NUM_BANDS = 5
+STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of logs
+
+
+@dataclass(frozen=True)
+class ValidationRule:
+    """Which noise levels a validation has, how much it measures, and what logs say of it."""
+
+    sigmas: tuple[float, ...] = ()  # () the middle of each of five bands
+    most: int | None = None  # items of a validation, over all processes; None: all
+    seed: int | None = None  # of the noise, beside the item
+    # log the mean and its distance to the loss of training, by the names that image trainers use
+    is_compared: bool = False
+
+    def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
+        """Return what goes to the trackers. occasion: STEP or EPOCH. running: loss of the last steps."""
+        if not self.is_compared:
+            return dict(losses)
+        values = {f"loss/validation/{occasion}_average": losses[LOSS]}
+        if running is not None:
+            values[f"loss/validation/{occasion}_divergence"] = losses[LOSS] - running
+        return values
+
+
+def image_rule(options: ValidationOptions, timesteps: TimestepOptions) -> ValidationRule:
+    """Return the rule of image trainers: four levels between the bounds of the timesteps."""
+    low, high = timesteps.lowest, timesteps.highest
+    sigmas = tuple(int(low + (high - low) * place / 5) / NUM_TIMESTEPS for place in range(1, 5))
+    return ValidationRule(sigmas, options.max_validation_steps, options.validation_seed, True)
 
 
 @dataclass(frozen=True)
@@ -36,28 +67,30 @@ class Validation:
     device: torch.device
     process: int
     processes: int
-    rule: LossRule = PLAIN_LOSS
+    loss: LossRule = PLAIN_LOSS
+    rule: ValidationRule = ValidationRule()
     checks: CacheChecks = field(default_factory=CacheChecks)
-    stores: Stores = field(default_factory=Stores)
+    sources: BatchSources = field(default_factory=BatchSources)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
+    texts: LiveTexts | None = None  # encoded in each validation
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """Return the noise level in the middle of each band in which an expert works."""
-        levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
+        """Return the noise levels: the rule's, or the middle of each band, in which an expert works."""
+        levels = self.rule.sigmas or [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
         lowest = min(expert.lowest for expert in self.family.experts)
         # above the last band there is still the end, which is pure noise
         return tuple(level for level in levels if NUM_TIMESTEPS * level >= lowest) or (1.0,)
 
     @torch.no_grad()
     def measure(self, dit_at: DitOf, autocast: Autocast) -> dict[str, float]:
-        """Return the mean loss over the items as `validation/loss`, and per band as `validation/loss_100`.
+        """Return the mean loss over the items as `validation/loss`, and per level as `validation/loss_100`.
 
-        The number of a band is the timestep in its middle; bands below all experts are left out. dit_at:
+        The number of a level is its timestep; levels below all experts are left out. dit_at:
         expert -> its network. The networks are in evaluation mode. All processes must call it and get the
         same numbers.
         """
-        items, levels = self.items[self.process :: self.processes], self.sigmas
+        items, levels = self.items[: self.rule.most][self.process :: self.processes], self.sigmas
         experts = [expert_at(NUM_TIMESTEPS * sigma, self.family.experts) for sigma in levels]
         sums = torch.zeros(len(levels) + 1, dtype=torch.float64)
         sums[-1] = len(items)
@@ -76,26 +109,34 @@ class Validation:
             f"validation/loss_{round(1000 * sigma):03d}": loss
             for sigma, loss in zip(self.sigmas, means, strict=True)
         }
-        return {"validation/loss": sum(means) / len(means), **bands}
+        return {LOSS: sum(means) / len(means), **bands}
 
     def _losses(
         self, item: TrainingItem, sigmas: Sequence[float], dit: nn.Module, autocast: Autocast
     ) -> list[float]:
         """Return the loss of one item at each of these noise levels."""
-        batch = read_batch((item,), self.family.latent, self.commands, self.checks, stores=self.stores)
+        stream = "validation", item.key
+        batch = self.sources.read((item,), self.family.latent, self.commands, self.checks, stream)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
+        if self.sources.tables:
+            place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
+            batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
+        if self.texts is not None:
+            with autocast():
+                batch = self.texts.add_to(batch)
         shape = batch.tensor("latents").shape
         # in all bands, and in all runs of one probability
         given_frames = draw_given_frames(self.family.noise, shape[2], "validation", item.key, "given frames")
         losses = []
+        seed = () if self.rule.seed is None else (self.rule.seed,)
         for sigma in sigmas:
-            band = int(NUM_BANDS * sigma)
+            level = int(NUM_BANDS * sigma) if not self.rule.sigmas else round(NUM_TIMESTEPS * sigma)
             # seeded by the item alone: not by the run's seed, so that runs can be compared
-            noise = torch.randn(shape, generator=seed_generator("validation", item.key, band))
+            noise = torch.randn(shape, generator=seed_generator("validation", *seed, item.key, level))
             times = times_at(self.timesteps, torch.tensor([sigma]), self.family.noise)
             noisy_batch = NoisyBatch(
                 batch, noise, times.sigmas, times.timesteps, torch.ones(1), given_frames
             ).to(self.device)
-            losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.rule))
+            losses.append(measure_errors(self.family, dit, noisy_batch, autocast, self.loss))
         return torch.cat(losses).tolist()

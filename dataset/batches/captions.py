@@ -5,11 +5,22 @@ A function of the run's seed, the micro-batch's number in the run and the sample
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from dataset.batches.changing import is_dropped
+from dataset.batches.changing import changed_caption, is_dropped
 from dataset.batches.items import TrainingItem
 from dataset.cache.files import EMPTY
 from modules.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where in a run a micro-batch is."""
+
+    seed: int  # of the run
+    number: int  # of the micro-batch, in the whole run
+    step: int  # of the optimizer, from 0
+    total_steps: int
 
 
 def choose_captions(items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0) -> tuple[int, ...]:
@@ -21,6 +32,31 @@ def choose_captions(items: Sequence[TrainingItem], seed: int, number: int, epoch
     return tuple(
         EMPTY if is_dropped(item.table.changes, epoch) else _choose(item, seed, number, place)
         for place, item in enumerate(items)
+    )
+
+
+def change_captions(
+    items: Sequence[TrainingItem],
+    texts: Sequence[str],
+    chosen: Sequence[int],
+    run: RunPlace,
+) -> tuple[str, ...]:
+    """Return the texts that samples are trained with, as the tables change them each time.
+
+    texts: of the sources. chosen: as of `choose_captions`; a caption that is EMPTY stays so.
+    """
+    return tuple(
+        ""
+        if which == EMPTY
+        else changed_caption(
+            text,
+            item.table.changes,
+            item.table,
+            run.step,
+            run.total_steps,
+            random.Random(derive_seed(run.seed, "caption changes", run.number, place)),
+        )
+        for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True))
     )
 
 

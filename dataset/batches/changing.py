@@ -20,20 +20,16 @@ def changed_caption(
     caption: str,
     changes: CaptionChanges,
     table: DatasetTable,
-    epoch: int,
     step: int,
     total_steps: int,
     generator: random.Random,
 ) -> str:
-    """Return the text that a sample is trained with now.
+    """Return the text that a sample is trained with now, if it is not dropped.
 
-    caption: of a source of the table (`MediaSource.caption`). epoch, step: from 0. total_steps: of the run,
-    for a warm-up that is a share of it.
+    caption: of a source of the table (`MediaSource.caption`). step: from 0. total_steps: of the run, for a
+    warm-up that is a share of it. Which captions are dropped says `choose_captions`.
     """
-    is_empty = generator.random() < table.caption_dropout_rate or is_dropped(changes, epoch)
-    if is_empty:
-        return ""
-    if not changes.varies:  # the source has it as it is trained
+    if not changes.is_raw:  # the source has it as it is trained
         return caption
     lines = lines_of(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]

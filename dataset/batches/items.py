@@ -80,8 +80,8 @@ class ItemFacts:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Return what the items of a batch have in common: the table's index and the bucket."""
-        return (self.table.index, *self.bucket)
+        """Return what the items of a batch have in common: the table, or its group, and the bucket."""
+        return (self.table.batch_group, *self.bucket)
 
 
 class Stems:
@@ -202,7 +202,7 @@ class Items(Sequence[TrainingItem]):
         return [table for _, table in sorted(used.items())]
 
     def groups(self) -> dict[tuple[int, ...], Places]:
-        """Return the places of the items that can share a batch, by table and bucket.
+        """Return the places of the items that can share a batch, by table or group, and bucket.
 
         The first group is the one of the first item, and so on; places ascend.
         """

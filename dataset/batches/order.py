@@ -1,5 +1,6 @@
 """Order of batches: a function of the items' names and a seed."""
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import overload
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from dataset.batches.items import Items, Places, TrainingItem
 from modules.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 class EpochBatches(Sequence[tuple[TrainingItem, ...]]):
@@ -52,27 +55,41 @@ class EpochBatches(Sequence[tuple[TrainingItem, ...]]):
 class BatchOrder:
     """Order of batches of every epoch, a function of the items' names and the seed only.
 
-    Each epoch is shuffled anew: first the items within each bucket, then the batches. A bucket is a table and
-    a size; its items occur `num_repeats` times; the last batch of a bucket may be smaller.
+    Each epoch is shuffled anew: first the items within each bucket, then the batches. A bucket is a table, or
+    a group of tables, and a size; its items occur `num_repeats` times, regularisation images as often as
+    `repeat_regularisation` says; the last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
         self._seed = seed
         self._items = _sorted(Items.of(items))
+        repeats = count_repeats(self._items)
+        self._warn_unused(repeats)
         self._buckets = {
-            key: (self._items[int(places[0])].table, places) for key, places in self._items.groups().items()
+            key: (self._items[int(places[0])].table.batch_size, _repeat(places, repeats[places]))
+            for key, places in self._items.groups().items()
         }
-        tables = [(table, len(places)) for table, places in self._buckets.values()]
+        self._buckets = {key: (size, pool) for key, (size, pool) in self._buckets.items() if len(pool)}
+        sizes = [(len(pool), size) for size, pool in self._buckets.values()]
         # in an epoch, repeats included
-        self.num_items = sum(count * table.num_repeats for table, count in tables)
-        self.num_batches = sum(-(-count * table.num_repeats // table.batch_size) for table, count in tables)
+        self.num_items = sum(count for count, _ in sizes)
+        self.num_batches = sum(-(-count // size) for count, size in sizes)
         self._last: tuple[int, EpochBatches] | None = None
+
+    def _warn_unused(self, repeats: NDArray[np.int64]) -> None:
+        unused = int((repeats == 0).sum())
+        if unused:
+            logger.warning(
+                "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
+                "More num_repeats of those would use more.",
+                unused,
+            )
 
     @property
     def learning_keys(self) -> list[str]:
         """Return what the tables set that changes the run but not its items, in words."""
         return [
-            f"{name} = {value} in [[datasets]] {table.index + 1}"
+            f"{name} = {value} in {table.place}"
             for table in self._items.tables
             for name, value in table.learning_keys.items()
         ]
@@ -89,11 +106,10 @@ class BatchOrder:
         places: list[Places] = [np.zeros(0, np.int32)]
         sizes = [np.zeros(0, np.int64)]
         for key in sorted(self._buckets):
-            table, members = self._buckets[key]
-            count = len(members) * table.num_repeats
-            places.append(members[_shuffled(count, draw_bits) % len(members)])
-            size = np.full(-(-count // table.batch_size), table.batch_size, np.int64)
-            size[-1] = count - (len(size) - 1) * table.batch_size
+            batch_size, pool = self._buckets[key]
+            places.append(pool[_shuffled(len(pool), draw_bits)])
+            size = np.full(-(-len(pool) // batch_size), batch_size, np.int64)
+            size[-1] = len(pool) - (len(size) - 1) * batch_size
             sizes.append(size)
         size, order = np.concatenate(sizes), _shuffled(self.num_batches, draw_bits)
         before = np.cumsum(size) - size  # where each batch begins, before batches are shuffled
@@ -102,6 +118,47 @@ class BatchOrder:
         # item i of a batch that now begins at s, and began at b before, was at b + i - s
         was = np.repeat(before[order] - starts[:-1], size[order]) + np.arange(starts[-1])
         return EpochBatches(self._items, np.concatenate(places)[was], starts)
+
+
+def count_repeats(items: Items) -> NDArray[np.int64]:
+    """Return how often each item is trained in an epoch."""
+    of_facts = np.array([facts.table.num_repeats for facts in items.facts], np.int64)
+    repeats = of_facts[items.numbers]
+    if not any(facts.table.is_reg for facts in items.facts):
+        return repeats
+    is_reg = np.array([facts.table.is_reg for facts in items.facts], bool)[items.numbers]
+    groups = np.array([facts.table.batch_group for facts in items.facts], np.int64)[items.numbers]
+    for group in np.unique(groups):
+        places = np.flatnonzero((groups == group) & is_reg)
+        learned = int(repeats[(groups == group) & ~is_reg].sum())
+        repeats[places] = repeat_regularisation(repeats[places], learned)
+    return repeats
+
+
+def repeat_regularisation(repeats: NDArray[np.int64], learned: int) -> NDArray[np.int64]:
+    """Return how often each regularisation image is trained, so that they are as many as those learned.
+
+    repeats: of their tables, in order. Images are taken with their repeats until there are enough; those
+    behind are left out. If all of them are too few, each once more, from the first on, until there are
+    enough. learned: how many others of the dataset are trained in an epoch.
+    """
+    if not len(repeats) or not learned:
+        return np.zeros_like(repeats) if not learned else repeats
+    before = np.cumsum(repeats) - repeats
+    taken = np.where(before < learned, repeats, 0)
+    lacking = max(0, learned - int(taken.sum()))
+    rounds, rest = divmod(lacking, len(repeats))
+    return taken + rounds + (np.arange(len(repeats)) < rest)
+
+
+def _repeat(places: Places, repeats: NDArray[np.int64]) -> Places:
+    """Return a list in which each item occurs as often as `repeats` says.
+
+    Where all occur equally often, all follow each other again and again, as ever: seeds keep their batches.
+    """
+    if repeats.min() == repeats.max():
+        return np.tile(places, int(repeats[0]))
+    return np.repeat(places, repeats)
 
 
 def _shuffled(count: int, draw_bits: Callable[[int], int]) -> Places:

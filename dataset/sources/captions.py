@@ -50,7 +50,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     the same, the whole text, which `dataset.batches.changing` changes, else its first line.
     """
     if table.group is not None:
-        return (text if table.changes.varies else _fixed_caption(text, table),)
+        return (text if table.changes.is_raw else _fixed_caption(text, table),)
     return complete_captions(caption_lines(text, table), table)
 
 

@@ -115,8 +115,9 @@ def fill_dit(
 
     Each tensor goes to its device. target: dtype of the weights; with `placement.keep_file_dtypes` each layer
     has the dtype of its weight in the file instead. spec: which layers are always kept in float32, and which
-    may be kept in 8 bits (`placement.fp8`). ignore: as for `load_module`. `placement.patch` gets the names in `sources`. Raises
-    CheckpointError as `load_module`, and if an fp8 file is to be rounded again or patched.
+    may be kept in 8 bits (`placement.fp8`). ignore: as for `load_module`. `placement.patch` gets the names
+    in `sources`. Raises CheckpointError as `load_module`, and if an fp8 file is to be rounded again or
+    patched.
     """
 
     def kept(name: str, stored: torch.dtype) -> torch.dtype:

@@ -132,6 +132,21 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
         )
 
 
+def whole_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:
+    """Return the next lower width and height that the model can make; warn if they differ."""
+    step = latent.pixel_step
+    whole = max(width // step, 1) * step, max(height // step, 1) * step
+    if whole != (width, height):
+        logger.warning(
+            "the size %d x %d is changed to %d x %d: width and height are multiples of %d",
+            width,
+            height,
+            *whole,
+            step,
+        )
+    return whole
+
+
 def whole_frames(frames: int, latent: LatentSpec) -> int:
     """Return the next lower number of frames that the model can make; warn if that differs."""
     step = latent.frame_step

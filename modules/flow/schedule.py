@@ -64,7 +64,7 @@ def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[fl
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
-    0, without a shift. Without: euler, unipc-bh1 and lcm feed exact timesteps; the others feed them cut to
+    0, without a shift. Without: euler, euler-trained, unipc-bh1 and lcm feed exact timesteps; the others feed them cut to
     whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an unknown
     solver or if steps is below 1.
     """
@@ -95,6 +95,15 @@ def _even_grid(steps: int, flow_shift: float) -> Schedule:
     return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
 
 
+def _trained_grid(steps: int, flow_shift: float) -> Schedule:
+    # between the ends of the training table, of which the lower one is shifted before and after it is spread:
+    # as diffusers' FlowMatchEulerDiscreteScheduler does without given sigmas
+    low = shift_sigmas(torch.tensor(1 / TRAIN_TIMESTEPS, dtype=torch.float64), flow_shift)
+    levels = torch.from_numpy(np.linspace(1.0, float(low), steps))
+    sigmas = shift_sigmas(levels, flow_shift)
+    return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]).float(), (sigmas * TRAIN_TIMESTEPS).float())
+
+
 def _whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule:
     # float64: in float32 0.75 * 1000 may come out as 749.99 and be cut to 749
     grid = torch.from_numpy(np.linspace(noisiest, 0.0, steps + 1)[:-1])
@@ -120,6 +129,7 @@ def _lcm_grid(steps: int, flow_shift: float) -> Schedule:
 
 _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
     "euler": _even_grid,
+    "euler-trained": _trained_grid,
     "unipc": _unipc_grid,
     "unipc-bh1": _even_grid,
     "dpm++": _dpm_grid,

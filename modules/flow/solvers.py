@@ -34,7 +34,8 @@ class Solver(Protocol):
 
 
 def make_solver(name: str, schedule: Schedule, draw: Draw | None = None) -> Solver:
-    """Make a new solver: "euler", "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
+    """Make a new solver: "euler", "euler-trained", "unipc", "unipc-bh1", "dpm++", or one that adds noise:
+    "dpm++sde", "lcm".
 
     draw: where that noise comes from; it is called only by a step that adds some.
     Raises ValueError for another name, or if a solver that adds noise has no `draw`.
@@ -269,6 +270,7 @@ def _bh1(schedule: Schedule) -> UniPC:
 
 _SOLVERS: dict[str, Callable[[Schedule], Solver]] = {
     "euler": Euler,
+    "euler-trained": Euler,
     "unipc": UniPC,
     "unipc-bh1": _bh1,
     "dpm++": DpmPlusPlus,

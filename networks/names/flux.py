@@ -1,7 +1,7 @@
 """Module names of FLUX.1 and Chroma, as Black Forest Labs publish them, and in diffusers' layout.
 
-ComfyUI and sd-scripts use the published ones. Chroma has no modulation layers and no embedding of time, pooled
-text and guidance, but `distilled_guidance_layer`; diffusers' names are the same where both have a module.
+ComfyUI and sd-scripts use the published ones. Chroma has no modulation layers and no embedding of time,
+pooled text and guidance, but `distilled_guidance_layer`; its other names are FLUX's.
 """
 
 from networks.names.layouts import (
@@ -86,4 +86,6 @@ FLUX = FamilyNames(
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
     versions=("flux", "chroma"),
+    depths=(("transformer_blocks", 19), ("single_transformer_blocks", 38)),
+    width=3072,
 )

@@ -1,4 +1,4 @@
-"""Module names of HunyuanImage-2.1, in ComfyUI's and in diffusers' layout: blocks as HunyuanVideo has them."""
+"""Module names of HunyuanImage-2.1, in ComfyUI's and in diffusers' layout; its blocks are HunyuanVideo's."""
 
 from networks.names.hunyuan import BLOCK_ALIASES, BLOCK_MODULES, BLOCK_PARTS
 from networks.names.layouts import FamilyNames, each, renamed_parts
@@ -34,4 +34,6 @@ HUNYUAN_IMAGE = FamilyNames(
         *renamed_parts("", "", _DIFFUSERS_REST),
     ),
     versions=("hunyuan-image", "hunyuan_image", "hunyuanimage"),
+    depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
+    width=3584,
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from networks import lora_wan
-from networks.lora import LoraNetwork
+from networks.lora_network import LoraNetwork
 from tests.golden_cases import make_weights
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit

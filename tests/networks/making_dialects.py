@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from networks.lora import LoraNetwork
+from networks.lora_network import LoraNetwork
 from networks.module_names import module_path
 from networks.names.layouts import FamilyNames
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from networks import lora_hunyuan
 from networks.loading import read_lora
-from networks.lora import LoraNetwork
+from networks.lora_network import LoraNetwork
 from networks.merge import LoraPatch, LoraUse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making import randomize

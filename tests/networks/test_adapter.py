@@ -11,7 +11,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.adapter import NormReport, TrainableNetwork, make_network
 from networks.hashes import model_hashes
 from networks.loading import read_lora
-from networks.lora import LoraNetwork
+from networks.lora_network import LoraNetwork
 from networks.options import NetworkOptions
 from tests.networks.making import inputs, tiny_dit, wan_network
 

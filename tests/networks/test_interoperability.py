@@ -13,7 +13,7 @@ from torch import Tensor
 
 from networks.convert import convert_file
 from networks.loading import read_lora
-from networks.lora import LoraNetwork
+from networks.lora_network import LoraNetwork
 from networks.merge import LoraPatch, LoraUse
 from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan

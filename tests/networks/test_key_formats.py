@@ -140,11 +140,14 @@ def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: 
             assert diffusers_path(replace_dots(own), WAN) == foreign
 
 
-def test_no_name_belongs_to_two_families() -> None:
+def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
+    like = {"hunyuan_video", "hunyuan_image", "flux"}
+    of_several = ("x_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1")
     for family in FAMILIES:
         for module in family.modules:
             name = replace_dots(module.replace("{n}", "7"))
-            assert [other.name for other in FAMILIES if module_path(name, other)] == [family.name]
+            owners = {other.name for other in FAMILIES if module_path(name, other)}
+            assert owners == {family.name} or {family.name} < owners <= like or module in of_several
 
 
 @pytest.mark.parametrize(
@@ -199,8 +202,8 @@ def test_no_name_belongs_to_two_families() -> None:
         ("lycoris_blocks_0_norm3.w_norm", "lora_unet_blocks_0_norm3.diff"),
         ("lycoris_blocks_0_norm3.b_norm", "lora_unet_blocks_0_norm3.diff_b"),
         (
-            "diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight",
-            "lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight",
+            "diffusion_model.txt_in.c_embedder.in_layer.lora_A.weight",
+            "lora_unet_txt_in_c_embedder_linear_1.lora_down.weight",
         ),
         (
             "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight",
@@ -225,7 +228,7 @@ def test_keys_of_text_encoders_and_unknown_ones_are_told_apart() -> None:
     found = to_native({key: torch.ones(2, 2) for key in keys})
 
     assert found.tensors == {}
-    assert found.text_encoder == keys[:2]
+    assert list(found.texts) == [keys[0], "lora_te1_x.lora_down.weight"]
     assert found.unknown == keys[2:]
 
 

@@ -296,7 +296,7 @@ def test_a_lora_of_flux_whose_names_are_hunyuan_videos_is_warned_about(
     changes(TRUNK, LoraUse(LoraFile(Path("flux.safetensors"), tensors, metadata, "ours")))
 
     assert (
-        "flux.safetensors was trained for flux1, as its metadata say, and is used on a hunyuan_video model"
+        "flux.safetensors was trained for flux, as its metadata say, and is used on a hunyuan_video model"
         in caplog.text
     )
 
@@ -386,7 +386,7 @@ def test_hunyuan_videos_parts_are_modules_of_framepack() -> None:
         path = replace_dots(name.removesuffix(".weight"))
         if name.endswith(".weight") and not path.endswith(("_norm1", "_norm2")):
             parts = [replace_dots(part.removesuffix(".weight")) for part in diffusers_parts(name)]
-            assert [relative.name for relative in relatives(path)] == parts
+            assert [relative.name for relative in relatives(path, HUNYUAN_VIDEO)][: len(parts)] == parts
             assert all(module_path(part, FRAMEPACK) for part in parts)
 
 

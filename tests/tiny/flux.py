@@ -1,7 +1,7 @@
 """Tiny random FLUX.1 and Chroma models on disk, in the released file layouts."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from flux.configs import ApproximatorConfig, FluxConfig
 from flux.model import FluxModel
 from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.hunyuan_encoders import CLIP_DIM
+from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
 
 _BASE = FluxConfig(
     dim=128,
@@ -105,3 +107,39 @@ def write_dit(
     """Write a transformer in one of the layouts of `write_dialect`. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
     return write_dialect(folder / f"{name}.safetensors", state, dialect, diffusers_state)
+
+
+@dataclass(frozen=True)
+class TinyFlux:
+    """Paths of a tiny checkpoint set, as given to --dit, --ae, --clip_l and --t5xxl."""
+
+    dit: Path
+    ae: Path
+    clip_l: Path | None
+    t5xxl: Path
+
+    @property
+    def encoders(self) -> list[str]:
+        """The options that name autoencoder and text encoders, all in float32."""
+        clip = [] if self.clip_l is None else ["--clip_l", str(self.clip_l)]
+        return ["--ae", str(self.ae), "--vae_dtype", "float32", *clip, "--t5xxl", str(self.t5xxl)]
+
+    @property
+    def models(self) -> list[str]:
+        """The options that name the models of a generation."""
+        return ["--dit", str(self.dit), *self.encoders]
+
+
+def write_tiny_flux(
+    folder: Path, kind: str = "dev", dtype: torch.dtype = torch.float32, **sizes: int
+) -> TinyFlux:
+    """Write transformer, autoencoder and text encoders with their tokenizers below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pooled = {} if kind == "chroma" else {"pooled_dim": CLIP_DIM}
+    state = tiny_state(kind, dtype=dtype, text_dim=T5_DIM, **pooled, **sizes)
+    return TinyFlux(
+        write_dit(folder, state, name="dit"),
+        write_autoencoder(folder / "ae.safetensors"),
+        None if kind == "chroma" else write_clip_l(folder),
+        write_t5xxl(folder),
+    )

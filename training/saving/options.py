@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modules.errors import OptionError
@@ -42,11 +42,12 @@ class SavingOptions:
         """Return the file that a finished run leaves."""
         return (self.output_dir or Path()) / f"{self.output_name}.safetensors"
 
-    def epochs_between(self, num_epochs: int) -> int | None:
-        """Return after how many epochs to save; None: not by epochs. num_epochs: of the run."""
+    def spread(self, num_epochs: int) -> "SavingOptions":
+        """Return the options with --save_n_epoch_ratio as --save_every_n_epochs. num_epochs: of the run."""
         if self.save_n_epoch_ratio is None:
-            return self.save_every_n_epochs
-        return max(1, num_epochs // self.save_n_epoch_ratio)
+            return self
+        every = max(1, num_epochs // self.save_n_epoch_ratio)
+        return replace(self, save_n_epoch_ratio=None, save_every_n_epochs=every)
 
     def __post_init__(self) -> None:
         for name in ("save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"):

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from dataset.batches.captions import RunPlace, change_captions, choose_captions
 from dataset.batches.changing import changed_caption
+from dataset.batches.items import ItemKind, TrainingItem
+from dataset.cache.files import EMPTY
 from dataset.sources.captions import captions_in
 from dataset.table import DatasetTable
 from tests.dataset.making import subset_table
@@ -17,7 +20,7 @@ CASES = read_case("image_captions")[0]["cases"]
 
 def draw_many(table: DatasetTable, text: str, count: int = 400, **place: int) -> set[str]:
     (caption,) = captions_in(text, table)
-    where = {"epoch": 0, "step": 0, "total_steps": 100} | place
+    where = {"step": 0, "total_steps": 100} | place
     return {
         changed_caption(caption, table.changes, table, generator=random.Random(seed), **where)
         for seed in range(count)
@@ -44,8 +47,7 @@ def test_left_out_parts_are_as_many_as_the_rate_says_and_never_the_kept_one(tmp_
     generator = random.Random(1)
 
     texts = [
-        changed_caption("a, b, c, d", table.changes, table, 0, 0, 1, generator).split(", ")
-        for _ in range(2000)
+        changed_caption("a, b, c, d", table.changes, table, 0, 1, generator).split(", ") for _ in range(2000)
     ]
 
     assert all(parts[0] == "a" for parts in texts)
@@ -62,10 +64,22 @@ def test_a_prefix_is_on_every_line(tmp_path: Path) -> None:
 
 def test_captions_are_dropped_at_random_and_in_every_nth_epoch(tmp_path: Path) -> None:
     table = subset_table(tmp_path, caption_dropout_rate=0.2, caption_dropout_every_n_epochs=3)
-    generator = random.Random(2)
+    item = TrainingItem("a_0064x0064_toy", 1, table, (64, 64), ItemKind("toy"))
 
-    texts = [changed_caption("a", table.changes, table, 0, 0, 1, generator) for _ in range(2000)]
+    chosen = [choose_captions([item], 3, number, epoch=0)[0] for number in range(2000)]
 
-    assert texts.count("") / 2000 == pytest.approx(0.2, abs=0.03)
-    assert draw_many(table, "a", epoch=2) == draw_many(table, "a", epoch=5) == {""}
-    assert draw_many(table, "a", epoch=3) == {"", "a"}
+    assert chosen.count(EMPTY) / 2000 == pytest.approx(0.2, abs=0.03)
+    assert {choose_captions([item], 3, number, epoch=5)[0] for number in range(20)} == {EMPTY}
+
+
+def test_a_dropped_caption_stays_empty_and_another_is_a_function_of_its_place(tmp_path: Path) -> None:
+    table = subset_table(tmp_path, shuffle_caption=True, caption_prefix="photo")
+    items = [TrainingItem(f"{stem}_0064x0064_toy", 1, table, (64, 64), ItemKind("toy")) for stem in "abc"]
+    texts = ["a, b, c, d, e, f"] * 3
+
+    first = change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 1, 0, 10))
+
+    assert first[1] == ""
+    assert first[0] != first[2]
+    assert first == change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 1, 5, 10))
+    assert first != change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 2, 0, 10))

@@ -1,0 +1,397 @@
+"""FLUX.1 and Chroma, described for the shared loops."""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.posterior import posterior_generator
+from flux.checkpoints import load_dit
+from flux.conditioning import (
+    GUIDANCE,
+    POOLED,
+    STATES,
+    encode_latents,
+    text_inputs,
+    text_keys,
+)
+from flux.configs import (
+    ARCHITECTURES,
+    BASE_VERSIONS,
+    CHROMA,
+    DEV,
+    EMBEDDED_GUIDANCE,
+    RELEASES,
+    SCHNELL,
+    STEPS,
+    T5_TOKENS,
+)
+from flux.encoders import AE, Encoders
+from flux.files import FluxFiles
+from flux.model import unpack
+from flux.options import CHROMA as SAYS_CHROMA
+from flux.options import (
+    USUAL_GUIDANCE,
+    FluxGenerationOptions,
+    FluxLatentCachingOptions,
+    FluxTextCachingOptions,
+    FluxTextOptions,
+    FluxTrainingOptions,
+)
+from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
+from modules.checkpoints.dits import choose_dtype, with_dtype
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
+from modules.contract.experts import ONE_EXPERT, Expert
+from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
+from modules.contract.loading import Placement
+from modules.contract.noise import NoiseSpec
+from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
+from modules.contract.requests import check_size, keep_usable_media, settle, size_of
+from modules.contract.source import IMAGE, LATENTS, SourceRules
+from modules.devices import choose_compute_dtype
+from modules.errors import DatasetError
+from modules.media.pixels import byte_clips
+from modules.options import NO_OPTIONS
+
+logger = logging.getLogger(__name__)
+
+CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
+LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same autoencoder
+
+
+@dataclass(frozen=True)
+class Flux:
+    """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
+
+    dev, schnell and Chroma are told apart by the transformer's file.
+    """
+
+    files: FluxFiles
+    masks_text: bool = False  # --apply_t5_attn_mask; always so for Chroma
+    dit_dtype: torch.dtype | None = None  # None: as the file says
+    noise_dtype: torch.dtype | None = None  # None: that of the transformer
+    trained_guidance: float = USUAL_GUIDANCE  # what training feeds the model's guidance input
+    # generation: without a negative prompt it is empty; training samples: then no guidance
+    negative_is_empty: bool = True
+    options: Any = NO_OPTIONS  # of a training
+
+    name: str = field(default="flux", init=False)
+    cache_tag: str = field(default="flux", init=False)
+    lora_module: str = field(default="networks.lora_flux", init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
+
+    @property
+    def latent(self) -> LatentSpec:
+        """The latent space; npz caches of texts say whether T5 left the padding out."""
+        assert LATENT.npz is not None
+        npz = replace(LATENT.npz, constants={"apply_t5_attn_mask": self._uses_mask})
+        return replace(LATENT, npz=npz)
+
+    @property
+    def dit(self) -> DitSpec:
+        """Names in the transformer."""
+        return dit_spec(self.files.kind)
+
+    @property
+    def text_keys(self) -> frozenset[str]:
+        """Names of what a whole text cache holds."""
+        return text_keys(self._has_pooled)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Defaults of a generation, or of training samples."""
+        kind = self.files.kind
+        guided = kind == CHROMA and self.negative_is_empty
+        return SamplingDefaults(
+            steps=STEPS[kind],
+            fps=1.0,
+            guidance_scale=CHROMA_SCALE if guided else 1.0,
+            embedded_guidance=EMBEDDED_GUIDANCE[kind],
+            flow_shift=None,
+            solver="euler",
+            width=1024,
+            height=1024,
+            frames=1,
+        )
+
+    @property
+    def release(self) -> ModelRelease:
+        """Where the model comes from."""
+        return RELEASES[self.files.kind]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name of this model in saved files."""
+        kind = self.files.kind
+        names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
+        is_chroma = kind == CHROMA
+        return {
+            "architecture": ARCHITECTURES[kind],
+            "base_model_version": BASE_VERSIONS[kind],
+            "implementation": "https://huggingface.co/lodestones/Chroma1-HD"
+            if is_chroma
+            else "https://github.com/black-forest-labs/flux",
+            "model_type": "chroma" if is_chroma else "flux",
+            **({} if is_chroma else {"task": kind}),
+            **{key: path.name for key, path in names.items() if path is not None},
+        }
+
+    # encoding
+
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed or not. Loads nothing."""
+        if self.files.dit is not None:
+            self.files.check_encoders()
+        else:
+            self.files.encoders.check()
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return CLIP-L (not of Chroma) and T5; their files are opened when they are loaded."""
+        kind = self.files.kind
+        return self.files.encoders.text_encoders(
+            self._dit_dtype(), self._has_pooled, T5_TOKENS[kind], self._uses_mask
+        )
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """Autoencoder and switches that cached latents depend on."""
+        return self.files.encoders.vae_identity(self._dit_dtype())
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Return the autoencoder."""
+        return MediaEncoders(self.files.encoders.load_vae(device, self._dit_dtype()))
+
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError if a table has clips or control pictures, which these models do not take."""
+        if table.kind != "image":
+            raise DatasetError(f"{table.name}: FLUX.1 and Chroma learn from pictures. Remove the clips.")
+        if table.has_control:
+            raise DatasetError(
+                f"{table.name}: FLUX.1 and Chroma take no control pictures. Remove the control directory."
+            )
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return None: a picture has one file."""
+        return None
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Latents of every picture in model space, float32."""
+        return encode_latents(encoders.vae, media)
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Moments are of clips, which these models do not take."""
+        return MomentsRules(refusal="FLUX.1 and Chroma learn from pictures")
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Never called: `moments` refuses them."""
+        raise AssertionError("there are no moments of pictures")
+
+    # the network
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        """Path of the transformer's checkpoint, checked against --model_type."""
+        self.files.dit_header()
+        return (self.files.dit_path,)
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the numbers of double and of single blocks; the file's header says them."""
+        config = self.files.dit_header().config
+        return config.double_blocks, config.single_blocks
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
+        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.dit_dtype))
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
+        (path,) = self.dit_files
+        return load_dit(path, with_dtype(placement, self.dit_dtype))
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: text, and guidance (B)."""
+        remedy = "flux_cache_text_encoder_outputs.py"
+        batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the transformer")
+        config = self.files.dit_header().config
+        widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self._has_pooled else {})
+        batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of FLUX.1")
+        return {
+            **{name: batch.tensor(name) for name in self.text_keys},
+            GUIDANCE: torch.full((len(latents),), self._guidance(self.trained_guidance)),
+        }
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict the velocity, B C 1 H W in float32.
+
+        cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B.
+        """
+        uses_mask, has_pooled, device = self._uses_mask, self._has_pooled, noisy.device
+
+        def arguments(text: Conditions) -> Mapping[str, Tensor]:
+            return text_inputs(text, device, has_pooled, uses_mask)
+
+        guidance = cond[GUIDANCE]
+        assert isinstance(guidance, Tensor)
+        return dit(
+            noisy,
+            timesteps.float(),
+            **arguments(cond),
+            guidance=guidance.to(device).float(),
+            tweaks=tweaks.rename_away(arguments),
+        )
+
+    # generation
+
+    def check_files(self, media: bool) -> None:
+        """Check the files that every generation needs. media: also that of the autoencoder.
+
+        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
+        kind.
+        """
+        self.files.check_encoders(*self.files.text_parts, *((AE,) if media else ()))
+
+    def prepare(self, request: Request) -> Prepared:
+        """Fill what the request leaves open and check sizes and files. Nothing is loaded.
+
+        Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
+        """
+        self.files.check_encoders()
+        kind = self.files.kind
+        taken = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
+        request = keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
+        if request.second_prompt is not None and not self._has_pooled:
+            logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
+        usual = self.defaults
+        asked = request.embedded_guidance
+        if asked not in (None, usual.embedded_guidance, USUAL_GUIDANCE) and kind != DEV:
+            why = "is made for 0" if kind == CHROMA else "has no input for it"
+            logger.warning(
+                "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
+                asked,
+                self.files.dit_path,
+                why,
+            )
+        if kind != DEV:
+            request = replace(request, embedded_guidance=None)
+        size = (*size_of(request, usual)[:2], 1)
+        check_size(size, LATENT)
+        shift = 1.0 if kind == SCHNELL else size_shift(tokens_of(size[1], size[0]))
+        flow_shift = shift if request.flow_shift is None else request.flow_shift
+        return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
+
+    def needs_media(self, prepared: Prepared) -> bool:
+        """No picture must be encoded before denoising."""
+        return False
+
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from; other models have the same autoencoder."""
+        return SourceRules((IMAGE, LATENTS), "FLUX.1", False, LATENTS_OF)
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
+        return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Return nothing: only the texts condition a picture."""
+        return {0: {}}
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section for the denoising loop.
+
+        Noise is drawn as tokens, and in the transformer's dtype, as released.
+        """
+        _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
+        rows, columns = height // 2, width // 2
+        dtype = self.noise_dtype or self._dit_dtype() or torch.float32
+        drawn = noise.draw((1, rows * columns, 4 * channels), dtype).float()
+        conditions = dict(inputs.get(0, {}))
+        conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance or 0.0])
+        return (yield prompts[0].section(unpack(drawn, rows, columns), conditions))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode to pixels B 3 1 H W in -1..1."""
+        yield encoders.vae.decode(latents)
+
+    def _guidance(self, asked: float) -> float:
+        """Return what the model's guidance input is fed; Chroma is made for 0."""
+        return 0.0 if self.files.kind == CHROMA else asked
+
+    def _dit_dtype(self) -> torch.dtype | None:
+        """Return the transformer's compute dtype; None if there is no transformer."""
+        return self.dit_dtype or (None if self.files.dit is None else self.files.dit_header().compute_dtype)
+
+    @property
+    def _has_pooled(self) -> bool:
+        return self.files.kind != CHROMA
+
+    @property
+    def _uses_mask(self) -> bool:
+        return self.masks_text or self.files.kind == CHROMA
+
+
+def _files(dit: Path | None, vae: Encoders, text: FluxTextOptions | None, model_type: str) -> FluxFiles:
+    encoders = vae if text is None else vae.add_text(text)
+    return FluxFiles(dit, encoders, model_type == SAYS_CHROMA)
+
+
+def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
+    """Describe the family for flux_cache_latents.py."""
+    return Flux(FluxFiles(encoders=Encoders().add_vae(options.vae)))
+
+
+def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
+    """Describe the family for flux_cache_text_encoder_outputs.py."""
+    return Flux(
+        _files(None, Encoders(), options.text, options.model_type),
+        masks_text=options.text.apply_t5_attn_mask,
+    )
+
+
+def family_for_training(options: FluxTrainingOptions) -> Flux:
+    """Describe the family for flux_train_network.py."""
+    return Flux(
+        _files(options.dit, Encoders().add_vae(options.vae), options.text, options.model_type),
+        masks_text=options.text.apply_t5_attn_mask,
+        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        trained_guidance=options.embedded_guidance,
+        negative_is_empty=False,
+        options=options,
+    )
+
+
+def family_for_generation(options: FluxGenerationOptions) -> Flux:
+    """Describe the family for flux_generate_image.py."""
+    return Flux(
+        _files(options.dit, Encoders().add_vae(options.vae), options.text, options.model_type),
+        masks_text=options.text.apply_t5_attn_mask,
+        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+    )
+
+
+_: type[Family] = Flux

@@ -1,0 +1,299 @@
+"""Lumina-Image-2.0, described for the shared loops."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.pictures import check_pictures, encode_pictures
+from encoders.posterior import posterior_generator
+from lumina.checkpoints import load_dit
+from lumina.configs import LUMINA_2
+from lumina.files import LuminaFiles
+from lumina.options import (
+    CFG_TRUNC_RATIO,
+    RENORM_CFG,
+    LuminaGenerationOptions,
+    LuminaLatentCachingOptions,
+    LuminaTextCachingOptions,
+    LuminaTrainingOptions,
+    check_renorm,
+    check_trunc_ratio,
+)
+from lumina.spec import DIT, LATENT, NOISE
+from lumina.text_encoder import GemmaTextEncoder
+from modules.checkpoints.dits import choose_dtype, with_dtype
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
+from modules.contract.experts import ONE_EXPERT, Expert
+from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
+from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
+from modules.contract.guidance import GuidanceRules
+from modules.contract.loading import Placement
+from modules.contract.noise import NoiseSpec
+from modules.contract.prepared import Prepared
+from modules.contract.release import ModelRelease
+from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_patches
+from modules.contract.source import IMAGE, LATENTS, SourceRules
+from modules.devices import choose_compute_dtype, send
+from modules.errors import OptionError
+from modules.media.pixels import byte_clips
+from modules.options import NO_OPTIONS
+
+NAME = "Lumina-Image-2.0"
+TEXT_KEYS = GemmaTextEncoder.keys
+TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}  # of the network -> in caches
+FLOW_SHIFT = 6.0  # where nothing is said
+SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
+DEFAULTS = SamplingDefaults(
+    steps=36,
+    fps=1.0,
+    guidance_scale=3.5,
+    embedded_guidance=None,
+    flow_shift=FLOW_SHIFT,
+    solver=SOLVER,
+    width=1024,
+    height=1024,
+    frames=1,
+)
+UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
+
+
+@dataclass(frozen=True)
+class Lumina:
+    """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
+
+    files: LuminaFiles
+    options: Any = NO_OPTIONS  # of a training
+
+    name: str = field(default="lumina", init=False)
+    cache_tag: str = field(default="lumina", init=False)
+    lora_module: str = field(default="networks.lora_lumina", init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
+    release: ModelRelease = field(default=LUMINA_2, init=False)
+    text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
+    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
+    moments: MomentsRules = field(
+        default=MomentsRules(refusal=f"{NAME} makes pictures, not clips"), init=False
+    )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name of this model in saved files."""
+        names = {"sd_model_name": self.files.dit, "vae_name": self.files.ae}
+        return {
+            "architecture": "lumina-2",
+            "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+            "model_type": "lumina",
+            **{key: path.name for key, path in names.items() if path is not None},
+        }
+
+    # encoding
+
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed or not. Loads nothing."""
+        self.files.check()
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return Gemma 2; its file is opened when it is loaded."""
+        return [self.files.text_encoder()]
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """Encoder and switches that cached latents depend on."""
+        return self.files.ae_identity()
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Return the autoencoder."""
+        return MediaEncoders(self.files.load_ae(device))
+
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError if a table has clips or control images."""
+        check_pictures(table, NAME)
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return None: an item has one file."""
+        return None
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Latents of every picture in model space, float32."""
+        return encode_pictures(encoders.vae, media)
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Not for pictures: `moments` refuses them before."""
+        raise AssertionError(self.moments.refusal)
+
+    # the network
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        """Path of the transformer's checkpoint."""
+        return (self.files.dit_path,)
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the number of main layers; the file's header says it."""
+        return (self.files.dit_header().config.num_layers,)
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
+        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
+        return load_dit(self.files.dit_path, with_dtype(placement, self.files.dit_dtype))
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: the caption's states and their mask."""
+        remedy = "lumina_cache_text_encoder_outputs.py"
+        batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
+        width = self.files.dit_header().config.text_dim
+        batch.check_widths({"hidden_state": width}, self.files.dit_path, f"{remedy} and Gemma 2 (2B)")
+        return {name: batch.tensor(name) for name in TEXT_INPUTS.values()}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict the velocity, B C 1 H W in float32: the network's own output points from noise to data.
+
+        cond: hidden_state B T D, attention_mask B T.
+        """
+        direction = dit(
+            noisy.squeeze(2),
+            1 - timesteps.float() / UNIT,
+            **network_texts(cond, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: network_texts(text, noisy.device)),
+        )
+        return -direction.unsqueeze(2)
+
+    # generation
+
+    def check_files(self, media: bool) -> None:
+        """Check the files that every generation needs. media: also that of the autoencoder.
+
+        Raises OptionError if one is not given, CheckpointError if it is missing or of another kind.
+        """
+        self.files.check(("dit", "gemma2", *(("ae",) if media else ())))
+
+    def prepare(self, request: Request) -> Prepared:
+        """Fill what the request leaves open, cut the size to whole patches, check files. Nothing is loaded.
+
+        Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of another
+        kind.
+        """
+        self.files.check()
+        media = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
+        request = keep_usable_media(request, media, f"{NAME} does not take it")
+        width, height, _ = size_of(request, self.defaults)
+        size = *whole_patches(width, height, LATENT), 1
+        check_size(size, LATENT)
+        shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
+        prepared = settle(request, self.defaults, size, shift, "")
+        texts = prepared.prompts[0]
+        # the system prompt does not stand before these
+        negative = Prompt(prepared.negative_prompt, is_negative=True)
+        away = None if texts.away is None else replace(texts.away, is_negative=True)
+        texts = replace(texts, negative=negative, blank=Prompt("", is_negative=True), away=away)
+        return replace(
+            prepared,
+            prompts={0: texts},
+            solver=SOLVER if prepared.solver == "euler" else prepared.solver,
+            rules=guidance_rules(request.extra),
+        )
+
+    def needs_media(self, prepared: Prepared) -> bool:
+        """Whether an image must be encoded before denoising: never."""
+        return False
+
+    @property
+    def source(self) -> SourceRules:
+        """What denoising may start from; FLUX and Chroma have the same autoencoder."""
+        return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "chroma"}))
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
+        return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Return no conditions: there are those of texts only."""
+        return {0: {}}
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section for the denoising loop. Noise is drawn in the transformer's dtype."""
+        shape = LATENT.shape(1, prepared.height, prepared.width)
+        drawn = noise.draw(shape, self.files.compute_dtype() or torch.bfloat16)
+        return (yield prompts[0].section(drawn.float(), inputs.get(0)))
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode to pixels B 3 1 H W in -1..1."""
+        yield encoders.vae.decode(latents)
+
+
+def network_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
+    """Return the conditions that a text gives, under the names of the network's arguments.
+
+    The mask stays where it is: the network reads it on the host, and must not wait for the device.
+    """
+    found = {}
+    for argument, name in TEXT_INPUTS.items():
+        value = conditions[name]
+        assert isinstance(value, Tensor)
+        found[argument] = send(value, device) if value.is_floating_point() else value
+    return found
+
+
+def guidance_rules(extra: Mapping[str, str]) -> GuidanceRules:
+    """Return what a request asks of Lumina's guidance. Raises OptionError for what cannot be."""
+    try:
+        ratio = float(extra.get("cfg_trunc_ratio", CFG_TRUNC_RATIO))
+        limit = float(extra.get("renorm_cfg", RENORM_CFG))
+    except ValueError as error:
+        raise OptionError(f"--cfg_trunc_ratio or --renorm_cfg: {error}. Give numbers") from None
+    check_trunc_ratio(ratio, "--cfg_trunc_ratio (--ctr in a prompt line)")
+    check_renorm(limit, "--renorm_cfg (--rcfg in a prompt line)")
+    return GuidanceRules(below_share=ratio if ratio < 1 else None, norm_limit=limit or None)
+
+
+def family_for_latent_caching(options: LuminaLatentCachingOptions) -> Lumina:
+    """Describe the family for lumina_cache_latents.py."""
+    return Lumina(LuminaFiles().add_vae(options.vae))
+
+
+def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
+    """Describe the family for lumina_cache_text_encoder_outputs.py."""
+    return Lumina(LuminaFiles().add_text(options.text))
+
+
+def family_for_training(options: LuminaTrainingOptions) -> Lumina:
+    """Describe the family for lumina_train_network.py."""
+    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
+    return Lumina(LuminaFiles(options.dit, dtype).add_vae(options.vae).add_text(options.text), options)
+
+
+def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
+    """Describe the family for lumina_generate_image.py."""
+    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
+    files = LuminaFiles(options.dit, dtype).add_vae(options.vae).add_text(options.text)
+    return Lumina(replace(files, system_prompt_in_negative=options.add_system_prompt_to_negative_prompt))
+
+
+_: type[Family] = Lumina

@@ -1,0 +1,21 @@
+"""Generate images with Lumina-Image-2.0 by the command line of the image guides.
+
+All options: python lumina_minimal_inference.py --help. lumina_generate_image.py has more.
+"""
+
+from collections.abc import Sequence
+
+import modules.interpreter  # noqa: F401
+from families import identify
+from lumina.official_options import generation_words, read_minimal
+from lumina_generate_image import main as generate_image
+from modules.command import command_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the options of the guides, and do what lumina_generate_image.py does with the same."""
+    generate_image(generation_words(read_minimal(__doc__, argv)))
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

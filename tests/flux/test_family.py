@@ -1,0 +1,208 @@
+"""FLUX.1 and Chroma as a family: whole runs against recorded ones, schedules, requests, files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux.encoders import Encoders
+from flux.family import Flux, family_for_text_caching, family_for_training
+from flux.files import FluxFiles
+from flux.model import pack
+from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
+from flux.spec import LATENT, size_shift, tokens_of
+from generation.sections import make_latents
+from modules.contract.data import Batch
+from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.loading import Placement
+from modules.errors import CacheError, CheckpointError, OptionError
+from modules.flow.schedule import make_schedule
+from modules.vae_options import VaeOptions
+from tests.flux.making import tiny_inputs, tiny_model
+from tests.golden_cases import make_weights, read_case
+from tests.tiny.flux import CONFIGS, tiny_state, write_dit, write_tiny_flux
+
+CPU = torch.device("cpu")
+TEXT = FluxTextOptions(None, None, None, None, None, False, None, False)
+VAE = VaeOptions(None, None, False, None)
+
+
+def golden_family(folder: Path, case: str, masks_text: bool = False) -> Flux:
+    """The family with the weights of a recorded case in a file."""
+    description, _ = read_case(case)
+    save_file(
+        make_weights(description["weights_model_key"], description["weights"]), folder / "dit.safetensors"
+    )
+    return Flux(FluxFiles(folder / "dit.safetensors"), masks_text=masks_text)
+
+
+@pytest.mark.parametrize(
+    ("case", "recorded", "model", "steps", "masks", "scale"),
+    [
+        ("flux_sampling", "latent_dev", "flux_dit_guidance", "steps", False, 1.0),
+        ("flux_sampling", "latent_dev_mask", "flux_dit_guidance", "steps", True, 1.0),
+        ("flux_sampling", "latent_dev_cfg", "flux_dit_guidance", "steps", False, 4.0),
+        ("flux_sampling", "latent_schnell", "flux_dit_noguidance", "steps_schnell", False, 1.0),
+        ("chroma_sampling", "latent", "chroma_dit", "steps", True, 1.0),
+        ("chroma_sampling", "latent_cfg", "chroma_dit", "steps", True, 4.0),
+    ],
+)
+def test_a_whole_run_equals_the_recorded_one(
+    tmp_path: Path, case: str, recorded: str, model: str, steps: str, masks: bool, scale: float
+) -> None:
+    description, tensors = read_case(case)
+    family = golden_family(tmp_path, model, masks)
+    width, height = description["width_height"]
+    request = Request(
+        "p", description["seed"], width, height, 1, description[steps], scale, description["guidance"]
+    )
+    prepared = family.prepare(request)
+
+    def text(ending: str) -> dict[str, Tensor | list[Tensor]]:
+        names = {"t5_out": "t5", "t5_attn_mask": "t5_mask", "l_pooled": "pooled"}
+        return {name: tensors[key + ending][0] for name, key in names.items() if key + ending in tensors}
+
+    dit = family.load_dit(Placement(CPU))
+    starts: list[Tensor] = []
+
+    def watch(done: object) -> bool:
+        starts.append(done.step.noisy)  # type: ignore[attr-defined]
+        return False
+
+    latents = make_latents(
+        family,
+        lambda timestep: dit,
+        prepared,
+        {0: EncodedPrompts(text(""), text("_negative"))},
+        {0: {}},
+        CPU,
+        watchers=[watch],
+        split=scale == 1,
+    )
+
+    assert torch.equal(pack(starts[0]), tensors["noise"])
+    torch.testing.assert_close(pack(latents), tensors[recorded], atol=1e-3, rtol=1e-3)
+
+
+def test_schedules_are_the_recorded_ones() -> None:
+    cases, _ = read_case("image_schedules")
+    found = [case for case in cases["cases"] if "flux" in case["family"]]
+    assert len(found) > 4
+    for case in found:
+        width, height = case["width_height"]
+        tokens = tokens_of(height, width)
+        shift = 1.0 if case["model"] == "schnell" else size_shift(tokens)
+
+        sigmas = make_schedule("euler", case["steps"], shift).sigmas
+
+        assert tokens == case["image_tokens"]
+        torch.testing.assert_close(sigmas, torch.tensor(case["sigmas"]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "embedded", "scale"),
+    [("dev", 50, 3.5, 1.0), ("schnell", 4, None, 1.0), ("chroma", 50, 0.0, 4.0)],
+)
+def test_defaults_are_those_of_the_file(
+    tmp_path: Path, kind: str, steps: int, embedded: float | None, scale: float
+) -> None:
+    family = Flux(FluxFiles(write_dit(tmp_path, tiny_state(kind))))
+
+    prepared = family.prepare(Request("a cat", 1, 256, 512))
+
+    assert (prepared.steps, prepared.embedded_guidance, prepared.frames) == (steps, embedded, 1)
+    assert prepared.guidance_scale == (scale,)
+    assert prepared.flow_shift == (1.0 if kind == "schnell" else size_shift(512))
+    assert family.metadata["architecture"] == {"dev": "flux-1-dev", "schnell": "flux-1-schnell"}.get(
+        kind, kind
+    )
+
+
+def test_a_flow_shift_that_is_asked_for_counts(tmp_path: Path) -> None:
+    family = Flux(FluxFiles(write_dit(tmp_path, tiny_state())))
+
+    assert family.prepare(Request("a cat", 1, 64, 64, flow_shift=3.0)).flow_shift == 3.0
+
+
+@pytest.mark.parametrize("kind", ["schnell", "chroma"])
+def test_an_embedded_guidance_that_the_model_has_no_use_for_is_told(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = Flux(FluxFiles(write_dit(tmp_path, tiny_state(kind))))
+
+    prepared = family.prepare(Request("a cat", 1, 64, 64, embedded_guidance=7.0))
+
+    assert "embedded guidance 7" in caplog.text
+    assert prepared.embedded_guidance == family.defaults.embedded_guidance
+
+
+def test_sizes_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="multiples of 16"):
+        Flux(FluxFiles(write_dit(tmp_path, tiny_state()))).prepare(Request("a cat", 1, 50, 64))
+
+
+def test_model_type_chroma_is_checked_against_the_file(tmp_path: Path) -> None:
+    files = FluxFiles(write_dit(tmp_path, tiny_state("dev")), says_chroma=True)
+
+    with pytest.raises(OptionError, match="--model_type chroma: .* is a FLUX.1 dev transformer"):
+        _ = Flux(files).dit_files
+    assert Flux(FluxFiles(write_dit(tmp_path, tiny_state("chroma")), says_chroma=True)).dit_files
+
+
+def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
+    models = write_tiny_flux(tmp_path)
+    other = write_dit(tmp_path / "other", tiny_state("dev"))
+    encoders = Encoders(clip_l=models.clip_l, t5xxl=models.t5xxl)
+
+    with pytest.raises(CheckpointError, match="--clip_l .* gives states of"):
+        Flux(FluxFiles(other, encoders)).check_files(media=False)
+    Flux(FluxFiles(models.dit, encoders)).check_files(media=False)
+    with pytest.raises(OptionError, match="--ae"):
+        Flux(FluxFiles(models.dit, encoders)).check_files(media=True)
+
+
+def test_captions_for_chroma_need_no_clip() -> None:
+    with pytest.raises(OptionError, match="--model_type chroma"):
+        FluxTextCachingOptions(FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), "flux")
+    options = FluxTextCachingOptions(FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), "chroma")
+
+    family = family_for_text_caching(options)
+
+    assert family.text_keys == {"t5_out", "t5_attn_mask"}
+    assert family.latent.npz is not None
+    assert family.latent.npz.constants == {"apply_t5_attn_mask": True}
+
+
+@pytest.mark.parametrize(("kind", "guidance"), [("dev", 2.5), ("chroma", 0.0)])
+def test_training_feeds_the_texts_and_the_guidance(tmp_path: Path, kind: str, guidance: float) -> None:
+    path = write_dit(tmp_path, tiny_state(kind))
+    family = family_for_training(FluxTrainingOptions(path, None, "flux", VAE, TEXT, 2.5))
+    inputs = tiny_inputs(kind)
+    names = {"t5_out": "t5", "t5_attn_mask": "t5_mask", "l_pooled": "pooled"}
+    tensors = {name: inputs[key] for name, key in names.items() if inputs[key] is not None}
+    latents = inputs["noisy"]
+
+    cond = family.batch_conditions(latents, Batch(tensors, ("a", "b"), ("a", "b")))
+    velocity = family.predict(tiny_model(kind), latents, inputs["timesteps"], cond)
+
+    expected = inputs | {"guidance": torch.full((2,), guidance)}
+    expected |= {} if kind == "chroma" else {"t5_mask": None}  # without --apply_t5_attn_mask
+    torch.testing.assert_close(velocity, tiny_model(kind)(**expected), rtol=1e-5, atol=1e-5)
+
+
+def test_caches_without_a_text_or_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    family = Flux(FluxFiles(write_dit(tmp_path, tiny_state())))
+    latents = torch.zeros(1, 16, 1, 4, 4)
+    texts = {"t5_out": torch.zeros(1, 9, 48), "t5_attn_mask": torch.ones(1, 9)}
+
+    with pytest.raises(CacheError, match="l_pooled"):
+        family.batch_conditions(latents, Batch(texts, ("a",), ("a",)))
+    with pytest.raises(CacheError, match="l_pooled in its cache is 7 numbers wide"):
+        family.batch_conditions(latents, Batch({**texts, "l_pooled": torch.zeros(1, 7)}, ("a",), ("a",)))
+
+
+def test_all_kinds_are_named() -> None:
+    assert set(CONFIGS) == {"dev", "schnell", "chroma"}
+    assert LATENT.shape(1, 512, 256) == (1, 16, 1, 64, 32)
