@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from encoders.byt5 import byte_rows, load_byt5
+from encoders.t5_network import T5Network
 from encoders.token_rows import check_ids
-from hunyuan_image.configs import TEXT_TOKENS
+from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
+from hunyuan_image.glyphs import glyph_text
 from hunyuan_image.qwen import AFTER, BEFORE, DROPPED, QWEN, SKIP_LAYERS, TOKENIZER
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
@@ -90,9 +93,7 @@ class QwenTextEncoder:
             offsets = tokenizer.encode(template(text), add_special_tokens=False).offsets
             ends = [end - len(BEFORE) for _, end in offsets]
             kept = kept_characters(ends, DROPPED + TEXT_TOKENS, len(text))
-            return TokenCount(
-                text, max(len(ends) - DROPPED, 0), TEXT_TOKENS, min(max(kept, 0), len(text))
-            )
+            return TokenCount(text, max(len(ends) - DROPPED, 0), TEXT_TOKENS, min(max(kept, 0), len(text)))
 
         return count
 
@@ -136,8 +137,9 @@ class QwenTextEncoder:
                     TEXT_TOKENS,
                     prompt.text,
                 )
-            ids = torch.tensor([encoded.ids[: DROPPED + TEXT_TOKENS]])
-            check_ids(ids, llama.embed_tokens.num_embeddings, self.path, TOKENIZER.option)
+            rows = [encoded.ids[: DROPPED + TEXT_TOKENS]]
+            check_ids(rows, llama.embed_tokens.num_embeddings, self.path, TOKENIZER.option)
+            ids = torch.tensor(rows)
             mask = torch.ones_like(ids)
             states = llama(ids.to(llama.device), mask.to(llama.device))[0, DROPPED:].cpu()
             if prompt.spans:
@@ -145,6 +147,77 @@ class QwenTextEncoder:
                 weights = weights_within(prompt, template(prompt.text), len(BEFORE), places)
                 states = weigh_rows(states, weights)
             results.append({"vlm_embed": [states.clone()], "vlm_mask": [mask[0, DROPPED:]]})
+        return results
+
+    def free(self) -> None:
+        """Release the encoder and its memory."""
+        self._loaded.free()
+
+
+class GlyphTextEncoder:
+    """ByT5, trained on the letters that pictures show. It reads what a prompt has in quotation marks.
+
+    Weights of a prompt's parts do not count.
+    """
+
+    name = "byt5"
+    keys = frozenset({"byt5_embed", "byt5_mask", "ocr_mask"})
+    variable_length: frozenset[str] = frozenset()
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float16, on_cpu: bool = False) -> None:
+        """Set up the encoder; `load` reads the file. dtype, on_cpu: as for `QwenTextEncoder`.
+
+        path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`.
+        """
+        self.path = inside(path, "text_encoder_2")
+        self.dtype = dtype
+        self.on_cpu = on_cpu
+        self._loaded = Loaded[T5Network, None]()
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return a fingerprint of the checkpoint, and the dtype. Reads a few MB."""
+        return {"byt5": fingerprint(self.path), "byt5_dtype": dtype_name(self.dtype)}
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts the bytes of what is to be written, with the end token."""
+
+        def count(text: str) -> TokenCount:
+            read = glyph_text(text) or ""
+            used = read.encode()[: GLYPH_TOKENS - 1]
+            kept = len(used.decode(errors="ignore"))
+            return TokenCount(read, len(read.encode()) + 1 if read else 0, GLYPH_TOKENS, kept)
+
+        return count
+
+    def load(self, device: torch.device) -> None:
+        """Load the encoder. If it is loaded already, move it to the device."""
+        self._loaded.load(CPU if self.on_cpu else device, self._read)
+
+    def _read(self, device: torch.device) -> tuple[T5Network, None]:
+        return load_byt5(self.path, device, self.dtype), None
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return {"byt5_embed": 128 C, "byt5_mask": 128 int64, "ocr_mask": bool} on the CPU for each prompt.
+
+        ocr_mask: 1, whether the prompt asks for letters. Without any the states and their mask are zeros;
+        rows of padding are zeros too.
+        """
+        network, _ = self._loaded.get()
+        results: list[Conditions] = []
+        for prompt in prompts:
+            text = glyph_text(prompt.text)
+            states = torch.zeros(GLYPH_TOKENS, network.config.dim, dtype=self.dtype)
+            mask = torch.zeros(GLYPH_TOKENS, dtype=torch.int64)
+            if text is not None:
+                ids, masks = byte_rows([text], GLYPH_TOKENS)
+                real, mask = int(masks.sum()), masks[0]
+                # alone and without padding: a state does not depend on other prompts
+                (found,) = network([ids[0, :real].to(network.device)])
+                states[:real] = found.cpu()
+            results.append(
+                {"byt5_embed": states, "byt5_mask": mask, "ocr_mask": torch.tensor([text is not None])}
+            )
         return results
 
     def free(self) -> None:

@@ -38,17 +38,21 @@ class VaeOptions:
 
 
 def add_vae_arguments(
-    group: argparse._ArgumentGroup, *, always_tiled: bool = False, flags: Sequence[str] = ("--vae",)
+    group: argparse._ArgumentGroup,
+    *,
+    always_tiled: bool = False,
+    flags: Sequence[str] = ("--vae",),
+    tile: int = VAE_TILE,
 ) -> None:
     """Add the arguments of `VaeOptions`. always_tiled: omit --vae_tiling, which is always on.
 
-    flags: of the file; none if the parser has a --vae already.
+    flags: of the file; none if the parser has a --vae already. tile: edge of the tiles if no option says it.
     """
     if flags:
         group.add_argument(*flags, dest="vae", type=str, default=None, help="VAE checkpoint")
     group.add_argument("--vae_dtype", type=str, default=None, help="dtype of the VAE")
     text = (
-        f"edge of a tile in pixels, default {VAE_TILE}"
+        f"edge of a tile in pixels, default {tile}"
         if always_tiled
         else "edge of a tile in pixels; implies tiling"
     )
@@ -59,5 +63,17 @@ def add_vae_arguments(
     group.add_argument(
         "--vae_tiling",
         action="store_true",
-        help=f"encode and decode in tiles of {VAE_TILE} pixels: less memory",
+        help=f"encode and decode in tiles of {tile} pixels: less memory",
     )
+
+
+def add_ae_argument(group: argparse._ArgumentGroup) -> None:
+    """Declare --ae in a parser that has --vae; `take_ae` puts what it says there."""
+    group.add_argument("--ae", type=str, default=None, help="FLUX's autoencoder (also --vae)")
+
+
+def take_ae(args: argparse.Namespace) -> None:
+    """Put --ae into --vae. Raises OptionError if both are given and differ."""
+    if args.ae is not None and args.vae not in (None, args.ae):
+        raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: give one of them")
+    args.vae = args.ae if args.vae is None else args.vae

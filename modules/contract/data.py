@@ -65,7 +65,8 @@ class Batch:
         cache again with.
         """
         for name, taken in widths.items():
-            width = self.tensor(name).shape[-1]
+            value = self.tensors[name]
+            width = (value if isinstance(value, Tensor) else value[0]).shape[-1]
             if width != taken:
                 raise CacheError(
                     f"{self.keys[0]}: {name} in its cache is {width} numbers wide, {taker} takes {taken}. "

@@ -34,15 +34,6 @@ fp_latent_window_size = 1
 fp_1f_clean_indices = [0, 3]
 fp_1f_target_index = 1
 """
-IMAGES = """[general]
-resolution = [32, 32]
-caption_extension = ".txt"
-batch_size = {batch_size}
-
-[[datasets]]
-image_directory = "{folder}/clips"
-cache_directory = "{folder}/cache"
-"""
 DATASET = """[general]
 resolution = [{size}, {size}]
 caption_extension = ".txt"
@@ -104,10 +95,16 @@ def write_picture_dataset(
     return path
 
 
-def write_image_dataset(folder: Path, batch_size: int = 1) -> Path:
-    """dataset.toml for the pictures in `folder`/clips."""
+def write_plain_pictures(folder: Path, batch_size: int = 1) -> Path:
+    """Pictures with captions in `folder`/clips, and the dataset.toml of a model that makes pictures."""
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    for index in range(4):
+        write_image(folder / "clips" / f"picture {index}.png", 48, 48)
+        (folder / "clips" / f"picture {index}.txt").write_text(CAPTIONS[index], encoding="utf-8")
     path = folder / "dataset.toml"
-    path.write_text(IMAGES.format(folder=folder.as_posix(), batch_size=batch_size), encoding="utf-8")
+    table = f'image_directory = "{folder.as_posix()}/clips"\ncache_directory = "{folder.as_posix()}/cache"'
+    general = f'resolution = [48, 48]\ncaption_extension = ".txt"\nbatch_size = {batch_size}'
+    path.write_text(f"[general]\n{general}\n\n[[datasets]]\n{table}\n", encoding="utf-8")
     return path
 
 
