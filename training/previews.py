@@ -21,7 +21,6 @@ from training.job import read_config
 from training.options import TrainingOptions
 from training.planning.memory import plan_training
 
-
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
 
