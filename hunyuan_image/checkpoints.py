@@ -9,7 +9,7 @@ import torch
 import hunyuan_model.checkpoints as hunyuan
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
-from hunyuan_image.spec import DIT
+from hunyuan_image.spec import DIT, LATENT
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
@@ -116,6 +116,12 @@ def _config(found: DitShapes) -> HunyuanImageConfig:
     if (rows, columns) != (1, 1):
         raise CheckpointError(
             f"{found.path} has patches of {rows} x {columns}; {WHAT} has patches of one latent pixel.\n"
+            f"  Give {RELEASE} to {OPTION}.",
+            found.path,
+        )
+    if in_dim != LATENT.channels:
+        raise CheckpointError(
+            f"{found.path} takes {in_dim} latent channels, {WHAT} takes {LATENT.channels}.\n"
             f"  Give {RELEASE} to {OPTION}.",
             found.path,
         )

@@ -34,7 +34,8 @@ FLOORS = {
         | {"temporary_names", "text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "environment", "output_files"},
-        {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
+        {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
+        | {"lora_strength_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from encoders.token_rows import check_ids
 from lumina.text_encoder import GemmaTextEncoder
-from modules.contract.family import LearningEncoder
+from modules.contract.family import can_learn
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from modules.run_blocks import spec_of
@@ -61,7 +61,8 @@ def test_a_negative_prompt_has_the_system_prompt_only_if_asked_for(tmp_path: Pat
 
 def test_gradients_flow_and_a_lora_finds_the_layers(tmp_path: Path) -> None:
     encoder = tiny_encoder(tmp_path, max_tokens=16)
-    assert isinstance(encoder, LearningEncoder)
+    assert can_learn(encoder)
+    assert encoder.lora_prefix == "lora_te"
     weight = encoder.network.get_parameter("layers.0.mlp.up_proj.weight").requires_grad_()
 
     encoder.encode([Prompt("a cat")])[0]["hidden_state"].sum().backward()  # type: ignore[union-attr]

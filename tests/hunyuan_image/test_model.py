@@ -1,0 +1,113 @@
+"""The HunyuanImage transformer against recorded vectors, against diffusers, and against itself."""
+
+import pytest
+import torch
+
+from modules.attention.options import AttentionChoice
+from modules.contract.generation import Away, Tweaks
+from tests.golden_cases import read_case
+from tests.hunyuan_image.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+
+NEAR = 3e-6  # of the largest value: the same formulas in float32, summed in another order
+
+
+def test_forward_equals_the_recorded_output() -> None:
+    case, tensors = read_case("hunyuan_image_dit")
+    inputs = (tensors[name] for name in ("text", "text_mask", "byt5", "byt5_mask"))
+
+    velocity = golden_model()(tensors["x"], tensors["t"].float(), *inputs)
+
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, tensors["out"], **case["tolerance"]["out"])
+
+
+def test_refined_text_order_and_rotary_angles_equal_the_recorded_ones() -> None:
+    case, tensors = read_case("hunyuan_image_dit")
+    model, counts = golden_model(), tensors["text_mask"].sum(1).tolist()
+
+    text = model.txt_in(tensors["text"], tensors["t"].float(), counts, torch.float32)
+    inputs = (tensors[name] for name in ("text", "text_mask", "byt5", "byt5_mask"))
+    x, tokens = model.embed(tensors["x"], tensors["t"].float(), *inputs)
+
+    glyphs = tensors["byt5_mask"].sum(1).tolist()
+    for sample, count in enumerate(counts):
+        torch.testing.assert_close(
+            text[sample, :count], tensors["refined_text"][sample, :count], rtol=0, atol=2e-4
+        )
+        start = tokens.video + glyphs[sample]
+        assert torch.equal(x[sample, start : start + count], text[sample, :count])
+    turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
+    for index, name in enumerate(("rope_cos", "rope_sin")):
+        torch.testing.assert_close(turns[..., index], tensors[name], rtol=0, atol=1e-6)
+    assert tokens.lengths is not None
+    real = tensors["joined_mask"].sum(1)
+    assert [count - tokens.video for count in tokens.lengths.counts] == real.tolist()
+    assert x.shape[1] - tokens.video == real.max()  # cut to the longest
+
+
+@pytest.mark.parametrize(
+    ("lengths", "glyphs"), [((5, 9), (4, 0)), ((7,), (6,)), ((9, 9), (2, 2)), ((1, 3), (0, 0))]
+)
+def test_forward_equals_diffusers_with_the_same_weights(
+    lengths: tuple[int, ...], glyphs: tuple[int, ...]
+) -> None:
+    inputs = tiny_inputs(lengths, glyphs)
+
+    velocity = tiny_model()(**inputs)
+
+    expected = run_there(in_diffusers(), inputs)
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_sample_of_a_batch_equals_that_sample_alone_without_its_padding(split: bool) -> None:
+    inputs, lengths, glyphs = tiny_inputs(), (5, 9), (4, 0)
+    model = tiny_model(AttentionChoice("sdpa", split))
+
+    together = model(**inputs)
+
+    for sample in range(2):
+        alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
+        alone |= {name: alone[name][:, : lengths[sample]] for name in ("text", "text_mask")}
+        alone |= {name: alone[name][:, : max(glyphs[sample], 1)] for name in ("glyphs", "glyph_mask")}
+        assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
+
+
+def test_attention_has_no_lengths_if_all_texts_are_of_one_length() -> None:
+    _, equal = tiny_model().embed(**tiny_inputs((5, 3), (4, 6)))
+    _, uneven = tiny_model().embed(**tiny_inputs((5, 3), (4, 5)))
+
+    assert equal.lengths is None
+    assert uneven.lengths is not None
+
+
+def test_a_second_text_steers_the_picture_only() -> None:
+    inputs, other = tiny_inputs(), tiny_inputs((3, 3), (1, 1))
+    names = ("text", "text_mask", "glyphs", "glyph_mask")
+    text = {name: other[name][:1] for name in names}
+
+    same = tiny_model()(**inputs, tweaks=Tweaks(away=Away(text, lambda seen, _: seen)))
+    steered = tiny_model()(**inputs, tweaks=Tweaks(away=Away(text, lambda seen, away: 2 * seen - away)))
+
+    plain = tiny_model()(**inputs)
+    assert (same - plain).abs().max() <= NEAR * plain.abs().max()
+    assert (steered - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_skipped_blocks_pass_their_input_through() -> None:
+    inputs, model = tiny_inputs(), tiny_model()
+
+    skipped = model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({1, 3})))
+
+    del model.double_blocks[1]
+    del model.single_blocks[1]
+    assert torch.equal(skipped, model(**inputs))
+
+
+def test_wrong_sizes_are_refused() -> None:
+    inputs = tiny_inputs()
+
+    with pytest.raises(ValueError, match="input channels"):
+        tiny_model()(**inputs | {"noisy": torch.zeros(2, 3, 4, 6)})
+    with pytest.raises(ValueError, match="a mask of"):
+        tiny_model()(**inputs | {"glyph_mask": inputs["text_mask"]})
