@@ -173,7 +173,7 @@ def _source_problems(values: Table) -> list[str]:
 def _size_problems(values: Table) -> list[str]:
     size = values["resolution"]
     if size is None:
-        return ["resolution is missing, such as 1024 or [1024, 768], in [[datasets]] or as --resolution"]
+        return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
     if not values["enable_bucket"] or values["bucket_no_upscale"]:
         return []
     low, high = values["min_bucket_reso"], values["max_bucket_reso"]
