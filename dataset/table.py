@@ -108,6 +108,11 @@ class DatasetTable:
     custom_attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
+    def preserves_output(self) -> bool:
+        """Return whether its items are to keep what the base model predicts for them."""
+        return bool(self.custom_attributes.get("diff_output_preservation", False))
+
+    @property
     def name(self) -> str:
         """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
         return f"{self.config_path}, {self.place} ({self.source})"

@@ -14,7 +14,7 @@ from enum import Enum
 import torch
 
 from dataset.batches.live import LiveTable
-from dataset.cache.files import PART, is_text_name, parse_latent_name
+from dataset.cache.files import parse_latent_name
 from dataset.cache.memory import MemoryStore, SplitStore
 from dataset.cache.npz import NpzStore
 from dataset.cache.store import CacheStore, Stores, open_store
@@ -54,6 +54,14 @@ class Where(Enum):
         return self in {Where.NPZ, Where.MEMORY}
 
 
+class TextUse(Enum):
+    """What a training needs of the texts of its tables."""
+
+    CACHES = "caches"  # embeddings alone
+    CAPTIONS = "captions"  # to encode them at each step
+    BOTH = "both"  # some text encoders learn, of the others there are caches
+
+
 @dataclass(frozen=True)
 class TablePlan:
     """Where latents and texts of a table are."""
@@ -67,26 +75,53 @@ class TablePlan:
         """Return whether all of it is in the caches that the table names."""
         return self.latents is self.texts is Where.OWN
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Return whether all of it is in files, made yet or not."""
+        return {self.latents, self.texts} <= {Where.OWN, Where.NPZ}
+
 
 def prepare_sources(
     family: Caches,
     config: DatasetConfig,
     options: CachingInRunOptions | None,
     device: torch.device,
-    learns_texts: bool = False,
+    use: TextUse = TextUse.CACHES,
 ) -> BatchSources:
     """Cache what the options ask for, and return where batches are read from.
 
-    options: None for a script that trains from caches alone. device: that encodes. learns_texts: whether
-    text encoders are trained, so that nothing they make can be kept. All processes of a training call this,
-    and share the work. Raises UserError if something cannot be cached so, or a file cannot be used.
+    options: None for a script that trains from caches alone. device: that encodes. use: of texts. All
+    processes of a training call this, and share the work. Raises UserError if something cannot be cached so,
+    or a file cannot be used.
     """
-    stores = Stores(npz_names(family))
-    plans = plan_tables(family, config, options, learns_texts)
-    if options is None or all(plan.is_own for plan in plans):
-        return BatchSources(stores)
-    given = {plan.table.index: store_for(plan, stores) for plan in plans if not plan.is_own}
-    stores = replace(stores, given=given)
+    plans = plan_tables(family, config, options, use)
+    stores = open_stores(family, plans)
+    if options is not None:
+        _fill(family, config, plans, options, device, stores)
+    held = _memory_stores(stores.given.values())
+    _share_entries(held)
+    if any(store.entries for store in held):
+        size_bytes = sum(store.size_bytes for store in held)
+        logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
+    live = list_live_tables(plans, needs_captions=use is not TextUse.CACHES)
+    encoder = None
+    if any(table.media for table in live.values()):
+        logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
+        encoder = LiveMedia(family, live, device)
+        encoder.load()
+    stays = encoder is not None or any(store.entries for store in held)
+    return BatchSources(stores, live, encoder, stays)
+
+
+def _fill(
+    family: Caches,
+    config: DatasetConfig,
+    plans: Sequence[TablePlan],
+    options: CachingInRunOptions,
+    device: torch.device,
+    stores: Stores,
+) -> None:
+    """Encode what is to be kept in npz files and in memory."""
     places = Places(stores, options.skip_cache_check)
 
     def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
@@ -99,87 +134,60 @@ def prepare_sources(
     if texts.datasets:
         batch_size = options.text_encoder_batch_size
         _conclude(cache_texts(family, texts, _loop_options(texts, device, batch_size), places))
-    held = _memory_stores(given.values())
-    _share_entries(held)
-    if held:
-        size_bytes = sum(store.size_bytes for store in held)
-        logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
-    live = list_live_tables(plans)
-    encoder = None
-    if any(table.media for table in live.values()):
-        logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
-        encoder = LiveMedia(family, live, device)
-        encoder.load()
-    return BatchSources(stores, live, encoder, stays=bool(held) or encoder is not None)
-
-
-def can_learn_texts(family: Caches) -> bool:
-    """Return whether one of the text encoders is a `LearningEncoder`, without asking for its network."""
-    return any(hasattr(type(encoder), "lora_prefix") for encoder in family.text_encoders())
 
 
 def plan_tables(
-    family: Caches, config: DatasetConfig, options: CachingInRunOptions | None, learns_texts: bool = False
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingInRunOptions | None,
+    use: TextUse = TextUse.CACHES,
 ) -> list[TablePlan]:
     """Decide where latents and texts of each table are; nothing is encoded.
 
-    Raises DatasetError for a table whose items change each time, if they are to be cached, OptionError for a
-    family that has no npz files, if they are asked for.
+    Raises DatasetError for a table whose pictures change each time, if they are to be cached, OptionError for
+    a family that has no npz files, if they are asked for.
     """
-    if options is None:
-        return [TablePlan(table, Where.OWN, Where.OWN) for table in config.datasets]
     asked = {
-        "latents": options.cache_latents_to_disk,
-        "text_encoder_outputs": options.cache_text_encoder_outputs_to_disk,
+        "latents": options is not None and options.cache_latents_to_disk,
+        "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
     }
     for name, to_disk in asked.items():
         if to_disk and family.latent.npz is None:
             raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
-    plans = []
-    for table in config.datasets:
-        latents = _place_latents(family, table, options)
-        plans.append(TablePlan(table, latents, _place_texts(family, table, options, learns_texts)))
-    # the samples of a batch have the same tensors
-    live = {plan.table.batch_group for plan in plans if plan.texts is Where.LIVE}
-    return [replace(plan, texts=Where.LIVE) if plan.table.batch_group in live else plan for plan in plans]
+    texts = _place_texts(options, use)
+    return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
 
 
-def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions) -> Where:
+def _place_texts(options: CachingInRunOptions | None, use: TextUse) -> Where:
+    if use is TextUse.CAPTIONS:
+        return Where.LIVE
+    if options is None or not options.caches_texts:
+        return Where.OWN
+    return Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
+
+
+def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
     if table.augmentation.excludes_caches:
-        if options.caches_latents:
+        if options is not None and options.caches_latents:
             raise DatasetError(
                 f"{table.name}: color_aug, random_crop and face_crop_aug_range change pictures each time, so "
                 "their latents cannot be cached: leave out these keys, or --cache_latents"
             )
         return Where.LIVE
+    if options is None:
+        return Where.OWN
     if options.caches_latents:
         return Where.NPZ if options.cache_latents_to_disk else Where.MEMORY
-    tag, kind = family.cache_tag, table.kind
-    has_own = _has_own(family, table, lambda name: parse_latent_name(name, tag, kind) is not None)
+    there = open_store(table, npz_names(family)).names()
+    has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in there)
     return Where.OWN if has_own else Where.MEMORY
 
 
-def _place_texts(
-    family: Caches, table: DatasetTable, options: CachingInRunOptions, learns_texts: bool
-) -> Where:
-    if options.caches_texts:
-        if table.changes.varies:
-            raise DatasetError(
-                f"{table.name}: its captions are not always the same (shuffle_caption, enable_wildcard, "
-                "caption_tag_dropout_rate, token_warmup_step), so their embeddings cannot be cached: leave out "
-                "these keys, or --cache_text_encoder_outputs"
-            )
-        return Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
-    if table.changes.varies or learns_texts:
-        return Where.LIVE
-    tag = family.cache_tag
-    has_own = _has_own(family, table, lambda name: is_text_name(name.removesuffix(PART), tag))
-    return Where.OWN if has_own else Where.LIVE
-
-
-def _has_own(family: Caches, table: DatasetTable, is_one: Callable[[str], bool]) -> bool:
-    """Return whether a table's cache folder has caches in the form that the table says."""
-    return any(map(is_one, open_store(table, npz_names(family)).names()))
+def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
+    """Return where the entries of all tables are."""
+    stores = Stores(npz_names(family))
+    given = {plan.table.index: store_for(plan, stores) for plan in plans if not plan.is_own}
+    return replace(stores, given=given)
 
 
 def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
@@ -197,22 +205,24 @@ def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
     return SplitStore(place(plan.latents), place(plan.texts), names.tag)
 
 
-def list_live_tables(plans: Sequence[TablePlan]) -> Mapping[int, LiveTable]:
-    """Return the tables of which something is encoded at each step, by index, with their sources.
+def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mapping[int, LiveTable]:
+    """Return the tables whose sources are read while training, by index.
 
-    Raises DatasetError if captions are missing, MediaError for a picture whose header cannot be read.
+    needs_captions: those of all tables. Raises DatasetError if captions are missing, MediaError for a picture
+    whose header cannot be read.
     """
-    live = [plan for plan in plans if Where.LIVE in {plan.latents, plan.texts}]
     found: dict[int, LiveTable] = {}
-    for plan in live:
-        has_texts = plan.texts is Where.LIVE
-        sources = find_all_sources(DatasetConfig(plan.table.config_path, (plan.table,)), captions=has_texts)
-        if has_texts:
+    for plan in plans:
+        if plan.latents is not Where.LIVE and not needs_captions:
+            continue
+        config = DatasetConfig(plan.table.config_path, (plan.table,))
+        sources = find_all_sources(config, captions=needs_captions)
+        if needs_captions:
             require_captions(sources)
         by_stem = {source.stem: source for source in sources}
         is_live = plan.latents is Where.LIVE
         sizes = {stem: _size(one) for stem, one in by_stem.items()} if is_live else None
-        found[plan.table.index] = LiveTable(by_stem, has_texts, sizes)
+        found[plan.table.index] = LiveTable(by_stem, plan.texts is Where.LIVE, sizes)
     return found
 
 

@@ -27,6 +27,7 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.options import require
 from training.data.live_media import BatchSources
+from training.data.live_text import LiveTexts
 from training.optimizers.fused_backward import check_fused_backward
 from training.options import TrainingOptions
 from training.processes.accelerator import make_accelerator
@@ -94,6 +95,7 @@ class Data:
     plan: StepPlan
     encoders: SameEncoders
     sources: BatchSources = field(default_factory=BatchSources)  # where batches are read from
+    texts: LiveTexts | None = None  # encoded while training
 
 
 def start_job(
@@ -110,7 +112,8 @@ def start_job(
         takes_guidance = family.defaults.embedded_guidance is not None
         for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
             logger.warning(line)
-    check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
+    if options.is_fused:
+        check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
@@ -128,8 +131,11 @@ def read_config(options: TrainingOptions) -> DatasetConfig:
     return load_dataset_config(require(path, "--dataset_config", "the clips to train on"), given)
 
 
-def find_data(job: TrainingJob, config: DatasetConfig, sources: BatchSources) -> Data:
-    """Find the caches by their names and plan the steps. sources: where batches are read from.
+def find_data(
+    job: TrainingJob, config: DatasetConfig, sources: BatchSources, texts: LiveTexts | None = None
+) -> Data:
+    """Find the caches by their names and plan the steps. sources: where batches are read from. texts:
+    encoded while training.
 
     Raises CacheError with the caching commands if there are none.
     """
@@ -152,7 +158,8 @@ def find_data(job: TrainingJob, config: DatasetConfig, sources: BatchSources) ->
         )
     order = BatchOrder(training, job.progress.seed)
     plan = plan_steps(job, order)
-    return Data(config, training, order, validation, plan, SameEncoders(job.commands), sources)
+    encoders = SameEncoders(job.commands)
+    return Data(config, training, order, validation, plan, encoders, sources, texts)
 
 
 def plan_steps(job: TrainingJob, order: BatchOrder) -> StepPlan:

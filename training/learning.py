@@ -24,6 +24,7 @@ from networks.added import AddedFile, AddedLoras, add_loras
 from networks.merge import LoraPatch, LoraUse
 from training.averages import make_average
 from training.changes import Change, rebuild_schedule
+from training.data.live_text import LiveTexts
 from training.dressing import AUTOCAST, dress, dtype_of, placement_of
 from training.experts import ExpertNetworks, Turns, network_for, read_lora_for
 from training.job import TrainingJob
@@ -31,8 +32,9 @@ from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
+from training.options import TrainingOptions
 from training.resuming import Learning, restore
-from training.trainable import Trainable, share_network, train_apart, train_dit, train_network
+from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +53,22 @@ class LoadedModel:
 
 
 def load_model(
-    job: TrainingJob, total_steps: int, changes: Sequence[Change], has_samples: bool
+    job: TrainingJob,
+    total_steps: int,
+    changes: Sequence[Change],
+    has_samples: bool,
+    texts: LiveTexts | None = None,
 ) -> LoadedModel:
     """Load the networks, put into them what learns, dress them, and restore what --resume names.
 
     changes: what --resume_changed changes. has_samples: whether --sample_lora and other networks are of use.
+    texts: loaded text encoders; those that learn get a part of the network.
     """
     loading = Loading(job, has_samples)
     learners: list[Trainable] = []
 
     def attach(dit: nn.Module, expert: Expert) -> None:
-        _add_learner(job, dit, expert, learners)
+        _add_learner(job, dit, expert, learners, texts)
 
     networks = [loading.load(job.family, index, attach) for index in range(len(job.family.experts))]
     if len(learners) == 1:
@@ -197,7 +204,13 @@ def _check_dtype(job: TrainingJob, dtype: torch.dtype) -> None:
     )
 
 
-def _add_learner(job: TrainingJob, dit: nn.Module, expert: Expert, learners: list[Trainable]) -> None:
+def _add_learner(
+    job: TrainingJob,
+    dit: nn.Module,
+    expert: Expert,
+    learners: list[Trainable],
+    texts: LiveTexts | None,
+) -> None:
     """Put the network into a DiT, or choose what of the DiT itself learns.
 
     learners: of the DiTs before this one; a network that is there already is shared, unless each expert has
@@ -209,11 +222,22 @@ def _add_learner(job: TrainingJob, dit: nn.Module, expert: Expert, learners: lis
         learners.append(train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
         return
     given = network_for(options, expert) or options.network
-    network = make_network(given, job.family.lora_module, dit, job.progress.seed)
+    encoders = {} if texts is None else texts.networks
+    in_dit = options.parts is None or options.parts.trains_dit
+    network = make_network(given, job.family.lora_module, dit, job.progress.seed, encoders, in_dit)
     if learners and not options.by_expert.lora_per_expert:
         learners[0] = share_network(learners[0], network, device)
         return
-    learners.append(train_network(network, options.optimizer.learning_rate, given.scale_weight_norms, device))
+    rates = _rates(options, len(encoders))
+    learners.append(train_network(network, rates, given.scale_weight_norms, device))
+
+
+def _rates(options: TrainingOptions, encoders: int) -> Rates:
+    """Return the learning rates of the network's parts. encoders: how many text encoders learn."""
+    rate, parts = options.optimizer.learning_rate, options.parts
+    if parts is None:
+        return Rates(rate)
+    return Rates(rate, parts.unet_lr, parts.text_rates(encoders, rate) if encoders else None)
 
 
 def _make_learning(
@@ -234,8 +258,9 @@ def _make_learning(
 
 def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
     """Return what steps single weights and what does so in the backward pass, if the options ask for it."""
-    whole, trainable, optimizer = job.options.whole_dit, learning.trainable, learning.optimizer
-    if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
+    options, trainable, optimizer = job.options, learning.trainable, learning.optimizer
+    in_bf16 = options.whole_dit is not None and options.whole_dit.full_bf16
+    if not (in_bf16 or options.is_fused):
         return None, None
     if not steps_alone(type(optimizer)):
         logger.warning(
@@ -243,7 +268,7 @@ def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | 
         )
         return None, None
     steps = ParameterSteps(optimizer, trainable.names, job.progress)
-    if not whole.fused_backward_pass:
+    if not options.is_fused:
         return steps, None
     max_norm = job.options.optimizer.max_grad_norm
     if max_norm > 0:

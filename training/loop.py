@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from modules.errors import UserError
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
 from training.data.feed import MicroBatch
-from training.loss import training_loss
+from training.loss import NoisyBatch, training_loss
 from training.optimizers.finished_weights import evaluation
 from training.processes.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
 from training.reports.logs import StepReport, name_rates
@@ -148,12 +148,20 @@ def _accumulate(
         if run.memory is not None:
             run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
-        dit, noisy_batch = run.dits.at(expert), micro_batch.data.to(run.device)
+        dit, noisy_batch = run.dits.at(expert), _with_texts(run, micro_batch.data).to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys
     return sums.row(), keys
+
+
+def _with_texts(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return a batch with what the loaded text encoders make of its captions."""
+    if run.texts is None:
+        return noisy_batch
+    with run.autocast():
+        return replace(noisy_batch, batch=run.texts.add_to(noisy_batch.batch))
 
 
 def _seed(run: TrainingRun, number: int) -> None:
@@ -190,6 +198,7 @@ def _clip_and_step(run: TrainingRun) -> Tensor:
     norm = norm_of_gradients(run.parameters)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(run.parameters, max_norm, norm)
+    run.trainable.before_step()
     if run.scaler is not None:
         run.scaler.step(run.optimizer)
         run.scaler.update()

@@ -16,7 +16,7 @@ from modules.offload.block_swap import settle_all
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
-from training.caching_inside import can_learn_texts, prepare_sources
+from training.caching_inside import prepare_sources
 from training.changes import Change, listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.dressing import AUTOCAST, dtype_of
@@ -25,6 +25,7 @@ from training.experts import note_experts
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_computing, load_model
+from training.live_choice import find_live_texts, text_use
 from training.loop import train
 from training.loss import LossRule
 from training.options import TrainingOptions
@@ -98,7 +99,13 @@ def prepare_run(
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
     job, memory = _resolve_memory(job, data)
-    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples=sampler is not None)
+    texts = data.texts
+    if texts is not None:
+        texts.load(job.accelerator.device)
+    has_samples = sampler is not None
+    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples, texts)
+    if sampler is not None and texts is not None and texts.learning:
+        sampler = replace(sampler, renew=texts.renew)
     job = replace(job, saved=None)  # gives its tensors free
     uploads, learning = make_uploads(job.options.hub), loaded.learning
     facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
@@ -141,9 +148,10 @@ def _begin(
     check_computing(job)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
-    learns_texts = options.parts is not None and options.parts.trains_texts and can_learn_texts(family)
-    sources = prepare_sources(family, config, options.caching, job.accelerator.device, learns_texts)
-    data = find_data(job, config, sources)
+    texts = find_live_texts(family, options, config)
+    use = text_use(family, texts)
+    sources = prepare_sources(family, config, options.caching, job.accelerator.device, use)
+    data = find_data(job, config, sources, texts)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
@@ -223,6 +231,7 @@ def _make_run(
         sample_dits=loaded.sample_dits,
         compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dits.networks[0])),
         rule=rule,
+        texts=data.texts,
         validation=_make_validation(job, data, rule),
         reporter=reporter,
         memory=memory if job.accelerator.is_main_process else None,
@@ -278,10 +287,10 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
         job.family.noise,
         tuple(job.family.experts),
         job.options.noise,
-        job.options.weights_by_time,
+        job.options.weighted_by,
     )
     return Feed(
-        MicroBatches(data.order, job.family.latent, randomness, job.commands, data.sources),
+        MicroBatches(data.order, job.family.latent, randomness, job.commands, data.plan, data.sources),
         data.plan,
         accelerator.process_index,
         loop.max_data_loader_n_workers,
@@ -310,4 +319,5 @@ def _make_validation(job: TrainingJob, data: Data, loss: LossRule) -> Validation
         else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
         sources=data.sources,
         encoders=data.encoders,
+        texts=data.texts,
     )

@@ -5,7 +5,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.experts import expert_at
 from modules.contract.family import Family
-from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.generation import EncodedPrompts, Prompts, Request
 from modules.contract.prepared import Prepared
 from modules.contract.steps import StepDone
 from modules.errors import OptionError
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 BIT_RATE = 8_000_000  # of the known tuners' samples
 # of the keys of a prompt file
 DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}
+PICTURE_DEFAULTS = {"width": 512, "height": 512, "frame_count": 1, "sample_steps": 20}
 
 
 class SamplingStopped(Exception):
@@ -52,6 +53,10 @@ class Sample:
     is_seeded: bool  # else a new seed each time
     prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
+    wanted: Mapping[int, Prompts] = field(default_factory=dict)  # the texts of `prompts`
+
+
+Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Sampler:
     weights: str = ""  # for the metadata: what of the run's weights they show, or what is added to them
     prompts: Sequence[str] = ()  # of all processes, by their place in the file
     previews: LatentPreviews | None = None
+    # encodes texts again, with encoders that have learned; None: none does
+    renew: Renew | None = None
 
     def make(self, dit_of: DitOf, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -85,12 +92,14 @@ class Sampler:
             prepared = sample.prepared
             if not sample.is_seeded:
                 prepared = replace(prepared, seed=secrets.randbelow(1 << 32))
+            with autocast():
+                prompts = sample.prompts if self.renew is None else self.renew(sample.wanted, sample.prompts)
             with preview_clip(self.previews, prepared.fps) as (watchers, on_section), autocast():
                 latents = make_latents(
                     self.session.family,
                     lambda timestep: dit_of(expert_at(timestep, experts)),
                     prepared,
-                    sample.prompts,
+                    prompts,
                     sample.inputs,
                     self.session.device,
                     watchers=[watch, *watchers],
@@ -109,7 +118,8 @@ class Sampler:
             tags = sample_tags(self.session.family, prepared, model, self.session.device)
             tags = tags if self.has_metadata else {}
             if prepared.frames == 1:
-                path = self.folder / f"{stem}_000.png"
+                number = "" if self.session.family.latent.is_of_pictures else "_000"
+                path = self.folder / f"{stem}{number}.png"
                 write_png(path, next(frames), tags)
             else:
                 path = self.folder / f"{stem}.mp4"
@@ -160,12 +170,14 @@ def prepare_samples(
         _remove_leftovers(folder, name)
     requests = [prepared for _, prepared, _ in chosen]
     session = Session(family, device, _no_dit, keep=False)
-    texts = session.texts([wanted_texts(prepared) for prepared in requests])
+    wanted = [wanted_texts(prepared) for prepared in requests]
+    texts = session.texts(wanted)
     with session.media(images=True, again=True) as encoders:
         inputs = encode_inputs(family, encoders, requests)
     session.drop_image_encoder()
     samples = [
-        Sample(*which, text, put_in) for which, text, put_in in zip(chosen, texts, inputs, strict=True)
+        Sample(*which, text, put_in, asked)
+        for which, text, put_in, asked in zip(chosen, texts, inputs, wanted, strict=True)
     ]
     prompts = [str(entry.get("prompt", "")) for entry in entries]
     previews = None
@@ -179,8 +191,9 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
     Sizes are rounded down to what the family can make.
     """
-    values = {**DEFAULTS, **{key: value for key, value in entry.items() if value is not None}}
     latent = family.latent
+    usual = {**(PICTURE_DEFAULTS if latent.is_of_pictures else DEFAULTS), **family.defaults.samples}
+    values = {**usual, **{key: value for key, value in entry.items() if value is not None}}
 
     def path(key: str) -> Path | None:
         return to_path(key, str(values[key])) if values.get(key) else None
@@ -214,7 +227,9 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         guidance_scale=scale,
         expert_guidance={} if scale is None else {expert.name: scale for expert in family.experts},
         embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),
-        flow_shift=float(values["discrete_flow_shift"]) if has_shift else None,
+        flow_shift=float(values["discrete_flow_shift"])
+        if has_shift and "discrete_flow_shift" in values
+        else None,
         solver=_solver_of(values),
         negative_prompt=values.get("negative_prompt"),
         image_path=path("image_path"),

@@ -37,6 +37,7 @@ class Trainable:
     limit_norms: Callable[[], Tensor] | None = None
     tied: Sequence[nn.Module] = ()  # further modules that compute with the same parameters
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
+    before_step: Callable[[], None] = lambda: None  # once gradients are clipped
     # inside it the DiTs are as they were loaded; None: what is trained is the DiT itself
     as_base: AsBase | None = None
 
@@ -66,22 +67,31 @@ class Trainable:
         }
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a network's parts."""
+
+    learning_rate: float
+    unet: float | None = None  # of the DiT's part; None: learning_rate
+    texts: Sequence[float] | None = None  # of each text encoder that learns; None: learning_rate
+
+
 def train_network(
-    network: TrainableNetwork, learning_rate: float, max_norm: float | None, device: torch.device
+    network: TrainableNetwork, rates: Rates, max_norm: float | None, device: torch.device
 ) -> Trainable:
     """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
 
     Raises OptionError if it has no parameters to train.
     """
     network.module.to(device=device, dtype=torch.float32)
-    groups, names = network.parameter_groups(learning_rate)
+    groups, names = network.parameter_groups(rates.learning_rate, rates.unet, rates.texts)
     if not any(group["params"] for group in groups):
         raise OptionError(
             "the network has no parameters to train: check include_patterns and exclude_patterns in "
             "--network_args"
         )
     return Trainable(
-        modules={"network": network.module},
+        modules={"network": network.module, **network.state_beside_file},
         groups=groups,
         group_names=tuple(names),
         writes={"": network.save},
@@ -90,6 +100,7 @@ def train_network(
         start_step=network.on_step_start,
         limit_norms=None if max_norm is None else lambda: network.scale_norms(max_norm, device),
         as_base=partial(_without, [network]),
+        before_step=network.before_optimizer_step,
     )
 
 
@@ -107,6 +118,7 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
         start_step=_both(trainable.start_step, network.on_step_start),
         tied=(*trainable.tied, network.module),
         as_base=_inside_both(trainable.as_base, partial(_without, [network])),
+        before_step=_both(trainable.before_step, network.before_optimizer_step),
     )
 
 
@@ -126,6 +138,7 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
         limit_norms=(lambda: _join_norms([limit() for limit in limits])) if limits else None,
         by_expert=[part.parameters for part in parts.values()],
         as_base=_inside_both(*(part.as_base for part in parts.values())),
+        before_step=_both(*(part.before_step for part in parts.values())),
     )
 
 

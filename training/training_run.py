@@ -15,6 +15,7 @@ from modules.planning.device_memory import MemoryWatch
 from networks.added import AddedLoras
 from training.averages import WeightAverage
 from training.data.feed import Feed
+from training.data.live_text import LiveTexts
 from training.experts import ExpertNetworks
 from training.loss import PLAIN_LOSS, Autocast, LossRule, Trains
 from training.optimizers.fused_backward import FusedBackward
@@ -55,6 +56,7 @@ class TrainingRun:
     logs: Logs
     compute_dtype: torch.dtype = torch.float32  # of the DiT
     rule: LossRule = PLAIN_LOSS
+    texts: LiveTexts | None = None  # encoded in each step; None: all are in the batches
     scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
     steps: ParameterSteps | None = None  # if weights are stepped one by one
     fused: FusedBackward | None = None  # if that happens inside the backward pass

@@ -5,11 +5,12 @@ item, so values of two steps, and of two runs with the same items, can be compar
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from dataset.batches.captions import RunPlace, change_captions
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import TrainingItem
 from dataset.batches.same_encoders import SameEncoders
@@ -17,6 +18,7 @@ from dataset.cache.checks import CacheChecks
 from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live_media import BatchSources
+from training.data.live_text import LiveTexts
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
 from training.loop_options import ValidationOptions
@@ -70,6 +72,7 @@ class Validation:
     checks: CacheChecks = field(default_factory=CacheChecks)
     sources: BatchSources = field(default_factory=BatchSources)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
+    texts: LiveTexts | None = None  # encoded in each validation
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -116,6 +119,12 @@ class Validation:
         batch = self.sources.read((item,), self.family.latent, self.commands, self.checks, stream)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
+        if self.sources.tables:
+            place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
+            batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
+        if self.texts is not None:
+            with autocast():
+                batch = self.texts.add_to(batch)
         shape = batch.tensor("latents").shape
         # in all bands, and in all runs of one probability
         given_frames = draw_given_frames(self.family.noise, shape[2], "validation", item.key, "given frames")

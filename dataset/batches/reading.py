@@ -79,12 +79,14 @@ def read_batch(
     tensors = {name: _stack(name, items, read, commands) for name in first.tensors}
     made_by = tuple(made for one in read for made in one.made_by)
     weights = tuple(item.table.prior_loss_weight for item in items)
+    preserved = tuple(item.table.preserves_output for item in items)
     return Batch(
         tensors,
         tuple(one.caption for one in read),
         tuple(item.key for item in items),
         made_by,
         () if set(weights) == {1.0} else weights,
+        preserved if any(preserved) else (),
     )
 
 
@@ -137,6 +139,8 @@ def _read_item(
             )
         texts = text_records(text.header)
         caption = _check_caption(item, number, text, texts, checks, store.is_shared(text_path.name))
+    if item.table.index in live.tables:  # caches of other programs do not say theirs
+        caption = live.tables[item.table.index].caption(item.source_stem, number) or caption
     checks.add(item.table.index, item.key)
     checks.add(item.table.index, text_path.name)
     made_by += [MadeBy(text_path, name, record.encoder) for name, record in texts.items()]

@@ -48,6 +48,10 @@ class FamilyNames:
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
     optional_words: str = ""  # what these are, for messages
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
+    # of the published models, by which families with equal names in diffusers' layout are told apart: how
+    # many blocks lists of that layout have, and the width of a block
+    depths: tuple[tuple[str, int], ...] = ()
+    width: int = 0
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
 

@@ -23,7 +23,7 @@ from modules.options import NoOptions
 from tests.dataset.toy_family import options as caching_options
 from tests.training.toy import same
 from tests.training.toy_images import LATENT, PictureFamily
-from training.caching_inside import Where, plan_tables, prepare_sources
+from training.caching_inside import TextUse, Where, plan_tables, prepare_sources
 from training.data.live_media import BatchSources
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.job import read_config
@@ -128,23 +128,10 @@ def test_the_command_writes_what_the_script_writes(tmp_path: Path) -> None:
 
 def test_without_options_latents_are_held_in_memory_and_texts_not(tmp_path: Path) -> None:
     path = make(tmp_path)
-    (plan,) = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching)
+    (plan,) = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching, TextUse.CAPTIONS)
 
     assert (plan.latents, plan.texts) == (Where.MEMORY, Where.LIVE)
     assert not list((path.parent / "pictures").glob("*.npz"))
-
-
-def test_all_tables_of_a_group_encode_texts_if_one_does(tmp_path: Path) -> None:
-    path = make(tmp_path)
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text + "num_repeats = 2\n" + text[text.index("[[datasets.subsets]]") :], encoding="utf-8")
-    config = config_of(tmp_path)
-    config = dataclasses.replace(config, datasets=config.datasets[:1])
-    cache_texts(family(), config, caching_options())
-
-    plans = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching)
-
-    assert [plan.texts for plan in plans] == [Where.LIVE, Where.LIVE]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +139,6 @@ def test_all_tables_of_a_group_encode_texts_if_one_does(tmp_path: Path) -> None:
     [
         ("random_crop = true", "--cache_latents", "their latents cannot be cached"),
         ("color_aug = true", "--cache_latents_to_disk", "their latents cannot be cached"),
-        ("shuffle_caption = true", "--cache_text_encoder_outputs", "their embeddings cannot be cached"),
     ],
 )
 def test_what_changes_each_time_is_not_cached(tmp_path: Path, subset: str, argument: str, says: str) -> None:
@@ -221,7 +207,8 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
 
 def test_texts_that_are_not_cached_are_left_out_of_batches(tmp_path: Path) -> None:
     make(tmp_path, "shuffle_caption = true")
-    sources = prepare(tmp_path, "--cache_latents")
+    options = read(tmp_path, "--cache_latents")
+    sources = prepare_sources(family(), read_config(options), options.caching, CPU, TextUse.CAPTIONS)
 
     first = batches(tmp_path, sources)[0]
 
@@ -236,3 +223,20 @@ def test_memory_stores_hold_copies() -> None:
 
     assert store.read("x_0032x0032_pic.safetensors").tensors["latents"].tolist() == [0, 0, 0, 0]
     assert store.size_bytes == 16
+
+
+def test_a_check_says_where_everything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+
+    assert train_network(family(), read(tmp_path, "--check", *CACHED)) == 0
+
+    said = capsys.readouterr().out
+    assert "latents are in host memory, embeddings of captions in host memory" in said
+    assert "32x32" in said
+    assert not list(tmp_path.glob("**/*.npz"))
+
+
+def test_a_plan_needs_caches_on_disk(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(OptionError, match="--plan rehearses a batch from caches on disk"):
+        train_network(family(), read(tmp_path, "--plan", *CACHED))

@@ -10,14 +10,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dataset.batches.captions import choose_captions, choose_sides
+from dataset.batches.captions import RunPlace, change_captions, choose_captions, choose_sides
 from dataset.batches.finding import CachingCommands
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
@@ -32,6 +32,7 @@ from training.data.live_media import BatchSources
 from training.data.options import PLAIN_NOISE, NoiseOptions, TimestepOptions
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
+from training.loss_options import NOTHING, SIGMA, TIMESTEP
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
@@ -94,7 +95,7 @@ class Randomness:
     noise: NoiseSpec = FLOW
     experts: tuple[Expert, ...] = ONE_EXPERT
     perturbation: NoiseOptions = PLAIN_NOISE
-    weights_by_time: bool = True  # --weighting_scheme weights the loss too
+    weighted_by: str = TIMESTEP  # what of the time --weighting_scheme weights the loss by
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -104,7 +105,9 @@ class Randomness:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
-        weights = loss_weights(self.timesteps, times) if self.weights_by_time else torch.ones(len(batch))
+        weights = torch.ones(len(batch))
+        if self.weighted_by != NOTHING:
+            weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
         if batch.loss_weights:
             weights = weights * torch.tensor(batch.loss_weights)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
@@ -165,22 +168,35 @@ class MicroBatches:
         latent: LatentSpec,
         randomness: Randomness,
         commands: CachingCommands,
+        plan: StepPlan | None = None,
         sources: BatchSources | None = None,
     ) -> None:
-        """sources: where the parts of batches come from; without it, from the caches that the tables name."""
+        """plan: of the steps, for captions that grow with them. sources: where the parts of batches come
+        from; without it, from the caches that the tables name.
+        """
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
+        self.plan, self.sources = plan, sources or BatchSources()
         self.checks = CacheChecks()  # of the run, which begins here
-        self.sources = sources or BatchSources()
 
     def __getitem__(self, key: Key) -> MicroBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
-        captions = choose_captions(items, self.randomness.seed, number, epoch)
-        flips = choose_sides(items, self.randomness.seed, number)
-        stream = self.randomness.seed, number
-        batch = self.sources.read(items, self.latent, self.commands, self.checks, stream, captions, flips)
+        seed = self.randomness.seed
+        chosen = choose_captions(items, seed, number, epoch)
+        flips = choose_sides(items, seed, number)
+        batch = self.sources.read(
+            items, self.latent, self.commands, self.checks, (seed, number), chosen, flips
+        )
+        if self.sources.tables:
+            steps = (0, 1) if self.plan is None else self._steps(self.plan, epoch, index)
+            texts = change_captions(items, batch.captions, chosen, RunPlace(seed, number, *steps))
+            batch = replace(batch, captions=texts)
         return MicroBatch(number, self.randomness.add(batch, number, self._first_sample(key)))
+
+    def _steps(self, plan: StepPlan, epoch: int, index: int) -> tuple[int, int]:
+        """Return the optimizer step of a micro-batch, from 0, and how many the run has."""
+        return plan.steps_until(epoch, index - index % plan.group_size), plan.total_steps
 
     def expert_of(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch goes to. None of its files is read."""
@@ -245,7 +261,7 @@ class Feed:
             ending.set()
 
     def _num_workers(self, num_keys: int) -> int:
-        """Return how many processes read so many micro-batches: none, if what they need is not sent to them."""
+        """Return how many processes read so many micro-batches; none if they cannot have what is needed."""
         if self.batches.sources.stays:
             return 0
         return min(self.workers, os.cpu_count() or 1, num_keys)

@@ -113,7 +113,8 @@ class BatchSources:
     ) -> Batch:
         """Read a batch; encode those of its pictures that are not cached.
 
-        stream: what random numbers are seeded by. captions, flips: see `read_batch`. Raises CacheError, or as `LiveMedia.encode`.
+        stream: what random numbers are seeded by. captions, flips: see `read_batch`. Raises CacheError, or as
+        `LiveMedia.encode`.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # what is encoded now has been mirrored already

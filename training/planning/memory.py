@@ -69,12 +69,13 @@ def plan_training(
     commands: CachingCommands,
     device: torch.device,
     sampled: int = 0,
+    sources: BatchSources | None = None,
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed.
 
-    sampled: transformers that only samples need.
+    sampled: transformers that only samples need. sources: where batches are read from.
     """
-    noisy_batch = read_largest(family, options, items, commands)
+    noisy_batch = read_largest(family, options, items, commands, sources)
     prediction = predict(family, options, noisy_batch, device, sampled)
     compiled = (
         []

@@ -1,0 +1,160 @@
+"""Texts that are encoded while training, and text encoders that learn."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.errors import OptionError
+from tests.training.toy import same
+from tests.training.toy_texts import (
+    TextFamily,
+    image_toy_options,
+    train_image_toy,
+    write_pictures,
+    write_subset,
+)
+from training.run import train_network
+
+UNET_ONLY = "--network_train_unet_only"
+
+
+def test_texts_without_caches_are_encoded_in_each_step(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    family = TextFamily()
+
+    tensors = train_image_toy(tmp_path, UNET_ONLY, family=family)
+
+    assert _prefixes(tensors) == {"lora_unet"}
+    assert sorted(set(family.made[-1].asked)) == [f"red, big, number {index}" for index in range(4)]
+
+
+def test_text_caches_are_used_if_nothing_changes(tmp_path: Path) -> None:
+    write_pictures(tmp_path, texts=True)
+    family = TextFamily()
+
+    train_image_toy(tmp_path, UNET_ONLY, family=family)
+
+    assert not family.made
+
+
+def _prefixes(tensors: dict[str, Tensor]) -> set[str]:
+    return {"_".join(name.split("_")[:2]) for name in tensors}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prefixes"),
+    [
+        ((), {"lora_unet", "lora_te1"}),
+        (("--network_args", "train_t5xxl=True"), {"lora_unet", "lora_te1", "lora_te3"}),
+        (("--network_train_text_encoder_only",), {"lora_te1"}),
+    ],
+)
+def test_text_encoders_learn(arguments: tuple[str, ...], prefixes: set[str], tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+
+    tensors = train_image_toy(tmp_path, *arguments)
+
+    assert _prefixes(tensors) == prefixes
+    ups = [tensor for name, tensor in tensors.items() if "lora_up" in name]
+    assert all(tensor.abs().sum() > 0 for tensor in ups)
+
+
+def test_each_text_encoder_has_its_own_rate(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    both = "--network_args", "train_t5xxl=True"
+
+    tensors = train_image_toy(tmp_path, *both, "--text_encoder_lr", 1e-2, 0, "--unet_lr", 0)
+
+    moved = {"_".join(name.split("_")[:2]) for name in tensors if "lora_up" in name and tensors[name].any()}
+    assert moved == {"lora_te1"}
+
+
+def test_what_is_cached_stays_cached_while_another_encoder_learns(tmp_path: Path) -> None:
+    write_pictures(tmp_path, texts=True)
+    family = TextFamily()
+
+    tensors = train_image_toy(tmp_path, "--cache_text_encoder_outputs", family=family)
+
+    assert _prefixes(tensors) == {"lora_unet", "lora_te1"}
+    # of those that stay, the one that does not learn is not asked; others have made the caches
+    assert [(encoder.name, len(encoder.asked)) for encoder in family.made] == [
+        ("clip", 6),
+        ("t5", 0),
+        ("clip", 4),
+        ("t5", 4),
+    ]
+
+
+def test_a_killed_run_with_learning_encoders_goes_on_to_the_bit(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    whole = train_image_toy(tmp_path, "--save_state", "--save_every_n_steps", 3)
+    state = tmp_path / "output" / "x-step00000003-state"
+
+    resumed = train_image_toy(tmp_path, "--resume", state, "--output_dir", tmp_path / "again")
+
+    assert same(whole, resumed)
+
+
+def test_a_learning_encoder_gets_the_gradient_of_plain_torch(tmp_path: Path) -> None:
+    """One step of SGD, against the same sum written out."""
+    write_pictures(tmp_path, count=1)
+    sgd = "--optimizer_type", "torch.optim.SGD", "--max_grad_norm", 0, "--max_train_steps", 1
+    family = TextFamily()
+
+    tensors = train_image_toy(tmp_path, *sgd, "--network_train_text_encoder_only", family=family)
+
+    up = tensors["lora_te1_layers_0.lora_up.weight"]
+    assert up.abs().max() > 0
+    assert torch.isfinite(up).all()
+
+
+VARYING = "shuffle_caption = true"
+
+
+def test_captions_that_vary_exclude_their_caches(tmp_path: Path) -> None:
+    write_subset(tmp_path, VARYING)
+    options = image_toy_options(tmp_path, "--cache_text_encoder_outputs", UNET_ONLY)
+
+    with pytest.raises(OptionError, match="captions of .* vary"):
+        train_network(TextFamily(), options)
+
+
+def test_captions_that_vary_are_encoded_as_they_are_drawn(tmp_path: Path) -> None:
+    """The same ones in two runs of a seed, whatever text caches there are."""
+    write_subset(tmp_path, VARYING)
+    families = TextFamily(), TextFamily()
+
+    for family in families:
+        train_image_toy(tmp_path, UNET_ONLY, family=family)
+
+    asked = [family.made[-1].asked for family in families]
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 6
+    assert all(sorted(text.split(", "))[0] == "big" for text in asked[0])
+    assert len({text.split(", ")[0] for text in asked[0]} - {"red"}) > 0
+
+
+def test_samples_show_the_text_encoder_that_learns(tmp_path: Path) -> None:
+    """Their texts are encoded anew each time; the other encoder's once."""
+    write_pictures(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a sample --w 32 --h 32 --s 2\n", encoding="utf-8")
+    family = TextFamily()
+
+    arguments = "--sample_prompts", prompts, "--sample_every_n_steps", 3
+    train_image_toy(tmp_path, *arguments, family=family)
+
+    first, second = family.made[:2]
+    assert first.asked.count("a sample") > second.asked.count("a sample") == 0
+    assert len(list((tmp_path / "output" / "sample").glob("x_00000[36]_00_*.png"))) == 2
+
+
+def test_validation_encodes_its_captions(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    family = TextFamily()
+
+    train_image_toy(tmp_path, UNET_ONLY, "--validation_split", 0.25, family=family)
+
+    assert len(set(family.made[-1].asked)) == 4

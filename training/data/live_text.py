@@ -1,0 +1,117 @@
+"""Texts that are encoded while training: captions that vary, encoders that learn, texts without caches.
+
+The encoders stay loaded beside the network. Every process encodes the captions of its own micro-batches.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from modules.contract.data import Batch, Conditions
+from modules.contract.family import LearningEncoder, TextEncoder
+from modules.contract.generation import EncodedPrompts, Prompt, Prompts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LiveTexts:
+    """Hold the text encoders that stay loaded. Outputs of all others come from caches."""
+
+    encoders: Sequence[TextEncoder]
+    learning: Sequence[LearningEncoder] = ()  # those of them that get a network, in their order
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Return the names of the tensors that they make."""
+        return frozenset().union(*(encoder.keys for encoder in self.encoders))
+
+    def load(self, device: torch.device) -> None:
+        """Load all encoders, frozen."""
+        for encoder in self.encoders:
+            encoder.load(device)
+        for encoder in self.learning:
+            encoder.network.requires_grad_(False)
+        names = ", ".join(encoder.name for encoder in self.encoders)
+        logger.info("Captions are encoded while training: %s stays loaded.", names)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the networks that learn by the prefixes of their names in LoRA files. Call `load` first."""
+        return {encoder.lora_prefix: encoder.network for encoder in self.learning}
+
+    def add_to(self, batch: Batch) -> Batch:
+        """Return a batch with the outputs of these encoders for its captions, B first; on the CPU.
+
+        Gradients flow to what learns, if they are on. Other encoders are asked without.
+        """
+        prompts = [Prompt(caption) for caption in batch.captions]
+        tensors = dict(batch.tensors)
+        for encoder in self.encoders:
+            encoded = self._encode(encoder, prompts)
+            for name in encoder.keys:
+                tensors[name] = _stack([one[name] for one in encoded], name in encoder.variable_length)
+        return replace(batch, tensors=tensors)
+
+    def renew(
+        self, wanted: Mapping[int, Prompts], known: Mapping[int, EncodedPrompts]
+    ) -> dict[int, EncodedPrompts]:
+        """Return the encoded texts of a sample with what the learning encoders make of them now.
+
+        wanted: its texts by section, of which `known` has all outputs. Conditions have no batch dimension.
+        """
+        with torch.no_grad():
+            return {section: self._renew(texts, known[section]) for section, texts in wanted.items()}
+
+    def _renew(self, texts: Prompts, known: EncodedPrompts) -> EncodedPrompts:
+        def now(text: Prompt | None, conditions: Conditions | None) -> Conditions | None:
+            if text is None or conditions is None:
+                return conditions
+            made: dict[str, Tensor | list[Tensor]] = dict(conditions)
+            for encoder in self.learning:
+                made.update(encoder.encode([text])[0])
+            return made
+
+        positive = now(texts.positive, known.positive)
+        assert positive is not None
+        return replace(
+            known,
+            positive=positive,
+            negative=now(texts.negative, known.negative),
+            blank=now(texts.blank, known.blank),
+            away=now(texts.away, known.away),
+        )
+
+    def _encode(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[Conditions]:
+        learns = any(encoder is one for one in self.learning)
+        with contextlib.nullcontext() if learns else torch.no_grad():
+            return encoder.encode(prompts)
+
+
+def as_learning(encoder: TextEncoder) -> LearningEncoder | None:
+    """Return an encoder as one that can learn; None if it cannot.
+
+    `isinstance` would ask for its network, which is not loaded yet.
+    """
+    return cast(LearningEncoder, encoder) if hasattr(encoder, "lora_prefix") else None
+
+
+@contextlib.contextmanager
+def encoding(texts: LiveTexts | None) -> Iterator[LiveTexts | None]:
+    """Free the encoders at the end of the block."""
+    try:
+        yield texts
+    finally:
+        for encoder in () if texts is None else texts.encoders:
+            encoder.free()
+
+
+def _stack(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:
+    """Return one tensor B ..., or a list with an entry for each sample if their lengths vary."""
+    rows = [value[0] if isinstance(value, list) else value for value in values]
+    return rows if is_varying or isinstance(values[0], list) else torch.stack(rows)

@@ -1,0 +1,104 @@
+"""Decide which texts of a run are encoded while training, before anything is loaded."""
+
+from collections.abc import Mapping, Sequence
+
+from dataset.cache.files import text_file_name
+from dataset.cache.npz import NpzNames
+from dataset.cache.store import Stores
+from dataset.config import DatasetConfig
+from modules.contract.family import Family, LearningEncoder, TextEncoder
+from modules.errors import OptionError
+from networks.loading import import_network_module
+from training.caching_inside import TextUse
+from training.data.live_text import LiveTexts, as_learning
+from training.options import TrainingOptions
+
+UNET_ONLY = "--network_train_unet_only"
+
+
+def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+    """Return the encoders that have to stay loaded: for captions that vary, and those that learn.
+
+    None: all texts come from caches, if these are there. Raises OptionError if caches are asked for texts
+    that change, or if an encoder that is needed is not given.
+    """
+    asked = options.caching is not None and options.caching.caches_texts
+    varying = next((table for table in config.datasets if table.changes.varies), None)
+    if varying is not None and asked:
+        raise OptionError(
+            f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
+            "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
+        )
+    if varying is None and not _may_learn(options):
+        return None
+    try:
+        encoders = family.text_encoders()
+    except OptionError as error:
+        why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
+        raise OptionError(f"{error} Text encoders are needed because {why}.") from None
+    learning = _learning(family, options, encoders)
+    if varying is not None:
+        return LiveTexts(encoders, learning)
+    if not learning:
+        return None
+    if not asked:
+        return LiveTexts(encoders, learning)
+    if len(learning) == len(encoders):
+        names = ", ".join(encoder.name for encoder in learning)
+        raise OptionError(
+            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out, or "
+            f"add {UNET_ONLY}"
+        )
+    return LiveTexts(learning, learning)
+
+
+def is_uncached(family: Family, options: TrainingOptions, config: DatasetConfig) -> bool:
+    """Return whether an image trainer finds no text caches and was not asked to make them."""
+    if not options.is_for_images or (options.caching is not None and options.caching.caches_texts):
+        return False
+    end = text_file_name("", family.cache_tag)
+    stores = Stores(NpzNames(family.cache_tag, family.latent, family.text_keys))
+    return not any(name.endswith(end) for table in config.datasets for name in stores.of(table).names())
+
+
+def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+    """Return the encoders that stay loaded; None if all texts come from caches. Raises OptionError."""
+    texts = choose_live_texts(family, options, config)
+    if texts is None and is_uncached(family, options, config):
+        texts = LiveTexts(family.text_encoders())
+    return texts
+
+
+def text_use(family: Family, texts: LiveTexts | None) -> TextUse:
+    """Return what a training needs of its tables' texts. texts: encoded while training."""
+    if texts is None:
+        return TextUse.CACHES
+    return TextUse.CAPTIONS if family.text_keys <= texts.keys else TextUse.BOTH
+
+
+def _may_learn(options: TrainingOptions) -> bool:
+    return options.parts is not None and options.parts.trains_texts and options.network is not None
+
+
+def _learning(
+    family: Family, options: TrainingOptions, encoders: Sequence[TextEncoder]
+) -> list[LearningEncoder]:
+    """Return the encoders that get a network.
+
+    Raises OptionError if nothing but text encoders is to be trained, and none can be.
+    """
+    if not _may_learn(options) or options.network is None or options.parts is None:
+        return []
+    able = [one for one in map(as_learning, encoders) if one is not None]
+    builder = import_network_module(options.network.network_module or family.lora_module)
+    arguments = options.network.arguments()
+    rules = getattr(builder, "RULES", None)  # of our modules for families
+    switches: Mapping[str, str] = {} if rules is None else rules.encoders
+    off = {prefix for name, prefix in switches.items() if arguments.get(name, "").lower() != "true"}
+    learning = [encoder for encoder in able if encoder.lora_prefix not in off]
+    if not learning and not options.parts.trains_dit:
+        raise OptionError(
+            "--network_train_text_encoder_only: this model has no text encoder that can be trained. Leave it "
+            "out"
+        )
+    return learning
