@@ -7,6 +7,7 @@ from modules.installation import import_own
 # name -> the module with `identify` for its files; Wan's is last: it also recognises files of no family
 FAMILIES = {
     "lumina": "lumina.checkpoints",
+    "flux": "flux.checkpoints",
     "framepack": "frame_pack.checkpoints",
     "hunyuan_image": "hunyuan_image.checkpoints",
     "hunyuan_video": "hunyuan_model.checkpoints",
@@ -15,6 +16,7 @@ FAMILIES = {
 # name -> its generation script
 GENERATION_SCRIPTS = {
     "lumina": "lumina_generate_image",
+    "flux": "flux_generate_image",
     "framepack": "fpack_generate_video",
     "hunyuan_image": "hunyuan_image_generate_image",
     "hunyuan_video": "hv_generate_video",

@@ -13,13 +13,15 @@ from flux.options import (
     generation_words,
 )
 from modules.command import command_line
-from training.image_options import ImageTrainerDefaults, read_image_training
+from modules.vae_options import take_ae
+from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 
 DEFAULTS = ImageTrainerDefaults(
     timestep_sampling="sigma",
     discrete_flow_shift=3.0,
     model_prediction_type="sigma_scaled",
     guidance_scale=USUAL_GUIDANCE,
+    translate=take_ae,
 )
 
 
@@ -35,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, flux_options))
     scripts = FamilyScripts(
-        "flux_train_network.py", add_training_arguments, partial(generation_words, flux_options)
+        "flux_train_network.py",
+        add_training_arguments,
+        partial(generation_words, flux_options),
+        make_parser=partial(image_training_parser, None, DEFAULTS),
     )
     code = train_network(family_for_training(flux_options), options, commands, scripts)
     if code:

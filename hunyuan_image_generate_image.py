@@ -20,7 +20,6 @@ DEFAULTS = ScriptDefaults(
     media=frozenset(),
     source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
     joins_guidance=True,
-    blocks_to_swap=None,
     size=(2048, 2048),
     pictures=True,
     noise_on_cpu=True,

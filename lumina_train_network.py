@@ -13,7 +13,7 @@ from lumina.options import (
     translate_training,
 )
 from modules.command import command_line
-from training.image_options import ImageTrainerDefaults, read_image_training
+from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 
 DEFAULTS = ImageTrainerDefaults(
     timestep_sampling="shift",
@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, lumina_options))
     scripts = FamilyScripts(
-        "lumina_train_network.py", add_training_arguments, partial(generation_words, lumina_options)
+        "lumina_train_network.py",
+        add_training_arguments,
+        partial(generation_words, lumina_options),
+        make_parser=partial(image_training_parser, None, DEFAULTS),
     )
     code = train_network(family_for_training(lumina_options), options, commands, scripts)
     if code:

@@ -52,7 +52,7 @@ def _tell_unused_negative(
         logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", away)
     if options.nag.is_on and away is None:
         return  # attention is steered away from it
-    if text is None or any(one.text == "negative" for plan in plans for one in plan.passes):
+    if not text or any(one.text == "negative" for plan in plans for one in plan.passes):
         return
     reason = f"{NO_STEP} (--guidance_scale)" if not is_guided else "no step has a pass with it"
     if is_guided and options.perp_neg == 0:

@@ -29,7 +29,7 @@ from dataset.caching.source_jobs import decode_ahead
 from dataset.caching.text_plans import KnownTexts, plan_text, text_index
 from dataset.caching.work import npz_names
 from dataset.checking.captions import Counters, check_captions, load_counters
-from dataset.checking.findings import CheckResult, TableFindings, indent
+from dataset.checking.findings import CheckResult, TableFindings, balance, count_batches, indent
 from dataset.checking.folders import check_unused, folder_id
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution, decode_source
@@ -88,7 +88,8 @@ def check_media(
             check_captions(found, NO_COUNTERS)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
         tables.append(found)
-    batches = sum(found.num_batches for found in tables)
+    balance(tables)
+    batches = count_batches(tables)
     tail = f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"
     return CheckResult(head, tuple(tables), (tail,))
 
@@ -270,7 +271,7 @@ def _check_caches(
     if not items:
         found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
     remarks, stores = [], None if not items else stores_for(items[0], latent)
-    drops = [EMPTY] if items and items[0].table.caption_dropout_rate else []
+    drops = [EMPTY] if items and items[0].table.drops_captions else []
     # each caption, and the empty prompt once
     pairs = ((item, number) for item in items for number in range(item.captions))
     for item, number in itertools.chain(pairs, ((item, number) for item in items[:1] for number in drops)):

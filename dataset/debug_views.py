@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset.batches.changing import changed_caption
 from dataset.caching.reports import CacheReport, Failure
 from dataset.caching.source_jobs import decode_ahead
 from dataset.checking.looks import choose_evenly
@@ -17,10 +19,12 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedSource, Item, decode_source
 from dataset.sources.listing import find_sources
+from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.contract.family import Described
 from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video
+from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                 if shown == (debug.console_num_images if debug.debug_mode == "console" else None):
                     answer = NEXT_DATASET
                     break
-                logger.info("%s: %s", _title(item), item.source.caption or "(no caption)")
+                logger.info("%s: %s", _title(item), _caption(item.source) or "(no caption)")
                 answer = show(item, side_by_side(result, item))
                 shown += 1
                 if answer != NEXT:
@@ -62,6 +66,16 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
             if answer == NEXT_DATASET:
                 break
     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+
+
+def _caption(source: MediaSource) -> str:
+    """Return a source's caption, as it may be trained once: if it is another each time, one is drawn."""
+    table = source.table
+    return changed_caption(source.caption or "", table.changes, table, 1, 1, _numbers(source))
+
+
+def _numbers(source: MediaSource) -> random.Random:
+    return random.Random(derive_seed(0, source.stem))
 
 
 def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
@@ -113,7 +127,8 @@ def _decode(family: Described, table: DatasetTable, workers: int) -> Iterator[De
     found = decode_ahead(
         sources,
         lambda one: one,
-        lambda one: decode_source(one, fps, latent.pixel_step, latent.frame_step),
+        # a picture that is another each time is shown as it may be trained once
+        lambda one: decode_source(one, fps, latent.pixel_step, latent.frame_step, _numbers(one)),
         workers,
         bar,
     )

@@ -50,6 +50,7 @@ class SubsetOptions:
     alpha_mask: bool
     masked_loss: bool  # the control picture is the mask of the loss
     prior_loss_weight: float
+    debug_dataset: bool  # show the pictures and captions, and train nothing
 
     def __post_init__(self) -> None:
         for name in ("train_data_dir", "reg_data_dir", "conditioning_data_dir"):
@@ -150,6 +151,11 @@ def add_subset_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prior_loss_weight", type=float, default=1.0, help="factor on the loss of regularisation pictures"
+    )
+    group.add_argument(
+        "--debug_dataset",
+        action="store_true",
+        help="show each picture and caption as it may be trained, in windows or else as files; train nothing",
     )
     group.add_argument("--cache_info", action="store_true", help="remember captions and sizes in the folders")
 

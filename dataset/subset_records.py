@@ -20,17 +20,23 @@ class CaptionChanges:
     is_raw: bool = False  # sources have the text of a caption file as it stands, to be changed each time
 
     @property
+    def varying_keys(self) -> tuple[str, ...]:
+        """Return the keys for which a caption is not always the same, so that its embeddings are not cached.
+
+        Not caption_dropout_every_n_epochs: the empty prompt is cached.
+        """
+        keys = {
+            "shuffle_caption": self.shuffle,
+            "enable_wildcard": self.wildcards,
+            "caption_tag_dropout_rate": self.part_dropout_rate > 0,
+            "token_warmup_step": self.warmup_step > 0,
+        }
+        return tuple(key for key, is_set in keys.items() if is_set)
+
+    @property
     def varies(self) -> bool:
-        """Whether a caption is not always the same, so that its embeddings cannot be cached."""
-        return self != CaptionChanges(
-            separator=self.separator,
-            keep_tokens=self.keep_tokens,
-            keep_tokens_separator=self.keep_tokens_separator,
-            dropout_every_n_epochs=self.dropout_every_n_epochs,  # the empty prompt is cached
-            secondary_separator=self.secondary_separator,
-            warmup_min=self.warmup_min,
-            is_raw=self.is_raw,
-        )
+        """Whether a caption is not always the same."""
+        return bool(self.varying_keys)
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,19 @@ class Augmentation:
     face_crop_range: tuple[float, float] | None = None
 
     @property
+    def varying_keys(self) -> tuple[str, ...]:
+        """Return the keys for which pictures must be encoded each time; of flip_aug both sides are cached."""
+        keys = {
+            "color_aug": self.color,
+            "random_crop": self.random_crop,
+            "face_crop_aug_range": self.face_crop_range is not None,
+        }
+        return tuple(key for key, is_set in keys.items() if is_set)
+
+    @property
     def excludes_caches(self) -> bool:
         """Whether pictures must be encoded each time."""
-        return self.color or self.random_crop or self.face_crop_range is not None
+        return bool(self.varying_keys)
 
 
 @dataclass(frozen=True)

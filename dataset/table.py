@@ -20,6 +20,26 @@ from modules.addresses import hide_secrets
 
 Table = Mapping[str, Any]
 
+# fields of the records of subsets -> keys
+CHANGE_KEYS = {
+    "shuffle": "shuffle_caption",
+    "separator": "caption_separator",
+    "keep_tokens": "keep_tokens",
+    "keep_tokens_separator": "keep_tokens_separator",
+    "secondary_separator": "secondary_separator",
+    "wildcards": "enable_wildcard",
+    "dropout_every_n_epochs": "caption_dropout_every_n_epochs",
+    "part_dropout_rate": "caption_tag_dropout_rate",
+    "warmup_min": "token_warmup_min",
+    "warmup_step": "token_warmup_step",
+}
+DRAW_KEYS = {
+    "flip": "flip_aug",
+    "color": "color_aug",
+    "random_crop": "random_crop",
+    "face_crop_range": "face_crop_aug_range",
+}
+
 
 @dataclass(frozen=True)
 class DatasetTable:
@@ -120,6 +140,11 @@ class DatasetTable:
         return source
 
     @property
+    def drops_captions(self) -> bool:
+        """Return whether the empty prompt is trained too."""
+        return self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
+
+    @property
     def picture_folder(self) -> Path:
         """Return the folder that its items, or their list, are in."""
         return self.directory or self.image_folder or self.source.parent
@@ -159,7 +184,22 @@ class DatasetTable:
     def learning_keys(self) -> dict[str, Any]:
         """Return the keys of LEARNING_DEFAULTS that are set to another value, as JSON values."""
         masks = {} if self.mask_directory is None else {"mask_directory": self.mask_directory.name}
-        return self._changed(LEARNING_DEFAULTS) | masks
+        reg = {"is_reg": True} if self.is_reg else {}
+        return self._changed(LEARNING_DEFAULTS) | masks | reg | self.changing_keys
+
+    @property
+    def changing_keys(self) -> dict[str, Any]:
+        """Return what makes captions and pictures differ each time, by the names of its keys."""
+        records = (
+            (self.changes, PLAIN_CAPTIONS, CHANGE_KEYS),
+            (self.augmentation, NO_AUGMENTATION, DRAW_KEYS),
+        )
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for record, usual, keys in records
+            for name, key in keys.items()
+            if (value := getattr(record, name)) != getattr(usual, name)
+        }
 
     def _changed(self, defaults: Table) -> dict[str, Any]:
         return {name: getattr(self, name) for name, usual in defaults.items() if getattr(self, name) != usual}
@@ -178,6 +218,14 @@ class DatasetTable:
             "bucket_no_upscale": self.bucket_no_upscale,
             self.source_key: self.source.name,
         }
+        if self.buckets is not None:
+            entry |= {
+                "min_bucket_reso": self.buckets.minimum,
+                "max_bucket_reso": self.buckets.maximum,
+                "bucket_reso_steps": self.buckets.step,
+                "resize_interpolation": self.buckets.interpolation,
+                "class_tokens": self.class_tokens,
+            }
         if self.control_directory is not None:
             entry["control_directory"] = self.control_directory.name
         entry["has_control"] = self.control_directory is not None if has_control is None else has_control

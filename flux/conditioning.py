@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from encoders.autoencoder import Autoencoder
+from encoders.posterior import posterior_generator
 from modules.contract.data import CacheEntry, Conditions, MediaBatch
 from modules.devices import send
 from modules.media.pixels import byte_clips
-from modules.seeds import derive_seed
 
 POOLED, STATES, MASK, GUIDANCE = "l_pooled", "t5_out", "t5_attn_mask", "guidance"
 CHROMA_KEYS = frozenset({STATES, MASK})
@@ -45,12 +45,3 @@ def encode_latents(vae: Autoencoder, media: MediaBatch) -> list[list[CacheEntry]
     """Encode pictures; return the cache entries of each: a posterior sample seeded by its name, float32."""
     latents = vae.encode(byte_clips(media.frames), [posterior_generator(key) for key in media.keys])
     return [[CacheEntry({"latents": one.clone()})] for one in latents.cpu()]
-
-
-def posterior_generator(owner: int | str) -> torch.Generator:
-    """Return the generator for the posterior sample of a picture.
-
-    owner: the name of the cached item, or the seed of the picture to generate. So an item's cache does not
-    depend on the other items of a run, and a picture depends only on its seed.
-    """
-    return torch.Generator().manual_seed(derive_seed("posterior", owner))

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoders.posterior import posterior_generator
 from flux.checkpoints import load_dit
 from flux.conditioning import (
     GUIDANCE,
     POOLED,
     STATES,
     encode_latents,
-    posterior_generator,
     text_inputs,
     text_keys,
 )

@@ -19,7 +19,7 @@ from modules.options import (
     check_at_least,
     check_at_most,
 )
-from modules.vae_options import VaeOptions, add_vae_arguments
+from modules.vae_options import VaeOptions, add_ae_argument, add_vae_arguments
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
 USUAL_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
@@ -108,16 +108,10 @@ def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the image trainers' own options do not have."""
     group = parser.add_argument_group("FLUX.1 and Chroma")
-    group.add_argument(
-        "--dit",
-        dest="pretrained_model_name_or_path",
-        type=str,
-        default=None,
-        help="another spelling of --pretrained_model_name_or_path",
-    )
     add_dit_dtype(group)
     _add_model_type(group)
-    add_vae_arguments(group, flags=("--ae",))
+    add_ae_argument(group)
+    add_vae_arguments(group, flags=())
     _add_text(group)
     add_unsupported(
         group,
@@ -131,7 +125,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         group,
         "--split_mode",
         action="store_true",
-        reason="--blocks_to_swap and --gradient_checkpointing save more memory",
+        reason="training both at once with --blocks_to_swap takes as little memory",
         help="train double and single blocks apart",
     )
 

@@ -78,6 +78,7 @@ class GenerationOptions:
     interactive: bool = field(metadata=NO_PIXELS)
     num_videos: int = field(metadata=NO_PIXELS)  # of the prompt, each with its own seed
     latent_path: tuple[Path, ...] | None = field(metadata=NO_PIXELS)
+    remembers_lines: bool = field(metadata=NO_PIXELS)  # --interactive: options of a line hold for later ones
     device: str | None = field(metadata=OF_REQUEST)
     line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
     settings: Mapping[str, Any]  # options that were given, the family's too, as metadata record them
@@ -230,6 +231,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         numbers_single=defaults.numbers_single,
         pictures=defaults.pictures,
         naming="",
+        remembers_lines=False,
         solver_names=defaults.solver_names,
     )
     parser.set_defaults(settings={}, decoding_options=frozenset())  # known when all options have been read

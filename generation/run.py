@@ -2,7 +2,9 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +43,7 @@ from networks.text_loras import TextLoras
 logger = logging.getLogger(__name__)
 
 PROMPT_SIGN = "> "
+STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
 
 
 def generate(family: Family, options: GenerationOptions) -> None:
@@ -101,6 +104,29 @@ def do(family: Family, options: GenerationOptions) -> None:
         failures.raise_if_any(cells)
     else:
         make_prompt(run)
+
+
+def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
+    """Return the run with these strengths of its LoRAs; the transformer is read anew if they change.
+
+    text: numbers separated by commas, one for each LoRA; None: as they are. Raises OptionError if it cannot
+    be read.
+    """
+    options = run.options
+    if text is None:
+        return run
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise OptionError(f"--m {text}: give numbers separated by commas, such as 1,0.5") from None
+    count = len(options.lora.lora_weight or ())
+    if len(numbers) != count:
+        raise OptionError(f"--m {text}: there are {count} LoRAs. Give a number for each")
+    if numbers == tuple(options.lora.multipliers()):
+        return run
+    options = replace(options, lora=replace(options.lora, lora_multiplier=numbers))
+    loader = dit_loader(run.family, expert_loras(run.family.experts, options), run.session.device, options)
+    return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
@@ -194,21 +220,30 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
 def converse(run: GenerationRun) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
     ask = line_reader(PROMPT_SIGN)
+    remembers = run.options.remembers_lines
     logger.info(
         "Enter a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C cancels the current prompt, Ctrl-D "
-        "quits."
+        "quits.%s",
+        " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
+    said: dict[str, Any] = {}
     while True:
         try:
             line = ask()
+            if remembers and not line.strip():
+                return
             if is_blank(line):
                 continue
             failures = Failures()
             with failures.note_errors("the prompt"):
                 if run.options.sheet.is_asked:
                     make_sheets(run, {"the prompt": line})
-                else:
-                    make(run, [make_job(run, "the prompt", run.read_line(line))], failures)
+                    continue
+                values = dict(run.read_line(line))
+                if remembers:
+                    values = said = {**said, **values}
+                run = with_strengths(run, values.get(STRENGTHS))
+                make(run, [make_job(run, "the prompt", values)], failures)
         except EOFError:
             sys.stdout.write("\n")
             return

@@ -14,7 +14,7 @@ LATENT = LatentSpec(
     pixel_step=STRIDE,
     frame_step=1,
     scale=SCALE,
-    npz=NpzFormat("_hi", "_hi_te"),
+    npz=NpzFormat("_hi", "_hi_te", variable_length=frozenset({"vlm_embed", "vlm_mask"})),
 )
 # the shift by size counts tokens of halved sides, as in the known trainers, although a patch is one pixel here
 NOISE = NoiseSpec(

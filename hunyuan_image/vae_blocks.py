@@ -8,7 +8,6 @@ channels are those of Chen et al. 2024, arXiv 2410.10733.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn

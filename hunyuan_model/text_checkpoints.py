@@ -15,7 +15,6 @@ from modules.checkpoints.encoders import head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
-
 LLAMA_FILES = (
     "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
     "llava_llama3_fp16.safetensors"

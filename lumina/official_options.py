@@ -12,6 +12,7 @@ from typing import Any
 from lumina.options import CFG_TRUNC_RATIO, MAX_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
 from modules.command import Parser
 from modules.errors import OptionError
+from modules.lora_strength_options import lora_words, read_strengths
 from modules.options import (
     add_unneeded,
     check_at_least,
@@ -71,7 +72,7 @@ class MinimalOptions:
     @property
     def loras(self) -> list[tuple[str, float]]:
         """Return path and strength of each LoRA, given as `path` or `path;strength`."""
-        return [_lora(text) for text in self.lora_weights]
+        return read_strengths(self.lora_weights)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -120,9 +121,7 @@ def generation_words(options: MinimalOptions) -> list[str]:
     # joined: a prompt may begin with a dash
     words = [f"{option}={value}" for option, value in pairs.items()]
     words += ["--image_size", str(height), str(width)]
-    if options.loras:
-        words += ["--lora_weight", *(path for path, _ in options.loras)]
-        words += ["--lora_multiplier", *(f"{strength:g}" for _, strength in options.loras)]
+    words += lora_words(options.loras)
     switches = {
         "--add_system_prompt_to_negative_prompt": options.add_system_prompt_to_negative_prompt,
         "--interactive": options.interactive,
@@ -130,18 +129,6 @@ def generation_words(options: MinimalOptions) -> list[str]:
         "--attn_mode=sageattn": options.use_sage_attn,
     }
     return words + [switch for switch, is_on in switches.items() if is_on]
-
-
-def _lora(text: str) -> tuple[str, float]:
-    path, separator, strength = text.rpartition(";")
-    if not separator:
-        return text, 1.0
-    try:
-        return path, float(strength)
-    except ValueError:
-        raise OptionError(
-            f"--lora_weights {text!r}: write PATH, or PATH;STRENGTH such as lora.safetensors;0.8"
-        ) from None
 
 
 def _add_model_arguments(parser: Parser) -> None:

@@ -18,7 +18,7 @@ from modules.options import (
     check_at_least,
     check_at_most,
 )
-from modules.vae_options import VaeOptions, add_vae_arguments
+from modules.vae_options import VaeOptions, add_ae_argument, add_vae_arguments, take_ae
 
 MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said
 MOST_TOKENS = 8192  # that Gemma 2 was trained with
@@ -114,7 +114,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what image trainers do not share: encoders, the system prompt, attention by other names."""
     group = parser.add_argument_group("Lumina-Image-2.0")
     add_dit_dtype(group)
-    group.add_argument("--ae", type=str, default=None, help="the autoencoder, FLUX's (also --vae)")
+    add_ae_argument(group)
     add_vae_arguments(group, flags=())
     _add_text(group, required=False)
     group.add_argument("--use_flash_attn", action="store_true", help="--flash_attn")
@@ -139,9 +139,7 @@ def translate_training(args: argparse.Namespace) -> None:
             "generation only. Use --use_flash_attn, or leave it out"
         )
     args.flash_attn = args.flash_attn or args.use_flash_attn
-    if args.ae is not None and args.vae not in (None, args.ae):
-        raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: give one of them")
-    args.vae = args.ae if args.vae is None else args.vae
+    take_ae(args)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -232,11 +230,13 @@ def generation_words(options: LuminaTrainingOptions, sample: Mapping[str, Any]) 
     sample: what a sample was asked for, by the names of `Request`; may be empty.
     """
     files = {
-        "--pretrained_model_name_or_path": options.dit or "DIT_FILE",
+        "--dit": options.dit or "DIT_FILE",
         "--gemma2": options.text.gemma2 or "GEMMA2_FILE",
         "--ae": options.vae.vae or "AE_FILE",
     }
-    words = [word for name, path in files.items() for word in (name, str(path))]
+    dtypes = {"--vae_dtype": options.vae.vae_dtype, "--text_encoder_dtype": options.text.text_encoder_dtype}
+    given = {**files, **{name: dtype for name, dtype in dtypes.items() if dtype is not None}}
+    words = [word for name, value in given.items() for word in (name, str(value))]
     return ["lumina_generate_image.py", *words, *_reading_words(options.text)]
 
 

@@ -65,3 +65,15 @@ def add_vae_arguments(
         action="store_true",
         help=f"encode and decode in tiles of {tile} pixels: less memory",
     )
+
+
+def add_ae_argument(group: argparse._ArgumentGroup) -> None:
+    """Declare --ae in a parser that has --vae; `take_ae` puts what it says there."""
+    group.add_argument("--ae", type=str, default=None, help="FLUX's autoencoder (also --vae)")
+
+
+def take_ae(args: argparse.Namespace) -> None:
+    """Put --ae into --vae. Raises OptionError if both are given and differ."""
+    if args.ae is not None and args.vae not in (None, args.ae):
+        raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: give one of them")
+    args.vae = args.ae if args.vae is None else args.vae

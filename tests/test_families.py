@@ -32,9 +32,10 @@ OUTPUT = [
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 
 
-F1 = "framepack f1"  # FramePack but for the order of sections, which tests/frame_pack has
+# FramePack but for the order of sections, which tests/frame_pack has; FLUX but for its modulation
+SLOW = {"framepack f1", "chroma"}
 CASES = [
-    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name == F1 else ()) for each in FAMILIES
+    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in SLOW else ()) for each in FAMILIES
 ]
 
 

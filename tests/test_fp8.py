@@ -31,7 +31,7 @@ GENERATED = [
     ["--fp8_scaled", "--fp8", "--upcast_quantization"],
     ["--fp8_scaled", "--upcast_linear"],
 ]
-SLOW = {"framepack"}  # tests/frame_pack has what is its own
+SLOW = {"framepack", "lumina"}  # of the first tests/frame_pack has what is its own
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES
@@ -91,7 +91,7 @@ def generated(family: TinyFamily, folder: Path, *more: str) -> Tensor:
 def with_dit(command: Command, path: Path) -> Command:
     """The same command with another transformer."""
     return [
-        str(path) if before == "--dit" else word
+        str(path) if before in {"--dit", "--pretrained_model_name_or_path"} else word
         for before, word in zip(["", *command], command, strict=False)
     ]
 

@@ -34,7 +34,8 @@ FLOORS = {
         | {"temporary_names", "text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "environment", "output_files"},
-        {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"},
+        {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
+        | {"lora_strength_options"},
         {"contract", "pages"},
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
@@ -86,7 +87,7 @@ FLOORS = {
         | {"step_numbers", "steps", "stopping", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
-        {"averages", "changes", "options", "validation"},
+        {"averages", "caching_inside", "changes", "options", "validation"},
         {"experts", "image_options", "live_choice"},
         {"training_run"},
         {"dressing", "early_checks", "following", "loop", "metadata", "resuming", "starting"}

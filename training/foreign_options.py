@@ -5,6 +5,7 @@ Diffusion.
 """
 
 import argparse
+from typing import Any
 
 from modules.options import add_unneeded, add_unsupported
 
@@ -26,7 +27,7 @@ def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
     _add_diffusion_arguments(parser.add_argument_group("for other models"))
     _add_deepspeed_arguments(parser.add_argument_group("DeepSpeed"))
     group = parser.add_argument_group("not needed")
-    switch = {"action": "store_true"}
+    switch: dict[str, Any] = {"action": "store_true"}
     add_unneeded(group, "--lowram", instead="weights are read in pieces, straight to the device.", **switch)
     add_unneeded(group, "--highvram", instead="no cache of the device is emptied between steps.", **switch)
     rounding = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
@@ -64,7 +65,7 @@ def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_diffusion_arguments(group: argparse._ArgumentGroup) -> None:
-    switch = {"action": "store_true"}
+    switch: dict[str, Any] = {"action": "store_true"}
     add_unsupported(group, "--v2", reason=CLIP, **switch)
     add_unsupported(group, "--v_parameterization", reason=EPSILON, **switch)
     add_unsupported(group, "--clip_skip", reason=CLIP, type=int)
@@ -101,7 +102,7 @@ def _add_diffusion_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_deepspeed_arguments(group: argparse._ArgumentGroup) -> None:
-    switch = {"action": "store_true"}
+    switch: dict[str, Any] = {"action": "store_true"}
     add_unsupported(group, "--deepspeed", reason=DEEPSPEED, **switch)
     add_unsupported(group, "--zero_stage", reason=DEEPSPEED, type=int, default=2, choices=(0, 1, 2, 3))
     for name in ("optimizer", "param"):

@@ -18,7 +18,7 @@ from training.config_options import write_config_file
 from training.console_options import ConsoleOptions, add_console_arguments
 from training.data.options import WEIGHTINGS
 from training.foreign_options import add_foreign_arguments
-from training.loss_options import add_prediction_arguments
+from training.loss_options import RAW, add_prediction_arguments
 from training.optimizers.parts_options import add_parts_arguments
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.start_options import add_start_arguments
@@ -34,7 +34,6 @@ OPTIMIZERS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}  # swi
 SWITCHES = {  # another name of a switch -> ours
     "cpu_offload_checkpointing": "gradient_checkpointing_cpu_offload",
     "fp8_base_unet": "fp8_base",
-    "debug_dataset": "check",
 }
 
 
@@ -75,7 +74,14 @@ def read_image_training(
         logger.info(line)
     _translate(args)
     defaults.translate(args)
-    return read_options(TrainingOptions, args), read_options(record, args)
+    options = read_options(TrainingOptions, args)
+    if options.predicted != RAW:
+        logger.warning(
+            "--model_prediction_type %s compares something else than the velocity with the velocity, as "
+            "known trainers do. Use raw, unless you go on with what was trained so.",
+            options.predicted,
+        )
+    return options, read_options(record, args)
 
 
 def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> argparse.ArgumentParser:
@@ -123,7 +129,6 @@ def _add_other_names(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="--fp8_base: the transformer in fp8, the text encoders in 16 bits",
     )
-    group.add_argument("--debug_dataset", action="store_true", help="--check: show what is trained on")
     group.add_argument(
         "--output_config",
         action="store_true",
@@ -146,6 +151,9 @@ def _translate(args: argparse.Namespace) -> None:
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
         args.caption_extension = args.caption_extention
+    if args.sample_every_n_epochs is not None and args.sample_every_n_steps is not None:
+        logger.info("--sample_every_n_steps is ignored because --sample_every_n_epochs comes first.")
+        args.sample_every_n_steps = None
     if args.torch_compile and args.dynamo_backend.lower() == "no":
         args.dynamo_backend = "inductor"
     elif args.dynamo_backend == TENSORRT:

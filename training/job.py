@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,21 +15,19 @@ from dataset.batches.finding import (
 )
 from dataset.batches.items import TrainingItem
 from dataset.batches.latent_space import check_channels
-from dataset.batches.live import NO_LIVE_PARTS, LiveParts
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
 from dataset.batches.validation_split import split_validation
-from dataset.cache.npz import NpzNames
-from dataset.cache.store import Stores
 from dataset.config import DatasetConfig, load_dataset_config
+from dataset.subsets.folders import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.errors import DatasetError, OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.options import require
+from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
-from training.live_choice import choose_live_texts, is_uncached, live_text_tables
 from training.optimizers.fused_backward import check_fused_backward
 from training.options import TrainingOptions
 from training.processes.accelerator import make_accelerator
@@ -96,9 +94,8 @@ class Data:
     validation: Sequence[TrainingItem]
     plan: StepPlan
     encoders: SameEncoders
-    live: LiveParts = NO_LIVE_PARTS
+    sources: BatchSources = field(default_factory=BatchSources)  # where batches are read from
     texts: LiveTexts | None = None  # encoded while training
-    stores: Stores | None = None  # of all caches
 
 
 def start_job(
@@ -115,7 +112,8 @@ def start_job(
         takes_guidance = family.defaults.embedded_guidance is not None
         for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
             logger.warning(line)
-    check_fused_backward(options.whole_dit, options.optimizer.optimizer_type, accelerator.num_processes)
+    if options.is_fused:
+        check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
     saved = find_state(options, accelerator.is_main_process)
@@ -124,25 +122,30 @@ def start_job(
 
 
 def read_config(options: TrainingOptions) -> DatasetConfig:
-    """Read the --dataset_config of a training."""
-    return load_dataset_config(
-        require(options.loop.dataset_config, "--dataset_config", "the clips to train on")
-    )
+    """Read the data of a training: --dataset_config, or what --train_data_dir and its companions say."""
+    path, given = options.loop.dataset_config, options.subset
+    if given is not None and given.replaces_toml:
+        if path is None:
+            return folders_config(given)
+        logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
+    return load_dataset_config(require(path, "--dataset_config", "the clips to train on"), given)
 
 
-def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
-    """Find the caches by their names and plan the steps.
+def find_data(
+    job: TrainingJob, config: DatasetConfig, sources: BatchSources, texts: LiveTexts | None = None
+) -> Data:
+    """Find the caches by their names and plan the steps. sources: where batches are read from. texts:
+    encoded while training.
 
     Raises CacheError with the caching commands if there are none.
     """
-    family = job.family
+    family, asked = job.family, job.options.validation
     family.check_given_files()  # first: caches are made with them
-    texts, live = find_live(family, job.options, config)
-    stores = Stores(NpzNames(family.cache_tag, family.latent, family.text_keys))
-    items = find_items(config, family.cache_tag, family.latent, family.text_keys, stores, live.tables)
-    found = require_items(items, job.commands)
-    check_channels(found, family.latent, job.commands)
-    training, validation = split_validation(found, job.options.validation.validation_split)
+    parts = family.cache_tag, family.latent, family.text_keys
+    found = require_items(find_items(config, *parts, sources.stores, sources.tables), job.commands)
+    check_channels(found, family.latent, job.commands, sources.stores)
+    seed = job.progress.seed if asked.validation_seed is None else asked.validation_seed
+    training, validation = split_validation(found, asked.validation_split, seed)
     if not training:
         raise DatasetError(
             f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
@@ -155,23 +158,8 @@ def find_data(job: TrainingJob, config: DatasetConfig) -> Data:
         )
     order = BatchOrder(training, job.progress.seed)
     plan = plan_steps(job, order)
-    return Data(config, training, order, validation, plan, SameEncoders(job.commands), live, texts, stores)
-
-
-def find_live(
-    family: Family, options: TrainingOptions, config: DatasetConfig
-) -> tuple[LiveTexts | None, LiveParts]:
-    """Return the encoders that stay loaded, and the tables whose sources are read while training.
-
-    Raises OptionError and DatasetError.
-    """
-    texts = choose_live_texts(family, options, config)
-    if texts is None and is_uncached(family, options, config):
-        texts = LiveTexts(family.text_encoders())
-    if texts is None:
-        return None, NO_LIVE_PARTS
-    is_cached = not family.text_keys <= texts.keys
-    return texts, LiveParts(live_text_tables(config.datasets, is_cached))
+    encoders = SameEncoders(job.commands)
+    return Data(config, training, order, validation, plan, encoders, sources, texts)
 
 
 def plan_steps(job: TrainingJob, order: BatchOrder) -> StepPlan:

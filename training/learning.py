@@ -258,8 +258,9 @@ def _make_learning(
 
 def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
     """Return what steps single weights and what does so in the backward pass, if the options ask for it."""
-    whole, trainable, optimizer = job.options.whole_dit, learning.trainable, learning.optimizer
-    if whole is None or not (whole.full_bf16 or whole.fused_backward_pass):
+    options, trainable, optimizer = job.options, learning.trainable, learning.optimizer
+    in_bf16 = options.whole_dit is not None and options.whole_dit.full_bf16
+    if not (in_bf16 or options.is_fused):
         return None, None
     if not steps_alone(type(optimizer)):
         logger.warning(
@@ -267,7 +268,7 @@ def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | 
         )
         return None, None
     steps = ParameterSteps(optimizer, trainable.names, job.progress)
-    if not whole.fused_backward_pass:
+    if not options.is_fused:
         return steps, None
     max_norm = job.options.optimizer.max_grad_norm
     if max_norm > 0:

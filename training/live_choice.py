@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from dataset.batches.live import LiveTable
 from dataset.cache.files import text_file_name
 from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
-from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.listing import find_sources
+from dataset.config import DatasetConfig
 from modules.contract.family import Family, LearningEncoder, TextEncoder
 from modules.errors import OptionError
 from networks.loading import import_network_module
+from training.caching_inside import TextUse
 from training.data.live_text import LiveTexts, as_learning
 from training.options import TrainingOptions
 
@@ -62,15 +61,19 @@ def is_uncached(family: Family, options: TrainingOptions, config: DatasetConfig)
     return not any(name.endswith(end) for table in config.datasets for name in stores.of(table).names())
 
 
-def live_text_tables(tables: Sequence[DatasetTable], is_cached: bool) -> Mapping[int, LiveTable]:
-    """Return the sources of tables whose captions are read while training.
+def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+    """Return the encoders that stay loaded; None if all texts come from caches. Raises OptionError."""
+    texts = choose_live_texts(family, options, config)
+    if texts is None and is_uncached(family, options, config):
+        texts = LiveTexts(family.text_encoders())
+    return texts
 
-    is_cached: outputs of some encoders come from caches.
-    """
-    return {
-        table.index: LiveTable({source.stem: source for source in find_sources(table)}, texts=not is_cached)
-        for table in tables
-    }
+
+def text_use(family: Family, texts: LiveTexts | None) -> TextUse:
+    """Return what a training needs of its tables' texts. texts: encoded while training."""
+    if texts is None:
+        return TextUse.CACHES
+    return TextUse.CAPTIONS if family.text_keys <= texts.keys else TextUse.BOTH
 
 
 def _may_learn(options: TrainingOptions) -> bool:

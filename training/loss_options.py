@@ -9,6 +9,8 @@ from modules.errors import OptionError
 LOSSES = ("l1", "l2", "huber", "smooth_l1")
 RAW, ADDITIVE, SIGMA_SCALED = "raw", "additive", "sigma_scaled"
 PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
+# by what --weighting_scheme weights the loss: the timestep as a whole number, the exact share of noise
+TIMESTEP, SIGMA, NOTHING = "timestep", "sigma", "nothing"
 SCHEDULES = ("constant", "exponential", "snr")
 WITH_THRESHOLD = ("huber", "smooth_l1")
 
@@ -43,9 +45,9 @@ class PredictionOptions:
     model_prediction_type: str
 
     @property
-    def weights_by_time(self) -> bool:
-        """Return whether --weighting_scheme weights the loss, not only the draws of timesteps."""
-        return self.model_prediction_type == SIGMA_SCALED
+    def weighted_by(self) -> str:
+        """Return by what --weighting_scheme weights the loss, which it always shapes the draws for."""
+        return SIGMA if self.model_prediction_type == SIGMA_SCALED else NOTHING
 
 
 def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from training.data.options import (
 )
 from training.expert_options import ONE_DIT, ExpertTrainingOptions
 from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
-from training.loss_options import RAW, LossOptions, PredictionOptions, add_loss_arguments
+from training.loss_options import RAW, TIMESTEP, LossOptions, PredictionOptions, add_loss_arguments
 from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
 from training.optimizers.options import OptimizerOptions, add_optimizer_arguments
 from training.optimizers.parts_options import PartsOptions
@@ -84,6 +84,8 @@ class TrainingOptions:
             self._check_whole_dit(self.whole_dit)
         if self.network is not None:
             self._check_rank(self.network)
+        if self.is_fused:
+            self._check_fused()
         if self.timesteps.show_timesteps is not None:
             return
         if self.subset is None or not self.subset.replaces_toml:
@@ -94,7 +96,8 @@ class TrainingOptions:
                 "--resume",
                 "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]",
             )
-        if self.loop.check or self.speed.plan.is_asked:
+        shows_pictures = self.subset is not None and self.subset.debug_dataset
+        if self.loop.check or self.speed.plan.is_asked or shows_pictures:
             return
         require(self.saving.output_dir, "--output_dir", "the folder to save into")
         require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
@@ -110,14 +113,20 @@ class TrainingOptions:
         return self.parts is not None
 
     @property
+    def is_fused(self) -> bool:
+        """Return whether weights are stepped inside the backward pass."""
+        asked = (self.whole_dit, self.parts)
+        return any(options is not None and options.fused_backward_pass for options in asked)
+
+    @property
     def predicted(self) -> str:
         """Return what of a network's output is compared with the velocity."""
         return RAW if self.prediction is None else self.prediction.model_prediction_type
 
     @property
-    def weights_by_time(self) -> bool:
-        """Return whether --weighting_scheme weights the loss, not only the draws of timesteps."""
-        return self.prediction is None or self.prediction.weights_by_time
+    def weighted_by(self) -> str:
+        """Return by what --weighting_scheme weights the loss."""
+        return TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_rank(self, options: NetworkOptions) -> None:
         is_ranked = options.network_module is None or options.network_module.startswith(RANKED_NETWORKS)
@@ -127,7 +136,7 @@ class TrainingOptions:
             )
 
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
-        precision, accumulation = self.accelerator.mixed_precision, self.loop.gradient_accumulation_steps
+        precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
@@ -154,18 +163,24 @@ class TrainingOptions:
                 "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
                 "it out"
             )
-        if not options.fused_backward_pass:
-            return
+
+    def _check_fused(self) -> None:
+        accumulation = self.loop.gradient_accumulation_steps
         if accumulation != 1:
             raise OptionError(
                 f"--fused_backward_pass with --gradient_accumulation_steps {accumulation}: gradients are "
                 "freed in each backward pass, so there are none to accumulate. Use 1, or a larger batch_size "
                 "in --dataset_config"
             )
-        if precision == "fp16":
+        if self.accelerator.mixed_precision == "fp16":
             raise OptionError(
                 "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients "
                 "overflowed is known only after the whole backward pass. Use bf16 or no"
+            )
+        if self.network is not None and "ggpo_sigma" in self.network.arguments():
+            raise OptionError(
+                "--fused_backward_pass with --network_args ggpo_sigma: LoRA-GGPO needs the gradients that "
+                "are freed at once. Leave out one of the two"
             )
 
 
@@ -224,7 +239,9 @@ def read_arguments(
     The launcher's settings are precision and compiling. Raises OptionError for a wrong value in the file and
     for an option that is not supported yet; ends the program for a wrong command line, as argparse does.
     """
-    config_file = parser.parse_args(argv).config_file
+    typed = parser.parse_args(argv)
+    # the file that --output_config writes is not there yet
+    config_file = None if getattr(typed, "output_config", False) else typed.config_file
     prefilled = {
         "mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),
         "dynamo_backend": environment.get("ACCELERATE_DYNAMO_BACKEND", "NO"),

@@ -1,22 +1,36 @@
-"""Show what a run would do, without training: --show_timesteps, --check and --plan."""
+"""Show what a run would do, without training: --show_timesteps, --debug_dataset, --check and --plan."""
 
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.batches.finding import CachingCommands, find_items, require_items
 from dataset.batches.latent_space import check_channels
 from dataset.batches.validation_split import split_validation
-from dataset.check import check_training
-from dataset.checking.captions import load_counters
+from dataset.caching.reports import conclude
+from dataset.check import check_media, check_training
+from dataset.checking.captions import Counters, load_counters
+from dataset.checking.findings import CheckResult, indent
 from dataset.checking.page import write_check_page
+from dataset.debug_views import show_datasets
+from dataset.options import DebugOptions
+from dataset.table import DatasetConfig
 from modules.contract.family import Family
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
+from modules.errors import OptionError
+from training.caching_inside import TablePlan, TextUse, open_stores, plan_tables
+from training.data.live_media import BatchSources
 from training.data.shown_timesteps import show_timesteps
 from training.job import read_config
+from training.live_choice import find_live_texts, text_use
 from training.options import TrainingOptions
 from training.planning.memory import plan_training
+
+# of --debug_dataset: windows, or files where there are none
+DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
 
 
 def show_preview(
@@ -30,6 +44,9 @@ def show_preview(
     if options.timesteps.show_timesteps is not None:
         folder = options.saving.output_dir or Path()
         show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
+        return 0
+    if options.subset is not None and options.subset.debug_dataset:
+        conclude(show_datasets(family, read_config(options), DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -46,6 +63,10 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
     accumulation = options.loop.gradient_accumulation_steps
     counters = load_counters(family.text_encoders)
+    plans = plan_tables(family, config, options.caching, _use(family, options, config))
+    workers = max(1, os.cpu_count() or 1)
+    if not all(plan.is_own for plan in plans):
+        return _conclude_check(_check_sources(family, config, plans, workers), family, options, counters)
     result = check_training(
         config,
         family.cache_tag,
@@ -57,8 +78,29 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         family.text_keys,
         counters,
     )
+    return _conclude_check(result, family, options, counters)
+
+
+def _use(family: Family, options: TrainingOptions, config: DatasetConfig) -> TextUse:
+    return text_use(family, find_live_texts(family, options, config))
+
+
+def _check_sources(
+    family: Family, config: DatasetConfig, plans: Sequence[TablePlan], workers: int
+) -> CheckResult:
+    """Return what would be trained on, if some of it is yet to be encoded by the training itself."""
+    result = check_media(family, config, workers, skip_existing=False, encodes_media=False)
+    places = [
+        f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
+        for plan in plans
+    ]
+    return replace(result, head=("Where the training has them:", *indent(places)))
+
+
+def _conclude_check(result: CheckResult, family: Family, options: TrainingOptions, counters: Counters) -> int:
+    """Print what was found and write the page; returns the exit code."""
     sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
-    page, workers = options.loop.page, max(1, os.cpu_count() or 1)
+    config, page, workers = read_config(options), options.loop.page, max(1, os.cpu_count() or 1)
     if page.html is not None:
         write_check_page(
             page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
@@ -71,12 +113,21 @@ def _plan(
 ) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
-    found = require_items(
-        find_items(read_config(options), family.cache_tag, family.latent, family.text_keys), commands
-    )
-    check_channels(found, family.latent, commands)
+    config = read_config(options)
+    plans = plan_tables(family, config, options.caching, _use(family, options, config))
+    if not all(plan.is_on_disk for plan in plans):
+        raise OptionError(
+            "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
+            f"with --cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, or with\n  "
+            f"{commands.latents}\n  {commands.text}"
+        )
+    stores = open_stores(family, plans)
+    parts = family.cache_tag, family.latent, family.text_keys
+    found = require_items(find_items(config, *parts, stores), commands)
+    check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)
     samples = options.samples
     makes_samples = samples.sample_prompts is not None and (samples.is_timed or samples.sample_now)
     sampled = len(sampling.experts) - len(family.experts) if sampling is not None and makes_samples else 0
-    plan_training(family, options, items or found, commands, choose_device(None), sampled)
+    sources = BatchSources(stores)
+    plan_training(family, options, items or found, commands, choose_device(None), sampled, sources)

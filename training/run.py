@@ -16,6 +16,7 @@ from modules.offload.block_swap import settle_all
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
+from training.caching_inside import prepare_sources
 from training.changes import Change, listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.dressing import AUTOCAST, dtype_of
@@ -24,6 +25,7 @@ from training.experts import note_experts
 from training.following import NO_SCRIPTS, FamilyScripts
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_computing, load_model
+from training.live_choice import find_live_texts, text_use
 from training.loop import train
 from training.loss import LossRule
 from training.options import TrainingOptions
@@ -144,7 +146,12 @@ def _begin(
     config = read_config(options)  # a fault in it is told before anything is started
     job = start_job(family, options, commands, sampling)
     check_computing(job)
-    data = find_data(job, config)
+    if options.caching is not None:  # before minutes of encoding
+        check_before_loading(family, options, options.loop.max_train_steps, sampling)
+    texts = find_live_texts(family, options, config)
+    use = text_use(family, texts)
+    sources = prepare_sources(family, config, options.caching, job.accelerator.device, use)
+    data = find_data(job, config, sources, texts)
     if job.accelerator.is_main_process:
         make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
@@ -166,7 +173,9 @@ def _begin(
 def _resolve_memory(job: TrainingJob, data: Data) -> tuple[TrainingJob, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto, to the same number in all processes; also return what watches memory."""
     device, processes = job.accelerator.device, job.accelerator.num_processes
-    options, memory = prepare_memory(job.family, job.options, data.training, job.commands, device)
+    options, memory = prepare_memory(
+        job.family, job.options, data.training, job.commands, device, data.sources
+    )
     # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:
         number = largest(options.speed.swap.number, processes, device)
@@ -278,12 +287,10 @@ def _make_feed(job: TrainingJob, data: Data) -> Feed:
         job.family.noise,
         tuple(job.family.experts),
         job.options.noise,
-        job.options.weights_by_time,
+        job.options.weighted_by,
     )
     return Feed(
-        MicroBatches(
-            data.order, job.family.latent, randomness, job.commands, data.plan, data.live, data.stores
-        ),
+        MicroBatches(data.order, job.family.latent, randomness, job.commands, data.plan, data.sources),
         data.plan,
         accelerator.process_index,
         loop.max_data_loader_n_workers,
@@ -310,8 +317,7 @@ def _make_validation(job: TrainingJob, data: Data, loss: LossRule) -> Validation
         image_rule(asked, options.timesteps)
         if options.is_for_images
         else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
+        sources=data.sources,
         encoders=data.encoders,
-        live=data.live,
         texts=data.texts,
-        stores=data.stores,
     )

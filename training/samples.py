@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 BIT_RATE = 8_000_000  # of the known tuners' samples
 # of the keys of a prompt file
 DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}
+PICTURE_DEFAULTS = {"width": 512, "height": 512, "frame_count": 1, "sample_steps": 20}
 
 
 class SamplingStopped(Exception):
@@ -117,7 +118,8 @@ class Sampler:
             tags = sample_tags(self.session.family, prepared, model, self.session.device)
             tags = tags if self.has_metadata else {}
             if prepared.frames == 1:
-                path = self.folder / f"{stem}_000.png"
+                number = "" if self.session.family.latent.is_of_pictures else "_000"
+                path = self.folder / f"{stem}{number}.png"
                 write_png(path, next(frames), tags)
             else:
                 path = self.folder / f"{stem}.mp4"
@@ -189,8 +191,9 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
     Sizes are rounded down to what the family can make.
     """
-    values = {**DEFAULTS, **{key: value for key, value in entry.items() if value is not None}}
     latent = family.latent
+    usual = {**(PICTURE_DEFAULTS if latent.is_of_pictures else DEFAULTS), **family.defaults.samples}
+    values = {**usual, **{key: value for key, value in entry.items() if value is not None}}
 
     def path(key: str) -> Path | None:
         return to_path(key, str(values[key])) if values.get(key) else None
@@ -224,7 +227,9 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         guidance_scale=scale,
         expert_guidance={} if scale is None else {expert.name: scale for expert in family.experts},
         embedded_guidance=None if values.get("guidance_scale") is None else float(values["guidance_scale"]),
-        flow_shift=float(values["discrete_flow_shift"]) if has_shift else None,
+        flow_shift=float(values["discrete_flow_shift"])
+        if has_shift and "discrete_flow_shift" in values
+        else None,
         solver=_solver_of(values),
         negative_prompt=values.get("negative_prompt"),
         image_path=path("image_path"),

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from modules.attention.options import TRAINING_FLAGS, TrainingAttentionOptions
-from training.data.options import MIXTURES, SIZE_SHIFTS, TimestepOptions
-from training.loss_options import L2, LossOptions
+from training.data.options import MIXTURES, SIZE_SHIFTS
+from training.loss_options import L2, NOTHING, LossOptions
 from training.optimizers.lr_schedule_options import LrScheduleOptions
 from training.options import TrainingOptions
 from training.reports.options import LogOptions
@@ -21,7 +21,7 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     """
     loop, network = options.loop, options.network
     found: list[Given] = [
-        *_of_timesteps(options.timesteps, shifts_table),
+        *_of_timesteps(options, shifts_table),
         *_of_loss(options.loss),
         *_of_schedule(options.lr_schedule),
         *_of_saving(options.saving),
@@ -54,7 +54,7 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     if not loop.max_data_loader_n_workers:
         reason = "there are none with --max_data_loader_n_workers 0"
         found.append(("--persistent_data_loader_workers", loop.persistent_data_loader_workers, reason))
-    if not takes_guidance:
+    if not takes_guidance and not options.is_for_images:  # whose defaults have one
         found.append(
             ("--guidance_scale", loop.embedded_guidance != 1, "this model has no input for embedded guidance")
         )
@@ -63,9 +63,14 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
     return [f"{option} has no effect: {reason}." for option, is_given, reason in found if is_given]
 
 
-def _of_timesteps(options: TimestepOptions, shifts_table: bool) -> Iterator[Given]:
+def _of_timesteps(training: TrainingOptions, shifts_table: bool) -> Iterator[Given]:
+    options = training.timesteps
     sampler, weighting = options.timestep_sampling, options.weighting_scheme
-    if sampler != "shift" and not (sampler == "sigma" and shifts_table):
+    weights = weighting in {"sigma_sqrt", "cosmap"} and training.weighted_by == NOTHING
+    reason = "it weights the loss only with --model_prediction_type sigma_scaled"
+    yield f"--weighting_scheme {weighting}", weights, reason
+    has_shift = sampler == "shift" or (sampler == "sigma" and shifts_table)
+    if not has_shift and not training.is_for_images:  # whose defaults have one
         yield "--discrete_flow_shift", options.flow_shift != 1, "only --timestep_sampling shift uses it"
     if sampler not in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES}:
         yield (

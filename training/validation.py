@@ -13,13 +13,11 @@ from torch import nn
 from dataset.batches.captions import RunPlace, change_captions
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import TrainingItem
-from dataset.batches.live import NO_LIVE_PARTS, LiveParts
-from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from dataset.cache.store import Stores
 from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
+from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
@@ -72,9 +70,8 @@ class Validation:
     loss: LossRule = PLAIN_LOSS
     rule: ValidationRule = ValidationRule()
     checks: CacheChecks = field(default_factory=CacheChecks)
-    stores: Stores | None = None  # of the run
+    sources: BatchSources = field(default_factory=BatchSources)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
-    live: LiveParts = NO_LIVE_PARTS
     texts: LiveTexts | None = None  # encoded in each validation
 
     @property
@@ -118,12 +115,11 @@ class Validation:
         self, item: TrainingItem, sigmas: Sequence[float], dit: nn.Module, autocast: Autocast
     ) -> list[float]:
         """Return the loss of one item at each of these noise levels."""
-        batch = read_batch(
-            (item,), self.family.latent, self.commands, self.checks, stores=self.stores, live=self.live
-        )
+        stream = "validation", item.key
+        batch = self.sources.read((item,), self.family.latent, self.commands, self.checks, stream)
         if self.process == 0:
             self.encoders.warn(batch.made_by)
-        if self.live.tables:
+        if self.sources.tables:
             place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
         if self.texts is not None:

@@ -100,7 +100,7 @@ def find_items(
             continue
         if table.multi_caption:
             column.count_captions(names)
-        if table.caption_dropout_rate and column.stems and empty_text_name(cache_tag) not in names:
+        if table.drops_captions and column.stems and empty_text_name(cache_tag) not in names:
             missing_empty.append(table.cache_directory / empty_text_name(cache_tag))
         parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
         unfinished |= dict.fromkeys(_unfinished_more(table, parts, cache_tag))
@@ -190,7 +190,7 @@ def _unfinished_more(table: DatasetTable, finished: Iterable[str], tag: str) -> 
         table.cache_directory / name
         for name in finished
         if (table.multi_caption and parse_more_text_name(name, tag) is not None)
-        or (table.caption_dropout_rate and name == empty_text_name(tag))
+        or (table.drops_captions and name == empty_text_name(tag))
     ]
 
 

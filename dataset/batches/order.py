@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from dataset.batches.items import Items, Places, TrainingItem
 from modules.seeds import derive_seed
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -65,6 +64,7 @@ class BatchOrder:
         self._seed = seed
         self._items = _sorted(Items.of(items))
         repeats = count_repeats(self._items)
+        self._warn_unused(repeats)
         self._buckets = {
             key: (self._items[int(places[0])].table.batch_size, _repeat(places, repeats[places]))
             for key, places in self._items.groups().items()
@@ -76,11 +76,20 @@ class BatchOrder:
         self.num_batches = sum(-(-count // size) for count, size in sizes)
         self._last: tuple[int, EpochBatches] | None = None
 
+    def _warn_unused(self, repeats: NDArray[np.int64]) -> None:
+        unused = int((repeats == 0).sum())
+        if unused:
+            logger.warning(
+                "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
+                "More num_repeats of those would use more.",
+                unused,
+            )
+
     @property
     def learning_keys(self) -> list[str]:
         """Return what the tables set that changes the run but not its items, in words."""
         return [
-            f"{name} = {value} in [[datasets]] {table.index + 1}"
+            f"{name} = {value} in {table.place}"
             for table in self._items.tables
             for name, value in table.learning_keys.items()
         ]
@@ -123,16 +132,6 @@ def count_repeats(items: Items) -> NDArray[np.int64]:
         places = np.flatnonzero((groups == group) & is_reg)
         learned = int(repeats[(groups == group) & ~is_reg].sum())
         repeats[places] = repeat_regularisation(repeats[places], learned)
-        unused = int((repeats[places] == 0).sum())
-        if unused:
-            logger.warning(
-                "[[datasets]] %d: %d of %d regularisation images are not used because %d other pictures are "
-                "trained in an epoch. More num_repeats of those would use more.",
-                group + 1,
-                unused,
-                len(places),
-                learned,
-            )
     return repeats
 
 

@@ -19,7 +19,7 @@ from dataset.shard_names import INDEX
 from modules.atomic_write import explain_errors, remove_leftovers, write_bytes
 from modules.bars import track
 from modules.console import as_size
-from modules.errors import CacheError
+from modules.errors import CacheError, OptionError
 from modules.file_locks import try_lock
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,12 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
     Raises CacheError if entries are damaged, OutputError if something cannot be written; then all that was
     there is still there, and the same command goes on.
     """
+    npz = [table for table in (config.datasets if config else ()) if table.cache_format == "npz"]
+    if npz:
+        raise OptionError(
+            f'{npz[0].name}: cache_format = "npz": only a caching script knows which of the sizes in a file '
+            "are this table's. Set another cache_format and cache again"
+        )
     folders = options.cache_directory or ()
     if config is not None:
         folders = tuple(table.cache_directory for table in config.datasets)

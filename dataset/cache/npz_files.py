@@ -37,13 +37,14 @@ def list_arrays(path: Path) -> frozenset[str]:
         return frozenset(_names(file))
 
 
-def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
+def read_arrays(path: Path, names: Collection[str], most_bytes: int = MOST_BYTES) -> dict[str, Array]:
     """Return those of the named arrays that a file has, native in byte order and writable.
 
+    most_bytes: that an array may have.
     Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
     """
     with _open(path) as file:
-        return {name: parse_array(_read(file, name)) for name in _names(file) if name in names}
+        return {name: parse_array(_read(file, name, most_bytes)) for name in _names(file) if name in names}
 
 
 def read_members(path: Path) -> dict[str, bytes]:
@@ -91,10 +92,10 @@ def _names(file: zipfile.ZipFile) -> list[str]:
     return names
 
 
-def _read(file: zipfile.ZipFile, name: str) -> bytes:
+def _read(file: zipfile.ZipFile, name: str, most_bytes: int = MOST_BYTES) -> bytes:
     """Return the bytes of a member, which are compared with their checksum."""
     size_bytes = file.getinfo(name + _MEMBER).file_size
-    if size_bytes > MOST_BYTES:
+    if size_bytes > most_bytes:
         raise ValueError(f"{name} has {size_bytes} bytes")
     with file.open(name + _MEMBER) as member:
         data = member.read(size_bytes + 1)

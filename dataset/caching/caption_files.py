@@ -57,7 +57,7 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
                     table, path, source.stem, caption, source.caption_path, settings, pass_over, embeds
                 )
             )
-    if table.caption_dropout_rate:
+    if table.drops_captions:
         path = empty_text_name(tag)
         files.append(CaptionFile(table, path, "the empty prompt", "", None, pass_over=2))
     return sorted(files, key=lambda file: file.pass_over)

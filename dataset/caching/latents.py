@@ -261,18 +261,9 @@ class LatentEncoding:
             for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
                 self._write(item, [entry])
             return
-        encoders = self._encoders.get()
-        media = MediaBatch(
-            frames=_stack_batch([item.crop.frames for item in items]),
-            keys=tuple(item.path.stem for item in items),
-            spans=tuple(item.span for item in items),
-            control=tuple(
-                _stack_batch(controls)
-                for controls in zip(*(item.crop.control for item in items), strict=True)
-            ),
-            alpha=_all_or_none([item.crop.alpha for item in items]),
-            table=media_table(items[0].table, bool(items[0].crop.control)),
-        )
+        encoders, crops = self._encoders.get(), [item.crop for item in items]
+        keys, spans = [item.path.stem for item in items], [item.span for item in items]
+        media = batch_media(crops, keys, spans, items[0].table)
         encoded = self._family.encode_media(encoders, media)
         if items[0].table.augmentation.flip:
             mirrored = self._family.encode_media(encoders, mirror_media(media))
@@ -310,6 +301,22 @@ class LatentEncoding:
         write_latents(store, file, name, record, entry, self._family.name)
         sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
         self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
+
+
+def batch_media(
+    crops: Sequence[Crop], keys: Sequence[str], spans: Sequence[Span], table: DatasetTable
+) -> MediaBatch:
+    """Return crops of equal shapes as a family encodes them."""
+    return MediaBatch(
+        frames=_stack_batch([crop.frames for crop in crops]),
+        keys=tuple(keys),
+        spans=tuple(spans),
+        control=tuple(
+            _stack_batch(controls) for controls in zip(*(crop.control for crop in crops), strict=True)
+        ),
+        alpha=_all_or_none([crop.alpha for crop in crops]),
+        table=media_table(table, bool(crops[0].control)),
+    )
 
 
 def mirror_media(media: MediaBatch) -> MediaBatch:

@@ -189,7 +189,8 @@ class TextEncoding:
         is_last: bool,
     ) -> None:
         tensors = _named_tensors(conditions, encoder, file.name)
-        source = None if file.caption_path is None else identify(file.caption_path)
+        is_file = file.caption_path is not None and file.caption_path.exists()  # else of class_tokens
+        source = identify(file.caption_path) if file.caption_path is not None and is_file else None
         record = TextRecord(identity, file.caption or "", source, {}, file.settings)
         wanted = Wanted(file, self._encoders, self._skip_existing)
         writer.submit(partial(self._write, wanted, tensors, encoder.name, record, is_last))

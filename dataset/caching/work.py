@@ -172,6 +172,8 @@ class TextWork:
         self.existing: Mapping[int, Collection[str]] = {
             table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
         }
+        for table in config.datasets:
+            _refuse_changing(table, table.changes.varying_keys, "texts")
         sources, self.not_listed, self.whole_tables = _list_sources(config, captions=True)
         self.sources: Sequence[MediaSource] = sources
         require_captions(self.sources)
@@ -221,6 +223,12 @@ def _list_sources(
     return sources, CacheReport(failures=tuple(failures)), whole
 
 
+MASKS_HINT = (
+    " If conditioning_data_dir holds masks of the loss, train with --masked_loss, or call the key "
+    "mask_directory."
+)
+
+
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with the reasons of all tables that cannot be cached."""
     problems = []
@@ -228,14 +236,25 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     for table in config.datasets:
         has_control = table.index in controlled
         try:
+            _refuse_changing(table, table.augmentation.varying_keys, "latents")
             # first: load_tensors ignores the keys that a family's own check would have changed
             refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
             family.check_table(media_table(table, has_control))
         except DatasetError as error:
-            problems.append(str(error))
+            is_hint = has_control and table.conditioning_directory is not None
+            problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
     if problems:
         raise DatasetError("\n".join(problems))
+
+
+def _refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
+    """Raise DatasetError if what would be cached is another each time. keys: that make it so."""
+    if keys:
+        raise DatasetError(
+            f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
+            "cached. Leave out the keys, or train without caching these."
+        )
 
 
 def log_outdated(plans: Sequence[SourcePlan]) -> None:

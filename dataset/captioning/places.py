@@ -97,7 +97,11 @@ def _media_only(table: DatasetTable) -> DatasetTable:
     """Return a table of which only the media and their captions are looked for."""
     extension = table.caption_extension or EXTENSION
     return dataclasses.replace(
-        table, caption_extension=extension, control_directory=None, mask_directory=None
+        table,
+        caption_extension=extension,
+        control_directory=None,
+        mask_directory=None,
+        class_tokens=None,
     )
 
 

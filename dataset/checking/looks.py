@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
-from dataset.sources.decoding import bucket_of, source_frames
+from dataset.sources.decoding import fit_of, source_frames
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, describe_short, spans
 from dataset.sources.media_source import MediaSource
@@ -17,7 +17,7 @@ from dataset.sources.moments import measure_source
 from dataset.sources.steps import Steps
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
-from modules.media.buckets import Fit, fit_cover
+from modules.media.buckets import Fit
 from modules.media.reading import Frame, video_info
 from modules.pages.embedding import embed_picture
 
@@ -116,8 +116,7 @@ def _read_frames(
     for frame in source_frames(source, fps):
         if "fit" not in values:
             size = (frame.shape[1], frame.shape[0])
-            bucket = bucket_of(source.table, size, steps.pixel_step, source.path)
-            values |= {"size": size, "fit": fit_cover(size, bucket)}
+            values |= {"size": size, "fit": fit_of(source.table, size, steps.pixel_step, source.path)}
         take(frame)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead, read_ahead
 from dataset.checking.looks import EvenFrames, Look, choose_evenly, read_source
-from dataset.sources.decoding import decode_source, plan_source, spans_or_reason
+from dataset.sources.decoding import decode_source, fit_of, plan_source, spans_or_reason
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import MediaSource
 from dataset.sources.steps import Steps
@@ -132,7 +132,7 @@ def read_header(place: int, source: MediaSource, fps: float, steps: Steps) -> Me
     lengths = tuple(sorted(Counter(length for _, length in plan.spans).items()))
     return Measured(
         place,
-        fit_cover(plan.size, plan.bucket),
+        fit_of(source.table, plan.size, steps.pixel_step, source.path),
         plan.size,
         info.fps if info else None,
         _seconds(info.frames, info.fps) if info else None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.checking.captions import NO_CAPTION
+from dataset.checking.findings import count_batches
 from dataset.config import DatasetConfig
 from dataset.reporting.bins import count_bins, summarise
 from dataset.reporting.captions import count_captions
@@ -40,7 +41,7 @@ def collect_numbers(
         "sources": sum(table["sources"] for table in tables),
         "items": sum(table["items"] for table in tables),
         "items_per_epoch": epoch,
-        "batches_per_epoch": sum(report.batches_per_epoch for report in reports),
+        "batches_per_epoch": count_batches(report.found for report in reports if not report.table.validation),
         "tables": tables,
         "buckets": _all_buckets(reports),
         "broken": [
@@ -78,7 +79,7 @@ def collect_numbers(
 def _table(report: TableReport, epoch: int) -> Numbers:
     table, found = report.table, report.found
     return {
-        "name": f"[[datasets]] {table.index + 1}",
+        "name": table.place,
         "kind": table.kind,
         "source": str(table.source),
         "sources": len(found.sources),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.check import UNUSABLE, find_table
 from dataset.checking.captions import Counters, check_captions
-from dataset.checking.findings import TableFindings
+from dataset.checking.findings import TableFindings, balance
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.reporting.copies import group_copies
 from dataset.reporting.measuring import Measured, measure_all
@@ -45,7 +45,7 @@ class TableReport:
     @property
     def items_per_epoch(self) -> int:
         """Return how often an epoch shows an item of it; nothing of a table for validation."""
-        return 0 if self.table.validation else self.found.num_items * self.table.num_repeats
+        return 0 if self.table.validation else self.found.items_per_epoch
 
     @property
     def batches_per_epoch(self) -> int:
@@ -67,6 +67,7 @@ def read_tables(
     if not any(report.found.sources for report in reports):
         faults = [fault.text for report in reports for fault in report.found.faults]
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *faults]))
+    balance([report.found for report in reports])
     copies = [group for kind in ("image", "video") for group in _copies(reports, kind)]
     _tell_copies(reports, copies)
     return reports, copies

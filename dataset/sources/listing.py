@@ -20,6 +20,7 @@ from dataset.sources.control import ControlFolder, list_entries
 from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
 from dataset.sources.masks import find_masks
 from dataset.sources.media_source import MediaSource
+from dataset.sources.metadata_files import list_metadata
 from dataset.sources.rows import RowReader, first_and_more
 from dataset.sources.tables import list_table
 from dataset.sources.tars import list_tars
@@ -77,6 +78,8 @@ def _list(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[Medi
         return list_table(table, faults)
     if table.tars is not None:
         return list_tars(table, faults)
+    if table.metadata_file is not None:
+        return list_metadata(table, faults)
     return list_cogvideox(table, faults)
 
 
@@ -122,6 +125,8 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
 
     def has_file(source: MediaSource) -> bool:
         folder = source.table.directory
+        if source.table.class_tokens is not None:
+            return True
         if source.caption_path is None:
             return False
         if folder is not None and folder not in folders:
@@ -142,7 +147,10 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
 
 def _where_caption(source: MediaSource) -> str:
     if source.caption_path is not None:
-        return f"no {source.caption_path.name} beside it"
+        hint = ", and no class_tokens in its table" if source.table.group is not None else ""
+        return f"no {source.caption_path.name} beside it{hint}"
+    if source.table.metadata_file:
+        return 'neither "caption" nor "tags" in its entry'
     if source.table.jsonl_file:
         return 'no "caption" in its line'
     if source.table.table_file:
@@ -195,6 +203,7 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
         if captions and text_path is not None:
             try:
                 text = read_caption(text_path)
+                text = table.class_tokens if text is None else text
                 first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
             except DatasetError as error:
                 bad[text_path] = stem, str(error)
@@ -210,7 +219,8 @@ def _media_in(table: DatasetTable) -> list[Path]:
     """Return the images or clips of a table's folder, sorted."""
     assert table.directory is not None
     suffixes, animated = _suffixes(table), animation_suffixes(table)
-    entries = list_entries(table.directory, f"{table.name}: {table.kind}_directory")
+    key = f"{table.kind}_directory" if table.group is None else "image_dir"
+    entries = list_entries(table.directory, f"{table.name}: {key}")
     ends = [_suffix_of(entry.name) for entry in entries]
     there = [
         table.directory / entry.name

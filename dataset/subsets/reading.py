@@ -18,7 +18,7 @@ from dataset.subset_keys import DATASET, OTHER_NAMES, SUBSET, SUBSET_KEYS
 from dataset.subset_options import SubsetOptions
 from dataset.subset_records import Augmentation, BucketRule, CaptionChanges
 from dataset.subsets.fallbacks import fallback_values
-from dataset.table import DatasetTable, Table
+from dataset.table import CHANGE_KEYS, DRAW_KEYS, DatasetTable, Table
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +151,7 @@ class _Maker:
             "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
             "buckets": _buckets(values, self.where),
             "changes": _changes(values),
-            "augmentation": Augmentation(
-                values["flip_aug"],
-                values["color_aug"],
-                values["random_crop"],
-                values["face_crop_aug_range"],
-            ),
+            "augmentation": Augmentation(**{name: values[key] for name, key in DRAW_KEYS.items()}),
         }
         same = (
             *("cache_format", "resolution", "caption_extension", "caption_prefix", "caption_suffix"),
@@ -221,18 +216,7 @@ def _buckets(values: Table, where: str) -> BucketRule:
 
 
 def _changes(values: Table) -> CaptionChanges:
-    changes = CaptionChanges(
-        shuffle=values["shuffle_caption"],
-        separator=values["caption_separator"],
-        keep_tokens=values["keep_tokens"],
-        keep_tokens_separator=values["keep_tokens_separator"],
-        secondary_separator=values["secondary_separator"],
-        wildcards=values["enable_wildcard"],
-        dropout_every_n_epochs=values["caption_dropout_every_n_epochs"],
-        part_dropout_rate=values["caption_tag_dropout_rate"],
-        warmup_min=values["token_warmup_min"],
-        warmup_step=values["token_warmup_step"],
-    )
+    changes = CaptionChanges(**{name: values[key] for name, key in CHANGE_KEYS.items()})
     return replace(changes, is_raw=changes.varies)
 
 

@@ -53,6 +53,11 @@ class LatentSpec:
     in_sections: bool = False
     npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
 
+    @property
+    def is_of_pictures(self) -> bool:
+        """Return whether time is not compressed: the model makes single pictures."""
+        return self.stride[0] == 1
+
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """1 C F H W of the latents for a size in pixels."""
         return (
@@ -109,6 +114,8 @@ class SamplingDefaults:
     height: int
     frames: int
     noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
+    # what training samples use instead, by the keys of a prompt file, such as `sample_steps`
+    samples: Mapping[str, float] = field(default_factory=dict)
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep

@@ -78,7 +78,7 @@ def test_the_transformer(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("frames", [1, 33])
+@pytest.mark.parametrize("frames", [1, 17])  # longer than a tile by one
 @pytest.mark.parametrize("tiling", [None, Tiling(edge=512, frames=16), Tiling(edge=32, frames=16)])
 def test_the_vae(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frames: int, tiling: Tiling | None
@@ -88,13 +88,13 @@ def test_the_vae(
     assert isinstance(vae, HunyuanVae)
     lay_out(vae, torch.device("cuda"))
 
-    mean, log_variance = vae.posterior(torch.zeros(1, 3, frames, 64, 48))
+    mean, log_variance = vae.posterior(torch.zeros(1, 3, frames, 40, 32))
     assert (mean.device, log_variance.device) == (META, META)
 
-    if tiling is not None and tiling.edge < 64:
+    if tiling is not None and tiling.edge < 40:
         # tiles of pixels go to the host, the meta device gives none away
         monkeypatch.setattr(torch, "device", lambda name: META)
-    pixels = list(vae.decode(torch.zeros(1, 16, (frames - 1) // 4 + 1, 8, 6)))
+    pixels = list(vae.decode(torch.zeros(1, 16, (frames - 1) // 4 + 1, 5, 4)))
     assert sum(chunk.shape[2] for chunk in pixels) == frames
     assert {chunk.device for chunk in pixels} == {META}
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from frame_pack.model import FramePackModel
 from hunyuan_model.model import HunyuanVideoModel
+from lumina.model import LuminaModel
 from modules.contract.family import DitSpec
-from networks import lora_framepack, lora_hunyuan, lora_wan
+from networks import lora_framepack, lora_hunyuan, lora_lumina, lora_wan
 from networks.lora_network import LoraNetwork
 from tests.networks.making import randomize
-from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
+from tests.tiny import framepack_dit, hunyuan_dit, lumina, wan_dit
 from wan.model import WanModel
 
 Size = tuple[int, int, int, int]  # latent frames, rows, columns, tokens of the text
@@ -140,6 +141,27 @@ def _framepack() -> TinyDit:
     return TinyDit("framepack", FramePackModel.spec, make, lora_framepack.create_arch_network, inputs)
 
 
-DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack())
+def _lumina() -> TinyDit:
+    config = lumina.CONFIG
+
+    def make(blocks: int) -> nn.Module:
+        dit = LuminaModel(replace(config, num_layers=blocks))
+        dit.load_state_dict(lumina.tiny_state(num_layers=blocks))
+        return dit.requires_grad_(False)
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
+        return {
+            "noisy": torch.randn(batch, config.in_dim, *area, generator=generator),
+            "times": torch.linspace(0.1, 0.9, batch),
+            "caption": torch.randn(batch, text, config.text_dim, generator=generator),
+            "caption_mask": (torch.arange(text) < lengths[:, None]).long(),
+        }
+
+    return TinyDit("lumina", LuminaModel.spec, make, lora_lumina.create_arch_network, inputs)
+
+
+DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack(), _lumina())
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_given_frames.py

@@ -6,9 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import write_clips, write_dataset, write_image, write_picture_dataset, write_pictures
+from tests.tiny.lumina import write_tiny_lumina
+from tests.tiny.project import (
+    write_clips,
+    write_dataset,
+    write_image,
+    write_picture_dataset,
+    write_pictures,
+    write_plain_pictures,
+)
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 
@@ -29,7 +38,8 @@ class TinyFamily:
     # options with which a state of `train` is not resumed; none if the model's file excludes them
     another_run: Command
     changed_habit: Command  # options that a resumed run may change, with a warning
-    train_whole: str  # the script that trains the transformer itself, with the models of `train`
+    # the script that trains the transformer itself, with the models of `train`; "": there is none
+    train_whole: str
     sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"
 
 
@@ -170,6 +180,62 @@ def _framepack(
     )
 
 
+def _flux(name: str, kind: str) -> TinyFamily:
+    def prepare(folder: Path) -> None:
+        write_tiny_flux(folder / "model", kind)
+        write_plain_pictures(folder)
+
+    ae = ["--ae", "model/ae.safetensors", "--vae_dtype", "float32"]
+    clip = [] if kind == "chroma" else ["--clip_l", "model/clip_l.safetensors"]
+    mask = ["--model_type", "chroma", "--apply_t5_attn_mask"] if kind == "chroma" else []
+    # float32, as the tiny transformer
+    texts = [*clip, "--t5xxl", "model/t5xxl_fp16.safetensors", *mask, "--text_encoder_dtype", "float32"]
+    dataset = ["--dataset_config", "dataset.toml"]
+    network = ["--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", RATE]
+    raw = ["--model_prediction_type", "raw", "--network_train_unet_only"]
+    model = "model/dit.safetensors"
+    return TinyFamily(
+        name=name,
+        prepare=prepare,
+        cache_latents=["flux_cache_latents.py", *dataset, *ae],
+        cache_texts=["flux_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=[
+            "flux_train_network.py",
+            *("--pretrained_model_name_or_path", model, *ae, *texts, *dataset, "--sdpa"),
+            *(*raw, *network),
+        ],
+        generate=["flux_generate_image.py", "--dit", model, *ae, *texts, "--negative_prompt", "dull"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull",
+    )
+
+
+def _lumina() -> TinyFamily:
+    def prepare(folder: Path) -> None:
+        write_tiny_lumina(folder / "model")
+        write_plain_pictures(folder)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--ae", "model/ae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--gemma2", "model/gemma2", "--text_encoder_dtype", "float32", "--system_prompt", "Draw."]
+    models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
+    network = ["--network_module", "networks.lora_lumina", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="lumina",
+        prepare=prepare,
+        cache_latents=["lumina_cache_latents.py", *dataset, *vae],
+        cache_texts=["lumina_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=["lumina_train_network.py", *models, *dataset, "--network_train_unet_only", *network],
+        generate=["lumina_generate_image.py", *models, "--negative_prompt", "dull", "--flow_shift", "5"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
+    )
+
+
 LENGTH = ["--video_length", "5", "--flow_shift", "5"]
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
@@ -218,6 +284,9 @@ FAMILIES = (
         line=f"--of target_index=1,control_index=0;3 --ci {CONTROLS[0]} --ci {CONTROLS[1]}",
         is_picture=True,
     ),
+    _flux("flux", "dev"),
+    _flux("chroma", "chroma"),
+    _lumina(),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
@@ -237,7 +306,11 @@ def write_deep(family: TinyFamily, folder: Path) -> None:
     family.prepare(folder)
     if family.name == "hunyuan_video":
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
+    elif family.name == "flux":
+        write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "lumina":
+        write_tiny_lumina(folder / "model", num_layers=4)
     else:
         write_dit(folder / "model", tiny_state("t2v", num_layers=4), name="dit")

@@ -171,7 +171,11 @@ def write_dit(
     """Write a transformer as one of DIALECTS. Returns what a user gives to --dit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
-    return save(path, comfy_state(state)) if dialect == "comfy" else write_dialect(path, state, dialect, diffusers_state)
+    return (
+        save(path, comfy_state(state))
+        if dialect == "comfy"
+        else write_dialect(path, state, dialect, diffusers_state)
+    )
 
 
 def vae_state(seed: int = 5, config: HunyuanImageVaeConfig = VAE) -> dict[str, Tensor]:
@@ -196,7 +200,9 @@ def diffusers_vae(state: Mapping[str, Tensor], config: HunyuanImageVaeConfig = V
             blocks = config.encoder_blocks if level[1] == "encoder" else config.decoder_blocks
             place, rest = int(level[3]) * (blocks + 1), level[4]
             block = re.fullmatch(r"block\.(\d+)\.(.+)", rest)
-            place, rest = (place + int(block[1]), block[2]) if block else (place + blocks, rest.split(".", 1)[1])
+            place, rest = (
+                (place + int(block[1]), block[2]) if block else (place + blocks, rest.split(".", 1)[1])
+            )
             name = f"{level[1]}.{level[2]}_blocks.{place}.{rest}"
         for ours, theirs in (
             (r"mid\.block_1", "mid_block.resnets.0"),

@@ -19,21 +19,20 @@ from torch.utils.data import DataLoader
 
 from dataset.batches.captions import RunPlace, change_captions, choose_captions, choose_sides
 from dataset.batches.finding import CachingCommands
-from dataset.batches.live import NO_LIVE_PARTS, LiveParts
 from dataset.batches.order import BatchOrder
-from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from dataset.cache.store import Stores
 from modules.contract.data import Batch
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import LatentSpec
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import UserError
 from modules.seeds import derive_seed
+from training.data.live_media import BatchSources
 from training.data.options import PLAIN_NOISE, NoiseOptions, TimestepOptions
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
+from training.loss_options import NOTHING, SIGMA, TIMESTEP
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
@@ -96,7 +95,7 @@ class Randomness:
     noise: NoiseSpec = FLOW
     experts: tuple[Expert, ...] = ONE_EXPERT
     perturbation: NoiseOptions = PLAIN_NOISE
-    weights_by_time: bool = True  # --weighting_scheme weights the loss too
+    weighted_by: str = TIMESTEP  # what of the time --weighting_scheme weights the loss by
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -106,7 +105,9 @@ class Randomness:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
-        weights = loss_weights(self.timesteps, times) if self.weights_by_time else torch.ones(len(batch))
+        weights = torch.ones(len(batch))
+        if self.weighted_by != NOTHING:
+            weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
         if batch.loss_weights:
             weights = weights * torch.tensor(batch.loss_weights)
         given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
@@ -168,13 +169,14 @@ class MicroBatches:
         randomness: Randomness,
         commands: CachingCommands,
         plan: StepPlan | None = None,
-        live: LiveParts = NO_LIVE_PARTS,
-        stores: Stores | None = None,
+        sources: BatchSources | None = None,
     ) -> None:
-        """plan: of the run's steps, for captions that grow with them. live: what is not in caches."""
+        """plan: of the steps, for captions that grow with them. sources: where the parts of batches come
+        from; without it, from the caches that the tables name.
+        """
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
-        self.plan, self.live = plan, live
-        self.checks, self.stores = CacheChecks(), stores  # of the run, which begins here
+        self.plan, self.sources = plan, sources or BatchSources()
+        self.checks = CacheChecks()  # of the run, which begins here
 
     def __getitem__(self, key: Key) -> MicroBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
@@ -183,12 +185,10 @@ class MicroBatches:
         seed = self.randomness.seed
         chosen = choose_captions(items, seed, number, epoch)
         flips = choose_sides(items, seed, number)
-        if self.stores is None:
-            self.stores = stores_for(items[0], self.latent)
-        batch = read_batch(
-            items, self.latent, self.commands, self.checks, chosen, self.stores, flips, self.live
+        batch = self.sources.read(
+            items, self.latent, self.commands, self.checks, (seed, number), chosen, flips
         )
-        if self.live.tables:
+        if self.sources.tables:
             steps = (0, 1) if self.plan is None else self._steps(self.plan, epoch, index)
             texts = change_captions(items, batch.captions, chosen, RunPlace(seed, number, *steps))
             batch = replace(batch, captions=texts)
@@ -242,7 +242,9 @@ class Feed:
             _HandedOver(self.batches),  # type: ignore[arg-type]  # anything with __getitem__ serves
             batch_size=None,
             sampler=keys,
-            num_workers=min(self.workers, os.cpu_count() or 1, len(keys)),
+            num_workers=0
+            if self.batches.sources.stays
+            else min(self.workers, os.cpu_count() or 1, len(keys)),
             collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it is given one item
             pin_memory=self.pin_memory,
             worker_init_fn=functools.partial(_start_worker, ending),
@@ -257,6 +259,12 @@ class Feed:
                 yield micro_batch
         finally:
             ending.set()
+
+    def _num_workers(self, num_keys: int) -> int:
+        """Return how many processes read so many micro-batches; none if they cannot have what is needed."""
+        if self.batches.sources.stays:
+            return 0
+        return min(self.workers, os.cpu_count() or 1, num_keys)
 
 
 @dataclass(frozen=True)

@@ -293,13 +293,14 @@ def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[
             find_accepted_range(options, noise, shifts[0], span)
 
 
-def loss_weights(options: TimestepOptions, times: Timesteps) -> Tensor:
+def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:
     """The weight of each sample's loss: B float32. Each timestep fed to the network counts as the nearest of
-    1 to 1000.
+    1 to 1000; `exactly`: the share of noise counts, from a thousandth on.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 3.1.
     """
-    sigmas = times.timesteps.double().round().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
+    counted = NUM_TIMESTEPS * times.sigmas.double() if exactly else times.timesteps.double().round()
+    sigmas = counted.clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
     match options.weighting_scheme:
         case "sigma_sqrt":
             weights = sigmas**-2

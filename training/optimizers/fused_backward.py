@@ -14,7 +14,6 @@ from torch.nn import Parameter
 
 from modules.errors import OptionError
 from training.optimizers.parameter_steps import ParameterSteps, require_alone
-from training.whole_dit_options import WholeDitOptions
 
 OPTION = "--fused_backward_pass"
 
@@ -55,10 +54,8 @@ class FusedBackward:
         self._norms[parameter] = norm
 
 
-def check_fused_backward(whole_dit: WholeDitOptions | None, optimizer_type: str, processes: int) -> None:
+def check_fused_backward(optimizer_type: str, processes: int) -> None:
     """Raise OptionError if --fused_backward_pass cannot be used, before anything large is loaded."""
-    if whole_dit is None or not whole_dit.fused_backward_pass:
-        return
     if processes > 1:
         raise OptionError(
             f"{OPTION} with {processes} processes: their gradients would have to be summed before any weight "

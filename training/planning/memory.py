@@ -11,12 +11,16 @@ import torch
 
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import Items, Places, TrainingItem
-from dataset.batches.reading import read_batch
+from dataset.batches.order import count_repeats
+from dataset.batches.reading import stores_for
+from dataset.cache.checks import CacheChecks
 from modules.contract.family import Described, LatentSpec
+from modules.errors import MemoryPlanError
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.memory_plan import MemoryPlan, Phase, Room, gib, print_plan, room_on
 from training.data.feed import Randomness
+from training.data.live_media import BatchSources
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.planning.prediction import StepPrediction, predict
@@ -27,25 +31,32 @@ logger = logging.getLogger(__name__)
 def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give."""
     columns = Items.of(items)
+    repeats = count_repeats(columns)
 
     def batch(places: Places) -> list[TrainingItem]:
         table = columns[int(places[0])].table
-        count = min(len(places) * table.num_repeats, table.batch_size)
+        count = min(int(repeats[places].sum()), table.batch_size)
         return [columns[int(places[number % len(places)])] for number in range(count)]
 
     def pixels(items: list[TrainingItem]) -> int:
         return prod(items[0].bucket) * len(items)
 
     batches: list[list[TrainingItem]] = [batch(places) for places in columns.groups().values()]
+    batches = [one for one in batches if one]
     largest: list[TrainingItem] = max(batches, key=pixels)
     return tuple(largest)
 
 
 def read_largest(
-    family: Described, options: TrainingOptions, items: Sequence[TrainingItem], commands: CachingCommands
+    family: Described,
+    options: TrainingOptions,
+    items: Sequence[TrainingItem],
+    commands: CachingCommands,
+    sources: BatchSources | None = None,
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
-    batch = read_batch(largest_batch(items), family.latent, commands)
+    largest, sources = largest_batch(items), sources or BatchSources(stores_for(items[0], family.latent))
+    batch = sources.read(largest, family.latent, commands, CacheChecks(), ("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     return Randomness(options.timesteps, 0, noise, perturbation=options.noise).add(batch, 0, 0)
@@ -58,12 +69,13 @@ def plan_training(
     commands: CachingCommands,
     device: torch.device,
     sampled: int = 0,
+    sources: BatchSources | None = None,
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed.
 
-    sampled: transformers that only samples need.
+    sampled: transformers that only samples need. sources: where batches are read from.
     """
-    noisy_batch = read_largest(family, options, items, commands)
+    noisy_batch = read_largest(family, options, items, commands, sources)
     prediction = predict(family, options, noisy_batch, device, sampled)
     compiled = (
         []
@@ -104,16 +116,25 @@ def prepare_memory(
     items: Sequence[TrainingItem],
     commands: CachingCommands,
     device: torch.device,
+    sources: BatchSources | None = None,
 ) -> tuple[TrainingOptions, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto before anything is loaded; also return what watches the memory.
 
-    A rehearsal is made only if there is a CUDA device. Raises MemoryPlanError if auto cannot be resolved.
+    A rehearsal is made only if there is a CUDA device, and texts are cached: the others are not known yet.
+    Raises MemoryPlanError if auto cannot be resolved.
     """
     room = room_on(device)
+    if sources is not None and any(table.texts for table in sources.tables.values()):
+        if options.speed.swap.is_auto:
+            raise MemoryPlanError(
+                "--blocks_to_swap auto: captions are encoded while training, beside the transformer, so the "
+                "memory that is left is not known. Give a number"
+            )
+        return options, None if room is None else MemoryWatch(device)
     speed, prediction = resolve_swap(
         options.speed,
         room,
-        lambda: predict(family, options, read_largest(family, options, items, commands), device),
+        lambda: predict(family, options, read_largest(family, options, items, commands, sources), device),
     )
     resolved = replace(options, speed=speed)
     if room is None:

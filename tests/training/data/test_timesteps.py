@@ -102,6 +102,9 @@ def test_image_families_draw_the_recorded_numbers_by_their_own_conventions(case:
     times = from_numbers(made, numbers, noise, (1, 16, 1, *case["latent_h_w"]))
 
     torch.testing.assert_close(times.sigmas, torch.tensor(case["sigma"]), atol=2e-6, rtol=0)
+    if case["loss_weight"] and 0.0 not in case["sigma"]:  # of pure data it is infinite there
+        expected = torch.tensor(case["loss_weight"])
+        torch.testing.assert_close(loss_weights(made, times, exactly=True), expected, rtol=1e-5, atol=0)
     fed = torch.tensor(case["given_to_model"], dtype=torch.float32)
     torch.testing.assert_close(FED[case["family"]](times.timesteps), fed, atol=2e-6, rtol=0)
 

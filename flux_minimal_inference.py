@@ -1,0 +1,46 @@
+"""Generate images with FLUX.1 and Chroma by the command line of the image guides.
+
+All options: python flux_minimal_inference.py --help. flux_generate_image.py has more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import modules.interpreter  # noqa: F401
+from families import identify
+from flux.official_options import LINE_LETTERS, generation_words, is_fp8, read_minimal
+from flux_generate_image import main as generate_image
+from generation.prompt_lines import LineOption
+from modules.command import command_line
+
+if TYPE_CHECKING:
+    from flux.family import Flux
+    from generation.options import GenerationOptions
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the options of the guides, and do what flux_generate_image.py does with the same."""
+    minimal = read_minimal(__doc__, argv)
+
+    def make(family: "Flux", options: "GenerationOptions") -> None:
+        import torch
+
+        from generation.run import generate
+
+        letters = {letter: LineOption(key, read) for letter, (key, read) in LINE_LETTERS.items()}
+        options = replace(
+            options,
+            output=replace(options.output, naming="time"),
+            line_options={**options.line_options, **letters},
+            remembers_lines=True,
+        )
+        # without a negative prompt there is no guidance, whatever --cfg_scale says
+        family = replace(family, negative_is_empty=False)
+        generate(replace(family, noise_dtype=torch.float32) if is_fp8(minimal.dtype) else family, options)
+
+    generate_image(generation_words(minimal), make)
+
+
+if __name__ == "__main__":
+    command_line(main, explain=identify)

@@ -1,0 +1,308 @@
+"""Caches in npz files, as image trainers of the known family lay them out."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.cache.npz import kept_part
+from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
+from dataset.cache.store import Stores
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.work import Places, npz_names
+from dataset.config import load_dataset_config
+from dataset.subset_records import Augmentation
+from modules.contract.data import LOSS_MASK
+from modules.errors import CacheError, DatasetError
+from tests.dataset.cache.killing import needs_fork, run_to_step
+from tests.dataset.cache.npz_family import (
+    NpzFamily,
+    cache,
+    make_config,
+    make_pictures,
+    of_tables,
+    read_all,
+    same,
+)
+from tests.dataset.making import make_image
+from tests.dataset.toy_family import ToyFamily, options
+
+LATENTS, TEXTS = "pic 0_0040x0040_toy.npz", "pic 0_toy_te.npz"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_pictures(tmp_path / "pictures")
+
+
+def test_plain_numpy_reads_what_is_written(folder: Path) -> None:
+    assert cache(make_config(folder)) == (3, 3)
+
+    with np.load(folder / LATENTS, allow_pickle=False) as latents:
+        assert latents["latents_4x4"].shape == (2, 4, 4)
+        assert latents["latents_4x4"].dtype == np.float32
+        assert latents["original_size_4x4"].tolist() == [40, 40]
+        assert latents["crop_ltrb_4x4"].tolist() == [0, 0, 32, 32]
+        assert {name for name in latents.files if not name.startswith("reelsmith")} == {
+            "latents_4x4",
+            "original_size_4x4",
+            "crop_ltrb_4x4",
+        }
+    with np.load(folder / TEXTS, allow_pickle=False) as texts:
+        assert texts["t5"].shape == (1, 4)
+        assert texts["places"].tolist() == [[0.0, 0.0, 0.0]]
+        assert texts["applies_mask"].item() is True
+
+
+def test_training_reads_the_same_from_npz_and_from_files(folder: Path) -> None:
+    for form in ("npz", "files"):
+        cache(make_config(folder, form))
+
+    ours, theirs = (read_all(make_config(folder, form)) for form in ("npz", "files"))
+
+    assert len(ours) == 3
+    assert all(same(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert [one.captions for one in ours] == [one.captions for one in theirs]
+
+
+def test_what_numpy_wrote_is_taken_as_it_is(folder: Path) -> None:
+    for number in range(3):
+        stem = folder / f"pic {number}"
+        made = {
+            "latents_4x4": np.full((2, 4, 4), number, np.float32),
+            "original_size_4x4": np.array([40, 40]),
+        }
+        np.savez(f"{stem}_0040x0040_toy.npz", **made)
+        text = np.full((number + 1, 4), number, np.float16)
+        np.savez_compressed(f"{stem}_toy_te.npz", t5=text, applies_mask=True, others=np.zeros(3))
+
+    family = NpzFamily()
+    assert cache(make_config(folder, caption_prefix="a"), family) == (0, 0)
+
+    assert family.seen == []
+    for number, batch in enumerate(read_all(make_config(folder))):
+        assert batch.tensor("latents").shape == (1, 2, 1, 4, 4)
+        assert batch.tensor("latents").unique().tolist() == [number]
+        (text,) = batch.tensors["t5"]
+        assert (text.dtype, tuple(text.shape)) == (torch.float16, (number + 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("latents", "says"),
+    [
+        ({"latents_8x8": np.zeros((2, 8, 8), np.float32)}, "it has no latents_4x4, but those of _8x8"),
+        ({"latents_4x4": np.zeros((3, 4, 4), np.float32)}, r"of shape \(3, 4, 4\), this model's"),
+        ({"latents_4x4": np.zeros((2, 4, 4), np.int64)}, "int64"),
+        ({"latents_4x4": np.array([{}], object)}, "no numbers"),
+    ],
+)
+def test_latents_that_do_not_fit_are_made_again(
+    folder: Path, latents: dict[str, np.ndarray], says: str
+) -> None:
+    cache(make_config(folder))
+    np.savez(folder / LATENTS, **latents)
+
+    with pytest.raises(CacheError, match=says):
+        read_all(make_config(folder))
+    assert cache(make_config(folder)) == (1, 0)
+    read_all(make_config(folder))
+
+
+def test_texts_of_another_constant_are_made_again(folder: Path) -> None:
+    cache(make_config(folder))
+    np.savez(folder / TEXTS, t5=np.zeros((1, 4), np.float32), applies_mask=False)
+
+    with pytest.raises(CacheError, match="made with applies_mask False, this training has True"):
+        read_all(make_config(folder))
+    assert cache(make_config(folder)) == (0, 1)
+
+
+def test_resolutions_share_a_file_and_keep_each_other(folder: Path) -> None:
+    both = of_tables(folder, [{"cache_format": "npz", "resolution": size} for size in ((32, 32), (16, 16))])
+
+    assert cache(both) == (6, 3)
+
+    with np.load(folder / LATENTS) as file:
+        assert {"latents_4x4", "latents_2x2"} <= set(file.files)
+    assert cache(both) == (0, 0)
+    assert [one.tensor("latents").shape[-1] for one in read_all(both)] == [4, 4, 4, 2, 2, 2]
+
+
+def test_the_order_of_resolutions_changes_no_byte(folder: Path) -> None:
+    first, second = (make_config(folder, resolution=size) for size in ((32, 32), (16, 16)))
+    cache_media(NpzFamily(), first, options())
+    cache_media(NpzFamily(), second, options())
+    made = (folder / LATENTS).read_bytes()
+    (folder / LATENTS).unlink()
+    cache_media(NpzFamily(), second, options())
+    cache_media(NpzFamily(), first, options())
+
+    assert (folder / LATENTS).read_bytes() == made
+
+
+@needs_fork
+def test_a_kill_while_a_resolution_is_added_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    small, large = (make_config(folder, resolution=size) for size in ((16, 16), (32, 32)))
+    cache(small)
+    before = read_all(small)
+    start = tmp_path / "start"
+    shutil.copytree(folder, start)
+    for step in range(1, 30):
+        shutil.rmtree(folder)
+        shutil.copytree(start, folder)
+        is_done = run_to_step(lambda: cache_media(NpzFamily(), large, options()), step)
+        assert all(same(one, other) for one, other in zip(before, read_all(small), strict=True))
+        if is_done:
+            break
+        cache_media(NpzFamily(), large, options())
+        assert len(read_all(large)) == 3
+    assert step > 3
+
+
+def test_arrays_that_another_program_replaced_count_as_its_own(folder: Path) -> None:
+    cache(make_config(folder))
+    with np.load(folder / LATENTS) as file:
+        arrays = dict(file)
+    arrays["latents_4x4"] = np.full((2, 4, 4), 7, np.float32)
+    np.savez(folder / LATENTS, **arrays)
+
+    assert cache(make_config(folder)) == (0, 0)
+    assert read_all(make_config(folder))[0].tensor("latents").unique().tolist() == [7]
+
+
+def test_changed_sources_are_encoded_again(folder: Path) -> None:
+    cache(make_config(folder))
+    make_image(folder / "pic 0.png", (40, 40), (1, 2, 3))
+    (folder / "pic 1.txt").write_text("another", encoding="utf-8")
+
+    with pytest.raises(CacheError, match=r"pic 0\.png has changed"):
+        read_all(make_config(folder))
+    assert cache(make_config(folder)) == (1, 1)
+
+
+def test_nothing_is_removed_as_stale(folder: Path) -> None:
+    cache(make_config(folder))
+    for path in (folder / "pic 0.png", folder / "pic 0.txt"):
+        path.unlink()
+
+    cache(make_config(folder))
+
+    assert (folder / LATENTS).exists()
+    assert (folder / TEXTS).exists()
+
+
+def test_both_sides_are_cached_and_chosen_between(folder: Path) -> None:
+    mirrored = {"augmentation": Augmentation(flip=True)}
+    cache(make_config(folder))
+    assert cache(make_config(folder, **mirrored)) == (3, 0)  # the other side was missing
+    assert cache(make_config(folder)) == (0, 0)  # one more does no harm
+
+    with np.load(folder / LATENTS) as file:
+        assert np.array_equal(file["latents_flipped_4x4"], file["latents_4x4"][..., ::-1])
+    for form in ("npz", "files"):
+        cache(make_config(folder, form, **mirrored))
+        config = make_config(folder, form, **mirrored)
+        for one, other in zip(read_all(config, flips=[False]), read_all(config, flips=[True]), strict=True):
+            assert one.tensors.keys() == other.tensors.keys() == {"latents", "t5"}
+            assert torch.equal(one.tensor("latents").flip(-1), other.tensor("latents"))
+
+
+def test_foreign_latents_need_the_other_side_and_the_mask(folder: Path) -> None:
+    np.savez(folder / LATENTS, latents_4x4=np.zeros((2, 4, 4), np.float32))
+
+    with pytest.raises(CacheError, match="it has no latents_flipped of 4x4, which flip_aug needs"):
+        _ = [cache_texts(NpzFamily(), make_config(folder), options()), *_read_flipped(folder)]
+    assert cache(make_config(folder, alpha_mask=True)) == (3, 0)
+    with np.load(folder / LATENTS) as file:
+        assert "alpha_mask_4x4" not in file.files  # the picture has no transparency
+
+
+def _read_flipped(folder: Path) -> list[object]:
+    return list(read_all(make_config(folder, augmentation=Augmentation(flip=True))))
+
+
+def test_masks_are_of_pixels_and_come_back_bit_for_bit(folder: Path) -> None:
+    for number in range(3):
+        pixels = torch.randint(0, 256, (40, 40, 4), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels, "RGBA").save(folder / f"pic {number}.png")
+    for form in ("npz", "files"):
+        cache(make_config(folder, form, alpha_mask=True))
+
+    ours, theirs = (read_all(make_config(folder, form, alpha_mask=True)) for form in ("npz", "files"))
+
+    assert all(same(one, other) for one, other in zip(ours, theirs, strict=True))
+    with np.load(folder / LATENTS) as file:
+        mask = file["alpha_mask_4x4"]
+        assert (mask.shape, mask.dtype) == ((32, 32), np.float32)
+    for number in range(3):
+        path = folder / f"pic {number}_0040x0040_toy.npz"
+        with np.load(path) as file:
+            foreign = {name: file[name] for name in file.files if not name.startswith("reelsmith")}
+        np.savez(path, **foreign)
+    read = read_all(make_config(folder, alpha_mask=True))[0]
+    assert torch.equal(read.tensor(LOSS_MASK), theirs[0].tensor(LOSS_MASK))
+    assert LOSS_MASK not in read_all(make_config(folder))[0].tensors  # nobody asks for it
+
+
+def test_trusted_files_are_not_opened(folder: Path) -> None:
+    cache(make_config(folder))
+    for name in (LATENTS, TEXTS):
+        (folder / name).write_bytes(b"damaged")
+    (folder / "pic 1_0040x0040_toy.npz").unlink()
+    family = NpzFamily()
+    places = Places(Stores(npz_names(family)), trusts=True)
+
+    assert cache_media(family, make_config(folder), options(), places).written == 1
+    assert cache_texts(family, make_config(folder), options(), places).written == 0
+    assert cache(make_config(folder)) == (1, 1)
+
+
+def test_two_captions_for_one_file_are_refused(folder: Path) -> None:
+    tables = [{"cache_format": "npz", "caption_prefix": text} for text in ("one", "two")]
+
+    with pytest.raises(DatasetError, match="both have one npz file"):
+        cache_texts(NpzFamily(), of_tables(folder, tables), options())
+
+
+def test_models_without_npz_caches_refuse_them(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r'cache_format = "npz": this model has no caches in npz files'):
+        cache_media(ToyFamily(), make_config(folder), options())
+    config = tmp_path / "data.toml"
+    config.write_text(
+        "[[datasets]]\nvideo_directory = 'a'\ncache_format = 'npz'\ncache_directory = 'c'\n", encoding="utf-8"
+    )
+    with pytest.raises(DatasetError, match='cache_format = "npz" is for tables of pictures'):
+        load_dataset_config(config)
+
+
+def test_a_hostile_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    header = format_array(np.zeros(4, np.float32))
+    for data, says in (
+        (header[:-1], "4"),
+        (header.replace(b"(4,)", b"(9,)"), "9"),
+        (b"x" + header, "magic"),
+        (header.replace(b"<f4", b"|O8"), "numbers"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            parse_array(data)
+    write_members(path, {"latents": header})
+    with zipfile.ZipFile(path) as file:
+        place = file.infolist()[0].header_offset
+    damaged = bytearray(path.read_bytes())
+    damaged[place + 120] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(CacheError, match="damaged, cannot be read as npz"):
+        read_arrays(path, {"latents"})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("latents.npy", "w") as member:
+        member.write(bytes(1 << 20))
+    with pytest.raises(CacheError, match="latents has 1048576 bytes"):
+        read_arrays(path, {"latents"}, most_bytes=1 << 19)
+
+
+def test_what_is_kept_of_a_picture_is_its_centre() -> None:
+    assert kept_part((100, 50), (32, 32)) == (16, 0, 48, 32)

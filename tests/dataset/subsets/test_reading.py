@@ -1,0 +1,167 @@
+"""The image guides' dataset configuration as tables."""
+
+from pathlib import Path
+
+import pytest
+
+from dataset.config import load_dataset_config
+from dataset.subset_keys import OTHER_NAMES, SUBSET_KEYS
+from dataset.subset_records import Augmentation, BucketRule, CaptionChanges
+from modules.errors import DatasetError
+from tests.dataset.subsets.making import load
+
+TWO_SIZES = """
+[general]
+enable_bucket = true
+caption_extension = ".txt"
+shuffle_caption = true
+keep_tokens = 1
+
+[[datasets]]
+resolution = 1024
+batch_size = 2
+
+  [[datasets.subsets]]
+  image_dir = "FOLDER/cat"
+  num_repeats = 10
+  class_tokens = "cat"
+  keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = "FOLDER/reg"
+  is_reg = true
+
+[[datasets]]
+resolution = [768, 512]
+bucket_reso_steps = 32
+shuffle_caption = false
+
+  [[datasets.subsets]]
+  image_dir = "FOLDER/cat"
+  flip_aug = true
+  interpolation_type = "bicubic"
+  caption_extention = ".caption"
+  custom_attributes = { diff_output_preservation = true }
+"""
+
+
+def faults(folder: Path, text: str, *words: str) -> str:
+    with pytest.raises(DatasetError) as caught:
+        load(folder, text, *words)
+    return str(caught.value)
+
+
+def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
+    cat, reg, small = load(tmp_path, TWO_SIZES, "--prior_loss_weight", "0.5", "--random_crop").datasets
+
+    assert [(table.group, table.subset, table.index) for table in (cat, reg, small)] == [
+        (0, 0, 0),
+        (0, 1, 1),
+        (1, 0, 2),
+    ]
+    assert (cat.resolution, cat.batch_size, cat.num_repeats, cat.class_tokens) == ((1024, 1024), 2, 10, "cat")
+    assert cat.changes == CaptionChanges(shuffle=True, keep_tokens=2, is_raw=True)
+    assert (reg.is_reg, reg.prior_loss_weight, cat.prior_loss_weight) == (True, 0.5, 1.0)
+    assert (reg.changes.keep_tokens, reg.num_repeats) == (1, 1)
+    assert small.buckets == BucketRule(256, 1024, 32, "bicubic")
+    assert small.changes == CaptionChanges(keep_tokens=1)
+    assert small.augmentation == Augmentation(flip=True, random_crop=True)
+    assert (small.caption_extension, cat.caption_extension) == (".caption", ".txt")
+    assert small.custom_attributes == {"diff_output_preservation": True}
+    assert cat.name.endswith(f"data.toml, [[datasets]] 1, subset 1 ({tmp_path / 'cat'})")
+
+
+def test_each_table_has_a_cache_folder_of_its_own(tmp_path: Path) -> None:
+    text = TWO_SIZES + '\n  [[datasets.subsets]]\n  image_dir = "FOLDER/cat"\n'
+
+    folders = [table.cache_directory for table in load(tmp_path, text).datasets]
+
+    assert folders == [
+        tmp_path / "cat" / "1024x1024",
+        tmp_path / "reg" / "1024x1024",
+        tmp_path / "cat" / "768x512",
+        tmp_path / "cat" / "768x512_2",
+    ]
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    text = """
+    [general]
+    suffle_caption = true
+    [[datasets]]
+    batch_size = 0
+    image_dir = "here"
+      [[datasets.subsets]]
+      resolution = 512
+      keep_tokens = "2"
+      caption_extention = ".txt"
+      caption_extension = ".txt"
+    [[datasets]]
+    resolution = 512
+    """
+
+    said = faults(tmp_path, text)
+
+    assert said.splitlines()[0].endswith("data.toml cannot be used:")
+    for line in (
+        "[general]: unknown key suffle_caption = true. Did you mean shuffle_caption?",
+        "[[datasets]] 1: batch_size = 0 (a whole number); allowed: a whole number, 1 or more",
+        '[[datasets]] 1: image_dir = "here" is for [[datasets.subsets]]; move it there',
+        "[[datasets]] 1, subset 1: resolution = 512 is for [[datasets]] or [general]; move it there",
+        '[[datasets]] 1, subset 1: keep_tokens = "2" (text); allowed: a whole number, 0 or more',
+        "[[datasets]] 1, subset 1: caption_extention and caption_extension are the same key; leave out one",
+        "[[datasets]] 2 has no [[datasets.subsets]]; each folder of pictures needs one",
+    ):
+        assert line in said
+
+
+@pytest.mark.parametrize(
+    ("dataset", "subset", "words", "said"),
+    [
+        ("", "", (), "subset 1: resolution is missing"),
+        ("resolution = 64", "", ("--keep_tokens", "200000"), "the command line: keep_tokens"),
+        ("resolution = 1536\nenable_bucket = true", "", (), "max_bucket_reso = 1024 is below"),
+        ("resolution = 128\nenable_bucket = true", "", (), "min_bucket_reso = 256 is above"),
+        ("resolution = 64\nnetwork_multiplier = 0.5", "", (), "network_multiplier = 0.5"),
+        ("resolution = 64", 'alpha_mask = true\nmask_directory = "m"', (), "leave out one"),
+        ("resolution = 64", 'metadata_file = "m.json"\nconditioning_data_dir = "c"', (), "use image_dir"),
+        ("resolution = 64", 'face_crop_aug_range = "4.0,2.0"', (), "two ascending numbers"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, dataset: str, subset: str, words: tuple[str, ...], said: str
+) -> None:
+    text = f'[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = "pics"\n{subset}'
+
+    assert said in faults(tmp_path, text, *words)
+
+
+def test_a_subset_needs_pictures(tmp_path: Path) -> None:
+    assert "subset 1: image_dir, the folder of its pictures, is missing" in faults(
+        tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 2"
+    )
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_conditioning_pictures_are_masks_or_control_images(tmp_path: Path, is_masked: bool) -> None:
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\nconditioning_data_dir = 'c'"
+
+    (table,) = load(tmp_path, text, *(["--masked_loss"] if is_masked else [])).datasets
+
+    assert (table.mask_directory, table.control_directory) == (
+        (Path("c"), None) if is_masked else (None, Path("c"))
+    )
+
+
+def test_the_options_defaults_are_the_keys_defaults(tmp_path: Path) -> None:
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'"
+
+    with_options = load(tmp_path, text).datasets
+
+    assert with_options == load_dataset_config(tmp_path / "data.toml").datasets
+    assert with_options[0].caption_extension == ".caption"
+
+
+def test_other_names_are_names_of_keys() -> None:
+    assert set(OTHER_NAMES.values()) <= SUBSET_KEYS.keys()
+    assert not OTHER_NAMES.keys() & SUBSET_KEYS.keys()

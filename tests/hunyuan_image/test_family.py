@@ -1,0 +1,235 @@
+"""HunyuanImage-2.1 as the shared loops see it: sampling, prompts, sizes, options, and what is refused."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from generation.denoise import Start, denoise
+from generation.noise import SeededNoise
+from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
+from hunyuan_image.files import HunyuanImageFiles
+from hunyuan_image.options import (
+    AS_RELEASED,
+    HunyuanImageTrainingOptions,
+    ProjectedGuidanceOptions,
+    add_training_arguments,
+    caching_commands,
+    translate_training,
+)
+from hunyuan_image.spec import LATENT, NOISE
+from hunyuan_image_train_network import DEFAULTS as TRAINING
+from modules.contract.data import Batch, MediaTable
+from modules.contract.generation import EncodedPrompts, Request, Section
+from modules.contract.prepared import Prepared
+from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
+from modules.flow.schedule import make_schedule
+from modules.flow.solvers import solver_for
+from modules.options import read_options
+from tests.golden_cases import FOLDER, read_case
+from tests.hunyuan_image.making import golden_model, tiny_model
+from tests.tiny.hunyuan_image import GLYPH_DIM, TEXT_DIM, tiny_state, write_dit, write_tiny_hunyuan_image
+from training.image_options import image_training_parser
+
+CPU = torch.device("cpu")
+DESCRIPTION, TENSORS = read_case("hunyuan_image_sampling")
+FAMILY = HunyuanImage(HunyuanImageFiles())
+
+
+def prepare(prompt: str = "a cat", family: HunyuanImage = FAMILY, **asked: Any) -> Prepared:
+    return family.prepare(Request(prompt, 7, **asked))
+
+
+def text(ending: str, glyphs: bool = False) -> dict[str, Tensor | list[Tensor]]:
+    """Conditions of a recorded text."""
+    states = TENSORS[f"text{ending}"][0]
+    found: dict[str, Tensor | list[Tensor]] = {
+        "vlm_embed": [states],
+        "vlm_mask": [torch.ones(len(states), dtype=torch.int64)],
+        "byt5_embed": TENSORS["byt5"][0],
+        "byt5_mask": TENSORS["byt5_mask"][0],
+    }
+    return found if glyphs else found | {"byt5_mask": torch.zeros_like(TENSORS["byt5_mask"][0])}
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("run", DESCRIPTION["runs"], ids=lambda run: run["name"])
+def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any], split: bool) -> None:
+    start = run["apg_start_step"]
+    projection = ProjectedGuidanceOptions(start if run["ocr"] else 0, start, run["guidance_rescale_apg"])
+    family = replace(FAMILY, projection=projection)
+    prompt = 'a sign "yes"' if run["ocr"] else "a cat"
+    prepared = prepare(prompt, family, guidance_scale=run["guidance_scale"], steps=DESCRIPTION["steps"])
+    noise = SeededNoise(DESCRIPTION["seed"], CPU, True).draw((1, 16, 1, 4, 6), torch.bfloat16)
+    assert torch.equal(noise[:, :, 0], TENSORS["noise"])
+    section = EncodedPrompts(text("", run["ocr"]), text("_negative")).section(noise.float())
+    solver = solver_for(prepared.solver, prepared.steps, DESCRIPTION["flow_shift"])
+    guidance = make_guidance(prepared, replace(PLAIN_GUIDANCE, guidance_rescale=run["guidance_rescale"]))
+
+    latents = denoise(
+        family, lambda _: golden_model(), section, Start(section.noise), solver, guidance, split=split
+    )
+
+    torch.testing.assert_close(latents[:, :, 0], TENSORS[run["name"]], **DESCRIPTION["tolerance"]["latent*"])
+
+
+def test_the_noise_levels_are_those_recorded() -> None:
+    cases = json.loads((FOLDER / "image_schedules.json").read_text(encoding="utf-8"))["cases"]
+    found = [one for one in cases if one["family"] == "hunyuan_image"]
+    assert found
+    for case in found:
+        schedule = make_schedule(prepare().solver, case["steps"], case["shift"])
+        torch.testing.assert_close(schedule.sigmas, torch.tensor(case["sigmas"]), atol=2e-6, rtol=0)
+        times = schedule.timesteps.float().trunc()
+        assert times.tolist() == case["timesteps_given_to_model"]
+
+
+def test_noise_is_drawn_on_the_cpu_in_bfloat16_and_texts_pass_unchanged() -> None:
+    prepared = prepare(width=96, height=64)
+    sections = FAMILY.sections(prepared, {0: EncodedPrompts(text(""))}, {}, SeededNoise(7, CPU, True))
+
+    section: Section = next(sections)
+
+    expected = torch.randn(1, 64, 1, 2, 3, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(section.noise, expected.float())
+    assert FAMILY.defaults.noise_on_cpu
+    states = section.positive["vlm_embed"]
+    assert isinstance(states, list)
+    assert torch.equal(states[0], TENSORS["text"][0])
+
+
+def test_what_the_release_does_is_the_default() -> None:
+    plain, letters = prepare(), prepare("a sign with “hello”")
+
+    assert (plain.width, plain.height, plain.frames, plain.steps) == (2048, 2048, 1, 50)
+    assert (plain.guidance_scale, plain.flow_shift) == ((3.5,), 5)
+    assert plain.rules.projection is not None
+    assert letters.rules.projection is not None
+    rule = plain.rules.projection
+    assert (rule.after_step, letters.rules.projection.after_step) == (5, 38)
+    assert (rule.scale, rule.momentum, rule.norm_limit, rule.eta, rule.rescale) == (10, -0.5, 10, 0, 0)
+    assert prepare("it's the dog's").rules == plain.rules
+    assert plain.negative_prompt == ""
+
+
+def test_samples_of_a_training_are_smaller_and_any_size_is_cut_to_whole_latents() -> None:
+    family = replace(FAMILY, defaults=SAMPLES)
+
+    prepared = family.prepare(Request("a cat", 0, width=100, height=47))
+
+    assert (prepared.width, prepared.height, prepared.steps) == (96, 32, 20)
+    assert family.prepare(Request("a cat", 0, flow_shift=3.0)).flow_shift == 3.0
+    assert replace(SAMPLES, steps=50, width=2048, height=2048) == GENERATION
+
+
+def test_training_feeds_whole_timesteps_up_to_1000() -> None:
+    assert NOISE.whole_timesteps
+    assert NOISE.training_offset == 0
+    assert NOISE.table_is_shifted
+    assert NOISE.tokens is not None
+    assert NOISE.tokens((1, 64, 1, 32, 48)) == 16 * 24  # although a patch is one latent pixel
+    assert LATENT.to_model(torch.ones(1)).item() == pytest.approx(0.75289)
+
+
+def test_predict_cuts_timesteps_and_pads_texts_of_different_lengths() -> None:
+    torch.manual_seed(0)
+    noisy = torch.randn(2, 64, 1, 2, 3)
+    cond: dict[str, Tensor | list[Tensor]] = {
+        "vlm_embed": [torch.randn(3, TEXT_DIM), torch.randn(7, TEXT_DIM)],
+        "vlm_mask": [torch.ones(3, dtype=torch.int64), torch.ones(7, dtype=torch.int64)],
+        "byt5_embed": torch.randn(2, 8, GLYPH_DIM),
+        "byt5_mask": torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0], [0] * 8]),
+    }
+    dit = tiny_model()
+
+    velocity = FAMILY.predict(dit, noisy, torch.tensor([500.9, 20.1]), cond)
+    whole = FAMILY.predict(dit, noisy, torch.tensor([500.0, 20.0]), cond)
+
+    assert velocity.shape == noisy.shape
+    assert torch.equal(velocity, whole)
+    for index in range(2):
+        alone = {name: value[index : index + 1] for name, value in cond.items()}
+        one = FAMILY.predict(
+            dit, noisy[index : index + 1], torch.tensor([500.0, 20.0])[index : index + 1], alone
+        )
+        torch.testing.assert_close(one[0], whole[index], atol=1e-5, rtol=1e-5)
+
+
+def test_caches_of_other_encoders_are_refused(tmp_path: Path) -> None:
+    family = HunyuanImage(HunyuanImageFiles(dit=write_dit(tmp_path, tiny_state())))
+    tensors: dict[str, Tensor | list[Tensor]] = {
+        "vlm_embed": [torch.zeros(3, TEXT_DIM + 1)],
+        "vlm_mask": [torch.ones(3)],
+        "byt5_embed": torch.zeros(1, 8, GLYPH_DIM),
+        "byt5_mask": torch.zeros(1, 8),
+    }
+
+    with pytest.raises(CacheError, match="vlm_embed in its cache is 65 numbers wide"):
+        family.batch_conditions(torch.zeros(1, 64, 1, 2, 2), Batch(tensors, ("a",), ("a.png",)))
+    del tensors["byt5_mask"]
+    with pytest.raises(CacheError, match="byt5_mask"):
+        family.batch_conditions(torch.zeros(1, 64, 1, 2, 2), Batch(tensors, ("a",), ("a.png",)))
+
+
+def test_clips_and_control_images_are_refused() -> None:
+    with pytest.raises(DatasetError, match="makes pictures"):
+        FAMILY.check_table(MediaTable("data.toml", "video"))
+    with pytest.raises(DatasetError, match="no control images"):
+        FAMILY.check_table(MediaTable("data.toml", "image", has_control=True))
+
+
+def test_files_that_do_not_belong_together_are_refused_before_anything_loads(tmp_path: Path) -> None:
+    tiny = write_tiny_hunyuan_image(tmp_path)
+    files = HunyuanImageFiles(dit=tiny.dit, vae=tiny.vae, text_encoder=tiny.text_encoder, byt5=tiny.byt5)
+    HunyuanImage(files).check_files(media=True)
+
+    other = replace(files, dit=write_dit(tmp_path, tiny_state(text_dim=32), name="other"))
+    with pytest.raises(CheckpointError, match="gives states of 64 numbers, the transformer takes 32"):
+        HunyuanImage(other).check_files(media=True)
+    with pytest.raises(OptionError, match="--byt5"):
+        HunyuanImage(replace(files, byt5=None)).check_files(media=True)
+    with pytest.raises(CheckpointError, match="--vae"):
+        HunyuanImage(replace(files, vae=tiny.byt5)).check_files(media=True)
+
+
+@pytest.mark.parametrize(
+    "values", [{"apg_start_step_ocr": -2}, {"apg_start_step_general": -5}, {"guidance_rescale_apg": 1.5}]
+)
+def test_numbers_of_guidance_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(OptionError, match=f"--{name}"):
+        replace(AS_RELEASED, **values)
+
+
+def training_args(*words: str) -> argparse.Namespace:
+    parser = image_training_parser(None, TRAINING)
+    add_training_arguments(parser)
+    return parser.parse_args(["--pretrained_model_name_or_path", "dit", *words])
+
+
+def test_training_has_the_released_defaults_and_other_names_of_attention() -> None:
+    args = training_args("--network_train_unet_only", "--attn_mode", "flash", "--vae", "vae", "--byt5", "b")
+
+    translate_training(args)
+
+    assert (args.timestep_sampling, args.discrete_flow_shift, args.model_prediction_type) == (
+        "sigma",
+        5,
+        "raw",
+    )
+    assert args.flash_attn
+    options = read_options(HunyuanImageTrainingOptions, args)
+    assert (options.dit, options.vae.file.vae) == (Path("dit"), Path("vae"))
+    assert caching_commands(Path("data.toml"), options)[0].endswith("--dataset_config data.toml --vae vae")
+
+
+def test_text_encoders_that_should_learn_are_refused() -> None:
+    with pytest.raises(OptionError, match="--network_train_unet_only is needed"):
+        translate_training(training_args())

@@ -1,0 +1,242 @@
+"""Caches made inside the training command: where they are changes nothing of what is learned."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dataset.batches.finding import NO_COMMANDS, find_items, require_items
+from dataset.batches.validation_split import split_validation
+from dataset.cache.checks import CacheChecks
+from dataset.cache.memory import MemoryStore
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.table import DatasetConfig
+from modules.contract.data import Batch
+from modules.contract.npz import NpzFormat
+from modules.errors import DatasetError, OptionError
+from modules.options import NoOptions
+from tests.dataset.toy_family import options as caching_options
+from tests.training.toy import same
+from tests.training.toy_images import LATENT, PictureFamily
+from training.caching_inside import TextUse, Where, plan_tables, prepare_sources
+from training.data.live_media import BatchSources
+from training.image_options import ImageTrainerDefaults, read_image_training
+from training.job import read_config
+from training.options import TrainingOptions
+from training.run import train_network
+
+CPU = torch.device("cpu")
+NPZ = dataclasses.replace(LATENT, npz=NpzFormat("_pic", "_pic_te", variable_length=frozenset({"letters"})))
+CACHED = ("--cache_latents", "--cache_text_encoder_outputs")
+TO_DISK = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
+STEPS = 6
+
+
+def family() -> PictureFamily:
+    torch.manual_seed(7)
+    return PictureFamily(latent=NPZ)
+
+
+def make(folder: Path, subset: str = "", dataset: str = "", count: int = 3) -> Path:
+    """Pictures with captions, and a dataset file in the guides' form."""
+    (folder / "pictures").mkdir(exist_ok=True, parents=True)
+    random = np.random.default_rng(1)
+    for index in range(count):
+        Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(folder / f"pictures/{index}.png")
+        (folder / f"pictures/{index}.txt").write_text("a, b, c" * (index + 1), encoding="utf-8")
+    here = (folder / "pictures").as_posix()
+    path = folder / "dataset.toml"
+    path.write_text(
+        f"[[datasets]]\nresolution = 32\nbatch_size = 2\n{dataset}\n"
+        f'[[datasets.subsets]]\nimage_dir = "{here}"\ncaption_extension = ".txt"\n{subset}\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def read(folder: Path, *arguments: object) -> TrainingOptions:
+    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
+    usual += ["--output_name", "x", "--seed", 3, "--no_page", "--network_train_unet_only"]
+    usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS]
+    argv = [str(one) for one in (*usual, *arguments)]
+    defaults = ImageTrainerDefaults("uniform", 1.0, "raw")
+    return read_image_training("", lambda _: None, NoOptions, defaults, argv)[0]
+
+
+def train(folder: Path, *arguments: object) -> dict[str, torch.Tensor]:
+    assert train_network(family(), read(folder, *arguments)) == 0
+    return load_file(folder / "output" / "x.safetensors")
+
+
+def config_of(folder: Path, *arguments: object) -> DatasetConfig:
+    return read_config(read(folder, *arguments))
+
+
+def prepare(folder: Path, *arguments: object) -> BatchSources:
+    options = read(folder, *arguments)
+    return prepare_sources(family(), read_config(options), options.caching, CPU)
+
+
+def batches(folder: Path, sources: BatchSources, number: int = 0, **more: Any) -> list[Batch]:
+    made, config = family(), config_of(folder)
+    parts = made.cache_tag, made.latent, made.text_keys
+    items = require_items(find_items(config, *parts, sources.stores, sources.tables))
+    return [
+        sources.read((item,), made.latent, NO_COMMANDS, CacheChecks(), (3, number), **more) for item in items
+    ]
+
+
+def test_where_caches_are_changes_nothing_of_what_is_learned(tmp_path: Path) -> None:
+    make(tmp_path)
+    in_memory = train(tmp_path, *CACHED)
+    on_disk = train(tmp_path, *TO_DISK)
+    again = train(tmp_path, *TO_DISK, "--skip_cache_check")
+    config = config_of(tmp_path)
+    assert cache_media(family(), config, caching_options()).written == 3
+    assert cache_texts(family(), config, caching_options()).written == 3
+    own = train(tmp_path)
+
+    assert any(one.any() for name, one in in_memory.items() if name.endswith("lora_up.weight"))
+    assert same(in_memory, on_disk)
+    assert same(in_memory, again)
+    assert same(in_memory, own)
+
+
+def test_the_command_writes_what_the_script_writes(tmp_path: Path) -> None:
+    for name, form in {"inside": "", "script": 'cache_format = "npz"'}.items():
+        make(tmp_path / name, form)
+    prepare(tmp_path / "inside", *TO_DISK)
+    config = config_of(tmp_path / "script")
+    assert cache_media(family(), config, caching_options()).written == 3
+    assert cache_texts(family(), config, caching_options()).written == 3
+
+    inside, script = (tmp_path / name / "pictures" for name in ("inside", "script"))
+    names = sorted(path.name for path in inside.glob("*.npz"))
+    assert len(names) == 6
+    for name in names:
+        with np.load(inside / name) as one, np.load(script / name) as other:
+            assert one.files == other.files
+            for key in one.files:
+                if not key.startswith("reelsmith"):  # times of the two copies of a picture differ
+                    assert np.array_equal(one[key], other[key])
+
+
+def test_without_options_latents_are_held_in_memory_and_texts_not(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    (plan,) = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching, TextUse.CAPTIONS)
+
+    assert (plan.latents, plan.texts) == (Where.MEMORY, Where.LIVE)
+    assert not list((path.parent / "pictures").glob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("subset", "argument", "says"),
+    [
+        ("random_crop = true", "--cache_latents", "their latents cannot be cached"),
+        ("color_aug = true", "--cache_latents_to_disk", "their latents cannot be cached"),
+    ],
+)
+def test_what_changes_each_time_is_not_cached(tmp_path: Path, subset: str, argument: str, says: str) -> None:
+    make(tmp_path, subset)
+
+    with pytest.raises(DatasetError, match=says):
+        train(tmp_path, argument)
+
+
+def test_a_model_without_npz_files_refuses_them(tmp_path: Path) -> None:
+    make(tmp_path)
+    options = read(tmp_path, "--cache_latents_to_disk")
+
+    with pytest.raises(OptionError, match="--cache_latents_to_disk: this model has no npz files"):
+        plan_tables(PictureFamily(), read_config(options), options.caching)
+
+
+def test_live_pictures_are_a_function_of_seed_and_micro_batch(tmp_path: Path) -> None:
+    make(tmp_path, "random_crop = true\ncolor_aug = true\nflip_aug = true")
+    sources = prepare(tmp_path, "--cache_text_encoder_outputs")
+
+    first, again, other = (batches(tmp_path, sources, number) for number in (0, 0, 1))
+
+    assert sources.stays
+    for one, two, three in zip(first, again, other, strict=True):
+        assert one.tensor("latents").shape == (1, 3, 1, 4, 4)
+        assert torch.equal(one.tensor("latents"), two.tensor("latents"))
+        assert not torch.equal(one.tensor("latents"), three.tensor("latents"))
+        assert "letters" in one.tensors
+
+
+def test_live_pictures_are_trained_and_a_run_is_repeatable(tmp_path: Path) -> None:
+    make(tmp_path, "random_crop = true")
+    first = train(tmp_path, "--cache_text_encoder_outputs")
+    again = train(tmp_path, "--cache_text_encoder_outputs")
+    make(tmp_path)
+    plain = train(tmp_path, "--cache_text_encoder_outputs")
+
+    assert same(first, again)
+    assert not same(first, plain)
+
+
+def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        "random_crop = true\nnum_repeats = 3\ncaption_dropout_rate = 0.5",
+        "validation_split = 0.4",
+        5,
+    )
+    sources, made = prepare(tmp_path, "--cache_text_encoder_outputs"), family()
+    parts = made.cache_tag, made.latent, made.text_keys
+    items = require_items(find_items(config_of(tmp_path), *parts, sources.stores, sources.tables))
+
+    training, validation = split_validation(items, 0.0, 3)
+
+    assert len(training) == 3
+    assert sorted([*training.stems, *validation.stems]) == list("01234")
+    table = validation[0].table
+    assert (table.num_repeats, table.caption_dropout_rate) == (1, 0.0)
+    assert not table.augmentation.excludes_caches
+    one, two = (
+        sources.read(validation[:1], made.latent, NO_COMMANDS, CacheChecks(), (number,)) for number in (1, 2)
+    )
+    assert torch.equal(one.tensor("latents"), two.tensor("latents"))
+
+
+def test_texts_that_are_not_cached_are_left_out_of_batches(tmp_path: Path) -> None:
+    make(tmp_path, "shuffle_caption = true")
+    options = read(tmp_path, "--cache_latents")
+    sources = prepare_sources(family(), read_config(options), options.caching, CPU, TextUse.CAPTIONS)
+
+    first = batches(tmp_path, sources)[0]
+
+    assert set(first.tensors) == {"latents", "alpha_mask"}
+    assert first.captions == ("a, b, c",)
+
+
+def test_memory_stores_hold_copies() -> None:
+    store, whole = MemoryStore(Path("cache")), torch.zeros(4, 4)
+    store.write("x_0032x0032_pic.safetensors", {"latents_1x1x4_float32": whole[0]}, {})
+    whole.fill_(1)
+
+    assert store.read("x_0032x0032_pic.safetensors").tensors["latents"].tolist() == [0, 0, 0, 0]
+    assert store.size_bytes == 16
+
+
+def test_a_check_says_where_everything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+
+    assert train_network(family(), read(tmp_path, "--check", *CACHED)) == 0
+
+    said = capsys.readouterr().out
+    assert "latents are in host memory, embeddings of captions in host memory" in said
+    assert "32x32" in said
+    assert not list(tmp_path.glob("**/*.npz"))
+
+
+def test_a_plan_needs_caches_on_disk(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(OptionError, match="--plan rehearses a batch from caches on disk"):
+        train_network(family(), read(tmp_path, "--plan", *CACHED))

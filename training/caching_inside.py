@@ -1,0 +1,277 @@
+"""Caches made inside the training command, by the one caching loop, before the DiT is loaded.
+
+Of each table, latents and texts are kept where the options say: in npz files beside the pictures, or in host
+memory. Without such options, caches that the caching scripts have made are used; if there are none, latents
+are encoded once into memory (which is encoding at each step but for the posterior's noise) and texts at each
+step. Pictures that augmentation changes each time are encoded at each step too.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from dataset.batches.live import LiveTable
+from dataset.cache.files import parse_latent_name
+from dataset.cache.memory import MemoryStore, SplitStore
+from dataset.cache.npz import NpzStore
+from dataset.cache.store import CacheStore, Stores, open_store
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.planning import Caches
+from dataset.caching.processes import Share, join_processes
+from dataset.caching.reports import CacheReport, conclude
+from dataset.caching.work import Places, npz_names
+from dataset.options import CachingOptions, CheckPageOptions, ShardOptions
+from dataset.sources.fetching import fetch
+from dataset.sources.listing import find_all_sources, require_captions
+from dataset.sources.media_source import MediaSource
+from dataset.table import DatasetConfig, DatasetTable
+from modules.console import as_size
+from modules.errors import DatasetError, OptionError
+from modules.media.buckets import Size
+from modules.media.reading import image_size
+from training.caching_options import CachingInRunOptions
+from training.data.live_media import BatchSources, LiveMedia
+
+logger = logging.getLogger(__name__)
+
+SENT_AT_ONCE = 64  # entries that a process gives to the others: all at once would be there twice
+
+
+class Where(Enum):
+    """Where a part of a table's items is."""
+
+    OWN = "in the caches that the table names"
+    NPZ = "in npz files beside the pictures"
+    MEMORY = "in host memory"
+    LIVE = "encoded at each step"
+
+    @property
+    def is_made(self) -> bool:
+        """Return whether it is cached by the training command."""
+        return self in {Where.NPZ, Where.MEMORY}
+
+
+class TextUse(Enum):
+    """What a training needs of the texts of its tables."""
+
+    CACHES = "caches"  # embeddings alone
+    CAPTIONS = "captions"  # to encode them at each step
+    BOTH = "both"  # some text encoders learn, of the others there are caches
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """Where latents and texts of a table are."""
+
+    table: DatasetTable
+    latents: Where
+    texts: Where
+
+    @property
+    def is_own(self) -> bool:
+        """Return whether all of it is in the caches that the table names."""
+        return self.latents is self.texts is Where.OWN
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Return whether all of it is in files, made yet or not."""
+        return {self.latents, self.texts} <= {Where.OWN, Where.NPZ}
+
+
+def prepare_sources(
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingInRunOptions | None,
+    device: torch.device,
+    use: TextUse = TextUse.CACHES,
+) -> BatchSources:
+    """Cache what the options ask for, and return where batches are read from.
+
+    options: None for a script that trains from caches alone. device: that encodes. use: of texts. All
+    processes of a training call this, and share the work. Raises UserError if something cannot be cached so,
+    or a file cannot be used.
+    """
+    plans = plan_tables(family, config, options, use)
+    stores = open_stores(family, plans)
+    if options is not None:
+        _fill(family, config, plans, options, device, stores)
+    held = _memory_stores(stores.given.values())
+    _share_entries(held)
+    if any(store.entries for store in held):
+        size_bytes = sum(store.size_bytes for store in held)
+        logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
+    live = list_live_tables(plans, needs_captions=use is not TextUse.CACHES)
+    encoder = None
+    if any(table.media for table in live.values()):
+        logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
+        encoder = LiveMedia(family, live, device)
+        encoder.load()
+    stays = encoder is not None or any(store.entries for store in held)
+    return BatchSources(stores, live, encoder, stays)
+
+
+def _fill(
+    family: Caches,
+    config: DatasetConfig,
+    plans: Sequence[TablePlan],
+    options: CachingInRunOptions,
+    device: torch.device,
+    stores: Stores,
+) -> None:
+    """Encode what is to be kept in npz files and in memory."""
+    places = Places(stores, options.skip_cache_check)
+
+    def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
+        return DatasetConfig(config.path, tuple(plan.table for plan in plans if is_wanted(plan)))
+
+    media = tables(lambda plan: plan.latents.is_made)
+    if media.datasets:
+        _conclude(cache_media(family, media, _loop_options(media, device, options.vae_batch_size), places))
+    texts = tables(lambda plan: plan.texts.is_made)
+    if texts.datasets:
+        batch_size = options.text_encoder_batch_size
+        _conclude(cache_texts(family, texts, _loop_options(texts, device, batch_size), places))
+
+
+def plan_tables(
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingInRunOptions | None,
+    use: TextUse = TextUse.CACHES,
+) -> list[TablePlan]:
+    """Decide where latents and texts of each table are; nothing is encoded.
+
+    Raises DatasetError for a table whose pictures change each time, if they are to be cached, OptionError for
+    a family that has no npz files, if they are asked for.
+    """
+    asked = {
+        "latents": options is not None and options.cache_latents_to_disk,
+        "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
+    }
+    for name, to_disk in asked.items():
+        if to_disk and family.latent.npz is None:
+            raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
+    texts = _place_texts(options, use)
+    return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
+
+
+def _place_texts(options: CachingInRunOptions | None, use: TextUse) -> Where:
+    if use is TextUse.CAPTIONS:
+        return Where.LIVE
+    if options is None or not options.caches_texts:
+        return Where.OWN
+    return Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
+
+
+def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
+    if table.augmentation.excludes_caches:
+        if options is not None and options.caches_latents:
+            raise DatasetError(
+                f"{table.name}: color_aug, random_crop and face_crop_aug_range change pictures each time, so "
+                "their latents cannot be cached: leave out these keys, or --cache_latents"
+            )
+        return Where.LIVE
+    if options is None:
+        return Where.OWN
+    if options.caches_latents:
+        return Where.NPZ if options.cache_latents_to_disk else Where.MEMORY
+    there = open_store(table, npz_names(family)).names()
+    has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in there)
+    return Where.OWN if has_own else Where.MEMORY
+
+
+def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
+    """Return where the entries of all tables are."""
+    stores = Stores(npz_names(family))
+    given = {plan.table.index: store_for(plan, stores) for plan in plans if not plan.is_own}
+    return replace(stores, given=given)
+
+
+def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
+    """Return where the entries of a table are."""
+    table, names = plan.table, stores.names
+    assert names is not None
+
+    def place(where: Where) -> CacheStore:
+        if where is Where.OWN:
+            return open_store(table, names)
+        if where is Where.NPZ:
+            return NpzStore(table, names, table.picture_folder)
+        return MemoryStore(table.cache_directory)  # of what is encoded at each step it has nothing
+
+    return SplitStore(place(plan.latents), place(plan.texts), names.tag)
+
+
+def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mapping[int, LiveTable]:
+    """Return the tables whose sources are read while training, by index.
+
+    needs_captions: those of all tables. Raises DatasetError if captions are missing, MediaError for a picture
+    whose header cannot be read.
+    """
+    found: dict[int, LiveTable] = {}
+    for plan in plans:
+        if plan.latents is not Where.LIVE and not needs_captions:
+            continue
+        config = DatasetConfig(plan.table.config_path, (plan.table,))
+        sources = find_all_sources(config, captions=needs_captions)
+        if needs_captions:
+            require_captions(sources)
+        by_stem = {source.stem: source for source in sources}
+        is_live = plan.latents is Where.LIVE
+        sizes = {stem: _size(one) for stem, one in by_stem.items()} if is_live else None
+        found[plan.table.index] = LiveTable(by_stem, plan.texts is Where.LIVE, sizes)
+    return found
+
+
+def _size(source: MediaSource) -> Size:
+    with fetch(source) as here:
+        return image_size(here.path)
+
+
+def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int | None) -> CachingOptions:
+    """Return the options of the caching loop; nothing is removed as stale."""
+    return CachingOptions(
+        dataset_config=config.path,
+        device=str(device),
+        batch_size=batch_size,
+        num_workers=None,
+        skip_existing=False,
+        keep_cache=True,
+        verify=False,
+        disable_cudnn_backend=False,
+        check=False,
+        repair_captions=None,
+        page=CheckPageOptions(html=None, html_items=1),
+        shard=ShardOptions(num_shards=None, shard_index=None),
+    )
+
+
+def _conclude(report: CacheReport) -> None:
+    """Show what was done. Raises DatasetError, in all processes, if a source failed."""
+    conclude(replace(report, foreign=0))  # files of other programs are no surprise here
+
+
+def _memory_stores(stores: Iterable[CacheStore]) -> list[MemoryStore]:
+    """Return the stores in memory that have entries, or will have those of other processes."""
+    parts = [part for store in stores if isinstance(store, SplitStore) for part in store.stores]
+    return [part for part in parts if isinstance(part, MemoryStore)]
+
+
+def _share_entries(stores: Sequence[MemoryStore]) -> None:
+    """Give the entries of each process to all others, a few at a time."""
+    with join_processes() as share:
+        if share.count > 1:
+            for store in stores:
+                _share_store(share, store)
+
+
+def _share_store(share: Share, store: MemoryStore) -> None:
+    mine = list(store.entries.items())
+    rounds = max(share.gather(-(-len(mine) // SENT_AT_ONCE)))
+    for number in range(rounds):
+        some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
+        for theirs in share.gather(some):
+            store.entries.update({name: entry for name, entry in theirs.items() if name not in store.entries})
