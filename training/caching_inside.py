@@ -76,9 +76,10 @@ class TablePlan:
         return self.latents is self.texts is Where.OWN
 
     @property
-    def is_on_disk(self) -> bool:
-        """Return whether all of it is in files, made yet or not."""
-        return {self.latents, self.texts} <= {Where.OWN, Where.NPZ}
+    def can_be_planned(self) -> bool:
+        """Return whether a batch can be rehearsed before anything is encoded."""
+        texts = (Where.OWN, Where.NPZ, Where.LIVE)
+        return self.latents in {Where.OWN, Where.NPZ} and self.texts in texts
 
 
 def prepare_sources(
