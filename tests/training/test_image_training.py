@@ -166,3 +166,5 @@ def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:
     assert made["modelspec.trigger_phrase"] == "red"
     assert made["modelspec.resolution"] == "1024x1024"
     assert json.loads(made["ss_network_args"]) == {}
+    assert json.loads(made["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 3}}
+    assert json.loads(made["ss_bucket_info"])["buckets"] == {"0": {"resolution": [32, 32], "count": 3}}
