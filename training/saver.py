@@ -112,7 +112,11 @@ def count_pictures(items: Iterable[TrainingItem]) -> list[PictureCount]:
     counts = np.bincount(columns.numbers, minlength=len(columns.facts)).tolist()
     return [
         PictureCount(
-            facts.table.source.name, facts.bucket[:2], count, facts.table.num_repeats, facts.table.is_reg
+            facts.table.source.name,
+            (facts.bucket[0], facts.bucket[1]),
+            count,
+            facts.table.num_repeats,
+            facts.table.is_reg,
         )
         for facts, count in zip(columns.facts, counts, strict=True)
         if count

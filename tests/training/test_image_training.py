@@ -121,6 +121,13 @@ def test_validation_is_at_four_levels_under_its_own_names(every: tuple[object, .
     }
 
 
+def test_a_masked_loss_without_masks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_subset(tmp_path, "")
+    train_image_toy(tmp_path, ONLY, "--masked_loss", "--max_train_steps", 1)
+
+    assert "--masked_loss has no effect" in caplog.text
+
+
 def test_a_fused_run_is_the_plain_one_without_clipping(tmp_path: Path) -> None:
     write_pictures(tmp_path, texts=True)
     usual = ONLY, "--max_grad_norm", 0
