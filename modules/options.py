@@ -220,7 +220,7 @@ def list_unneeded(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     return [
         f"{action.option_strings[0]} is not needed: {action.instead}"
         for action in parser._actions
-        if hasattr(action, "instead") and getattr(args, action.dest) not in action.silent  # type: ignore[attr-defined]
+        if hasattr(action, "instead") and getattr(args, action.dest) not in getattr(action, "silent", ())
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from dataset.batches.live import LiveTable
 from dataset.cache.files import parse_latent_name
 from dataset.cache.memory import MemoryStore, SplitStore
-from dataset.cache.npz import NpzStore
+from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.planning import Caches
@@ -200,7 +200,7 @@ def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
         if where is Where.OWN:
             return open_store(table, names)
         if where is Where.NPZ:
-            return NpzStore(table, names, table.picture_folder)
+            return open_npz(table, names, table.picture_folder)
         return MemoryStore(table.cache_directory)  # of what is encoded at each step it has nothing
 
     return SplitStore(place(plan.latents), place(plan.texts), names.tag)
