@@ -12,6 +12,7 @@ from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.spec import DIT, LATENT
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import Placement
 from modules.devices import dtype_name
@@ -81,7 +82,7 @@ def load_dit(path: Path, placement: Placement) -> HunyuanImageModel:
         with torch.device("meta"):
             dit = HunyuanImageModel(config, placement.attention)
         swapped = swapped_tensors(HUNYUAN_IMAGE) if header.dialect == "diffusers" else ()
-        sources = hunyuan.join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+        sources = join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
         fill_dit(dit, checkpoint, sources, placement, target, DIT, WHAT)
     return dit
 

@@ -1,4 +1,4 @@
-"""Files of a HunyuanImage-2.1 run: their paths and dtypes, and the check that each is what its option says."""
+"""Files of a HunyuanImage-2.1 run: paths and dtypes, and the check that each is what its option says."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -99,9 +99,7 @@ class HunyuanImageFiles:
 
     def glyphs(self) -> GlyphTextEncoder:
         """Return the encoder of letters; its file is opened when it is loaded."""
-        return GlyphTextEncoder(
-            self.byt5_path, self._beside(self.text_dtype, GLYPH_DTYPE), self.text_on_cpu
-        )
+        return GlyphTextEncoder(self.byt5_path, self._beside(self.text_dtype, GLYPH_DTYPE), self.text_on_cpu)
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
         """Load the VAE. Raises as `hunyuan_image.vae.load_vae`."""

@@ -124,9 +124,7 @@ class HunyuanImageModel(nn.Module):
         pixels = self.img_in(noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
         rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
-        joined, lengths = self._embed_text(
-            text, text_mask, glyphs, glyph_mask, timesteps, len(rotary), dtype
-        )
+        joined, lengths = self._embed_text(text, text_mask, glyphs, glyph_mask, timesteps, len(rotary), dtype)
         vector = self.time_in(timesteps)
         tokens = HunyuanTokens((1, rows, columns), rotary, lengths, vector, dtype, self.attention)
         picture = rearrange(pixels, "b c h w -> b (h w) c")

@@ -93,9 +93,7 @@ class QwenTextEncoder:
             offsets = tokenizer.encode(template(text), add_special_tokens=False).offsets
             ends = [end - len(BEFORE) for _, end in offsets]
             kept = kept_characters(ends, DROPPED + TEXT_TOKENS, len(text))
-            return TokenCount(
-                text, max(len(ends) - DROPPED, 0), TEXT_TOKENS, min(max(kept, 0), len(text))
-            )
+            return TokenCount(text, max(len(ends) - DROPPED, 0), TEXT_TOKENS, min(max(kept, 0), len(text)))
 
         return count
 
@@ -139,8 +137,9 @@ class QwenTextEncoder:
                     TEXT_TOKENS,
                     prompt.text,
                 )
-            ids = torch.tensor([encoded.ids[: DROPPED + TEXT_TOKENS]])
-            check_ids(ids, llama.embed_tokens.num_embeddings, self.path, TOKENIZER.option)
+            rows = [encoded.ids[: DROPPED + TEXT_TOKENS]]
+            check_ids(rows, llama.embed_tokens.num_embeddings, self.path, TOKENIZER.option)
+            ids = torch.tensor(rows)
             mask = torch.ones_like(ids)
             states = llama(ids.to(llama.device), mask.to(llama.device))[0, DROPPED:].cpu()
             if prompt.spans:

@@ -13,15 +13,18 @@ from modules.console import as_size, show_box
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
+from networks.cutting import texts_to_diffusers, to_diffusers_parts
+from networks.deltas import LORA
 from networks.experts import NETWORKS, join_metadata
 from networks.hashes import STALE, add_hashes
 from networks.key_formats import OURS, add_missing_alphas, to_diffusers, to_other
 from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora, warn_of_other_expert
-from networks.module_names import choose_family, read_family
+from networks.module_names import choose_family, likely_family, read_family
 from networks.names.framepack import FRAMEPACK
-from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON
+from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
 from networks.options import ConvertOptions
 from networks.parts import fuse
+from networks.renaming import rename_to_aliases
 
 logger = getLogger(__name__)
 # HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
@@ -54,7 +57,7 @@ def convert(options: ConvertOptions) -> None:
         _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output)
 
 
-def convert_file(source: Path, output: Path, target: str) -> None:
+def convert_file(source: Path, output: Path, target: str, family_name: str | None = None) -> None:
     """Write the LoRA of `source`, of any dialect, in ours (target "default"), in that of ComfyUI ("other") or
     in that of diffusers ("diffusers").
 
@@ -65,9 +68,9 @@ def convert_file(source: Path, output: Path, target: str) -> None:
     OptionError where the result would replace it.
     """
     refuse_replacing("--output", output, checkpoint_paths(source))
-    lora = read_lora(source, by_expert=True)
+    lora = read_lora(source, by_expert=True, with_texts=True)
     if not lora.parts:
-        _convert_one(lora, output, target)
+        _convert_one(lora, output, target, family_name)
     elif target == "diffusers":
         _convert_parts(lora.parts, output)
     else:
@@ -96,8 +99,8 @@ def _read_pair(options: ConvertOptions) -> tuple[LoraFile, LoraFile]:
     return low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
 
 
-def _convert_one(lora: LoraFile, output: Path, target: str) -> None:
-    _save(output, converted(lora, target), [lora])
+def _convert_one(lora: LoraFile, output: Path, target: str, family_name: str | None = None) -> None:
+    _save(output, converted(lora, target, family_name=family_name), [lora])
 
 
 def _convert_parts(parts: Mapping[str, LoraFile], output: Path) -> None:
@@ -109,37 +112,64 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path) -> None:
     _save(output, Converted(tensors, metadata), list(parts.values()))
 
 
-def converted(lora: LoraFile, target: str, start: str = IN_DIFFUSERS) -> Converted:
+def converted(
+    lora: LoraFile, target: str, start: str = IN_DIFFUSERS, family_name: str | None = None
+) -> Converted:
     """Return a LoRA in another dialect; warn of what has no form in it.
 
-    start: of the names in diffusers' dialect. Raises CheckpointError if nothing of it can be written.
+    start: of the names in diffusers' dialect. family_name: whose LoRA it is, if the caller knows; metadata
+    say it better. Raises CheckpointError if nothing of it can be written.
     """
     source = lora.path
     made = read_family(lora.metadata)
-    hint = LIKELY_FAMILY.get(lora.dialect) if made is None else made.name
+    hint = (family_name or _likely_family(lora)) if made is None else made.name
     family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
     native = fuse(lora.tensors, family=family) if family is not None and family.parts else lora.tensors
     if target == "default":
         tensors = add_missing_alphas(native)
+    elif target == "other" and family is not None and family.underscored:
+        tensors = rename_to_aliases(add_missing_alphas(native), family)
     else:
-        if target == "diffusers" and family is not None and family.parts:
-            raise CheckpointError(
-                f"{source} is a LoRA for {family.name}, whose weights diffusers cuts up: its own loader does "
-                "that.\n  Use --target other, which it reads.",
-                source,
-            )
-        other = to_diffusers(native, hint, start) if target == "diffusers" else to_other(native, hint)
+        if family is not None and family.parts and (target == "diffusers" or family.start == IN_DIFFUSERS):
+            other = to_diffusers_parts(native, family, start)
+        else:
+            other = to_diffusers(native, hint, start) if target == "diffusers" else to_other(native, hint)
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
-        if not other.tensors:
+        if not other.tensors and not lora.text_tensors:
             raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.", source)
         if reasons:
             logger.warning(f"{source}: {len(reasons)} modules are left out: {list_some(reasons)}")
         tensors = other.tensors
+    tensors = {**tensors, **_texts_in(lora, target, family)}
     # its alphas are in the tensors now
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
     if family is FRAMEPACK and made is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
     return Converted(tensors, metadata)
+
+
+def _texts_in(lora: LoraFile, target: str, family: FamilyNames | None) -> Mapping[str, Tensor]:
+    """Return what a LoRA changes in text encoders, in another dialect; only diffusers has other names."""
+    if target != "diffusers" and (family is None or target == "default" or family.start != IN_DIFFUSERS):
+        return add_missing_alphas(lora.text_tensors)
+    other = texts_to_diffusers(lora.text_tensors)
+    if other.left_out:
+        reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
+        logger.warning(f"{lora.path}: {len(reasons)} modules are left out: {list_some(reasons)}")
+    return other.tensors
+
+
+def _likely_family(lora: LoraFile) -> str | None:
+    """Return the family that a file without metadata is probably for, if several have its names."""
+    if lora.dialect not in LIKELY_FAMILY:
+        return None
+    inputs = {
+        name.removeprefix(OURS): factors[LORA[0]].shape[1]
+        for name, factors in lora.modules().items()
+        if LORA[0] in factors
+    }
+    found = likely_family(inputs)
+    return LIKELY_FAMILY[lora.dialect] if found is None else found.name
 
 
 def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:

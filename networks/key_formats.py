@@ -247,7 +247,7 @@ def to_diffusers(
     def path_of(name: str) -> str | None:
         return None if family is None else diffusers_path(name, family)
 
-    return _write(tensors, start, path_of, _in_diffusers)
+    return _write(tensors, start, path_of, in_diffusers)
 
 
 def _family_of(tensors: Mapping[str, Tensor], hint: str | None) -> FamilyNames | None:
@@ -286,7 +286,7 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
     return form
 
 
-def _in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
+def in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
     """The tensors of a module as diffusers and PEFT read them, or why there are none."""
     if "diff" in factors and factors["diff"].ndim == 2 and LORA[0] not in factors and DORA not in factors:
         factors = _at_full_rank(factors)

@@ -49,7 +49,7 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
-    """Return the rows of each part of a fused layer: of q, k, v, or of q, k, v and the first layer of the MLP.
+    """Return the rows of each part of a fused layer: q, k, v, or q, k, v and the first layer of the MLP.
 
     rows, columns: of the layer's weight; queries are as many as its columns. Of 3 parts, keys and values
     share the rest (they may have fewer heads); of 4, they are as high as queries. () if that does not fit.

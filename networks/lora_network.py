@@ -95,7 +95,7 @@ class LoraNetwork(nn.Module):
             if places:
                 pattern, rate = self.settings.reg_rates[places[-1]]
                 label = f"{label} {pattern.pattern}"
-            if rate == 0:
+            if rate == 0 and any(rates.values()):
                 continue
             ratio = (
                 self.settings.loraplus_lr_ratio if prefix == UNET else self.settings.loraplus_encoder_ratio

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 
@@ -22,13 +23,22 @@ from networks.names.layouts import FIRST_LAYERS
 
 logger = getLogger(__name__)
 _META = torch.device("meta")
+_WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
 
 def merge_into_file(
-    model: Path, uses: Sequence[LoraUse], output: Path, device: torch.device, in_channels: int | None = None
+    model: Path,
+    uses: Sequence[LoraUse],
+    output: Path,
+    device: torch.device,
+    in_channels: int | None = None,
+    dtype: torch.dtype | None = None,
+    option: str = "--save_merged_model",
 ) -> None:
     """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
+
+    dtype: of the result's weights; None: as in the model. option: that names `output`, for messages.
 
     Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
     float32). in_channels: what the model's first layer has to take. Raises CheckpointError where a file is
@@ -36,16 +46,16 @@ def merge_into_file(
     it cannot be written.
     """
     start = time.monotonic()
-    refuse_replacing(
-        "--save_merged_model", output, [*checkpoint_paths(model), *(use.lora.path for use in uses)]
-    )
+    refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
     with open_checkpoint(model) as checkpoint:
         if in_channels is not None:
             _check_in_channels(checkpoint, in_channels)
         patch = LoraPatch(uses, checkpoint.tensors, model)
+        written: dict[str, TensorInfo] = {}
         # a LoRA of another model is found out before anything is written
         for name, info in checkpoint.tensors.items():
             _refuse_rounded(patch, name, info, model)
+            written[name] = _info_in(info, dtype)
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
         patch.check()
 
@@ -54,18 +64,26 @@ def merge_into_file(
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # memory of its own
             finite.note(name, tensor)
-            return patch.add_to(name, tensor.to(device)) if patch.touches(name) else tensor
+            if not patch.touches(name):
+                return tensor.to(written[name].dtype)
+            wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
+            return patch.add_to(name, wide).to(written[name].dtype)
 
-        needed = sum(info.size_bytes for info in checkpoint.tensors.values())
+        needed = sum(info.size_bytes for info in written.values())
         _show_start(model, uses, output, needed)
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
             logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
         else:
             metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
-        stream_tensors(output, checkpoint.tensors, read, metadata)
+        stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+
+
+def _info_in(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """Return what is said of a tensor once it is in a dtype; whole numbers and 8-bit weights stay."""
+    return info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
 
 
 def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
@@ -77,12 +95,7 @@ def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int)
 
 
 def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:
-    if patch.touches(name) and info.dtype not in {
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-        torch.float64,
-    }:
+    if patch.touches(name) and info.dtype not in _WIDE:
         raise CheckpointError(
             f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
             "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",

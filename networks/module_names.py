@@ -10,7 +10,7 @@ from networks.names.flux import FLUX
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.names.hunyuan_image import HUNYUAN_IMAGE
-from networks.names.layouts import TRAINED_ON, FamilyNames, WeightPart
+from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.lumina import LUMINA
 from networks.names.wan import WAN
 
@@ -37,6 +37,28 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
     best = max(FAMILIES, key=score)
     return best if score(best)[0] else None
+
+
+def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
+    """Return the family whose published models have as many blocks as these modules, and as wide ones.
+
+    inputs: underscored name in diffusers' layout -> how many values the module takes. For files that do not
+    say what they were trained for; None if no family fits.
+    """
+    numbers: dict[str, int] = {}
+    widths: set[int] = set()
+    for name, width in inputs.items():
+        found = re.match(r"((?:single_)?transformer_blocks)_(\d+)_", name)
+        if found is not None:
+            numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
+        if name.endswith(("attn_to_q", "attn_add_q_proj")):
+            widths.add(width)
+    fitting = [
+        family
+        for family in FAMILIES
+        if {family.width} == widths and any(numbers.get(name) == depth for name, depth in family.depths)
+    ]
+    return fitting[0] if fitting else None
 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
@@ -75,6 +97,15 @@ def alias(name: str, family: FamilyNames) -> str:
     return name if found is None else replace_dots(_fill([ours for _, ours in _all_aliases(family)], found))
 
 
+def to_alias(name: str, family: FamilyNames) -> str:
+    """Return another layout's underscored name for one of ours; return any other name unchanged."""
+    for theirs, ours in family.aliases:
+        found = _template(ours).fullmatch(name)
+        if found is not None:
+            return replace_dots(theirs.replace("{n}", found["n"]))
+    return name
+
+
 @dataclass(frozen=True)
 class Relative:
     """A module whose weight has all or some rows of another module's weight, or the reverse."""
@@ -100,6 +131,18 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
                     continue  # the same in both layouts
                 found.setdefault((path, part.index, is_part), Relative(path, part, is_part))
     return tuple(found.values())
+
+
+@cache
+def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
+    """Return the parts of a module in the family's other layout, (path, part), in the order of their rows."""
+    found = [
+        (part.theirs.replace("{n}", match["n"]), part)
+        for part in family.parts
+        if (match := _template(part.ours).fullmatch(name)) is not None
+    ]
+    order = {REST: 101, BEFORE_REST: 100}
+    return sorted(found, key=lambda pair: order.get(pair[1].index or 0, pair[1].index or 0))
 
 
 @cache

@@ -94,7 +94,8 @@ def fuse(
     its weight, None if the model has no such module: its parts then stay as they are. Without `height` every
     part is joined, and heights come from the parts, those in other blocks too; if no block has the last part
     of a weight, its height is that of every published model. family: whose modules these are; None: any. The
-    change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share one down factor.
+    change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share
+    one down factor.
     """
     modules = group_by_module(tensors)
     found: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
@@ -141,18 +142,18 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
 
 def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
     """Return the rows of a fused weight. rows: of those parts that some block has, by index."""
-    siblings = {
-        part.theirs: part for family in FAMILIES for part in family.parts if part.ours == ours
-    }.values()
-    known = next(part for part in siblings if rows.get(part.index))
+    siblings = {part.theirs: part for family in FAMILIES for part in family.parts if part.ours == ours}
+    known = next(part for part in siblings.values() if rows.get(part.index))
+    if known.index is None or known.index == SWAPPED:  # it is no part, but all of it
+        return rows[known.index]
     unit = rows[known.index] // known.usual_height
-    for part in siblings:
+    for part in siblings.values():
         if not rows.get(part.index) and part.usual_height > known.usual_height:
             logger.info(
                 f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as many "
                 "rows as the parts beside it"
             )
-    return sum(rows.get(part.index) or unit * part.usual_height for part in siblings)
+    return sum(rows.get(part.index) or unit * part.usual_height for part in siblings.values())
 
 
 def _join(pieces: Pieces, height: int) -> Factors | str:

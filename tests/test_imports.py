@@ -144,10 +144,16 @@ SCRIPTS = sorted(
     if path.name not in {"families.py", "run_tests.py", "quickstart.py"}
 )
 # scripts in a room, with the rights of those at the root
-TOOLS = [
-    f"blissful_tuner/{name}.py"
-    for name in ("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur")
-]
+_TOOLS = {
+    "blissful_tuner": (
+        *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
+    ),
+    "networks": (
+        *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy"),
+        *("flux_extract_lora", "flux_merge_lora"),
+    ),
+}
+TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 
 def _sources() -> list[Path]:

@@ -86,4 +86,6 @@ FLUX = FamilyNames(
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
     versions=("flux", "chroma"),
+    depths=(("transformer_blocks", 19), ("single_transformer_blocks", 38)),
+    width=3072,
 )

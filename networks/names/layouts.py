@@ -43,11 +43,18 @@ class FamilyNames:
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
+    # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
+    # ours in dots too
+    underscored: bool = False
     # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
     optional_words: str = ""  # what these are, for messages
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
+    # of the published models, by which families with equal names in diffusers' layout are told apart: how
+    # many blocks lists of that layout have, and the width of a block
+    depths: tuple[tuple[str, int], ...] = ()
+    width: int = 0
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
 

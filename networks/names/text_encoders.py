@@ -19,3 +19,25 @@ def published_path(path: str) -> str:
         if found is not None:
             return found.expand(published)
     return path
+
+
+# names of modules in LoRA files -> their paths in diffusers' pipelines
+_IN_DIFFUSERS = (
+    (
+        r"lora_te1_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)",
+        r"text_encoder.text_model.encoder.layers.\1.\2.\3",
+    ),
+    (
+        r"lora_te3_encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)",
+        r"text_encoder_2.encoder.block.\1.layer.\2.\3.\4",
+    ),
+)
+
+
+def diffusers_path_of_text(name: str) -> str | None:
+    """Return the path of a text encoder's module in diffusers' pipelines, None if they have none."""
+    for ours, theirs in _IN_DIFFUSERS:
+        found = re.fullmatch(ours, name)
+        if found is not None:
+            return found.expand(theirs)
+    return None

@@ -156,7 +156,9 @@ def test_predict_cuts_timesteps_and_pads_texts_of_different_lengths() -> None:
     assert torch.equal(velocity, whole)
     for index in range(2):
         alone = {name: value[index : index + 1] for name, value in cond.items()}
-        one = FAMILY.predict(dit, noisy[index : index + 1], torch.tensor([500.0, 20.0])[index : index + 1], alone)
+        one = FAMILY.predict(
+            dit, noisy[index : index + 1], torch.tensor([500.0, 20.0])[index : index + 1], alone
+        )
         torch.testing.assert_close(one[0], whole[index], atol=1e-5, rtol=1e-5)
 
 
@@ -217,7 +219,11 @@ def test_training_has_the_released_defaults_and_other_names_of_attention() -> No
 
     translate_training(args)
 
-    assert (args.timestep_sampling, args.discrete_flow_shift, args.model_prediction_type) == ("sigma", 5, "raw")
+    assert (args.timestep_sampling, args.discrete_flow_shift, args.model_prediction_type) == (
+        "sigma",
+        5,
+        "raw",
+    )
     assert args.flash_attn
     options = read_options(HunyuanImageTrainingOptions, args)
     assert (options.dit, options.vae.file.vae) == (Path("dit"), Path("vae"))

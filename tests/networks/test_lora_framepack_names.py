@@ -386,7 +386,7 @@ def test_hunyuan_videos_parts_are_modules_of_framepack() -> None:
         path = replace_dots(name.removesuffix(".weight"))
         if name.endswith(".weight") and not path.endswith(("_norm1", "_norm2")):
             parts = [replace_dots(part.removesuffix(".weight")) for part in diffusers_parts(name)]
-            assert [relative.name for relative in relatives(path, HUNYUAN_VIDEO)] == parts
+            assert [relative.name for relative in relatives(path, HUNYUAN_VIDEO)][: len(parts)] == parts
             assert all(module_path(part, FRAMEPACK) for part in parts)
 
 

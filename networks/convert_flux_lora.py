@@ -1,0 +1,34 @@
+"""Convert a LoRA of FLUX.1 or Chroma between sd-scripts' and ai-toolkit's (diffusers') names.
+
+All options: python networks/convert_flux_lora.py --help
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.command import Parser, command_line
+from modules.options import read_options
+from networks.image_tools_options import FluxConvertOptions, add_flux_convert_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_flux_convert_arguments(parser)
+    options = read_options(FluxConvertOptions, parser.parse_args(argv))
+
+    from networks.convert import convert_file
+
+    assert options.src_path is not None
+    assert options.dst_path is not None
+    target = "diffusers" if options.dst == "ai-toolkit" else "default"
+    convert_file(options.src_path, options.dst_path, target, "flux")
+
+
+if __name__ == "__main__":
+    command_line(main)

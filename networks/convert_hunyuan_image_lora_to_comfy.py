@@ -1,0 +1,32 @@
+"""Convert a LoRA of HunyuanImage-2.1 to ComfyUI's names, or back.
+
+All options: python networks/convert_hunyuan_image_lora_to_comfy.py --help
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.command import Parser, command_line
+from modules.options import read_options
+from networks.image_tools_options import ComfyConvertOptions, add_comfy_convert_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_comfy_convert_arguments(parser)
+    options = read_options(ComfyConvertOptions, parser.parse_args(argv))
+
+    from networks.names.hunyuan_image import HUNYUAN_IMAGE
+    from networks.renaming import rename_file
+
+    rename_file(options.src_path, options.dst_path, HUNYUAN_IMAGE, options.reverse)
+
+
+if __name__ == "__main__":
+    command_line(main)

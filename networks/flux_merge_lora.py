@@ -1,0 +1,31 @@
+"""Merge LoRAs of FLUX.1 or Chroma into a model and its text encoders, or into one LoRA.
+
+All options: python networks/flux_merge_lora.py --help
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.command import Parser, command_line
+from modules.options import read_options
+from networks.image_tools_options import FluxMergeOptions, add_flux_merge_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_flux_merge_arguments(parser)
+    options = read_options(FluxMergeOptions, parser.parse_args(argv))
+
+    from networks.merging_flux import merge_flux
+
+    merge_flux(options)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,359 @@
+"""The LoRA tools of the image families: convert, merge, extract; against recorded numbers."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modules.errors import CheckpointError, OptionError
+from networks import (
+    convert_flux_lora,
+    convert_hunyuan_image_lora_to_comfy,
+    flux_extract_lora,
+    flux_merge_lora,
+)
+from networks.convert import convert_file
+from networks.deltas import group_by_module, weight_delta
+from networks.extracting import decompose_change
+from networks.loading import read_lora
+from networks.parts import fuse
+from tests.golden_cases import draw, make_weights, read_case
+
+CASE, TENSORS = read_case("flux_lora_tools")
+CPU = torch.device("cpu")
+
+
+def shapes() -> dict[str, tuple[int, int]]:
+    """(out, in) of each module of the tiny FLUX."""
+    table = read_case("lora_flux")[0]["lora"]["modules_name_in_out"]
+    return {name: (rows, columns) for name, columns, rows in table}
+
+
+def lora(name: str) -> dict[str, Tensor]:
+    given = CASE["loras"][name]
+    table = [
+        [f"{module}.lora_{factor}.weight", size]
+        for module, (rows, columns) in shapes().items()
+        for factor, size in (("down", [given["rank"], columns]), ("up", [rows, given["rank"]]))
+    ]
+    tensors = make_weights(given["weights_model_key"], table)
+    for key in tensors:
+        if "lora_up" in key:
+            tensors[key] = tensors[key] * CASE["loras"]["lora_up_extra_scale"]
+    return tensors | {f"{module}.alpha": torch.tensor(given["alpha"]) for module in shapes()}
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{name}.safetensors" for name in CASE["merge_lora"]["loras"]]
+    for path in paths:
+        save_file(lora(path.stem), path, {"ss_base_model_version": "flux1"})
+    return paths
+
+
+def model(path: Path) -> dict[str, Tensor]:
+    table = read_case("flux_dit_guidance")[0]["weights"]
+    weights = make_weights("flux_dit_guidance", table)
+    save_file(weights, path)
+    return weights
+
+
+def deltas(path: Path) -> dict[str, Tensor]:
+    found = {name: weight_delta(factors, CPU) for name, factors in group_by_module(load_file(path)).items()}
+    return {name: delta for name, delta in found.items() if delta is not None}
+
+
+def assert_equal_changes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, delta in one.items():
+        torch.testing.assert_close(delta, other[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_ai_toolkit_gets_the_recorded_tensors_and_the_way_back_changes_nothing(
+    tmp_path: Path, loras: list[Path]
+) -> None:
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+
+    convert_flux_lora.main(
+        ["--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", str(loras[0]), "--dst_path", str(there)]
+    )
+    convert_flux_lora.main(["--src_path", str(there), "--dst_path", str(back)])
+
+    made = load_file(there)
+    assert {name: list(tensor.shape) for name, tensor in made.items()} == dict(
+        CASE["to_ai_toolkit"]["tensors"]
+    )
+    for name, tensor in TENSORS.items():
+        if name.startswith("ait."):
+            torch.testing.assert_close(made[name.removeprefix("ait.")], tensor, rtol=1e-6, atol=0)
+    assert_equal_changes(deltas(back), deltas(loras[0]))
+
+
+def test_a_file_of_ai_toolkit_without_metadata_is_read_as_flux(tmp_path: Path, loras: list[Path]) -> None:
+    there = tmp_path / "there.safetensors"
+    convert_file(loras[0], there, "diffusers")
+    save_file(load_file(there), there)
+    convert_flux_lora.main(["--src_path", str(there), "--dst_path", str(tmp_path / "back.safetensors")])
+
+    assert_equal_changes(deltas(tmp_path / "back.safetensors"), deltas(loras[0]))
+
+
+def test_factors_of_split_layers_stay_apart_in_ai_toolkits_form(tmp_path: Path) -> None:
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    ups = [torch.randn(6, 2) for _ in range(3)]
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(6, 6),
+        f"{name}.lora_up.weight": torch.block_diag(*ups),
+        f"{name}.alpha": torch.tensor(3.0),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "flux1"})
+
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "there.safetensors", "diffusers")
+    convert_file(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "default")
+
+    made = load_file(tmp_path / "there.safetensors")
+    assert {tensor.shape for key, tensor in made.items() if "lora_A" in key} == {(2, 6)}
+    assert_equal_changes(deltas(tmp_path / "back.safetensors"), deltas(tmp_path / "lora.safetensors"))
+
+
+def test_parts_of_text_encoders_go_along_both_ways(tmp_path: Path) -> None:
+    names = (
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te3_encoder_block_1_layer_0_SelfAttention_q",
+    )
+    tensors = {
+        f"{name}.{part}": tensor
+        for name in (*names, "lora_unet_double_blocks_0_img_mlp_0")
+        for part, tensor in (
+            ("lora_down.weight", torch.randn(2, 4)),
+            ("lora_up.weight", torch.randn(4, 2)),
+            ("alpha", torch.tensor(1.0)),
+        )
+    }
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "flux1"})
+
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "there.safetensors", "diffusers")
+    convert_file(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "default")
+
+    assert "text_encoder_2.encoder.block.1.layer.0.SelfAttention.q.lora_A.weight" in load_file(
+        tmp_path / "there.safetensors"
+    )
+    assert_equal_changes(deltas(tmp_path / "back.safetensors"), deltas(tmp_path / "lora.safetensors"))
+
+
+def test_hunyuanimages_names_become_comfyuis_and_back(tmp_path: Path) -> None:
+    pairs = read_case("hunyuan_image_lora_convert")[0]["modules"]
+    source, there, back = (tmp_path / f"{name}.safetensors" for name in ("source", "there", "back"))
+    tensors = {f"{name}.alpha": torch.tensor(float(i)) for i, name in enumerate(pairs)}
+    save_file(tensors, source, {"ss_network_dim": "4", "sshs_model_hash": "old"})
+
+    convert_hunyuan_image_lora_to_comfy.main([str(source), str(there)])
+    convert_hunyuan_image_lora_to_comfy.main([str(there), str(back), "--reverse"])
+
+    # the recorded pairs match names of two orders; which names there are is what they tell
+    assert {name.removesuffix(".alpha") for name in load_file(there)} == set(pairs.values())
+    assert {n: float(t) for n, t in load_file(back).items()} == {n: float(t) for n, t in tensors.items()}
+    assert load_file(there)["lora_unet_double_blocks_1_img_mlp_0.alpha"] == float(
+        tensors["lora_unet_double_blocks_1_img_mlp_fc1.alpha"]
+    )
+    with safe_open(there, "pt") as file:
+        assert file.metadata()["sshs_model_hash"] not in ("old", "")
+    with pytest.raises(CheckpointError, match="no module to rename"):
+        convert_hunyuan_image_lora_to_comfy.main([str(there), str(tmp_path / "x.safetensors")])
+
+
+def merge(loras: list[Path], *more: str) -> None:
+    ratios = [str(ratio) for ratio in CASE["merge_lora"]["ratios"]]
+    flux_merge_lora.main(["--models", *map(str, loras), "--ratios", *ratios, *more])
+
+
+def test_a_model_gets_the_recorded_sum(tmp_path: Path, loras: list[Path]) -> None:
+    weights, output = model(tmp_path / "model.safetensors"), tmp_path / "merged.safetensors"
+
+    merge(loras, "--flux_model", str(tmp_path / "model.safetensors"), "--save_to", str(output))
+
+    merged = load_file(output)
+    assert sorted(name for name in weights if not torch.equal(weights[name], merged[name])) == sorted(
+        CASE["merge_model"]["changed"]
+    )
+    for name, tensor in TENSORS.items():
+        if name.startswith("merged."):
+            torch.testing.assert_close(merged[name.removeprefix("merged.")], tensor, rtol=0, atol=2e-6)
+
+
+def test_a_model_is_saved_in_the_precision_that_is_asked_for(tmp_path: Path, loras: list[Path]) -> None:
+    model(tmp_path / "model.safetensors")
+    files = ["--flux_model", str(tmp_path / "model.safetensors"), "--save_to"]
+
+    merge(loras, *files, str(tmp_path / "whole.safetensors"))
+    merge(loras, *files, str(tmp_path / "half.safetensors"), "--save_precision", "bf16")
+
+    whole, half = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "half.safetensors")
+    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in whole.items())
+
+
+def test_loras_are_added_up_exactly_or_at_the_first_ones_rank(tmp_path: Path, loras: list[Path]) -> None:
+    exact, near = tmp_path / "exact.safetensors", tmp_path / "near.safetensors"
+
+    merge(loras, "--save_to", str(exact), "--concat")
+    merge(loras, "--save_to", str(near))
+
+    made, short = deltas(exact), deltas(near)
+    assert {len(t) for name, t in load_file(exact).items() if "lora_down" in name} == {
+        CASE["merge_lora"]["rank_concat"]
+    }
+    assert {len(t) for name, t in load_file(near).items() if "lora_down" in name} == {4}
+    for name, tensor in TENSORS.items():
+        kind, _, module = name.partition(".")
+        if kind.startswith("sum"):
+            found = (made if kind == "sum" else short)[module]
+            torch.testing.assert_close(found, tensor, rtol=0, atol=5e-6)
+    ratios, parts = CASE["merge_lora"]["ratios"], [deltas(path) for path in loras]
+    for name, delta in made.items():
+        whole = sum(ratio * part[name] for ratio, part in zip(ratios, parts, strict=True))
+        torch.testing.assert_close(delta, whole, rtol=1e-5, atol=5e-6)
+
+
+def test_a_text_encoder_gets_its_part_and_nothing_else(tmp_path: Path) -> None:
+    name = "text_model.encoder.layers.0.mlp.fc1"
+    weights = {f"{name}.weight": torch.randn(4, 4), "text_model.final_layer_norm.weight": torch.ones(4)}
+    factors = {"lora_down.weight": torch.randn(2, 4), "lora_up.weight": torch.randn(4, 2)}
+    module = "lora_te1_" + name.replace(".", "_")
+    save_file(weights, tmp_path / "clip.safetensors")
+    save_file({f"{module}.{part}": tensor for part, tensor in factors.items()}, tmp_path / "lora.safetensors")
+
+    flux_merge_lora.main(
+        [
+            *(
+                "--clip_l",
+                str(tmp_path / "clip.safetensors"),
+                "--clip_l_save_to",
+                str(tmp_path / "out.safetensors"),
+            ),
+            *("--models", str(tmp_path / "lora.safetensors"), "--ratios", "0.5"),
+        ]
+    )
+
+    merged = load_file(tmp_path / "out.safetensors")
+    expected = weights[f"{name}.weight"] + 0.5 * factors["lora_up.weight"] @ factors["lora_down.weight"]
+    torch.testing.assert_close(merged[f"{name}.weight"], expected)
+
+
+@pytest.mark.parametrize("quantile", CASE["extract"]["clamp_quantile"])
+def test_a_lora_is_extracted_as_recorded(tmp_path: Path, quantile: float) -> None:
+    weights = model(tmp_path / "model.safetensors")
+    tuned, first = dict(weights), group_by_module(lora("lora-tools-1"))
+    paths = {
+        "lora_unet_" + name.removesuffix(".weight").replace(".", "_"): name
+        for name in weights
+        if name.endswith(".weight")
+    }
+    for module in CASE["extract"]["tuned"]["modules"]:
+        delta = weight_delta(first[module], CPU)
+        assert delta is not None
+        noise = draw(f"golden-a/input/flux_lora_tools/noise/{module}", list(delta.shape))
+        tuned[paths[module]] = weights[paths[module]] + 0.5 * delta + 0.002 * torch.from_numpy(noise).float()
+    save_file(tuned, tmp_path / "tuned.safetensors")
+
+    flux_extract_lora.main(
+        [
+            *("--model_org", str(tmp_path / "model.safetensors"), "--model_tuned"),
+            *(str(tmp_path / "tuned.safetensors"), "--save_to", str(tmp_path / "lora.safetensors")),
+            *("--dim", str(CASE["extract"]["dim"]), "--clamp_quantile", str(quantile), "--no_metadata"),
+        ]
+    )
+
+    made = deltas(tmp_path / "lora.safetensors")
+    assert sorted(made) == CASE["extract"]["modules"]
+    for name, tensor in TENSORS.items():
+        kind, _, module = name.rpartition(".")
+        if kind == f"extracted_{quantile}":
+            assert float((made[module] - tensor).norm() / tensor.norm()) < 0.05
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata.items() >= CASE["extract"]["metadata_without_model_spec"].items()
+
+
+def test_the_randomised_decomposition_finds_what_the_whole_one_finds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(600, 5, generator=generator) @ torch.randn(5, 700, generator=generator)
+    change = low + 0.01 * torch.randn(600, 700, generator=generator)
+
+    down, up = decompose_change(change, 4, 1.0, "some.weight")
+
+    u, s, vh = torch.linalg.svd(change)
+    best = (u[:, :4] * s[:4]) @ vh[:4]
+    assert float((up @ down - best).norm() / best.norm()) < 1e-3
+    assert torch.equal(decompose_change(change, 4, 1.0, "some.weight")[0], down)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (flux_merge_lora.main, ["--save_to", "x.safetensors"], "--models names no LoRA"),
+        (
+            flux_merge_lora.main,
+            ["--models", "{lora}", "--save_to", "x.safetensors"],
+            "--ratios has 0 numbers",
+        ),
+        (flux_merge_lora.main, ["--models", "{lora}", "--ratios", "1"], "--save_to is missing"),
+        (
+            flux_merge_lora.main,
+            ["--models", "{lora}", "--ratios", "1", "--t5xxl", "{lora}"],
+            "--t5xxl_save_to is missing",
+        ),
+        (
+            flux_merge_lora.main,
+            ["--models", "{lora}", "--ratios", "1", "--save_to", "x.safetensors", "--precision", "fp4"],
+            "--precision fp4",
+        ),
+        (convert_flux_lora.main, ["--src", "sd-scripts"], "are both sd-scripts"),
+        (convert_flux_lora.main, ["--src_path", "{lora}"], "both needed"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    loras: list[Path], main: Callable[[list[str]], None], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(OptionError, match=words):
+        main([argument.replace("{lora}", str(loras[0])) for argument in arguments])
+
+
+def test_other_networks_than_loras_are_not_merged_into_one(tmp_path: Path, loras: list[Path]) -> None:
+    name = "lora_unet_single_blocks_0_linear2"
+    whole = {f"{name}.diff": torch.ones(*shapes()[name])}
+    save_file(whole, tmp_path / "whole.safetensors")
+
+    with pytest.raises(CheckpointError, match="Only plain LoRAs can"):
+        merge([loras[0], tmp_path / "whole.safetensors"], "--save_to", str(tmp_path / "x.safetensors"))
+
+
+def test_metadata_of_a_merged_lora_name_its_family_and_sources(tmp_path: Path, loras: list[Path]) -> None:
+    merge(loras, "--save_to", str(tmp_path / "sum.safetensors"), "--concat")
+
+    made = read_lora(tmp_path / "sum.safetensors").metadata
+    expected = {
+        "ss_network_module": "networks.lora_flux",
+        "ss_base_model_version": "flux1",
+        "ss_network_dim": "7",
+        "modelspec.merged_from": "lora-tools-1.safetensors, lora-tools-2.safetensors",
+    }
+    assert made.items() >= expected.items()
+    assert json.loads(made["ss_network_args"]) == {}
+
+
+def test_parts_of_one_layer_are_joined_by_the_family_of_the_file() -> None:
+    tensors = {
+        f"lora_unet_transformer_blocks_0_{path}.{part}": torch.ones(2, 2)
+        for path in ("ff_net_0_proj", "attn_to_out_0")
+        for part in ("lora_down.weight", "lora_up.weight")
+    }
+    from networks.names.flux import FLUX
+    from networks.names.hunyuan import HUNYUAN_VIDEO
+
+    assert "lora_unet_double_blocks_0_img_mlp_0" in group_by_module(fuse(tensors, family=FLUX))
+    assert "lora_unet_double_blocks_0_img_mlp_fc1" in group_by_module(fuse(tensors, family=HUNYUAN_VIDEO))
