@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import flux_generate_image
+import flux_train_network
 import hv_generate_video
 import wan_generate_video
 from dataset.options import read_latent_caching, read_text_caching
@@ -24,6 +26,8 @@ from downloads.catalogue import (
 )
 from downloads.listing import describe_set, family_table, models_tables
 from downloads.options import DownloadOptions, add_download_arguments
+from flux import options as flux
+from flux.configs import RELEASES
 from fpack_generate_video import DEFAULTS as FRAMEPACK_DEFAULTS
 from frame_pack import options as frame_pack
 from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
@@ -38,6 +42,7 @@ from post.tools_options import TOOLS as TOOLS_ON_VIDEOS
 from tests.commands import ROOT
 from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
+from training.image_options import read_image_training
 from training.options import read_training
 from wan import options as wan
 from wan.configs import TASKS
@@ -77,6 +82,22 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
         hv_generate_video.DEFAULTS,
         hunyuan_model.add_generation_arguments,
         hunyuan_model.HunyuanGenerationOptions,
+        argv,
+    ),
+    "flux_cache_latents.py": lambda argv: read_latent_caching(
+        "", flux.add_latent_caching_arguments, flux.FluxLatentCachingOptions, argv
+    ),
+    "flux_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
+        "", flux.add_text_caching_arguments, flux.FluxTextCachingOptions, argv
+    ),
+    "flux_train_network.py": lambda argv: read_image_training(
+        "", flux.add_training_arguments, flux.FluxTrainingOptions, flux_train_network.DEFAULTS, argv
+    ),
+    "flux_generate_image.py": lambda argv: read_generation(
+        "",
+        flux_generate_image.DEFAULTS,
+        flux.add_generation_arguments,
+        flux.FluxGenerationOptions,
         argv,
     ),
     "fpack_cache_latents.py": lambda argv: read_latent_caching(
@@ -160,6 +181,11 @@ def test_no_two_files_have_the_same_place() -> None:
         ("framepack", "framepack-dit", None),
         ("framepack_f1", "framepack-dit", None),
         ("siglip", "sigclip-vision-384", None),
+        ("flux_dev", "flux1-dev-dit", None),
+        ("chroma", "chroma1-dit", None),
+        ("flux_ae", "flux1-ae", None),
+        ("t5xxl", "t5xxl-single", None),
+        ("flux_clip_l", "clip-l-text", None),
         ("gimmvfi_r", "gimmvfi-r raft-things", None),
         ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
         ("swinir", "swinir-large-realsr-x4-gan", None),
@@ -302,7 +328,7 @@ def test_a_family_with_one_task_needs_no_task() -> None:
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
     releases = [task.release for task in TASKS.values()]
-    for release in [*releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
+    for release in [*releases, *RELEASES.values(), HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
         for repository in release.repositories:
             licence = known[repository]
             assert (release.licence, release.licence_key, release.licence_url) == (
