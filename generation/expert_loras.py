@@ -27,14 +27,18 @@ def key_of(expert: Expert) -> str:
     return expert.name if expert.name in OPTIONS else ""
 
 
-def expert_loras(experts: Sequence[Expert], options: GenerationOptions) -> tuple[tuple[LoraUse, ...], ...]:
+def expert_loras(
+    experts: Sequence[Expert], options: GenerationOptions, with_texts: bool = False
+) -> tuple[tuple[LoraUse, ...], ...]:
     """Return the LoRAs of each expert, in the order of `experts`; warn of those trained for another one.
+
+    with_texts: read what they change in text encoders too.
 
     A file that holds a LoRA for each is used in both, whichever option names it. Patterns count over all
     files: those of --lora_weight, then those of --lora_weight_high_noise. Raises OptionError if LoRAs are
     given for an expert that is not, and as `read_lora`.
     """
-    given = _read_all(options)
+    given = _read_all(options, with_texts)
     keys = [key_of(expert) for expert in experts]
     for key, uses in given.items():
         whole = [use for use in uses if not use.lora.parts]
@@ -54,11 +58,12 @@ def expert_loras(experts: Sequence[Expert], options: GenerationOptions) -> tuple
     return tuple(found)
 
 
-def _read_all(options: GenerationOptions) -> dict[str, list[LoraUse]]:
+def _read_all(options: GenerationOptions, with_texts: bool) -> dict[str, list[LoraUse]]:
     by_option = loras_of(options)
     files = [path for loras in by_option.values() for path in loras.lora_weight or ()]
     strengths = [strength for loras in by_option.values() for strength in loras.multipliers()]
-    uses = lora_uses(LoraOptions(tuple(files) or None, tuple(strengths)), options.lora_patterns)
+    loras_given = LoraOptions(tuple(files) or None, tuple(strengths))
+    uses = lora_uses(loras_given, options.lora_patterns, with_texts)
     found: dict[str, list[LoraUse]] = {}
     for key, loras in by_option.items():
         count = len(loras.lora_weight or ())

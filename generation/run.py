@@ -38,6 +38,7 @@ from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
 from networks.fitting import check_loras_fit
 from networks.merge_files import merge_into_file
+from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def do(family: Family, options: GenerationOptions) -> None:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised automatically")
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
-    uses = expert_loras(family.experts, options)  # read first, so that a wrong file shows at once
+    # read first, so that a wrong file shows at once; a merged model is the DiT alone
+    uses = expert_loras(family.experts, options, with_texts=options.save_merged_model is None)
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device)
         return
@@ -76,6 +78,7 @@ def do(family: Family, options: GenerationOptions) -> None:
         return
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
+    session.text_loras = TextLoras(uses[0])
     post = PostTools(options.post.tools, device) if options.post.tools else None
     if post is not None:
         post.check()

@@ -26,6 +26,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.steps import Needs
 from modules.devices import free_memory
 from modules.planning.device_memory import host_room, spare_bytes
+from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Session:
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
     load_aside: LoadAside | None = None  # loads an expert into host memory, ahead of its time
+    text_loras: TextLoras | None = None
     rules: TurnRules = TurnRules()  # how experts share the device; `keep` says whether they stay
     # bytes of the device, where something was let in beside the DiT
     most_beside: int = field(default=0, init=False)
@@ -102,10 +104,14 @@ class Session:
         """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
+            if self.text_loras is not None:
+                self.text_loras.tell_unused(self._text_encoders)
         new = [text for text in dict.fromkeys(texts_of(wanted)) if text not in self._known]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new else ():
             with _at_work(encoder, self.device, self.keep), torch.no_grad():
+                if self.text_loras is not None:
+                    self.text_loras.add_to(encoder)
                 for text in track(new, "Encoding texts", len(new), unit="text"):
                     (conditions,) = encoder.encode([text])
                     outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))

@@ -58,7 +58,8 @@ def _sum(
     name: str, parts: Sequence[tuple[LoraFile, Factors, float]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return down R x in and up out x R of a sum, whose ranks stand side by side; alpha is the rank."""
-    downs, ups = [], []
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
     for lora, factors, ratio in parts:
         down, up = (factors[part].to(device, torch.float32) for part in LORA)
         if downs and (down.shape[1:], len(up)) != (downs[0].shape[1:], len(ups[0])):

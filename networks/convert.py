@@ -24,6 +24,7 @@ from networks.names.framepack import FRAMEPACK
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
 from networks.options import ConvertOptions
 from networks.parts import fuse
+from networks.renaming import rename_to_aliases
 
 logger = getLogger(__name__)
 # HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
@@ -126,6 +127,8 @@ def converted(
     native = fuse(lora.tensors, family=family) if family is not None and family.parts else lora.tensors
     if target == "default":
         tensors = add_missing_alphas(native)
+    elif target == "other" and family is not None and family.underscored:
+        tensors = rename_to_aliases(add_missing_alphas(native), family)
     else:
         if family is not None and family.parts and (target == "diffusers" or family.start == IN_DIFFUSERS):
             other = to_diffusers_parts(native, family, start)

@@ -161,6 +161,8 @@ class LoraPatch:
             path, keys = use.lora.path, self._keys(use)
             missed = [key for key in keys if key not in self._seen]
             taken = self._taken[id(use)]
+            if not keys and use.lora.text_tensors:
+                continue  # it changes text encoders alone
             if id(use) in self._narrower:
                 logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
             if not taken:
@@ -238,14 +240,19 @@ class LoraPatch:
         ]
 
 
-def lora_uses(loras: LoraOptions, patterns: LoraPatternOptions | None = None) -> list[LoraUse]:
-    """Read the files of `--lora_weight`; return each with its multiplier and patterns."""
+def lora_uses(
+    loras: LoraOptions, patterns: LoraPatternOptions | None = None, with_texts: bool = False
+) -> list[LoraUse]:
+    """Read the files of `--lora_weight`; return each with its multiplier and patterns.
+
+    with_texts: what they change in text encoders too.
+    """
     files = loras.lora_weight or ()
     includes = _per_file(files, patterns.include_patterns if patterns else None, "--include_patterns")
     excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
     rows = zip(files, loras.multipliers(), includes, excludes, strict=True)
     return [
-        LoraUse(read_lora(path, by_expert=True), multiplier, include, exclude)
+        LoraUse(read_lora(path, by_expert=True, with_texts=with_texts), multiplier, include, exclude)
         for path, multiplier, include, exclude in rows
     ]
 

@@ -1,18 +1,15 @@
 """Merge LoRAs of FLUX into its transformer and its text encoders, file by file."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from logging import getLogger
 
 import torch
 
 from networks.combining import add_up, save_sum
 from networks.image_tools_options import FluxMergeOptions
-from networks.key_formats import OURS
-from networks.loading import LoraFile, read_lora
-from networks.lora_network import prefix_of
+from networks.loading import read_lora
 from networks.merge import LoraUse
 from networks.merge_files import merge_into_file
+from networks.text_loras import uses_for_text
 
 logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,38 +36,15 @@ def merge_flux(options: FluxMergeOptions) -> None:
         "--clip_l": ("--clip_l_save_to", options.clip_l_save_to),
         "--t5xxl": ("--t5xxl_save_to", options.t5xxl_save_to),
     }
-    parts = {option: uses_of(loras, ratios, ENCODERS.get(option)) for option in outputs}
-    for option, uses in parts.items():
-        if uses and option not in options.targets:
+    uses = [LoraUse(lora, ratio) for lora, ratio in zip(loras, ratios, strict=True)]
+    parts = {option: uses_for_text(uses, prefix) for option, prefix in ENCODERS.items()}
+    parts["--flux_model"] = [use for use in uses if use.lora.tensors]
+    for option, found in parts.items():
+        if found and option not in options.targets:
             logger.warning(
-                f"{len(uses)} of the LoRAs change {option[2:]} too, which is left out: no {option} is given"
+                f"{len(found)} of the LoRAs change {option[2:]} too, which is left out: no {option} is given"
             )
     for option, model in options.targets.items():
         written_by, output = outputs[option]
         assert output is not None
         merge_into_file(model, parts[option], output, device, dtype=dtype, option=written_by)
-
-
-def uses_of(loras: Sequence[LoraFile], ratios: Sequence[float], prefix: str | None) -> list[LoraUse]:
-    """Return what LoRAs change in the DiT, or in the text encoder of a prefix, as uses for its file."""
-    uses = []
-    for lora, ratio in zip(loras, ratios, strict=True):
-        part = lora if prefix is None else text_part(lora, prefix)
-        if part.tensors:
-            uses.append(LoraUse(part, ratio))
-    return uses
-
-
-def text_part(lora: LoraFile, prefix: str) -> LoraFile:
-    """Return the part of a LoRA that changes the text encoder with this prefix, as a LoRA for its file."""
-    tensors = {
-        OURS + name.removeprefix(f"{prefix}_"): tensor
-        for name, tensor in lora.text_tensors.items()
-        if prefix_of(name) == prefix
-    }
-    return replace(lora, tensors=tensors, text_tensors={}, metadata=_without_family(lora.metadata))
-
-
-def _without_family(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata that say nothing of the DiT that a LoRA is for."""
-    return {key: value for key, value in metadata.items() if not key.startswith(("ss_base", "modelspec"))}

@@ -286,7 +286,8 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a file with a LoRA for each expert, take this one alone",
     )
     targets = (
-        "other: diffusion_model. (FramePack: transformer.) with lora_A and lora_B, alpha folded in; "
+        "other: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: transformer.) with "
+        "lora_A and lora_B, alpha folded in; HunyuanImage: lora_unet_ with ComfyUI's names; "
         "default: lora_unet_ with lora_down and lora_up; "
         "diffusers: transformer. with diffusers' module names, both experts in one file as transformer. "
         "(high noise) and transformer_2. (low noise)"

@@ -1,6 +1,9 @@
 """Rename the modules of a LoRA file by a family's aliases, without touching its values."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import open_checkpoint
@@ -12,6 +15,22 @@ from networks.module_names import alias, to_alias
 from networks.names.layouts import FamilyNames
 
 
+def rename_to_aliases(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA of ours under the family's aliases, those modules that have one."""
+    return _rename(tensors, family, to_alias)
+
+
+def _rename(
+    tensors: Mapping[str, Tensor], family: FamilyNames, change: Callable[[str, FamilyNames], str]
+) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        module, dot, part = name.removeprefix(OURS).partition(".")
+        own = name.startswith(OURS)
+        renamed[f"{OURS}{change(module, family)}{dot}{part}" if own else name] = tensor
+    return renamed
+
+
 def rename_file(source: Path, output: Path, family: FamilyNames, reverse: bool) -> None:
     """Write a LoRA of ours with ComfyUI's module names, or the other way round (`reverse`).
 
@@ -21,12 +40,7 @@ def rename_file(source: Path, output: Path, family: FamilyNames, reverse: bool) 
     with open_checkpoint(source) as checkpoint:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith(STALE)}
-    renamed = {}
-    for name, tensor in stored.items():
-        module, dot, part = name.removeprefix(OURS).partition(".")
-        change = alias if reverse else to_alias
-        own = name.startswith(OURS)
-        renamed[f"{OURS}{change(module, family)}{dot}{part}" if own else name] = tensor
+    renamed = _rename(stored, family, alias if reverse else to_alias)
     if renamed.keys() == stored.keys():
         direction = "ComfyUI's names to ours" if reverse else "our names to ComfyUI's"
         raise CheckpointError(

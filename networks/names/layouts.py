@@ -43,6 +43,9 @@ class FamilyNames:
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
+    # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
+    # ours in dots too
+    underscored: bool = False
     # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have

@@ -9,6 +9,7 @@ from networks.module_names import FAMILIES, alias, choose_family, diffusers_path
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.names.wan import WAN
+from networks.parts import for_model
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
 from tests.networks.making import golden_dit, golden_lora
@@ -148,6 +149,18 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
             name = replace_dots(module.replace("{n}", "7"))
             owners = {other.name for other in FAMILIES if module_path(name, other)}
             assert owners == {family.name} or {family.name} < owners <= like or module in of_several
+
+
+def test_a_lora_with_names_of_two_families_fits_whichever_model_it_is_given_to() -> None:
+    """ComfyUI calls HunyuanVideo's and HunyuanImage's modules as FLUX calls its own."""
+    name = "lora_unet_double_blocks_0_img_mlp_0"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 2), f"{name}.lora_up.weight": torch.ones(3, 1)}
+    for model in ("img_mlp_0", "img_mlp_fc1"):
+        own = f"lora_unet_double_blocks_0_{model}"
+
+        fitted = for_model(tensors, {own: 3}.get)
+
+        assert fitted.keys() == {f"{own}.lora_down.weight", f"{own}.lora_up.weight"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,217 @@
+"""LoRAs in the image families' transformers: recorded gradients, and the same predictions in diffusers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tests.flux.making as flux
+import tests.hunyuan_image.making as hunyuan_image
+import tests.lumina.making as lumina
+from networks import lora_flux, lora_hunyuan_image, lora_lumina
+from networks.convert import convert_file
+from networks.loading import read_lora
+from networks.lora_network import LoraNetwork
+from networks.merge import LoraPatch, LoraUse
+from tests.golden_cases import make_weights, read_case
+from tests.tiny.lumina import tiny_state
+
+Both = Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]]  # ours, theirs -> their predictions
+MODULES: dict[str, Any] = {
+    "flux": lora_flux,
+    "chroma": lora_flux,
+    "hunyuan_image": lora_hunyuan_image,
+    "lumina": lora_lumina,
+}
+
+
+def golden_lora(network: LoraNetwork, settings: dict[str, Any]) -> None:
+    """Fill the factors by the rule of the recorded cases; split layers part by part."""
+    key, extra = settings["weights_model_key"], settings["lora_up_extra_scale"]
+
+    def drawn(name: str, parts: list[Tensor], number: str) -> None:
+        for index, part in enumerate(parts):
+            full = f"{name}.{index}.weight" if number else f"{name}.weight"
+            value = make_weights(key, [[full, list(part.shape)]])[full]
+            part.copy_(value * extra if "lora_up" in name else value)
+
+    with torch.no_grad():
+        for name, layer in zip(network.names, network.layers, strict=True):
+            pairs = layer.factor_pairs()
+            number = "0" if len(pairs) > 1 else ""
+            drawn(f"{name}.lora_down", [down for down, _ in pairs], number)
+            drawn(f"{name}.lora_up", [up for _, up in pairs], number)
+
+
+def gradients(network: LoraNetwork) -> dict[str, Tensor]:
+    """By the recorded names: those of split layers part by part."""
+    found = {}
+    for name, layer in zip(network.names, network.layers, strict=True):
+        down, up = layer.lora_down.weight.grad, layer.lora_up.weight.grad
+        assert down is not None
+        assert up is not None
+        heights = [len(one) for _, one in layer.factor_pairs()]
+        for factor, whole in (("lora_down", down.chunk(len(heights))), ("lora_up", up.split(heights))):
+            for index, part in enumerate(whole):
+                number = f".{index}" if len(heights) > 1 else ""
+                found[f"{name}.{factor}{number}.weight"] = part
+    return found
+
+
+def _flux(case: str, given: dict[str, Tensor]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    model, _, _ = flux.golden_model(case)
+    guidance = torch.ones(2) if "pooled" in given else None
+
+    def run(noisy: Tensor) -> Tensor:
+        times = 1000 * given["s"]
+        out = model(
+            noisy.unsqueeze(2), times, given["t5"], given.get("t5_mask"), given.get("pooled"), guidance
+        )
+        return out.squeeze(2)
+
+    return model, run
+
+
+def _hunyuan_image(_: str, given: dict[str, Tensor]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    model = hunyuan_image.golden_model()
+    texts = [given[name] for name in ("text", "text_mask", "byt5", "byt5_mask")]
+    return model, lambda noisy: model(noisy, (1000 * given["s"]).trunc(), *texts)
+
+
+def _lumina(_: str, given: dict[str, Tensor]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    model = lumina.golden_model()
+    return model, lambda noisy: model(noisy, 1 - given["s"], given["cap_feats"], given["cap_mask"])
+
+
+@pytest.mark.parametrize(
+    ("case", "model_of", "build", "arguments"),
+    [
+        ("lora_flux", "flux_dit_guidance", _flux, {}),
+        ("lora_flux_split_qkv", "flux_dit_guidance", _flux, {"split_qkv": "True"}),
+        ("lora_chroma", "chroma_dit", _flux, {}),
+        ("lora_hunyuan_image", "", _hunyuan_image, {}),
+        ("lora_lumina", "", _lumina, {}),
+    ],
+)
+def test_forward_loss_and_gradients_equal_the_recorded_ones(
+    case: str, model_of: str, build: Callable[..., Any], arguments: dict[str, str]
+) -> None:
+    description, given = read_case(case)
+    dit, run = build(model_of, given)
+    settings, tolerance = description["lora"], description["tolerance"]
+    module = next(module for name, module in MODULES.items() if name in case)
+    network = module.create_arch_network(
+        1.0, settings["rank"], settings["alpha"], None, None, dit, **arguments
+    )
+    golden_lora(network, settings)
+    hooked = {layer: layer.forward for layer in dit.modules() if isinstance(layer, nn.Linear)}
+    network.apply_to(None, dit)
+    s = given["s"].view(-1, 1, 1, 1)
+    velocity = given["noise"] - given["latents"]
+
+    out = run((1 - s) * given["latents"] + s * given["noise"])
+    loss = nn.functional.mse_loss(out, -velocity if "lumina" in case else velocity)
+    loss.backward()
+
+    for layer, forward in hooked.items():  # the model is kept for other tests
+        layer.forward = forward  # type: ignore[method-assign]
+    torch.testing.assert_close(out, given["out"], rtol=1e-4, **tolerance["out"])
+    torch.testing.assert_close(loss.detach(), given["loss"].view(()), atol=0, **tolerance["loss"])
+    rtol, found = tolerance["grads"]["rtol"], gradients(network)
+    assert found.keys() == description["grad_sum_and_l2norm"].keys()
+    for name, gradient in found.items():
+        total, norm = description["grad_sum_and_l2norm"][name]
+        assert float(gradient.norm()) == pytest.approx(norm, rel=rtol), name
+        assert float(gradient.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm), name
+        if f"grad.{name}" in given:
+            scale = rtol * float(gradient.abs().max())
+            torch.testing.assert_close(gradient, given[f"grad.{name}"], rtol=rtol, atol=scale)
+
+
+def models(
+    family: str,
+) -> tuple[nn.Module, nn.Module, Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]]]:
+    """Our tiny transformer, diffusers' with the same weights, and both their predictions."""
+    if family == "hunyuan_image":
+        inputs = hunyuan_image.tiny_inputs()
+        there = hunyuan_image.in_diffusers.__wrapped__()
+
+        def both(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:
+            return ours(**inputs), hunyuan_image.run_there(theirs, inputs)
+
+        return hunyuan_image.tiny_model(), there, both
+    if family == "lumina":
+        given = lumina.tiny_inputs()
+
+        def both(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:
+            return ours(**given), theirs(*given.values()).sample
+
+        return lumina.tiny_model(), lumina.in_diffusers(tiny_state()), both
+    kind = "dev" if family == "flux" else "chroma"
+    of_flux = flux.tiny_inputs(kind, (5,))
+
+    def both(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:
+        return ours(**of_flux), flux.run_there(theirs, of_flux, 0)
+
+    return flux.tiny_model(kind), flux.in_diffusers(kind), both
+
+
+EVERYTHING = {
+    "flux": {"in_dims": "[2,2,2,2,2]"},
+    "chroma": {"in_dims": "[2,0,0,0,2]"},
+    "lumina": {"embedder_dims": "[2,2,2]"},
+    "hunyuan_image": {},
+}
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("family", MODULES)
+@torch.no_grad()
+def test_a_converted_lora_predicts_in_diffusers_what_it_predicts_here(
+    tmp_path: Path, family: str, split: bool
+) -> None:
+    ours, theirs, both = models(family)
+    network = MODULES[family].create_arch_network(
+        1.0, 4, 2.0, None, None, ours, **EVERYTHING[family], **({"split_qkv": "True"} if split else {})
+    )
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    network.save_weights(tmp_path / "lora.safetensors", None, {"ss_base_model_version": family})
+    plain, _ = both(ours, theirs)
+    network.apply_to(None, ours)
+
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "there.safetensors", "diffusers")
+    theirs.load_lora_adapter(load_file(tmp_path / "there.safetensors"), prefix="transformer")
+
+    here, there = both(ours, theirs)
+    assert float((here - plain).abs().max()) > 0.01 * float(plain.abs().max())
+    assert float((here - there).abs().max()) <= 1e-4 * float(there.abs().max())
+
+
+@pytest.mark.parametrize("dialect", ["default", "other", "diffusers"])
+@pytest.mark.parametrize("family", MODULES)
+@torch.no_grad()
+def test_every_dialect_changes_a_model_as_the_network_did(tmp_path: Path, family: str, dialect: str) -> None:
+    ours, _, _ = models(family)
+    network = MODULES[family].create_arch_network(1.0, 4, 2.0, None, None, ours, **EVERYTHING[family])
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    network.save_weights(tmp_path / "lora.safetensors", None, {"ss_base_model_version": family})
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "converted.safetensors", dialect)
+
+    found = []
+    for name in ("lora", "converted"):
+        patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors"), 0.5)])
+        found.append({key: patch(key, weight) for key, weight in ours.state_dict().items()})
+        patch.check()
+        assert patch.unused() == []
+
+    for key, weight in found[0].items():
+        torch.testing.assert_close(found[1][key], weight, rtol=1e-5, atol=1e-6, msg=key)
+    assert any(not torch.equal(weight, ours.state_dict()[key]) for key, weight in found[0].items())

@@ -1,0 +1,118 @@
+"""LoRAs for text encoders: into the loaded networks when generating, and from what a training saves."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from encoders.clip_l import ClipTextEncoder
+from modules.contract.generation import Prompt
+from modules.errors import CheckpointError
+from networks import lora_flux
+from networks.loading import read_lora
+from networks.lora_network import LoraNetwork
+from networks.merge import LoraPatch, LoraUse
+from networks.text_loras import TextLoras
+from tests.flux.making import tiny_model
+from tests.tiny.picture_encoders import write_clip_l
+
+CPU = torch.device("cpu")
+PROMPT = [Prompt("a cat")]
+
+
+def encoder(folder: Path) -> ClipTextEncoder:
+    clip = ClipTextEncoder(write_clip_l(folder), torch.float32)
+    clip.load(CPU)
+    return clip
+
+
+def pooled(clip: ClipTextEncoder) -> Tensor:
+    with torch.no_grad():
+        (conditions,) = clip.encode(PROMPT)
+    value = conditions["l_pooled"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def trained(clip: ClipTextEncoder, path: Path, dit: nn.Module | None) -> LoraNetwork:
+    """A LoRA with random factors in the encoder (and the DiT), saved."""
+    texts = {clip.lora_prefix: clip.network}
+    network: LoraNetwork = lora_flux.create_arch_network(1.0, 2, 2.0, None, texts, dit)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    network.save_weights(path, None, {"ss_base_model_version": "flux"})
+    return network
+
+
+@pytest.mark.parametrize("with_dit", [False, True])
+def test_texts_are_encoded_as_in_training(tmp_path: Path, with_dit: bool) -> None:
+    clip = encoder(tmp_path / "clip")
+    plain = pooled(clip)
+    network = trained(clip, tmp_path / "lora.safetensors", tiny_model("dev") if with_dit else None)
+    network.apply_to([clip.network], tiny_model("dev"), apply_text_encoder=True, apply_unet=with_dit)
+    expected = pooled(clip)
+    lora = read_lora(tmp_path / "lora.safetensors", with_texts=True)
+    fresh = encoder(tmp_path / "clip")
+
+    loras = TextLoras([LoraUse(lora)])
+    for _ in range(2):  # a kept encoder comes again
+        loras.add_to(fresh)
+
+    assert float((expected - plain).abs().max()) > 1e-2
+    torch.testing.assert_close(pooled(fresh), expected, rtol=1e-4, atol=1e-5)
+    half = encoder(tmp_path / "clip")
+    TextLoras([LoraUse(lora, 0.0)]).add_to(half)
+    torch.testing.assert_close(pooled(half), plain)
+
+
+def test_names_are_those_of_hugging_faces_classes(tmp_path: Path) -> None:
+    clip = encoder(tmp_path / "clip")
+    network = trained(clip, tmp_path / "lora.safetensors", None)
+
+    assert {name.split("layers_")[0] for name in network.names} == {"lora_te1_text_model_encoder_"}
+    assert all(name.rsplit("_layers_0_")[-1] for name in network.names)
+
+
+def test_a_lora_for_encoders_alone_leaves_the_dit_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(encoder(tmp_path / "clip"), tmp_path / "lora.safetensors", None)
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
+    weights = tiny_model("dev").state_dict()
+
+    with caplog.at_level(logging.WARNING):
+        changed = {name: patch(name, weight) for name, weight in weights.items()}
+        patch.check()
+
+    assert all(torch.equal(changed[name], weight) for name, weight in weights.items())
+    assert caplog.text == ""
+
+
+def test_parts_for_encoders_that_a_model_does_not_have_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip = encoder(tmp_path / "clip")
+    name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 4), f"{name}.lora_up.weight": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    loras = TextLoras([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
+
+    with caplog.at_level(logging.WARNING):
+        loras.tell_unused([clip])
+
+    assert "2 tensors change a text encoder that this model does not have" in caplog.text
+
+
+def test_a_lora_of_another_size_is_refused(tmp_path: Path) -> None:
+    clip = encoder(tmp_path / "clip")
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 4), f"{name}.lora_up.weight": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    loras = TextLoras([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
+
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors"):
+        loras.add_to(clip)
