@@ -87,6 +87,9 @@ def test_a_forward_replaced_before_is_the_one_that_runs() -> None:
 ATTENTIONS = {"wan t2v": (2, 1), "wan i2v": (3, 1), "hunyuan t2v": (2, 0), "framepack": (2, 0)}
 
 
+ATTENTIONS["hunyuan_image"] = ATTENTIONS["hunyuan t2v"]  # whose blocks it has
+
+
 class Counter(TorchDispatchMode):
     """Counts operators as they are really computed, also in backward passes."""
 
