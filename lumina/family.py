@@ -100,6 +100,7 @@ class Lumina:
             "architecture": "lumina-2",
             "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
             "model_type": "lumina",
+            "base_model_version": "lumina2",
             **{key: path.name for key, path in names.items() if path is not None},
         }
 
