@@ -160,6 +160,8 @@ def test_no_two_files_have_the_same_place() -> None:
         ("framepack", "framepack-dit", None),
         ("framepack_f1", "framepack-dit", None),
         ("siglip", "sigclip-vision-384", None),
+        ("lumina", "lumina2-dit", None),
+        ("gemma2", "gemma2-2b-comfy", None),
         ("gimmvfi_r", "gimmvfi-r raft-things", None),
         ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
         ("swinir", "swinir-large-realsr-x4-gan", None),
