@@ -169,7 +169,7 @@ def _warn_of_no_masks(options: TrainingOptions, config: DatasetConfig) -> None:
     is_asked = options.subset is not None and options.subset.masked_loss
     if is_asked and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
         logger.warning(
-            "--masked_loss has no effect: no subset has conditioning_data_dir with masks, or alpha_mask = true"
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
         )
 
 

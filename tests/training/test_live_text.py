@@ -77,6 +77,24 @@ def test_each_text_encoder_has_its_own_rate(tmp_path: Path) -> None:
     assert moved == {"lora_te1"}
 
 
+def test_a_rate_for_an_encoder_that_does_not_learn_is_left_over(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    one, two = [train_image_toy(tmp_path, "--text_encoder_lr", *rates) for rates in ((1e-3,), (1e-3, 0.5))]
+
+    assert same(one, two)
+    with pytest.raises(OptionError, match="--text_encoder_lr has 3 values, but 2 text encoders can learn"):
+        train_image_toy(tmp_path, "--text_encoder_lr", 1, 1, 1)
+
+
+def test_a_network_without_parts_for_text_encoders_is_refused_them(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    loha = "--network_module", "networks.loha"
+
+    with pytest.raises(OptionError, match="networks.loha"):
+        train_image_toy(tmp_path, *loha)
+    assert _prefixes(train_image_toy(tmp_path, *loha, UNET_ONLY)) == {"lora_unet"}
+
+
 def test_what_is_cached_stays_cached_while_another_encoder_learns(tmp_path: Path) -> None:
     write_pictures(tmp_path, texts=True)
     family = TextFamily()

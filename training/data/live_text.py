@@ -25,6 +25,7 @@ class LiveTexts:
 
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # those of them that get a network, in their order
+    able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
 
     @property
     def keys(self) -> frozenset[str]:
