@@ -34,6 +34,7 @@ def test_texts_without_caches_are_encoded_in_each_step(tmp_path: Path) -> None:
 
     assert _prefixes(tensors) == {"lora_unet"}
     assert sorted(set(family.made[-1].asked)) == [f"red, big, number {index}" for index in range(4)]
+    assert all(encoder.made is None for encoder in family.made)  # freed
 
 
 def test_text_caches_are_used_if_nothing_changes(tmp_path: Path) -> None:
