@@ -29,7 +29,7 @@ from tests.tiny.families import FAMILIES
 from tests.tiny.hunyuan_image import diffusers_parts
 from tests.tiny.project import write_plain_pictures
 
-SEED, RANK, ALPHA, RATE, STEPS, SHIFT = 5, 4, 3.0, 0.01, 2, 5.0
+SEED, RANK, ALPHA, RATE, STEPS, SHIFT = 5, 4, 3.0, 8.0, 2, 5.0
 SCALE = 0.75289  # of latents, after caching
 
 
