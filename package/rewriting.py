@@ -77,7 +77,7 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     """
     names, rooms = "|".join(sorted(scripts)), "|".join(TOOLS)
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
-    return re.sub(rf"(?:\bpython )?\b(?:(?:{'|'.join(TOOLS)})/)?({names})\.py\b", r"\1", source)
+    return re.sub(rf"(?:\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b", r"\1", source)
 
 
 def add_entry_point(source: str, script: str) -> str:
