@@ -10,12 +10,9 @@ from modules.command import Parser, did_you_mean
 from modules.errors import OptionError
 from modules.options import check_at_most, read_options
 
-LATENT_SCRIPTS = ("cache_latents", "wan_cache_latents", "fpack_cache_latents")
-TEXT_SCRIPTS = (
-    "cache_text_encoder_outputs",
-    "wan_cache_text_encoder_outputs",
-    "fpack_cache_text_encoder_outputs",
-)
+_PREFIXES = ("", "wan_", "fpack_", "flux_", "hunyuan_image_", "lumina_")  # of scripts; "": HunyuanVideo
+LATENT_SCRIPTS = tuple(f"{name}cache_latents" for name in _PREFIXES)
+TEXT_SCRIPTS = tuple(f"{name}cache_text_encoder_outputs" for name in _PREFIXES)
 
 
 @dataclass(frozen=True)

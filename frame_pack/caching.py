@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from encoders.posterior import posterior_generator
 from frame_pack.masks import apply_masks
 from frame_pack.one_frame import OneFrame, one_frame_indices
 from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
-from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
 from modules.errors import DatasetError, MediaError

@@ -12,10 +12,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from encoders.posterior import posterior_generator
 from frame_pack.masks import latent_mask
 from frame_pack.requests import FramePackRequest
 from frame_pack.sections import LATENT_STRIDE
-from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
 from modules.contract.data import Conditions, MediaEncoders

@@ -106,6 +106,7 @@ class HunyuanImage:
             "architecture": "hunyuan-image-2.1",
             "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
             "model_type": "hunyuan_image",
+            "base_model_version": "hunyuan-image-2.1",
             **{key: path.name for key, path in names.items() if path is not None},
         }
 
@@ -198,7 +199,7 @@ class HunyuanImage:
         self.files.check(("dit", "texts", *(("vae",) if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open, cut the size to whole latents and check files. Nothing is loaded.
+        """Fill what the request leaves open, cut the size to whole latents, check files. Nothing is loaded.
 
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """

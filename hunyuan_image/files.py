@@ -1,4 +1,4 @@
-"""Files of a HunyuanImage-2.1 run: their paths and dtypes, and the check that each is what its option says."""
+"""Files of a HunyuanImage-2.1 run: paths and dtypes, and the check that each is what its option says."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace

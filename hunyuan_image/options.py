@@ -147,7 +147,7 @@ def translate_training(args: argparse.Namespace) -> None:
         setattr(args, flag, True)
     if not args.network_train_unet_only:
         raise OptionError(
-            f"--network_train_unet_only is needed: the text encoders of {NAME}, a language model of 7 billion "
+            f"--network_train_unet_only is needed: the text encoders of {NAME}, a language model of 7 bn "
             "weights and ByT5, do not learn. Give it"
         )
 

@@ -16,7 +16,7 @@ LATENT = LatentSpec(
     scale=SCALE,
     npz=NpzFormat("_hi", "_hi_te", variable_length=frozenset({"vlm_embed", "vlm_mask"})),
 )
-# the shift by size counts tokens of halved sides, as in the known trainers, although a patch is one pixel here
+# the shift by size counts tokens of halved sides, as in the known trainers, although patches are one pixel
 NOISE = NoiseSpec(
     training_offset=0.0, whole_timesteps=True, table_is_shifted=True, tokens=count_picture_tokens
 )

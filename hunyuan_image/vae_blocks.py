@@ -1,4 +1,4 @@
-"""Encoder and decoder of HunyuanImage-2.1's VAE: FLUX's levels, with pixels folded into channels between them.
+"""Encoder and decoder of HunyuanImage-2.1's VAE: FLUX's levels, with pixels folded into channels between.
 
 Module names follow the published file. Source: the released model code; the shortcuts that average or repeat
 channels are those of Chen et al. 2024, arXiv 2410.10733.

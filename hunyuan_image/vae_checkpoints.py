@@ -41,7 +41,10 @@ _LAYER = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.+)")
 
 
 def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
-    """Plan how to load the VAE: the released file or diffusers' layout. Raises CheckpointError for another."""
+    """Plan how to load the VAE: the released file or diffusers' layout.
+
+    Raises CheckpointError for another file.
+    """
     checkpoint = checkpoint.without_prefix("module.", "_orig_mod.", "first_stage_model.", "vae.")
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.conv1.weight" in sources:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoders.posterior import posterior_generator
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.conditioning import (
     encode_latents,
     first_frame_condition,
     first_frame_of,
-    posterior_generator,
     sample_moments,
     texts_for,
 )

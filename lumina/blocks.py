@@ -111,10 +111,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C, with a second caption B L+T+T' C
-        away, length = tokens.away, tokens.image
+        away = tokens.away
         if away is None:
             return run(self.out, self.look(self.heads(x), tokens.rotary, tokens.attention, tokens.lengths))
-        heads, first = self.heads(x), x.shape[1] - away.count
+        heads, first, length = self.heads(x), x.shape[1] - away.count, tokens.image
         beside = tuple(torch.cat([one[:, :length], one[:, first:]], dim=1) for one in heads)
         own = tuple(one[:, :first] for one in heads)
         seen = self.look(own, tokens.rotary, tokens.attention, tokens.lengths)  # type: ignore[arg-type]

@@ -66,6 +66,7 @@ DEFAULTS = SamplingDefaults(
     width=1024,
     height=1024,
     frames=1,
+    samples={"width": 1024, "height": 1024, "sample_steps": 36},
 )
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
@@ -99,6 +100,7 @@ class Lumina:
             "architecture": "lumina-2",
             "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
             "model_type": "lumina",
+            "base_model_version": "lumina2",
             **{key: path.name for key, path in names.items() if path is not None},
         }
 

@@ -14,9 +14,7 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
     npz=NpzFormat("_lumina", "_lumina_te"),
 )
-NOISE = NoiseSpec(
-    training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_picture_tokens
-)
+NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_picture_tokens)
 DIT = DitSpec(
     block_lists=("layers",),
     fp8_exclude=("norm", "adaLN_modulation"),

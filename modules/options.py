@@ -218,9 +218,9 @@ def add_unneeded(
 def list_unneeded(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
     """Return a line for each option declared by `add_unneeded` that is given."""
     return [
-        f"{action.option_strings[0]} is not needed: {action.instead}"  # type: ignore[attr-defined]
+        f"{action.option_strings[0]} is not needed: {action.instead}"
         for action in parser._actions
-        if hasattr(action, "instead") and getattr(args, action.dest) not in action.silent  # type: ignore[attr-defined]
+        if hasattr(action, "instead") and getattr(args, action.dest) not in getattr(action, "silent", ())
     ]
 
 

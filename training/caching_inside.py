@@ -16,7 +16,7 @@ import torch
 from dataset.batches.live import LiveTable
 from dataset.cache.files import parse_latent_name
 from dataset.cache.memory import MemoryStore, SplitStore
-from dataset.cache.npz import NpzStore
+from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.planning import Caches
@@ -76,9 +76,10 @@ class TablePlan:
         return self.latents is self.texts is Where.OWN
 
     @property
-    def is_on_disk(self) -> bool:
-        """Return whether all of it is in files, made yet or not."""
-        return {self.latents, self.texts} <= {Where.OWN, Where.NPZ}
+    def can_be_planned(self) -> bool:
+        """Return whether a batch can be rehearsed before anything is encoded."""
+        texts = (Where.OWN, Where.NPZ, Where.LIVE)
+        return self.latents in {Where.OWN, Where.NPZ} and self.texts in texts
 
 
 def prepare_sources(
@@ -199,7 +200,7 @@ def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
         if where is Where.OWN:
             return open_store(table, names)
         if where is Where.NPZ:
-            return NpzStore(table, names, table.picture_folder)
+            return open_npz(table, names, table.picture_folder)
         return MemoryStore(table.cache_directory)  # of what is encoded at each step it has nothing
 
     return SplitStore(place(plan.latents), place(plan.texts), names.tag)

@@ -21,7 +21,7 @@ from modules.contract.family import Family
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
-from training.caching_inside import TablePlan, TextUse, open_stores, plan_tables
+from training.caching_inside import TablePlan, TextUse, list_live_tables, open_stores, plan_tables
 from training.data.live_media import BatchSources
 from training.data.shown_timesteps import show_timesteps
 from training.job import read_config
@@ -114,8 +114,10 @@ def _plan(
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
     config = read_config(options)
-    plans = plan_tables(family, config, options.caching, _use(family, options, config))
-    if not all(plan.is_on_disk for plan in plans):
+    texts = find_live_texts(family, options, config)
+    use = text_use(family, texts)
+    plans = plan_tables(family, config, options.caching, use)
+    if not all(plan.can_be_planned for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
             f"with --cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, or with\n  "
@@ -123,11 +125,12 @@ def _plan(
         )
     stores = open_stores(family, plans)
     parts = family.cache_tag, family.latent, family.text_keys
-    found = require_items(find_items(config, *parts, stores), commands)
+    tables = list_live_tables(plans, needs_captions=use is not TextUse.CACHES)
+    found = require_items(find_items(config, *parts, stores, tables), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)
     samples = options.samples
     makes_samples = samples.sample_prompts is not None and (samples.is_timed or samples.sample_now)
     sampled = len(sampling.experts) - len(family.experts) if sampling is not None and makes_samples else 0
-    sources = BatchSources(stores)
-    plan_training(family, options, items or found, commands, choose_device(None), sampled, sources)
+    sources = BatchSources(stores, tables)
+    plan_training(family, options, items or found, commands, choose_device(None), sampled, sources, texts)

@@ -174,7 +174,7 @@ def _resolve_memory(job: TrainingJob, data: Data) -> tuple[TrainingJob, MemoryWa
     """Resolve --blocks_to_swap auto, to the same number in all processes; also return what watches memory."""
     device, processes = job.accelerator.device, job.accelerator.num_processes
     options, memory = prepare_memory(
-        job.family, job.options, data.training, job.commands, device, data.sources
+        job.family, job.options, data.training, job.commands, device, data.sources, data.texts
     )
     # each process looked at its own device, but all share the weights on the host
     if job.options.speed.swap.is_auto:

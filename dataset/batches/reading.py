@@ -181,7 +181,9 @@ def _read_latents(
     if fault is not None:
         raise CacheError(fault)
     record = latent_record(entry.header)
-    _check_mask(item, record, LOSS_MASK in entry.tensors)
+    # other programs make none but from transparency
+    theirs = store.is_shared(item.latent_path.name) and LOSS_MASK in entry.tensors
+    _check_mask(item, (FROM_ALPHA if theirs else None) if record is None else record.options.get("mask"))
     if item.table.augmentation.flip and "latents" + FLIPPED not in entry.tensors:
         raise CacheError(f"{item.latent_path}: it has no mirrored latents, which flip_aug needs")
     if record is not None:
@@ -221,11 +223,9 @@ def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:
     return folders
 
 
-def _check_mask(item: TrainingItem, record: LatentRecord | None, has_mask_tensor: bool) -> None:
+def _check_mask(item: TrainingItem, made_from: str | None) -> None:
     """Raise CacheError if the mask of an item is not from where its table says."""
     table = item.table
-    # other programs make none but from transparency
-    made_from = (FROM_ALPHA if has_mask_tensor else None) if record is None else record.options.get("mask")
     if table.alpha_mask:
         wanted: set[str | None] = {FROM_ALPHA}
     elif table.mask_directory is not None:

@@ -9,8 +9,9 @@ the record of what it was made from, which other programs ignore.
 
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +27,8 @@ from dataset.cache.files import (
     Header,
     is_text_name,
     parse_latent_name,
+    parse_more_text_name,
+    parse_text_name,
     tensor_key,
     tensor_name,
 )
@@ -40,8 +43,8 @@ from dataset.cache.npz_files import (
 from dataset.cache.npz_records import OURS, describe_tensors, open_record
 from dataset.config import DatasetTable
 from dataset.sources.decoding import bucket_of
+from dataset.sources.listing import find_sources
 from dataset.sources.masks import shrink_mask
-from modules.atomic_write import remove_leftovers
 from modules.contract.data import LOSS_MASK
 from modules.contract.family import LatentSpec
 from modules.contract.npz import NpzFormat
@@ -82,15 +85,21 @@ class NpzStore:
     table: DatasetTable
     family: NpzNames
     folder: Path
+    # pictures that a list names, which may be in many folders: stem -> path without suffix
+    beside: Mapping[str, Path] = field(default_factory=dict)
     holds_only_caches: ClassVar[bool] = False
 
     def is_shared(self, name: str) -> bool:
         return True
 
     def names(self) -> Collection[str]:
-        found = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        entries = (self._entry_name(name) for name in found if name.removesuffix(PART).endswith(NPZ))
-        return [name for name in entries if name is not None]
+        stems = {path: stem for stem, path in self.beside.items()}
+        return [
+            name
+            for folder in {self.folder, *(path.parent for path in stems)}
+            for file in (os.listdir(folder) if folder.is_dir() else ())
+            if (name := self._entry_name(file, folder, stems)) is not None
+        ]
 
     def has(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -124,7 +133,7 @@ class NpzStore:
             path.unlink(missing_ok=True)
             return
         end = self._suffix(name)
-        with only_one(self.folder / LOCK):
+        with only_one(path.with_name(LOCK)):
             members = read_members(path) if path.is_file() else {}
             kept = {array: data for array, data in members.items() if not array.endswith(end)}
             if kept:
@@ -133,12 +142,7 @@ class NpzStore:
                 path.unlink(missing_ok=True)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        def is_ours(file: str) -> bool:
-            name = self._entry_name(file)
-            return name is not None and of(name)
-
-        if self.folder.is_dir():
-            remove_leftovers(self.folder, is_ours)
+        """Remove nothing: a later write into a folder removes what was left there."""
 
     def finish(self) -> None:
         """Do nothing: each file is flushed when it is written."""
@@ -162,10 +166,26 @@ class NpzStore:
             if stem.endswith(ours):
                 stem = stem.removesuffix(ours) + theirs
                 break
-        return self.folder / f"{stem}{NPZ}{part}"
+        file = f"{stem}{NPZ}{part}"
+        source = self._source_stem(name)
+        place = self.beside.get(source)
+        if place is None:
+            return self.folder / file
+        return place.with_name(place.name + file.removeprefix(source))
 
-    def _entry_name(self, file: str) -> str | None:
-        """Return the name of the entry in a file; None if it is none of this family."""
+    def _source_stem(self, name: str) -> str:
+        """Return the beginning of an entry's name that its source has; "" of the empty prompt."""
+        whole, tag = name.removesuffix(PART), self.family.tag
+        latents, further = parse_latent_name(whole, tag, "image"), parse_more_text_name(whole, tag)
+        if latents is not None:
+            return latents.stem
+        return (further[0] if further is not None else parse_text_name(whole, tag)) or ""
+
+    def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
+        """Return the name of the entry in a file; None if it is none of this family.
+
+        stems: of pictures that a list names, by their paths without suffix.
+        """
         whole = file.removesuffix(PART)
         part, stem = file[len(whole) :], whole.removesuffix(NPZ)
         for ours, theirs in self._ends():
@@ -174,7 +194,14 @@ class NpzStore:
                 break
         name = stem + SUFFIX
         is_one = self._is_text(name) or parse_latent_name(name, self.family.tag, "image") is not None
-        return name + part if is_one and whole.endswith(NPZ) else None
+        if not (is_one and whole.endswith(NPZ)):
+            return None
+        source = self._source_stem(name)
+        if folder / source in stems:
+            name = stems[folder / source] + name.removeprefix(source)
+        elif folder != self.folder:
+            return None
+        return name + part
 
     def _ends(self) -> tuple[tuple[str, str], ...]:
         """Return the ends of names without suffix, ours and theirs, the longer ones first."""
@@ -259,7 +286,7 @@ class NpzStore:
         arrays[OURS] = describe_tensors(tensors, sources, metadata)
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(self.folder / LOCK):
+        with only_one(path.with_name(LOCK)):
             members = {one + end: format_array(array) for one, array in arrays.items()}
             write_members(path, self._others_in(path, end) | members)
 
@@ -311,6 +338,14 @@ class NpzStore:
             if like in arrays:
                 arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
         write_members(self._path(name), {one: format_array(array) for one, array in arrays.items()})
+
+
+def open_npz(table: DatasetTable, family: NpzNames, folder: Path) -> NpzStore:
+    """Return the npz files of a table. folder: of its pictures; those that a list names may be elsewhere."""
+    if table.metadata_file is None:
+        return NpzStore(table, family, folder)
+    sources = find_sources(table, captions=False, faults=[])
+    return NpzStore(table, family, folder, {source.stem: source.path.with_suffix("") for source in sources})
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from dataset.cache.files import Entry, Header, read_entry, read_header, write_tensors
-from dataset.cache.npz import NpzNames, NpzStore
+from dataset.cache.npz import NpzNames, open_npz
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers
@@ -169,7 +169,7 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
                 f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
                 '"shards"'
             )
-        return NpzStore(table, names, table.cache_directory)
+        return open_npz(table, names, table.cache_directory)
     if table.cache_format == "shards":
         return ShardStore(table.cache_directory)
     return SingleFiles(table.cache_directory)

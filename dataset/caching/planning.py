@@ -334,9 +334,10 @@ def _check_item(
         entry = store.read(file)
         record = latent_record(entry.header)
         if record is None:
-            if source.mask_from is not None and LOSS_MASK not in entry.header.keys:
+            is_shared = store.is_shared(file)
+            if source.mask_from is not None and not (is_shared and LOSS_MASK in entry.header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
-            accepts = recipe.skip_existing or store.is_shared(file)
+            accepts = recipe.skip_existing or is_shared
             _check_foreign(entry, bucket, span, files[file].section, source.table, recipe, accepts)
             foreign += 1
             continue

@@ -40,8 +40,8 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
         try:
             picture = pictures.find(key)
             text = _caption(entry, table)
-        except ValueError as error:
-            faults.append(Fault(f"entries of {path} cannot be used", f"{key!r}: {error}.", key))
+        except (ValueError, OSError) as error:
+            faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
             continue
         found.append((picture, text))
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):

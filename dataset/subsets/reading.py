@@ -43,7 +43,11 @@ def read_subsets(
     outer = _Level(COMMAND_LINE, {} if given is None else fallback_values(given))
     general = _Level("[general]", without_nulls(content.get("general"), "[general]", problems))
     entries = content.get("datasets")
-    entries = entries if isinstance(entries, list) else [entries]
+    if not isinstance(entries, list):
+        problems.append(
+            "[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution"
+        )
+        entries = [entries]
     general.check(DATASET, problems)
     tables: list[DatasetTable] = []
     is_masked = given is not None and given.masked_loss
@@ -53,7 +57,12 @@ def read_subsets(
         subsets = dataset.values.get(SUBSETS)
         dataset.check(DATASET, problems)
         if not isinstance(subsets, list) or not subsets:
-            problems.append(f"{place} has no [[datasets.subsets]]; each folder of pictures needs one")
+            is_single = isinstance(subsets, dict)
+            problems.append(
+                f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]"
+                if is_single
+                else f"{place} has no [[datasets.subsets]]; each folder of pictures needs one"
+            )
             continue
         for order, subset in enumerate(subsets):
             where = f"{place}, subset {order + 1}"
@@ -82,7 +91,8 @@ class _Level:
             if kind == DATASET and name == SUBSETS and self.where != "[general]":
                 continue
             if real not in SUBSET_KEYS:
-                problems.append(f"{self.where}: {unknown(name, value, allowed)}")
+                inner = [SUBSETS] if kind == DATASET else []
+                problems.append(f"{self.where}: {unknown(name, value, [*inner, *allowed])}")
             elif real not in allowed:
                 there = "[[datasets]] or [general]" if kind == SUBSET else "[[datasets.subsets]]"
                 problems.append(f"{self.where}: {name} = {show(value)} is for {there}; move it there")
@@ -145,7 +155,7 @@ class _Maker:
             **dict.fromkeys(("jsonl_file", "table_file", "tars", "cogvideox_root")),
             "conditioning_directory": conditioning,
             "control_directory": None if self.is_masked else conditioning,
-            "mask_directory": conditioning if self.is_masked else values["mask_directory"],
+            "mask_directory": (conditioning if self.is_masked else None) or values["mask_directory"],
             "cache_directory": values["cache_directory"],
             "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
             "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
@@ -173,7 +183,7 @@ def _source_problems(values: Table) -> list[str]:
 def _size_problems(values: Table) -> list[str]:
     size = values["resolution"]
     if size is None:
-        return ["resolution is missing, such as 1024 or [1024, 768], in [[datasets]] or as --resolution"]
+        return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
     if not values["enable_bucket"] or values["bucket_no_upscale"]:
         return []
     low, high = values["min_bucket_reso"], values["max_bucket_reso"]

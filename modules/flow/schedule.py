@@ -64,9 +64,9 @@ def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[fl
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
-    0, without a shift. Without: euler, euler-trained, unipc-bh1 and lcm feed exact timesteps; the others feed them cut to
-    whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an unknown
-    solver or if steps is below 1.
+    0, without a shift. Without: euler, euler-trained, unipc-bh1 and lcm feed exact timesteps; the others feed
+    them cut to whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an
+    unknown solver or if steps is below 1.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least one is needed")

@@ -31,6 +31,7 @@ SMALL = 1 << 16  # integer tensors of at most so many elements keep their values
 
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
 ATTENTION = "attention"  # its workspace
+TEXTS = "texts"  # weights of text encoders
 # everything else: made before the current place of the run, or in it
 KEPT, WORKING = "kept", "working"
 Moment = Mapping[str, int]  # bytes by kind

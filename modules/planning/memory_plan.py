@@ -21,6 +21,7 @@ from modules.planning.dry_run import (
     KEPT,
     NETWORK,
     OPTIMIZER,
+    TEXTS,
     WEIGHTS,
     WORKING,
     Moment,
@@ -198,6 +199,7 @@ def choose_swap(device_bytes: Callable[[int], int], most: int, room: Room | None
 
 NAMES = {
     WEIGHTS: "weights of the transformer",
+    TEXTS: "weights of text encoders",
     NETWORK: "network (LoRA)",
     GRADIENTS: "gradients",
     OPTIMIZER: "optimizer",

@@ -4,12 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset.config import DatasetConfig
 from dataset.debug_views import coloured_text, sheet, show_datasets
 from dataset.options import DebugOptions
 from modules.errors import OptionError
 from modules.media.reading import image_size, read_image, video_frames
 from tests.dataset.caching.test_loop import make_config
-from tests.dataset.making import frame_numbers, make_clip
+from tests.dataset.making import frame_numbers, make_clip, make_image, subset_table
 from tests.dataset.toy_family import ToyFamily
 
 DEBUG = DebugOptions(debug_mode="console", console_width=16, console_back=None, console_num_images=None)
@@ -76,3 +77,21 @@ def test_a_sheet_takes_frames_evenly() -> None:
 def test_an_unknown_background_is_refused() -> None:
     with pytest.raises(OptionError, match="purple: use one of black"):
         replace(DEBUG, console_back="purple")
+
+
+def test_what_changes_is_shown_as_it_may_be_trained_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    table = subset_table(
+        tmp_path, shuffle_caption=True, caption_prefix="photo of", random_crop=True, class_tokens="red, blue"
+    )
+    (tmp_path / "pics").mkdir()
+    make_image(tmp_path / "pics" / "a.png", (96, 64))
+    caplog.set_level("INFO")
+
+    show_datasets(ToyFamily(), DatasetConfig(table.config_path, (table,)), DEBUG, workers=1)
+
+    said = caplog.messages[-1]
+    assert said.startswith("a, 64x64 from 96x64: ")
+    assert said.endswith(("photo of red, blue", "blue, photo of red"))
+    assert len(capsys.readouterr().out.splitlines()) == 8

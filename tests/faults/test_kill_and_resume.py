@@ -34,15 +34,19 @@ from tests.faults.runs import (
     timeless,
     visible_files,
 )
+from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
 TRAININGS = (*FAMILIES, FINE_TUNING)
 KILLED = 1 if os.name == "nt" else -9
+Running = WarmProcess | subprocess.Popen[bytes]
 PATIENCE = 300  # seconds until a process that does not go on counts as hanging
 
 
-def start(project: Path, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+def start(project: Path, command: Sequence[str], log: Path) -> Running:
     """Start a script of the project; what it says goes to `log`."""
     script, *arguments = command
+    if CAN_BE_WARM:
+        return WarmProcess([str(ROOT / script), *arguments], project, QUIET, log, log)
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments],
@@ -53,7 +57,7 @@ def start(project: Path, command: Sequence[str], log: Path) -> "subprocess.Popen
         )
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+def wait_until(condition: Callable[[], bool], process: Running) -> None:
     """Look often, until it is so or the process has ended."""
     deadline = time.monotonic() + PATIENCE
     while not condition() and process.poll() is None:
@@ -61,7 +65,7 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]"
         time.sleep(0.002)
 
 
-def kill_after(process: "subprocess.Popen[bytes]", seconds: float) -> int:
+def kill_after(process: Running, seconds: float) -> int:
     """Kill a process unless it ends before; returns its exit code."""
     try:
         return process.wait(timeout=seconds)

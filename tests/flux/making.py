@@ -1,5 +1,6 @@
 """FLUX.1 and Chroma transformers of the recorded cases, and tiny ones here and in diffusers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,9 +48,9 @@ def tiny_model(kind: str) -> FluxModel:
     return model.eval().requires_grad_(False)
 
 
-def in_diffusers(kind: str) -> nn.Module:
-    """The same weights in diffusers' class."""
-    config = CONFIGS[kind]
+def in_diffusers(kind: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The same weights in diffusers' class. state: published names; None: those of `tiny_model`."""
+    config, state = CONFIGS[kind], state or tiny_state(kind)
     width = config.dim // config.num_heads
     side = 7 * width // 16
     sizes: dict[str, Any] = {
@@ -58,7 +59,7 @@ def in_diffusers(kind: str) -> nn.Module:
         "num_single_layers": config.single_blocks,
         "attention_head_dim": width,
         "num_attention_heads": config.num_heads,
-        "joint_attention_dim": config.text_dim,
+        "joint_attention_dim": state["txt_in.weight"].shape[1],
         "axes_dims_rope": (width - 2 * side, side, side),
     }
     model: nn.Module
@@ -74,9 +75,11 @@ def in_diffusers(kind: str) -> nn.Module:
             norm.eps = config.eps  # of the released code; diffusers leaves it to torch
     else:
         model = FluxTransformer2DModel(
-            **sizes, pooled_projection_dim=config.pooled_dim, guidance_embeds=config.has_guidance
+            **sizes,
+            pooled_projection_dim=state["vector_in.in_layer.weight"].shape[1],
+            guidance_embeds=config.has_guidance,
         )
-    model.load_state_dict(diffusers_state(tiny_state(kind)))
+    model.load_state_dict(diffusers_state(state))
     return model.eval().requires_grad_(False)
 
 
@@ -111,7 +114,8 @@ def run_there(model: nn.Module, inputs: dict[str, Any], sample: int) -> Tensor:
     places[..., 1] += torch.arange(rows)[:, None]
     places[..., 2] += torch.arange(columns)
     is_chroma = isinstance(model, ChromaTransformer2DModel)
-    count = TEXT_ROWS if mask is None else min(int(mask.sum()) + is_chroma, TEXT_ROWS)
+    rows_there = one["t5"].shape[1]
+    count = rows_there if mask is None else min(int(mask.sum()) + is_chroma, rows_there)
     more = {} if is_chroma else {"pooled_projections": one["pooled"], "guidance": one["guidance"]}
     found = model(
         hidden_states=pack(noisy),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from encoders.posterior import posterior_generator
 from frame_pack.inputs import one_frame_inputs, read_alpha, read_mask, video_inputs
 from frame_pack.requests import FramePackRequest
-from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import Request

@@ -16,8 +16,8 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from blissful_tuner import video_to_video
+from encoders.posterior import posterior_generator
 from frame_pack.inputs import encode_clip
-from hunyuan_model.conditioning import posterior_generator
 from hunyuan_model.spec import LATENT as HUNYUAN_LATENT
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.checkpoints.latents import SavedLatents, load_latents

@@ -96,9 +96,9 @@ def in_diffusers() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def run_there(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What diffusers' class predicts from arguments of ours."""
-    with torch.no_grad():
+def run_there(model: nn.Module, inputs: dict[str, Tensor], learns: bool = False) -> Tensor:
+    """What diffusers' class predicts from arguments of ours. learns: with gradients."""
+    with torch.set_grad_enabled(learns):
         out: Any = model(
             hidden_states=inputs["noisy"],
             timestep=inputs["timesteps"],

@@ -18,7 +18,15 @@ from tests.parity.hunyuan import load_dit
 from tests.parity.projects import DATASET, GRID, WIDTH
 from tests.parity.running import TOLERANCE
 from tests.parity.test_training import by_shift
-from tests.parity.training import Factors, Item, assert_steps_of_descent, noise_of, shuffled, uniform_of
+from tests.parity.training import (
+    Factors,
+    Item,
+    assert_steps_of_descent,
+    attach,
+    noise_of,
+    shuffled,
+    uniform_of,
+)
 from tests.tiny.hunyuan_dit import diffusers_parts, tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 
@@ -98,17 +106,7 @@ def gradients_of(
     learning = {
         name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
     }
-    hooks = []
-    for name, (down, up) in learning.items():
-        heights = [len(dit.get_submodule(part).weight) for part in parts[name]]
-        for part, rows in zip(parts[name], up.split(heights), strict=True):
-
-            def add(
-                _: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, rows: Tensor = rows
-            ) -> Tensor:
-                return out + ALPHA / RANK * (given[0] @ down.T) @ rows.T
-
-            hooks.append(dit.get_submodule(part).register_forward_hook(add))
+    hooks = attach(dit, parts, learning, ALPHA / RANK)
     latents = torch.stack([item.latents for item in batch]) * SCALE
     sigmas, timesteps = by_shift(uniform_of(batch, SEED, number))
     noise, mix = noise_of(batch, SEED, number), sigmas.float().view(-1, 1, 1, 1, 1)

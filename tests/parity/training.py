@@ -13,6 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tests.parity.theirs import dit_names, pad_text
 
@@ -118,6 +119,30 @@ def assert_steps_of_descent(
         print(f"parity {label}, step {step + 1}: {worst:.2e}")  # noqa: T201
         assert worst <= tolerance
         before = after
+
+
+def attach(
+    dit: nn.Module,
+    parts: Mapping[str, Sequence[str]],
+    learning: Mapping[str, tuple[Tensor, ...]],
+    scale: float,
+) -> list[RemovableHandle]:
+    """Add a LoRA to each module, whose rows may be several modules there; return what removes it.
+
+    parts: our name -> paths there, in the order of the rows. learning: our name -> down, up.
+    """
+    hooks = []
+    for name, (down, up) in learning.items():
+        heights = [len(dit.get_submodule(part).weight) for part in parts[name]]  # type: ignore[arg-type]
+        for part, rows in zip(parts[name], up.split(heights), strict=True):
+
+            def add(
+                _: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, rows: Tensor = rows
+            ) -> Tensor:
+                return out + scale * (given[0] @ down.T) @ rows.T
+
+            hooks.append(dit.get_submodule(part).register_forward_hook(add))
+    return hooks
 
 
 def linear_modules(dit_file: Path) -> dict[str, str]:

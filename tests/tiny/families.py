@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
+from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.project import (
     write_clips,
@@ -236,6 +237,41 @@ def _lumina() -> TinyFamily:
     )
 
 
+def _hunyuan_image() -> TinyFamily:
+    def prepare(folder: Path) -> None:
+        write_tiny_hunyuan_image(folder / "model")
+        write_plain_pictures(folder, side=32)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder", "model/text_encoder", "--byt5", "model/byt5.safetensors"]
+    texts += ["--text_encoder_dtype", "float32"]
+    models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
+    network = [
+        "--network_module",
+        "networks.lora_hunyuan_image",
+        "--network_dim",
+        "4",
+        "--learning_rate",
+        RATE,
+    ]
+    return TinyFamily(
+        name="hunyuan_image",
+        prepare=prepare,
+        cache_latents=["hunyuan_image_cache_latents.py", *dataset, *vae],
+        cache_texts=["hunyuan_image_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=[
+            *("hunyuan_image_train_network.py", *models, *dataset, "--sdpa"),
+            *("--network_train_unet_only", *network),
+        ],
+        generate=["hunyuan_image_generate_image.py", *models, "--negative_prompt", "dull"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --fs 5 --l 3 --n dull",
+    )
+
+
 LENGTH = ["--video_length", "5", "--flow_shift", "5"]
 CLIP = ["--clip", "model/clip.safetensors"]
 CONTROL = 'control_directory = "{folder}/control"'
@@ -287,6 +323,7 @@ FAMILIES = (
     _flux("flux", "dev"),
     _flux("chroma", "chroma"),
     _lumina(),
+    _hunyuan_image(),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
@@ -310,6 +347,8 @@ def write_deep(family: TinyFamily, folder: Path) -> None:
         write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "hunyuan_image":
+        write_tiny_hunyuan_image(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "lumina":
         write_tiny_lumina(folder / "model", num_layers=4)
     else:

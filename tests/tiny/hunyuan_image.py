@@ -165,6 +165,14 @@ def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def diffusers_parts(name: str) -> list[str]:
+    """What a published weight of a linear layer is there: one, or those that are stacked."""
+    heights = {"qkv": 3, "linear1": 7}
+    rows = next((height for ending, height in heights.items() if ending in name), 1)
+    found = diffusers_state({name: torch.zeros(rows, 1), "img_in.proj.bias": torch.zeros(1)})
+    return [part for part in found if not part.startswith("x_embedder")]
+
+
 def write_dit(
     folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "hunyuanimage2.1"
 ) -> Path:
@@ -188,6 +196,7 @@ def vae_state(seed: int = 5, config: HunyuanImageVaeConfig = VAE) -> dict[str, T
     for name in found:
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
             found[name] = found[name][..., None, None]
+    found["encoder.conv_out.bias"][config.latent_channels :] -= 8  # little noise in a sample
     return found
 
 

@@ -95,15 +95,18 @@ def write_picture_dataset(
     return path
 
 
-def write_plain_pictures(folder: Path, batch_size: int = 1) -> Path:
-    """Pictures with captions in `folder`/clips, and the dataset.toml of a model that makes pictures."""
+def write_plain_pictures(folder: Path, batch_size: int = 1, side: int = 48) -> Path:
+    """Pictures with captions in `folder`/clips, and the dataset.toml of a model that makes pictures.
+
+    side: of what is trained, in pixels.
+    """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     for index in range(4):
         write_image(folder / "clips" / f"picture {index}.png", 48, 48)
         (folder / "clips" / f"picture {index}.txt").write_text(CAPTIONS[index], encoding="utf-8")
     path = folder / "dataset.toml"
     table = f'image_directory = "{folder.as_posix()}/clips"\ncache_directory = "{folder.as_posix()}/cache"'
-    general = f'resolution = [48, 48]\ncaption_extension = ".txt"\nbatch_size = {batch_size}'
+    general = f'resolution = [{side}, {side}]\ncaption_extension = ".txt"\nbatch_size = {batch_size}'
     path.write_text(f"[general]\n{general}\n\n[[datasets]]\n{table}\n", encoding="utf-8")
     return path
 

@@ -1,5 +1,6 @@
 """Texts that are encoded while training, and text encoders that learn."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,16 +8,21 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
+from modules.planning.dry_run import NETWORK, TEXTS, largest, round_up_bytes
 from tests.training.toy import same
 from tests.training.toy_texts import (
     TextFamily,
+    TinyText,
     image_toy_options,
     train_image_toy,
     write_pictures,
     write_subset,
 )
-from training.run import train_network
+from training.data.live_text import LiveTexts
+from training.planning.prediction import predict
+from training.run import prepare_run, train_network
 
+CPU = torch.device("cpu")
 UNET_ONLY = "--network_train_unet_only"
 
 
@@ -158,3 +164,24 @@ def test_validation_encodes_its_captions(tmp_path: Path) -> None:
     train_image_toy(tmp_path, UNET_ONLY, "--validation_split", 0.25, family=family)
 
     assert len(set(family.made[-1].asked)) == 4
+
+
+def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
+    """And what is trained in them."""
+    write_pictures(tmp_path)
+    family, options = TextFamily(), image_toy_options(tmp_path)
+    with prepare_run(family, options) as run:
+        batch = run.feed.batches[(0, 0)].data
+        known = replace(batch, batch=run.texts.add_to(batch.batch)) if run.texts is not None else batch
+    encoders = family.text_encoders()
+
+    cached = largest(predict(family, options, known.moved(torch.detach), CPU).moments)[1]
+    frozen = largest(predict(family, options, batch, CPU, texts=LiveTexts(encoders)).moments)[1]
+    texts = LiveTexts(encoders, family.made[-2:-1])
+    learning = largest(predict(family, options, batch, CPU, texts=texts).moments)[1]
+
+    assert TEXTS not in cached
+    weights = sum(round_up_bytes(tensor.nbytes) for tensor in TinyText(1).state_dict().values())
+    assert frozen[TEXTS] == learning[TEXTS] == 2 * weights
+    assert cached[NETWORK] == frozen[NETWORK] < learning[NETWORK]
+    assert [encoder.made for encoder in family.made[-2:]] == [None, None]

@@ -37,8 +37,8 @@ class LiveTexts:
             encoder.load(device)
         for encoder in self.learning:
             encoder.network.requires_grad_(False)
-        names = ", ".join(encoder.name for encoder in self.encoders)
-        logger.info("Captions are encoded while training: %s stays loaded.", names)
+        names = " and ".join(encoder.name for encoder in self.encoders)
+        logger.info("Captions are encoded while training, by %s.", names)
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -15,12 +15,12 @@ from dataset.batches.order import count_repeats
 from dataset.batches.reading import stores_for
 from dataset.cache.checks import CacheChecks
 from modules.contract.family import Described, LatentSpec
-from modules.errors import MemoryPlanError
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.memory_plan import MemoryPlan, Phase, Room, gib, print_plan, room_on
 from training.data.feed import Randomness
 from training.data.live_media import BatchSources
+from training.data.live_text import LiveTexts
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.planning.prediction import StepPrediction, predict
@@ -70,13 +70,14 @@ def plan_training(
     device: torch.device,
     sampled: int = 0,
     sources: BatchSources | None = None,
+    texts: LiveTexts | None = None,
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed.
 
     sampled: transformers that only samples need. sources: where batches are read from.
     """
     noisy_batch = read_largest(family, options, items, commands, sources)
-    prediction = predict(family, options, noisy_batch, device, sampled)
+    prediction = predict(family, options, noisy_batch, device, sampled, texts)
     compiled = (
         []
         if options.speed.compilation.choice is None
@@ -117,24 +118,24 @@ def prepare_memory(
     commands: CachingCommands,
     device: torch.device,
     sources: BatchSources | None = None,
+    texts: LiveTexts | None = None,
 ) -> tuple[TrainingOptions, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto before anything is loaded; also return what watches the memory.
 
-    A rehearsal is made only if there is a CUDA device, and texts are cached: the others are not known yet.
-    Raises MemoryPlanError if auto cannot be resolved.
+    A rehearsal is made only if there is a CUDA device. texts: encoded in each step. Raises MemoryPlanError if
+    auto cannot be resolved.
     """
     room = room_on(device)
-    if sources is not None and any(table.texts for table in sources.tables.values()):
-        if options.speed.swap.is_auto:
-            raise MemoryPlanError(
-                "--blocks_to_swap auto: captions are encoded while training, beside the transformer, so the "
-                "memory that is left is not known. Give a number"
-            )
-        return options, None if room is None else MemoryWatch(device)
     speed, prediction = resolve_swap(
         options.speed,
         room,
-        lambda: predict(family, options, read_largest(family, options, items, commands, sources), device),
+        lambda: predict(
+            family,
+            options,
+            read_largest(family, options, items, commands, sources),
+            device,
+            texts=texts,
+        ),
     )
     resolved = replace(options, speed=speed)
     if room is None:
@@ -158,12 +159,17 @@ def advice(
     Each line adds to those before it; the last one fits if any does.
     """
     predicted = [
-        (line, functools.partial(predict, family, changed, noisy_batch, device, prediction.sampled))
+        (
+            line,
+            functools.partial(
+                predict, family, changed, noisy_batch, device, prediction.sampled, prediction.texts
+            ),
+        )
         for line, changed in cheaper(prediction.options, prediction.others)
     ]
     can_swap = prediction.options.whole_dit is None
     lines, last = advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
-    return lines if last is None else [*lines, *smaller(family, last.options, noisy_batch, room, device)]
+    return lines if last is None else [*lines, *smaller(family, last, noisy_batch, room, device)]
 
 
 def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, TrainingOptions]]:
@@ -190,15 +196,16 @@ def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, Traini
 
 
 def smaller(
-    family: Trains, options: TrainingOptions, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains, before: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
     """Return how far the batch, the clip or the picture has to shrink, after all other savings.
 
-    Stops at the first that fits.
+    Stops at the first that fits. before: with these savings.
     """
+    options = before.options
     for name, sizes in shrunk(family.latent, noisy_batch):
         for size, batch in sizes:
-            prediction = predict(family, options, batch, device)
+            prediction = predict(family, options, batch, device, texts=before.texts)
             if (
                 prediction.device(prediction.most if options.whole_dit is None else prediction.blocks)
                 <= room.usable

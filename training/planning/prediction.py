@@ -1,6 +1,7 @@
 """Predict what a training step will hold on the device: rehearse it without data or loaded weights."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ from modules.planning.memory_plan import (
     swaps_of,
     workspace,
 )
+from training.data.live_text import LiveTexts
 from training.dressing import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
@@ -51,6 +53,7 @@ class StepPrediction:
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # those that only samples need
+    texts: LiveTexts | None = None  # encoded in each step
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -120,8 +123,9 @@ def predict(
     noisy_batch: NoisyBatch,
     device: torch.device,
     sampled: int = 0,
+    texts: LiveTexts | None = None,
 ) -> StepPrediction:
-    """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled: see `StepPrediction`.
+    """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
 
     8-bit products are rehearsed as 16-bit products of the same weights. Raises what loading raises.
     """
@@ -132,8 +136,8 @@ def predict(
     weights, swap = dtypes_of(dit), options.speed.swap
     swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.ring.block_swap_ring_size)
     average = _average_bytes(options, dit)
-    with quiet():
-        moments, waiting = rehearse(family, options, dit, noisy_batch)
+    with quiet(), without_content(texts):
+        moments, waiting = rehearse(family, options, dit, noisy_batch, texts)
     return StepPrediction(
         options,
         describe(family, noisy_batch),
@@ -146,7 +150,21 @@ def predict(
         average,
         len(family.experts) - 1,
         sampled,
+        texts,
     )
+
+
+@contextlib.contextmanager
+def without_content(texts: LiveTexts | None) -> Iterator[None]:
+    """Have the text encoders loaded on the meta device in the block."""
+    encoders = () if texts is None else texts.encoders
+    try:
+        for encoder in encoders:
+            encoder.load(META)
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.free()
 
 
 def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:

@@ -18,6 +18,7 @@ from modules.planning.dry_run import (
     GRADIENTS,
     NETWORK,
     OPTIMIZER,
+    TEXTS,
     WORKING,
     Counts,
     Ledger,
@@ -25,10 +26,12 @@ from modules.planning.dry_run import (
     dry_run,
     extrapolate,
     keep_blocks,
+    modules_in,
     place,
     watch_blocks,
 )
 from networks.adapter import make_network
+from training.data.live_text import LiveTexts
 from training.dressing import AUTOCAST, dress
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.fused_backward import FusedBackward
@@ -58,6 +61,7 @@ class Rehearsal:
     fused: FusedBackward | None  # steps the weights, once the optimizer has its states
     states: list[Tensor]  # stand-ins for the average (EMA), and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
+    texts: LiveTexts | None = None  # encoded in each step, without content
 
     @property
     def counts(self) -> Counts:
@@ -80,9 +84,14 @@ class Rehearsal:
         keep_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
             self.fill_gradients()  # of the previous micro-batches
-        self.ledger.enter("forward outside the blocks")
+        self.ledger.enter("text encoders")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
+        if self.texts is not None:
+            with autocast_of(self.options, self.ledger.device)():
+                batch = self.texts.add_to(noisy_batch.batch)
+            noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
+        self.ledger.enter("forward outside the blocks")
         loss = training_loss(
             self.family,
             self.dit,
@@ -155,15 +164,19 @@ class Rehearsal:
 
 
 def rehearse(
-    family: Trains, options: TrainingOptions, dit: nn.Module, noisy_batch: NoisyBatch
+    family: Trains,
+    options: TrainingOptions,
+    dit: nn.Module,
+    noisy_batch: NoisyBatch,
+    texts: LiveTexts | None = None,
 ) -> tuple[dict[str, Moment], int]:
     """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
     The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
-    afterwards. noisy_batch: on the CPU.
+    afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too.
     """
     with dry_run() as ledger:
-        rehearsal = dress_trainable(family, options, dit, ledger)
+        rehearsal = dress_trainable(family, options, dit, ledger, texts)
         found = rehearsal.measure_step()
         if rehearsal.is_fused:
             step_in_backward(rehearsal)
@@ -172,9 +185,18 @@ def rehearse(
         return found, rehearsal.waiting
 
 
-def dress_trainable(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> Rehearsal:
+def dress_trainable(
+    family: Trains,
+    options: TrainingOptions,
+    dit: nn.Module,
+    ledger: Ledger,
+    texts: LiveTexts | None = None,
+) -> Rehearsal:
     """The order of dressing of `training.learning`: network, then `dress`; and the optimizer."""
     place(dit, ledger)
+    for encoder in () if texts is None else texts.encoders:
+        for module in modules_in(encoder):
+            place(module.requires_grad_(False), ledger, TEXTS)
     dit.requires_grad_(False)
     if options.network is not None:
         unread = (
@@ -182,7 +204,9 @@ def dress_trainable(family: Trains, options: TrainingOptions, dit: nn.Module, le
             if options.network.dim_from_weights
             else replace(options.network, network_weights=None)
         )
-        network = make_network(unread, family.lora_module, dit, seed=0)
+        encoders = {} if texts is None else texts.networks
+        in_dit = options.parts is None or options.parts.trains_dit
+        network = make_network(unread, family.lora_module, dit, 0, encoders, in_dit)
         place(network.module, ledger, NETWORK)
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:
@@ -215,7 +239,7 @@ def dress_trainable(family: Trains, options: TrainingOptions, dit: nn.Module, le
                 for parameter in parameters
             ]
     return Rehearsal(
-        family, options, ledger, dit, parameters, optimizer, steps, is_fused, None, average, blocks
+        family, options, ledger, dit, parameters, optimizer, steps, is_fused, None, average, blocks, texts
     )
 
 

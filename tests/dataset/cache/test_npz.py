@@ -1,5 +1,7 @@
 """Caches in npz files, as image trainers of the known family lay them out."""
 
+import dataclasses
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.cache.files import EMPTY
 from dataset.cache.npz import kept_part
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
 from dataset.cache.store import Stores
@@ -16,6 +19,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import Places, npz_names
 from dataset.config import load_dataset_config
 from dataset.subset_records import Augmentation
+from dataset.table import DatasetConfig
 from modules.contract.data import LOSS_MASK
 from modules.errors import CacheError, DatasetError
 from tests.dataset.cache.killing import needs_fork, run_to_step
@@ -40,7 +44,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_plain_numpy_reads_what_is_written(folder: Path) -> None:
-    assert cache(make_config(folder)) == (3, 3)
+    assert cache(make_config(folder, caption_dropout_rate=0.5)) == (3, 4)
+    assert len(read_all(make_config(folder, caption_dropout_rate=0.5), captions=[EMPTY])) == 3
 
     with np.load(folder / LATENTS, allow_pickle=False) as latents:
         assert latents["latents_4x4"].shape == (2, 4, 4)
@@ -306,3 +311,24 @@ def test_a_hostile_file_is_an_error(tmp_path: Path) -> None:
 
 def test_what_is_kept_of_a_picture_is_its_centre() -> None:
     assert kept_part((100, 50), (32, 32)) == (16, 0, 48, 32)
+
+
+def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path: Path) -> None:
+    other = make_pictures(tmp_path / "other", 1)
+    content = {str(place / "pic 0.png"): {"caption": "a picture"} for place in (folder, other)}
+    (tmp_path / "list.json").write_text(json.dumps(content), encoding="utf-8")
+    (table,) = make_config(folder).datasets
+    (tmp_path / "lists").mkdir()
+    changes = {
+        "directory": None,
+        "metadata_file": tmp_path / "list.json",
+        "cache_directory": tmp_path / "lists",
+    }
+    config = DatasetConfig(tmp_path / "data.toml", (dataclasses.replace(table, **changes),))
+
+    assert cache(config) == (2, 2)
+
+    for place in (folder, other):
+        assert {path.name for path in place.glob("*.npz")} == {LATENTS, TEXTS}
+    assert cache(config) == (0, 0)
+    assert len(read_all(config)) == 2

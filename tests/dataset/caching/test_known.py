@@ -159,7 +159,7 @@ def test_three_hundred_valid_items_cost_a_look_at_each_file_and_nothing_else(tmp
     for cache in (cache_media, cache_texts):
         assert cache(ToyFamily(), config, options()).kept == 300
     store = CountingStore(SingleFiles(folder))
-    stores: Any = Stores({folder: store})  # type: ignore[dict-item]  # it is asked for methods only
+    stores: Any = Stores(given={0: store})  # type: ignore[dict-item]  # it is asked for methods only
     sources = find_all_sources(config)
     plans, _ = plan_all(
         sources,

@@ -181,3 +181,17 @@ def test_a_check_counts_what_an_epoch_shows(tmp_path: Path) -> None:
     assert f"Training on all of it: {order.num_batches} batches an epoch" in "\n".join(lines)
     assert any("32x32: 1 items x 4, 2 batches of 2" in line for line in lines)  # the regularisation image
     assert order.num_items == 4 + 4 + 2
+
+
+def test_a_model_without_control_pictures_says_that_they_may_be_masks(tmp_path: Path) -> None:
+    make_pictures(tmp_path)
+    (tmp_path / "control").mkdir()
+    for name in "ab":
+        make_image(tmp_path / "control" / f"{name}.png")
+    text = (
+        "[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = 'FOLDER/cat'\nclass_tokens = 'x'\n"
+        "conditioning_data_dir = 'FOLDER/control'"
+    )
+
+    with pytest.raises(DatasetError, match="takes no control pictures.* train with --masked_loss"):
+        cache_media(ToyFamily(refuses="takes no control pictures."), load(tmp_path, text), options())

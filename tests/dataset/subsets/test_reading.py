@@ -136,10 +136,32 @@ def test_what_does_not_go_together_is_refused(
     assert said in faults(tmp_path, text, *words)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[datasets]]\n[datasets.subsets]\nimage_dir = 'a'", "write [[datasets.subsets]]"),
+        ("[datasets]\n[[datasets.subsets]]\nimage_dir = 'a'", "write [[datasets]], once"),
+        ("[[datasets]]\n[[datasets.subset]]\nimage_dir = 'a'", "Did you mean subsets?"),
+        ("[[datasets]]\nsubsets = [3]", "[[datasets]] 1, subset 1 = 3 is not a table of keys"),
+    ],
+)
+def test_brackets_and_names_that_are_nearly_right_are_told(tmp_path: Path, text: str, said: str) -> None:
+    assert said in faults(tmp_path, text)
+
+
 def test_a_subset_needs_pictures(tmp_path: Path) -> None:
     assert "subset 1: image_dir, the folder of its pictures, is missing" in faults(
         tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 2"
     )
+
+
+@pytest.mark.parametrize("words", [(), ("--masked_loss",)])
+def test_a_mask_directory_counts_with_every_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\nmask_directory = 'm'"
+
+    (table,) = load(tmp_path, text, *words).datasets
+
+    assert table.mask_directory == Path("m")
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
