@@ -186,7 +186,8 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
 
     assert "linear layers stay in fp8" in caplog.text
     # both compute in bf16; modulation, where it is in fp8, is then multiplied in float32
-    assert difference({"latent": found}, {"latent": expected}) < 1e-2
+    limit = 2e-2 if family.name == "lumina" else 1e-2  # guided 3.5 times, which enlarges the rounding
+    assert difference({"latent": found}, {"latent": expected}) < limit
     with pytest.raises(CheckpointError, match="--fp8_scaled: .*already in fp8"):
         generated(here, tmp_path / "again", "--fp8_scaled")
 

@@ -88,6 +88,9 @@ ATTENTIONS = {"wan t2v": (2, 1), "wan i2v": (3, 1), "hunyuan t2v": (2, 0), "fram
 ATTENTIONS |= {"flux dev": (2, 0), "flux chroma": (2, 0)}
 
 
+ATTENTIONS["hunyuan_image"] = ATTENTIONS["hunyuan t2v"]  # whose blocks it has
+
+
 class Counter(TorchDispatchMode):
     """Counts operators as they are really computed, also in backward passes."""
 
