@@ -37,7 +37,8 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     "framepack": ("--fp8_llm", "llama_vec"),
     "hunyuan_image": ("--fp8_vl", "vlm_embed"),
 }
-SLOW = {"framepack", "lumina", "hunyuan_image"}  # of the first tests/frame_pack has what is its own
+# of the first tests/frame_pack has what is its own
+SLOW = {"framepack", "lumina", "hunyuan_image", "flux"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES
@@ -191,9 +192,9 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
 
     assert "linear layers stay in fp8" in caplog.text
     # both compute in bf16; modulation, where it is in fp8, is then multiplied in float32
-    # (a picture of one latent pixel shows the roundings of bf16 more)
-    near = 3e-2 if family.name == "hunyuan_image" else 1e-2
-    assert difference({"latent": found}, {"latent": expected}) < near
+    # guided 3.5 times, and a picture of one latent pixel: that enlarges the rounding
+    limit = {"lumina": 2e-2, "hunyuan_image": 3e-2}.get(family.name, 1e-2)
+    assert difference({"latent": found}, {"latent": expected}) < limit
     with pytest.raises(CheckpointError, match="--fp8_scaled: .*already in fp8"):
         generated(here, tmp_path / "again", "--fp8_scaled")
 
@@ -202,11 +203,15 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
     assert all(tensor.isfinite().all() for tensor in lora.values())
 
 
+def _skip_without_fp8_texts(family: TinyFamily) -> None:
+    if family.name not in TEXTS_IN_FP8:
+        pytest.skip("its text encoders are kept in 16 bits")
+
+
 def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
     family: TinyFamily,
 ) -> None:
-    if family.name not in TEXTS_IN_FP8:
-        return
+    _skip_without_fp8_texts(family)
     option, key = TEXTS_IN_FP8[family.name]
 
     def caches() -> dict[str, dict[str, Tensor]]:
@@ -235,8 +240,7 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
 
 
 def test_generation_and_samples_use_a_text_encoder_in_fp8(family: TinyFamily, tmp_path: Path) -> None:
-    if family.name not in TEXTS_IN_FP8:
-        return
+    _skip_without_fp8_texts(family)
     option, _ = TEXTS_IN_FP8[family.name]
     expected, found = generated(family, tmp_path / "plain"), generated(family, tmp_path / "fp8", option)
     assert 1e-5 < difference({"latent": found}, {"latent": expected}) < 0.05

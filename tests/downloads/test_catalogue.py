@@ -187,6 +187,8 @@ def test_no_two_files_have_the_same_place() -> None:
         ("siglip", "sigclip-vision-384", None),
         ("hunyuan_image", "hunyuanimage2.1-dit", None),
         ("hunyuan_image_vae", "hunyuanimage2.1-vae", None),
+        ("lumina", "lumina2-dit", None),
+        ("gemma2", "gemma2-2b-comfy", None),
         ("gimmvfi_r", "gimmvfi-r raft-things", None),
         ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
         ("swinir", "swinir-large-realsr-x4-gan", None),
