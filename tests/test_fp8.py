@@ -31,7 +31,8 @@ GENERATED = [
     ["--fp8_scaled", "--fp8", "--upcast_quantization"],
     ["--fp8_scaled", "--upcast_linear"],
 ]
-SLOW = {"framepack", "lumina", "hunyuan_image"}  # of the first tests/frame_pack has what is its own
+# of the first tests/frame_pack has what is its own
+SLOW = {"framepack", "lumina", "hunyuan_image", "flux"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES
