@@ -346,6 +346,8 @@ class NpzStore:
         for zeros, (like, columns) in form.zeros.items():
             if like in arrays:
                 arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
+            elif not like:
+                arrays[zeros] = np.zeros(columns, np.float32)
         more = {one: format_array(array) for one, array in arrays.items() if one not in members}
         write_members(self._path(name), members | more)
 

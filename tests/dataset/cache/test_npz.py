@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
 from dataset.cache.npz import kept_part
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
@@ -18,10 +19,11 @@ from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import Places, npz_names
 from dataset.config import load_dataset_config
+from dataset.convert_options import ConvertCacheOptions
 from dataset.subset_records import Augmentation
 from dataset.table import DatasetConfig
 from modules.contract.data import LOSS_MASK
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError, DatasetError, OptionError
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.cache.npz_family import (
     NpzFamily,
@@ -60,6 +62,7 @@ def test_plain_numpy_reads_what_is_written(folder: Path) -> None:
     with np.load(folder / TEXTS, allow_pickle=False) as texts:
         assert texts["t5"].shape == (1, 4)
         assert texts["places"].tolist() == [[0.0, 0.0, 0.0]]
+        assert texts["pooled"].tolist() == [0.0] * 7
         assert texts["applies_mask"].item() is True
 
 
@@ -346,3 +349,10 @@ def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path:
         assert {path.name for path in place.glob("*.npz")} == {LATENTS, TEXTS}
     assert cache(config) == (0, 0)
     assert len(read_all(config)) == 2
+
+
+def test_npz_files_are_not_converted(folder: Path) -> None:
+    wanted = ConvertCacheOptions(folder / "data.toml", None, "files", keep=False, dry_run=False)
+
+    with pytest.raises(OptionError, match="only a caching script knows which of the sizes"):
+        convert_caches(wanted, make_config(folder))
