@@ -72,6 +72,7 @@ logger = logging.getLogger(__name__)
 
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
+SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
 LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same autoencoder
 
 
@@ -122,15 +123,16 @@ class Flux:
         """Defaults of a generation, or of training samples."""
         kind = self.files.kind
         guided = kind == CHROMA and self.negative_is_empty
+        side = 1024 if self.negative_is_empty else SAMPLE_SIDE
         return SamplingDefaults(
-            steps=STEPS[kind],
+            steps=STEPS[kind] if self.negative_is_empty else min(STEPS[kind], SAMPLE_STEPS),
             fps=1.0,
             guidance_scale=CHROMA_SCALE if guided else 1.0,
             embedded_guidance=EMBEDDED_GUIDANCE[kind],
             flow_shift=None,
             solver="euler",
-            width=1024,
-            height=1024,
+            width=side,
+            height=side,
             frames=1,
         )
 

@@ -106,6 +106,7 @@ class HunyuanImage:
             "architecture": "hunyuan-image-2.1",
             "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
             "model_type": "hunyuan_image",
+            "base_model_version": "hunyuan-image-2.1",
             **{key: path.name for key, path in names.items() if path is not None},
         }
 

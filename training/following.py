@@ -49,7 +49,7 @@ class GivenOptions:
         return [
             (action.dest, " ".join(_texts(self.values[action.dest])))
             for action in self.actions
-            if _is_default(self.values[action.dest], action.default) != is_changed
+            if _is_default(self.values[action.dest], _usual(action)) != is_changed
         ]
 
     def words(self, without: set[str]) -> list[str]:
@@ -57,7 +57,7 @@ class GivenOptions:
         words: list[str] = []
         for action in self.actions:
             value = self.values[action.dest]
-            if action.dest not in without and not _is_default(value, action.default):
+            if action.dest not in without and not _is_default(value, _usual(action)):
                 words += _typed(action, value)
         return words
 
@@ -218,6 +218,11 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [text for each in value for text in _texts(each)]
     return [repr(value) if isinstance(value, float) else str(value)]
+
+
+def _usual(action: argparse.Action) -> Any:
+    """Return the value that needs no typing: the default, or what stands for an option that is not given."""
+    return getattr(action, "not_given", action.default)
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -101,6 +101,8 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     actions = {action.dest: action for action in parser._actions}
     actions["weighting_scheme"].choices = (*WEIGHTINGS, UNIFORM)
     actions["dynamo_backend"].choices = (*(actions["dynamo_backend"].choices or ()), TENSORRT)
+    # the launcher's setting; its default here takes effect with --torch_compile only
+    actions["dynamo_backend"].not_given = "NO"  # type: ignore[attr-defined]
     for name, reason in defaults.refused.items():
         actions[name].unsupported_reason = reason  # type: ignore[attr-defined]
         actions[name].harmless = (actions[name].default,)  # type: ignore[attr-defined]
@@ -110,7 +112,7 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
         model_prediction_type=defaults.model_prediction_type,
         guidance_scale=defaults.guidance_scale,
         weighting_scheme=UNIFORM,
-        dynamo_backend="inductor",  # takes effect with --torch_compile, or if it is given
+        dynamo_backend="inductor",
     )
     return parser
 

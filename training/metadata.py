@@ -24,6 +24,17 @@ IMAGE_RESOLUTION = "1024x1024"  # likewise, of image models
 
 
 @dataclass(frozen=True)
+class PictureCount:
+    """Hold how many pictures of one size a folder has."""
+
+    folder: str
+    size: tuple[int, int]  # width, height
+    count: int
+    repeats: int
+    is_reg: bool  # regularisation pictures
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """Hold what a run knows besides its options."""
 
@@ -40,6 +51,7 @@ class RunFacts:
     network_module: str
     datasets: Sequence[Mapping[str, Any]]  # `DatasetTable.describe()` of each
     num_validation: int = 0  # items that are not trained on
+    pictures: Sequence[PictureCount] = ()  # of image trainers
     changes: Sequence[str] = ()  # what --resume_changed changed on the way
 
 
@@ -183,9 +195,8 @@ def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "max_validation_steps": asked.max_validation_steps,
         "validate_every_n_epochs": asked.validate_every_n_epochs,
         "validate_every_n_steps": asked.validate_every_n_steps,
-        "num_train_images": facts.num_items,
         "num_validation_images": facts.num_validation,
-        "num_reg_images": sum(table.get("num_reg_items", 0) for table in facts.datasets),
+        **_count_pictures(facts.pictures),
     }
     if options.subset is not None:
         values |= {
@@ -193,6 +204,27 @@ def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
             "prior_loss_weight": options.subset.prior_loss_weight,
         }
     return {f"ss_{name}": value for name, value in values.items()}
+
+
+def _count_pictures(pictures: Sequence[PictureCount]) -> dict[str, Any]:
+    """Return how many pictures there are: with their repeats, by size and by folder."""
+    folders: dict[str, dict[str, int]] = {}
+    buckets: dict[tuple[int, int], int] = {}
+    for each in pictures:
+        folder = folders.setdefault(each.folder, {"n_repeats": each.repeats, "img_count": 0})
+        folder["img_count"] += each.count
+        buckets[each.size] = buckets.get(each.size, 0) + each.count * each.repeats
+    rows = {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(buckets.items()))
+    }
+    reg = sum(each.count * each.repeats for each in pictures if each.is_reg)
+    return {
+        "num_train_images": sum(each.count * each.repeats for each in pictures) - reg,
+        "num_reg_images": reg,
+        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
+        "bucket_info": json.dumps({"buckets": rows}),
+    }
 
 
 def _resolution(given: str | None, usual: str) -> str:

@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 BIT_RATE = 8_000_000  # of the known tuners' samples
 # of the keys of a prompt file
 DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}
-PICTURE_DEFAULTS = {"width": 512, "height": 512, "frame_count": 1, "sample_steps": 20}
 
 
 class SamplingStopped(Exception):
@@ -192,8 +191,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     Sizes are rounded down to what the family can make.
     """
     latent = family.latent
-    usual = {**(PICTURE_DEFAULTS if latent.is_of_pictures else DEFAULTS), **family.defaults.samples}
-    values = {**usual, **{key: value for key, value in entry.items() if value is not None}}
+    values = {**_usual_values(family), **{key: value for key, value in entry.items() if value is not None}}
 
     def path(key: str) -> Path | None:
         return to_path(key, str(values[key])) if values.get(key) else None
@@ -237,6 +235,14 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         control_path=path("control_video_path"),
         extra=extra,
     )
+
+
+def _usual_values(family: Family) -> Mapping[str, float]:
+    """Return what a prompt need not say: of picture models the family's own values."""
+    if not family.latent.is_of_pictures:
+        return DEFAULTS
+    own = family.defaults
+    return {"width": own.width, "height": own.height, "frame_count": 1, "sample_steps": own.steps}
 
 
 def _solver_of(values: Mapping[str, Any]) -> str | None:

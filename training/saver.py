@@ -1,20 +1,22 @@
 """Make what saves a run: files with their metadata, averages, states, and the model card."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from dataset.batches.items import Items, TrainingItem
 from modules.devices import DTYPES
 from modules.offload.block_swap import settle_all
 from training.averages import metadata_of
 from training.dressing import dtype_of
 from training.experts import expert_metadata
 from training.job import Data, TrainingJob
-from training.metadata import RunFacts, file_metadata, model_card, run_metadata
+from training.metadata import PictureCount, RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
 from training.optimizers.lr_schedule import warmup_steps
 from training.options import TrainingOptions
@@ -98,9 +100,27 @@ def facts_of_run(job: TrainingJob, data: Data, optimizer: str, schedule: str) ->
         lr_scheduler=schedule,
         network_module=job.network_module,
         num_validation=len(data.validation),
+        pictures=count_pictures(data.training) if job.options.is_for_images else (),
         datasets=[table.describe() for table in data.config.datasets],
         changes=tuple(progress.changes),
     )
+
+
+def count_pictures(items: Iterable[TrainingItem]) -> list[PictureCount]:
+    """Return how many pictures there are by folder and size. None is read."""
+    columns = Items.of(items)
+    counts = np.bincount(columns.numbers, minlength=len(columns.facts)).tolist()
+    return [
+        PictureCount(
+            facts.table.source.name,
+            (facts.bucket[0], facts.bucket[1]),
+            count,
+            facts.table.num_repeats,
+            facts.table.is_reg,
+        )
+        for facts, count in zip(columns.facts, counts, strict=True)
+        if count
+    ]
 
 
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:

@@ -155,7 +155,7 @@ class _Maker:
             **dict.fromkeys(("jsonl_file", "table_file", "tars", "cogvideox_root")),
             "conditioning_directory": conditioning,
             "control_directory": None if self.is_masked else conditioning,
-            "mask_directory": conditioning if self.is_masked else values["mask_directory"],
+            "mask_directory": (conditioning if self.is_masked else None) or values["mask_directory"],
             "cache_directory": values["cache_directory"],
             "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
             "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,

@@ -114,8 +114,6 @@ class SamplingDefaults:
     height: int
     frames: int
     noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
-    # what training samples use instead, by the keys of a prompt file, such as `sample_steps`
-    samples: Mapping[str, float] = field(default_factory=dict)
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep

@@ -121,6 +121,13 @@ def test_validation_is_at_four_levels_under_its_own_names(every: tuple[object, .
     }
 
 
+def test_a_masked_loss_without_masks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_subset(tmp_path, "")
+    train_image_toy(tmp_path, ONLY, "--masked_loss", "--max_train_steps", 1)
+
+    assert "--masked_loss has no effect" in caplog.text
+
+
 def test_a_fused_run_is_the_plain_one_without_clipping(tmp_path: Path) -> None:
     write_pictures(tmp_path, texts=True)
     usual = ONLY, "--max_grad_norm", 0
@@ -166,3 +173,5 @@ def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:
     assert made["modelspec.trigger_phrase"] == "red"
     assert made["modelspec.resolution"] == "1024x1024"
     assert json.loads(made["ss_network_args"]) == {}
+    assert json.loads(made["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 3}}
+    assert json.loads(made["ss_bucket_info"])["buckets"] == {"0": {"resolution": [32, 32], "count": 3}}

@@ -155,6 +155,15 @@ def test_a_subset_needs_pictures(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("words", [(), ("--masked_loss",)])
+def test_a_mask_directory_counts_with_every_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\nmask_directory = 'm'"
+
+    (table,) = load(tmp_path, text, *words).datasets
+
+    assert table.mask_directory == Path("m")
+
+
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_conditioning_pictures_are_masks_or_control_images(tmp_path: Path, is_masked: bool) -> None:
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\nconditioning_data_dir = 'c'"
