@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
-from dataset.cache.npz import kept_part
+from dataset.cache.npz import LOCK, kept_part
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
@@ -23,7 +23,7 @@ from dataset.convert_options import ConvertCacheOptions
 from dataset.subset_records import Augmentation
 from dataset.table import DatasetConfig
 from modules.contract.data import LOSS_MASK
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import CacheError, DatasetError, OptionError, OutputError
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.cache.npz_family import (
     NpzFamily,
@@ -204,6 +204,13 @@ def test_changed_sources_are_encoded_again(folder: Path) -> None:
     with pytest.raises(CacheError, match=r"pic 0\.png has changed"):
         read_all(make_config(folder))
     assert cache(make_config(folder)) == (1, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
+    (folder / LOCK).mkdir()
+
+    with pytest.raises(OutputError, match=r"pic 0_0040x0040_toy\.npz cannot be written"):
+        cache(make_config(folder))
 
 
 def test_nothing_is_removed_as_stale(folder: Path) -> None:
