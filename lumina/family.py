@@ -66,7 +66,6 @@ DEFAULTS = SamplingDefaults(
     width=1024,
     height=1024,
     frames=1,
-    samples={"width": 1024, "height": 1024, "sample_steps": 36},
 )
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
