@@ -66,7 +66,6 @@ DEFAULTS = SamplingDefaults(
     width=1024,
     height=1024,
     frames=1,
-    samples={"width": 1024, "height": 1024, "sample_steps": 36},
 )
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
@@ -214,6 +213,10 @@ class Lumina:
             prompts={0: texts},
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             rules=guidance_rules(request.extra),
+            own_metadata={
+                "cfg_trunc_ratio": request.extra.get("cfg_trunc_ratio", str(CFG_TRUNC_RATIO)),
+                "renorm_cfg": request.extra.get("renorm_cfg", str(RENORM_CFG)),
+            },
         )
 
     def needs_media(self, prepared: Prepared) -> bool:

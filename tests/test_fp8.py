@@ -31,7 +31,8 @@ GENERATED = [
     ["--fp8_scaled", "--fp8", "--upcast_quantization"],
     ["--fp8_scaled", "--upcast_linear"],
 ]
-SLOW = {"framepack", "lumina", "hunyuan_image"}  # of the first tests/frame_pack has what is its own
+# of the first tests/frame_pack has what is its own
+SLOW = {"framepack", "lumina", "hunyuan_image", "flux"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES
@@ -185,7 +186,8 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
 
     assert "linear layers stay in fp8" in caplog.text
     # both compute in bf16; modulation, where it is in fp8, is then multiplied in float32
-    assert difference({"latent": found}, {"latent": expected}) < 1e-2
+    limit = 2e-2 if family.name == "lumina" else 1e-2  # guided 3.5 times, which enlarges the rounding
+    assert difference({"latent": found}, {"latent": expected}) < limit
     with pytest.raises(CheckpointError, match="--fp8_scaled: .*already in fp8"):
         generated(here, tmp_path / "again", "--fp8_scaled")
 
@@ -194,9 +196,15 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
     assert all(tensor.isfinite().all() for tensor in lora.values())
 
 
+def _skip_without_fp8_texts(family: TinyFamily) -> None:
+    if family.name == "lumina":
+        pytest.skip("its text encoder, of 2.6 billion weights, is kept in 16 bits")
+
+
 def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
     family: TinyFamily,
 ) -> None:
+    _skip_without_fp8_texts(family)
     option, key = (
         ("--fp8_t5", "t5")
         if "wan" in family.name
@@ -229,6 +237,7 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
 
 
 def test_generation_and_samples_use_a_text_encoder_in_fp8(family: TinyFamily, tmp_path: Path) -> None:
+    _skip_without_fp8_texts(family)
     option = "--fp8_t5" if "wan" in family.name else "--fp8_llm"
     expected, found = generated(family, tmp_path / "plain"), generated(family, tmp_path / "fp8", option)
     assert 1e-5 < difference({"latent": found}, {"latent": expected}) < 0.05

@@ -54,10 +54,10 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Project(family, folder)
 
 
-LUMINA, HUNYUAN_IMAGE = (pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image"))
+PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux")]
 
 
-@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", "framepack", LUMINA, HUNYUAN_IMAGE])
+@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", "framepack", *PICTURES])
 def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """One of each kind with blocks enough to swap and to skip."""
     family = next(each for each in FAMILIES if each.name == request.param)

@@ -13,7 +13,7 @@ from typing import Any
 
 SERVER = Path(__file__).resolve().parent / "warm_server.py"
 CAN_BE_WARM = hasattr(os, "fork")
-PAUSE = 0.005  # seconds between two looks
+PAUSE = 0.02  # seconds between two looks
 
 
 class WarmServer:

@@ -22,17 +22,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 # what scripts load, heavy first; loading changes nothing by itself
 LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
     *("cv2", "matplotlib.figure", "pandas", "transformers", "families", "training.run", "generation.run"),
-    *("dataset.commands", "wan.family", "hunyuan_model.family", "frame_pack.family", "networks.lora_wan"),
+    *("dataset.commands", "networks.lora_wan"),
+    *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),
 )
 
 
 def main() -> None:
     """Load, then answer."""
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(ROOT)
     for name in LOADED:
         importlib.import_module(name)
     for line in sys.stdin:

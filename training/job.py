@@ -144,6 +144,12 @@ def find_data(
     parts = family.cache_tag, family.latent, family.text_keys
     found = require_items(find_items(config, *parts, sources.stores, sources.tables), job.commands)
     check_channels(found, family.latent, job.commands, sources.stores)
+    preserving = next((table for table in config.datasets if table.preserves_output), None)
+    if preserving is not None and job.options.network is None:
+        raise OptionError(
+            f"{preserving.name}: diff_output_preservation compares a LoRA with the model without it, and "
+            "here the model itself is trained. Leave it out"
+        )
     if job.accelerator.is_main_process:
         _warn_of_no_masks(job.options, config)
     seed = job.progress.seed if asked.validation_seed is None else asked.validation_seed
@@ -169,7 +175,7 @@ def _warn_of_no_masks(options: TrainingOptions, config: DatasetConfig) -> None:
     is_asked = options.subset is not None and options.subset.masked_loss
     if is_asked and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
         logger.warning(
-            "--masked_loss has no effect: no subset has conditioning_data_dir with masks, or alpha_mask = true"
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
         )
 
 

@@ -228,16 +228,17 @@ def _add_learner(
     if learners and not options.by_expert.lora_per_expert:
         learners[0] = share_network(learners[0], network, device)
         return
-    rates = _rates(options, len(encoders))
+    rates = _rates(options, texts)
     learners.append(train_network(network, rates, given.scale_weight_norms, device))
 
 
-def _rates(options: TrainingOptions, encoders: int) -> Rates:
-    """Return the learning rates of the network's parts. encoders: how many text encoders learn."""
+def _rates(options: TrainingOptions, texts: LiveTexts | None) -> Rates:
+    """Return the learning rates of the network's parts."""
     rate, parts = options.optimizer.learning_rate, options.parts
-    if parts is None:
-        return Rates(rate)
-    return Rates(rate, parts.unet_lr, parts.text_rates(encoders, rate) if encoders else None)
+    if parts is None or texts is None:
+        return Rates(rate, None if parts is None else parts.unet_lr)
+    given = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
+    return Rates(rate, parts.unet_lr, [given[encoder.lora_prefix] for encoder in texts.learning] or None)
 
 
 def _make_learning(

@@ -9,7 +9,7 @@ from dataset.cache.store import Stores
 from dataset.config import DatasetConfig
 from modules.contract.family import Family, LearningEncoder, TextEncoder
 from modules.errors import OptionError
-from networks.loading import import_network_module
+from networks.loading import OWN_MODULES, import_network_module
 from training.caching_inside import TextUse
 from training.data.live_text import LiveTexts, as_learning
 from training.options import TrainingOptions
@@ -34,22 +34,22 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
         )
     if varying is None and not _may_learn(options):
         return None
-    try:
-        encoders = family.text_encoders()
-    except OptionError as error:
-        why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
-        raise OptionError(f"{error} Text encoders are needed because {why}.") from None
-    learning = _learning(family, options, encoders)
+    encoders = _encoders(
+        family, "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
+    )
+    able = [one for one in map(as_learning, encoders) if one is not None]
+    learning = _learning(family, options, able)
+    prefixes = [encoder.lora_prefix for encoder in able]
     if varying is not None:
-        return LiveTexts(encoders, learning)
+        return LiveTexts(encoders, learning, prefixes)
     if not learning:
         return None
     if not asked:
-        return LiveTexts(encoders, learning)
+        return LiveTexts(encoders, learning, prefixes)
     if len(learning) == len(encoders):
         _stay_cached(learning, options.parts is not None and options.parts.trains_dit)
         return None
-    return LiveTexts(learning, learning)
+    return LiveTexts(learning, learning, prefixes)
 
 
 def _stay_cached(learning: Sequence[LearningEncoder], trains_dit: bool) -> None:
@@ -83,7 +83,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     """Return the encoders that stay loaded; None if all texts come from caches. Raises OptionError."""
     texts = choose_live_texts(family, options, config)
     if texts is None and is_uncached(family, options, config):
-        texts = LiveTexts(family.text_encoders())
+        texts = LiveTexts(_encoders(family, "there are no text caches"))
     return texts
 
 
@@ -98,17 +98,30 @@ def _may_learn(options: TrainingOptions) -> bool:
     return options.parts is not None and options.parts.trains_texts and options.network is not None
 
 
+def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
+    """Return the text encoders. Raises OptionError that says why they are needed, if one is not given."""
+    try:
+        return family.text_encoders()
+    except OptionError as error:
+        raise OptionError(f"{error}\n  Text encoders are needed because {why}.") from None
+
+
 def _learning(
-    family: Family, options: TrainingOptions, encoders: Sequence[TextEncoder]
+    family: Family, options: TrainingOptions, able: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
-    """Return the encoders that get a network.
+    """Return the encoders that get a network, of those that can learn.
 
     Raises OptionError if nothing but text encoders is to be trained, and none can be.
     """
     if not _may_learn(options) or options.network is None or options.parts is None:
         return []
-    able = [one for one in map(as_learning, encoders) if one is not None]
-    builder = import_network_module(options.network.network_module or family.lora_module)
+    options.parts.text_rates(len(able), options.optimizer.learning_rate)  # too many are refused here
+    name = options.network.network_module or family.lora_module
+    if able and name in OWN_MODULES and not name.startswith("networks.lora"):
+        raise OptionError(
+            f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a LoRA module"
+        )
+    builder = import_network_module(name)
     arguments = options.network.arguments()
     rules = getattr(builder, "RULES", None)  # of our modules for families
     switches: Mapping[str, str] = {} if rules is None else rules.encoders

@@ -23,9 +23,11 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from training.caching_inside import TablePlan, TextUse, list_live_tables, open_stores, plan_tables
 from training.data.live_media import BatchSources
+from training.data.options import WEIGHTS_OF_LOSS
 from training.data.shown_timesteps import show_timesteps
 from training.job import read_config
 from training.live_choice import find_live_texts, text_use
+from training.loss_options import NOTHING
 from training.options import TrainingOptions
 from training.planning.memory import plan_training
 
@@ -43,7 +45,10 @@ def show_preview(
     """
     if options.timesteps.show_timesteps is not None:
         folder = options.saving.output_dir or Path()
-        show_timesteps(options.timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
+        timesteps = options.timesteps
+        if options.weighted_by == NOTHING and timesteps.weighting_scheme in WEIGHTS_OF_LOSS:
+            timesteps = replace(timesteps, weighting_scheme="none")
+        show_timesteps(timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
         return 0
     if options.subset is not None and options.subset.debug_dataset:
         conclude(show_datasets(family, read_config(options), DEBUG_VIEW, max(1, os.cpu_count() or 1)))

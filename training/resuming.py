@@ -404,7 +404,7 @@ def restore_scaler(scaler: Any, state: Any, record: Path) -> None:
 
 
 def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
-    (module,) = learning.trainable.modules.values()
+    module = next(iter(learning.trainable.modules.values()))  # beside it may be what no file holds
     load_module(module, saved.network, saved.folder)
     if learning.average is not None:
         learning.average.begin()

@@ -19,6 +19,7 @@ from modules.speed_options import set_blocks_to_swap
 from training.caching_inside import prepare_sources
 from training.changes import Change, listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
+from training.data.live_text import encoding
 from training.dressing import AUTOCAST, dtype_of
 from training.early_checks import check_before_loading
 from training.experts import note_experts
@@ -125,6 +126,7 @@ def prepare_run(
     outlets = publish, uploads.publish_state
     saver = make_saver(job, loaded.dits.networks, learning, facts, *outlets, take_state, prompts)
     with (
+        encoding(texts),
         uploads.finish_uploads(),
         _start_logs(job, data) as logs,
         contextlib.nullcontext() if reporter is None else reporter,

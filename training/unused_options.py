@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from modules.attention.options import TRAINING_FLAGS, TrainingAttentionOptions
-from training.data.options import MIXTURES, SIZE_SHIFTS
+from training.data.options import MIXTURES, SIZE_SHIFTS, WEIGHTS_OF_LOSS
 from training.loss_options import L2, NOTHING, LossOptions
 from training.optimizers.lr_schedule_options import LrScheduleOptions
 from training.options import TrainingOptions
@@ -66,7 +66,7 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
 def _of_timesteps(training: TrainingOptions, shifts_table: bool) -> Iterator[Given]:
     options = training.timesteps
     sampler, weighting = options.timestep_sampling, options.weighting_scheme
-    weights = weighting in {"sigma_sqrt", "cosmap"} and training.weighted_by == NOTHING
+    weights = weighting in WEIGHTS_OF_LOSS and training.weighted_by == NOTHING
     reason = "it weights the loss only with --model_prediction_type sigma_scaled"
     yield f"--weighting_scheme {weighting}", weights, reason
     has_shift = sampler == "shift" or (sampler == "sigma" and shifts_table)

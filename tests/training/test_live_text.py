@@ -36,6 +36,7 @@ def test_texts_without_caches_are_encoded_in_each_step(tmp_path: Path) -> None:
 
     assert _prefixes(tensors) == {"lora_unet"}
     assert sorted(set(family.made[-1].asked)) == [f"red, big, number {index}" for index in range(4)]
+    assert all(encoder.made is None for encoder in family.made)  # freed
 
 
 def test_text_caches_are_used_if_nothing_changes(tmp_path: Path) -> None:
@@ -77,6 +78,24 @@ def test_each_text_encoder_has_its_own_rate(tmp_path: Path) -> None:
 
     moved = {"_".join(name.split("_")[:2]) for name in tensors if "lora_up" in name and tensors[name].any()}
     assert moved == {"lora_te1"}
+
+
+def test_a_rate_for_an_encoder_that_does_not_learn_is_left_over(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    one, two = [train_image_toy(tmp_path, "--text_encoder_lr", *rates) for rates in ((1e-3,), (1e-3, 0.5))]
+
+    assert same(one, two)
+    with pytest.raises(OptionError, match="--text_encoder_lr has 3 values, but 2 text encoders can learn"):
+        train_image_toy(tmp_path, "--text_encoder_lr", 1, 1, 1)
+
+
+def test_a_network_without_parts_for_text_encoders_is_refused_them(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    loha = "--network_module", "networks.loha"
+
+    with pytest.raises(OptionError, match="networks.loha"):
+        train_image_toy(tmp_path, *loha)
+    assert _prefixes(train_image_toy(tmp_path, *loha, UNET_ONLY)) == {"lora_unet"}
 
 
 def test_what_is_cached_stays_cached_while_another_encoder_learns(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class LiveTexts:
 
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # those of them that get a network, in their order
+    able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
 
     @property
     def keys(self) -> frozenset[str]:
@@ -102,10 +103,10 @@ def as_learning(encoder: TextEncoder) -> LearningEncoder | None:
 
 
 @contextlib.contextmanager
-def encoding(texts: LiveTexts | None) -> Iterator[LiveTexts | None]:
+def encoding(texts: LiveTexts | None) -> Iterator[None]:
     """Free the encoders at the end of the block."""
     try:
-        yield texts
+        yield
     finally:
         for encoder in () if texts is None else texts.encoders:
             encoder.free()

@@ -30,6 +30,7 @@ NOT_BUILT = {
     "ideogram4_shift": "its formula is not published. Use flux_shift or shift",
 }
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
+WEIGHTS_OF_LOSS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
 MOST_SHIFT = 1000  # beyond it every timestep is pure noise
 # a sigmoid of these is 0 or 1 to seven digits

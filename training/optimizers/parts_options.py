@@ -51,7 +51,7 @@ class PartsOptions:
                 f"--text_encoder_lr has {len(given)} values, but {count} text encoders can learn: give one "
                 "value, or one for each"
             )
-        return (*given, *[given[-1]] * (count - len(given)))
+        return (*given, *[given[-1]] * (count - len(given)))[:count]
 
 
 def add_parts_arguments(parser: argparse.ArgumentParser) -> None:

@@ -179,6 +179,20 @@ def test_arrays_that_another_program_replaced_count_as_its_own(folder: Path) -> 
     assert read_all(make_config(folder))[0].tensor("latents").unique().tolist() == [7]
 
 
+def test_damaged_values_are_found_when_they_are_read(folder: Path) -> None:
+    config = make_config(folder, resolution=(512, 512))
+    cache(config)
+    data = bytearray((folder / LATENTS).read_bytes())
+    data[data.index(b"latents_64x64.npy") + 20_000] ^= 1
+    (folder / LATENTS).write_bytes(bytes(data))
+
+    assert cache(config) == (0, 0)  # which looks at no values
+    with pytest.raises(CacheError, match=r"(?s)damaged, cannot be read as npz.*Remove the npz file"):
+        read_all(config)
+    assert cache_media(NpzFamily(), config, options(verify=True)).written == 1
+    read_all(config)
+
+
 def test_changed_sources_are_encoded_again(folder: Path) -> None:
     cache(make_config(folder))
     make_image(folder / "pic 0.png", (40, 40), (1, 2, 3))
