@@ -1,6 +1,7 @@
 """HunyuanImage-2.1's own options for caching, training and generation. Standard library only."""
 
 import argparse
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, check_at_least, check_at_most
 from modules.vae_options import VaeOptions, add_vae_arguments
+
+logger = logging.getLogger(__name__)
 
 NAME = "HunyuanImage-2.1"
 TILE = 384  # pixels, as the released VAE
@@ -140,16 +143,19 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def translate_training(args: argparse.Namespace) -> None:
     """Put HunyuanImage's own names of shared options into the shared ones.
 
-    Raises OptionError if text encoders are to learn, which this model's do not.
+    Raises OptionError if text encoders alone are to learn, which this model's do not.
     """
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]].removeprefix("--")
         setattr(args, flag, True)
-    if not args.network_train_unet_only:
+    if args.network_train_text_encoder_only:
         raise OptionError(
-            f"--network_train_unet_only is needed: the text encoders of {NAME}, a language model of 7 bn "
-            "weights and ByT5, do not learn. Give it"
+            f"--network_train_text_encoder_only: the text encoders of {NAME}, a language model of 7 bn "
+            "weights and ByT5, do not learn. Leave it out"
         )
+    if not args.network_train_unet_only:
+        logger.info("The text encoders of %s do not learn: --network_train_unet_only is assumed.", NAME)
+        args.network_train_unet_only = True
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -230,6 +230,12 @@ def test_training_has_the_released_defaults_and_other_names_of_attention() -> No
     assert caching_commands(Path("data.toml"), options)[0].endswith("--dataset_config data.toml --vae vae")
 
 
-def test_text_encoders_that_should_learn_are_refused() -> None:
-    with pytest.raises(OptionError, match="--network_train_unet_only is needed"):
-        translate_training(training_args())
+def test_text_encoders_do_not_learn(caplog: pytest.LogCaptureFixture) -> None:
+    args = training_args()
+    with caplog.at_level("INFO"):
+        translate_training(args)
+
+    assert args.network_train_unet_only
+    assert "--network_train_unet_only is assumed" in caplog.text
+    with pytest.raises(OptionError, match="do not learn"):
+        translate_training(training_args("--network_train_text_encoder_only"))
