@@ -32,7 +32,7 @@ OF_FAMILIES: Marks = (
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5, --t5xxl)"),
     ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
     ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
     # CLIP's has none
