@@ -48,11 +48,13 @@ class ModulationRows(nn.Module):
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
-        self.first, self.count = first, count
+        # a tensor: with a number for each block, each block would be compiled by itself. Not on the meta
+        # device, on which networks are built
+        self.rows = torch.arange(first, first + count, device="cpu")
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         # vector: B M C float32 -> count tensors B 1 C
-        return vector[:, self.first : self.first + self.count].split(1, dim=1)
+        return vector.index_select(1, self.rows.to(vector.device)).split(1, dim=1)
 
 
 @dataclass(frozen=True)

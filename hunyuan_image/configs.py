@@ -8,7 +8,7 @@ HUNYUAN_IMAGE = ModelRelease(
     ("tencent/HunyuanImage-2.1",),
     "Tencent Hunyuan Community",
     "other",
-    "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1/blob/master/LICENSE",
+    "https://huggingface.co/tencent/HunyuanImage-2.1",
 )
 TEXT_TOKENS = 1024  # of a prompt that are kept
 GLYPH_TOKENS = 128  # of the texts to be written in the picture

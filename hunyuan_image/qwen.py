@@ -41,6 +41,6 @@ TOKENIZER = TokenizerFiles(
     folder="",
     repository="Qwen/Qwen2.5-VL-7B-Instruct",
     # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
-    beside=(".", "tokenizer", "../tokenizer"),
+    beside=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
     token="<|im_start|>",
 )

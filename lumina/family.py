@@ -213,6 +213,10 @@ class Lumina:
             prompts={0: texts},
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             rules=guidance_rules(request.extra),
+            own_metadata={
+                "cfg_trunc_ratio": request.extra.get("cfg_trunc_ratio", str(CFG_TRUNC_RATIO)),
+                "renorm_cfg": request.extra.get("renorm_cfg", str(RENORM_CFG)),
+            },
         )
 
     def needs_media(self, prepared: Prepared) -> bool:

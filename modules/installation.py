@@ -56,7 +56,7 @@ def command_words(words: Sequence[str]) -> list[str]:
 
 
 def _is_script(word: str) -> bool:
-    is_name = re.fullmatch(r"(blissful_tuner/)?\w+(\.py)?", word) is not None
+    is_name = re.fullmatch(r"((blissful_tuner|networks)/)?\w+(\.py)?", word) is not None
     return is_name and (ROOT / f"{word.removesuffix('.py')}.py").is_file()
 
 

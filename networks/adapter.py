@@ -20,7 +20,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.seeds import derive_seed
 from networks.factored import FactoredNetwork
 from networks.hashes import add_hashes, saved_dtype
-from networks.loading import OWN_MODULES, import_network_module, read_lora
+from networks.loading import OWN_MODULES, WITH_RULES, import_network_module, read_lora
 from networks.lora_network import LoraNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
@@ -204,16 +204,19 @@ class TrainableNetwork:
         return method
 
 
-def check_network(options: NetworkOptions, name: str) -> None:
+def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int] | None = None) -> None:
     """Raise OptionError if a module cannot be imported, or a setting of one of ours has no sense.
 
-    name: of the module. Nothing of the model is needed.
+    name: of the module. depths: how many blocks the model's lists have, as far as that is known.
     """
     builder = import_network_module(name)
-    if name in OWN_MODULES:
-        builder.check_settings(
-            options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
-        )
+    if name not in OWN_MODULES:
+        return
+    given = options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
+    if builder.__name__.endswith(WITH_RULES):
+        builder.check_settings(*given, depths)
+    else:
+        builder.check_settings(*given)
 
 
 def make_network(

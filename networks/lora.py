@@ -21,7 +21,13 @@ from networks.lora_layer import LoraLayer
 from networks.lora_network import LoraNetwork
 from networks.lora_rules import LoraRules
 from networks.lora_settings import LoraSettings, read_settings
-from networks.lora_targets import LoraModule, choose_encoder_modules, choose_modules, named_modules_of
+from networks.lora_targets import (
+    LoraModule,
+    check_blocks,
+    choose_encoder_modules,
+    choose_modules,
+    named_modules_of,
+)
 from networks.parts import for_model
 
 logger = getLogger(__name__)
@@ -78,9 +84,14 @@ def module_of_family(rules: LoraRules) -> tuple[Callable[..., Any], Callable[...
     """
 
     def check(
-        rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
+        rank: int | None,
+        alpha: float | None,
+        dropout: float | None,
+        arguments: Mapping[str, Any],
+        depths: Mapping[str, int] | None = None,
     ) -> None:
-        read_settings(rank, alpha, dropout, arguments, rules)
+        settings = read_settings(rank, alpha, dropout, arguments, rules)
+        check_blocks(settings, depths or {})
 
     def create(
         multiplier: float,
@@ -146,7 +157,7 @@ def build_network_from_weights(
     if unet is None:
         raise TypeError("create_arch_network_from_weights needs unet")
     given = {key for key, value in arguments.items() if value is not None}
-    from_file = given - {*_BESIDE_FILE, *_OF_THE_CALL}
+    from_file = given - {*_BESIDE_FILE, *_OF_THE_CALL, *({} if rules is None else rules.encoders)}
     read_settings(
         None, None, None, {key: value for key, value in arguments.items() if key in from_file}, rules
     )

@@ -40,7 +40,8 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         settings = replace(settings, exclude=(*settings.exclude, *map(_anywhere, spec.lora_exclude)))
         candidates = _modules_below(unet, tuple(f"{name}." for name in spec.block_lists))
     else:
-        _check_blocks(unet, settings, rules)
+        lists = rules.indices.values()
+        check_blocks(settings, {one: len(list(unet.get_submodule(one).children())) for one in lists})
         candidates = _candidates(unet, settings, rules)
     found = _choose(candidates, settings, OURS)
     if not found:
@@ -116,9 +117,12 @@ def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[tuple[s
             yield path, module
 
 
-def _check_blocks(unet: nn.Module, settings: LoraSettings, rules: LoraRules) -> None:
+def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
+    """Raise OptionError for numbers of blocks that a model does not have. depths: by list of blocks."""
     for argument, numbers in settings.block_numbers.items():
-        numbers.check(argument, len(list(unet.get_submodule(rules.indices[argument]).children())))
+        depth = None if settings.rules is None else depths.get(settings.rules.indices[argument])
+        if depth is not None:
+            numbers.check(argument, depth)
 
 
 def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, float] | None:

@@ -197,7 +197,8 @@ def _own_paths(family: FamilyNames) -> tuple[str, ...]:
 
 
 def _all_aliases(family: FamilyNames) -> tuple[tuple[str, str], ...]:
-    return (*family.aliases, *family.parameters)
+    # a parameter of ours may be the weight of a module there
+    return (*family.aliases, *((theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters))
 
 
 def _pattern(templates: Iterable[str]) -> re.Pattern[str]:

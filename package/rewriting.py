@@ -75,9 +75,9 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     The launcher gets the module: `accelerate launch ... -m reelsmith.wan_train_network`. Commands in lists of
     words are translated when they are shown, by `command_words`.
     """
-    names = "|".join(sorted(scripts))
+    names, rooms = "|".join(sorted(scripts)), "|".join(TOOLS)
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
-    return re.sub(rf"(?:\bpython )?\b(?:{TOOLS}/)?({names})\.py\b", r"\1", source)
+    return re.sub(rf"(?:\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b", r"\1", source)
 
 
 def add_entry_point(source: str, script: str) -> str:

@@ -8,16 +8,18 @@ import pytest
 FILES_BETWEEN = 10  # of tests, after which garbage older than a test is collected too
 
 
-@pytest.fixture(autouse=True)
-def _quick_garbage_collection() -> Iterator[None]:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Iterator[None]:
     """Scripts collect garbage between their phases, which takes half a second a time once all libraries are
     loaded.
 
-    What was there before a test is left out of that.
+    What was there before a test and its fixtures, of any scope, is left out of that.
     """
     gc.freeze()
-    yield
-    gc.unfreeze()
+    try:
+        return (yield)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -50,7 +50,7 @@ class Project:
         return [load_file(path)["latent"] for path in sorted(output.glob("*.safetensors"))]
 
 
-TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image"}  # of blocks
+TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux"}  # of blocks
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +61,10 @@ def _fresh_accelerator() -> Iterator[None]:
 
 # tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
-LUMINA, HUNYUAN_IMAGE = (pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image"))
+PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux")]
 
 
-@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", FRAMEPACK, LUMINA, HUNYUAN_IMAGE])
+@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", FRAMEPACK, *PICTURES])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
     family = next(each for each in FAMILIES if each.name == request.param)
     folder = tmp_path_factory.mktemp("swap")

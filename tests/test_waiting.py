@@ -25,6 +25,7 @@ from modules.contract.generation import Away, Request, Section, Tweaks
 from modules.flow.solvers import solver_for
 from modules.layers.rope import Slow
 from tests.preparing import prepare
+from tests.test_second_text import TEXTS
 from tests.tiny.dits import DITS, TI2V, TinyDit
 
 META, HOST = torch.device("meta"), torch.device("cpu")
@@ -104,7 +105,7 @@ def test_a_pass_waits_for_nothing(tiny: TinyDit) -> None:
 def test_a_second_text_and_a_slowed_frequency_wait_for_nothing_either(tiny: TinyDit) -> None:
     dit = tiny.make(2).to(META)
     inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
-    text = {name: inputs[name] for name in ("text", "llama", "llama_mask", "clip_l") if name in inputs}
+    text = {name: inputs[name] for name in TEXTS if name in inputs}
     slow = None if tiny.name == "framepack" else Slow(3, 90.0)
     tweaks = Tweaks(away=Away(text, NormalisedGuidance(5.0, 3.5, 0.5)), slow_frames=slow)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 SERVER = Path(__file__).resolve().parent / "warm_server.py"
-CAN_BE_WARM = hasattr(os, "fork")
-PAUSE = 0.005  # seconds between two looks
+CAN_BE_WARM = sys.platform == "linux"  # other systems cannot copy a process safely, or not at all
+PAUSE = 0.02  # seconds between two looks
 
 
 class WarmServer:

@@ -7,10 +7,11 @@ It reads requests from stdin and answers on stdout, a line of JSON each:
     {"poll": PID}
         -> {"code": null while it runs, else as subprocess says it}
 
-It ends when stdin ends. Where processes cannot be copied (Windows), `tests/commands.py` does without it.
+It ends when stdin ends. Only Linux copies processes safely; elsewhere `tests/commands.py` does without.
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -22,19 +23,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 # what scripts load, heavy first; loading changes nothing by itself
 LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
     *("cv2", "matplotlib.figure", "pandas", "transformers", "families", "training.run", "generation.run"),
-    *("dataset.commands", "wan.family", "hunyuan_model.family", "frame_pack.family", "networks.lora_wan"),
+    *("dataset.commands", "networks.lora_wan"),
+    *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),
 )
 
 
 def main() -> None:
     """Load, then answer."""
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(ROOT)
     for name in LOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # of an optional package; or the script that needs it says so
+            importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

@@ -56,6 +56,8 @@ def check_before_loading(
 
 def _check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
+    counts = family.block_counts()
+    depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
         network = network_for(options, expert)
         if network is None:
@@ -63,10 +65,10 @@ def _check_networks(family: Family, options: TrainingOptions) -> None:
         module = network.network_module or family.lora_module
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
-            check_network(network, module)
+            check_network(network, module, depths)
             uses = [_use(path, expert, multiplier) for path, multiplier in files]
             if network.network_weights is not None and module in OWN_MODULES:
-                uses.append(LoraUse(read_lora(network.network_weights)))
+                uses.append(LoraUse(read_lora(network.network_weights, with_texts=True)))
             if file is not None:
                 check_loras_fit(file, uses)
 

@@ -119,7 +119,7 @@ def _read_item(
     """Read an item. encoded: what was encoded instead of its latent cache."""
     tensors, variable, made_by = dict(encoded or {}), frozenset[str](), list[MadeBy]()
     if encoded is None:
-        with _remedy(commands.latents, store):
+        with _remedy(commands.latents, store, item.latent_path.name):
             latents, media = _read_latents(item, store, latent, checks)
         tensors, variable = dict(latents.tensors), latents.variable
         made_by += [] if media is None else [MadeBy(item.latent_path, LATENTS_MADE, media.encoder)]
@@ -127,8 +127,8 @@ def _read_item(
         checks.add(item.table.index, item.key)
         caption = live.tables[item.table.index].caption(item.source_stem, number)
         return _ReadItem(tensors, item.text_path, frozenset(), variable, caption, tuple(made_by))
-    with _remedy(commands.text, store):
-        text_path = item.caption_path(number)
+    text_path = item.caption_path(number)
+    with _remedy(commands.text, store, text_path.name):
         text = store.read(text_path.name)
         absent = sorted(item.kind.text_keys - text.tensors.keys())
         if absent:
@@ -323,11 +323,17 @@ def _stack(
 
 
 @contextlib.contextmanager
-def _remedy(command: str, store: CacheStore) -> Iterator[None]:
-    """Add the command that makes the caches again to every CacheError."""
+def _remedy(command: str, store: CacheStore, name: str) -> Iterator[None]:
+    """Add the command that makes the caches again to every CacheError. name: of the entry."""
     try:
         yield
     except CacheError as error:
+        if store.is_shared(name):
+            raise CacheError(
+                f"{error}.\n  A training with --cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, "
+                "without --skip_cache_check, makes again what does not fit; remove a damaged npz file before. "
+                f"With cache_format npz: {command}"
+            ) from error
         # an index believes times and sizes, which a disk that forgets bits leaves as they were
         again = " --verify" if (store.folder / INDEX_NAME).exists() else ""
         raise CacheError(f"{error}.\n  Make it again with: {command}{again}") from error

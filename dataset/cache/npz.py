@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -34,10 +34,12 @@ from dataset.cache.files import (
 )
 from dataset.cache.npz_files import (
     Array,
+    Outline,
     format_array,
     list_arrays,
     read_arrays,
     read_members,
+    read_outlines,
     write_members,
 )
 from dataset.cache.npz_records import OURS, describe_tensors, open_record
@@ -45,14 +47,18 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
 from dataset.sources.masks import shrink_mask
+from modules.atomic_write import explain_errors
 from modules.contract.data import LOSS_MASK
 from modules.contract.family import LatentSpec
 from modules.contract.npz import NpzFormat
+from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one
 from modules.media.buckets import Size, fit_cover
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NPZ = ".npz"
 LOCK = ".reelsmith-npz.lock"  # while a file of the folder gets one resolution more
@@ -108,12 +114,14 @@ class NpzStore:
         """Return None: one file has the entries of several tables, so that what it holds must be read."""
 
     def read_header(self, name: str) -> Header:
-        return self.read(name).header
+        return self._read(name, is_whole=False).header
 
     def read(self, name: str) -> Entry:
-        if self._is_text(name):
-            return self._read_text(name)
-        return self._read_latents(name)
+        return self._read(name, is_whole=True)
+
+    def _read(self, name: str, is_whole: bool) -> Entry:
+        """Read an entry; its tensors are on the meta device unless it is wanted whole."""
+        return self._read_text(name, is_whole) if self._is_text(name) else self._read_latents(name, is_whole)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         if self._is_text(name):
@@ -133,7 +141,7 @@ class NpzStore:
             path.unlink(missing_ok=True)
             return
         end = self._suffix(name)
-        with only_one(path.with_name(LOCK)):
+        with explain_errors(path), only_one(path.with_name(LOCK)):
             members = read_members(path) if path.is_file() else {}
             kept = {array: data for array, data in members.items() if not array.endswith(end)}
             if kept:
@@ -228,19 +236,20 @@ class NpzStore:
         height, width = self._grid(name)
         return f"_{height}x{width}"
 
-    def _read_latents(self, name: str) -> Entry:
+    def _read_latents(self, name: str, is_whole: bool) -> Entry:
         path, end = self._path(name), self._suffix(name)
         there = list_arrays(path)
         if f"latents{end}" not in there:
             others = sorted(one.removeprefix("latents") for one in there if one.startswith("latents_"))
             raise CacheError(f"{path}: it has no latents{end}, but those of {', '.join(others) or 'nothing'}")
-        arrays = read_arrays(path, {one for one in there if one.endswith(end)})
-        plain = {one.removesuffix(end): array for one, array in arrays.items()}
-        record = plain.get(OURS)
-        entry = None if record is None else open_record(path, record, plain, self._as_ours)
+        outlines = read_outlines(path, {one for one in there if one.endswith(end)})
+        tensors = read_tensors(path, outlines, is_whole)
+        record = read_arrays(path, {OURS + end}).get(OURS + end)
+        plain, known = _without(end, tensors), _without(end, outlines)
+        entry = None if record is None else open_record(path, record, plain, known, self._as_ours)
         return entry or self._foreign_latents(path, plain, self._grid(name))
 
-    def _foreign_latents(self, path: Path, arrays: Mapping[str, Array], grid: tuple[int, int]) -> Entry:
+    def _foreign_latents(self, path: Path, arrays: Mapping[str, Tensor], grid: tuple[int, int]) -> Entry:
         """Return what another program wrote, if it fits what the table asks for."""
         latent, wanted = self.family.latent, ["latents"]
         wanted += [MIRRORED] if self.table.augmentation.flip else []
@@ -255,12 +264,12 @@ class NpzStore:
             if key == ALPHA:
                 tensors[LOSS_MASK] = shrink_alpha(path, array, grid, latent.stride)
                 continue
-            if array.shape != (latent.channels, *grid) or array.dtype.kind != "f":
+            if array.shape != (latent.channels, *grid) or not array.is_floating_point():
                 raise CacheError(
-                    f"{path}: its {key} are {array.dtype} of shape {array.shape}, this model's are numbers "
-                    f"of shape {(latent.channels, *grid)}"
+                    f"{path}: its {key} are {dtype_name(array.dtype)} of shape {tuple(array.shape)}, this "
+                    f"model's are floating-point numbers of shape {(latent.channels, *grid)}"
                 )
-            tensors[key] = torch.from_numpy(array)[:, None]
+            tensors[key] = array[:, None]
         return _foreign_entry(path, {tensor_name(key, one): one for key, one in tensors.items()})
 
     def _as_ours(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -283,12 +292,14 @@ class NpzStore:
             arrays[place], sources[place] = array, named
         arrays["original_size"] = np.array(size)
         arrays["crop_ltrb"] = np.array(kept_part(size, bucket))
-        arrays[OURS] = describe_tensors(tensors, sources, metadata)
+        members = {one: format_array(array) for one, array in arrays.items()}
+        members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(path.with_name(LOCK)):
-            members = {one + end: format_array(array) for one, array in arrays.items()}
-            write_members(path, self._others_in(path, end) | members)
+        with explain_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with explain_errors(path), only_one(path.with_name(LOCK)):
+            added = {one + end: data for one, data in members.items()}
+            write_members(path, self._others_in(path, end) | added)
 
     def _pixels(self, mask: Tensor) -> Array:
         """Return the mask of latents, 1 H W, as one of pixels, which averages to the same: H W float32."""
@@ -307,9 +318,10 @@ class NpzStore:
 
     # --- texts ---
 
-    def _read_text(self, name: str) -> Entry:
+    def _read_text(self, name: str, is_whole: bool) -> Entry:
         path, form, keys = self._path(name), self.family.format, self.family.text_keys
-        arrays = read_arrays(path, {*keys, *form.constants, OURS})
+        arrays, outlines = read_arrays(path, {*form.constants, OURS}), read_outlines(path, keys)
+        found_tensors = read_tensors(path, outlines, is_whole)
         is_part = name.endswith(PART)
         for constant, expected in {} if is_part else form.constants.items():
             found = arrays[constant].item() if constant in arrays and arrays[constant].size == 1 else None
@@ -317,27 +329,29 @@ class NpzStore:
                 says = "nothing" if found is None else found
                 raise CacheError(f"{path}: it was made with {constant} {says}, this training has {expected}")
         record = arrays.get(OURS)
-        entry = None if record is None else open_record(path, record, arrays, _reshaped)
+        entry = None if record is None else open_record(path, record, found_tensors, outlines, _reshaped)
         if entry is not None:
             return entry
-        missing = sorted(keys - arrays.keys())
+        missing = sorted(keys - found_tensors.keys())
         if missing or is_part:
             raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
-        tensors = {key: torch.from_numpy(arrays[key]) for key in sorted(keys)}
-        named = {
-            tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in tensors.items()
-        }
+        pairs = sorted(found_tensors.items())
+        named = {tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in pairs}
         return _foreign_entry(path, named)
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         form, sources = self.family.format, {tensor_key(named): named for named in tensors}
         arrays = {key: as_array(tensors[named], keep_half=True) for key, named in sources.items()}
-        arrays[OURS] = describe_tensors(tensors, sources, metadata)
+        members = {key: format_array(array) for key, array in arrays.items()}
+        members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
         arrays |= {constant: np.array(value) for constant, value in form.constants.items()}
         for zeros, (like, columns) in form.zeros.items():
             if like in arrays:
                 arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
-        write_members(self._path(name), {one: format_array(array) for one, array in arrays.items()})
+            elif not like:
+                arrays[zeros] = np.zeros(columns, np.float32)
+        more = {one: format_array(array) for one, array in arrays.items() if one not in members}
+        write_members(self._path(name), members | more)
 
 
 def open_npz(table: DatasetTable, family: NpzNames, folder: Path) -> NpzStore:
@@ -346,6 +360,16 @@ def open_npz(table: DatasetTable, family: NpzNames, folder: Path) -> NpzStore:
         return NpzStore(table, family, folder)
     sources = find_sources(table, captions=False, faults=[])
     return NpzStore(table, family, folder, {source.stem: source.path.with_suffix("") for source in sources})
+
+
+def read_tensors(path: Path, outlines: Mapping[str, Outline], is_whole: bool) -> dict[str, Tensor]:
+    """Return the arrays of these outlines: read, or as tensors on the meta device."""
+    if is_whole:
+        return {name: torch.from_numpy(array) for name, array in read_arrays(path, outlines).items()}
+    dtypes = {one.dtype: torch.from_numpy(np.empty(0, one.dtype)).dtype for one in outlines.values()}
+    return {
+        name: torch.empty(one.shape, dtype=dtypes[one.dtype], device="meta") for name, one in outlines.items()
+    }
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
@@ -359,20 +383,24 @@ def as_array(tensor: Tensor, keep_half: bool) -> Array:
     return found
 
 
-def shrink_alpha(path: Path, array: Array, grid: tuple[int, int], stride: tuple[int, int, int]) -> Tensor:
+def shrink_alpha(path: Path, mask: Tensor, grid: tuple[int, int], stride: tuple[int, int, int]) -> Tensor:
     """Return the mask of the loss, 1 H W of latents, for an alpha mask in pixels or in latent pixels."""
     height, width = grid
-    if array.shape == grid:
-        return torch.from_numpy(array)[None].half()
-    if array.shape != (height * stride[1], width * stride[2]):
-        raise CacheError(f"{path}: its alpha_mask has the shape {array.shape}, its latents have {grid}")
-    return shrink_mask(torch.from_numpy(array).float()[None] * 255, stride)
+    if mask.shape == grid:
+        return mask[None].half()
+    if mask.shape != (height * stride[1], width * stride[2]):
+        raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
+    return shrink_mask(mask.float()[None] * 255, stride)
 
 
 def kept_part(size: Size, bucket: Size) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom of what a bucket keeps of a picture resized to cover it."""
     left, top = fit_cover(size, bucket).crop
     return left, top, left + bucket[0], top + bucket[1]
+
+
+def _without(end: str, values: Mapping[str, T]) -> dict[str, T]:
+    return {name.removesuffix(end): value for name, value in values.items()}
 
 
 def _reshaped(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ Array = NDArray[Any]
 
 MOST_BYTES = 1 << 30  # of one array; latents of 8192 x 8192 pixels take 64 MiB
 MOST_ARRAYS = 10_000
+MOST_HEADER = 1 << 14  # bytes; numpy reads no longer ones
 _MEMBER = ".npy"
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
 _ERRORS = (
@@ -45,6 +47,27 @@ def read_arrays(path: Path, names: Collection[str], most_bytes: int = MOST_BYTES
     """
     with _open(path) as file:
         return {name: parse_array(_read(file, name, most_bytes)) for name in _names(file) if name in names}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of an array without reading its values."""
+
+    shape: tuple[int, ...]
+    dtype: "np.dtype[Any]"
+    crc32: int  # of the whole member; reading it compares them
+
+
+def read_outlines(path: Path, names: Collection[str]) -> dict[str, Outline]:
+    """Return what the headers of the named arrays say, of those that a file has. Raises as `read_arrays`."""
+    found = {}
+    with _open(path) as file:
+        for name in set(_names(file)) & set(names):
+            member = file.getinfo(name + _MEMBER)
+            with file.open(member) as stream:
+                shape, _, dtype = _read_array_header(io.BytesIO(stream.read(MOST_HEADER)))
+            found[name] = Outline(shape, dtype, member.CRC)
+    return found
 
 
 def read_members(path: Path) -> dict[str, bytes]:
@@ -71,6 +94,16 @@ def format_array(array: Array) -> bytes:
 def parse_array(data: bytes) -> Array:
     """Return the array of a member. Raises ValueError if it is damaged, or holds no numbers."""
     stream = io.BytesIO(data)
+    shape, is_fortran, dtype = _read_array_header(stream)
+    values = memoryview(data)[stream.tell() :]
+    if math.prod(shape) * dtype.itemsize != len(values):
+        raise ValueError(f"an array of shape {shape} in {len(values)} bytes")
+    array: Array = np.frombuffer(values, dtype).reshape(shape, order="F" if is_fortran else "C")
+    return np.array(array, dtype.newbyteorder("="), order="C")
+
+
+def _read_array_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
+    """Return shape, whether columns come first, and dtype of an array. Raises ValueError as `parse_array`."""
     version = npy.read_magic(stream)
     if version not in {(1, 0), (2, 0)}:
         raise ValueError(f"an array of version {version}")
@@ -78,11 +111,9 @@ def parse_array(data: bytes) -> Array:
     shape, is_fortran, dtype = read_header(stream)
     if dtype.hasobject or dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise ValueError(f"an array of {dtype}, which are no numbers")
-    values = memoryview(data)[stream.tell() :]
-    if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != len(values):
-        raise ValueError(f"an array of shape {shape} in {len(values)} bytes")
-    array: Array = np.frombuffer(values, dtype).reshape(shape, order="F" if is_fortran else "C")
-    return np.array(array, dtype.newbyteorder("="), order="C")
+    if any(side < 0 for side in shape):
+        raise ValueError(f"an array of shape {shape}")
+    return shape, is_fortran, dtype
 
 
 def _names(file: zipfile.ZipFile) -> list[str]:

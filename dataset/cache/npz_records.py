@@ -1,11 +1,12 @@
 """The record of what we wrote into an npz file: one more array of bytes, which hold JSON.
 
 It has the metadata that a file of ours would have, and the name, dtype and shape of each tensor, so that
-what is read is bit for bit what was written. If an array was replaced by another program since, its checksum
-differs, and the record does not count.
+what is read is bit for bit what was written. The checksum of each array is that of the archive. If another
+program has replaced an array since, it differs, and the record does not count.
 """
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,10 +15,8 @@ import torch
 from torch import Tensor
 
 from dataset.cache.files import Entry, Header, tensor_key
-from dataset.cache.npz_files import Array
-from dataset.cache.records import latent_record, text_records, verify_tensors
+from dataset.cache.npz_files import Array, Outline
 from modules.devices import dtype_name
-from modules.errors import CacheError
 from modules.text_files import parse_json
 
 OURS = "reelsmith"  # array with the record
@@ -36,11 +35,16 @@ Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
 def describe_tensors(
-    tensors: Mapping[str, Tensor], sources: Mapping[str, str], metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor],
+    sources: Mapping[str, str],
+    metadata: Mapping[str, str],
+    members: Mapping[str, bytes],
 ) -> Array:
-    """Return the record of tensors as an array. sources: array -> name of its tensor."""
+    """Return the record of tensors as an array. sources: array -> name of its tensor. members: the bytes of
+    the arrays.
+    """
     described = {
-        array: [name, dtype_name(tensors[name].dtype), list(tensors[name].shape)]
+        array: [name, dtype_name(tensors[name].dtype), list(tensors[name].shape), zlib.crc32(members[array])]
         for array, name in sources.items()
     }
     content = {"version": VERSION, "metadata": dict(metadata), "tensors": described}
@@ -48,31 +52,29 @@ def describe_tensors(
     return np.frombuffer(text.encode(), np.uint8)
 
 
-def open_record(path: Path, record: Array, arrays: Mapping[str, Array], reshape: Reshape) -> Entry | None:
-    """Return the entry that we wrote; None if another program has replaced some of it, or the record."""
+def open_record(
+    path: Path,
+    record: Array,
+    arrays: Mapping[str, Tensor],
+    outlines: Mapping[str, Outline],
+    reshape: Reshape,
+) -> Entry | None:
+    """Return the entry that we wrote; None if another program has replaced some of it, or the record.
+
+    arrays: may be on the meta device, and then the entry's tensors are.
+    """
     try:
         content = parse_json(record.astype(np.uint8).tobytes().decode())
         if content["version"] != VERSION:
             return None
         metadata = {str(key): str(value) for key, value in content["metadata"].items()}
         named = {}
-        for array, (name, dtype, shape) in content["tensors"].items():
-            tensor = reshape(tensor_key(name), torch.from_numpy(arrays[array]), tuple(map(int, shape)))
+        for array, (name, dtype, shape, crc32) in content["tensors"].items():
+            if outlines[array].crc32 != crc32:
+                return None
+            tensor = reshape(tensor_key(name), arrays[array], tuple(map(int, shape)))
             named[str(name)] = tensor.to(_DTYPES[dtype])
-        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-        entry = Entry(Header(path, metadata, tuple(named), shapes), named)
-        _verify(entry)
-    except (CacheError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
-    return entry
-
-
-def _verify(entry: Entry) -> None:
-    """Raise CacheError unless all tensors are what the records of an entry say."""
-    if entry.header.grids:
-        record = latent_record(entry.header)
-        if record is not None:
-            verify_tensors(entry, record.crc32)
-        return
-    for text in text_records(entry.header).values():
-        verify_tensors(entry, text.crc32)
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    return Entry(Header(path, metadata, tuple(named), shapes), named)

@@ -161,7 +161,8 @@ def plan_text(
         return TextPlan(file, (), (), is_foreign=False, is_known=True)
     part = find_part(store, wanted).right  # before the file, as another process may finish it now
     stamp = store.stamp(wanted.name)
-    found = find_finished(store, wanted)
+    is_trusted = store.is_shared(wanted.name) and (known is None or known.index.is_trusted)
+    found = find_finished(store, wanted, has_values=not is_trusted)
     right = found.right
     if known is not None and found.entry is not None and all(right.get(one.name) for one, _ in encoders):
         known.note(wanted, found.entry, stamp)
@@ -174,9 +175,12 @@ def plan_text(
     )
 
 
-def find_finished(store: CacheStore, wanted: Wanted) -> Found:
-    """Compare the finished file of a text with what is wanted."""
-    return _find(store, wanted.name, wanted, wanted.skip_existing)[0]
+def find_finished(store: CacheStore, wanted: Wanted, has_values: bool = True) -> Found:
+    """Compare the finished file of a text with what is wanted.
+
+    has_values: False compares without reading the tensors; then what is found has none.
+    """
+    return _find(store, wanted.name, wanted, wanted.skip_existing, has_values)[0]
 
 
 def find_part(store: CacheStore, wanted: Wanted) -> Found:
@@ -189,7 +193,9 @@ def find_part(store: CacheStore, wanted: Wanted) -> Found:
     return Found() if others or not found.right else found
 
 
-def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> tuple[Found, frozenset[str]]:
+def _find(
+    store: CacheStore, name: str, wanted: Wanted, skip_existing: bool, has_values: bool = True
+) -> tuple[Found, frozenset[str]]:
     """Return what a file holds of what is wanted, and the encoders of all other records in it.
 
     skip_existing: outputs without a record are valid if the caption is the same.
@@ -199,7 +205,7 @@ def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> 
     if not store.has(name):
         return Found(), frozenset()
     try:
-        entry = store.read(name)
+        entry = store.read(name) if has_values else Entry(store.read_header(name), {})
         records = text_records(entry.header)
     except CacheError as error:
         if store.has(name):  # else another process has removed it since
@@ -218,7 +224,8 @@ def _find(store: CacheStore, name: str, wanted: Wanted, skip_existing: bool) -> 
             logger.debug("%s: %s", store.folder / name, changed)
             continue
         try:
-            verify_tensors(entry, record.crc32)
+            if has_values:
+                verify_tensors(entry, record.crc32)
             right[encoder.name] = True
         except CacheError as error:
             logger.warning("%s. It is made again.", error)

@@ -19,13 +19,13 @@ PROGRAM = "reelsmith"
 WORDS = {
     r"(\w+)_train_network": "train {family}",
     r"(\w+)_train": "finetune {family}",
-    r"(\w+)_generate_video": "generate {family}",
+    r"(\w+)_generate_(?:video|image)": "generate {family}",
     r"(?:(\w+)_)?cache_latents": "cache latents {family}",
     r"(?:(\w+)_)?cache_text_encoder_outputs": "cache text {family}",
-    r"(\w+)_lora": "{family}",  # merge, convert
+    r"(\w+)_lora": "{family}",  # merge, convert, flux-merge
 }
 FAMILY = "hv"  # of scripts that name none
-TOOLS = "blissful_tuner"  # the one room that has scripts too
+TOOLS = ("blissful_tuner", "networks")  # the rooms that have scripts too
 OF_A_CHECKOUT = {"quickstart", "run_tests"}  # scripts that set up a checkout; the package has none of them
 
 
@@ -43,16 +43,17 @@ class ScriptCommand:
     @property
     def module(self) -> str:
         """Its name as a module: `wan_train_network`, `blissful_tuner.metaview`."""
-        return f"{TOOLS}.{self.script}" if self.path.parent.name == TOOLS else self.script
+        room = self.path.parent.name
+        return f"{room}.{self.script}" if room in TOOLS else self.script
 
 
 def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in a checkout's or the package's folder, by their words.
 
-    A script is a file there, or in its room of tools, that runs `command_line`.
+    A script is a file there, or in one of its rooms of tools, that runs `command_line`.
     """
     commands = []
-    for path in (*folder.glob("*.py"), *(folder / TOOLS).glob("*.py")):
+    for path in (*folder.glob("*.py"), *(path for room in TOOLS for path in (folder / room).glob("*.py"))):
         text = path.read_text(encoding="utf-8")
         if path.stem in OF_A_CHECKOUT or not re.search(r"^ +command_line\(", text, re.MULTILINE):
             continue
@@ -65,7 +66,7 @@ def name_words(script: str) -> str:
     for pattern, words in WORDS.items():
         match = re.fullmatch(pattern, script)
         if match:
-            return words.format(family=match[1] or FAMILY)
+            return words.format(family=(match[1] or FAMILY).replace("_", "-"))
     return script.replace("_", "-")
 
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks import (
     convert_flux_lora,
@@ -20,9 +21,14 @@ from networks import (
 from networks.convert import convert_file
 from networks.deltas import group_by_module, weight_delta
 from networks.extracting import decompose_change
+from networks.fitting import check_loras_fit
 from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from networks.names.flux import FLUX
+from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.golden_cases import draw, make_weights, read_case
+from tests.manifests import tensor_list, write_hollow
 
 CASE, TENSORS = read_case("flux_lora_tools")
 CPU = torch.device("cpu")
@@ -352,8 +358,42 @@ def test_parts_of_one_layer_are_joined_by_the_family_of_the_file() -> None:
         for path in ("ff_net_0_proj", "attn_to_out_0")
         for part in ("lora_down.weight", "lora_up.weight")
     }
-    from networks.names.flux import FLUX
-    from networks.names.hunyuan import HUNYUAN_VIDEO
-
     assert "lora_unet_double_blocks_0_img_mlp_0" in group_by_module(fuse(tensors, family=FLUX))
     assert "lora_unet_double_blocks_0_img_mlp_fc1" in group_by_module(fuse(tensors, family=HUNYUAN_VIDEO))
+
+
+@pytest.mark.parametrize("layout", ["flux1-dev-dit", "flux1-dev-dit-diffusers"])
+@pytest.mark.parametrize("target", ["default", "diffusers"])
+def test_a_lora_of_full_size_fits_the_published_model_in_both_layouts(
+    tmp_path: Path, layout: str, target: str
+) -> None:
+    names = [("double_blocks_18_img_attn_qkv", 9216, 3072), ("single_blocks_37_linear1", 21504, 3072)]
+    names += [("double_blocks_0_txt_mlp_2", 3072, 12288), ("single_blocks_3_modulation_lin", 9216, 3072)]
+    tensors = {
+        f"lora_unet_{name}.{part}": torch.ones(shape, dtype=torch.bfloat16)
+        for name, rows, columns in names
+        for part, shape in (("lora_down.weight", (1, columns)), ("lora_up.weight", (rows, 1)))
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "converted.safetensors", target, "flux")
+    hollow = write_hollow(tmp_path / "model.safetensors", tensor_list(layout))
+    uses = [LoraUse(read_lora(tmp_path / f"{name}.safetensors")) for name in ("lora", "converted")]
+
+    check_loras_fit(hollow, uses)
+
+    with open_checkpoint(hollow) as checkpoint:
+        patch = LoraPatch(uses, checkpoint.tensors, hollow)
+        for name, info in checkpoint.tensors.items():
+            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
+    assert patch.unused() == []
+
+
+def test_files_of_oft_are_refused_by_name(tmp_path: Path) -> None:
+    name = "oft_unet_double_blocks_0_img_attn_proj"
+    save_file(
+        {f"{name}.oft_blocks": torch.zeros(2, 3, 3), f"{name}.alpha": torch.tensor(1.0)},
+        tmp_path / "oft.safetensors",
+    )
+
+    with pytest.raises(CheckpointError, match="kind OFT or BOFT, which is not supported"):
+        read_lora(tmp_path / "oft.safetensors")

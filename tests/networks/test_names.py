@@ -12,10 +12,16 @@ from diffusers import (
     Lumina2Transformer2DModel,
 )
 
+from networks.key_formats import module_of_tensor
+from networks.merge import LIKELY_MODEL
+from networks.module_names import choose_family
 from networks.names.flux import FLUX
+from networks.names.framepack import FRAMEPACK
+from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.names.hunyuan_image import HUNYUAN_IMAGE
 from networks.names.layouts import FamilyNames, tensor_patterns
 from networks.names.lumina import LUMINA
+from networks.names.wan import WAN
 from tests.manifests import tensor_list
 
 UNUSED = {"norm_final.weight"}  # of Lumina's published file: no code reads it
@@ -64,6 +70,26 @@ def test_diffusers_class_has_the_tensors_of_the_published_file(
         theirs = {name: tuple(tensor.shape) for name, tensor in build(**settings).state_dict().items()}
 
     assert renamed(theirs, names) == published(manifest)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "names"),
+    [
+        ("flux1-dev-dit", FLUX),
+        ("flux1-dev-dit-diffusers", FLUX),
+        ("chroma1-dit", FLUX),
+        ("hunyuanimage2.1-dit", HUNYUAN_IMAGE),
+        ("lumina2-dit", LUMINA),
+        ("hunyuanvideo-t2v-dit", HUNYUAN_VIDEO),
+        ("hunyuanvideo-t2v-dit-diffusers", HUNYUAN_VIDEO),
+        ("framepack-dit", FRAMEPACK),
+        ("wan2.1-t2v-1.3b", WAN),
+    ],
+)
+def test_a_model_is_told_by_its_modules(manifest: str, names: FamilyNames) -> None:
+    modules = {module_of_tensor(name)[0] for name in tensor_list(manifest)}
+
+    assert choose_family(modules, LIKELY_MODEL) is names
 
 
 def test_the_distilled_hunyuanimage_has_names_for_its_guidance_and_second_time() -> None:

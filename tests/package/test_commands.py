@@ -47,6 +47,8 @@ def test_every_command_says_what_it_is_for() -> None:
         ("wan_cache_text_encoder_outputs", "cache text wan"),
         ("merge_lora", "merge"),
         ("convert_lora", "convert"),
+        ("flux_merge_lora", "flux-merge"),
+        ("hunyuan_image_generate_image", "generate hunyuan-image"),
         ("some_new_tool", "some-new-tool"),
         ("metaview", "metaview"),
     ],

@@ -7,14 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flux.model import FluxModel
+from flux.spec import dit_spec
 from frame_pack.model import FramePackModel
+from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
 from lumina.model import LuminaModel
 from modules.contract.family import DitSpec
-from networks import lora_framepack, lora_hunyuan, lora_lumina, lora_wan
+from networks import (
+    lora_flux,
+    lora_framepack,
+    lora_hunyuan,
+    lora_hunyuan_image,
+    lora_lumina,
+    lora_wan,
+)
 from networks.lora_network import LoraNetwork
 from tests.networks.making import randomize
-from tests.tiny import framepack_dit, hunyuan_dit, lumina, wan_dit
+from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, wan_dit
 from wan.model import WanModel
 
 Size = tuple[int, int, int, int]  # latent frames, rows, columns, tokens of the text
@@ -141,6 +151,32 @@ def _framepack() -> TinyDit:
     return TinyDit("framepack", FramePackModel.spec, make, lora_framepack.create_arch_network, inputs)
 
 
+def _flux(kind: str) -> TinyDit:
+    config = flux.CONFIGS[kind]
+
+    def make(blocks: int) -> nn.Module:
+        sizes = {"double_blocks": blocks, "single_blocks": blocks}
+        dit = FluxModel(replace(config, **sizes))  # type: ignore[arg-type]
+        dit.load_state_dict(flux.tiny_state(kind, **sizes))
+        return dit.requires_grad_(False)
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
+        given = {
+            "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "t5": torch.randn(batch, text, config.text_dim, generator=generator),
+            "t5_mask": (torch.arange(text) < lengths[:, None]).long(),
+        }
+        if config.pooled_dim:
+            given["pooled"] = torch.randn(batch, config.pooled_dim, generator=generator)
+            given["guidance"] = torch.linspace(1.0, 6.0, batch)
+        return given
+
+    return TinyDit(f"flux {kind}", dit_spec(kind), make, lora_flux.create_arch_network, inputs)
+
+
 def _lumina() -> TinyDit:
     config = lumina.CONFIG
 
@@ -162,6 +198,36 @@ def _lumina() -> TinyDit:
     return TinyDit("lumina", LuminaModel.spec, make, lora_lumina.create_arch_network, inputs)
 
 
-DITS = (_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack(), _lumina())
+def _hunyuan_image() -> TinyDit:
+    """Of a batch, the first picture has nothing to write."""
+    config = hunyuan_image.CONFIG
+
+    def make(blocks: int) -> nn.Module:
+        sizes = {"double_blocks": blocks, "single_blocks": blocks}
+        dit = HunyuanImageModel(replace(config, **sizes))  # type: ignore[arg-type]
+        dit.load_state_dict(hunyuan_image.tiny_state(**sizes))
+        return dit.requires_grad_(False)
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        lengths, glyphs = torch.arange(batch).neg() + text, 2 * torch.arange(batch)[:, None]
+        return {
+            "noisy": torch.randn(batch, config.in_dim, *area, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch).trunc(),
+            "text": torch.randn(batch, text, config.text_dim, generator=generator),
+            "text_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "glyphs": torch.randn(batch, 4, config.glyph_dim, generator=generator),
+            "glyph_mask": (torch.arange(4) < glyphs).long(),
+        }
+
+    return TinyDit(
+        "hunyuan_image", HunyuanImageModel.spec, make, lora_hunyuan_image.create_arch_network, inputs
+    )
+
+
+DITS = (
+    *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
+    *(_lumina(), _flux("dev"), _flux("chroma"), _hunyuan_image()),
+)
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_given_frames.py

@@ -85,6 +85,10 @@ def test_a_forward_replaced_before_is_the_one_that_runs() -> None:
 # in each block, and those to a text of few tokens; HunyuanVideo and FramePack compute samples of different
 # lengths one by one
 ATTENTIONS = {"wan t2v": (2, 1), "wan i2v": (3, 1), "hunyuan t2v": (2, 0), "framepack": (2, 0)}
+ATTENTIONS |= {"flux dev": (2, 0), "flux chroma": (2, 0)}
+
+
+ATTENTIONS["hunyuan_image"] = ATTENTIONS["hunyuan t2v"]  # whose blocks it has
 
 
 class Counter(TorchDispatchMode):
