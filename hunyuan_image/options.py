@@ -1,6 +1,7 @@
 """HunyuanImage-2.1's own options for caching, training and generation. Standard library only."""
 
 import argparse
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,11 @@ from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, check_at_least, check_at_most
 from modules.vae_options import VaeOptions, add_vae_arguments
 
+logger = logging.getLogger(__name__)
+
 NAME = "HunyuanImage-2.1"
 TILE = 384  # pixels, as the released VAE
+LEAST_TILE = 128  # four latent pixels, of which tiles share one
 # the last steps, from 0, that are guided by the plain formula, as released
 APG_START_OCR, APG_START = 38, 5
 ATTENTION = ("flash", "torch", "sageattn", "xformers", "sdpa")  # values of --attn_mode in training
@@ -31,6 +35,8 @@ class HunyuanImageVaeOptions:
         rows = "the number of rows that a convolution computes at a time"
         check_at_least("--vae_chunk_size", self.vae_chunk_size, 1, rows)
         check_at_most("--vae_chunk_size", self.vae_chunk_size, 100_000, rows)
+        size = self.file.vae_spatial_tile_sample_min_size
+        check_at_least("--vae_spatial_tile_sample_min_size", size, LEAST_TILE, f"{TILE} pixels are usual")
 
     @property
     def tile(self) -> int | None:
@@ -140,16 +146,19 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def translate_training(args: argparse.Namespace) -> None:
     """Put HunyuanImage's own names of shared options into the shared ones.
 
-    Raises OptionError if text encoders are to learn, which this model's do not.
+    Raises OptionError if text encoders alone are to learn, which this model's do not.
     """
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]].removeprefix("--")
         setattr(args, flag, True)
-    if not args.network_train_unet_only:
+    if args.network_train_text_encoder_only:
         raise OptionError(
-            f"--network_train_unet_only is needed: the text encoders of {NAME}, a language model of 7 bn "
-            "weights and ByT5, do not learn. Give it"
+            f"--network_train_text_encoder_only: the text encoders of {NAME}, a language model of 7 bn "
+            "weights and ByT5, do not learn. Leave it out"
         )
+    if not args.network_train_unet_only:
+        logger.info("The text encoders of %s do not learn: --network_train_unet_only is assumed.", NAME)
+        args.network_train_unet_only = True
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:

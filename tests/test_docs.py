@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,6 +15,13 @@ from tests.dataset.captioning.api_server import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
 from tests.tiny.chat_model import write_chat_model
+from tests.tiny.picture_project import (
+    SIDE,
+    lay_out_flux,
+    lay_out_hunyuan_image,
+    lay_out_lumina,
+    lay_out_pictures,
+)
 from tests.tiny.post_models import lay_out_tools
 from tests.tiny.project import (
     lay_out_models,
@@ -37,6 +44,7 @@ PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTA
 NOT_HERE = ("quickstart.py", "run_tests.py", "download.py", RAY)
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
+PICTURE = ["--image_size", "64", "64", "--infer_steps", "2"]
 QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
 SMALLER = {  # appended, so that the last value wins
     "compare.py": GENERATION,
@@ -59,6 +67,15 @@ SMALLER = {  # appended, so that the last value wins
         *QUICK_VAE,
     ],
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
+    **dict.fromkeys(
+        (f"{family}_train_network.py" for family in ("flux", "hunyuan_image", "lumina")),
+        [*TRAINING, "--network_dim", "2"],
+    ),
+    "flux_generate_image.py": PICTURE,
+    "flux_minimal_inference.py": ["--width", "64", "--height", "64", "--steps", "2"],
+    "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
+    "lumina_generate_image.py": PICTURE,
+    "lumina_minimal_inference.py": ["--image_width", "64", "--image_height", "64", "--steps", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
     "wan_train.py": TRAINING,
@@ -75,6 +92,10 @@ SMALLER = {  # appended, so that the last value wins
 }
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
+    "--blocks_to_swap=18": ["--blocks_to_swap", "0"],
+    "--optimizer_type=AdamW8bit": ["--optimizer_type", "adamw"],  # needs a GPU
+    "--resolution 1024,1024": ["--resolution", "64", "--min_bucket_reso", "32", "--bucket_reso_steps", "32"],
+    "--max_train_steps 1600": ["--validation_split", "0.5"],  # of two pictures
     "--teacache_calibration": ["--infer_steps", "8"],  # with fewer there is nothing to fit
     "--i2i_path start.png": ["--video_length", "1"],
     # they make two steps
@@ -141,6 +162,17 @@ OWN_PROCESS = {
 }
 # pages whose commands are all programs of their own, as a reader starts them
 APART = {"README", "first_lora"}
+# pages about picture models, and the models that they use
+PICTURE_MODELS = {
+    "flux": lay_out_flux,
+    "hunyuan_image": lay_out_hunyuan_image,
+    "image_datasets": lay_out_flux,
+    "lumina": lay_out_lumina,
+}
+SMALL = {  # what their dataset files say -> what fits tiny pictures
+    "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
+    "num_repeats = 4": "num_repeats = 1",
+}
 PRECISION = "--mixed_precision"
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
 
@@ -163,7 +195,8 @@ def test_the_pages_have_commands() -> None:
 
 WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
 ABOUT_DATA = [page for page in WITH_COMMANDS if page.stem.startswith("dataset")]
-OTHERS = [page for page in WITH_COMMANDS if page not in ABOUT_DATA]
+ABOUT_PICTURES = [page for page in WITH_COMMANDS if page.stem in PICTURE_MODELS]
+OTHERS = [page for page in WITH_COMMANDS if page not in [*ABOUT_DATA, *ABOUT_PICTURES]]
 
 
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
@@ -190,7 +223,7 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
     write_clips(tmp_path / "clips", count=2)
     lay_out_datasets(tmp_path, in_sections=False)
     lay_out_material(tmp_path)
-    lay_out_named(tmp_path)
+    lay_out_named(tmp_path, ABOUT_DATA, TINY)
     commands = commands_of(page)
     if any("models/vision" in command for command in commands):
         pytest.importorskip("transformers")
@@ -199,6 +232,19 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
         lay_out_published(tmp_path, site.url)
         for command in commands:
             run_in(tmp_path, command.replace(SERVER, describer.address), makes_caches=True, apart=False)
+
+
+@pytest.mark.parametrize("page", ABOUT_PICTURES, ids=lambda page: page.stem)
+def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> None:
+    PICTURE_MODELS[page.stem](tmp_path / "models")
+    lay_out_pictures(tmp_path)
+    lay_out_named(tmp_path, [ROOT / "docs" / "image_datasets.md", page], SMALL)
+    (tmp_path / "samples.txt").write_text("a cat --w 64 --h 64 --d 1 --s 1\n", encoding="utf-8")
+
+    for command in commands_of(page):
+        run_in(tmp_path, command, makes_caches=True, apart=False)
+
+    assert [*(tmp_path / "output").glob("my_*_lora*.safetensors")] or page.stem == "image_datasets"
 
 
 @pytest.mark.slow
@@ -237,11 +283,14 @@ def lay_out_datasets(folder: Path, in_sections: bool) -> None:
         (folder / name).write_text(lines, encoding="utf-8")
 
 
-def lay_out_named(folder: Path) -> None:
-    """The dataset files that the pages about datasets show with their names, for tiny clips."""
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.stem.startswith("dataset"))
+def lay_out_named(folder: Path, pages: Sequence[Path], instead: Mapping[str, str]) -> None:
+    """The dataset files that pages show with their names, for tiny clips and pictures.
+
+    instead: what replaces their words. The last page that shows a file counts.
+    """
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for name, block in NAMED_TOML.findall(text):
-        for old, new in TINY.items():
+        for old, new in instead.items():
             block = block.replace(old, new)
         (folder / name).write_text(block, encoding="utf-8")
 
@@ -275,7 +324,7 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
     start, launch = 1, []
     if words[0] == "accelerate":
         start = next(index for index, word in enumerate(words) if word.endswith(".py"))
-        if not makes_caches or not (folder / "cache").exists():
+        if words[start] in CACHES and (not makes_caches or not (folder / "cache").exists()):
             cache(folder, CACHES[words[start]])
         launch = words[2:start]
     script = words[start]

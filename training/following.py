@@ -128,7 +128,7 @@ class NextSteps:
         for end in ("", f"_{HIGH_NOISE}"):
             if f"--dit{end}" in words:
                 words = self._with_file(words, end, file)
-        words += _option("--prompt", sample.get("prompt") or "what the video should show")
+        words += _option("--prompt", sample.get("prompt") or "what it should show")
         size = [str(sample[side]) for side in ("height", "width") if sample.get(side)]
         words += ["--video_size", *size] if len(size) == 2 else []
         for name, key in (

@@ -1,5 +1,6 @@
 """Decide which texts of a run are encoded while training, before anything is loaded."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from dataset.cache.files import text_file_name
@@ -12,6 +13,8 @@ from networks.loading import OWN_MODULES, import_network_module
 from training.caching_inside import TextUse
 from training.data.live_text import LiveTexts, as_learning
 from training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 UNET_ONLY = "--network_train_unet_only"
 
@@ -44,12 +47,27 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
     if not asked:
         return LiveTexts(encoders, learning, prefixes)
     if len(learning) == len(encoders):
-        names = ", ".join(encoder.name for encoder in learning)
-        raise OptionError(
-            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out, or "
-            f"add {UNET_ONLY}"
-        )
+        _stay_cached(learning, options.parts is not None and options.parts.trains_dit)
+        return None
     return LiveTexts(learning, learning, prefixes)
+
+
+def _stay_cached(learning: Sequence[LearningEncoder], trains_dit: bool) -> None:
+    """Say that encoders do not learn because all texts are cached, as the guides' commands have it.
+
+    Raises OptionError if nothing else is trained.
+    """
+    names = ", ".join(encoder.name for encoder in learning)
+    if not trains_dit:
+        raise OptionError(
+            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
+        )
+    logger.info(
+        "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the transformer is "
+        "trained, as with %s. To train both leave out the caches.",
+        names,
+        UNET_ONLY,
+    )
 
 
 def is_uncached(family: Family, options: TrainingOptions, config: DatasetConfig) -> bool:

@@ -88,22 +88,6 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
         hunyuan_model.HunyuanGenerationOptions,
         argv,
     ),
-    "flux_cache_latents.py": lambda argv: read_latent_caching(
-        "", flux.add_latent_caching_arguments, flux.FluxLatentCachingOptions, argv
-    ),
-    "flux_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", flux.add_text_caching_arguments, flux.FluxTextCachingOptions, argv
-    ),
-    "flux_train_network.py": lambda argv: read_image_training(
-        "", flux.add_training_arguments, flux.FluxTrainingOptions, flux_train_network.DEFAULTS, argv
-    ),
-    "flux_generate_image.py": lambda argv: read_generation(
-        "",
-        flux_generate_image.DEFAULTS,
-        flux.add_generation_arguments,
-        flux.FluxGenerationOptions,
-        argv,
-    ),
     "hunyuan_image_cache_latents.py": lambda argv: read_latent_caching(
         "", hunyuan_image.add_latent_caching_arguments, hunyuan_image.HunyuanImageLatentCachingOptions, argv
     ),
@@ -122,6 +106,22 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
         hunyuan_image_generate_image.DEFAULTS,
         hunyuan_image.add_generation_arguments,
         hunyuan_image.HunyuanImageGenerationOptions,
+        argv,
+    ),
+    "flux_cache_latents.py": lambda argv: read_latent_caching(
+        "", flux.add_latent_caching_arguments, flux.FluxLatentCachingOptions, argv
+    ),
+    "flux_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
+        "", flux.add_text_caching_arguments, flux.FluxTextCachingOptions, argv
+    ),
+    "flux_train_network.py": lambda argv: read_image_training(
+        "", flux.add_training_arguments, flux.FluxTrainingOptions, flux_train_network.DEFAULTS, argv
+    ),
+    "flux_generate_image.py": lambda argv: read_generation(
+        "",
+        flux_generate_image.DEFAULTS,
+        flux.add_generation_arguments,
+        flux.FluxGenerationOptions,
         argv,
     ),
     "fpack_cache_latents.py": lambda argv: read_latent_caching(
@@ -205,15 +205,15 @@ def test_no_two_files_have_the_same_place() -> None:
         ("framepack", "framepack-dit", None),
         ("framepack_f1", "framepack-dit", None),
         ("siglip", "sigclip-vision-384", None),
+        ("hunyuan_image", "hunyuanimage2.1-dit", None),
+        ("hunyuan_image_vae", "hunyuanimage2.1-vae", None),
+        ("lumina", "lumina2-dit", None),
+        ("gemma2", "gemma2-2b-comfy", None),
         ("flux_dev", "flux1-dev-dit", None),
         ("chroma", "chroma1-dit", None),
         ("flux_ae", "flux1-ae", None),
         ("t5xxl", "t5xxl-single", None),
         ("flux_clip_l", "clip-l-text", None),
-        ("hunyuan_image", "hunyuanimage2.1-dit", None),
-        ("hunyuan_image_vae", "hunyuanimage2.1-vae", None),
-        ("lumina", "lumina2-dit", None),
-        ("gemma2", "gemma2-2b-comfy", None),
         ("gimmvfi_r", "gimmvfi-r raft-things", None),
         ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
         ("swinir", "swinir-large-realsr-x4-gan", None),
@@ -356,15 +356,8 @@ def test_a_family_with_one_task_needs_no_task() -> None:
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
     releases = [task.release for task in TASKS.values()]
-    for release in [
-        *releases,
-        *RELEASES.values(),
-        HUNYUAN_VIDEO,
-        SKYREELS_I2V,
-        FRAMEPACK,
-        FRAMEPACK_F1,
-        HUNYUAN_IMAGE,
-    ]:
+    image_releases = (*RELEASES.values(), HUNYUAN_IMAGE)
+    for release in [*releases, *image_releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
         for repository in release.repositories:
             licence = known[repository]
             assert (release.licence, release.licence_key, release.licence_url) == (

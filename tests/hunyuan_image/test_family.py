@@ -230,6 +230,22 @@ def test_training_has_the_released_defaults_and_other_names_of_attention() -> No
     assert caching_commands(Path("data.toml"), options)[0].endswith("--dataset_config data.toml --vae vae")
 
 
-def test_text_encoders_that_should_learn_are_refused() -> None:
-    with pytest.raises(OptionError, match="--network_train_unet_only is needed"):
-        translate_training(training_args())
+def test_text_encoders_do_not_learn(caplog: pytest.LogCaptureFixture) -> None:
+    args = training_args()
+    with caplog.at_level("INFO"):
+        translate_training(args)
+
+    assert args.network_train_unet_only
+    assert "--network_train_unet_only is assumed" in caplog.text
+    with pytest.raises(OptionError, match="do not learn"):
+        translate_training(training_args("--network_train_text_encoder_only"))
+
+
+def test_tiles_are_those_of_the_release_and_not_too_small() -> None:
+    plain, tiled = (
+        read_options(HunyuanImageTrainingOptions, training_args("--network_train_unet_only", *words)).vae
+        for words in ((), ("--vae_tiling",))
+    )
+    assert (plain.tile, tiled.tile) == (None, 384)
+    with pytest.raises(OptionError, match="--vae_spatial_tile_sample_min_size 64"):
+        read_options(HunyuanImageTrainingOptions, training_args("--vae_spatial_tile_sample_min_size", "64"))

@@ -19,6 +19,8 @@ from tests.training.toy_texts import (
     write_subset,
 )
 from training.data.live_text import LiveTexts
+from training.job import read_config
+from training.live_choice import choose_live_texts
 from training.planning.prediction import predict
 from training.run import prepare_run, train_network
 
@@ -136,6 +138,24 @@ def test_a_learning_encoder_gets_the_gradient_of_plain_torch(tmp_path: Path) -> 
 
 
 VARYING = "shuffle_caption = true"
+
+
+def test_encoders_whose_outputs_are_all_cached_do_not_learn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the guides' commands; but something has to learn."""
+    write_pictures(tmp_path)
+    both = ("--cache_text_encoder_outputs", "--network_args", "train_t5xxl=True")
+
+    with caplog.at_level("INFO"):
+        options = image_toy_options(tmp_path, *both)
+        texts = choose_live_texts(TextFamily(), options, read_config(options))
+
+    assert texts is None
+    assert "does not learn" in caplog.text
+    options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
+    with pytest.raises(OptionError, match="its outputs change"):
+        choose_live_texts(TextFamily(), options, read_config(options))
 
 
 def test_captions_that_vary_exclude_their_caches(tmp_path: Path) -> None:
