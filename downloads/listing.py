@@ -111,12 +111,18 @@ def _order(component: Component) -> tuple[int, str]:
     """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
     places = (
         *("--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
-        *("--vae", "--t5", "--text_encoder", "--byt5", "--text_encoder1", "--text_encoder2", "--clip"),
+        *("--vae", "--ae", "--t5", "--t5xxl", "--text_encoder", "--byt5"),
+        *("--text_encoder1", "--clip_l", "--text_encoder2", "--clip"),
         *("--image_encoder", "--model"),
     )
     if component.option is not None:
         return places.index(component.option), ""
-    beside = {"clip_l": "--text_encoder2", "qwen_2.5_vl": "--text_encoder", "facefix": "--model"}
+    beside = {
+        "clip_l": "--text_encoder2",
+        "facefix": "--model",
+        "qwen_2.5_vl": "--text_encoder",
+        "t5xxl": "--t5xxl",
+    }
     return places.index(beside.get(component.path.parent.name, "--text_encoder1")), "beside it"
 
 

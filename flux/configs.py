@@ -15,13 +15,13 @@ FLUX_SCHNELL = ModelRelease(
     ("black-forest-labs/FLUX.1-schnell",),
     "Apache-2.0",
     "apache-2.0",
-    "https://huggingface.co/black-forest-labs/FLUX.1-schnell",
+    "https://www.apache.org/licenses/LICENSE-2.0",
 )
 CHROMA1 = ModelRelease(
-    ("lodestones/Chroma1-HD", "lodestones/Chroma1-Base", "lodestones/Chroma"),
+    ("lodestones/Chroma1-HD",),
     "Apache-2.0",
     "apache-2.0",
-    "https://huggingface.co/lodestones/Chroma1-HD",
+    "https://www.apache.org/licenses/LICENSE-2.0",
 )
 RELEASES = {DEV: FLUX_DEV, SCHNELL: FLUX_SCHNELL, CHROMA: CHROMA1}
 ARCHITECTURES = {DEV: "flux-1-dev", SCHNELL: "flux-1-schnell", CHROMA: "chroma"}  # modelspec.architecture

@@ -71,6 +71,7 @@ from modules.options import NO_OPTIONS
 logger = logging.getLogger(__name__)
 
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
+CLIP_L_WIDTH = 768  # numbers of its pooled text
 SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
 LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same autoencoder
 
@@ -99,10 +100,13 @@ class Flux:
 
     @property
     def latent(self) -> LatentSpec:
-        """The latent space; npz caches of texts say whether T5 left the padding out."""
+        """The latent space; npz caches of texts say whether T5 left the padding out, and always have a pooled
+        text, of zeros if the model takes none.
+        """
         assert LATENT.npz is not None
-        npz = replace(LATENT.npz, constants={"apply_t5_attn_mask": self._uses_mask})
-        return replace(LATENT, npz=npz)
+        zeros = {**LATENT.npz.zeros, **({} if self._has_pooled else {POOLED: ("", CLIP_L_WIDTH)})}
+        constants = {"apply_t5_attn_mask": self._uses_mask}
+        return replace(LATENT, npz=replace(LATENT.npz, constants=constants, zeros=zeros))
 
     @property
     def dit(self) -> DitSpec:

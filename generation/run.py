@@ -240,10 +240,11 @@ def converse(run: GenerationRun) -> None:
                     make_sheets(run, {"the prompt": line})
                     continue
                 values = dict(run.read_line(line))
-                if remembers:
-                    values = said = {**said, **values}
+                values = {**said, **values} if remembers else values
                 run = with_strengths(run, values.get(STRENGTHS))
-                make(run, [make_job(run, "the prompt", values)], failures)
+                job = make_job(run, "the prompt", values)
+                said = values  # of a line that can be made; nothing reads it unless lines are remembered
+                make(run, [job], failures)
         except EOFError:
             sys.stdout.write("\n")
             return

@@ -200,8 +200,8 @@ class GlyphTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"byt5_embed": 128 C, "byt5_mask": 128 int64, "ocr_mask": bool} on the CPU for each prompt.
 
-        ocr_mask: 1, whether the prompt asks for letters. Without any the states and their mask are zeros;
-        rows of padding are zeros too.
+        ocr_mask: no axis, whether the prompt asks for letters. Without any the states and their mask are
+        zeros; rows of padding are zeros too.
         """
         network, _ = self._loaded.get()
         results: list[Conditions] = []
@@ -216,7 +216,7 @@ class GlyphTextEncoder:
                 (found,) = network([ids[0, :real].to(network.device)])
                 states[:real] = found.cpu()
             results.append(
-                {"byt5_embed": states, "byt5_mask": mask, "ocr_mask": torch.tensor([text is not None])}
+                {"byt5_embed": states, "byt5_mask": mask, "ocr_mask": torch.tensor(text is not None)}
             )
         return results
 

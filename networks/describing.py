@@ -60,21 +60,23 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     }
     made = read_family(checkpoint.metadata)
     native = to_native(hollow, None if made is None else made.name)
-    modules = group_by_module(native.tensors)
+    modules = group_by_module({**native.tensors, **native.texts})
+    in_texts = len(group_by_module(native.texts))
     kinds = {name for factors in modules.values() for part, name in KINDS.items() if part in factors}
     if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
-    family = made or choose_family(name.removeprefix(OURS) for name in modules)
+    family = made or choose_family(name.removeprefix(OURS) for name in group_by_module(native.tensors))
     what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"
     model = f" for {family.name}" if family is not None else ""
     ranks = Counter(rank for factors in modules.values() if (rank := rank_of(factors)) is not None)
     alphas = {float(checkpoint.read(name)) for name in names if _is_alpha(checkpoint, name)}
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     words = [
-        f"a {what}{model}, names as of {native.dialect}",
+        f"a {what}{model}, names as of {native.dialect or 'ours'}",
         _of_numbers("rank", ranks),
         _of_numbers("alpha", Counter(alphas)),
         f"{len(modules)} layers: {_layers(modules)}",
+        f"{in_texts} of them in text encoders" if in_texts else "",
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
     ]
     return ", ".join(word for word in words if word)

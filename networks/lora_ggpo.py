@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from modules.fp8.weights import dequantise, is_fp8, scale_of
 
@@ -78,7 +79,8 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
     return numbers.mul_(deviations[:, None]).to(dtype)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
+@_disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
     """Return what noise on a weight adds to a layer's output. x: ... in. deviations: out, one of each row.
 

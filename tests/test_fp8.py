@@ -31,6 +31,12 @@ GENERATED = [
     ["--fp8_scaled", "--fp8", "--upcast_quantization"],
     ["--fp8_scaled", "--upcast_linear"],
 ]
+TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
+    "wan t2v-1.3B": ("--fp8_t5", "t5"),
+    "hunyuan_video": ("--fp8_llm", "llm"),
+    "framepack": ("--fp8_llm", "llama_vec"),
+    "hunyuan_image": ("--fp8_vl", "vlm_embed"),
+}
 # of the first tests/frame_pack has what is its own
 SLOW = {"framepack", "lumina", "hunyuan_image", "flux"}
 CHOSEN = [
@@ -186,7 +192,8 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
 
     assert "linear layers stay in fp8" in caplog.text
     # both compute in bf16; modulation, where it is in fp8, is then multiplied in float32
-    limit = 2e-2 if family.name == "lumina" else 1e-2  # guided 3.5 times, which enlarges the rounding
+    # guided 3.5 times, and a picture of one latent pixel: that enlarges the rounding
+    limit = {"lumina": 2e-2, "hunyuan_image": 3e-2}.get(family.name, 1e-2)
     assert difference({"latent": found}, {"latent": expected}) < limit
     with pytest.raises(CheckpointError, match="--fp8_scaled: .*already in fp8"):
         generated(here, tmp_path / "again", "--fp8_scaled")
@@ -197,19 +204,15 @@ def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(
 
 
 def _skip_without_fp8_texts(family: TinyFamily) -> None:
-    if family.name == "lumina":
-        pytest.skip("its text encoder, of 2.6 billion weights, is kept in 16 bits")
+    if family.name not in TEXTS_IN_FP8:
+        pytest.skip("its text encoders are kept in 16 bits")
 
 
 def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
     family: TinyFamily,
 ) -> None:
     _skip_without_fp8_texts(family)
-    option, key = (
-        ("--fp8_t5", "t5")
-        if "wan" in family.name
-        else ("--fp8_llm", "llama_vec" if family.name in SLOW else "llm")
-    )
+    option, key = TEXTS_IN_FP8[family.name]
 
     def caches() -> dict[str, dict[str, Tensor]]:
         return {path.name: load_file(path) for path in sorted(Path("cache").glob("*_te.safetensors"))}
@@ -226,7 +229,7 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
                 *({part: t for part, t in found.items() if key in part} for found in (tensors, before[name]))
             )
             # T5's attention is not scaled: of random weights it is sharp
-            assert 1e-4 < apart < (0.3 if key == "t5" else 0.1)
+            assert 1e-4 < apart < (0.3 if key == "t5" else 0.15)
     finally:
         run(*family.cache_texts)  # for the other tests of this project
     assert all(
@@ -238,7 +241,7 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
 
 def test_generation_and_samples_use_a_text_encoder_in_fp8(family: TinyFamily, tmp_path: Path) -> None:
     _skip_without_fp8_texts(family)
-    option = "--fp8_t5" if "wan" in family.name else "--fp8_llm"
+    option, _ = TEXTS_IN_FP8[family.name]
     expected, found = generated(family, tmp_path / "plain"), generated(family, tmp_path / "fp8", option)
     assert 1e-5 < difference({"latent": found}, {"latent": expected}) < 0.05
     (tmp_path / "prompts.txt").write_text(f"{family.sample_line}\n", encoding="utf-8")
@@ -248,14 +251,15 @@ def test_generation_and_samples_use_a_text_encoder_in_fp8(family: TinyFamily, tm
 
 
 def test_what_does_not_go_together_is_said(family: TinyFamily, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--fp8_scaled needs --fp8_base"):
-        trained(family, "x", "--fp8_scaled")
+    if family.train_whole:  # image trainers take --fp8_scaled as both
+        with pytest.raises(OptionError, match="--fp8_scaled needs --fp8_base"):
+            trained(family, "x", "--fp8_scaled")
     with pytest.raises(OptionError, match="--upcast_linear needs --fp8_scaled"):
         generated(family, tmp_path, "--upcast_linear", "--fp8")
 
 
 def test_whole_transformers_do_not_learn_in_fp8(family: TinyFamily) -> None:
-    if "hunyuan" not in family.name:
+    if family.name != "hunyuan_video":
         return
     words = family.train[1:]
     begin = words.index("--network_module")

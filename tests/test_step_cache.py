@@ -129,7 +129,7 @@ def test_it_goes_with_everything_else(deep: Project, tmp_path: Path, cache: Sequ
     slg = (*GUIDED, "--slg_mode", "original", "--slg_layers", "1", "--slg_start", "0", "--slg_end", "1")
     expected, said = deep.one(tmp_path / "plain", *slg, *cache)
     skipped, passes = skipped_in(said)
-    joined = deep.family.name == "hunyuan_video"
+    joined = deep.family.name in {"hunyuan_video", "hunyuan_image"}
     sections = 2 if deep.family.name == "framepack" else 1
     assert passes == STEPS * sections * (2 if joined else 3)
     assert 0 < skipped < passes

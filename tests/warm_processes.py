@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = Path(__file__).resolve().parent / "warm_server.py"
-CAN_BE_WARM = hasattr(os, "fork")
+CAN_BE_WARM = sys.platform == "linux"  # other systems cannot copy a process safely, or not at all
 PAUSE = 0.02  # seconds between two looks
 
 

@@ -7,10 +7,11 @@ It reads requests from stdin and answers on stdout, a line of JSON each:
     {"poll": PID}
         -> {"code": null while it runs, else as subprocess says it}
 
-It ends when stdin ends. Where processes cannot be copied (Windows), `tests/commands.py` does without it.
+It ends when stdin ends. Only Linux copies processes safely; elsewhere `tests/commands.py` does without.
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -36,7 +37,8 @@ def main() -> None:
     """Load, then answer."""
     sys.path[0] = str(ROOT)
     for name in LOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # of an optional package; or the script that needs it says so
+            importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

@@ -47,6 +47,7 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
 from dataset.sources.masks import shrink_mask
+from modules.atomic_write import explain_errors
 from modules.contract.data import LOSS_MASK
 from modules.contract.family import LatentSpec
 from modules.contract.npz import NpzFormat
@@ -140,7 +141,7 @@ class NpzStore:
             path.unlink(missing_ok=True)
             return
         end = self._suffix(name)
-        with only_one(path.with_name(LOCK)):
+        with explain_errors(path), only_one(path.with_name(LOCK)):
             members = read_members(path) if path.is_file() else {}
             kept = {array: data for array, data in members.items() if not array.endswith(end)}
             if kept:
@@ -294,8 +295,9 @@ class NpzStore:
         members = {one: format_array(array) for one, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(path.with_name(LOCK)):
+        with explain_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with explain_errors(path), only_one(path.with_name(LOCK)):
             added = {one + end: data for one, data in members.items()}
             write_members(path, self._others_in(path, end) | added)
 
@@ -346,6 +348,8 @@ class NpzStore:
         for zeros, (like, columns) in form.zeros.items():
             if like in arrays:
                 arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
+            elif not like:
+                arrays[zeros] = np.zeros(columns, np.float32)
         more = {one: format_array(array) for one, array in arrays.items() if one not in members}
         write_members(self._path(name), members | more)
 

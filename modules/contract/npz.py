@@ -16,7 +16,8 @@ class NpzFormat:
     texts: str  # "_flux_te"
     # arrays of a text file that are no tensors of ours: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
-    # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns
+    # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
+    # row of so many numbers, without an axis for rows
     zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import flux_generate_image
+import flux_train_network
 import hunyuan_image_generate_image
 import hunyuan_image_train_network
 import hv_generate_video
@@ -26,6 +28,8 @@ from downloads.catalogue import (
 )
 from downloads.listing import describe_set, family_table, models_tables
 from downloads.options import DownloadOptions, add_download_arguments
+from flux import options as flux
+from flux.configs import RELEASES
 from fpack_generate_video import DEFAULTS as FRAMEPACK_DEFAULTS
 from frame_pack import options as frame_pack
 from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
@@ -102,6 +106,22 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
         hunyuan_image_generate_image.DEFAULTS,
         hunyuan_image.add_generation_arguments,
         hunyuan_image.HunyuanImageGenerationOptions,
+        argv,
+    ),
+    "flux_cache_latents.py": lambda argv: read_latent_caching(
+        "", flux.add_latent_caching_arguments, flux.FluxLatentCachingOptions, argv
+    ),
+    "flux_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
+        "", flux.add_text_caching_arguments, flux.FluxTextCachingOptions, argv
+    ),
+    "flux_train_network.py": lambda argv: read_image_training(
+        "", flux.add_training_arguments, flux.FluxTrainingOptions, flux_train_network.DEFAULTS, argv
+    ),
+    "flux_generate_image.py": lambda argv: read_generation(
+        "",
+        flux_generate_image.DEFAULTS,
+        flux.add_generation_arguments,
+        flux.FluxGenerationOptions,
         argv,
     ),
     "fpack_cache_latents.py": lambda argv: read_latent_caching(
@@ -189,6 +209,11 @@ def test_no_two_files_have_the_same_place() -> None:
         ("hunyuan_image_vae", "hunyuanimage2.1-vae", None),
         ("lumina", "lumina2-dit", None),
         ("gemma2", "gemma2-2b-comfy", None),
+        ("flux_dev", "flux1-dev-dit", None),
+        ("chroma", "chroma1-dit", None),
+        ("flux_ae", "flux1-ae", None),
+        ("t5xxl", "t5xxl-single", None),
+        ("flux_clip_l", "clip-l-text", None),
         ("gimmvfi_r", "gimmvfi-r raft-things", None),
         ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
         ("swinir", "swinir-large-realsr-x4-gan", None),
@@ -331,7 +356,8 @@ def test_a_family_with_one_task_needs_no_task() -> None:
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
     releases = [task.release for task in TASKS.values()]
-    for release in [*releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1, HUNYUAN_IMAGE]:
+    image_releases = (*RELEASES.values(), HUNYUAN_IMAGE)
+    for release in [*releases, *image_releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
         for repository in release.repositories:
             licence = known[repository]
             assert (release.licence, release.licence_key, release.licence_url) == (

@@ -67,7 +67,7 @@ def test_states_of_glyphs_equal_the_recorded_ones(tmp_path: Path) -> None:
 
     for index, one in enumerate(found):
         assert torch.equal(one["byt5_mask"], TENSORS["byt5_mask"][index])
-        assert one["ocr_mask"].tolist() == [CASE["ocr_mask"][index]]
+        assert one["ocr_mask"].tolist() is CASE["ocr_mask"][index]
         torch.testing.assert_close(one["byt5_embed"], TENSORS["byt5_states"][index], rtol=0, atol=2e-5)
 
 

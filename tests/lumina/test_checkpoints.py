@@ -87,7 +87,8 @@ def test_other_files_are_refused_with_what_to_give(tmp_path: Path, which: str) -
     state = gemma_state() if which == "gemma" else tiny_state()
     state.pop("t_embedder.mlp.0.weight", None)
     save_file(state, tmp_path / "file.safetensors")
-    words = "incomplete Lumina-Image-2.0" if which == "cut" else "is not a Lumina-Image-2.0 transformer"
+    kind = "is not a Lumina-Image-2.0 transformer; it looks like a Gemma language model"
+    words = "incomplete Lumina-Image-2.0" if which == "cut" else kind
 
     with pytest.raises(CheckpointError, match=words):
         load_dit(tmp_path / "file.safetensors", CPU)

@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from encoders.clip_l import ClipTextEncoder
+from modules.checkpoints.opening import open_checkpoint
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from networks import lora_flux
+from networks.describing import describe_lora
 from networks.loading import read_lora
 from networks.lora_network import LoraNetwork
 from networks.merge import LoraPatch, LoraUse
@@ -90,6 +92,17 @@ def test_a_lora_for_encoders_alone_leaves_the_dit_as_it_is(
 
     assert all(torch.equal(changed[name], weight) for name, weight in weights.items())
     assert caplog.text == ""
+
+
+def test_a_file_for_encoders_is_described(tmp_path: Path) -> None:
+    trained(encoder(tmp_path / "clip"), tmp_path / "lora.safetensors", None)
+
+    with open_checkpoint(tmp_path / "lora.safetensors") as checkpoint:
+        words = describe_lora(checkpoint)
+
+    assert words is not None
+    assert "of them in text encoders" in words
+    assert words.startswith("a LoRA for flux")
 
 
 def test_parts_for_encoders_that_a_model_does_not_have_are_told(

@@ -21,7 +21,7 @@ from tests.tiny.hunyuan_image import BYT5, CHANNELS, QWEN, VAE, TinyHunyuanImage
 
 
 def load_pipeline(tiny: TinyHunyuanImage, shift: float) -> HunyuanImagePipeline:
-    """The whole pipeline without guidance of its own; the transformer is that of `write_tiny_hunyuan_image`."""
+    """The whole pipeline, without guidance; the transformer is that of `write_tiny_hunyuan_image`."""
     vae = AutoencoderKLHunyuanImage(
         3, 3, CHANNELS, VAE.widths, 2, spatial_compression_ratio=32, sample_size=384, scaling_factor=0.75289
     )

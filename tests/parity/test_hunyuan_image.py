@@ -1,8 +1,8 @@
 """HunyuanImage-2.1 through the command line equals diffusers' whole pipeline, with plain and with projected
 guidance.
 
-The released code cuts timesteps to whole numbers, diffusers does not: the schedule here has whole ones (a shift
-of 3 in 4 steps: 1000, 900, 750, 500).
+The released code cuts timesteps to whole numbers, diffusers does not: the schedule here has whole ones (a
+shift of 3 in 4 steps: 1000, 900, 750, 500).
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Steps of hunyuan_image_train_network.py equal those computed with diffusers' transformer at the same noise and
-timesteps.
+"""Steps of hunyuan_image_train_network.py equal those computed with diffusers' transformer at the same noise
+and timesteps.
 
 The optimizer is plain gradient descent, so a step's change of the weights is the gradient itself, times the
-rate. Latents and texts are read from the caches of our scripts; nothing else of ours is used. One caption has a
-text in quotation marks.
+rate. Latents and texts are read from the caches of our scripts; nothing else of ours is used. One caption has
+a text in quotation marks.
 """
 
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ FORMAT = NpzFormat(
     "_toy",
     "_toy_te",
     constants={"applies_mask": True},
-    zeros={"places": ("t5", 3)},
+    zeros={"places": ("t5", 3), "pooled": ("", 7)},
     variable_length=frozenset({"t5"}),
 )
 NPZ_LATENT = dataclasses.replace(LATENT, npz=FORMAT, in_sections=False)

@@ -11,17 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
-from dataset.cache.npz import kept_part
+from dataset.cache.npz import LOCK, kept_part
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import Places, npz_names
 from dataset.config import load_dataset_config
+from dataset.convert_options import ConvertCacheOptions
 from dataset.subset_records import Augmentation
 from dataset.table import DatasetConfig
 from modules.contract.data import LOSS_MASK
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError, DatasetError, OptionError, OutputError
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.cache.npz_family import (
     NpzFamily,
@@ -60,6 +62,7 @@ def test_plain_numpy_reads_what_is_written(folder: Path) -> None:
     with np.load(folder / TEXTS, allow_pickle=False) as texts:
         assert texts["t5"].shape == (1, 4)
         assert texts["places"].tolist() == [[0.0, 0.0, 0.0]]
+        assert texts["pooled"].tolist() == [0.0] * 7
         assert texts["applies_mask"].item() is True
 
 
@@ -187,7 +190,7 @@ def test_damaged_values_are_found_when_they_are_read(folder: Path) -> None:
     (folder / LATENTS).write_bytes(bytes(data))
 
     assert cache(config) == (0, 0)  # which looks at no values
-    with pytest.raises(CacheError, match=r"(?s)damaged, cannot be read as npz.*Remove the npz file"):
+    with pytest.raises(CacheError, match=r"(?s)damaged, cannot be read as npz.*remove a damaged npz file"):
         read_all(config)
     assert cache_media(NpzFamily(), config, options(verify=True)).written == 1
     read_all(config)
@@ -201,6 +204,13 @@ def test_changed_sources_are_encoded_again(folder: Path) -> None:
     with pytest.raises(CacheError, match=r"pic 0\.png has changed"):
         read_all(make_config(folder))
     assert cache(make_config(folder)) == (1, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
+    (folder / LOCK).mkdir()
+
+    with pytest.raises(OutputError, match=r"pic 0_0040x0040_toy\.npz cannot be written"):
+        cache(make_config(folder))
 
 
 def test_nothing_is_removed_as_stale(folder: Path) -> None:
@@ -346,3 +356,10 @@ def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path:
         assert {path.name for path in place.glob("*.npz")} == {LATENTS, TEXTS}
     assert cache(config) == (0, 0)
     assert len(read_all(config)) == 2
+
+
+def test_npz_files_are_not_converted(folder: Path) -> None:
+    wanted = ConvertCacheOptions(folder / "data.toml", None, "files", keep=False, dry_run=False)
+
+    with pytest.raises(OptionError, match="only a caching script knows which of the sizes"):
+        convert_caches(wanted, make_config(folder))
