@@ -111,7 +111,7 @@ def _order(component: Component) -> tuple[int, str]:
     """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
     places = (
         *("--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
-        *("--vae", "--ae", "--t5", "--t5xxl", "--text_encoder", "--byt5"),
+        *("--vae", "--ae", "--t5", "--t5xxl", "--text_encoder", "--byt5", "--gemma2"),
         *("--text_encoder1", "--clip_l", "--text_encoder2", "--clip"),
         *("--image_encoder", "--model"),
     )
@@ -122,6 +122,7 @@ def _order(component: Component) -> tuple[int, str]:
         "facefix": "--model",
         "qwen_2.5_vl": "--text_encoder",
         "t5xxl": "--t5xxl",
+        "tokenizer": "--gemma2",
     }
     return places.index(beside.get(component.path.parent.name, "--text_encoder1")), "beside it"
 

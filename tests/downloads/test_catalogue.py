@@ -15,6 +15,8 @@ import flux_train_network
 import hunyuan_image_generate_image
 import hunyuan_image_train_network
 import hv_generate_video
+import lumina_generate_image
+import lumina_train_network
 import wan_generate_video
 from dataset.options import read_latent_caching, read_text_caching
 from downloads.catalogue import (
@@ -38,6 +40,8 @@ from hunyuan_image import options as hunyuan_image
 from hunyuan_image.configs import HUNYUAN_IMAGE
 from hunyuan_model import options as hunyuan_model
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
+from lumina import options as lumina
+from lumina.configs import LUMINA_2
 from modules.command import Parser, as_typed
 from modules.errors import UserError
 from modules.options import read_options
@@ -122,6 +126,22 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
         flux_generate_image.DEFAULTS,
         flux.add_generation_arguments,
         flux.FluxGenerationOptions,
+        argv,
+    ),
+    "lumina_cache_latents.py": lambda argv: read_latent_caching(
+        "", lumina.add_latent_caching_arguments, lumina.LuminaLatentCachingOptions, argv
+    ),
+    "lumina_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
+        "", lumina.add_text_caching_arguments, lumina.LuminaTextCachingOptions, argv
+    ),
+    "lumina_train_network.py": lambda argv: read_image_training(
+        "", lumina.add_training_arguments, lumina.LuminaTrainingOptions, lumina_train_network.DEFAULTS, argv
+    ),
+    "lumina_generate_image.py": lambda argv: read_generation(
+        "",
+        lumina_generate_image.DEFAULTS,
+        lumina.add_generation_arguments,
+        lumina.LuminaGenerationOptions,
         argv,
     ),
     "fpack_cache_latents.py": lambda argv: read_latent_caching(
@@ -356,7 +376,7 @@ def test_a_family_with_one_task_needs_no_task() -> None:
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
     releases = [task.release for task in TASKS.values()]
-    image_releases = (*RELEASES.values(), HUNYUAN_IMAGE)
+    image_releases = (*RELEASES.values(), HUNYUAN_IMAGE, LUMINA_2)
     for release in [*releases, *image_releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
         for repository in release.repositories:
             licence = known[repository]

@@ -18,15 +18,15 @@ TAGS = "ohwx cat ||| sitting, {red|blue} chair, window"
 
 
 def lay_out_flux(folder: Path) -> None:
-    """FLUX.1 dev, Chroma and what they need."""
+    """FLUX.1 dev, Chroma and what they need; beside the folder a fine-tuned model."""
     kinds = {"flux1-dev": ("dev", {"pooled_dim": CLIP_DIM}), "Chroma1-HD": ("chroma", {})}
     for seed, (name, (kind, sizes)) in enumerate(kinds.items()):
         state = flux.tiny_state(kind, seed, torch.bfloat16, text_dim=T5_DIM, **sizes)
         flux.write_dit(folder, state, name=name)
     tuned = flux.tiny_state("dev", 5, torch.bfloat16, text_dim=T5_DIM, pooled_dim=CLIP_DIM)
-    flux.write_dit(folder, tuned, name="flux1-dev-tuned")
+    flux.write_dit(folder.parent, tuned, name="flux1-dev-tuned")
     write_autoencoder(folder / "ae.safetensors")
-    write_clip_l(folder)
+    write_clip_l(folder).rename(folder / "flux_clip_l.safetensors")
     write_t5xxl(folder)
 
 
@@ -34,7 +34,7 @@ def lay_out_hunyuan_image(folder: Path) -> None:
     """HunyuanImage-2.1 and what it needs."""
     hunyuan_image.write_dit(folder, hunyuan_image.tiny_state(dtype=torch.bfloat16))
     hunyuan_image.write_vae(folder / "hunyuan_image_2.1_vae_fp16.safetensors")
-    qwen = hunyuan_image.write_qwen(folder / "tokenizer")
+    qwen = hunyuan_image.write_qwen(folder / "qwen_2.5_vl")
     (qwen / "model.safetensors").rename(folder / "qwen_2.5_vl_7b.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     save(folder / "byt5_small_glyphxl_fp16.safetensors", hunyuan_image.byt5_state())
