@@ -54,7 +54,8 @@ from modules.contract.npz import NpzFormat
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one
-from modules.media.buckets import Size, fit_cover
+from modules.media.buckets import Size
+from modules.media.image_buckets import inner_box
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +292,7 @@ class NpzStore:
                 array, place = self._pixels(tensor), ALPHA
             arrays[place], sources[place] = array, named
         arrays["original_size"] = np.array(size)
-        arrays["crop_ltrb"] = np.array(kept_part(size, bucket))
+        arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
         members = {one: format_array(array) for one, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
         path = self._path(name)
@@ -391,12 +392,6 @@ def shrink_alpha(path: Path, mask: Tensor, grid: tuple[int, int], stride: tuple[
     if mask.shape != (height * stride[1], width * stride[2]):
         raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
     return shrink_mask(mask.float()[None] * 255, stride)
-
-
-def kept_part(size: Size, bucket: Size) -> tuple[int, int, int, int]:
-    """Return left, top, right and bottom of what a bucket keeps of a picture resized to cover it."""
-    left, top = fit_cover(size, bucket).crop
-    return left, top, left + bucket[0], top + bucket[1]
 
 
 def _without(end: str, values: Mapping[str, T]) -> dict[str, T]:
