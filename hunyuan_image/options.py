@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "HunyuanImage-2.1"
 TILE = 384  # pixels, as the released VAE
+LEAST_TILE = 128  # four latent pixels, of which tiles share one
 # the last steps, from 0, that are guided by the plain formula, as released
 APG_START_OCR, APG_START = 38, 5
 ATTENTION = ("flash", "torch", "sageattn", "xformers", "sdpa")  # values of --attn_mode in training
@@ -34,6 +35,8 @@ class HunyuanImageVaeOptions:
         rows = "the number of rows that a convolution computes at a time"
         check_at_least("--vae_chunk_size", self.vae_chunk_size, 1, rows)
         check_at_most("--vae_chunk_size", self.vae_chunk_size, 100_000, rows)
+        size = self.file.vae_spatial_tile_sample_min_size
+        check_at_least("--vae_spatial_tile_sample_min_size", size, LEAST_TILE, f"{TILE} pixels are usual")
 
     @property
     def tile(self) -> int | None:

@@ -127,6 +127,8 @@ def test_what_calibration_prints_can_be_given(project: Project, tmp_path: Path) 
 @pytest.mark.parametrize("cache", [BOLD, TEA], ids=["magcache", "teacache"])
 def test_it_goes_with_everything_else(deep: Project, tmp_path: Path, cache: Sequence[str]) -> None:
     slg = (*GUIDED, "--slg_mode", "original", "--slg_layers", "1", "--slg_start", "0", "--slg_end", "1")
+    if deep.family.name == "lumina":  # whose guidance ends before the last steps
+        slg = (*slg, "--cfg_trunc_ratio", "1")
     expected, said = deep.one(tmp_path / "plain", *slg, *cache)
     skipped, passes = skipped_in(said)
     joined = deep.family.name in {"hunyuan_video", "hunyuan_image"}

@@ -330,9 +330,10 @@ def _remedy(command: str, store: CacheStore, name: str) -> Iterator[None]:
     except CacheError as error:
         if store.is_shared(name):
             raise CacheError(
-                f"{error}.\n  A training with --cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, "
-                "without --skip_cache_check, makes again what does not fit; remove a damaged npz file before. "
-                f"With cache_format npz: {command}"
+                f"{error}.\n  A training with --cache_latents_to_disk and "
+                "--cache_text_encoder_outputs_to_disk, without --skip_cache_check, makes again what does "
+                "not fit; remove a damaged npz file before. With cache_format npz: "
+                f"{command}"
             ) from error
         # an index believes times and sizes, which a disk that forgets bits leaves as they were
         again = " --verify" if (store.folder / INDEX_NAME).exists() else ""

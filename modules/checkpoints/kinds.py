@@ -34,7 +34,7 @@ OF_FAMILIES: Marks = (
     ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5)"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5, --t5xxl)"),
     ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
     ("vision_model.head.probe", "a SigLIP image encoder (--image_encoder)"),
     # CLIP's has none

@@ -239,3 +239,13 @@ def test_text_encoders_do_not_learn(caplog: pytest.LogCaptureFixture) -> None:
     assert "--network_train_unet_only is assumed" in caplog.text
     with pytest.raises(OptionError, match="do not learn"):
         translate_training(training_args("--network_train_text_encoder_only"))
+
+
+def test_tiles_are_those_of_the_release_and_not_too_small() -> None:
+    plain, tiled = (
+        read_options(HunyuanImageTrainingOptions, training_args("--network_train_unet_only", *words)).vae
+        for words in ((), ("--vae_tiling",))
+    )
+    assert (plain.tile, tiled.tile) == (None, 384)
+    with pytest.raises(OptionError, match="--vae_spatial_tile_sample_min_size 64"):
+        read_options(HunyuanImageTrainingOptions, training_args("--vae_spatial_tile_sample_min_size", "64"))
