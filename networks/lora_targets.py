@@ -40,8 +40,9 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         settings = replace(settings, exclude=(*settings.exclude, *map(_anywhere, spec.lora_exclude)))
         candidates = _modules_below(unet, tuple(f"{name}." for name in spec.block_lists))
     else:
-        lists = rules.indices.values()
-        check_blocks(settings, {one: len(list(unet.get_submodule(one).children())) for one in lists})
+        there = dict(unet.named_children())
+        lists = [one for one in rules.indices.values() if one in there]
+        check_blocks(settings, {one: len(list(there[one].children())) for one in lists})
         candidates = _candidates(unet, settings, rules)
     found = _choose(candidates, settings, OURS)
     if not found:

@@ -131,7 +131,7 @@ def test_it_goes_with_everything_else(deep: Project, tmp_path: Path, cache: Sequ
         slg = (*slg, "--cfg_trunc_ratio", "1")
     expected, said = deep.one(tmp_path / "plain", *slg, *cache)
     skipped, passes = skipped_in(said)
-    joined = deep.family.name in {"hunyuan_video", "hunyuan_image"}
+    joined = deep.family.name in {"hunyuan_video", "hunyuan_image", "flux"}
     sections = 2 if deep.family.name == "framepack" else 1
     assert passes == STEPS * sections * (2 if joined else 3)
     assert 0 < skipped < passes

@@ -6,6 +6,7 @@ An npz file is a zip archive with one `.npy` member for each array. Nothing is e
 import contextlib
 import io
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -27,6 +28,7 @@ MOST_ARRAYS = 10_000
 MOST_HEADER = 1 << 14  # bytes; numpy reads no longer ones
 _MEMBER = ".npy"
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
+_MOST_SIDES = 32  # of a shape; numpy has no more everywhere
 _ERRORS = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
     *(OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError),
@@ -65,8 +67,10 @@ def read_outlines(path: Path, names: Collection[str]) -> dict[str, Outline]:
         for name in set(_names(file)) & set(names):
             member = file.getinfo(name + _MEMBER)
             with file.open(member) as stream:
-                shape, _, dtype = _read_array_header(io.BytesIO(stream.read(MOST_HEADER)))
-            found[name] = Outline(shape, dtype, member.CRC)
+                header = io.BytesIO(stream.read(MOST_HEADER))
+            shape, _, dtype = _read_array_header(header)
+            _check_size(shape, dtype, member.file_size - header.tell())
+            found[name] = Outline(shape, dtype.newbyteorder("="), member.CRC)
     return found
 
 
@@ -96,8 +100,7 @@ def parse_array(data: bytes) -> Array:
     stream = io.BytesIO(data)
     shape, is_fortran, dtype = _read_array_header(stream)
     values = memoryview(data)[stream.tell() :]
-    if math.prod(shape) * dtype.itemsize != len(values):
-        raise ValueError(f"an array of shape {shape} in {len(values)} bytes")
+    _check_size(shape, dtype, len(values))
     array: Array = np.frombuffer(values, dtype).reshape(shape, order="F" if is_fortran else "C")
     return np.array(array, dtype.newbyteorder("="), order="C")
 
@@ -108,12 +111,21 @@ def _read_array_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, "np.d
     if version not in {(1, 0), (2, 0)}:
         raise ValueError(f"an array of version {version}")
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, is_fortran, dtype = read_header(stream)
+    try:
+        shape, is_fortran, dtype = read_header(stream)
+    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError) as error:  # of numpy's own parser
+        raise ValueError(f"an array whose header is no header ({type(error).__name__})") from error
     if dtype.hasobject or dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise ValueError(f"an array of {dtype}, which are no numbers")
-    if any(side < 0 for side in shape):
-        raise ValueError(f"an array of shape {shape}")
+    if len(shape) > _MOST_SIDES or any(type(side) is not int or not 0 <= side < MOST_BYTES for side in shape):
+        raise ValueError("an array of an impossible shape")
     return shape, is_fortran, dtype
+
+
+def _check_size(shape: tuple[int, ...], dtype: "np.dtype[Any]", size_bytes: int) -> None:
+    """Raise ValueError if an array does not take just so many bytes."""
+    if math.prod(shape) * dtype.itemsize != size_bytes:
+        raise ValueError(f"an array of shape {shape} in {size_bytes} bytes")
 
 
 def _names(file: zipfile.ZipFile) -> list[str]:

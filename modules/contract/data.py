@@ -66,12 +66,18 @@ class Batch:
         """
         for name, taken in widths.items():
             value = self.tensors[name]
-            width = (value if isinstance(value, Tensor) else value[0]).shape[-1]
-            if width != taken:
-                raise CacheError(
-                    f"{self.keys[0]}: {name} in its cache is {width} numbers wide, {taker} takes {taken}. "
-                    f"Cache again with {remedy}."
-                )
+            for each in [value] if isinstance(value, Tensor) else value:
+                found = each.shape[-1] if each.ndim else 1
+                if not each.is_floating_point():
+                    raise CacheError(
+                        f"{self.keys[0]}: {name} in its cache has whole numbers ({each.dtype}), not states "
+                        f"of a text encoder. Cache again with {remedy}."
+                    )
+                if found != taken:
+                    raise CacheError(
+                        f"{self.keys[0]}: {name} in its cache is {found} numbers wide, {taker} takes "
+                        f"{taken}. Cache again with {remedy}."
+                    )
 
     def tensor(self, name: str) -> Tensor:
         """The stacked tensor of that name. Raises KeyError where the caches have none."""

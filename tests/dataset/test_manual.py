@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from dataset.config import KEYS, MODES, load_dataset_config
+from dataset.subset_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MANUAL = (ROOT / "docs" / "dataset.md").read_text(encoding="utf-8")
+PICTURES = (ROOT / "docs" / "image_datasets.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "dataset_tools.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL + TOOLS, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL + TOOLS + PICTURES, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("text", blocks("toml"), ids=range(len(blocks("toml"))))
@@ -45,3 +47,12 @@ def test_it_names_every_key_and_mode_with_where_it_may_stand() -> None:
         assert bool(rows[name][-4].strip()) == ("image" in key.kinds), name
         assert bool(rows[name][-3].strip()) == ("video" in key.kinds), name
     assert all(f'`"{mode}"`' in MANUAL for mode in MODES)
+
+
+def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> None:
+    table = PICTURES[PICTURES.index("## Every key") : PICTURES.index("## Without a file")]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    places = {name: row[-1].strip("| ") for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+
+    words = {SUBSET: "subset", ANYWHERE: "anywhere", DATASET: "dataset"}
+    assert places == {name: words[key.place] for name, key in SUBSET_KEYS.items()}

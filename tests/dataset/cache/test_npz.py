@@ -14,7 +14,7 @@ from PIL import Image
 from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
 from dataset.cache.npz import LOCK
-from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
+from dataset.cache.npz_files import format_array, parse_array, read_arrays, read_outlines, write_members
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import Places, npz_names
@@ -341,6 +341,27 @@ def test_crop_is_where_the_whole_picture_would_lie_in_the_bucket(tmp_path: Path)
     with np.load(folder / "pic 0_0100x0050_toy.npz", allow_pickle=False) as latents:
         (crop,) = (latents[name] for name in latents.files if name.startswith("crop_ltrb"))
         assert crop.tolist() == [0, 8, 32, 24]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000000, 1000)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 99999999999999999999)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (9,)}",
+        b"(" * 9000,
+    ],
+)
+def test_a_hostile_header_is_an_error_wherever_it_is_read(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    whole = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n"
+    write_members(path, {"latents": whole + bytes(4)})
+
+    with pytest.raises(CacheError, match="damaged, cannot be read as npz"):
+        read_outlines(path, {"latents"})
+    with pytest.raises(CacheError, match="damaged, cannot be read as npz"):
+        read_arrays(path, {"latents"})
 
 
 def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path: Path) -> None:
