@@ -20,7 +20,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.seeds import derive_seed
 from networks.factored import FactoredNetwork
 from networks.hashes import add_hashes, saved_dtype
-from networks.loading import OWN_MODULES, WITH_RULES, import_network_module, read_lora
+from networks.loading import OWN_MODULES, import_network_module, read_lora
 from networks.lora_network import LoraNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
@@ -213,10 +213,7 @@ def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int] 
     if name not in OWN_MODULES:
         return
     given = options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
-    if builder.__name__.endswith(WITH_RULES):
-        builder.check_settings(*given, depths)
-    else:
-        builder.check_settings(*given)
+    builder.check_settings(*given, depths)
 
 
 def make_network(

@@ -29,11 +29,10 @@ from networks.parts import mend_split_alphas
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
-WITH_RULES = ("networks.lora_flux", "networks.lora_hunyuan_image", "networks.lora_lumina")
 OWN_MODULES = (
     *("networks.lora", "networks.loha", "networks.lokr"),
     *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
-    *WITH_RULES,
+    *("networks.lora_flux", "networks.lora_hunyuan_image", "networks.lora_lumina"),
 )
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not

@@ -10,9 +10,16 @@ from networks.factored_layer import loha_shapes
 
 
 def check_settings(
-    rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    arguments: Mapping[str, Any],
+    depths: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
+    """Raise OptionError if a setting cannot be used. Nothing of the model is needed.
+
+    `depths` is not used: no setting has numbers of blocks.
+    """
     check_factored(rank, alpha, dropout, arguments)
 
 

@@ -19,9 +19,16 @@ SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False,
 
 
 def check_settings(
-    rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    arguments: Mapping[str, Any],
+    depths: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
+    """Raise OptionError if a setting cannot be used. Nothing of the model is needed.
+
+    `depths` is not used: no setting has numbers of blocks.
+    """
     rest = dict(arguments)
     choose_shapes(rest.pop("factor", -1), rest.pop("decompose_both", False))
     check_factored(rank, alpha, dropout, rest)

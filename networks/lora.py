@@ -39,48 +39,13 @@ _BESIDE_FILE = {
 _OF_THE_CALL = {"neuron_dropout", "file", "vae", "text_encoder"}  # what LoRA tuners pass along
 
 
-def create_arch_network_from_weights(
-    multiplier: float,
-    weights_sd: Mapping[str, Tensor],
-    text_encoders: object = None,
-    unet: nn.Module | None = None,
-    **arguments: Any,
-) -> LoraNetwork:
-    """Build a network with the modules, ranks and alphas of a LoRA file's tensors, but not their values."""
-    return build_network_from_weights(multiplier, weights_sd, text_encoders, unet, arguments)
+def module_of_family(
+    rules: LoraRules | None,
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return what a LoRA module offers: `check_settings`, `create_arch_network` and
+    `create_arch_network_from_weights`, called as LoRA tuners call them.
 
-
-def create_arch_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: object,
-    text_encoders: object,
-    unet: nn.Module | None,
-    neuron_dropout: float | None = None,
-    **arguments: Any,
-) -> LoraNetwork:
-    """Build a network on the modules that the DiT's spec and the patterns choose, by the call that LoRA
-    tuners share.
-
-    `vae` is not used. `text_encoders`: those that learn, by their `lora_prefix`; anything but a mapping is
-    ignored. `unet` may be None if only encoders learn. Raises OptionError if no module is left.
-    """
-    settings = read_settings(network_dim, network_alpha, neuron_dropout, arguments)
-    return build_network(multiplier, settings, text_encoders, unet)
-
-
-def check_settings(
-    rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
-) -> None:
-    """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
-    read_settings(rank, alpha, dropout, arguments)
-
-
-def module_of_family(rules: LoraRules) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Return what the LoRA module of a family offers, whose `--network_args` mean what its rules say.
-
-    These are `check_settings`, `create_arch_network` and `create_arch_network_from_weights`.
+    rules: what `--network_args` mean for a family; None: the network's `DitSpec` alone says what takes part.
     """
 
     def check(
@@ -90,6 +55,7 @@ def module_of_family(rules: LoraRules) -> tuple[Callable[..., Any], Callable[...
         arguments: Mapping[str, Any],
         depths: Mapping[str, int] | None = None,
     ) -> None:
+        """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
         settings = read_settings(rank, alpha, dropout, arguments, rules)
         check_blocks(settings, depths or {})
 
@@ -103,6 +69,11 @@ def module_of_family(rules: LoraRules) -> tuple[Callable[..., Any], Callable[...
         neuron_dropout: float | None = None,
         **arguments: Any,
     ) -> LoraNetwork:
+        """Build a network on the modules that the DiT's spec and the patterns choose.
+
+        `vae` is not used. `text_encoders`: those that learn, by their `lora_prefix`; anything but a mapping
+        is ignored. `unet` may be None if only encoders learn. Raises OptionError if no module is left.
+        """
         settings = read_settings(network_dim, network_alpha, neuron_dropout, arguments, rules)
         return build_network(multiplier, settings, text_encoders, unet)
 
@@ -113,6 +84,7 @@ def module_of_family(rules: LoraRules) -> tuple[Callable[..., Any], Callable[...
         unet: nn.Module | None = None,
         **arguments: Any,
     ) -> LoraNetwork:
+        """Build a network with the modules, ranks and alphas of a LoRA file's tensors, not their values."""
         return build_network_from_weights(multiplier, weights_sd, text_encoders, unet, arguments, rules)
 
     return check, create, create_from_weights
@@ -205,3 +177,6 @@ def _layer_of_file(module: LoraModule, name: str, factors: Factors, settings: Lo
             parts = len(heights)
             return LoraLayer(module, rank // parts, alpha / parts, heights=heights)
     return LoraLayer(module, rank, alpha, DORA in factors)
+
+
+check_settings, create_arch_network, create_arch_network_from_weights = module_of_family(None)
