@@ -70,13 +70,13 @@ class Batch:
                 found = each.shape[-1] if each.ndim else 1
                 if not each.is_floating_point():
                     raise CacheError(
-                        f"{self.keys[0]}: {name} in its cache has whole numbers ({each.dtype}), not states of "
-                        f"a text encoder. Cache again with {remedy}."
+                        f"{self.keys[0]}: {name} in its cache has whole numbers ({each.dtype}), not states "
+                        f"of a text encoder. Cache again with {remedy}."
                     )
                 if found != taken:
                     raise CacheError(
-                        f"{self.keys[0]}: {name} in its cache is {found} numbers wide, {taker} takes {taken}. "
-                        f"Cache again with {remedy}."
+                        f"{self.keys[0]}: {name} in its cache is {found} numbers wide, {taker} takes "
+                        f"{taken}. Cache again with {remedy}."
                     )
 
     def tensor(self, name: str) -> Tensor:
