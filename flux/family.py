@@ -14,6 +14,7 @@ from encoders.posterior import posterior_generator
 from flux.checkpoints import load_dit
 from flux.conditioning import (
     GUIDANCE,
+    MASK,
     POOLED,
     STATES,
     text_inputs,
@@ -64,6 +65,7 @@ from modules.contract.release import ModelRelease
 from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of
 from modules.contract.source import IMAGE, LATENTS, SourceRules
 from modules.devices import choose_compute_dtype
+from modules.errors import CacheError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
@@ -229,6 +231,7 @@ class Flux:
         config = self.files.dit_header().config
         widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self._has_pooled else {})
         batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of FLUX.1")
+        self._check_t5(batch, remedy)
         return {
             **{name: batch.tensor(name) for name in self.text_keys},
             GUIDANCE: torch.full((len(latents),), self._guidance(self.trained_guidance)),
@@ -333,6 +336,31 @@ class Flux:
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents)
+
+    def _check_t5(self, batch: Batch, remedy: str) -> None:
+        """Raise CacheError if T5 read captions otherwise than in this training, or states have no mask."""
+        for made in batch.made_by:
+            mask = made.encoder.get("t5_mask")
+            if mask not in (None, "used" if self._uses_mask else "not used"):
+                option = CHROMA if self.files.kind == CHROMA else "--apply_t5_attn_mask"
+                how = f"for {option}" if self._uses_mask else "without --apply_t5_attn_mask"
+                raise CacheError(
+                    f"{made.path}: T5's mask of padding was {mask} when it was made, and this training is "
+                    f"{how}. Cache again with {remedy} and the same --model_type and --apply_t5_attn_mask."
+                )
+        most = self.files.encoders.t5_tokens or T5_TOKENS[self.files.kind]
+        length = batch.tensor(STATES).shape[1]
+        if batch.tensor(MASK).shape != batch.tensor(STATES).shape[:2]:
+            raise CacheError(
+                f"{batch.keys[0]}: {MASK} in its cache is of another length than {STATES}. Cache again with "
+                f"{remedy}."
+            )
+        if length > most:
+            raise CacheError(
+                f"{batch.keys[0]}: its text has {length} tokens of T5, this transformer was trained with "
+                f"{most}. Cache again with {remedy} --t5xxl_max_token_length {most}, or train with "
+                f"--t5xxl_max_token_length {length}."
+            )
 
     def _guidance(self, asked: float) -> float:
         """Return what the model's guidance input is fed; Chroma is made for 0."""

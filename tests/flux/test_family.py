@@ -1,5 +1,6 @@
 """FLUX.1 and Chroma as a family: whole runs against recorded ones, schedules, requests, files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from flux.model import pack
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import LATENT, size_shift, tokens_of
 from generation.sections import make_latents
-from modules.contract.data import Batch
+from modules.contract.data import Batch, MadeBy
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
 from modules.errors import CacheError, CheckpointError, OptionError
@@ -201,6 +202,31 @@ def test_caches_without_a_text_or_of_another_encoder_are_refused(tmp_path: Path)
         family.batch_conditions(latents, Batch(texts, ("a",), ("a",)))
     with pytest.raises(CacheError, match="l_pooled in its cache is 7 numbers wide"):
         family.batch_conditions(latents, Batch({**texts, "l_pooled": torch.zeros(1, 7)}, ("a",), ("a",)))
+
+
+def test_caches_of_a_t5_that_read_otherwise_are_refused(tmp_path: Path) -> None:
+    latents = torch.zeros(1, 16, 1, 4, 4)
+    texts = {
+        "t5_attn_mask": torch.ones(1, 257),
+        "l_pooled": torch.zeros(1, 24),
+        "t5_out": torch.zeros(1, 257, 48),
+    }
+    made = MadeBy(Path("a.npz"), "t5", {"t5_mask": "not used"})
+    batch = Batch(texts, ("a",), ("a",), (made,))
+    dev = Flux(FluxFiles(write_dit(tmp_path / "dev", tiny_state())))
+    schnell = Flux(FluxFiles(write_dit(tmp_path / "schnell", tiny_state("schnell"))))
+
+    dev.batch_conditions(latents, batch)
+    with pytest.raises(CacheError, match="mask of padding was not used .* for --apply_t5_attn_mask"):
+        replace(dev, masks_text=True).batch_conditions(latents, batch)
+    for name, wrong, says in (
+        ("t5_attn_mask", torch.ones(1, 9), "of another length than t5_out"),
+        ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "whole numbers"),
+    ):
+        with pytest.raises(CacheError, match=says):
+            dev.batch_conditions(latents, Batch({**texts, name: wrong}, ("a",), ("a",)))
+    with pytest.raises(CacheError, match="257 tokens of T5, this transformer was trained with 256"):
+        schnell.batch_conditions(latents, batch)
 
 
 def test_all_kinds_are_named() -> None:
