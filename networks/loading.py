@@ -29,10 +29,12 @@ from networks.parts import mend_split_alphas
 from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
+# made for the layers of one model: nothing else can be trained by them
+WITH_RULES = ("networks.lora_flux", "networks.lora_hunyuan_image", "networks.lora_lumina")
 OWN_MODULES = (
     *("networks.lora", "networks.loha", "networks.lokr"),
     *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
-    *("networks.lora_flux", "networks.lora_hunyuan_image", "networks.lora_lumina"),
+    *WITH_RULES,
 )
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
