@@ -151,6 +151,12 @@ def prepare_samples(
         logger.warning(
             "%s: the flow shift (--fs) is ignored because this model computes it from the size", prompt_file
         )
+    has_embedded = any(entry.get("guidance_scale") is not None for entry in entries)
+    if process == 0 and has_embedded and family.defaults.embedded_guidance is None:
+        logger.warning(
+            "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
+            prompt_file,
+        )
     chosen: list[tuple[int, Prepared, bool]] = []
     for index, entry in list(enumerate(entries))[process::processes]:
         try:

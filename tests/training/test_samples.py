@@ -184,6 +184,17 @@ def test_a_sample_is_what_generation_makes_from_the_same_lora(tmp_path: Path) ->
     torch.testing.assert_close(decoded[0], latents, rtol=1e-4, atol=1e-5)
 
 
+def test_a_value_that_the_model_does_not_take_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ToyFamily().defaults.embedded_guidance is None
+    write_caches(tmp_path, count=2)
+    train_toy(
+        tmp_path, "--sample_prompts", write_prompts(tmp_path, "a cat --g 3"), "--sample_every_n_steps", 8
+    )
+    assert caplog.text.count("the embedded guidance (--g) is ignored") == 1
+
+
 def test_a_prompt_that_cannot_be_made_is_reported_and_the_others_keep_their_numbers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
