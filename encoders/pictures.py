@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from encoders.posterior import posterior_generator
-from modules.contract.data import CacheEntry, MediaBatch, MediaTable
+from modules.contract.data import CacheEntry, MediaBatch, MediaTable, MomentsRules
 from modules.errors import DatasetError
 from modules.media.pixels import byte_clips
+
+# of a family that makes pictures: there are no moments of them
+NO_MOMENTS = MomentsRules(refusal="the model makes pictures, not clips")
 
 
 class PictureEncoder(Protocol):
@@ -35,8 +38,10 @@ def check_pictures(table: MediaTable, who: str) -> None:
     """Raise DatasetError if a table has clips or control media. who: the model, for messages."""
     if table.kind != "image":
         raise DatasetError(
-            f"{table.name}: {who} makes pictures, and the table has clips. Give image_directory or "
+            f"{table.name}: the table has clips, and {who} can only learn pictures. Give image_directory or "
             "image_jsonl_file, or train a video model."
         )
     if table.has_control:
-        raise DatasetError(f"{table.name}: {who} takes no control images. Remove them from the dataset.")
+        raise DatasetError(
+            f"{table.name}: the table has control images, which {who} cannot take. Remove them."
+        )

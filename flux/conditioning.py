@@ -1,15 +1,12 @@
-"""What the transformer takes besides noisy latents, under the names of caches; latents of pictures."""
+"""What the transformer takes besides noisy latents, under the names of caches."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from encoders.autoencoder import Autoencoder
-from encoders.posterior import posterior_generator
-from modules.contract.data import CacheEntry, Conditions, MediaBatch
+from modules.contract.data import Conditions
 from modules.devices import send
-from modules.media.pixels import byte_clips
 
 POOLED, STATES, MASK, GUIDANCE = "l_pooled", "t5_out", "t5_attn_mask", "guidance"
 CHROMA_KEYS = frozenset({STATES, MASK})
@@ -39,9 +36,3 @@ def text_inputs(
         assert isinstance(value, Tensor)
         found[argument] = send(value, device)
     return found
-
-
-def encode_latents(vae: Autoencoder, media: MediaBatch) -> list[list[CacheEntry]]:
-    """Encode pictures; return the cache entries of each: a posterior sample seeded by its name, float32."""
-    latents = vae.encode(byte_clips(media.frames), [posterior_generator(key) for key in media.keys])
-    return [[CacheEntry({"latents": one.clone()})] for one in latents.cpu()]

@@ -17,11 +17,11 @@ from encoders.clip_l import CLIP_L, ClipTextEncoder
 from encoders.t5 import T5_FILES, T5_XXL, T5TextEncoder
 from encoders.t5_checkpoints import read_t5
 from flux.options import FluxTextOptions
+from modules.checkpoints.encoders import check_state_width, dtype_beside
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint
 from modules.contract.family import TextEncoder
 from modules.devices import choose_compute_dtype
-from modules.errors import CheckpointError
 from modules.vae_options import VaeOptions
 
 AE, CLIP, T5 = "ae", "clip_l", "t5xxl"  # names in `check`
@@ -120,12 +120,12 @@ class Encoders:
             read_autoencoder_header(self.vae_path)
         if self.clip_l is not None or CLIP in needed:
             path = ClipTextEncoder(self.clip_l_path).path
-            _check_width(
+            check_state_width(
                 f"--{CLIP}", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP_L.release
             )
         if self.t5xxl is not None or T5 in needed:
             path = T5TextEncoder(self.t5xxl_path).path
-            _check_width(f"--{T5}", path, read_once(path, _t5_width), dit_path, text_dim, T5_XXL.release)
+            check_state_width(f"--{T5}", path, read_once(path, _t5_width), dit_path, text_dim, T5_XXL.release)
         if self.clip_l_tokenizer is not None:
             CLIP_L.tokenizer.check_given(self.clip_l_tokenizer)
         if self.t5xxl_tokenizer is not None:
@@ -134,18 +134,7 @@ class Encoders:
 
 def beside(chosen: torch.dtype | None, dit_dtype: torch.dtype | None) -> torch.dtype:
     """Return an encoder's dtype: `chosen`, else bfloat16, or float32 if the transformer is."""
-    if chosen is not None:
-        return chosen
-    return torch.float32 if dit_dtype == torch.float32 else torch.bfloat16
-
-
-def _check_width(
-    option: str, path: Path, width: int, dit_path: Path | None, taken: int | None, give: str
-) -> None:
-    if taken not in (None, width):
-        raise CheckpointError(
-            f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
-        )
+    return dtype_beside(chosen, dit_dtype, torch.bfloat16)
 
 
 def _clip_width(checkpoint: Checkpoint) -> int:

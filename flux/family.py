@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoders.pictures import NO_MOMENTS, check_pictures, encode_pictures
 from encoders.posterior import posterior_generator
 from flux.checkpoints import load_dit
 from flux.conditioning import (
@@ -16,7 +17,6 @@ from flux.conditioning import (
     MASK,
     POOLED,
     STATES,
-    encode_latents,
     text_inputs,
     text_keys,
 )
@@ -62,15 +62,16 @@ from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
-from modules.contract.requests import check_size, keep_usable_media, settle, size_of
+from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of
 from modules.contract.source import IMAGE, LATENTS, SourceRules
 from modules.devices import choose_compute_dtype
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
+NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
 SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
@@ -98,6 +99,7 @@ class Flux:
     lora_module: str = field(default="networks.lora_flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
+    moments: MomentsRules = field(default=NO_MOMENTS, init=False)
 
     @property
     def latent(self) -> LatentSpec:
@@ -185,13 +187,8 @@ class Flux:
         return MediaEncoders(self.files.encoders.load_vae(device, self._dit_dtype()))
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has clips or control pictures, which these models do not take."""
-        if table.kind != "image":
-            raise DatasetError(f"{table.name}: FLUX.1 and Chroma learn from pictures. Remove the clips.")
-        if table.has_control:
-            raise DatasetError(
-                f"{table.name}: FLUX.1 and Chroma take no control pictures. Remove the control directory."
-            )
+        """Raise DatasetError if a table has clips or control images."""
+        check_pictures(table, NAME)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
         """Return None: a picture has one file."""
@@ -199,16 +196,11 @@ class Flux:
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Latents of every picture in model space, float32."""
-        return encode_latents(encoders.vae, media)
-
-    @property
-    def moments(self) -> MomentsRules:
-        """Moments are of clips, which these models do not take."""
-        return MomentsRules(refusal="FLUX.1 and Chroma learn from pictures")
+        return encode_pictures(encoders.vae, media)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Never called: `moments` refuses them."""
-        raise AssertionError("there are no moments of pictures")
+        """Not for pictures: `moments` refuses them before."""
+        raise AssertionError(self.moments.refusal)
 
     # the network
 
@@ -284,8 +276,7 @@ class Flux:
         """
         self.files.check_encoders()
         kind = self.files.kind
-        taken = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
-        request = keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
+        request = keep_usable_media(request, NO_MEDIA, f"{self.files.dit_path} does not take it")
         if request.second_prompt is not None and not self._has_pooled:
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         usual = self.defaults

@@ -3,7 +3,6 @@
 Standard library only.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,15 @@ from typing import Any
 from flux.options import CHROMA, FLUX, USUAL_GUIDANCE
 from modules.command import Parser
 from modules.errors import OptionError
-from modules.lora_strength_options import lora_words, read_strengths
-from modules.options import (
-    add_unneeded,
-    check_at_least,
-    check_at_most,
-    list_unneeded,
-    read_options,
-    refuse_unsupported,
+from modules.minimal_options import (
+    add_lora_arguments,
+    add_offload_argument,
+    check_side,
+    lora_words,
+    option_words,
+    read_minimal_options,
+    read_strengths,
 )
-
-logger = logging.getLogger(__name__)
 
 SIZE_STEP = 16
 STEPS_ARE_THE_MODELS = "default: 4 for schnell, 50 for others"
@@ -57,8 +54,7 @@ class MinimalOptions:
 
     def __post_init__(self) -> None:
         for option, side in (("--width", self.width), ("--height", self.height)):
-            check_at_least(option, side, 1, "a side in pixels")
-            check_at_most(option, side, 16384, "a side in pixels")
+            check_side(option, side, least=1)
         if is_fp8(self.ae_dtype):
             raise OptionError(f"--ae_dtype {self.ae_dtype}: the autoencoder computes in 16 or 32 bits")
         _ = self.loras, self.text_dtype
@@ -77,6 +73,12 @@ class MinimalOptions:
     def base_dtype(self) -> str:
         """Return the dtype to compute in; that of --dtype, unless that is of 8 bits."""
         return "bfloat16" if is_fp8(self.dtype) else self.dtype
+
+    @property
+    def dit_dtype(self) -> str:
+        """Return the dtype that the transformer computes in."""
+        named = None if is_fp8(self.flux_dtype) else self.flux_dtype
+        return named or self.base_dtype
 
     @property
     def text_dtype(self) -> str:
@@ -106,23 +108,19 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> Minimal
     parser = Parser(description=description)
     _add_model_arguments(parser)
     _add_picture_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    for line in list_unneeded(parser, args):
-        logger.info(line)
-    return read_options(MinimalOptions, args)
+    return read_minimal_options(parser, MinimalOptions, argv)
 
 
 def generation_words(options: MinimalOptions) -> list[str]:
     """Return the same command as options of flux_generate_image.py."""
     height, width = options.size
-    pairs: dict[str, Any] = {
+    values = {
         "--dit": options.ckpt_path,
         "--model_type": options.model_type,
         "--save_path": options.output_dir,
         "--embedded_cfg_scale": options.guidance,
         "--guidance_scale": options.cfg_scale,
-        "--dit_dtype": options.base_dtype if is_fp8(options.flux_dtype) else options.flux_dtype,
+        "--dit_dtype": options.dit_dtype,
         "--text_encoder_dtype": options.text_dtype,
         "--vae_dtype": options.ae_dtype or options.base_dtype,
         "--clip_l": options.clip_l,
@@ -133,17 +131,14 @@ def generation_words(options: MinimalOptions) -> list[str]:
         "--negative_prompt": options.negative_prompt,
         "--prompt": None if options.interactive else options.prompt,
     }
-    pairs["--dit_dtype"] = pairs["--dit_dtype"] or options.base_dtype
-    # joined: a prompt may begin with a dash
-    words = [f"{option}={value}" for option, value in pairs.items() if value is not None]
-    words += ["--image_size", str(height), str(width), *lora_words(options.loras)]
     switches = {
         "--fp8": is_fp8(options.flux_dtype or options.dtype),
         "--fp8_t5": is_fp8(options.t5xxl_dtype or options.dtype),
         "--apply_t5_attn_mask": options.apply_t5_attn_mask,
         "--interactive": options.interactive,
     }
-    return words + [switch for switch, is_on in switches.items() if is_on]
+    size = ["--image_size", str(height), str(width)]
+    return [*option_words(values, switches), *size, *lora_words(options.loras)]
 
 
 def _add_model_arguments(parser: Parser) -> None:
@@ -166,23 +161,8 @@ def _add_model_arguments(parser: Parser) -> None:
         ("flux", "transformer, fp8 too"),
     ):
         group.add_argument(f"--{name}_dtype", type=str, default=None, help=f"dtype of the {what}")
-    add_unneeded(
-        group,
-        "--offload",
-        instead="networks take turns on the device anyway.",
-        action="store_true",
-        help="keep networks in host memory while they are not used",
-    )
-    group.add_argument(
-        "--lora_weights", type=str, nargs="*", default=[], metavar="PATH;STRENGTH", help="LoRAs to add"
-    )
-    add_unneeded(
-        group,
-        "--merge_lora_weights",
-        instead="LoRAs are added to the weights while these are loaded.",
-        action="store_true",
-        help="merge LoRAs into the model",
-    )
+    add_offload_argument(group)
+    add_lora_arguments(group)
 
 
 def _add_picture_arguments(parser: Parser) -> None:

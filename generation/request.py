@@ -80,7 +80,7 @@ def make_request(
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():
-        raise OptionError("the line has no prompt: write what the video should show before the options")
+        raise OptionError("the line has no prompt: write what to show before the options")
     seed = line.get("seed")
     if seed is None:
         seed = draw_seed() if options.seed is None else seed_of(options.seed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import check_pictures, encode_pictures
+from encoders.pictures import NO_MOMENTS, check_pictures, encode_pictures
 from encoders.posterior import posterior_generator
 from hunyuan_image.checkpoints import load_dit
 from hunyuan_image.configs import HUNYUAN_IMAGE
@@ -44,7 +44,7 @@ from modules.contract.loading import Placement
 from modules.contract.noise import NoiseSpec
 from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
-from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_patches
+from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of, whole_patches
 from modules.contract.source import IMAGE, LATENTS, SourceRules
 from modules.devices import choose_compute_dtype, send
 from modules.media.pixels import byte_clips
@@ -94,9 +94,7 @@ class HunyuanImage:
     release: ModelRelease = field(default=HUNYUAN_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
     experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
-    moments: MomentsRules = field(
-        default=MomentsRules(refusal=f"{NAME} makes pictures, not clips"), init=False
-    )
+    moments: MomentsRules = field(default=NO_MOMENTS, init=False)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -204,8 +202,7 @@ class HunyuanImage:
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """
         self.files.check()
-        media = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
-        request = keep_usable_media(request, media, f"{NAME} does not take it")
+        request = keep_usable_media(request, NO_MEDIA, f"{NAME} does not take it")
         width, height, _ = size_of(request, self.defaults)
         size = *whole_patches(width, height, LATENT), 1
         check_size(size, LATENT)

@@ -15,10 +15,10 @@ from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, read_
 from hunyuan_image.vae import HunyuanImageVae, load_vae
 from hunyuan_image.vae_checkpoints import read_vae
 from modules.checkpoints.dits import DitHeader
+from modules.checkpoints.encoders import check_state_width, dtype_beside
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, fingerprint
 from modules.devices import choose_compute_dtype, dtype_name
-from modules.errors import CheckpointError
 
 TEXT_DTYPE, GLYPH_DTYPE, VAE_DTYPE = torch.bfloat16, torch.float16, torch.float16  # as released
 
@@ -125,12 +125,13 @@ class HunyuanImageFiles:
         if self.text_encoder is not None or "texts" in needed:
             path = self.qwen().path
             width = read_once(path, _text_width)
-            _check_width(QWEN.option, path, width, None if config is None else config.text_dim, QWEN.files)
+            takes = None if config is None else config.text_dim
+            check_state_width(QWEN.option, path, width, self.dit, takes, QWEN.files)
         if self.byt5 is not None or "texts" in needed:
             path = self.glyphs().path
             width = read_byt5_header(path).dim
             takes = None if config is None else config.glyph_dim
-            _check_width(BYT5.option, path, width, takes, BYT5.release)
+            check_state_width(BYT5.option, path, width, self.dit, takes, BYT5.release)
         if self.text_encoder_tokenizer is not None:
             TOKENIZER.check_given(self.text_encoder_tokenizer)
 
@@ -139,17 +140,7 @@ class HunyuanImageFiles:
         return self.dit_dtype or (None if self.dit is None else self.dit_header().compute_dtype)
 
     def _beside(self, chosen: torch.dtype | None, usual: torch.dtype) -> torch.dtype:
-        if chosen is not None:
-            return chosen
-        return torch.float32 if self.compute_dtype() == torch.float32 else usual
-
-
-def _check_width(option: str, path: Path, width: int, takes: int | None, give: str) -> None:
-    if takes not in (None, width):
-        raise CheckpointError(
-            f"{option} {path} gives states of {width} numbers, the transformer takes {takes}. Give {give}.",
-            path,
-        )
+        return dtype_beside(chosen, self.compute_dtype(), usual)
 
 
 def _text_width(checkpoint: Checkpoint) -> int:

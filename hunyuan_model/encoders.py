@@ -13,10 +13,10 @@ from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder, clip_text_encode
 from hunyuan_model.tokenizer import LLAMA_FILES as LLAMA_TOKENIZER
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
+from modules.checkpoints.encoders import check_state_width, dtype_beside
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, fingerprint
 from modules.devices import choose_compute_dtype, dtype_name
-from modules.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -110,28 +110,19 @@ class Encoders:
             read_once(self.vae_path, read_vae)
         if self.text_encoder1 is not None or "text_encoder1" in needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path
-            _check_width(
+            check_state_width(
                 "--text_encoder1", path, read_once(path, _llama_width), dit_path, text_dim, LLAMA_FILES
             )
         if self.text_encoder2 is not None or "text_encoder2" in needed:
             path = clip_text_encoder(self.text_encoder2_path).path
-            _check_width(
+            check_state_width(
                 "--text_encoder2", path, read_once(path, _clip_width), dit_path, pooled_dim, CLIP.release
             )
 
 
 def beside(chosen: torch.dtype | None, dit_dtype: torch.dtype | None) -> torch.dtype:
     """Return an encoder's dtype: `chosen`, else float16 as released, or float32 if the transformer is."""
-    if chosen is not None:
-        return chosen
-    return torch.float32 if dit_dtype == torch.float32 else torch.float16
-
-
-def _check_width(option: str, path: Path, width: int, dit_path: Path, taken: int, give: str) -> None:
-    if width != taken:
-        raise CheckpointError(
-            f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
-        )
+    return dtype_beside(chosen, dit_dtype, torch.float16)
 
 
 def _llama_width(checkpoint: Checkpoint) -> int:

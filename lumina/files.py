@@ -19,10 +19,10 @@ from lumina.options import MAX_TOKENS, LuminaTextOptions
 from lumina.text_encoder import GemmaTextEncoder
 from lumina.tokenizer import GEMMA_FILES
 from modules.checkpoints.dits import DitHeader
+from modules.checkpoints.encoders import check_state_width, dtype_beside
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint
 from modules.devices import choose_compute_dtype
-from modules.errors import CheckpointError
 from modules.vae_options import VaeOptions
 
 USUAL = torch.bfloat16  # of the encoders; Gemma 2 overflows float16
@@ -116,20 +116,12 @@ class LuminaFiles:
             read_autoencoder_header(self.ae_path)
         if self.gemma2 is not None or "gemma2" in needed:
             path = self.text_encoder().path
-            width = read_once(path, _gemma_width)
-            if takes not in (None, width):
-                raise CheckpointError(
-                    f"{OPTION} {path} gives states of {width} numbers, {self.dit_path} takes {takes}. Give "
-                    f"{FILES}.",
-                    path,
-                )
+            check_state_width(OPTION, path, read_once(path, _gemma_width), self.dit, takes, FILES)
         if self.gemma2_tokenizer is not None:
             GEMMA_FILES.check_given(self.gemma2_tokenizer)
 
     def _beside(self, chosen: torch.dtype | None) -> torch.dtype:
-        if chosen is not None:
-            return chosen
-        return torch.float32 if self.compute_dtype() == torch.float32 else USUAL
+        return dtype_beside(chosen, self.compute_dtype(), USUAL)
 
 
 def _gemma_width(checkpoint: Checkpoint) -> int:

@@ -3,26 +3,22 @@
 Standard library only.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lumina.options import CFG_TRUNC_RATIO, MAX_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
 from modules.command import Parser
 from modules.errors import OptionError
-from modules.lora_strength_options import lora_words, read_strengths
-from modules.options import (
-    add_unneeded,
-    check_at_least,
-    check_at_most,
-    list_unneeded,
-    read_options,
-    refuse_unsupported,
+from modules.minimal_options import (
+    add_lora_arguments,
+    add_offload_argument,
+    check_side,
+    lora_words,
+    option_words,
+    read_minimal_options,
+    read_strengths,
 )
-
-logger = logging.getLogger(__name__)
 
 SIZE_STEP = 16
 
@@ -59,8 +55,7 @@ class MinimalOptions:
 
     def __post_init__(self) -> None:
         for option, side in (("--image_width", self.image_width), ("--image_height", self.image_height)):
-            check_at_least(option, side, SIZE_STEP, "a side in pixels")
-            check_at_most(option, side, 16384, "a side in pixels")
+            check_side(option, side, least=SIZE_STEP)
         if self.use_flash_attn and self.use_sage_attn:
             raise OptionError(
                 "--use_flash_attn and --use_sage_attn both choose the attention: give one of them"
@@ -85,17 +80,13 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> Minimal
     parser = Parser(description=description)
     _add_model_arguments(parser)
     _add_picture_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    for line in list_unneeded(parser, args):
-        logger.info(line)
-    return read_options(MinimalOptions, args)
+    return read_minimal_options(parser, MinimalOptions, argv)
 
 
 def generation_words(options: MinimalOptions) -> list[str]:
     """Return the same command as options of lumina_generate_image.py."""
     height, width = options.size
-    pairs: dict[str, Any] = {
+    values = {
         "--pretrained_model_name_or_path": options.pretrained_model_name_or_path,
         "--gemma2": options.gemma2_path,
         "--ae": options.ae_path,
@@ -111,24 +102,18 @@ def generation_words(options: MinimalOptions) -> list[str]:
         "--gemma2_max_token_length": options.gemma2_max_token_length,
         "--cfg_trunc_ratio": options.cfg_trunc_ratio,
         "--renorm_cfg": options.renorm_cfg,
-    }
-    optional = {
         "--seed": options.seed,
         "--device": options.device,
         "--prompt": None if options.interactive else options.prompt,
     }
-    pairs |= {option: value for option, value in optional.items() if value is not None}
-    # joined: a prompt may begin with a dash
-    words = [f"{option}={value}" for option, value in pairs.items()]
-    words += ["--image_size", str(height), str(width)]
-    words += lora_words(options.loras)
     switches = {
         "--add_system_prompt_to_negative_prompt": options.add_system_prompt_to_negative_prompt,
         "--interactive": options.interactive,
         "--attn_mode=flash": options.use_flash_attn,
         "--attn_mode=sageattn": options.use_sage_attn,
     }
-    return words + [switch for switch, is_on in switches.items() if is_on]
+    size = ["--image_size", str(height), str(width)]
+    return [*option_words(values, switches), *size, *lora_words(options.loras)]
 
 
 def _add_model_arguments(parser: Parser) -> None:
@@ -141,25 +126,10 @@ def _add_model_arguments(parser: Parser) -> None:
     for name, what in (("", "transformer"), ("gemma2_", "text encoder"), ("ae_", "autoencoder")):
         group.add_argument(f"--{name}dtype", type=str, default="bf16", help=f"dtype of the {what}")
     group.add_argument("--device", type=str, default=None, help="default: a GPU if there is one")
-    add_unneeded(
-        group,
-        "--offload",
-        instead="networks take turns on the device anyway.",
-        action="store_true",
-        help="keep networks in host memory while they are not used",
-    )
+    add_offload_argument(group)
     group.add_argument("--use_flash_attn", action="store_true", help="FlashAttention 2")
     group.add_argument("--use_sage_attn", action="store_true", help="SageAttention")
-    group.add_argument(
-        "--lora_weights", type=str, nargs="*", default=[], metavar="PATH;STRENGTH", help="LoRAs to add"
-    )
-    add_unneeded(
-        group,
-        "--merge_lora_weights",
-        instead="LoRAs are added to the weights while these are loaded.",
-        action="store_true",
-        help="merge LoRAs into the model",
-    )
+    add_lora_arguments(group)
 
 
 def _add_picture_arguments(parser: Parser) -> None:

@@ -141,9 +141,11 @@ def model_card(
 def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
+    # sic: files of other tuners of video models have this misspelling too
+    twice = {} if options.is_for_images else {"ss_ss_session_id": facts.session_id}
     return dropout | {
         "ss_session_id": facts.session_id,
-        "ss_ss_session_id": facts.session_id,  # sic: files of other tuners have this misspelling
+        **twice,
         "ss_training_started_at": facts.started_at,
         "ss_output_name": options.saving.output_name,
         "ss_learning_rate": options.optimizer.learning_rate,
@@ -238,11 +240,12 @@ def _resolution(given: str | None, usual: str) -> str:
 def _modelspec(
     options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, licence: str | None
 ) -> dict[str, str]:
-    """Source: https://github.com/Stability-AI/ModelSpec, version 1.0.0."""
+    """Source: https://github.com/Stability-AI/ModelSpec."""
     given, times = options.metadata, options.timesteps
     architecture = given.architecture or family_metadata.get("architecture")
     values = {
-        "sai_model_spec": "1.0.0",
+        # as the known trainers of each kind write it
+        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
         "architecture": f"{architecture}/lora"
         if architecture and options.network is not None
         else architecture,

@@ -1,9 +1,14 @@
-"""Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json."""
+"""Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json.
+
+Also how an encoder fits the transformer beside it: its dtype and the width of its states.
+"""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from modules.checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
@@ -84,3 +89,29 @@ def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[st
         logger.info("%s is ignored because it does not belong to %s", file, path.name)
         return {}
     return settings
+
+
+def dtype_beside(
+    chosen: torch.dtype | None, dit_dtype: torch.dtype | None, usual: torch.dtype
+) -> torch.dtype:
+    """Return an encoder's compute dtype: `chosen`, else float32 if the transformer's is, else `usual`.
+
+    dit_dtype: compute dtype of the transformer; None if there is none.
+    """
+    if chosen is not None:
+        return chosen
+    return torch.float32 if dit_dtype == torch.float32 else usual
+
+
+def check_state_width(
+    option: str, path: Path, width: int, dit_path: Path | None, taken: int | None, give: str
+) -> None:
+    """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `taken`.
+
+    path: of the encoder, which `option` gave. taken: None if there is no transformer to fit. give: the files
+    that fit.
+    """
+    if taken not in (None, width):
+        raise CheckpointError(
+            f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
+        )

@@ -14,6 +14,8 @@ from modules.errors import MediaError, OptionError
 
 logger = logging.getLogger(__name__)
 
+# for `keep_usable_media`: of a model that makes pictures from texts alone
+NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
 

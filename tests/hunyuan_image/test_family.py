@@ -179,9 +179,9 @@ def test_caches_of_other_encoders_are_refused(tmp_path: Path) -> None:
 
 
 def test_clips_and_control_images_are_refused() -> None:
-    with pytest.raises(DatasetError, match="makes pictures"):
+    with pytest.raises(DatasetError, match="can only learn pictures"):
         FAMILY.check_table(MediaTable("data.toml", "video"))
-    with pytest.raises(DatasetError, match="no control images"):
+    with pytest.raises(DatasetError, match="cannot take control images"):
         FAMILY.check_table(MediaTable("data.toml", "image", has_control=True))
 
 
@@ -191,7 +191,7 @@ def test_files_that_do_not_belong_together_are_refused_before_anything_loads(tmp
     HunyuanImage(files).check_files(media=True)
 
     other = replace(files, dit=write_dit(tmp_path, tiny_state(text_dim=32), name="other"))
-    with pytest.raises(CheckpointError, match="gives states of 64 numbers, the transformer takes 32"):
+    with pytest.raises(CheckpointError, match="gives states of 64 numbers, .* takes 32"):
         HunyuanImage(other).check_files(media=True)
     with pytest.raises(OptionError, match="--byt5"):
         HunyuanImage(replace(files, byt5=None)).check_files(media=True)
