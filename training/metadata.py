@@ -84,7 +84,7 @@ def run_metadata(
         values |= _training_values(options, facts)
         if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
-        values |= _image_values(options, facts)
+        values |= _image_values(options, facts, family_metadata.get("model_type"))
         if facts.changes:
             values["ss_resume_changes"] = json.dumps(list(facts.changes), ensure_ascii=False)
         further = [name for name in family_metadata if name.startswith("sd_model_name_")]
@@ -177,8 +177,8 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
     }
 
 
-def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
-    """The entries that files of image trainers have besides; none for others."""
+def _image_values(options: TrainingOptions, facts: RunFacts, model_type: str | None) -> dict[str, Any]:
+    """The entries that files of image trainers have besides; none for others. model_type: the family's."""
     values: dict[str, Any] = {}
     if options.noise.ip_noise_gamma:
         values |= asdict(options.noise)
@@ -190,6 +190,7 @@ def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "ip_noise_gamma": options.noise.ip_noise_gamma,
         "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
         "model_prediction_type": options.prediction.model_prediction_type,
+        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
         "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
         "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),
         "validation_split": asked.validation_split,
@@ -198,6 +199,7 @@ def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "validate_every_n_epochs": asked.validate_every_n_epochs,
         "validate_every_n_steps": asked.validate_every_n_steps,
         "num_validation_images": facts.num_validation,
+        **({} if model_type is None else {"model_type": model_type}),
         **_count_pictures(facts.pictures),
     }
     if options.subset is not None:

@@ -173,6 +173,7 @@ def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:
     assert made["modelspec.trigger_phrase"] == "red"
     assert made["modelspec.resolution"] == "1024x1024"
     assert made["modelspec.sai_model_spec"] == "1.0.1"
+    assert made["ss_fp8_base_unet"] == "False"
     assert "ss_session_id" in made
     assert "ss_ss_session_id" not in made  # that is in files of video trainers
     assert json.loads(made["ss_network_args"]) == {}
