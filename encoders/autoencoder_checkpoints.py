@@ -5,7 +5,6 @@ Our modules have the names of the released ae.safetensors. diffusers' Autoencode
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -20,16 +19,16 @@ from modules.checkpoints.dialects import (
     translate_name,
 )
 from modules.checkpoints.encoders import ALL_IN_ONE
+from modules.checkpoints.norm_groups import check_groups, stated_groups
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
-from modules.text_files import parse_json, read_text
 
 LATENT_CHANNELS = 16
 LEVELS = 4  # resolutions, each half of the one before: 8 pixels are one latent pixel
 GROUPS = 32  # in a group norm, as released; cannot be read from the tensors
 RELEASE = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
-CONFIG_CLASS = "AutoencoderKL"  # in a config.json beside the file
+CONFIG_CLASSES = {"AutoencoderKL"}  # in a config.json beside the file
 
 DIFFUSERS: Names = (  # which counts the decoder's levels from the latents: see `_our_name`
     (r"encoder\.down_blocks\.(\d+)\.(.+)", r"encoder.down.\1.\2"),
@@ -119,31 +118,6 @@ def _groups(checkpoint: Checkpoint, widths: tuple[int, ...]) -> int:
 
     Raises CheckpointError if the channels cannot be divided into them.
     """
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    groups = _stated_groups(folder / "config.json") or GROUPS
-    uneven = [width for width in widths if width % groups]
-    if uneven:
-        raise CheckpointError(
-            f"{checkpoint.path}: {uneven[0]} channels cannot be divided into {groups} norm groups. "
-            'Write the number of groups as "norm_num_groups" into the config.json beside the file.',
-            checkpoint.path,
-        )
-    return groups
-
-
-def _stated_groups(path: Path) -> int | None:
-    """Return the number in a config.json, or None if the file is missing or belongs to another model."""
-    if not path.is_file():
-        return None
-    try:
-        settings = parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}. Copy it again, or remove it.", path
-        ) from error
-    if not isinstance(settings, dict) or settings.get("_class_name") != CONFIG_CLASS:
-        return None
-    groups = settings.get("norm_num_groups", GROUPS)
-    if type(groups) is not int or groups < 1:
-        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, it must be 1 or more.', path)
+    groups = stated_groups(checkpoint, CONFIG_CLASSES) or GROUPS
+    check_groups(checkpoint, widths, groups)
     return groups

@@ -14,6 +14,7 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
+from modules.checkpoints.encoders import SPIECE_MODEL
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
@@ -60,7 +61,6 @@ HF_T5: Names = (
     (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.ffn.fc1.weight"),
     (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
 )
-SPIECE_MODEL = "spiece_model"  # the tokenizer's bytes in ComfyUI's files
 _T5_PREFIXES = (
     *("module.text_tower.", "text_encoders.", "umt5xxl.", "t5xxl.", "byt5.", "text_encoder."),
     *("text_encoder_2.", "transformer."),

@@ -1,7 +1,6 @@
 """T5's tokenizer, found as a folder or file, beside the checkpoint, inside it, or on the hub."""
 
 import bisect
-import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +8,16 @@ from pathlib import Path
 
 import sentencepiece
 
-from encoders.t5_checkpoints import SPIECE_MODEL
-from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.tokenizer_growth import piece_surfaces
+from encoders.piece_tokenizers import (
+    TokenizerPlace,
+    find_tokenizer,
+    load_tokenizer,
+    no_token,
+    piece_places,
+    read_pieces,
+)
 from modules.checkpoints.tokenizers import TokenizerFiles, token_places
 from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters
-from modules.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +38,6 @@ class T5Tokenizer:
 
 
 @dataclass(frozen=True)
-class TokenizerPlace:
-    """The tokenizer's source: a file, the bytes inside a checkpoint, or (neither is set) the hub."""
-
-    identity: str  # what distinguishes the tokenizer in cache records
-    file: Path | None = None
-    inside: Path | None = None
-
-
-@dataclass(frozen=True)
 class T5Tokenizers:
     """Where the tokenizer of one kind of T5 may be, and how many tokens the encoder reads."""
 
@@ -51,46 +45,32 @@ class T5Tokenizers:
     max_tokens: int  # with the end token
 
     def find(self, path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
-        """Find it: the one that the option names (`path`), else beside the checkpoint, inside it, on the hub.
-
-        Raises CheckpointError if `path` is given and is not a tokenizer.
-        """
-        file = self.files.find(path, checkpoint_path)
-        if file is not None:
-            return TokenizerPlace(self.files.identity(file), file)
-        with open_checkpoint(checkpoint_path) as checkpoint:
-            has_own = any(name.endswith(SPIECE_MODEL) for name in checkpoint.tensors)
-        if has_own:
-            return TokenizerPlace("inside the checkpoint", inside=checkpoint_path)
-        return TokenizerPlace(self.files.identity(None))
+        """Find the tokenizer, as `find_tokenizer` does."""
+        return find_tokenizer(self.files, path, checkpoint_path)
 
     def load(self, path: Path | None, checkpoint_path: Path) -> T5Tokenizer:
         """Load the tokenizer. path: as for `find`.
 
         Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
         """
-        place = self.find(path, checkpoint_path)
-        if place.inside is not None:
-            logger.info("tokenizer: the one inside %s", place.inside)
-            return self._from_sentencepiece(_read_embedded(place.inside), place.inside)
-        file = place.file or self.files.download(checkpoint_path)
-        logger.info("tokenizer: %s", file)
-        if file.suffix == ".json":
-            return self._from_json(file)
-        return self._from_sentencepiece(self.files.read_bytes(file), file)
+        return load_tokenizer(self.files, path, checkpoint_path, self._from_json, self._from_sentencepiece)
 
     def load_counter(self, path: Path | None, checkpoint_path: Path) -> CountTokens:
         """Load the tokenizer to count tokens. path: as for `find`. Nothing is downloaded.
 
         Raises CheckpointError if there is none here or it cannot be read.
         """
-        place, most = self.find(path, checkpoint_path), self.max_tokens
-        if place.inside is not None:
-            return self._count_pieces(self._sentencepiece(_read_embedded(place.inside), place.inside))
-        file = place.file or self.files.require_local(checkpoint_path)
-        if file.suffix != ".json":
-            return self._count_pieces(self._sentencepiece(self.files.read_bytes(file), file))
-        tokenizer = self.files.read(file)
+        return load_tokenizer(
+            self.files,
+            path,
+            checkpoint_path,
+            self._count_json,
+            lambda model, origin: self._count_pieces(read_pieces(self.files, model, origin)),
+            may_download=False,
+        )
+
+    def _count_json(self, file: Path) -> CountTokens:
+        tokenizer, most = self.files.read(file), self.max_tokens
 
         def count(text: str) -> TokenCount:
             ends = [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
@@ -129,38 +109,17 @@ class T5Tokenizers:
 
         return T5Tokenizer(tokenize, lambda text: token_places(tokenizer.encode(text)))
 
-    def _sentencepiece(self, model: bytes, origin: Path) -> sentencepiece.SentencePieceProcessor:
-        try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise self.files.unreadable(origin, error) from error
-        self.files.check_sentencepiece(model, origin)
-        return processor
-
     def _from_sentencepiece(self, model: bytes, origin: Path) -> T5Tokenizer:
-        processor = self._sentencepiece(model, origin)
+        processor = read_pieces(self.files, model, origin)
         end = processor.eos_id()
         if end < 0:
-            raise CheckpointError(
-                f"{origin}: the tokenizer has no end token {END}. Give the tokenizer of this encoder to "
-                f"{self.files.option}.",
-                origin,
-            )
+            raise no_token(self.files, origin, f"end token {END}", "this encoder")
 
         def tokenize(text: str) -> list[int]:
             ids: list[int] = processor.encode(text)
             return [*ids[: self.max_tokens - 1], end]
 
         def places(text: str) -> list[Place]:
-            surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
-            # they follow one another; white space that is dropped can only stand in front of them
-            ends = itertools.accumulate(map(len, surfaces), initial=len(text) - sum(map(len, surfaces)))
-            return [*itertools.islice(itertools.pairwise(ends), self.max_tokens - 1), None]
+            return [*piece_places(processor, text)[: self.max_tokens - 1], None]
 
         return T5Tokenizer(tokenize, places)
-
-
-def _read_embedded(checkpoint_path: Path) -> bytes:
-    with open_checkpoint(checkpoint_path) as checkpoint:
-        name = next(name for name in checkpoint.tensors if name.endswith(SPIECE_MODEL))
-        return checkpoint.read(name).numpy().tobytes()

@@ -373,10 +373,16 @@ def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
     return [parse_sample_line(entry) if isinstance(entry, str) else entry for entry in entries]
 
 
+_ALIASES = {"scale": "cfg_scale"}  # what the image guides call the value of --l
+
+
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     kinds = {option.key: _kind_of(option) for option in SAMPLE_OPTIONS.values()} | {"prompt": str}
     values = {}
-    for key, value in entry.items():
+    for written, value in entry.items():
+        key = _ALIASES.get(written, written)
+        if key != written and key in entry:
+            continue
         kind = kinds.get(key)
         if kind is None:
             logger.warning(

@@ -222,8 +222,7 @@ def converse(run: GenerationRun) -> None:
     ask = line_reader(PROMPT_SIGN)
     remembers = run.options.remembers_lines
     logger.info(
-        "Enter a prompt and options such as --w 832 --h 480 --d 7. Ctrl-C cancels the current prompt, Ctrl-D "
-        "quits.%s",
+        "Enter a prompt and options such as --s 20 --d 7. Ctrl-C cancels the current prompt, Ctrl-D quits.%s",
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
     said: dict[str, Any] = {}

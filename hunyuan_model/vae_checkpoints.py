@@ -5,7 +5,6 @@ Our modules have the names of the official file, which diffusers keeps. ComfyUI'
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -19,10 +18,10 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
+from modules.checkpoints.norm_groups import check_groups, stated_groups
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
-from modules.text_files import parse_json, read_text
 
 LATENT_CHANNELS = 16
 MOST_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest level has 128 channels
@@ -79,13 +78,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
             f"has {LATENT_CHANNELS}. Give {RELEASE} to --vae.",
             checkpoint.path,
         )
-    uneven = [width for width in (*config.encoder, *config.decoder) if width % config.groups]
-    if uneven:
-        raise CheckpointError(
-            f"{checkpoint.path}: {uneven[0]} channels cannot be divided into {config.groups} norm groups. "
-            'Write the number of groups as "norm_num_groups" into the config.json beside the file.',
-            checkpoint.path,
-        )
+    check_groups(checkpoint, (*config.encoder, *config.decoder), config.groups)
     return LoadPlan(config, checkpoint, sources)
 
 
@@ -132,28 +125,5 @@ def _groups(checkpoint: Checkpoint, narrowest: int) -> int:
 
     It is the number in a config.json beside the file, else 32, or fewer so that each has two channels.
     """
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    stated = _stated_groups(folder / "config.json")
+    stated = stated_groups(checkpoint, CONFIG_CLASSES)
     return stated if stated is not None else max(1, min(MOST_GROUPS, narrowest // 2))
-
-
-def _stated_groups(path: Path) -> int | None:
-    """Return the number in a config.json, or None if the file is missing or belongs to another model."""
-    if not path.is_file():
-        return None
-    try:
-        settings = parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}. Copy it again, or remove it.", path
-        ) from error
-    if (
-        not isinstance(settings, dict)
-        or settings.get("_class_name") not in CONFIG_CLASSES
-        or "norm_num_groups" not in settings
-    ):
-        return None
-    groups = settings["norm_num_groups"]
-    if type(groups) is not int or groups < 1:
-        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, it must be 1 or more.', path)
-    return groups

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lumina.configs import GemmaConfig
 from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from modules.checkpoints.encoders import network_in, told_beside
+from modules.checkpoints.encoders import SPIECE_MODEL, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, InstallationError
@@ -25,7 +25,6 @@ OPTION = "--gemma2"
 FILES = (
     "gemma_2_2b_fp16.safetensors, a folder of google/gemma-2-2b, or an all-in-one file of Lumina-Image-2.0"
 )
-SPIECE_MODEL = "spiece_model"  # the tokenizer's bytes in ComfyUI's files
 HEAD_WIDTH = 256  # of Gemma 2; cannot be read from the tensors
 # values that a config.json leaves out: transformers do not write what equals their default
 DEFAULTS = {"head_dim": 256, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}

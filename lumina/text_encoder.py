@@ -16,7 +16,12 @@ from encoders.token_rows import check_ids, fill_rows
 from lumina.configs import PROMPT_START
 from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
 from lumina.options import MAX_TOKENS
-from lumina.tokenizer import GEMMA_FILES, GemmaTokenizer, find_tokenizer, load_tokenizer
+from lumina.tokenizer import (
+    GEMMA_FILES,
+    GemmaTokenizer,
+    gemma_tokenizer_identity,
+    load_gemma_tokenizer,
+)
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
@@ -77,7 +82,7 @@ class GemmaTextEncoder:
         return {
             "gemma2": fingerprint(self.path),
             "gemma2_config": f"{config.num_heads} heads, theta {config.theta}, scaled by {config.scalar}",
-            "gemma2_tokenizer": find_tokenizer(self.tokenizer, self.path).identity,
+            "gemma2_tokenizer": gemma_tokenizer_identity(self.tokenizer, self.path),
             "gemma2_dtype": dtype_name(self.dtype),
             "gemma2_tokens": str(self.max_tokens),
             "system_prompt": self.system_prompt,
@@ -93,7 +98,7 @@ class GemmaTextEncoder:
 
         Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
         """
-        read = load_tokenizer(self.tokenizer, self.path, may_download=False).read
+        read = load_gemma_tokenizer(self.tokenizer, self.path, may_download=False).read
         before = len(self.text_of(Prompt("")))
 
         def count(text: str) -> TokenCount:
@@ -117,7 +122,7 @@ class GemmaTextEncoder:
     def _read(self, device: torch.device) -> tuple[nn.Module, GemmaTokenizer]:
         require_transformers()
         # first, so that a bad tokenizer is reported before gigabytes are read
-        tokenizer = load_tokenizer(self.tokenizer, self.path)
+        tokenizer = load_gemma_tokenizer(self.tokenizer, self.path)
         gemma = load_gemma(self.path, device, self.dtype)
         logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
         if self.system_prompt:

@@ -1,21 +1,12 @@
 """The tokenizer of Gemma 2: as a file or folder, beside the checkpoint, inside it, or on the hub."""
 
-import itertools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
-from lumina.gemma import SPIECE_MODEL
-from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.tokenizer_growth import piece_surfaces
+from encoders.piece_tokenizers import find_tokenizer, load_tokenizer, no_token, piece_places, read_pieces
 from modules.checkpoints.tokenizers import TokenizerFiles, token_places
 from modules.contract.tokens import Place
-from modules.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
 
 BEGIN = "<bos>"
 GEMMA_FILES = TokenizerFiles(
@@ -36,46 +27,22 @@ class GemmaTokenizer:
     read: Callable[[str], tuple[list[int], list[Place]]]
 
 
-@dataclass(frozen=True)
-class TokenizerPlace:
-    """The tokenizer's source: a file, the bytes inside a checkpoint, or (neither is set) the hub."""
-
-    file: Path | None = None
-    inside: Path | None = None
-
-    @property
-    def identity(self) -> str:
-        """Return what distinguishes the tokenizer in cache records."""
-        return "inside the checkpoint" if self.inside is not None else GEMMA_FILES.identity(self.file)
-
-
-def find_tokenizer(path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
-    """Find the tokenizer: the one that --gemma2_tokenizer names, else beside the checkpoint, inside it, or on
-    the hub.
+def gemma_tokenizer_identity(path: Path | None, checkpoint_path: Path) -> str:
+    """Return what distinguishes the tokenizer in cache records. path: of --gemma2_tokenizer, or None.
 
     Raises CheckpointError if `path` is given and is not a tokenizer.
     """
-    file = GEMMA_FILES.find(path, checkpoint_path)
-    if file is not None:
-        return TokenizerPlace(file)
-    return TokenizerPlace(inside=checkpoint_path if _inside(checkpoint_path) is not None else None)
+    return find_tokenizer(GEMMA_FILES, path, checkpoint_path).identity
 
 
-def load_tokenizer(path: Path | None, checkpoint_path: Path, may_download: bool = True) -> GemmaTokenizer:
-    """Load the tokenizer. path: of --gemma2_tokenizer; None looks for it with `find_tokenizer`.
+def load_gemma_tokenizer(
+    path: Path | None, checkpoint_path: Path, may_download: bool = True
+) -> GemmaTokenizer:
+    """Load the tokenizer. path: of --gemma2_tokenizer; None looks for it.
 
     Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
     """
-    place = find_tokenizer(path, checkpoint_path)
-    if place.inside is not None:
-        logger.info("tokenizer: the one inside %s", place.inside)
-        return _from_sentencepiece(_read_embedded(place.inside), place.inside)
-    find = GEMMA_FILES.download if may_download else GEMMA_FILES.require_local
-    file = place.file or find(checkpoint_path)
-    logger.info("tokenizer: %s", file)
-    if file.suffix == ".json":
-        return _from_json(file)
-    return _from_sentencepiece(GEMMA_FILES.read_bytes(file), file)
+    return load_tokenizer(GEMMA_FILES, path, checkpoint_path, _from_json, _from_sentencepiece, may_download)
 
 
 def _from_json(file: Path) -> GemmaTokenizer:
@@ -93,37 +60,13 @@ def _from_json(file: Path) -> GemmaTokenizer:
 
 
 def _from_sentencepiece(model: bytes, origin: Path) -> GemmaTokenizer:
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise GEMMA_FILES.unreadable(origin, error) from error
-    GEMMA_FILES.check_sentencepiece(model, origin)
+    processor = read_pieces(GEMMA_FILES, model, origin)
     begin = processor.bos_id()
     if begin < 0:
-        raise CheckpointError(
-            f"{origin}: the tokenizer has no begin token {BEGIN}. Give the tokenizer of Gemma 2 to "
-            f"{GEMMA_FILES.option}.",
-            origin,
-        )
+        raise no_token(GEMMA_FILES, origin, f"begin token {BEGIN}", "Gemma 2")
 
     def read(text: str) -> tuple[list[int], list[Place]]:
         ids: list[int] = processor.encode(text)
-        surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
-        # they follow one another; white space that is dropped can only stand in front of them
-        ends = itertools.accumulate(map(len, surfaces), initial=len(text) - sum(map(len, surfaces)))
-        return [begin, *ids], [None, *itertools.pairwise(ends)]
+        return [begin, *ids], [None, *piece_places(processor, text)]
 
     return GemmaTokenizer(read)
-
-
-def _inside(checkpoint_path: Path) -> str | None:
-    """Return the name of the tokenizer's bytes in a checkpoint, if it has them."""
-    with open_checkpoint(checkpoint_path) as checkpoint:
-        return next((name for name in checkpoint.tensors if name.endswith(SPIECE_MODEL)), None)
-
-
-def _read_embedded(checkpoint_path: Path) -> bytes:
-    name = _inside(checkpoint_path)
-    assert name is not None
-    with open_checkpoint(checkpoint_path) as checkpoint:
-        return checkpoint.read(name).numpy().tobytes()

@@ -16,7 +16,7 @@ from networks.hashes import add_hashes
 from networks.key_formats import OURS
 from networks.loading import LoraFile
 from networks.lora_network import prefix_of
-from networks.module_names import choose_family
+from networks.module_names import choose_family, read_family
 from networks.names.layouts import TRAINED_ON
 from networks.parts import fuse
 
@@ -29,8 +29,10 @@ def add_up(
     """Return sum(ratio * alpha / rank * up @ down) of all files as a LoRA, module by module.
 
     concat: all ranks, exact. Otherwise the best approximation of each module's sum at the rank that it has in
-    the first file with it. Raises CheckpointError for anything but plain LoRAs, and for other sizes.
+    the first file with it. Raises CheckpointError for anything but plain LoRAs, for other sizes and for
+    LoRAs of several models.
     """
+    _refuse_several_models(loras)
     modules: dict[str, list[tuple[LoraFile, Factors, float]]] = {}
     for lora, ratio in zip(loras, ratios, strict=True):
         family = lora.family()
@@ -52,6 +54,18 @@ def add_up(
         merged[f"{name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
         merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return merged
+
+
+def _refuse_several_models(loras: Sequence[LoraFile]) -> None:
+    known = [(lora, made) for lora in loras if (made := read_family(lora.metadata)) is not None]
+    for lora, made in known[1:]:
+        first, wanted = known[0]
+        if made is not wanted:
+            raise CheckpointError(
+                f"{lora.path} is for {made.name}, {first.path} for {wanted.name}: no model could use their "
+                "sum.\n  Give LoRAs for one model.",
+                lora.path,
+            )
 
 
 def _sum(

@@ -64,11 +64,19 @@ def convert_file(source: Path, output: Path, target: str, family_name: str | Non
     Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
     would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused
     module are put together. A file with a LoRA for each expert stays one in diffusers' dialect, the others
-    have no form for it. Raises CheckpointError where the file is no LoRA or nothing of it can be written,
-    OptionError where the result would replace it.
+    have no form for it. Raises CheckpointError where the file is no LoRA or nothing of it can be written, or
+    where it is for another model than `family_name`, OptionError where the result would replace it.
     """
     refuse_replacing("--output", output, checkpoint_paths(source))
     lora = read_lora(source, by_expert=True, with_texts=True)
+    made = read_family(lora.metadata)
+    if family_name is not None and made is not None and made.name != family_name:
+        # layers of the same names have other sizes there: they would be cut in the wrong places
+        raise CheckpointError(
+            f"{source} is a LoRA for {made.name}, as its metadata say, not for {family_name}.\n"
+            "  Convert it with convert_lora.py, which knows all models.",
+            source,
+        )
     if not lora.parts:
         _convert_one(lora, output, target, family_name)
     elif target == "diffusers":

@@ -196,8 +196,8 @@ def _read_part(
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no LoRA for a video model: it has tensors such as {list_some(sorted(names), 3)}. Give a "
-        "LoRA file.",
+        f"{path} is no LoRA for a video or image model: it has tensors such as "
+        f"{list_some(sorted(names), 3)}. Give a LoRA file.",
         path,
     )
 

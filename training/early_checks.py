@@ -11,12 +11,13 @@ from blissful_tuner.latent_preview import check_preview
 from modules.atomic_write import check_space
 from modules.contract.experts import Expert
 from modules.contract.family import Family
+from modules.errors import OptionError
 from modules.offload.swap_plan import check_swap
 from modules.planning.dry_run import quiet
 from networks.adapter import check_network
 from networks.added import refuse_dora
 from networks.fitting import check_loras_fit, smallest_lora_bytes
-from networks.loading import OWN_MODULES, read_lora
+from networks.loading import OWN_MODULES, WITH_RULES, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.merge import LoraUse
 from networks.options import NetworkOptions
@@ -63,6 +64,12 @@ def _check_networks(family: Family, options: TrainingOptions) -> None:
         if network is None:
             return
         module = network.network_module or family.lora_module
+        if module in WITH_RULES and module != family.lora_module:
+            # its rules name layers of another model: only those that happen to be called the same would learn
+            raise OptionError(
+                f"--network_module {module} is for another model than this script trains. Give "
+                f"{family.lora_module}, or leave the option out"
+            )
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths)

@@ -7,11 +7,11 @@ from dataset.cache.files import text_file_name
 from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
 from dataset.config import DatasetConfig
-from modules.contract.family import Family, LearningEncoder, TextEncoder
+from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import OptionError
 from networks.loading import OWN_MODULES, import_network_module
 from training.caching_inside import TextUse
-from training.data.live_text import LiveTexts, as_learning
+from training.data.live_text import LiveTexts
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
     encoders = _encoders(
         family, "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
     )
-    able = [one for one in map(as_learning, encoders) if one is not None]
+    able = [encoder for encoder in encoders if can_learn(encoder)]
     learning = _learning(family, options, able)
     prefixes = [encoder.lora_prefix for encoder in able]
     if varying is not None:

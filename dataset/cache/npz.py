@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dataset.cache.files import (
@@ -34,7 +33,6 @@ from dataset.cache.files import (
 )
 from dataset.cache.npz_files import (
     Array,
-    Outline,
     format_array,
     list_arrays,
     read_arrays,
@@ -43,6 +41,7 @@ from dataset.cache.npz_files import (
     write_members,
 )
 from dataset.cache.npz_records import OURS, describe_tensors, open_record
+from dataset.cache.npz_tensors import as_array, read_tensors, shrink_alpha
 from dataset.config import DatasetTable
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
@@ -54,7 +53,8 @@ from modules.contract.npz import NpzFormat
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one
-from modules.media.buckets import Size, fit_cover
+from modules.media.buckets import Size
+from modules.media.image_buckets import inner_box
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ class NpzStore:
                 array, place = self._pixels(tensor), ALPHA
             arrays[place], sources[place] = array, named
         arrays["original_size"] = np.array(size)
-        arrays["crop_ltrb"] = np.array(kept_part(size, bucket))
+        arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
         members = {one: format_array(array) for one, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, sources, metadata, members))
         path = self._path(name)
@@ -360,43 +360,6 @@ def open_npz(table: DatasetTable, family: NpzNames, folder: Path) -> NpzStore:
         return NpzStore(table, family, folder)
     sources = find_sources(table, captions=False, faults=[])
     return NpzStore(table, family, folder, {source.stem: source.path.with_suffix("") for source in sources})
-
-
-def read_tensors(path: Path, outlines: Mapping[str, Outline], is_whole: bool) -> dict[str, Tensor]:
-    """Return the arrays of these outlines: read, or as tensors on the meta device."""
-    if is_whole:
-        return {name: torch.from_numpy(array) for name, array in read_arrays(path, outlines).items()}
-    dtypes = {one.dtype: torch.from_numpy(np.empty(0, one.dtype)).dtype for one in outlines.values()}
-    return {
-        name: torch.empty(one.shape, dtype=dtypes[one.dtype], device="meta") for name, one in outlines.items()
-    }
-
-
-def as_array(tensor: Tensor, keep_half: bool) -> Array:
-    """Return a tensor as other programs read it: numbers of less than 32 bits as float32.
-
-    keep_half: float16 stays.
-    """
-    if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
-        tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
-    found: Array = tensor.detach().cpu().contiguous().numpy()
-    return found
-
-
-def shrink_alpha(path: Path, mask: Tensor, grid: tuple[int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Return the mask of the loss, 1 H W of latents, for an alpha mask in pixels or in latent pixels."""
-    height, width = grid
-    if mask.shape == grid:
-        return mask[None].half()
-    if mask.shape != (height * stride[1], width * stride[2]):
-        raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
-    return shrink_mask(mask.float()[None] * 255, stride)
-
-
-def kept_part(size: Size, bucket: Size) -> tuple[int, int, int, int]:
-    """Return left, top, right and bottom of what a bucket keeps of a picture resized to cover it."""
-    left, top = fit_cover(size, bucket).crop
-    return left, top, left + bucket[0], top + bucket[1]
 
 
 def _without(end: str, values: Mapping[str, T]) -> dict[str, T]:

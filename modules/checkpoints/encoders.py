@@ -26,6 +26,8 @@ ALL_IN_ONE = (
     "scaled_fp8",
 )
 
+SPIECE_MODEL = "spiece_model"  # the bytes of a tokenizer in ComfyUI's files
+
 
 def network_in(
     checkpoint: Checkpoint, embeddings: str, layer: str, beside: tuple[str, ...]

@@ -120,16 +120,17 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     """
     width, height, frames = size
     step = latent.pixel_step
+    option = "--image_size" if latent.is_of_pictures else "--video_size"
     if width * height * frames > MOST_PIXELS:
         raise OptionError(
-            f"--video_size {height} {width}: {frames} such frames at once are "
+            f"{option} {height} {width}: {frames} such frames at once are "
             f"{width * height * frames / 1e9:.0f} thousand "
             f"million pixels, {MOST_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
         )
     if width % step or height % step or min(width, height) < step:
         nearest = [max(step, round(side / step) * step) for side in (height, width)]
         raise OptionError(
-            f"--video_size {height} {width} (height width): both must be multiples of {step}. Nearest: "
+            f"{option} {height} {width} (height width): both must be multiples of {step}. Nearest: "
             f"{nearest[0]} {nearest[1]}"
         )
 

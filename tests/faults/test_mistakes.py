@@ -164,7 +164,12 @@ FILES = (
     wrong(GENERATIONS, "--dit 5", "--dit 5: no such file"),
     wrong(GENERATIONS, "--dit=", "--dit is empty", "leave the option out"),
     wrong(GENERATIONS, "--vae model/dit.safetensors", "dit.safetensors is not", "--vae"),
-    wrong(GENERATIONS, "--lora_weight model/dit.safetensors", "is no LoRA for a video model", "Give a LoRA"),
+    wrong(
+        GENERATIONS,
+        "--lora_weight model/dit.safetensors",
+        "is no LoRA for a video or image model",
+        "Give a LoRA",
+    ),
     wrong(GENERATIONS, "--lora_weight BAD/other_lora.safetensors", "does not fit", "Give a LoRA"),
     wrong(GENERATIONS, "--lora_weight BAD/lfs.safetensors", "git lfs pull"),
     wrong(GENERATIONS, "--save_path BAD/text.txt", "--save_path", "it is a file; give a folder"),
@@ -215,7 +220,9 @@ FILES = (
     wrong(WAN_TRAIN, SAMPLED, "--t5 is missing", without=["--t5"]),
     wrong((HV_TRAIN, FP_TRAIN), SAMPLED, "--text_encoder1 is missing", without=["--text_encoder1"]),
     wrong(FP_TRAIN, SAMPLED, "--image_encoder is missing", without=["--image_encoder"]),
-    wrong(NETWORK_TRAININGS, "--network_weights model/dit.safetensors", "is no LoRA for a video model"),
+    wrong(
+        NETWORK_TRAININGS, "--network_weights model/dit.safetensors", "is no LoRA for a video or image model"
+    ),
     wrong(NETWORK_TRAININGS, "--network_weights BAD/other_lora.safetensors", "does not fit", "Give a LoRA"),
     wrong(
         NETWORK_TRAININGS,
@@ -223,9 +230,10 @@ FILES = (
         "does not fit",
     ),
     wrong(NETWORK_TRAININGS, "--sample_lora BAD/other_lora.safetensors", "does not fit", "Give a LoRA"),
-    wrong(TRAININGS, "--sample_lora model/dit.safetensors", "is no LoRA for a video model"),
+    wrong(TRAININGS, "--sample_lora model/dit.safetensors", "is no LoRA for a video or image model"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lokr --network_args factor=0", "factor=0"),
     wrong(NETWORK_TRAININGS, "--network_module networks.loha --network_dropout 0.1", "for LoRAs only"),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux", "is for another model", "Give networks."),
     wrong(NETWORK_TRAININGS, "--network_module networks.lokrr", "Did you mean networks.lokr?"),
     wrong(NETWORK_TRAININGS, "--network_weights BAD/page.safetensors", "Log in and download"),
     wrong(NETWORK_TRAININGS, "--network_weights BAD/none.safetensors", "--network_weights", "no such file"),

@@ -259,3 +259,9 @@ def test_a_second_prompt_has_a_letter_where_there_are_two_text_encoders() -> Non
             "seed": 3,
         }
     assert "p2" not in GENERATION_OPTIONS
+
+
+def test_the_guides_name_of_the_guidance_scale_is_read_from_prompt_files(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text('[{"prompt": "a", "scale": 4}, {"prompt": "b", "scale": 4, "cfg_scale": 2}]')
+    assert [entry["cfg_scale"] for entry in read_sample_prompts(path)] == [4.0, 2.0]

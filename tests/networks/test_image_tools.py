@@ -397,3 +397,19 @@ def test_files_of_oft_are_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="kind OFT or BOFT, which is not supported"):
         read_lora(tmp_path / "oft.safetensors")
+
+
+def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Path, loras: list[Path]) -> None:
+    flux, other, output = tmp_path / "flux.safetensors", tmp_path / "other.safetensors", tmp_path / "out"
+    tensors = load_file(loras[0])
+    save_file(tensors, flux, {"ss_base_model_version": "flux1"})
+    save_file(tensors, other, {"ss_base_model_version": "hunyuan_image"})
+    words = ["--src", "sd-scripts", "--dst", "ai-toolkit"]
+    with pytest.raises(
+        CheckpointError, match="is a LoRA for hunyuan_image, as its metadata say, not for flux"
+    ):
+        convert_flux_lora.main([*words, "--src_path", str(other), "--dst_path", str(output)])
+    models = ["--models", str(flux), str(other), "--ratios", "1", "1"]
+    with pytest.raises(CheckpointError, match="is for hunyuan_image, .* for flux"):
+        flux_merge_lora.main([*models, "--save_to", str(output)])
+    assert not output.exists()

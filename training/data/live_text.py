@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -92,14 +91,6 @@ class LiveTexts:
         learns = any(encoder is one for one in self.learning)
         with contextlib.nullcontext() if learns else torch.no_grad():
             return encoder.encode(prompts)
-
-
-def as_learning(encoder: TextEncoder) -> LearningEncoder | None:
-    """Return an encoder as one that can learn; None if it cannot.
-
-    `isinstance` would ask for its network, which is not loaded yet.
-    """
-    return cast(LearningEncoder, encoder) if hasattr(encoder, "lora_prefix") else None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
-from dataset.cache.npz import LOCK, kept_part
+from dataset.cache.npz import LOCK
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, read_outlines, write_members
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
@@ -333,6 +333,16 @@ def test_a_hostile_file_is_an_error(tmp_path: Path) -> None:
         read_arrays(path, {"latents"}, most_bytes=1 << 19)
 
 
+def test_crop_is_where_the_whole_picture_would_lie_in_the_bucket(tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "pictures", 1, (100, 50))
+
+    cache(make_config(folder))
+
+    with np.load(folder / "pic 0_0100x0050_toy.npz", allow_pickle=False) as latents:
+        (crop,) = (latents[name] for name in latents.files if name.startswith("crop_ltrb"))
+        assert crop.tolist() == [0, 8, 32, 24]
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -352,10 +362,6 @@ def test_a_hostile_header_is_an_error_wherever_it_is_read(header: bytes, tmp_pat
         read_outlines(path, {"latents"})
     with pytest.raises(CacheError, match="damaged, cannot be read as npz"):
         read_arrays(path, {"latents"})
-
-
-def test_what_is_kept_of_a_picture_is_its_centre() -> None:
-    assert kept_part((100, 50), (32, 32)) == (16, 0, 48, 32)
 
 
 def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path: Path) -> None:
