@@ -84,7 +84,7 @@ def run_metadata(
         values |= _training_values(options, facts)
         if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
-        values |= _image_values(options, facts)
+        values |= _image_values(options, facts, family_metadata.get("model_type"))
         if facts.changes:
             values["ss_resume_changes"] = json.dumps(list(facts.changes), ensure_ascii=False)
         further = [name for name in family_metadata if name.startswith("sd_model_name_")]
@@ -141,9 +141,11 @@ def model_card(
 def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
+    # sic: files of other tuners of video models have this misspelling too
+    twice = {} if options.is_for_images else {"ss_ss_session_id": facts.session_id}
     return dropout | {
         "ss_session_id": facts.session_id,
-        "ss_ss_session_id": facts.session_id,  # sic: files of other tuners have this misspelling
+        **twice,
         "ss_training_started_at": facts.started_at,
         "ss_output_name": options.saving.output_name,
         "ss_learning_rate": options.optimizer.learning_rate,
@@ -175,8 +177,8 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
     }
 
 
-def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
-    """The entries that files of image trainers have besides; none for others."""
+def _image_values(options: TrainingOptions, facts: RunFacts, model_type: str | None) -> dict[str, Any]:
+    """The entries that files of image trainers have besides; none for others. model_type: the family's."""
     values: dict[str, Any] = {}
     if options.noise.ip_noise_gamma:
         values |= asdict(options.noise)
@@ -188,6 +190,7 @@ def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "ip_noise_gamma": options.noise.ip_noise_gamma,
         "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
         "model_prediction_type": options.prediction.model_prediction_type,
+        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
         "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
         "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),
         "validation_split": asked.validation_split,
@@ -196,6 +199,7 @@ def _image_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
         "validate_every_n_epochs": asked.validate_every_n_epochs,
         "validate_every_n_steps": asked.validate_every_n_steps,
         "num_validation_images": facts.num_validation,
+        **({} if model_type is None else {"model_type": model_type}),
         **_count_pictures(facts.pictures),
     }
     if options.subset is not None:
@@ -238,11 +242,12 @@ def _resolution(given: str | None, usual: str) -> str:
 def _modelspec(
     options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, licence: str | None
 ) -> dict[str, str]:
-    """Source: https://github.com/Stability-AI/ModelSpec, version 1.0.0."""
+    """Source: https://github.com/Stability-AI/ModelSpec."""
     given, times = options.metadata, options.timesteps
     architecture = given.architecture or family_metadata.get("architecture")
     values = {
-        "sai_model_spec": "1.0.0",
+        # as the known trainers of each kind write it
+        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
         "architecture": f"{architecture}/lora"
         if architecture and options.network is not None
         else architecture,

@@ -172,6 +172,10 @@ def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:
     assert (made["ss_num_train_images"], made["ss_num_validation_images"]) == ("3", "1")
     assert made["modelspec.trigger_phrase"] == "red"
     assert made["modelspec.resolution"] == "1024x1024"
+    assert made["modelspec.sai_model_spec"] == "1.0.1"
+    assert made["ss_fp8_base_unet"] == "False"
+    assert "ss_session_id" in made
+    assert "ss_ss_session_id" not in made  # that is in files of video trainers
     assert json.loads(made["ss_network_args"]) == {}
     assert json.loads(made["ss_dataset_dirs"]) == {"images": {"n_repeats": 1, "img_count": 3}}
     assert json.loads(made["ss_bucket_info"])["buckets"] == {"0": {"resolution": [32, 32], "count": 3}}
