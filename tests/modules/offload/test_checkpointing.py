@@ -126,8 +126,8 @@ def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(
     blocks = sum(len(dit.get_submodule(name)) for name in tiny.spec.block_lists)
     each, to_short_text = ATTENTIONS[tiny.name]
     assert checkpointed == plain + each * blocks
-    # computed again: all of the first block, if nothing before it learns, so that its input needs no gradient;
-    # and attention to short text by a kernel
+    # computed again: all of the first block, whose input needs no gradient if nothing before it learns, and
+    # attention to short text by a kernel
     first = 0 if tiny.name in LEARNS_BEFORE else each
     assert kept == plain + first + (0 if autocast else to_short_text * (blocks - 1))
     for other in results[1:]:
