@@ -25,6 +25,7 @@ from hunyuan_model.blocks import (
     heads,
     modulate,
 )
+from modules.devices import send_ahead
 from modules.layers.norms import Float32LayerNorm, ScaleNorm
 from modules.layers.precision import run
 from modules.layers.rope import rotate
@@ -52,9 +53,14 @@ class ModulationRows(nn.Module):
         # device, on which networks are built
         self.rows = torch.arange(first, first + count, device="cpu")
 
+    def place(self, device: torch.device) -> None:
+        """Put the numbers of the rows on the device of the vectors, once, without waiting for it."""
+        if self.rows.device != device:
+            self.rows = send_ahead(self.rows, device)
+
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         # vector: B M C float32 -> count tensors B 1 C
-        return vector.index_select(1, self.rows.to(vector.device)).split(1, dim=1)
+        return vector.index_select(1, self.rows).split(1, dim=1)
 
 
 @dataclass(frozen=True)

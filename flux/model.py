@@ -94,6 +94,7 @@ class FluxModel(nn.Module):
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
         self.final_layer = FinalLayer(config)
+        self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
 
@@ -161,6 +162,8 @@ class FluxModel(nn.Module):
         config = self.config
         guidance = torch.zeros_like(timesteps) if guidance is None else guidance
         if config.approximator is not None:
+            for taken in self._modulation_rows:
+                taken.place(timesteps.device)
             rows = self.distilled_guidance_layer(timesteps, guidance)
             return lambda _: rows
 

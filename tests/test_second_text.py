@@ -16,8 +16,9 @@ SIZE = (3, 4, 6, 9)  # latent frames, rows, columns, tokens of the text
 # arguments that a text gives
 TEXTS = (
     *("text", "text_mask", "glyphs", "glyph_mask", "caption", "caption_mask"),
-    *("llama", "llama_mask", "clip_l"),
+    *("llama", "llama_mask", "clip_l", "t5", "t5_mask", "pooled"),
 )
+POOLED = {"clip_l", "pooled"}
 NAG = NormalisedGuidance(5.0, 2.5, 0.5)
 
 each_dit = pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
@@ -42,7 +43,7 @@ def other_text(tiny: TinyDit, batch: int = 1, length: int = 6) -> dict[str, Any]
         for name, value in texts_of(tiny.inputs((*SIZE[:3], length), batch)).items()
     }
     masks = {name: value.flip(-1) for name, value in text.items() if name.endswith("_mask")}  # as they were
-    pooled = {name: value for name, value in tiny.inputs(SIZE, batch).items() if name == "clip_l"}
+    pooled = {name: value for name, value in tiny.inputs(SIZE, batch).items() if name in POOLED}
     return text | masks | pooled
 
 
