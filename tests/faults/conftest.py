@@ -21,6 +21,7 @@ from tests.faults.runs import (
     FRAMEPACK,
     FRAMEPACK_ONE_FRAME,
     HUNYUAN_VIDEO,
+    PICTURES,
     Scripts,
     Undisturbed,
     assert_whole,
@@ -48,6 +49,8 @@ STANDING_FOR_ALL = {
     FRAMEPACK.name: ("while_sampling]",),
     FRAMEPACK_ONE_FRAME.name: (),
     FINE_TUNING.name: ("mid_write]",),
+    **{scripts.name: () for scripts in PICTURES},
+    PICTURES[0].name: ("mid_write]",),
 }
 # the same for families of which only these are not tried
 LEFT_TO_OTHERS = {

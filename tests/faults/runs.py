@@ -16,9 +16,19 @@ from torch import Tensor
 
 from modules.media.reading import read_image, video_frames
 from tests.commands import ROOT
+from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import write_clips, write_dataset, write_image, write_picture_dataset, write_pictures
+from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
+from tests.tiny.lumina import write_tiny_lumina
+from tests.tiny.project import (
+    write_clips,
+    write_dataset,
+    write_image,
+    write_picture_dataset,
+    write_pictures,
+    write_plain_pictures,
+)
 from tests.tiny.wan import write_tiny_wan
 from training.saving.states import SavedState, read_state
 
@@ -224,7 +234,68 @@ FRAMEPACK_ONE_FRAME = replace(
     samples="a dog --w 32 --h 32 --ci start.png --d 8 --s 2 --l 3 --n dull --i start.png\n",
 )
 SECTIONED = (FRAMEPACK, FRAMEPACK_ONE_FRAME)
-FAMILIES = (WAN, HUNYUAN_VIDEO, *SECTIONED)
+
+
+def write_six_pictures(folder: Path) -> None:
+    """Pictures with captions, and dataset.toml."""
+    write_plain_pictures(folder, batch_size=2, side=32, count=6, stem="clip")
+
+
+_PICTURES = Scripts(
+    name="flux",
+    tag="flux",
+    write_models=write_tiny_flux,
+    models=("--ae", "model/ae.safetensors", "--vae_dtype", "float32", "--text_encoder_dtype", "float32"),
+    cache_latents=("flux_cache_latents.py", *_DATASET, "--ae", "model/ae.safetensors"),
+    cache_texts=("flux_cache_text_encoder_outputs.py", *_DATASET, "--text_encoder_dtype", "float32"),
+    train_script="flux_train_network.py",
+    learner=_lora("networks.lora_flux"),
+    generate_script="flux_generate_image.py",
+    write_data=write_six_pictures,
+    samples="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull\na dog --w 32 --h 32 --d 8 --s 1\n",
+    prompts="a cat --w 32 --h 32 --d 1 --s 2\na dog --w 32 --h 48 --d 2 --s 2\n",
+    length=("--image_size", "32", "32"),
+    longer=("--image_size", "32", "64"),
+    trained=("--network_train_unet_only", "--model_prediction_type", "raw"),
+)
+_FLUX_TEXTS = ("--clip_l", "model/clip_l.safetensors", "--t5xxl", "model/t5xxl_fp16.safetensors")
+_DIT = ("--pretrained_model_name_or_path", "model/dit.safetensors")
+FLUX = replace(
+    _PICTURES,
+    models=(*_DIT, *_FLUX_TEXTS, *_PICTURES.models),
+    cache_texts=(*_PICTURES.cache_texts, *_FLUX_TEXTS),
+)
+_GEMMA = ("--gemma2", "model/gemma2")
+LUMINA = replace(
+    _PICTURES,
+    name="lumina",
+    tag="lumina",
+    write_models=write_tiny_lumina,
+    models=(*_DIT, *_GEMMA, *_PICTURES.models),
+    cache_latents=("lumina_cache_latents.py", *_PICTURES.cache_latents[1:]),
+    cache_texts=("lumina_cache_text_encoder_outputs.py", *_PICTURES.cache_texts[1:], *_GEMMA),
+    train_script="lumina_train_network.py",
+    learner=_lora("networks.lora_lumina"),
+    generate_script="lumina_generate_image.py",
+)
+_LETTERS = ("--text_encoder", "model/text_encoder", "--byt5", "model/byt5.safetensors")
+HUNYUAN_IMAGE = replace(
+    _PICTURES,
+    name="hunyuan_image",
+    tag="hi",
+    write_models=write_tiny_hunyuan_image,
+    models=(*_DIT, *_VAE, "--vae_dtype", "float32", *_LETTERS, "--text_encoder_dtype", "float32"),
+    cache_latents=("hunyuan_image_cache_latents.py", *_DATASET, *_VAE, "--vae_dtype", "float32"),
+    cache_texts=(
+        *("hunyuan_image_cache_text_encoder_outputs.py", *_DATASET, *_LETTERS),
+        *("--text_encoder_dtype", "float32"),
+    ),
+    train_script="hunyuan_image_train_network.py",
+    learner=_lora("networks.lora_hunyuan_image"),
+    generate_script="hunyuan_image_generate_image.py",
+)
+PICTURES = (FLUX, LUMINA, HUNYUAN_IMAGE)
+FAMILIES = (WAN, HUNYUAN_VIDEO, *SECTIONED, *PICTURES)
 DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
 

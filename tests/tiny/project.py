@@ -95,15 +95,18 @@ def write_picture_dataset(
     return path
 
 
-def write_plain_pictures(folder: Path, batch_size: int = 1, side: int = 48) -> Path:
+def write_plain_pictures(
+    folder: Path, batch_size: int = 1, side: int = 48, count: int = 4, stem: str = "picture"
+) -> Path:
     """Pictures with captions in `folder`/clips, and the dataset.toml of a model that makes pictures.
 
     side: of what is trained, in pixels.
     """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    for index in range(4):
-        write_image(folder / "clips" / f"picture {index}.png", 48, 48)
-        (folder / "clips" / f"picture {index}.txt").write_text(CAPTIONS[index], encoding="utf-8")
+    for index in range(count):
+        write_image(folder / "clips" / f"{stem} {index}.png", 48, 48)
+        caption = CAPTIONS[index % len(CAPTIONS)]
+        (folder / "clips" / f"{stem} {index}.txt").write_text(caption, encoding="utf-8")
     path = folder / "dataset.toml"
     table = f'image_directory = "{folder.as_posix()}/clips"\ncache_directory = "{folder.as_posix()}/cache"'
     general = f'resolution = [{side}, {side}]\ncaption_extension = ".txt"\nbatch_size = {batch_size}'
