@@ -295,7 +295,8 @@ HUNYUAN_IMAGE = replace(
     generate_script="hunyuan_image_generate_image.py",
 )
 PICTURES = (FLUX, LUMINA, HUNYUAN_IMAGE)
-FAMILIES = (WAN, HUNYUAN_VIDEO, *SECTIONED, *PICTURES)
+VIDEOS = (WAN, HUNYUAN_VIDEO, *SECTIONED)
+FAMILIES = (*VIDEOS, *PICTURES)
 DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
 

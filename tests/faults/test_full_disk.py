@@ -17,6 +17,7 @@ import pytest
 from tests.commands import QUIET, ROOT
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.runs import (
+    VIDEOS,
     Scripts,
     Undisturbed,
     assert_same_caches,
@@ -26,6 +27,7 @@ from tests.faults.runs import (
     visible_files,
 )
 
+FAMILIES = VIDEOS  # caches of tiny pictures are smaller than any limit that lets a script start
 PAGE = 4096  # bytes in which such a file system gives room
 QUALITY = ("--codec", "prores")  # its videos are far larger than their latents
 # mounts a file system of $1 bytes on folder $2 for the command in the rest; what lies in the folder is
