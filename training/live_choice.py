@@ -4,8 +4,8 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from dataset.cache.files import text_file_name
-from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
+from dataset.caching.work import npz_names
 from dataset.config import DatasetConfig
 from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import OptionError
@@ -75,7 +75,7 @@ def is_uncached(family: Family, options: TrainingOptions, config: DatasetConfig)
     if not options.is_for_images or (options.caching is not None and options.caching.caches_texts):
         return False
     end = text_file_name("", family.cache_tag)
-    stores = Stores(NpzNames(family.cache_tag, family.latent, family.text_keys))
+    stores = Stores(npz_names(family))
     return not any(name.endswith(end) for table in config.datasets for name in stores.of(table).names())
 
 
