@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.contract.data import Conditions
-from modules.contract.family import Predicts
+from modules.contract.family import Passes
 from modules.contract.generation import NO_TWEAKS, DitAt, Predict, Section, Turn, Tweaks
 from modules.contract.steps import Guidance, Step, StepDone, Watcher
 from modules.flow.solvers import Solver
@@ -23,7 +23,7 @@ class Start:
 
 @torch.no_grad()
 def denoise(
-    family: Predicts,
+    family: Passes,
     dit_at: DitAt,
     section: Section,
     start: Start,
@@ -65,7 +65,7 @@ def hold_given(section: Section, latents: Tensor) -> Tensor:
 
 
 def predictor(
-    family: Predicts, dit_at: DitAt, step: Step, split: bool, all_passes: Tweaks = NO_TWEAKS
+    family: Passes, dit_at: DitAt, step: Step, split: bool, all_passes: Tweaks = NO_TWEAKS
 ) -> Predict:
     """Make `predict(*conditions, tweaks=...)` of one step. It returns a velocity B C F H W for each.
 

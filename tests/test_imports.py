@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
     "generation": {"modules", "networks", "blissful_tuner", "post"},
+    "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
     "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"}
-    | {"flux", "hunyuan_image", "lumina"},
+    | {"flux", "hunyuan_image", "lumina", "stable_diffusion"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {

@@ -241,7 +241,15 @@ class Encodes(Protocol):
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]: ...
 
 
-class Predicts(Protocol):
+class Passes(Protocol):
+    """What the denoising loop asks of a network: one pass of it."""
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor: ...
+
+
+class Predicts(Passes, Protocol):
     """The network: for training and for generation."""
 
     @property
@@ -263,10 +271,6 @@ class Predicts(Protocol):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions: ...  # latents in model space
-
-    def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
-    ) -> Tensor: ...
 
 
 class Generates(Protocol):

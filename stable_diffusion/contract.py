@@ -1,0 +1,195 @@
+"""The records that the parts of Stable Diffusion hand to each other.
+
+A batch goes this way: prompts -> `Picture`s with equal `Settings` -> `TextState`s and a start -> the
+denoising loop, whose network calls pass through `Idea`s -> `Made`. Networks and samplers are diffusers'.
+"""
+# Letters: B pictures, R rows of one call of the U-Net, L tokens, C width, h w latent size
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from encoders.clip_text import ClipText
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the three lines of models differ in. Sizes are not among it: they come from the tensors."""
+
+    name: str  # "sd1", "sd2", "sdxl"
+    words: str  # for messages: "Stable Diffusion 1.x"
+    latent_scale: float  # a latent is the autoencoder's times this
+    size: int  # usual width and height, pixels
+    clip_skip: int  # where nothing is said: which hidden state of the text encoder counts, from the end
+    lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
+
+
+SD1 = Kind("sd1", "Stable Diffusion 1.x", 0.18215, 512, 1, ("lora_te",))
+SD2 = Kind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 2, ("lora_te",))
+SDXL = Kind("sdxl", "Stable Diffusion XL", 0.13025, 1024, 2, ("lora_te1", "lora_te2"))
+KINDS = (SD1, SD2, SDXL)
+
+
+@dataclass(eq=False)
+class TextTower:
+    """A text encoder with its tokenizer.
+
+    Textual inversion adds rows to the token embeddings, and words for them to `extra_tokens`.
+    """
+
+    network: ClipText
+    tokenize: Callable[[str], list[int]]  # text -> ids, however many, without start and end
+    start: int
+    end: int
+    pad: int  # what fills up the last chunk: `end`, or 0 in OpenCLIP's encoders
+    lora_prefix: str
+    projection: Tensor | None = None  # C x C' of the pooled state; None: there is none
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded checkpoint. All networks are on `device`, in evaluation mode, without gradients."""
+
+    kind: Kind
+    path: Path
+    # diffusers' UNet2DConditionModel and AutoencoderKL, whose attributes come from their `config`
+    unet: Any
+    vae: Any
+    texts: tuple[TextTower, ...]
+    predicts_velocity: bool  # v-prediction; else noise
+    zero_terminal_snr: bool  # as the file itself says
+    device: torch.device
+    dtype: torch.dtype  # of the U-Net and of the text encoders
+    vae_dtype: torch.dtype
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the U-Net takes a mask and the masked picture beside the latents (9 channels)."""
+        return int(self.unet.config.in_channels) == 9
+
+
+@dataclass(frozen=True)
+class DeepShrink:
+    """Features of the U-Net are scaled down early in denoising (Kohya's Deep Shrink)."""
+
+    depth_1: int  # of the input blocks, 0..8
+    timestep_1: int  # it acts at depth 1 while the timestep is at least this
+    depth_2: int | None  # acts while timestep_2 <= timestep < timestep_1; None: not
+    timestep_2: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Unsharp:
+    """An unsharp mask: x + (x - blur(x)) * strength."""
+
+    ksize: int
+    sigma: float
+    strength: float
+    target_x: bool  # of the sample; else of the predicted parts
+
+
+@dataclass(frozen=True)
+class GradualLatent:
+    """Denoising begins with small latents, which grow."""
+
+    timestep: int  # they begin to grow below it
+    ratio: float
+    ratio_step: float
+    every_n_steps: int
+    s_noise: float
+    unsharp: Unsharp | None
+
+
+@dataclass(frozen=True)
+class SizeConditions:
+    """What SDXL is told about sizes and crops, pixels; None: the picture's own size."""
+
+    original_width: int | None = None
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int = 0
+    crop_left: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all pictures of a batch have in common. Hashable, so that prompts are grouped by it."""
+
+    width: int  # pixels, multiples of 8
+    height: int
+    steps: int
+    scale: float
+    negative_scale: float | None = None  # None: no third pass with the empty text
+    strength: float = 0.8  # of image to image, and of the second stage where --highres_fix_strength is silent
+    sizes: SizeConditions = SizeConditions()
+    multipliers: tuple[float, ...] | None = None  # --am, one for each LoRA; None: those of the command line
+    parts: int = 1  # of the prompt, between " AND "
+    deep_shrink: DeepShrink | None = None
+    gradual_latent: GradualLatent | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that is asked for: variants are chosen, numbers settled, files found."""
+
+    label: str  # in messages: "line 3"
+    prompt: str  # with weights, BREAK and AND; without variants
+    negative_prompt: str
+    seed: int
+    settings: Settings
+    raw_prompt: str  # as it was typed
+    image: Path | None = None  # image to image
+    mask: Path | None = None  # white is made anew
+    guides: tuple[Path, ...] = ()  # conditioning images of ControlNets or LLLites, or the mask of regions
+    clip_prompt: str | None = None
+    file_name: str | None = None  # --f
+
+
+@dataclass(frozen=True, eq=False)
+class TextState:
+    """What the text encoders make of one text."""
+
+    context: Tensor  # L C; L a multiple of a chunk
+    pooled: Tensor | None = None  # C; of SDXL
+
+
+@dataclass(frozen=True, eq=False)
+class UnetCall:
+    """One call of the U-Net, which `Idea`s see and may change before it is made."""
+
+    step: int  # of the sampler's own list
+    num_steps: int  # in that list
+    timestep: float
+    sample: Tensor  # R c h w, scaled as the sampler wants it
+    context: Tensor  # R L C
+    pictures: int  # B; R is B times the passes that run together
+    negative_rows: int  # how many of the rows, from the end, belong to negative or empty texts
+    added: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL: text_embeds, time_ids
+    residuals: Any = None  # of ControlNets: (one tensor for each skip, one for the middle)
+
+
+# Looks at a call of the U-Net, may set up modules for it, and returns it, changed or not.
+Idea = Callable[[UnetCall], UnetCall]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What the second stage begins with in place of `Picture.image`: one of both, as many as pictures."""
+
+    images: Sequence[Image] | None = None
+    latents: Tensor | None = None  # B 4 h w, scaled as the U-Net sees them
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The result of one stage for a batch."""
+
+    latents: Tensor  # B 4 h w, as the U-Net sees them, float32
+    images: Sequence[Image] | None  # None: they were not asked for
