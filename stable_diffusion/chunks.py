@@ -1,8 +1,8 @@
 """Cut the tokens of a text into chunks, which a text encoder reads one by one.
 
-A chunk is up to 75 tokens, between the start and the end token. When the states of several chunks are joined, the
-start and end states between them are dropped: n chunks give 75 n + 2 states. Captions of 150 and 225 tokens are laid
-out like this in training too.
+A chunk is up to 75 tokens, between the start and the end token. When the states of several chunks are
+joined, the start and end states between them are dropped: n chunks give 75 n + 2 states. Captions of 150
+and 225 tokens are laid out like this in training too.
 """
 # Letters: K chunks of a text, L tokens
 

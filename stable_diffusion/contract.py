@@ -38,7 +38,7 @@ KINDS = (SD1, SD2, SDXL)
 
 @dataclass(eq=False)
 class TextTower:
-    """A text encoder with its tokenizer. Textual inversion adds rows to its token embeddings and wraps `tokenize`."""
+    """A text encoder with its tokenizer. Textual inversion adds rows to the one, words to the other."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> ids, however many, without start and end

@@ -1,7 +1,7 @@
 """Encode prompts: weights, chunks, the text encoders' states side by side, the pooled state.
 
-Each text is encoded by itself, all of its chunks in one pass of each encoder, so that its state depends on no other
-text. States are remembered, as most pictures share their negative prompt.
+Each text is encoded by itself, all of its chunks in one pass of each encoder, so that its state depends on
+no other text. States are remembered, as most pictures share their negative prompt.
 """
 # Letters: K chunks of a text, L = 75 K + 2 states of it, C width
 
@@ -26,6 +26,7 @@ from stable_diffusion.chunks import (
 )
 from stable_diffusion.contract import SDXL, Kind, TextState, TextTower
 from stable_diffusion.text_options import TextOptions
+from stable_diffusion.textual_inversion import add_words, read_words
 from stable_diffusion.weights import parse_weights
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,12 @@ class Texts:
     """The text encoders of a model, and what the options say of texts."""
 
     def __init__(self, towers: Sequence[TextTower], kind: Kind, options: TextOptions) -> None:
-        """Raise OptionError if an encoder has no such layer as --clip_skip names."""
-        self._towers = tuple(towers)
+        """Teach the encoders the words of --textual_inversion_embeddings, which adds rows to their networks.
+
+        Raises OptionError if an encoder has no such layer as --clip_skip names, CheckpointError as
+        `add_words`.
+        """
+        self._towers = add_words(towers, kind, read_words(options.textual_inversion_embeddings or ()))
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
@@ -55,9 +60,10 @@ class Texts:
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
         """Return the states of a text. They are remembered: do not change them in place.
 
-        chunks: fill the text up to this many; None: as many as it takes. networks: what else the result depends
-        on, such as multipliers of LoRAs in the text encoders. Weights multiply the states of each encoder by
-        itself. The pooled state (SDXL) is that of the last encoder's first chunk, without weights.
+        chunks: fill the text up to this many; None: as many as it takes. networks: what else the result
+        depends on, such as multipliers of LoRAs in the text encoders. Weights multiply the states of each
+        encoder by itself. The pooled state (SDXL) is that of the last encoder's first chunk, without
+        weights.
         """
         chunks = self.chunks(text) if chunks is None else chunks
         return self._states.get((text, chunks, networks), lambda: self._encode(text, chunks))
@@ -131,8 +137,8 @@ def _layer_of(tower: TextTower, kind: Kind, clip_skip: int | None) -> int:
     first, last = tower.missing_layers + 1, tower.missing_layers + tower.network.num_layers
     if not first <= skip <= last:
         raise OptionError(
-            f"--clip_skip {skip}: this text encoder of {kind.words} has the layers {first} to {last}, counted from "
-            "the end of the released one"
+            f"--clip_skip {skip}: this text encoder of {kind.words} has the layers {first} to {last}, "
+            "counted from the end of the released one"
         )
     return skip - tower.missing_layers
 

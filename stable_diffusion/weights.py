@@ -1,8 +1,8 @@
 """Read the weights in a prompt: `a (red:1.4) [old] car`, and where BREAK begins a new chunk of tokens.
 
-`(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\\( \\) \\[ \\] \\\\` are the characters
-themselves. Brackets that are open at the end are closed there; those that close nothing are plain text. Round and
-square brackets are paired apart from each other. Standard library only.
+`(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\\( \\) \\[ \\] \\\\` are the
+characters themselves. Brackets that are open at the end are closed there; those that close nothing are
+plain text. Round and square brackets are paired apart from each other. Standard library only.
 """
 
 import re
