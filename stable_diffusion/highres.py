@@ -76,7 +76,7 @@ def make_pictures(maker: Makes, highres: Highres | None, pictures: Sequence[Pict
     start = enlarge(highres, maker.model, made, pictures[0].settings)
     del made
     second = second_stage(pictures, options)
-    result = maker.make([replace(picture, seed=picture.seed + 1) for picture in second], start)
+    result = maker.make([replace(picture, seed=_next(picture.seed)) for picture in second], start)
     yield Stage(second, result, SECOND)
 
 
@@ -87,6 +87,11 @@ def first_stage(pictures: Sequence[Picture], options: HighresOptions) -> list[Pi
     width, height = (_scaled(side, scale) for side in (settings.width, settings.height))
     small = replace(settings, width=width, height=height, steps=options.highres_fix_steps)
     return [replace(picture, settings=small) for picture in pictures]
+
+
+def _next(seed: int) -> int:
+    """Return the second stage's seed: its noise must not be that of the first, which made the picture."""
+    return seed + 1 if seed < 2**64 - 1 else 0
 
 
 def _scaled(side: int, scale: float) -> int:
