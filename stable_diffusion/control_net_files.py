@@ -5,7 +5,7 @@ differences holds by how much its network differs from the U-Net that it was tra
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.contract import SD1, SD2, SDXL
-from stable_diffusion.unet_names import diffusers_name
+from stable_diffusion.unet_names import name_translator
 
 OPTION = "--control_net_models"
 PREFIX = "control_model."
@@ -48,7 +48,8 @@ _OTHERS = (
     (r"(unet\.)?up_blocks\.0\..*|(model\.diffusion_model\.)?output_blocks\.0\..*", "a model without ControlNet"),
 )
 
-_HINT = "controlnet_cond_embedding"
+_HINT = "controlnet_cond_embedding"  # the convolutions that the guide goes through
+_BLOCKS = rf"{_HINT}\.blocks\.\d+"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ def read_control_net(checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
     bare = checkpoint.without_prefix(PREFIX, others=_BESIDE)
     is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
     _refuse_others(bare)
+    translate = name_translator(bare.tensors)
     sources = {
-        _own_name(name): source for name, source in plain_sources(bare).items() if name != DIFFERENCE
+        _own_name(name, translate): source
+        for name, source in plain_sources(bare).items()
+        if name != DIFFERENCE
     }
     if "controlnet_mid_block.weight" not in sources or f"{_HINT}.conv_in.weight" not in sources:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
@@ -97,7 +101,7 @@ _OWN_NAMES = (
 )
 
 
-def _own_name(name: str) -> str:
+def _own_name(name: str, translate: Callable[[str], str]) -> str:
     """Return diffusers' name of a tensor; one that is not known stays, to be reported as unexpected."""
     for pattern, own in _OWN_NAMES:
         found = re.fullmatch(pattern, name)
@@ -106,14 +110,14 @@ def _own_name(name: str) -> str:
     found = re.fullmatch(r"input_hint_block\.(\d+)\.(\w+)", name)
     if found is not None:  # an activation stands between convolutions
         return f"{_HINT}.blocks.{int(found[1]) // 2 - 1}.{found[2]}"
-    return diffusers_name(name)
+    return translate(name)
 
 
 def _name_last_hint(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     """Name the last of the convolutions that the guide goes through, if it is numbered as the others are."""
     if f"{_HINT}.conv_out.weight" in sources:
         return dict(sources)
-    last = f"{_HINT}.blocks.{count(sources, rf'{_HINT}\.blocks\.\d+') - 1}."
+    last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
     return {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
 
 
@@ -139,7 +143,7 @@ def _read_config(
         raise wrong
     first = next((level for level in levels if attends[level]), None)
     block = "mid_block" if first is None else f"down_blocks.{first}"
-    blocks = count(sources, rf"{_HINT}\.blocks\.\d+")
+    blocks = count(sources, _BLOCKS)
     has_text = mid > 0 or first is not None
     return {
         "in_channels": shape("conv_in.weight")[1],
@@ -229,9 +233,9 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
         "projection_class_embeddings_input_dim": "pooled text and sizes",
     }
     found = {
-        what: (config.get(name), _plain(unet.get(name)))
+        what: (_values(config, name), _values(unet, name))
         for name, what in wanted.items()
-        if _plain(config.get(name)) != _plain(unet.get(name))
+        if _values(config, name) != _values(unet, name)
     }
     if found:
         lines = "".join(
@@ -245,14 +249,16 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
         )
 
 
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    """Return the different values of a setting, which may be one for all levels or one for each."""
+    value = config.get(name)
+    if name == "layers_per_block":
+        return tuple(set(value)) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _words(value: Any) -> str:
-    if value is None:
-        return "none"
-    return ", ".join(str(each) for each in value) if isinstance(value, (tuple, list)) else str(value)
+def _words(values: tuple[Any, ...]) -> str:
+    return ", ".join("none" if value is None else str(value) for value in values)
 
 
 def _kind_words(config: Mapping[str, Any]) -> str:
