@@ -43,8 +43,8 @@ class GenImgOptions:
             "euler_a"
         ):
             raise OptionError(
-                f"--gradual_latent_timesteps with --sampler {self.sampling.sampler}: Gradual Latent works with "
-                "--sampler euler_a only"
+                f"--gradual_latent_timesteps with --sampler {self.sampling.sampler}: Gradual Latent works "
+                "with --sampler euler_a only"
             )
 
 

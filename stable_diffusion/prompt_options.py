@@ -66,8 +66,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--from_file", help="text file with such a prompt on each line; # begins a comment")
     group.add_argument(
         "--from_module",
-        help="Python module, or a .py file, whose get_prompter makes prompts; its code runs, so use it only if "
-        "you trust it",
+        help="Python module, or a .py file, whose get_prompter makes prompts; its code runs, so use it only "
+        "if you trust it",
     )
     group.add_argument(
         "--prompter_module_args", help="a text that the module of --from_module finds in its options"
@@ -101,8 +101,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input pictures")
     group.add_argument(
         "--image_path",
-        help="image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, those "
-        "in the metadata of the pictures are used",
+        help="image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, "
+        "those in the metadata of the pictures are used",
     )
     group.add_argument(
         *("--mask_path", "--mask_image"),

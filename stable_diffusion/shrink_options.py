@@ -90,6 +90,6 @@ def add_shrink_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradual_latent_unsharp_params",
-        help="sharpen when they grow: ksize,sigma,strength,target-x, such as 3,0.5,0.5,1 (target-x 1: sharpen "
-        "the result, 0: its parts)",
+        help="sharpen when they grow: ksize,sigma,strength,target-x, such as 3,0.5,0.5,1 (target-x 1: "
+        "sharpen the result, 0: its parts)",
     )
