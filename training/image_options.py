@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from dataset.subset_options import add_subset_arguments
+from modules.console_options import ConsoleOptions, add_console_arguments
 from modules.errors import OptionError
 from modules.options import list_unneeded, read_options, to_path
 from training.caching_options import add_caching_in_run_arguments
 from training.config_options import write_config_file
-from training.console_options import ConsoleOptions, add_console_arguments
 from training.data.options import WEIGHTINGS
 from training.foreign_options import add_foreign_arguments
 from training.loss_options import RAW, add_prediction_arguments

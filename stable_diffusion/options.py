@@ -1,0 +1,74 @@
+"""All options of gen_img.py. Standard library only."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modules.command import Parser
+from modules.console_options import ConsoleOptions, add_console_arguments
+from modules.errors import OptionError
+from modules.options import read_options, refuse_unsupported
+from stable_diffusion.control_options import ControlOptions, add_control_arguments
+from stable_diffusion.highres_options import HighresOptions, add_highres_arguments
+from stable_diffusion.model_options import ModelOptions, add_model_arguments
+from stable_diffusion.network_options import NetworkOptions, add_network_arguments
+from stable_diffusion.output_options import OutputOptions, add_output_arguments
+from stable_diffusion.prompt_options import PromptOptions, add_prompt_arguments
+from stable_diffusion.sampling_options import SamplingOptions, add_sampling_arguments
+from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, add_shrink_arguments
+from stable_diffusion.text_options import TextOptions, add_text_arguments
+
+
+@dataclass(frozen=True)
+class GenImgOptions:
+    """All options of gen_img.py."""
+
+    model: ModelOptions
+    prompts: PromptOptions
+    sampling: SamplingOptions
+    text: TextOptions
+    networks: NetworkOptions
+    control: ControlOptions
+    highres: HighresOptions
+    deep_shrink: DeepShrinkOptions
+    gradual_latent: GradualLatentOptions
+    output: OutputOptions
+    console: ConsoleOptions
+    device: str | None
+
+    def __post_init__(self) -> None:
+        if self.output.use_original_file_name and self.prompts.image_path is None:
+            raise OptionError("--use_original_file_name needs --image_path, whose names are used")
+        if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
+            "euler_a"
+        ):
+            raise OptionError(
+                f"--gradual_latent_timesteps with --sampler {self.sampling.sampler}: Gradual Latent works "
+                "with --sampler euler_a only"
+            )
+
+
+def gen_img_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of gen_img.py."""
+    parser = Parser(description=description)
+    add_model_arguments(parser)
+    add_prompt_arguments(parser)
+    add_sampling_arguments(parser)
+    add_output_arguments(parser)
+    add_text_arguments(parser)
+    add_network_arguments(parser)
+    add_control_arguments(parser)
+    add_highres_arguments(parser)
+    add_shrink_arguments(parser)
+    add_console_arguments(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the best available")
+    return parser
+
+
+def read_gen_img(description: str | None, argv: Sequence[str] | None) -> GenImgOptions:
+    """Parse a command line of gen_img.py. Raises OptionError."""
+    parser = gen_img_parser(description)
+    args = parser.parse_args(argv)
+    refuse_unsupported(parser, args)
+    return read_options(GenImgOptions, args)

@@ -1,0 +1,116 @@
+"""Options of where prompts, pictures and seeds come from. Standard library only."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import check_at_least, check_seed
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Where prompts, input pictures and seeds come from."""
+
+    prompt: str | None
+    from_file: Path | None
+    from_module: str | None  # an import path or a file
+    prompter_module_args: str | None  # what that module makes of it is its own matter
+    interactive: bool
+    no_preview: bool
+    image_path: Path | None  # a picture or a folder of pictures: image to image
+    mask_path: Path | None  # likewise: inpainting
+    guide_image_path: tuple[Path, ...] | None  # likewise, for ControlNets and regions
+    images_per_prompt: int
+    n_iter: int  # how often all prompts are gone through
+    shuffle_prompts: bool
+    batch_size: int
+    seed: int | None
+    iter_same_seed: bool
+
+    def __post_init__(self) -> None:
+        sources = {
+            "--prompt": self.prompt is not None and self.from_module is None,
+            "--from_file": self.from_file is not None,
+            "--from_module": self.from_module is not None,
+            "--interactive": self.interactive,
+        }
+        given = [option for option, is_given in sources.items() if is_given]
+        if len(given) > 1:
+            raise OptionError(f"{' and '.join(given)}: give one of them")
+        if not given and self.image_path is None:
+            raise OptionError(
+                "There is no prompt: give --prompt, --from_file, --from_module or --interactive, or "
+                "--image_path with pictures whose metadata holds their prompts"
+            )
+        if self.prompter_module_args is not None and self.from_module is None:
+            raise OptionError("--prompter_module_args is for the module of --from_module, which is missing")
+        if self.mask_path is not None and self.image_path is None:
+            raise OptionError(
+                "--mask_path needs --image_path: the picture that is repainted where it is white"
+            )
+        if self.no_preview and not self.interactive:
+            raise OptionError("--no_preview is for --interactive, the only mode that shows pictures")
+        for option in ("images_per_prompt", "n_iter", "batch_size"):
+            check_at_least(f"--{option}", getattr(self, option), 1, "a number of pictures or rounds")
+        check_seed("--seed", self.seed)
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `PromptOptions`."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--prompt",
+        help="what to show; may end in options, such as 'a cat --n ugly --w 512 --h 768 --d 7'",
+    )
+    group.add_argument("--from_file", help="text file with such a prompt on each line; # begins a comment")
+    group.add_argument(
+        "--from_module",
+        help="Python module, or a .py file, whose get_prompter makes prompts; its code runs, so use it only "
+        "if you trust it",
+    )
+    group.add_argument(
+        "--prompter_module_args", help="a text that the module of --from_module finds in its options"
+    )
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends",
+    )
+    group.add_argument(
+        "--no_preview", action="store_true", help="with --interactive: do not open pictures in a viewer"
+    )
+    group.add_argument(
+        "--images_per_prompt", type=int, default=1, help="pictures of each prompt, with different seeds"
+    )
+    group.add_argument("--n_iter", type=int, default=1, help="how often all prompts are gone through")
+    group.add_argument(
+        "--shuffle_prompts", action="store_true", help="go through the prompts in another order in each round"
+    )
+    group.add_argument("--batch_size", type=int, default=1, help="pictures that are made at once")
+    group.add_argument(
+        "--seed",
+        type=int,
+        help="seed of a single picture; the seeds of several pictures are drawn from it; random if not given",
+    )
+    group.add_argument(
+        "--iter_same_seed",
+        action="store_true",
+        help="all prompts of a round have the same seeds: only the prompt differs",
+    )
+    group = parser.add_argument_group("input pictures")
+    group.add_argument(
+        "--image_path",
+        help="image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, "
+        "those in the metadata of the pictures are used",
+    )
+    group.add_argument(
+        *("--mask_path", "--mask_image"),
+        dest="mask_path",
+        help="inpainting: a black and white picture, or a folder of them; white is painted anew",
+    )
+    group.add_argument(
+        "--guide_image_path",
+        nargs="*",
+        help="pictures, or a folder of them, for ControlNets, ControlNet-LLLite or regions",
+    )

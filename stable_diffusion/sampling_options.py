@@ -1,0 +1,180 @@
+"""Options of sampling: sampler, guidance, noise, sizes. Standard library only."""
+
+import argparse
+from dataclasses import dataclass, field
+
+from modules.errors import OptionError
+from modules.options import add_unsupported, check_at_least, check_at_most
+
+SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a") + (
+    *("dpmsolver", "dpmsolver++", "dpmsingle"),
+    *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
+)
+USUAL_STRENGTH = 0.8  # of image to image
+GUIDED = "the known script has lost it too: it needs gradients through the U-Net and {model} at every step"
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """How the start noise of some pictures is changed."""
+
+    pyramid_noise_prob: float | None
+    pyramid_noise_discount_range: tuple[float, ...] | None
+    noise_offset_prob: float | None
+    noise_offset_range: tuple[float, ...] | None
+
+    def __post_init__(self) -> None:
+        for name in ("pyramid_noise", "noise_offset"):
+            share = getattr(self, f"{name}_prob")
+            check_at_least(f"--{name}_prob", share, 0, "a probability")
+            check_at_most(f"--{name}_prob", share, 1, "a probability")
+        ranges = {
+            "--pyramid_noise_discount_range": self.pyramid_noise_discount_range,
+            "--noise_offset_range": self.noise_offset_range,
+        }
+        for option, limits in ranges.items():
+            if limits is not None and limits[0] > limits[1]:
+                raise OptionError(f"{option} {limits[0]} {limits[1]}: give the smaller number first")
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """What SDXL is told about sizes and crops; None: the picture's own size, and 0."""
+
+    original_width: int | None
+    original_height: int | None
+    original_width_negative: int | None
+    original_height_negative: int | None
+    crop_top: int | None
+    crop_left: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("original_width", "original_height"):
+            for option in (name, f"{name}_negative"):
+                check_at_least(f"--{option}", getattr(self, option), 1, "a size in pixels")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampler, guidance, noise and sizes, where a prompt's line says nothing else."""
+
+    sampler: str
+    steps: int
+    scale: float
+    negative_scale: float | None
+    width: int | None = field(metadata={"option": "W"})  # None: the kind's usual size
+    height: int | None = field(metadata={"option": "H"})
+    strength: float | None  # None: USUAL_STRENGTH
+    zero_terminal_snr: bool
+    force_scheduler_zero_steps_offset: bool
+    noise: NoiseOptions
+    sizes: SizeOptions
+
+    def __post_init__(self) -> None:
+        check_at_least("--steps", self.steps, 1, "one step is the least")
+        check_size("--W", self.width)
+        check_size("--H", self.height)
+        check_strength("--strength", self.strength)
+
+
+def check_size(option: str, size: int | None) -> None:
+    """Raise OptionError if a width or height is no positive multiple of 8."""
+    if size is not None and (size < 8 or size % 8):
+        nearest = max(8, round(size / 8) * 8)
+        raise OptionError(f"{option} {size}: sizes are multiples of 8 pixels. Give {nearest}, for example")
+
+
+def check_strength(option: str, strength: float | None) -> None:
+    """Raise OptionError if a share of the steps is not in 0..1."""
+    check_at_least(option, strength, 0, "0 keeps the picture, 1 makes it anew")
+    check_at_most(option, strength, 1, "0 keeps the picture, 1 makes it anew")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `SamplingOptions`."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--W", type=int, help="width, a multiple of 8; usually 512, for XL 1024")
+    group.add_argument("--H", type=int, help="height, a multiple of 8; usually 512, for XL 1024")
+    group.add_argument("--steps", type=int, default=50, help="number of steps")
+    group.add_argument(
+        "--sampler", choices=SAMPLERS, default="ddim", help="how steps are made; k_NAME is the same as NAME"
+    )
+    group.add_argument(
+        "--scale", type=float, default=7.5, help="guidance: how closely the prompt is followed"
+    )
+    group.add_argument(
+        "--negative_scale",
+        type=float,
+        help="how strongly the negative prompt is avoided, apart from --scale; takes a third pass",
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        help=f"image to image: share of the steps that are made, 0 to 1; usually {USUAL_STRENGTH}",
+    )
+    group.add_argument(
+        "--zero_terminal_snr",
+        action="store_true",
+        help="the last timestep is noise alone, for models trained so",
+    )
+    group.add_argument(
+        "--force_scheduler_zero_steps_offset",
+        action="store_true",
+        help="timesteps begin at 0 instead of 1, as old versions of the known script did",
+    )
+    _add_noise_arguments(group)
+    _add_size_arguments(parser.add_argument_group("sizes that Stable Diffusion XL is told"))
+    _add_lost_arguments(parser.add_argument_group("guidance by other networks"))
+
+
+def _add_noise_arguments(group: argparse._ArgumentGroup) -> None:
+    for name, what, limits, meaning in (
+        (
+            "pyramid_noise",
+            "pyramid noise, which adds coarser noise",
+            "--pyramid_noise_discount_range",
+            "discount of each coarser level of pyramid noise",
+        ),
+        (
+            "noise_offset",
+            "noise with an offset, which makes pictures darker or brighter as a whole",
+            "--noise_offset_range",
+            "amount of the noise offset",
+        ),
+    ):
+        group.add_argument(
+            f"--{name}_prob", type=float, help=f"probability that a picture begins with {what}; usually 0"
+        )
+        group.add_argument(
+            limits, type=float, nargs=2, help=f"{meaning}, drawn for each picture between these two numbers"
+        )
+
+
+def _add_size_arguments(group: argparse._ArgumentGroup) -> None:
+    for side in ("height", "width"):
+        group.add_argument(f"--original_{side}", type=int, help=f"original {side}; usually the {side}")
+        group.add_argument(
+            f"--original_{side}_negative",
+            type=int,
+            help=f"original {side} for the negative prompt; usually that of the prompt",
+        )
+    group.add_argument("--crop_top", type=int, help="rows cut off at the top; usually 0")
+    group.add_argument("--crop_left", type=int, help="columns cut off at the left; usually 0")
+
+
+def _add_lost_arguments(group: argparse._ArgumentGroup) -> None:
+    clip, vgg = GUIDED.format(model="CLIP"), GUIDED.format(model="VGG16")
+    for flag, text in (
+        ("--clip_guidance_scale", "how closely CLIP finds the prompt"),
+        ("--clip_image_guidance_scale", "how closely CLIP finds the guide picture"),
+    ):
+        add_unsupported(group, flag, type=float, help=text, reason=f"{clip}; use --scale or a ControlNet")
+    for flag, kind, default in (("scale", float, None), ("layer", int, 20)):
+        add_unsupported(
+            group,
+            f"--vgg16_guidance_{flag}",
+            type=kind,
+            default=default,
+            help=f"{flag} of guidance by VGG16",
+            reason=f"{vgg}; use a ControlNet",
+        )
