@@ -1,11 +1,11 @@
 """Attention couple with regional LoRA: each part of a prompt, and its LoRA, acts in a region of its own.
 
-The parts of a prompt stand between " AND ". In the cross-attention of the U-Net each part is attended to on
-its own, and the mean of the results is weighted by the regions of the parts; what LoRA i adds is multiplied by
-the region of part i. Keys and values of part i see LoRA i alone. A negative text acts everywhere, as a part of
-every region: guidance then compares two passes with the same weights.
+The parts of a prompt stand between " AND ". In the cross-attention of the U-Net each part is attended to
+on its own, and the mean of the results is weighted by the regions of the parts; what LoRA i adds is
+multiplied by the region of part i. Keys and values of part i see LoRA i alone. A negative text acts
+everywhere, as a part of every region: guidance then compares two passes with the same weights.
 """
-# Letters: B pictures, R rows of one call of the U-Net, P parts, L tokens of a part, N pixels as tokens, C width
+# Letters: B pictures, R rows of a call of the U-Net, P parts, L tokens of a part, N places as tokens, C width
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,8 +74,8 @@ class Regions:
             raise OptionError(
                 f"{picture.label}: {_count(parts, 'part')} between AND, but "
                 f"{_count(len(self._layers), 'LoRA')} in --network_weights. With a mask of regions "
-                f"({picture.mask}) LoRA 1 belongs to part 1, LoRA 2 to part 2 and so on: give as many LoRAs as "
-                "parts, or leave the mask out."
+                f"({picture.mask}) LoRA 1 belongs to part 1, LoRA 2 to part 2 and so on: give as many LoRAs "
+                "as parts, or leave the mask out."
             )
         return read_regions(picture.mask, parts, width, height, self._color_codes)
 
