@@ -66,9 +66,9 @@ class ClipText(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the states of all tokens B L C after a layer and, if `ends` is given, the pooled state B C.
 
-        ids: B L. layer: counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the result
-        `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for `forward`; without
-        it the layers behind `layer` do not run. One pass in either case.
+        ids: B L. layer: counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
+        result `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for
+        `forward`; without it the layers behind `layer` do not run. One pass in either case.
 
         Raises ValueError if there is no such layer.
         """
