@@ -74,6 +74,6 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--network_regional_mask_max_color_codes",
         type=int,
-        help="the mask of regions (--guide_image_path) has up to this many regions, as binary codes of red, "
+        help="the mask of regions (--mask_path) has up to this many regions, as binary codes of red, "
         "green and blue; usually red, green and blue are a region each",
     )
