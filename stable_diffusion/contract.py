@@ -25,22 +25,20 @@ class Kind:
     words: str  # for messages: "Stable Diffusion 1.x"
     latent_scale: float  # a latent is the autoencoder's times this
     size: int  # usual width and height, pixels
-    clip_skip: int  # where nothing is said: which hidden state of the text encoder counts, from the end
+    clip_skip: int  # if nothing is said: after which layer of a text encoder its states count, from the end
     lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
 
 
 SD1 = Kind("sd1", "Stable Diffusion 1.x", 0.18215, 512, 1, ("lora_te",))
-SD2 = Kind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 2, ("lora_te",))
+# its text encoder is loaded without the last of 24 layers, as it was trained: so 1 is the released one's 2
+SD2 = Kind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 1, ("lora_te",))
 SDXL = Kind("sdxl", "Stable Diffusion XL", 0.13025, 1024, 2, ("lora_te1", "lora_te2"))
 KINDS = (SD1, SD2, SDXL)
 
 
 @dataclass(eq=False)
 class TextTower:
-    """A text encoder with its tokenizer.
-
-    Textual inversion adds rows to the token embeddings, and words for them to `extra_tokens`.
-    """
+    """A text encoder with its tokenizer. Textual inversion adds rows to the one, words to the other."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> ids, however many, without start and end
@@ -156,7 +154,7 @@ class Picture:
 class TextState:
     """What the text encoders make of one text."""
 
-    context: Tensor  # L C; L a multiple of a chunk
+    context: Tensor  # L C; L is 75 for each chunk, and 2
     pooled: Tensor | None = None  # C; of SDXL
 
 
