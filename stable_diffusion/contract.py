@@ -25,7 +25,8 @@ class Kind:
     words: str  # for messages: "Stable Diffusion 1.x"
     latent_scale: float  # a latent is the autoencoder's times this
     size: int  # usual width and height, pixels
-    clip_skip: int  # where nothing is said: which hidden state of the text encoder counts, from the end
+    # if nothing is said: after which layer of the released text encoder its states count, from the end
+    clip_skip: int
     lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
 
 
@@ -37,10 +38,7 @@ KINDS = (SD1, SD2, SDXL)
 
 @dataclass(eq=False)
 class TextTower:
-    """A text encoder with its tokenizer.
-
-    Textual inversion adds rows to the token embeddings, and words for them to `extra_tokens`.
-    """
+    """A text encoder with its tokenizer. Textual inversion adds rows to the one, words to the other."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> ids, however many, without start and end
@@ -49,6 +47,8 @@ class TextTower:
     pad: int  # what fills up the last chunk: `end`, or 0 in OpenCLIP's encoders
     lora_prefix: str
     projection: Tensor | None = None  # C x C' of the pooled state; None: there is none
+    # of the released network, at its end, which the file leaves out: 1 in diffusers folders of SD 2, else 0
+    missing_layers: int = 0
 
 
 @dataclass(eq=False)
@@ -156,7 +156,7 @@ class Picture:
 class TextState:
     """What the text encoders make of one text."""
 
-    context: Tensor  # L C; L a multiple of a chunk
+    context: Tensor  # L C; L is 75 for each chunk, and 2
     pooled: Tensor | None = None  # C; of SDXL
 
 

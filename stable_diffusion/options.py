@@ -46,12 +46,23 @@ class GenImgOptions:
             )
         if self.deep_shrink.ds_depth_1 is None and self.deep_shrink.ds_depth_2 is not None:
             raise OptionError("--ds_depth_2 is where Deep Shrink acts after --ds_depth_1, which is missing")
+        if self.prompts.mask_path and not (self.prompts.image_path or self.networks.network_weights):
+            raise OptionError(
+                "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
+                "it shows"
+            )
+        models = self.control.control_net_models or self.control.control_net_lllite_models
+        if bool(models) != bool(self.prompts.guide_image_path):
+            raise OptionError(
+                "--guide_image_path and --control_net_models or --control_net_lllite_models belong together: "
+                "give both"
+            )
         if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
             "euler_a"
         ):
             raise OptionError(
-                f"--gradual_latent_timesteps with --sampler {self.sampling.sampler}: Gradual Latent works with "
-                "--sampler euler_a only"
+                f"--gradual_latent_timesteps with --sampler {self.sampling.sampler}: Gradual Latent works "
+                "with --sampler euler_a only"
             )
 
 

@@ -12,16 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoders.clip_vision import MEAN, STD
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, half_where_fast
 from wan.encoder_checkpoints import ClipConfig, read_clip
 
 logger = logging.getLogger(__name__)
-
-# statistics of CLIP's training images, RGB in 0..1: Radford et al. 2021, arXiv 2103.00020
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageAttention(nn.Module):

@@ -46,6 +46,8 @@ class FamilyNames:
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False
+    # whether our paths are those of diffusers; then `aliases` are another layout's
+    is_as_in_diffusers: bool = False
     # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have

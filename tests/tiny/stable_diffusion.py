@@ -104,7 +104,7 @@ VAE = {
 
 
 def write_sd1(folder: Path, channels: int = 4, name: str = "sd1.safetensors", **sizes: Any) -> Path:
-    """SD 1.x as a single file. channels: 9 for inpainting. sizes: other values of the U-Net's configuration."""
+    """SD 1.x as a single file. channels: 9 for inpainting. sizes: other values of the U-Net's config."""
     return _write_single(folder / name, "sd1", {"in_channels": channels, **sizes})
 
 
@@ -174,7 +174,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path, kind: str = "clip_l") -> Path:
-    """vocab.json, merges.txt and the settings of CLIP-L's (pads with its end token) or OpenCLIP's (with 0)."""
+    """vocab.json, merges.txt and the settings of CLIP-L's, which pads with its end, or OpenCLIP's, with 0."""
     write_clip_tokenizer(folder)
     end, start = "<|endoftext|>", "<|startoftext|>"
     tokens = {
@@ -306,13 +306,9 @@ def _write_single(path: Path, kind: str, sizes: Mapping[str, Any]) -> Path:
 
 def single_file_state(kind: str, **sizes: Any) -> dict[str, Tensor]:
     """All of a checkpoint under the released names, with what such files carry beside the networks."""
-    state = {
-        **{
-            f"model.diffusion_model.{name}": tensor
-            for name, tensor in ldm_unet(unet_state(kind, **sizes)).items()
-        },
-        **{f"first_stage_model.{name}": tensor for name, tensor in ldm_vae(vae_state()).items()},
-    }
+    unet = ldm_unet(unet_state(kind, **sizes))
+    state = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}
+    state |= {f"first_stage_model.{name}": tensor for name, tensor in ldm_vae(vae_state()).items()}
     if kind == "sd1":
         text = {**text_state(kind), "text_model.embeddings.position_ids": torch.arange(77)[None]}
         state |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in text.items()}
@@ -364,7 +360,8 @@ def ldm_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     def renamed(name: str) -> str:
         for theirs, released in _UNET_NAMES.items():
             if name.startswith(theirs + "."):
-                return _in_resnet(released + name.removeprefix(theirs))
+                name = released + name.removeprefix(theirs)
+                return _in_resnet(name) if "resnets" in theirs else name
         side, level, part, number, rest = name.split(".", 4)
         block, place = int(level), int(number)
         per_level = layers + 1

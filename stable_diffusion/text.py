@@ -1,0 +1,160 @@
+"""Encode prompts: weights, chunks, the text encoders' states side by side, the pooled state.
+
+Each text is encoded by itself, all of its chunks in one pass of each encoder, so that its state depends on
+no other text. States are remembered, as most pictures share their negative prompt.
+"""
+# Letters: K chunks of a text, L = 75 K + 2 states of it, C width
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from modules.control_codes import shorten
+from modules.errors import OptionError
+from stable_diffusion.chunks import (
+    SIZE,
+    Chunk,
+    cut_into_chunks,
+    cut_text,
+    join_states,
+    join_weights,
+    make_rows,
+)
+from stable_diffusion.contract import SDXL, Kind, TextState, TextTower
+from stable_diffusion.text_options import TextOptions
+from stable_diffusion.textual_inversion import add_words, read_words
+from stable_diffusion.weights import parse_weights
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 64  # texts; one of SDXL with one chunk takes 0.6 MB in float32
+SHOWN = 200  # characters of a text in a warning
+Value = TypeVar("Value")
+
+
+class Texts:
+    """The text encoders of a model, and what the options say of texts."""
+
+    def __init__(self, towers: Sequence[TextTower], kind: Kind, options: TextOptions) -> None:
+        """Teach the encoders the words of --textual_inversion_embeddings, which adds rows to their networks.
+
+        Raises OptionError if an encoder has no such layer as --clip_skip names, CheckpointError as
+        `add_words`.
+        """
+        self._towers = add_words(towers, kind, read_words(options.textual_inversion_embeddings or ()))
+        self._kind = kind
+        self._mode = options.emb_normalize_mode
+        self._most = options.max_embeddings_multiples or 1
+        self._layers = [_layer_of(tower, kind, options.clip_skip) for tower in self._towers]
+        self._cut = _Remembered[list[list[Chunk]]](4 * REMEMBERED)
+        self._states = _Remembered[TextState](REMEMBERED)
+
+    def chunks(self, text: str) -> int:
+        """Return how many chunks of 75 tokens a text takes, as far as it is read; at least 1."""
+        return max(len(chunks) for chunks in self._chunks_of(text))
+
+    def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
+        """Return the states of a text. They are remembered: do not change them in place.
+
+        chunks: fill the text up to this many; None: as many as it takes. networks: what else the result
+        depends on, such as multipliers of LoRAs in the text encoders. Weights multiply the states of each
+        encoder by itself. The pooled state (SDXL) is that of the last encoder's first chunk, without
+        weights.
+        """
+        chunks = self.chunks(text) if chunks is None else chunks
+        return self._states.get((text, chunks, networks), lambda: self._encode(text, chunks))
+
+    @torch.no_grad()
+    def _encode(self, text: str, count: int) -> TextState:
+        is_pooled = self._kind is SDXL
+        contexts: list[Tensor] = []
+        pooled = None
+        for tower, layer, chunks in zip(self._towers, self._layers, self._chunks_of(text), strict=True):
+            if len(chunks) > count:
+                raise ValueError(f"{len(chunks)} chunks do not fit into {count}")
+            chunks = [*chunks, *[Chunk()] * (count - len(chunks))]
+            rows = make_rows(chunks, tower.start, tower.end, tower.pad)
+            device = tower.network.device
+            states, pooled = tower.network.states(
+                rows.ids.to(device),
+                layer,
+                final_norm=not is_pooled,
+                ends=rows.ends.to(device) if is_pooled and tower is self._towers[-1] else None,
+            )
+            contexts.append(weigh_states(join_states(states), join_weights(chunks), self._mode))
+        if pooled is not None:
+            projection = self._towers[-1].projection
+            pooled = pooled[0] if projection is None else pooled[0] @ projection
+        return TextState(torch.cat(contexts, dim=-1), pooled)
+
+    def _chunks_of(self, text: str) -> list[list[Chunk]]:
+        return self._cut.get(text, lambda: self._cut_all(text))
+
+    def _cut_all(self, text: str) -> list[list[Chunk]]:
+        """Return a text's chunks for each encoder, those that are read. Warn if that is not all."""
+        parts = parse_weights(text)
+        found = [cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
+        longest = max(range(len(found)), key=lambda index: len(found[index]))
+        if len(found[longest]) > self._most:
+            rest = cut_text(parts, self._towers[longest].tokenize, self._most)
+            logger.warning(
+                "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
+                "--max_embeddings_multiples %d to read all of it",
+                SIZE * self._most,
+                shorten(rest, SHOWN),
+                len(found[longest]),
+            )
+        return [chunks[: self._most] for chunks in found]
+
+
+def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
+    """Multiply states by weights; with mode "original" or "abs", scale the result to the mean that they had.
+
+    states: L C. weights: L. mode: "original": the mean with signs, "abs": that of absolute values, "none": no
+    scaling. Computed in float32 and rounded once; returns the same states if all weights are 1.
+    """
+    if all(weight == 1 for weight in weights):
+        return states
+    plain = states.float()
+    weighed = plain * torch.tensor(weights, device=states.device)[:, None]
+    if mode != "none":
+        before, after = ((x.abs() if mode == "abs" else x).mean() for x in (plain, weighed))
+        weighed = weighed * torch.where(after == 0, 1.0, before / after)
+    return weighed.to(states.dtype)
+
+
+def _layer_of(tower: TextTower, kind: Kind, clip_skip: int | None) -> int:
+    """Return which layer of the tower's network counts, from its end.
+
+    --clip_skip counts in the released network, also if a file has fewer layers: the second from the end of
+    Stable Diffusion 2's 24 is the last of the 23 that diffusers' folders have.
+    """
+    skip = kind.clip_skip if clip_skip is None else clip_skip
+    first, last = tower.missing_layers + 1, tower.missing_layers + tower.network.num_layers
+    if not first <= skip <= last:
+        raise OptionError(
+            f"--clip_skip {skip}: this text encoder of {kind.words} has the layers {first} to {last}, "
+            "counted from the end of the released one"
+        )
+    return skip - tower.missing_layers
+
+
+class _Remembered(Generic[Value]):
+    """The values that were made or used last."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        if key not in self._values:
+            value = make()
+            while len(self._values) >= self._most:
+                self._values.popitem(last=False)
+            self._values[key] = value
+        self._values.move_to_end(key)
+        return self._values[key]

@@ -1,0 +1,224 @@
+"""Textual inversion (--textual_inversion_embeddings): words that stand for learned vectors, not for tokens.
+
+The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... behind it, it is
+the word for a single one behind the first. Words are found in any case, but not inside of other words.
+Source: Gal et al. 2022, arXiv 2208.01618.
+"""
+# Letters: V vectors of a word, C width of a text encoder
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import ParameterDict
+
+from modules.checkpoints.containers import load_pickled
+from modules.checkpoints.opening import open_checkpoint
+from modules.control_codes import shorten
+from modules.errors import CheckpointError
+from stable_diffusion.chunks import SIZE
+from stable_diffusion.contract import SDXL, Kind, TextTower
+
+logger = logging.getLogger(__name__)
+
+OPTION = "--textual_inversion_embeddings"
+_SAFETENSORS = (".safetensors", ".sft")
+# names of the vectors for each of several text encoders, in the order of the encoders
+_NAMES_OF_SEVERAL = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
+MOST_BYTES = 1 << 26  # 64 MiB; 75 vectors of SDXL in float32 take 0.6 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedWord:
+    """What a file says."""
+
+    path: Path
+    word: str
+    token: str | None  # the word that the file itself names, as diffusers' training writes it
+    vectors: tuple[Tensor, ...]  # each V C, float32; one for each text encoder
+
+
+def read_words(paths: Sequence[Path]) -> tuple[LearnedWord, ...]:
+    """Read files of textual inversion: safetensors, or pickled tensors, of which no code is run.
+
+    Raises CheckpointError if one is missing or is none, or if two have the same name.
+    """
+    words = tuple(_read_word(path) for path in paths)
+    for index, word in enumerate(words):
+        for other in words[:index]:
+            if other.word.lower() == word.word.lower():
+                raise CheckpointError(
+                    f"{OPTION}: {other.path} and {word.path} are both for the word {word.word}. Rename one "
+                    "of them.",
+                    word.path,
+                )
+    return words
+
+
+def add_words(towers: Sequence[TextTower], kind: Kind, words: Sequence[LearnedWord]) -> tuple[TextTower, ...]:
+    """Return text encoders that know these words. Their networks get rows for them.
+
+    Raises CheckpointError if vectors do not fit an encoder, or if it has a token of that name already.
+    """
+    for word in words:
+        _check_word(word, towers, kind)
+    if not words:
+        return tuple(towers)
+    for word in words:
+        logger.info("textual inversion: %s (%d vectors)", word.word, len(word.vectors[0]))
+    return tuple(
+        _with_rows(tower, words, [word.vectors[index] for word in words])
+        for index, tower in enumerate(towers)
+    )
+
+
+def with_words(
+    tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
+) -> Callable[[str], list[int]]:
+    """Return a tokenizer that makes these ids of these words, and has `tokenize` make those between them."""
+    names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
+    ids = [list(words[name]) for name in names]
+    pattern = re.compile("|".join(f"({_alone(name)})" for name in names), re.IGNORECASE)
+
+    def tokenize_all(text: str) -> list[int]:
+        tokens: list[int] = []
+        place = 0
+        for found in pattern.finditer(text):
+            tokens += tokenize(text[place : found.start()])
+            assert found.lastindex is not None
+            tokens += ids[found.lastindex - 1]
+            place = found.end()
+        return tokens + tokenize(text[place:])
+
+    return tokenize_all
+
+
+def _alone(name: str) -> str:
+    """Return the pattern of a word that is no part of a longer one."""
+    before = r"(?<!\w)" if re.match(r"\w", name) else ""
+    behind = r"(?!\w)" if re.search(r"\w\Z", name) else ""
+    return before + re.escape(name) + behind
+
+
+def _with_rows(tower: TextTower, words: Sequence[LearnedWord], vectors: Sequence[Tensor]) -> TextTower:
+    embeddings = tower.network.embeddings
+    old = embeddings.token_embedding.weight
+    rows = torch.cat([old.detach(), *(added.to(old.device, old.dtype) for added in vectors)])
+    embeddings.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
+
+    ids: dict[str, list[int]] = {}
+    first = len(old)
+    numbered: dict[str, list[int]] = {}
+    for word, added in zip(words, vectors, strict=True):
+        own = list(range(first, first + len(added)))
+        first += len(added)
+        ids[word.word] = own
+        numbered |= {f"{word.word}{index}": [own[index]] for index in range(1, len(own))}
+        if word.token is not None:
+            numbered.setdefault(word.token, own)
+    taken = {name.lower() for name in ids}  # what a file is called comes before what follows from another one
+    ids |= {name: own for name, own in numbered.items() if name.lower() not in taken}
+    return replace(tower, tokenize=with_words(tower.tokenize, ids))
+
+
+def _check_word(word: LearnedWord, towers: Sequence[TextTower], kind: Kind) -> None:
+    widths = [tower.network.embeddings.token_embedding.embedding_dim for tower in towers]
+    found = [vectors.shape[1] for vectors in word.vectors]
+    if widths != found:
+        hint = (
+            " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
+            if kind is SDXL and len(found) == 1
+            else ""
+        )
+        raise CheckpointError(
+            f"{OPTION} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
+            f"{kind.words} take {_join(widths)}.{hint} Give a file that was made for {kind.words}.",
+            word.path,
+        )
+    count = max(len(vectors) for vectors in word.vectors)
+    if count > SIZE:
+        raise CheckpointError(
+            f"{OPTION} {word.path}: it has {count} vectors; a text encoder reads {SIZE} tokens at a time, so "
+            "that more than these are never read together.",
+            word.path,
+        )
+    if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
+        raise CheckpointError(
+            f"{OPTION} {word.path}: {word.word} is a word that the text encoder knows already. Rename the "
+            "file, as its name is the word for it.",
+            word.path,
+        )
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return " and ".join(str(number) for number in numbers)
+
+
+def _read_word(path: Path) -> LearnedWord:
+    tensors, token = _read_tensors(path)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.ndim not in (1, 2) or tensor.numel() == 0:
+            raise _not_one(path, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{OPTION} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
+            )
+    vectors = tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
+    if len({len(rows) for rows in vectors}) > 1:
+        raise _not_one(path, "it has unequal numbers of vectors for the text encoders")
+    return LearnedWord(path, path.stem, token, vectors)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Return the vectors for each text encoder, in their order, and the word that the file itself names."""
+    content = _read_content(path)
+    inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
+    if isinstance(inner, Mapping):
+        found = {str(name): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
+        if len(found) == 1:
+            return found, None
+        raise _not_one(path, f"string_to_param has {len(found)} words")
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    for names in _NAMES_OF_SEVERAL:
+        if tensors.keys() >= set(names):
+            return {name: tensors[name] for name in names}, None
+    if "emb_params" in tensors:
+        return {"emb_params": tensors["emb_params"]}, None
+    if len(tensors) == 1 and len(content) == 1:  # diffusers: word -> vectors
+        return tensors, next(iter(tensors))
+    shown = ", ".join(shorten(name, 60) for name in sorted(content)[:4])
+    raise _not_one(
+        path, f"it holds {shown}{', ...' if len(content) > 4 else ''}" if content else "it is empty"
+    )
+
+
+def _read_content(path: Path) -> Mapping[str, Any]:
+    """Return what is in a file. Raises CheckpointError if it is missing, damaged, too large or holds code."""
+    if not path.is_file():
+        raise CheckpointError(f"{OPTION} {path}: there is no such file.", path)
+    if path.stat().st_size > MOST_BYTES:
+        raise _not_one(path, f"it has {path.stat().st_size >> 20} MiB")
+    if path.suffix.lower() in _SAFETENSORS:
+        with open_checkpoint(path) as checkpoint:
+            return {name: checkpoint.read(name) for name in checkpoint.tensors}
+    with torch.serialization.safe_globals([ParameterDict]):  # in the files of the paper's own code
+        content = load_pickled(path)
+    if not isinstance(content, Mapping):
+        raise _not_one(path, f"it holds a {type(content).__name__}")
+    return {
+        str(name): dict(value) if isinstance(value, ParameterDict) else value
+        for name, value in content.items()
+    }
+
+
+def _not_one(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{OPTION} {path} is not a textual inversion: {why}. Give a file with emb_params, with clip_l and "
+        "clip_g, with string_to_param, or with the vectors of one word.",
+        path,
+    )
