@@ -44,6 +44,17 @@ class GenImgOptions:
                 "--highres_fix_scale makes pictures from text in two stages, --image_path makes them from a "
                 "picture. Leave one out"
             )
+        if self.prompts.mask_path and not (self.prompts.image_path or self.networks.network_weights):
+            raise OptionError(
+                "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
+                "it shows"
+            )
+        models = self.control.control_net_models or self.control.control_net_lllite_models
+        if bool(models) != bool(self.prompts.guide_image_path):
+            raise OptionError(
+                "--guide_image_path and --control_net_models or --control_net_lllite_models belong together: "
+                "give both"
+            )
         if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
             "euler_a"
         ):

@@ -47,6 +47,11 @@ class PromptOptions:
             raise OptionError("--prompter_module_args is for the module of --from_module, which is missing")
         if self.no_preview and not self.interactive:
             raise OptionError("--no_preview is for --interactive, the only mode that shows pictures")
+        for name in ("n_iter", "shuffle_prompts"):
+            if self.interactive and getattr(self, name) not in (1, False):
+                raise OptionError(f"--{name} with --interactive: there are no prompts to go through")
+        if self.shuffle_prompts and self.from_module is not None:
+            raise OptionError("--shuffle_prompts with --from_module: the module decides which prompt is next")
         for option in ("images_per_prompt", "n_iter", "batch_size"):
             check_at_least(f"--{option}", getattr(self, option), 1, "a number of pictures or rounds")
         check_seed("--seed", self.seed)
@@ -109,6 +114,6 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guide_image_path",
         nargs="*",
-        help="pictures, or a folder of them, for ControlNets or ControlNet-LLLite; without those, as "
-        "--mask_path for prompts with AND",
+        help="pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, "
+        "then one for each for the next picture, and so on",
     )
