@@ -5,11 +5,14 @@ the name of the token embeddings, and tensors of other networks are left out by 
 Face's names, without `text_model.` in front.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind, shapes_of
 from modules.checkpoints.encoders import head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
 
@@ -72,9 +75,12 @@ class ClipTextConfig:
     eps: float = 1e-5
 
 
-def read_clip_text(checkpoint: Checkpoint, use: ClipUse) -> LoadPlan[ClipTextConfig]:
+def read_clip_text(
+    checkpoint: Checkpoint, use: ClipUse, told: Mapping[str, Any] | None = None
+) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
+    told: settings of the network; None: those of a config.json beside the file.
     Raises CheckpointError for any other file.
     """
     own = network_in(
@@ -86,22 +92,36 @@ def read_clip_text(checkpoint: Checkpoint, use: ClipUse) -> LoadPlan[ClipTextCon
     if own is None:
         raise other_kind(checkpoint, "a CLIP text encoder", use.option, use.release)
     sources = plain_sources(own)
-    shape = shapes_of(own, sources)
-    vocabulary, dim = shape("embeddings.token_embedding.weight")
-    positions = shape("embeddings.position_embedding.weight")[0]
+    if told is None:
+        width = shapes_of(own, sources)("embeddings.token_embedding.weight")[-1]
+        told = told_beside(checkpoint.path, "text_config", "clip", width, CLIP_DEFAULTS)
+    return plan_clip_text(own, sources, told, use)
+
+
+def plan_clip_text(
+    own: Checkpoint, sources: Mapping[str, TensorSource], told: Mapping[str, Any], use: ClipUse
+) -> LoadPlan[ClipTextConfig]:
+    """Plan how to load a text tower whose tensors are found.
+
+    own: the file without prefix. sources: how its tensors are made, by our names. told: what a config.json
+    says of the network; may be empty. Raises CheckpointError if a tensor that tells a dimension is missing or
+    the tower takes too few tokens.
+    """
+    shape = checked_shapes_of(own, sources, other_kind(own, "a CLIP text encoder", use.option, use.release))
+    vocabulary, dim = shape("embeddings.token_embedding.weight", 2)
+    positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{checkpoint.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {use.release} to "
+            f"{own.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {use.release} to "
             f"{use.option}.",
-            checkpoint.path,
+            own.path,
         )
-    told = told_beside(checkpoint.path, "text_config", "clip", dim, CLIP_DEFAULTS)
     config = ClipTextConfig(
         vocabulary=vocabulary,
         positions=positions,
         dim=dim,
-        ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=dim // head_width(checkpoint.path, dim, told, CLIP_HEAD_WIDTH),
+        ffn_dim=shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
+        num_heads=dim // head_width(own.path, dim, told, CLIP_HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
         activation=str(told.get("hidden_act", ClipTextConfig.activation)),
         eps=float(told.get("layer_norm_eps", ClipTextConfig.eps)),

@@ -1,0 +1,230 @@
+"""Folders in the layout of diffusers: which kind they hold, and how their networks are loaded.
+
+U-Net and VAE have the dimensions of their config.json; nothing else is taken from the folder on trust.
+"""
+
+import inspect
+import logging
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from modules.checkpoints.dialects import LoadPlan
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from modules.text_files import parse_json, read_text
+from stable_diffusion.contract import SD1, SD2, SDXL, Kind
+from stable_diffusion.kinds import GIVE, Marks
+from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
+from stable_diffusion.unet_checkpoints import USES, UnetSizes
+from stable_diffusion.vae_checkpoints import LATENT_CHANNELS, LEVELS, VaeSizes, vae_sources
+
+logger = logging.getLogger(__name__)
+
+# files that a pipeline may need, of a repository on the hub
+PATTERNS = (
+    "model_index.json",
+    "*/config.json",
+    "scheduler/scheduler_config.json",
+    *(f"tokenizer{number}/*.{ending}" for number in ("", "_2") for ending in ("json", "txt")),
+    *(
+        f"{network}.{ending}"
+        for network in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder*/model")
+        for ending in ("safetensors", "safetensors.index.json")
+    ),
+    "*/*-of-*.safetensors",
+)
+# names of a network's files, the best first: all weights in full precision
+_ENDINGS = ("safetensors", "safetensors.index.json", "fp16.safetensors", "safetensors.index.fp16.json")
+_OLD_ENDINGS = ("bin", "bin.index.json", "fp16.bin", "ckpt")
+_PREDICTIONS = {"epsilon": False, "v_prediction": True}
+# settings of a U-Net that a model of another kind has -> the only values here
+_PLAIN = {
+    "encoder_hid_dim_type": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text_time"),
+    "time_cond_proj_dim": (None,),
+}
+_COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+
+
+def is_pipeline(path: Path) -> bool:
+    """Return whether a folder is one in the layout of diffusers."""
+    return (path / "unet").is_dir() or (path / "model_index.json").is_file()
+
+
+def read_folder_marks(folder: Path) -> Marks:
+    """Return what the folder holds, by its parts and their configurations.
+
+    Raises CheckpointError saying what it is instead, or what is missing.
+    """
+    kind = _kind_of(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    schedule = _read_json(file) if file.is_file() else {}
+    prediction = schedule.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise CheckpointError(
+            f"{file}: the model predicts {prediction!r}; only epsilon and v_prediction can be used.", file
+        )
+    return Marks(kind, _PREDICTIONS[prediction], schedule.get("rescale_betas_zero_snr") is True)
+
+
+def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
+    """Plan how to load the folder's U-Net. files: closes what is opened."""
+    checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
+    config = _read_config(folder / "unet", UNet2DConditionModel, checkpoint.tensors)
+    for name, values in _PLAIN.items():
+        if config.get(name) not in values:
+            raise CheckpointError(
+                f"{folder / 'unet' / 'config.json'}: {name} is {config[name]!r}, which no Stable Diffusion "
+                f"1.x, 2.x or XL has{_is_lcm(name)}.\n  Give {GIVE}.",
+                folder,
+            )
+    channels = config.get("in_channels", 4)
+    if channels not in USES:
+        raise CheckpointError(
+            f"--ckpt {folder}: its U-Net takes {channels} channels; those that take 4 (pictures) "
+            "and 9 (inpainting) can be used.",
+            folder,
+        )
+    return LoadPlan(config, checkpoint, plain_sources(checkpoint))
+
+
+def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitStack) -> LoadPlan[VaeSizes]:
+    """Plan how to load the VAE of a folder with config.json and weights; files: closes what is opened."""
+    checkpoint = files.enter_context(open_part(folder, ("diffusion_pytorch_model",)))
+    config = _read_config(folder, AutoencoderKL, checkpoint.tensors)
+    levels = config.get("block_out_channels", ())
+    if config.get("latent_channels", 4) != LATENT_CHANNELS or len(levels) != LEVELS:
+        raise CheckpointError(
+            f"{option} {folder}: this VAE has {config.get('latent_channels', 4)} latent channels and "
+            f"{len(levels)} levels; those of Stable Diffusion have {LATENT_CHANNELS} and {LEVELS}.",
+            folder,
+        )
+    if config.get("latents_mean") is not None or config.get("shift_factor"):
+        raise CheckpointError(
+            f"{option} {folder}: this VAE moves its latents (latents_mean or shift_factor in config.json), "
+            "which those of Stable Diffusion do not.",
+            folder,
+        )
+    stated = config.get("scaling_factor", latent_scale)
+    if stated != latent_scale:
+        logger.warning(
+            "%s: its config.json says that latents are scaled by %s; the model was trained with %s, which is "
+            "used",
+            folder,
+            stated,
+            latent_scale,
+        )
+    own, sources = vae_sources(checkpoint)
+    return LoadPlan({**config, "scaling_factor": latent_scale}, own, sources)
+
+
+def read_folder_texts(folder: Path, kind: Kind, files: ExitStack) -> tuple[TextPlan, ...]:
+    """Plan how to load the folder's text encoders. files: closes what is opened."""
+    plans = []
+    for number, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
+        checkpoint = files.enter_context(open_part(folder / name, ("model", "pytorch_model")))
+        is_open_clip = kind is SD2 or number == 1
+        plans.append(read_folder_text(checkpoint, is_open_clip, is_projected=number == 1))
+    return tuple(plans)
+
+
+def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
+    """Open the weights of one network of a folder: safetensors before torch files, float32 before float16.
+
+    Raises CheckpointError if there are none, or as `open_checkpoint`.
+    """
+    for endings in (_ENDINGS, _OLD_ENDINGS):
+        for stem in stems:
+            for ending in endings:
+                if (folder / f"{stem}.{ending}").is_file():
+                    return open_checkpoint(folder / f"{stem}.{ending}")
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder.parent} is incomplete: there is no folder {folder.name} in it.", folder
+        )
+    return open_checkpoint(folder)  # another name; its message says what is here
+
+
+def _kind_of(folder: Path) -> Kind:
+    if not (folder / "unet").is_dir():
+        raise CheckpointError(
+            f"--ckpt {folder} has no folder unet{_named(folder)}.\n  Give {GIVE}.",
+            folder,
+        )
+    if (folder / "text_encoder_2").is_dir():
+        if (folder / "text_encoder").is_dir():
+            return SDXL
+        raise CheckpointError(
+            f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes pictures of the "
+            "base model, or its folder text_encoder is missing.\n  Give the folder of the base model.",
+            folder,
+        )
+    config = _read_json(folder / "text_encoder" / "config.json")
+    kind = str(config.get("model_type", "clip_text_model"))
+    if not kind.startswith("clip"):
+        raise CheckpointError(
+            f"--ckpt {folder}: its text encoder is a {kind}; those of Stable Diffusion 1.x, 2.x and XL are "
+            f"CLIP{_named(folder)}.\n  Give {GIVE}.",
+            folder,
+        )
+    # of all CLIPs in use only OpenAI's has this activation, and it is the value where config.json is silent
+    return SD1 if config.get("hidden_act", "quick_gelu") == "quick_gelu" else SD2
+
+
+def _named(folder: Path) -> str:
+    file = folder / "model_index.json"
+    name = _read_json(file).get("_class_name") if file.is_file() else None
+    return f"; its model_index.json names a {name}" if isinstance(name, str) else ""
+
+
+def _is_lcm(name: str) -> str:
+    is_lcm = name == "time_cond_proj_dim"
+    return " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
+
+
+def _read_config(folder: Path, network: Any, names: Collection[str]) -> dict[str, Any]:
+    """Return the settings of a network's config.json that its class in diffusers takes.
+
+    names: of the file's tensors, which bound the numbers of layers. Raises CheckpointError.
+    """
+    file = folder / "config.json"
+    config = _read_json(file)
+    if config.get("_class_name", network.__name__) != network.__name__:
+        raise CheckpointError(
+            f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n  Give {GIVE}.",
+            file,
+        )
+    known = inspect.signature(network.__init__).parameters
+    settings = {name: value for name, value in config.items() if name in known}
+    ignored = sorted(name for name in config.keys() - settings.keys() if not name.startswith("_"))
+    if ignored:
+        logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))
+    if any(_largest(settings.get(name)) > len(names) for name in _COUNTED):
+        raise CheckpointError(f"{file}: it has more layers than its file has tensors. Copy it again.", file)
+    return settings
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(read_text(file))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parents[1]} is incomplete: {file} is missing.", file) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", file) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is not a configuration. Copy it again.", file)
+    return found
+
+
+def _largest(value: Any) -> float:
+    """Return the largest number in a value of JSON; 0 if it has none."""
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int | float) else 0

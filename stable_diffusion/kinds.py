@@ -1,0 +1,143 @@
+"""Tell which kind of Stable Diffusion a checkpoint is, from the names of its tensors alone.
+
+Released single files have the names of the training code (LDM): the U-Net, the autoencoder and the text
+encoders each under a prefix, and the prefixes of the text encoders tell the kind.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.checkpoints.kinds import kind_of
+from modules.checkpoints.opening import open_checkpoint
+from modules.errors import CheckpointError, OptionError
+from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind
+from stable_diffusion.model_options import ModelOptions
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+EMA = "model_ema."  # averages of the U-Net that trainers keep; not used
+
+GIVE = (
+    "a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text encoders, or a folder"
+)
+
+# beginning of a tensor's name that only files of the kind have -> the kind
+_MARKS = (
+    ("conditioner.embedders.1.model.", SDXL),
+    ("cond_stage_model.model.", SD2),
+    ("cond_stage_model.transformer.", SD1),
+)
+# beginnings of names of models that share some of those -> what they are and why they cannot be used; the
+# first that fits counts
+_OTHERS = (
+    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which is another network"),
+    ("joint_blocks.", "the transformer of Stable Diffusion 3, which is another network"),
+    ("model.diffusion_model.double_blocks.", "FLUX or HunyuanVideo; their own scripts generate with it"),
+    ("double_blocks.", "FLUX or HunyuanVideo; their own scripts generate with it"),
+    ("model.diffusion_model.clf.", "Stable Cascade, which is another network"),
+    ("edm_mean", "Playground 2.5, whose noise follows another formula (EDM)"),
+    ("edm_vpred.", "CosXL, whose noise follows another formula (EDM)"),
+    ("depth_model.", "Stable Diffusion 2 with depth, which needs a depth map beside the picture"),
+    ("embedder.model.", "Stable unCLIP, whose U-Net takes the embedding of a picture"),
+    ("control_model.", "a ControlNet (--control_net_models)"),
+    ("lllite_unet", "a ControlNet-LLLite (--control_net_lllite_models)"),
+    ("lora_unet_", "a LoRA (--network_weights)"),
+    ("lora_te", "a LoRA (--network_weights)"),
+)
+_REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of the base model"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a single file says of itself beside its tensors' sizes."""
+
+    kind: Kind
+    predicts_velocity: bool
+    zero_terminal_snr: bool
+
+
+def read_marks(path: Path, names: Collection[str]) -> Marks:
+    """Return what a file with tensors of these names is.
+
+    Raises CheckpointError saying what it is instead, or which of its networks is missing.
+    """
+    kind = _kind_of(names)
+    other = _describe_other(names, kind)
+    if other is not None:
+        raise CheckpointError(f"--ckpt {path} is {other}.\n  Give {GIVE}.", path)
+    missing = [
+        what
+        for what, start in (("U-Net", UNET), ("VAE", VAE))
+        if not any(name.startswith(start) for name in names)
+    ]
+    if kind is None:
+        missing.append("text encoder")
+    if missing:
+        found = kind_of(names)
+        looks = f"; it looks like {found}" if found is not None else ""
+        raise CheckpointError(
+            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {GIVE}.",
+            path,
+        )
+    assert kind is not None
+    return Marks(kind, "v_pred" in names, "ztsnr" in names)
+
+
+def check_told(options: ModelOptions, kind: Kind) -> None:
+    """Raise OptionError if --v1, --v2 or --sdxl contradicts what the checkpoint is."""
+    told = next((each for each in KINDS if _is_told(options, each)), kind)
+    if told is not kind:
+        raise OptionError(
+            f"{_option(told)}: {options.ckpt} is {kind.words}, by its tensors. Leave {_option(told)} out, or "
+            f"give a checkpoint of {told.words}."
+        )
+
+
+def identify(path: Path) -> str | None:
+    """Describe a file or folder that is a checkpoint of this family; return None if it is not."""
+    try:
+        if path.is_dir():
+            is_folder = (path / "unet" / "config.json").is_file()
+            return f"it is a Stable Diffusion folder: {_command(path)}" if is_folder else None
+        with open_checkpoint(path) as checkpoint:
+            kind = _kind_of(checkpoint.tensors)
+            if kind is None or _describe_other(checkpoint.tensors, kind) is not None:
+                return None
+            return f"it is a {kind.words} checkpoint: {_command(path)}"
+    except (CheckpointError, OSError):
+        return None
+
+
+def _command(path: Path) -> str:
+    return f"python gen_img.py --ckpt {path}"
+
+
+def _kind_of(names: Iterable[str]) -> Kind | None:
+    starts = {".".join(name.split(".")[:4]) + "." for name in names if not name.startswith((UNET, VAE))}
+    return next((kind for mark, kind in _MARKS if _has(starts, mark)), None)
+
+
+def _describe_other(names: Collection[str], kind: Kind | None) -> str | None:
+    for mark, what in _OTHERS:
+        if _has(names, mark):
+            return what
+    if kind is None and _has(names, "conditioner.embedders.0.model."):
+        return _REFINER
+    if kind is SD2 and f"{UNET}label_emb.0.0.weight" in names:
+        return "Stable unCLIP, whose U-Net takes the embedding of a picture"
+    if kind is SD2 and f"{UNET}label_emb.weight" in names:
+        return "the upscaler of Stable Diffusion 2, which makes no pictures from text alone"
+    return None
+
+
+def _has(names: Iterable[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
+
+
+def _option(kind: Kind) -> str:
+    return {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[kind]
+
+
+def _is_told(options: ModelOptions, kind: Kind) -> bool:
+    return {SD1: options.v1, SD2: options.v2, SDXL: options.sdxl}[kind]

@@ -1,0 +1,171 @@
+"""The text encoders of a checkpoint: CLIP-L with Hugging Face's names, OpenCLIP's with its own.
+
+Both become the same network, `ClipText`. OpenCLIP's files have queries, keys and values in one tensor.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from encoders.clip_checkpoints import (
+    ClipTextConfig,
+    ClipUse,
+    clip_tokenizer_files,
+    plan_clip_text,
+    read_clip_text,
+)
+from modules.checkpoints.dialects import LoadPlan, Names, translate_name
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
+from modules.errors import CheckpointError
+from stable_diffusion.contract import SD1, SD2, Kind
+from stable_diffusion.kinds import GIVE
+
+CLIP_L = "conditioner.embedders.0.transformer."
+OPEN_CLIP = "conditioner.embedders.1.model."
+SD1_TEXT = "cond_stage_model.transformer."
+SD2_TEXT = "cond_stage_model.model."
+
+# OpenCLIP's ViT-H has 24 layers, of which SD 2.x was trained with the first 23
+SD2_LAYERS = 23
+
+USE = ClipUse(
+    option="--ckpt",
+    release=f"{GIVE}",
+    what="CLIP",
+    tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
+)
+
+_OPEN_CLIP_NAMES: Names = (
+    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_final\.(.+)", r"final_layer_norm.\1"),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(.+)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.+)", r"encoder.layers.\1.mlp.fc1.\2"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.+)", r"encoder.layers.\1.mlp.fc2.\2"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(.+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
+)
+_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+_BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where the projection of the pooled state is: C x C' once it is made."""
+
+    checkpoint: Checkpoint
+    source: TensorSource
+    width: int  # C'
+
+    def read(self) -> Tensor:
+        """Read it to the CPU, in the file's dtype."""
+        return self.source.make([self.checkpoint.read(name) for name in self.source.names]).contiguous()
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """How one text encoder is loaded."""
+
+    network: LoadPlan[ClipTextConfig]
+    is_open_clip: bool  # else CLIP-L
+    projection: Projection | None = None
+
+
+def read_texts(checkpoint: Checkpoint, kind: Kind) -> tuple[TextPlan, ...]:
+    """Plan how to load the text encoders of a single file.
+
+    Raises CheckpointError if one is missing or its tensors make no sense.
+    """
+    if kind is SD1:
+        return (_read_clip_l(checkpoint, SD1_TEXT),)
+    if kind is SD2:
+        plan = _read_open_clip(checkpoint, SD2_TEXT)
+        return (TextPlan(_without_unused_layer(plan.network), is_open_clip=True),)
+    return _read_clip_l(checkpoint, CLIP_L), _read_open_clip(checkpoint, OPEN_CLIP, is_projected=True)
+
+
+def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: bool) -> TextPlan:
+    """Plan how to load a text encoder of a diffusers folder, whose config.json is beside the file."""
+    plan = read_clip_text(checkpoint, USE)
+    projection = _projection(checkpoint, plan.config) if is_projected else None
+    return TextPlan(plan, is_open_clip, projection)
+
+
+def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
+    own = _part(checkpoint, prefix, "CLIP-L")
+    return TextPlan(read_clip_text(own, USE, {"hidden_act": "quick_gelu"}), is_open_clip=False)
+
+
+def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
+    own = _part(checkpoint, prefix, "OpenCLIP")
+    plan = plan_clip_text(own, _our_sources(own), {"hidden_act": "gelu"}, USE)
+    plan = replace(plan, ignore=(*plan.ignore, *_BESIDE_OPEN_CLIP))
+    return TextPlan(plan, True, _projection(own, plan.config) if is_projected else None)
+
+
+def _part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
+    """Return the tensors below a prefix, by names without it."""
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        raise CheckpointError(
+            f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"
+            f"  Give {GIVE}.",
+            checkpoint.path,
+        )
+    return checkpoint.without_prefix(prefix, others=("",))
+
+
+def _our_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
+    sources: dict[str, TensorSource] = {}
+    for name, source in plain_sources(checkpoint).items():
+        fused = _FUSED.fullmatch(name)
+        if fused is None:
+            sources[translate_name(name, _OPEN_CLIP_NAMES)] = source
+            continue
+        for number, part in enumerate("qkv"):
+            ours = f"encoder.layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"
+            sources[ours] = source.then(_third(number))
+    return sources
+
+
+def _third(number: int) -> Callable[[Tensor], Tensor]:
+    return lambda rows: rows.chunk(3)[number]
+
+
+def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:
+    """Leave the last layer out, which SD 2.x does not use, unless the file has left it out already."""
+    config = plan.config
+    if config.num_layers == SD2_LAYERS:
+        return plan
+    last = config.num_layers - 1
+    start = f"encoder.layers.{last}."
+    sources = {name: source for name, source in plan.sources.items() if not name.startswith(start)}
+    ignore = (*plan.ignore, f"transformer.resblocks.{last}.*")
+    return replace(plan, config=replace(config, num_layers=last), sources=sources, ignore=ignore)
+
+
+def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> Projection:
+    """Find the projection: OpenCLIP has C x C', a linear layer of Hugging Face's C' x C."""
+    for name, is_linear in (("text_projection", False), ("text_projection.weight", True)):
+        if name not in checkpoint.tensors:
+            continue
+        shape = checkpoint.tensors[name].shape
+        if len(shape) != 2 or shape[is_linear] != config.dim:
+            raise CheckpointError(
+                f"--ckpt {checkpoint.path}: its {name} has {' x '.join(map(str, shape))} numbers; the text "
+                f"encoder is {config.dim} wide. Copy the file again.",
+                checkpoint.path,
+            )
+        source = plain_sources(checkpoint)[name]
+        return Projection(checkpoint, source.then(Tensor.t) if is_linear else source, shape[not is_linear])
+    raise CheckpointError(
+        f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
+        f"  Give {GIVE}.",
+        checkpoint.path,
+    )
+
+
+def state_width(plans: tuple[TextPlan, ...]) -> int:
+    """Return the width of the states that the U-Net attends to: those of all encoders, side by side."""
+    return sum(plan.network.config.dim for plan in plans)

@@ -1,0 +1,134 @@
+"""The VAE of a checkpoint: names in released files and diffusers' folders, dimensions, network."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    checked_shapes_of,
+    count,
+    other_kind,
+    rename_sources,
+    translate_name,
+)
+from modules.checkpoints.norm_groups import check_groups, stated_groups
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
+from modules.errors import CheckpointError
+from stable_diffusion.kinds import VAE
+
+VaeSizes = Mapping[str, Any]  # keywords of diffusers' AutoencoderKL
+
+GROUPS = 32  # of all group norms, as released
+LEVELS = 4  # resolutions: 8 pixels are one latent pixel
+LATENT_CHANNELS = 4
+CONFIG_CLASSES = {"AutoencoderKL"}
+GIVE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
+
+# what files of a VAE alone carry besides: the loss of its training, averages
+IGNORED = ("loss.*", "model_ema.*")
+
+_RELEASED: Names = (
+    (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),
+    (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
+    (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),
+    (r"(encoder|decoder)\.mid\.attn_1\.norm\.(.+)", r"\1.mid_block.attentions.0.group_norm.\2"),
+    (r"(encoder|decoder)\.mid\.attn_1\.([qkv])\.(.+)", r"\1.mid_block.attentions.0.to_\2.\3"),
+    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(.+)", r"\1.mid_block.attentions.0.to_out.0.\2"),
+    (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.conv_norm_out.\2"),
+)
+_IN_LEVEL: Names = (
+    (r"(.+_blocks\.\d+)\.block\.(.+)", r"\1.resnets.\2"),
+    (r"(.+_blocks\.\d+)\.downsample\.(.+)", r"\1.downsamplers.0.\2"),
+    (r"(.+_blocks\.\d+)\.upsample\.(.+)", r"\1.upsamplers.0.\2"),
+)
+_SHORTCUT: Names = ((r"(.+)\.nin_shortcut\.(.+)", r"\1.conv_shortcut.\2"),)
+_OLD_ATTENTION: Names = (  # of diffusers before 0.17
+    (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
+    (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
+    (r"(.+\.attentions\.0)\.value\.(.+)", r"\1.to_v.\2"),
+    (r"(.+\.attentions\.0)\.proj_attn\.(.+)", r"\1.to_out.0.\2"),
+)
+
+
+def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPlan[VaeSizes]:
+    """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
+
+    option: what gave the file. latent_scale: goes into diffusers' configuration. Raises CheckpointError for
+    any other file.
+    """
+    own, sources = vae_sources(checkpoint)
+    wrong = other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE)
+    if (
+        "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
+        or "decoder.conv_in.weight" not in sources
+    ):
+        raise wrong
+    shape = checked_shapes_of(own, sources, wrong)
+    levels = {count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
+    channels = shape("decoder.conv_in.weight")[1]
+    if channels != LATENT_CHANNELS or levels != {LEVELS}:
+        raise CheckpointError(
+            f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
+            f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
+            f"{LATENT_CHANNELS} and {LEVELS}. It is of another model, or tensors are missing.\n"
+            f"  Give {GIVE}.",
+            checkpoint.path,
+        )
+    widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(LEVELS))
+    groups = stated_groups(checkpoint, CONFIG_CLASSES) or GROUPS
+    check_groups(checkpoint, widths, groups)
+    config = {
+        "in_channels": shape("encoder.conv_in.weight")[1],
+        "out_channels": shape("decoder.conv_out.weight")[0],
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
+        "up_block_types": ("UpDecoderBlock2D",) * LEVELS,
+        "layers_per_block": count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
+        "latent_channels": channels,
+        "norm_num_groups": groups,
+        "scaling_factor": latent_scale,
+        "use_quant_conv": "quant_conv.weight" in sources,
+        "use_post_quant_conv": "post_quant_conv.weight" in sources,
+        "mid_block_add_attention": any(".mid_block.attentions." in name for name in sources),
+    }
+    return LoadPlan(config, own, sources, IGNORED)
+
+
+def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
+    """Return the VAE's part of a file, and how its tensors are made, by diffusers' names."""
+    prefixes = (VAE, "vae.")
+    prefix = next(
+        (each for each in prefixes if any(name.startswith(each) for name in checkpoint.tensors)), ""
+    )
+    own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
+    stored = plain_sources(own)
+    levels = count(stored, r"decoder\.up\.\d+")
+    sources = rename_sources(stored, lambda name: _diffusers_name(name, levels))
+    for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
+        if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):
+            sources[name] = source.then(_as_matrix)
+    return own, sources
+
+
+def build_vae(sizes: VaeSizes) -> Any:
+    """Make diffusers' VAE of these dimensions."""
+    return AutoencoderKL(**sizes)
+
+
+def _diffusers_name(name: str, levels: int) -> str:
+    up = re.fullmatch(r"decoder\.up\.(\d{1,4})\.(.+)", name)
+    if up:  # the released names count the decoder's levels from the pixels
+        name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
+    for table in (_RELEASED, _IN_LEVEL, _SHORTCUT, _OLD_ATTENTION):
+        name = translate_name(name, table)
+    return name
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 2 else weight.flatten(1)
