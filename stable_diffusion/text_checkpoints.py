@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from encoders.clip_checkpoints import ClipTextConfig, ClipUse, clip_tokenizer_files, plan_clip_text, read_clip_text
+from encoders.clip_checkpoints import (
+    ClipTextConfig,
+    ClipUse,
+    clip_tokenizer_files,
+    plan_clip_text,
+    read_clip_text,
+)
 from modules.checkpoints.dialects import LoadPlan, Names, translate_name
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
@@ -27,7 +33,7 @@ SD2_LAYERS = 23
 
 USE = ClipUse(
     option="--ckpt",
-    release=f"{GIVE} in the layout of diffusers",
+    release=f"{GIVE}",
     what="CLIP",
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
@@ -104,7 +110,7 @@ def _part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"
-            f"  Give {GIVE} in the layout of diffusers.",
+            f"  Give {GIVE}.",
             checkpoint.path,
         )
     return checkpoint.without_prefix(prefix, others=("",))
@@ -155,7 +161,7 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> Projection:
         return Projection(checkpoint, source.then(Tensor.t) if is_linear else source, shape[not is_linear])
     raise CheckpointError(
         f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
-        f"  Give {GIVE} in the layout of diffusers.",
+        f"  Give {GIVE}.",
         checkpoint.path,
     )
 
@@ -163,4 +169,3 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> Projection:
 def state_width(plans: tuple[TextPlan, ...]) -> int:
     """Return the width of the states that the U-Net attends to: those of all encoders, side by side."""
     return sum(plan.network.config.dim for plan in plans)
-

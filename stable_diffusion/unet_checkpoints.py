@@ -44,7 +44,7 @@ def read_unet(checkpoint: Checkpoint, kind: Kind, pooled: int) -> LoadPlan[UnetS
     if in_channels not in USES:
         raise CheckpointError(
             f"--ckpt {checkpoint.path}: its U-Net takes {in_channels} channels; those that take 4 (pictures) "
-            f"and 9 (inpainting) can be used.\n  Give {GIVE} in the layout of diffusers.",
+            f"and 9 (inpainting) can be used.\n  Give {GIVE}.",
             checkpoint.path,
         )
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
@@ -63,7 +63,8 @@ def read_unet(checkpoint: Checkpoint, kind: Kind, pooled: int) -> LoadPlan[UnetS
         "up_block_types": tuple(_block_type(depths, "Up") for depths in up),
         "norm_num_groups": GROUPS,
         "cross_attention_dim": sizes.shape(f"{first}transformer_blocks.0.attn2.to_k.weight", 2)[1],
-        "use_linear_projection": len(checkpoint.tensors[sources[f"{first}proj_in.weight"].names[0]].shape) == 2
+        "use_linear_projection": len(checkpoint.tensors[sources[f"{first}proj_in.weight"].names[0]].shape)
+        == 2
         if f"{first}proj_in.weight" in sources
         else False,
         # diffusers' name for the number of heads
@@ -98,7 +99,7 @@ class _Sizes:
         """Return the error for a U-Net that cannot be one."""
         return CheckpointError(
             f"--ckpt {self.path}: its U-Net is not one of Stable Diffusion, or is damaged: {why}.\n"
-            f"  Give {GIVE} in the layout of diffusers.",
+            f"  Give {GIVE}.",
             self.path,
         )
 

@@ -1,4 +1,4 @@
-"""The VAE of a checkpoint: its names in released files and diffusers' folders, its dimensions, its network."""
+"""The VAE of a checkpoint: names in released files and diffusers' folders, dimensions, network."""
 
 import re
 from collections.abc import Mapping
@@ -64,16 +64,20 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
     """
     own, sources = vae_sources(checkpoint)
     wrong = other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE)
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
+    if (
+        "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
+        or "decoder.conv_in.weight" not in sources
+    ):
         raise wrong
-    shape = checked_shapes_of(checkpoint, sources, wrong)
+    shape = checked_shapes_of(own, sources, wrong)
     levels = {count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or levels != {LEVELS}:
         raise CheckpointError(
             f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
             f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
-            f"{LATENT_CHANNELS} and {LEVELS}. It is of another model, or tensors are missing.\n  Give {GIVE}.",
+            f"{LATENT_CHANNELS} and {LEVELS}. It is of another model, or tensors are missing.\n"
+            f"  Give {GIVE}.",
             checkpoint.path,
         )
     widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(LEVELS))
@@ -99,7 +103,9 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
     """Return the VAE's part of a file, and how its tensors are made, by diffusers' names."""
     prefixes = (VAE, "vae.")
-    prefix = next((each for each in prefixes if any(name.startswith(each) for name in checkpoint.tensors)), "")
+    prefix = next(
+        (each for each in prefixes if any(name.startswith(each) for name in checkpoint.tensors)), ""
+    )
     own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(own)
     levels = count(stored, r"decoder\.up\.\d+")
