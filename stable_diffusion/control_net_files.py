@@ -45,7 +45,10 @@ _OTHERS = (
         "a ControlNet for several tasks (Union), which is not supported",
     ),
     (r"(controlnet_x_embedder|controlnet_blocks)\..*", "a ControlNet of another family of models"),
-    (r"(unet\.)?up_blocks\.0\..*|(model\.diffusion_model\.)?output_blocks\.0\..*", "a model without ControlNet"),
+    (
+        r"(unet\.)?up_blocks\.0\..*|(model\.diffusion_model\.)?output_blocks\.0\..*",
+        "a model without ControlNet",
+    ),
 )
 
 _HINT = "controlnet_cond_embedding"  # the convolutions that the guide goes through
@@ -181,9 +184,7 @@ _AS_UNET = (
 )
 
 
-def _read_added(
-    shape: Any, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]
-) -> dict[str, Any]:
+def _read_added(shape: Any, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is configured of the sizes and of the pooled text that SDXL's networks are told."""
     if "add_embedding.linear_1.weight" not in sources:
         return {}
