@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import open_checkpoint
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
 from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
@@ -22,7 +22,10 @@ class Lllites:
     """The LLLites of a run."""
 
     def __init__(self, networks: Sequence[Lllite], uses: Sequence[ControlUse], model: Model) -> None:
-        """networks: on the model's device. uses: how each is used. Raises CheckpointError if one does not fit."""
+        """networks: on the model's device. uses: how each is used.
+
+        Raises CheckpointError if one does not fit the U-Net.
+        """
         self._uses, self._model = uses, model
         self._layers = [
             _layers_of(network, use, model.unet) for network, use in zip(networks, uses, strict=True)
@@ -33,11 +36,17 @@ class Lllites:
     def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
         """Hang them in for a batch of pictures of that size, out at the end; yield None if it has no guides.
 
-        Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
+        Raises OptionError if a picture has another number of guides or wants Deep Shrink, MediaError if a
+        guide cannot be read.
         """
         if not any(picture.guides for picture in pictures):
             yield None
             return
+        if pictures[0].settings.deep_shrink is not None:
+            raise OptionError(
+                f"{pictures[0].label}: Deep Shrink and {OPTION} do not work together, as the sizes of features "
+                "differ: leave one of them out, or take a ControlNet."
+            )
         guides = BatchGuides(self._images, pictures, width, height)
         acts = [_Acts(use) for use in self._uses]
 
@@ -117,8 +126,8 @@ def check_lllites(options: ControlOptions, kind: Kind) -> None:
     for use in options.uses if options.control_net_lllite_models else ():
         if kind is not SDXL:
             raise CheckpointError(
-                f"{OPTION} {use.path}: ControlNet-LLLite is for {SDXL.words}, but --ckpt is {kind.words}. Give "
-                f"a checkpoint of {SDXL.words}, or a ControlNet to --control_net_models.",
+                f"{OPTION} {use.path}: ControlNet-LLLite is for {SDXL.words}, but --ckpt is {kind.words}. "
+                f"Give a checkpoint of {SDXL.words}, or a ControlNet to --control_net_models.",
                 use.path,
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:

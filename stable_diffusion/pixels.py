@@ -44,10 +44,7 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
     Pictures are encoded one by one, so that none depends on its batch.
     """
     return torch.cat(
-        [
-            _sample(model, each[None], generator)
-            for each, generator in zip(pixels, generators, strict=True)
-        ]
+        [_sample(model, each[None], generator) for each, generator in zip(pixels, generators, strict=True)]
     )
 
 
@@ -85,7 +82,10 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return how many of `count` pictures the autoencoder takes at once. size: --vae_batch_size; None: all."""
+    """Return how many of `count` pictures the autoencoder takes at once.
+
+    size: --vae_batch_size; None: all.
+    """
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)
