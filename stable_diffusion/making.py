@@ -3,7 +3,7 @@
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
+from stable_diffusion.deep_shrink import DeepShrinks
+from stable_diffusion.gradual_latent import begin_small, check_batch
 from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
 from stable_diffusion.pixels import decode_latents
 from stable_diffusion.regions import Regions, join_parts, split_parts
@@ -115,11 +117,18 @@ class Maker:
             generators_of(pictures),
             strength_of(pictures[0], start),
         )
+        gradual = settings.gradual_latent
+        if gradual is not None:
+            check_batch(pictures, options.sampler)
         section_texts = self._encode(pictures)
         beginning = begin(self.model, pictures, start, sampler, options.noise)
+        if gradual is not None:
+            small, growing = begin_small(beginning.latents, sampler, gradual)
+            beginning = replace(beginning, latents=small, sampler=growing)
         with ExitStack() as stack:
             stack.enter_context(self._multiplied(settings))
-            makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
+            # Deep Shrink fits what ControlNets add to the features, so it comes after them
+            makers = [*self.ideas, DeepShrinks(self.model.unet), *([self.regions] if self.regions else [])]
             ideas = [
                 stack.enter_context(maker.for_batch(pictures, settings.width, settings.height))
                 for maker in makers
