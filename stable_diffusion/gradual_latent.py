@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d, interpolate, pad
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from stable_diffusion.contract import GradualLatent, Picture, Unsharp
-from stable_diffusion.samplers import SchedulerSolver
+from stable_diffusion.samplers import Sampler, SchedulerSolver
 from stable_diffusion.starting import is_masked
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,7 @@ def shrink_start(latents: Tensor, gradual: GradualLatent) -> Tensor:
     return resize(latents, size_at(_size(latents), gradual.ratio))
 
 
-def begin_small(
-    latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatent
-) -> tuple[Tensor, SchedulerSolver | "GradualSolver"]:
+def begin_small(latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatent) -> tuple[Tensor, Sampler]:
     """Return what denoising begins with, B C 1 h w, in its first size, and the sampler that makes it grow.
 
     If no step is made, all stays as it is. Raises OptionError as `GradualSolver.make`.
