@@ -17,7 +17,6 @@ from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
-from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.gradual_latent import begin_small, check_batch
 from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
 from stable_diffusion.pixels import decode_latents
@@ -105,6 +104,9 @@ class Maker:
     def _make_group(self, pictures: Sequence[Picture], start: Start | None) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
         settings, options = pictures[0].settings, self.sampling
+        gradual = settings.gradual_latent
+        if gradual is not None:
+            check_batch(pictures, options.sampler)
         scheduler = make_scheduler(
             options.sampler,
             self.model.predicts_velocity,
@@ -117,9 +119,6 @@ class Maker:
             generators_of(pictures),
             strength_of(pictures[0], start),
         )
-        gradual = settings.gradual_latent
-        if gradual is not None:
-            check_batch(pictures, options.sampler)
         section_texts = self._encode(pictures)
         beginning = begin(self.model, pictures, start, sampler, options.noise)
         if gradual is not None:
@@ -127,8 +126,7 @@ class Maker:
             beginning = replace(beginning, latents=small, sampler=growing)
         with ExitStack() as stack:
             stack.enter_context(self._multiplied(settings))
-            # Deep Shrink fits what ControlNets add to the features, so it comes after them
-            makers = [*self.ideas, DeepShrinks(self.model.unet), *([self.regions] if self.regions else [])]
+            makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
             ideas = [
                 stack.enter_context(maker.for_batch(pictures, settings.width, settings.height))
                 for maker in makers
