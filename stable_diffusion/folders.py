@@ -145,7 +145,9 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
                 if (folder / f"{stem}.{ending}").is_file():
                     return open_checkpoint(folder / f"{stem}.{ending}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder.parent} is incomplete: there is no folder {folder.name} in it.", folder)
+        raise CheckpointError(
+            f"{folder.parent} is incomplete: there is no folder {folder.name} in it.", folder
+        )
     return open_checkpoint(folder)  # another name; its message says what is here
 
 

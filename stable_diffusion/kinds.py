@@ -18,7 +18,9 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 EMA = "model_ema."  # averages of the U-Net that trainers keep; not used
 
-GIVE = "a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text encoders, or a folder"
+GIVE = (
+    "a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text encoders, or a folder"
+)
 
 # beginning of a tensor's name that only files of the kind have -> the kind
 _MARKS = (
@@ -63,9 +65,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
     kind = _kind_of(names)
     other = _describe_other(names, kind)
     if other is not None:
-        raise CheckpointError(
-            f"--ckpt {path} is {other}.\n  Give {GIVE} in the layout of diffusers.", path
-        )
+        raise CheckpointError(f"--ckpt {path} is {other}.\n  Give {GIVE} in the layout of diffusers.", path)
     missing = [
         what
         for what, start in (("U-Net", UNET), ("VAE", VAE))

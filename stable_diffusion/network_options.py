@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import check_at_least, check_at_most
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,13 @@ class NetworkOptions:
             "--network_regional_mask_max_color_codes",
             self.network_regional_mask_max_color_codes,
             1,
-            "the number of colours of the mask",
+            "the number of colours of the mask, 1 to 7",
+        )
+        check_at_most(
+            "--network_regional_mask_max_color_codes",
+            self.network_regional_mask_max_color_codes,
+            7,
+            "the number of colours of the mask, 1 to 7",
         )
 
 
@@ -74,6 +80,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--network_regional_mask_max_color_codes",
         type=int,
-        help="the mask of regions (--guide_image_path) has up to this many regions, as binary codes of red, "
-        "green and blue; usually red, green and blue are a region each",
+        help="the mask of regions (--mask_path, prompts with AND) has this many regions, each of one colour: "
+        "red 1, green 2, yellow 3, blue 4, magenta 5, cyan 6, white 7; usually red, green and blue are a "
+        "region each, and their values weights",
     )

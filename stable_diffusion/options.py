@@ -39,6 +39,16 @@ class GenImgOptions:
     def __post_init__(self) -> None:
         if self.output.use_original_file_name and self.prompts.image_path is None:
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
+        if self.highres.highres_fix_scale is not None and self.prompts.image_path is not None:
+            raise OptionError(
+                "--highres_fix_scale makes pictures from text in two stages, --image_path makes them from a "
+                "picture. Leave one out"
+            )
+        if self.prompts.mask_path and not (self.prompts.image_path or self.networks.network_weights):
+            raise OptionError(
+                "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
+                "it shows"
+            )
         check_control(
             self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
         )

@@ -44,10 +44,7 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
     Pictures are encoded one by one, so that none depends on its batch.
     """
     return torch.cat(
-        [
-            _sample(model, each[None], generator)
-            for each, generator in zip(pixels, generators, strict=True)
-        ]
+        [_sample(model, each[None], generator) for each, generator in zip(pixels, generators, strict=True)]
     )
 
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from encoders.clip_checkpoints import ClipTextConfig, ClipUse, clip_tokenizer_files, plan_clip_text, read_clip_text
+from encoders.clip_checkpoints import (
+    ClipTextConfig,
+    ClipUse,
+    clip_tokenizer_files,
+    plan_clip_text,
+    read_clip_text,
+)
 from modules.checkpoints.dialects import LoadPlan, Names, translate_name
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
@@ -163,4 +169,3 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> Projection:
 def state_width(plans: tuple[TextPlan, ...]) -> int:
     """Return the width of the states that the U-Net attends to: those of all encoders, side by side."""
     return sum(plan.network.config.dim for plan in plans)
-

@@ -63,7 +63,8 @@ def read_unet(checkpoint: Checkpoint, kind: Kind, pooled: int) -> LoadPlan[UnetS
         "up_block_types": tuple(_block_type(depths, "Up") for depths in up),
         "norm_num_groups": GROUPS,
         "cross_attention_dim": sizes.shape(f"{first}transformer_blocks.0.attn2.to_k.weight", 2)[1],
-        "use_linear_projection": len(checkpoint.tensors[sources[f"{first}proj_in.weight"].names[0]].shape) == 2
+        "use_linear_projection": len(checkpoint.tensors[sources[f"{first}proj_in.weight"].names[0]].shape)
+        == 2
         if f"{first}proj_in.weight" in sources
         else False,
         # diffusers' name for the number of heads

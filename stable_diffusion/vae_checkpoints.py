@@ -64,7 +64,10 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
     """
     own, sources = vae_sources(checkpoint)
     wrong = other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE)
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
+    if (
+        "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
+        or "decoder.conv_in.weight" not in sources
+    ):
         raise wrong
     shape = checked_shapes_of(checkpoint, sources, wrong)
     levels = {count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
@@ -99,7 +102,9 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
     """Return the VAE's part of a file, and how its tensors are made, by diffusers' names."""
     prefixes = (VAE, "vae.")
-    prefix = next((each for each in prefixes if any(name.startswith(each) for name in checkpoint.tensors)), "")
+    prefix = next(
+        (each for each in prefixes if any(name.startswith(each) for name in checkpoint.tensors)), ""
+    )
     own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(own)
     levels = count(stored, r"decoder\.up\.\d+")
