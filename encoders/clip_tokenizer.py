@@ -73,6 +73,32 @@ def load_clip_tokenizer(files: TokenizerFiles, path: Path | None, encoder: Path)
     return ClipTokenizer(tokenize, around[1])
 
 
+@dataclass(frozen=True)
+class ClipWords:
+    """Turn text into token ids, however many, without start and end; and the ids of those."""
+
+    tokenize: Callable[[str], list[int]]
+    start: int
+    end: int
+
+
+def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
+    """Load CLIP's tokenizer from a file that was found, without truncation.
+
+    Raises CheckpointError if it cannot be read or has no start or end token.
+    """
+    tokenizer = _read_clip(files, file)
+    start, end = (tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
+    if start is None or end is None:
+        raise files.unreadable(file, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return ClipWords(tokenize, start, end)
+
+
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or vocab.json with merges.txt."""
     merges = _merges_of(file)

@@ -82,12 +82,13 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
         if config.get(name) not in values:
             raise CheckpointError(
                 f"{folder / 'unet' / 'config.json'}: {name} is {config[name]!r}, which no Stable Diffusion "
-                f"1.x, 2.x or XL has{_is_lcm(name)}.\n  Give {GIVE} in the layout of diffusers.",
+                f"1.x, 2.x or XL has{_is_lcm(name)}.\n  Give {GIVE}.",
                 folder,
             )
-    if config.get("in_channels", 4) not in USES:
+    channels = config.get("in_channels", 4)
+    if channels not in USES:
         raise CheckpointError(
-            f"--ckpt {folder}: its U-Net takes {config['in_channels']} channels; those that take 4 (pictures) "
+            f"--ckpt {folder}: its U-Net takes {channels} channels; those that take 4 (pictures) "
             "and 9 (inpainting) can be used.",
             folder,
         )
@@ -154,15 +155,15 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
 def _kind_of(folder: Path) -> Kind:
     if not (folder / "unet").is_dir():
         raise CheckpointError(
-            f"--ckpt {folder} has no folder unet{_named(folder)}.\n  Give {GIVE} in the layout of diffusers.",
+            f"--ckpt {folder} has no folder unet{_named(folder)}.\n  Give {GIVE}.",
             folder,
         )
     if (folder / "text_encoder_2").is_dir():
         if (folder / "text_encoder").is_dir():
             return SDXL
         raise CheckpointError(
-            f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes pictures of the base "
-            "model, or its folder text_encoder is missing.\n  Give the folder of the base model.",
+            f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes pictures of the "
+            "base model, or its folder text_encoder is missing.\n  Give the folder of the base model.",
             folder,
         )
     config = _read_json(folder / "text_encoder" / "config.json")
@@ -170,7 +171,7 @@ def _kind_of(folder: Path) -> Kind:
     if not kind.startswith("clip"):
         raise CheckpointError(
             f"--ckpt {folder}: its text encoder is a {kind}; those of Stable Diffusion 1.x, 2.x and XL are "
-            f"CLIP{_named(folder)}.\n  Give {GIVE} in the layout of diffusers.",
+            f"CLIP{_named(folder)}.\n  Give {GIVE}.",
             folder,
         )
     # of all CLIPs in use only OpenAI's has this activation, and it is the value where config.json is silent
@@ -197,8 +198,7 @@ def _read_config(folder: Path, network: Any, names: Collection[str]) -> dict[str
     config = _read_json(file)
     if config.get("_class_name", network.__name__) != network.__name__:
         raise CheckpointError(
-            f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n"
-            f"  Give {GIVE} in the layout of diffusers.",
+            f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n  Give {GIVE}.",
             file,
         )
     known = inspect.signature(network.__init__).parameters

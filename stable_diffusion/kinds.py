@@ -4,7 +4,7 @@ Released single files have the names of the training code (LDM): the U-Net, the 
 encoders each under a prefix, and the prefixes of the text encoders tell the kind.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
     kind = _kind_of(names)
     other = _describe_other(names, kind)
     if other is not None:
-        raise CheckpointError(f"--ckpt {path} is {other}.\n  Give {GIVE} in the layout of diffusers.", path)
+        raise CheckpointError(f"--ckpt {path} is {other}.\n  Give {GIVE}.", path)
     missing = [
         what
         for what, start in (("U-Net", UNET), ("VAE", VAE))
@@ -77,8 +77,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
         found = kind_of(names)
         looks = f"; it looks like {found}" if found is not None else ""
         raise CheckpointError(
-            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n"
-            f"  Give {GIVE} in the layout of diffusers.",
+            f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {GIVE}.",
             path,
         )
     assert kind is not None

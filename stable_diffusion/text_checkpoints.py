@@ -33,7 +33,7 @@ SD2_LAYERS = 23
 
 USE = ClipUse(
     option="--ckpt",
-    release=f"{GIVE} in the layout of diffusers",
+    release=f"{GIVE}",
     what="CLIP",
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
@@ -110,7 +110,7 @@ def _part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"
-            f"  Give {GIVE} in the layout of diffusers.",
+            f"  Give {GIVE}.",
             checkpoint.path,
         )
     return checkpoint.without_prefix(prefix, others=("",))
@@ -161,7 +161,7 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> Projection:
         return Projection(checkpoint, source.then(Tensor.t) if is_linear else source, shape[not is_linear])
     raise CheckpointError(
         f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
-        f"  Give {GIVE} in the layout of diffusers.",
+        f"  Give {GIVE}.",
         checkpoint.path,
     )
 

@@ -44,7 +44,7 @@ def read_unet(checkpoint: Checkpoint, kind: Kind, pooled: int) -> LoadPlan[UnetS
     if in_channels not in USES:
         raise CheckpointError(
             f"--ckpt {checkpoint.path}: its U-Net takes {in_channels} channels; those that take 4 (pictures) "
-            f"and 9 (inpainting) can be used.\n  Give {GIVE} in the layout of diffusers.",
+            f"and 9 (inpainting) can be used.\n  Give {GIVE}.",
             checkpoint.path,
         )
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
@@ -99,7 +99,7 @@ class _Sizes:
         """Return the error for a U-Net that cannot be one."""
         return CheckpointError(
             f"--ckpt {self.path}: its U-Net is not one of Stable Diffusion, or is damaged: {why}.\n"
-            f"  Give {GIVE} in the layout of diffusers.",
+            f"  Give {GIVE}.",
             self.path,
         )
 

@@ -1,4 +1,4 @@
-"""The VAE of a checkpoint: its names in released files and diffusers' folders, its dimensions, its network."""
+"""The VAE of a checkpoint: names in released files and diffusers' folders, dimensions, network."""
 
 import re
 from collections.abc import Mapping
@@ -69,14 +69,15 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
         or "decoder.conv_in.weight" not in sources
     ):
         raise wrong
-    shape = checked_shapes_of(checkpoint, sources, wrong)
+    shape = checked_shapes_of(own, sources, wrong)
     levels = {count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or levels != {LEVELS}:
         raise CheckpointError(
             f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
             f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
-            f"{LATENT_CHANNELS} and {LEVELS}. It is of another model, or tensors are missing.\n  Give {GIVE}.",
+            f"{LATENT_CHANNELS} and {LEVELS}. It is of another model, or tensors are missing.\n"
+            f"  Give {GIVE}.",
             checkpoint.path,
         )
     widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(LEVELS))

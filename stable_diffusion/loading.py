@@ -1,0 +1,309 @@
+"""Load a checkpoint: what it is, its networks onto the device, its tokenizers.
+
+Everything is planned and compared first, so that a wrong or damaged file costs no loading: dimensions, names
+and shapes of all tensors, tokenizers, the package for attention.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import XFormersAttnProcessor
+from torch import Tensor
+
+from encoders.clip_layers import check_activation
+from encoders.clip_text import ClipText
+from encoders.clip_tokenizer import ClipWords
+from modules.attention.attend import check_backend
+from modules.attention.options import AttentionChoice
+from modules.checkpoints.dialects import LoadPlan, load_planned
+from modules.checkpoints.hub_folders import find_model_folder
+from modules.checkpoints.opening import SUFFIXES, open_checkpoint
+from modules.devices import dtype_name
+from modules.errors import CheckpointError, OptionError
+from stable_diffusion.contract import SD2, SDXL, Kind, Model, TextTower
+from stable_diffusion.folders import (
+    PATTERNS,
+    is_pipeline,
+    read_folder_marks,
+    read_folder_texts,
+    read_folder_unet,
+    read_folder_vae,
+)
+from stable_diffusion.kinds import EMA, GIVE, UNET, Marks, check_told, read_marks
+from stable_diffusion.model_options import ModelOptions
+from stable_diffusion.text_checkpoints import TextPlan, read_texts, state_width
+from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
+from stable_diffusion.unet_checkpoints import SIZE_NUMBERS, UnetSizes, build_unet, read_unet
+from stable_diffusion.vae_bands import band_convolutions
+from stable_diffusion.vae_checkpoints import VaeSizes, build_vae, read_vae
+
+logger = logging.getLogger(__name__)
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A checkpoint whose files are open and whose networks are planned."""
+
+    path: Path
+    marks: Marks
+    unet: LoadPlan[UnetSizes]
+    vae: LoadPlan[VaeSizes]
+    texts: tuple[TextPlan, ...]
+
+    @property
+    def kind(self) -> Kind:
+        return self.marks.kind
+
+
+def load_model(options: ModelOptions, device: torch.device) -> Model:
+    """Load the checkpoint of --ckpt with what the other options change, in evaluation mode.
+
+    Raises OptionError or CheckpointError, before anything is loaded, if the options contradict the file or a
+    file is damaged or of another kind.
+    """
+    dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
+    vae_dtype = torch.float32 if options.no_half_vae else dtype
+    if options.xformers or options.diffusers_xformers:
+        check_backend(AttentionChoice("xformers"), device, lambda: dtype, training=True)  # names --xformers
+    with ExitStack() as files:
+        release = open_release(options, files)
+        tokenizers = find_tokenizers(
+            options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
+        )
+        for words, plan in zip(tokenizers, release.texts, strict=True):
+            check_vocabulary(words, plan.network.config.vocabulary, release.path)
+        networks = _build(release)
+        _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
+        _log(release, dtype, vae_dtype)
+        _fill(networks, release, device, dtype, vae_dtype)
+        projections = [_read_projection(plan, device, dtype) for plan in release.texts]
+    towers = tuple(
+        _tower(release, number, network, words, projection)
+        for number, (network, words, projection) in enumerate(
+            zip(networks.texts, tokenizers, projections, strict=True)
+        )
+    )
+    _set_up(options, networks.unet, networks.vae)
+    return Model(
+        kind=release.kind,
+        path=release.path,
+        unet=networks.unet,
+        vae=networks.vae,
+        texts=towers,
+        predicts_velocity=release.marks.predicts_velocity or options.v_parameterization,
+        zero_terminal_snr=release.marks.zero_terminal_snr,
+        device=device,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+    )
+
+
+def open_release(options: ModelOptions, files: ExitStack) -> Release:
+    """Find and open the files of --ckpt and --vae, and plan how their networks are loaded.
+
+    files: closes them. Raises OptionError if an option contradicts them, CheckpointError if they cannot be
+    used.
+    """
+    path = find_checkpoint(options.ckpt)
+    if path.is_dir():
+        marks = read_folder_marks(path)
+        check_told(options, marks.kind)
+        _check_prediction(options, marks, path)
+        texts = read_folder_texts(path, marks.kind, files)
+        unet = read_folder_unet(path, files)
+        vae = _read_vae(
+            options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", marks, files
+        )
+    else:
+        checkpoint = files.enter_context(open_checkpoint(path))
+        marks = read_marks(path, checkpoint.tensors)
+        check_told(options, marks.kind)
+        _log_marks(checkpoint.tensors, marks, path)
+        texts = read_texts(checkpoint, marks.kind)
+        own = checkpoint.without_prefix(UNET, others=("",))
+        unet = read_unet(own, marks.kind, _pooled(texts))
+        vae = (
+            read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
+            if options.vae is None
+            else _read_vae(options.vae, "--vae", marks, files)
+        )
+    release = Release(path, marks, unet, vae, texts)
+    _check_together(release)
+    return release
+
+
+def find_checkpoint(ckpt: Path) -> Path:
+    """Return the file or folder that --ckpt names; `owner/name`, if not here, is fetched from the hub.
+
+    Raises CheckpointError if there is none, or the folder is none of diffusers.
+    """
+    if ckpt.is_dir():
+        if is_pipeline(ckpt):
+            return ckpt
+        found = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it holds {found})."
+            f"\n  Give {GIVE}.",
+            ckpt,
+        )
+    if ckpt.exists() or ckpt.suffix.lower() in SUFFIXES or ckpt.as_posix().count("/") != 1:
+        return ckpt  # if it is missing, opening it says so
+    return find_model_folder("--ckpt", ckpt.as_posix(), PATTERNS)
+
+
+def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPlan[VaeSizes]:
+    if path.is_dir():
+        inner = path / "vae"
+        folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
+        return read_folder_vae(folder, option, marks.kind.latent_scale, files)
+    if not path.exists() and path.suffix.lower() not in SUFFIXES and path.as_posix().count("/") == 1:
+        path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
+        return _read_vae(path, option, marks, files)
+    checkpoint = files.enter_context(open_checkpoint(path))
+    return read_vae(checkpoint, option, marks.kind.latent_scale)
+
+
+PATTERNS_VAE = ("config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/*.safetensors")
+
+
+def _check_prediction(options: ModelOptions, marks: Marks, folder: Path) -> None:
+    has_config = (folder / "scheduler" / "scheduler_config.json").is_file()
+    if options.v_parameterization and has_config and not marks.predicts_velocity:
+        raise OptionError(
+            f"--v_parameterization: the scheduler/scheduler_config.json of {folder} says that the model "
+            'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is wrong'
+        )
+
+
+def _log_marks(names: Any, marks: Marks, path: Path) -> None:
+    averages = sum(name.startswith(EMA) for name in names)
+    if averages:
+        logger.info(
+            "%s: %d averaged tensors (model_ema.) are not used; the U-Net beside them is", path, averages
+        )
+    if marks.predicts_velocity:
+        also = " with a zero terminal SNR" if marks.zero_terminal_snr else ""
+        logger.info("%s says that it predicts v%s", path, also)
+
+
+def _pooled(texts: tuple[TextPlan, ...]) -> int:
+    projection = texts[-1].projection
+    return 0 if projection is None else projection.width
+
+
+def _check_together(release: Release) -> None:
+    """Raise CheckpointError if the text encoders' states do not fit the U-Net."""
+    config, path = release.unet.config, release.path
+    taken, width = config.get("cross_attention_dim", 1280), state_width(release.texts)
+    if taken != width:
+        raise CheckpointError(
+            f"--ckpt {path}: its U-Net takes text states of {taken} numbers, its text encoders give {width}. "
+            "Parts of different models were joined.",
+            path,
+        )
+    if release.kind is SDXL:
+        pooled = _pooled(release.texts)
+        needed = pooled + SIZE_NUMBERS * (config.get("addition_time_embed_dim") or 0)
+        taken_beside = config.get("projection_class_embeddings_input_dim")
+        if taken_beside != needed:
+            raise CheckpointError(
+                f"--ckpt {path}: its U-Net takes {taken_beside} numbers beside the text, its second text "
+                f"encoder and {SIZE_NUMBERS} sizes make {needed}. Parts of different models were joined.",
+                path,
+            )
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a checkpoint: diffusers' U-Net and VAE, and our text encoders."""
+
+    unet: Any
+    vae: Any
+    texts: tuple[ClipText, ...]
+
+
+def _build(release: Release) -> Networks:
+    """Make all networks on the meta device."""
+    for plan in release.texts:
+        check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
+    with META:
+        return Networks(
+            _explain(build_unet, release.unet),
+            _explain(build_vae, release.vae),
+            tuple(ClipText(plan.network.config) for plan in release.texts),
+        )
+
+
+def _fill(
+    networks: Networks, release: Release, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> None:
+    """Fill all networks from the open files; on the meta device nothing is read, but all is compared."""
+    for network, text in zip(networks.texts, release.texts, strict=True):
+        _fill_one(network, text.network, device, dtype, "the text encoder of --ckpt")
+    _fill_one(networks.unet, release.unet, device, dtype, "the U-Net of --ckpt")
+    _fill_one(networks.vae, release.vae, device, vae_dtype, "the VAE")
+
+
+def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: torch.dtype, what: str) -> None:
+    load_planned(plan, lambda _: network, device, dtype, what).requires_grad_(False)
+
+
+def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
+    """Build a network, with a CheckpointError in place of what diffusers raises for odd settings."""
+    try:
+        return build(plan.config)
+    except Exception as error:  # of many classes; all mean that the dimensions do not go together
+        raise CheckpointError(
+            f"{plan.checkpoint.path}: diffusers cannot build a network of these dimensions "
+            f"({type(error).__name__}: {error}). The file or the config.json beside it is damaged.",
+            plan.checkpoint.path,
+        ) from error
+
+
+def _read_projection(plan: TextPlan, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    return None if plan.projection is None else plan.projection.read().to(device, dtype)
+
+
+def _tower(
+    release: Release, number: int, network: ClipText, words: ClipWords, projection: Tensor | None
+) -> TextTower:
+    return TextTower(
+        network=network,
+        tokenize=words.tokenize,
+        start=words.start,
+        end=words.end,
+        pad=OPEN_CLIP_PAD if release.texts[number].is_open_clip else words.end,
+        lora_prefix=release.kind.lora_prefixes[number],
+        projection=projection,
+        missing_layers=1 if release.kind is SD2 else 0,
+    )
+
+
+def _set_up(options: ModelOptions, unet: Any, vae: Any) -> None:
+    """Apply the options that change how networks compute, not what."""
+    if options.xformers or options.diffusers_xformers:
+        unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
+    if options.diffusers_xformers:
+        vae.set_attn_processor(XFormersAttnProcessor())
+    if options.opt_channels_last:
+        for network in (unet, vae):
+            network.to(memory_format=torch.channels_last)
+    if options.vae_slices is not None and options.vae_slices > 1:
+        band_convolutions(vae, options.vae_slices)
+
+
+def _log(release: Release, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
+    what = release.kind.words + (", inpainting" if release.unet.config.get("in_channels") == 9 else "")
+    logger.info("Loading %s: %s, as %s, VAE as %s", release.path, what, *map(dtype_name, (dtype, vae_dtype)))
+    if release.kind is SDXL and vae_dtype == torch.float16:
+        logger.warning(
+            "The VAE of Stable Diffusion XL overflows in float16 and then makes black pictures, unless it is "
+            "the fixed one (madebyollin/sdxl-vae-fp16-fix, with --vae). Add --no_half_vae if that happens"
+        )
