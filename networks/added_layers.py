@@ -28,6 +28,11 @@ class Place:
     leaf: str = "weight"
 
     @property
+    def module_path(self) -> str:
+        """Path of the module, or of a parameter of another name than `weight`."""
+        return self.path.removesuffix(".weight")
+
+    @property
     def parameter(self) -> Tensor:
         found = getattr(self.module, self.leaf)
         assert isinstance(found, Tensor)

@@ -25,13 +25,13 @@ class Kind:
     words: str  # for messages: "Stable Diffusion 1.x"
     latent_scale: float  # a latent is the autoencoder's times this
     size: int  # usual width and height, pixels
-    clip_skip: int  # if nothing is said: after which layer of a text encoder its states count, from the end
+    # if nothing is said: after which layer of the released text encoder its states count, from the end
+    clip_skip: int
     lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
 
 
 SD1 = Kind("sd1", "Stable Diffusion 1.x", 0.18215, 512, 1, ("lora_te",))
-# its text encoder is loaded without the last of 24 layers, as it was trained: so 1 is the released one's 2
-SD2 = Kind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 1, ("lora_te",))
+SD2 = Kind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 2, ("lora_te",))
 SDXL = Kind("sdxl", "Stable Diffusion XL", 0.13025, 1024, 2, ("lora_te1", "lora_te2"))
 KINDS = (SD1, SD2, SDXL)
 
@@ -47,6 +47,8 @@ class TextTower:
     pad: int  # what fills up the last chunk: `end`, or 0 in OpenCLIP's encoders
     lora_prefix: str
     projection: Tensor | None = None  # C x C' of the pooled state; None: there is none
+    # of the released network, at its end, which are not loaded: 1 for SD 2, which was trained without it
+    missing_layers: int = 0
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ Shrink", 2023. Depths count the U-Net's input blocks as the released files numbe
 convolution, then each residual block (with its attention) and each halving is one more.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from stable_diffusion.contract import DeepShrink, Idea, Picture, UnetCall
+
+logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # height, width
 
@@ -35,6 +38,12 @@ class DeepShrinks:
         if shrink is None:
             yield None
             return
+        if shrink.depth_2 is not None and shrink.timestep_2 >= shrink.timestep_1:
+            logger.warning(
+                "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
+                "(%d). Give a lower --ds_timesteps_2.",
+                *(pictures[0].label, shrink.timestep_1, shrink.timestep_2),
+            )
         shrinking = _Shrinking(shrink, input_blocks(self.unet))
         _check_depths(shrink, len(shrinking.blocks))
         with ExitStack() as stack:
@@ -47,8 +56,8 @@ def _check_depths(shrink: DeepShrink, count: int) -> None:
     for name, depth in (("ds_depth_1", shrink.depth_1), ("ds_depth_2", shrink.depth_2)):
         if depth is not None and not 0 <= depth < count:
             raise OptionError(
-                f"--{name} {depth}: this model's U-Net has the input blocks 0 to {count - 1}. Give one of them, "
-                "such as 3"
+                f"--{name} {depth}: this model's U-Net has the input blocks 0 to {count - 1}. Give one "
+                "of them, such as 3"
             )
 
 

@@ -77,8 +77,8 @@ class Maker:
     ) -> Made:
         """Make a batch. A picture does not depend on the others of its batch.
 
-        pictures: of equal settings; those whose texts are of different lengths, or of which some have an input
-        picture or a mask and some not, are made one group after the other.
+        pictures: of equal settings. Those whose texts are of different lengths, or of which some have an
+        input picture or a mask and some not, are made one group after the other.
         start: what to begin with instead of the pictures' input images. Raises UserError.
         """
         for picture in pictures:
@@ -182,7 +182,7 @@ class Maker:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
     def _avoided(self, picture: Picture) -> list[str]:
-        """Return the negative text and, if there are three passes, the empty one; nothing without guidance."""
+        """Return the negative text, and with three passes the empty one; nothing without guidance."""
         settings = picture.settings
         if not is_guided(settings.scale, settings.negative_scale):
             return []

@@ -44,6 +44,8 @@ class GenImgOptions:
                 "--highres_fix_scale makes pictures from text in two stages, --image_path makes them from a "
                 "picture. Leave one out"
             )
+        if self.deep_shrink.ds_depth_1 is None and self.deep_shrink.ds_depth_2 is not None:
+            raise OptionError("--ds_depth_2 is where Deep Shrink acts after --ds_depth_1, which is missing")
         if self.prompts.mask_path and not (self.prompts.image_path or self.networks.network_weights):
             raise OptionError(
                 "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "

@@ -82,7 +82,10 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return how many of `count` pictures the autoencoder takes at once. size: --vae_batch_size; None: all."""
+    """Return how many of `count` pictures the autoencoder takes at once.
+
+    size: --vae_batch_size; None: all.
+    """
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)

@@ -39,11 +39,6 @@ class GuideImages:
                     f"{picture.label}: {len(picture.guides)} guide images, but {self._option} has "
                     f"{len(self._uses)}. Give --guide_image_path one for each model, or a single one for all."
                 )
-            if picture.settings.deep_shrink is not None:
-                raise OptionError(
-                    f"{picture.label}: Deep Shrink and {self._option} do not work together, as the sizes of "
-                    "features differ: leave one of them out."
-                )
 
     def read(self, pictures: Sequence[Picture], width: int, height: int) -> tuple[Tensor, ...]:
         """Return the guides at a size in pixels: for each model B 3 H W float32 in 0..1.

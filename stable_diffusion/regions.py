@@ -55,21 +55,30 @@ class Regions:
     def __init__(
         self,
         unet: Any,
-        layers: Sequence[Mapping[str, RegionalLayer]] = (),
+        layers: Sequence[Mapping[str, RegionalLayer]] | None = (),
         color_codes: int | None = None,
     ) -> None:
-        """layers: of each LoRA, by the name of the module. color_codes: see `read_regions`."""
-        self._unet, self._layers, self._color_codes = unet, layers, color_codes
+        """layers: of each LoRA, by the name of the module; None: LoRAs are folded into the weights, for each
+        batch. color_codes: see `read_regions`.
+        """
+        self._is_folded = layers is None
+        self._layers = layers or ()
+        self._unet, self._color_codes = unet, color_codes
 
     def of(self, picture: Picture, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
 
-        Raises OptionError if a picture with a mask has not as many LoRAs as parts, MediaError if its mask
-        cannot be read.
+        Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded into
+        the weights; MediaError if its mask cannot be read.
         """
         parts = picture.settings.parts
         if picture.mask is None:
             return whole(parts)
+        if self._is_folded:
+            raise OptionError(
+                f"{picture.label}: --network_pre_calc folds the LoRAs into the weights, which are the same in "
+                f"all regions of {picture.mask}. Leave out --network_pre_calc or the mask."
+            )
         if self._layers and len(self._layers) != parts:
             raise OptionError(
                 f"{picture.label}: {_count(parts, 'part')} between AND, but "

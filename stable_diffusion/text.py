@@ -24,7 +24,7 @@ from stable_diffusion.chunks import (
     join_weights,
     make_rows,
 )
-from stable_diffusion.contract import SD2, SDXL, Kind, TextState, TextTower
+from stable_diffusion.contract import SDXL, Kind, TextState, TextTower
 from stable_diffusion.text_options import TextOptions
 from stable_diffusion.textual_inversion import add_words, read_words
 from stable_diffusion.weights import parse_weights
@@ -32,7 +32,6 @@ from stable_diffusion.weights import parse_weights
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 64  # texts; one of SDXL with one chunk takes 0.6 MB in float32
-OPEN_CLIP_LAYERS = 24  # of ViT-H
 SHOWN = 200  # characters of a text in a warning
 Value = TypeVar("Value")
 
@@ -131,12 +130,11 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
 def _layer_of(tower: TextTower, kind: Kind, clip_skip: int | None) -> int:
     """Return which layer of the tower's network counts, from its end.
 
-    Stable Diffusion 2 was trained with the state before the last of 24 layers. Its released folders have 23,
-    and files are loaded without the last; a folder with all of them is the exception.
+    --clip_skip counts in the network as it is loaded, as in the known script; its default counts in the
+    released one. So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
+    skip = max(1, kind.clip_skip - tower.missing_layers) if clip_skip is None else clip_skip
     layers = tower.network.num_layers
-    usual = kind.clip_skip + (kind is SD2 and layers == OPEN_CLIP_LAYERS)
-    skip = usual if clip_skip is None else clip_skip
     if skip > layers:
         raise OptionError(
             f"--clip_skip {skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "

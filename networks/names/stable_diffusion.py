@@ -80,6 +80,7 @@ SD1 = FamilyNames(
     aliases=_SD,
     start="unet.",
     is_as_in_diffusers=True,
+    takes=("sd2",),  # by names; sizes tell them apart
     versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
 )
 # the same modules with other sizes
@@ -87,6 +88,7 @@ SD2 = replace(
     SD1,
     name="sd2",
     architecture="stable-diffusion-v2",
+    takes=("sd1",),
     versions=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
 )
 SDXL = FamilyNames(

@@ -296,6 +296,8 @@ def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
     with pytest.raises(OptionError, match=r"line 1: 3 parts between AND, but 2 LoRAs"):
         maker.of(a_picture(halves, 3), WIDTH, HEIGHT)
     assert maker.of(a_picture(None, 3), WIDTH, HEIGHT).shape == (3, 1, 1)
+    with pytest.raises(OptionError, match=r"--network_pre_calc folds the LoRAs"):
+        Regions(unet, None).of(a_picture(halves, 2), WIDTH, HEIGHT)
 
 
 # Masks
