@@ -83,7 +83,10 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
 def make_conditions(
     states: Sequence[TextState], device: torch.device, sizes: Tensor | None = None, negative: bool = False
 ) -> Conditions:
-    """Return the conditions of one pass. states: one for each picture, of equal lengths. sizes: 6, of SDXL."""
+    """Return the conditions of one pass.
+
+    states: one for each picture, of equal lengths. sizes: 1 6, of SDXL.
+    """
     conditions = {
         CONTEXT: torch.stack([state.context for state in states]).to(device),
         IS_NEGATIVE: torch.full((len(states),), int(negative)),

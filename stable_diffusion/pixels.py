@@ -11,11 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from modules.media.reading import read_image
-from stable_diffusion.contract import Model
+from stable_diffusion.contract import Model, Settings
 
 logger = logging.getLogger(__name__)
 
 STRIDE = 8  # pixels of one latent
+
+
+def latent_size(settings: Settings) -> tuple[int, int]:
+    """Return height and width of a picture's latents."""
+    return settings.height // STRIDE, settings.width // STRIDE
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -82,7 +87,10 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return how many of `count` pictures the autoencoder takes at once. size: --vae_batch_size; None: all."""
+    """Return how many of `count` pictures the autoencoder takes at once.
+
+    size: --vae_batch_size; None: all.
+    """
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)

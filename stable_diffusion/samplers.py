@@ -58,7 +58,7 @@ PNDM_STEPS = 4  # Runge-Kutta steps that it begins with
 def make_scheduler(
     sampler: str, predicts_velocity: bool, zero_terminal_snr: bool = False, steps_offset: int = 1
 ) -> Any:
-    """Return the diffusers scheduler of a --sampler, with its class's defaults for all else than is said here.
+    """Return the diffusers scheduler of a --sampler, with the defaults of its class for all else.
 
     steps_offset: the lowest timestep, in classes that have it. zero_terminal_snr: the last timestep of
     training is noise alone; sampling begins there (timesteps are spaced from the end), or a model trained so
@@ -74,8 +74,8 @@ def make_scheduler(
     if zero_terminal_snr:
         if not predicts_velocity:
             raise OptionError(
-                "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, or "
-                "add --v_parameterization if the model was trained so"
+                "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, "
+                "or add --v_parameterization if the model was trained so"
             )
         wished["timestep_spacing"] = "trailing"
         if "rescale_betas_zero_snr" in accepted:
