@@ -1,7 +1,8 @@
 """ControlNets: what they add to the U-Net's features, after guide images.
 
-Of several ControlNets of Stable Diffusion 1.x and 2.x one acts in each step, in turn; those of XL all act, and
-the mean of what they add counts. Source: Zhang et al. 2023, arXiv 2302.05543; the networks are diffusers'.
+Of several ControlNets of Stable Diffusion 1.x and 2.x one acts in each step, in turn; those of XL all act,
+and the mean of what they add counts. Source: Zhang et al. 2023, arXiv 2302.05543.
+The networks are diffusers'.
 """
 # Letters: B pictures, R rows of one call of the U-Net, L tokens
 
@@ -13,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints.model_files import require_file
-from modules.checkpoints.opening import open_checkpoint
 from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
-from stable_diffusion.control_net_files import OPTION, load_control_net, read_control_net
+from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
 from stable_diffusion.control_options import ControlOptions, ControlUse
 from stable_diffusion.preparing import BatchGuides, GuideImages, is_active
 
@@ -95,8 +94,8 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: K
     unet: the configuration of diffusers' UNet2DConditionModel. Raises CheckpointError.
     """
     for use in options.uses if options.control_net_models else ():
-        with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
-            read_control_net(checkpoint, unet, kind.words)
+        with open_control_net(use.path) as checkpoint:
+            read_control_net(use.path, checkpoint, unet, kind.words)
 
 
 def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | None:
@@ -108,7 +107,7 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
         return None
     networks = []
     for use in options.uses:
-        with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
-            plan = read_control_net(checkpoint, model.unet.config, model.kind.words)
+        with open_control_net(use.path) as checkpoint:
+            plan = read_control_net(use.path, checkpoint, model.unet.config, model.kind.words)
             networks.append(load_control_net(plan, model.unet, model.device, model.dtype))
     return ControlNets(networks, options.uses, model)

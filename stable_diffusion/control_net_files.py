@@ -16,11 +16,13 @@ from torch import Tensor
 
 from modules.checkpoints.dialects import checked_shapes_of, count, other_kind
 from modules.checkpoints.filling import load_module
-from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.model_files import require_file
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.contract import SD1, SD2, SDXL
+from stable_diffusion.folders import open_part
 from stable_diffusion.unet_names import name_translator
 
 OPTION = "--control_net_models"
@@ -65,11 +67,20 @@ class ControlNetPlan:
     is_difference: bool
 
 
-def read_control_net(checkpoint: Checkpoint, unet: Mapping[str, Any], words: str) -> ControlNetPlan:
+def open_control_net(path: Path) -> Checkpoint:
+    """Open a file or a folder of diffusers. Raises CheckpointError."""
+    given = require_file(path, OPTION, "")
+    return open_part(given, ("diffusion_pytorch_model",)) if given.is_dir() else open_checkpoint(given)
+
+
+def read_control_net(
+    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
+) -> ControlNetPlan:
     """Plan how to load a ControlNet for a U-Net.
 
-    unet: the configuration of diffusers' UNet2DConditionModel, words: what model that is. Raises
-    CheckpointError if the file is something else, or belongs to another U-Net.
+    path: what the user gave, checkpoint: that, open. unet: the configuration of diffusers'
+    UNet2DConditionModel, words: what model that is. Raises CheckpointError if the file is something else, or
+    belongs to another U-Net.
     """
     bare = checkpoint.without_prefix(PREFIX, others=_BESIDE)
     is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
@@ -85,7 +96,7 @@ def read_control_net(checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
     sources = _name_last_hint(sources)
     config = _read_config(bare, sources, unet)
     _compare(checkpoint, config, unet, words)
-    return ControlNetPlan(bare, sources, {**config, **_read_folder(checkpoint.path)}, is_difference)
+    return ControlNetPlan(bare, sources, {**config, **_read_folder(path)}, is_difference)
 
 
 def _refuse_others(checkpoint: Checkpoint) -> None:

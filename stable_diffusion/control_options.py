@@ -118,8 +118,8 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--control_net_models",
         nargs="*",
-        help="ControlNets: files, or folders in the layout of diffusers. Of several, one acts in each step in "
-        "turn with Stable Diffusion 1.x and 2.x; with XL the mean of all acts",
+        help="ControlNets: files, or folders in the layout of diffusers. Of several, one acts in each step, "
+        "in turn, with Stable Diffusion 1.x and 2.x; with XL the mean of all acts",
     )
     group.add_argument(
         "--control_net_lllite_models", nargs="*", help="files of ControlNet-LLLite, for Stable Diffusion XL"
@@ -127,8 +127,8 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--control_net_preps",
         nargs="*",
-        help="how the guide picture of each model is prepared: none, or canny_63_191 (edges, found with these "
-        "two thresholds)",
+        help="how the guide picture of each model is prepared: none, or canny_63_191 (its edges, found with "
+        "these two thresholds)",
     )
     group.add_argument(
         *("--control_net_multipliers", "--control_net_weights"),

@@ -112,8 +112,8 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
         info = tensors.get(f"{name}.{ending}")
         if info is None or len(info.shape) not in axes or 0 in info.shape:
             raise CheckpointError(
-                f"{checkpoint.path} is not {_WHAT} as known: {name}.{ending} is missing or has another shape. "
-                "Copy or download it again.",
+                f"{checkpoint.path} is not {_WHAT} as known: {name}.{ending} is missing or has another "
+                "shape. Copy or download it again.",
                 checkpoint.path,
             )
         return info.shape

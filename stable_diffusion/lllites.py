@@ -22,7 +22,10 @@ class Lllites:
     """The LLLites of a run."""
 
     def __init__(self, networks: Sequence[Lllite], uses: Sequence[ControlUse], model: Model) -> None:
-        """networks: on the model's device. uses: how each is used. Raises CheckpointError if one does not fit."""
+        """networks: on the model's device. uses: how each is used.
+
+        Raises CheckpointError if one does not fit the U-Net.
+        """
         self._uses, self._model = uses, model
         self._layers = [
             _layers_of(network, use, model.unet) for network, use in zip(networks, uses, strict=True)
@@ -123,8 +126,8 @@ def check_lllites(options: ControlOptions, kind: Kind) -> None:
     for use in options.uses if options.control_net_lllite_models else ():
         if kind is not SDXL:
             raise CheckpointError(
-                f"{OPTION} {use.path}: ControlNet-LLLite is for {SDXL.words}, but --ckpt is {kind.words}. Give "
-                f"a checkpoint of {SDXL.words}, or a ControlNet to --control_net_models.",
+                f"{OPTION} {use.path}: ControlNet-LLLite is for {SDXL.words}, but --ckpt is {kind.words}. "
+                f"Give a checkpoint of {SDXL.words}, or a ControlNet to --control_net_models.",
                 use.path,
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:

@@ -8,7 +8,7 @@ from modules.command import Parser
 from modules.console_options import ConsoleOptions, add_console_arguments
 from modules.errors import OptionError
 from modules.options import read_options, refuse_unsupported
-from stable_diffusion.control_options import ControlOptions, add_control_arguments
+from stable_diffusion.control_options import ControlOptions, add_control_arguments, check_control
 from stable_diffusion.highres_options import HighresOptions, add_highres_arguments
 from stable_diffusion.model_options import ModelOptions, add_model_arguments
 from stable_diffusion.network_options import NetworkOptions, add_network_arguments
@@ -51,12 +51,9 @@ class GenImgOptions:
                 "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
                 "it shows"
             )
-        models = self.control.control_net_models or self.control.control_net_lllite_models
-        if bool(models) != bool(self.prompts.guide_image_path):
-            raise OptionError(
-                "--guide_image_path and --control_net_models or --control_net_lllite_models belong together: "
-                "give both"
-            )
+        check_control(
+            self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
+        )
         if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
             "euler_a"
         ):

@@ -24,7 +24,7 @@ STEP = 8  # pixels of one latent
 
 
 class GuideImages:
-    """The guide images of all models of a run. Each is prepared once for each size; the last ones are kept."""
+    """The guide images of all models of a run: each is prepared once for each size, the last ones are kept."""
 
     def __init__(self, uses: Sequence[ControlUse], option: str) -> None:
         """uses: of the models, in the order of `Picture.guides`. option: that gives the models."""
@@ -36,8 +36,8 @@ class GuideImages:
         for picture in pictures:
             if len(picture.guides) not in {1, len(self._uses)}:
                 raise OptionError(
-                    f"{picture.label}: {len(picture.guides)} guide images for {len(self._uses)} models of "
-                    f"{self._option}. Give --guide_image_path one for each model, or a single one for all."
+                    f"{picture.label}: {len(picture.guides)} guide images, but {self._option} has "
+                    f"{len(self._uses)}. Give --guide_image_path one for each model, or a single one for all."
                 )
 
     def read(self, pictures: Sequence[Picture], width: int, height: int) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ class BatchGuides:
         self._guides = images.read(pictures, width, height)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return for each model B 3 H W in 0..1: pixels of the call's latents, which Gradual Latent resizes."""
+        """Return for each model B 3 H W in 0..1, at the size of the call's latents (Gradual Latent grows)."""
         height, width = (int(side) * STEP for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._guides = self._images.read(self._pictures, width, height)

@@ -77,13 +77,11 @@ def _ldm_name(name: str) -> str:
     return f"input_hint_block.{2 * int(number[1]) + 2}.{leaf}"
 
 
-def write_control_net(
-    path: Path, kind: str, layout: str = "released", seed: int = 50, **sizes: Any
-) -> Path:
+def write_control_net(path: Path, kind: str, layout: str = "released", seed: int = 50, **sizes: Any) -> Path:
     """Write a ControlNet.
 
-    layout: "released", "prefixed" (also with `control_model.`), "diffusers" (names), "folder" (of diffusers) or
-    "difference" (to the tiny U-Net). A path that ends in .pth is a torch file.
+    layout: "released", "prefixed" (also with `control_model.`), "diffusers" (its names), "folder" (of
+    diffusers) or "difference" (to the tiny U-Net). A path that ends in .pth is a torch file.
     """
     state = control_net_state(kind, seed, **sizes)
     if layout == "folder":
