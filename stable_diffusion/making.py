@@ -3,7 +3,7 @@
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -17,9 +17,9 @@ from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
-from stable_diffusion.gradual_latent import GradualSolver, check_batch, shrink_start
+from stable_diffusion.gradual_latent import begin_small, check_batch
 from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
-from stable_diffusion.pixels import decode_latents, latent_size
+from stable_diffusion.pixels import decode_latents
 from stable_diffusion.regions import Regions, join_parts, split_parts
 from stable_diffusion.samplers import begin_sampling, make_scheduler
 from stable_diffusion.sampling_options import SamplingOptions
@@ -104,7 +104,8 @@ class Maker:
     def _make_group(self, pictures: Sequence[Picture], start: Start | None) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
         settings, options = pictures[0].settings, self.sampling
-        if settings.gradual_latent is not None:
+        gradual = settings.gradual_latent
+        if gradual is not None:
             check_batch(pictures, options.sampler)
         scheduler = make_scheduler(
             options.sampler,
@@ -120,10 +121,9 @@ class Maker:
         )
         section_texts = self._encode(pictures)
         beginning = begin(self.model, pictures, start, sampler, options.noise)
-        gradual = settings.gradual_latent
         if gradual is not None:
-            grown = GradualSolver.make(sampler, latent_size(settings), gradual)
-            beginning = Beginning(shrink_start(beginning.latents, gradual), grown)
+            small, growing = begin_small(beginning.latents, sampler, gradual)
+            beginning = replace(beginning, latents=small, sampler=growing)
         with ExitStack() as stack:
             stack.enter_context(self._multiplied(settings))
             makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
