@@ -7,7 +7,6 @@ and rounded once to the model's dtype where weights change; added at run time, f
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import getLogger
@@ -27,8 +26,7 @@ from networks.module_names import read_family
 from networks.switching import OriginalWeights
 from networks.text_loras import text_part
 from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind, Model
-from stable_diffusion.loading import open_release
-from stable_diffusion.model_options import ModelOptions
+from stable_diffusion.loading import Release
 from stable_diffusion.network_options import NetworkOptions
 
 logger = getLogger(__name__)
@@ -138,31 +136,27 @@ def read_networks(options: NetworkOptions) -> list[LoraFile]:
     return loras
 
 
-def check_networks(loras: Sequence[LoraFile], options: ModelOptions) -> None:
+def check_networks(loras: Sequence[LoraFile], release: Release) -> None:
     """Compare LoRAs with the headers of the checkpoint, before it is loaded.
 
     Raises CheckpointError if a LoRA is of another kind or size, or fits nothing.
     """
-    if not loras:
-        return
-    with ExitStack() as files:
-        release = open_release(options, files)
-        check_kind(loras, release.kind)
-        uses = [LoraUse(_for_encoders(lora, release.kind)) for lora in loras]
-        parts: list[tuple[LoadPlan[Any], str, Callable[[LoraFile], LoraFile]]] = [
-            (release.unet, "", _of_unet),
-            *(
-                (text.network, _TEXT_START, partial(text_part, prefix=prefix))
-                for text, prefix in zip(release.texts, release.kind.lora_prefixes, strict=True)
-            ),
-        ]
-        for plan, start, part_of in parts:
-            patch = LoraPatch(_parts(uses, part_of), model=release.path)
-            for name, source in plan.sources.items():
-                tensors = [plan.checkpoint.tensors[each] for each in source.names]
-                hollow = [torch.empty(one.shape, dtype=one.dtype, device=_META) for one in tensors]
-                patch.add_to(start + name, source.make(hollow))
-            patch.refuse_misfits()
+    check_kind(loras, release.kind)
+    uses = [LoraUse(_for_encoders(lora, release.kind)) for lora in loras]
+    parts: list[tuple[LoadPlan[Any], str, Callable[[LoraFile], LoraFile]]] = [
+        (release.unet, "", _of_unet),
+        *(
+            (text.network, _TEXT_START, partial(text_part, prefix=prefix))
+            for text, prefix in zip(release.texts, release.kind.lora_prefixes, strict=True)
+        ),
+    ]
+    for plan, start, part_of in parts if loras else ():
+        patch = LoraPatch(_parts(uses, part_of), model=release.path)
+        for name, source in plan.sources.items():
+            tensors = [plan.checkpoint.tensors[each] for each in source.names]
+            hollow = [torch.empty(one.shape, dtype=one.dtype, device=_META) for one in tensors]
+            patch.add_to(start + name, source.make(hollow))
+        patch.refuse_misfits()
 
 
 def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
@@ -209,7 +203,6 @@ def load_networks(
     if not options.files:
         return None
     loras = read_networks(options) if loras is None else loras
-    check_kind(loras, model.kind)
     loras = [_for_encoders(lora, model.kind) for lora in loras]
     uses = [LoraUse(lora, one) for lora, one in zip(loras, options.multipliers, strict=True)]
     merged, adjustable = uses[: options.num_merged], uses[options.num_merged :]

@@ -1,11 +1,12 @@
 """Options of LoRAs and their like. Standard library only."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.options import check_at_least, check_at_most
 from networks.options import multipliers_for, require_files
 
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way
@@ -47,7 +48,13 @@ class NetworkOptions:
             "--network_regional_mask_max_color_codes",
             self.network_regional_mask_max_color_codes,
             1,
-            "the number of colours of the mask",
+            "the number of colours of the mask, 1 to 7",
+        )
+        check_at_most(
+            "--network_regional_mask_max_color_codes",
+            self.network_regional_mask_max_color_codes,
+            7,
+            "the number of colours of the mask, 1 to 7",
         )
 
     def _check_modules(self) -> None:
@@ -120,6 +127,18 @@ class NetworkOptions:
         """How many of the files have strengths that a prompt may choose (--am)."""
         return len(self.files) - self.num_merged
 
+    def check_strengths(self, multipliers: Sequence[float]) -> None:
+        """Raise OptionError if a prompt chooses more strengths than there are networks to choose them for."""
+        if len(multipliers) > self.num_adjustable > 0:
+            merged = (
+                f", without the {self.num_merged} that are folded into the model" if self.num_merged else ""
+            )
+            raise OptionError(
+                f"--am has {len(multipliers)} strengths for {self.num_adjustable} networks: give one for "
+                f"each of --network_weights, in the same order{merged}"
+            )
+        multipliers_for(self.files, multipliers, "--am")
+
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `NetworkOptions`."""
@@ -152,6 +171,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--network_regional_mask_max_color_codes",
         type=int,
-        help="the mask of regions (--guide_image_path) has up to this many regions, as binary codes of red, "
-        "green and blue; usually red, green and blue are a region each",
+        help="the mask of regions (--mask_path, prompts with AND) has this many regions, each of one colour: "
+        "red 1, green 2, yellow 3, blue 4, magenta 5, cyan 6, white 7; usually red, green and blue are a "
+        "region each, and their values weights",
     )

@@ -54,9 +54,15 @@ def kohya_name(path: str, kind: str) -> str:
     return f"lora_unet_{to_alias(name, SDXL) if kind == 'sdxl' else name}"
 
 
-def write(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, str] | None = None) -> Path:
+def write(
+    path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, str] | None = None
+) -> Path:
     """Write `name.part` tensors."""
-    tensors = {f"{name}.{part}": one.contiguous() for name, factors in modules.items() for part, one in factors.items()}
+    tensors = {
+        f"{name}.{part}": one.contiguous()
+        for name, factors in modules.items()
+        for part, one in factors.items()
+    }
     save_file(tensors, path, metadata)
     return path
 
