@@ -47,7 +47,7 @@ class TextTower:
     pad: int  # what fills up the last chunk: `end`, or 0 in OpenCLIP's encoders
     lora_prefix: str
     projection: Tensor | None = None  # C x C' of the pooled state; None: there is none
-    # of the released network, at its end, which the file leaves out: 1 in diffusers folders of SD 2, else 0
+    # of the released network, at its end, which are not loaded: 1 for SD 2, which was trained without it
     missing_layers: int = 0
 
 

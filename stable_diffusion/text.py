@@ -130,17 +130,17 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
 def _layer_of(tower: TextTower, kind: Kind, clip_skip: int | None) -> int:
     """Return which layer of the tower's network counts, from its end.
 
-    --clip_skip counts in the released network, also if a file has fewer layers: the second from the end of
-    Stable Diffusion 2's 24 is the last of the 23 that diffusers' folders have.
+    --clip_skip counts in the network as it is loaded, as in the known script; its default counts in the
+    released one. So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
-    skip = kind.clip_skip if clip_skip is None else clip_skip
-    first, last = tower.missing_layers + 1, tower.missing_layers + tower.network.num_layers
-    if not first <= skip <= last:
+    skip = max(1, kind.clip_skip - tower.missing_layers) if clip_skip is None else clip_skip
+    layers = tower.network.num_layers
+    if skip > layers:
         raise OptionError(
-            f"--clip_skip {skip}: this text encoder of {kind.words} has the layers {first} to {last}, "
-            "counted from the end of the released one"
+            f"--clip_skip {skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
+            f"{layers}."
         )
-    return skip - tower.missing_layers
+    return skip
 
 
 class _Remembered(Generic[Value]):

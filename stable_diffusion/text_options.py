@@ -33,7 +33,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip_skip",
         type=int,
         help="which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "
-        "Diffusion 1.x, 2 for 2.x and XL",
+        "Diffusion 1.x, 1 for 2.x, which is loaded without OpenCLIP's last layer, as it was trained, 2 for "
+        "XL",
     )
     group.add_argument(
         "--max_embeddings_multiples",
@@ -63,6 +64,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--XTI_embeddings",
         nargs="*",
         help="files of extended textual inversion",
-        reason="no known script reads these files any more, and nothing writes them; use "
+        reason="these files have another vector of a word for each cross-attention layer of the U-Net, so "
+        "that each text would be encoded 16 times; no known script reads or writes them any more. Use "
         "--textual_inversion_embeddings",
     )
