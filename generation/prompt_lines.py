@@ -9,7 +9,7 @@ the generation scripts, by its name on the command line. Unknown options are ign
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from modules.text_files import parse_json, parse_toml, read_text
 logger = logging.getLogger(__name__)
 
 # a mapping sets several keys at once
-Value = int | float | str | Mapping[str, int]
+Value = int | float | str | Mapping[str, int] | Sequence[float] | None
 SEED_BITS = 32
 MOST_DIGITS = 100  # of a whole number
 MOST_FPS = 1000  # more is a slip of the finger
@@ -44,7 +44,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     Source: the known tools; the measured values are in tests/golden/string_seeds.json.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
-        return _whole(text.strip())
+        return read_whole(text.strip())
     import hashlib  # here: it loads OpenSSL, which --help need not wait for
 
     digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
@@ -72,7 +72,8 @@ def _walk(text: str) -> int:
     return len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
 
 
-def _whole(text: str) -> int:
+def read_whole(text: str) -> int:
+    """Read a whole number. Raises ValueError."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
     return _few_digits(text)
@@ -84,7 +85,8 @@ def _few_digits(text: str) -> int:
     return int(text)
 
 
-def _number(text: str) -> float:
+def read_number(text: str) -> float:
+    """Read a number. Raises ValueError."""
     try:
         return float(text)
     except ValueError:
@@ -92,7 +94,7 @@ def _number(text: str) -> float:
 
 
 def _rate(text: str) -> int:
-    rate = _whole(text)
+    rate = read_whole(text)
     if not 1 <= rate <= MOST_FPS:
         raise ValueError(f"{text} is no frame rate: give a number from 1 to {MOST_FPS}")
     return rate
@@ -113,27 +115,27 @@ def _path(text: str) -> str:
 
 # --from_file and --interactive: letters of the established Wan script, and its newer `ei`
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("video_size_width", _whole),
-    "h": LineOption("video_size_height", _whole),
-    "f": LineOption("video_length", _whole),
+    "w": LineOption("video_size_width", read_whole),
+    "h": LineOption("video_size_height", read_whole),
+    "f": LineOption("video_length", read_whole),
     "d": LineOption("seed", text_to_seed),
-    "s": LineOption("infer_steps", _whole),
-    "g": LineOption("guidance_scale", _number),
-    "l": LineOption("guidance_scale", _number),
-    "fs": LineOption("flow_shift", _number),
+    "s": LineOption("infer_steps", read_whole),
+    "g": LineOption("guidance_scale", read_number),
+    "l": LineOption("guidance_scale", read_number),
+    "fs": LineOption("flow_shift", read_number),
     "i": LineOption("image_path", _path),
     "ei": LineOption("end_image_path", _path),
     "cn": LineOption("control_path", _path),
     "v": LineOption("video_path", _path),
-    "vd": LineOption("denoise", _number),
+    "vd": LineOption("denoise", read_number),
     "ii": LineOption("i2i_path", _path),
     "n": LineOption("negative_prompt", str),
     "nag": LineOption("nag_prompt", str),
     "cs": LineOption("cfg_schedule", str),
-    "mcrr": LineOption("magcache_retention_ratio", _number),
-    "mct": LineOption("magcache_threshold", _number),
-    "mck": LineOption("magcache_k", _whole),
-    "tct": LineOption("teacache_threshold", _number),
+    "mcrr": LineOption("magcache_retention_ratio", read_number),
+    "mct": LineOption("magcache_threshold", read_number),
+    "mck": LineOption("magcache_k", read_whole),
+    "tct": LineOption("teacache_threshold", read_number),
 }
 
 
@@ -141,7 +143,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
 # classifier-free guidance scale
 EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **GENERATION_OPTIONS,
-    "g": LineOption("embedded_cfg_scale", _number),
+    "g": LineOption("embedded_cfg_scale", read_number),
     "p2": LineOption("prompt_2", str),
 }
 
@@ -150,9 +152,9 @@ EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 # and lengths are in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "ii"}},
-    "f": LineOption("video_seconds", _number, instead_of="video_sections"),
-    "vs": LineOption("video_sections", _whole),
-    "embedded_cfg_scale": LineOption("embedded_cfg_scale", _number),
+    "f": LineOption("video_seconds", read_number, instead_of="video_sections"),
+    "vs": LineOption("video_sections", read_whole),
+    "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
     "ci": LineOption("control_image_path", _path, repeats=True),
     "cim": LineOption("control_image_mask_path", _path, repeats=True),
     "of": LineOption("one_frame_inference", str),
@@ -172,7 +174,7 @@ IMAGE_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
     **IMAGE_GENERATION_OPTIONS,
-    "g": LineOption("embedded_cfg_scale", _number),
+    "g": LineOption("embedded_cfg_scale", read_number),
     "p2": LineOption("prompt_2", str),
 }
 
@@ -181,10 +183,10 @@ EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
 NAMED_OPTIONS: Mapping[str, LineOption] = {
     **dict.fromkeys(("video_size", "image_size"), LineOption("video_size", _size)),
     "fps": LineOption("fps", _rate),
-    "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", _number),
+    "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", read_number),
     "sample_solver": LineOption("sample_solver", str),
     "from_latent": LineOption("from_latent", _path),
-    **dict.fromkeys(("strength", "v2v_denoise", "denoise_strength"), LineOption("denoise", _number)),
+    **dict.fromkeys(("strength", "v2v_denoise", "denoise_strength"), LineOption("denoise", read_number)),
 }
 
 
@@ -262,7 +264,23 @@ def parse_generation_line(
     Option names are case-sensitive. where: names the line in warnings. Raises OptionError if a value cannot
     be read.
     """
-    values, problems = _split_line(line, options, where, is_sample=False)
+    return _without_problems(_split_line(line, options, where, lambda word: find_option(word, options)))
+
+
+def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict[str, Any]:
+    """Parse a line into `prompt` and its options by key, as `parse_generation_line`, by one table alone.
+
+    An option is given by its letters, large or small, or by its key. Raises OptionError if a value cannot be
+    read.
+    """
+    by_key = {option.key: option for option in options.values()}
+    return _without_problems(
+        _split_line(line, options, where, lambda word: options.get(word.lower()) or by_key.get(word))
+    )
+
+
+def _without_problems(read: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:
+    values, problems = read
     if problems:
         raise OptionError("; ".join(problems))
     return values
@@ -273,21 +291,26 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
 
     Options whose values cannot be read are ignored with a warning. where: names the line in warnings.
     """
-    values, problems = _split_line(line, SAMPLE_OPTIONS, where, is_sample=True)
+    values, problems = _split_line(
+        line, SAMPLE_OPTIONS, where, find=lambda word: SAMPLE_OPTIONS.get(word.lower())
+    )
     for problem in problems:
         logger.warning("%s %r: %s; the option is ignored", where, line.strip(), problem)
     return values
 
 
 def _split_line(
-    line: str, options: Mapping[str, LineOption], where: str, is_sample: bool
+    line: str,
+    options: Mapping[str, LineOption],
+    where: str,
+    find: Callable[[str], LineOption | None],
 ) -> tuple[dict[str, Any], list[str]]:
     prompt, *parts = line.split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
     problems = []
     for part in parts:
         word, _, text = part.partition(" ")
-        option = options.get(word.lower()) if is_sample else find_option(word, options)
+        option = find(word)
         if option is None:
             near = next((letter for letter, known in options.items() if known.key == word), None)
             logger.warning(

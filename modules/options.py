@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,22 @@ def option_values(options: Any) -> dict[str, Any]:
         value = getattr(options, field.name)
         values |= option_values(value) if dataclasses.is_dataclass(value) else {option_name(field): value}
     return values
+
+
+def override_options(options: T, values: Mapping[str, Any]) -> T:
+    """Return an option record with other values by public name, in nested records too.
+
+    Names that no field has are left out. Raises OptionError as `read_options` does.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        name, value = option_name(field), getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = override_options(value, values)
+        elif name in values:
+            _check_numbers(name, values[name])
+            changes[field.name] = values[name]
+    return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
 def facts_of(cls: type) -> dict[str, dict[str, Any]]:

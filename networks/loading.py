@@ -1,9 +1,7 @@
 """Read LoRA files of any dialect, and import the modules that build networks."""
 
-import importlib
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
@@ -17,8 +15,8 @@ from torch import Tensor
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
-from modules.installation import own_name
 from modules.text_files import parse_json, read_text
+from modules.user_modules import import_user_module
 from networks.deltas import find_fault, group_by_module, rank_of
 from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_names
 from networks.hashes import is_damaged
@@ -336,24 +334,12 @@ def import_network_module(name: str) -> ModuleType:
 
     The working folder is searched too. Raises OptionError if it cannot be imported or builds no network.
     """
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise OptionError(
-            f"--network_module {name} is not an import path. Write package.module, as networks.lora_wan."
-        )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(own_name(name))
-    except ImportError as error:
-        raise OptionError(
-            f"--network_module {name} cannot be imported: {error}."
-            f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {', '.join(OWN_MODULES)}."
-        ) from error
-    except Exception as error:  # the module may run any code of its own
-        raise OptionError(
-            f"--network_module {name} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    module = import_user_module(
+        "--network_module",
+        name,
+        "networks.lora_wan",
+        f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {', '.join(OWN_MODULES)}.",
+    )
     if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
         raise OptionError(
             f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no "

@@ -12,10 +12,12 @@ from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.names.hunyuan_image import HUNYUAN_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.lumina import LUMINA
+from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.wan import WAN
 
 # of several with equal names the first is chosen, if nothing else tells
-FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA)
+FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA, SD1, SDXL, SD2)
+_DIGITS = re.compile(r"\d+")
 
 
 def replace_dots(path: str) -> str:
@@ -31,9 +33,13 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     names = list(names)
 
     def score(family: FamilyNames) -> tuple[int, bool, int]:
-        own, foreign, cut = _patterns(family)
-        known = sum(any(pattern.fullmatch(name) for pattern in (own, foreign, cut)) for name in names)
-        return known, family.name == hint, sum(own.fullmatch(name) is not None for name in names)
+        own, foreign, cut = _tables(family)
+        is_own = [own.find(name) is not None for name in names]
+        known = sum(
+            mine or foreign.find(name) is not None or cut.find(name) is not None
+            for mine, name in zip(is_own, names, strict=True)
+        )
+        return known, family.name == hint, sum(is_own)
 
     best = max(FAMILIES, key=score)
     return best if score(best)[0] else None
@@ -79,31 +85,34 @@ def module_path(name: str, family: FamilyNames) -> str | None:
 
     A parameter that is no module's weight counts as a module: `blocks.0.modulation`.
     """
-    known, _, _ = _patterns(family)
-    found = known.fullmatch(name)
-    return None if found is None else _fill(_own_paths(family), found)
+    return _tables(family)[0].find(name)
 
 
 @cache
 def is_optional(name: str, family: FamilyNames) -> bool:
     """Tell whether an underscored name is of a module that only some models of the family have."""
-    return _pattern(family.optional).fullmatch(name) is not None
+    return _Table((path, path) for path in family.optional).find(name) is not None
 
 
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for one of another layout; return any other name unchanged."""
-    _, foreign, _ = _patterns(family)
-    found = foreign.fullmatch(name)
-    return name if found is None else replace_dots(_fill([ours for _, ours in _all_aliases(family)], found))
+    found = _tables(family)[1].find(name)
+    return name if found is None else replace_dots(found)
+
+
+def own_path(path: str, family: FamilyNames) -> str | None:
+    """Return our path for one of a module in another layout, or in ours; None if the family has no such.
+
+    `input_blocks.4.1.proj_in` -> `down_blocks.1.attentions.0.proj_in`. For layouts that cut weights as ours.
+    """
+    name = replace_dots(path)
+    return _tables(family)[1].find(name) or module_path(name, family)
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
     """Return another layout's underscored name for one of ours; return any other name unchanged."""
-    for theirs, ours in family.aliases:
-        found = _template(ours).fullmatch(name)
-        if found is not None:
-            return replace_dots(theirs.replace("{n}", found["n"]))
-    return name
+    found = _from_ours(family.aliases).find(name)
+    return name if found is None else replace_dots(found)
 
 
 @dataclass(frozen=True)
@@ -159,22 +168,42 @@ def _template(path: str) -> re.Pattern[str]:
     return re.compile(re.escape(before) + (r"(?P<n>\d+)" if "{n}" in path else "(?P<n>)") + re.escape(after))
 
 
-def _fill(templates: Iterable[str], found: re.Match[str]) -> str:
-    """Return the template whose group matched, with its block number filled in."""
-    index, number = next(
-        (int(key[1:]), value) for key, value in found.groupdict().items() if value is not None
-    )
-    return list(templates)[index].replace("{n}", number)
+class _Table:
+    """Finds templates by underscored names: `blocks_0_ffn_0` fits `blocks.{n}.ffn.0`.
+
+    A dictionary rather than a pattern, because the families have thousands of templates together.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """pairs: (template, what it stands for, with the same number); the first of equal ones counts."""
+        self._places: dict[str, tuple[int, str]] = {}
+        for place, (template, target) in enumerate(pairs):
+            self._places.setdefault(replace_dots(template), (place, target))
+
+    def find(self, name: str) -> str | None:
+        """Return what the first template that fits stands for, its number filled in; None if none does."""
+        best = self._places.get(name)
+        number = ""
+        for digits in _DIGITS.finditer(name):
+            found = self._places.get(f"{name[: digits.start()]}{{n}}{name[digits.end() :]}")
+            if found is not None and (best is None or found[0] < best[0]):
+                best, number = found, digits[0]
+        return None if best is None else best[1].replace("{n}", number)
 
 
 @cache
-def _patterns(family: FamilyNames) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """Compile patterns of the underscored modules, aliases and parts.
+def _tables(family: FamilyNames) -> tuple[_Table, _Table, _Table]:
+    """Return the modules under our names, under aliases, and the parts (which stand for their own paths)."""
+    return (
+        _Table((path, path) for path in _own_paths(family)),
+        _Table(_all_aliases(family)),
+        _Table((part.theirs, part.theirs) for part in family.parts),
+    )
 
-    Group t<i> holds the block number of template i, or nothing.
-    """
-    aliases, parts = (theirs for theirs, _ in _all_aliases(family)), (part.theirs for part in family.parts)
-    return _pattern(_own_paths(family)), _pattern(aliases), _pattern(parts)
+
+@cache
+def _from_ours(aliases: tuple[tuple[str, str], ...]) -> _Table:
+    return _Table((ours, theirs) for theirs, ours in aliases)
 
 
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
@@ -183,13 +212,9 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
     For families whose weights are cut in the same way in both layouts.
     """
     path = module_path(name, family)
-    if path is None or not family.aliases:
+    if path is None or family.is_as_in_diffusers:
         return path
-    for theirs, ours in _all_aliases(family):
-        found = _template(ours).fullmatch(name)
-        if found is not None:
-            return theirs.replace("{n}", found["n"])
-    return path
+    return _from_ours(_all_aliases(family)).find(name) or path
 
 
 def _own_paths(family: FamilyNames) -> tuple[str, ...]:
@@ -199,12 +224,3 @@ def _own_paths(family: FamilyNames) -> tuple[str, ...]:
 def _all_aliases(family: FamilyNames) -> tuple[tuple[str, str], ...]:
     # a parameter of ours may be the weight of a module there
     return (*family.aliases, *((theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters))
-
-
-def _pattern(templates: Iterable[str]) -> re.Pattern[str]:
-    parts = []
-    for index, template in enumerate(templates):
-        before, _, after = replace_dots(template).partition("{n}")
-        number = rf"(?P<t{index}>\d+)" if "{n}" in template else rf"(?P<t{index}>)"
-        parts.append(re.escape(before) + number + re.escape(after))
-    return re.compile("|".join(parts) or r"(?!)")

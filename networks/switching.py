@@ -1,6 +1,6 @@
 """Put other LoRAs into a model that is loaded, with the numbers that loading it with them would give."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ class OriginalWeights:
     The originals are kept in host memory. Not for weights in 8 bits or swapped ones.
     """
 
-    def __init__(self, uses: Sequence[LoraUse]) -> None:
-        """uses: all that may be switched to, for their names and sizes."""
+    def __init__(self, uses: Sequence[LoraUse], published: Callable[[str], str] = str) -> None:
+        """uses: all that may be switched to, for their names and sizes.
+
+        published: name of a parameter of the network -> the one in files.
+        """
         self._all = LoraPatch(uses)
+        self._published = published
         self._kept: dict[str, Tensor] = {}
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
@@ -28,10 +32,16 @@ class OriginalWeights:
 
         Raises CheckpointError if a LoRA has another size.
         """
-        self._all(name, torch.empty(weight.shape, dtype=weight.dtype, device=_META))
-        if self._all.touches(name):
+        published = self._published(name)
+        self._all(published, torch.empty(weight.shape, dtype=weight.dtype, device=_META))
+        if self._all.touches(published):
             self._kept[name] = weight.detach().to(_CPU, copy=True)
         return weight
+
+    def keep(self, network: nn.Module) -> None:
+        """Do the same for all parameters of a network that is loaded."""
+        for name, parameter in network.named_parameters():
+            self(name, parameter)
 
     def check(self) -> None:
         """Warn of parts of LoRAs without a weight; raise CheckpointError if a LoRA has none at all."""
@@ -44,4 +54,4 @@ class OriginalWeights:
         parameters = dict(network.named_parameters())
         for name, original in self._kept.items():
             parameter = parameters[name]
-            parameter.copy_(patch(name, original.to(parameter.device)))
+            parameter.copy_(patch(self._published(name), original.to(parameter.device)))

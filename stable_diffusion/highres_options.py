@@ -37,7 +37,12 @@ class HighresOptions:
                 f"--highres_fix_scale {self.highres_fix_scale}: give the size of the first stage as a "
                 "share of the whole, such as 0.5"
             )
-        check_at_most("--highres_fix_scale", self.highres_fix_scale, 1, "a share of the whole, such as 0.5")
+        check_at_most(
+            "--highres_fix_scale",
+            self.highres_fix_scale,
+            1,
+            "the first stage's share of the whole, such as 0.5 where other programs say 2",
+        )
         check_at_least("--highres_fix_steps", self.highres_fix_steps, 1, "one step is the least")
         check_strength("--highres_fix_strength", self.highres_fix_strength)
         if self.highres_fix_upscaler is not None and self.highres_fix_latents_upscaling:
@@ -70,10 +75,12 @@ def add_highres_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--highres_fix_upscaler",
-        help="enlarge by a module with create_upscaler, such as tools.latent_upscaler",
+        help="enlarge by a module with create_upscaler: one of your own, or stable_diffusion.model_upscaler, "
+        "which takes SwinIR and ESRGAN files",
     )
     group.add_argument(
-        "--highres_fix_upscaler_args", help="arguments of that module: key=value, several joined by ;"
+        "--highres_fix_upscaler_args",
+        help="arguments of that module: key=value, several joined by ; as in model=4x.safetensors",
     )
     group.add_argument(
         "--highres_fix_disable_control_net", action="store_true", help="no ControlNet in the second stage"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoders.clip_layers import check_activation
 from encoders.clip_text import ClipText
@@ -79,22 +79,23 @@ def load_model(options: ModelOptions, device: torch.device) -> Model:
         )
         for words, plan in zip(tokenizers, release.texts, strict=True):
             check_vocabulary(words, plan.network.config.vocabulary, release.path)
-        _fill(release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
+        networks = _build(release)
+        _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
         _log(release, dtype, vae_dtype)
-        unet, vae, texts = _fill(release, device, dtype, vae_dtype)
+        _fill(networks, release, device, dtype, vae_dtype)
         projections = [_read_projection(plan, device, dtype) for plan in release.texts]
     towers = tuple(
         _tower(release, number, network, words, projection)
         for number, (network, words, projection) in enumerate(
-            zip(texts, tokenizers, projections, strict=True)
+            zip(networks.texts, tokenizers, projections, strict=True)
         )
     )
-    _set_up(options, unet, vae)
+    _set_up(options, networks.unet, networks.vae)
     return Model(
         kind=release.kind,
         path=release.path,
-        unet=unet,
-        vae=vae,
+        unet=networks.unet,
+        vae=networks.vae,
         texts=towers,
         predicts_velocity=release.marks.predicts_velocity or options.v_parameterization,
         zero_terminal_snr=release.marks.zero_terminal_snr,
@@ -219,36 +220,51 @@ def _check_together(release: Release) -> None:
             )
 
 
-def _fill(
-    release: Release, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
-) -> tuple[Any, Any, list[ClipText]]:
-    """Load all networks; on the meta device nothing is read, but all is compared."""
-    texts = []
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a checkpoint: diffusers' U-Net and VAE, and our text encoders."""
+
+    unet: Any
+    vae: Any
+    texts: tuple[ClipText, ...]
+
+
+def _build(release: Release) -> Networks:
+    """Make all networks on the meta device."""
     for plan in release.texts:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
-        texts.append(load_planned(plan.network, ClipText, device, dtype, "the text encoder of --ckpt"))
-    unet = load_planned(
-        release.unet, _explained(build_unet, release.unet), device, dtype, "the U-Net of --ckpt"
-    )
-    vae = load_planned(release.vae, _explained(build_vae, release.vae), device, vae_dtype, "the VAE")
-    return unet, vae, texts
+    with META:
+        return Networks(
+            _explain(build_unet, release.unet),
+            _explain(build_vae, release.vae),
+            tuple(ClipText(plan.network.config) for plan in release.texts),
+        )
 
 
-def _explained(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Callable[[Any], nn.Module]:
-    """Return the same function, with a CheckpointError in place of what diffusers raises for odd settings."""
+def _fill(
+    networks: Networks, release: Release, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> None:
+    """Fill all networks from the open files; on the meta device nothing is read, but all is compared."""
+    for network, text in zip(networks.texts, release.texts, strict=True):
+        _fill_one(network, text.network, device, dtype, "the text encoder of --ckpt")
+    _fill_one(networks.unet, release.unet, device, dtype, "the U-Net of --ckpt")
+    _fill_one(networks.vae, release.vae, device, vae_dtype, "the VAE")
 
-    def built(sizes: Any) -> nn.Module:
-        try:
-            network: nn.Module = build(sizes)
-        except Exception as error:  # of many classes; all mean that the dimensions do not go together
-            raise CheckpointError(
-                f"{plan.checkpoint.path}: diffusers cannot build a network of these dimensions "
-                f"({type(error).__name__}: {error}). The file or the config.json beside it is damaged.",
-                plan.checkpoint.path,
-            ) from error
-        return network.requires_grad_(False)
 
-    return built
+def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: torch.dtype, what: str) -> None:
+    load_planned(plan, lambda _: network, device, dtype, what).requires_grad_(False)
+
+
+def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
+    """Build a network, with a CheckpointError in place of what diffusers raises for odd settings."""
+    try:
+        return build(plan.config)
+    except Exception as error:  # of many classes; all mean that the dimensions do not go together
+        raise CheckpointError(
+            f"{plan.checkpoint.path}: diffusers cannot build a network of these dimensions "
+            f"({type(error).__name__}: {error}). The file or the config.json beside it is damaged.",
+            plan.checkpoint.path,
+        ) from error
 
 
 def _read_projection(plan: TextPlan, device: torch.device, dtype: torch.dtype) -> Tensor | None:
@@ -259,7 +275,7 @@ def _tower(
     release: Release, number: int, network: ClipText, words: ClipWords, projection: Tensor | None
 ) -> TextTower:
     return TextTower(
-        network=network.requires_grad_(False),
+        network=network,
         tokenize=words.tokenize,
         start=words.start,
         end=words.end,

@@ -8,7 +8,7 @@ from modules.command import Parser
 from modules.console_options import ConsoleOptions, add_console_arguments
 from modules.errors import OptionError
 from modules.options import read_options, refuse_unsupported
-from stable_diffusion.control_options import ControlOptions, add_control_arguments
+from stable_diffusion.control_options import ControlOptions, add_control_arguments, check_control
 from stable_diffusion.highres_options import HighresOptions, add_highres_arguments
 from stable_diffusion.model_options import ModelOptions, add_model_arguments
 from stable_diffusion.network_options import NetworkOptions, add_network_arguments
@@ -39,6 +39,21 @@ class GenImgOptions:
     def __post_init__(self) -> None:
         if self.output.use_original_file_name and self.prompts.image_path is None:
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
+        if self.highres.highres_fix_scale is not None and self.prompts.image_path is not None:
+            raise OptionError(
+                "--highres_fix_scale makes pictures from text in two stages, --image_path makes them from a "
+                "picture. Leave one out"
+            )
+        if self.deep_shrink.ds_depth_1 is None and self.deep_shrink.ds_depth_2 is not None:
+            raise OptionError("--ds_depth_2 is where Deep Shrink acts after --ds_depth_1, which is missing")
+        if self.prompts.mask_path and not (self.prompts.image_path or self.networks.network_weights):
+            raise OptionError(
+                "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
+                "it shows"
+            )
+        check_control(
+            self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
+        )
         if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
             "euler_a"
         ):

@@ -19,7 +19,7 @@ class PromptOptions:
     interactive: bool
     no_preview: bool
     image_path: Path | None  # a picture or a folder of pictures: image to image
-    mask_path: Path | None  # likewise: inpainting
+    mask_path: Path | None  # likewise: inpainting, or regions of the parts of prompts with AND
     guide_image_path: tuple[Path, ...] | None  # likewise, for ControlNets and regions
     images_per_prompt: int
     n_iter: int  # how often all prompts are gone through
@@ -45,12 +45,13 @@ class PromptOptions:
             )
         if self.prompter_module_args is not None and self.from_module is None:
             raise OptionError("--prompter_module_args is for the module of --from_module, which is missing")
-        if self.mask_path is not None and self.image_path is None:
-            raise OptionError(
-                "--mask_path needs --image_path: the picture that is repainted where it is white"
-            )
         if self.no_preview and not self.interactive:
             raise OptionError("--no_preview is for --interactive, the only mode that shows pictures")
+        for name in ("n_iter", "shuffle_prompts"):
+            if self.interactive and getattr(self, name) not in (1, False):
+                raise OptionError(f"--{name} with --interactive: there are no prompts to go through")
+        if self.shuffle_prompts and self.from_module is not None:
+            raise OptionError("--shuffle_prompts with --from_module: the module decides which prompt is next")
         for option in ("images_per_prompt", "n_iter", "batch_size"):
             check_at_least(f"--{option}", getattr(self, option), 1, "a number of pictures or rounds")
         check_seed("--seed", self.seed)
@@ -107,10 +108,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         *("--mask_path", "--mask_image"),
         dest="mask_path",
-        help="inpainting: a black and white picture, or a folder of them; white is painted anew",
+        help="a picture, or a folder of them. With --image_path, inpainting: white is painted anew. For "
+        "prompts with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
     )
     group.add_argument(
         "--guide_image_path",
         nargs="*",
-        help="pictures, or a folder of them, for ControlNets, ControlNet-LLLite or regions",
+        help="pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, "
+        "then one for each for the next picture, and so on",
     )

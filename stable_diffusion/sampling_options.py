@@ -32,9 +32,13 @@ class NoiseOptions:
             "--pyramid_noise_discount_range": self.pyramid_noise_discount_range,
             "--noise_offset_range": self.noise_offset_range,
         }
-        for option, limits in ranges.items():
+        shares = (self.pyramid_noise_prob, self.noise_offset_prob)
+        for share, (option, limits) in zip(shares, ranges.items(), strict=True):
             if limits is not None and limits[0] > limits[1]:
                 raise OptionError(f"{option} {limits[0]} {limits[1]}: give the smaller number first")
+            if (share is None) != (limits is None):
+                prob = option.replace("discount_", "").replace("range", "prob")
+                raise OptionError(f"{prob} and {option} belong together: give both")
 
 
 @dataclass(frozen=True)

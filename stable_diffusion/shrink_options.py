@@ -1,6 +1,7 @@
 """Options of Deep Shrink and Gradual Latent, which begin small. Standard library only."""
 
 import argparse
+import math
 from dataclasses import dataclass
 
 from modules.errors import OptionError
@@ -23,8 +24,11 @@ class DeepShrinkOptions:
         for name in ("ds_depth_1", "ds_depth_2"):
             check_at_least(f"--{name}", getattr(self, name), 0, "an input block of the U-Net, 0 to 8")
             check_at_most(f"--{name}", getattr(self, name), DEEPEST, "an input block of the U-Net, 0 to 8")
-        if self.ds_ratio <= 0:
+        for name in ("ds_timesteps_1", "ds_timesteps_2"):
+            check_at_least(f"--{name}", getattr(self, name), 0, "a timestep, 0 to 999")
+        if not self.ds_ratio > 0:
             raise OptionError(f"--ds_ratio {self.ds_ratio}: give a share above 0, such as 0.5")
+        check_at_most("--ds_ratio", self.ds_ratio, 1, "a share of the features' size, such as 0.5")
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,16 @@ class GradualLatentOptions:
     gradual_latent_unsharp_params: str | None  # ksize,sigma,strength,target-x
 
     def __post_init__(self) -> None:
-        if self.gradual_latent_ratio <= 0:
-            raise OptionError(
-                f"--gradual_latent_ratio {self.gradual_latent_ratio}: give a share above 0, such as 0.5"
-            )
+        check_at_least(
+            "--gradual_latent_timesteps", self.gradual_latent_timesteps, 0, "a timestep, 0 to 1000"
+        )
+        for name in ("ratio", "ratio_step"):
+            share = getattr(self, f"gradual_latent_{name}")
+            if not share > 0:
+                raise OptionError(f"--gradual_latent_{name} {share}: give a share above 0, such as 0.5")
         check_at_most("--gradual_latent_ratio", self.gradual_latent_ratio, 1, "a share of the size")
         check_at_least("--gradual_latent_every_n_steps", self.gradual_latent_every_n_steps, 1, "steps")
+        check_at_least("--gradual_latent_s_noise", self.gradual_latent_s_noise, 0, "1 is the usual noise")
         if self.gradual_latent_unsharp_params is not None:
             read_unsharp("--gradual_latent_unsharp_params", self.gradual_latent_unsharp_params)
 
@@ -53,13 +61,14 @@ def read_unsharp(option: str, text: str) -> tuple[int, float, float, bool]:
     """Read `ksize,sigma,strength,target-x`, such as `3,0.5,0.5,1`. Raises OptionError."""
     try:
         ksize, sigma, strength, *rest = text.split(",")
-        values = int(ksize), float(sigma), float(strength), (bool(int(rest[0])) if rest else True)
-    except ValueError:
+        target = {(): True, ("1",): True, ("0",): False}[tuple(map(str.strip, rest))]
+        values = int(ksize), float(sigma), float(strength), target
+    except (ValueError, KeyError):
         values = (0, 0.0, 0.0, False)
-    if values[0] < 1 or values[0] % 2 == 0 or values[1] <= 0 or text.count(",") > 3:
+    if values[0] < 1 or values[0] % 2 == 0 or not 0 < values[1] < math.inf or not math.isfinite(values[2]):
         raise OptionError(
             f"{option} {text}: give an odd size of the blur, its sigma, the strength, and 1 or 0 (what is "
-            "sharpened: the result or its parts), such as 3,0.5,0.5,1"
+            "sharpened: the result of a step or what it begins with), such as 3,0.5,0.5,1"
         )
     return values
 
@@ -90,6 +99,6 @@ def add_shrink_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradual_latent_unsharp_params",
-        help="sharpen when they grow: ksize,sigma,strength,target-x, such as 3,0.5,0.5,1 (target-x 1: "
-        "sharpen the result, 0: its parts)",
+        help="sharpen when they grow: ksize,sigma,strength,target-x, such as 3,0.5,0.5,1 (target-x 1: the "
+        "step's result is sharpened, 0: only what it begins with)",
     )

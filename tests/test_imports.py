@@ -34,7 +34,7 @@ FLOORS = {
         {"addresses", "answers", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"temporary_names", "text_encodings", "text_files", "version"},
         {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
-        {"asking", "command", "console", "console_options", "environment", "output_files"},
+        {"asking", "command", "console", "console_options", "environment", "output_files", "user_modules"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
         | {"minimal_options"},
         {"contract", "pages"},

@@ -38,4 +38,5 @@ FRAMEPACK = FamilyNames(
     takes=("hunyuan_video",),
     # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
     start=IN_DIFFUSERS,
+    is_as_in_diffusers=True,
 )

@@ -13,7 +13,10 @@ from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 REST, SWAPPED, BEFORE_REST = -1, -2, -3
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
 # first layers; how many channels they take differs between models of a family
-FIRST_LAYERS = ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight")
+FIRST_LAYERS = (
+    *("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight"),
+    *("conv_in.weight", "input_blocks.0.0.weight"),  # of U-Nets; more channels for inpainting
+)
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
@@ -46,6 +49,8 @@ class FamilyNames:
     # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
     # ours in dots too
     underscored: bool = False
+    # whether our paths are those of diffusers; then `aliases` are another layout's
+    is_as_in_diffusers: bool = False
     # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have

@@ -1,0 +1,28 @@
+"""Import a module that a user names in an option: one of ours, an installed one, or a file of theirs."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from modules.errors import OptionError
+from modules.installation import own_name
+
+
+def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
+    """Import a module by the name that a user gave to an option. The working folder is searched too.
+
+    example: such a name. remedy: what to do where it is not found. Raises OptionError if it cannot be
+    imported.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(own_name(name))
+    except ImportError as error:
+        raise OptionError(f"{option} {name} cannot be imported: {error}.{remedy}") from error
+    except Exception as error:  # the module may run any code of its own
+        raise OptionError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error

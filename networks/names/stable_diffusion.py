@@ -1,0 +1,102 @@
+"""Module names of the U-Nets of Stable Diffusion 1.x, 2.x and XL: ours are those of diffusers.
+
+Their aliases are the names of the released single files (LDM), by which sd-scripts names the modules of LoRAs
+for SDXL. Blocks are listed one by one, because LDM counts residual blocks through all levels; `{n}` is the
+transformer block, of which SDXL has several in a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from networks.names.layouts import FamilyNames, each
+
+_LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
+Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
+
+_RESIDUAL = (
+    *(("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj")),
+    *(("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut")),
+)
+_TRANSFORMER = (
+    *each("attn1.", "to_q to_k to_v to_out.0"),
+    *each("attn2.", "to_q to_k to_v to_out.0"),
+    *each("", "ff.net.0.proj ff.net.2 norm1 norm2 norm3"),
+)
+_ENDS = (
+    *(("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2")),
+    *(("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out")),
+)
+_ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"))
+
+
+def _blocks(levels: int) -> Iterator[tuple[str, str, bool]]:
+    """Yield (path in LDM, ours, whether it is an attention rather than a residual block)."""
+    for level in range(levels):
+        for layer in range(_LAYERS):
+            place = f"input_blocks.{1 + level * (_LAYERS + 1) + layer}"
+            yield f"{place}.0", f"down_blocks.{level}.resnets.{layer}", False
+            yield f"{place}.1", f"down_blocks.{level}.attentions.{layer}", True
+        for layer in range(_LAYERS + 1):
+            place = f"output_blocks.{level * (_LAYERS + 1) + layer}"
+            yield f"{place}.0", f"up_blocks.{level}.resnets.{layer}", False
+            yield f"{place}.1", f"up_blocks.{level}.attentions.{layer}", True
+    yield "middle_block.0", "mid_block.resnets.0", False
+    yield "middle_block.1", "mid_block.attentions.0", True
+    yield "middle_block.2", "mid_block.resnets.1", False
+
+
+def _pairs(levels: int, transformer: str) -> Pairs:
+    """Return all modules of a U-Net. transformer: number of its transformer blocks, or `{n}`."""
+    pairs: list[tuple[str, str]] = [*_ENDS]
+    inside = [
+        *each("", "norm proj_in proj_out"),
+        *each(f"transformer_blocks.{transformer}.", " ".join(_TRANSFORMER)),
+    ]
+    for theirs, ours, is_attention in _blocks(levels):
+        leaves = [(leaf, leaf) for leaf in inside] if is_attention else _RESIDUAL
+        pairs += [(f"{theirs}.{leaf}", f"{ours}.{own}") for leaf, own in leaves]
+    for level in range(levels - 1):
+        last = (level + 1) * (_LAYERS + 1)
+        pairs.append((f"input_blocks.{last}.0.op", f"down_blocks.{level}.downsamplers.0.conv"))
+        # it follows the attention, where the level has one
+        pairs += [
+            (f"output_blocks.{last - 1}.{place}.conv", f"up_blocks.{level}.upsamplers.0.conv")
+            for place in (1, 2)
+        ]
+    return tuple(pairs)
+
+
+_SD, _SDXL = _pairs(4, "0"), (*_pairs(3, "{n}"), *_ADDED)
+
+
+def _own(pairs: Pairs) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(ours for _, ours in pairs))
+
+
+SD1 = FamilyNames(
+    "sd1",
+    "stable-diffusion-v1",
+    _own(_SD),
+    aliases=_SD,
+    start="unet.",
+    is_as_in_diffusers=True,
+    takes=("sd2",),  # by names; sizes tell them apart
+    versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
+)
+# the same modules with other sizes
+SD2 = replace(
+    SD1,
+    name="sd2",
+    architecture="stable-diffusion-v2",
+    takes=("sd1",),
+    versions=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
+)
+SDXL = FamilyNames(
+    "sdxl",
+    "stable-diffusion-xl-v1-base",
+    _own(_SDXL),
+    aliases=_SDXL,
+    start="unet.",
+    is_as_in_diffusers=True,
+    versions=("sdxl", "stable-diffusion-xl"),
+)

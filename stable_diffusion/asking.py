@@ -1,0 +1,268 @@
+"""Pictures that are asked for: lines with their variants chosen, seeds drawn and numbers settled."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from modules.errors import OptionError
+from modules.failures import Failures
+from modules.media.reading import image_size
+from modules.options import override_options
+from stable_diffusion.contract import (
+    DeepShrink,
+    GradualLatent,
+    Kind,
+    Picture,
+    Settings,
+    SizeConditions,
+    Unsharp,
+)
+from stable_diffusion.dynamic_prompts import enumerates, expand
+from stable_diffusion.inputs import Inputs
+from stable_diffusion.lines import Line
+from stable_diffusion.options import GenImgOptions
+from stable_diffusion.prompt_lines import LINE_OPTIONS, MULTIPLIERS, SEEDS, read_line, split_seeds
+from stable_diffusion.regions import split_parts
+from stable_diffusion.sampling_options import USUAL_STRENGTH
+from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, read_unsharp
+
+logger = logging.getLogger(__name__)
+
+SEEDS_END = 2**32  # drawn seeds are below it
+SIDE = 8  # pixels of one latent: sides are multiples of it
+
+
+@dataclass
+class Seeds:
+    """Where the seeds of a run come from.
+
+    random: draws them. single: that of the only picture of a run, if --seed is given. round_seed: with
+    --iter_same_seed, of the first picture of each prompt in this round; those of its next pictures are drawn
+    from it.
+    """
+
+    random: Random
+    single: int | None = None
+    round_seed: int | None = None
+
+    def begin_round(self) -> None:
+        """Draw the seed of the next round."""
+        self.round_seed = _draw(self.random)
+
+    def for_line(self, given: tuple[int, ...] | None) -> Iterator[int]:
+        """Yield the seeds of a line's pictures: those that it gives, then drawn ones."""
+        yield from given or ()
+        if self.single is not None:
+            yield self.single
+        if self.round_seed is not None:
+            yield self.round_seed
+            of_round = Random(self.round_seed)
+            while True:
+                yield _draw(of_round)
+        while True:
+            yield _draw(self.random)
+
+
+def _draw(random: Random) -> int:
+    return random.randrange(SEEDS_END)
+
+
+def make_seeds(options: GenImgOptions, lines: list[Line] | None) -> Seeds:
+    """Return where the seeds of a run come from. lines: all of them, None if they are not known yet."""
+    prompts = options.prompts
+    seeds = Seeds(Random(prompts.seed))
+    if lines is not None and len(lines) == 1 and prompts.n_iter == 1:
+        needs_one = prompts.images_per_prompt == 1 or (not lines[0].is_plain and enumerates(lines[0].text))
+        seeds.single = prompts.seed if needs_one else None
+    return seeds
+
+
+@dataclass
+class Asking:
+    """Makes pictures of lines. made: how many there are in this round, which decides the input pictures."""
+
+    options: GenImgOptions
+    kind: Kind
+    inputs: Inputs
+    seeds: Seeds
+    made: int = 0
+
+    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[Picture]:
+        """Yield the pictures of each line; a line that cannot be used is noted in `failures`."""
+        for line in lines:
+            asked: list[Picture] = []
+            with failures.note_errors(line.label):
+                asked = self.of_line(line)
+            yield from asked
+
+    def of_line(self, line: Line) -> list[Picture]:
+        """Return the pictures of a line. Raises OptionError if it cannot be used."""
+        count = line.pictures or self.options.prompts.images_per_prompt
+        given = None if line.is_plain else _given_seeds(line.text)
+        seeds = self.seeds.for_line(given)
+        if line.is_plain:
+            texts = [(next(seeds), line.text) for _ in range(count)]
+        elif enumerates(line.text):
+            seed = next(seeds)
+            texts = [(seed, text) for text in expand(line.text, Random(seed))]
+        else:
+            texts = []
+            for _ in range(count):
+                seed = next(seeds)
+                texts.append((seed, expand(line.text, Random(seed))[0]))
+        if given is not None and len(given) > max(len({seed for seed, _ in texts}), 1):
+            logger.warning(
+                "%s: --d has %d seeds for %d pictures. The others are not used: raise --images_per_prompt",
+                *(line.label, len(given), len(texts)),
+            )
+        asked = [
+            self._picture(line, text, seed, self.made + number) for number, (seed, text) in enumerate(texts)
+        ]
+        self.made += len(asked)
+        return asked
+
+    def _picture(self, line: Line, text: str, seed: int, number: int) -> Picture:
+        values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
+        if not line.is_plain:
+            values = read_line(text, line.label)
+        number = number if line.image_number is None else line.image_number
+        image, mask = self.inputs.image(number), self.inputs.mask(number)
+        parts = len(split_parts(values["prompt"]))
+        if mask is not None and image is None and parts == 1:
+            raise OptionError(
+                "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one "
+                "has one. Write AND between its parts, or leave the mask out"
+            )
+        return Picture(
+            label=line.label,
+            prompt=values["prompt"],
+            negative_prompt=values.get("negative_prompt") or "",
+            seed=seed,
+            settings=replace(settle(self.options, values, self.kind, image), parts=parts),
+            raw_prompt=line.text,
+            image=image,
+            mask=mask,
+            guides=self.inputs.guides_of(number),
+            clip_prompt=values.get("clip_prompt"),
+            file_name=values.get("file_name"),
+        )
+
+
+def _given_seeds(text: str) -> tuple[int, ...] | None:
+    try:
+        return split_seeds(text)
+    except ValueError as error:
+        raise OptionError(f"--d: {error}") from None
+
+
+def check_line(options: GenImgOptions, line: Line) -> None:
+    """Raise OptionError if a line cannot be used, as far as that shows without a model."""
+    if line.is_plain:
+        return
+    _given_seeds(line.text)
+    values = read_line(expand(line.text, Random(0))[0], line.label)
+    with_line(options, values)
+
+
+def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
+    """Return the options with those of a line before them. Raises OptionError if one cannot be used."""
+    own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
+    return override_options(options, {name: value for name, value in values.items() if name in own})
+
+
+def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None) -> Settings:
+    """Return the settings of a picture of one part.
+
+    values: of its line, as `read_line` gives them; they go before the options. image: which it begins with;
+    its size is used if none is asked for. Raises OptionError if a value cannot be used.
+    """
+    options = with_line(options, values)
+    multipliers = values.get(MULTIPLIERS)
+    if multipliers is not None and not options.networks.network_weights:
+        logger.warning("--am is ignored because there are no --network_weights")
+        multipliers = None
+    sampling = options.sampling
+    width, height = sampling.width, sampling.height
+    if width is None or height is None:
+        usual = (kind.size, kind.size) if image is None else _latent_size(image)
+        width, height = width or usual[0], height or usual[1]
+    sizes = sampling.sizes
+    return Settings(
+        width=width,
+        height=height,
+        steps=sampling.steps,
+        scale=sampling.scale,
+        negative_scale=sampling.negative_scale,
+        strength=USUAL_STRENGTH if sampling.strength is None else sampling.strength,
+        sizes=SizeConditions(
+            sizes.original_width,
+            sizes.original_height,
+            sizes.original_width_negative,
+            sizes.original_height_negative,
+            sizes.crop_top or 0,
+            sizes.crop_left or 0,
+        ),
+        multipliers=multipliers,
+        deep_shrink=_deep_shrink(options.deep_shrink),
+        gradual_latent=_gradual_latent(options.gradual_latent),
+    )
+
+
+def _latent_size(image: Path) -> tuple[int, int]:
+    """Return a picture's width and height, cut down to what the VAE can make."""
+    width, height = (max(side // SIDE, 1) * SIDE for side in image_size(image))
+    return width, height
+
+
+def _deep_shrink(options: DeepShrinkOptions) -> DeepShrink | None:
+    if options.ds_depth_1 is None:
+        return None
+    return DeepShrink(
+        options.ds_depth_1,
+        options.ds_timesteps_1,
+        options.ds_depth_2,
+        options.ds_timesteps_2,
+        options.ds_ratio,
+    )
+
+
+def _gradual_latent(options: GradualLatentOptions) -> GradualLatent | None:
+    if options.gradual_latent_timesteps is None:
+        return None
+    unsharp = options.gradual_latent_unsharp_params
+    return GradualLatent(
+        options.gradual_latent_timesteps,
+        options.gradual_latent_ratio,
+        options.gradual_latent_ratio_step,
+        options.gradual_latent_every_n_steps,
+        options.gradual_latent_s_noise,
+        None if unsharp is None else Unsharp(*read_unsharp("--gradual_latent_unsharp_params", unsharp)),
+    )
+
+
+def batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    """Group pictures that follow one another, have equal settings and begin with inputs of equal kinds.
+
+    size: of a group at most.
+    """
+    batch: list[Picture] = []
+    for picture in pictures:
+        if batch and (len(batch) >= size or _kind_of(batch[0]) != _kind_of(picture)):
+            yield batch
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield batch
+
+
+def _kind_of(picture: Picture) -> tuple[Any, ...]:
+    return (
+        picture.settings,
+        picture.image is None,
+        picture.mask is None,
+        len(picture.guides),
+        picture.clip_prompt is None,
+    )

@@ -1,0 +1,309 @@
+"""Files of ControlNets: recognise them, translate names, read dimensions, load.
+
+Single files have the released (LDM) names, with `control_model.` before them or not, or diffusers'. A file of
+differences holds by how much its network differs from the U-Net that it was trained with.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from torch import Tensor
+
+from modules.checkpoints.dialects import checked_shapes_of, count, other_kind
+from modules.checkpoints.filling import load_module
+from modules.checkpoints.model_files import require_file
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
+from modules.errors import CheckpointError
+from modules.text_files import parse_json, read_text
+from stable_diffusion.contract import SD1, SD2, SDXL
+from stable_diffusion.folders import open_part
+from stable_diffusion.unet_names import name_translator
+
+OPTION = "--control_net_models"
+PREFIX = "control_model."
+GIVE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
+# what else a whole model with a ControlNet in it holds
+_BESIDE = (
+    *("model.", "model_ema.", "cond_stage_model.", "first_stage_model.", "conditioner."),
+    *("difference", "betas", "alphas_", "sqrt_", "log_one", "posterior_", "logvar", "lvlb_"),
+)
+DIFFERENCE = "difference"  # a tensor of this name marks a file of differences
+OWN_PARTS = "controlnet_"  # names begin so where a U-Net has no such part: no differences
+
+# a pattern of a tensor's name -> what the file is
+_OTHERS = (
+    (r"lllite_.*", "a ControlNet-LLLite: give it to --control_net_lllite_models"),
+    (r"(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\..*", "a T2I adapter, which is not supported"),
+    (r"(image_proj|ip_adapter)\..*", "an IP-Adapter, which is not supported"),
+    (r"lora_controlnet", "a Control-LoRA, which is not supported"),
+    (
+        r"task_embedding|control_type_proj\..*|control_add_embedding\..*",
+        "a ControlNet for several tasks (Union), which is not supported",
+    ),
+    (r"(controlnet_x_embedder|controlnet_blocks)\..*", "a ControlNet of another family of models"),
+    (
+        r"(unet\.)?up_blocks\.0\..*|(model\.diffusion_model\.)?output_blocks\.0\..*",
+        "a model without ControlNet",
+    ),
+)
+
+_HINT = "controlnet_cond_embedding"  # the convolutions that the guide goes through
+_BLOCKS = rf"{_HINT}\.blocks\.\d+"
+
+
+@dataclass(frozen=True)
+class ControlNetPlan:
+    """How an open file is loaded."""
+
+    checkpoint: Checkpoint  # without prefix
+    sources: Mapping[str, TensorSource]  # by diffusers' names
+    config: Mapping[str, Any]  # of diffusers' ControlNetModel
+    is_difference: bool
+
+
+def open_control_net(path: Path) -> Checkpoint:
+    """Open a file or a folder of diffusers. Raises CheckpointError."""
+    given = require_file(path, OPTION, "")
+    return open_part(given, ("diffusion_pytorch_model",)) if given.is_dir() else open_checkpoint(given)
+
+
+def read_control_net(
+    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
+) -> ControlNetPlan:
+    """Plan how to load a ControlNet for a U-Net.
+
+    path: what the user gave, checkpoint: that, open. unet: the configuration of diffusers'
+    UNet2DConditionModel, words: what model that is. Raises CheckpointError if the file is something else, or
+    belongs to another U-Net.
+    """
+    bare = checkpoint.without_prefix(PREFIX, others=_BESIDE)
+    is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
+    _refuse_others(bare)
+    translate = name_translator(bare.tensors)
+    sources = {
+        _own_name(name, translate): source
+        for name, source in plain_sources(bare).items()
+        if name != DIFFERENCE
+    }
+    if "controlnet_mid_block.weight" not in sources or f"{_HINT}.conv_in.weight" not in sources:
+        raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
+    sources = _name_last_hint(sources)
+    config = _read_config(bare, sources, unet)
+    _compare(checkpoint, config, unet, words)
+    return ControlNetPlan(bare, sources, {**config, **_read_folder(path)}, is_difference)
+
+
+def _refuse_others(checkpoint: Checkpoint) -> None:
+    for pattern, what in _OTHERS:
+        if any(re.fullmatch(pattern, name) for name in checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.path} is not a ControlNet; it looks like {what}.\n  Give {GIVE} to {OPTION}.",
+                checkpoint.path,
+            )
+
+
+_OWN_NAMES = (
+    (r"input_hint_block\.0\.(\w+)", rf"{_HINT}.conv_in.\1"),
+    (r"zero_convs\.(\d+)\.0\.(\w+)", r"controlnet_down_blocks.\1.\2"),
+    (r"middle_block_out\.0\.(\w+)", r"controlnet_mid_block.\1"),
+)
+
+
+def _own_name(name: str, translate: Callable[[str], str]) -> str:
+    """Return diffusers' name of a tensor; one that is not known stays, to be reported as unexpected."""
+    for pattern, own in _OWN_NAMES:
+        found = re.fullmatch(pattern, name)
+        if found is not None:
+            return found.expand(own)
+    found = re.fullmatch(r"input_hint_block\.(\d+)\.(\w+)", name)
+    if found is not None:  # an activation stands between convolutions
+        return f"{_HINT}.blocks.{int(found[1]) // 2 - 1}.{found[2]}"
+    return translate(name)
+
+
+def _name_last_hint(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Name the last of the convolutions that the guide goes through, if it is numbered as the others are."""
+    if f"{_HINT}.conv_out.weight" in sources:
+        return dict(sources)
+    last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
+    return {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
+
+
+def _read_config(
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the configuration of ControlNetModel: sizes as in the file, the rest as of the U-Net."""
+    wrong = CheckpointError(
+        f"{checkpoint.path} is not a ControlNet that is known: the sizes of its tensors are those of no "
+        f"such network. Give {GIVE} to {OPTION}.",
+        checkpoint.path,
+    )
+    shape = checked_shapes_of(checkpoint, sources, wrong)
+    levels = range(count(sources, r"down_blocks\.\d+"))
+    attends = [f"down_blocks.{level}.attentions.0.norm.weight" in sources for level in levels]
+    depths = [_depth(sources, f"down_blocks.{level}") for level in levels]
+    mid = _depth(sources, "mid_block")
+    if not levels or len(levels) != len(unet["block_out_channels"]):
+        raise wrong
+    if not attends[-1]:
+        depths[-1] = max(mid, 1)
+    elif mid != depths[-1]:
+        raise wrong
+    first = next((level for level in levels if attends[level]), None)
+    block = "mid_block" if first is None else f"down_blocks.{first}"
+    blocks = count(sources, _BLOCKS)
+    has_text = mid > 0 or first is not None
+    return {
+        "in_channels": shape("conv_in.weight")[1],
+        "conditioning_channels": shape(f"{_HINT}.conv_in.weight")[1],
+        "conditioning_embedding_out_channels": (
+            shape(f"{_HINT}.conv_in.weight")[0],
+            *(shape(f"{_HINT}.blocks.{number}.weight")[0] for number in range(1, blocks, 2)),
+        ),
+        "block_out_channels": tuple(
+            shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels
+        ),
+        "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if each else "DownBlock2D" for each in attends),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if mid else "UNetMidBlock2D",
+        "transformer_layers_per_block": tuple(max(depth, 1) for depth in depths),
+        "cross_attention_dim": (
+            shape(f"{block}.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+            if has_text
+            else unet["cross_attention_dim"]
+        ),
+        "use_linear_projection": (
+            len(checkpoint.tensors[sources[f"{block}.attentions.0.proj_in.weight"].names[0]].shape) == 2
+            if has_text
+            else unet["use_linear_projection"]
+        ),
+        **_read_added(shape, sources, unet),
+        **{name: unet[name] for name in _AS_UNET if name in unet},
+    }
+
+
+# what tensors do not tell
+_AS_UNET = (
+    *("attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps"),
+    *("act_fn", "flip_sin_to_cos", "freq_shift"),
+)
+
+
+def _read_added(shape: Any, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is configured of the sizes and of the pooled text that SDXL's networks are told."""
+    if "add_embedding.linear_1.weight" not in sources:
+        return {}
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": unet.get("addition_time_embed_dim"),
+        "projection_class_embeddings_input_dim": shape("add_embedding.linear_1.weight", 2)[1],
+    }
+
+
+def _depth(sources: Mapping[str, TensorSource], block: str) -> int:
+    return count(sources, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.\d+")
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    """Return what tensors do not tell: the order of colours, and whether residuals are averaged.
+
+    A diffusers folder says it in its config.json. Of single files, those with "shuffle" in their names are
+    averaged over the picture, as the released one is. Raises CheckpointError if config.json cannot be read.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        return {"global_pool_conditions": "shuffle" in path.name.lower()}
+    try:
+        said = parse_json(read_text(config))
+        return {name: said[name] for name in _ONLY_IN_FOLDERS if name in said}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error}. Copy the folder again.", path) from error
+
+
+_ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_conditions")
+
+
+def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[str, Any], words: str) -> None:
+    """Raise CheckpointError if a ControlNet does not belong to a U-Net. words: what model that is."""
+    if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
+        raise CheckpointError(
+            f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "
+            f"{config['conditioning_channels']} channels; only ControlNets with 4 and 3 are supported, those "
+            f"of inpainting models are not. Give {GIVE} to {OPTION}.",
+            checkpoint.path,
+        )
+    wanted = {
+        "cross_attention_dim": "text states",
+        "block_out_channels": "channels of its levels",
+        "layers_per_block": "layers of a level",
+        "projection_class_embeddings_input_dim": "pooled text and sizes",
+    }
+    found = {
+        what: (_values(config, name), _values(unet, name))
+        for name, what in wanted.items()
+        if _values(config, name) != _values(unet, name)
+    }
+    if found:
+        lines = "".join(
+            f"\n  {what}: {_words(own)} in the ControlNet, {_words(theirs)} in the model"
+            for what, (own, theirs) in found.items()
+        )
+        raise CheckpointError(
+            f"{checkpoint.path} is a ControlNet for {_kind_words(config)}, but --ckpt is {words}:{lines}\n"
+            f"  Give a ControlNet for {words} to {OPTION}.",
+            checkpoint.path,
+        )
+
+
+def _values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    """Return the different values of a setting, which may be one for all levels or one for each."""
+    value = config.get(name)
+    if name == "layers_per_block":
+        return tuple(set(value)) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _words(values: tuple[Any, ...]) -> str:
+    return ", ".join("none" if value is None else str(value) for value in values)
+
+
+def _kind_words(config: Mapping[str, Any]) -> str:
+    if config.get("addition_embed_type"):
+        return SDXL.words
+    return SD2.words if config["use_linear_projection"] else SD1.words
+
+
+def load_control_net(
+    plan: ControlNetPlan, unet: Any, device: torch.device, dtype: torch.dtype
+) -> ControlNetModel:
+    """Load the network of an open file.
+
+    unet: diffusers' U-Net, to which a file of differences is added. Raises CheckpointError if tensors are
+    missing, unexpected, of other shapes or damaged.
+    """
+    with torch.device("meta"):
+        network = ControlNetModel(**plan.config)
+
+    def add_unet(name: str, weight: Tensor) -> Tensor:
+        if name.startswith(OWN_PARTS):
+            return weight
+        base: Tensor = unet.get_parameter(name)
+        return weight.float() + base.to(weight.device, torch.float32)
+
+    load_module(
+        network,
+        plan.checkpoint,
+        plan.sources,
+        device=device,
+        dtype=lambda *_: dtype,
+        patch=add_unet if plan.is_difference else None,
+        ignore=(DIFFERENCE,),
+        what=OPTION,
+    )
+    return network.eval()

@@ -1,0 +1,179 @@
+"""Lines of prompts, and where they come from: an option, a file, a module, the metadata of pictures."""
+
+import importlib
+import importlib.util
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+from generation.prompt_lines import read_generation_lines
+from modules.errors import OptionError, UserError
+from modules.media.tags import read_tags
+from modules.options import option_values
+from stable_diffusion.inputs import Inputs
+from stable_diffusion.options import GenImgOptions
+
+# generator of seeds, seed of the round, number of the call, pictures so far -> prompts; None: no more
+Prompter = Callable[[Random, int | None, int, int], Sequence[str] | None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt as it was typed, with options in it."""
+
+    label: str  # in messages: "line 3"
+    text: str
+    # of an input picture's metadata, in place of options in the text; nothing is expanded in it
+    negative_prompt: str | None = None
+    image_number: int | None = None  # the input picture that it belongs to; None: that which is next
+    pictures: int | None = None  # how many are made of it; None: as the options say
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the text is the prompt as it is: no options and no variants are in it."""
+        return self.image_number is not None
+
+
+def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line] | None:
+    """Return the lines of a run; None if they come one by one, from a module or a person.
+
+    Raises OptionError if there are none, MediaError if an input picture cannot be read.
+    """
+    prompts = options.prompts
+    if prompts.from_module is not None or prompts.interactive:
+        return None
+    if prompts.from_file is not None:
+        return [
+            Line(f"line {number}", line.strip()) for number, line in read_generation_lines(prompts.from_file)
+        ]
+    if prompts.prompt is not None:
+        return [Line("the prompt", prompts.prompt)]
+    return _lines_of_images(inputs.images)
+
+
+def _lines_of_images(images: Sequence[Path]) -> list[Line]:
+    lines = []
+    for number, path in enumerate(images):
+        texts = read_tags(path)
+        if "prompt" in texts:
+            lines.append(
+                Line(path.name, texts["prompt"], texts.get("negative-prompt", ""), image_number=number)
+            )
+    if not lines:
+        raise OptionError(
+            "There is no prompt, and the pictures of --image_path have none in their metadata. Give --prompt "
+            "or --from_file"
+        )
+    return lines
+
+
+def import_prompter(name: str) -> ModuleType:
+    """Import the module of `--from_module`: an import path, or a .py file.
+
+    The working folder is searched too. The code in it runs, as the user asks for. Raises OptionError if it
+    cannot be imported or has no get_prompter.
+    """
+    module = _import_file(Path(name)) if name.endswith(".py") else _import_path(name)
+    if not callable(getattr(module, "get_prompter", None)):
+        raise OptionError(
+            f"--from_module {name} has no function get_prompter(args, pipe, networks). Use another module"
+        )
+    return module
+
+
+def _import_path(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise OptionError(f"--from_module {name}: give an import path, as package.module, or a .py file")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # the module may run any code of its own
+        raise _import_error(name, error) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise OptionError(
+            f"--from_module {path}: there is no such file. Give a Python file or an import path"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # likewise
+        raise _import_error(str(path), error) from error
+    return module
+
+
+def _import_error(name: str, error: Exception) -> OptionError:
+    return OptionError(
+        f"--from_module {name} cannot be imported: {type(error).__name__}: {error}. Correct it, or use "
+        "--from_file"
+    )
+
+
+def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, networks: Any) -> Prompter:
+    """Call a module's get_prompter(args, pipe, networks); return the function that gives prompts.
+
+    args: the options by their names, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae`
+    and `texts` are the networks. networks: `loras.Networks`, or None. Raises UserError if it fails.
+    """
+    args = Namespace(**option_values(options))
+    name = f"--from_module {options.prompts.from_module}"
+    try:
+        prompter = module.get_prompter(args, pipe, networks)
+    except Exception as error:  # it runs any code of its own
+        raise UserError(_failure(name, "get_prompter", error)) from error
+    if not callable(prompter):
+        raise UserError(f"{name}: get_prompter returned no function. Correct the module")
+
+    def prompts(random: Random, round_seed: int | None, index: int, made: int) -> list[str] | None:
+        try:
+            found = prompter(args, pipe, random, round_seed, index, made)
+        except Exception as error:  # likewise
+            raise UserError(_failure(name, "the prompter", error)) from error
+        if found is not None and not _are_texts(found):
+            raise UserError(
+                f"{name}: the prompter returned {type(found).__name__}. Make it return a list of texts, or "
+                "None at the end"
+            )
+        return found
+
+    return prompts
+
+
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, (list, tuple)) and all(isinstance(one, str) for one in found)
+
+
+def _failure(name: str, what: str, error: Exception) -> str:
+    return f"{name}: {what} failed: {type(error).__name__}: {error}. Correct the module"
+
+
+def prompted_lines(
+    prompts: Prompter, random: Random, round_seed: int | None, made: Callable[[], int]
+) -> Iterator[Line]:
+    """Yield the lines of one round, until the module gives None.
+
+    A single prompt is made --images_per_prompt times, of several each once. random: draws seeds. round_seed:
+    of --iter_same_seed. made: returns how many pictures there are in this round. Raises UserError as
+    `make_prompter` says.
+    """
+    number = 0
+    for index in count():
+        found = prompts(random, round_seed, index, made())
+        if found is None:
+            return
+        for text in found:
+            number += 1
+            yield Line(f"prompt {number}", text, pictures=1 if len(found) > 1 else None)

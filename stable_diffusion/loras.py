@@ -1,0 +1,297 @@
+"""LoRAs and their like in a loaded checkpoint: folded into its weights, or added while it computes.
+
+Strengths can be chosen for each batch, except of files that are folded in for good. Sums are made in float32
+and rounded once to the model's dtype where weights change; added at run time, factors have the model's dtype.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from logging import getLogger
+from typing import Any
+
+import torch
+from torch import nn
+
+from modules.errors import CheckpointError, OptionError
+from networks.added import attach_parts, fitting, places
+from networks.added_layers import AddedPart
+from networks.deltas import group_by_module, weight_delta
+from networks.loading import LoraFile, list_some, read_lora
+from networks.merge import LoraPatch, LoraUse
+from networks.module_names import read_family
+from networks.switching import OriginalWeights
+from networks.text_loras import text_part
+from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind, Model
+from stable_diffusion.network_options import NetworkOptions
+
+logger = getLogger(__name__)
+OPTION = "--network_weights"
+Multipliers = tuple[float, ...]
+_TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of the released models
+
+
+class Networks:
+    """The LoRAs of a model whose strengths can be chosen, in the order of `--network_weights`."""
+
+    def __init__(
+        self,
+        defaults: Multipliers,
+        use: Callable[[Multipliers], None],
+        layers: Sequence[Mapping[str, AddedPart]] | None,
+    ) -> None:
+        """defaults: strengths of the command line. use: makes the model compute with these strengths."""
+        self._defaults = defaults
+        self._use = use
+        self._current = defaults
+        self._depth = 0
+        # what each LoRA adds to the U-Net, by diffusers' paths of modules; None: they are folded into
+        # weights, so that nothing can be done with what a single one adds
+        self.layers = None if layers is None else tuple(layers)
+        use(defaults)
+
+    def __len__(self) -> int:
+        return len(self._defaults)
+
+    def settle(self, multipliers: Multipliers | None, part: int | None = None) -> Multipliers:
+        """Return the strength of each LoRA.
+
+        multipliers: of a prompt (`--am`); the last one counts for the LoRAs without; None: those of the
+        command line. part: all but this one have no effect. Raises OptionError if there are too many.
+        """
+        given = self._defaults if multipliers is None else multipliers
+        if len(given) > len(self) or not given:
+            raise OptionError(
+                f"--am has {len(given)} strengths for {len(self)} networks: give one for each of "
+                "--network_weights, without those that --network_merge or --network_merge_n_models fold in"
+            )
+        settled = (*given, *[given[-1]] * (len(self) - len(given)))
+        return settled if part is None else tuple(m if i == part else 0.0 for i, m in enumerate(settled))
+
+    @contextlib.contextmanager
+    def multiplied(self, multipliers: Multipliers | None, part: int | None = None) -> Iterator[None]:
+        """Let the LoRAs act with these strengths, see `settle`; the strengths from before come back after it.
+
+        Weights into which LoRAs are folded stay as they are after the outermost one: the next batch has
+        mostly the same strengths.
+        """
+        before, wanted = self._current, self.settle(multipliers, part)
+        self._depth += 1
+        try:
+            self._set(wanted)
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth or self.layers is not None:
+                self._set(before)
+
+    def _set(self, multipliers: Multipliers) -> None:
+        if multipliers != self._current:
+            self._use(multipliers)
+            self._current = multipliers
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A network that LoRAs change."""
+
+    network: nn.Module
+    published: Callable[[str], str]  # path of a module or parameter -> the one in files
+    part_of: Callable[[LoraFile], LoraFile]  # what a file has for it
+
+
+def read_networks(options: NetworkOptions) -> list[LoraFile]:
+    """Read the files of `--network_weights`; show what they say of themselves if that is asked for.
+
+    Raises CheckpointError if one is no LoRA, or for a model that is no Stable Diffusion.
+    """
+    loras = []
+    for path in options.files:
+        lora = read_lora(path, with_texts=True)
+        made = lora.family() if lora.tensors else read_family(lora.metadata)
+        if made is not None and made.name not in {kind.name for kind in KINDS}:
+            raise CheckpointError(
+                f"{OPTION} {path} is a LoRA for {made.name}, not for Stable Diffusion.\n"
+                "  Give a LoRA that was trained for Stable Diffusion 1.x, 2.x or XL.",
+                path,
+            )
+        loras.append(lora)
+        if options.network_show_meta:
+            logger.info(f"{path} says of itself:\n{_shown(lora.metadata)}")
+    if options.network_args:
+        logger.warning(
+            f"--network_args {' '.join(options.network_args)} is ignored because the files say by their "
+            "tensors what they are"
+        )
+    return loras
+
+
+def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
+    """Compare LoRAs with the kind of the checkpoint, before it is loaded.
+
+    Raises CheckpointError if one takes texts as wide as another kind's; warns if one says that it is for it.
+    """
+    for lora in loras:
+        made = read_family(lora.metadata)
+        fitting_kind = _kind_by_size(lora)
+        if fitting_kind is not None and fitting_kind is not kind:
+            raise CheckpointError(
+                f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
+                f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}.",
+                lora.path,
+            )
+        if made is not None and made.name != kind.name:
+            words = next(each.words for each in KINDS if each.name == made.name)
+            logger.warning(
+                f"{lora.path} was trained for {words}, as its metadata say, and is used with {kind.words}: "
+                "do not expect much of it"
+            )
+
+
+def _kind_by_size(lora: LoraFile) -> Kind | None:
+    """Return the kind whose released models take texts as wide as the LoRA's cross-attention does."""
+    widths = set()
+    for name, factors in group_by_module(lora.tensors).items():
+        if name.endswith(("attn2_to_k", "attn2_to_v")):
+            sizes = {part: one for part, one in factors.items() if part != "alpha"}
+            delta = weight_delta(sizes, torch.device("meta"))
+            widths |= set() if delta is None else {delta.numel() // len(delta)}
+    return _TEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
+
+
+def load_networks(
+    options: NetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
+) -> Networks | None:
+    """Put the files of `--network_weights` into a model; return those whose strengths can be chosen.
+
+    loras: the files, if they are read already. Returns None if there are none, or if all are folded in for
+    good. Raises CheckpointError if a file is no LoRA or does not fit.
+    """
+    if not options.files:
+        return None
+    loras = read_networks(options) if loras is None else loras
+    check_kind(loras, model.kind)
+    loras = [_for_encoders(lora, model.kind) for lora in loras]
+    uses = [LoraUse(lora, one) for lora, one in zip(loras, options.multipliers, strict=True)]
+    merged, adjustable = uses[: options.num_merged], uses[options.num_merged :]
+    targets = _targets(model)
+    if merged:
+        _merge(targets, merged)
+    if not adjustable:
+        return None
+    defaults = tuple(use.multiplier for use in adjustable)
+    if options.network_pre_calc:
+        return Networks(defaults, _folded(targets, adjustable), None)
+    parts = [_added(target, adjustable, model) for target in targets]
+
+    def use_multipliers(multipliers: Multipliers) -> None:
+        for target in parts:
+            for one, multiplier in zip(target, multipliers, strict=True):
+                for part in one.values():
+                    part.multiplier = multiplier
+
+    layers = [{part.place.module_path: part for part in one.values()} for one in parts[0]]
+    return Networks(defaults, use_multipliers, layers)
+
+
+def _targets(model: Model) -> list[_Target]:
+    """Return the U-Net and the text encoders."""
+    towers = [
+        _Target(
+            tower.network,
+            lambda path: f"text_model.{path}",
+            lambda lora, prefix=tower.lora_prefix: text_part(lora, prefix),  # type: ignore[misc]
+        )
+        for tower in model.texts
+    ]
+    return [_Target(model.unet, str, lambda lora: replace(lora, text_tensors={})), *towers]
+
+
+def _of_target(target: _Target, uses: Sequence[LoraUse]) -> list[LoraUse]:
+    """Return what the files have for a network; files without anything for it are left out."""
+    parts = [replace(use, lora=target.part_of(use.lora)) for use in uses]
+    return [part for part in parts if part.lora.tensors]
+
+
+@torch.no_grad()
+def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
+    for target in targets:
+        given = _of_target(target, uses)
+        if not given:
+            continue
+        patch = LoraPatch(given)
+        for path, parameter in target.network.named_parameters():
+            patch.add_to(target.published(path), parameter.data)
+        patch.check()
+
+
+def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Multipliers], None]:
+    """Return what folds the files in with any strengths, always beginning with the original weights."""
+    originals = []
+    for target in targets:
+        given = _of_target(target, uses)
+        if given:
+            original = OriginalWeights(given, target.published)
+            original.keep(target.network)
+            original.check()
+            originals.append((target, original))
+
+    def use_multipliers(multipliers: Multipliers) -> None:
+        scaled = [replace(use, multiplier=one) for use, one in zip(uses, multipliers, strict=True)]
+        for target, original in originals:
+            original.switch(target.network, [use for use in _of_target(target, scaled) if use.multiplier])
+
+    return use_multipliers
+
+
+def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
+    """Return what each file adds to a network, by our names of modules; it is added from now on."""
+    known = places(target.network, target.published)
+    parts = []
+    for use in uses:
+        lora = target.part_of(use.lora)
+        found = fitting(lora, known, OPTION) if lora.tensors else {}
+        parts.append({name: AddedPart(known[name], factors) for name, factors in found.items()})
+    for layer in attach_parts(parts, known):
+        layer.switch_on(model.device, model.dtype)
+    return parts
+
+
+def _for_encoders(lora: LoraFile, kind: Kind) -> LoraFile:
+    """Return the file with the names of a kind's text encoders; a single one may be `lora_te1` too.
+
+    Warns of others. Raises CheckpointError if nothing is left.
+    """
+    first = f"{kind.lora_prefixes[0]}_"
+    other = "lora_te1_" if len(kind.lora_prefixes) == 1 else first
+    renamed = {
+        first + name.removeprefix(other) if name.startswith(other) else name: tensor
+        for name, tensor in lora.text_tensors.items()
+    }
+    prefixes = tuple(f"{prefix}_" for prefix in kind.lora_prefixes)
+    others = [name for name in renamed if not name.startswith(prefixes)]
+    if others and len(others) == len(renamed) and not lora.tensors:
+        raise CheckpointError(
+            f"{OPTION} {lora.path} does not fit {kind.words}: it changes text encoders alone that this does "
+            f"not have, such as {list_some(others, 2)}.\n  Give a LoRA that was trained for {kind.words}.",
+            lora.path,
+        )
+    if others:
+        logger.warning(
+            f"{lora.path}: {len(others)} tensors change a text encoder that {kind.words} does not have, and "
+            f"are ignored: {list_some(others, 2)}"
+        )
+    return replace(lora, text_tensors=renamed)
+
+
+def _shown(metadata: Mapping[str, str]) -> str:
+    """Return metadata as JSON, with JSON inside of it taken apart."""
+
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text) if text[:1] in "{[" else text
+        except (ValueError, RecursionError):
+            return text
+
+    return json.dumps({key: value(text) for key, text in metadata.items()}, indent=2, ensure_ascii=False)

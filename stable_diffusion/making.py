@@ -1,0 +1,270 @@
+"""A batch of pictures: texts, start, the denoising loop, pixels."""
+# Letters: B pictures, h w latent size
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from generation import denoise as loop
+from modules.bars import Bar
+from modules.contract.generation import Section
+from modules.contract.steps import StepDone
+from modules.errors import OptionError
+from stable_diffusion.clip_vision import PictureVectors
+from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
+from stable_diffusion.gradual_latent import begin_small, check_batch
+from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
+from stable_diffusion.pixels import decode_latents
+from stable_diffusion.regions import Regions, join_parts, split_parts
+from stable_diffusion.samplers import begin_sampling, make_scheduler
+from stable_diffusion.sampling_options import SamplingOptions
+from stable_diffusion.starting import Beginning, begin, check_start, generators_of, strength_of
+
+
+class Encodes(Protocol):
+    """Text encoders: `stable_diffusion.text.Texts`."""
+
+    def chunks(self, text: str) -> int: ...
+
+    def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState: ...
+
+
+class Multiplies(Protocol):
+    """LoRAs in a model: `stable_diffusion.loras.Networks`."""
+
+    def multiplied(
+        self, multipliers: tuple[float, ...] | None, part: int | None = None
+    ) -> AbstractContextManager[None]: ...
+
+
+class MakesIdeas(Protocol):
+    """What makes an `Idea` for each batch of a run, and sets up modules for it as long as it is used."""
+
+    def for_batch(
+        self, pictures: Sequence[Picture], width: int, height: int
+    ) -> AbstractContextManager[Idea | None]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """The states of the texts of a batch, one for each picture."""
+
+    positive: list[TextState]
+    negative: list[TextState] | None  # None: nothing is guided away from
+    blank: list[TextState] | None  # of the empty text, for the third pass of --negative_scale
+
+
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """Makes pictures with a loaded model, batch by batch."""
+
+    model: Model
+    texts: Encodes
+    sampling: SamplingOptions
+    vae_batch_size: float | None = None
+    networks: Multiplies | None = None
+    ideas: Sequence[MakesIdeas] = ()  # in the order in which they see a call of the U-Net
+    regions: Regions | None = None  # of prompts with several parts
+    vision: PictureVectors | None = None
+
+    @torch.no_grad()
+    def make(
+        self, pictures: Sequence[Picture], start: Start | None = None, wants_images: bool = True
+    ) -> Made:
+        """Make a batch. A picture does not depend on the others of its batch.
+
+        pictures: of equal settings. Those whose texts are of different lengths, or of which some have an
+        input picture or a mask and some not, are made one group after the other.
+        start: what to begin with instead of the pictures' input images. Raises UserError.
+        """
+        for picture in pictures:
+            check_start(self.model, picture, start)
+
+        def kind_of(index: int) -> tuple[int, bool, bool]:
+            picture = pictures[index]
+            return self._chunks(picture), picture.image is not None, picture.mask is not None
+
+        latents: dict[int, Tensor] = {}
+        for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
+            places = list(group)
+            chosen = [pictures[place] for place in places]
+            made = self._make_group(chosen, None if start is None else _part_of(start, places))
+            latents |= dict(zip(places, made, strict=True))
+        joined = torch.stack([latents[place] for place in range(len(pictures))])
+        if not wants_images:
+            return Made(joined, None)
+        labels = [picture.label for picture in pictures]
+        return Made(joined, decode_latents(self.model, joined, labels, self.vae_batch_size))
+
+    def _make_group(self, pictures: Sequence[Picture], start: Start | None) -> Tensor:
+        """Return latents B 4 h w of pictures with texts of equal lengths."""
+        settings, options = pictures[0].settings, self.sampling
+        gradual = settings.gradual_latent
+        if gradual is not None:
+            check_batch(pictures, options.sampler)
+        scheduler = make_scheduler(
+            options.sampler,
+            self.model.predicts_velocity,
+            options.zero_terminal_snr or self.model.zero_terminal_snr,
+            0 if options.force_scheduler_zero_steps_offset else 1,
+        )
+        sampler = begin_sampling(
+            scheduler,
+            settings.steps,
+            generators_of(pictures),
+            strength_of(pictures[0], start),
+        )
+        section_texts = self._encode(pictures)
+        beginning = begin(self.model, pictures, start, sampler, options.noise)
+        if gradual is not None:
+            small, growing = begin_small(beginning.latents, sampler, gradual)
+            beginning = replace(beginning, latents=small, sampler=growing)
+        with ExitStack() as stack:
+            stack.enter_context(self._multiplied(settings))
+            makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
+            ideas = [
+                stack.enter_context(maker.for_batch(pictures, settings.width, settings.height))
+                for maker in makers
+            ]
+            passes = UnetPasses(
+                self.model,
+                beginning.sampler,
+                len(pictures),
+                [idea for idea in ideas if idea is not None],
+                beginning.beside,
+            )
+            return self._denoise(passes, beginning, section_texts, settings)
+
+    def _denoise(self, passes: UnetPasses, beginning: Beginning, texts: _Texts, settings: Settings) -> Tensor:
+        sampler = beginning.sampler
+        made = sampler.schedule.num_steps - sampler.first
+        section = self._section(beginning.latents, texts, settings)
+
+        def network(_: float) -> nn.Module:
+            unet: nn.Module = self.model.unet
+            return unet
+
+        with Bar(made, "Denoising") as bar:
+
+            def show(_: StepDone) -> bool:
+                bar.update()
+                return False
+
+            latents = loop.denoise(
+                passes,
+                network,
+                section,
+                loop.Start(beginning.latents, sampler.first),
+                sampler,
+                make_guidance(settings.scale, settings.negative_scale),
+                [show],
+                split=False,
+            )
+        return latents.squeeze(2)
+
+    def _section(self, noise: Tensor, texts: _Texts, settings: Settings) -> Section:
+        device = self.model.device
+        positive_sizes, negative_sizes = (
+            time_ids(settings, negative) if self.model.kind is SDXL else None for negative in (False, True)
+        )
+        positive = make_conditions(texts.positive, device, positive_sizes)
+        negative, blank = (
+            None if states is None else make_conditions(states, device, negative_sizes, negative=True)
+            for states in (texts.negative, texts.blank)
+        )
+        return Section(noise, positive, negative, blank)
+
+    # Texts
+
+    def _chunks(self, picture: Picture) -> int:
+        """Return how many chunks the texts of a picture need: the longest one says."""
+        return max(map(self.texts.chunks, [*self._parts(picture), *self._avoided(picture)]))
+
+    def _parts(self, picture: Picture) -> list[str]:
+        return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
+
+    def _avoided(self, picture: Picture) -> list[str]:
+        """Return the negative text, and with three passes the empty one; nothing without guidance."""
+        settings = picture.settings
+        if not is_guided(settings.scale, settings.negative_scale):
+            return []
+        return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
+
+    def _encode(self, pictures: Sequence[Picture]) -> _Texts:
+        settings, chunks = pictures[0].settings, self._chunks(pictures[0])
+        prompts = [self._parts(picture) for picture in pictures]
+        avoided = [self._avoided(picture) for picture in pictures]
+        # with a mask of regions part i sees LoRA i alone, in the negative text too; without, all see all
+        is_regional = settings.parts > 1 and pictures[0].mask is not None
+        states: dict[tuple[str, int | None], TextState] = {}
+        for number in range(settings.parts):
+            part = number if is_regional else None
+            with self._multiplied(settings, part):
+                for parts, others in zip(prompts, avoided, strict=True):
+                    for text in (parts[number], *others):
+                        if (text, part) not in states:
+                            networks = (settings.multipliers, part)
+                            states[text, part] = self.texts.encode(text, chunks, networks)
+
+        def joined(picture: Picture, texts: Sequence[str]) -> TextState:
+            found = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
+            if len(found) == 1:
+                return found[0]
+            return join_parts(found, self._regions().of(picture, settings.width, settings.height))
+
+        def everywhere(number: int) -> list[TextState] | None:
+            """Return the states of the negative (0) or empty (1) texts, which count in each part."""
+            if len(avoided[0]) <= number:
+                return None
+            pairs = zip(pictures, avoided, strict=True)
+            return [joined(picture, [texts[number]] * settings.parts) for picture, texts in pairs]
+
+        positive = [joined(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
+        return _Texts(self._see(pictures, positive), everywhere(0), everywhere(1))
+
+    def _see(self, pictures: Sequence[Picture], states: list[TextState]) -> list[TextState]:
+        """Put the vectors of the input pictures into the states, if the options say so."""
+        if self.vision is None:
+            return states
+        paths = [picture.image for picture in pictures if picture.image is not None]
+        if len(paths) < len(pictures):
+            raise OptionError(
+                f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"
+            )
+        return self.vision.replace_pooled(states, paths)
+
+    def _regions(self) -> Regions:
+        return self.regions if self.regions is not None else Regions(self.model.unet)
+
+    def _multiplied(self, settings: Settings, part: int | None = None) -> AbstractContextManager[None]:
+        if self.networks is None:
+            return nullcontext()
+        return self.networks.multiplied(settings.multipliers, part)
+
+
+def _part_of(start: Start, places: Sequence[int]) -> Start:
+    return Start(
+        None if start.images is None else [start.images[place] for place in places],
+        None if start.latents is None else start.latents[list(places)],
+    )
+
+
+def time_ids(settings: Settings, negative: bool) -> Tensor:
+    """Return what SDXL is told about sizes: original height and width, crop, height and width that are made.
+
+    What is not said is the picture's own size; for negative texts, the original size of the prompt's.
+    """
+    sizes = settings.sizes
+    height = settings.height if sizes.original_height is None else sizes.original_height
+    width = settings.width if sizes.original_width is None else sizes.original_width
+    if negative and sizes.original_height_negative is not None:
+        height = sizes.original_height_negative
+    if negative and sizes.original_width_negative is not None:
+        width = sizes.original_width_negative
+    told = (height, width, sizes.crop_top, sizes.crop_left, settings.height, settings.width)
+    return torch.tensor([told], dtype=torch.float32)

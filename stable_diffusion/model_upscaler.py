@@ -1,0 +1,77 @@
+"""Enlarge the first stage's pictures by a SwinIR or ESRGAN file.
+
+For --highres_fix_upscaler stable_diffusion.model_upscaler --highres_fix_upscaler_args model=4x.safetensors;
+more arguments are those of blissful_tuner/upscaler.py: dtype, tile, tile_overlap, batch_size, compile.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modules.errors import OptionError
+from modules.options import read_options
+from post.contract import Clip, Picture, Stage
+from post.upscaling.files import check_file
+from post.upscaling.options import UpscalerOptions, add_upscaler_arguments
+from post.upscaling.stage import check_upscaler, make_upscaler
+
+KNOWN = ("model", "dtype", "tile", "tile_overlap", "batch_size", "compile")
+ARGS = "--highres_fix_upscaler_args"
+
+
+@dataclass
+class ModelUpscaler:
+    """Enlarges pictures by its network's own factor; it is loaded when the first ones come."""
+
+    options: UpscalerOptions
+    _stages: dict[torch.device, Stage] = field(default_factory=dict)
+
+    def upscale(
+        self,
+        vae: Any,
+        imgs: Sequence[Image.Image],
+        latents: None,
+        dtype: torch.dtype,
+        width: int,
+        height: int,
+        batch_size: int,
+        vae_batch_size: int,
+    ) -> list[Image.Image]:
+        """Return the pictures, enlarged; the caller fits them to the size it wants."""
+        del latents, dtype, batch_size, vae_batch_size, width, height
+        stage = self._stages.get(vae.device)
+        if stage is None:
+            stage = self._stages.setdefault(vae.device, make_upscaler(self.options, vae.device))
+        clip = Clip(self.options.network.model, *imgs[0].size, None, len(imgs), is_deep=False)
+        pictures = (Picture(np.asarray(image), Fraction(0), Fraction(1)) for image in imgs)
+        return [Image.fromarray(picture.pixels) for picture in stage.run(pictures, clip)]
+
+
+def create_upscaler(**args: str) -> ModelUpscaler:
+    """Check the file and the settings. Raises OptionError, or CheckpointError for another file."""
+    parser = _Parser(prog=ARGS)
+    add_upscaler_arguments(parser)
+    unknown = sorted(args.keys() - set(KNOWN))
+    if unknown or "model" not in args:
+        raise OptionError(
+            f"{ARGS}: {f'{unknown[0]} is not known; ' if unknown else ''}give model=FILE, a SwinIR or ESRGAN "
+            f"file, and where needed {', '.join(KNOWN[1:])}, joined by ;"
+        )
+    words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
+    words += ["--compile"] if args.get("compile", "").lower() in ("1", "true", "yes") else []
+    options = read_options(UpscalerOptions, parser.parse_args(words))
+    kind, config = check_file(options.network.model)
+    options = replace(options, mode=kind.mode, scale=config.factor)
+    check_upscaler(options)
+    return ModelUpscaler(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{ARGS}: {message.removeprefix('argument --')}")

@@ -1,0 +1,209 @@
+"""Attention couple with regional LoRA: each part of a prompt, and its LoRA, acts in a region of its own.
+
+The parts of a prompt stand between " AND ". In the cross-attention of the U-Net each part is attended to
+on its own, and the mean of the results is weighted by the regions of the parts; what LoRA i adds is
+multiplied by the region of part i. Keys and values of part i see LoRA i alone. A negative text acts
+everywhere, as a part of every region: guidance then compares two passes with the same weights.
+"""
+# Letters: B pictures, R rows of a call of the U-Net, P parts, L tokens of a part, N places as tokens, C width
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor
+
+from modules.errors import OptionError
+from stable_diffusion.contract import Idea, Picture, TextState, UnetCall
+from stable_diffusion.region_masks import part_shares, part_weights, read_regions, resize, stack, whole
+
+SEPARATOR = " AND "
+
+
+class RegionalLayer(Protocol):
+    """A LoRA on one module of the U-Net."""
+
+    # what is done with the addition to the module's output before it is added; None: nothing
+    region: Callable[[Tensor], Tensor] | None
+
+
+def split_parts(prompt: str) -> list[str]:
+    """Return the parts of a prompt, without blanks around them; one if it has no " AND "."""
+    return [part.strip() for part in prompt.split(SEPARATOR)]
+
+
+def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
+    """Return the state of a prompt from those of its parts.
+
+    states: of equal length. regions: P H W. The contexts stand one after the other (P*L C); the pooled
+    vectors, which act on the whole picture, are averaged by the areas of the parts.
+    """
+    context = torch.cat([state.context for state in states])
+    pooled = [state.pooled for state in states if state.pooled is not None]
+    if not pooled:
+        return TextState(context)
+    shares = part_shares(regions).to(pooled[0].device, torch.float32)
+    mean = (torch.stack(pooled).float() * shares[:, None]).sum(0)
+    return TextState(context, mean.to(pooled[0].dtype))
+
+
+class Regions:
+    """Makes the regions of a run's pictures, and puts them into the U-Net while a batch is made."""
+
+    def __init__(
+        self,
+        unet: Any,
+        layers: Sequence[Mapping[str, RegionalLayer]] | None = (),
+        color_codes: int | None = None,
+    ) -> None:
+        """layers: of each LoRA, by the name of the module; None: LoRAs are folded into the weights, for each
+        batch. color_codes: see `read_regions`.
+        """
+        self._is_folded = layers is None
+        self._layers = layers or ()
+        self._unet, self._color_codes = unet, color_codes
+
+    def of(self, picture: Picture, width: int, height: int) -> Tensor:
+        """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
+
+        Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded
+        into the weights; MediaError if its mask cannot be read.
+        """
+        parts = picture.settings.parts
+        if picture.mask is None:
+            return whole(parts)
+        if self._is_folded:
+            raise OptionError(
+                f"{picture.label}: --network_pre_calc folds the LoRAs into the weights, which are the same in "
+                f"all regions of {picture.mask}. Leave out --network_pre_calc or the mask."
+            )
+        if self._layers and len(self._layers) != parts:
+            raise OptionError(
+                f"{picture.label}: {_count(parts, 'part')} between AND, but "
+                f"{_count(len(self._layers), 'LoRA')} in --network_weights. With a mask of regions "
+                f"({picture.mask}) LoRA 1 belongs to part 1, LoRA 2 to part 2 and so on: give as many LoRAs "
+                "as parts, or leave the mask out."
+            )
+        return read_regions(picture.mask, parts, width, height, self._color_codes)
+
+    @contextlib.contextmanager
+    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+        """Put the regions of a batch into the U-Net; take them out at the end. None if there is one part.
+
+        The context of every row of a call has all parts, one after the other: R P*L C.
+        """
+        if pictures[0].settings.parts == 1:
+            yield None
+            return
+        batch = _Batch(stack([self.of(picture, width, height) for picture in pictures]))
+        with contextlib.ExitStack() as stack_of_changes:
+            stack_of_changes.callback(self._take_out)
+            batch.enter(self._unet, stack_of_changes)
+            if any(picture.mask is not None for picture in pictures):
+                for index, layers in enumerate(self._layers):
+                    for name, layer in layers.items():
+                        layer.region = batch.region_of(index, name)
+            yield batch.begin
+
+    def _take_out(self) -> None:
+        for layers in self._layers:
+            for layer in layers.values():
+                layer.region = None
+
+
+class _Batch:
+    """The regions of one batch while its U-Net runs."""
+
+    def __init__(self, regions: Tensor) -> None:
+        # regions: B P H W
+        self._regions, self.parts = regions, regions.shape[1]
+        self._means = regions.mean((-2, -1))  # B P
+        self._size: tuple[int, int] | None = None  # of the features that a transformer is at work on
+        self._masks: dict[tuple[int, int], Tensor] = {}  # B P h w by size
+        self._weights: dict[tuple[int, int], Tensor] = {}
+
+    def begin(self, call: UnetCall) -> UnetCall:
+        """Move the regions to the device of a call. An `Idea`."""
+        assert call.context.shape[1] % self.parts == 0, (call.context.shape, self.parts)
+        if self._regions.device != call.sample.device:
+            self._regions = self._regions.to(call.sample.device)
+            self._means = self._means.to(call.sample.device)
+        return call
+
+    def enter(self, unet: Any, changes: contextlib.ExitStack) -> None:
+        """Set up a U-Net, until `changes` close."""
+        for name, module in unet.named_modules():
+            if isinstance(module, Transformer2DModel):
+                hook = module.register_forward_pre_hook(self._see_size, with_kwargs=True)
+                changes.callback(hook.remove)
+            elif name.endswith(".attn2"):
+                changes.callback(_put_back, module, module.__dict__.get("forward"))
+                module.forward = self._coupled(module.forward)
+
+    def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
+        """Return what multiplies the addition of a part's LoRA to a module of this name."""
+        if name.endswith((".attn2.to_k", ".attn2.to_v")):
+            return lambda added: self._for_text(part, added)
+        return lambda added: self._for_features(part, added)
+
+    def _see_size(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        features = args[0] if args else kwargs["hidden_states"]
+        self._size = (int(features.shape[-2]), int(features.shape[-1]))
+
+    def _coupled(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a cross-attention in which each part of the context has its own pass."""
+
+        def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **others: Any) -> Tensor:
+            # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the picture
+            rows, parts = len(hidden_states), self.parts
+            context = encoder_hidden_states.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
+            out = attend(hidden_states.repeat(parts, 1, 1), encoder_hidden_states=context, **others)
+            weights = self._at(self._weights, self._spatial_size(hidden_states))  # B P h w
+            weights = weights.flatten(2).transpose(0, 1).repeat(1, rows // weights.shape[0], 1)  # P R N
+            return (out.unflatten(0, (parts, rows)) * weights[..., None].to(out.dtype)).sum(0)
+
+        return forward
+
+    def _for_text(self, part: int, added: Tensor) -> Tensor:
+        # added: P*R L C, of a part's own texts only
+        own = torch.zeros_like(added)
+        rows = len(added) // self.parts
+        own[part * rows : (part + 1) * rows] = added[part * rows : (part + 1) * rows]
+        return own
+
+    def _for_features(self, part: int, added: Tensor) -> Tensor:
+        # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of what has no places
+        repeats = len(added) // len(self._regions)
+        if added.ndim == 2:
+            mask = self._means[:, part, None]
+        elif added.ndim == 3:
+            mask = self._at(self._masks, self._spatial_size(added))[:, part].flatten(1)[..., None]
+        else:
+            mask = self._at(self._masks, (added.shape[-2], added.shape[-1]))[:, part : part + 1]
+        return added * mask.repeat(repeats, *[1] * (mask.ndim - 1)).to(added.dtype)
+
+    def _spatial_size(self, tokens: Tensor) -> tuple[int, int]:
+        assert self._size is not None
+        assert self._size[0] * self._size[1] == tokens.shape[1], (self._size, tokens.shape)
+        return self._size
+
+    def _at(self, kept: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
+        """Return masks or weights at a size of features, B P h w float32, made once."""
+        if size not in kept:
+            resized = resize(self._regions, size)
+            kept[size] = part_weights(resized) if kept is self._weights else resized
+        return kept[size]
+
+
+def _put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
+    """Give a module the forward that it had itself, or its class's."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -1,0 +1,219 @@
+"""The samplers: diffusers' schedulers behind --sampler, as solvers of the denoising loop."""
+# Letters: B pictures, h w latent size
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, rescale_zero_terminal_snr
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2AncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from torch import Tensor
+
+from modules.errors import OptionError
+from modules.flow.schedule import Schedule
+from modules.flow.solvers import Solver
+
+# how all models of Stable Diffusion were trained
+TRAINED: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "pndm": (PNDMScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "dpm_2": (KDPM2DiscreteScheduler, {}),
+    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, {}),
+    # this algorithm cannot step to a noise level of 0
+    "dpmsolver": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    # the class turns it on by itself, and says so in its log
+    "dpmsingle": (DPMSolverSinglestepScheduler, {"lower_order_final": True}),
+}
+PNDM_STEPS = 4  # Runge-Kutta steps that it begins with
+
+
+def make_scheduler(
+    sampler: str, predicts_velocity: bool, zero_terminal_snr: bool = False, steps_offset: int = 1
+) -> Any:
+    """Return the diffusers scheduler of a --sampler, with the defaults of its class for all else.
+
+    steps_offset: the lowest timestep, in classes that have it. zero_terminal_snr: the last timestep of
+    training is noise alone; sampling begins there (timesteps are spaced from the end), or a model trained so
+    would never be asked what it is for. Source: Lin et al. 2023, arXiv 2305.08891.
+    Raises OptionError for zero_terminal_snr with a model that predicts noise: there is nothing to predict
+    where all is noise.
+    """
+    made_by, own = _SCHEDULERS[sampler.removeprefix("k_")]
+    accepted = inspect.signature(made_by.__init__).parameters
+    prediction = "v_prediction" if predicts_velocity else "epsilon"
+    settings = {**TRAINED, **own, "prediction_type": prediction}
+    wished: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
+    if zero_terminal_snr:
+        if not predicts_velocity:
+            raise OptionError(
+                "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, "
+                "or add --v_parameterization if the model was trained so"
+            )
+        wished["timestep_spacing"] = "trailing"
+        if "rescale_betas_zero_snr" in accepted:
+            settings["rescale_betas_zero_snr"] = True
+        else:
+            settings["trained_betas"] = _zero_snr_betas()
+    settings |= {name: value for name, value in wished.items() if name in accepted}
+    with _no_warnings_to_developers():
+        scheduler = made_by(**settings)
+    if isinstance(scheduler, LMSDiscreteScheduler):  # its own way takes scipy, which may not be installed
+        scheduler.get_lms_coefficient = partial(_lms_coefficient, scheduler)
+    return scheduler
+
+
+def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
+    """Return the weight of an earlier derivative in a linear multistep of that order.
+
+    It is the integral over the step of the polynomial that is 1 at the derivative's own noise level and 0 at
+    those of the others. which: 0 is the latest. Three points of Gauss are exact: its degree is 3 at most.
+    """
+    here, there = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+    levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
+    points, weights = np.polynomial.legendre.leggauss(3)
+    at = (here + there) / 2 + (there - here) / 2 * points
+    factors = [(at - level) / (levels[which] - level) for back, level in enumerate(levels) if back != which]
+    return float((there - here) / 2 * (weights * np.prod(factors, axis=0)).sum())
+
+
+@contextmanager
+def _no_warnings_to_developers() -> Iterator[None]:
+    """Keep what is of no use to our users: "dpmsolver" will be removed, tensors are arrays in an old way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _zero_snr_betas() -> list[float]:
+    """Return betas whose last share of data is as good as none: 2^-24, as in diffusers' own classes."""
+    low, high = (float(TRAINED[name]) ** 0.5 for name in ("beta_start", "beta_end"))
+    betas = rescale_zero_terminal_snr(torch.linspace(low, high, TRAINED["num_train_timesteps"]) ** 2)
+    before = float((1 - betas[:-1]).double().prod())
+    betas[-1] = 1 - 2**-24 / before
+    return [float(beta) for beta in betas]
+
+
+class Sampler(Solver, Protocol):
+    """A solver that knows the inputs of the U-Net and where it begins."""
+
+    @property
+    def first(self) -> int:
+        """The index in `schedule` that denoising begins at."""
+        ...
+
+    def model_input(self, index: int, sample: Tensor) -> Tensor:
+        """Return a sample B 4 h w as the U-Net takes it at that index of the schedule."""
+        ...
+
+    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """Return latents B 4 h w, clean, with noise as samples have it before the step of that index.
+
+        Call only before the first step, for `first`, or right after a step, for the next one.
+        """
+        ...
+
+
+@dataclass
+class SchedulerSolver:
+    """A `Sampler` around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
+
+    All random numbers of a step come from the pictures' own generators, so that none depends on its batch.
+    """
+
+    scheduler: Any
+    generators: Sequence[torch.Generator]  # one for each picture, on the CPU
+    first: int = 0
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Timesteps as the scheduler lists them: some list more than steps, as they call the network more."""
+        timesteps = self.scheduler.timesteps.float()
+        places = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
+        shares = self.scheduler.alphas_cumprod.to("cpu").double()[places]
+        last = torch.ones(1, dtype=torch.float64)
+        return Schedule(
+            torch.cat([(1 - shares).sqrt(), 0 * last]).float(),
+            timesteps,
+            torch.cat([shares.sqrt(), last]),
+        )
+
+    @property
+    def noise_level(self) -> float:
+        """The standard deviation of start noise."""
+        return float(self.scheduler.init_noise_sigma)
+
+    def model_input(self, index: int, sample: Tensor) -> Tensor:
+        return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
+
+    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """velocity: what the network returned, whether that is noise or v."""
+        given = {"generator": list(self.generators)} if self._draws else {}
+        timestep = self.scheduler.timesteps[index]
+        (moved, *_) = self.scheduler.step(
+            velocity.squeeze(2), timestep, sample.squeeze(2), return_dict=False, **given
+        )
+        return moved.float().unsqueeze(2)
+
+    @cached_property
+    def _draws(self) -> bool:
+        return "generator" in inspect.signature(self.scheduler.step).parameters
+
+
+def begin_sampling(
+    scheduler: Any, steps: int, generators: Sequence[torch.Generator], strength: float | None = None
+) -> SchedulerSolver:
+    """Set a scheduler to so many steps.
+
+    strength: the share of the steps that image to image makes; None: all. Its solver begins at
+    `schedule.num_steps`, so that no step is made, if that is less than one step.
+    Raises OptionError if the sampler cannot make so few steps, or so many.
+    """
+    if isinstance(scheduler, PNDMScheduler) and steps < PNDM_STEPS:
+        raise OptionError(
+            f"--sampler pndm with {steps} steps: it begins with {PNDM_STEPS} steps of another kind. Take "
+            "more, or another sampler"
+        )
+    trained = TRAINED["num_train_timesteps"]
+    if steps > trained:
+        raise OptionError(f"{steps} steps: the model knows {trained} timesteps, so that is the most")
+    with _no_warnings_to_developers():
+        scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
+    made = steps if strength is None else min(int(steps * strength), steps)
+    if made == 0:
+        return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
+    first = (steps - made) * int(scheduler.order)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return SchedulerSolver(scheduler, generators, first)

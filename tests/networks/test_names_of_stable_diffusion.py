@@ -1,0 +1,102 @@
+"""Names of the U-Nets' modules, compared with diffusers' classes and with its conversion of released files."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import nn
+
+from networks.module_names import alias, choose_family, diffusers_path, module_path, own_path, to_alias
+from networks.names.layouts import FamilyNames
+from networks.names.stable_diffusion import SD1, SD2, SDXL
+
+_SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_SD2: dict[str, Any] = {
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+FULL = pytest.mark.parametrize(
+    ("family", "settings"),
+    [(SD1, {"cross_attention_dim": 768}), (SD2, _SD2), (SDXL, _SDXL)],
+    ids=lambda value: value.name if isinstance(value, FamilyNames) else "",
+)
+
+
+def modules_of(settings: dict[str, Any]) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**settings)
+    named = network.named_modules()
+    return {path: module for path, module in named if any(True for _ in module.parameters(recurse=False))}
+
+
+@FULL
+def test_every_module_of_a_released_network_has_a_name_and_one_in_ldm(
+    family: FamilyNames, settings: dict[str, Any]
+) -> None:
+    modules = modules_of(settings)
+
+    for path in modules:
+        name = path.replace(".", "_")
+        assert module_path(name, family) == path
+        assert diffusers_path(name, family) == path
+        other = to_alias(name, family)
+        assert other != name
+        assert alias(other, family) == name
+
+
+@FULL
+def test_names_in_ldm_are_those_that_diffusers_converts(
+    family: FamilyNames, settings: dict[str, Any]
+) -> None:
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**settings)
+    ldm = {}
+    for name in network.state_dict():
+        path, _, leaf = name.rpartition(".")
+        theirs = ldm_path(path, family)
+        assert own_path(theirs, family) == path
+        ldm[f"model.diffusion_model.{theirs}.{leaf}"] = torch.tensor(list(name.encode()))
+
+    converted = convert_ldm_unet_checkpoint(ldm, dict(network.config))
+
+    assert {bytes(value.tolist()).decode(): name for name, value in converted.items()} == {
+        name: name for name in network.state_dict()
+    }
+
+
+def ldm_path(path: str, family: FamilyNames) -> str:
+    """The name in a released file, block numbers filled in."""
+    number = path.partition("transformer_blocks.")[2].partition(".")[0]
+    template = re.sub(r"(transformer_blocks)\.\d+", r"\1.{n}", path) if family is SDXL else path
+    theirs = [theirs for theirs, ours in family.aliases if ours == template]
+    # an upsampler comes after the attention, where its block has one
+    has_attention = path.startswith("up_blocks.0") == (family is SDXL) or path.startswith("up_blocks.1")
+    return theirs[-1 if has_attention else 0].replace("{n}", number)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "ldm"])
+@FULL
+def test_a_network_is_told_by_its_modules(family: FamilyNames, settings: dict[str, Any], layout: str) -> None:
+    names = [path.replace(".", "_") for path in modules_of(settings)]
+    if layout == "ldm":
+        names = [to_alias(name, family) for name in names]
+
+    found = choose_family(names)
+
+    assert found is (SDXL if family is SDXL else SD1)  # SD 2 has the same names
+    assert choose_family(names, family.name) is family

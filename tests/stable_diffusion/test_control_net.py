@@ -1,0 +1,284 @@
+"""ControlNets: files in all layouts, and what they add to the U-Net, compared with diffusers' own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modules.errors import CheckpointError, OptionError
+from stable_diffusion.contract import SD1, UnetCall
+from stable_diffusion.control_net import check_control_nets, load_control_nets
+from stable_diffusion.control_net_files import load_control_net, open_control_net, read_control_net
+from stable_diffusion.control_options import ControlOptions
+from tests.stable_diffusion.controlling import (
+    OF_NAME,
+    call_of,
+    model_of,
+    picture,
+    pixels,
+    unet_of,
+    write_guide,
+)
+from tests.tiny.control_nets import (
+    control_net,
+    control_net_config,
+    control_net_state,
+    ldm_control_net,
+    write_control_net,
+    write_lllite,
+)
+from tests.tiny.stable_diffusion import write_sd1
+
+CPU = torch.device("cpu")
+
+
+def options_of(*paths: Path, **values: tuple[object, ...]) -> ControlOptions:
+    others = dict.fromkeys(
+        ("control_net_lllite_models", "control_net_preps", "control_net_multipliers", "control_net_ratios")
+    )
+    return ControlOptions(**{"control_net_models": paths, **others, **values})  # type: ignore[arg-type]
+
+
+def save(path: Path, name: str) -> Path:
+    save_file({name: torch.zeros(1)}, path)
+    return path
+
+
+def theirs(kind: str, call: UnetCall, guides: Tensor, scale: float = 1.0, seed: int = 50) -> list[Tensor]:
+    """The residuals of diffusers' own network."""
+    down, mid = control_net(kind, seed)(
+        call.sample,
+        torch.tensor(call.timestep),
+        encoder_hidden_states=call.context,
+        controlnet_cond=guides,
+        conditioning_scale=scale,
+        added_cond_kwargs=dict(call.added),
+        return_dict=False,
+    )
+    return [*down, mid]
+
+
+def residuals(call: UnetCall) -> list[Tensor]:
+    down, mid = call.residuals
+    return [*down, mid]
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("layout", ["released", "prefixed", "diffusers", "folder", "difference"])
+def test_each_layout_gives_the_same_network(tmp_path: Path, kind: str, layout: str) -> None:
+    path = write_control_net(tmp_path / ("net" if layout == "folder" else "net.safetensors"), kind, layout)
+    unet = unet_of(kind)
+
+    with open_control_net(path) as checkpoint:
+        plan = read_control_net(path, checkpoint, unet.config, OF_NAME[kind].words)
+        loaded = load_control_net(plan, unet, CPU, torch.float32).state_dict()
+
+    wanted = control_net_state(kind)
+    assert loaded.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_released_names_are_translated_as_diffusers_does() -> None:
+    state = control_net_state("sd1")
+
+    converted = convert_controlnet_checkpoint(ldm_control_net(state), control_net_config("sd1"))
+
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
+
+
+def test_torch_files_are_read(tmp_path: Path) -> None:
+    path = write_control_net(tmp_path / "net.pth", "sd1", "prefixed")
+
+    check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+
+
+# What they add
+
+
+def test_residuals_are_those_of_diffusers_for_all_rows(tmp_path: Path) -> None:
+    path, guide = write_control_net(tmp_path / "net.safetensors", "sdxl"), write_guide(tmp_path / "guide.png")
+    nets = load_control_nets(options_of(path, control_net_multipliers=(0.7,)), model_of("sdxl"))
+    call = call_of("sdxl")
+    assert nets is not None
+
+    with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
+        assert idea is not None
+        found = residuals(idea(call))
+
+    for own, wanted in zip(found, theirs("sdxl", call, pixels(guide).repeat(2, 1, 1, 1), 0.7), strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_belong_to_their_pictures(tmp_path: Path) -> None:
+    path = write_control_net(tmp_path / "net.safetensors", "sd1")
+    guides = [write_guide(tmp_path / f"{seed}.png", seed) for seed in range(2)]
+    nets = load_control_nets(options_of(path), model_of("sd1"))
+    call = call_of("sd1", rows=4, pictures=2)
+    assert nets is not None
+
+    with torch.no_grad(), nets.for_batch([picture(guide) for guide in guides], 64, 48) as idea:
+        assert idea is not None
+        found = residuals(idea(call))
+
+    both = torch.cat([pixels(guide) for guide in guides]).repeat(2, 1, 1, 1)
+    for own, wanted in zip(found, theirs("sd1", call, both), strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> None:
+    guide = write_guide(tmp_path / "guide.png")
+    images = pixels(guide).repeat(2, 1, 1, 1)
+    for kind in ("sd1", "sdxl"):
+        paths = [
+            write_control_net(tmp_path / f"{kind}{seed}.safetensors", kind, seed=seed) for seed in (50, 51)
+        ]
+        nets = load_control_nets(options_of(*paths), model_of(kind))
+        assert nets is not None
+        calls = [call_of(kind, step=step) for step in (0, 1)]
+        wanted = [[theirs(kind, call, images, seed=seed) for seed in (50, 51)] for call in calls]
+
+        with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
+            assert idea is not None
+            found = [residuals(idea(call)) for call in calls]
+
+        for step, own in enumerate(found):
+            for skip, each in enumerate(own):
+                parts = [wanted[step][number][skip] for number in (0, 1)]
+                one = parts[step] if kind == "sd1" else (parts[0] + parts[1]) / 2
+                torch.testing.assert_close(each, one, atol=1e-5, rtol=1e-5)
+
+
+def test_a_ratio_ends_the_action(tmp_path: Path) -> None:
+    path, guide = write_control_net(tmp_path / "net.safetensors", "sd1"), write_guide(tmp_path / "guide.png")
+    nets = load_control_nets(options_of(path, control_net_ratios=(0.5,)), model_of("sd1"))
+    assert nets is not None
+
+    with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
+        assert idea is not None
+        acts = [idea(call_of("sd1", step=step)).residuals is not None for step in range(4)]
+
+    assert acts == [True, True, True, False]  # 2 of 4 steps is not beyond one half
+
+
+def test_the_last_part_of_a_prompt_counts(tmp_path: Path) -> None:
+    path, guide = write_control_net(tmp_path / "net.safetensors", "sd1"), write_guide(tmp_path / "guide.png")
+    nets = load_control_nets(options_of(path), model_of("sd1"))
+    call = call_of("sd1")
+    both = replace(call, context=torch.cat([call.context.flip(1), call.context], dim=1))
+    assert nets is not None
+
+    with torch.no_grad(), nets.for_batch([picture(guide, parts=2)], 64, 48) as idea:
+        assert idea is not None
+        found = residuals(idea(both))
+
+    for own, wanted in zip(found, theirs("sd1", call, pixels(guide).repeat(2, 1, 1, 1)), strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_shuffle_acts_beside_the_prompt_alone_and_everywhere_alike(tmp_path: Path) -> None:
+    path, guide = (
+        write_control_net(tmp_path / "a_Shuffle.safetensors", "sd1"),
+        write_guide(tmp_path / "g.png"),
+    )
+    nets = load_control_nets(options_of(path), model_of("sd1"))
+    call = call_of("sd1")
+    assert nets is not None
+
+    with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
+        assert idea is not None
+        found = residuals(idea(call))
+
+    for own, wanted in zip(found, theirs("sd1", call, pixels(guide).repeat(2, 1, 1, 1)), strict=True):
+        torch.testing.assert_close(own[:1], wanted[:1].mean((2, 3), keepdim=True), atol=1e-5, rtol=1e-5)
+        assert not own[1:].any()
+
+
+def test_guides_follow_the_size_of_the_latents(tmp_path: Path) -> None:
+    path = write_control_net(tmp_path / "net.safetensors", "sd1")
+    guide = write_guide(tmp_path / "guide.png", size=(64, 64))
+    nets = load_control_nets(options_of(path), model_of("sd1"))
+    call = call_of("sd1")
+    assert nets is not None
+
+    with torch.no_grad(), nets.for_batch([picture(guide)], 128, 96) as idea:  # the latents are half of it
+        assert idea is not None
+        found = residuals(idea(call))
+
+    image = Image.open(guide).resize((64, 48), Image.Resampling.LANCZOS)
+    resized = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None] / 255
+    for own, wanted in zip(found, theirs("sd1", call, resized.repeat(2, 1, 1, 1)), strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_pictures_without_guides_are_left_alone(tmp_path: Path) -> None:
+    nets = load_control_nets(
+        options_of(write_control_net(tmp_path / "n.safetensors", "sd1")), model_of("sd1")
+    )
+    assert nets is not None
+
+    with nets.for_batch([picture()], 64, 48) as idea:
+        assert idea is None
+
+
+# Wrong files
+
+
+def test_the_one_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = write_control_net(tmp_path / "net.safetensors", "sdxl")
+
+    with pytest.raises(CheckpointError, match=r"Stable Diffusion XL, but --ckpt is Stable Diffusion 1\.x"):
+        check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+
+
+def test_other_files_are_named(tmp_path: Path) -> None:
+    paths = {
+        "give it to --control_net_lllite_models": write_lllite(tmp_path / "lllite.safetensors"),
+        "a model without ControlNet": write_sd1(tmp_path),
+        "a T2I adapter": save(tmp_path / "adapter.safetensors", "body.0.block1.weight"),
+        "an IP-Adapter": save(tmp_path / "ip.safetensors", "ip_adapter.1.to_k_ip.weight"),
+        "Control-LoRA": save(tmp_path / "lora.safetensors", "lora_controlnet"),
+        "several tasks": save(tmp_path / "union.safetensors", "task_embedding"),
+        "an unknown model": save(tmp_path / "unknown.safetensors", "something"),
+        "no such file": tmp_path / "missing.safetensors",
+    }
+
+    for words, path in paths.items():
+        with pytest.raises(CheckpointError, match=words):
+            check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+
+
+def test_those_of_inpainting_models_are_refused(tmp_path: Path) -> None:
+    path = write_control_net(tmp_path / "net.safetensors", "sd1", in_channels=9)
+
+    with pytest.raises(CheckpointError, match="9 .* channels.*inpainting"):
+        check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+
+
+def test_a_cut_file_names_what_is_missing(tmp_path: Path) -> None:
+    state = ldm_control_net(control_net_state("sd1"))
+    del state["zero_convs.2.0.weight"]
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "net.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"missing: controlnet_down_blocks\.2\.weight"):
+        load_control_nets(options_of(tmp_path / "net.safetensors"), model_of("sd1"))
+
+
+def test_the_number_of_guides_is_compared(tmp_path: Path) -> None:
+    guide = write_guide(tmp_path / "guide.png")
+    path = write_control_net(tmp_path / "net.safetensors", "sd1")
+    nets = load_control_nets(options_of(path), model_of("sd1"))
+    assert nets is not None
+
+    with pytest.raises(OptionError, match="line 1: 2 guide images, but --control_net_models has 1"):
+        nets.for_batch([picture(guide, guide)], 64, 48).__enter__()

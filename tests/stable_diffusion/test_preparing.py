@@ -1,0 +1,99 @@
+"""Guide images: how they are read, and which options of ControlNets are refused."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from modules.errors import MediaError, OptionError
+from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse, check_control
+from stable_diffusion.preparing import GuideImages
+from tests.stable_diffusion.controlling import picture, write_guide
+
+NONE, CANNY = (ControlUse(Path("net"), canny, 1.0, 1.0) for canny in (None, CannyThresholds(63, 191)))
+OPTION = "--control_net_models"
+
+
+def options_of(count: int = 2, **values: tuple[object, ...]) -> ControlOptions:
+    others = dict.fromkeys(
+        ("control_net_lllite_models", "control_net_preps", "control_net_multipliers", "control_net_ratios")
+    )
+    paths = tuple(Path(f"{number}.safetensors") for number in range(count))
+    return ControlOptions(**{"control_net_models": paths, **others, **values})  # type: ignore[arg-type]
+
+
+def test_guides_are_those_of_diffusers_pipelines(tmp_path: Path) -> None:
+    path = write_guide(tmp_path / "guide.png", size=(80, 56))
+
+    (found,) = GuideImages([NONE], OPTION).read([picture(path)], 64, 48)
+
+    processor = VaeImageProcessor(vae_scale_factor=8, do_convert_rgb=True, do_normalize=False)
+    assert torch.equal(found, processor.preprocess(Image.open(path), height=48, width=64))
+
+
+def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> None:
+    image = np.zeros((96, 128, 3), dtype=np.uint8)
+    image[32:64, 32:96] = (255, 128, 0)
+    Image.fromarray(image).save(tmp_path / "guide.png")
+
+    (found,) = GuideImages([CANNY], OPTION).read([picture(tmp_path / "guide.png")], 64, 48)
+
+    small = Image.fromarray(image).resize((64, 48), Image.Resampling.LANCZOS)
+    edges = cv2.Canny(np.asarray(small.convert("L")), 63, 191)
+    assert found.unique().tolist() == [0, 1]
+    assert torch.equal(found[0, 0], torch.from_numpy(edges).float() / 255)
+    assert torch.equal(found[0, 0], found[0, 2])
+
+
+def test_one_guide_serves_all_models(tmp_path: Path) -> None:
+    path = write_guide(tmp_path / "guide.png")
+
+    plain, edges = GuideImages([NONE, CANNY], OPTION).read([picture(path)], 64, 48)
+
+    assert not torch.equal(plain, edges)
+
+
+def test_a_missing_guide_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"missing\.png"):
+        GuideImages([NONE], OPTION).read([picture(tmp_path / "missing.png")], 64, 48)
+
+
+def test_values_belong_to_models_in_their_order() -> None:
+    first, second = options_of(
+        control_net_preps=("none", "canny_10_20"),
+        control_net_multipliers=(0.5, 2.0),
+        control_net_ratios=(1.0, 0.25),
+    ).uses
+
+    assert first == ControlUse(Path("0.safetensors"), None, 0.5, 1.0)
+    assert second == ControlUse(Path("1.safetensors"), CannyThresholds(10, 20), 2.0, 0.25)
+    assert options_of(1, control_net_preps=("canny",)).uses[0].canny == CannyThresholds(63, 191)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"control_net_preps": ("canny",)}, "--control_net_preps has 1 value for 2 models"),
+        ({"control_net_multipliers": (1.0, 1.0, 1.0)}, "--control_net_multipliers has 3 values for 2 models"),
+        ({"control_net_ratios": (0.5,)}, "--control_net_ratios has 1 value for 2 models"),
+        ({"control_net_ratios": (0.5, 1.5)}, "--control_net_ratios 1.5: give a share"),
+        ({"control_net_preps": ("none", "openpose")}, "--control_net_preps openpose: only none and canny"),
+        ({"control_net_models": (), "control_net_ratios": (1.0,)}, "needs --control_net_models"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(values: dict[str, tuple[object, ...]], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        options_of(**values)
+
+
+def test_missing_pictures_and_deep_shrink_are_refused() -> None:
+    with pytest.raises(OptionError, match="--control_net_models needs --guide_image_path"):
+        check_control(options_of(), None, shrinks=False)
+    with pytest.raises(OptionError, match="--guide_image_path needs --control_net_models"):
+        check_control(options_of(0), (Path("guide.png"),), shrinks=False)
+    with pytest.raises(OptionError, match="Deep Shrink"):
+        check_control(options_of(), (Path("guide.png"),), shrinks=True)

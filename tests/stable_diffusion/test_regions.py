@@ -1,0 +1,388 @@
+"""Attention couple and regional LoRA, against a plain computation of every cross-attention and every LoRA."""
+# Letters: B pictures, R rows, P parts, L tokens of a part, N tokens of a picture
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as functional
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from modules.errors import MediaError, OptionError
+from stable_diffusion.contract import Picture, Settings, TextState, UnetCall
+from stable_diffusion.region_masks import part_shares, part_weights, read_regions, resize, stack
+from stable_diffusion.regions import Regions, join_parts, split_parts
+from tests.tiny.stable_diffusion import KINDS, unet_state
+
+HEIGHT, WIDTH = 72, 120  # pixels: latents 9 x 15, features 5 x 8, no two alike and none even
+TOKENS = 7
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Lora:
+    """A LoRA on one module, as `Networks.layers` has them."""
+
+    def __init__(self, module: Any, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.change = torch.randn(module.weight.shape, generator=generator) * module.weight.std() * 0.5
+        self.region: Callable[[Tensor], Tensor] | None = None
+        self._module = module
+        self._before = module.forward
+        module.forward = self.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = apply(self._module, self.change, x)
+        return self._before(x) + (added if self.region is None else self.region(added))
+
+
+def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
+    """What a module does with another weight, without its bias."""
+    if isinstance(module, nn.Conv2d):
+        return functional.conv2d(x, weight, None, module.stride, module.padding)
+    return functional.linear(x, weight)
+
+
+def tiny_unet(kind: str) -> Any:
+    unet = UNet2DConditionModel(**KINDS[kind].unet)
+    unet.load_state_dict(unet_state(kind))
+    return unet.eval().requires_grad_(False)
+
+
+def add_loras(unet: Any, count: int) -> list[dict[str, Lora]]:
+    """LoRAs on every linear layer and convolution."""
+    modules = [(name, m) for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [
+        {name: Lora(module, 1000 * index + place) for place, (name, module) in enumerate(modules)}
+        for index in range(count)
+    ]
+
+
+def a_call(kind: str, contexts: Sequence[Tensor], rows: int, pictures: int = 1) -> UnetCall:
+    generator = torch.Generator().manual_seed(5)
+    sample = torch.randn((pictures, 4, HEIGHT // 8, WIDTH // 8), generator=generator)
+    sample = sample.repeat(rows // pictures, 1, 1, 1)
+    added = {}
+    if kind == "sdxl":
+        ids = torch.tensor([[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]]).float().expand(rows, -1)
+        added = {"text_embeds": torch.randn((rows, 64), generator=generator), "time_ids": ids}
+    return UnetCall(0, 4, 500.0, sample, torch.cat(list(contexts), 1), pictures, rows // 2, added)
+
+
+def a_context(kind: str, seed: int, rows: int) -> Tensor:
+    width = KINDS[kind].unet["cross_attention_dim"]
+    return torch.randn((rows, TOKENS, width), generator=torch.Generator().manual_seed(seed))
+
+
+def run(unet: Any, call: UnetCall) -> Tensor:
+    return unet(
+        call.sample, call.timestep, call.context, added_cond_kwargs=dict(call.added), return_dict=False
+    )[0]
+
+
+def a_picture(mask: Path | None, parts: int) -> Picture:
+    settings = Settings(WIDTH, HEIGHT, 4, 7.5, parts=parts)
+    return Picture("line 1", "", "", 1, settings, "", mask=mask)
+
+
+def save_mask(path: Path, *boxes: tuple[int, int, int, int, tuple[int, int, int]]) -> Path:
+    """left, top, right, bottom in eighths of the picture, and the colour."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    for left, top, right, bottom, color in boxes:
+        rows = slice(top * HEIGHT // 8, bottom * HEIGHT // 8)
+        pixels[rows, left * WIDTH // 8 : right * WIDTH // 8] = color
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Path:
+    """Part 1 has most of the left, part 2 most of the right; they overlap, and a corner is nobody's."""
+    return save_mask(
+        tmp_path / "halves.png",
+        (0, 0, 4, 8, (255, 0, 0)),
+        (3, 0, 8, 6, (0, 255, 0)),
+        (3, 0, 4, 6, (255, 128, 0)),
+    )
+
+
+# A plain computation
+
+
+def plain(unet: Any, call: UnetCall, regions: Tensor, changes: Sequence[dict[str, Tensor]]) -> Tensor:
+    """The U-Net with everything written out: regions P H W of one picture, changes of weights by module."""
+    sizes = {}
+    height, width = call.sample.shape[-2:]
+    while (height, width) not in sizes.values():
+        sizes[height * width] = (height, width)
+        height, width = (height + 1) // 2, (width + 1) // 2
+    modules = {name: m for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    with_forward = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    original = {name: type(module).forward.__get__(module) for name, module in modules.items()}
+
+    def masks_at(size: tuple[int, int]) -> Tensor:
+        return functional.interpolate(regions[None], size, mode="bilinear")[0]
+
+    def masked(name: str, x: Tensor) -> Tensor:
+        out = original[name](x)
+        for part, change in enumerate(changes):
+            added = apply(modules[name], change[name], x)
+            if out.ndim == 2:
+                mask: Any = regions[part].mean()
+            elif out.ndim == 3:
+                mask = masks_at(sizes[out.shape[1]])[part].reshape(-1, 1)
+            else:
+                mask = masks_at((out.shape[2], out.shape[3]))[part]
+            out = out + added * mask
+        return out
+
+    def attend(name: str, module: Any, x: Tensor, context: Tensor) -> Tensor:
+        masks = masks_at(sizes[x.shape[1]]).flatten(1)  # P N
+        total = masks.sum(0)
+        result = torch.zeros_like(x)
+        query = masked(f"{name}.to_q", x)
+        for part, own in enumerate(context.split(TOKENS, 1)):
+            key, value = original[f"{name}.to_k"](own), original[f"{name}.to_v"](own)
+            if changes:
+                key = key + own @ changes[part][f"{name}.to_k"].T
+                value = value + own @ changes[part][f"{name}.to_v"].T
+            heads = [t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in (query, key, value)]
+            scores = heads[0] @ heads[1].transpose(-1, -2) / heads[0].shape[-1] ** 0.5
+            seen = (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+            weight = torch.where(total > 0, masks[part] / total.clamp(min=1e-6), 1 / len(masks))
+            result = result + seen * weight[:, None]
+        return masked(f"{name}.to_out.0", result)
+
+    cross = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+    for name, module in modules.items():
+        if not name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.forward = lambda x, *_, name=name, **__: masked(name, x)
+    for name, module in cross.items():
+        module.forward = lambda hidden_states, encoder_hidden_states, name=name, module=module, **_: attend(
+            name, module, hidden_states, encoder_hidden_states
+        )
+    try:
+        return run(unet, call)
+    finally:
+        for name, module in modules.items():
+            module.forward = with_forward[name] or original[name]
+        for module in cross.values():
+            del module.forward
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> None:
+    unet = tiny_unet(kind)
+    loras = add_loras(unet, 2)
+    call = a_call(kind, [a_context(kind, 1, 2), a_context(kind, 2, 2)], rows=2)
+    picture = a_picture(halves, parts=2)
+    maker = Regions(unet, loras)
+
+    with maker.for_batch([picture], WIDTH, HEIGHT) as idea:
+        assert idea is not None
+        made = run(unet, idea(call))
+
+    changes = [{name: lora.change for name, lora in layers.items()} for layers in loras]
+    expected = plain(unet, call, maker.of(picture, WIDTH, HEIGHT), changes)
+    torch.testing.assert_close(made, expected, **CLOSE)
+    assert all(lora.region is None for layers in loras for lora in layers.values())
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_equal_parts_everywhere_are_the_plain_prompt(kind: str, halves: Path) -> None:
+    unet = tiny_unet(kind)
+    one = a_context(kind, 1, 2)
+    alone = run(unet, a_call(kind, [one], rows=2))
+
+    for mask in (None, halves):
+        with Regions(unet).for_batch([a_picture(mask, parts=3)], WIDTH, HEIGHT) as idea:
+            assert idea is not None
+            made = run(unet, idea(a_call(kind, [one] * 3, rows=2)))
+        torch.testing.assert_close(made, alone, **CLOSE)
+    torch.testing.assert_close(run(unet, a_call(kind, [one], rows=2)), alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_region_of_all_is_that_part_alone_with_its_lora(part: int, tmp_path: Path) -> None:
+    """Also the rows of the negative text; the other part has a corner that no feature's centre sees."""
+    color, other = ((255, 0, 0), (0, 255, 0))[:: 1 - 2 * part]
+    mask = save_mask(tmp_path / "all.png", (0, 0, 8, 8, color))
+    pixels = np.asarray(Image.open(mask)).copy()
+    pixels[0, 0] = other
+    Image.fromarray(pixels).save(mask)
+    contexts = [a_context("sd1", 1, 2), a_context("sd1", 2, 2)]
+    unet, both = tiny_unet("sd1"), tiny_unet("sd1")
+    module_names = [name for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for place, name in enumerate(module_names):
+        Lora(unet.get_submodule(name), 1000 * part + place)
+    alone = run(unet, a_call("sd1", [contexts[part]], rows=2))
+
+    with Regions(both, add_loras(both, 2)).for_batch([a_picture(mask, 2)], WIDTH, HEIGHT) as idea:
+        assert idea is not None
+        made = run(both, idea(a_call("sd1", contexts, rows=2)))
+
+    # modules without places see the mean of the region, which misses a pixel
+    torch.testing.assert_close(made, alone, rtol=0, atol=1e-3)
+    assert (made - run(both, a_call("sd1", [contexts[part]], rows=2))).abs().max() > 0.1
+
+
+def test_pictures_of_a_batch_have_their_own_regions(halves: Path, tmp_path: Path) -> None:
+    unet = tiny_unet("sd1")
+    maker = Regions(unet, add_loras(unet, 2))
+    turned = save_mask(tmp_path / "turned.png", (0, 0, 8, 2, (255, 0, 0)), (0, 2, 8, 8, (0, 255, 0)))
+    pictures = [a_picture(halves, 2), a_picture(turned, 2), a_picture(None, 2)]
+    contexts = [a_context("sd1", 1, 6), a_context("sd1", 2, 6)]
+    call = a_call("sd1", contexts, rows=6, pictures=3)
+
+    with maker.for_batch(pictures, WIDTH, HEIGHT) as idea:
+        assert idea is not None
+        together = run(unet, idea(call))
+
+    for number, picture in enumerate(pictures[:2]):
+        rows = [number, number + 3]
+        single = replace(call, sample=call.sample[rows], context=call.context[rows], pictures=1)
+        with maker.for_batch([picture], WIDTH, HEIGHT) as idea:
+            assert idea is not None
+            torch.testing.assert_close(run(unet, idea(single)), together[rows], **CLOSE)
+
+
+def test_regions_follow_features_of_any_size(halves: Path) -> None:
+    """As with Deep Shrink, which scales the features inside the U-Net by a ratio."""
+    unet = tiny_unet("sd1")
+    loras = add_loras(unet, 2)
+    call = a_call("sd1", [a_context("sd1", 1, 2), a_context("sd1", 2, 2)], rows=2)
+    small = replace(call, sample=call.sample[..., :7, :11])
+    maker = Regions(unet, loras)
+
+    with maker.for_batch([a_picture(halves, 2)], WIDTH, HEIGHT) as idea:
+        assert idea is not None
+        large = run(unet, idea(call))
+        made = run(unet, idea(small))
+        again = run(unet, idea(call))
+
+    changes = [{name: lora.change for name, lora in layers.items()} for layers in loras]
+    regions = maker.of(a_picture(halves, 2), WIDTH, HEIGHT)
+    torch.testing.assert_close(made, plain(unet, small, regions, changes), **CLOSE)
+    torch.testing.assert_close(large, again, rtol=0, atol=0)
+
+
+def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
+    unet = tiny_unet("sd1")
+    loras = add_loras(unet, 2)
+    call = a_call("sd1", [a_context("sd1", 1, 2)], rows=2)
+    before = run(unet, call)
+
+    with pytest.raises(KeyboardInterrupt), Regions(unet, loras).for_batch([a_picture(halves, 2)], 64, 64):
+        raise KeyboardInterrupt
+
+    torch.testing.assert_close(run(unet, call), before, rtol=0, atol=0)
+
+
+def test_one_part_changes_nothing(halves: Path) -> None:
+    unet = tiny_unet("sd1")
+    with Regions(unet).for_batch([a_picture(halves, 1)], WIDTH, HEIGHT) as idea:
+        assert idea is None
+        assert not any("forward" in module.__dict__ for module in unet.modules())
+
+
+def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
+    unet = tiny_unet("sd1")
+    maker = Regions(unet, add_loras(unet, 2))
+    with pytest.raises(OptionError, match=r"line 1: 3 parts between AND, but 2 LoRAs"):
+        maker.of(a_picture(halves, 3), WIDTH, HEIGHT)
+    assert maker.of(a_picture(None, 3), WIDTH, HEIGHT).shape == (3, 1, 1)
+    with pytest.raises(OptionError, match=r"--network_pre_calc folds the LoRAs"):
+        Regions(unet, None).of(a_picture(halves, 2), WIDTH, HEIGHT)
+
+
+# Masks
+
+
+@pytest.fixture
+def colors(tmp_path: Path) -> Path:
+    return save_mask(
+        tmp_path / "colors.png",
+        (0, 0, 2, 8, (255, 0, 0)),
+        (2, 0, 4, 8, (255, 255, 0)),
+        (4, 0, 6, 8, (250, 10, 255)),
+        (6, 0, 8, 8, (0, 51, 0)),
+    )
+
+
+def test_channels_are_regions(colors: Path) -> None:
+    regions = read_regions(colors, 4, WIDTH, HEIGHT)
+    columns = regions[:, 0, [5, 35, 65, 95]]
+    expected = [[1, 1, 250 / 255, 0], [0, 1, 10 / 255, 0.2], [0, 0, 1, 0], [1, 1, 1, 1]]
+    torch.testing.assert_close(columns, torch.tensor(expected))
+    assert regions.shape == (4, HEIGHT, WIDTH)
+
+
+def test_an_empty_channel_acts_everywhere(halves: Path) -> None:
+    regions = read_regions(halves, 3, WIDTH, HEIGHT)
+    assert (regions[2] == 1).all()
+    assert (regions[0] == 0).any()
+
+
+def test_colors_are_codes(colors: Path) -> None:
+    regions = read_regions(colors, 7, WIDTH, HEIGHT, color_codes=5)
+    columns = regions[:, 0, [5, 35, 65, 95]].int().tolist()
+    # red is part 1, yellow (red, green) part 3, magenta (red, blue) part 5; 2 and 4 have none: everywhere
+    everywhere = [1, 1, 1, 1]
+    assert columns == [
+        [1, 0, 0, 0],
+        everywhere,
+        [0, 1, 0, 0],
+        everywhere,
+        [0, 0, 1, 0],
+        everywhere,
+        everywhere,
+    ]
+
+
+@pytest.mark.parametrize(("codes", "values"), [(None, {0.0, 1.0}), (3, {0.0, 1.0})])
+def test_masks_are_resized_to_the_picture(codes: int | None, values: set[float], halves: Path) -> None:
+    regions = read_regions(halves, 2, 40, 24, codes)
+    assert regions.shape == (2, 24, 40)
+    assert set(regions[0].unique().tolist()) >= values
+
+
+def test_weights_of_parts_add_up(halves: Path) -> None:
+    regions = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.5]])[:, None]  # P 1 4
+    weights = part_weights(regions)
+    torch.testing.assert_close(weights[0, 0], torch.tensor([0.5, 1.0, 0.5, 0.0]))
+    torch.testing.assert_close(weights.sum(0), torch.ones(1, 4))
+    torch.testing.assert_close(part_shares(regions), torch.tensor([0.5, 0.5]))
+    assert stack([regions, torch.ones(2, 1, 1)]).shape == (2, 2, 1, 4)
+    torch.testing.assert_close(resize(regions[None], (1, 2))[0, 0, 0], torch.tensor([1.0, 0.0]))
+
+
+def test_a_mask_that_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").write_text("no picture")
+    with pytest.raises(MediaError, match=r"mask\.png"):
+        read_regions(tmp_path / "mask.png", 2, 64, 64)
+
+
+# Texts
+
+
+def test_parts_stand_between_and() -> None:
+    assert split_parts("a girl AND a (boy:1.2)  AND grass") == ["a girl", "a (boy:1.2)", "grass"]
+    assert split_parts("sand AND") == ["sand AND"]
+    assert split_parts("") == [""]
+
+
+def test_contexts_are_joined_and_pooled_vectors_averaged_by_area() -> None:
+    states = [TextState(torch.full((2, 3), float(part)), torch.full((4,), float(part))) for part in range(2)]
+    regions = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])[:, None]
+
+    joined = join_parts(states, regions)
+
+    assert joined.context[:, 0].tolist() == [0, 0, 1, 1]
+    assert joined.pooled is not None
+    torch.testing.assert_close(joined.pooled, torch.full((4,), 0.25))
+    assert join_parts([TextState(state.context) for state in states], regions).pooled is None
