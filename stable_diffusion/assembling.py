@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stable_diffusion.clip_vision import PictureVectors
+from stable_diffusion.clip_vision import PictureVectors, check_vision
 from stable_diffusion.contract import Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
@@ -17,7 +17,7 @@ from stable_diffusion.loras import Networks, check_kind, load_networks, read_net
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
-from stable_diffusion.text import Texts
+from stable_diffusion.text import Texts, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         check_kind(loras, release.kind)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
+        check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])
+        if options.text.clip_vision_strength is not None:
+            check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
     model = load_model(options.model, device)
     networks = load_networks(options.networks, model, loras)
     control = (load_control_nets(options.control, model), load_lllites(options.control, model))
