@@ -100,6 +100,11 @@ def check_control(options: ControlOptions, guides: tuple[Path, ...] | None, shri
     Raises OptionError if pictures are missing or the options do not work together.
     """
     if not options.uses:
+        if guides:
+            raise OptionError(
+                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which take "
+                "the pictures"
+            )
         return
     if not guides:
         raise OptionError(
