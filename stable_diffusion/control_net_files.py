@@ -4,6 +4,7 @@ Single files have the released (LDM) names, with `control_model.` before them or
 differences holds by how much its network differs from the U-Net that it was trained with.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from modules.checkpoints.dialects import checked_shapes_of, count, other_kind
@@ -53,6 +55,12 @@ _OTHERS = (
     ),
 )
 
+# a config.json leaves out what equals these
+_UNET_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
 _HINT = "controlnet_cond_embedding"  # the convolutions that the guide goes through
 _BLOCKS = rf"{_HINT}\.blocks\.\d+"
 
@@ -82,6 +90,7 @@ def read_control_net(
     UNet2DConditionModel, words: what model that is. Raises CheckpointError if the file is something else, or
     belongs to another U-Net.
     """
+    unet = {**_UNET_DEFAULTS, **unet}
     bare = checkpoint.without_prefix(PREFIX, others=_BESIDE)
     is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
     _refuse_others(bare)
@@ -282,13 +291,21 @@ def _kind_words(config: Mapping[str, Any]) -> str:
 def load_control_net(
     plan: ControlNetPlan, unet: Any, device: torch.device, dtype: torch.dtype
 ) -> ControlNetModel:
-    """Load the network of an open file.
+    """Load the network of an open file; on the meta device nothing is read, but all is compared.
 
     unet: diffusers' U-Net, to which a file of differences is added. Raises CheckpointError if tensors are
     missing, unexpected, of other shapes or damaged.
     """
-    with torch.device("meta"):
-        network = ControlNetModel(**plan.config)
+    try:
+        with torch.device("meta"):
+            network = ControlNetModel(**plan.config)
+    except Exception as error:  # of many classes; all mean that the dimensions do not go together
+        path = plan.checkpoint.path
+        raise CheckpointError(
+            f"{path}: diffusers cannot build a ControlNet of these dimensions ({type(error).__name__}: "
+            f"{error}). The file is damaged: copy or download it again.",
+            path,
+        ) from error
 
     def add_unet(name: str, weight: Tensor) -> Tensor:
         if name.startswith(OWN_PARTS):
