@@ -25,6 +25,7 @@ from stable_diffusion.inputs import Inputs
 from stable_diffusion.lines import Line
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.prompt_lines import LINE_OPTIONS, MULTIPLIERS, SEEDS, read_line, split_seeds
+from stable_diffusion.regions import split_parts
 from stable_diffusion.sampling_options import USUAL_STRENGTH
 from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, read_unsharp
 
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 SEEDS_END = 2**32  # drawn seeds are below it
 SIDE = 8  # pixels of one latent: sides are multiples of it
-PARTS = " AND "  # between the parts of a prompt that have regions of their own
 
 
 @dataclass
@@ -48,6 +48,10 @@ class Seeds:
     single: int | None = None
     round_seed: int | None = None
 
+    def begin_round(self) -> None:
+        """Draw the seed of the next round."""
+        self.round_seed = _draw(self.random)
+
     def for_line(self, given: tuple[int, ...] | None) -> Iterator[int]:
         """Yield the seeds of a line's pictures: those that it gives, then drawn ones."""
         yield from given or ()
@@ -57,13 +61,12 @@ class Seeds:
             yield self.round_seed
             of_round = Random(self.round_seed)
             while True:
-                yield draw_seed(of_round)
+                yield _draw(of_round)
         while True:
-            yield draw_seed(self.random)
+            yield _draw(self.random)
 
 
-def draw_seed(random: Random) -> int:
-    """Return the next seed of a generator of seeds."""
+def _draw(random: Random) -> int:
     return random.randrange(SEEDS_END)
 
 
@@ -127,7 +130,7 @@ class Asking:
             values = read_line(text, line.label)
         number = number if line.image_number is None else line.image_number
         image, mask = self.inputs.image(number), self.inputs.mask(number)
-        parts = len(values["prompt"].split(PARTS))
+        parts = len(split_parts(values["prompt"]))
         if mask is not None and image is None and parts == 1:
             raise OptionError(
                 "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one "
@@ -155,14 +158,28 @@ def _given_seeds(text: str) -> tuple[int, ...] | None:
         raise OptionError(f"--d: {error}") from None
 
 
+def check_line(options: GenImgOptions, line: Line) -> None:
+    """Raise OptionError if a line cannot be used, as far as that shows without a model."""
+    if line.is_plain:
+        return
+    _given_seeds(line.text)
+    values = read_line(expand(line.text, Random(0))[0], line.label)
+    with_line(options, values)
+
+
+def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
+    """Return the options with those of a line before them. Raises OptionError if one cannot be used."""
+    own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
+    return override_options(options, {name: value for name, value in values.items() if name in own})
+
+
 def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None) -> Settings:
     """Return the settings of a picture of one part.
 
     values: of its line, as `read_line` gives them; they go before the options. image: which it begins with;
     its size is used if none is asked for. Raises OptionError if a value cannot be used.
     """
-    own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
-    options = override_options(options, {name: value for name, value in values.items() if name in own})
+    options = with_line(options, values)
     multipliers = values.get(MULTIPLIERS)
     if multipliers is not None and not options.networks.network_weights:
         logger.warning("--am is ignored because there are no --network_weights")

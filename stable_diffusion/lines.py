@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -18,7 +19,8 @@ from modules.options import option_values
 from stable_diffusion.inputs import Inputs
 from stable_diffusion.options import GenImgOptions
 
-Prompter = Callable[[Any, Any, Random, int | None, int, int], Any]
+# generator of seeds, seed of the round, number of the call, pictures so far -> prompts; None: no more
+Prompter = Callable[[Random, int | None, int, int], Sequence[str] | None]
 
 
 @dataclass(frozen=True)
@@ -121,56 +123,57 @@ def _import_error(name: str, error: Exception) -> OptionError:
 
 
 def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, networks: Any) -> Prompter:
-    """Call a module's get_prompter(args, pipe, networks).
+    """Call a module's get_prompter(args, pipe, networks); return the function that gives prompts.
 
-    args: the options, by their names, `device` and all. pipe: the loaded `contract.Model`, whose `unet`,
-    `vae` and `texts` are the networks. networks: `loras.Networks`, or None. Raises UserError if it fails.
+    args: the options by their names, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae`
+    and `texts` are the networks. networks: `loras.Networks`, or None. Raises UserError if it fails.
     """
     args = Namespace(**option_values(options))
+    name = f"--from_module {options.prompts.from_module}"
     try:
-        prompter: Prompter = module.get_prompter(args, pipe, networks)
+        prompter = module.get_prompter(args, pipe, networks)
     except Exception as error:  # it runs any code of its own
-        raise UserError(_failure(options, "get_prompter", error)) from error
+        raise UserError(_failure(name, "get_prompter", error)) from error
     if not callable(prompter):
-        raise UserError(f"--from_module {options.prompts.from_module}: get_prompter returned no function")
-    return lambda _, *others: prompter(args, *others)
+        raise UserError(f"{name}: get_prompter returned no function. Correct the module")
 
-
-def _failure(options: GenImgOptions, what: str, error: Exception) -> str:
-    return (
-        f"--from_module {options.prompts.from_module}: {what} failed: {type(error).__name__}: {error}. "
-        "Correct the module"
-    )
-
-
-def lines_of_module(
-    prompter: Prompter,
-    options: GenImgOptions,
-    pipe: Any,
-    random: Random,
-    round_seed: int | None,
-    made: Callable[[], int],
-) -> Iterator[Line]:
-    """Yield the lines that a module's function gives in one round, until it returns None.
-
-    A single prompt is made --images_per_prompt times, of several each once. round_seed: of --iter_same_seed.
-    made: returns how many pictures there are in this round. Raises UserError if the function fails or returns
-    anything but a list of texts.
-    """
-    index = number = 0
-    while True:
+    def prompts(random: Random, round_seed: int | None, index: int, made: int) -> list[str] | None:
         try:
-            prompts = prompter(None, pipe, random, round_seed, index, made())
-        except Exception as error:  # it runs any code of its own
-            raise UserError(_failure(options, "the prompter", error)) from error
-        if prompts is None:
-            return
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(one, str) for one in prompts):
+            found = prompter(args, pipe, random, round_seed, index, made)
+        except Exception as error:  # likewise
+            raise UserError(_failure(name, "the prompter", error)) from error
+        if found is not None and not _are_texts(found):
             raise UserError(
-                f"--from_module {options.prompts.from_module}: the prompter returned "
-                f"{type(prompts).__name__}. Make it return a list of texts, or None at the end"
+                f"{name}: the prompter returned {type(found).__name__}. Make it return a list of texts, or "
+                "None at the end"
             )
-        for text in prompts:
+        return found
+
+    return prompts
+
+
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, (list, tuple)) and all(isinstance(one, str) for one in found)
+
+
+def _failure(name: str, what: str, error: Exception) -> str:
+    return f"{name}: {what} failed: {type(error).__name__}: {error}. Correct the module"
+
+
+def prompted_lines(
+    prompts: Prompter, random: Random, round_seed: int | None, made: Callable[[], int]
+) -> Iterator[Line]:
+    """Yield the lines of one round, until the module gives None.
+
+    A single prompt is made --images_per_prompt times, of several each once. random: draws seeds. round_seed:
+    of --iter_same_seed. made: returns how many pictures there are in this round. Raises UserError as
+    `make_prompter` says.
+    """
+    number = 0
+    for index in count():
+        found = prompts(random, round_seed, index, made())
+        if found is None:
+            return
+        for text in found:
             number += 1
-            yield Line(f"prompt {number}", text, pictures=1 if len(prompts) > 1 else None)
-        index += 1
+            yield Line(f"prompt {number}", text, pictures=1 if len(found) > 1 else None)

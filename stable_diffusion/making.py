@@ -37,7 +37,7 @@ class Multiplies(Protocol):
     """LoRAs in a model: `stable_diffusion.loras.Networks`."""
 
     def multiplied(
-        self, multipliers: Sequence[float] | None, part: int | None = None
+        self, multipliers: tuple[float, ...] | None, part: int | None = None
     ) -> AbstractContextManager[None]: ...
 
 

@@ -3,10 +3,9 @@
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -18,26 +17,19 @@ from modules.console import count_of
 from modules.devices import choose_device, free_memory
 from modules.errors import MemoryPlanError, OutputError
 from modules.failures import Failures
-from stable_diffusion.asking import Asking, batches, check_line, draw_seed, make_seeds
+from stable_diffusion.asking import Asking, Seeds, batches, check_line, make_seeds
+from stable_diffusion.assembling import Loaded, assemble
 from stable_diffusion.contract import Picture
 from stable_diffusion.files import PictureFiles
 from stable_diffusion.highres import Highres, Makes, make_pictures, prepare_highres
-from stable_diffusion.inputs import Inputs, find_inputs
-from stable_diffusion.lines import Line, Prompter, import_prompter, lines_of_module, list_lines, make_prompter
+from stable_diffusion.inputs import find_inputs
+from stable_diffusion.lines import Line, import_prompter, list_lines, make_prompter, prompted_lines
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.viewing import show_picture, viewer_command
 
 logger = logging.getLogger(__name__)
 
 PROMPT_SIGN = "> "
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """What makes pictures, and the LoRAs it makes them with, for modules of --from_module."""
-
-    maker: Makes
-    networks: Any = None
 
 
 Load = Callable[[GenImgOptions, torch.device], Loaded]
@@ -100,25 +92,17 @@ def _too_little(error: torch.OutOfMemoryError, batch: Sequence[Picture]) -> Memo
     return MemoryPlanError(
         f"the device has too little memory for {count_of(len(batch), 'picture')} of {settings.width} x "
         f"{settings.height}: {str(error).partition('. ')[0]}.\n"
-        "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, a smaller --batch_size, or smaller --W and "
-        "--H, enlarged by --highres_fix_scale or not"
+        "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, or smaller --W and --H"
     )
 
 
-def generate(options: GenImgOptions, load: Load | None = None) -> None:
-    """Make all pictures that the options ask for. load: loads what makes them; None: the checkpoint.
+def generate(options: GenImgOptions, load: Load = assemble) -> None:
+    """Make all pictures that the options ask for. load: loads what makes them; usually the checkpoint.
 
     Raises UserError; with several prompts only after all that work are made.
     """
     with each_warning_once():
-        _generate(options, load or load_checkpoint)
-
-
-def load_checkpoint(options: GenImgOptions, device: torch.device) -> Loaded:
-    """Load the checkpoint and all that acts on it."""
-    from stable_diffusion.assembling import assemble
-
-    return assemble(options, device)
+        _generate(options, load)
 
 
 def _generate(options: GenImgOptions, load: Load) -> None:
@@ -130,20 +114,83 @@ def _generate(options: GenImgOptions, load: Load) -> None:
     )
     module = None if options.prompts.from_module is None else import_prompter(options.prompts.from_module)
     lines = list_lines(options, inputs)
-    is_alone = lines is not None and len(lines) * options.prompts.n_iter == 1
-    failures = Failures(strict=is_alone)
-    asked = len(lines or ())
-    if lines is not None:
-        lines = _without_mistakes(options, lines, failures)
-    if lines != []:
+    rounds = options.prompts.n_iter
+    failures = Failures(strict=lines is not None and len(lines) * rounds == 1)
+    usable = None if lines is None else _without_mistakes(options, lines, failures)
+    if usable != []:
         highres = prepare_highres(options.highres, options.model.vae_batch_size)
         loaded = load(options, device)
-        run = _make_run(options, loaded, highres, inputs, lines)
-        if options.prompts.interactive:
+        kind = loaded.maker.model.kind
+        asking = Asking(options, kind, inputs, make_seeds(options, lines))
+        files = PictureFiles(options.output, kind, options.sampling.sampler)
+        run = Run(options, loaded.maker, highres, asking, files)
+        if usable is not None:
+            _make_rounds(run, lambda _: usable, failures)
+        elif module is None:
             converse(run)
-        elif module is not None:
-            asked = _make_rounds_of_module(run, module, loaded, failures)
         else:
-            _make_rounds(run, lines or [], failures)
+            _make_rounds(run, _module_lines(run, module, loaded), failures)
     where = options.prompts.from_file
+    asked = len(failures.reasons) if lines is None else len(lines) * rounds
     failures.raise_if_any(asked, "" if where is None else f"{where}: ")
+
+
+def _without_mistakes(options: GenImgOptions, lines: Sequence[Line], failures: Failures) -> list[Line]:
+    """Return the lines that can be made, before a model is loaded; what is wrong with the others is noted."""
+    usable = []
+    for line in lines:
+        with failures.note_errors(line.label):
+            check_line(options, line)
+            usable.append(line)
+    return usable
+
+
+def _make_rounds(run: Run, lines_of: Callable[[Seeds], Iterable[Line]], failures: Failures) -> None:
+    """Go through all prompts --n_iter times. lines_of: returns the lines of a round, given its seeds."""
+    prompts, seeds = run.options.prompts, run.asking.seeds
+    for number in range(1, prompts.n_iter + 1):
+        if prompts.n_iter > 1:
+            logger.info("Round %d of %d", number, prompts.n_iter)
+        if prompts.iter_same_seed:
+            seeds.begin_round()
+        lines = lines_of(seeds)
+        if prompts.shuffle_prompts:
+            lines = list(lines)
+            seeds.random.shuffle(lines)
+        if prompts.n_iter > 1:
+            lines = (replace(line, label=f"{line.label}, round {number}") for line in lines)
+        run.asking.made = 0
+        run.make_all(lines, failures)
+
+
+def _module_lines(run: Run, module: ModuleType, loaded: Loaded) -> Callable[[Seeds], Iterable[Line]]:
+    prompter = make_prompter(module, run.options, loaded.maker.model, loaded.networks)
+
+    def lines(seeds: Seeds) -> Iterable[Line]:
+        return prompted_lines(prompter, seeds.random, seeds.round_seed, lambda: run.asking.made)
+
+    return lines
+
+
+def converse(run: Run) -> None:
+    """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
+    ask = line_reader(PROMPT_SIGN)
+    viewer = None if run.options.prompts.no_preview else viewer_command()
+    logger.info(
+        "Enter a prompt and options such as --s 20 --d 7. Ctrl-C cancels the current prompt, Ctrl-D quits."
+    )
+    while True:
+        try:
+            line = ask()
+            if is_blank(line):
+                continue
+            paths = run.make_all([Line("the prompt", line.strip())], Failures())
+            if viewer is not None:
+                for path in paths:
+                    show_picture(viewer, path)
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            logger.warning("The prompt is cancelled. Ctrl-D quits.")

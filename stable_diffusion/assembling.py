@@ -1,0 +1,68 @@
+"""Load what a run of gen_img.py makes pictures with: the checkpoint, and all that acts on it."""
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from stable_diffusion.clip_vision import PictureVectors
+from stable_diffusion.contract import Model
+from stable_diffusion.control_net import check_control_nets, load_control_nets
+from stable_diffusion.deep_shrink import DeepShrinks
+from stable_diffusion.highres import Makes
+from stable_diffusion.lllites import check_lllites, load_lllites
+from stable_diffusion.loading import load_model, open_release
+from stable_diffusion.loras import Networks, check_kind, load_networks, read_networks
+from stable_diffusion.making import Maker
+from stable_diffusion.options import GenImgOptions
+from stable_diffusion.regions import Regions
+from stable_diffusion.text import Texts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What makes pictures, and the LoRAs whose strengths can be chosen; None: there are none."""
+
+    maker: Makes
+    networks: Networks | None = None
+
+
+def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
+    """Load the checkpoint and all that acts on it.
+
+    Raises OptionError or CheckpointError, if possible before any network is loaded.
+    """
+    loras = read_networks(options.networks) if options.networks.network_weights else []
+    with ExitStack() as files:
+        release = open_release(options.model, files)
+        check_kind(loras, release.kind)
+        check_control_nets(options.control, release.unet.config, release.kind)
+        check_lllites(options.control, release.kind)
+    model = load_model(options.model, device)
+    networks = load_networks(options.networks, model, loras)
+    control = (load_control_nets(options.control, model), load_lllites(options.control, model))
+    maker = Maker(
+        model,
+        Texts(model.texts, model.kind, options.text),
+        options.sampling,
+        options.model.vae_batch_size,
+        networks,
+        [*(one for one in control if one is not None), DeepShrinks(model.unet)],
+        Regions(
+            model.unet,
+            () if networks is None else networks.layers,
+            options.networks.network_regional_mask_max_color_codes,
+        ),
+        _vision(options, model),
+    )
+    return Loaded(maker, networks)
+
+
+def _vision(options: GenImgOptions, model: Model) -> PictureVectors | None:
+    strength = options.text.clip_vision_strength
+    if strength is None:
+        return None
+    return PictureVectors(model, options.model.tokenizer_cache_dir, strength)
