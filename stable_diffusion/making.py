@@ -17,8 +17,9 @@ from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
+from stable_diffusion.gradual_latent import GradualSolver, check_batch, shrink_start
 from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
-from stable_diffusion.pixels import decode_latents
+from stable_diffusion.pixels import decode_latents, latent_size
 from stable_diffusion.regions import Regions, join_parts, split_parts
 from stable_diffusion.samplers import begin_sampling, make_scheduler
 from stable_diffusion.sampling_options import SamplingOptions
@@ -103,6 +104,8 @@ class Maker:
     def _make_group(self, pictures: Sequence[Picture], start: Start | None) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
         settings, options = pictures[0].settings, self.sampling
+        if settings.gradual_latent is not None:
+            check_batch(pictures, options.sampler)
         scheduler = make_scheduler(
             options.sampler,
             self.model.predicts_velocity,
@@ -117,6 +120,10 @@ class Maker:
         )
         section_texts = self._encode(pictures)
         beginning = begin(self.model, pictures, start, sampler, options.noise)
+        gradual = settings.gradual_latent
+        if gradual is not None:
+            grown = GradualSolver.make(sampler, latent_size(settings), gradual)
+            beginning = Beginning(shrink_start(beginning.latents, gradual), grown)
         with ExitStack() as stack:
             stack.enter_context(self._multiplied(settings))
             makers = self.ideas if self.regions is None else (*self.ideas, self.regions)

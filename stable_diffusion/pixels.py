@@ -11,11 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from modules.media.reading import read_image
-from stable_diffusion.contract import Model
+from stable_diffusion.contract import Model, Settings
 
 logger = logging.getLogger(__name__)
 
 STRIDE = 8  # pixels of one latent
+
+
+def latent_size(settings: Settings) -> tuple[int, int]:
+    """Return height and width of a picture's latents."""
+    return settings.height // STRIDE, settings.width // STRIDE
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor
 from modules.errors import OptionError
 from stable_diffusion.contract import Model, Picture, Start
 from stable_diffusion.inpainting import Inpainting, mask_latents, mask_pixels
-from stable_diffusion.pixels import STRIDE, encode_pixels, read_picture, to_pixels
+from stable_diffusion.pixels import encode_pixels, latent_size, read_picture, to_pixels
 from stable_diffusion.samplers import Sampler, SchedulerSolver
 from stable_diffusion.sampling_options import NoiseOptions
 from stable_diffusion.start_noise import vary_noise
@@ -81,11 +81,10 @@ def begin(
     Raises MediaError if an input picture or a mask cannot be read.
     """
     settings = pictures[0].settings
-    width, height = settings.width, settings.height
     generators, device = sampler.generators, model.device
 
     def noise() -> Tensor:
-        shape = (CHANNELS, height // STRIDE, width // STRIDE)
+        shape = (CHANNELS, *latent_size(settings))
         drawn = [vary_noise(torch.randn(shape, generator=each), noise_options, each) for each in generators]
         return torch.stack(drawn).to(device)
 
