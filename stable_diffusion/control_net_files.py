@@ -154,20 +154,18 @@ def _read_config(
         checkpoint.path,
     )
     shape = checked_shapes_of(checkpoint, sources, wrong)
-    levels = range(count(sources, r"down_blocks\.\d+"))
-    attends = [f"down_blocks.{level}.attentions.0.norm.weight" in sources for level in levels]
-    depths = [_depth(sources, f"down_blocks.{level}") for level in levels]
-    mid = _depth(sources, "mid_block")
-    if not levels or len(levels) != len(unet["block_out_channels"]):
+    down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
+    if not down:
         raise wrong
-    if not attends[-1]:
-        depths[-1] = max(mid, 1)
-    elif mid != depths[-1]:
-        raise wrong
-    first = next((level for level in levels if attends[level]), None)
-    block = "mid_block" if first is None else f"down_blocks.{first}"
+    attends = [f"{block}.attentions.0.norm.weight" in sources for block in (*down, "mid_block")]
+    # smaller ones of XL have attentions without transformer blocks, or no attention at all
+    depths = [_depth(sources, block) for block in (*down, "mid_block")]
+    if attends[-2] and depths[-2] != depths[-1]:
+        raise wrong  # diffusers has one number for both
+    places = [f"{block}.attentions.0" for block in (*down, "mid_block")]
+    texts = [place for place, depth in zip(places, depths, strict=True) if depth]
+    projected = [place for place, has in zip(places, attends, strict=True) if has]
     blocks = count(sources, _BLOCKS)
-    has_text = mid > 0 or first is not None
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT}.conv_in.weight")[1],
@@ -175,21 +173,19 @@ def _read_config(
             shape(f"{_HINT}.conv_in.weight")[0],
             *(shape(f"{_HINT}.blocks.{number}.weight")[0] for number in range(1, blocks, 2)),
         ),
-        "block_out_channels": tuple(
-            shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels
-        ),
+        "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
-        "down_block_types": tuple("CrossAttnDownBlock2D" if each else "DownBlock2D" for each in attends),
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if mid else "UNetMidBlock2D",
-        "transformer_layers_per_block": tuple(max(depth, 1) for depth in depths),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends[:-1]),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if attends[-1] else "UNetMidBlock2D",
+        "transformer_layers_per_block": (*depths[:-2], depths[-1]),
         "cross_attention_dim": (
-            shape(f"{block}.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-            if has_text
+            shape(f"{texts[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+            if texts
             else unet["cross_attention_dim"]
         ),
         "use_linear_projection": (
-            len(checkpoint.tensors[sources[f"{block}.attentions.0.proj_in.weight"].names[0]].shape) == 2
-            if has_text
+            len(checkpoint.tensors[sources[f"{projected[0]}.proj_in.weight"].names[0]].shape) == 2
+            if f"{next(iter(projected), '')}.proj_in.weight" in sources
             else unet["use_linear_projection"]
         ),
         **_read_added(shape, sources, unet),
