@@ -44,7 +44,7 @@ class PromptOptions:
                 "--image_path with pictures whose metadata holds their prompts"
             )
         if self.prompter_module_args is not None and self.from_module is None:
-            raise OptionError("--prompter_module_args is for the module of --from_module, which is missing")
+            raise OptionError("--prompter_module_args needs --from_module")
         if self.no_preview and not self.interactive:
             raise OptionError("--no_preview is for --interactive, the only mode that shows pictures")
         for name in ("n_iter", "shuffle_prompts"):
