@@ -13,7 +13,7 @@ from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.highres import Makes
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import load_model, open_release
-from stable_diffusion.loras import Networks, check_kind, load_networks, read_networks
+from stable_diffusion.loras import Networks, check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
@@ -38,7 +38,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
     loras = read_networks(options.networks) if options.networks.network_weights else []
     with ExitStack() as files:
         release = open_release(options.model, files)
-        check_kind(loras, release.kind)
+        check_networks(loras, release)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
         check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])

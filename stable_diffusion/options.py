@@ -53,6 +53,11 @@ class GenImgOptions:
                 "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
                 "it shows"
             )
+        if self.prompts.guide_image_path and not self.control.uses:
+            raise OptionError(
+                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
+                "pictures. A mask of regions goes to --mask_path"
+            )
         check_control(
             self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
         )

@@ -70,7 +70,9 @@ def write_files(kind: str, folder: Path, channels: int = 4) -> Files:
 @cache
 def _parts(files: Files) -> dict[str, Any]:
     """The networks and tokenizers of diffusers' pipeline, loaded once."""
-    return dict(diffusers.DiffusionPipeline.from_pretrained(files.folder).components)
+    parts = dict(diffusers.DiffusionPipeline.from_pretrained(files.folder).components)
+    parts["unet"].register_to_config(sample_size=SIZE)  # the inpainting pipeline looks at it
+    return parts
 
 
 def pipeline(files: Files, task: str, sampler: str, velocity: bool = False) -> Any:
