@@ -4,8 +4,8 @@
 
 Both make the same pictures from one random checkpoint, from prompts to pixels: the same sampler, steps, seeds
 and network classes, so that the ratio is the price of our loop. They take turns in one process, the baseline
-first in each round; the figure is the median ratio of neighbours. Peaks are of resident memory above the loaded
-models, each in a process of its own.
+first in each round; the figure is the median ratio of neighbours. Peaks are of resident memory above the
+loaded models, each in a process of its own.
 """
 
 import argparse

@@ -16,7 +16,8 @@ from torch.nn.functional import conv2d, interpolate, pad
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from stable_diffusion.contract import GradualLatent, Picture, Unsharp
-from stable_diffusion.samplers import SchedulerSolver
+from stable_diffusion.samplers import Sampler, SchedulerSolver
+from stable_diffusion.starting import is_masked
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,16 @@ def shrink_start(latents: Tensor, gradual: GradualLatent) -> Tensor:
     return resize(latents, size_at(_size(latents), gradual.ratio))
 
 
+def begin_small(latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatent) -> tuple[Tensor, Sampler]:
+    """Return what denoising begins with, B C 1 h w, in its first size, and the sampler that makes it grow.
+
+    If no step is made, all stays as it is. Raises OptionError as `GradualSolver.make`.
+    """
+    if sampler.first >= sampler.schedule.num_steps:
+        return latents, sampler
+    return shrink_start(latents, gradual), GradualSolver.make(sampler, _size(latents), gradual)
+
+
 def check_batch(pictures: Sequence[Picture], sampler: str) -> None:
     """Raise OptionError if a batch with Gradual Latent cannot be made."""
     if sampler not in SAMPLERS:
@@ -62,7 +73,7 @@ def check_batch(pictures: Sequence[Picture], sampler: str) -> None:
             f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
             f"euler_a only, not with {sampler}"
         )
-    if any(picture.mask is not None for picture in pictures):
+    if any(map(is_masked, pictures)):
         raise OptionError(
             f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
             "mask: what is kept of the picture has its full size. Leave one out"
@@ -96,7 +107,8 @@ class GradualSolver:
         if last != full:
             logger.warning(
                 "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
-                "Give more --steps, a larger --gradual_latent_ratio_step or a higher --gradual_latent_timesteps.",
+                "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
+                "--gradual_latent_timesteps.",
                 *(side * PIXELS for side in (*reversed(last), *reversed(full))),
             )
         return cls(inner, full, gradual, growth)

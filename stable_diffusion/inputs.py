@@ -28,9 +28,9 @@ class Inputs:
         return _in_turn(self.masks, number)
 
     def guides_of(self, number: int) -> tuple[Path, ...]:
-        """Return its guide pictures, one for each ControlNet."""
-        if not self.guides:
-            return ()
+        """Return its guide pictures: one for each ControlNet, or the only one there is for all."""
+        if len(self.guides) <= 1:
+            return self.guides
         first = number % (len(self.guides) // self.guides_at_once) * self.guides_at_once
         return self.guides[first : first + self.guides_at_once]
 
@@ -39,28 +39,26 @@ def find_inputs(options: PromptOptions, control_nets: int) -> Inputs:
     """List the input pictures of a run, and read their headers.
 
     control_nets: how many guide pictures each picture needs, at least one. Raises OptionError if there are
-    too few of them or a file is missing, MediaError if one is no picture.
+    not as many, or a multiple, or a file is missing, MediaError if one is no picture.
     """
-    guides = [_list_pictures("--guide_image_path", path) for path in options.guide_image_path or ()]
+    guides = [_list_pictures(path) for path in options.guide_image_path or ()]
     inputs = Inputs(
-        images=_list_pictures("--image_path", options.image_path),
-        masks=_list_pictures("--mask_path", options.mask_path),
+        images=_list_pictures(options.image_path),
+        masks=_list_pictures(options.mask_path),
         guides=tuple(chain.from_iterable(guides)),
         guides_at_once=max(control_nets, 1),
     )
-    if len(inputs.guides) < control_nets:
+    if len(inputs.guides) > 1 and len(inputs.guides) % inputs.guides_at_once:
         raise OptionError(
             f"--guide_image_path: {len(inputs.guides)} pictures for {control_nets} ControlNets. Give one for "
-            "each, in their order"
+            "each, in their order, as many for the next picture and so on, or a single one for all"
         )
     return inputs
 
 
-def _list_pictures(option: str, path: Path | None) -> tuple[Path, ...]:
+def _list_pictures(path: Path | None) -> tuple[Path, ...]:
     if path is None:
         return ()
-    if not path.exists():
-        raise OptionError(f"{option} {path}: there is no such file. Give a picture or a folder of pictures")
     paths = folder_images(path) if path.is_dir() else [path]
     for one in paths:
         image_size(one)

@@ -3,7 +3,7 @@
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
@@ -18,13 +18,13 @@ from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
-from stable_diffusion.gradual_latent import GradualSolver, check_batch, shrink_start
+from stable_diffusion.gradual_latent import begin_small, check_batch
 from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
-from stable_diffusion.pixels import decode_latents, latent_size
+from stable_diffusion.pixels import decode_latents
 from stable_diffusion.regions import Regions, join_parts, split_parts
 from stable_diffusion.samplers import begin_sampling, make_scheduler
 from stable_diffusion.sampling_options import SamplingOptions
-from stable_diffusion.starting import Beginning, begin, check_start, generators_of, is_masked, strength_of
+from stable_diffusion.starting import Beginning, begin, check_start, generators_of, strength_of
 
 
 class Encodes(Protocol):
@@ -99,7 +99,7 @@ class Maker:
 
         def kind_of(index: int) -> tuple[int, bool, bool]:
             picture = pictures[index]
-            return self._chunks(picture), picture.image is not None, is_masked(picture)
+            return self._chunks(picture), picture.image is not None, picture.mask is not None
 
         latents: dict[int, Tensor] = {}
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
@@ -116,7 +116,8 @@ class Maker:
     def _make_group(self, pictures: Sequence[Picture], start: Start | None) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
         settings, options = pictures[0].settings, self.sampling
-        if settings.gradual_latent is not None:
+        gradual = settings.gradual_latent
+        if gradual is not None:
             check_batch(pictures, options.sampler)
         sampler = begin_sampling(
             self._scheduler,
@@ -126,10 +127,9 @@ class Maker:
         )
         section_texts = self._encode(pictures)
         beginning = begin(self.model, pictures, start, sampler, options.noise)
-        gradual = settings.gradual_latent
         if gradual is not None:
-            grown = GradualSolver.make(sampler, latent_size(settings), gradual)
-            beginning = Beginning(shrink_start(beginning.latents, gradual), grown)
+            small, growing = begin_small(beginning.latents, sampler, gradual)
+            beginning = replace(beginning, latents=small, sampler=growing)
         with ExitStack() as stack:
             stack.enter_context(self._multiplied(settings))
             makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
@@ -203,48 +203,35 @@ class Maker:
 
     def _encode(self, pictures: Sequence[Picture]) -> _Texts:
         settings, chunks = pictures[0].settings, self._chunks(pictures[0])
-        states: dict[tuple[str, int | None], TextState] = {}
-
-        def encode(text: str, part: int | None) -> None:
-            if (text, part) not in states:
-                networks = (settings.multipliers, part)
-                states[text, part] = self.texts.encode(text, chunks, networks)
-
-        with self._multiplied(settings):
-            for picture in pictures:
-                for text in (*([picture.prompt] if settings.parts == 1 else []), *self._avoided(picture)):
-                    encode(text, None)
-        for part in range(settings.parts) if settings.parts > 1 else ():
-            with self._multiplied(settings, part):  # a part sees its own LoRA alone
-                for picture in pictures:
-                    encode(self._parts(picture)[part], part)
-
-        def joined(picture: Picture, texts: Sequence[tuple[str, int | None]]) -> TextState:
-            if settings.parts == 1:
-                return states[texts[0]]
-            regions = self._regions().of(picture, settings.width, settings.height)
-            return join_parts([states[text] for text in texts], regions)
-
-        def all_of(texts: Sequence[str]) -> list[TextState]:
-            # a text that is not in parts counts in each of them
-            return [
-                joined(picture, [(text, None)] * settings.parts)
-                for picture, text in zip(pictures, texts, strict=True)
-            ]
-
-        whole = settings.parts == 1
-        positive = [
-            joined(
-                picture, [(text, None if whole else part) for part, text in enumerate(self._parts(picture))]
-            )
-            for picture in pictures
-        ]
+        prompts = [self._parts(picture) for picture in pictures]
         avoided = [self._avoided(picture) for picture in pictures]
-        return _Texts(
-            self._see(pictures, positive),
-            all_of([texts[0] for texts in avoided]) if avoided[0] else None,
-            all_of([texts[1] for texts in avoided]) if len(avoided[0]) > 1 else None,
-        )
+        # with a mask of regions part i sees LoRA i alone, in the negative text too; without, all see all
+        is_regional = settings.parts > 1 and pictures[0].mask is not None
+        states: dict[tuple[str, int | None], TextState] = {}
+        for number in range(settings.parts):
+            part = number if is_regional else None
+            with self._multiplied(settings, part):
+                for parts, others in zip(prompts, avoided, strict=True):
+                    for text in (parts[number], *others):
+                        if (text, part) not in states:
+                            networks = (settings.multipliers, part)
+                            states[text, part] = self.texts.encode(text, chunks, networks)
+
+        def joined(picture: Picture, texts: Sequence[str]) -> TextState:
+            found = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
+            if len(found) == 1:
+                return found[0]
+            return join_parts(found, self._regions().of(picture, settings.width, settings.height))
+
+        def everywhere(number: int) -> list[TextState] | None:
+            """Return the states of the negative (0) or empty (1) texts, which count in each part."""
+            if len(avoided[0]) <= number:
+                return None
+            pairs = zip(pictures, avoided, strict=True)
+            return [joined(picture, [texts[number]] * settings.parts) for picture, texts in pairs]
+
+        positive = [joined(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
+        return _Texts(self._see(pictures, positive), everywhere(0), everywhere(1))
 
     def _see(self, pictures: Sequence[Picture], states: list[TextState]) -> list[TextState]:
         """Put the vectors of the input pictures into the states, if the options say so."""

@@ -24,7 +24,7 @@ STEP = 8  # pixels of one latent
 
 
 class GuideImages:
-    """The guide images of all models of a run: each is prepared once for each size, the last ones are kept."""
+    """The guide images of all models of a run: each prepared once for each size, the last ones are kept."""
 
     def __init__(self, uses: Sequence[ControlUse], option: str) -> None:
         """uses: of the models, in the order of `Picture.guides`. option: that gives the models."""

@@ -68,8 +68,8 @@ class Regions:
     def of(self, picture: Picture, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
 
-        Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded into
-        the weights; MediaError if its mask cannot be read.
+        Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded
+        into the weights; MediaError if its mask cannot be read.
         """
         parts = picture.settings.parts
         if picture.mask is None:

@@ -101,3 +101,47 @@ def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp
     batch = make(project, tmp_path / "batch", *CASES[case], "--batch_size", 4, "--vae_batch_size", 0.5)
 
     assert_same(batch, single)
+
+
+@pytest.mark.parametrize(
+    ("model", "files"), [(SD, ("lora", "second")), (XL, ("xl0", "xl1"))], ids=["sd1", "xl"]
+)
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_region_of_all_is_the_picture_of_that_part(
+    model: Sequence[str], files: Sequence[str], part: int, project: Path, tmp_path: Path
+) -> None:
+    """With its LoRA, in text encoders and U-Net, for the prompt and for the negative text."""
+    mask = np.zeros((48, 64, 3), np.uint8)
+    mask[..., part] = 255
+    mask[0, 0] = mask[0, 0, [1, 0, 2]]  # else the other part would be everywhere
+    Image.fromarray(mask).save(tmp_path / "all.png")
+    texts = ("a (cat:1.3)", "the sea at night")
+    weights = [f"{name}.safetensors" for name in files]
+    common = (*model, "--sampler", "euler_a")
+    parts = ("--prompt", f"{' AND '.join(texts)} --n ugly --d 5", "--mask_path", tmp_path / "all.png")
+
+    [made] = make(project, tmp_path / "parts", *common, *parts, *NETWORK, *weights)
+    [alone] = make(
+        project,
+        tmp_path / "alone",
+        *common,
+        "--prompt",
+        f"{texts[part]} --n ugly --d 5",
+        *NETWORK,
+        weights[part],
+    )
+    [other] = make(project, tmp_path / "other", *common, "--prompt", f"{texts[part]} --n ugly --d 5")
+
+    assert np.abs(made - alone).max() <= 2
+    assert np.abs(made - other).max() > 20
+
+
+def test_parts_without_a_mask_are_averaged_everywhere(project: Path, tmp_path: Path) -> None:
+    """One LoRA acts on all of them."""
+    common = (*SD, "--sampler", "ddim", *NETWORK, "lora.safetensors")
+    [once] = make(project, tmp_path / "once", *common, "--prompt", "a cat --d 5")
+    [twice] = make(project, tmp_path / "twice", *common, "--prompt", "a cat AND a cat --d 5")
+    [mixed] = make(project, tmp_path / "mixed", *common, "--prompt", "a cat AND the sea --d 5")
+
+    assert np.abs(twice - once).max() <= 1
+    assert np.abs(mixed - once).max() > 5

@@ -93,5 +93,9 @@ def test_values_that_do_not_fit_are_refused(values: dict[str, tuple[object, ...]
 def test_missing_pictures_and_deep_shrink_are_refused() -> None:
     with pytest.raises(OptionError, match="--control_net_models needs --guide_image_path"):
         check_control(options_of(), None, shrinks=False)
+    with pytest.raises(OptionError, match="--guide_image_path needs --control_net_models"):
+        check_control(options_of(0), (Path("guide.png"),), shrinks=False)
+    lllite = options_of(0, control_net_lllite_models=(Path("net"),))
     with pytest.raises(OptionError, match="Deep Shrink"):
-        check_control(options_of(), (Path("guide.png"),), shrinks=True)
+        check_control(lllite, (Path("guide.png"),), shrinks=True)
+    check_control(options_of(), (Path("guide.png"),), shrinks=True)
