@@ -42,8 +42,9 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
     model = load_model(options.model, device)
-    networks = load_networks(options.networks, model, loras)
+    # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control = (load_control_nets(options.control, model), load_lllites(options.control, model))
+    networks = load_networks(options.networks, model, loras)
     maker = Maker(
         model,
         Texts(model.texts, model.kind, options.text),
