@@ -45,8 +45,9 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         if options.text.clip_vision_strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
     model = load_model(options.model, device)
-    networks = load_networks(options.networks, model, loras)
+    # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control = (load_control_nets(options.control, model), load_lllites(options.control, model))
+    networks = load_networks(options.networks, model, loras)
     maker = Maker(
         model,
         Texts(model.texts, model.kind, options.text),
