@@ -289,7 +289,7 @@ def test_the_number_of_guides_is_compared(tmp_path: Path) -> None:
 # Sizes of the released ones
 
 
-RELEASED = {
+RELEASED = {  # as in config.json, without what is diffusers' default
     "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
     "sd2": {
         "cross_attention_dim": 1024,
