@@ -110,10 +110,10 @@ def check_control(options: ControlOptions, guides: tuple[Path, ...] | None, shri
         raise OptionError(
             f"{options.option} needs --guide_image_path: a picture for each model, or a folder of them"
         )
-    if shrinks:
+    if shrinks and options.control_net_lllite_models:
         raise OptionError(
             f"--ds_depth_1 (Deep Shrink) and {options.option} do not work together, as the sizes of features "
-            "differ: leave one of them out"
+            "differ: leave one of them out, or take ControlNets"
         )
 
 
