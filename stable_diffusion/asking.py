@@ -1,7 +1,7 @@
 """Pictures that are asked for: lines with their variants chosen, seeds drawn and numbers settled."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -70,7 +70,7 @@ def _draw(random: Random) -> int:
     return random.randrange(SEEDS_END)
 
 
-def make_seeds(options: GenImgOptions, lines: list[Line] | None) -> Seeds:
+def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
     """Return where the seeds of a run come from. lines: all of them, None if they are not known yet."""
     prompts = options.prompts
     seeds = Seeds(Random(prompts.seed))
@@ -82,47 +82,55 @@ def make_seeds(options: GenImgOptions, lines: list[Line] | None) -> Seeds:
 
 @dataclass
 class Asking:
-    """Makes pictures of lines. made: how many there are in this round, which decides the input pictures."""
+    """Makes pictures of lines.
+
+    made: how many there are in this round, which decides the input pictures. lines: how many were asked for.
+    """
 
     options: GenImgOptions
     kind: Kind
     inputs: Inputs
     seeds: Seeds
     made: int = 0
+    lines: int = 0
 
     def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[Picture]:
         """Yield the pictures of each line; a line that cannot be used is noted in `failures`."""
         for line in lines:
             asked: list[Picture] = []
+            self.lines += 1
             with failures.note_errors(line.label):
                 asked = self.of_line(line)
             yield from asked
 
     def of_line(self, line: Line) -> list[Picture]:
         """Return the pictures of a line. Raises OptionError if it cannot be used."""
+        asked = [
+            self._picture(line, text, seed, self.made + number)
+            for number, (seed, text) in enumerate(self._texts(line))
+        ]
+        self.made += len(asked)
+        return asked
+
+    def _texts(self, line: Line) -> list[tuple[int, str]]:
+        """Return the seed of each picture of a line, and the line with its variants chosen."""
         count = line.pictures or self.options.prompts.images_per_prompt
         given = None if line.is_plain else _given_seeds(line.text)
         seeds = self.seeds.for_line(given)
         if line.is_plain:
-            texts = [(next(seeds), line.text) for _ in range(count)]
-        elif enumerates(line.text):
-            seed = next(seeds)
-            texts = [(seed, text) for text in expand(line.text, Random(seed))]
-        else:
-            texts = []
-            for _ in range(count):
-                seed = next(seeds)
-                texts.append((seed, expand(line.text, Random(seed))[0]))
-        if given is not None and len(given) > max(len({seed for seed, _ in texts}), 1):
+            return [(next(seeds), line.text) for _ in range(count)]
+        is_one_seed = enumerates(line.text)
+        if len(given or ()) > (1 if is_one_seed else count):
             logger.warning(
-                "%s: --d has %d seeds for %d pictures. The others are not used: raise --images_per_prompt",
-                *(line.label, len(given), len(texts)),
+                "%s: --d has more seeds than are used. %s",
+                line.label,
+                "All variants have the first one" if is_one_seed else "Raise --images_per_prompt to use all",
             )
-        asked = [
-            self._picture(line, text, seed, self.made + number) for number, (seed, text) in enumerate(texts)
-        ]
-        self.made += len(asked)
-        return asked
+        if is_one_seed:
+            seed = next(seeds)
+            return [(seed, text) for text in expand(line.text, Random(seed))]
+        chosen = [next(seeds) for _ in range(count)]
+        return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
     def _picture(self, line: Line, text: str, seed: int, number: int) -> Picture:
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
@@ -136,6 +144,8 @@ class Asking:
                 "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one "
                 "has one. Write AND between its parts, or leave the mask out"
             )
+        if values.get("clip_prompt"):
+            logger.warning("--c is only noted in the file, because sampling is not guided by CLIP here")
         return Picture(
             label=line.label,
             prompt=values["prompt"],
@@ -181,9 +191,12 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
     """
     options = with_line(options, values)
     multipliers = values.get(MULTIPLIERS)
-    if multipliers is not None and not options.networks.network_weights:
-        logger.warning("--am is ignored because there are no --network_weights")
+    if multipliers is not None and not options.networks.num_adjustable:
+        logger.warning(
+            "--am is ignored because there are no --network_weights, or all are folded in for good"
+        )
         multipliers = None
+    options.networks.check_strengths(multipliers or ())
     sampling = options.sampling
     width, height = sampling.width, sampling.height
     if width is None or height is None:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from modules.media.tags import read_tags
 from modules.options import option_values
 from stable_diffusion.inputs import Inputs
 from stable_diffusion.options import GenImgOptions
+
+logger = logging.getLogger(__name__)
 
 # generator of seeds, seed of the round, number of the call, pictures so far -> prompts; None: no more
 Prompter = Callable[[Random, int | None, int, int], Sequence[str] | None]
@@ -40,14 +43,12 @@ class Line:
         return self.image_number is not None
 
 
-def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line] | None:
-    """Return the lines of a run; None if they come one by one, from a module or a person.
+def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
+    """Return the lines of a run whose prompts do not come one by one.
 
     Raises OptionError if there are none, MediaError if an input picture cannot be read.
     """
     prompts = options.prompts
-    if prompts.from_module is not None or prompts.interactive:
-        return None
     if prompts.from_file is not None:
         return [
             Line(f"line {number}", line.strip()) for number, line in read_generation_lines(prompts.from_file)
@@ -62,9 +63,10 @@ def _lines_of_images(images: Sequence[Path]) -> list[Line]:
     for number, path in enumerate(images):
         texts = read_tags(path)
         if "prompt" in texts:
-            lines.append(
-                Line(path.name, texts["prompt"], texts.get("negative-prompt", ""), image_number=number)
-            )
+            negative = texts.get("negative-prompt", "")
+            lines.append(Line(path.name, texts["prompt"], negative, image_number=number))
+        else:
+            logger.warning("%s is left out because its metadata have no prompt", path)
     if not lines:
         raise OptionError(
             "There is no prompt, and the pictures of --image_path have none in their metadata. Give --prompt "
@@ -100,10 +102,6 @@ def _import_path(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise OptionError(
-            f"--from_module {path}: there is no such file. Give a Python file or an import path"
-        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

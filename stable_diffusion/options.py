@@ -37,6 +37,8 @@ class GenImgOptions:
     device: str | None
 
     def __post_init__(self) -> None:
+        if self.text.clip_vision_strength is not None and self.prompts.image_path is None:
+            raise OptionError("--clip_vision_strength needs --image_path, the picture that CLIP sees")
         if self.output.use_original_file_name and self.prompts.image_path is None:
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
         if self.highres.highres_fix_scale is not None and self.prompts.image_path is not None:
@@ -50,6 +52,11 @@ class GenImgOptions:
             raise OptionError(
                 "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
                 "it shows"
+            )
+        if self.prompts.guide_image_path and not self.control.uses:
+            raise OptionError(
+                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
+                "pictures. A mask of regions goes to --mask_path"
             )
         check_control(
             self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
