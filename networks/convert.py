@@ -21,7 +21,7 @@ from networks.key_formats import OURS, add_missing_alphas, to_diffusers, to_othe
 from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.module_names import choose_family, likely_family, read_family
 from networks.names.framepack import FRAMEPACK
-from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
+from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, UNET_IN_DIFFUSERS, FamilyNames
 from networks.options import ConvertOptions
 from networks.parts import fuse
 from networks.renaming import rename_to_aliases
@@ -133,7 +133,10 @@ def converted(
     hint = (family_name or _likely_family(lora)) if made is None else made.name
     family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
     native = fuse(lora.tensors, family=family) if family is not None and family.parts else lora.tensors
-    if target == "default":
+    if target != "diffusers" and family is not None and family.always_underscored:
+        ours = add_missing_alphas(native)
+        tensors = ours if family.always_underscored == "ours" else rename_to_aliases(ours, family)
+    elif target == "default":
         tensors = add_missing_alphas(native)
     elif target == "other" and family is not None and family.underscored:
         tensors = rename_to_aliases(add_missing_alphas(native), family)
@@ -141,7 +144,8 @@ def converted(
         if family is not None and family.parts and (target == "diffusers" or family.start == IN_DIFFUSERS):
             other = to_diffusers_parts(native, family, start)
         else:
-            other = to_diffusers(native, hint, start) if target == "diffusers" else to_other(native, hint)
+            begin = UNET_IN_DIFFUSERS if family is not None and family.start == UNET_IN_DIFFUSERS else start
+            other = to_diffusers(native, hint, begin) if target == "diffusers" else to_other(native, hint)
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
         if not other.tensors and not lora.text_tensors:
             raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.", source)

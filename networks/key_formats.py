@@ -7,6 +7,9 @@ also .lora.down / .lora.up) LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a .
 lora_unet__blocks_0_self_attn_q.lora_down.weight DiffSynth
 pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
 LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
+U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, also with
+            attn1.processor.to_q_lora.down.weight (diffusers before PEFT); input_blocks_1_1_... in place of
+            down_blocks_0_attentions_0_... (LDM, sd-scripts for SDXL)
 """
 
 import math
@@ -29,7 +32,7 @@ from networks.deltas import (
     strength,
 )
 from networks.module_names import alias, choose_family, diffusers_path, module_path, replace_dots
-from networks.names.layouts import IN_DIFFUSERS, FamilyNames
+from networks.names.layouts import FIRST_ENCODER, IN_DIFFUSERS, FamilyNames
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
@@ -48,15 +51,25 @@ _DOTTED = {
     "transformer_2.": "diffusers",  # of the low-noise expert
     "unet.": "diffusers",
 }
-_TEXT_ENCODERS = ("lora_te", "lycoris_te", "text_encoder", "te1", "te2", "cond_stage_model.", "conditioner.")
-# diffusers' pipelines with two encoders: CLIP-L and T5
-_TEXT_STARTS = {"text_encoder.": "lora_te1", "text_encoder_2.": "lora_te3"}
+_TEXT_ENCODERS = (
+    *("lora_te", "lycoris_te", "text_encoder", "te1", "te2", "cond_stage_model.", "conditioner."),
+    *("clip_l.", "clip_g.", "t5."),
+)
+# starts of names in diffusers, ComfyUI and OneTrainer; the second one of diffusers is told by what follows
+_FIRST_ENCODERS = ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.transformer.", "clip_l.")
+_OTHER_ENCODERS = (
+    *("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.transformer.", "clip_g."),
+    *("text_encoders.t5xxl.transformer.", "t5."),
+)
+_IN_CLIP = "text_model."
 _ENDINGS = {
     ".lora_A.weight": "lora_down.weight",
     ".lora_B.weight": "lora_up.weight",
     ".lora_B.bias": "lora_up.bias",
     ".lora.down.weight": "lora_down.weight",
     ".lora.up.weight": "lora_up.weight",
+    ".lora_linear_layer.down.weight": "lora_down.weight",
+    ".lora_linear_layer.up.weight": "lora_up.weight",
     ".lora_magnitude_vector": DORA,
     ".w_norm": "diff",  # LyCORIS, of norms
     ".b_norm": "diff_b",
@@ -66,6 +79,8 @@ _ENDINGS = {
 _WITH_ADAPTER = re.compile(
     r"\.(?:(?P<factor>lora_[AB])\.[^.]+(?P<leaf>\.weight|\.bias)|lora_magnitude_vector(\.[^.]+){1,2})$"
 )
+# diffusers before PEFT: factors beside the attention, not in its layers
+_PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
@@ -99,7 +114,9 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     """
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
-    names = rename_modules((place.module for place in found.values()), family_hint)
+    modules = list(dict.fromkeys(place.module for place in found.values()))
+    family = choose_family(modules, family_hint)
+    names = _rename(modules, family)
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
     for key, place in found.items():
         keys.setdefault(f"{OURS}{names[place.module]}.{place.part}", key)
@@ -107,7 +124,8 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     dialects = sorted({place.dialect for place in found.values()})
     used = set(keys.values())
     rest = [key for key in tensors if key not in used]
-    names_of_texts = {key: _name_of_text(key) for key in rest if key.startswith(_TEXT_ENCODERS)}
+    first = FIRST_ENCODER if family is None else family.first_encoder
+    names_of_texts = {key: _name_of_text(key, first) for key in rest if key.startswith(_TEXT_ENCODERS)}
     texts = {name: tensors[key] for key, name in names_of_texts.items() if name is not None}
     strange = tuple(key for key, name in names_of_texts.items() if name is None)
     unknown = tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
@@ -115,18 +133,25 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     return NativeTensors(native, " + ".join(dialects), strange, texts, unknown, paths)
 
 
-def _name_of_text(key: str) -> str | None:
-    """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown."""
+def _name_of_text(key: str, first: str) -> str | None:
+    """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
+
+    first: how the family calls its first text encoder.
+    """
     key = _WITH_ADAPTER.sub(_without_adapter, key)
+    key = _PROCESSOR.sub(_in_clip_layer, key)
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
     if ending is None:
         return None
     path = key.removesuffix(ending)
     if not path.startswith("lora_te"):
-        prefix = next((prefix for start, prefix in _TEXT_STARTS.items() if path.startswith(start)), None)
-        if prefix is None:
+        starts = (*_OTHER_ENCODERS, *_FIRST_ENCODERS)
+        start = next((start for start in starts if path.startswith(start)), None)
+        if start is None:
             return None
-        path = f"{prefix}_{replace_dots(path.partition('.')[2])}"
+        path = path.removeprefix(start)
+        other = "lora_te2" if path.startswith(_IN_CLIP) else "lora_te3"  # OpenCLIP's or T5
+        path = f"{first if start in _FIRST_ENCODERS else other}_{replace_dots(path)}"
     return f"{path}.{_ENDINGS[ending]}"
 
 
@@ -143,7 +168,10 @@ def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> di
     The names are compared together, because only all of them show which layout it is.
     """
     names = list(dict.fromkeys(modules))
-    family = choose_family(names, family_hint)
+    return _rename(names, choose_family(names, family_hint))
+
+
+def _rename(names: Iterable[str], family: FamilyNames | None) -> dict[str, str]:
     return {name: name if family is None else alias(name, family) for name in names}
 
 
@@ -177,6 +205,7 @@ class _Key:
 def _split(key: str) -> _Key | None:
     """Take a key apart; None if it is none of a LoRA for a DiT."""
     key = _WITH_ADAPTER.sub(_without_adapter, key)
+    key = _PROCESSOR.sub(_in_attention_layer, key)
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
@@ -194,6 +223,15 @@ def _split(key: str) -> _Key | None:
 
 def _without_adapter(found: re.Match[str]) -> str:
     return f".{found['factor']}{found['leaf']}" if found["factor"] else ".lora_magnitude_vector"
+
+
+def _in_attention_layer(found: re.Match[str]) -> str:
+    layer = "to_out.0" if found["layer"] == "out" else f"to_{found['layer']}"
+    return f".{layer}.lora_{found['factor']}.weight"
+
+
+def _in_clip_layer(found: re.Match[str]) -> str:
+    return f".{found['layer']}_proj.lora_{found['factor']}.weight"
 
 
 def _as_ours(key: str, tensor: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from modules.user_modules import import_user_module
-from networks.deltas import find_fault, group_by_module, rank_of
+from networks.deltas import Factors, find_fault, group_by_module, rank_of
 from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_names
 from networks.hashes import is_damaged
-from networks.key_formats import OURS, NativeTensors, other_kind, to_native
+from networks.key_formats import OURS, other_kind, to_native
 from networks.module_names import choose_family, is_optional, read_family
-from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
+from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
+from networks.names.text_encoders import diffusers_path_of_text
 from networks.parts import mend_split_alphas
 from networks.peft_patterns import PeftPatterns
 
@@ -179,7 +180,9 @@ def _read_part(
                 path,
             )
     try:
-        alphas = _peft_alphas(native, _peft_config(path, metadata, start))
+        modules = group_by_module(native.tensors)
+        alphas = _peft_alphas(modules, native.paths, _peft_config(path, metadata, start))
+        text_alphas = _text_alphas(texts, path, metadata)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
@@ -190,7 +193,7 @@ def _read_part(
     use += f", for the {in_words(expert)}" if expert is not None else ""
     logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
     tensors = mend_split_alphas(path, native.tensors | alphas, metadata)
-    return LoraFile(path, tensors, metadata, native.dialect, text_tensors=texts)
+    return LoraFile(path, tensors, metadata, native.dialect, text_tensors={**texts, **text_alphas})
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -291,28 +294,48 @@ def _peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[st
         entries = parse_json(metadata[PEFT_SETTINGS])
         others = tuple(one for one in NETWORKS if one != start)
         return {
-            key.removeprefix(start): value for key, value in entries.items() if not key.startswith(others)
+            key.removeprefix(start).removeprefix(UNET_IN_DIFFUSERS): value
+            for key, value in entries.items()
+            if not key.startswith(others)
         }
     if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
         return dict(parse_json(read_text(config_path)))
     return {}
 
 
-def _peft_alphas(native: NativeTensors, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _text_alphas(texts: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Alphas of LoRAs for text encoders that stand in diffusers' metadata, as `_peft_alphas`."""
+    alphas: dict[str, Tensor] = {}
+    if PEFT_SETTINGS not in metadata:
+        return alphas
+    modules = group_by_module(texts)
+    paths = {name: found for name in modules if (found := diffusers_path_of_text(name)) is not None}
+    entries = parse_json(metadata[PEFT_SETTINGS])
+    for start in {each.partition(".")[0] + "." for each in paths.values()}:
+        config = {key.removeprefix(start): value for key, value in entries.items() if key.startswith(start)}
+        own = {name: found.removeprefix(start) for name, found in paths.items() if found.startswith(start)}
+        alphas |= _peft_alphas({name: modules[name] for name in own}, own, config)
+    return alphas
+
+
+def _peft_alphas(
+    modules: Mapping[str, Factors], paths: Mapping[str, str], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Alphas that stand in PEFT's settings rather than beside the factors.
 
-    Raises ValueError if they cannot be used.
+    modules: factors by name. paths: of these modules, as the file writes them. Raises ValueError if the
+    settings cannot be used.
     """
     patterns = PeftPatterns(
         {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     )
     default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
     alphas = {}
-    for module, factors in group_by_module(native.tensors).items():
+    for module, factors in modules.items():
         rank = rank_of(factors)
         if rank is None or "alpha" in factors:
             continue
-        alpha = patterns.find(native.paths[module])
+        alpha = patterns.find(paths[module])
         alpha = default if alpha is None else alpha
         if alpha is None:
             continue

@@ -191,9 +191,12 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
     """
     options = with_line(options, values)
     multipliers = values.get(MULTIPLIERS)
-    if multipliers is not None and not options.networks.network_weights:
-        logger.warning("--am is ignored because there are no --network_weights")
+    if multipliers is not None and not options.networks.num_adjustable:
+        logger.warning(
+            "--am is ignored because there are no --network_weights, or all are folded in for good"
+        )
         multipliers = None
+    options.networks.check_strengths(multipliers or ())
     sampling = options.sampling
     width, height = sampling.width, sampling.height
     if width is None or height is None:

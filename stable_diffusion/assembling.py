@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from stable_diffusion.clip_vision import PictureVectors
+from stable_diffusion.clip_vision import PictureVectors, check_vision
 from stable_diffusion.contract import Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.highres import Makes
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import load_model, open_release
-from stable_diffusion.loras import Networks, check_kind, load_networks, read_networks
+from stable_diffusion.loras import Networks, check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
-from stable_diffusion.text import Texts
+from stable_diffusion.text import Texts, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,12 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
     loras = read_networks(options.networks) if options.networks.network_weights else []
     with ExitStack() as files:
         release = open_release(options.model, files)
-        check_kind(loras, release.kind)
+        check_networks(loras, release)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
+        check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])
+        if options.text.clip_vision_strength is not None:
+            check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
     model = load_model(options.model, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control = (load_control_nets(options.control, model), load_lllites(options.control, model))

@@ -18,7 +18,7 @@ from encoders.clip_vision import ClipVision, load_clip_vision
 from modules.checkpoints.hub_folders import find_model_folder
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
-from stable_diffusion.contract import SDXL, Model, TextState
+from stable_diffusion.contract import SDXL, Kind, Model, TextState
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,19 @@ class PictureVectors:
                 f"state of {self._model.path} has {wanted}. Give {RELEASE}.",
                 self._folder,
             )
+
+
+def check_vision(kind: Kind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
+    """Return the folder of bigG's image tower for a checkpoint of that kind.
+
+    Raises OptionError if it is not SDXL, DownloadError as `find_image_tower`.
+    """
+    if kind is not SDXL:
+        raise OptionError(
+            f"{OPTION}: {checkpoint} is {kind.words}, which has no pooled state to replace. It works with "
+            f"{SDXL.words}"
+        )
+    return find_image_tower(checkpoint, tokenizer_cache_dir)
 
 
 def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:

@@ -102,10 +102,6 @@ def _import_path(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise OptionError(
-            f"--from_module {path}: there is no such file. Give a Python file or an import path"
-        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

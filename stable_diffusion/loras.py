@@ -8,12 +8,14 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import getLogger
 from typing import Any
 
 import torch
 from torch import nn
 
+from modules.checkpoints.dialects import LoadPlan
 from modules.errors import CheckpointError, OptionError
 from networks.added import attach_parts, fitting, places
 from networks.added_layers import AddedPart
@@ -24,11 +26,14 @@ from networks.module_names import read_family
 from networks.switching import OriginalWeights
 from networks.text_loras import text_part
 from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind, Model
+from stable_diffusion.loading import Release
 from stable_diffusion.network_options import NetworkOptions
 
 logger = getLogger(__name__)
 OPTION = "--network_weights"
 Multipliers = tuple[float, ...]
+_META = torch.device("meta")
+_TEXT_START = "text_model."  # Hugging Face's CLIP is one level deeper than ours
 _TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of the released models
 
 
@@ -97,8 +102,12 @@ class _Target:
     """A network that LoRAs change."""
 
     network: nn.Module
-    published: Callable[[str], str]  # path of a module or parameter -> the one in files
+    start: str  # of its modules' paths in files, beside ours
     part_of: Callable[[LoraFile], LoraFile]  # what a file has for it
+
+    def published(self, path: str) -> str:
+        """Return the path in files."""
+        return self.start + path
 
 
 def read_networks(options: NetworkOptions) -> list[LoraFile]:
@@ -127,8 +136,31 @@ def read_networks(options: NetworkOptions) -> list[LoraFile]:
     return loras
 
 
+def check_networks(loras: Sequence[LoraFile], release: Release) -> None:
+    """Compare LoRAs with the headers of the checkpoint, before it is loaded.
+
+    Raises CheckpointError if a LoRA is of another kind or size, or fits nothing.
+    """
+    check_kind(loras, release.kind)
+    uses = [LoraUse(_for_encoders(lora, release.kind)) for lora in loras]
+    parts: list[tuple[LoadPlan[Any], str, Callable[[LoraFile], LoraFile]]] = [
+        (release.unet, "", _of_unet),
+        *(
+            (text.network, _TEXT_START, partial(text_part, prefix=prefix))
+            for text, prefix in zip(release.texts, release.kind.lora_prefixes, strict=True)
+        ),
+    ]
+    for plan, start, part_of in parts if loras else ():
+        patch = LoraPatch(_parts(uses, part_of), model=release.path)
+        for name, source in plan.sources.items():
+            tensors = [plan.checkpoint.tensors[each] for each in source.names]
+            hollow = [torch.empty(one.shape, dtype=one.dtype, device=_META) for one in tensors]
+            patch.add_to(start + name, source.make(hollow))
+        patch.refuse_misfits()
+
+
 def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
-    """Compare LoRAs with the kind of the checkpoint, before it is loaded.
+    """Compare LoRAs with the kind of a checkpoint.
 
     Raises CheckpointError if one takes texts as wide as another kind's; warns if one says that it is for it.
     """
@@ -155,7 +187,7 @@ def _kind_by_size(lora: LoraFile) -> Kind | None:
     for name, factors in group_by_module(lora.tensors).items():
         if name.endswith(("attn2_to_k", "attn2_to_v")):
             sizes = {part: one for part, one in factors.items() if part != "alpha"}
-            delta = weight_delta(sizes, torch.device("meta"))
+            delta = weight_delta(sizes, _META)
             widths |= set() if delta is None else {delta.numel() // len(delta)}
     return _TEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
 
@@ -171,7 +203,6 @@ def load_networks(
     if not options.files:
         return None
     loras = read_networks(options) if loras is None else loras
-    check_kind(loras, model.kind)
     loras = [_for_encoders(lora, model.kind) for lora in loras]
     uses = [LoraUse(lora, one) for lora, one in zip(loras, options.multipliers, strict=True)]
     merged, adjustable = uses[: options.num_merged], uses[options.num_merged :]
@@ -198,26 +229,26 @@ def load_networks(
 def _targets(model: Model) -> list[_Target]:
     """Return the U-Net and the text encoders."""
     towers = [
-        _Target(
-            tower.network,
-            lambda path: f"text_model.{path}",
-            lambda lora, prefix=tower.lora_prefix: text_part(lora, prefix),  # type: ignore[misc]
-        )
+        _Target(tower.network, _TEXT_START, partial(text_part, prefix=tower.lora_prefix))
         for tower in model.texts
     ]
-    return [_Target(model.unet, str, lambda lora: replace(lora, text_tensors={})), *towers]
+    return [_Target(model.unet, "", _of_unet), *towers]
 
 
-def _of_target(target: _Target, uses: Sequence[LoraUse]) -> list[LoraUse]:
+def _of_unet(lora: LoraFile) -> LoraFile:
+    return replace(lora, text_tensors={})
+
+
+def _parts(uses: Sequence[LoraUse], part_of: Callable[[LoraFile], LoraFile]) -> list[LoraUse]:
     """Return what the files have for a network; files without anything for it are left out."""
-    parts = [replace(use, lora=target.part_of(use.lora)) for use in uses]
+    parts = [replace(use, lora=part_of(use.lora)) for use in uses]
     return [part for part in parts if part.lora.tensors]
 
 
 @torch.no_grad()
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
     for target in targets:
-        given = _of_target(target, uses)
+        given = _parts(uses, target.part_of)
         if not given:
             continue
         patch = LoraPatch(given)
@@ -230,7 +261,7 @@ def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Mu
     """Return what folds the files in with any strengths, always beginning with the original weights."""
     originals = []
     for target in targets:
-        given = _of_target(target, uses)
+        given = _parts(uses, target.part_of)
         if given:
             original = OriginalWeights(given, target.published)
             original.keep(target.network)
@@ -240,7 +271,7 @@ def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Mu
     def use_multipliers(multipliers: Multipliers) -> None:
         scaled = [replace(use, multiplier=one) for use, one in zip(uses, multipliers, strict=True)]
         for target, original in originals:
-            original.switch(target.network, [use for use in _of_target(target, scaled) if use.multiplier])
+            original.switch(target.network, [use for use in _parts(scaled, target.part_of) if use.multiplier])
 
     return use_multipliers
 

@@ -1,6 +1,7 @@
 """Options of LoRAs and their like. Standard library only."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +126,18 @@ class NetworkOptions:
     def num_adjustable(self) -> int:
         """How many of the files have strengths that a prompt may choose (--am)."""
         return len(self.files) - self.num_merged
+
+    def check_strengths(self, multipliers: Sequence[float]) -> None:
+        """Raise OptionError if a prompt chooses more strengths than there are networks to choose them for."""
+        if len(multipliers) > self.num_adjustable > 0:
+            merged = (
+                f", without the {self.num_merged} that are folded into the model" if self.num_merged else ""
+            )
+            raise OptionError(
+                f"--am has {len(multipliers)} strengths for {self.num_adjustable} networks: give one for "
+                f"each of --network_weights, in the same order{merged}"
+            )
+        multipliers_for(self.files, multipliers, "--am")
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

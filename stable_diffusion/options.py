@@ -37,6 +37,8 @@ class GenImgOptions:
     device: str | None
 
     def __post_init__(self) -> None:
+        if self.text.clip_vision_strength is not None and self.prompts.image_path is None:
+            raise OptionError("--clip_vision_strength needs --image_path, the picture that CLIP sees")
         if self.output.use_original_file_name and self.prompts.image_path is None:
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
         if self.highres.highres_fix_scale is not None and self.prompts.image_path is not None:

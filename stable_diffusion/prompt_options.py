@@ -55,6 +55,23 @@ class PromptOptions:
         for option in ("images_per_prompt", "n_iter", "batch_size"):
             check_at_least(f"--{option}", getattr(self, option), 1, "a number of pictures or rounds")
         check_seed("--seed", self.seed)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        texts = [("--from_file", self.from_file)]
+        if self.from_module is not None and self.from_module.endswith(".py"):
+            texts.append(("--from_module", Path(self.from_module)))
+        for option, path in texts:
+            if path is not None and not path.is_file():
+                reason = "it is a folder" if path.is_dir() else "there is no such file"
+                raise OptionError(f"{option} {path}: {reason}. Give a text file")
+        pictures = [("--image_path", self.image_path), ("--mask_path", self.mask_path)]
+        pictures += [("--guide_image_path", path) for path in self.guide_image_path or ()]
+        for option, path in pictures:
+            if path is not None and not path.exists():
+                raise OptionError(
+                    f"{option} {path}: there is no such file. Give a picture or a folder of pictures"
+                )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

@@ -65,10 +65,10 @@ def add_words(towers: Sequence[TextTower], kind: Kind, words: Sequence[LearnedWo
 
     Raises CheckpointError if vectors do not fit an encoder, or if it has a token of that name already.
     """
-    for word in words:
-        _check_word(word, towers, kind)
     if not words:
         return tuple(towers)
+    check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
+    _check_new(words, towers)
     for word in words:
         logger.info("textual inversion: %s (%d vectors)", word.word, len(word.vectors[0]))
     return tuple(
@@ -126,33 +126,39 @@ def _with_rows(tower: TextTower, words: Sequence[LearnedWord], vectors: Sequence
     return replace(tower, tokenize=with_words(tower.tokenize, ids))
 
 
-def _check_word(word: LearnedWord, towers: Sequence[TextTower], kind: Kind) -> None:
-    widths = [tower.network.embeddings.token_embedding.embedding_dim for tower in towers]
-    found = [vectors.shape[1] for vectors in word.vectors]
-    if widths != found:
-        hint = (
-            " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
-            if kind is SDXL and len(found) == 1
-            else ""
-        )
-        raise CheckpointError(
-            f"{OPTION} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
-            f"{kind.words} take {_join(widths)}.{hint} Give a file that was made for {kind.words}.",
-            word.path,
-        )
-    count = max(len(vectors) for vectors in word.vectors)
-    if count > SIZE:
-        raise CheckpointError(
-            f"{OPTION} {word.path}: it has {count} vectors; a text encoder reads {SIZE} tokens at a time, so "
-            "that more than these are never read together.",
-            word.path,
-        )
-    if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
-        raise CheckpointError(
-            f"{OPTION} {word.path}: {word.word} is a word that the text encoder knows already. Rename the "
-            "file, as its name is the word for it.",
-            word.path,
-        )
+def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Kind) -> None:
+    """Raise CheckpointError if vectors do not fit text encoders of these widths, or are too many."""
+    for word in words:
+        found = [vectors.shape[1] for vectors in word.vectors]
+        if list(widths) != found:
+            hint = (
+                " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
+                if kind is SDXL and len(found) == 1
+                else ""
+            )
+            raise CheckpointError(
+                f"{OPTION} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
+                f"{kind.words} take {_join(widths)}.{hint} Give a file that was made for {kind.words}.",
+                word.path,
+            )
+        count = max(len(vectors) for vectors in word.vectors)
+        if count > SIZE:
+            raise CheckpointError(
+                f"{OPTION} {word.path}: it has {count} vectors; a text encoder reads {SIZE} tokens at a "
+                "time, so that more than these are never read together.",
+                word.path,
+            )
+
+
+def _check_new(words: Sequence[LearnedWord], towers: Sequence[TextTower]) -> None:
+    """Raise CheckpointError if one of the words is a token already."""
+    for word in words:
+        if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
+            raise CheckpointError(
+                f"{OPTION} {word.path}: {word.word} is a word that the text encoder knows already. Rename "
+                "the file, as its name is the word for it.",
+                word.path,
+            )
 
 
 def _join(numbers: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 
 REST, SWAPPED, BEFORE_REST = -1, -2, -3
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
+UNET_IN_DIFFUSERS = "unet."
 # first layers; how many channels they take differs between models of a family
 FIRST_LAYERS = (
     *("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight"),
@@ -20,6 +21,7 @@ FIRST_LAYERS = (
 TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
+FIRST_ENCODER = "lora_te1"
 FOR_BOTH = "both"  # another value: one LoRA that was trained in both
 
 
@@ -51,11 +53,15 @@ class FamilyNames:
     underscored: bool = False
     # whether our paths are those of diffusers; then `aliases` are another layout's
     is_as_in_diffusers: bool = False
+    # names that every tool but diffusers gives to LoRAs for it: underscored ones, "ours" or "aliases"; ""
+    # if they differ
+    always_underscored: str = ""
     # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
     optional_words: str = ""  # what these are, for messages
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
+    first_encoder: str = FIRST_ENCODER  # before names of its modules in LoRA files
     # of the published models, by which families with equal names in diffusers' layout are told apart: how
     # many blocks lists of that layout have, and the width of a block
     depths: tuple[tuple[str, int], ...] = ()

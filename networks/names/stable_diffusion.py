@@ -8,7 +8,7 @@ transformer block, of which SDXL has several in a row.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from networks.names.layouts import FamilyNames, each
+from networks.names.layouts import UNET_IN_DIFFUSERS, FamilyNames, each
 
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
@@ -45,8 +45,12 @@ def _blocks(levels: int) -> Iterator[tuple[str, str, bool]]:
     yield "middle_block.2", "mid_block.resnets.1", False
 
 
-def _pairs(levels: int, transformer: str) -> Pairs:
-    """Return all modules of a U-Net. transformer: number of its transformer blocks, or `{n}`."""
+def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
+    """Return all modules of a U-Net.
+
+    transformer: number of its transformer blocks, or `{n}`. plain: levels on the way up without attention, in
+    the released models.
+    """
     pairs: list[tuple[str, str]] = [*_ENDS]
     inside = [
         *each("", "norm proj_in proj_out"),
@@ -58,15 +62,16 @@ def _pairs(levels: int, transformer: str) -> Pairs:
     for level in range(levels - 1):
         last = (level + 1) * (_LAYERS + 1)
         pairs.append((f"input_blocks.{last}.0.op", f"down_blocks.{level}.downsamplers.0.conv"))
-        # it follows the attention, where the level has one
+        # it follows the attention, if there is one; the usual name first
+        places = (1, 2) if level in plain else (2, 1)
         pairs += [
             (f"output_blocks.{last - 1}.{place}.conv", f"up_blocks.{level}.upsamplers.0.conv")
-            for place in (1, 2)
+            for place in places
         ]
     return tuple(pairs)
 
 
-_SD, _SDXL = _pairs(4, "0"), (*_pairs(3, "{n}"), *_ADDED)
+_SD, _SDXL = _pairs(4, "0", (0,)), (*_pairs(3, "{n}", (2,)), *_ADDED)
 
 
 def _own(pairs: Pairs) -> tuple[str, ...]:
@@ -78,9 +83,11 @@ SD1 = FamilyNames(
     "stable-diffusion-v1",
     _own(_SD),
     aliases=_SD,
-    start="unet.",
+    start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
+    always_underscored="ours",
     takes=("sd2",),  # by names; sizes tell them apart
+    first_encoder="lora_te",
     versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
 )
 # the same modules with other sizes
@@ -96,7 +103,8 @@ SDXL = FamilyNames(
     "stable-diffusion-xl-v1-base",
     _own(_SDXL),
     aliases=_SDXL,
-    start="unet.",
+    start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
+    always_underscored="aliases",
     versions=("sdxl", "stable-diffusion-xl"),
 )

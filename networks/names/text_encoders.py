@@ -24,8 +24,12 @@ def published_path(path: str) -> str:
 # names of modules in LoRA files -> their paths in diffusers' pipelines
 _IN_DIFFUSERS = (
     (
-        r"lora_te1_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)",
+        r"lora_te1?_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)",
         r"text_encoder.text_model.encoder.layers.\1.\2.\3",
+    ),
+    (
+        r"lora_te2_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)",
+        r"text_encoder_2.text_model.encoder.layers.\1.\2.\3",
     ),
     (
         r"lora_te3_encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)",

@@ -1,4 +1,4 @@
-"""Names of the U-Nets' modules, compared with diffusers' classes and with its conversion of released files."""
+"""Names of the U-Nets' modules, compared with diffusers' classes and its conversion of released files."""
 
 import re
 from typing import Any
@@ -83,10 +83,21 @@ def ldm_path(path: str, family: FamilyNames) -> str:
     """The name in a released file, block numbers filled in."""
     number = path.partition("transformer_blocks.")[2].partition(".")[0]
     template = re.sub(r"(transformer_blocks)\.\d+", r"\1.{n}", path) if family is SDXL else path
-    theirs = [theirs for theirs, ours in family.aliases if ours == template]
-    # an upsampler comes after the attention, where its block has one
-    has_attention = path.startswith("up_blocks.0") == (family is SDXL) or path.startswith("up_blocks.1")
-    return theirs[-1 if has_attention else 0].replace("{n}", number)
+    theirs = next(theirs for theirs, ours in family.aliases if ours == template)
+    return theirs.replace("{n}", number)
+
+
+def test_the_upsamplers_of_released_files_follow_the_attention_if_there_is_one() -> None:
+    places = {
+        family.name: [to_alias(f"up_blocks_{n}_upsamplers_0_conv", family) for n in (0, 1)]
+        for family in (SD1, SDXL)
+    }
+
+    assert places == {
+        "sd1": ["output_blocks_2_1_conv", "output_blocks_5_2_conv"],
+        "sdxl": ["output_blocks_2_2_conv", "output_blocks_5_2_conv"],
+    }
+    assert alias("output_blocks_2_2_conv", SD1) == alias("output_blocks_2_1_conv", SD1)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])

@@ -62,7 +62,7 @@ def test_a_word_is_its_vectors_in_the_place_of_tokens(tmp_path: Path, kind: str)
     names = ["clip_l", "clip_g"] if kind == "sdxl" else ["emb_params"]
     path = write(tmp_path / "Blob-v1.safetensors", dict(zip(names, rows, strict=True)))
     expected = Texts(towers, sort, text_options()).encode("a red cat , (red cat:1.5) in a house cat")
-    texts = Texts(make_towers(kind)[0], sort, text_options(textual_inversion_embeddings=(path,)))
+    texts = Texts(make_towers(kind)[0], sort, text_options("--textual_inversion_embeddings", path))
     found = texts.encode("a blob-v1, (BLOB-V1:1.5) in a house blob-v11")
     assert torch.equal(found.context, expected.context)
     if kind == "sdxl":
@@ -150,5 +150,5 @@ def test_what_does_not_fit_the_model_is_refused(
     towers, sort = make_towers(kind)
     rows = len(towers[0].network.embeddings.token_embedding.weight)
     with pytest.raises(CheckpointError, match=message):
-        Texts(towers, sort, text_options(textual_inversion_embeddings=(path,)))
+        Texts(towers, sort, text_options("--textual_inversion_embeddings", path))
     assert len(towers[0].network.embeddings.token_embedding.weight) == rows
