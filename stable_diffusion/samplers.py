@@ -194,13 +194,16 @@ class SchedulerSolver:
 def begin_sampling(
     scheduler: Any, steps: int, generators: Sequence[torch.Generator], strength: float | None = None
 ) -> SchedulerSolver:
-    """Set a scheduler to so many steps.
+    """Set a scheduler to so many steps; it forgets what it did before.
 
     strength: the share of the steps that image to image makes; None: all. Its solver begins at
     `schedule.num_steps`, so that no step is made, if that is less than one step.
     Raises OptionError if the sampler cannot make so few steps, or so many.
     """
-    if isinstance(scheduler, PNDMScheduler) and steps < PNDM_STEPS:
+    if isinstance(scheduler, PNDMScheduler):
+        # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
+        scheduler.register_to_config(skip_prk_steps=strength is not None)
+    if isinstance(scheduler, PNDMScheduler) and strength is None and steps < PNDM_STEPS:
         raise OptionError(
             f"--sampler pndm with {steps} steps: it begins with {PNDM_STEPS} steps of another kind. Take "
             "more, or another sampler"
