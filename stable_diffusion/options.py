@@ -53,6 +53,10 @@ class GenImgOptions:
                 "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
                 "it shows"
             )
+        if self.networks.network_regional_mask_max_color_codes is not None and not self.prompts.mask_path:
+            raise OptionError(
+                "--network_regional_mask_max_color_codes needs --mask_path, whose colours it explains"
+            )
         if self.prompts.guide_image_path and not self.control.uses:
             raise OptionError(
                 "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
