@@ -10,6 +10,8 @@ SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a
     *("dpmsolver", "dpmsolver++", "dpmsingle"),
     *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
 )
+TRAINED_STEPS = 1000  # timesteps that all models know
+PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 USUAL_STRENGTH = 0.8  # of image to image
 GUIDED = "the known script has lost it too: it needs gradients through the U-Net and {model} at every step"
 
@@ -76,9 +78,19 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_at_least("--steps", self.steps, 1, "one step is the least")
+        check_at_most("--steps", self.steps, TRAINED_STEPS, "models know as many timesteps")
         check_size("--W", self.width)
         check_size("--H", self.height)
         check_strength("--strength", self.strength)
+
+
+def check_steps(option: str, sampler: str, steps: int) -> None:
+    """Raise OptionError if a sampler cannot make so few steps from noise."""
+    if sampler == "pndm" and steps < PNDM_STEPS:
+        raise OptionError(
+            f"{option} {steps}: --sampler pndm begins with {PNDM_STEPS} steps of another kind. Give at least "
+            f"{PNDM_STEPS}, or another sampler"
+        )
 
 
 def check_size(option: str, size: int | None) -> None:
