@@ -46,11 +46,6 @@ class Lllites:
         if not any(picture.guides for picture in pictures):
             yield None
             return
-        if pictures[0].settings.deep_shrink is not None:
-            raise OptionError(
-                f"{pictures[0].label}: Deep Shrink and {OPTION} do not work together, as the sizes of "
-                "features differ: leave one of them out, or take a ControlNet."
-            )
         guides = BatchGuides(self._images, pictures, width, height)
         acts = [_Acts(use) for use in self._uses]
 
