@@ -11,12 +11,14 @@ from stable_diffusion.contract import Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.highres import Makes
+from stable_diffusion.kinds import Marks
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import load_model, open_release
 from stable_diffusion.loras import Networks, check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
+from stable_diffusion.samplers import make_scheduler
 from stable_diffusion.text import Texts, check_texts
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         check_networks(loras, release)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
+        _check_sampler(options, release.marks)
         check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])
         if options.text.clip_vision_strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
@@ -63,6 +66,13 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         _vision(options, model),
     )
     return Loaded(maker, networks)
+
+
+def _check_sampler(options: GenImgOptions, marks: Marks) -> None:
+    """Raise OptionError if the sampler cannot be made for a model."""
+    sampling = options.sampling
+    predicts_velocity = marks.predicts_velocity or options.model.v_parameterization
+    make_scheduler(sampling.sampler, predicts_velocity, sampling.zero_terminal_snr or marks.zero_terminal_snr)
 
 
 def _vision(options: GenImgOptions, model: Model) -> PictureVectors | None:

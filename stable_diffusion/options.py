@@ -48,11 +48,6 @@ class GenImgOptions:
             )
         if self.deep_shrink.ds_depth_1 is None and self.deep_shrink.ds_depth_2 is not None:
             raise OptionError("--ds_depth_2 is where Deep Shrink acts after --ds_depth_1, which is missing")
-        if self.prompts.mask_path and not (self.prompts.image_path or self.networks.network_weights):
-            raise OptionError(
-                "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
-                "it shows"
-            )
         if self.prompts.guide_image_path and not self.control.uses:
             raise OptionError(
                 "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
