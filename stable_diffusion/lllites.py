@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import open_checkpoint
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
