@@ -112,8 +112,8 @@ def check_control(options: ControlOptions, guides: tuple[Path, ...] | None, shri
         )
     if shrinks and options.control_net_lllite_models:
         raise OptionError(
-            f"--ds_depth_1 (Deep Shrink) and {options.option} do not work together, as the sizes of features "
-            "differ: leave one of them out, or take ControlNets"
+            "--ds_depth_1 (Deep Shrink) and --control_net_lllite_models do not work together, as the sizes "
+            "of features differ: leave one of them out, or take a ControlNet"
         )
 
 
