@@ -102,8 +102,8 @@ def check_control(options: ControlOptions, guides: tuple[Path, ...] | None, shri
     if not options.uses:
         if guides:
             raise OptionError(
-                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which take "
-                "the pictures"
+                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
+                "pictures. A mask of regions goes to --mask_path"
             )
         return
     if not guides:

@@ -52,11 +52,6 @@ class GenImgOptions:
             raise OptionError(
                 "--network_regional_mask_max_color_codes needs --mask_path, whose colours it explains"
             )
-        if self.prompts.guide_image_path and not self.control.uses:
-            raise OptionError(
-                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
-                "pictures. A mask of regions goes to --mask_path"
-            )
         check_control(
             self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
         )
