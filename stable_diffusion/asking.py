@@ -26,7 +26,7 @@ from stable_diffusion.inputs import Inputs
 from stable_diffusion.lines import Line
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.prompt_lines import LINE_OPTIONS, MULTIPLIERS, SEEDS, read_line, split_seeds
-from stable_diffusion.regions import split_parts
+from stable_diffusion.regions import check_regions, split_parts
 from stable_diffusion.sampling_options import USUAL_STRENGTH
 from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, read_unsharp
 
@@ -140,11 +140,8 @@ class Asking:
         number = number if line.image_number is None else line.image_number
         image, mask = self.inputs.image(number), self.inputs.mask(number)
         parts = len(split_parts(values["prompt"]))
-        if mask is not None and image is None and parts == 1:
-            raise OptionError(
-                "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one "
-                "has one. Write AND between its parts, or leave the mask out"
-            )
+        if mask is not None and image is None:
+            _check_parts(parts)
         if values.get("clip_prompt"):
             logger.warning("--c is only noted in the file, because sampling is not guided by CLIP here")
         return Picture(
@@ -169,19 +166,47 @@ def _given_seeds(text: str) -> tuple[int, ...] | None:
         raise OptionError(f"--d: {error}") from None
 
 
+def _check_parts(parts: int) -> None:
+    """Raise OptionError if a mask can show neither what is repainted, as there is no picture, nor regions."""
+    if parts == 1:
+        raise OptionError(
+            "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
+            "one. Write AND between its parts, or leave the mask out"
+        )
+
+
 def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line cannot be used, as far as that shows without a model."""
     if line.is_plain:
         return
     _given_seeds(line.text)
     values = read_line(expand(line.text, Random(0))[0], line.label)
-    with_line(options, values)
+    parts, networks = len(split_parts(values["prompt"])), options.networks
+    if options.prompts.mask_path is not None and "{" not in line.text:  # variants may have other parts
+        if options.prompts.image_path is None:
+            _check_parts(parts)
+        if parts > 1:
+            is_folded = networks.network_pre_calc and networks.num_adjustable > 0
+            check_regions(parts, networks.num_adjustable, is_folded)
+    _strengths(with_line(options, values), values)
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
     """Return the options with those of a line before them. Raises OptionError if one cannot be used."""
     own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
     return override_options(options, {name: value for name, value in values.items() if name in own})
+
+
+def _strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return the strengths of --am in a line; None: those of the command line."""
+    strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
+    if strengths is not None and not options.networks.num_adjustable:
+        logger.warning(
+            "--am is ignored because there are no --network_weights, or all are folded in for good"
+        )
+        return None
+    options.networks.check_strengths(strengths or ())
+    return strengths
 
 
 def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None) -> Settings:
@@ -191,13 +216,7 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
     its size is used if none is asked for. Raises OptionError if a value cannot be used.
     """
     options = with_line(options, values)
-    multipliers = values.get(MULTIPLIERS)
-    if multipliers is not None and not options.networks.num_adjustable:
-        logger.warning(
-            "--am is ignored because there are no --network_weights, or all are folded in for good"
-        )
-        multipliers = None
-    options.networks.check_strengths(multipliers or ())
+    multipliers = _strengths(options, values)
     sampling = options.sampling
     width, height = sampling.width, sampling.height
     if width is None or height is None:

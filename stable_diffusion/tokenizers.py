@@ -60,7 +60,7 @@ def check_vocabulary(words: ClipWords, rows: int, checkpoint: Path) -> None:
 def _files(number: int, is_open_clip: bool) -> TokenizerFiles:
     ending = "" if number == 0 else f"_{number + 1}"
     names = OPEN_CLIP if is_open_clip else (CLIP_L,)
-    return clip_tokenizer_files(OPTION, (f"tokenizer{ending}", *names, "tokenizer", CLIP_L, "."))
+    return clip_tokenizer_files(OPTION, (f"tokenizer{ending}", *names, "tokenizer", CLIP_L, "clip_l", "."))
 
 
 def _in_cache(files: TokenizerFiles, cache: Path | None, is_open_clip: bool) -> Path | None:
