@@ -10,8 +10,9 @@ from typing import Any
 from modules.errors import OptionError
 from modules.failures import Failures
 from modules.media.reading import image_size
-from modules.options import override_options
+from modules.options import option_values, override_options
 from stable_diffusion.contract import (
+    SDXL,
     DeepShrink,
     GradualLatent,
     Kind,
@@ -216,6 +217,7 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
         usual = (kind.size, kind.size) if image is None else _latent_size(image)
         width, height = width or usual[0], height or usual[1]
     sizes = sampling.sizes
+    _warn_of_unused(options, kind, image)
     return Settings(
         width=width,
         height=height,
@@ -235,6 +237,20 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
         deep_shrink=_deep_shrink(options.deep_shrink),
         gradual_latent=_gradual_latent(options.gradual_latent),
     )
+
+
+def _warn_of_unused(options: GenImgOptions, kind: Kind, image: Path | None) -> None:
+    sampling = options.sampling
+    if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
+        logger.warning(
+            "Original sizes and crops are ignored because only %s is told any, and this is %s",
+            *(SDXL.words, kind.words),
+        )
+    if sampling.strength is not None and image is None and options.highres.highres_fix_scale is None:
+        logger.warning(
+            "--strength is ignored because the picture begins with noise. It is for --image_path and "
+            "--highres_fix_scale"
+        )
 
 
 def _latent_size(image: Path) -> tuple[int, int]:

@@ -48,6 +48,10 @@ class GenImgOptions:
             )
         if self.deep_shrink.ds_depth_1 is None and self.deep_shrink.ds_depth_2 is not None:
             raise OptionError("--ds_depth_2 is where Deep Shrink acts after --ds_depth_1, which is missing")
+        if self.networks.network_regional_mask_max_color_codes is not None and not self.prompts.mask_path:
+            raise OptionError(
+                "--network_regional_mask_max_color_codes needs --mask_path, whose colours it explains"
+            )
         if self.prompts.guide_image_path and not self.control.uses:
             raise OptionError(
                 "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "

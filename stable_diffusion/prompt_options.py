@@ -47,9 +47,13 @@ class PromptOptions:
             raise OptionError("--prompter_module_args needs --from_module")
         if self.no_preview and not self.interactive:
             raise OptionError("--no_preview is for --interactive, the only mode that shows pictures")
-        for name in ("n_iter", "shuffle_prompts"):
-            if self.interactive and getattr(self, name) not in (1, False):
-                raise OptionError(f"--{name} with --interactive: there are no prompts to go through")
+        rounds = {
+            "--n_iter": self.n_iter != 1,
+            "--shuffle_prompts": self.shuffle_prompts,
+            "--iter_same_seed": self.iter_same_seed,
+        }
+        for option in (option for option, is_given in rounds.items() if is_given and self.interactive):
+            raise OptionError(f"{option} with --interactive: there are no prompts to go through")
         if self.shuffle_prompts and self.from_module is not None:
             raise OptionError("--shuffle_prompts with --from_module: the module decides which prompt is next")
         for option in ("images_per_prompt", "n_iter", "batch_size"):

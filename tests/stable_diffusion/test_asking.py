@@ -187,8 +187,20 @@ def test_multipliers_need_networks(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert found.settings.multipliers is None
     assert "--am is ignored because there are no --network_weights" in caplog.text
     (file := tmp_path / "a.safetensors").touch()
-    (found,) = ask(options("--network_weights", file), Line("", "a --am 1,0.5"))
+    (found,) = ask(options("--network_weights", file, file), Line("", "a --am 1,0.5"))
     assert found.settings.multipliers == (1.0, 0.5)
+
+
+def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = options("--crop_top", 0)
+    with caplog.at_level(logging.WARNING):
+        ask(asked, A, kind=SDXL)
+        ask(options("--highres_fix_scale", 0.5), Line("", "a --t 0.3"))
+        assert not caplog.records
+        ask(asked, A)
+        ask(options(), Line("", "a --t 0.3"))
+    assert "sizes and crops are ignored because only Stable Diffusion XL" in caplog.text
+    assert "--strength is ignored because the picture begins with noise" in caplog.text
 
 
 # Input pictures
