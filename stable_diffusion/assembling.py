@@ -18,7 +18,8 @@ from stable_diffusion.loras import Networks, check_networks, load_networks, read
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
-from stable_diffusion.samplers import make_scheduler
+from stable_diffusion.samplers import check_sampling
+from stable_diffusion.starting import check_painting
 from stable_diffusion.text import Texts, check_texts
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,11 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
     with ExitStack() as files:
         release = open_release(options.model, files)
         check_networks(loras, release)
+        velocity = release.marks.predicts_velocity or options.model.v_parameterization
+        check_sampling(options.sampling, velocity)
+        check_painting(release.unet.config, release.path, options.prompts)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
-        _check_sampler(options, release.marks)
         check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])
         if options.text.clip_vision_strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
@@ -66,13 +69,6 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         _vision(options, model),
     )
     return Loaded(maker, networks)
-
-
-def _check_sampler(options: GenImgOptions, marks: Marks) -> None:
-    """Raise OptionError if the sampler cannot be made for a model."""
-    sampling = options.sampling
-    predicts_velocity = marks.predicts_velocity or options.model.v_parameterization
-    make_scheduler(sampling.sampler, predicts_velocity, sampling.zero_terminal_snr or marks.zero_terminal_snr)
 
 
 def _vision(options: GenImgOptions, model: Model) -> PictureVectors | None:

@@ -30,11 +30,6 @@ from stable_diffusion.unet_names import name_translator
 OPTION = "--control_net_models"
 PREFIX = "control_model."
 GIVE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
-# what else a whole model with a ControlNet in it holds
-_BESIDE = (
-    *("model.", "model_ema.", "cond_stage_model.", "first_stage_model.", "conditioner."),
-    *("difference", "betas", "alphas_", "sqrt_", "log_one", "posterior_", "logvar", "lvlb_"),
-)
 DIFFERENCE = "difference"  # a tensor of this name marks a file of differences
 OWN_PARTS = "controlnet_"  # names begin so where a U-Net has no such part: no differences
 
@@ -91,7 +86,7 @@ def read_control_net(
     belongs to another U-Net.
     """
     unet = {**_UNET_DEFAULTS, **unet}
-    bare = checkpoint.without_prefix(PREFIX, others=_BESIDE)
+    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
     is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
     _refuse_others(bare)
     translate = name_translator(bare.tensors)

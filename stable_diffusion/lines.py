@@ -1,9 +1,7 @@
 """Lines of prompts, and where they come from: an option, a file, a module, the metadata of pictures."""
 
-import importlib
 import importlib.util
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from generation.prompt_lines import read_generation_lines
 from modules.errors import OptionError, UserError
 from modules.media.tags import read_tags
 from modules.options import option_values
+from modules.user_modules import import_user_module
 from stable_diffusion.inputs import Inputs
 from stable_diffusion.options import GenImgOptions
 
@@ -81,24 +80,16 @@ def import_prompter(name: str) -> ModuleType:
     The working folder is searched too. The code in it runs, as the user asks for. Raises OptionError if it
     cannot be imported or has no get_prompter.
     """
-    module = _import_file(Path(name)) if name.endswith(".py") else _import_path(name)
+    if name.endswith(".py"):
+        module = _import_file(Path(name))
+    else:
+        remedy = " Correct it, or use --from_file"
+        module = import_user_module("--from_module", name, "package.module, or FILE.py", remedy)
     if not callable(getattr(module, "get_prompter", None)):
         raise OptionError(
             f"--from_module {name} has no function get_prompter(args, pipe, networks). Use another module"
         )
     return module
-
-
-def _import_path(name: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise OptionError(f"--from_module {name}: give an import path, as package.module, or a .py file")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # the module may run any code of its own
-        raise _import_error(name, error) from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -109,15 +100,11 @@ def _import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # likewise
-        raise _import_error(str(path), error) from error
+        raise OptionError(
+            f"--from_module {path} cannot be imported: {type(error).__name__}: {error}. Correct it, or use "
+            "--from_file"
+        ) from error
     return module
-
-
-def _import_error(name: str, error: Exception) -> OptionError:
-    return OptionError(
-        f"--from_module {name} cannot be imported: {type(error).__name__}: {error}. Correct it, or use "
-        "--from_file"
-    )
 
 
 def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, networks: Any) -> Prompter:

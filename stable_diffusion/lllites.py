@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import open_checkpoint
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
@@ -40,17 +40,11 @@ class Lllites:
     def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
         """Hang them in for a batch of pictures of that size, out at the end; yield None if it has no guides.
 
-        Raises OptionError if a picture has another number of guides or wants Deep Shrink, MediaError if a
-        guide cannot be read.
+        Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
         """
         if not any(picture.guides for picture in pictures):
             yield None
             return
-        if pictures[0].settings.deep_shrink is not None:
-            raise OptionError(
-                f"{pictures[0].label}: Deep Shrink and {OPTION} do not work together, as the sizes of "
-                "features differ: leave one of them out, or take a ControlNet."
-            )
         guides = BatchGuides(self._images, pictures, width, height)
         acts = [_Acts(use) for use in self._uses]
 

@@ -77,10 +77,11 @@ class Maker:
     def _scheduler(self) -> Any:
         """The scheduler that all batches use one after the other."""
         options = self.sampling
+        velocity = self.model.predicts_velocity
         return make_scheduler(
             options.sampler,
-            self.model.predicts_velocity,
-            options.zero_terminal_snr or self.model.zero_terminal_snr,
+            velocity,
+            options.zero_terminal_snr or (self.model.zero_terminal_snr and velocity),
             0 if options.force_scheduler_zero_steps_offset else 1,
         )
 

@@ -14,7 +14,7 @@ from stable_diffusion.model_options import ModelOptions, add_model_arguments
 from stable_diffusion.network_options import NetworkOptions, add_network_arguments
 from stable_diffusion.output_options import OutputOptions, add_output_arguments
 from stable_diffusion.prompt_options import PromptOptions, add_prompt_arguments
-from stable_diffusion.sampling_options import SamplingOptions, add_sampling_arguments
+from stable_diffusion.sampling_options import SamplingOptions, add_sampling_arguments, check_sampler_steps
 from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, add_shrink_arguments
 from stable_diffusion.text_options import TextOptions, add_text_arguments
 
@@ -52,14 +52,13 @@ class GenImgOptions:
             raise OptionError(
                 "--network_regional_mask_max_color_codes needs --mask_path, whose colours it explains"
             )
-        if self.prompts.guide_image_path and not self.control.uses:
-            raise OptionError(
-                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
-                "pictures. A mask of regions goes to --mask_path"
-            )
         check_control(
             self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
         )
+        if self.highres.highres_fix_scale is not None:
+            check_sampler_steps("--highres_fix_steps", self.sampling.sampler, self.highres.highres_fix_steps)
+        elif self.prompts.image_path is None:
+            check_sampler_steps("--steps", self.sampling.sampler, self.sampling.steps)
         if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
             "euler_a"
         ):

@@ -168,7 +168,7 @@ def _join(numbers: Sequence[int]) -> str:
 def _read_word(path: Path) -> LearnedWord:
     tensors, token = _read_tensors(path)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.ndim not in (1, 2) or tensor.numel() == 0:
+        if not _is_rows(tensor):
             raise _not_one(path, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
         if not tensor.isfinite().all():
             raise CheckpointError(
@@ -178,6 +178,17 @@ def _read_word(path: Path) -> LearnedWord:
     if len({len(rows) for rows in vectors}) > 1:
         raise _not_one(path, "it has unequal numbers of vectors for the text encoders")
     return LearnedWord(path, path.stem, token, vectors)
+
+
+def _is_rows(tensor: Tensor) -> bool:
+    """Return whether a tensor holds vectors of numbers, and no more of them than its file can hold."""
+    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    return (
+        is_plain
+        and tensor.is_floating_point()
+        and tensor.ndim in (1, 2)
+        and 0 < tensor.numel() * tensor.element_size() <= MOST_BYTES
+    )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -206,7 +217,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_content(path: Path) -> Mapping[str, Any]:
     """Return what is in a file. Raises CheckpointError if it is missing, damaged, too large or holds code."""
     if not path.is_file():
-        raise CheckpointError(f"{OPTION} {path}: there is no such file.", path)
+        raise CheckpointError(f"{OPTION} {path}: there is no such file. Give files that are there.", path)
     if path.stat().st_size > MOST_BYTES:
         raise _not_one(path, f"it has {path.stat().st_size >> 20} MiB")
     if path.suffix.lower() in _SAFETENSORS:
@@ -216,10 +227,13 @@ def _read_content(path: Path) -> Mapping[str, Any]:
         content = load_pickled(path)
     if not isinstance(content, Mapping):
         raise _not_one(path, f"it holds a {type(content).__name__}")
-    return {
-        str(name): dict(value) if isinstance(value, ParameterDict) else value
-        for name, value in content.items()
-    }
+    try:
+        return {
+            str(name): dict(value) if isinstance(value, ParameterDict) else value
+            for name, value in content.items()
+        }
+    except Exception as error:  # a ParameterDict without its own fields fails with any
+        raise _not_one(path, f"its string_to_param is damaged ({error})") from error
 
 
 def _not_one(path: Path, why: str) -> CheckpointError:

@@ -33,12 +33,13 @@ def write_pictures(folder: Path) -> list[Path]:
 def test_the_image_encoder_is_found_with_the_tokenizers_then_beside_the_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "models" / "sdxl.safetensors"
     beside, _ = write_tower(tmp_path / "models" / "image_encoder")
-    assert find_image_tower(checkpoint, tmp_path / "cache") == beside
-    assert find_image_tower(beside.parent, None) == beside  # a diffusers folder
+    file = beside / "model.safetensors"
+    assert find_image_tower(checkpoint, tmp_path / "cache") == file
+    assert find_image_tower(beside.parent, None) == file  # a diffusers folder
     (tmp_path / "cache" / FOLDER).mkdir(parents=True)  # only a tokenizer
-    assert find_image_tower(checkpoint, tmp_path / "cache") == beside
+    assert find_image_tower(checkpoint, tmp_path / "cache") == file
     cached, _ = write_tower(tmp_path / "cache" / FOLDER)
-    assert find_image_tower(checkpoint, tmp_path / "cache") == cached
+    assert find_image_tower(checkpoint, tmp_path / "cache") == cached / "model.safetensors"
 
 
 def test_without_the_image_encoder_the_message_says_where_to_put_it(

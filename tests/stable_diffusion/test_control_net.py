@@ -35,7 +35,7 @@ from tests.tiny.control_nets import (
     write_control_net,
     write_lllite,
 )
-from tests.tiny.stable_diffusion import write_sd1
+from tests.tiny.stable_diffusion import ldm_unet, unet_state, write_sd1
 
 CPU = torch.device("cpu")
 
@@ -99,10 +99,14 @@ def test_released_names_are_translated_as_diffusers_does() -> None:
     assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
 
 
-def test_torch_files_are_read(tmp_path: Path) -> None:
-    path = write_control_net(tmp_path / "net.pth", "sd1", "prefixed")
+def test_torch_files_with_a_whole_model_are_read(tmp_path: Path) -> None:
+    state = {
+        f"control_model.{name}": each for name, each in ldm_control_net(control_net_state("sd1")).items()
+    }
+    beside = {f"model.diffusion_model.{name}": each for name, each in ldm_unet(unet_state("sd1")).items()}
+    torch.save({"state_dict": {**state, **beside, "betas": torch.ones(3)}}, tmp_path / "whole.pth")
 
-    check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+    check_control_nets(options_of(tmp_path / "whole.pth"), unet_of("sd1").config, SD1)
 
 
 # What they add

@@ -1,6 +1,5 @@
 """Samplers against plain loops over diffusers' schedulers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
-from stable_diffusion.samplers import SchedulerSolver, begin_sampling, make_scheduler
+from stable_diffusion.options import read_gen_img
+from stable_diffusion.samplers import SchedulerSolver, begin_sampling, check_sampling, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS
 from tests.parity.stable_diffusion import generators, their_scheduler
 
@@ -143,13 +143,22 @@ def test_steps_offset() -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "message"),
+    ("words", "message"),
     [
-        (lambda: make_scheduler("ddim", False, zero_terminal_snr=True), "--zero_terminal_snr needs a model"),
-        (lambda: begin_sampling(make_scheduler("pndm", False), 3, generators(1)), "pndm with 3 steps"),
-        (lambda: begin_sampling(make_scheduler("ddim", False), 1001, generators(1)), "1001 steps"),
+        ("--sampler pndm --steps 3", "--steps 3: --sampler pndm"),
+        (
+            "--sampler pndm --highres_fix_scale 0.5 --highres_fix_steps 3",
+            "--highres_fix_steps 3: --sampler pndm",
+        ),
+        ("--steps 1001", "--steps 1001"),
+        ("--zero_terminal_snr", "--zero_terminal_snr needs a model that predicts v"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(act: Callable[[], object], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
+def test_what_cannot_be_sampled_is_refused(words: str, message: str) -> None:
+    def act() -> None:
+        options = read_gen_img(None, ["--ckpt", "x", "--prompt", "a", *words.split()])
+        check_sampling(options.sampling, predicts_velocity=False)
+
+    with pytest.raises((OptionError, SystemExit)) as caught:
         act()
+    assert message in str(caught.value)

@@ -124,6 +124,17 @@ def test_other_files_are_refused(tmp_path: Path, content: dict[str, object], mes
         read_words([write(tmp_path / "blob.safetensors", content)])
 
 
+def test_harmful_tensors_are_refused(tmp_path: Path) -> None:
+    """A few bytes repeated over a shape that no memory holds; a container without its own fields."""
+    huge = torch.ones(1, 1).expand(10**9, TEXT_DIM)
+    bare = ParameterDict()
+    bare.__dict__.clear()
+    for number, value in enumerate([{"*": huge}, {"*": torch.ones(2, 2).to_sparse()}, bare]):
+        path = write(tmp_path / f"{number}.pt", {"string_to_param": value})
+        with pytest.raises(CheckpointError, match=r"no row of vectors|sparse|is damaged"):
+            read_words([path])
+
+
 def test_missing_and_equal_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file"):
         read_words([tmp_path / "none.pt"])
