@@ -290,7 +290,6 @@ def test_a_viewer_needs_a_screen() -> None:
         (["--no_preview"], "--no_preview is for --interactive"),
         (["--prompter_module_args", "a"], "--prompter_module_args needs --from_module"),
         (["--from_module", "a", "--shuffle_prompts"], "the module decides"),
-        (["--mask_path", "."], "--mask_path needs --image_path"),
         (["--guide_image_path", "."], "--guide_image_path needs --control_net_models"),
         (["--from_file", "none.txt"], "--from_file none.txt: there is no such file"),
         (["--from_file", "."], "--from_file .: it is a folder"),
