@@ -12,6 +12,7 @@ import torch.nn.functional as functional
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import merge_lora
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.options import read_options
 from stable_diffusion.contract import SD1, Model
@@ -295,6 +296,27 @@ def test_names_of_diffusers(
 
     assert_close(results(model), results(same))
     assert_differ(results(model), plain)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_merged_into_a_single_file_it_acts_as_when_added(
+    fresh: Callable[..., Model], tmp_path: Path, kind: str
+) -> None:
+    model = fresh(kind)
+    path = write_kohya(tmp_path / "x.safetensors", model, is_in_some_places)
+    source, output = model.path, tmp_path / "merged.safetensors"
+    put_in(model, path, "--network_mul", 0.5)
+    words = ["--dit", source, "--lora_weight", path, "--lora_multiplier", 0.5, "--save_merged_model", output]
+
+    merge_lora.main([*map(str, words), "--device", "cpu"])
+
+    tokenizers = tokenizer_folder(tmp_path / "tokenizers")
+    merged = load(output, "--tokenizer_cache_dir", tokenizers)
+    assert_close(results(merged), results(model))
+    before, after = load_file(source), load_file(output)
+    assert before.keys() == after.keys()
+    kept = [name for name in before if name.startswith("first_stage_model.")]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
 def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
