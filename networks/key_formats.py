@@ -150,6 +150,8 @@ def _name_of_text(key: str, first: str) -> str | None:
         if start is None:
             return None
         path = path.removeprefix(start)
+        if path.startswith("encoder.layers."):  # CLIP, as transformers 5 and later has it
+            path = _IN_CLIP + path
         other = "lora_te2" if path.startswith(_IN_CLIP) else "lora_te3"  # OpenCLIP's or T5
         path = f"{first if start in _FIRST_ENCODERS else other}_{replace_dots(path)}"
     return f"{path}.{_ENDINGS[ending]}"

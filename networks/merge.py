@@ -84,12 +84,17 @@ class LoraPatch:
     """
 
     def __init__(
-        self, uses: Sequence[LoraUse], parameter_names: Iterable[str] | None = None, model: Path | None = None
+        self,
+        uses: Sequence[LoraUse],
+        parameter_names: Iterable[str] | None = None,
+        model: Path | None = None,
+        is_text: bool = False,
     ) -> None:
         """parameter_names: of a file in another layout than ours, such as the diffusers one. model: its file,
-        for messages.
+        for messages. is_text: it is a text encoder, whose names no family has.
         """
         self._uses = tuple(uses)
+        self._is_text = is_text
         self._path = model
         self._model = "this model" if model is None else str(model)
         # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
@@ -181,7 +186,7 @@ class LoraPatch:
 
     def _misfit(self, lora: LoraFile, missed: Sequence[str], family: FamilyNames | None) -> CheckpointError:
         """Return the error for a model and a LoRA that have nothing in common."""
-        if self._path is not None and family is None:
+        if self._path is not None and family is None and not self._is_text:
             return CheckpointError(
                 f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
                 f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",

@@ -188,13 +188,25 @@ def check_line(options: GenImgOptions, line: Line) -> None:
         if parts > 1:
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
             check_regions(parts, networks.num_adjustable, is_folded)
-    with_line(options, values)
+    _strengths(with_line(options, values), values)
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
     """Return the options with those of a line before them. Raises OptionError if one cannot be used."""
     own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
     return override_options(options, {name: value for name, value in values.items() if name in own})
+
+
+def _strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return the strengths of --am in a line; None: those of the command line."""
+    strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
+    if strengths is not None and not options.networks.num_adjustable:
+        logger.warning(
+            "--am is ignored because there are no --network_weights, or all are folded in for good"
+        )
+        return None
+    options.networks.check_strengths(strengths or ())
+    return strengths
 
 
 def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None) -> Settings:
@@ -204,13 +216,7 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
     its size is used if none is asked for. Raises OptionError if a value cannot be used.
     """
     options = with_line(options, values)
-    multipliers = values.get(MULTIPLIERS)
-    if multipliers is not None and not options.networks.num_adjustable:
-        logger.warning(
-            "--am is ignored because there are no --network_weights, or all are folded in for good"
-        )
-        multipliers = None
-    options.networks.check_strengths(multipliers or ())
+    multipliers = _strengths(options, values)
     sampling = options.sampling
     width, height = sampling.width, sampling.height
     if width is None or height is None:

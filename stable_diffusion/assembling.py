@@ -11,7 +11,6 @@ from stable_diffusion.contract import Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.highres import Makes
-from stable_diffusion.kinds import Marks
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import load_model, open_release
 from stable_diffusion.loras import Networks, check_networks, load_networks, read_networks

@@ -151,7 +151,7 @@ def check_networks(loras: Sequence[LoraFile], release: Release) -> None:
         ),
     ]
     for plan, start, part_of in parts if loras else ():
-        patch = LoraPatch(_parts(uses, part_of), model=release.path)
+        patch = LoraPatch(_parts(uses, part_of), model=release.path, is_text=bool(start))
         for name, source in plan.sources.items():
             tensors = [plan.checkpoint.tensors[each] for each in source.names]
             hollow = [torch.empty(one.shape, dtype=one.dtype, device=_META) for one in tensors]

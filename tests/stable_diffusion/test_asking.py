@@ -189,6 +189,8 @@ def test_multipliers_need_networks(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (file := tmp_path / "a.safetensors").touch()
     (found,) = ask(options("--network_weights", file, file), Line("", "a --am 1,0.5"))
     assert found.settings.multipliers == (1.0, 0.5)
+    with pytest.raises(OptionError, match="--am has 3 strengths for 2 networks"):
+        check_line(options("--network_weights", file, file), Line("", "a --am 1,2,3"))
 
 
 def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,18 @@ def test_pictures_do_not_depend_on_the_vae_s_batch(maker: Maker) -> None:
     assert len(together) == len(apart) == 3
     for one, other in zip(together, apart, strict=True):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
+def test_latents_are_divided_by_the_scale(maker: Maker) -> None:
+    """The tiny decoder normalises so much that its pictures hardly show it."""
+
+    class Decoder:
+        def decode(self, latents: Tensor) -> Any:
+            return SimpleNamespace(sample=latents[:, :3])
+
+    latents = torch.full((1, 4, 1, 1), 0.5 * maker.model.kind.latent_scale)
+    (made,) = decode_latents(replace(maker.model, vae=Decoder()), latents, ["a"])
+    assert made.getpixel((0, 0)) == (191, 191, 191)
 
 
 def test_pixels_are_rounded_and_nan_is_black(caplog: pytest.LogCaptureFixture) -> None:
