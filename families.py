@@ -6,6 +6,7 @@ from modules.installation import import_own
 
 # name -> the module with `identify` for its files; Wan's is last: it also recognises files of no family
 FAMILIES = {
+    "stable_diffusion": "stable_diffusion.kinds",
     "lumina": "lumina.checkpoints",
     "flux": "flux.checkpoints",
     "framepack": "frame_pack.checkpoints",
@@ -15,6 +16,7 @@ FAMILIES = {
 }
 # name -> its generation script
 GENERATION_SCRIPTS = {
+    "stable_diffusion": "gen_img",
     "lumina": "lumina_generate_image",
     "flux": "flux_generate_image",
     "framepack": "fpack_generate_video",

@@ -1,7 +1,7 @@
 """Pictures that are asked for: lines with their variants chosen, seeds drawn and numbers settled."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -10,8 +10,9 @@ from typing import Any
 from modules.errors import OptionError
 from modules.failures import Failures
 from modules.media.reading import image_size
-from modules.options import override_options
+from modules.options import option_values, override_options
 from stable_diffusion.contract import (
+    SDXL,
     DeepShrink,
     GradualLatent,
     Kind,
@@ -25,7 +26,7 @@ from stable_diffusion.inputs import Inputs
 from stable_diffusion.lines import Line
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.prompt_lines import LINE_OPTIONS, MULTIPLIERS, SEEDS, read_line, split_seeds
-from stable_diffusion.regions import split_parts
+from stable_diffusion.regions import check_regions, split_parts
 from stable_diffusion.sampling_options import USUAL_STRENGTH
 from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, read_unsharp
 
@@ -70,7 +71,7 @@ def _draw(random: Random) -> int:
     return random.randrange(SEEDS_END)
 
 
-def make_seeds(options: GenImgOptions, lines: list[Line] | None) -> Seeds:
+def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
     """Return where the seeds of a run come from. lines: all of them, None if they are not known yet."""
     prompts = options.prompts
     seeds = Seeds(Random(prompts.seed))
@@ -82,47 +83,55 @@ def make_seeds(options: GenImgOptions, lines: list[Line] | None) -> Seeds:
 
 @dataclass
 class Asking:
-    """Makes pictures of lines. made: how many there are in this round, which decides the input pictures."""
+    """Makes pictures of lines.
+
+    made: how many there are in this round, which decides the input pictures. lines: how many were asked for.
+    """
 
     options: GenImgOptions
     kind: Kind
     inputs: Inputs
     seeds: Seeds
     made: int = 0
+    lines: int = 0
 
     def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[Picture]:
         """Yield the pictures of each line; a line that cannot be used is noted in `failures`."""
         for line in lines:
             asked: list[Picture] = []
+            self.lines += 1
             with failures.note_errors(line.label):
                 asked = self.of_line(line)
             yield from asked
 
     def of_line(self, line: Line) -> list[Picture]:
         """Return the pictures of a line. Raises OptionError if it cannot be used."""
+        asked = [
+            self._picture(line, text, seed, self.made + number)
+            for number, (seed, text) in enumerate(self._texts(line))
+        ]
+        self.made += len(asked)
+        return asked
+
+    def _texts(self, line: Line) -> list[tuple[int, str]]:
+        """Return the seed of each picture of a line, and the line with its variants chosen."""
         count = line.pictures or self.options.prompts.images_per_prompt
         given = None if line.is_plain else _given_seeds(line.text)
         seeds = self.seeds.for_line(given)
         if line.is_plain:
-            texts = [(next(seeds), line.text) for _ in range(count)]
-        elif enumerates(line.text):
-            seed = next(seeds)
-            texts = [(seed, text) for text in expand(line.text, Random(seed))]
-        else:
-            texts = []
-            for _ in range(count):
-                seed = next(seeds)
-                texts.append((seed, expand(line.text, Random(seed))[0]))
-        if given is not None and len(given) > max(len({seed for seed, _ in texts}), 1):
+            return [(next(seeds), line.text) for _ in range(count)]
+        is_one_seed = enumerates(line.text)
+        if len(given or ()) > (1 if is_one_seed else count):
             logger.warning(
-                "%s: --d has %d seeds for %d pictures. The others are not used: raise --images_per_prompt",
-                *(line.label, len(given), len(texts)),
+                "%s: --d has more seeds than are used. %s",
+                line.label,
+                "All variants have the first one" if is_one_seed else "Raise --images_per_prompt to use all",
             )
-        asked = [
-            self._picture(line, text, seed, self.made + number) for number, (seed, text) in enumerate(texts)
-        ]
-        self.made += len(asked)
-        return asked
+        if is_one_seed:
+            seed = next(seeds)
+            return [(seed, text) for text in expand(line.text, Random(seed))]
+        chosen = [next(seeds) for _ in range(count)]
+        return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
     def _picture(self, line: Line, text: str, seed: int, number: int) -> Picture:
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
@@ -131,11 +140,10 @@ class Asking:
         number = number if line.image_number is None else line.image_number
         image, mask = self.inputs.image(number), self.inputs.mask(number)
         parts = len(split_parts(values["prompt"]))
-        if mask is not None and image is None and parts == 1:
-            raise OptionError(
-                "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one "
-                "has one. Write AND between its parts, or leave the mask out"
-            )
+        if mask is not None and image is None:
+            _check_parts(parts)
+        if values.get("clip_prompt"):
+            logger.warning("--c is only noted in the file, because sampling is not guided by CLIP here")
         return Picture(
             label=line.label,
             prompt=values["prompt"],
@@ -158,19 +166,47 @@ def _given_seeds(text: str) -> tuple[int, ...] | None:
         raise OptionError(f"--d: {error}") from None
 
 
+def _check_parts(parts: int) -> None:
+    """Raise OptionError if a mask can show neither what is repainted, as there is no picture, nor regions."""
+    if parts == 1:
+        raise OptionError(
+            "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
+            "one. Write AND between its parts, or leave the mask out"
+        )
+
+
 def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line cannot be used, as far as that shows without a model."""
     if line.is_plain:
         return
     _given_seeds(line.text)
     values = read_line(expand(line.text, Random(0))[0], line.label)
-    with_line(options, values)
+    parts, networks = len(split_parts(values["prompt"])), options.networks
+    if options.prompts.mask_path is not None and "{" not in line.text:  # variants may have other parts
+        if options.prompts.image_path is None:
+            _check_parts(parts)
+        if parts > 1:
+            is_folded = networks.network_pre_calc and networks.num_adjustable > 0
+            check_regions(parts, networks.num_adjustable, is_folded)
+    _strengths(with_line(options, values), values)
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
     """Return the options with those of a line before them. Raises OptionError if one cannot be used."""
     own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
     return override_options(options, {name: value for name, value in values.items() if name in own})
+
+
+def _strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return the strengths of --am in a line; None: those of the command line."""
+    strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
+    if strengths is not None and not options.networks.num_adjustable:
+        logger.warning(
+            "--am is ignored because there are no --network_weights, or all are folded in for good"
+        )
+        return None
+    options.networks.check_strengths(strengths or ())
+    return strengths
 
 
 def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None) -> Settings:
@@ -180,19 +216,14 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
     its size is used if none is asked for. Raises OptionError if a value cannot be used.
     """
     options = with_line(options, values)
-    multipliers = values.get(MULTIPLIERS)
-    if multipliers is not None and not options.networks.num_adjustable:
-        logger.warning(
-            "--am is ignored because there are no --network_weights, or all are folded in for good"
-        )
-        multipliers = None
-    options.networks.check_strengths(multipliers or ())
+    multipliers = _strengths(options, values)
     sampling = options.sampling
     width, height = sampling.width, sampling.height
     if width is None or height is None:
         usual = (kind.size, kind.size) if image is None else _latent_size(image)
         width, height = width or usual[0], height or usual[1]
     sizes = sampling.sizes
+    _warn_of_unused(options, kind, image)
     return Settings(
         width=width,
         height=height,
@@ -212,6 +243,20 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
         deep_shrink=_deep_shrink(options.deep_shrink),
         gradual_latent=_gradual_latent(options.gradual_latent),
     )
+
+
+def _warn_of_unused(options: GenImgOptions, kind: Kind, image: Path | None) -> None:
+    sampling = options.sampling
+    if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
+        logger.warning(
+            "Original sizes and crops are ignored because only %s is told any, and this is %s",
+            *(SDXL.words, kind.words),
+        )
+    if sampling.strength is not None and image is None and options.highres.highres_fix_scale is None:
+        logger.warning(
+            "--strength is ignored because the picture begins with noise. It is for --image_path and "
+            "--highres_fix_scale"
+        )
 
 
 def _latent_size(image: Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stable_diffusion.clip_vision import PictureVectors
+from stable_diffusion.clip_vision import PictureVectors, check_vision
 from stable_diffusion.contract import Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
@@ -17,7 +17,9 @@ from stable_diffusion.loras import Networks, check_networks, load_networks, read
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
-from stable_diffusion.text import Texts
+from stable_diffusion.samplers import check_sampling
+from stable_diffusion.starting import check_painting
+from stable_diffusion.text import Texts, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +41,18 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
     with ExitStack() as files:
         release = open_release(options.model, files)
         check_networks(loras, release)
+        velocity = release.marks.predicts_velocity or options.model.v_parameterization
+        check_sampling(options.sampling, velocity)
+        check_painting(release.unet.config, release.path, options.prompts)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
+        check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])
+        if options.text.clip_vision_strength is not None:
+            check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
     model = load_model(options.model, device)
-    networks = load_networks(options.networks, model, loras)
+    # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control = (load_control_nets(options.control, model), load_lllites(options.control, model))
+    networks = load_networks(options.networks, model, loras)
     maker = Maker(
         model,
         Texts(model.texts, model.kind, options.text),

@@ -18,7 +18,7 @@ from encoders.clip_vision import ClipVision, load_clip_vision
 from modules.checkpoints.hub_folders import find_model_folder
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
-from stable_diffusion.contract import SDXL, Model, TextState
+from stable_diffusion.contract import SDXL, Kind, Model, TextState
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +26,23 @@ OPTION = "--clip_vision_strength"
 FOLDER = "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"  # in --tokenizer_cache_dir
 REPOSITORY = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 RELEASE = f"the files config.json and model*.safetensors of {REPOSITORY}"
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json")
+_NAMES = (  # of the file; the folder may hold other models, and the same one for other programs
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "model.fp16.safetensors",
+    "model.safetensors.index.fp16.json",
+)
+_ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
 class PictureVectors:
     """Vectors of pictures in place of pooled states. The image tower is on the device only while it works."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
-        """Find the image tower's files; they are loaded with the first picture.
-
-        Raises OptionError if the model is not SDXL, DownloadError if there are no files.
-        """
-        if model.kind is not SDXL:
-            raise OptionError(
-                f"{OPTION}: {model.path} is {model.kind.words}, which has no pooled state to replace. It "
-                f"works with {SDXL.words}."
-            )
+        """Find the image tower's files; they are loaded with the first picture. Raises as `check_vision`."""
+        self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
         self._strength = strength
-        self._folder = find_image_tower(model.path, tokenizer_cache_dir)
         self._tower: ClipVision | None = None
         self._vectors: dict[Path, Tensor] = {}
 
@@ -64,8 +62,8 @@ class PictureVectors:
     def _see(self, paths: Sequence[Path]) -> None:
         device = self._model.device
         if self._tower is None:
-            self._tower = load_clip_vision(self._folder, device, self._model.dtype, OPTION, RELEASE)
-            logger.info("CLIP vision conditioning: %s", self._folder)
+            self._tower = load_clip_vision(self._path, device, self._model.dtype, OPTION, RELEASE)
+            logger.info("CLIP vision conditioning: %s", self._path)
             self._check_width(self._tower)
         tower = self._tower.to(device)
         for path in paths:
@@ -82,28 +80,42 @@ class PictureVectors:
         found = tower.visual_projection.out_features
         if found != wanted:
             raise CheckpointError(
-                f"{OPTION}: the image encoder {self._folder} makes vectors of {found} numbers, the pooled "
+                f"{OPTION}: the image encoder {self._path} makes vectors of {found} numbers, the pooled "
                 f"state of {self._model.path} has {wanted}. Give {RELEASE}.",
-                self._folder,
+                self._path,
             )
 
 
-def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return the folder of bigG's image tower: in --tokenizer_cache_dir, beside the checkpoint, or the hub's.
+def check_vision(kind: Kind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
+    """Return the file of bigG's image tower for a checkpoint of that kind.
 
-    checkpoint: of --ckpt. Raises DownloadError if there is none and the hub does not give it.
+    Raises OptionError if it is not SDXL, DownloadError as `find_image_tower`.
+    """
+    if kind is not SDXL:
+        raise OptionError(
+            f"{OPTION}: {checkpoint} is {kind.words}, which has no pooled state to replace. Use it with "
+            f"{SDXL.words}"
+        )
+    return find_image_tower(checkpoint, tokenizer_cache_dir)
+
+
+def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
+    """Return bigG's image tower: in --tokenizer_cache_dir, beside the checkpoint, or in the hub's cache.
+
+    checkpoint: of --ckpt. Downloads it if it is nowhere. Raises DownloadError if the hub does not give it.
     """
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
     places = [beside / "image_encoder"]
     if tokenizer_cache_dir is not None:
         places.insert(0, tokenizer_cache_dir / FOLDER)
     for place in places:
-        if any(file.is_file() for pattern in _MODEL_FILES for file in place.glob(pattern)):
-            return place
+        file = next((place / name for name in _NAMES if (place / name).is_file()), None)
+        if file is not None:
+            return file
     missing = " or ".join(str(place) for place in places)
-    logger.info("%s: no image encoder in %s; looking for %s on the hub (10 GB)", OPTION, missing, REPOSITORY)
+    logger.info("%s: no image encoder in %s; taking %s of the hub (10 GB)", OPTION, missing, REPOSITORY)
     try:
-        return find_model_folder(OPTION, REPOSITORY, ("config.json", "model*.safetensors", "*.index.json"))
+        return find_model_folder(OPTION, REPOSITORY, _ON_HUB) / _ON_HUB[0]
     except DownloadError as error:
         raise DownloadError(
             f"{OPTION} needs the image encoder of OpenCLIP's bigG, which is not in {missing}. Put {RELEASE} "

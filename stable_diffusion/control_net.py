@@ -7,17 +7,22 @@ The networks are diffusers'.
 # Letters: B pictures, R rows of one call of the U-Net, L tokens
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import Tensor
 
+from modules.devices import dtype_name
 from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
 from stable_diffusion.control_options import ControlOptions, ControlUse
 from stable_diffusion.preparing import BatchGuides, GuideImages, is_active
+
+logger = logging.getLogger(__name__)
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]  # one for each skip of the U-Net, one for its middle
 
@@ -95,7 +100,8 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: K
     """
     for use in options.uses if options.control_net_models else ():
         with open_control_net(use.path) as checkpoint:
-            read_control_net(use.path, checkpoint, unet, kind.words)
+            plan = read_control_net(use.path, checkpoint, unet, kind.words)
+            load_control_net(plan, None, torch.device("meta"), torch.float32)  # compares, reads nothing
 
 
 def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | None:
@@ -109,5 +115,16 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     for use in options.uses:
         with open_control_net(use.path) as checkpoint:
             plan = read_control_net(use.path, checkpoint, model.unet.config, model.kind.words)
-            networks.append(load_control_net(plan, model.unet, model.device, model.dtype))
+            network = load_control_net(plan, model.unet, model.device, model.dtype)
+        _set_up_as(model.unet, network)
+        networks.append(network)
+        logger.info("ControlNet %s (%s)", use.path, dtype_name(model.dtype))
     return ControlNets(networks, options.uses, model)
+
+
+def _set_up_as(unet: Any, network: Any) -> None:
+    """Have a ControlNet compute as the U-Net does: the package for attention, the layout in memory."""
+    if any(isinstance(each, XFormersAttnProcessor) for each in unet.attn_processors.values()):
+        network.set_attn_processor(XFormersAttnProcessor())
+    if unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
+        network.to(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ Single files have the released (LDM) names, with `control_model.` before them or
 differences holds by how much its network differs from the U-Net that it was trained with.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from modules.checkpoints.dialects import checked_shapes_of, count, other_kind
@@ -28,11 +30,6 @@ from stable_diffusion.unet_names import name_translator
 OPTION = "--control_net_models"
 PREFIX = "control_model."
 GIVE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
-# what else a whole model with a ControlNet in it holds
-_BESIDE = (
-    *("model.", "model_ema.", "cond_stage_model.", "first_stage_model.", "conditioner."),
-    *("difference", "betas", "alphas_", "sqrt_", "log_one", "posterior_", "logvar", "lvlb_"),
-)
 DIFFERENCE = "difference"  # a tensor of this name marks a file of differences
 OWN_PARTS = "controlnet_"  # names begin so where a U-Net has no such part: no differences
 
@@ -53,6 +50,12 @@ _OTHERS = (
     ),
 )
 
+# a config.json leaves out what equals these
+_UNET_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
 _HINT = "controlnet_cond_embedding"  # the convolutions that the guide goes through
 _BLOCKS = rf"{_HINT}\.blocks\.\d+"
 
@@ -82,7 +85,8 @@ def read_control_net(
     UNet2DConditionModel, words: what model that is. Raises CheckpointError if the file is something else, or
     belongs to another U-Net.
     """
-    bare = checkpoint.without_prefix(PREFIX, others=_BESIDE)
+    unet = {**_UNET_DEFAULTS, **unet}
+    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
     is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
     _refuse_others(bare)
     translate = name_translator(bare.tensors)
@@ -145,20 +149,18 @@ def _read_config(
         checkpoint.path,
     )
     shape = checked_shapes_of(checkpoint, sources, wrong)
-    levels = range(count(sources, r"down_blocks\.\d+"))
-    attends = [f"down_blocks.{level}.attentions.0.norm.weight" in sources for level in levels]
-    depths = [_depth(sources, f"down_blocks.{level}") for level in levels]
-    mid = _depth(sources, "mid_block")
-    if not levels or len(levels) != len(unet["block_out_channels"]):
+    down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
+    if not down:
         raise wrong
-    if not attends[-1]:
-        depths[-1] = max(mid, 1)
-    elif mid != depths[-1]:
-        raise wrong
-    first = next((level for level in levels if attends[level]), None)
-    block = "mid_block" if first is None else f"down_blocks.{first}"
+    attends = [f"{block}.attentions.0.norm.weight" in sources for block in (*down, "mid_block")]
+    # smaller ones of XL have attentions without transformer blocks, or no attention at all
+    depths = [_depth(sources, block) for block in (*down, "mid_block")]
+    if attends[-2] and depths[-2] != depths[-1]:
+        raise wrong  # diffusers has one number for both
+    places = [f"{block}.attentions.0" for block in (*down, "mid_block")]
+    texts = [place for place, depth in zip(places, depths, strict=True) if depth]
+    projected = [place for place, has in zip(places, attends, strict=True) if has]
     blocks = count(sources, _BLOCKS)
-    has_text = mid > 0 or first is not None
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT}.conv_in.weight")[1],
@@ -166,21 +168,19 @@ def _read_config(
             shape(f"{_HINT}.conv_in.weight")[0],
             *(shape(f"{_HINT}.blocks.{number}.weight")[0] for number in range(1, blocks, 2)),
         ),
-        "block_out_channels": tuple(
-            shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels
-        ),
+        "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
-        "down_block_types": tuple("CrossAttnDownBlock2D" if each else "DownBlock2D" for each in attends),
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if mid else "UNetMidBlock2D",
-        "transformer_layers_per_block": tuple(max(depth, 1) for depth in depths),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends[:-1]),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if attends[-1] else "UNetMidBlock2D",
+        "transformer_layers_per_block": (*depths[:-2], depths[-1]),
         "cross_attention_dim": (
-            shape(f"{block}.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-            if has_text
+            shape(f"{texts[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+            if texts
             else unet["cross_attention_dim"]
         ),
         "use_linear_projection": (
-            len(checkpoint.tensors[sources[f"{block}.attentions.0.proj_in.weight"].names[0]].shape) == 2
-            if has_text
+            len(checkpoint.tensors[sources[f"{projected[0]}.proj_in.weight"].names[0]].shape) == 2
+            if f"{next(iter(projected), '')}.proj_in.weight" in sources
             else unet["use_linear_projection"]
         ),
         **_read_added(shape, sources, unet),
@@ -282,13 +282,21 @@ def _kind_words(config: Mapping[str, Any]) -> str:
 def load_control_net(
     plan: ControlNetPlan, unet: Any, device: torch.device, dtype: torch.dtype
 ) -> ControlNetModel:
-    """Load the network of an open file.
+    """Load the network of an open file; on the meta device nothing is read, but all is compared.
 
     unet: diffusers' U-Net, to which a file of differences is added. Raises CheckpointError if tensors are
     missing, unexpected, of other shapes or damaged.
     """
-    with torch.device("meta"):
-        network = ControlNetModel(**plan.config)
+    try:
+        with torch.device("meta"):
+            network = ControlNetModel(**plan.config)
+    except Exception as error:  # of many classes; all mean that the dimensions do not go together
+        path = plan.checkpoint.path
+        raise CheckpointError(
+            f"{path}: diffusers cannot build a ControlNet of these dimensions ({type(error).__name__}: "
+            f"{error}). The file is damaged: copy or download it again.",
+            path,
+        ) from error
 
     def add_unet(name: str, weight: Tensor) -> Tensor:
         if name.startswith(OWN_PARTS):

@@ -102,18 +102,18 @@ def check_control(options: ControlOptions, guides: tuple[Path, ...] | None, shri
     if not options.uses:
         if guides:
             raise OptionError(
-                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which take "
-                "the pictures"
+                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
+                "pictures. A mask of regions goes to --mask_path"
             )
         return
     if not guides:
         raise OptionError(
             f"{options.option} needs --guide_image_path: a picture for each model, or a folder of them"
         )
-    if shrinks:
+    if shrinks and options.control_net_lllite_models:
         raise OptionError(
             f"--ds_depth_1 (Deep Shrink) and {options.option} do not work together, as the sizes of features "
-            "differ: leave one of them out"
+            "differ: leave one of them out, or take ControlNets"
         )
 
 

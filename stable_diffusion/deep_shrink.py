@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -126,7 +127,7 @@ class _Shrinking:
         for depth, block in enumerate(self.blocks):
             if depth == self.depth:
                 size = smaller_size(size, self.shrink.ratio)
-            if type(block).__name__ == "Downsample2D":
+            if isinstance(block, Downsample2D):
                 size = -(-size[0] // 2), -(-size[1] // 2)
             sizes.append(size)
         return sizes

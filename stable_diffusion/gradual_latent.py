@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d, interpolate, pad
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from stable_diffusion.contract import GradualLatent, Picture, Unsharp
+from stable_diffusion.pixels import STRIDE
 from stable_diffusion.samplers import Sampler, SchedulerSolver
 from stable_diffusion.starting import is_masked
 
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # of latents: height, width
 SAMPLERS = ("euler_a", "k_euler_a")
 STEP = 8  # sides of latents that are still to grow are multiples of it, for the U-Net's halvings
-PIXELS = 8  # of one latent
 NEARLY = 1 - 1e-6  # a ratio that is 1 but for the rounding of its sum
 
 
@@ -109,7 +109,7 @@ class GradualSolver:
                 "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
                 "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
                 "--gradual_latent_timesteps.",
-                *(side * PIXELS for side in (*reversed(last), *reversed(full))),
+                *(side * STRIDE for side in (*reversed(last), *reversed(full))),
             )
         return cls(inner, full, gradual, growth)
 

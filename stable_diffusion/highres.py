@@ -4,15 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from PIL.Image import Resampling
-from torch import Tensor
 from torch.nn.functional import interpolate
 
 from stable_diffusion.contract import Made, Model, Picture, Settings, Start
 from stable_diffusion.highres_options import HighresOptions
+from stable_diffusion.pixels import STRIDE, fit, latent_size, vae_batch
 from stable_diffusion.upscalers import Upscaler, load_upscaler
 
-STEP = 8  # pixels of one latent: sides of pictures are multiples of it
 FIRST, SECOND = "0", "1"  # in file names, before a picture's number
 
 
@@ -96,7 +94,7 @@ def _next(seed: int) -> int:
 
 def _scaled(side: int, scale: float) -> int:
     """Return a side of the small picture: the nearest pixel, then down to what the autoencoder can make."""
-    return max(int(side * scale + 0.5) // STEP, 1) * STEP
+    return max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE
 
 
 def second_stage(pictures: Sequence[Picture], options: HighresOptions) -> list[Picture]:
@@ -126,18 +124,6 @@ def enlarge(highres: Highres, model: Model, made: Made, settings: Settings) -> S
         count = len(made.latents)
         return highres.upscaler.upscale(model, made, *size, vae_batch(highres.vae_batch_size, count))
     if highres.options.highres_fix_latents_upscaling:
-        return Start(latents=resize_latents(made.latents, *size))
+        return Start(latents=interpolate(made.latents.float(), latent_size(settings), mode="bicubic"))
     assert made.images is not None
-    return Start(images=[image.resize(size, Resampling.LANCZOS) for image in made.images])
-
-
-def resize_latents(latents: Tensor, width: int, height: int) -> Tensor:
-    """Return latents B 4 h w for a picture of that size in pixels, bicubic, in float32."""
-    return interpolate(latents.float(), (height // STEP, width // STEP), mode="bicubic")
-
-
-def vae_batch(size: float | None, count: int) -> int:
-    """Return how many pictures of `count` the autoencoder takes at once. size: --vae_batch_size."""
-    if size is None:
-        return count
-    return max(int(size * count if size < 1 else size), 1)
+    return Start(images=[fit(image, *size) for image in made.images])

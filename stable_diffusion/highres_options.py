@@ -4,8 +4,8 @@ import argparse
 from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_at_most
-from stable_diffusion.sampling_options import check_strength
+from modules.options import check_at_most
+from stable_diffusion.sampling_options import check_steps, check_strength
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HighresOptions:
             1,
             "the first stage's share of the whole, such as 0.5 where other programs say 2",
         )
-        check_at_least("--highres_fix_steps", self.highres_fix_steps, 1, "one step is the least")
+        check_steps("--highres_fix_steps", self.highres_fix_steps)
         check_strength("--highres_fix_strength", self.highres_fix_strength)
         if self.highres_fix_upscaler is not None and self.highres_fix_latents_upscaling:
             raise OptionError("--highres_fix_upscaler and --highres_fix_latents_upscaling: give one of them")

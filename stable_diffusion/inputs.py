@@ -41,10 +41,10 @@ def find_inputs(options: PromptOptions, control_nets: int) -> Inputs:
     control_nets: how many guide pictures each picture needs, at least one. Raises OptionError if there are
     not as many, or a multiple, or a file is missing, MediaError if one is no picture.
     """
-    guides = [_list_pictures("--guide_image_path", path) for path in options.guide_image_path or ()]
+    guides = [_list_pictures(path) for path in options.guide_image_path or ()]
     inputs = Inputs(
-        images=_list_pictures("--image_path", options.image_path),
-        masks=_list_pictures("--mask_path", options.mask_path),
+        images=_list_pictures(options.image_path),
+        masks=_list_pictures(options.mask_path),
         guides=tuple(chain.from_iterable(guides)),
         guides_at_once=max(control_nets, 1),
     )
@@ -56,11 +56,9 @@ def find_inputs(options: PromptOptions, control_nets: int) -> Inputs:
     return inputs
 
 
-def _list_pictures(option: str, path: Path | None) -> tuple[Path, ...]:
+def _list_pictures(path: Path | None) -> tuple[Path, ...]:
     if path is None:
         return ()
-    if not path.exists():
-        raise OptionError(f"{option} {path}: there is no such file. Give a picture or a folder of pictures")
     paths = folder_images(path) if path.is_dir() else [path]
     for one in paths:
         image_size(one)

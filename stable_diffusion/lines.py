@@ -1,8 +1,7 @@
 """Lines of prompts, and where they come from: an option, a file, a module, the metadata of pictures."""
 
-import importlib
 import importlib.util
-import sys
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,11 @@ from generation.prompt_lines import read_generation_lines
 from modules.errors import OptionError, UserError
 from modules.media.tags import read_tags
 from modules.options import option_values
+from modules.user_modules import import_user_module
 from stable_diffusion.inputs import Inputs
 from stable_diffusion.options import GenImgOptions
+
+logger = logging.getLogger(__name__)
 
 # generator of seeds, seed of the round, number of the call, pictures so far -> prompts; None: no more
 Prompter = Callable[[Random, int | None, int, int], Sequence[str] | None]
@@ -40,14 +42,12 @@ class Line:
         return self.image_number is not None
 
 
-def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line] | None:
-    """Return the lines of a run; None if they come one by one, from a module or a person.
+def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
+    """Return the lines of a run whose prompts do not come one by one.
 
     Raises OptionError if there are none, MediaError if an input picture cannot be read.
     """
     prompts = options.prompts
-    if prompts.from_module is not None or prompts.interactive:
-        return None
     if prompts.from_file is not None:
         return [
             Line(f"line {number}", line.strip()) for number, line in read_generation_lines(prompts.from_file)
@@ -62,9 +62,10 @@ def _lines_of_images(images: Sequence[Path]) -> list[Line]:
     for number, path in enumerate(images):
         texts = read_tags(path)
         if "prompt" in texts:
-            lines.append(
-                Line(path.name, texts["prompt"], texts.get("negative-prompt", ""), image_number=number)
-            )
+            negative = texts.get("negative-prompt", "")
+            lines.append(Line(path.name, texts["prompt"], negative, image_number=number))
+        else:
+            logger.warning("%s is left out because its metadata have no prompt", path)
     if not lines:
         raise OptionError(
             "There is no prompt, and the pictures of --image_path have none in their metadata. Give --prompt "
@@ -79,7 +80,11 @@ def import_prompter(name: str) -> ModuleType:
     The working folder is searched too. The code in it runs, as the user asks for. Raises OptionError if it
     cannot be imported or has no get_prompter.
     """
-    module = _import_file(Path(name)) if name.endswith(".py") else _import_path(name)
+    if name.endswith(".py"):
+        module = _import_file(Path(name))
+    else:
+        remedy = " Correct it, or use --from_file"
+        module = import_user_module("--from_module", name, "package.module, or FILE.py", remedy)
     if not callable(getattr(module, "get_prompter", None)):
         raise OptionError(
             f"--from_module {name} has no function get_prompter(args, pipe, networks). Use another module"
@@ -87,23 +92,7 @@ def import_prompter(name: str) -> ModuleType:
     return module
 
 
-def _import_path(name: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise OptionError(f"--from_module {name}: give an import path, as package.module, or a .py file")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # the module may run any code of its own
-        raise _import_error(name, error) from error
-
-
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise OptionError(
-            f"--from_module {path}: there is no such file. Give a Python file or an import path"
-        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -111,15 +100,11 @@ def _import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # likewise
-        raise _import_error(str(path), error) from error
+        raise OptionError(
+            f"--from_module {path} cannot be imported: {type(error).__name__}: {error}. Correct it, or use "
+            "--from_file"
+        ) from error
     return module
-
-
-def _import_error(name: str, error: Exception) -> OptionError:
-    return OptionError(
-        f"--from_module {name} cannot be imported: {type(error).__name__}: {error}. Correct it, or use "
-        "--from_file"
-    )
 
 
 def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, networks: Any) -> Prompter:

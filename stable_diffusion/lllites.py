@@ -2,20 +2,24 @@
 # Letters: B pictures, R rows of one call of the U-Net, L tokens
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import open_checkpoint
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
 from stable_diffusion.control_options import ControlOptions, ControlUse
 from stable_diffusion.lllite import OPTION, PREFIX, Lllite, LlliteModule, load_lllite, read_lllite
 from stable_diffusion.preparing import BatchGuides, GuideImages, is_active
+
+logger = logging.getLogger(__name__)
 
 
 class Lllites:
@@ -36,17 +40,11 @@ class Lllites:
     def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
         """Hang them in for a batch of pictures of that size, out at the end; yield None if it has no guides.
 
-        Raises OptionError if a picture has another number of guides or wants Deep Shrink, MediaError if a
-        guide cannot be read.
+        Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
         """
         if not any(picture.guides for picture in pictures):
             yield None
             return
-        if pictures[0].settings.deep_shrink is not None:
-            raise OptionError(
-                f"{pictures[0].label}: Deep Shrink and {OPTION} do not work together, as the sizes of features "
-                "differ: leave one of them out, or take a ControlNet."
-            )
         guides = BatchGuides(self._images, pictures, width, height)
         acts = [_Acts(use) for use in self._uses]
 
@@ -131,6 +129,7 @@ def check_lllites(options: ControlOptions, kind: Kind) -> None:
                 use.path,
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
+            load_lllite(checkpoint, torch.device("meta"), torch.float32)  # compares, reads nothing
             for name in read_lllite(checkpoint).config:
                 if _path_of(name) is None:
                     raise CheckpointError(
@@ -152,4 +151,5 @@ def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
     for use in options.uses:
         with open_checkpoint(use.path) as checkpoint:
             networks.append(load_lllite(checkpoint, model.device, model.dtype))
+        logger.info("ControlNet-LLLite %s: %d layers", use.path, len(list(networks[-1].children())))
     return Lllites(networks, options.uses, model)

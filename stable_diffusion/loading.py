@@ -159,7 +159,7 @@ def find_checkpoint(ckpt: Path) -> Path:
 
 
 def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPlan[VaeSizes]:
-    if path.is_dir():
+    if option == "--ckpt" or path.is_dir():
         inner = path / "vae"
         folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
         return read_folder_vae(folder, option, marks.kind.latent_scale, files)

@@ -4,8 +4,9 @@
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,18 @@ class Maker:
     regions: Regions | None = None  # of prompts with several parts
     vision: PictureVectors | None = None
 
+    @cached_property
+    def _scheduler(self) -> Any:
+        """The scheduler that all batches use one after the other."""
+        options = self.sampling
+        velocity = self.model.predicts_velocity
+        return make_scheduler(
+            options.sampler,
+            velocity,
+            options.zero_terminal_snr or (self.model.zero_terminal_snr and velocity),
+            0 if options.force_scheduler_zero_steps_offset else 1,
+        )
+
     @torch.no_grad()
     def make(
         self, pictures: Sequence[Picture], start: Start | None = None, wants_images: bool = True
@@ -107,14 +120,8 @@ class Maker:
         gradual = settings.gradual_latent
         if gradual is not None:
             check_batch(pictures, options.sampler)
-        scheduler = make_scheduler(
-            options.sampler,
-            self.model.predicts_velocity,
-            options.zero_terminal_snr or self.model.zero_terminal_snr,
-            0 if options.force_scheduler_zero_steps_offset else 1,
-        )
         sampler = begin_sampling(
-            scheduler,
+            self._scheduler,
             settings.steps,
             generators_of(pictures),
             strength_of(pictures[0], start),

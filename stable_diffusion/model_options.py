@@ -35,6 +35,8 @@ class ModelOptions:
             raise OptionError(f"{' and '.join(kinds)}: a checkpoint is of one kind. Give one of them or none")
         if self.fp16 and self.bf16:
             raise OptionError("--fp16 and --bf16: give one of them")
+        if self.sdpa and (self.xformers or self.diffusers_xformers):
+            raise OptionError("--sdpa and --xformers or --diffusers_xformers: give one of them")
         check_at_least("--vae_slices", self.vae_slices, 1, "the number of bands")
         if self.vae_batch_size is not None and self.vae_batch_size <= 0:
             raise OptionError(

@@ -14,7 +14,7 @@ from stable_diffusion.model_options import ModelOptions, add_model_arguments
 from stable_diffusion.network_options import NetworkOptions, add_network_arguments
 from stable_diffusion.output_options import OutputOptions, add_output_arguments
 from stable_diffusion.prompt_options import PromptOptions, add_prompt_arguments
-from stable_diffusion.sampling_options import SamplingOptions, add_sampling_arguments
+from stable_diffusion.sampling_options import SamplingOptions, add_sampling_arguments, check_sampler_steps
 from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, add_shrink_arguments
 from stable_diffusion.text_options import TextOptions, add_text_arguments
 
@@ -37,6 +37,8 @@ class GenImgOptions:
     device: str | None
 
     def __post_init__(self) -> None:
+        if self.text.clip_vision_strength is not None and self.prompts.image_path is None:
+            raise OptionError("--clip_vision_strength needs --image_path, the picture that CLIP sees")
         if self.output.use_original_file_name and self.prompts.image_path is None:
             raise OptionError("--use_original_file_name needs --image_path, whose names are used")
         if self.highres.highres_fix_scale is not None and self.prompts.image_path is not None:
@@ -46,14 +48,17 @@ class GenImgOptions:
             )
         if self.deep_shrink.ds_depth_1 is None and self.deep_shrink.ds_depth_2 is not None:
             raise OptionError("--ds_depth_2 is where Deep Shrink acts after --ds_depth_1, which is missing")
-        if self.prompts.mask_path and not (self.prompts.image_path or self.networks.network_weights):
+        if self.networks.network_regional_mask_max_color_codes is not None and not self.prompts.mask_path:
             raise OptionError(
-                "--mask_path needs --image_path, the picture to repaint, or --network_weights, whose regions "
-                "it shows"
+                "--network_regional_mask_max_color_codes needs --mask_path, whose colours it explains"
             )
         check_control(
             self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
         )
+        if self.highres.highres_fix_scale is not None:
+            check_sampler_steps("--highres_fix_steps", self.sampling.sampler, self.highres.highres_fix_steps)
+        elif self.prompts.image_path is None:
+            check_sampler_steps("--steps", self.sampling.sampler, self.sampling.steps)
         if self.gradual_latent.gradual_latent_timesteps is not None and not self.sampling.sampler.endswith(
             "euler_a"
         ):

@@ -44,17 +44,38 @@ class PromptOptions:
                 "--image_path with pictures whose metadata holds their prompts"
             )
         if self.prompter_module_args is not None and self.from_module is None:
-            raise OptionError("--prompter_module_args is for the module of --from_module, which is missing")
+            raise OptionError("--prompter_module_args needs --from_module")
         if self.no_preview and not self.interactive:
             raise OptionError("--no_preview is for --interactive, the only mode that shows pictures")
-        for name in ("n_iter", "shuffle_prompts"):
-            if self.interactive and getattr(self, name) not in (1, False):
-                raise OptionError(f"--{name} with --interactive: there are no prompts to go through")
+        rounds = {
+            "--n_iter": self.n_iter != 1,
+            "--shuffle_prompts": self.shuffle_prompts,
+            "--iter_same_seed": self.iter_same_seed,
+        }
+        for option in (option for option, is_given in rounds.items() if is_given and self.interactive):
+            raise OptionError(f"{option} with --interactive: there are no prompts to go through")
         if self.shuffle_prompts and self.from_module is not None:
             raise OptionError("--shuffle_prompts with --from_module: the module decides which prompt is next")
         for option in ("images_per_prompt", "n_iter", "batch_size"):
             check_at_least(f"--{option}", getattr(self, option), 1, "a number of pictures or rounds")
         check_seed("--seed", self.seed)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        texts = [("--from_file", self.from_file)]
+        if self.from_module is not None and self.from_module.endswith(".py"):
+            texts.append(("--from_module", Path(self.from_module)))
+        for option, path in texts:
+            if path is not None and not path.is_file():
+                reason = "it is a folder" if path.is_dir() else "there is no such file"
+                raise OptionError(f"{option} {path}: {reason}. Give a text file")
+        pictures = [("--image_path", self.image_path), ("--mask_path", self.mask_path)]
+        pictures += [("--guide_image_path", path) for path in self.guide_image_path or ()]
+        for option, path in pictures:
+            if path is not None and not path.exists():
+                raise OptionError(
+                    f"{option} {path}: there is no such file. Give a picture or a folder of pictures"
+                )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

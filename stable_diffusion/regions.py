@@ -49,6 +49,24 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
     return TextState(context, mean.to(pooled[0].dtype))
 
 
+def check_regions(parts: int, loras: int, is_folded: bool) -> None:
+    """Raise OptionError if a mask cannot give each part of a prompt and its LoRA a region.
+
+    loras: those that are not folded into the checkpoint for good. is_folded: they are, for each batch.
+    """
+    if is_folded:
+        raise OptionError(
+            "--network_pre_calc folds LoRAs into the weights, which are the same in all regions of "
+            "--mask_path. Leave out one of them"
+        )
+    if loras and loras != parts:
+        raise OptionError(
+            f"the prompt has {_count(parts, 'part')} between AND, --network_weights "
+            f"{_count(loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to part 2 "
+            "and so on: give as many LoRAs as parts, or leave the mask out"
+        )
+
+
 class Regions:
     """Makes the regions of a run's pictures, and puts them into the U-Net while a batch is made."""
 
@@ -74,18 +92,7 @@ class Regions:
         parts = picture.settings.parts
         if picture.mask is None:
             return whole(parts)
-        if self._is_folded:
-            raise OptionError(
-                f"{picture.label}: --network_pre_calc folds the LoRAs into the weights, which are the same in "
-                f"all regions of {picture.mask}. Leave out --network_pre_calc or the mask."
-            )
-        if self._layers and len(self._layers) != parts:
-            raise OptionError(
-                f"{picture.label}: {_count(parts, 'part')} between AND, but "
-                f"{_count(len(self._layers), 'LoRA')} in --network_weights. With a mask of regions "
-                f"({picture.mask}) LoRA 1 belongs to part 1, LoRA 2 to part 2 and so on: give as many LoRAs "
-                "as parts, or leave the mask out."
-            )
+        check_regions(parts, len(self._layers), self._is_folded)
         return read_regions(picture.mask, parts, width, height, self._color_codes)
 
     @contextlib.contextmanager

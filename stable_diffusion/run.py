@@ -2,8 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,12 +18,12 @@ from modules.console import count_of
 from modules.devices import choose_device, free_memory
 from modules.errors import MemoryPlanError, OutputError
 from modules.failures import Failures
-from stable_diffusion.asking import Asking, Seeds, batches, check_line, make_seeds
+from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.assembling import Loaded, assemble
 from stable_diffusion.contract import Picture
 from stable_diffusion.files import PictureFiles
-from stable_diffusion.highres import Highres, Makes, make_pictures, prepare_highres
-from stable_diffusion.inputs import find_inputs
+from stable_diffusion.highres import Highres, make_pictures, prepare_highres
+from stable_diffusion.inputs import Inputs, find_inputs
 from stable_diffusion.lines import Line, import_prompter, list_lines, make_prompter, prompted_lines
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.viewing import show_picture, viewer_command
@@ -40,7 +41,7 @@ class Run:
     """The parts of a run."""
 
     options: GenImgOptions
-    maker: Makes
+    loaded: Loaded
     highres: Highres | None
     asking: Asking
     files: PictureFiles
@@ -75,14 +76,14 @@ class Run:
         """Make a batch and write its pictures as soon as a stage of them is there."""
         paths = []
         try:
-            for stage in make_pictures(self.maker, self.highres, batch):
+            for stage in make_pictures(self.loaded.maker, self.highres, batch):
                 assert stage.made.images is not None
                 made = zip(stage.pictures, stage.made.images, strict=True)
                 for number, (picture, image) in enumerate(made):
                     paths.append(self.files.save(picture, image, stage.digit, number))
                     logger.info("%s", paths[-1])
         except torch.OutOfMemoryError as error:
-            free_memory(self.maker.model.device)
+            free_memory(self.loaded.maker.model.device)
             raise _too_little(error, batch) from error
         return paths
 
@@ -96,78 +97,108 @@ def _too_little(error: torch.OutOfMemoryError, batch: Sequence[Picture]) -> Memo
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What is known before networks are loaded."""
+
+    options: GenImgOptions
+    inputs: Inputs
+    highres: Highres | None
+    load: Callable[[], Loaded]
+
+    def begin(self, lines: Sequence[Line] | None = None) -> Run:
+        """Load the networks. lines: all that are asked for, if they are known."""
+        options, loaded = self.options, self.load()
+        kind = loaded.maker.model.kind
+        return Run(
+            options,
+            loaded,
+            self.highres,
+            Asking(options, kind, self.inputs, make_seeds(options, lines)),
+            PictureFiles(options.output, kind, options.sampling.sampler),
+        )
+
+
 def generate(options: GenImgOptions, load: Load = assemble) -> None:
-    """Make all pictures that the options ask for. load: loads what makes them; usually the checkpoint.
+    """Make all pictures that the options ask for. load: loads what makes them, usually the checkpoint.
 
     Raises UserError; with several prompts only after all that work are made.
     """
-    with each_warning_once():
-        _generate(options, load)
-
-
-def _generate(options: GenImgOptions, load: Load) -> None:
     device = choose_device(options.device)
     make_folder(options.output.outdir, "--outdir")
-    control = options.control
-    inputs = find_inputs(
-        options.prompts, len(control.control_net_models or control.control_net_lllite_models or ())
-    )
-    module = None if options.prompts.from_module is None else import_prompter(options.prompts.from_module)
-    lines = list_lines(options, inputs)
-    rounds = options.prompts.n_iter
-    failures = Failures(strict=lines is not None and len(lines) * rounds == 1)
-    usable = None if lines is None else _without_mistakes(options, lines, failures)
-    if usable != []:
-        highres = prepare_highres(options.highres, options.model.vae_batch_size)
-        loaded = load(options, device)
-        kind = loaded.maker.model.kind
-        asking = Asking(options, kind, inputs, make_seeds(options, lines))
-        files = PictureFiles(options.output, kind, options.sampling.sampler)
-        run = Run(options, loaded.maker, highres, asking, files)
-        if usable is not None:
-            _make_rounds(run, lambda _: usable, failures)
-        elif module is None:
-            converse(run)
+    inputs = find_inputs(options.prompts, len(options.control.uses))
+    highres = prepare_highres(options.highres, options.model.vae_batch_size)
+    setup = Setup(options, inputs, highres, partial(load, options, device))
+    if options.prompts.interactive:
+        converse(setup.begin())
+        return
+    failures = Failures()
+    with each_warning_once():
+        if options.prompts.from_module is None:
+            lines = list_lines(options, inputs)
+            asked = len(lines) * options.prompts.n_iter
+            failures.strict = asked == 1
+            paths = _make_lines(setup, lines, failures)
         else:
-            _make_rounds(run, _module_lines(run, module, loaded), failures)
+            module = import_prompter(options.prompts.from_module)
+            run = setup.begin()
+            paths = run.make_all(_rounds(run, _module_lines(run, module, failures)), failures)
+            asked = run.asking.lines
+    if len(paths) > 1:
+        logger.info("%d pictures are in %s", len(paths), options.output.outdir)
     where = options.prompts.from_file
-    asked = len(failures.reasons) if lines is None else len(lines) * rounds
     failures.raise_if_any(asked, "" if where is None else f"{where}: ")
 
 
-def _without_mistakes(options: GenImgOptions, lines: Sequence[Line], failures: Failures) -> list[Line]:
-    """Return the lines that can be made, before a model is loaded; what is wrong with the others is noted."""
+def _make_lines(setup: Setup, lines: Sequence[Line], failures: Failures) -> list[Path]:
+    """Make the pictures of lines that are known. What is wrong with one shows before a model is loaded."""
     usable = []
     for line in lines:
         with failures.note_errors(line.label):
-            check_line(options, line)
+            check_line(setup.options, line)
             usable.append(line)
-    return usable
+    if not usable:
+        return []
+    run = setup.begin(lines)
+    paths = run.make_all(_rounds(run, lambda: usable), failures)
+    images = setup.inputs.images
+    unused = len(images) - run.asking.made
+    if unused > 0 and not lines[0].is_plain:
+        logger.warning(
+            "%s of --image_path %s not used, as each picture that is made takes the next one. Raise "
+            "--images_per_prompt to %d to use all",
+            *(count_of(unused, "picture"), "was" if unused == 1 else "were"),
+            -(-len(images) // len(lines)),
+        )
+    return paths
 
 
-def _make_rounds(run: Run, lines_of: Callable[[Seeds], Iterable[Line]], failures: Failures) -> None:
-    """Go through all prompts --n_iter times. lines_of: returns the lines of a round, given its seeds."""
-    prompts, seeds = run.options.prompts, run.asking.seeds
+def _rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+    """Yield the lines of --n_iter rounds; each begins when its first line is asked for."""
+    prompts, asking = run.options.prompts, run.asking
     for number in range(1, prompts.n_iter + 1):
         if prompts.n_iter > 1:
             logger.info("Round %d of %d", number, prompts.n_iter)
+        asking.made = 0
         if prompts.iter_same_seed:
-            seeds.begin_round()
-        lines = lines_of(seeds)
+            asking.seeds.begin_round()
+        lines = lines_of_round()
         if prompts.shuffle_prompts:
             lines = list(lines)
-            seeds.random.shuffle(lines)
-        if prompts.n_iter > 1:
-            lines = (replace(line, label=f"{line.label}, round {number}") for line in lines)
-        run.asking.made = 0
-        run.make_all(lines, failures)
+            asking.seeds.random.shuffle(lines)
+        for line in lines:
+            yield line if prompts.n_iter == 1 else replace(line, label=f"{line.label}, round {number}")
 
 
-def _module_lines(run: Run, module: ModuleType, loaded: Loaded) -> Callable[[Seeds], Iterable[Line]]:
-    prompter = make_prompter(module, run.options, loaded.maker.model, loaded.networks)
+def _module_lines(run: Run, module: ModuleType, failures: Failures) -> Callable[[], Iterator[Line]]:
+    """Return the function that yields the lines of a round; a module that fails ends it."""
+    prompter = make_prompter(module, run.options, run.loaded.maker.model, run.loaded.networks)
+    asking = run.asking
 
-    def lines(seeds: Seeds) -> Iterable[Line]:
-        return prompted_lines(prompter, seeds.random, seeds.round_seed, lambda: run.asking.made)
+    def lines() -> Iterator[Line]:
+        with failures.note_errors("the next prompt"):
+            seeds = asking.seeds
+            yield from prompted_lines(prompter, seeds.random, seeds.round_seed, lambda: asking.made)
 
     return lines
 

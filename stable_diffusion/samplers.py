@@ -26,10 +26,11 @@ from torch import Tensor
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from modules.flow.solvers import Solver
+from stable_diffusion.sampling_options import TRAINED_STEPS, SamplingOptions
 
 # how all models of Stable Diffusion were trained
 TRAINED: Mapping[str, Any] = {
-    "num_train_timesteps": 1000,
+    "num_train_timesteps": TRAINED_STEPS,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -52,7 +53,6 @@ _SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     # the class turns it on by itself, and says so in its log
     "dpmsingle": (DPMSolverSinglestepScheduler, {"lower_order_final": True}),
 }
-PNDM_STEPS = 4  # Runge-Kutta steps that it begins with
 
 
 def make_scheduler(
@@ -62,9 +62,8 @@ def make_scheduler(
 
     steps_offset: the lowest timestep, in classes that have it. zero_terminal_snr: the last timestep of
     training is noise alone; sampling begins there (timesteps are spaced from the end), or a model trained so
-    would never be asked what it is for. Source: Lin et al. 2023, arXiv 2305.08891.
-    Raises OptionError for zero_terminal_snr with a model that predicts noise: there is nothing to predict
-    where all is noise.
+    would never be asked what it is for; only for models that predict v, as noise tells nothing where all is
+    noise. Source: Lin et al. 2023, arXiv 2305.08891.
     """
     made_by, own = _SCHEDULERS[sampler.removeprefix("k_")]
     accepted = inspect.signature(made_by.__init__).parameters
@@ -72,11 +71,6 @@ def make_scheduler(
     settings = {**TRAINED, **own, "prediction_type": prediction}
     wished: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
-        if not predicts_velocity:
-            raise OptionError(
-                "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, "
-                "or add --v_parameterization if the model was trained so"
-            )
         wished["timestep_spacing"] = "trailing"
         if "rescale_betas_zero_snr" in accepted:
             settings["rescale_betas_zero_snr"] = True
@@ -111,6 +105,15 @@ def _no_warnings_to_developers() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
+
+
+def check_sampling(options: SamplingOptions, predicts_velocity: bool) -> None:
+    """Raise OptionError if a model cannot be sampled as the options say."""
+    if options.zero_terminal_snr and not predicts_velocity:
+        raise OptionError(
+            "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, or "
+            "add --v_parameterization if the model was trained so"
+        )
 
 
 def _zero_snr_betas() -> list[float]:
@@ -194,20 +197,14 @@ class SchedulerSolver:
 def begin_sampling(
     scheduler: Any, steps: int, generators: Sequence[torch.Generator], strength: float | None = None
 ) -> SchedulerSolver:
-    """Set a scheduler to so many steps.
+    """Set a scheduler to so many steps; it forgets what it did before.
 
     strength: the share of the steps that image to image makes; None: all. Its solver begins at
     `schedule.num_steps`, so that no step is made, if that is less than one step.
-    Raises OptionError if the sampler cannot make so few steps, or so many.
     """
-    if isinstance(scheduler, PNDMScheduler) and steps < PNDM_STEPS:
-        raise OptionError(
-            f"--sampler pndm with {steps} steps: it begins with {PNDM_STEPS} steps of another kind. Take "
-            "more, or another sampler"
-        )
-    trained = TRAINED["num_train_timesteps"]
-    if steps > trained:
-        raise OptionError(f"{steps} steps: the model knows {trained} timesteps, so that is the most")
+    if isinstance(scheduler, PNDMScheduler):
+        # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
+        scheduler.register_to_config(skip_prk_steps=strength is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
     made = steps if strength is None else min(int(steps * strength), steps)

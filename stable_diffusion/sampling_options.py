@@ -10,6 +10,9 @@ SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a
     *("dpmsolver", "dpmsolver++", "dpmsingle"),
     *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
 )
+TRAINED_STEPS = 1000  # timesteps that all models know
+PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
+LARGEST_SIDE = 16384  # pixels
 USUAL_STRENGTH = 0.8  # of image to image
 GUIDED = "the known script has lost it too: it needs gradients through the U-Net and {model} at every step"
 
@@ -75,14 +78,30 @@ class SamplingOptions:
     sizes: SizeOptions
 
     def __post_init__(self) -> None:
-        check_at_least("--steps", self.steps, 1, "one step is the least")
+        check_steps("--steps", self.steps)
         check_size("--W", self.width)
         check_size("--H", self.height)
         check_strength("--strength", self.strength)
 
 
+def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
+    """Raise OptionError if a sampler cannot make so few steps from noise."""
+    if sampler == "pndm" and steps < PNDM_STEPS:
+        raise OptionError(
+            f"{option} {steps}: --sampler pndm begins with {PNDM_STEPS} steps of another kind. Give at least "
+            f"{PNDM_STEPS}, or another sampler"
+        )
+
+
+def check_steps(option: str, steps: int) -> None:
+    """Raise OptionError if a number of steps is below 1, or more than the timesteps that models know."""
+    check_at_least(option, steps, 1, "one step is the least")
+    check_at_most(option, steps, TRAINED_STEPS, "the models know no more timesteps")
+
+
 def check_size(option: str, size: int | None) -> None:
-    """Raise OptionError if a width or height is no positive multiple of 8."""
+    """Raise OptionError if a width or height is no positive multiple of 8, or beyond all memories."""
+    check_at_most(option, size, LARGEST_SIDE, "no memory holds more; usually 512 to 2048")
     if size is not None and (size < 8 or size % 8):
         nearest = max(8, round(size / 8) * 8)
         raise OptionError(f"{option} {size}: sizes are multiples of 8 pixels. Give {nearest}, for example")

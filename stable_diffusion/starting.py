@@ -5,8 +5,10 @@ the start noise, the posterior of what the mask leaves of the input; then come t
 """
 # Letters: B pictures, h w latent size, H W in pixels
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from modules.errors import OptionError
 from stable_diffusion.contract import Model, Picture, Start
 from stable_diffusion.inpainting import Inpainting, mask_latents, mask_pixels
 from stable_diffusion.pixels import encode_pixels, latent_size, read_picture, to_pixels
+from stable_diffusion.prompt_options import PromptOptions
 from stable_diffusion.samplers import Sampler, SchedulerSolver
 from stable_diffusion.sampling_options import NoiseOptions
 from stable_diffusion.start_noise import vary_noise
@@ -46,25 +49,29 @@ def strength_of(picture: Picture, start: Start | None) -> float | None:
     return None if picture.image is None and start is None else picture.settings.strength
 
 
+def check_painting(unet: Mapping[str, Any], checkpoint: Path, options: PromptOptions) -> None:
+    """Raise OptionError if an inpainting checkpoint is not given what it paints.
+
+    unet: the configuration of its U-Net.
+    """
+    if unet["in_channels"] == 9 and (options.image_path is None or options.mask_path is None):
+        raise OptionError(
+            f"--ckpt {checkpoint} is an inpainting checkpoint, which needs --image_path and --mask_path. "
+            "Give both, or another checkpoint"
+        )
+
+
 def check_start(model: Model, picture: Picture, start: Start | None) -> None:
     """Raise OptionError if a picture cannot begin as it says."""
-    is_latent = start is not None and start.latents is not None
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
             f"{picture.label}: the mask {picture.mask} needs --image_path, the picture that is repainted "
             "where it is white"
         )
-    if not model.is_inpainting:
-        return
-    if not is_masked(picture):
+    if model.is_inpainting and not is_masked(picture):
         raise OptionError(
-            f"{picture.label}: {model.path} is an inpainting checkpoint, which needs --image_path and "
-            "--mask_path. Give both, or another checkpoint"
-        )
-    if is_latent:
-        raise OptionError(
-            f"{picture.label}: the inpainting checkpoint {model.path} needs the picture itself in the second "
-            "stage. Leave out --highres_fix_latents_upscaling, or take another checkpoint"
+            f"{picture.label}: {model.path} is an inpainting checkpoint, which needs a picture and its "
+            "mask, and knows no regions of a prompt's parts. Take another checkpoint, or leave out AND"
         )
 
 
@@ -93,9 +100,7 @@ def begin(
     is_painted = is_masked(pictures[0])
     # the first step of inpainting at full strength is noise alone
     from_noise = is_painted and settings.strength == 1
-    pixels = None
-    if start is None or start.latents is None:
-        pixels = _pixels(pictures, start)
+    pixels = None if start is not None and start.images is None else _pixels(pictures, start)
     clean: Tensor | None = None
     if pixels is None:
         assert start is not None

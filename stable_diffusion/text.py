@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from encoders.clip_checkpoints import ClipTextConfig
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from stable_diffusion.chunks import (
@@ -26,7 +27,7 @@ from stable_diffusion.chunks import (
 )
 from stable_diffusion.contract import SDXL, Kind, TextState, TextTower
 from stable_diffusion.text_options import TextOptions
-from stable_diffusion.textual_inversion import add_words, read_words
+from stable_diffusion.textual_inversion import add_words, check_words, read_words
 from stable_diffusion.weights import parse_weights
 
 logger = logging.getLogger(__name__)
@@ -127,20 +128,34 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     return weighed.to(states.dtype)
 
 
+def check_texts(options: TextOptions, kind: Kind, configs: Sequence[ClipTextConfig]) -> None:
+    """Compare options with a checkpoint's text encoders before these are loaded.
+
+    configs: dimensions of the text encoders. Raises OptionError or CheckpointError as `Texts`, but for words
+    that are tokens already.
+    """
+    for config in configs:
+        _check_layer(options.clip_skip, config.num_layers, kind)
+    words = read_words(options.textual_inversion_embeddings or ())
+    check_words(words, [config.dim for config in configs], kind)
+
+
+def _check_layer(clip_skip: int | None, layers: int, kind: Kind) -> None:
+    if clip_skip is not None and clip_skip > layers:
+        raise OptionError(
+            f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
+            f"{layers}"
+        )
+
+
 def _layer_of(tower: TextTower, kind: Kind, clip_skip: int | None) -> int:
     """Return which layer of the tower's network counts, from its end.
 
     --clip_skip counts in the network as it is loaded, as in the known script; its default counts in the
     released one. So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
-    skip = max(1, kind.clip_skip - tower.missing_layers) if clip_skip is None else clip_skip
-    layers = tower.network.num_layers
-    if skip > layers:
-        raise OptionError(
-            f"--clip_skip {skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
-            f"{layers}."
-        )
-    return skip
+    _check_layer(clip_skip, tower.network.num_layers, kind)
+    return max(1, kind.clip_skip - tower.missing_layers) if clip_skip is None else clip_skip
 
 
 class _Remembered(Generic[Value]):

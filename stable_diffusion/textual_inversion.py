@@ -65,10 +65,10 @@ def add_words(towers: Sequence[TextTower], kind: Kind, words: Sequence[LearnedWo
 
     Raises CheckpointError if vectors do not fit an encoder, or if it has a token of that name already.
     """
-    for word in words:
-        _check_word(word, towers, kind)
     if not words:
         return tuple(towers)
+    check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
+    _check_new(words, towers)
     for word in words:
         logger.info("textual inversion: %s (%d vectors)", word.word, len(word.vectors[0]))
     return tuple(
@@ -126,33 +126,39 @@ def _with_rows(tower: TextTower, words: Sequence[LearnedWord], vectors: Sequence
     return replace(tower, tokenize=with_words(tower.tokenize, ids))
 
 
-def _check_word(word: LearnedWord, towers: Sequence[TextTower], kind: Kind) -> None:
-    widths = [tower.network.embeddings.token_embedding.embedding_dim for tower in towers]
-    found = [vectors.shape[1] for vectors in word.vectors]
-    if widths != found:
-        hint = (
-            " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
-            if kind is SDXL and len(found) == 1
-            else ""
-        )
-        raise CheckpointError(
-            f"{OPTION} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
-            f"{kind.words} take {_join(widths)}.{hint} Give a file that was made for {kind.words}.",
-            word.path,
-        )
-    count = max(len(vectors) for vectors in word.vectors)
-    if count > SIZE:
-        raise CheckpointError(
-            f"{OPTION} {word.path}: it has {count} vectors; a text encoder reads {SIZE} tokens at a time, so "
-            "that more than these are never read together.",
-            word.path,
-        )
-    if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
-        raise CheckpointError(
-            f"{OPTION} {word.path}: {word.word} is a word that the text encoder knows already. Rename the "
-            "file, as its name is the word for it.",
-            word.path,
-        )
+def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Kind) -> None:
+    """Raise CheckpointError if vectors do not fit text encoders of these widths, or are too many."""
+    for word in words:
+        found = [vectors.shape[1] for vectors in word.vectors]
+        if list(widths) != found:
+            hint = (
+                " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
+                if kind is SDXL and len(found) == 1
+                else ""
+            )
+            raise CheckpointError(
+                f"{OPTION} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
+                f"{kind.words} take {_join(widths)}.{hint} Give a file that was made for {kind.words}.",
+                word.path,
+            )
+        count = max(len(vectors) for vectors in word.vectors)
+        if count > SIZE:
+            raise CheckpointError(
+                f"{OPTION} {word.path}: it has {count} vectors; a text encoder reads {SIZE} tokens at a "
+                "time, so that more than these are never read together.",
+                word.path,
+            )
+
+
+def _check_new(words: Sequence[LearnedWord], towers: Sequence[TextTower]) -> None:
+    """Raise CheckpointError if one of the words is a token already."""
+    for word in words:
+        if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
+            raise CheckpointError(
+                f"{OPTION} {word.path}: {word.word} is a word that the text encoder knows already. Rename "
+                "the file, as its name is the word for it.",
+                word.path,
+            )
 
 
 def _join(numbers: Sequence[int]) -> str:
@@ -162,7 +168,7 @@ def _join(numbers: Sequence[int]) -> str:
 def _read_word(path: Path) -> LearnedWord:
     tensors, token = _read_tensors(path)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.ndim not in (1, 2) or tensor.numel() == 0:
+        if not _is_rows(tensor):
             raise _not_one(path, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
         if not tensor.isfinite().all():
             raise CheckpointError(
@@ -172,6 +178,17 @@ def _read_word(path: Path) -> LearnedWord:
     if len({len(rows) for rows in vectors}) > 1:
         raise _not_one(path, "it has unequal numbers of vectors for the text encoders")
     return LearnedWord(path, path.stem, token, vectors)
+
+
+def _is_rows(tensor: Tensor) -> bool:
+    """Return whether a tensor holds vectors of numbers, and no more of them than its file can hold."""
+    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    return (
+        is_plain
+        and tensor.is_floating_point()
+        and tensor.ndim in (1, 2)
+        and 0 < tensor.numel() * tensor.element_size() <= MOST_BYTES
+    )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -200,7 +217,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_content(path: Path) -> Mapping[str, Any]:
     """Return what is in a file. Raises CheckpointError if it is missing, damaged, too large or holds code."""
     if not path.is_file():
-        raise CheckpointError(f"{OPTION} {path}: there is no such file.", path)
+        raise CheckpointError(f"{OPTION} {path}: there is no such file. Give files that are there.", path)
     if path.stat().st_size > MOST_BYTES:
         raise _not_one(path, f"it has {path.stat().st_size >> 20} MiB")
     if path.suffix.lower() in _SAFETENSORS:
@@ -210,10 +227,13 @@ def _read_content(path: Path) -> Mapping[str, Any]:
         content = load_pickled(path)
     if not isinstance(content, Mapping):
         raise _not_one(path, f"it holds a {type(content).__name__}")
-    return {
-        str(name): dict(value) if isinstance(value, ParameterDict) else value
-        for name, value in content.items()
-    }
+    try:
+        return {
+            str(name): dict(value) if isinstance(value, ParameterDict) else value
+            for name, value in content.items()
+        }
+    except Exception as error:  # a ParameterDict without its own fields fails with any
+        raise _not_one(path, f"its string_to_param is damaged ({error})") from error
 
 
 def _not_one(path: Path, why: str) -> CheckpointError:

@@ -35,8 +35,9 @@ def read_unet(checkpoint: Checkpoint, kind: Kind, pooled: int) -> LoadPlan[UnetS
     sources = rename_sources(plain_sources(checkpoint), name_translator(names))
     sizes = _Sizes(checkpoint, sources)
     layers = read_levels(names)
-    if not all(layer > 0 for layer in layers):
-        raise sizes.broken("a level has no blocks")
+    for level, layer in enumerate(layers):  # a name with a large number would make a level endless
+        if layer < 1 or layer != count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
+            raise sizes.broken("some of its input_blocks are missing")
     widths = [sizes.shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers))]
     down = [sizes.depths("down", level, layer) for level, layer in enumerate(layers)]
     up = [sizes.depths("up", level, layer + 1) for level, layer in enumerate(layers[::-1])]

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 from torch import Tensor
 
 from modules.errors import OptionError, UserError
 from modules.user_modules import import_user_module
 from stable_diffusion.contract import Made, Model, Start
+from stable_diffusion.pixels import STRIDE, fit
 
 OPTION = "--highres_fix_upscaler"
 OURS = "stable_diffusion.model_upscaler"
-STEP = 8  # pixels of one latent
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +51,14 @@ class Upscaler:
 
     def _start(self, result: Any, count: int, size: tuple[int, int]) -> Start:
         if isinstance(result, Tensor):
-            wanted = (count, 4, size[1] // STEP, size[0] // STEP)
+            wanted = (count, 4, size[1] // STRIDE, size[0] // STRIDE)
             if tuple(result.shape) != wanted or not bool(torch.isfinite(result).all()):
                 raise self._bad(f"latents of {' x '.join(map(str, result.shape))}, or not finite", wanted)
             return Start(latents=result.float())
         images = list(result) if isinstance(result, Sequence) and not isinstance(result, str) else []
         if len(images) != count or not all(isinstance(image, Image) for image in images):
-            raise self._bad(type(result).__name__, (count, 4, size[1] // STEP, size[0] // STEP))
-        return Start(
-            images=[image.convert("RGB").resize(size, Resampling.LANCZOS) for image in images],
-        )
+            raise self._bad(type(result).__name__, (count, 4, size[1] // STRIDE, size[0] // STRIDE))
+        return Start(images=[fit(image.convert("RGB"), *size) for image in images])
 
     def _bad(self, what: str, wanted: tuple[int, ...]) -> OptionError:
         return OptionError(

@@ -47,6 +47,7 @@ from modules.errors import UserError
 from modules.options import read_options
 from post.chain_options import read_chain
 from post.tools_options import TOOLS as TOOLS_ON_VIDEOS
+from stable_diffusion.options import read_gen_img
 from tests.commands import ROOT
 from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
@@ -144,6 +145,7 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
         lumina.LuminaGenerationOptions,
         argv,
     ),
+    "gen_img.py": lambda argv: read_gen_img("", argv),
     "fpack_cache_latents.py": lambda argv: read_latent_caching(
         "", frame_pack.add_latent_caching_arguments, frame_pack.FramePackLatentCachingOptions, argv
     ),

@@ -70,7 +70,9 @@ def write_files(kind: str, folder: Path, channels: int = 4) -> Files:
 @cache
 def _parts(files: Files) -> dict[str, Any]:
     """The networks and tokenizers of diffusers' pipeline, loaded once."""
-    return dict(diffusers.DiffusionPipeline.from_pretrained(files.folder).components)
+    parts = dict(diffusers.DiffusionPipeline.from_pretrained(files.folder).components)
+    parts["unet"].register_to_config(sample_size=SIZE)  # the inpainting pipeline looks at it
+    return parts
 
 
 def pipeline(files: Files, task: str, sampler: str, velocity: bool = False) -> Any:
@@ -80,8 +82,8 @@ def pipeline(files: Files, task: str, sampler: str, velocity: bool = False) -> A
     parts = {**_parts(files), "scheduler": their_scheduler(sampler, velocity)}
     taken = inspect.signature(made_by.__init__).parameters
     parts = {part: value for part, value in parts.items() if part in taken}
-    safe = {"add_watermarker": False} if files.kind == "sdxl" else {"requires_safety_checker": False}
-    made = made_by(**parts, **{**safe, **({"force_zeros_for_empty_prompt": False} if files.kind == "sdxl" else {})})
+    off = ("force_zeros_for_empty_prompt", "requires_safety_checker", "add_watermarker")
+    made = made_by(**parts, **{name: False for name in off if name in taken})
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -90,7 +92,8 @@ def their_scheduler(sampler: str, velocity: bool = False, **others: Any) -> Any:
     """The scheduler as diffusers' users write it."""
     name, own = CLASSES[sampler.removeprefix("k_")]
     scheduling_lms_discrete.integrate = SimpleNamespace(quad=_quad)  # in place of SciPy's, if it is missing
-    return getattr(diffusers, name)(
+    made_by = getattr(scheduling_lms_discrete, name, None) or getattr(diffusers, name)
+    return made_by(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,

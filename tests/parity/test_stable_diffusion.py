@@ -19,6 +19,7 @@ from tests.parity.stable_diffusion import (
     pipeline,
     run_script,
     their_pixels,
+    their_scheduler,
     write_files,
     write_mask,
     write_picture,
@@ -26,6 +27,9 @@ from tests.parity.stable_diffusion import (
 
 PROMPT, NEGATIVE = "a red cat sits on a table", "blurred, ugly"
 STEPS, SCALE = 4, 5.0
+# diffusers' pipelines begin with PNDM's Runge-Kutta steps in the middle, but for inpainting with SD 1 and 2:
+# tests/stable_diffusion/test_samplers.py shows what comes of it
+FROM_PICTURES = [name for name in CLASSES if name != "pndm"]
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +103,7 @@ def test_pictures_from_pictures(sd1: Files, tmp_path: Path, sampler: str) -> Non
     source = write_picture(tmp_path / "source.png", (100, 90))
     resized = Image.open(source).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     theirs = pipeline(sd1, "Img2Img", sampler)(**asked([3], 5), image=resized, strength=0.7)
-    ours = run_script(
-        sd1, tmp_path / "out", *words(sampler, 3, 5), "--image_path", source, "--strength", 0.7
-    )
+    ours = run_script(sd1, tmp_path / "out", *words(sampler, 3, 5), "--image_path", source, "--strength", 0.7)
     assert_close(ours, their_pixels(theirs))
 
 
@@ -126,9 +128,7 @@ def test_latents_and_a_batch(sd1: Files) -> None:
     """Four pictures at once have the latents of four pictures of diffusers, and of four batches of one."""
     seeds = [1, 2, 3, 4]
     settings = Settings(SIZE, SIZE, STEPS, SCALE)
-    pictures = [
-        Picture("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds
-    ]
+    pictures = [Picture("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds]
     made = make_here(sd1, pictures, "--sampler", "euler_a")
     texts = {"prompt": [picture.prompt for picture in pictures], "output_type": "latent"}
     theirs = pipeline(sd1, "", "euler_a")(**{**asked(seeds), **texts}, **square()).images
@@ -141,6 +141,63 @@ def test_latents_and_a_batch(sd1: Files) -> None:
         assert relative(made.latents[number], single.latents[0]) < TOLERANCE
         assert single.images is not None
         assert_close(np.asarray(made.images[number])[None], np.asarray(single.images[0])[None])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", CLASSES)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_pictures_from_text_with_each_sampler(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, sampler: str
+) -> None:
+    files: Files = request.getfixturevalue(kind)
+    theirs = pipeline(files, "", sampler)(**asked([7], 6), **square())
+    assert_close(run_script(files, tmp_path, *words(sampler, 7, 6)), their_pixels(theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", FROM_PICTURES)
+def test_pictures_from_pictures_with_each_sampler(sdxl: Files, tmp_path: Path, sampler: str) -> None:
+    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    theirs = pipeline(sdxl, "Img2Img", sampler)(**asked([3], 7), image=Image.open(source), strength=0.6)
+    given = ["--image_path", source, "--strength", 0.6]
+    assert_close(run_script(sdxl, tmp_path / "out", *words(sampler, 3, 7), *given), their_pixels(theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sampler"), [*(("sd2", name) for name in CLASSES), *(("sdxl", name) for name in FROM_PICTURES)]
+)
+def test_inpainting_with_each_sampler(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, sampler: str
+) -> None:
+    """The mask and the picture are of another size than what is made."""
+    files: Files = request.getfixturevalue(kind)
+    source = write_picture(tmp_path / "source.png", (90, 70))
+    mask = write_mask(tmp_path / "mask.png", (50, 60), (11, 5, 33, 50))
+    given = ["--image_path", source, "--mask_path", mask, "--strength", 0.6]
+    ours = run_script(files, tmp_path / "out", *words(sampler, 3, 7), *given)
+
+    theirs = pipeline(files, "Inpaint", sampler)(
+        **asked([3], 7), image=Image.open(source), mask_image=Image.open(mask), strength=0.6, **square()
+    )
+    assert_close(ours, their_pixels(theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_pictures_without_guidance(sd2: Files, tmp_path: Path, scale: float) -> None:
+    theirs = pipeline(sd2, "", "ddim")(**{**asked([5]), "guidance_scale": scale}, **square())
+    prompt = f"{PROMPT} --n {NEGATIVE} --l {scale} --s {STEPS} --d 5"
+    assert_close(run_script(sd2, tmp_path, "--prompt", prompt), their_pixels(theirs))
+
+
+@pytest.mark.slow
+def test_pictures_with_zero_terminal_snr(sd2: Files, tmp_path: Path) -> None:
+    made = pipeline(sd2, "", "ddim", velocity=True)
+    made.scheduler = their_scheduler("ddim", True, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    theirs = made(**asked([5]), **square())
+    ours = run_script(sd2, tmp_path, *words("ddim", 5), "--v_parameterization", "--zero_terminal_snr")
+    assert_close(ours, their_pixels(theirs))
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from stable_diffusion.contract import SD1, UnetCall
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.control_net_files import load_control_net, open_control_net, read_control_net
 from stable_diffusion.control_options import ControlOptions
+from tests.manifests import write_hollow
 from tests.stable_diffusion.controlling import (
     OF_NAME,
     call_of,
@@ -33,7 +35,7 @@ from tests.tiny.control_nets import (
     write_control_net,
     write_lllite,
 )
-from tests.tiny.stable_diffusion import write_sd1
+from tests.tiny.stable_diffusion import ldm_unet, unet_state, write_sd1
 
 CPU = torch.device("cpu")
 
@@ -97,10 +99,14 @@ def test_released_names_are_translated_as_diffusers_does() -> None:
     assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
 
 
-def test_torch_files_are_read(tmp_path: Path) -> None:
-    path = write_control_net(tmp_path / "net.pth", "sd1", "prefixed")
+def test_torch_files_with_a_whole_model_are_read(tmp_path: Path) -> None:
+    state = {
+        f"control_model.{name}": each for name, each in ldm_control_net(control_net_state("sd1")).items()
+    }
+    beside = {f"model.diffusion_model.{name}": each for name, each in ldm_unet(unet_state("sd1")).items()}
+    torch.save({"state_dict": {**state, **beside, "betas": torch.ones(3)}}, tmp_path / "whole.pth")
 
-    check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+    check_control_nets(options_of(tmp_path / "whole.pth"), unet_of("sd1").config, SD1)
 
 
 # What they add
@@ -282,3 +288,65 @@ def test_the_number_of_guides_is_compared(tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match="line 1: 2 guide images, but --control_net_models has 1"):
         nets.for_batch([picture(guide, guide)], 64, 48).__enter__()
+
+
+# Sizes of the released ones
+
+
+RELEASED = {  # as in config.json, without what is diffusers' default
+    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+SMALLER = {
+    "mid": {"transformer_layers_per_block": (0, 0, 1)},
+    "small": {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"},
+}
+FULL = [
+    ("sd1", "released", {}),
+    ("sd2", "diffusers", {}),
+    ("sdxl", "diffusers", {}),
+    *(("sdxl", "diffusers", smaller) for smaller in SMALLER.values()),
+]
+
+
+def hollow(path: Path, kind: str, layout: str, sizes: dict[str, object]) -> Path:
+    """A file with the tensors of a full-size ControlNet, without their data."""
+    with torch.device("meta"):
+        state = ControlNetModel(**{**RELEASED[kind], **sizes}).state_dict()
+    if layout == "released":
+        state = ldm_control_net(state)
+    return write_hollow(path, {name: ("F16", tuple(tensor.shape)) for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize(("kind", "layout", "sizes"), FULL)
+def test_those_of_released_sizes_fit(
+    tmp_path: Path, kind: str, layout: str, sizes: dict[str, object]
+) -> None:
+    path = hollow(tmp_path / "net.safetensors", kind, layout, sizes)
+    config = (
+        RELEASED[kind] if kind == "sdxl" else {"block_out_channels": (320, 640, 1280, 1280), **RELEASED[kind]}
+    )
+
+    check_control_nets(options_of(path), config, OF_NAME[kind])  # builds it, and compares all shapes
+
+
+def test_a_released_one_of_xl_is_refused_for_sd1(tmp_path: Path) -> None:
+    path = hollow(tmp_path / "net.safetensors", "sdxl", "diffusers", SMALLER["small"])
+
+    with pytest.raises(CheckpointError, match="320, 640, 1280 in the ControlNet, 320, 640, 1280, 1280 in"):
+        check_control_nets(options_of(path), RELEASED["sd1"], SD1)

@@ -15,7 +15,7 @@ from PIL import Image
 from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import Made, Picture, Settings, Start
-from stable_diffusion.highres import make_pictures, prepare_highres, vae_batch
+from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.highres_options import HighresOptions
 from stable_diffusion.upscalers import read_args
 from tests.tiny.post_upscaling import rrdb_weights
@@ -263,7 +263,3 @@ def test_arguments_of_upscalers() -> None:
     assert read_args("weights=C:\\a b.pth; tile=5;;") == {"weights": "C:\\a b.pth", "tile": "5"}
     with pytest.raises(OptionError, match="write key=value"):
         read_args("weights")
-
-
-def test_pictures_at_once_in_the_autoencoder() -> None:
-    assert [vae_batch(size, 8) for size in (None, 2.0, 0.5, 0.01)] == [8, 2, 4, 1]

@@ -95,5 +95,7 @@ def test_missing_pictures_and_deep_shrink_are_refused() -> None:
         check_control(options_of(), None, shrinks=False)
     with pytest.raises(OptionError, match="--guide_image_path needs --control_net_models"):
         check_control(options_of(0), (Path("guide.png"),), shrinks=False)
-    with pytest.raises(OptionError, match="Deep Shrink"):
-        check_control(options_of(), (Path("guide.png"),), shrinks=True)
+    check_control(options_of(), (Path("guide.png"),), shrinks=True)  # a ControlNet adds, which can be resized
+    lllites = options_of(control_net_models=(), control_net_lllite_models=(Path("0.safetensors"),))
+    with pytest.raises(OptionError, match="Deep Shrink.*lllite"):
+        check_control(lllites, (Path("guide.png"),), shrinks=True)

@@ -293,10 +293,10 @@ def test_one_part_changes_nothing(halves: Path) -> None:
 def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
     unet = tiny_unet("sd1")
     maker = Regions(unet, add_loras(unet, 2))
-    with pytest.raises(OptionError, match=r"line 1: 3 parts between AND, but 2 LoRAs"):
+    with pytest.raises(OptionError, match=r"the prompt has 3 parts between AND, --network_weights 2 LoRAs"):
         maker.of(a_picture(halves, 3), WIDTH, HEIGHT)
     assert maker.of(a_picture(None, 3), WIDTH, HEIGHT).shape == (3, 1, 1)
-    with pytest.raises(OptionError, match=r"--network_pre_calc folds the LoRAs"):
+    with pytest.raises(OptionError, match=r"--network_pre_calc folds LoRAs"):
         Regions(unet, None).of(a_picture(halves, 2), WIDTH, HEIGHT)
 
 

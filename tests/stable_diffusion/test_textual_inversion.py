@@ -62,7 +62,7 @@ def test_a_word_is_its_vectors_in_the_place_of_tokens(tmp_path: Path, kind: str)
     names = ["clip_l", "clip_g"] if kind == "sdxl" else ["emb_params"]
     path = write(tmp_path / "Blob-v1.safetensors", dict(zip(names, rows, strict=True)))
     expected = Texts(towers, sort, text_options()).encode("a red cat , (red cat:1.5) in a house cat")
-    texts = Texts(make_towers(kind)[0], sort, text_options(textual_inversion_embeddings=(path,)))
+    texts = Texts(make_towers(kind)[0], sort, text_options("--textual_inversion_embeddings", path))
     found = texts.encode("a blob-v1, (BLOB-V1:1.5) in a house blob-v11")
     assert torch.equal(found.context, expected.context)
     if kind == "sdxl":
@@ -124,6 +124,17 @@ def test_other_files_are_refused(tmp_path: Path, content: dict[str, object], mes
         read_words([write(tmp_path / "blob.safetensors", content)])
 
 
+def test_harmful_tensors_are_refused(tmp_path: Path) -> None:
+    """A few bytes repeated over a shape that no memory holds; a container without its own fields."""
+    huge = torch.ones(1, 1).expand(10**9, TEXT_DIM)
+    bare = ParameterDict()
+    bare.__dict__.clear()
+    for number, value in enumerate([{"*": huge}, {"*": torch.ones(2, 2).to_sparse()}, bare]):
+        path = write(tmp_path / f"{number}.pt", {"string_to_param": value})
+        with pytest.raises(CheckpointError, match=r"no row of vectors|sparse|is damaged"):
+            read_words([path])
+
+
 def test_missing_and_equal_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file"):
         read_words([tmp_path / "none.pt"])
@@ -150,5 +161,5 @@ def test_what_does_not_fit_the_model_is_refused(
     towers, sort = make_towers(kind)
     rows = len(towers[0].network.embeddings.token_embedding.weight)
     with pytest.raises(CheckpointError, match=message):
-        Texts(towers, sort, text_options(textual_inversion_embeddings=(path,)))
+        Texts(towers, sort, text_options("--textual_inversion_embeddings", path))
     assert len(towers[0].network.embeddings.token_embedding.weight) == rows

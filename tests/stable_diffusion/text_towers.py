@@ -4,6 +4,7 @@ import torch
 
 from encoders.clip_text import ClipText
 from stable_diffusion.contract import SD1, SD2, SDXL, Kind, TextTower
+from stable_diffusion.options import read_gen_img
 from stable_diffusion.text_options import TextOptions
 from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, vocabulary
 
@@ -44,14 +45,6 @@ def make_towers(name: str) -> tuple[tuple[TextTower, ...], Kind]:
     return tuple(towers), kind
 
 
-def text_options(**changes: object) -> TextOptions:
-    """Options with their defaults, and other values of some."""
-    values: dict[str, object] = {
-        "clip_skip": None,
-        "max_embeddings_multiples": None,
-        "emb_normalize_mode": "original",
-        "textual_inversion_embeddings": None,
-        "clip_vision_strength": None,
-        **changes,
-    }
-    return TextOptions(**values)  # type: ignore[arg-type]
+def text_options(*argv: object) -> TextOptions:
+    """Options as a command line gives them."""
+    return read_gen_img(None, ["--ckpt", "x", "--prompt", "x", *map(str, argv)]).text

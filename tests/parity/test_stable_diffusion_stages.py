@@ -1,0 +1,154 @@
+"""Pictures of gen_img.py that begin small equal compositions of diffusers' pipelines, or plain loops."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+import gen_img
+from stable_diffusion.contract import UnetCall
+from tests.parity.stable_diffusion import (
+    SIZE,
+    Files,
+    assert_close,
+    generators,
+    pipeline,
+    run_script,
+    their_pixels,
+    write_files,
+)
+from tests.stable_diffusion.test_deep_shrink import walk
+
+PROMPT, NEGATIVE = "a red cat sits on a table", "blurred, ugly"
+TEXTS = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 5.0}
+LINE = f"{PROMPT} --n {NEGATIVE} --l 5 --d 7"
+STAGES = ["--highres_fix_scale", 0.5, "--highres_fix_steps", 3, "--steps", 4, "--highres_fix_strength", 0.7]
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write_files("sd1", tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write_files("sdxl", tmp_path_factory.mktemp("sdxl"))
+
+
+def first(files: Files, sampler: str, **others: Any) -> Any:
+    made = pipeline(files, "", sampler)(
+        **TEXTS, num_inference_steps=3, width=SIZE // 2, height=SIZE // 2, generator=generators(7), **others
+    )
+    return made.images
+
+
+def second(files: Files, sampler: str, image: Any) -> np.ndarray[Any, Any]:
+    made = pipeline(files, "Img2Img", sampler)(
+        **TEXTS, num_inference_steps=4, image=image, strength=0.7, generator=generators(8)
+    )
+    return their_pixels(made)
+
+
+@pytest.mark.parametrize(("model", "sampler"), [("sd1", "ddim"), ("sdxl", "euler_a")])
+def test_two_stages_with_pictures_between(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, sampler: str
+) -> None:
+    files: Files = request.getfixturevalue(model)
+    (small,) = first(files, sampler)
+    large = small.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    ours = run_script(files, tmp_path, "--prompt", LINE, "--sampler", sampler, *STAGES)
+    assert_close(ours, second(files, sampler, large))
+
+
+def test_two_stages_with_latents_between(sd1: Files, tmp_path: Path) -> None:
+    small = first(sd1, "euler", output_type="latent")
+    large = interpolate(small, (SIZE // 8, SIZE // 8), mode="bicubic")
+    ours = run_script(
+        sd1, tmp_path, "--prompt", LINE, "--sampler", "euler", *STAGES, "--highres_fix_latents_upscaling"
+    )
+    assert_close(ours, second(sd1, "euler", large))
+
+
+def test_two_stages_with_a_module_between(
+    sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mirror.py").write_text(
+        "class Mirror:\n"
+        "    def upscale(self, vae, imgs, latents, dtype, width, height, batch_size, vae_batch_size):\n"
+        "        return [image.transpose(0).resize((width, height), self.filter) for image in imgs]\n"
+        "def create_upscaler(filter):\n"
+        "    made = Mirror()\n"
+        "    made.filter = int(filter)\n"
+        "    return made\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (small,) = first(sd1, "ddim")
+    large = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    module = ["--highres_fix_upscaler", "mirror", "--highres_fix_upscaler_args", "filter=0"]
+    out = tmp_path / "out"
+    run_script_alone(sd1, out, "--prompt", LINE, *STAGES, *module, "--highres_fix_save_1st")
+    assert_close(pixels(next(out.glob("im_1*.png"))), second(sd1, "ddim", large))
+    saved = next(out.glob("im_0*.png"))
+    assert_close(pixels(saved), np.asarray(small)[None])
+    assert Image.open(saved).text["seed"] == "7"  # type: ignore[attr-defined]
+
+
+def run_script_alone(files: Files, out: Path, *arguments: object) -> None:
+    """Run gen_img.py, whose pictures may be of several sizes."""
+    words = [*files.options, "--outdir", out, "--sequential_file_name", "--W", SIZE, "--H", SIZE, *arguments]
+    gen_img.main([str(word) for word in words])
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(path))[None]
+
+
+def test_deep_shrink(sd1: Files, tmp_path: Path) -> None:
+    pipe = pipeline(sd1, "", "ddim")
+    unet, depths = pipe.unet, []
+
+    def shrunk(
+        sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
+    ) -> Any:
+        t = float(timestep)
+        depths.append(2 if t >= 600 else 4 if t >= 300 else None)
+        call = UnetCall(0, 1, t, sample, encoder_hidden_states, 1, 1)
+        return (walk(unet, call, depths[-1], 0.5),)
+
+    normal, unet.forward = unet.forward, shrunk
+    try:
+        theirs = pipe(**TEXTS, num_inference_steps=4, width=SIZE, height=SIZE, generator=generators(7))
+    finally:
+        unet.forward = normal
+    assert set(depths) == {2, 4, None}
+    line = f"{LINE} --dsd1 2 --dst1 600 --dsd2 4 --dst2 300"
+    assert_close(run_script(sd1, tmp_path, "--prompt", line, "--steps", 4), their_pixels(theirs))
+
+
+@torch.no_grad()
+def test_gradual_latent(sd1: Files, tmp_path: Path) -> None:
+    side, pipe = 16, pipeline(sd1, "", "euler_a")
+    negative, positive = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)[::-1]
+    scheduler, (generator,) = pipe.scheduler, generators(7)
+    scheduler.set_timesteps(5)
+    x = torch.randn(1, 4, side, side, generator=generator) * scheduler.init_noise_sigma
+    x, grown = interpolate(x, (side // 2, side // 2), mode="bicubic"), 0
+    for sigma, below, t in zip(scheduler.sigmas, scheduler.sigmas[1:], scheduler.timesteps, strict=False):
+        scaled = torch.cat([x / (sigma**2 + 1) ** 0.5] * 2)
+        avoided, wanted = pipe.unet(scaled, t, torch.cat([negative, positive])).sample.chunk(2)
+        epsilon = avoided + 5 * (wanted - avoided)
+        up = (below**2 * (sigma**2 - below**2) / sigma**2) ** 0.5
+        x = x + epsilon * ((below**2 - up**2) ** 0.5 - sigma)
+        if t < 800 and not grown:
+            x, grown = interpolate(x, (side, side), mode="bicubic"), int(t)
+        x = x + torch.randn(x.shape, generator=generator) * up
+    theirs = pipe.image_processor.postprocess(pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample)
+    assert grown
+    line = f"{LINE} --glt 800 --gls 0.5 --w {side * 8} --h {side * 8}"
+    ours = run_script(sd1, tmp_path, "--prompt", line, "--steps", 5, "--sampler", "euler_a")
+    assert_close(ours, np.stack([np.asarray(image) for image in theirs]))

@@ -1,0 +1,293 @@
+"""Lines become pictures: seeds, variants, settings, input pictures, batches."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.errors import OptionError
+from modules.failures import Failures
+from stable_diffusion.asking import Asking, batches, check_line, make_seeds
+from stable_diffusion.contract import (
+    SD1,
+    SDXL,
+    DeepShrink,
+    GradualLatent,
+    Kind,
+    Picture,
+    Settings,
+    SizeConditions,
+    Unsharp,
+)
+from stable_diffusion.inputs import Inputs, find_inputs
+from stable_diffusion.lines import Line
+from stable_diffusion.options import GenImgOptions
+from tests.stable_diffusion.asked import options, write_picture
+
+A = Line("the prompt", "a cat")
+NONE = Inputs()
+
+
+def ask(asked: GenImgOptions, *lines: Line, kind: Kind = SD1, inputs: Inputs = NONE) -> list[Picture]:
+    """The pictures of one round of lines."""
+    seeds = make_seeds(asked, lines)
+    if asked.prompts.iter_same_seed:
+        seeds.begin_round()
+    return list(Asking(asked, kind, inputs, seeds).pictures(lines, Failures(strict=True)))
+
+
+def seeds_of(*arguments: object, lines: tuple[str, ...] = ("a",)) -> list[int]:
+    found = ask(options(*arguments), *(Line(f"line {n}", text) for n, text in enumerate(lines)))
+    return [picture.seed for picture in found]
+
+
+# Seeds
+
+
+def test_the_seed_is_that_of_the_only_picture() -> None:
+    assert seeds_of("--seed", 7) == [7]
+    assert seeds_of("--seed", 7, "--iter_same_seed") == [7]
+
+
+def test_otherwise_it_starts_the_generator_of_seeds() -> None:
+    four = seeds_of("--seed", 7, "--images_per_prompt", 4)
+
+    assert len(set(four)) == 4
+    assert 7 not in four
+    assert seeds_of("--seed", 7, "--images_per_prompt", 4) == four
+    assert seeds_of("--seed", 7, lines=("a", "b", "c", "d")) == four
+    assert seeds_of("--seed", 8, "--images_per_prompt", 4) != four
+    assert seeds_of("--images_per_prompt", 4) != seeds_of("--images_per_prompt", 4)
+    assert all(0 <= seed < 2**32 for seed in four)
+
+
+def test_a_line_gives_its_seeds_and_the_rest_is_drawn() -> None:
+    drawn = seeds_of("--seed", 7, "--images_per_prompt", 2)
+
+    assert seeds_of("--seed", 7, lines=("a --d 11",)) == [11]
+    assert seeds_of("--seed", 7, "--images_per_prompt", 3, lines=("a --d 11,12",)) == [11, 12, drawn[0]]
+    assert seeds_of("--seed", 7, lines=("a --d 5", "b", "c --d 6", "d")) == [5, drawn[0], 6, drawn[1]]
+
+
+def test_seeds_that_are_not_used_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert seeds_of(lines=("a --d 1,2,3",)) == [1]
+        assert seeds_of(lines=("{e$$a|b|c} --d 1,2",)) == [1, 1, 1]
+    assert "--d has more seeds than are used. Raise --images_per_prompt" in caplog.text
+    assert "--d has more seeds than are used. All variants have the first one" in caplog.text
+    caplog.clear()
+    seeds_of("--images_per_prompt", 3, lines=("a --d 1,1,1", "b --d 4,5,6"))
+    assert not caplog.records
+
+
+def test_all_prompts_of_a_round_may_have_the_same_seeds() -> None:
+    found = seeds_of("--seed", 7, "--iter_same_seed", "--images_per_prompt", 2, lines=("a", "b --d 3", "c"))
+
+    assert found[:2] == found[4:]
+    assert len(set(found[:2])) == 2
+    assert found[2:4] == [3, found[0]]
+
+
+def test_variants_are_chosen_by_each_pictures_seed() -> None:
+    asked = options("--seed", 3, "--images_per_prompt", 6)
+    found = ask(asked, Line("the prompt", "a {1|2|3|4|5} --n {6|7|8|9} --s {10|11}"))
+
+    again = [
+        ask(options(), Line("", f"{picture.raw_prompt} --d {picture.seed}"))[0] for picture in found[::-1]
+    ]
+    assert [one.prompt for one in again[::-1]] == [one.prompt for one in found]
+    assert [one.negative_prompt for one in again[::-1]] == [one.negative_prompt for one in found]
+    assert [one.settings.steps for one in again[::-1]] == [one.settings.steps for one in found]
+    assert len({one.prompt for one in found}) > 1
+    assert {one.raw_prompt for one in found} == {"a {1|2|3|4|5} --n {6|7|8|9} --s {10|11}"}
+
+
+def test_all_combinations_share_one_seed() -> None:
+    found = ask(options("--seed", 7, "--images_per_prompt", 9), Line("", "{e$$red|blue} {cat|dog}"))
+
+    assert [picture.seed for picture in found] == [7, 7]
+    assert found[0].prompt.removeprefix("red") == found[1].prompt.removeprefix("blue")
+
+
+# Settings
+
+
+def test_a_picture_takes_what_the_options_say() -> None:
+    asked = options(
+        *("--W", 64, "--H", 72, "--steps", 9, "--scale", 3, "--negative_scale", 2, "--strength", 0.5),
+        *("--original_width", 10, "--crop_top", 4, "--sampler", "euler_a"),
+        *("--ds_depth_1", 3, "--ds_timesteps_1", 600, "--gradual_latent_timesteps", 700),
+    )
+    (found,) = ask(asked, A)
+
+    assert found.settings == Settings(
+        width=64,
+        height=72,
+        steps=9,
+        scale=3.0,
+        negative_scale=2.0,
+        strength=0.5,
+        sizes=SizeConditions(original_width=10, crop_top=4),
+        deep_shrink=DeepShrink(3, 600, None, 650, 0.5),
+        gradual_latent=GradualLatent(700, 0.5, 0.125, 3, 1.0, None),
+    )
+
+
+def test_a_line_goes_before_the_options() -> None:
+    asked = options("--W", 64, "--H", 72, "--steps", 9, "--sampler", "k_euler_a", "--ds_depth_1", 3)
+    line = "a AND b --n c --w 128 --s 4 --l 2 --nl 1 --t 0.3 --ow 5 --cl 6 --dsd1 none --glt 500 --glr 0.25"
+    (found,) = ask(asked, Line("line 1", line + " --gls 0.5 --gle 1 --glsn 0.9 --glus 5,1,0.5,0"))
+
+    assert (found.prompt, found.negative_prompt) == ("a AND b", "c")
+    assert found.settings == Settings(
+        width=128,
+        height=72,
+        steps=4,
+        scale=2.0,
+        negative_scale=1.0,
+        strength=0.3,
+        sizes=SizeConditions(original_width=5, crop_left=6),
+        parts=2,
+        gradual_latent=GradualLatent(500, 0.25, 0.5, 1, 0.9, Unsharp(5, 1.0, 0.5, False)),
+    )
+
+
+@pytest.mark.parametrize(("kind", "side"), [(SD1, 512), (SDXL, 1024)])
+def test_the_usual_size_is_that_of_the_model(kind: Kind, side: int) -> None:
+    (found,) = ask(options("--H", 64), A, kind=kind)
+    assert (found.settings.width, found.settings.height) == (side, 64)
+    assert found.settings.strength == 0.8
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a --w 100", "--W 100: sizes are multiples of 8 pixels. Give 96"),
+        ("a --w 0", "--W 0: sizes are multiples of 8 pixels. Give 8"),
+        ("a --s 0", "--steps 0: must be at least 1"),
+        ("a --l nan", "--scale nan: give a finite number"),
+        ("a --t 1.5", "--strength 1.5: must be at most 1"),
+        ("a --dsd1 9", "--ds_depth_1 9: must be at most 8"),
+        ("a --dsr 0", "--ds_ratio 0"),
+        ("a --glt 700", "--sampler euler_a only"),
+        ("a --d x", "--d: 'x' is not a whole number"),
+        ("a {--s x|--s y}", "--s: '"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_found_before_a_model_is_loaded(line: str, words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        check_line(options(), Line("line 3", line.replace("{--s", "{b --s")))
+    assert words in str(caught.value)
+
+
+def test_multipliers_need_networks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        (found,) = ask(options(), Line("", "a --am 1,0.5"))
+    assert found.settings.multipliers is None
+    assert "--am is ignored because there are no --network_weights" in caplog.text
+    (file := tmp_path / "a.safetensors").touch()
+    (found,) = ask(options("--network_weights", file, file), Line("", "a --am 1,0.5"))
+    assert found.settings.multipliers == (1.0, 0.5)
+    with pytest.raises(OptionError, match="--am has 3 strengths for 2 networks"):
+        check_line(options("--network_weights", file, file), Line("", "a --am 1,2,3"))
+
+
+def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = options("--crop_top", 0)
+    with caplog.at_level(logging.WARNING):
+        ask(asked, A, kind=SDXL)
+        ask(options("--highres_fix_scale", 0.5), Line("", "a --t 0.3"))
+        assert not caplog.records
+        ask(asked, A)
+        ask(options(), Line("", "a --t 0.3"))
+    assert "sizes and crops are ignored because only Stable Diffusion XL" in caplog.text
+    assert "--strength is ignored because the picture begins with noise" in caplog.text
+
+
+# Input pictures
+
+
+def test_pictures_of_a_folder_are_used_in_turn(tmp_path: Path) -> None:
+    for name in "cab":
+        write_picture(tmp_path / "in" / f"{name}.png", size=(45, 30))
+    mask = write_picture(tmp_path / "mask.png")
+    asked = options(
+        *("--image_path", tmp_path / "in", "--mask_path", mask, "--images_per_prompt", 2, "--prompt", "x")
+    )
+    found = ask(asked, A, A, inputs=find_inputs(asked.prompts, 0))
+
+    assert [picture.image.stem for picture in found if picture.image] == ["a", "b", "c", "a"]
+    assert {picture.mask for picture in found} == {mask}
+    assert {(one.settings.width, one.settings.height) for one in found} == {(40, 24)}
+
+
+def test_a_size_that_is_asked_for_goes_before_that_of_the_picture(tmp_path: Path) -> None:
+    image = write_picture(tmp_path / "a.png", size=(45, 30))
+    asked = options("--image_path", image, "--prompt", "x", "--W", 64)
+    (found,) = ask(asked, A, inputs=find_inputs(asked.prompts, 0))
+    assert (found.settings.width, found.settings.height) == (64, 24)
+
+
+def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: Path) -> None:
+    for name in "abcde":
+        write_picture(tmp_path / "in" / f"{name}.png")
+    single = write_picture(tmp_path / "z.png")
+    prompts = options(
+        *("--guide_image_path", tmp_path / "in", single, "--control_net_models", "a", "b"),
+    ).prompts
+    inputs = find_inputs(prompts, 2)
+    stems = [[path.stem for path in inputs.guides_of(number)] for number in range(4)]
+    assert stems == [["a", "b"], ["c", "d"], ["e", "z"], ["a", "b"]]
+    with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Give one for each"):
+        find_inputs(prompts, 7)
+    assert Inputs().guides_of(3) == ()
+
+
+def test_metadata_of_a_picture_is_its_prompt_as_it_is(tmp_path: Path) -> None:
+    paths = [write_picture(tmp_path / f"{name}.png") for name in "ab"]
+    lines = [
+        Line("a", "a {b|c} --d 5", "bad --s 3", image_number=0),
+        Line("b", "second", "", image_number=1),
+    ]
+    asked = options("--image_path", tmp_path, "--seed", 1, "--images_per_prompt", 2)
+    found = ask(asked, *lines, inputs=Inputs(images=tuple(paths)))
+
+    assert [picture.prompt for picture in found] == ["a {b|c} --d 5"] * 2 + ["second"] * 2
+    assert [picture.negative_prompt for picture in found] == ["bad --s 3"] * 2 + [""] * 2
+    assert [picture.image for picture in found] == [paths[0]] * 2 + [paths[1]] * 2
+    assert len({picture.seed for picture in found}) == 4
+
+
+def test_a_mask_needs_a_picture_or_parts(tmp_path: Path) -> None:
+    inputs = Inputs(masks=(tmp_path / "mask.png",))
+    with pytest.raises(OptionError, match="Write AND between its parts"):
+        ask(options(), A, inputs=inputs)
+    (found,) = ask(options(), Line("", "a AND b"), inputs=inputs)
+    assert found.settings.parts == 2
+    assert found.mask == tmp_path / "mask.png"
+
+
+# Batches
+
+
+def test_a_batch_has_equal_settings_and_inputs() -> None:
+    lines = ["a", "b", "c --s 3", "d --s 3", "e --glt 1", "f", "g --am 1", "h --d 4 --n x", "i --w 64", "j"]
+    asked = options("--sampler", "euler_a")
+    pictures = ask(asked, *(Line(text, text) for text in lines))
+
+    def names(size: int) -> list[str]:
+        return ["".join(picture.label[0] for picture in batch) for batch in batches(pictures, size)]
+
+    assert names(8) == ["ab", "cd", "e", "fgh", "i", "j"]
+    assert names(2) == ["ab", "cd", "e", "fg", "h", "i", "j"]
+    assert names(1) == list("abcdefghij")
+    assert list(batches([], 4)) == []
+
+
+@pytest.mark.parametrize("change", [{"image": Path("a")}, {"mask": Path("a")}, {"guides": (Path("a"),)}])
+def test_pictures_with_other_inputs_are_another_batch(change: dict[str, Any]) -> None:
+    (one,) = ask(options(), A)
+    other = Picture(**{**one.__dict__, **change})
+    same = Picture(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
+    assert [len(batch) for batch in batches([one, other, same], 4)] == [1, 2]

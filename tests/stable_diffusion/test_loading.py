@@ -1,0 +1,451 @@
+"""Single files and folders become the networks that diffusers itself makes of them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modules.errors import CheckpointError, OptionError
+from stable_diffusion.contract import SD2, SDXL, Model
+from tests.stable_diffusion.loaded import CPU, load
+from tests.tiny.stable_diffusion import (
+    KINDS,
+    VAE,
+    ldm_vae,
+    single_file_state,
+    text_state,
+    tokenizer_folder,
+    unet_state,
+    vae_state,
+    write_folder,
+    write_sd1,
+    write_sd2,
+    write_sdxl,
+)
+
+WRITE = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tiny checkpoints: KIND.safetensors, folders KIND, and tokenizers."""
+    folder = tmp_path_factory.mktemp("tiny models")
+    tokenizer_folder(folder / "tokenizers")
+    for kind, write in WRITE.items():
+        write(folder)
+        write_folder(kind, folder / kind)
+    return folder
+
+
+def quick(folder: Path, ckpt: str | Path, *others: object) -> Model:
+    return load(folder / ckpt, "--tokenizer_cache_dir", folder / "tokenizers", *others)
+
+
+def assert_equal_states(network: nn.Module, state: dict[str, Tensor]) -> None:
+    found = network.state_dict()
+    assert found.keys() == state.keys()
+    unequal = [name for name in state if not torch.equal(found[name], state[name])]
+    assert not unequal
+
+
+@pytest.mark.parametrize("layout", ["single", "folder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder: Path) -> None:
+    model = quick(folder, kind if layout == "folder" else f"{kind}.safetensors")
+
+    assert model.kind.name == kind
+    assert_equal_states(model.unet, unet_state(kind))
+    assert_equal_states(model.vae, vae_state())
+    assert model.vae.config.scaling_factor == KINDS[kind].latent_scale == model.kind.latent_scale
+    for number, tower in enumerate(model.texts):
+        stored = {
+            name.removeprefix("text_model."): tensor for name, tensor in text_state(kind, number).items()
+        }
+        assert_equal_states(tower.network, stored)
+        assert tower.lora_prefix == model.kind.lora_prefixes[number]
+    assert [tower.projection is not None for tower in model.texts] == [False, True][: len(model.texts)]
+    if model.kind is SDXL:
+        projection = text_state(kind, 1, projected=True)["text_projection.weight"]
+        assert torch.equal(model.texts[1].projection, projection.T)  # type: ignore[arg-type]
+    networks = (model.unet, model.vae, *(tower.network for tower in model.texts))
+    assert not any(one.training or any(each.requires_grad for each in one.parameters()) for one in networks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_compute_what_those_of_diffusers_do(kind: str, folder: Path) -> None:
+    model = quick(folder, f"{kind}.safetensors")
+    stored = load_file(folder / f"{kind}.safetensors")
+    config: dict[str, Any] = {"class_embed_type": None, "addition_embed_type": None, **KINDS[kind].unet}
+    theirs = UNet2DConditionModel(**KINDS[kind].unet).eval()
+    theirs.load_state_dict(convert_ldm_unet_checkpoint(dict(stored), config))
+    their_vae = AutoencoderKL(**VAE).eval()
+    their_vae.load_state_dict(convert_ldm_vae_checkpoint(dict(stored), dict(VAE)))
+    width = config["cross_attention_dim"]
+    call = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(2, 7, width),
+        "added_cond_kwargs": {"text_embeds": torch.randn(2, 64), "time_ids": torch.full((2, 6), 64.0)},
+    }
+
+    with torch.no_grad():
+        assert torch.equal(model.unet(**call).sample, theirs(**call).sample)
+        latents = torch.randn(1, 4, 4, 4)
+        assert torch.equal(model.vae.decode(latents).sample, their_vae.decode(latents).sample)
+        pixels = torch.randn(1, 3, 32, 32)
+        ours, them = (vae.encode(pixels).latent_dist for vae in (model.vae, their_vae))
+        assert torch.equal(ours.mean, them.mean)
+        assert torch.equal(ours.std, them.std)
+
+
+def test_padding_and_unused_layers_differ_between_kinds(folder: Path) -> None:
+    models = [quick(folder, f"{kind}.safetensors") for kind in KINDS]
+
+    found = [
+        [(tower.pad == tower.end, tower.pad, tower.missing_layers) for tower in model.texts]
+        for model in models
+    ]
+
+    end = models[0].texts[0].end
+    assert found == [[(True, end, 0)], [(False, 0, 1)], [(True, end, 0), (False, 0, 0)]]
+    assert models[0].texts[0].start == end - 1
+
+
+def test_tokens_have_no_ends_and_are_not_cut_off(folder: Path) -> None:
+    tower = quick(folder, "sd1.safetensors").texts[0]
+
+    short, long = tower.tokenize("a cat"), tower.tokenize("cat " * 200)
+
+    assert not {tower.start, tower.end} & set(short)
+    assert len(long) > 200
+    assert tower.tokenize("") == []
+
+
+def test_an_inpainting_model_takes_nine_channels(folder: Path, tmp_path: Path) -> None:
+    path = write_sd1(tmp_path, channels=9)
+
+    model = quick(folder, path)
+
+    assert model.is_inpainting
+    assert not quick(folder, "sd1.safetensors").is_inpainting
+    assert model.unet.conv_in.weight.shape[1] == 9
+
+
+def test_transformer_depths_may_differ_within_a_level(tmp_path: Path, folder: Path) -> None:
+    depths = {
+        "transformer_layers_per_block": ((1, 1), (2, 1)),
+        "reverse_transformer_layers_per_block": ((2, 1, 3), (1, 1, 1)),
+    }
+    path = write_sdxl(tmp_path, **depths)
+
+    assert_equal_states(quick(folder, path).unet, unet_state("sdxl", **depths))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_any_number_of_layers_is_read_from_the_file(layers: int, tmp_path: Path, folder: Path) -> None:
+    path = write_sd1(tmp_path, layers_per_block=layers)
+
+    assert_equal_states(quick(folder, path).unet, unet_state("sd1", layers_per_block=layers))
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "vae_dtype"),
+    [
+        ((), torch.float32, torch.float32),
+        (("--bf16",), torch.bfloat16, torch.bfloat16),
+        (("--fp16", "--no_half_vae"), torch.float16, torch.float32),
+    ],
+)
+def test_options_choose_the_precision(
+    options: tuple[str, ...], dtype: torch.dtype, vae_dtype: torch.dtype, folder: Path
+) -> None:
+    model = quick(folder, "sdxl.safetensors", *options)
+
+    assert (model.dtype, model.vae_dtype) == (dtype, vae_dtype)
+    assert {each.dtype for each in model.unet.parameters()} == {dtype}
+    assert {each.dtype for each in model.vae.parameters()} == {vae_dtype}
+    assert {each.dtype for tower in model.texts for each in tower.network.parameters()} == {dtype}
+    assert model.texts[1].projection is not None
+    assert model.texts[1].projection.dtype == dtype
+
+
+def test_the_vae_of_xl_in_half_precision_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quick(folder, "sdxl.safetensors", "--fp16")
+
+    assert "--no_half_vae" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_files_of_lower_precision_load(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+        for name, tensor in single_file_state("sd1").items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "low.safetensors")
+
+    model = quick(folder, tmp_path / "low.safetensors")
+
+    name = "mid_block.attentions.0.proj_in.weight"
+    assert torch.equal(model.unet.state_dict()[name], unet_state("sd1")[name].to(dtype).float())
+
+
+def test_scaled_8_bit_weights_are_multiplied_out(folder: Path, tmp_path: Path) -> None:
+    state = single_file_state("sdxl")
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    scale = state[name].abs().max() / 448
+    state[name.removesuffix("weight") + "scale_weight"] = scale
+    rounded = (state[name] / scale).to(torch.float8_e4m3fn)
+    state[name] = rounded
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "fp8.safetensors")
+
+    model = quick(folder, tmp_path / "fp8.safetensors")
+
+    torch.testing.assert_close(model.unet.mid_block.attentions[0].proj_in.weight, rounded.float() * scale)
+
+
+# Containers and folders
+
+
+def test_torch_files_are_read_without_running_code(folder: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": single_file_state("sd1"), "global_step": 7}, tmp_path / "sd1.ckpt")
+
+    assert_equal_states(quick(folder, tmp_path / "sd1.ckpt").unet, unet_state("sd1"))
+
+
+def test_averages_are_ignored_and_mentioned(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.diffusion_modelout2weight": torch.ones(2)}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in (single_file_state("sd1") | extra).items()},
+        tmp_path / "ema.safetensors",
+    )
+    caplog.set_level("INFO")
+
+    quick(folder, tmp_path / "ema.safetensors")
+
+    assert "2 averaged tensors (model_ema.) are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."]
+)
+def test_the_text_encoder_may_lack_a_prefix(name: str, folder: Path, tmp_path: Path) -> None:
+    whole = "cond_stage_model.transformer.text_model."
+    state = {key.replace(whole, name): tensor for key, tensor in single_file_state("sd1").items()}
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "sd1.safetensors")
+
+    tower = quick(folder, tmp_path / "sd1.safetensors").texts[0]
+
+    assert torch.equal(
+        tower.network.final_layer_norm.weight, text_state("sd1")["text_model.final_layer_norm.weight"]
+    )
+
+
+def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "sdxl", tmp_path / "sdxl")
+    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (copy / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"not looked at")
+    vae = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(vae), vae.with_suffix(".bin"))
+    vae.unlink()
+    text = copy / "text_encoder" / "model.safetensors"
+    torch.save(load_file(text), text.with_name("pytorch_model.bin"))
+    text.unlink()
+
+    model = quick(folder, copy)
+
+    assert_equal_states(model.unet, unet_state("sdxl"))
+    assert_equal_states(model.vae, vae_state())
+
+
+def test_the_tokenizers_of_a_folder_are_its_own(folder: Path) -> None:
+    towers = load(folder / "sdxl").texts  # no --tokenizer_cache_dir
+
+    assert towers[0].tokenize("a dog") == towers[1].tokenize("a dog") != []
+
+
+# VAE
+
+
+def old_names(name: str) -> str:
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    return name
+
+
+@pytest.mark.parametrize(
+    "layout", ["released", "prefixed", "diffusers", "old diffusers", "folder", "pipeline"]
+)
+def test_another_vae_takes_the_place_of_the_own(layout: str, folder: Path, tmp_path: Path) -> None:
+    state = {name: tensor + 0.25 for name, tensor in vae_state().items()}
+    released = ldm_vae(state)
+    layouts = {
+        "released": {**released, "loss.logvar": torch.zeros(1), "model_ema.decay": torch.ones(1)},
+        "prefixed": {f"first_stage_model.{name}": tensor for name, tensor in released.items()},
+        "old diffusers": {old_names(name): tensor for name, tensor in state.items()},
+    }
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    path.parent.mkdir()
+    save_file({name: one.contiguous() for name, one in layouts.get(layout, state).items()}, path)
+    if layout in ("folder", "pipeline", "old diffusers"):
+        shutil.copy(folder / "sd1" / "vae" / "config.json", path.parent)
+    given = {"folder": path.parent, "old diffusers": path.parent, "pipeline": tmp_path}.get(layout, path)
+
+    model = quick(folder, "sd1.safetensors", "--vae", given)
+
+    assert_equal_states(model.vae, state)
+
+
+@pytest.mark.parametrize("slices", [3, 16])
+def test_slices_of_the_vae_change_nothing(slices: int, folder: Path) -> None:
+    whole = quick(folder, "sd1.safetensors").vae
+    sliced = quick(folder, "sd1.safetensors", "--vae_slices", slices).vae
+    latents, pixels = torch.randn(1, 4, 9, 4), torch.randn(1, 3, 72, 32)
+    calls = [0]
+    sliced.decoder.conv_out.forward = count_calls(sliced.decoder.conv_out.forward, calls)
+
+    with torch.no_grad():
+        torch.testing.assert_close(
+            sliced.decode(latents).sample, whole.decode(latents).sample, atol=2e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            sliced.encode(pixels).latent_dist.mean,
+            whole.encode(pixels).latent_dist.mean,
+            atol=2e-5,
+            rtol=1e-5,
+        )
+    assert calls == [1]
+
+
+def count_calls(function: Any, calls: list[int]) -> Any:
+    def counted(x: Tensor) -> Tensor:
+        calls[0] += 1
+        return function(x)
+
+    return counted
+
+
+def test_channels_last_changes_the_memory_and_not_the_result(folder: Path) -> None:
+    plain = quick(folder, "sd1.safetensors")
+    last = quick(folder, "sd1.safetensors", "--opt_channels_last", "--vae_slices", 2)
+    latents = torch.randn(1, 4, 8, 8)
+
+    assert last.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            last.vae.decode(latents).sample, plain.vae.decode(latents).sample, atol=2e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("option", ["--xformers", "--diffusers_xformers"])
+def test_xformers_without_a_gpu_is_refused_before_loading(option: str, folder: Path) -> None:
+    with pytest.raises(OptionError, match="--xformers runs on CUDA devices only"):
+        quick(folder, "missing.safetensors", option)
+
+
+def test_torchs_own_attention_is_what_sdpa_asks_for(folder: Path) -> None:
+    model = quick(folder, "sd1.safetensors", "--sdpa")
+
+    assert {type(each).__name__ for each in model.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+# What files say of themselves
+
+
+def test_marks_in_an_xl_file_tell_how_it_was_trained(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = single_file_state("sdxl") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file({name: one.contiguous() for name, one in state.items()}, tmp_path / "v.safetensors")
+    caplog.set_level("INFO")
+
+    model = quick(folder, tmp_path / "v.safetensors")
+
+    assert model.predicts_velocity
+    assert model.zero_terminal_snr
+    assert caplog.text.count("predicts v") == 1
+    plain = quick(folder, "sdxl.safetensors")
+    assert not plain.predicts_velocity
+    assert not plain.zero_terminal_snr
+    assert quick(folder, "sdxl.safetensors", "--v_parameterization").predicts_velocity
+
+
+def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path: Path) -> None:
+    path = write_folder("sd2", tmp_path / "v", velocity=True)
+
+    assert load(path).predicts_velocity
+    assert not load(folder / "sd2").predicts_velocity
+    with pytest.raises(OptionError, match="v_parameterization"):
+        load(folder / "sd2", "--v_parameterization")
+
+
+def test_a_folder_of_sd2_misses_the_layer_that_was_never_used(folder: Path) -> None:
+    model = load(folder / "sd2")
+
+    assert model.kind is SD2
+    assert model.texts[0].missing_layers == 1
+
+
+def test_a_file_that_left_the_unused_layer_out_already_keeps_all_others(folder: Path, tmp_path: Path) -> None:
+    state = single_file_state("sd2")
+    start = "cond_stage_model.model.transformer.resblocks."
+    first = {name: one for name, one in state.items() if name.startswith(f"{start}0.")}
+    for number in range(1, 23):
+        state |= {name.replace(f"{start}0.", f"{start}{number}."): one.clone() for name, one in first.items()}
+    save_file({name: one.contiguous() for name, one in state.items()}, tmp_path / "sd2.safetensors")
+
+    assert quick(folder, tmp_path / "sd2.safetensors").texts[0].network.num_layers == 23
+
+
+def test_a_download_by_name_is_refused_without_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(Exception, match="owner/name-of-model"):
+        load("owner/name-of-model")
+
+
+def test_a_name_on_the_hub_is_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder / "sd1")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+
+    model = load("runwayml/stable-diffusion-v1-5")
+
+    assert model.path == folder / "sd1"
+    assert asked[0][0] == "runwayml/stable-diffusion-v1-5"
+    assert "unet/diffusion_pytorch_model.safetensors" in asked[0][1]
+
+
+def test_config_of_a_folder_counts_where_tensors_are_silent(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "sd1", tmp_path / "sd1")
+    file = copy / "unet" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "attention_head_dim": 4, "_diffusers_version": "0.6"}))
+
+    assert load(copy).unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 4
+
+
+def test_the_device_is_where_all_parts_are(folder: Path) -> None:
+    model = quick(folder, "sdxl.safetensors")
+
+    assert model.device == CPU
+    with pytest.raises(CheckpointError, match="no such file"):
+        quick(folder, "nothing.safetensors")

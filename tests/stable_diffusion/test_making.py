@@ -1,0 +1,271 @@
+"""Batches made by `Maker`: passes, guidance, starts, pixels."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modules.errors import OptionError
+from stable_diffusion.assembling import assemble
+from stable_diffusion.contract import Idea, Picture, Settings, SizeConditions, Start, UnetCall
+from stable_diffusion.making import Maker, time_ids
+from stable_diffusion.options import read_gen_img
+from stable_diffusion.pixels import decode_latents, encode_pixels, to_image, to_pixels, vae_batch
+from stable_diffusion.starting import generators_of
+from stable_diffusion.text import Texts
+from tests.parity.stable_diffusion import generators, their_scheduler, write_mask, write_picture
+from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
+
+SIZE, STEPS = 32, 3
+SETTINGS = Settings(SIZE, SIZE, STEPS, 4.0)
+
+
+def picture(seed: int = 1, settings: Settings = SETTINGS, **others: Any) -> Picture:
+    return Picture("line 1", "a red cat", "ugly", seed, settings, "", **others)
+
+
+@dataclass
+class Recorder:
+    """Keeps the calls of the U-Net."""
+
+    calls: list[UnetCall] = field(default_factory=list)
+
+    @contextmanager
+    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+        yield self._record
+
+    def _record(self, call: UnetCall) -> UnetCall:
+        self.calls.append(call)
+        return call
+
+
+def load(folder: Path, write: Any = write_sd1, *words: str, **sizes: Any) -> Maker:
+    checkpoint = write(folder, **sizes)
+    tokenizers = tokenizer_folder(folder / "tokenizers")
+    given = ["--ckpt", str(checkpoint), "--tokenizer_cache_dir", str(tokenizers), "--prompt", "x", *words]
+    made = assemble(read_gen_img(None, given), torch.device("cpu")).maker
+    assert isinstance(made, Maker)
+    return made
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    return load(tmp_path_factory.mktemp("sd1"))
+
+
+def follow(maker: Maker, noise: Tensor, guide: Any) -> Tensor:
+    """DDIM in plain code. guide(says): what is made of what the U-Net says of texts; says(text) calls it."""
+    scheduler = their_scheduler("ddim")
+    scheduler.set_timesteps(STEPS)
+    latents = noise
+    for timestep in scheduler.timesteps:
+
+        def says(text: str, latents: Tensor = latents, timestep: Tensor = timestep) -> Tensor:
+            context = maker.texts.encode(text).context[None]
+            with torch.no_grad():
+                said: Tensor = maker.model.unet(latents, timestep, context).sample
+            return said
+
+        latents = scheduler.step(guide(says), timestep, latents).prev_sample
+    return latents
+
+
+def start_noise(seed: int) -> Tensor:
+    return torch.randn((1, 4, SIZE // 8, SIZE // 8), generator=generators(seed)[0])
+
+
+def test_negative_scale_has_a_pass_of_its_own(maker: Maker) -> None:
+    recorder = Recorder()
+    settings = replace(SETTINGS, negative_scale=1.5)
+    made = replace(maker, ideas=[recorder]).make([picture(5, settings)], wants_images=False)
+
+    def guide(says: Any) -> Tensor:
+        empty = says("")
+        return empty + 4 * (says("a red cat") - empty) - 1.5 * (says("ugly") - empty)
+
+    torch.testing.assert_close(made.latents, follow(maker, start_noise(5), guide), rtol=1e-4, atol=1e-4)
+    assert made.images is None
+    assert [(len(call.sample), call.negative_rows) for call in recorder.calls] == [(3, 2)] * STEPS
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_without_guidance_there_is_one_pass(maker: Maker, scale: float) -> None:
+    recorder = Recorder()
+    made = replace(maker, ideas=[recorder]).make([picture(5, replace(SETTINGS, scale=scale))])
+
+    wanted = follow(maker, start_noise(5), lambda says: says("a red cat"))
+    torch.testing.assert_close(made.latents, wanted, rtol=1e-4, atol=1e-4)
+    assert [(len(call.sample), call.negative_rows) for call in recorder.calls] == [(1, 0)] * STEPS
+
+
+def test_ideas_see_steps_and_rows_and_may_change_them(maker: Maker) -> None:
+    recorder = Recorder()
+    middle = torch.zeros(4, 64, SIZE // 16, SIZE // 16)
+
+    @dataclass
+    class Control:
+        amount: float
+
+        @contextmanager
+        def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+            def control(call: UnetCall) -> UnetCall:
+                sizes = [(32, 4)] * 3 + [(32, 2), (64, 2), (64, 2)]
+                skips = tuple(torch.full((4, width, side, side), self.amount) for width, side in sizes)
+                return replace(call, residuals=(skips, middle))
+
+            yield control
+
+    pictures = [picture(1), picture(2)]
+    plain = replace(maker, ideas=[recorder]).make(pictures, wants_images=False).latents
+    none, some = (
+        replace(maker, ideas=[Control(amount)]).make(pictures, wants_images=False).latents
+        for amount in (0.0, 0.5)
+    )
+    torch.testing.assert_close(plain, none)
+    assert float((plain - some).abs().max()) > 0.01
+    assert [(call.step, call.num_steps, call.pictures) for call in recorder.calls] == [
+        (step, STEPS, 2) for step in range(STEPS)
+    ]
+    assert {len(call.sample) for call in recorder.calls} == {4}
+
+
+def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Maker) -> None:
+    recorder = Recorder()
+    long = replace(picture(2), prompt="a cat BREAK a dog")
+    both = load_like(maker, recorder, "2").make([long, picture(1)], wants_images=False).latents
+    for number, each in enumerate((long, picture(1))):
+        alone = load_like(maker, Recorder(), "2").make([each], wants_images=False).latents
+        torch.testing.assert_close(both[number : number + 1], alone, rtol=1e-4, atol=1e-4)
+    assert {call.context.shape[1] for call in recorder.calls} == {77, 152}
+
+
+def load_like(maker: Maker, recorder: Recorder, multiples: str) -> Maker:
+    """The same model, which reads long texts."""
+    words = ["--ckpt", "x", "--prompt", "x", "--max_embeddings_multiples", multiples]
+    texts = Texts(maker.model.texts, maker.model.kind, read_gen_img(None, words).text)
+    return replace(maker, texts=texts, ideas=[recorder])
+
+
+# Starts
+
+
+def test_no_strength_keeps_the_picture(maker: Maker, tmp_path: Path) -> None:
+    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    recorder = Recorder()
+    made = replace(maker, ideas=[recorder]).make([picture(3, replace(SETTINGS, strength=0.0), image=source)])
+
+    pixels = to_pixels(Image.open(source), SIZE, SIZE)
+    torch.testing.assert_close(made.latents, encode_pixels(maker.model, pixels, generators(3)))
+    assert recorder.calls == []
+
+
+def test_a_second_stage_begins_with_images_or_latents(maker: Maker, tmp_path: Path) -> None:
+    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    from_file = maker.make([picture(3, image=source)], wants_images=False).latents
+    from_image = maker.make([picture(3)], Start(images=[Image.open(source)]), wants_images=False).latents
+    torch.testing.assert_close(from_file, from_image)
+
+    strong = replace(SETTINGS, strength=0.999)  # two steps of three
+    clean = torch.linspace(-1, 1, 4 * 16).view(1, 4, 4, 4)
+    made = maker.make([picture(3, strong)], Start(latents=clean), wants_images=False).latents
+    scheduler = their_scheduler("ddim")
+    scheduler.set_timesteps(STEPS)
+    noisy = scheduler.add_noise(clean, start_noise(3), scheduler.timesteps[1:2])
+
+    def after_first(says: Any) -> Tensor:
+        avoided = says("ugly")
+        return avoided + 4 * (says("a red cat") - avoided)
+
+    for timestep in scheduler.timesteps[1:]:
+
+        def says(text: str, noisy: Tensor = noisy, timestep: Tensor = timestep) -> Tensor:
+            with torch.no_grad():
+                said: Tensor = maker.model.unet(
+                    noisy, timestep, maker.texts.encode(text).context[None]
+                ).sample
+            return said
+
+        noisy = scheduler.step(after_first(says), timestep, noisy).prev_sample
+    torch.testing.assert_close(made, noisy, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_keeps_what_is_black(maker: Maker, tmp_path: Path) -> None:
+    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    mask = write_mask(tmp_path / "mask.png", (SIZE, SIZE), (0, 0, 16, SIZE))
+    made = maker.make([picture(3, image=source, mask=mask)], wants_images=False).latents
+    clean = encode_pixels(maker.model, to_pixels(Image.open(source), SIZE, SIZE), generators(3))
+    assert torch.equal(made[..., 2:], clean[..., 2:])
+    assert float((made[..., :2] - clean[..., :2]).abs().min()) > 0
+
+
+def test_what_cannot_start_is_refused(maker: Maker, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="line 1: the mask .* needs --image_path"):
+        maker.make([picture(mask=tmp_path / "mask.png")])
+    with pytest.raises(OptionError, match="is an inpainting checkpoint, which needs --image_path"):
+        load(tmp_path, channels=9)
+
+
+# Sizes and pixels
+
+
+def test_xl_is_told_sizes(tmp_path: Path) -> None:
+    sizes = SizeConditions(original_width=512, original_height_negative=100, crop_top=3, crop_left=4)
+    settings = replace(SETTINGS, height=48, sizes=sizes)
+    assert time_ids(settings, negative=False).tolist() == [[48, 512, 3, 4, 48, 32]]
+    assert time_ids(settings, negative=True).tolist() == [[100, 512, 3, 4, 48, 32]]
+
+    recorder = Recorder()
+    replace(load(tmp_path, write_sdxl), ideas=[recorder]).make([picture(1, settings)], wants_images=False)
+    assert recorder.calls[0].added["time_ids"].tolist() == [[48, 512, 3, 4, 48, 32], [100, 512, 3, 4, 48, 32]]
+    assert recorder.calls[0].added["text_embeds"].shape == (2, 64)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(None, 5), (1.0, 1), (3.0, 3), (0.5, 2), (0.1, 1), (9.0, 9)])
+def test_vae_batch_size(size: float | None, wanted: int) -> None:
+    assert vae_batch(size, 5) == wanted
+
+
+def test_pictures_do_not_depend_on_the_vae_s_batch(maker: Maker) -> None:
+    latents = torch.randn((3, 4, 4, 4), generator=generators(0)[0])
+    together, apart = (decode_latents(maker.model, latents, ["a"] * 3, size) for size in (None, 2.0))
+    assert len(together) == len(apart) == 3
+    for one, other in zip(together, apart, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
+def test_latents_are_divided_by_the_scale(maker: Maker) -> None:
+    """The tiny decoder normalises so much that its pictures hardly show it."""
+
+    class Decoder:
+        def decode(self, latents: Tensor) -> Any:
+            return SimpleNamespace(sample=latents[:, :3])
+
+    latents = torch.full((1, 4, 1, 1), 0.5 * maker.model.kind.latent_scale)
+    (made,) = decode_latents(replace(maker.model, vae=Decoder()), latents, ["a"])
+    assert made.getpixel((0, 0)) == (191, 191, 191)
+
+
+def test_pixels_are_rounded_and_nan_is_black(caplog: pytest.LogCaptureFixture) -> None:
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.4999, 1.0, 3.0]).expand(3, 1, 6).clone()
+    assert np.asarray(to_image(pixels, "line 7"))[0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
+    assert not caplog.records
+    pixels[0, 0, 5] = torch.nan
+    with caplog.at_level(logging.WARNING):
+        assert np.asarray(to_image(pixels, "line 7"))[0, 5].tolist() == [0, 255, 255]
+    assert "line 7" in caplog.text
+    assert "--no_half_vae" in caplog.text
+
+
+def test_generators_are_the_seeds() -> None:
+    first, second = generators_of([picture(4), picture(5)])
+    assert torch.equal(torch.randn(3, generator=first), torch.randn(3, generator=generators(4)[0]))
+    assert not torch.equal(torch.randn(3, generator=second), torch.randn(3, generator=generators(4)[0]))

@@ -1,0 +1,95 @@
+"""Options in prompt lines of gen_img.py."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from modules.errors import OptionError
+from stable_diffusion.prompt_lines import LINE_OPTIONS, read_line, split_seeds
+
+READ: dict[str, dict[str, Any]] = {
+    "a cat": {},
+    "a cat --n ugly, bad --w 512 --h 768": {"negative_prompt": "ugly, bad", "W": 512, "H": 768},
+    "a cat --W 512 --S 30": {"W": 512, "steps": 30},
+    "a cat --s 30": {"steps": 30},
+    "a cat --d 1,2, 3 --l 7.5 --nl -1 --t 0.5": {
+        "seeds": (1, 2, 3),
+        "scale": 7.5,
+        "negative_scale": -1.0,
+        "strength": 0.5,
+    },
+    "a cat --nl none --am 1,0.5,-2": {"negative_scale": None, "network_mul": (1.0, 0.5, -2.0)},
+    "a cat --c a clip text --f name": {"clip_prompt": "a clip text", "file_name": "name"},
+    "a cat --ow 10 --oh 20 --nw 30 --nh 40 --ct 5 --cl 6": {
+        "original_width": 10,
+        "original_height": 20,
+        "original_width_negative": 30,
+        "original_height_negative": 40,
+        "crop_top": 5,
+        "crop_left": 6,
+    },
+    "a cat --dsd1 3 --dst1 600 --dsd2 none --dst2 400 --dsr 0.4": {
+        "ds_depth_1": 3,
+        "ds_timesteps_1": 600,
+        "ds_depth_2": None,
+        "ds_timesteps_2": 400,
+        "ds_ratio": 0.4,
+    },
+    "a cat --glt 700 --glr 0.6 --gls 0.1 --gle 2 --glsn 0.9 --glus 3,0.5,0.5,1": {
+        "gradual_latent_timesteps": 700,
+        "gradual_latent_ratio": 0.6,
+        "gradual_latent_ratio_step": 0.1,
+        "gradual_latent_every_n_steps": 2,
+        "gradual_latent_s_noise": 0.9,
+        "gradual_latent_unsharp_params": "3,0.5,0.5,1",
+    },
+    "a cat --steps 7 --strength 0.3": {"steps": 7, "strength": 0.3},
+}
+
+
+@pytest.mark.parametrize("line", READ)
+def test_lines_are_read(line: str) -> None:
+    assert read_line(line) == {"prompt": "a cat", **READ[line]}
+
+
+def test_every_letter_of_the_guide_is_there() -> None:
+    guide = "n w h s d l nl t am c f ow oh nw nh ct cl dsd1 dst1 dsd2 dst2 dsr glt glr gls gle glsn glus"
+    assert set(guide.split()) == set(LINE_OPTIONS)
+    assert {letter for line in READ for letter in LINE_OPTIONS if f"--{letter} " in line} == set(LINE_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a --w wide", "--w: 'wide' is not a whole number"),
+        ("a --d 1,x", "--d: 'x' is not a whole number"),
+        ("a --d 99999999999999999999999", "--d: a seed has at most 64 bits"),
+        ("a --am 1,two", "--am: 'two' is not a number"),
+        ("a --f ../b", "--f '../b': give a file's name"),
+        ("a --f /tmp/b", "give a file's name"),
+        ("a --f ..", "give a file's name"),
+        ("a --glus 2,1,1", "--glus: "),
+    ],
+)
+def test_what_cannot_be_read_is_named(line: str, words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        read_line(line)
+    assert words in str(caught.value)
+
+
+def test_an_unknown_option_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert read_line("a cat --zz 3 --s 4", "line 2") == {"prompt": "a cat", "steps": 4}
+    assert "line 2 'a cat --zz 3 --s 4': the unknown option --zz 3 is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "seeds"), [("a", None), ("a --d 5", (5,)), ("a {b --d 1|c} --D 7,8 --n x", (1,))]
+)
+def test_seeds_are_found_before_variants_are_chosen(line: str, seeds: tuple[int, ...] | None) -> None:
+    if "{" in line:
+        with pytest.raises(ValueError, match="not a whole number"):
+            split_seeds(line)
+    else:
+        assert split_seeds(line) == seeds

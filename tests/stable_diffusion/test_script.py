@@ -1,0 +1,59 @@
+"""gen_img.py with a tiny checkpoint: what its files say is enough to make them again."""
+
+from pathlib import Path
+
+import pytest
+
+import gen_img
+from modules.errors import UserError
+from modules.media.reading import read_image
+from modules.media.tags import read_tags
+from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
+
+NOISE = (
+    *("--pyramid_noise_prob", 0.5, "--pyramid_noise_discount_range", 0.5, 0.9),
+    *("--noise_offset_prob", 0.5, "--noise_offset_range", 0.1, 0.3),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("model")
+    common = ["--ckpt", str(write_sd1(folder)), "--tokenizer_cache_dir", str(tokenizer_folder(folder / "t"))]
+    return [*common, "--device", "cpu", "--W", "32", "--H", "24", "--steps", "2"]
+
+
+def make(model: list[str], out: Path, *words: object) -> list[Path]:
+    """The pictures of a run, by their numbers."""
+    gen_img.main([*model, "--outdir", str(out), "--sequential_file_name", *map(str, words)])
+    return sorted(out.iterdir())
+
+
+def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "a {red|green} (cat:1.2) --n bad\n# no\nwrong --s 0\na {sea|boat} --s 3 --l 3\nsand --nl 2\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(UserError, match="1 of 4 failed:\n  line 3: OptionError: --steps 0"):
+        make(model, tmp_path / "a", "--from_file", prompts, "--batch_size", 3, "--seed", 1)
+    made = sorted((tmp_path / "a").iterdir())
+    assert len(made) == 3
+
+    for path in made:
+        texts = read_tags(path)
+        line = [texts["prompt"], "--d", texts["seed"], "--s", texts["steps"], "--l", texts["scale"]]
+        for letter, name in (("--n", "negative-prompt"), ("--nl", "negative-scale")):
+            line += [letter, texts[name]] if name in texts else []
+        (again,) = make(model, tmp_path / path.stem, "--prompt", " ".join(line))
+        assert (read_image(again) == read_image(path)).all()
+
+
+def test_changed_noise_does_not_depend_on_the_batch(model: list[str], tmp_path: Path) -> None:
+    three = ("--prompt", "a cat", "--images_per_prompt", 3, "--seed", 4)
+    plain, together, alone = (
+        [read_image(path) for path in make(model, tmp_path / name, *three, *more)]
+        for name, more in (("a", ()), ("b", (*NOISE, "--batch_size", 3)), ("c", NOISE))
+    )
+    assert all(abs(one.astype(int) - other).max() <= 1 for one, other in zip(together, alone, strict=True))
+    assert any((one != other).any() for one, other in zip(plain, together, strict=True))

@@ -1,0 +1,203 @@
+"""States of texts: those of diffusers for plain ones, those of a plain loop for weighted and long ones."""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from modules.errors import OptionError
+from stable_diffusion.contract import Model
+from stable_diffusion.loading import load_model
+from stable_diffusion.options import read_gen_img
+from stable_diffusion.text import Texts, weigh_states
+from tests.stable_diffusion.text_towers import make_towers, text_options
+from tests.tiny import stable_diffusion as tiny
+
+CPU = torch.device("cpu")
+KINDS = ("sd1", "sd2", "sdxl")
+LONG = " ".join(["a red cat, an old house in the forest,"] * 12)  # more than 75 tokens
+PLAIN = ("a cat sits on a red chair.", "", "wörld: 12 dogs' | <|endoftext|> x", LONG)
+# a text, and what it says in words: its parts with their weights; None: BREAK
+WEIGHTED: dict[str, list[tuple[str, float] | None]] = {
+    "a (red:1.4) [old] cat": [("a ", 1), ("red", 1.4), (" ", 1), ("old", 1 / 1.1), (" cat", 1)],
+    f"{LONG} (cat:0)": [(f"{LONG} ", 1), ("cat", 0)],
+    f"(a cat BREAK {LONG}:1.2) dog": [("a cat ", 1.2), None, (LONG, 1.2), (" dog", 1)],
+}
+
+
+@cache
+def opened(kind: str, folder: Path) -> tuple[Any, Model, Model]:
+    """The text half of diffusers' pipeline, and our models of its folder and of a single file."""
+    path = tiny.write_folder(kind, folder / "folder")
+    pipeline = getattr(diffusers, tiny.KINDS[kind].pipeline).from_pretrained(path, unet=None, vae=None)
+    file = getattr(tiny, f"write_{kind}")(folder)
+    tokenizers = tiny.tokenizer_folder(folder / "tokenizers")
+    options = (
+        read_gen_img(
+            None, ["--prompt", "x", "--ckpt", str(one), "--tokenizer_cache_dir", str(tokenizers)]
+        ).model
+        for one in (path, file)
+    )
+    of_folder, of_file = (load_model(one, CPU) for one in options)
+    return pipeline, of_folder, of_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("text")
+
+
+def encode_prompt(pipeline: Any, text: str, **others: Any) -> tuple[Tensor, Tensor | None]:
+    """diffusers' states of a text, L C, and its pooled state."""
+    found = pipeline.encode_prompt(
+        text, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False, **others
+    )
+    return found[0][0], found[2][0] if len(found) == 4 else None
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_text_has_the_states_of_diffusers(folder: Path, kind: str, is_file: bool) -> None:
+    """A single file of SD 2 has one layer more, which does not count."""
+    pipeline, *models = opened(kind, folder / kind)
+    model = models[is_file]
+    texts = Texts(model.texts, model.kind, text_options())
+    for text in PLAIN:
+        context, pooled = encode_prompt(pipeline, text)
+        found = texts.encode(text)
+        torch.testing.assert_close(found.context, context, atol=1e-6, rtol=0)
+        assert (found.pooled is None) == (pooled is None) == (kind != "sdxl")
+        if found.pooled is not None:
+            torch.testing.assert_close(found.pooled, pooled, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clip_skip_counts_from_the_last_layer(folder: Path, kind: str) -> None:
+    pipeline, model, _ = opened(kind, folder / kind)
+    given = pipeline.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
+    encoder = pipeline.text_encoder
+    with torch.no_grad():
+        states = encoder(given, output_hidden_states=True).hidden_states
+        for skip in (1, 2, 3):
+            texts = Texts(model.texts, model.kind, text_options("--clip_skip", skip))
+            state = states[-skip] if kind == "sdxl" else encoder.final_layer_norm(states[-skip])
+            found = texts.encode("a cat").context[:, : state.shape[-1]]
+            torch.testing.assert_close(found, state[0], atol=1e-5, rtol=0)
+    with pytest.raises(OptionError, match=r"--clip_skip 4: the text encoder .* has 3 layers"):
+        Texts(model.texts, model.kind, text_options("--clip_skip", 4))
+
+
+def plain_loop(
+    pipeline: Any, parts: list[tuple[str, float] | None], mode: str
+) -> tuple[Tensor, Tensor | None]:
+    """The specification, step by step, with transformers' tokenizers and networks."""
+    contexts, pooled = [], None
+    encoders = [(pipeline.tokenizer, pipeline.text_encoder)]
+    is_xl = hasattr(pipeline, "text_encoder_2")
+    if is_xl:
+        encoders.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+    for tokenizer, encoder in encoders:
+        tokens: list[int | None] = []  # None: filled up
+        weights: list[float] = []
+        for part in parts:
+            ids = (
+                [None] * (-len(tokens) % 75)
+                if part is None
+                else tokenizer(part[0], add_special_tokens=False)["input_ids"]
+            )
+            tokens += ids
+            weights += [1.0 if part is None else part[1]] * len(ids)
+        filled = -len(tokens) % 75
+        tokens, weights = tokens + [None] * filled, weights + [1.0] * filled
+        states = []
+        for start in range(0, len(tokens), 75):
+            own = [token for token in tokens[start : start + 75] if token is not None]
+            own = [tokenizer.bos_token_id, *own, tokenizer.eos_token_id]
+            row = own + [tokenizer.pad_token_id] * (77 - len(own))
+            with torch.no_grad():
+                out = encoder(torch.tensor([row]), output_hidden_states=True)
+            states.append(out.hidden_states[-2][0] if is_xl else out.last_hidden_state[0])
+            if is_xl and start == 0:
+                pooled = out[0][0]
+        rows = [states[0][:1], *(state[1:76] for state in states), states[-1][76:]]
+        context = torch.cat(rows)
+        weighted = context * torch.tensor([1.0, *weights, 1.0])[:, None]
+        if mode == "original":
+            weighted *= context.mean() / weighted.mean()
+        elif mode == "abs":
+            weighted *= context.abs().mean() / weighted.abs().mean()
+        contexts.append(weighted)
+    return torch.cat(contexts, dim=1), pooled
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("sd1", "original"), ("sd1", "abs"), ("sd1", "none"), ("sd2", "original"), ("sdxl", "original")],
+)
+def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: str, mode: str) -> None:
+    pipeline, _, model = opened(kind, folder / kind)
+    options = text_options("--max_embeddings_multiples", 9, "--emb_normalize_mode", mode)
+    texts = Texts(model.texts, model.kind, options)
+    for text, parts in WEIGHTED.items():
+        context, pooled = plain_loop(pipeline, parts, mode)
+        found = texts.encode(text)
+        assert found.context.shape == (75 * texts.chunks(text) + 2, context.shape[1])
+        scale = max(1.0, float(context.abs().max()))  # a mean near zero makes a large factor
+        torch.testing.assert_close(found.context / scale, context / scale, atol=2e-5, rtol=0)
+        if pooled is not None:
+            torch.testing.assert_close(found.pooled, pooled, atol=1e-5, rtol=0)
+
+
+def test_a_text_is_filled_up_to_the_chunks_of_another() -> None:
+    texts = Texts(*make_towers("sd2"), text_options("--max_embeddings_multiples", 3))
+    assert texts.chunks("a cat") == 1
+    assert texts.chunks("a " * 80) == 2
+    short, filled = texts.encode("a cat").context, texts.encode("a cat", 2).context
+    empty = texts.encode("").context
+    torch.testing.assert_close(filled, torch.cat([short[:-1], empty[1:]]), atol=1e-5, rtol=0)
+
+
+def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    texts = Texts(*make_towers("sdxl"), text_options())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert texts.chunks("a " * 75 + "red (cat:2)") == 1
+            found = texts.encode("a " * 75 + "red (cat:2)")
+    assert torch.equal(found.context, texts.encode("a " * 75).context)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "after 75 tokens; this end of it is not read: red cat\n" in message
+    assert message.endswith("Give --max_embeddings_multiples 2 to read all of it")
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_each_encoder_runs_once_for_a_text_and_then_never(kind: str) -> None:
+    towers, sort = make_towers(kind)
+    shapes: list[torch.Size] = []
+    for tower in towers:
+        tower.network.embeddings.register_forward_hook(lambda _, given, out: shapes.append(given[0].shape))
+    texts = Texts(towers, sort, text_options("--max_embeddings_multiples", 3))
+    for _ in range(3):
+        texts.encode("a (red:1.3) cat " * 50)
+    assert shapes == [(2, 77)] * len(towers)
+    texts.encode("a (red:1.3) cat " * 50, networks=(0.5,))  # with other LoRAs it is another state
+    assert len(shapes) == 2 * len(towers)
+
+
+@pytest.mark.parametrize(("mode", "mean"), [("original", 1.5), ("abs", 2.0), ("none", None)])
+def test_what_weights_leave_unchanged(mode: str, mean: float | None) -> None:
+    states = torch.tensor([[1.0, -1.0], [4.0, 2.0]])
+    found = weigh_states(states, [3.0, 1.0], mode)
+    ratio = found / (states * torch.tensor([[3.0], [1.0]]))
+    torch.testing.assert_close(ratio, ratio[:1, :1].expand(2, 2))
+    if mean is None:
+        assert ratio[0, 0] == 1
+    else:
+        assert float((found.abs() if mode == "abs" else found).mean()) == pytest.approx(mean)
+    assert weigh_states(states, [1.0, 1.0], mode) is states
+    assert weigh_states(states.zero_(), [3.0, 1.0], mode).isfinite().all()
