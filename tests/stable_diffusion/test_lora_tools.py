@@ -13,6 +13,7 @@ from modules.errors import CheckpointError
 from networks import extract_lora_from_models, flux_merge_lora
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
 from stable_diffusion.contract import Model
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import in_places, put_in, results, write_kohya
@@ -143,3 +144,15 @@ def test_converted_to_diffusers_and_back_it_has_the_same_names(
     put_in(model, path)
     put_in(other, back)
     assert_same(model, other, 1e-4)
+
+
+def test_given_to_a_video_model_it_is_refused_with_both_names(tmp_path: Path, tokenizers: Path) -> None:
+    model = load(write_sd1(tmp_path), "--tokenizer_cache_dir", tokenizers)
+    lora = read_lora(
+        write_kohya(tmp_path / "x.safetensors", model, lambda path: ".attn" in path, texts=False)
+    )
+    patch = LoraPatch([LoraUse(lora)])
+    patch("blocks.0.self_attn.q.weight", torch.zeros(4, 4))
+
+    with pytest.raises(CheckpointError, match="It is for sd1, the model is wan"):
+        patch.check()
