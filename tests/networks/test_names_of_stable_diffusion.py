@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
+from networks.loading import family_of
 from networks.module_names import alias, choose_family, diffusers_path, module_path, own_path, to_alias
 from networks.names.layouts import FamilyNames
 from networks.names.stable_diffusion import SD1, SD2, SDXL
@@ -111,3 +112,14 @@ def test_a_network_is_told_by_its_modules(family: FamilyNames, settings: dict[st
 
     assert found is (SDXL if family is SDXL else SD1)  # SD 2 has the same names
     assert choose_family(names, family.name) is family
+
+
+@pytest.mark.parametrize(("width", "name"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (64, "sd1")])
+def test_kinds_of_equal_names_are_told_by_the_width_of_their_texts(width: int, name: str) -> None:
+    factors = {"lora_down.weight": torch.zeros(2, width), "lora_up.weight": torch.zeros(320, 2)}
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+
+    family = family_of({module: factors, "lora_unet_conv_in": {"diff": torch.zeros(320, 4, 3, 3)}})
+
+    assert family is not None
+    assert family.name == name
