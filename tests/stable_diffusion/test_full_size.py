@@ -12,9 +12,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
+from downloads.catalogue import known_components
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_text import ClipText
-from downloads.catalogue import known_components
 from tests.manifests import TensorList, write_hollow
 from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import ldm_unet, ldm_vae, open_clip, tokenizer_folder
