@@ -19,7 +19,8 @@ VAE = "first_stage_model."
 EMA = "model_ema."  # averages of the U-Net that trainers keep; not used
 
 GIVE = (
-    "a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text encoders, or a folder"
+    "a checkpoint of Stable Diffusion 1.x, 2.x or XL: one file with U-Net, VAE and text encoders, or a "
+    "folder in the layout of diffusers"
 )
 
 # beginning of a tensor's name that only files of the kind have -> the kind

@@ -66,7 +66,7 @@ def _files(number: int, is_open_clip: bool) -> TokenizerFiles:
 def _in_cache(files: TokenizerFiles, cache: Path | None, is_open_clip: bool) -> Path | None:
     if cache is None or not cache.is_dir():
         return None
-    for name in (*(OPEN_CLIP if is_open_clip else ()), CLIP_L):
+    for name in (*(OPEN_CLIP if is_open_clip else ()), CLIP_L, "."):
         file = next((cache / name / each for each in files.names if (cache / name / each).is_file()), None)
         if file is not None:
             return file
@@ -75,7 +75,15 @@ def _in_cache(files: TokenizerFiles, cache: Path | None, is_open_clip: bool) -> 
 
 def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Path:
     """Return the hub's file; with a folder for tokenizers, a copy there, for runs without a network."""
-    file = files.download(checkpoint)
+    try:
+        file = files.download(checkpoint)
+    except CheckpointError as error:
+        looked = f" in {cache} or" if cache is not None else ""
+        raise CheckpointError(
+            f"no tokenizer for {checkpoint}: there is none{looked} beside it, and {files.repository} cannot "
+            "be downloaded from the hub.\n  Put vocab.json and merges.txt, or tokenizer.json, of that "
+            f"repository into a folder {CLIP_L} and give the folder that holds it to {OPTION}."
+        ) from error
     if cache is None:
         return file
     kept = cache / CLIP_L / file.name

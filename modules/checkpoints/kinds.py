@@ -18,6 +18,8 @@ OF_FAMILIES: Marks = (
         "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
     ),
     ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
+    ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (gen_img.py --ckpt)"),
+    ("down_blocks.0.resnets.0.time_emb_proj.weight", "the U-Net of Stable Diffusion in diffusers layout"),
     ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),
     ("encoder.down.4.downsample.conv.weight", "the VAE of HunyuanImage-2.1 (--vae)"),
     ("quant_conv.weight", "a VAE of another model"),

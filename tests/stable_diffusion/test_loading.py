@@ -309,11 +309,11 @@ def test_another_vae_takes_the_place_of_the_own(layout: str, folder: Path, tmp_p
     assert_equal_states(model.vae, state)
 
 
-@pytest.mark.parametrize("slices", [2, 3, 16])
+@pytest.mark.parametrize("slices", [3, 16])
 def test_slices_of_the_vae_change_nothing(slices: int, folder: Path) -> None:
     whole = quick(folder, "sd1.safetensors").vae
     sliced = quick(folder, "sd1.safetensors", "--vae_slices", slices).vae
-    latents, pixels = torch.randn(2, 4, 9, 5), torch.randn(2, 3, 72, 40)
+    latents, pixels = torch.randn(1, 4, 9, 4), torch.randn(1, 3, 72, 32)
     calls = [0]
     sliced.decoder.conv_out.forward = count_calls(sliced.decoder.conv_out.forward, calls)
 

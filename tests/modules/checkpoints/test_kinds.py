@@ -96,6 +96,13 @@ def test_families_say_what_a_tool_s_network_is(tmp_path: Path, manifest: str) ->
     assert expected(manifest) in str(identify(path))
 
 
+@pytest.mark.parametrize(
+    "name", ["model.diffusion_model.input_blocks.0.0.weight", "down_blocks.0.resnets.0.time_emb_proj.weight"]
+)
+def test_the_u_net_of_stable_diffusion_is_named(name: str) -> None:
+    assert "Stable Diffusion" in str(kind_of([name, "first_stage_model.quant_conv.weight"]))
+
+
 def test_an_error_about_another_file_names_it(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "faces.safetensors", tensor_list("retinaface-mobile0.25"))
     with open_checkpoint(path) as checkpoint:
