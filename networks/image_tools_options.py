@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +32,62 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         require_files("--model_org", [self.model_org])
         require_files("--model_tuned", [self.model_tuned])
-        if self.dim < 1:
-            raise OptionError(f"--dim {self.dim}: the rank must be at least 1")
-        if not 0.5 < self.clamp_quantile <= 1:
-            raise OptionError(
-                f"--clamp_quantile {self.clamp_quantile:g}: give a share above 0.5, at most 1 (no limit)"
-            )
+        _check_rank("--dim", self.dim)
+        _check_quantile(self.clamp_quantile)
         check_output_file("--save_to", self.save_to)
         refuse_replacing("--save_to", self.save_to, [self.model_org, self.model_tuned])
         if self.mem_eff_safe_open:
             logger.info("--mem_eff_safe_open changes nothing: models are always read tensor by tensor")
+
+
+@dataclass(frozen=True)
+class WholeExtractOptions:
+    """Options of `networks/extract_lora_from_models.py`."""
+
+    v2: bool
+    v_parameterization: bool
+    sdxl: bool
+    load_precision: str | None
+    save_precision: str | None  # None: float
+    model_org: Path
+    model_tuned: Path
+    load_original_model_to: str | None
+    load_tuned_model_to: str | None
+    save_to: Path
+    dim: int
+    conv_dim: int | None  # rank for convolutions; None: they get none
+    device: str | None
+    clamp_quantile: float
+    min_diff: float
+    no_metadata: bool
+
+    def __post_init__(self) -> None:
+        require_files("--model_org", [self.model_org])
+        require_files("--model_tuned", [self.model_tuned])
+        _check_rank("--dim", self.dim)
+        if self.conv_dim is not None:
+            _check_rank("--conv_dim", self.conv_dim)
+        _check_quantile(self.clamp_quantile)
+        if not 0 <= self.min_diff < math.inf:
+            raise OptionError(f"--min_diff {self.min_diff:g}: give 0 or more")
+        check_output_file("--save_to", self.save_to)
+        refuse_replacing("--save_to", self.save_to, [self.model_org, self.model_tuned])
+        for option in ("v2", "v_parameterization", "sdxl"):
+            if getattr(self, option):
+                logger.info("--%s changes nothing: the files say what they are", option)
+        for option in ("load_precision", "load_original_model_to", "load_tuned_model_to"):
+            if getattr(self, option) is not None:
+                logger.info("--%s changes nothing: models are read tensor by tensor", option)
+
+
+def _check_rank(option: str, rank: int) -> None:
+    if rank < 1:
+        raise OptionError(f"{option} {rank}: the rank must be at least 1")
+
+
+def _check_quantile(share: float) -> None:
+    if not 0.5 < share <= 1:
+        raise OptionError(f"--clamp_quantile {share:g}: give a share above 0.5, at most 1 (no limit)")
 
 
 @dataclass(frozen=True)
@@ -181,6 +228,40 @@ def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.99,
         help="limit the factors to this quantile of their values; 1: no limit",
+    )
+    parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
+
+
+def add_whole_extract_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `WholeExtractOptions`."""
+    parser.add_argument("--v2", action="store_true", help="changes nothing: the files say what they are")
+    parser.add_argument("--v_parameterization", action="store_true", help="changes nothing")
+    parser.add_argument("--sdxl", action="store_true", help="changes nothing: the files say what they are")
+    parser.add_argument("--load_precision", choices=PRECISIONS, help="changes nothing: float is computed")
+    parser.add_argument(
+        "--save_precision", choices=PRECISIONS, help="type of the LoRA's numbers; default: float"
+    )
+    parser.add_argument("--model_org", required=True, help="the checkpoint before fine-tuning: a single file")
+    parser.add_argument("--model_tuned", required=True, help="the fine-tuned checkpoint")
+    parser.add_argument("--load_original_model_to", help="changes nothing: read tensor by tensor")
+    parser.add_argument("--load_tuned_model_to", help="changes nothing: read tensor by tensor")
+    parser.add_argument("--save_to", required=True, help="LoRA file to write")
+    parser.add_argument("--dim", type=int, default=4, help="rank of the LoRA")
+    parser.add_argument(
+        "--conv_dim", type=int, help="rank for residual blocks and convolutions; default: they get no LoRA"
+    )
+    parser.add_argument("--device", help="device that computes; default: CUDA if available, else the CPU")
+    parser.add_argument(
+        "--clamp_quantile",
+        type=float,
+        default=0.99,
+        help="limit the factors to this quantile of their values; 1: no limit",
+    )
+    parser.add_argument(
+        "--min_diff",
+        type=float,
+        default=0.01,
+        help="a text encoder of which no value has changed by more gets no LoRA",
     )
     parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
 
