@@ -10,6 +10,7 @@ from PIL import Image
 
 from stable_diffusion.contract import Picture, Settings
 from tests.parity.stable_diffusion import (
+    CLASSES,
     SIZE,
     TOLERANCE,
     Files,
