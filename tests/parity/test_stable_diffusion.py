@@ -10,6 +10,7 @@ from PIL import Image
 
 from stable_diffusion.contract import Picture, Settings
 from tests.parity.stable_diffusion import (
+    CLASSES,
     SIZE,
     TOLERANCE,
     Files,
@@ -181,6 +182,19 @@ def test_inpainting_with_each_sampler(
         **asked([3], 7), image=Image.open(source), mask_image=Image.open(mask), strength=0.6, **square()
     )
     assert_close(ours, their_pixels(theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_inpainting_checkpoints_of_other_kinds(kind: str, tmp_path: Path) -> None:
+    files = write_files(kind, tmp_path, channels=9)
+    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    mask = write_mask(tmp_path / "mask.png", (SIZE, SIZE), (11, 5, 43, 50))
+    theirs = pipeline(files, "Inpaint", "euler_a")(
+        **asked([3], 5), image=Image.open(source), mask_image=Image.open(mask), strength=0.6, **square()
+    )
+    given = ["--image_path", source, "--mask_path", mask, "--strength", 0.6]
+    assert_close(run_script(files, tmp_path / "out", *words("euler_a", 3, 5), *given), their_pixels(theirs))
 
 
 @pytest.mark.slow
