@@ -86,7 +86,7 @@ class LoraFile:
         return group_by_module(self.for_expert(None).tensors)
 
     def family(self) -> FamilyNames | None:
-        """Return the family it was trained for, from its metadata, else its names and sizes; None if unknown."""
+        """Return the family it was trained for, by metadata, else by names and sizes; None if unknown."""
         one = next(iter(self.parts.values()), self)
         return read_family(one.metadata) or family_of(one.modules())
 
