@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     expert = options.expert or expert_of_model(options.dit)
     merge_into_file(
         options.dit,
-        [use.for_expert(expert) for use in lora_uses(options.lora)],
+        [use.for_expert(expert) for use in lora_uses(options.lora, with_texts=True)],
         options.save_merged_model,
         choose_device(options.device),
         None if options.dit_in_channels == MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,

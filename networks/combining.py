@@ -17,8 +17,9 @@ from networks.key_formats import OURS
 from networks.loading import LoraFile
 from networks.lora_network import prefix_of
 from networks.module_names import choose_family, read_family
-from networks.names.layouts import TRAINED_ON
+from networks.names.layouts import TRAINED_ON, FamilyNames
 from networks.parts import fuse
+from networks.renaming import rename_to_aliases
 
 logger = getLogger(__name__)
 
@@ -41,7 +42,7 @@ def add_up(
             if set(factors) - {"alpha"} != set(LORA):
                 raise CheckpointError(
                     f"{lora.path} cannot be merged into a LoRA: {name} has {', '.join(sorted(factors))}.\n"
-                    "  Only plain LoRAs can; merge it into the model instead (--flux_model).",
+                    "  Only plain LoRAs can; merge it into the model instead.",
                     lora.path,
                 )
             modules.setdefault(name, []).append((lora, factors, ratio))
@@ -76,6 +77,9 @@ def _sum(
     ups: list[Tensor] = []
     for lora, factors, ratio in parts:
         down, up = (factors[part].to(device, torch.float32) for part in LORA)
+        if downs and (down[0].numel(), len(up)) == (downs[0][0].numel(), len(ups[0])):
+            # a matrix may have the shape of a 1x1 convolution
+            down, up = down.reshape(-1, *downs[0].shape[1:]), up.reshape(*up.shape[:2], *ups[0].shape[2:])
         if downs and (down.shape[1:], len(up)) != (downs[0].shape[1:], len(ups[0])):
             raise CheckpointError(
                 f"{lora.path} does not fit {parts[0][0].path}: {name} changes {len(up)} x {down.shape[1]} "
@@ -112,6 +116,7 @@ def save_sum(
 ) -> None:
     """Write a merged LoRA with metadata that name what it is made of."""
     metadata = made_of(tensors, loras, no_metadata)
+    tensors = as_known(tensors, read_family(metadata))
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     rows = [
         ("LoRAs", "\n".join(f"{one.path}, strength {r:g}" for one, r in zip(loras, ratios, strict=True))),
@@ -121,6 +126,12 @@ def save_sum(
     show_box("The LoRAs are merged into one", rows)
 
 
+def as_known(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
+    """Return a LoRA under the names that other tools of its family know."""
+    by_aliases = family is not None and family.always_underscored == "aliases"
+    return rename_to_aliases(tensors, family) if family is not None and by_aliases else tensors
+
+
 def made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metadata: bool) -> dict[str, str]:
     """Return the metadata of a LoRA that is made of others."""
     ranks = sorted({len(one) for name, one in tensors.items() if name.endswith(LORA[0])})
@@ -128,13 +139,16 @@ def made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metadat
     names = {name.partition(".")[0] for name in tensors}
     in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
-    family = choose_family(in_dit, "flux")
+    made = next((found for one in loras if (found := read_family(one.metadata)) is not None), None)
+    family = choose_family(in_dit, "flux" if made is None else made.name) or made
+    module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
+    own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
     metadata = {
-        "ss_network_module": "networks.lora_flux" if family is None else f"networks.lora_{family.name}",
+        "ss_network_module": "networks.lora" if family is not None and family.written_version else module,
         "ss_network_dim": text,
         "ss_network_alpha": text,
         "ss_network_args": "{}",
-        TRAINED_ON: version or ("flux1" if family is None or family.name == "flux" else family.name),
+        TRAINED_ON: version or own,
     }
     if not no_metadata:
         metadata["modelspec.merged_from"] = ", ".join(one.path.name for one in loras)

@@ -18,8 +18,10 @@ from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
+from networks.loading import list_some
 from networks.merge import LoraPatch, LoraUse
 from networks.names.layouts import FIRST_LAYERS
+from networks.whole_checkpoints import WholePatch, is_whole
 
 logger = getLogger(__name__)
 _META = torch.device("meta")
@@ -50,7 +52,10 @@ def merge_into_file(
     with open_checkpoint(model) as checkpoint:
         if in_channels is not None:
             _check_in_channels(checkpoint, in_channels)
-        patch = LoraPatch(uses, checkpoint.tensors, model)
+        whole = is_whole(checkpoint.tensors)
+        if not whole:
+            _warn_of_texts(uses, model)
+        patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
         written: dict[str, TensorInfo] = {}
         # a LoRA of another model is found out before anything is written
         for name, info in checkpoint.tensors.items():
@@ -81,6 +86,16 @@ def merge_into_file(
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
 
 
+def _warn_of_texts(uses: Sequence[LoraUse], model: Path) -> None:
+    for use in uses:
+        texts = list(use.lora.text_tensors)
+        if texts:
+            logger.warning(
+                f"{use.lora.path}: {len(texts)} tensors change a text encoder, which {model} does not hold, "
+                f"and are ignored: {list_some(texts, 2)}"
+            )
+
+
 def _info_in(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     """Return what is said of a tensor once it is in a dtype; whole numbers and 8-bit weights stay."""
     return info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
@@ -94,7 +109,7 @@ def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int)
     show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])
 
 
-def _refuse_rounded(patch: LoraPatch, name: str, info: TensorInfo, model: Path) -> None:
+def _refuse_rounded(patch: LoraPatch | WholePatch, name: str, info: TensorInfo, model: Path) -> None:
     if patch.touches(name) and info.dtype not in _WIDE:
         raise CheckpointError(
             f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"

@@ -1,5 +1,6 @@
 """Merge LoRAs of FLUX into its transformer and its text encoders, file by file."""
 
+from dataclasses import replace
 from logging import getLogger
 
 import torch
@@ -38,7 +39,9 @@ def merge_flux(options: FluxMergeOptions) -> None:
     }
     uses = [LoraUse(lora, ratio) for lora, ratio in zip(loras, ratios, strict=True)]
     parts = {option: uses_for_text(uses, prefix) for option, prefix in ENCODERS.items()}
-    parts["--flux_model"] = [use for use in uses if use.lora.tensors]
+    parts["--flux_model"] = [
+        replace(use, lora=replace(use.lora, text_tensors={})) for use in uses if use.lora.tensors
+    ]
     for option, found in parts.items():
         if found and option not in options.targets:
             logger.warning(

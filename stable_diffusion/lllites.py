@@ -40,8 +40,7 @@ class Lllites:
     def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
         """Hang them in for a batch of pictures of that size, out at the end; yield None if it has no guides.
 
-        Raises OptionError if a picture has another number of guides or wants Deep Shrink, MediaError if a
-        guide cannot be read.
+        Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
         """
         if not any(picture.guides for picture in pictures):
             yield None

@@ -37,7 +37,7 @@ class WeightPart:
     usual_height: int = 1  # how many times as high as the lowest part, in every published model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
 class FamilyNames:
     """Module paths of one network."""
 
@@ -60,6 +60,8 @@ class FamilyNames:
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
     optional_words: str = ""  # what these are, for messages
+    # what others write in `ss_base_model_version`, if it is not the name; `ss_network_module` too then
+    written_version: str = ""
     versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
     first_encoder: str = FIRST_ENCODER  # before names of its modules in LoRA files
     # of the published models, by which families with equal names in diffusers' layout are told apart: how

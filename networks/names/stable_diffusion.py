@@ -88,6 +88,7 @@ SD1 = FamilyNames(
     always_underscored="ours",
     takes=("sd2",),  # by names; sizes tell them apart
     first_encoder="lora_te",
+    written_version="sd_v1",
     versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
 )
 # the same modules with other sizes
@@ -96,6 +97,7 @@ SD2 = replace(
     name="sd2",
     architecture="stable-diffusion-v2",
     takes=("sd1",),
+    written_version="sd_v2",
     versions=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
 )
 SDXL = FamilyNames(
@@ -106,5 +108,6 @@ SDXL = FamilyNames(
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
     always_underscored="aliases",
+    written_version="sdxl_base_v1-0",
     versions=("sdxl", "stable-diffusion-xl"),
 )

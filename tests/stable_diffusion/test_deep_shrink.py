@@ -94,8 +94,10 @@ def attend(attention: Any, features: Tensor, context: Tensor) -> Tensor:
     return features if attention is None else attention(features, context, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("depth", range(6))
-@pytest.mark.parametrize(("height", "width", "ratio"), [(8, 12, 0.5), (9, 13, 0.6)])
+@pytest.mark.parametrize(
+    ("depth", "height", "width", "ratio"),
+    [*((depth, 9, 13, 0.6) for depth in range(6)), (0, 8, 12, 0.5), (3, 8, 12, 0.5)],
+)
 def test_each_depth(unet: Any, depth: int, height: int, width: int, ratio: float) -> None:
     call = call_of(height, width, 900.0, unet)
     made = shrunk(unet, call, DeepShrink(depth, 650, None, 0, ratio))
