@@ -5,7 +5,7 @@ U-Net and VAE have the dimensions of their config.json; nothing else is taken fr
 
 import inspect
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,11 @@ _PLAIN = {
     "time_cond_proj_dim": (None,),
 }
 # settings that are read here; diffusers' classes see to the others
-_TYPES = {
-    "in_channels": int,
-    "latent_channels": int,
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "in_channels": (int,),
+    "latent_channels": (int,),
     "addition_time_embed_dim": (int, type(None)),
-    "block_out_channels": list,
+    "block_out_channels": (list,),
 }
 _COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 
