@@ -364,7 +364,7 @@ def test_channels_last_changes_the_memory_and_not_the_result(folder: Path) -> No
 
 @pytest.mark.parametrize("option", ["--xformers", "--diffusers_xformers"])
 def test_xformers_without_a_gpu_is_refused_before_loading(option: str, folder: Path) -> None:
-    with pytest.raises(OptionError, match="--xformers runs on CUDA devices only"):
+    with pytest.raises(OptionError, match=f"{option} runs on CUDA devices only"):
         quick(folder, "missing.safetensors", option)
 
 
