@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import add_unsupported
 from modules.output_files import check_output_file, refuse_replacing
 from networks.options import multipliers_for, require_files
 
@@ -31,16 +33,62 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         require_files("--model_org", [self.model_org])
         require_files("--model_tuned", [self.model_tuned])
-        if self.dim < 1:
-            raise OptionError(f"--dim {self.dim}: the rank must be at least 1")
-        if not 0.5 < self.clamp_quantile <= 1:
-            raise OptionError(
-                f"--clamp_quantile {self.clamp_quantile:g}: give a share above 0.5, at most 1 (no limit)"
-            )
+        _check_rank("--dim", self.dim)
+        _check_quantile(self.clamp_quantile)
         check_output_file("--save_to", self.save_to)
         refuse_replacing("--save_to", self.save_to, [self.model_org, self.model_tuned])
         if self.mem_eff_safe_open:
             logger.info("--mem_eff_safe_open changes nothing: models are always read tensor by tensor")
+
+
+@dataclass(frozen=True)
+class WholeExtractOptions:
+    """Options of `networks/extract_lora_from_models.py`."""
+
+    v2: bool
+    v_parameterization: bool
+    sdxl: bool
+    load_precision: str | None
+    save_precision: str | None  # None: float
+    model_org: Path
+    model_tuned: Path
+    load_original_model_to: str | None
+    load_tuned_model_to: str | None
+    save_to: Path
+    dim: int
+    conv_dim: int | None  # rank for convolutions; None: they get none
+    device: str | None
+    clamp_quantile: float
+    min_diff: float
+    no_metadata: bool
+
+    def __post_init__(self) -> None:
+        require_files("--model_org", [self.model_org])
+        require_files("--model_tuned", [self.model_tuned])
+        _check_rank("--dim", self.dim)
+        if self.conv_dim is not None:
+            _check_rank("--conv_dim", self.conv_dim)
+        _check_quantile(self.clamp_quantile)
+        if not 0 <= self.min_diff < math.inf:
+            raise OptionError(f"--min_diff {self.min_diff:g}: give 0 or more")
+        check_output_file("--save_to", self.save_to)
+        refuse_replacing("--save_to", self.save_to, [self.model_org, self.model_tuned])
+        for option in ("v2", "v_parameterization", "sdxl"):
+            if getattr(self, option):
+                logger.info("--%s changes nothing: the files say what they are", option)
+        for option in ("load_precision", "load_original_model_to", "load_tuned_model_to"):
+            if getattr(self, option) is not None:
+                logger.info("--%s changes nothing: models are read tensor by tensor", option)
+
+
+def _check_rank(option: str, rank: int) -> None:
+    if rank < 1:
+        raise OptionError(f"{option} {rank}: the rank must be at least 1")
+
+
+def _check_quantile(share: float) -> None:
+    if not 0.5 < share <= 1:
+        raise OptionError(f"--clamp_quantile {share:g}: give a share above 0.5, at most 1 (no limit)")
 
 
 @dataclass(frozen=True)
@@ -130,6 +178,44 @@ class FluxMergeOptions:
 
 
 @dataclass(frozen=True)
+class WholeMergeOptions:
+    """Options of `networks/sdxl_merge_lora.py`."""
+
+    save_precision: str | None  # None: into a checkpoint, as it is; into a LoRA, --precision
+    precision: str
+    sd_model: Path | None
+    save_to: Path
+    models: tuple[Path, ...]
+    ratios: tuple[float, ...]
+    concat: bool
+    shuffle: bool
+    no_metadata: bool
+
+    def __post_init__(self) -> None:
+        require_files("--models", self.models)
+        if len(self.models) != len(self.ratios):
+            raise OptionError(
+                f"--ratios has {len(self.ratios)} numbers for {len(self.models)} files of --models: give one "
+                "for each, in the same order"
+            )
+        multipliers_for(self.models, self.ratios, "--ratios")
+        if self.sd_model is not None:
+            require_files("--sd_model", [self.sd_model])
+            if self.concat or self.shuffle:
+                raise OptionError(
+                    "--concat and --shuffle are for merging LoRAs into one: leave out --sd_model"
+                )
+        check_output_file("--save_to", self.save_to)
+        refuse_replacing(
+            "--save_to", self.save_to, [*self.models, *([] if self.sd_model is None else [self.sd_model])]
+        )
+        if self.shuffle:
+            logger.info(
+                "--shuffle changes nothing: the merged LoRA is exact, in whatever order its ranks are"
+            )
+
+
+@dataclass(frozen=True)
 class FluxConvertOptions:
     """Options of `networks/convert_flux_lora.py`."""
 
@@ -185,6 +271,40 @@ def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
 
 
+def add_whole_extract_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `WholeExtractOptions`."""
+    parser.add_argument("--v2", action="store_true", help="changes nothing: the files say what they are")
+    parser.add_argument("--v_parameterization", action="store_true", help="changes nothing")
+    parser.add_argument("--sdxl", action="store_true", help="changes nothing: the files say what they are")
+    parser.add_argument("--load_precision", choices=PRECISIONS, help="changes nothing: float is computed")
+    parser.add_argument(
+        "--save_precision", choices=PRECISIONS, help="type of the LoRA's numbers; default: float"
+    )
+    parser.add_argument("--model_org", required=True, help="the checkpoint before fine-tuning: a single file")
+    parser.add_argument("--model_tuned", required=True, help="the fine-tuned checkpoint")
+    parser.add_argument("--load_original_model_to", help="changes nothing: read tensor by tensor")
+    parser.add_argument("--load_tuned_model_to", help="changes nothing: read tensor by tensor")
+    parser.add_argument("--save_to", required=True, help="LoRA file to write")
+    parser.add_argument("--dim", type=int, default=4, help="rank of the LoRA")
+    parser.add_argument(
+        "--conv_dim", type=int, help="rank for residual blocks and convolutions; default: they get no LoRA"
+    )
+    parser.add_argument("--device", help="device that computes; default: CUDA if available, else the CPU")
+    parser.add_argument(
+        "--clamp_quantile",
+        type=float,
+        default=0.99,
+        help="limit the factors to this quantile of their values; 1: no limit",
+    )
+    parser.add_argument(
+        "--min_diff",
+        type=float,
+        default=0.01,
+        help="a text encoder of which no value has changed by more gets no LoRA",
+    )
+    parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
+
+
 def add_flux_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `FluxMergeOptions`."""
     types = ", ".join(PRECISIONS)
@@ -214,6 +334,42 @@ def add_flux_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shuffle", action="store_true", help="changes nothing: the sum is exact anyway")
     parser.add_argument("--diffusers", action="store_true", help="changes nothing: names are recognised")
+
+
+def add_whole_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `WholeMergeOptions`."""
+    parser.add_argument(
+        "--save_precision",
+        choices=PRECISIONS,
+        help="type of the numbers to write; default: as the checkpoint",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float",
+        help="type of a merged LoRA if --save_precision is not given; float is computed in any case",
+    )
+    parser.add_argument("--sd_model", help="checkpoint to merge into, a single file; without: into one LoRA")
+    parser.add_argument("--save_to", required=True, help="file to write: the checkpoint, or the merged LoRA")
+    parser.add_argument("--models", nargs="+", required=True, help="LoRA files to merge, of any dialect")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", required=True, help="strength of each file of --models"
+    )
+    add_unsupported(
+        parser,
+        "--lbws",
+        nargs="*",
+        reason="strengths of single blocks. Leave it out, and give one strength for each file to --ratios",
+        help="strengths of single blocks",
+    )
+    parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
+    parser.add_argument(
+        "--concat",
+        action="store_true",
+        help="LoRA into LoRA: add up the ranks, so that the sum is exact; without, the best LoRA of the "
+        "first file's rank",
+    )
+    parser.add_argument("--shuffle", action="store_true", help="changes nothing: the sum is exact anyway")
 
 
 def add_flux_convert_arguments(parser: argparse.ArgumentParser) -> None:

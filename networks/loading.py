@@ -191,7 +191,10 @@ def _read_part(
         ) from error
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
     use += f", for the {in_words(expert)}" if expert is not None else ""
-    logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
+    count = f"{len(modules)} modules" + (
+        f" and {len(group_by_module(texts))} of text encoders" if texts else ""
+    )
+    logger.info(f"{path}: {count}, names as of {native.dialect or 'ours'}{use}")
     tensors = mend_split_alphas(path, native.tensors | alphas, metadata)
     return LoraFile(path, tensors, metadata, native.dialect, text_tensors={**texts, **text_alphas})
 

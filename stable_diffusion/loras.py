@@ -215,6 +215,7 @@ def load_networks(
     if options.network_pre_calc:
         return Networks(defaults, _folded(targets, adjustable), None)
     parts = [_added(target, adjustable, model) for target in targets]
+    _log_added(adjustable, parts)
 
     def use_multipliers(multipliers: Multipliers) -> None:
         for target in parts:
@@ -287,6 +288,15 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
     for layer in attach_parts(parts, known):
         layer.switch_on(model.device, model.dtype)
     return parts
+
+
+def _log_added(uses: Sequence[LoraUse], parts: Sequence[Sequence[Mapping[str, AddedPart]]]) -> None:
+    """Log what is added at run time. parts: of each network, of each file."""
+    for index, use in enumerate(uses):
+        own = [part for target in parts for part in target[index].values()]
+        whole = sum(part.is_made_whole for part in own)
+        hint = f"; {whole} of them are made anew at each step: --network_pre_calc is faster" if whole else ""
+        logger.info(f"{use.lora.path}: added to {len(own)} modules, strength {use.multiplier:g}{hint}")
 
 
 def _for_encoders(lora: LoraFile, kind: Kind) -> LoraFile:

@@ -94,9 +94,11 @@ def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
 
 
 def check_steps(option: str, steps: int) -> None:
-    """Raise OptionError if a number of steps is below 1, or more than the timesteps that models know."""
+    """Raise OptionError if a number of steps is below 1, or as many as the timesteps that models know: as the
+    lowest is 1, the highest would be beyond the last one.
+    """
     check_at_least(option, steps, 1, "one step is the least")
-    check_at_most(option, steps, TRAINED_STEPS, "the models know no more timesteps")
+    check_at_most(option, steps, TRAINED_STEPS - 1, f"the models know {TRAINED_STEPS} timesteps")
 
 
 def check_size(option: str, size: int | None) -> None:

@@ -87,8 +87,13 @@ def read_texts(checkpoint: Checkpoint, kind: Kind) -> tuple[TextPlan, ...]:
 
 
 def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: bool) -> TextPlan:
-    """Plan how to load a text encoder of a diffusers folder, whose config.json is beside the file."""
+    """Plan how to load a text encoder of a diffusers folder, whose config.json is beside the file.
+
+    Released folders of SD 2.x have no layer that is not used; those made from whole OpenCLIP files do.
+    """
     plan = read_clip_text(checkpoint, USE)
+    if is_open_clip and not is_projected and plan.config.num_layers > SD2_LAYERS:
+        plan = _without_unused_layer(plan)
     projection = _projection(checkpoint, plan.config) if is_projected else None
     return TextPlan(plan, is_open_clip, projection)
 
@@ -141,7 +146,7 @@ def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextCo
     last = config.num_layers - 1
     start = f"encoder.layers.{last}."
     sources = {name: source for name, source in plan.sources.items() if not name.startswith(start)}
-    ignore = (*plan.ignore, f"transformer.resblocks.{last}.*")
+    ignore = (*plan.ignore, f"transformer.resblocks.{last}.*", f"{start}*")
     return replace(plan, config=replace(config, num_layers=last), sources=sources, ignore=ignore)
 
 

@@ -37,7 +37,7 @@ class WeightPart:
     usual_height: int = 1  # how many times as high as the lowest part, in every published model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
 class FamilyNames:
     """Module paths of one network."""
 

@@ -58,13 +58,13 @@ class Files:
 
 
 def write_files(kind: str, folder: Path, channels: int = 4) -> Files:
-    """Write a checkpoint. channels: of the U-Net's input; 9 for inpainting, with SD 1."""
+    """Write a checkpoint. channels: of the U-Net's input; 9 for inpainting."""
     tokenizers = tokenizer_folder(folder / "tokenizers")
     if kind == "sd1":
         single = write_sd1(folder, channels)
-        return Files(kind, single, write_folder(kind, folder / "both", in_channels=channels), tokenizers)
-    single = write_sd2(folder) if kind == "sd2" else write_sdxl(folder)
-    return Files(kind, single, write_folder(kind, folder / "both"), tokenizers)
+    else:
+        single = (write_sd2 if kind == "sd2" else write_sdxl)(folder, in_channels=channels)
+    return Files(kind, single, write_folder(kind, folder / "both", in_channels=channels), tokenizers)
 
 
 @cache

@@ -8,6 +8,7 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+import convert_lora
 from tests.parity.stable_diffusion import (
     Files,
     assert_close,
@@ -55,6 +56,11 @@ def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(tmp_path: Path,
     plain = theirs(pipe)
     pipe.load_lora_weights(path)
     wanted = theirs(pipe)
+    pipe.unload_lora_weights()
+    converted = tmp_path / "converted.safetensors"
+    convert_lora.main(["--input", str(path), "--output", str(converted), "--target", "diffusers"])
+    pipe.load_lora_weights(converted)
+    assert_close(theirs(pipe), wanted)
     pipe.unload_lora_weights()
 
     for number, how in enumerate(([], ["--network_merge"], ["--network_pre_calc"])):

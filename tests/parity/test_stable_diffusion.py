@@ -185,6 +185,19 @@ def test_inpainting_with_each_sampler(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_inpainting_checkpoints_of_other_kinds(kind: str, tmp_path: Path) -> None:
+    files = write_files(kind, tmp_path, channels=9)
+    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    mask = write_mask(tmp_path / "mask.png", (SIZE, SIZE), (11, 5, 43, 50))
+    theirs = pipeline(files, "Inpaint", "euler_a")(
+        **asked([3], 5), image=Image.open(source), mask_image=Image.open(mask), strength=0.6, **square()
+    )
+    given = ["--image_path", source, "--mask_path", mask, "--strength", 0.6]
+    assert_close(run_script(files, tmp_path / "out", *words("euler_a", 3, 5), *given), their_pixels(theirs))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_pictures_without_guidance(sd2: Files, tmp_path: Path, scale: float) -> None:
     theirs = pipeline(sd2, "", "ddim")(**{**asked([5]), "guidance_scale": scale}, **square())

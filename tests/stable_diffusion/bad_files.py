@@ -109,7 +109,6 @@ def write_bad(folder: Path, good: Path) -> Path:
     save(folder / "flat_word.safetensors", {"emb_params": torch.tensor(1.0)})
     save(folder / "nan_word.safetensors", {"emb_params": torch.full((2, 64), torch.nan)})
     _write_folders(folder)
-    (folder / "no_tokenizers").mkdir()
     shutil.copytree(good / "tokenizers", folder / "bad_tokenizers")
     for vocabulary in (folder / "bad_tokenizers").glob("*/vocab.json"):
         vocabulary.write_text("[1, 2", encoding="utf-8")

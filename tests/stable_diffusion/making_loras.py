@@ -1,5 +1,6 @@
 """Tiny LoRA files for tiny Stable Diffusion checkpoints, in the dialects that are found in the wild."""
 
+import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -7,12 +8,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from modules.options import read_options
 from networks.module_names import to_alias
 from networks.names.stable_diffusion import SDXL
 from stable_diffusion.contract import Model
+from stable_diffusion.loras import Networks, load_networks
+from stable_diffusion.network_options import NetworkOptions, add_network_arguments
 
 RANK = 3
 Factors = dict[str, Tensor]
+Result = tuple[Tensor, ...]
 
 
 def random(*shape: int, seed: str, scale: float = 0.3) -> Tensor:
@@ -77,3 +82,42 @@ def write_kohya(
     if texts:
         modules |= {name: low_rank(name, module) for name, module in text_modules(model).items()}
     return write(path, modules)
+
+
+def in_places(path: str) -> bool:
+    """Of each sort of module one or more."""
+    ends = (
+        "conv1",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "proj_in",
+        "attn2.to_k",
+        "net.2",
+    )
+    return path.endswith(("conv_in", "time_emb_proj", *ends))
+
+
+def network_options(*words: object) -> NetworkOptions:
+    parser = argparse.ArgumentParser()
+    add_network_arguments(parser)
+    return read_options(NetworkOptions, parser.parse_args([str(word) for word in words]))
+
+
+def put_in(model: Model, *words: object) -> Networks | None:
+    return load_networks(network_options("--network_weights", *words), model)
+
+
+@torch.no_grad()
+def results(model: Model) -> Result:
+    """What the U-Net and each text encoder compute from the same input."""
+    ids = torch.arange(6)[None]
+    texts = [tower.network(ids, torch.tensor([5])) for tower in model.texts]
+    width = model.unet.config.cross_attention_dim
+    added = None
+    if model.kind.name == "sdxl":
+        added = {"text_embeds": random(1, 64, seed="pooled"), "time_ids": torch.full((1, 6), 64.0)}
+    sample = random(1, 4, 4, 4, seed="sample", scale=1).to(model.dtype)
+    context = random(1, 7, width, seed="context", scale=1).to(model.dtype)
+    out = model.unet(sample, 500.0, context, added_cond_kwargs=added, return_dict=False)[0]
+    return out, *texts

@@ -1,7 +1,8 @@
 """A picture does not depend on its batch: four at once are the four single ones, through the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from tests.faults.messages import run_here
 from tests.stable_diffusion.bad_files import write_good, write_lora, write_picture
+from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.stable_diffusion import write_sdxl
 
 LINES = (
@@ -46,6 +48,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_lora(folder / f"xl{number}.safetensors", "sdxl", seed=number)
     (folder / "lines.txt").write_text("\n".join(LINES), encoding="utf-8")
     (folder / "parts.txt").write_text("\n".join(PARTS), encoding="utf-8")
+    write_control_net(folder / "control.safetensors", "sd1")
+    write_lllite(folder / "lllite.safetensors")
     (folder / "pictures").mkdir()
     for number in range(4):
         write_picture(folder / "pictures" / f"{number}.png", seed=number)
@@ -92,10 +96,33 @@ CASES = {
         *(*NETWORK, "lora.safetensors", "second.safetensors"),
         *("--highres_fix_scale", "0.5", "--highres_fix_steps", "2", "--strength", "0.7"),
     ),
+    "control": (
+        *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "dpm_2_a"),
+        *("--control_net_models", "control.safetensors", "--guide_image_path", "pictures"),
+    ),
+    "xl control": (
+        *(*XL, "--from_file", "lines.txt", "--sampler", "euler_a"),
+        *("--control_net_lllite_models", "lllite.safetensors", "--guide_image_path", "pictures"),
+    ),
+    "xl shrunk": (
+        *(*XL, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "euler_a"),
+        *("--ds_depth_1", "1", "--ds_timesteps_1", "500", "--ds_ratio", "0.6"),
+        *(*NETWORK, "xl0.safetensors", "xl1.safetensors"),
+    ),
+    "grown": (
+        *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "euler_a"),
+        *("--gradual_latent_timesteps", "900", "--gradual_latent_every_n_steps", "1"),
+        *(*NETWORK, "lora.safetensors", "second.safetensors"),
+    ),
 }
+USUAL = {"regions", "xl"}  # the others are slow together
 
 
-@pytest.mark.parametrize("case", CASES)
+def _cases(names: Iterable[str], usual: Collection[str]) -> list[Any]:
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("case", _cases(CASES, USUAL))
 def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp_path: Path) -> None:
     single = make(project, tmp_path / "single", *CASES[case])
     batch = make(project, tmp_path / "batch", *CASES[case], "--batch_size", 4, "--vae_batch_size", 0.5)
@@ -103,14 +130,11 @@ def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp
     assert_same(batch, single)
 
 
-@pytest.mark.parametrize(
-    ("model", "files"), [(SD, ("lora", "second")), (XL, ("xl0", "xl1"))], ids=["sd1", "xl"]
-)
-@pytest.mark.parametrize("part", [0, 1])
-def test_a_region_of_all_is_the_picture_of_that_part(
-    model: Sequence[str], files: Sequence[str], part: int, project: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("which", _cases(["sd1 0", "sd1 1", "xl 0", "xl 1"], ["sd1 0"]))
+def test_a_region_of_all_is_the_picture_of_that_part(which: str, project: Path, tmp_path: Path) -> None:
     """With its LoRA, in text encoders and U-Net, for the prompt and for the negative text."""
+    model, part = (XL if which.startswith("xl") else SD), int(which[-1])
+    files = ("xl0", "xl1") if model is XL else ("lora", "second")
     mask = np.zeros((48, 64, 3), np.uint8)
     mask[..., part] = 255
     mask[0, 0] = mask[0, 0, [1, 0, 2]]  # else the other part would be everywhere
@@ -136,6 +160,7 @@ def test_a_region_of_all_is_the_picture_of_that_part(
     assert np.abs(made - other).max() > 20
 
 
+@pytest.mark.slow
 def test_parts_without_a_mask_are_averaged_everywhere(project: Path, tmp_path: Path) -> None:
     """One LoRA acts on all of them."""
     common = (*SD, "--sampler", "ddim", *NETWORK, "lora.safetensors")

@@ -1,6 +1,5 @@
 """LoRAs in a checkpoint: added at run time, merged and pre-calculated; dialects; strengths; refusals."""
 
-import argparse
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,18 +11,21 @@ import torch.nn.functional as functional
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import merge_lora
 from modules.errors import CheckpointError, OptionError, UserError
-from modules.options import read_options
 from stable_diffusion.contract import SD1, Model
-from stable_diffusion.loras import Networks, check_kind, load_networks, read_networks
-from stable_diffusion.network_options import NetworkOptions, add_network_arguments
+from stable_diffusion.loras import check_kind, load_networks, read_networks
+from stable_diffusion.network_options import NetworkOptions
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import (
     RANK,
+    Result,
+    in_places,
     kohya_name,
     low_rank,
+    network_options,
+    put_in,
     random,
+    results,
     text_modules,
     unet_modules,
     write,
@@ -33,7 +35,6 @@ from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sd2, 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-Result = tuple[Tensor, ...]
 
 
 @pytest.fixture(scope="module")
@@ -52,31 +53,6 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
         return replace(model, unet=copy.deepcopy(model.unet), texts=texts)
 
     return make
-
-
-def network_options(*words: object) -> NetworkOptions:
-    parser = argparse.ArgumentParser()
-    add_network_arguments(parser)
-    return read_options(NetworkOptions, parser.parse_args([str(word) for word in words]))
-
-
-def put_in(model: Model, *words: object) -> Networks | None:
-    return load_networks(network_options("--network_weights", *words), model)
-
-
-@torch.no_grad()
-def results(model: Model) -> Result:
-    """What the U-Net and each text encoder compute from the same input."""
-    ids = torch.arange(6)[None]
-    texts = [tower.network(ids, torch.tensor([5])) for tower in model.texts]
-    width = model.unet.config.cross_attention_dim
-    added = None
-    if model.kind.name == "sdxl":
-        added = {"text_embeds": random(1, 64, seed="pooled"), "time_ids": torch.full((1, 6), 64.0)}
-    sample = random(1, 4, 4, 4, seed="sample", scale=1).to(model.dtype)
-    context = random(1, 7, width, seed="context", scale=1).to(model.dtype)
-    out = model.unet(sample, 500.0, context, added_cond_kwargs=added, return_dict=False)[0]
-    return out, *texts
 
 
 def assert_close(found: Result, wanted: Result) -> None:
@@ -114,26 +90,12 @@ def plain_changes(path: Path) -> dict[str, Tensor]:
     return changes
 
 
-def is_in_some_places(path: str) -> bool:
-    """Of each sort of module one or more."""
-    ends = (
-        "conv1",
-        "conv_shortcut",
-        "downsamplers.0.conv",
-        "upsamplers.0.conv",
-        "proj_in",
-        "attn2.to_k",
-        "net.2",
-    )
-    return path.endswith(("conv_in", "time_emb_proj", *ends))
-
-
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_added_merged_and_calculated_before_are_the_same(
     fresh: Callable[..., Model], tmp_path: Path, kind: str
 ) -> None:
     plain, wanted = fresh(kind), fresh(kind)
-    path = write_kohya(tmp_path / "x.safetensors", plain, is_in_some_places)
+    path = write_kohya(tmp_path / "x.safetensors", plain, in_places)
     add_by_hand(wanted, plain_changes(path), 0.7)
     expected = results(wanted)
 
@@ -298,33 +260,12 @@ def test_names_of_diffusers(
     assert_differ(results(model), plain)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_merged_into_a_single_file_it_acts_as_when_added(
-    fresh: Callable[..., Model], tmp_path: Path, kind: str
-) -> None:
-    model = fresh(kind)
-    path = write_kohya(tmp_path / "x.safetensors", model, is_in_some_places)
-    source, output = model.path, tmp_path / "merged.safetensors"
-    put_in(model, path, "--network_mul", 0.5)
-    words = ["--dit", source, "--lora_weight", path, "--lora_multiplier", 0.5, "--save_merged_model", output]
-
-    merge_lora.main([*map(str, words), "--device", "cpu"])
-
-    tokenizers = tokenizer_folder(tmp_path / "tokenizers")
-    merged = load(output, "--tokenizer_cache_dir", tokenizers)
-    assert_close(results(merged), results(model))
-    before, after = load_file(source), load_file(output)
-    assert before.keys() == after.keys()
-    kept = [name for name in before if name.startswith("first_stage_model.")]
-    assert all(torch.equal(before[name], after[name]) for name in kept)
-
-
 def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
     fresh: Callable[..., Model], tmp_path: Path
 ) -> None:
     """SD 1 with the names that SDXL's LoRAs have."""
     model, same = fresh(), fresh()
-    modules = unet_modules(model, is_in_some_places)
+    modules = unet_modules(model, in_places)
     own = {kohya_name(path, "sd1"): low_rank(path, one) for path, one in modules.items()}
     ldm = {kohya_name(path, "sdxl"): low_rank(path, one) for path, one in modules.items()}
     texts = {name: low_rank(name, one) for name, one in text_modules(model).items()}

@@ -150,7 +150,7 @@ def test_steps_offset() -> None:
             "--sampler pndm --highres_fix_scale 0.5 --highres_fix_steps 3",
             "--highres_fix_steps 3: --sampler pndm",
         ),
-        ("--steps 1001", "--steps 1001"),
+        ("--steps 1000", "--steps 1000"),
         ("--zero_terminal_snr", "--zero_terminal_snr needs a model that predicts v"),
     ],
 )

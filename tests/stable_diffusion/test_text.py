@@ -1,5 +1,6 @@
 """States of texts: those of diffusers for plain ones, those of a plain loop for weighted and long ones."""
 
+import json
 import logging
 from functools import cache
 from pathlib import Path
@@ -10,13 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from encoders.clip_text import ClipText
+from modules.checkpoints.dialects import load_planned
+from modules.checkpoints.opening import open_checkpoint
 from modules.errors import OptionError
 from stable_diffusion.contract import Model
 from stable_diffusion.loading import load_model
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.text import Texts, weigh_states
+from stable_diffusion.text_checkpoints import read_folder_text
 from tests.stable_diffusion.text_towers import make_towers, text_options
 from tests.tiny import stable_diffusion as tiny
+from tests.tiny.hunyuan_encoders import save
 
 CPU = torch.device("cpu")
 KINDS = ("sd1", "sd2", "sdxl")
@@ -90,6 +96,23 @@ def test_clip_skip_counts_from_the_last_layer(folder: Path, kind: str) -> None:
             torch.testing.assert_close(found, state[0], atol=1e-5, rtol=0)
     with pytest.raises(OptionError, match=r"--clip_skip 4: the text encoder .* has 3 layers"):
         Texts(model.texts, model.kind, text_options("--clip_skip", 4))
+
+
+@pytest.mark.parametrize(("layers", "loaded"), [(3, 3), (23, 23), (24, 23)])
+def test_a_folder_of_sd2_with_all_layers_of_open_clip_is_loaded_without_the_last(
+    tmp_path: Path, layers: int, loaded: int
+) -> None:
+    """Released folders have 23 of 24; what counts is the state before the 24th."""
+    with torch.device("meta"):
+        network = ClipText(tiny.text_config("gelu", layers))
+    tensors = {name: torch.ones(tensor.shape) for name, tensor in network.state_dict().items()}
+    save(tmp_path / "model.safetensors", {f"text_model.{name}": value for name, value in tensors.items()})
+    config = tiny.text_config_json("CLIPTextModel", "gelu", layers)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with open_checkpoint(tmp_path) as checkpoint:
+        plan = read_folder_text(checkpoint, is_open_clip=True, is_projected=False).network
+        found = load_planned(plan, ClipText, CPU, torch.float32, "it")
+    assert found.num_layers == loaded
 
 
 def plain_loop(

@@ -1,0 +1,31 @@
+"""Extract a LoRA from a fine-tuned Stable Diffusion 1.x, 2.x or XL checkpoint.
+
+All options: python networks/extract_lora_from_models.py --help
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from modules.command import Parser, command_line
+from modules.options import read_options
+from networks.image_tools_options import WholeExtractOptions, add_whole_extract_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_whole_extract_arguments(parser)
+    options = read_options(WholeExtractOptions, parser.parse_args(argv))
+
+    from networks.extracting_whole import extract_whole
+
+    extract_whole(options)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,162 @@
+"""Tools for LoRAs of Stable Diffusion: merged into a single file, extracted from two, added up, converted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import convert_lora
+import merge_lora
+from modules.errors import CheckpointError, OptionError
+from networks import extract_lora_from_models, sdxl_merge_lora
+from networks.deltas import group_by_module, weight_delta
+from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from stable_diffusion.contract import Model
+from tests.stable_diffusion.loaded import load
+from tests.stable_diffusion.making_loras import in_places, put_in, results, write_kohya
+from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sd2, write_sdxl
+
+WRITERS = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tokenizers(tmp_path: Path) -> Path:
+    return tokenizer_folder(tmp_path / "tokenizers")
+
+
+def assert_same(one: Model, other: Model, tolerance: float = 1e-5) -> None:
+    for found, wanted in zip(results(one), results(other), strict=True):
+        scale = wanted.std()
+        torch.testing.assert_close(found / scale, wanted / scale, rtol=tolerance, atol=tolerance)
+
+
+def merge(tool: str, source: Path, path: Path, output: Path, multiplier: float) -> None:
+    if tool == "merge_lora":
+        words = ["--dit", source, "--lora_weight", path, "--lora_multiplier", multiplier, "--device", "cpu"]
+        merge_lora.main([*map(str, words), "--save_merged_model", str(output)])
+    else:
+        words = ["--sd_model", source, "--models", path, "--ratios", multiplier, "--save_to", output]
+        sdxl_merge_lora.main([str(word) for word in words])
+
+
+def is_extracted(path: str) -> bool:
+    return in_places(path) and path != "conv_in"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tool"), [("sd1", "merge_lora"), ("sd2", "merge_lora"), ("sdxl", "sdxl_merge_lora")]
+)
+def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
+    tmp_path: Path, tokenizers: Path, kind: str, tool: str
+) -> None:
+    source, output = WRITERS[kind](tmp_path), tmp_path / "merged.safetensors"
+    model = load(source, "--tokenizer_cache_dir", tokenizers)
+    path = write_kohya(tmp_path / "x.safetensors", model, is_extracted)
+    put_in(model, path, "--network_mul", 0.5)
+
+    merge(tool, source, path, output, 0.5)
+
+    merged = load(output, "--tokenizer_cache_dir", tokenizers)
+    assert_same(merged, model)
+    before, after = load_file(source), load_file(output)
+    assert before.keys() == after.keys()
+    kept = [name for name in before if name.startswith("first_stage_model.")]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+    extracted = tmp_path / "extracted.safetensors"
+    words = ["--model_org", source, "--model_tuned", output, "--save_to", extracted, "--clamp_quantile", 1]
+    extract_lora_from_models.main([*map(str, words), "--dim", "3", "--conv_dim", "3", "--device", "cpu"])
+
+    again = load(source, "--tokenizer_cache_dir", tokenizers)
+    put_in(again, extracted)
+    assert_same(again, merged, 1e-3)
+    with safe_open(extracted, "pt") as file:
+        version = file.metadata()["ss_base_model_version"]
+        names = set(file.keys())
+    assert version == {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[kind]
+    assert ("lora_unet_middle_block_1_proj_in.alpha" in names) == (kind == "sdxl")
+
+
+def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path: Path) -> None:
+    source, tuned, lora = write_sdxl(tmp_path), tmp_path / "tuned.safetensors", tmp_path / "lora.safetensors"
+    tensors = load_file(source)
+    name = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    tensors[name][:64] += 0.5
+    save_file(tensors, tuned)
+    words = ["--model_org", str(source), "--model_tuned", str(tuned), "--save_to", str(lora)]
+    words += ["--clamp_quantile", "1", "--device", "cpu"]
+
+    extract_lora_from_models.main(words)
+
+    assert {each.split("_")[1] for each in load_file(lora)} == {"unet", "te2"}
+    changes = {
+        module: weight_delta(factors, CPU) for module, factors in group_by_module(load_file(lora)).items()
+    }
+    layer = "lora_te2_text_model_encoder_layers_0_self_attn"
+    largest = {key: float(one.abs().max()) for key, one in changes.items() if one is not None}
+    assert largest[f"{layer}_q_proj"] > 0.1
+    assert largest[f"{layer}_k_proj"] < 1e-3
+    words[3] = str(write_sd1(tmp_path))
+    with pytest.raises(CheckpointError, match="are not the same model"):
+        extract_lora_from_models.main(words)
+
+
+def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path, tokenizers: Path) -> None:
+    model = load(write_sdxl(tmp_path), "--tokenizer_cache_dir", tokenizers)
+    one = write_kohya(tmp_path / "one.safetensors", model, in_places)
+    other = write_kohya(tmp_path / "two.safetensors", model, lambda path: path.endswith("attn2.to_k"))
+    total = tmp_path / "sum.safetensors"
+
+    words = ["--models", one, other, "--ratios", 0.5, -2, "--save_to", total, "--concat"]
+    sdxl_merge_lora.main([str(word) for word in words])
+
+    both = load(model.path, "--tokenizer_cache_dir", tokenizers)
+    put_in(both, one, other, "--network_mul", 0.5, -2)
+    put_in(model, total)
+    assert_same(model, both)
+    assert read_lora(total).metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert set(load_file(one)) <= set(load_file(total))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_converted_to_diffusers_and_back_it_has_the_same_names(
+    tmp_path: Path, tokenizers: Path, kind: str
+) -> None:
+    model = load(WRITERS[kind](tmp_path), "--tokenizer_cache_dir", tokenizers)
+    path = write_kohya(tmp_path / "x.safetensors", model, lambda path: ".attn" in path)
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+
+    convert_lora.main(["--input", str(path), "--output", str(there), "--target", "diffusers"])
+    convert_lora.main(["--input", str(there), "--output", str(back), "--target", "default"])
+
+    made = load_file(there)
+    assert any(name.startswith("unet.") for name in made)
+    assert {name for name in made if name.startswith("text_encoder_2.")} or kind == "sd1"
+    assert set(load_file(back)) == set(load_file(path))
+    other = load(model.path, "--tokenizer_cache_dir", tokenizers)
+    put_in(model, path)
+    put_in(other, back)
+    assert_same(model, other, 1e-4)
+
+
+def test_given_to_a_video_model_it_is_refused_with_both_names(tmp_path: Path, tokenizers: Path) -> None:
+    model = load(write_sd1(tmp_path), "--tokenizer_cache_dir", tokenizers)
+    lora = read_lora(
+        write_kohya(tmp_path / "x.safetensors", model, lambda path: ".attn" in path, texts=False)
+    )
+    patch = LoraPatch([LoraUse(lora)])
+    patch("blocks.0.self_attn.q.weight", torch.zeros(4, 4))
+
+    with pytest.raises(CheckpointError, match="It is for sd1, the model is wan"):
+        patch.check()
+
+
+def test_strengths_of_single_blocks_are_refused_by_name(tmp_path: Path) -> None:
+    words = ["--models", "x", "--ratios", "1", "--save_to", str(tmp_path / "x"), "--lbws", "1,0"]
+
+    with pytest.raises(OptionError, match="--lbws is not supported yet: strengths of single blocks"):
+        sdxl_merge_lora.main(words)
