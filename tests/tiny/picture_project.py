@@ -77,7 +77,9 @@ def lay_out_stable_diffusion(folder: Path) -> None:
     for seed, name in enumerate(("style", "cat", "dog")):
         save(beside / "loras" / f"{name}.safetensors", _sdxl_lora(seed))
     generator = torch.Generator().manual_seed(3)
-    words = {name: torch.randn(2, stable_diffusion.TEXT_DIM, generator=generator) for name in ("clip_l", "clip_g")}
+    words = {
+        name: torch.randn(2, stable_diffusion.TEXT_DIM, generator=generator) for name in ("clip_l", "clip_g")
+    }
     save(beside / "embeddings" / "ohwx.safetensors", words)
     for name in ("photo", "sketch"):
         write_image(beside / f"{name}.png", SIDE, SIDE)
@@ -113,7 +115,9 @@ def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
         for name, weight in state.items():
             if name.endswith(("to_q.weight", "to_v.weight", "q_proj.weight")):
                 key = f"{start}_{name.removesuffix('.weight').replace('.', '_')}"
-                lora[f"{key}.lora_down.weight"] = torch.randn(rank, weight.shape[1], generator=generator) * 0.1
+                lora[f"{key}.lora_down.weight"] = (
+                    torch.randn(rank, weight.shape[1], generator=generator) * 0.1
+                )
                 lora[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
                 lora[f"{key}.alpha"] = torch.tensor(float(rank))
     return lora
