@@ -1,4 +1,4 @@
-"""Keep packages that another package would load, if they are installed, out of a process without use for them."""
+"""Keep optional packages that another package would load out of a process that has no use for them."""
 
 import sys
 from collections.abc import Iterator
