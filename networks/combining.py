@@ -14,7 +14,7 @@ from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, group_by_module, strength
 from networks.hashes import add_hashes
 from networks.key_formats import OURS
-from networks.loading import LoraFile
+from networks.loading import LoraFile, family_of
 from networks.lora_network import prefix_of
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import TRAINED_ON, FamilyNames
@@ -140,7 +140,10 @@ def made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metadat
     in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
     made = next((found for one in loras if (found := read_family(one.metadata)) is not None), None)
-    family = choose_family(in_dit, "flux" if made is None else made.name) or made
+    hint = "flux" if made is None else made.name
+    family = choose_family(in_dit, hint) or made
+    if made is None and family is not None and family.text_width:
+        family = family_of(group_by_module(tensors))
     module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
     own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
     metadata = {

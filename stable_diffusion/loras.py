@@ -19,13 +19,13 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.errors import CheckpointError, OptionError
 from networks.added import attach_parts, fitting, places
 from networks.added_layers import AddedPart
-from networks.deltas import group_by_module, weight_delta
-from networks.loading import LoraFile, list_some, read_lora
+from networks.deltas import group_by_module
+from networks.loading import LoraFile, family_by_text_width, list_some, read_lora
 from networks.merge import LoraPatch, LoraUse
 from networks.module_names import read_family
 from networks.switching import OriginalWeights
 from networks.text_loras import text_part
-from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind, Model
+from stable_diffusion.contract import KINDS, Kind, Model
 from stable_diffusion.loading import Release
 from stable_diffusion.network_options import NetworkOptions
 
@@ -34,7 +34,6 @@ OPTION = "--network_weights"
 Multipliers = tuple[float, ...]
 _META = torch.device("meta")
 _TEXT_START = "text_model."  # Hugging Face's CLIP is one level deeper than ours
-_TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of the released models
 
 
 class Networks:
@@ -183,13 +182,8 @@ def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
 
 def _kind_by_size(lora: LoraFile) -> Kind | None:
     """Return the kind whose released models take texts as wide as the LoRA's cross-attention does."""
-    widths = set()
-    for name, factors in group_by_module(lora.tensors).items():
-        if name.endswith(("attn2_to_k", "attn2_to_v")):
-            sizes = {part: one for part, one in factors.items() if part != "alpha"}
-            delta = weight_delta(sizes, _META)
-            widths |= set() if delta is None else {delta.numel() // len(delta)}
-    return _TEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
+    family = family_by_text_width(group_by_module(lora.tensors))
+    return next((kind for kind in KINDS if family is not None and kind.name == family.name), None)
 
 
 def load_networks(
