@@ -65,9 +65,10 @@ def lay_out_sdxl(folder: Path) -> None:
 
 
 def lay_out_stable_diffusion(folder: Path) -> None:
-    """Stable Diffusion 1.5 and XL and all that acts on them; beside the folder what the pages name."""
+    """Stable Diffusion 1.5, 2.1 and XL and all that acts on them; beside the folder what the pages name."""
     lay_out_sdxl(folder)
     stable_diffusion.write_sd1(folder, name="v1-5-pruned-emaonly.safetensors")
+    stable_diffusion.write_sd2(folder, name="v2-1_768-ema-pruned.safetensors")
     _write_image_tower(folder / "image_encoder")
     (folder / "upscalers").mkdir()
     write_rrdb(folder / "upscalers" / "RealESRGAN_x4plus.pth")
