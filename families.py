@@ -14,9 +14,8 @@ FAMILIES = {
     "hunyuan_video": "hunyuan_model.checkpoints",
     "wan": "wan.checkpoints",
 }
-# name -> its generation script
+# name -> its generation script, if compare.py can call it: gen_img.py has options and files of its own
 GENERATION_SCRIPTS = {
-    "stable_diffusion": "gen_img",
     "lumina": "lumina_generate_image",
     "flux": "flux_generate_image",
     "framepack": "fpack_generate_video",

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-BAR, MEMORY_BAR = 1.03, 1.05
+BAR, MEMORY_BAR = 1.03, 1.1  # what malloc keeps differs from run to run
 PROMPTS = ("a cat on a mat", "a red circle", "the sea at night", "a house and a tree")
 AVOIDED = "blurry"
 SCALE = 7.5

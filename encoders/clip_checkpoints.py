@@ -116,6 +116,13 @@ def plan_clip_text(
             f"{use.option}.",
             own.path,
         )
+    for name in ("num_attention_heads", "layer_norm_eps"):
+        if not isinstance(told.get(name, 1), int | float):
+            raise CheckpointError(
+                f"{own.path}: {name} is {told[name]!r} in the config.json beside it, which must be a number. "
+                "Give the config.json that belongs to it.",
+                own.path,
+            )
     config = ClipTextConfig(
         vocabulary=vocabulary,
         positions=positions,

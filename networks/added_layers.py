@@ -85,6 +85,11 @@ class AddedPart:
         self._chain, self._whole, self._bias = [], {}, None
 
     @property
+    def is_made_whole(self) -> bool:
+        """Whether each pass makes a change as large as the weight: it is not of low rank."""
+        return bool(self._whole)
+
+    @property
     def is_active(self) -> bool:
         return self.multiplier != 0
 

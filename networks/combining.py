@@ -14,7 +14,7 @@ from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, group_by_module, strength
 from networks.hashes import add_hashes
 from networks.key_formats import OURS
-from networks.loading import LoraFile
+from networks.loading import LoraFile, family_of
 from networks.lora_network import prefix_of
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import TRAINED_ON, FamilyNames
@@ -42,7 +42,7 @@ def add_up(
             if set(factors) - {"alpha"} != set(LORA):
                 raise CheckpointError(
                     f"{lora.path} cannot be merged into a LoRA: {name} has {', '.join(sorted(factors))}.\n"
-                    "  Only plain LoRAs can; merge it into the model instead (--flux_model).",
+                    "  Only plain LoRAs can; merge it into the model instead.",
                     lora.path,
                 )
             modules.setdefault(name, []).append((lora, factors, ratio))
@@ -77,6 +77,9 @@ def _sum(
     ups: list[Tensor] = []
     for lora, factors, ratio in parts:
         down, up = (factors[part].to(device, torch.float32) for part in LORA)
+        if downs and (down[0].numel(), len(up)) == (downs[0][0].numel(), len(ups[0])):
+            # a matrix may have the shape of a 1x1 convolution
+            down, up = down.reshape(-1, *downs[0].shape[1:]), up.reshape(*up.shape[:2], *ups[0].shape[2:])
         if downs and (down.shape[1:], len(up)) != (downs[0].shape[1:], len(ups[0])):
             raise CheckpointError(
                 f"{lora.path} does not fit {parts[0][0].path}: {name} changes {len(up)} x {down.shape[1]} "
@@ -137,7 +140,10 @@ def made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metadat
     in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
     made = next((found for one in loras if (found := read_family(one.metadata)) is not None), None)
-    family = choose_family(in_dit, "flux" if made is None else made.name)
+    hint = "flux" if made is None else made.name
+    family = choose_family(in_dit, hint) or made
+    if made is None and family is not None and family.text_width:
+        family = family_of(group_by_module(tensors))
     module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
     own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
     metadata = {

@@ -11,7 +11,8 @@ from networks.deltas import DORA, Factors, group_by_module, rank_of
 from networks.experts import expert_of, in_words, split_names
 from networks.hashes import model_hashes
 from networks.key_formats import OURS, other_kind, to_native
-from networks.module_names import choose_family, read_family
+from networks.loading import family_of
+from networks.module_names import read_family
 from networks.names.layouts import FOR_BOTH
 
 KINDS = {
@@ -65,7 +66,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     kinds = {name for factors in modules.values() for part, name in KINDS.items() if part in factors}
     if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
         return None
-    family = made or choose_family(name.removeprefix(OURS) for name in group_by_module(native.tensors))
+    family = made or family_of(group_by_module(native.tensors))
     what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"
     model = f" for {family.name}" if family is not None else ""
     ranks = Counter(rank for factors in modules.values() if (rank := rank_of(factors)) is not None)

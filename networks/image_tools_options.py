@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import add_unsupported
 from modules.output_files import check_output_file, refuse_replacing
 from networks.options import multipliers_for, require_files
 
@@ -177,6 +178,44 @@ class FluxMergeOptions:
 
 
 @dataclass(frozen=True)
+class WholeMergeOptions:
+    """Options of `networks/sdxl_merge_lora.py`."""
+
+    save_precision: str | None  # None: into a checkpoint, as it is; into a LoRA, --precision
+    precision: str
+    sd_model: Path | None
+    save_to: Path
+    models: tuple[Path, ...]
+    ratios: tuple[float, ...]
+    concat: bool
+    shuffle: bool
+    no_metadata: bool
+
+    def __post_init__(self) -> None:
+        require_files("--models", self.models)
+        if len(self.models) != len(self.ratios):
+            raise OptionError(
+                f"--ratios has {len(self.ratios)} numbers for {len(self.models)} files of --models: give one "
+                "for each, in the same order"
+            )
+        multipliers_for(self.models, self.ratios, "--ratios")
+        if self.sd_model is not None:
+            require_files("--sd_model", [self.sd_model])
+            if self.concat or self.shuffle:
+                raise OptionError(
+                    "--concat and --shuffle are for merging LoRAs into one: leave out --sd_model"
+                )
+        check_output_file("--save_to", self.save_to)
+        refuse_replacing(
+            "--save_to", self.save_to, [*self.models, *([] if self.sd_model is None else [self.sd_model])]
+        )
+        if self.shuffle:
+            logger.info(
+                "--shuffle changes nothing: the merged LoRA is exact, in whatever order its ranks are"
+            )
+
+
+@dataclass(frozen=True)
 class FluxConvertOptions:
     """Options of `networks/convert_flux_lora.py`."""
 
@@ -295,6 +334,42 @@ def add_flux_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shuffle", action="store_true", help="changes nothing: the sum is exact anyway")
     parser.add_argument("--diffusers", action="store_true", help="changes nothing: names are recognised")
+
+
+def add_whole_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `WholeMergeOptions`."""
+    parser.add_argument(
+        "--save_precision",
+        choices=PRECISIONS,
+        help="type of the numbers to write; default: as the checkpoint",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float",
+        help="type of a merged LoRA if --save_precision is not given; float is computed in any case",
+    )
+    parser.add_argument("--sd_model", help="checkpoint to merge into, a single file; without: into one LoRA")
+    parser.add_argument("--save_to", required=True, help="file to write: the checkpoint, or the merged LoRA")
+    parser.add_argument("--models", nargs="+", required=True, help="LoRA files to merge, of any dialect")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", required=True, help="strength of each file of --models"
+    )
+    add_unsupported(
+        parser,
+        "--lbws",
+        nargs="*",
+        reason="strengths of single blocks. Leave it out, and give one strength for each file to --ratios",
+        help="strengths of single blocks",
+    )
+    parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
+    parser.add_argument(
+        "--concat",
+        action="store_true",
+        help="LoRA into LoRA: add up the ranks, so that the sum is exact; without, the best LoRA of the "
+        "first file's rank",
+    )
+    parser.add_argument("--shuffle", action="store_true", help="changes nothing: the sum is exact anyway")
 
 
 def add_flux_convert_arguments(parser: argparse.ArgumentParser) -> None:

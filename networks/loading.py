@@ -17,11 +17,11 @@ from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from modules.user_modules import import_user_module
-from networks.deltas import Factors, find_fault, group_by_module, rank_of
+from networks.deltas import Factors, find_fault, group_by_module, rank_of, weight_delta
 from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_names
 from networks.hashes import is_damaged
 from networks.key_formats import OURS, other_kind, to_native
-from networks.module_names import choose_family, is_optional, read_family
+from networks.module_names import FAMILIES, choose_family, is_optional, read_family
 from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.text_encoders import diffusers_path_of_text
 from networks.parts import mend_split_alphas
@@ -86,9 +86,28 @@ class LoraFile:
         return group_by_module(self.for_expert(None).tensors)
 
     def family(self) -> FamilyNames | None:
-        """Return the family it was trained for, from its metadata, else its names; None if unknown."""
+        """Return the family it was trained for, by metadata, else by names and sizes; None if unknown."""
         one = next(iter(self.parts.values()), self)
-        return read_family(one.metadata) or choose_family(name.removeprefix(OURS) for name in one.modules())
+        return read_family(one.metadata) or family_of(one.modules())
+
+
+def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:
+    """Return the family of a LoRA's modules by their names, and by sizes if several have these names."""
+    family = choose_family(name.removeprefix(OURS) for name in modules)
+    if family is None or not family.text_width:
+        return family
+    return family_by_text_width(modules) or family
+
+
+def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
+    """Return the family whose released models take texts as wide as a U-Net's cross-attention does here."""
+    widths = set()
+    for name, factors in modules.items():
+        if name.endswith(("attn2_to_k", "attn2_to_v")):
+            sizes = {part: one for part, one in factors.items() if part != "alpha"}
+            delta = weight_delta(sizes, torch.device("meta"))
+            widths |= set() if delta is None else {delta.numel() // len(delta)}
+    return next((one for one in FAMILIES if {one.text_width} == widths), None)
 
 
 def _several(path: Path) -> CheckpointError:
@@ -191,7 +210,10 @@ def _read_part(
         ) from error
     use = f", trained for {metadata[TRAINED_FOR]}" if TRAINED_FOR in metadata else ""
     use += f", for the {in_words(expert)}" if expert is not None else ""
-    logger.info(f"{path}: {len(group_by_module(native.tensors))} modules, names as of {native.dialect}{use}")
+    count = f"{len(modules)} modules" + (
+        f" and {len(group_by_module(texts))} of text encoders" if texts else ""
+    )
+    logger.info(f"{path}: {count}, names as of {native.dialect or 'ours'}{use}")
     tensors = mend_split_alphas(path, native.tensors | alphas, metadata)
     return LoraFile(path, tensors, metadata, native.dialect, text_tensors={**texts, **text_alphas})
 

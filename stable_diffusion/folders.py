@@ -5,7 +5,7 @@ U-Net and VAE have the dimensions of their config.json; nothing else is taken fr
 
 import inspect
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ _PLAIN = {
     "addition_embed_type": (None, "text_time"),
     "time_cond_proj_dim": (None,),
 }
+# settings that are read here; diffusers' classes see to the others
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "in_channels": (int,),
+    "latent_channels": (int,),
+    "addition_time_embed_dim": (int, type(None)),
+    "block_out_channels": (list,),
+}
 _COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 
 
@@ -67,7 +74,7 @@ def read_folder_marks(folder: Path) -> Marks:
     file = folder / "scheduler" / "scheduler_config.json"
     schedule = _read_json(file) if file.is_file() else {}
     prediction = schedule.get("prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in _PREDICTIONS:
         raise CheckpointError(
             f"{file}: the model predicts {prediction!r}; only epsilon and v_prediction can be used.", file
         )
@@ -201,6 +208,9 @@ def _read_config(folder: Path, network: Any, names: Collection[str]) -> dict[str
             f"{file}: it is a {config['_class_name']}, {network.__name__} is needed.\n  Give {GIVE}.",
             file,
         )
+    for name, kind in _TYPES.items():
+        if name in config and not isinstance(config[name], kind):
+            raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
     known = inspect.signature(network.__init__).parameters
     settings = {name: value for name, value in config.items() if name in known}
     ignored = sorted(name for name in config.keys() - settings.keys() if not name.startswith("_"))

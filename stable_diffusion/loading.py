@@ -70,8 +70,7 @@ def load_model(options: ModelOptions, device: torch.device) -> Model:
     """
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
     vae_dtype = torch.float32 if options.no_half_vae else dtype
-    if options.xformers or options.diffusers_xformers:
-        check_backend(AttentionChoice("xformers"), device, lambda: dtype, training=True)  # names --xformers
+    _check_attention(options, device, dtype)
     with ExitStack() as files:
         release = open_release(options, files)
         tokenizers = find_tokenizers(
@@ -81,7 +80,7 @@ def load_model(options: ModelOptions, device: torch.device) -> Model:
             check_vocabulary(words, plan.network.config.vocabulary, release.path)
         networks = _build(release)
         _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
-        _log(release, dtype, vae_dtype)
+        _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
         _fill(networks, release, device, dtype, vae_dtype)
         projections = [_read_projection(plan, device, dtype) for plan in release.texts]
     towers = tuple(
@@ -267,6 +266,17 @@ def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
         ) from error
 
 
+def _check_attention(options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise OptionError, naming the option, if xformers is asked for and does not work here."""
+    if not options.xformers and not options.diffusers_xformers:
+        return
+    try:
+        check_backend(AttentionChoice("xformers"), device, lambda: dtype, training=True)  # names --xformers
+    except OptionError as error:
+        given = "--xformers" if options.xformers else "--diffusers_xformers"
+        raise OptionError(str(error).replace("--xformers", given)) from error
+
+
 def _read_projection(plan: TextPlan, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     return None if plan.projection is None else plan.projection.read().to(device, dtype)
 
@@ -299,11 +309,11 @@ def _set_up(options: ModelOptions, unet: Any, vae: Any) -> None:
         band_convolutions(vae, options.vae_slices)
 
 
-def _log(release: Release, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
+def _log(release: Release, dtype: torch.dtype, vae_dtype: torch.dtype, has_own_vae: bool) -> None:
     what = release.kind.words + (", inpainting" if release.unet.config.get("in_channels") == 9 else "")
     logger.info("Loading %s: %s, as %s, VAE as %s", release.path, what, *map(dtype_name, (dtype, vae_dtype)))
-    if release.kind is SDXL and vae_dtype == torch.float16:
+    if release.kind is SDXL and vae_dtype == torch.float16 and has_own_vae:
         logger.warning(
-            "The VAE of Stable Diffusion XL overflows in float16 and then makes black pictures, unless it is "
-            "the fixed one (madebyollin/sdxl-vae-fp16-fix, with --vae). Add --no_half_vae if that happens"
+            "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
+            "that happens, add --no_half_vae, or --vae with the fixed one (madebyollin/sdxl-vae-fp16-fix)"
         )

@@ -19,13 +19,13 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.errors import CheckpointError, OptionError
 from networks.added import attach_parts, fitting, places
 from networks.added_layers import AddedPart
-from networks.deltas import group_by_module, weight_delta
-from networks.loading import LoraFile, list_some, read_lora
+from networks.deltas import group_by_module
+from networks.loading import LoraFile, family_by_text_width, list_some, read_lora
 from networks.merge import LoraPatch, LoraUse
 from networks.module_names import read_family
 from networks.switching import OriginalWeights
 from networks.text_loras import text_part
-from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind, Model
+from stable_diffusion.contract import KINDS, Kind, Model
 from stable_diffusion.loading import Release
 from stable_diffusion.network_options import NetworkOptions
 
@@ -34,7 +34,6 @@ OPTION = "--network_weights"
 Multipliers = tuple[float, ...]
 _META = torch.device("meta")
 _TEXT_START = "text_model."  # Hugging Face's CLIP is one level deeper than ours
-_TEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of the released models
 
 
 class Networks:
@@ -183,13 +182,8 @@ def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
 
 def _kind_by_size(lora: LoraFile) -> Kind | None:
     """Return the kind whose released models take texts as wide as the LoRA's cross-attention does."""
-    widths = set()
-    for name, factors in group_by_module(lora.tensors).items():
-        if name.endswith(("attn2_to_k", "attn2_to_v")):
-            sizes = {part: one for part, one in factors.items() if part != "alpha"}
-            delta = weight_delta(sizes, _META)
-            widths |= set() if delta is None else {delta.numel() // len(delta)}
-    return _TEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
+    family = family_by_text_width(group_by_module(lora.tensors))
+    return next((kind for kind in KINDS if family is not None and kind.name == family.name), None)
 
 
 def load_networks(
@@ -215,6 +209,7 @@ def load_networks(
     if options.network_pre_calc:
         return Networks(defaults, _folded(targets, adjustable), None)
     parts = [_added(target, adjustable, model) for target in targets]
+    _log_added(adjustable, parts)
 
     def use_multipliers(multipliers: Multipliers) -> None:
         for target in parts:
@@ -287,6 +282,15 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
     for layer in attach_parts(parts, known):
         layer.switch_on(model.device, model.dtype)
     return parts
+
+
+def _log_added(uses: Sequence[LoraUse], parts: Sequence[Sequence[Mapping[str, AddedPart]]]) -> None:
+    """Log what is added at run time. parts: of each network, of each file."""
+    for index, use in enumerate(uses):
+        own = [part for target in parts for part in target[index].values()]
+        whole = sum(part.is_made_whole for part in own)
+        hint = f"; {whole} of them are made anew at each step: --network_pre_calc is faster" if whole else ""
+        logger.info(f"{use.lora.path}: added to {len(own)} modules, strength {use.multiplier:g}{hint}")
 
 
 def _for_encoders(lora: LoraFile, kind: Kind) -> LoraFile:

@@ -63,7 +63,8 @@ def check_regions(parts: int, loras: int, is_folded: bool) -> None:
         raise OptionError(
             f"the prompt has {_count(parts, 'part')} between AND, --network_weights "
             f"{_count(loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to part 2 "
-            "and so on: give as many LoRAs as parts, or leave the mask out"
+            "and so on, without those that are folded into the checkpoint: give as many LoRAs as parts, or "
+            "leave the mask out"
         )
 
 

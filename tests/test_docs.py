@@ -21,6 +21,8 @@ from tests.tiny.picture_project import (
     lay_out_hunyuan_image,
     lay_out_lumina,
     lay_out_pictures,
+    lay_out_sdxl,
+    lay_out_stable_diffusion,
 )
 from tests.tiny.post_models import lay_out_tools
 from tests.tiny.project import (
@@ -36,8 +38,8 @@ from tests.tiny.wan_encoders import write_encoders
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# dataset files that commands name: blocks that begin with their name
-NAMED_TOML = re.compile(r"^```toml\n# (\w+\.toml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# files that commands name (of datasets, prompts, code): blocks that begin with their name
+NAMED = re.compile(r"^```(?:toml|text|python)\n# (\w+\.(?:toml|txt|py))\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # they have tests of their own, or are running this one; RAY is slow
 RAY = "cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
@@ -72,6 +74,7 @@ SMALLER = {  # appended, so that the last value wins
         [*TRAINING, "--network_dim", "2"],
     ),
     "flux_generate_image.py": PICTURE,
+    "gen_img.py": ["--W", "64", "--H", "64", "--steps", "2"],
     "flux_minimal_inference.py": ["--width", "64", "--height", "64", "--steps", "2"],
     "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
     "lumina_generate_image.py": PICTURE,
@@ -90,6 +93,7 @@ SMALLER = {  # appended, so that the last value wins
         "1",
     ],
 }
+NOT_ON_CPU = {"gen_img.py": {"--fp16"}}  # left out: a CPU takes long in float16
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": ["--blocks_to_swap", "1"],  # they have few blocks
     "--blocks_to_swap=18": ["--blocks_to_swap", "0"],
@@ -101,6 +105,12 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
     # they make two steps
     "--cfgzerostar_init_steps 2": ["--cfgzerostar_init_steps", "1"],
     "--cfg_schedule 1-": ["--cfg_schedule", "1:3, e~2, !2"],
+    "--highres_fix_scale 0.5": ["--highres_fix_steps", "2"],
+    # latents that grow from 8 x 8 to 16 x 16
+    "--gradual_latent_timesteps 750": [
+        *("--W", "128", "--H", "128", "--steps", "5", "--gradual_latent_timesteps", "900"),
+        *("--gradual_latent_every_n_steps", "1", "--gradual_latent_ratio_step", "0.5"),
+    ],
     "--post gimmvfi": ["--video_size", "128", "128"],  # it takes no smaller frames
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
@@ -165,6 +175,7 @@ APART = {"README", "first_lora"}
 # pages about picture models, and the models that they use
 PICTURE_MODELS = {
     "flux": lay_out_flux,
+    "gen_img": lay_out_stable_diffusion,
     "hunyuan_image": lay_out_hunyuan_image,
     "image_datasets": lay_out_flux,
     "lumina": lay_out_lumina,
@@ -172,6 +183,7 @@ PICTURE_MODELS = {
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
     "num_repeats = 4": "num_repeats = 1",
+    "--w 832 --h 1216": "--w 64 --h 96",
 }
 PRECISION = "--mixed_precision"
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
@@ -208,6 +220,7 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     lay_out_inputs(tmp_path)
     if page.stem == "README":
         lay_out_flux(tmp_path / "models")
+        lay_out_sdxl(tmp_path / "models")
         lay_out_pictures(tmp_path)
     if page.stem == "post":
         lay_out_tools(tmp_path)
@@ -217,7 +230,7 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
-        is_about_pictures = "flux_" in command  # their own pages run them too
+        is_about_pictures = "flux_" in command or "gen_img" in command  # their own pages run them too
         run_in(tmp_path, command, makes_caches, apart=page.stem in APART and not is_about_pictures)
 
 
@@ -248,7 +261,8 @@ def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> 
     for command in commands_of(page):
         run_in(tmp_path, command, makes_caches=True, apart=False)
 
-    assert [*(tmp_path / "output").glob("my_*_lora*.safetensors")] or page.stem == "image_datasets"
+    made = {"gen_img": "pictures_made/*.png"}.get(page.stem, "output/my_*_lora*.safetensors")
+    assert [*tmp_path.glob(made)] or page.stem == "image_datasets"
 
 
 @pytest.mark.slow
@@ -288,12 +302,12 @@ def lay_out_datasets(folder: Path, in_sections: bool) -> None:
 
 
 def lay_out_named(folder: Path, pages: Sequence[Path], instead: Mapping[str, str]) -> None:
-    """The dataset files that pages show with their names, for tiny clips and pictures.
+    """The files that pages show with their names, for tiny clips and pictures.
 
     instead: what replaces their words. The last page that shows a file counts.
     """
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    for name, block in NAMED_TOML.findall(text):
+    for name, block in NAMED.findall(text):
         for old, new in instead.items():
             block = block.replace(old, new)
         (folder / name).write_text(block, encoding="utf-8")
@@ -333,7 +347,8 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
         launch = words[2:start]
     script = words[start]
     lighter = [word for given, instead in LIGHTER.items() if given in " ".join(words) for word in instead]
-    arguments = [*words[start + 1 :], *SMALLER.get(script, []), *lighter]
+    kept = [word for word in words[start + 1 :] if word not in NOT_ON_CPU.get(script, ())]
+    arguments = [*kept, *SMALLER.get(script, []), *lighter]
     if apart or OWN_PROCESS & {*words}:
         launcher = ["-m", "accelerate.commands.launch", "--cpu", *launch] if launch else []
         run_python(*launcher, ROOT / script, *arguments, folder=folder)

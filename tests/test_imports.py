@@ -150,7 +150,7 @@ _TOOLS = {
     ),
     "networks": (
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy"),
-        *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora"),
+        *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]

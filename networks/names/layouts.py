@@ -68,6 +68,9 @@ class FamilyNames:
     # many blocks lists of that layout have, and the width of a block
     depths: tuple[tuple[str, int], ...] = ()
     width: int = 0
+    text_width: int = (
+        0  # of what its cross-attention takes, by which families with equal names are told apart
+    )
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
 

@@ -89,6 +89,7 @@ SD1 = FamilyNames(
     takes=("sd2",),  # by names; sizes tell them apart
     first_encoder="lora_te",
     written_version="sd_v1",
+    text_width=768,
     versions=("sd_v1", "sd_1", "sd1", "stable-diffusion-v1"),
 )
 # the same modules with other sizes
@@ -98,6 +99,7 @@ SD2 = replace(
     architecture="stable-diffusion-v2",
     takes=("sd1",),
     written_version="sd_v2",
+    text_width=1024,
     versions=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),
 )
 SDXL = FamilyNames(
@@ -109,5 +111,6 @@ SDXL = FamilyNames(
     is_as_in_diffusers=True,
     always_underscored="aliases",
     written_version="sdxl_base_v1-0",
+    text_width=2048,
     versions=("sdxl", "stable-diffusion-xl"),
 )

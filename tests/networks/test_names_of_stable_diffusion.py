@@ -9,6 +9,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
+from networks.key_formats import to_native
+from networks.loading import family_of
 from networks.module_names import alias, choose_family, diffusers_path, module_path, own_path, to_alias
 from networks.names.layouts import FamilyNames
 from networks.names.stable_diffusion import SD1, SD2, SDXL
@@ -111,3 +113,59 @@ def test_a_network_is_told_by_its_modules(family: FamilyNames, settings: dict[st
 
     assert found is (SDXL if family is SDXL else SD1)  # SD 2 has the same names
     assert choose_family(names, family.name) is family
+
+
+@pytest.mark.parametrize(("width", "name"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (64, "sd1")])
+def test_kinds_of_equal_names_are_told_by_the_width_of_their_texts(width: int, name: str) -> None:
+    factors = {"lora_down.weight": torch.zeros(2, width), "lora_up.weight": torch.zeros(320, 2)}
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+
+    family = family_of({module: factors, "lora_unet_conv_in": {"diff": torch.zeros(320, 4, 3, 3)}})
+
+    assert family is not None
+    assert family.name == name
+
+
+_LAYER = "encoder.layers.3.self_attn.q_proj"
+_IN_UNET = {
+    "sd1": "unet.up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+    "sdxl": "lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q.lora_down.weight",
+    "flux": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "theirs", "ours"),
+    [
+        ("sd1", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te_text_model"),
+        ("sd1", f"text_encoder.{_LAYER}.lora_linear_layer.down.weight", "lora_te_text_model"),
+        (
+            "sd1",
+            "text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora.down.weight",
+            "lora_te_text_model",
+        ),
+        ("sdxl", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te1_text_model"),
+        ("sdxl", f"text_encoder_2.text_model.{_LAYER}.lora.down.weight", "lora_te2_text_model"),
+        ("sdxl", f"clip_g.transformer.text_model.{_LAYER}.lora_down.weight", "lora_te2_text_model"),
+        (
+            "sdxl",
+            f"text_encoders.clip_l.transformer.text_model.{_LAYER}.lora_A.weight",
+            "lora_te1_text_model",
+        ),
+        ("flux", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te1_text_model"),
+    ],
+)
+def test_text_encoders_have_the_names_of_the_family(family: str, theirs: str, ours: str) -> None:
+    found = to_native({theirs: torch.zeros(1, 1), _IN_UNET[family]: torch.zeros(1, 1)})
+
+    assert set(found.texts) == {f"{ours}_encoder_layers_3_self_attn_q_proj.lora_down.weight"}
+    assert len(found.tensors) == 1
+    assert not found.unknown
+
+
+def test_the_second_encoder_of_flux_is_t5() -> None:
+    name = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
+
+    found = to_native({name: torch.zeros(1, 1), _IN_UNET["flux"]: torch.zeros(1, 1)})
+
+    assert set(found.texts) == {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"}

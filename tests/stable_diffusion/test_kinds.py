@@ -192,7 +192,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "widths": (lambda at: change_json(at / "unet" / "config.json", block_out_channels=[32]), "dimensions"),
     "text": (
         lambda at: change_json(at / "unet" / "config.json", block_out_channels="32"),
-        "diffusers cannot",
+        "block_out_channels is '32'",
     ),
     "LCM": (
         lambda at: change_json(at / "unet" / "config.json", time_cond_proj_dim=256),

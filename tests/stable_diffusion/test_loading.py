@@ -364,7 +364,7 @@ def test_channels_last_changes_the_memory_and_not_the_result(folder: Path) -> No
 
 @pytest.mark.parametrize("option", ["--xformers", "--diffusers_xformers"])
 def test_xformers_without_a_gpu_is_refused_before_loading(option: str, folder: Path) -> None:
-    with pytest.raises(OptionError, match="--xformers runs on CUDA devices only"):
+    with pytest.raises(OptionError, match=f"{option} runs on CUDA devices only"):
         quick(folder, "missing.safetensors", option)
 
 
@@ -460,3 +460,18 @@ def test_the_device_is_where_all_parts_are(folder: Path) -> None:
     assert model.device == CPU
     with pytest.raises(CheckpointError, match="no such file"):
         quick(folder, "nothing.safetensors")
+
+
+def test_a_vae_on_the_hub_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        return str(folder / "sd1" / "vae")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+
+    model = quick(folder, "sd1.safetensors", "--vae", "stabilityai/sd-vae-ft-mse")
+
+    assert asked == ["stabilityai/sd-vae-ft-mse"]
+    assert_equal_states(model.vae, vae_state())

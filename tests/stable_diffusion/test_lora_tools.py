@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 import convert_lora
 import merge_lora
-from modules.errors import CheckpointError
-from networks import extract_lora_from_models, flux_merge_lora
+from modules.errors import CheckpointError, OptionError
+from networks import extract_lora_from_models, sdxl_merge_lora
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
 from stable_diffusion.contract import Model
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import in_places, put_in, results, write_kohya
@@ -33,34 +34,31 @@ def assert_same(one: Model, other: Model, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(found / scale, wanted / scale, rtol=tolerance, atol=tolerance)
 
 
-def merge(source: Path, path: Path, output: Path, multiplier: float = 1.0) -> None:
-    words = [
-        "--dit",
-        source,
-        "--lora_weight",
-        path,
-        "--lora_multiplier",
-        multiplier,
-        "--save_merged_model",
-        output,
-    ]
-    merge_lora.main([*map(str, words), "--device", "cpu"])
+def merge(tool: str, source: Path, path: Path, output: Path, multiplier: float) -> None:
+    if tool == "merge_lora":
+        words = ["--dit", source, "--lora_weight", path, "--lora_multiplier", multiplier, "--device", "cpu"]
+        merge_lora.main([*map(str, words), "--save_merged_model", str(output)])
+    else:
+        words = ["--sd_model", source, "--models", path, "--ratios", multiplier, "--save_to", output]
+        sdxl_merge_lora.main([str(word) for word in words])
 
 
 def is_extracted(path: str) -> bool:
     return in_places(path) and path != "conv_in"
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    ("kind", "tool"), [("sd1", "merge_lora"), ("sd2", "merge_lora"), ("sdxl", "sdxl_merge_lora")]
+)
 def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
-    tmp_path: Path, tokenizers: Path, kind: str
+    tmp_path: Path, tokenizers: Path, kind: str, tool: str
 ) -> None:
     source, output = WRITERS[kind](tmp_path), tmp_path / "merged.safetensors"
     model = load(source, "--tokenizer_cache_dir", tokenizers)
     path = write_kohya(tmp_path / "x.safetensors", model, is_extracted)
     put_in(model, path, "--network_mul", 0.5)
 
-    merge(source, path, output, 0.5)
+    merge(tool, source, path, output, 0.5)
 
     merged = load(output, "--tokenizer_cache_dir", tokenizers)
     assert_same(merged, model)
@@ -114,7 +112,7 @@ def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Pat
     total = tmp_path / "sum.safetensors"
 
     words = ["--models", one, other, "--ratios", 0.5, -2, "--save_to", total, "--concat"]
-    flux_merge_lora.main([str(word) for word in words])
+    sdxl_merge_lora.main([str(word) for word in words])
 
     both = load(model.path, "--tokenizer_cache_dir", tokenizers)
     put_in(both, one, other, "--network_mul", 0.5, -2)
@@ -143,3 +141,22 @@ def test_converted_to_diffusers_and_back_it_has_the_same_names(
     put_in(model, path)
     put_in(other, back)
     assert_same(model, other, 1e-4)
+
+
+def test_given_to_a_video_model_it_is_refused_with_both_names(tmp_path: Path, tokenizers: Path) -> None:
+    model = load(write_sd1(tmp_path), "--tokenizer_cache_dir", tokenizers)
+    lora = read_lora(
+        write_kohya(tmp_path / "x.safetensors", model, lambda path: ".attn" in path, texts=False)
+    )
+    patch = LoraPatch([LoraUse(lora)])
+    patch("blocks.0.self_attn.q.weight", torch.zeros(4, 4))
+
+    with pytest.raises(CheckpointError, match="It is for sd1, the model is wan"):
+        patch.check()
+
+
+def test_strengths_of_single_blocks_are_refused_by_name(tmp_path: Path) -> None:
+    words = ["--models", "x", "--ratios", "1", "--save_to", str(tmp_path / "x"), "--lbws", "1,0"]
+
+    with pytest.raises(OptionError, match="--lbws is not supported yet: strengths of single blocks"):
+        sdxl_merge_lora.main(words)

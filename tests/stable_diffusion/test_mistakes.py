@@ -26,7 +26,7 @@ NUMBERS = (
     ("--W 100", "--W 100: sizes are multiples of 8"),
     ("--W 1000000", "--W 1000000: must be at most 16,384"),
     ("--steps 0", "--steps 0: must be at least 1"),
-    ("--steps 5000", "--steps 5000: must be at most 1,000"),
+    ("--steps 5000", "--steps 5000: must be at most"),
     ("--steps 2.5", "2.5 is not a whole number"),
     ("--scale nan", "--scale nan"),
     ("--scale inf", "--scale inf"),

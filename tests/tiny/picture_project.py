@@ -5,11 +5,17 @@ import shutil
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from torch import Tensor
 
-from tests.tiny import flux, hunyuan_image, lumina
+from encoders.clip_vision import ClipVision
+from encoders.clip_vision_checkpoints import ClipVisionConfig
+from tests.tiny import flux, hunyuan_image, lumina, stable_diffusion
+from tests.tiny.control_nets import write_control_net, write_lllite
+from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
 from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
+from tests.tiny.post_upscaling import write_rrdb
 from tests.tiny.project import CAPTIONS, moving_square, write_image
 
 SIDE = 64  # pixels of the pictures
@@ -47,6 +53,74 @@ def lay_out_lumina(folder: Path) -> None:
     gemma = lumina.write_gemma(folder / "tokenizer")
     (gemma / "model.safetensors").rename(folder / "gemma_2_2b_fp16.safetensors")
     (gemma / "config.json").rename(folder / "config.json")
+
+
+def lay_out_sdxl(folder: Path) -> None:
+    """Stable Diffusion XL, the VAE that works in float16, and the tokenizer beside them."""
+    stable_diffusion.write_sdxl(folder, "sd_xl_base_1.0.safetensors")
+    save(folder / "sdxl_vae.safetensors", stable_diffusion.ldm_vae(stable_diffusion.vae_state()))
+    stable_diffusion.write_tokenizer(folder / "clip_l")
+
+
+def lay_out_stable_diffusion(folder: Path) -> None:
+    """Stable Diffusion 1.5 and XL and all that acts on them; beside the folder what the pages name."""
+    lay_out_sdxl(folder)
+    stable_diffusion.write_sd1(folder, name="v1-5-pruned-emaonly.safetensors")
+    _write_image_tower(folder / "image_encoder")
+    (folder / "upscalers").mkdir()
+    write_rrdb(folder / "upscalers" / "RealESRGAN_x4plus.pth")
+    beside = folder.parent
+    for name in ("controls", "loras", "embeddings"):
+        (beside / name).mkdir()
+    write_control_net(beside / "controls" / "canny.safetensors", "sd1")
+    write_lllite(beside / "controls" / "lllite.safetensors")
+    for seed, name in enumerate(("style", "cat", "dog")):
+        save(beside / "loras" / f"{name}.safetensors", _sdxl_lora(seed))
+    generator = torch.Generator().manual_seed(3)
+    words = {
+        name: torch.randn(2, stable_diffusion.TEXT_DIM, generator=generator) for name in ("clip_l", "clip_g")
+    }
+    save(beside / "embeddings" / "ohwx.safetensors", words)
+    for name in ("photo", "sketch"):
+        write_image(beside / f"{name}.png", SIDE, SIDE)
+    mask = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(mask).rectangle((16, 16, 47, 47), fill=255)
+    mask.save(beside / "mask.png")
+    regions = Image.new("RGB", (SIDE, SIDE), (255, 0, 0))
+    ImageDraw.Draw(regions).rectangle((SIDE // 2, 0, SIDE, SIDE), fill=(0, 255, 0))
+    regions.save(beside / "regions.png")
+
+
+def _write_image_tower(folder: Path) -> None:
+    """The image tower of OpenCLIP's bigG, but for the widths."""
+    tower = ClipVision(ClipVisionConfig(64, 96, 4, 2, 28, 14, stable_diffusion.TEXT_DIM))
+    generator = torch.Generator().manual_seed(4)
+    state = {name: draw(name, tuple(tensor.shape), generator) for name, tensor in tower.state_dict().items()}
+    save(folder / "model.safetensors", {_in_release(name): tensor for name, tensor in state.items()})
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "hidden_act": "gelu"}
+    (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def _in_release(name: str) -> str:
+    return name if name.startswith("visual_projection.") else f"vision_model.{name}"
+
+
+def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
+    """A LoRA of the attention of the tiny XL U-Net and of both text encoders, as sd-scripts names them."""
+    parts = {"lora_unet": stable_diffusion.unet_state("sdxl")}
+    parts |= {f"lora_te{number + 1}": stable_diffusion.text_state("sdxl", number) for number in range(2)}
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    for start, state in parts.items():
+        for name, weight in state.items():
+            if name.endswith(("to_q.weight", "to_v.weight", "q_proj.weight")):
+                key = f"{start}_{name.removesuffix('.weight').replace('.', '_')}"
+                lora[f"{key}.lora_down.weight"] = (
+                    torch.randn(rank, weight.shape[1], generator=generator) * 0.1
+                )
+                lora[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
+                lora[f"{key}.alpha"] = torch.tensor(float(rank))
+    return lora
 
 
 def lay_out_pictures(folder: Path) -> None:
