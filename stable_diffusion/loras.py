@@ -171,7 +171,6 @@ def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
             raise CheckpointError(
                 f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
                 f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}.",
-                lora.path,
             )
         if made is not None and made.name != kind.name:
             words = next(each.words for each in KINDS if each.name == made.name)
