@@ -165,3 +165,31 @@ def test_strengths_of_single_blocks_are_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match="--lbws is not supported yet: strengths of single blocks"):
         sdxl_merge_lora.main(words)
+
+
+def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tmp_path: Path) -> None:
+    source, old = write_sd1(tmp_path), tmp_path / "old.safetensors"
+    text = "cond_stage_model.transformer."
+    tensors = {name.replace(f"{text}text_model.", text): one for name, one in load_file(source).items()}
+    tensors.pop(f"{text}embeddings.position_ids")
+    save_file(tensors, old)
+    module = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    factors = {"lora_down.weight": torch.ones(1, 64), "lora_up.weight": torch.ones(128, 1)}
+    save_file({f"{module}.{part}": one for part, one in factors.items()}, lora)
+
+    merge("sdxl_merge_lora", old, lora, merged, 0.5)
+
+    changed = f"{text}encoder.layers.0.mlp.fc1.weight"
+    torch.testing.assert_close(load_file(merged)[changed], tensors[changed] + 0.5)
+    extracted = tmp_path / "extracted.safetensors"
+    words = ["--model_org", old, "--model_tuned", merged, "--save_to", extracted, "--device", "cpu"]
+    extract_lora_from_models.main([*map(str, words), "--clamp_quantile", "1"])
+    again = group_by_module(load_file(extracted))[module]
+    delta = weight_delta(again, CPU)
+    assert delta is not None
+    torch.testing.assert_close(delta, torch.full((128, 64), 0.5), atol=1e-4, rtol=1e-4)
+    # a fine-tuned file that has what the original leaves out
+    tensors[f"{text}embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, merged)
+    extract_lora_from_models.main([str(word) for word in words])
