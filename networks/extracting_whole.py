@@ -35,6 +35,7 @@ _ATTENTION = re.compile(
 )
 # with a rank for convolutions: those of residual blocks and between levels, and the matrix of the time
 _RESIDUAL = re.compile(r"_(resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers_0_conv)$")
+_WEIGHTS = ("weight", "bias")
 _IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
 
 
@@ -117,8 +118,9 @@ def _compare(original: Checkpoint, tuned: Checkpoint) -> FamilyNames:
                 "  Give such files to --model_org and --model_tuned.",
                 checkpoint.path,
             )
+    # weights and biases: numbers of positions, which many files leave out, are no part of a LoRA
     shapes = [
-        {name: one.tensors[name].shape for name in one.tensors if pieces_of(name)}
+        {name: one.tensors[name].shape for name in one.tensors if name.endswith(_WEIGHTS) and pieces_of(name)}
         for one in (original, tuned)
     ]
     wrong = sorted(

@@ -192,6 +192,8 @@ class LoraPatch:
                 f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
                 self._path,
             )
+        if self._is_text:
+            missed = [key.removeprefix(OURS) for key in missed]
         made = lora.family()
         kinds = (
             ""

@@ -31,6 +31,7 @@ _OPEN_CLIP = (
     (r"ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
     (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
 )
+_HF_START = "text_model."
 _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")  # q, k and v by rows
 
 
@@ -66,7 +67,8 @@ def pieces_of(name: str) -> list[Piece]:
             layer = f"text_model.encoder.layers.{fused[1]}.self_attn."
             return [Piece(prefix, f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")]
         if not is_open_clip:
-            return [Piece(prefix, own)]
+            # old and merged files leave this level out
+            return [Piece(prefix, own if own.startswith(_HF_START) else _HF_START + own)]
         found = ((re.fullmatch(theirs, own), ours) for theirs, ours in _OPEN_CLIP)
         return [Piece(prefix, match.expand(ours)) for match, ours in found if match is not None]
     return []

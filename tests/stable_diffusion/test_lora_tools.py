@@ -48,7 +48,12 @@ def is_extracted(path: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tool"), [("sd1", "merge_lora"), ("sd2", "merge_lora"), ("sdxl", "sdxl_merge_lora")]
+    ("kind", "tool"),
+    [
+        ("sd1", "merge_lora"),
+        pytest.param("sd2", "merge_lora", marks=pytest.mark.slow),
+        ("sdxl", "sdxl_merge_lora"),
+    ],
 )
 def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
     tmp_path: Path, tokenizers: Path, kind: str, tool: str
@@ -122,7 +127,7 @@ def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Pat
     assert set(load_file(one)) <= set(load_file(total))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_converted_to_diffusers_and_back_it_has_the_same_names(
     tmp_path: Path, tokenizers: Path, kind: str
 ) -> None:
@@ -160,3 +165,31 @@ def test_strengths_of_single_blocks_are_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match="--lbws is not supported yet: strengths of single blocks"):
         sdxl_merge_lora.main(words)
+
+
+def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tmp_path: Path) -> None:
+    source, old = write_sd1(tmp_path), tmp_path / "old.safetensors"
+    text = "cond_stage_model.transformer."
+    tensors = {name.replace(f"{text}text_model.", text): one for name, one in load_file(source).items()}
+    tensors.pop(f"{text}embeddings.position_ids")
+    save_file(tensors, old)
+    module = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    factors = {"lora_down.weight": torch.ones(1, 64), "lora_up.weight": torch.ones(128, 1)}
+    save_file({f"{module}.{part}": one for part, one in factors.items()}, lora)
+
+    merge("sdxl_merge_lora", old, lora, merged, 0.5)
+
+    changed = f"{text}encoder.layers.0.mlp.fc1.weight"
+    torch.testing.assert_close(load_file(merged)[changed], tensors[changed] + 0.5)
+    extracted = tmp_path / "extracted.safetensors"
+    words = ["--model_org", old, "--model_tuned", merged, "--save_to", extracted, "--device", "cpu"]
+    extract_lora_from_models.main([*map(str, words), "--clamp_quantile", "1"])
+    again = group_by_module(load_file(extracted))[module]
+    delta = weight_delta(again, CPU)
+    assert delta is not None
+    torch.testing.assert_close(delta, torch.full((128, 64), 0.5), atol=1e-4, rtol=1e-4)
+    # a fine-tuned file that has what the original leaves out
+    tensors[f"{text}embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, merged)
+    extract_lora_from_models.main([str(word) for word in words])

@@ -230,7 +230,7 @@ def before_peft(name: str) -> str:
     return name.replace(".lora_", ".lora_linear_layer.")
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dialect",
     [peft, before_peft, lambda name: peft(name).removeprefix("unet.")],
