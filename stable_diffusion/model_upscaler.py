@@ -66,6 +66,8 @@ def create_upscaler(**args: str) -> ModelUpscaler:
     words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
     words += ["--compile"] if args.get("compile", "").lower() in ("1", "true", "yes") else []
     options = read_options(UpscalerOptions, parser.parse_args(words))
+    if not options.network.model.exists():
+        raise OptionError(f"{ARGS} model={args['model']}: no such file. Give a SwinIR or ESRGAN file")
     kind, config = check_file(options.network.model)
     options = replace(options, mode=kind.mode, scale=config.factor)
     check_upscaler(options)

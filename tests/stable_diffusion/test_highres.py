@@ -251,6 +251,8 @@ def test_upscaler_files_are_checked_before_anything_is_made(tmp_path: Path) -> N
     save_tensors(model, {"unknown.weight": torch.zeros(3)}, {})
     with pytest.raises(CheckpointError, match="SwinIR"):
         prepare(f"model={model}")
+    with pytest.raises(OptionError, match="model=none.pth: no such file"):
+        prepare("model=none.pth")
     with pytest.raises(OptionError, match="factor is not known"):
         prepare(f"model={model};factor=3")
     with pytest.raises(OptionError, match="give model=FILE"):
