@@ -100,15 +100,6 @@ def alias(name: str, family: FamilyNames) -> str:
     return name if found is None else replace_dots(found)
 
 
-def own_path(path: str, family: FamilyNames) -> str | None:
-    """Return our path for one of a module in another layout, or in ours; None if the family has no such.
-
-    `input_blocks.4.1.proj_in` -> `down_blocks.1.attentions.0.proj_in`. For layouts that cut weights as ours.
-    """
-    name = replace_dots(path)
-    return _tables(family)[1].find(name) or module_path(name, family)
-
-
 def to_alias(name: str, family: FamilyNames) -> str:
     """Return another layout's underscored name for one of ours; return any other name unchanged."""
     found = _from_ours(family.aliases).find(name)

@@ -223,7 +223,7 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
         usual = (kind.size, kind.size) if image is None else _latent_size(image)
         width, height = width or usual[0], height or usual[1]
     sizes = sampling.sizes
-    _warn_of_unused(options, kind, image)
+    _warn_of_unused(options, values, kind, image)
     return Settings(
         width=width,
         height=height,
@@ -245,7 +245,9 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
     )
 
 
-def _warn_of_unused(options: GenImgOptions, kind: Kind, image: Path | None) -> None:
+def _warn_of_unused(
+    options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None
+) -> None:
     sampling = options.sampling
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
         logger.warning(
@@ -257,6 +259,17 @@ def _warn_of_unused(options: GenImgOptions, kind: Kind, image: Path | None) -> N
             "--strength is ignored because the picture begins with noise. It is for --image_path and "
             "--highres_fix_scale"
         )
+    for name, is_off in (
+        ("dsd1", options.deep_shrink.ds_depth_1 is None),
+        ("glt", options.gradual_latent.gradual_latent_timesteps is None),
+    ):
+        unused = [
+            f"--{other}"
+            for other, option in LINE_OPTIONS.items()
+            if other != name and other[:2] == name[:2] and option.key in values
+        ]
+        if is_off and unused:
+            logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
 
 
 def _latent_size(image: Path) -> tuple[int, int]:

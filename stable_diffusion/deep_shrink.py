@@ -51,6 +51,12 @@ class DeepShrinks:
             for handle in _install(shrinking, self.unet):
                 stack.callback(handle.remove)
             yield shrinking
+        if pictures[0].image is not None and not shrinking.has_acted:
+            logger.warning(
+                "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
+                "(%d). Give a lower one, or a higher --strength.",
+                *(pictures[0].label, shrink.timestep_1),
+            )
 
 
 def _check_depths(shrink: DeepShrink, count: int) -> None:
@@ -105,12 +111,14 @@ class _Shrinking:
     shrink: DeepShrink
     blocks: Sequence[nn.Module]
     depth: int | None = None  # where features are made smaller in this call
+    has_acted: bool = False
     size: Size = (0, 0)  # of the sample
     # of the skips that the running output block takes, in the order in which it takes them
     skips: list[Size] = field(default_factory=list)
 
     def __call__(self, call: UnetCall) -> UnetCall:
         self.depth = active_depth(self.shrink, call.timestep)
+        self.has_acted = self.has_acted or self.depth is not None
         height, width = call.sample.shape[-2:]
         self.size = height, width
         if self.depth is None or call.residuals is None:

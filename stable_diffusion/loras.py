@@ -48,12 +48,12 @@ class Networks:
         """defaults: strengths of the command line. use: makes the model compute with these strengths."""
         self._defaults = defaults
         self._use = use
-        self._current = defaults
+        self._current: Multipliers | None = None  # None: none are set throughout
         self._depth = 0
         # what each LoRA adds to the U-Net, by diffusers' paths of modules; None: they are folded into
         # weights, so that nothing can be done with what a single one adds
         self.layers = None if layers is None else tuple(layers)
-        use(defaults)
+        self._set(defaults)
 
     def __len__(self) -> int:
         return len(self._defaults)
@@ -80,7 +80,7 @@ class Networks:
         Weights into which LoRAs are folded stay as they are after the outermost one: the next batch has
         mostly the same strengths.
         """
-        before, wanted = self._current, self.settle(multipliers, part)
+        before, wanted = self._current or self._defaults, self.settle(multipliers, part)
         self._depth += 1
         try:
             self._set(wanted)
@@ -92,6 +92,7 @@ class Networks:
 
     def _set(self, multipliers: Multipliers) -> None:
         if multipliers != self._current:
+            self._current = None  # Ctrl-C may leave some weights with other strengths
             self._use(multipliers)
             self._current = multipliers
 
@@ -170,7 +171,6 @@ def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
             raise CheckpointError(
                 f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
                 f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}.",
-                lora.path,
             )
         if made is not None and made.name != kind.name:
             words = next(each.words for each in KINDS if each.name == made.name)

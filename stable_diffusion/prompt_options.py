@@ -62,13 +62,13 @@ class PromptOptions:
         self._check_files()
 
     def _check_files(self) -> None:
-        texts = [("--from_file", self.from_file)]
+        texts = [("--from_file", self.from_file, "a text file")]
         if self.from_module is not None and self.from_module.endswith(".py"):
-            texts.append(("--from_module", Path(self.from_module)))
-        for option, path in texts:
+            texts.append(("--from_module", Path(self.from_module), "a Python file, or a module's name"))
+        for option, path, what in texts:
             if path is not None and not path.is_file():
                 reason = "it is a folder" if path.is_dir() else "there is no such file"
-                raise OptionError(f"{option} {path}: {reason}. Give a text file")
+                raise OptionError(f"{option} {path}: {reason}. Give {what}")
         pictures = [("--image_path", self.image_path), ("--mask_path", self.mask_path)]
         pictures += [("--guide_image_path", path) for path in self.guide_image_path or ()]
         for option, path in pictures:

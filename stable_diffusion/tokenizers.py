@@ -66,7 +66,7 @@ def _files(number: int, is_open_clip: bool) -> TokenizerFiles:
 def _in_cache(files: TokenizerFiles, cache: Path | None, is_open_clip: bool) -> Path | None:
     if cache is None or not cache.is_dir():
         return None
-    for name in (*(OPEN_CLIP if is_open_clip else ()), CLIP_L, "."):
+    for name in (*(OPEN_CLIP if is_open_clip else ()), CLIP_L, "clip_l", "."):
         file = next((cache / name / each for each in files.names if (cache / name / each).is_file()), None)
         if file is not None:
             return file

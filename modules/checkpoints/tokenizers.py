@@ -26,7 +26,8 @@ class TokenizerFiles:
     folder: str  # its folder in the repository on the hub; "" for the top
     repository: str  # on the hub
     beside: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
-    # must occur in a file that is beside a single-file encoder, where other tokenizers may be too
+    # must occur in a file that is beside a single-file encoder or in its folder "tokenizer", where those of
+    # other models may be
     token: str = ""
     on_hub: str = "tokenizer.json"  # the file that is downloaded
 
@@ -43,7 +44,7 @@ class TokenizerFiles:
             file = self._file_in(
                 folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
             )
-            is_loose = place == "." and not checkpoint_path.is_dir()
+            is_loose = place in (".", "tokenizer") and not checkpoint_path.is_dir()
             if file is not None and not (is_loose and self.token.encode() not in self.read_bytes(file)):
                 return file
         return None

@@ -47,7 +47,7 @@ def in_attention(path: str) -> bool:
     return ".attentions." in path and not path.endswith(("norm",))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(tmp_path: Path, kind: str) -> None:
     files = write_files(kind, tmp_path)
     model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)

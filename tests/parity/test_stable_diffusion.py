@@ -72,7 +72,7 @@ def square() -> dict[str, int]:
     return {"width": SIZE, "height": SIZE}
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+@pytest.mark.parametrize("sampler", [pytest.param("ddim", marks=pytest.mark.slow), "euler_a"])
 def test_pictures_from_text(sd1: Files, tmp_path: Path, sampler: str) -> None:
     theirs = pipeline(sd1, "", sampler)(**asked([7]), **square())
     assert_close(run_script(sd1, tmp_path, *words(sampler, 7)), their_pixels(theirs))
@@ -110,7 +110,12 @@ def test_pictures_from_pictures(sd1: Files, tmp_path: Path, sampler: str) -> Non
 
 @pytest.mark.parametrize(
     ("model", "sampler", "strength"),
-    [("sd1", "euler_a", 0.6), ("sd1", "ddim", 1.0), ("painter", "euler_a", 0.6), ("painter", "ddim", 1.0)],
+    [
+        ("sd1", "euler_a", 0.6),
+        pytest.param("sd1", "ddim", 1.0, marks=pytest.mark.slow),
+        pytest.param("painter", "euler_a", 0.6, marks=pytest.mark.slow),
+        ("painter", "ddim", 1.0),
+    ],
 )
 def test_inpainting(
     request: pytest.FixtureRequest, tmp_path: Path, model: str, sampler: str, strength: float

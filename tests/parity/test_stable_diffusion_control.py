@@ -76,7 +76,9 @@ def guide_in(folder: Path, size: tuple[int, int] = (96, 80)) -> Image.Image:
     return Image.open(write_picture(folder / "guide.png", size, seed=5))
 
 
-@pytest.mark.parametrize(("model", "sampler"), [("sd1", "euler_a"), ("sdxl", "euler")])
+@pytest.mark.parametrize(
+    ("model", "sampler"), [pytest.param("sd1", "euler_a", marks=pytest.mark.slow), ("sdxl", "euler")]
+)
 def test_pictures_from_text(request: pytest.FixtureRequest, tmp_path: Path, model: str, sampler: str) -> None:
     files: Files = request.getfixturevalue(model)
     guide = guide_in(tmp_path)
@@ -163,6 +165,7 @@ def test_a_batch_with_two_guides_each_equals_single_pictures(sdxl: Files, tmp_pa
     assert np.abs(batch[0].astype(int) - batch[1]).max() > 20
 
 
+@pytest.mark.slow
 def test_the_second_stage_can_do_without(sd1: Files, tmp_path: Path) -> None:
     guide_in(tmp_path)
     lines = ("--prompt", f"{PROMPT} --s 3 --d 7", "--highres_fix_scale", 0.5, "--highres_fix_steps", 3)

@@ -53,7 +53,9 @@ def second(files: Files, sampler: str, image: Any) -> np.ndarray[Any, Any]:
     return their_pixels(made)
 
 
-@pytest.mark.parametrize(("model", "sampler"), [("sd1", "ddim"), ("sdxl", "euler_a")])
+@pytest.mark.parametrize(
+    ("model", "sampler"), [pytest.param("sd1", "ddim", marks=pytest.mark.slow), ("sdxl", "euler_a")]
+)
 def test_two_stages_with_pictures_between(
     request: pytest.FixtureRequest, tmp_path: Path, model: str, sampler: str
 ) -> None:

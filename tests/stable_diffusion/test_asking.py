@@ -198,9 +198,13 @@ def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         ask(asked, A, kind=SDXL)
         ask(options("--highres_fix_scale", 0.5), Line("", "a --t 0.3"))
+        ask(options("--ds_depth_1", 3), Line("", "a --dsr 0.3"))
         assert not caplog.records
         ask(asked, A)
         ask(options(), Line("", "a --t 0.3"))
+        ask(options(), Line("", "a --dst1 600 --dsr 0.3 --gls 0.2"))
+    assert "a: without --dsd1, --dst1 and --dsr does nothing" in caplog.text
+    assert "a: without --glt, --gls does nothing" in caplog.text
     assert "sizes and crops are ignored because only Stable Diffusion XL" in caplog.text
     assert "--strength is ignored because the picture begins with noise" in caplog.text
 

@@ -1,5 +1,7 @@
 """Deep Shrink in diffusers' U-Net, against the U-Net walked by hand in the released files' order."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +127,18 @@ def test_nothing_stays_behind(unet: Any) -> None:
     shrunk(unet, call, DeepShrink(1, 650, None, 0, 0.5))
     assert torch.equal(run(unet, call), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize(("timestep", "is_told"), [(400.0, True), (700.0, False)])
+def test_it_is_told_if_the_steps_from_a_picture_begin_too_late(
+    unet: Any, timestep: float, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    (picture,) = pictures(DeepShrink(1, 650, None, 0, 0.5))
+    picture = replace(picture, image=Path("a.png"))
+    with DeepShrinks(unet).for_batch([picture], 64, 64) as idea:
+        assert idea is not None
+        idea(call_of(8, 8, timestep, unet))
+    assert ("Deep Shrink never acts: with this --strength" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize("depth", [0, 2, 3])

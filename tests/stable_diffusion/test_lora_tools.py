@@ -48,7 +48,12 @@ def is_extracted(path: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tool"), [("sd1", "merge_lora"), ("sd2", "merge_lora"), ("sdxl", "sdxl_merge_lora")]
+    ("kind", "tool"),
+    [
+        ("sd1", "merge_lora"),
+        pytest.param("sd2", "merge_lora", marks=pytest.mark.slow),
+        ("sdxl", "sdxl_merge_lora"),
+    ],
 )
 def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
     tmp_path: Path, tokenizers: Path, kind: str, tool: str
@@ -122,7 +127,7 @@ def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Pat
     assert set(load_file(one)) <= set(load_file(total))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_converted_to_diffusers_and_back_it_has_the_same_names(
     tmp_path: Path, tokenizers: Path, kind: str
 ) -> None:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError, UserError
+from networks.added_layers import AddedPart
 from stable_diffusion.contract import SD1, Model
-from stable_diffusion.loras import check_kind, load_networks, read_networks
+from stable_diffusion.loras import Networks, check_kind, load_networks, read_networks
 from stable_diffusion.network_options import NetworkOptions
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import (
@@ -229,7 +230,7 @@ def before_peft(name: str) -> str:
     return name.replace(".lora_", ".lora_linear_layer.")
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dialect",
     [peft, before_peft, lambda name: peft(name).removeprefix("unet.")],
@@ -403,3 +404,24 @@ def test_a_user_error_is_what_a_damaged_file_gives(fresh: Callable[..., Model], 
     (tmp_path / "x.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(UserError):
         put_in(fresh(), tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("layers", [None, [{}, {}]], ids=["before", "added"])
+def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, AddedPart]] | None) -> None:
+    """Ctrl-C cancels a prompt of --interactive; the next one has the strengths that it asks for."""
+    weights, interrupts = [0.0, 0.0], [False]
+
+    def use(multipliers: tuple[float, ...]) -> None:
+        weights[0] = multipliers[0]
+        if interrupts[0]:
+            interrupts[0] = False
+            raise KeyboardInterrupt
+        weights[1] = multipliers[1]
+
+    networks = Networks((1.0, 1.0), use, layers)
+    interrupts[0] = True
+    with pytest.raises(KeyboardInterrupt), networks.multiplied((0.25, 0.5)):
+        pass
+
+    with networks.multiplied(None):
+        assert weights == [1.0, 1.0]

@@ -140,11 +140,12 @@ def test_ideas_see_steps_and_rows_and_may_change_them(maker: Maker) -> None:
 
 def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Maker) -> None:
     recorder = Recorder()
-    long = replace(picture(2), prompt="a cat BREAK a dog")
-    both = load_like(maker, recorder, "2").make([long, picture(1)], wants_images=False).latents
-    for number, each in enumerate((long, picture(1))):
+    pictures = [replace(picture(2), prompt="a cat BREAK a dog"), picture(1)]
+    pictures.append(replace(pictures[0], seed=3))
+    made = load_like(maker, recorder, "2").make(pictures, wants_images=False).latents
+    for number, each in enumerate(pictures):
         alone = load_like(maker, Recorder(), "2").make([each], wants_images=False).latents
-        torch.testing.assert_close(both[number : number + 1], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made[number : number + 1], alone, rtol=1e-4, atol=1e-4)
     assert {call.context.shape[1] for call in recorder.calls} == {77, 152}
 
 

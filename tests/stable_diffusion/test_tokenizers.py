@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 from transformers import CLIPTokenizer
 
 from modules.errors import CheckpointError, OptionError
@@ -53,6 +54,15 @@ def test_files_beside_a_single_file_are_found(place: str, tmp_path: Path, no_hub
     write_tokenizer(tmp_path / place)
 
     assert len(find_tokenizers(None, tmp_path / "sdxl.safetensors", BOTH)) == 2
+
+
+def test_the_tokenizer_of_another_model_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
+    other = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    (tmp_path / "tokenizer").mkdir()
+    other.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    write_tokenizer(tmp_path / "clip_l")
+
+    assert find_tokenizers(None, tmp_path / "sd1.safetensors", [False])[0].tokenize("a cat")
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -27,7 +27,8 @@ def control_net_config(kind: str, **sizes: Any) -> dict[str, Any]:
 
 def control_net_state(kind: str, seed: int = 50, **sizes: Any) -> dict[str, Tensor]:
     """A ControlNet under diffusers' names, whose zero convolutions are not zero."""
-    return dict(_state(kind, seed, tuple(sorted(sizes.items()))))
+    state = _state(kind, seed, tuple(sorted(sizes.items())))
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 @cache

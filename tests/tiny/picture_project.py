@@ -56,31 +56,30 @@ def lay_out_lumina(folder: Path) -> None:
 
 
 def lay_out_sdxl(folder: Path) -> None:
-    """Stable Diffusion XL, the VAE that works in float16, and the tokenizer beside them."""
+    """Stable Diffusion XL, the VAE that works in float16, the tokenizer; beside the folder LoRAs."""
     stable_diffusion.write_sdxl(folder, "sd_xl_base_1.0.safetensors")
     save(folder / "sdxl_vae.safetensors", stable_diffusion.ldm_vae(stable_diffusion.vae_state()))
     stable_diffusion.write_tokenizer(folder / "clip_l")
+    for seed, name in enumerate(("style", "cat", "dog")):
+        save(folder.parent / "loras" / f"{name}.safetensors", _sdxl_lora(seed))
 
 
 def lay_out_stable_diffusion(folder: Path) -> None:
-    """Stable Diffusion 1.5 and XL and all that acts on them; beside the folder what the pages name."""
+    """Stable Diffusion 1.5, 2.1 and XL and all that acts on them; beside the folder what the pages name."""
     lay_out_sdxl(folder)
     stable_diffusion.write_sd1(folder, name="v1-5-pruned-emaonly.safetensors")
+    stable_diffusion.write_sd2(folder, name="v2-1_768-ema-pruned.safetensors")
     _write_image_tower(folder / "image_encoder")
     (folder / "upscalers").mkdir()
     write_rrdb(folder / "upscalers" / "RealESRGAN_x4plus.pth")
     beside = folder.parent
-    for name in ("controls", "loras", "embeddings"):
-        (beside / name).mkdir()
+    (beside / "controls").mkdir()
     write_control_net(beside / "controls" / "canny.safetensors", "sd1")
     write_lllite(beside / "controls" / "lllite.safetensors")
-    for seed, name in enumerate(("style", "cat", "dog")):
-        save(beside / "loras" / f"{name}.safetensors", _sdxl_lora(seed))
     generator = torch.Generator().manual_seed(3)
-    words = {
-        name: torch.randn(2, stable_diffusion.TEXT_DIM, generator=generator) for name in ("clip_l", "clip_g")
-    }
-    save(beside / "embeddings" / "ohwx.safetensors", words)
+    size = (2, stable_diffusion.TEXT_DIM)
+    vectors = {name: torch.randn(size, generator=generator) for name in ("clip_l", "clip_g")}
+    save(beside / "embeddings" / "ohwx.safetensors", vectors)
     for name in ("photo", "sketch"):
         write_image(beside / f"{name}.png", SIDE, SIDE)
     mask = Image.new("L", (SIDE, SIDE))
@@ -115,10 +114,9 @@ def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
         for name, weight in state.items():
             if name.endswith(("to_q.weight", "to_v.weight", "q_proj.weight")):
                 key = f"{start}_{name.removesuffix('.weight').replace('.', '_')}"
-                lora[f"{key}.lora_down.weight"] = (
-                    torch.randn(rank, weight.shape[1], generator=generator) * 0.1
-                )
-                lora[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
+                rows, columns = weight.shape
+                lora[f"{key}.lora_down.weight"] = torch.randn(rank, columns, generator=generator) * 0.1
+                lora[f"{key}.lora_up.weight"] = torch.randn(rows, rank, generator=generator) * 0.1
                 lora[f"{key}.alpha"] = torch.tensor(float(rank))
     return lora
 

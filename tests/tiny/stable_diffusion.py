@@ -244,7 +244,7 @@ def scheduler_config(kind: str, velocity: bool = False) -> dict[str, Any]:
 
 def unet_state(kind: str, **sizes: Any) -> dict[str, Tensor]:
     """The U-Net. sizes: other values of its configuration."""
-    return dict(_unet_state(kind, tuple(sorted(sizes.items()))))
+    return _copy(_unet_state(kind, tuple(sorted(sizes.items()))))
 
 
 @cache
@@ -260,7 +260,7 @@ def _unet_state(kind: str, sizes: tuple[tuple[str, Any], ...]) -> dict[str, Tens
 
 def vae_state() -> dict[str, Tensor]:
     """The autoencoder."""
-    return dict(_vae_state())
+    return _copy(_vae_state())
 
 
 @cache
@@ -290,6 +290,11 @@ def text_state(
     generator = torch.Generator().manual_seed(30 + number)
     projection = torch.randn((TEXT_DIM, TEXT_DIM), generator=generator) / TEXT_DIM**0.5
     return {**state, "text_projection.weight": projection} if projected else state
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values in memory of their own: a test may change what it gets in place."""
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def _draw_all(network: torch.nn.Module, seed: int) -> dict[str, Tensor]:
