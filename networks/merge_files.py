@@ -18,10 +18,9 @@ from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
-from networks.loading import list_some
 from networks.merge import LoraPatch, LoraUse
 from networks.names.layouts import FIRST_LAYERS
-from networks.whole_checkpoints import WholePatch, is_whole
+from networks.whole_checkpoints import WholePatch, is_whole, warn_of_texts
 
 logger = getLogger(__name__)
 _META = torch.device("meta")
@@ -54,7 +53,7 @@ def merge_into_file(
             _check_in_channels(checkpoint, in_channels)
         whole = is_whole(checkpoint.tensors)
         if not whole:
-            _warn_of_texts(uses, model)
+            warn_of_texts(uses, model, held=())
         patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
         written: dict[str, TensorInfo] = {}
         # a LoRA of another model is found out before anything is written
@@ -84,16 +83,6 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
-
-
-def _warn_of_texts(uses: Sequence[LoraUse], model: Path) -> None:
-    for use in uses:
-        texts = list(use.lora.text_tensors)
-        if texts:
-            logger.warning(
-                f"{use.lora.path}: {len(texts)} tensors change a text encoder, which {model} does not hold, "
-                f"and are ignored: {list_some(texts, 2)}"
-            )
 
 
 def _info_in(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

@@ -1,16 +1,20 @@
 """LoRAs for checkpoints that hold a U-Net and its text encoders in one file, as Stable Diffusion's do."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from logging import getLogger
 from pathlib import Path
 
 from torch import Tensor
 
-from networks.loading import LoraFile
+from modules.errors import CheckpointError
+from networks.loading import LoraFile, list_some
+from networks.lora_network import prefix_of
 from networks.merge import LoraPatch, LoraUse
 from networks.text_loras import uses_for_text
 
+logger = getLogger(__name__)
 UNET = "model.diffusion_model."
 # beginnings of text encoders' names -> prefix of their modules in LoRA files, whether they are OpenCLIP's
 _TEXTS = (
@@ -87,6 +91,7 @@ class WholePatch:
             model,
         )
         given = [replace(use, lora=_first_encoder(use.lora, found)) for use in uses]
+        warn_of_texts(given, model, found)
         self._texts = {
             prefix: LoraPatch(uses_for_text(given, prefix), model=model, is_text=True)
             for prefix in sorted(found - {""})
@@ -110,6 +115,27 @@ class WholePatch:
     def _of(self, name: str) -> Iterator[tuple[Piece, LoraPatch]]:
         for piece in pieces_of(name):
             yield piece, self._texts[piece.network] if piece.network else self._unet
+
+
+def warn_of_texts(uses: Iterable[LoraUse], model: Path, held: Collection[str]) -> None:
+    """Warn of parts for text encoders that a model's file does not hold.
+
+    held: the prefixes of those that it holds. Raises CheckpointError if a LoRA has no other parts.
+    """
+    for use in uses:
+        texts = [name for name in use.lora.text_tensors if prefix_of(name) not in held]
+        if not texts:
+            continue
+        if not use.lora.tensors and len(texts) == len(use.lora.text_tensors):
+            raise CheckpointError(
+                f"{use.lora.path} changes text encoders alone, which {model} does not hold: "
+                f"{list_some(texts, 2)}.\n  Give a LoRA that was trained for this model.",
+                use.lora.path,
+            )
+        logger.warning(
+            f"{use.lora.path}: {len(texts)} tensors change a text encoder, which {model} does not hold, "
+            f"and are ignored: {list_some(texts, 2)}"
+        )
 
 
 def _first_encoder(lora: LoraFile, networks: set[str]) -> LoraFile:

@@ -170,7 +170,7 @@ def _read_word(path: Path) -> LearnedWord:
     for name, tensor in tensors.items():
         if not _is_rows(tensor):
             raise _not_one(path, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():  # 8 bits have no such test
             raise CheckpointError(
                 f"{OPTION} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
             )

@@ -17,7 +17,7 @@ from networks.merge import LoraPatch, LoraUse
 from stable_diffusion.contract import Model
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import in_places, put_in, results, write_kohya
-from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sd2, write_sdxl
+from tests.tiny.stable_diffusion import tokenizer_folder, unet_state, write_sd1, write_sd2, write_sdxl
 
 WRITERS = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 CPU = torch.device("cpu")
@@ -193,3 +193,17 @@ def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tm
     tensors[f"{text}embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, merged)
     extract_lora_from_models.main([str(word) for word in words])
+
+
+def test_a_lora_for_text_encoders_that_the_file_does_not_hold_is_refused(tmp_path: Path) -> None:
+    module = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    lora, output = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    factors = {"lora_down.weight": torch.ones(1, 64), "lora_up.weight": torch.ones(128, 1)}
+    save_file({f"{module}.{part}": one for part, one in factors.items()}, lora)
+    alone = tmp_path / "unet.safetensors"
+    save_file(unet_state("sd1"), alone)
+
+    for source in (write_sdxl(tmp_path), alone):
+        with pytest.raises(CheckpointError, match="changes text encoders alone, which .* does not hold"):
+            merge("merge_lora", source, lora, output, 1.0)
+    assert not output.exists()
