@@ -66,7 +66,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
     kind = _kind_of(names)
     other = _describe_other(names, kind)
     if other is not None:
-        raise CheckpointError(f"--ckpt {path} is {other}.\n  Give {GIVE}.", path)
+        raise CheckpointError(f"--ckpt {path} looks like {other}.\n  Give {GIVE}.", path)
     missing = [
         what
         for what, start in (("U-Net", UNET), ("VAE", VAE))

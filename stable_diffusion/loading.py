@@ -152,9 +152,20 @@ def find_checkpoint(ckpt: Path) -> Path:
             f"\n  Give {GIVE}.",
             ckpt,
         )
-    if ckpt.exists() or ckpt.suffix.lower() in SUFFIXES or ckpt.as_posix().count("/") != 1:
-        return ckpt  # if it is missing, opening it says so
+    if ckpt.exists() or not _is_of_hub(ckpt):
+        _require(ckpt, "--ckpt", GIVE)
+        return ckpt
     return find_model_folder("--ckpt", ckpt.as_posix(), PATTERNS)
+
+
+def _is_of_hub(path: Path) -> bool:
+    """Return whether a path that is not here has the form `owner/name`."""
+    return path.suffix.lower() not in SUFFIXES and path.as_posix().count("/") == 1
+
+
+def _require(path: Path, option: str, give: str) -> None:
+    if not path.exists():
+        raise CheckpointError(f"{option} {path}: there is no such file or folder.\n  Give {give}.", path)
 
 
 def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPlan[VaeSizes]:
@@ -162,9 +173,10 @@ def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPl
         inner = path / "vae"
         folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
         return read_folder_vae(folder, option, marks.kind.latent_scale, files)
-    if not path.exists() and path.suffix.lower() not in SUFFIXES and path.as_posix().count("/") == 1:
+    if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
         return _read_vae(path, option, marks, files)
+    _require(path, option, "a VAE of Stable Diffusion: a single file, or a folder in the layout of diffusers")
     checkpoint = files.enter_context(open_checkpoint(path))
     return read_vae(checkpoint, option, marks.kind.latent_scale)
 

@@ -14,7 +14,7 @@ TRAINED_STEPS = 1000  # timesteps that all models know
 PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 LARGEST_SIDE = 16384  # pixels
 USUAL_STRENGTH = 0.8  # of image to image
-GUIDED = "the known script has lost it too: it needs gradients through the U-Net and {model} at every step"
+GUIDED = "sd-scripts has lost it too: it needs gradients through the U-Net and {model} at every step"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--force_scheduler_zero_steps_offset",
         action="store_true",
-        help="timesteps begin at 0 instead of 1, as old versions of the known script did",
+        help="timesteps begin at 0 instead of 1, as old versions of sd-scripts had it",
     )
     _add_noise_arguments(group)
     _add_size_arguments(parser.add_argument_group("sizes that Stable Diffusion XL is told"))

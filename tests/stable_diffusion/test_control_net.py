@@ -181,7 +181,7 @@ def test_the_last_part_of_a_prompt_counts(tmp_path: Path) -> None:
     path, guide = write_control_net(tmp_path / "net.safetensors", "sd1"), write_guide(tmp_path / "guide.png")
     nets = load_control_nets(options_of(path), model_of("sd1"))
     call = call_of("sd1")
-    both = replace(call, context=torch.cat([call.context.flip(1), call.context], dim=1))
+    both = replace(call, context=torch.cat([-call.context, call.context], dim=1))
     assert nets is not None
 
     with torch.no_grad(), nets.for_batch([picture(guide, parts=2)], 64, 48) as idea:

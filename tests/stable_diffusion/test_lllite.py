@@ -123,6 +123,22 @@ def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None
     torch.testing.assert_close(seen[0], seen[1] + x, atol=1e-5, rtol=1e-5)
 
 
+def test_guides_follow_latents_that_grow(tmp_path: Path) -> None:
+    path, guide = write_lllite(tmp_path / "net.safetensors"), write_guide(tmp_path / "guide.png")
+    model = model_of("sdxl")
+    lllites = load_lllites(options_of(path), model)
+    calls = [call_of("sdxl", size=size) for size in ((32, 24), (64, 48))]
+    assert lllites is not None
+
+    made = []
+    for sizes in (calls, calls[1:]):
+        with torch.no_grad(), lllites.for_batch([picture(guide)], 64, 48) as idea:
+            assert idea is not None
+            made.append([run(model.unet, idea(call)) for call in sizes])
+
+    assert torch.equal(made[0][1], made[1][0])
+
+
 @pytest.mark.parametrize(("width", "height"), [(72, 40), (8, 24)])
 def test_sizes_that_levels_round_up_fit(tmp_path: Path, width: int, height: int) -> None:
     path, guide = write_lllite(tmp_path / "net.safetensors"), write_guide(tmp_path / "guide.png")

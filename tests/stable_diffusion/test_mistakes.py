@@ -72,7 +72,7 @@ FILES = (
     ("--ckpt nothing.safetensors", "nothing.safetensors"),
     ("--ckpt BAD/flux.safetensors", "FLUX"),
     ("--ckpt BAD/flux_vae.safetensors", "it looks like a VAE"),
-    ("--ckpt lora.safetensors", "is a LoRA"),
+    ("--ckpt lora.safetensors", "looks like a LoRA"),
     ("--ckpt BAD/text.txt", "neither a safetensors nor a torch file"),
     ("--ckpt BAD/no_text.safetensors", "has no text encoder"),
     ("--ckpt BAD/half.safetensors", "missing: up_blocks"),

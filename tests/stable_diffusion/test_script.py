@@ -1,5 +1,7 @@
 """gen_img.py with a tiny checkpoint: what its files say is enough to make them again."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,33 @@ def test_changed_noise_does_not_depend_on_the_batch(model: list[str], tmp_path: 
     )
     assert all(abs(one.astype(int) - other).max() <= 1 for one, other in zip(together, alone, strict=True))
     assert any((one != other).any() for one, other in zip(plain, together, strict=True))
+
+
+@pytest.mark.slow
+def test_packages_that_nothing_uses_are_not_loaded(tmp_path: Path) -> None:
+    words = [
+        "--ckpt",
+        str(tmp_path / "none.pt"),
+        "--prompt",
+        "x",
+        "--device",
+        "cpu",
+        "--outdir",
+        str(tmp_path),
+    ]
+    code = (
+        "import sys, gen_img\n"
+        "from modules.errors import UserError\n"
+        f"try: gen_img.main({words!r})\n"
+        "except UserError: pass\n"
+        "print(sorted({'diffusers', 'transformers', 'peft', 'bitsandbytes'} & {*sys.modules}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(gen_img.__file__).parent,
+    )
+    assert done.stdout.strip() == "['diffusers']"
+    assert not done.stderr
