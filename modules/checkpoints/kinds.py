@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
 # what trainers and exporters put before the names of one network
-_PREFIXES = ("model.diffusion_model.", "model.model.", "module.", "netG.", "net_g.")
+_PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.")
+_CONTROL_NET = "a ControlNet (gen_img.py --control_net_models)"
 
 OF_FAMILIES: Marks = (
     (
@@ -18,6 +19,12 @@ OF_FAMILIES: Marks = (
         "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
     ),
     ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
+    ("zero_convs.0.0.weight", _CONTROL_NET),
+    ("controlnet_down_blocks.0.weight", _CONTROL_NET),
+    (
+        "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
+        "a ControlNet-LLLite (gen_img.py --control_net_lllite_models)",
+    ),
     ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (gen_img.py --ckpt)"),
     ("down_blocks.0.resnets.0.time_emb_proj.weight", "the U-Net of Stable Diffusion in diffusers layout"),
     ("encoder.conv_in.conv.weight", "the HunyuanVideo VAE"),

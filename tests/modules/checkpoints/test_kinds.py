@@ -103,6 +103,15 @@ def test_the_u_net_of_stable_diffusion_is_named(name: str) -> None:
     assert "Stable Diffusion" in str(kind_of([name, "first_stage_model.quant_conv.weight"]))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["zero_convs.0.0.weight", "control_model.zero_convs.0.0.weight", "controlnet_down_blocks.0.weight"],
+)
+def test_a_control_net_is_not_called_a_checkpoint(name: str) -> None:
+    prefix = name.partition("zero")[0]
+    assert "a ControlNet (" in str(kind_of([f"{prefix}input_blocks.0.0.weight", name]))
+
+
 def test_an_error_about_another_file_names_it(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "faces.safetensors", tensor_list("retinaface-mobile0.25"))
     with open_checkpoint(path) as checkpoint:
