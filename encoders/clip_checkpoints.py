@@ -36,6 +36,7 @@ def clip_tokenizer_files(option: str, beside: tuple[str, ...]) -> TokenizerFiles
         repository="openai/clip-vit-large-patch14",
         beside=beside,
         token=CLIP_START,
+        shared=(".", "tokenizer"),
     )
 
 

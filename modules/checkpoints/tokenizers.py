@@ -26,10 +26,10 @@ class TokenizerFiles:
     folder: str  # its folder in the repository on the hub; "" for the top
     repository: str  # on the hub
     beside: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
-    # must occur in a file that is beside a single-file encoder or in its folder "tokenizer", where those of
-    # other models may be
+    # must occur in a file that is in a shared place beside a single-file encoder
     token: str = ""
     on_hub: str = "tokenizer.json"  # the file that is downloaded
+    shared: tuple[str, ...] = (".",)  # of the places beside: where tokenizers of other models may be too
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
@@ -44,7 +44,7 @@ class TokenizerFiles:
             file = self._file_in(
                 folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
             )
-            is_loose = place in (".", "tokenizer") and not checkpoint_path.is_dir()
+            is_loose = place in self.shared and not checkpoint_path.is_dir()
             if file is not None and not (is_loose and self.token.encode() not in self.read_bytes(file)):
                 return file
         return None
