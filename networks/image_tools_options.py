@@ -253,22 +253,10 @@ class ComfyConvertOptions:
 
 def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `ExtractOptions`."""
-    parser.add_argument(
-        "--save_precision", choices=PRECISIONS, help="type of the LoRA's numbers; default: float"
-    )
     parser.add_argument("--model_org", required=True, help="the model before fine-tuning: a file or a folder")
     parser.add_argument("--model_tuned", required=True, help="the fine-tuned model")
     parser.add_argument("--mem_eff_safe_open", action="store_true", help="changes nothing: always done")
-    parser.add_argument("--save_to", required=True, help="LoRA file to write")
-    parser.add_argument("--dim", type=int, default=4, help="rank of the LoRA")
-    parser.add_argument("--device", help="device that computes; default: CUDA if available, else the CPU")
-    parser.add_argument(
-        "--clamp_quantile",
-        type=float,
-        default=0.99,
-        help="limit the factors to this quantile of their values; 1: no limit",
-    )
-    parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
+    _add_extraction_arguments(parser)
 
 
 def add_whole_extract_arguments(parser: argparse.ArgumentParser) -> None:
@@ -277,30 +265,35 @@ def add_whole_extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--v_parameterization", action="store_true", help="changes nothing")
     parser.add_argument("--sdxl", action="store_true", help="changes nothing: the files say what they are")
     parser.add_argument("--load_precision", choices=PRECISIONS, help="changes nothing: float is computed")
-    parser.add_argument(
-        "--save_precision", choices=PRECISIONS, help="type of the LoRA's numbers; default: float"
-    )
     parser.add_argument("--model_org", required=True, help="the checkpoint before fine-tuning: a single file")
     parser.add_argument("--model_tuned", required=True, help="the fine-tuned checkpoint")
     parser.add_argument("--load_original_model_to", help="changes nothing: read tensor by tensor")
     parser.add_argument("--load_tuned_model_to", help="changes nothing: read tensor by tensor")
-    parser.add_argument("--save_to", required=True, help="LoRA file to write")
-    parser.add_argument("--dim", type=int, default=4, help="rank of the LoRA")
     parser.add_argument(
         "--conv_dim", type=int, help="rank for residual blocks and convolutions; default: they get no LoRA"
-    )
-    parser.add_argument("--device", help="device that computes; default: CUDA if available, else the CPU")
-    parser.add_argument(
-        "--clamp_quantile",
-        type=float,
-        default=0.99,
-        help="limit the factors to this quantile of their values; 1: no limit",
     )
     parser.add_argument(
         "--min_diff",
         type=float,
         default=0.01,
         help="a text encoder of which no value has changed by more gets no LoRA",
+    )
+    _add_extraction_arguments(parser)
+
+
+def _add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what extracting a LoRA takes, whatever the model is."""
+    parser.add_argument(
+        "--save_precision", choices=PRECISIONS, help="type of the LoRA's numbers; default: float"
+    )
+    parser.add_argument("--save_to", required=True, help="LoRA file to write")
+    parser.add_argument("--dim", type=int, default=4, help="rank of the LoRA")
+    parser.add_argument("--device", help="device that computes; default: CUDA if available, else the CPU")
+    parser.add_argument(
+        "--clamp_quantile",
+        type=float,
+        default=0.99,
+        help="limit the factors to this quantile of their values; 1: no limit",
     )
     parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
 
@@ -325,14 +318,7 @@ def add_flux_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--t5xxl_save_to", help="file to write the merged T5-XXL to")
     parser.add_argument("--models", nargs="*", help="LoRA files to merge, of any dialect")
     parser.add_argument("--ratios", type=float, nargs="*", help="strength of each file of --models")
-    parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
-    parser.add_argument(
-        "--concat",
-        action="store_true",
-        help="LoRA into LoRA: add up the ranks, so that the sum is exact; without, the best LoRA of the "
-        "first file's rank",
-    )
-    parser.add_argument("--shuffle", action="store_true", help="changes nothing: the sum is exact anyway")
+    _add_sum_arguments(parser)
     parser.add_argument("--diffusers", action="store_true", help="changes nothing: names are recognised")
 
 
@@ -362,6 +348,11 @@ def add_whole_merge_arguments(parser: argparse.ArgumentParser) -> None:
         reason="strengths of single blocks. Leave it out, and give one strength for each file to --ratios",
         help="strengths of single blocks",
     )
+    _add_sum_arguments(parser)
+
+
+def _add_sum_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how several LoRAs become one, whatever the model is."""
     parser.add_argument("--no_metadata", action="store_true", help="write only what loaders need to know")
     parser.add_argument(
         "--concat",

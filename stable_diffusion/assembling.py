@@ -12,7 +12,7 @@ from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.highres import Makes
 from stable_diffusion.lllites import check_lllites, load_lllites
-from stable_diffusion.loading import load_model, open_release
+from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import Networks, check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
@@ -37,6 +37,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
+    check_attention(options.model, device)
     loras = read_networks(options.networks) if options.networks.network_weights else []
     with ExitStack() as files:
         release = open_release(options.model, files)
@@ -49,7 +50,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])
         if options.text.clip_vision_strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
-    model = load_model(options.model, device)
+        model = load_release(options.model, release, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control = (load_control_nets(options.control, model), load_lllites(options.control, model))
     networks = load_networks(options.networks, model, loras)

@@ -68,21 +68,28 @@ def load_model(options: ModelOptions, device: torch.device) -> Model:
     Raises OptionError or CheckpointError, before anything is loaded, if the options contradict the file or a
     file is damaged or of another kind.
     """
-    dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
-    vae_dtype = torch.float32 if options.no_half_vae else dtype
-    _check_attention(options, device, dtype)
+    check_attention(options, device)
     with ExitStack() as files:
-        release = open_release(options, files)
-        tokenizers = find_tokenizers(
-            options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
-        )
-        for words, plan in zip(tokenizers, release.texts, strict=True):
-            check_vocabulary(words, plan.network.config.vocabulary, release.path)
-        networks = _build(release)
-        _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
-        _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
-        _fill(networks, release, device, dtype, vae_dtype)
-        projections = [_read_projection(plan, device, dtype) for plan in release.texts]
+        return load_release(options, open_release(options, files), device)
+
+
+def load_release(options: ModelOptions, release: Release, device: torch.device) -> Model:
+    """Load what `open_release` has planned, after `check_attention`; its files are still open.
+
+    Raises as `load_model`.
+    """
+    dtype = _dtype_of(options)
+    vae_dtype = torch.float32 if options.no_half_vae else dtype
+    tokenizers = find_tokenizers(
+        options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
+    )
+    for words, plan in zip(tokenizers, release.texts, strict=True):
+        check_vocabulary(words, plan.network.config.vocabulary, release.path)
+    networks = _build(release)
+    _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
+    _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
+    _fill(networks, release, device, dtype, vae_dtype)
+    projections = [_read_projection(plan, device, dtype) for plan in release.texts]
     towers = tuple(
         _tower(release, number, network, words, projection)
         for number, (network, words, projection) in enumerate(
@@ -278,12 +285,17 @@ def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
         ) from error
 
 
-def _check_attention(options: ModelOptions, device: torch.device, dtype: torch.dtype) -> None:
+def _dtype_of(options: ModelOptions) -> torch.dtype:
+    return torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
+
+
+def check_attention(options: ModelOptions, device: torch.device) -> None:
     """Raise OptionError, naming the option, if xformers is asked for and does not work here."""
     if not options.xformers and not options.diffusers_xformers:
         return
     try:
-        check_backend(AttentionChoice("xformers"), device, lambda: dtype, training=True)  # names --xformers
+        # names --xformers
+        check_backend(AttentionChoice("xformers"), device, lambda: _dtype_of(options), training=True)
     except OptionError as error:
         given = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", given)) from error

@@ -18,9 +18,9 @@ from modules.errors import OptionError
 from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import Picture, UnetCall
 from stable_diffusion.control_options import CannyThresholds, ControlUse
+from stable_diffusion.pixels import STRIDE
 
 KEPT = 16  # prepared images that are kept for the next batch; one of 1024 x 1024 takes 3 MB
-STEP = 8  # pixels of one latent
 
 
 class GuideImages:
@@ -73,7 +73,7 @@ class BatchGuides:
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return for each model B 3 H W in 0..1, at the size of the call's latents (Gradual Latent grows)."""
-        height, width = (int(side) * STEP for side in call.sample.shape[-2:])
+        height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._guides = self._images.read(self._pictures, width, height)
             self._size = (width, height)
