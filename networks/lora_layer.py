@@ -21,6 +21,9 @@ from networks.lora_products import add_up, branch
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
+# Values of a tensor from which products are added to it in place. Four passes over 16 MiB are some 16
+# microseconds of a fast GPU; the autograd functions cost the host more.
+JOINS_FROM = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
 
@@ -93,6 +96,7 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
+        self.joins_from = JOINS_FROM
         self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
         if decomposes and isinstance(original, nn.Linear):
             norms = row_norms(original)
@@ -195,8 +199,9 @@ class LoraLayer(nn.Module):
         Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. one, other:
         of the frozen module and of the LoRA.
         """
-        is_sum = isinstance(self._original[0], nn.Linear) and self.dora_scale is None
-        return is_sum and one.dtype == other.dtype and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling() or one.dtype != other.dtype or one.numel() < self.joins_from:
+            return False
+        return isinstance(self._original[0], nn.Linear) and self.dora_scale is None
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.

@@ -10,9 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.token_pieces import compute_in_pieces
 from networks.lora_layer import LoraLayer
 from networks.lora_products import add_up, branch
 from tests.fp8_reference import emulated_product
+from tests.networks.making import join_all
+from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
 Inputs = tuple[Tensor, ...]
 
@@ -41,10 +45,10 @@ def separate(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
     return functional.linear(x, weight, bias) + torch.cat([functional.linear(*part) for part in parts], -1)
 
 
-def gradients(out: Tensor, inputs: Inputs) -> Inputs:
-    return torch.autograd.grad(
-        (out * torch.arange(out.numel()).view(out.shape)).sum(), [inputs[0], *inputs[3:]]
-    )
+def of_factors(out: Tensor, inputs: Inputs) -> Inputs:
+    """The gradients of x, down and up of a loss."""
+    weights = torch.arange(out.numel()).view(out.shape)
+    return torch.autograd.grad((out * weights).sum(), [inputs[0], *inputs[3:]])
 
 
 @pytest.mark.parametrize("heights", [(), (7, 5)])
@@ -54,7 +58,7 @@ def test_values_and_gradients_are_those_of_separate_operations(heights: tuple[in
     ours, expected = joined(inputs, heights), separate(inputs, heights)
 
     torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(gradients(ours, inputs), gradients(expected, inputs))
+    torch.testing.assert_close(of_factors(ours, inputs), of_factors(expected, inputs))
 
 
 def test_layers_that_share_their_input_leave_each_others_gradients_alone() -> None:
@@ -64,7 +68,7 @@ def test_layers_that_share_their_input_leave_each_others_gradients_alone() -> No
         out = one(inputs)
         return out + one((out[..., :8], *inputs[1:])) + one(inputs).square() + inputs[0].sum()
 
-    torch.testing.assert_close(gradients(network(joined), inputs), gradients(network(separate), inputs))
+    torch.testing.assert_close(of_factors(network(joined), inputs), of_factors(network(separate), inputs))
 
 
 def test_an_input_without_gradient_costs_no_product_with_the_frozen_weight() -> None:
@@ -117,6 +121,7 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
         quantisation = Quantisation("rows", fp8_matmul=product is not None, product=product)
         attach(original, *quantise(original.weight, quantisation), quantisation)
     layer = LoraLayer(original, 4, 2.0)
+    layer.joins_from = 0
     nn.init.normal_(layer.lora_up.weight)
     plain = original.forward
     layer.attach()
@@ -143,3 +148,41 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_transformers_give_what_separate_sums_give_also_recomputed_and_in_pieces(
+    tiny: TinyDit, autocast: bool
+) -> None:
+    results = []
+    for joins, dressed in ((False, False), (True, False), (True, True)):
+        dit, network = tiny.with_lora()
+        if joins:
+            join_all(network)
+        if dressed:
+            compute_in_pieces(dit, tiny.spec, 17)
+            checkpoint_blocks(dit, tiny.spec)
+        results.append(gradients(dit.train(), network, tiny.inputs((3, 8, 8, 7), 2), autocast))
+
+    share = 0.02 if autocast else 1e-5  # of the largest number; a few roundings of 1/256
+    (velocity, expected), *others = results
+    largest = max(one.abs().max() for one in expected)
+    for other_velocity, found in others:
+        assert (other_velocity - velocity).abs().max() <= share * velocity.abs().max()
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() <= share * largest
+
+
+def test_small_tensors_are_summed_apart() -> None:
+    """The sum is another operation, as two roundings show."""
+    original = nn.Linear(8, 8).bfloat16().requires_grad_(False)
+    layer = LoraLayer(original, 2, 2.0).bfloat16()
+    nn.init.normal_(layer.lora_up.weight)
+    layer.attach()
+    x = torch.randn(64, 8, dtype=torch.bfloat16)
+    apart = layer._original_forward(x) + layer.lora_up(layer.lora_down(x))
+
+    assert torch.equal(original(x), apart)
+    layer.joins_from = 64 * 8
+    assert not torch.equal(original(x), apart)
