@@ -49,17 +49,42 @@ class _Branch(torch.autograd.Function):
         return add_product(of_x, of_hidden, down), of_down
 
 
-def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor:
+class _Hold(torch.autograd.Function):
+    """Saves tensors in a node of the autograd graph; no gradient flows through it."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise AssertionError("this node only saves tensors")
+
+
+def hold(hidden: Tensor, up: Tensor) -> Any:
+    """Save what the backward pass of `add_up` needs; None if it needs nothing. Call before the frozen layer.
+
+    A checkpoint recomputes up to the last saved tensor. With all of a LoRA's saved before the frozen layer
+    of a block's last LoRA computes, the product with that layer's weight is not repeated.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
+        return None
+    return _Hold.apply(torch.empty(0, requires_grad=True), hidden, up).grad_fn
+
+
+def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], held: Any) -> Tensor:
     """Return out + hidden @ up^T, in the memory of `out`.
 
     out: ... out, of a frozen layer; nothing else may use it. hidden: ... R and up: out x R, in its dtype.
     heights: rows of each of several parts of `up`; each multiplies its own group of values of `hidden`, which
-    are as many as `up` is wide.
+    are as many as `up` is wide. held: from `hold`, for the same hidden and up.
     """
-    if torch.is_grad_enabled() and (out.requires_grad or hidden.requires_grad or up.requires_grad):
-        whole: Tensor = _AddUp.apply(out, hidden, up, heights)
-        return whole
-    return _add_parts(out, hidden, up, heights)
+    heights = tuple(heights or up.shape[:1])
+    if held is None and not (torch.is_grad_enabled() and out.requires_grad):
+        return _add_parts(out, hidden, up, heights)
+    whole: Tensor = _AddUp.apply(out, hidden, up, heights, held)
+    return whole
 
 
 class _AddUp(torch.autograd.Function):
@@ -70,39 +95,30 @@ class _AddUp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int]) -> Tensor:
-        ctx.save_for_backward(hidden, up)
-        ctx.heights = heights
+    def forward(
+        ctx: Any, out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...], held: Any
+    ) -> Tensor:
+        ctx.heights, ctx.held = heights, held
         return _add_parts(out.detach(), hidden, up, heights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, up = ctx.saved_tensors
-        heights = ctx.heights or up.shape[:1]
-        rows, groups = _flat(gradient).split(tuple(heights), -1), _flat(hidden).chunk(len(heights), -1)
-        of_hidden = [row @ block for row, block in zip(rows, up.split(tuple(heights)), strict=True)]
+        if ctx.held is None:
+            return gradient, None, None, None, None
+        hidden, up = ctx.held.saved_tensors
+        rows, groups = _flat(gradient).split(ctx.heights, -1), _flat(hidden).chunk(len(ctx.heights), -1)
+        of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.heights), strict=True)]
         of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
-        return gradient, _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
+        return gradient, _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None, None
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
-
-
-def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int]) -> Tensor:
+def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
     """Do what `add_up` does, without gradients."""
-    if not heights:
+    if len(heights) == 1:
         return add_product(out, _flat(hidden), up.t())
-    rows, groups = (
-        out.view(-1, out.shape[-1]).split(tuple(heights), -1),
-        _flat(hidden).chunk(len(heights), -1),
-    )
-    for row, group, block in zip(rows, groups, up.split(tuple(heights)), strict=True):
+    rows, groups = out.view(-1, out.shape[-1]).split(heights, -1), _flat(hidden).chunk(len(heights), -1)
+    for row, group, block in zip(rows, groups, up.split(heights), strict=True):
         row.addmm_(group, block.t())
     return out
 
@@ -116,3 +132,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     total = total.contiguous()
     total.view(-1, total.shape[-1]).addmm_(left, right)
     return total
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)

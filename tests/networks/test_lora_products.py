@@ -13,7 +13,7 @@ from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.offload.token_pieces import compute_in_pieces
 from networks.lora_layer import LoraLayer
-from networks.lora_products import add_up, branch
+from networks.lora_products import add_up, branch, hold
 from tests.fp8_reference import emulated_product
 from tests.networks.making import join_all
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
@@ -33,7 +33,9 @@ def factors(heights: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -
 def joined(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
     x, weight, bias, down, up = inputs
     seen, hidden = branch(x, down)
-    return add_up(functional.linear(seen, weight, bias), hidden * 0.5, up, heights)
+    hidden = hidden * 0.5
+    held = hold(hidden, up)
+    return add_up(functional.linear(seen, weight, bias), hidden, up, heights, held)
 
 
 def separate(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
@@ -85,7 +87,7 @@ def test_an_output_that_is_needed_again_is_refused_rather_than_wrong() -> None:
     out = functional.linear(seen, weight, bias).exp()  # keeps its result for the backward pass
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        add_up(out, hidden, up).sum().backward()
+        add_up(out, hidden, up, (), hold(hidden, up)).sum().backward()
 
 
 def test_sums_are_rounded_once() -> None:
@@ -93,7 +95,7 @@ def test_sums_are_rounded_once() -> None:
     out, hidden = functional.linear(x, weight, bias), functional.linear(x, down)
     exact = out.float() + hidden.float() @ up.float().T
 
-    assert torch.equal(add_up(out, hidden, up), exact.bfloat16())
+    assert torch.equal(add_up(out, hidden, up, (), None), exact.bfloat16())
 
 
 def test_gradients_that_do_not_lie_in_one_piece_are_summed_too() -> None:
@@ -172,6 +174,35 @@ def test_transformers_give_what_separate_sums_give_also_recomputed_and_in_pieces
         assert (other_velocity - velocity).abs().max() <= share * velocity.abs().max()
         for one, other in zip(found, expected, strict=True):
             assert (one - other).abs().max() <= share * largest
+
+
+def test_recomputation_leaves_out_the_product_of_the_last_frozen_layer() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)).requires_grad_(False)
+    loras = nn.ModuleList(LoraLayer(layers[index], 2, 2.0) for index in (0, 2))
+    for lora in loras:
+        nn.init.normal_(lora.lora_up.weight)
+        lora.attach()
+    join_all(loras)
+    calls: list[int] = []
+    for index in (0, 2):
+        product = loras[index // 2]._original_forward
+
+        def counted(x: Tensor, index: int = index, product: Callable[[Tensor], Tensor] = product) -> Tensor:
+            out = product(x)
+            calls.append(index)
+            return out
+
+        loras[index // 2]._original_forward = counted
+    x = torch.randn(3, 16, requires_grad=True)
+    expected = torch.autograd.grad(layers(x).square().sum(), [x, *loras.parameters()])
+    calls.clear()
+    found = torch.autograd.grad(
+        checkpoint(layers, x, use_reentrant=False).square().sum(), [x, *loras.parameters()]
+    )
+
+    assert calls == [0, 2, 0]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_small_tensors_are_summed_apart() -> None:
