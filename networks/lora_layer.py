@@ -188,9 +188,9 @@ class LoraLayer(nn.Module):
         """Return the output of the frozen module with the LoRA's, both of x's dtype."""
         seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
         hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
-        held = hold(hidden, up)
-        out = self._original_forward(seen)
         heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+        held = hold(hidden, up, heights)
+        out = self._original_forward(seen)
         return add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
 
     def _scaled(self, hidden: Tensor, dropping: bool) -> Tensor:

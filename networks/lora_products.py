@@ -49,41 +49,49 @@ class _Branch(torch.autograd.Function):
         return add_product(of_x, of_hidden, down), of_down
 
 
-class _Hold(torch.autograd.Function):
-    """Saves tensors in a node of the autograd graph; no gradient flows through it."""
+def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | None:
+    """Save what the backward pass of `add_up` needs. Call before the frozen layer; arguments as there.
 
-    @staticmethod
-    def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise AssertionError("this node only saves tensors")
-
-
-def hold(hidden: Tensor, up: Tensor) -> Any:
-    """Save what the backward pass of `add_up` needs; None if it needs nothing. Call before the frozen layer.
-
-    A checkpoint recomputes up to the last saved tensor. With all of a LoRA's saved before the frozen layer
-    of a block's last LoRA computes, the product with that layer's weight is not repeated.
+    A checkpoint recomputes up to the last saved tensor. With all of a LoRA's saved before its frozen layer
+    computes, recomputing a block does not repeat the product with the weight of its last layer.
+    Returns a tensor of the output's shape that takes no memory; None without gradients.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
         return None
-    return _Hold.apply(torch.empty(0, requires_grad=True), hidden, up).grad_fn
+    held: Tensor = _Hold.apply(hidden, up, tuple(heights or up.shape[:1]))
+    return held
 
 
-def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], held: Any) -> Tensor:
+class _Hold(torch.autograd.Function):
+    """Receives the gradient of the output by way of `_AddUp`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(hidden, up)
+        ctx.heights = heights
+        return hidden.new_empty(()).expand(*hidden.shape[:-1], up.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, up = ctx.saved_tensors
+        rows, groups = _flat(gradient).split(ctx.heights, -1), _flat(hidden).chunk(len(ctx.heights), -1)
+        of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.heights), strict=True)]
+        of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
+        return _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
+
+
+def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], held: Tensor | None) -> Tensor:
     """Return out + hidden @ up^T, in the memory of `out`.
 
     out: ... out, of a frozen layer; nothing else may use it. hidden: ... R and up: out x R, in its dtype.
     heights: rows of each of several parts of `up`; each multiplies its own group of values of `hidden`, which
-    are as many as `up` is wide. held: from `hold`, for the same hidden and up.
+    are as many as `up` is wide. held: of `hold` for the same arguments.
     """
     heights = tuple(heights or up.shape[:1])
     if held is None and not (torch.is_grad_enabled() and out.requires_grad):
         return _add_parts(out, hidden, up, heights)
-    whole: Tensor = _AddUp.apply(out, hidden, up, heights, held)
+    whole: Tensor = _AddUp.apply(out, held, hidden.detach(), up.detach(), heights)
     return whole
 
 
@@ -96,21 +104,14 @@ class _AddUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...], held: Any
+        ctx: Any, out: Tensor, held: Tensor | None, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
     ) -> Tensor:
-        ctx.heights, ctx.held = heights, held
         return _add_parts(out.detach(), hidden, up, heights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.held is None:
-            return gradient, None, None, None, None
-        hidden, up = ctx.held.saved_tensors
-        rows, groups = _flat(gradient).split(ctx.heights, -1), _flat(hidden).chunk(len(ctx.heights), -1)
-        of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.heights), strict=True)]
-        of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
-        return gradient, _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None, None
+        return gradient, gradient, None, None, None
 
 
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
