@@ -17,7 +17,7 @@ from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.seeds import derive_seed
 from networks.lora_blocks import BlockUp
 from networks.lora_ggpo import perturbed
-from networks.lora_products import add_up, branch
+from networks.lora_products import add_up, branch, hold_up
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
@@ -27,6 +27,7 @@ JOINS_FROM = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
 
+Held = tuple[Tensor, Tensor | None]
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
@@ -141,12 +142,13 @@ class LoraLayer(nn.Module):
             return self._original_forward(x)
         wide = x.to(dtype)
         seen, hidden = self._go_down(x, wide)
-        out = self._original_forward(seen)
         # B L R: scaled here because this tensor is small
         hidden = hidden * (self.multiplier * self.scale)
         if dropping:
             hidden = self._drop(hidden)
-        whole = self._go_up(out, hidden, given)
+        held = self._hold_up(hidden)
+        out = self._original_forward(seen)
+        whole = self._go_up(out, hidden, given, held)
         if self.training and self.noise is not None:
             whole = whole + perturbed(wide, self.noise, self.seed.derive(self.index, "noise")).to(whole.dtype)
         # compiled code computes it in any case
@@ -178,28 +180,39 @@ class LoraLayer(nn.Module):
 
         wide: x in the dtype that the factors take.
         """
-        if self._joins(x, wide):
+        if x.dtype == wide.dtype and self._joins(x.numel()):
             return branch(x, self.lora_down.weight.to(x.dtype))
         return x, self.lora_down(wide)
 
-    def _go_up(self, out: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    def _hold_up(self, hidden: Tensor) -> Held | None:
+        """Return the up factor in the dtype of `hidden` and what `hold_up` returns; None: it is not used."""
+        up = self.lora_up.weight
+        if not self._joins(hidden.numel() // hidden.shape[-1] * len(up)):
+            return None
+        up = up.to(hidden.dtype)
+        return up, hold_up(hidden, up, self._heights)
+
+    def _go_up(self, out: Tensor, hidden: Tensor, dtype: torch.dtype, held: Held | None) -> Tensor:
         """Return the output of the frozen module, ... out, with the LoRA's.
 
-        hidden: ... R. dtype: what the frozen module takes.
+        hidden: ... R. dtype: what the frozen module takes. held: of `_hold_up`.
         """
-        if self._joins(out, hidden):
-            heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
-            return add_up(out, hidden, self.lora_up.weight.to(hidden.dtype), heights)
+        if held is not None and out.dtype == hidden.dtype:
+            return add_up(out, hidden, held[0], self._heights, held[1])
         added = self.lora_up(hidden).to(out.dtype)
         return out + added if self.dora_scale is None else self._decompose(out, added, dtype)
 
-    def _joins(self, one: Tensor, other: Tensor) -> bool:
+    @property
+    def _heights(self) -> Sequence[int]:
+        return self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+
+    def _joins(self, size: int) -> bool:
         """Return whether the LoRA's products are added to the tensors of the frozen module in place.
 
-        Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. one, other:
-        of the frozen module and of the LoRA.
+        Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. size: count
+        of numbers in the frozen module's tensor.
         """
-        if torch.compiler.is_compiling() or one.dtype != other.dtype or one.numel() < self.joins_from:
+        if torch.compiler.is_compiling() or size < self.joins_from:
             return False
         return isinstance(self._original[0], nn.Linear) and self.dora_scale is None
 

@@ -49,15 +49,52 @@ class _Branch(torch.autograd.Function):
         return add_product(of_x, of_hidden, down), of_down
 
 
-def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor:
+def hold_up(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | None:
+    """Save what the gradients of `add_up` need. Call it before the frozen layer; `add_up` takes the result.
+
+    A checkpoint recomputes up to the last saved tensor. If a LoRA saves nothing after the frozen layer, the
+    last layer of a block is not computed again, although a quarter of a block's products may be in it.
+    Returns a tensor like the output that takes no memory, or None without gradients.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
+        return None
+    held: Tensor = _HoldUp.apply(hidden, up, heights)
+    return held
+
+
+class _HoldUp(torch.autograd.Function):
+    """Receives the gradient of the output, by way of `_AddUp`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, up: Tensor, heights: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(hidden, up)
+        ctx.heights = heights
+        return hidden.new_empty(()).expand(*hidden.shape[:-1], up.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, up = ctx.saved_tensors
+        heights = ctx.heights or up.shape[:1]
+        rows, groups = _flat(gradient).split(tuple(heights), -1), _flat(hidden).chunk(len(heights), -1)
+        of_hidden = [row @ block for row, block in zip(rows, up.split(tuple(heights)), strict=True)]
+        of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
+        return _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
+
+
+def add_up(
+    out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int] = (), held: Tensor | None = None
+) -> Tensor:
     """Return out + hidden @ up^T, in the memory of `out`.
 
     out: ... out, of a frozen layer; nothing else may use it. hidden: ... R and up: out x R, in its dtype.
     heights: rows of each of several parts of `up`; each multiplies its own group of values of `hidden`, which
-    are as many as `up` is wide.
+    are as many as `up` is wide. held: of `hold_up` for the same tensors.
     """
-    if torch.is_grad_enabled() and (out.requires_grad or hidden.requires_grad or up.requires_grad):
-        whole: Tensor = _AddUp.apply(out, hidden, up, heights)
+    if held is None:
+        held = hold_up(hidden, up, heights)
+    if torch.is_grad_enabled() and (held is not None or out.requires_grad):
+        whole: Tensor = _AddUp.apply(out, held, hidden.detach(), up.detach(), heights)
         return whole
     return _add_parts(out, hidden, up, heights)
 
@@ -70,20 +107,15 @@ class _AddUp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int]) -> Tensor:
-        ctx.save_for_backward(hidden, up)
-        ctx.heights = heights
+    def forward(
+        ctx: Any, out: Tensor, held: Tensor | None, hidden: Tensor, up: Tensor, heights: Sequence[int]
+    ) -> Tensor:
         return _add_parts(out.detach(), hidden, up, heights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, up = ctx.saved_tensors
-        heights = ctx.heights or up.shape[:1]
-        rows, groups = _flat(gradient).split(tuple(heights), -1), _flat(hidden).chunk(len(heights), -1)
-        of_hidden = [row @ block for row, block in zip(rows, up.split(tuple(heights)), strict=True)]
-        of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
-        return gradient, _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
+        return gradient, gradient, None, None, None
 
 
 def _flat(x: Tensor) -> Tensor:

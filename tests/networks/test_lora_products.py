@@ -1,15 +1,18 @@
 """LoRA products that add to the tensors of the frozen layer: values, gradients, memory that others use."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
+from modules.layers.modulation import add_gated
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.offload.token_pieces import compute_in_pieces
 from networks.lora_layer import LoraLayer
@@ -186,3 +189,35 @@ def test_small_tensors_are_summed_apart() -> None:
     assert torch.equal(original(x), apart)
     layer.joins_from = 64 * 8
     assert not torch.equal(original(x), apart)
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts the products with a bias, which are those of frozen layers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_last_layer_of_a_block_is_not_recomputed() -> None:
+    first, last = (nn.Linear(8, 8).requires_grad_(False) for _ in range(2))
+    for index, original in enumerate((first, last)):
+        layer = LoraLayer(original, 2, 2.0)
+        layer.joins_from = 0
+        nn.init.constant_(layer.lora_up.weight, index + 1)
+        layer.attach()
+    x, gate = torch.randn(1, 6, 8, requires_grad=True), torch.randn(1, 1, 8)
+
+    def block(x: Tensor) -> Tensor:
+        return add_gated(x, gate, last(first(x).sin()))
+
+    with CountProducts() as products:
+        whole = block(x)
+        recomputed = checkpoint(block, x, use_reentrant=False)
+        assert products.count == 4
+        of_recomputed = torch.autograd.grad(recomputed.square().sum(), x)
+        assert products.count == 5
+
+    torch.testing.assert_close(of_recomputed, torch.autograd.grad(whole.square().sum(), x), rtol=0, atol=0)
