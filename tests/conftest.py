@@ -22,6 +22,15 @@ def pytest_runtest_protocol() -> Iterator[None]:
         gc.unfreeze()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of a GPU if there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch  # slow: many tests need no torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _old_garbage(files_done: list[None]) -> Iterator[None]:
     yield
