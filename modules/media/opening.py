@@ -59,7 +59,9 @@ MAX_PIXELS = 1 << 27
 ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
 
 # what Pillow and its plugins raise for files that are damaged or made to do harm
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
+_DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
+)
 
 
 @contextlib.contextmanager
@@ -140,7 +142,7 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
             "smaller."
         ) from None
-    except (*_DAMAGE, *ffmpeg_errors()) as error:
+    except _DAMAGE + ffmpeg_errors() as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{path} cannot be read: {reason}") from error
 
