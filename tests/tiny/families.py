@@ -340,9 +340,9 @@ def write_for_anywhere(family: TinyFamily, folder: Path) -> TinyFamily:
     return replace(family, generate=words)
 
 
-def write_deep(family: TinyFamily, folder: Path) -> None:
+def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips) -> None:
     """Write the project of a family of ONE_OF_EACH, with blocks enough to swap and to skip."""
-    family.prepare(folder)
+    family.prepare(folder, clips)
     if family.name == "hunyuan_video":
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
     elif family.name == "flux":
