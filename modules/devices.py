@@ -116,10 +116,8 @@ def set_cuda_precision(allow_tf32: bool = False, cudnn_benchmark: bool = False) 
 
     cudnn_benchmark: time cuDNN's convolutions at each new size and take the fastest.
     """
-    keep_float32_exact()
-    if allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow_tf32
     if cudnn_benchmark:
         torch.backends.cudnn.benchmark = True
 
