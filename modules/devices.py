@@ -1,5 +1,6 @@
 """Choose a device, name dtypes, send tensors, free memory."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -80,11 +81,20 @@ def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Te
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
 
 
+# bytes of a CUDA command: as much is copied from pageable memory without waiting. For more the driver needs
+# page-locked memory, and "may synchronize with the stream": NVIDIA, API synchronization behavior
+IN_COMMAND = 64 << 10
+
+
 def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
     """Send a host tensor to a device without waiting for the work that is queued there.
 
     MPS waits: it might read the host's memory after it is freed.
     """
+    is_large = tensor.device.type == "cpu" and tensor.nbytes > IN_COMMAND
+    if device.type == "cuda" and is_large and not tensor.is_pinned():
+        with contextlib.suppress(RuntimeError):  # the driver refuses to lock memory: then it waits
+            tensor = tensor.pin_memory()  # torch keeps this memory until the copy is done
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
