@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.attention import sdpa as attention_sdpa
-from modules.attention.sdpa import attend_in_order, cudnn_note, kernels
+from modules.attention.sdpa import attend_in_order, cudnn_note, kernels, key_bias
 from tests.commands import ROOT, run_python
 
 CUDNN, FLASH, EFFICIENT, MATH = (
@@ -78,6 +78,17 @@ def test_attention_does_not_import_the_compiler() -> None:
     """That takes longer than all else at the start of a program."""
     run_python(
         "-c", "import sys, modules.attention.attend; assert 'torch._dynamo' not in sys.modules", folder=ROOT
+    )
+
+
+def test_a_bias_of_keys_has_the_queries_dtype_and_one_row() -> None:
+    """CUDA's kernel for a bias takes it in no other dtype, and a row for each query would take gigabytes."""
+    bias = key_bias(torch.tensor([1.0, 2.0, 505.0]), 1000, torch.bfloat16)
+
+    assert (bias.dtype, tuple(bias.shape)) == (torch.bfloat16, (1, 1, 1000, 3))
+    assert bias.untyped_storage().nbytes() == 3 * 2
+    torch.testing.assert_close(
+        bias[0, 0, -1].exp().float(), torch.tensor([1.0, 2.0, 505.0]), rtol=0.02, atol=0
     )
 
 
