@@ -73,14 +73,33 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
     )
 
 
-def attend_in_order(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: list[SDPBackend]) -> Tensor:
+def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcast to it, in q's dtype.
+
+    Without cuDNN's kernel, which torch prefers on Hopper: its gradients may be NaN (see `kernels`), and it
+    is planned anew for every length of a text.
+    """
+    if q.device.type != "cuda":
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return attend_in_order(q, k, v, bias, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], scale)
+
+
+def attend_in_order(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    order: list[SDPBackend],
+    scale: float | None = None,
+) -> Tensor:
     """Run scaled_dot_product_attention on B N L D with only these kernels, in this order.
 
+    scale: of the scores; None: 1/sqrt(D).
     The context manager costs about 40 microseconds on the host, and nothing under torch.compile, which runs
     it while tracing.
     """
     with sdpa_kernel(order, set_priority=True):
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
