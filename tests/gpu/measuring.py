@@ -69,7 +69,7 @@ def poison(device: torch.device, size_bytes: int) -> None:
 
 
 def peak_of(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int, int]:
-    """Call; return its result, the bytes that CUDA held more at the peak, and those that it holds more now."""
+    """Call; return its result, and by how many bytes CUDA held more at the peak, and holds more now."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
