@@ -147,12 +147,12 @@ class HostCopy:
         if self._transfer is None or self._is_here:
             return
         try:
-            after = self._transfer.mark()
             with torch.inference_mode(False), torch.no_grad():
                 views = [_view(self._transfer.memory(host.nbytes), host) for _, host in self._pairs]
                 if views:
                     pairs = [(view, host) for view, (_, host) in zip(views, self._pairs, strict=True)]
-                    self._transfer.wait(self._transfer.copy(pairs, after))
+                    # marked when all memory is there: deterministic runs fill it first
+                    self._transfer.wait(self._transfer.copy(pairs, self._transfer.mark()))
             for (tensor, _), view in zip(self._pairs, views, strict=True):
                 tensor.data = view
             self._is_here = True
