@@ -11,9 +11,10 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/copy_native.h>
 #include <ATen/ops/set_native.h>
+#include <ATen/ops/_fused_sdp_choice.h>
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -462,35 +463,25 @@ Tensor& set_whole(Tensor& self, c10::Storage source) {
   return set_storage(self, std::move(source), 0, {count}, {});
 }
 
-int64_t fused_choice(
-    const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>& mask, double, bool,
-    std::optional<double>, bool) {
-  return mask && mask->defined() ? 0 : 1;  // flash attention has no masks; else in steps
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor> flash(
-    const Tensor& query, const Tensor& key, const Tensor& value, double dropout, bool causal, bool debug,
-    std::optional<double> scale) {
-  Shown shown;
-  at::AutoDispatchBelowADInplaceOrView below;
-  auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
-      shown.show(query), shown.show(key), shown.show(value), dropout, causal, std::nullopt, scale);
-  Tensor seed = at::empty({2}, query.options().dtype(at::kLong));
-  return {
-      shown.result(out), shown.result(sums), Tensor(), Tensor(), query.sym_size(2), key.sym_size(2), seed,
-      seed, Tensor()};
-}
-
-std::tuple<Tensor, Tensor, Tensor> flash_backward(
-    const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-    const Tensor& sums, const Tensor&, const Tensor&, int64_t, int64_t, double dropout, bool causal,
-    const Tensor&, const Tensor&, std::optional<double> scale) {
-  Shown shown;
-  at::AutoDispatchBelowADInplaceOrView below;
-  auto [q, k, v] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      shown.show(gradient), shown.show(query), shown.show(key), shown.show(value), shown.show(out),
-      shown.show(sums), dropout, causal, std::nullopt, scale);
-  return {shown.result(q), shown.result(k), shown.result(v)};
+Tensor attention(  // by the rules and kernels of the CPU: CUDA's own would give other last bits
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+    double dropout, bool causal, std::optional<double> scale, bool gqa) {
+  int64_t choice = 0;
+  {
+    Shown shown;
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto seen = mask ? std::optional<Tensor>(shown.show(*mask)) : std::nullopt;
+    choice = at::_fused_sdp_choice(
+        shown.show(query), shown.show(key), shown.show(value), seen, dropout, causal, scale, gqa);
+  }
+  if (choice != 1)
+    return std::get<0>(at::_scaled_dot_product_attention_math(
+        query, key, value, mask, dropout, causal, std::nullopt, scale, gqa));
+  auto added = mask;
+  if (added && added->scalar_type() == at::kBool)
+    added = at::zeros_like(*added, query.options()).masked_fill_(added->logical_not(), -INFINITY);
+  return std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(
+      query, key, value, dropout, causal, added, scale));
 }
 
 const c10::impl::DeviceGuardImplRegistrar guard(c10::DeviceType::CUDA, new Guard());
@@ -515,12 +506,24 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("record_stream", emulated::record_stream);
   library.impl("set_.source_Storage", emulated::set_whole);
   library.impl("set_.source_Storage_storage_offset", emulated::set_storage);
-  library.impl("_fused_sdp_choice", emulated::fused_choice);
-  library.impl("_scaled_dot_product_flash_attention", emulated::flash);
-  library.impl("_scaled_dot_product_flash_attention_backward", emulated::flash_backward);
-  // torch composes these of others, by another rule for each device
+  library.impl("scaled_dot_product_attention", emulated::attention);
+  // Torch would compose these of others, because CUDA's kernels are not there: all that have one for the CPU.
+  const std::set<std::string> ours{"aten::copy_", "aten::empty.memory_format", "aten::empty_strided"};
+  auto& all = c10::Dispatcher::singleton();
+  std::set<std::string> composed;
+  for (auto key : {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::CompositeImplicitAutograd})
+    for (const auto& each : all.getRegistrationsForDispatchKey(key)) composed.insert(c10::toString(each));
+  for (const auto& each : all.getRegistrationsForDispatchKey(c10::DispatchKey::CPU)) {
+    const std::string name = c10::toString(each);
+    if (name.rfind("aten::", 0) == 0 && composed.count(name) && !ours.count(name))
+      library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&emulated::run_on_cpu>());
+  }
   for (const char* name : {"convolution", "convolution_backward"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&emulated::run_on_cpu>());
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradCUDA, library) {
+  library.impl("scaled_dot_product_attention", emulated::attention);
 }
 
 extern "C" {

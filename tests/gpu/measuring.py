@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from modules.devices import free_memory
+from modules.devices import free_memory, send
 
 NONSENSE = 255  # in every byte: not a number in all floating types
 
@@ -30,6 +31,11 @@ def equal_bits(ours: Tensor, theirs: Tensor) -> bool:
         return False
     mine, other = (each.detach().cpu().contiguous().view(-1).view(torch.uint8) for each in (ours, theirs))
     return torch.equal(mine, other)
+
+
+def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a network's inputs as a run gives them: floats on the device, whole numbers on the host."""
+    return tree_map_only(Tensor, lambda tensor: send(tensor, device), inputs)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
     script = ROOT / "tests" / "modules" / "share_host_memory.py"
 
-    done = run_python(*launch, script, path, lora, environment={"PYTHONPATH": str(ROOT)})
+    done = run_python(*launch, script, path, lora, "cpu", environment={"PYTHONPATH": str(ROOT)})
 
     first, second = sorted(
         (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")),
