@@ -1,10 +1,11 @@
-"""Measure training, generation, caching and loading of models of real size on one GPU: python benchmarks/gpu.py
+"""Measure training, generation, caching and loading of models of real size on one GPU.
 
-Weights are random, so nothing is downloaded: the code that loads real files loads empty files with the released
-models' tensors, and draws numbers in their place. Each row runs in its own process, with the options that a user
-would type. Seconds are medians; rates are compared with a bf16 matrix product measured in the same run; the peak
-of the device's memory stands beside the prediction of --plan. Of a generation some steps are measured and all
-are told. Loading of empty files is faster than from a disk; the loading rows write and read real bytes.
+Weights are random, so nothing is downloaded: the code that loads real files loads empty files with the
+released models' tensors, and draws numbers in their place. Each row runs in its own process, with the options
+that a user would type. Seconds are medians; rates are compared with a bf16 matrix product measured in the
+same run; the peak of the device's memory stands beside the prediction of --plan. Of a generation some steps
+are measured, and the time for all of them follows. Empty files load faster than a disk delivers; the loading
+rows write and read real bytes.
 
     python benchmarks/gpu.py --dry                              what there is, and how long it may take
     python benchmarks/gpu.py --check                            is it right? before it is measured
@@ -239,9 +240,8 @@ def print_plan(rows: Sequence[Row], folder: Path) -> None:
         group = "goals, " * row.is_goal + row.group
         size = row.size if row.size.width else "-"
         counts = f"{found.operations / 1e15:.2f} | {found.size / 1e9:.1f}" if found.operations else "- | -"
-        print(
-            f"| {row.name} | {group} | {row.model.name} | {size} | {row.about} | {counts} | {found.seconds:.0f} |"
-        )
+        cells = [row.name, group, row.model.name, size, row.about, counts, f"{found.seconds:.0f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
     print(f"\n{len(rows)} rows, about {total / 60:.0f} minutes: a guess for a GPU of 790 TFLOP/s in bf16")
 
 

@@ -43,7 +43,7 @@ def prepare(row: Row, path: Path, high: Path | None, device: torch.device) -> Be
 
 
 def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Figures:
-    """Time a bench. The peak of the device's memory counts from the second call on, with that of the first apart."""
+    """Time a bench. The peak of the device's memory counts from the second call on."""
     (warm_up,) = time_call(bench.warm_up, device, 1, 1, 0)
     first = reset_peak(device)
     times = time_call(bench.call, device, LEAST, MOST, enough)

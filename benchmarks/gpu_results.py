@@ -59,7 +59,8 @@ def continue_results(path: Path | None, head: Figures) -> Results:
     for name in ("device", "torch"):
         if found.head.get(name) != head[name]:
             raise SystemExit(
-                f"{path} was measured with {found.head.get(name)}, this is {head[name]}: give another --output"
+                f"{path} was measured with {found.head.get(name)}, this is {head[name]}: "
+                "give another --output"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""What is timed in the rows of benchmarks/gpu.py that train and generate: the loops' own steps, on random inputs."""
+"""What is timed in the rows of benchmarks/gpu.py that train and generate: the loops' own steps."""
 
 import time
 from collections.abc import Callable
@@ -188,5 +188,5 @@ def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
 
 
 def without_batch(conditions: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor | list[Tensor]]:
-    """Return conditions of one sample as a text encoder returns them: lists stay, tensors lose their first axis."""
+    """Return conditions as a text encoder returns them: lists stay, tensors lose their first axis."""
     return {name: value if isinstance(value, list) else value[0] for name, value in conditions.items()}

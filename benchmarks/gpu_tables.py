@@ -11,7 +11,6 @@ from modules.atomic_write import write_text
 Figures = Mapping[str, Any]
 Cell = Callable[[Figures, float], str]  # figures of a row, the device's peak -> what stands in the column
 BEGIN, END = "<!-- gpu.py: tables -->", "<!-- gpu.py: end -->"
-NOTHING = "Nothing has been measured on a GPU yet."
 UNKNOWN = "-"
 
 
