@@ -87,7 +87,8 @@ class Counting(TorchDispatchMode):
         name = func.name()
         if func.is_view or FREE.match(name):
             return result
-        inputs, outputs = self._on_device((args, kwargs)), self._on_device(result)
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        inputs, outputs = self._on_device((args, given)), self._on_device(result)
         if not inputs and not outputs:
             return result
         reads = self._spans(inputs[1:] if WRITTEN_ONLY.match(name) else inputs)

@@ -61,6 +61,7 @@ def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
         torch.addcmul(x, torch.empty(1, 1, C, device=device).expand(1, L, C), normed)
         x.add_(1)
         torch.cat([x, x.view(1, L, C)], dim=1)
+        torch.mul(x, 2, out=torch.empty(1, L, C, dtype=torch.bfloat16, device=device))
 
     tokens = 4 * L * C
     assert sizes(counted(work)) == [
@@ -71,6 +72,7 @@ def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
         (FORWARD, ELEMENTWISE, 3 * tokens + 4 * C),
         (FORWARD, ELEMENTWISE, 2 * tokens),
         (FORWARD, COPY, 3 * tokens),
+        (FORWARD, ELEMENTWISE, tokens + tokens // 2),
     ]
 
 
