@@ -17,9 +17,13 @@ from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.seeds import derive_seed
 from networks.lora_blocks import BlockUp
 from networks.lora_ggpo import perturbed
+from networks.lora_products import add_up, branch
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
+# Values of a tensor from which products are added to it in place. Four passes over 16 MiB are some 16
+# microseconds of a fast GPU; the autograd functions cost the host more.
+JOINS_FROM = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
 
@@ -92,6 +96,7 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
+        self.joins_from = JOINS_FROM
         self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
         if decomposes and isinstance(original, nn.Linear):
             norms = row_norms(original)
@@ -126,24 +131,24 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)
         given = x.dtype
+        # what the factors compute in
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.lora_down.weight.dtype
         if autocast and x.dtype == torch.float32:
-            # cast once, not in both the original and the LoRA
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = self._original_forward(x)
+            x = x.to(dtype)  # cast once, not in both the original and the LoRA
         dropping = self.training and bool(self.dropouts)
         in_tensors = dropping and self.seed_table is not None and torch.compiler.is_compiling()
         if self.multiplier == 0 or (dropping and not in_tensors and self._skips()):
-            return out
-        if not autocast:
-            x = x.to(self.lora_down.weight.dtype)
+            return self._original_forward(x)
+        wide = x.to(dtype)
+        seen, hidden = self._go_down(x, wide)
+        out = self._original_forward(seen)
         # B L R: scaled here because this tensor is small
-        hidden = self.lora_down(x) * (self.multiplier * self.scale)
+        hidden = hidden * (self.multiplier * self.scale)
         if dropping:
             hidden = self._drop(hidden)
-        added = self.lora_up(hidden).to(out.dtype)
-        whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
+        whole = self._go_up(out, hidden, given)
         if self.training and self.noise is not None:
-            whole = whole + perturbed(x, self.noise, self.seed.derive(self.index, "noise")).to(whole.dtype)
+            whole = whole + perturbed(wide, self.noise, self.seed.derive(self.index, "noise")).to(whole.dtype)
         # compiled code computes it in any case
         if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
             return torch.where(
@@ -167,6 +172,36 @@ class LoraLayer(nn.Module):
             ups = self.lora_up.weight.split(self.lora_up.heights)
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
+
+    def _go_down(self, x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the frozen module's input, and the output of the down factor, ... R.
+
+        wide: x in the dtype that the factors take.
+        """
+        if self._joins(x, wide):
+            return branch(x, self.lora_down.weight.to(x.dtype))
+        return x, self.lora_down(wide)
+
+    def _go_up(self, out: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the output of the frozen module, ... out, with the LoRA's.
+
+        hidden: ... R. dtype: what the frozen module takes.
+        """
+        if self._joins(out, hidden):
+            heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+            return add_up(out, hidden, self.lora_up.weight.to(hidden.dtype), heights)
+        added = self.lora_up(hidden).to(out.dtype)
+        return out + added if self.dora_scale is None else self._decompose(out, added, dtype)
+
+    def _joins(self, one: Tensor, other: Tensor) -> bool:
+        """Return whether the LoRA's products are added to the tensors of the frozen module in place.
+
+        Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. one, other:
+        of the frozen module and of the LoRA.
+        """
+        if torch.compiler.is_compiling() or one.dtype != other.dtype or one.numel() < self.joins_from:
+            return False
+        return isinstance(self._original[0], nn.Linear) and self.dora_scale is None
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.

@@ -5,6 +5,7 @@ in the size needed and registered with the driver. Shared memory has no name in 
 when the last process ends, even if it is killed.
 """
 
+import contextlib
 import logging
 import mmap
 import os
@@ -175,12 +176,23 @@ def _as_tensor(mapping: mmap.mmap, pinned: bool) -> Tensor:
 def _register(address: int, size: int) -> None:
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) != driver.cudaError.success:
+        _clear_error()
         raise MemoryPlanError(
             f"the driver could not lock {size / 1e9:.1f} GB of host memory for swapped blocks and offloaded "
             "activations.\n"
             "  Free host memory, use a smaller --blocks_to_swap, or leave "
             "--gradient_checkpointing_cpu_offload out."
         )
+
+
+def _clear_error() -> None:
+    """Take back the error that the driver keeps for this thread after a refused call.
+
+    torch would report it at the next kernel, which has nothing to do with it. torch does not offer
+    cudaGetLastError, but calls it when it starts a kernel.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _unregister(address: int) -> None:

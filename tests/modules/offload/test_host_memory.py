@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import HostPlace, Placement, TensorInfo
+from modules.errors import MemoryPlanError
 from modules.offload.block_swap import host_weights, swap_blocks
 from modules.offload.host_memory import ALIGNMENT, allocate
 from modules.offload.swap_plan import SwapPlan
+from modules.offload.turns import allocate_for
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from tests.commands import ROOT, run_python
@@ -171,3 +173,42 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
             **CASES[0].inputs(1)
         )
     assert first["output"] == second["output"] == expected.double().sum().item()
+
+
+class RefusingDriver:
+    """CUDA's runtime where pages cannot be locked. As the real one it keeps the error of a refused call for
+    the thread, until a kernel is started: that reports it.
+    """
+
+    class cudaError:
+        success = 0
+
+    kept = 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.kept = 2
+        return self.kept
+
+    def start_kernel(self, *_: object, **__: object) -> Tensor:
+        error, self.kept = self.kept, 0
+        if error:
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.empty(1)
+
+
+def test_a_refusal_to_pin_is_not_reported_again_by_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = RefusingDriver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch, "ones", driver.start_kernel)
+    infos = {"a": TensorInfo(torch.uint8, (100,))}
+
+    with pytest.raises(MemoryPlanError, match="could not lock"):
+        allocate(infos, pinned=True)
+    driver.start_kernel()
+
+    held = allocate_for(infos, torch.device("cuda"))  # goes on without
+    driver.start_kernel()
+    assert held.tensors["a"].shape == (100,)
+    assert "take longer" in caplog.text
