@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,19 @@ def pytest_runtest_protocol() -> Iterator[None]:
         return (yield)
     finally:
         gc.unfreeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of a GPU if there is none.
+
+    Of a mark `gpu(unless=NAME)` NAME is an environment variable that names another device to run on.
+    """
+    mark = item.get_closest_marker("gpu")
+    if mark is not None and not os.environ.get(mark.kwargs.get("unless", "")):
+        import torch  # slow: many tests need no torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,10 +7,10 @@ Source: the released Wan2.1 code.
 import html
 import itertools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ftfy
 import torch
 
 from encoders.t5_network import T5Network
@@ -22,6 +22,7 @@ from modules.contract.data import Conditions
 from modules.contract.generation import Prompt, Spans
 from modules.contract.tokens import CountTokens, token_weights
 from modules.contract.weighting import weigh_rows
+from modules.errors import InstallationError
 from modules.offload.loaded import Loaded
 from wan.encoder_checkpoints import UMT5
 from wan.tokenizer import TOKENIZER
@@ -29,8 +30,22 @@ from wan.tokenizer import TOKENIZER
 
 def clean_text(text: str) -> str:
     """Repair encoding mistakes and full-width punctuation, unescape HTML entities, collapse white space."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = _repair(text)
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _repair(text: str) -> str:
+    """Repair encoding mistakes and unescape HTML entities. Raises InstallationError without ftfy."""
+    if text.isascii() and text.isprintable() and "&" not in text:  # nothing that ftfy would change
+        return text
+    try:
+        import ftfy
+    except ModuleNotFoundError:
+        raise InstallationError(
+            "prompts of Wan are cleaned with the package ftfy, which is not installed. Install it: "
+            f"{sys.executable} -m pip install ftfy"
+        ) from None
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
@@ -42,7 +57,7 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
     cleaned, length, places = clean_text(text), 0, []
     edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
     for start, end in itertools.pairwise(edges):
-        piece = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text[start:end]))))
+        piece = re.sub(r"\s+", " ", _repair(text[start:end]))
         length += len(piece.lstrip() if length == 0 else piece)  # what a text begins with is dropped
         places.append(min(length, len(cleaned)))
     parts = zip(places[0::2], places[1::2], spans, strict=False)

@@ -15,11 +15,10 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import av
-
 from modules.media.animations import is_animation
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
+from modules.media.ffmpeg import av
 from modules.media.opening import is_cover, open_container, reading
 from modules.media.priming import open_delayed
 from modules.media.sound import add_aac
@@ -47,8 +46,6 @@ _MP4_TAGS = frozenset(
 )
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
 _BEGINNING = 1000  # packets
-# what FFmpeg says of packets that it cannot write, such as of times that do not rise; a full disk is no such
-_DAMAGE = (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)
 _DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
 
 Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
@@ -117,7 +114,7 @@ class Companions:
         """Write a packet of the pictures, even if a packet that FFmpeg has held back before it cannot be."""
         try:
             target.mux(packet)
-        except _DAMAGE:
+        except _damage():
             if not self._sent:
                 raise
             self._sent -= 1
@@ -152,7 +149,7 @@ class Companions:
             try:
                 target.mux(one)
                 self._sent += 1
-            except _DAMAGE:
+            except _damage():
                 track.lost += 1
 
     def _move(self, packet: Any) -> None:
@@ -365,3 +362,10 @@ def _name(stream: Any) -> str:
     kind = {"video": "pictures", "audio": "sound"}.get(stream.type, stream.type)
     details = [codec or "unknown", *([] if language == "und" else [language])]
     return f"stream {stream.index} ({kind}: {', '.join(details)})"
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """Return what FFmpeg says of packets that it cannot write, such as of times that do not rise; a full disk
+    is no such.
+    """
+    return (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)

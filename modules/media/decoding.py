@@ -6,11 +6,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import MediaError
+from modules.media.ffmpeg import av
 from modules.media.opening import MAX_PIXELS
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec

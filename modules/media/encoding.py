@@ -13,12 +13,11 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
 
 from modules.errors import MediaError
 from modules.media.depth import Pixels, in_eight_bits, in_sixteen_bits
+from modules.media.ffmpeg import av
 from modules.media.opening import file_url
 
 logger = getLogger(__name__)
@@ -120,8 +119,9 @@ def add_video_stream(
     stream.pix_fmt = kind.pixel_format
     stream.options = dict(kind.options)
     context = stream.codec_context
-    context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
-    context.color_range = ColorRange.MPEG.value
+    colours = av.video.reformatter
+    context.colorspace = context.color_primaries = context.color_trc = colours.Colorspace.ITU709.value
+    context.color_range = colours.ColorRange.MPEG.value
     if kind.encoder == "libx265" and container.format.name in ("mp4", "mov"):
         context.codec_tag = "hvc1"  # common players open no other
     if not kind.has_crf:
@@ -159,16 +159,17 @@ def _video_frame(pixels: Pixels, stream: Any, index: int) -> Any:
     even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
     is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
     exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
+    colours = av.video.reformatter
     converted = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24").reformat(
         format=stream.pix_fmt,
-        dst_colorspace=Colorspace.ITU709,
-        dst_color_range=ColorRange.MPEG,
+        dst_colorspace=colours.Colorspace.ITU709,
+        dst_color_range=colours.ColorRange.MPEG,
         threads=1,  # with several, swscale at times damages rows where their parts meet
     )
     converted.pts = index
     converted.time_base = 1 / stream.codec_context.framerate
     # ProRes takes them from the frames
-    converted.colorspace = converted.color_primaries = converted.color_trc = Colorspace.ITU709.value
+    converted.colorspace = converted.color_primaries = converted.color_trc = colours.Colorspace.ITU709.value
     return converted
 
 

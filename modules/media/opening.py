@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 from PIL import Image, UnidentifiedImageError
 
 from modules.errors import MediaError
+from modules.media.ffmpeg import av, ffmpeg_errors
 from modules.text_files import require_regular_file
 
 # FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single pictures
@@ -58,10 +58,9 @@ MAX_PIXELS = 1 << 27
 
 ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
 
-# what Pillow, its plugins and FFmpeg raise for files that are damaged or made to do harm
-_DAMAGE = (
+# what Pillow and its plugins raise for files that are damaged or made to do harm
+_DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
-    av.FFmpegError,
 )
 
 
@@ -143,7 +142,7 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
             "smaller."
         ) from None
-    except _DAMAGE as error:
+    except _DAMAGE + ffmpeg_errors() as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{path} cannot be read: {reason}") from error
 

@@ -8,7 +8,7 @@ import struct
 from io import BytesIO
 from typing import Any
 
-import av
+from modules.media.ffmpeg import av
 
 # Matroska's names of codecs, by those of FFmpeg's decoders
 _CODECS = {

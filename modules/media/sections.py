@@ -11,13 +11,13 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from modules.media.animations import is_animation
 from modules.media.companions import keep_proportions
 from modules.media.decoding import time_origin
+from modules.media.ffmpeg import av
 from modules.media.opening import open_container, reading
 from modules.media.sound import AacFormat, aac_format, add_aac_stream
 

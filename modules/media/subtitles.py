@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import av
+from modules.media.ffmpeg import av
 
 _TEXT = {"subrip", "srt", "ass", "ssa", "webvtt", "mov_text", "text"}
 _ENCODERS = {".mkv": "srt", ".mp4": "mov_text", ".mov": "mov_text"}

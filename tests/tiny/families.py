@@ -23,6 +23,7 @@ from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 
 Command = list[str]  # script, then arguments
+WriteClips = Callable[[Path], None]
 RATE = "1e-1"  # high: after three steps a LoRA has to show
 
 
@@ -31,7 +32,8 @@ class TinyFamily:
     """The commands of one variant; they are run in a folder laid out by `prepare`."""
 
     name: str
-    prepare: Callable[[Path], None]
+    # writes all files into a folder; also given what to write clips with: `write_clips` if it is not given
+    prepare: Callable[..., None]
     cache_latents: Command
     cache_texts: Command
     train: Command
@@ -47,10 +49,10 @@ class TinyFamily:
 def _wan(
     task: str, kind: str, *, with_clip: Command, media: Command, line: str = "", more: str = ""
 ) -> TinyFamily:
-    def prepare(folder: Path) -> None:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_wan(folder / "model", kind)
-        write_clips(folder / "clips")
-        write_clips(folder / "control")
+        clips(folder / "clips")
+        clips(folder / "control")
         write_dataset(folder, more=more.format(folder=folder.as_posix()))
         write_image(folder / "start.png", 32, 32)
         write_image(folder / "end.png", 32, 32)
@@ -105,9 +107,9 @@ def _wan(
 
 
 def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: str = "") -> TinyFamily:
-    def prepare(folder: Path) -> None:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_hunyuan(folder / "model", kind)
-        write_clips(folder / "clips")
+        clips(folder / "clips")
         write_dataset(folder)
         write_image(folder / "start.png", 32, 32)
 
@@ -134,14 +136,14 @@ def _framepack(
 ) -> TinyFamily:
     """Sections are one latent frame long: clips of 5 and 9 frames have one and two."""
 
-    def prepare(folder: Path) -> None:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_framepack(folder / "model")
         write_image(folder / "start.png", 32, 32)
         if is_picture:
             write_pictures(folder / "clips", folder / "control")
             write_picture_dataset(folder, batch_size=2)
         else:
-            write_clips(folder / "clips")
+            clips(folder / "clips")
             write_dataset(folder, frames="5, 9", batch_size=2, more="fp_latent_window_size = 1")
 
     window = ["--latent_window_size", "1"]
@@ -182,7 +184,7 @@ def _framepack(
 
 
 def _flux(name: str, kind: str) -> TinyFamily:
-    def prepare(folder: Path) -> None:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_flux(folder / "model", kind)
         write_plain_pictures(folder)
 
@@ -214,7 +216,7 @@ def _flux(name: str, kind: str) -> TinyFamily:
 
 
 def _lumina() -> TinyFamily:
-    def prepare(folder: Path) -> None:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_lumina(folder / "model")
         write_plain_pictures(folder)
 
@@ -238,7 +240,7 @@ def _lumina() -> TinyFamily:
 
 
 def _hunyuan_image() -> TinyFamily:
-    def prepare(folder: Path) -> None:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_hunyuan_image(folder / "model")
         write_plain_pictures(folder, side=32)
 
@@ -338,9 +340,9 @@ def write_for_anywhere(family: TinyFamily, folder: Path) -> TinyFamily:
     return replace(family, generate=words)
 
 
-def write_deep(family: TinyFamily, folder: Path) -> None:
+def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips) -> None:
     """Write the project of a family of ONE_OF_EACH, with blocks enough to swap and to skip."""
-    family.prepare(folder)
+    family.prepare(folder, clips)
     if family.name == "hunyuan_video":
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
     elif family.name == "flux":

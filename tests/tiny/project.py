@@ -71,6 +71,16 @@ def write_clips(folder: Path, count: int = 4, frames: int = 9, width: int = 48, 
         (folder / f"clip {index}.txt").write_text(CAPTIONS[index % len(CAPTIONS)], encoding="utf-8")
 
 
+def write_animations(folder: Path, count: int = 4, frames: int = 9, size: int = 48) -> None:
+    """The same clips as lossless WebP files, which need no FFmpeg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pictures = [Image.fromarray(frame) for frame in moving_square(frames, size, size, index)]
+        path = folder / f"clip {index}.webp"
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=62, lossless=True)
+        path.with_suffix(".txt").write_text(CAPTIONS[index % len(CAPTIONS)], encoding="utf-8")
+
+
 def write_dataset(
     folder: Path, size: int = 32, frames: str = "1, 5", batch_size: int = 1, more: str = ""
 ) -> Path:

@@ -1,0 +1,46 @@
+"""The device of whole runs: CUDA, as all tests here are marked `gpu`; or what REELSMITH_TEST_DEVICE says.
+
+pytest -m gpu tests/gpu/runs                                on a machine with a GPU
+REELSMITH_TEST_DEVICE=cpu pytest -m gpu tests/gpu/runs      the same without one: do they run at all?
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from modules.devices import choose_device, make_deterministic
+from tests.gpu.measuring import release_cuda, settings_restored
+from tests.gpu.runs.project import TEST_DEVICE, Project, write_project
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device to test. Whatever a run changes in torch's settings is changed back."""
+    with settings_restored():
+        where = choose_device(os.environ.get(TEST_DEVICE, "cuda"))
+        if where.type == "cuda":
+            release_cuda()
+        yield where
+        if where.type == "cuda":
+            release_cuda()
+
+
+@pytest.fixture
+def repeatable(device: torch.device) -> None:
+    """Equal runs give equal bits, where torch has operations for it; others warn."""
+    make_deterministic()
+
+
+@pytest.fixture(scope="session")
+def project_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Project]:
+    """Return the project of a family by its name; it is written once."""
+    projects: dict[str, Project] = {}
+
+    def find(name: str) -> Project:
+        if name not in projects:
+            projects[name] = write_project(name, tmp_path_factory.mktemp("project"))
+        return projects[name]
+
+    return find

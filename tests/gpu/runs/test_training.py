@@ -1,0 +1,143 @@
+"""Training from the command lines of all families: a device's losses are the CPU's, and what saves memory
+changes no bit.
+
+Batches, noise and timesteps are drawn on the CPU, whatever the device: all that differs is rounding.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules.fp8.products import supports_fp8
+from tests.gpu.measuring import equal_bits, relative_error
+from tests.gpu.runs.project import CPU, DEEP, ON_GPU, OTHERS, Project, Trained
+
+pytestmark = ON_GPU
+
+Find = Callable[[str], Project]
+BF16 = ("--mixed_precision", "bf16")
+FP8 = ("--fp8_base", "--fp8_scaled")
+CHECKPOINTED = ("--gradient_checkpointing",)
+OFFLOADED = (*CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
+KEPT = (*CHECKPOINTED, "--gradient_checkpointing_keep", "attention")
+
+
+@pytest.fixture(params=DEEP)
+def project(request: pytest.FixtureRequest, project_of: Find) -> Project:
+    return project_of(request.param)
+
+
+def assert_same(ours: Trained, theirs: Trained) -> None:
+    """To the bit, and not because nothing was learned."""
+    assert ours.losses == theirs.losses
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert [name for name in theirs.tensors if not equal_bits(ours.tensors[name], theirs.tensors[name])] == []
+    assert any(tensor.any() for name, tensor in ours.tensors.items() if "lora_up" in name)
+
+
+@pytest.mark.parametrize("name", [*DEEP, *OTHERS])
+def test_losses_in_float32_are_those_of_the_cpu(name: str, project_of: Find, device: torch.device) -> None:
+    project = project_of(name)
+    ours, theirs = (project.train(where, f"fp32 {where.type}") for where in (device, CPU))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*DEEP, *OTHERS])
+def test_gradients_in_float32_are_those_of_the_cpu(name: str, project_of: Find, device: torch.device) -> None:
+    """After a step of plain descent the factor `up` is the gradient itself, times the learning rate."""
+    project = project_of(name)
+    step = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_grad_norm", "0")
+    ours, theirs = (
+        project.train(where, f"sgd {where.type}", *step, steps=1).tensors for where in (device, CPU)
+    )
+    ups = [name for name in theirs if name.endswith("lora_up.weight")]
+    pairs = [torch.cat([tensors[name].flatten() for name in ups]) for tensors in (ours, theirs)]
+    assert relative_error(*pairs) < 1e-3
+
+
+@pytest.mark.parametrize("name", [*DEEP, *OTHERS])
+def test_losses_in_bf16_are_those_of_the_cpu(name: str, project_of: Find, device: torch.device) -> None:
+    project = project_of(name)
+    ours, theirs = (project.train(where, f"bf16 {where.type}", *BF16) for where in (device, CPU))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-2)
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("precision", [(), BF16, (*BF16, *FP8)], ids=["float32", "bf16", "fp8"])
+def test_what_saves_memory_changes_no_bit(
+    project: Project, device: torch.device, precision: tuple[str, ...]
+) -> None:
+    """Swapped blocks, activations computed again, held on the host, and attention's results kept."""
+    swap = ("--blocks_to_swap", project.swappable, "--img_in_txt_in_offloading")
+    expected = project.train(device, "plain", *precision)
+    for options in (CHECKPOINTED, OFFLOADED, KEPT, swap, (*OFFLOADED, *swap), (*OFFLOADED, *KEPT, *swap)):
+        assert_same(project.train(device, "saving", *precision, *options), expected)
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("how", [(), BF16, (*BF16, *FP8, *OFFLOADED)], ids=["float32", "bf16", "fp8"])
+def test_a_resumed_run_ends_with_equal_bytes(
+    project: Project, device: torch.device, how: tuple[str, ...]
+) -> None:
+    """Dropout and the optimizer's moments go on where they stopped, and so do the order and all noise."""
+    random = ("--network_dropout", "0.2", "--lr_scheduler", "cosine", "--gradient_accumulation_steps", "2")
+    whole = project.train(device, "whole", *how, *random, steps=5)
+    project.train(device, "stopped", *how, *random, "--save_every_n_steps", "2", "--save_state", steps=5)
+    resumed = project.train(
+        device, "resumed", *how, *random, "--resume", "output/stopped-step00000002-state", steps=5
+    )
+    assert_same(resumed, Trained(whole.losses[2:], whole.tensors))
+    output = project.folder / "output"
+    assert tensor_bytes(output / "resumed.safetensors") == tensor_bytes(output / "whole.safetensors")
+
+
+def tensor_bytes(path: Path) -> bytes:
+    """A safetensors file without its header, which has the run's name and time."""
+    file = path.read_bytes()
+    return file[8 + int.from_bytes(file[:8], "little") :]
+
+
+def test_fp8_weights_are_rounded_as_on_the_cpu(project: Project, device: torch.device) -> None:
+    ours, theirs = (project.train(where, f"fp8 {where.type}", *FP8) for where in (device, CPU))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
+
+
+def test_fp8_products_give_nearly_the_losses_of_fp8_weights(project: Project, device: torch.device) -> None:
+    if not supports_fp8(device):
+        pytest.skip(f"{device} has no fp8 units")
+    expected = project.train(device, "weights", *BF16, *FP8)
+    found = project.train(device, "products", *BF16, *FP8, "--fp8_fast")
+    assert found.losses == pytest.approx(expected.losses, rel=5e-2)
+    assert found.losses != expected.losses
+
+
+@pytest.mark.parametrize("name", DEEP[:3])
+def test_compiled_blocks_give_the_losses_of_eager_ones(
+    name: str, project_of: Find, device: torch.device
+) -> None:
+    project = project_of(name)
+    expected = project.train(device, "eager", *BF16, *CHECKPOINTED)
+    found = project.train(device, "compiled", *BF16, *CHECKPOINTED, "--compile")
+    assert found.losses == pytest.approx(expected.losses, rel=1e-2)
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_a_whole_transformer_swaps_and_steps_in_the_backward_pass(
+    project: Project, device: torch.device
+) -> None:
+    """Trained with the optimizer inside the backward pass, its blocks swapped: the bits of a run without."""
+    if not project.family.train_whole or "--dit_high_noise" in project.family.train:
+        pytest.skip("no script trains the whole transformer")
+    adafactor = ("--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False")
+    fused = ("--fused_backward_pass", *adafactor, "scale_parameter=False", "--max_grad_norm", "0")
+    for how in (BF16, (*BF16, "--full_bf16", *CHECKPOINTED)):
+        expected = project.train(device, "plain", *fused, *how, whole=True)
+        swapped = project.train(
+            device, "swapped", *fused, *how, "--blocks_to_swap", project.swappable, whole=True
+        )
+        assert swapped.losses == expected.losses
+        assert all(equal_bits(swapped.tensors[name], tensor) for name, tensor in expected.tensors.items())
+        on_the_cpu = project.train(CPU, "cpu", *fused, *how, whole=True)
+        assert expected.losses == pytest.approx(on_the_cpu.losses, rel=2e-2)

@@ -1,0 +1,91 @@
+"""What runs without packages that it does not need: a machine for training may lack FFmpeg and diffusers."""
+
+import html
+import json
+import sys
+from pathlib import Path
+
+import ftfy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules.errors import InstallationError, MediaError
+from modules.media.reading import read_image
+from modules.media.writing import write_video
+from tests.commands import ROOT, run_program
+from tests.tiny.families import FAMILIES
+from tests.tiny.project import moving_square, write_animations
+from wan.t5 import clean_text
+
+MISSING = ("av", "diffusers", "bitsandbytes", "ftfy", "imageio", "flash_attn", "xformers", "sageattention")
+PROGRAM = f"""
+import importlib, json, sys
+from accelerate.state import AcceleratorState
+from modules.hidden_packages import hide_packages
+with hide_packages(*{MISSING}):
+    for script, *arguments in json.loads(sys.argv[1]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        importlib.import_module(script.removesuffix(".py")).main(arguments)
+    assert not [name for name in {MISSING} if sys.modules.get(name)]
+"""
+
+
+def run_without(folder: Path, *commands: list[str]) -> None:
+    """Run root scripts one after the other in a process that has none of the packages."""
+    run_program(
+        sys.executable,
+        "-c",
+        PROGRAM,
+        json.dumps(commands),
+        folder=folder,
+        environment={"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_caching_training_resuming_and_generation_of_latents_need_none_of_them(tmp_path: Path) -> None:
+    family = next(each for each in FAMILIES if each.name == "wan t2v-1.3B")
+    family.prepare(tmp_path, write_animations)
+    train = [*family.train, "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "output"]
+    latents = ["--prompt", "a cat", "--negative_prompt", "dull", "--seed", "7", "--output_type", "latent"]
+    size = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu", "--save_path", "made"]
+
+    run_without(
+        tmp_path,
+        family.cache_latents,
+        family.cache_texts,
+        [*train, "--output_name", "half", "--max_train_steps", "1", "--save_state"],
+        [*train, "--output_name", "x", "--max_train_steps", "2", "--resume", "output/half-state"],
+        [*family.generate, *size, *latents, "--lora_weight", "output/x.safetensors"],
+    )
+
+    (path,) = (tmp_path / "made").glob("*_latent.safetensors")
+    assert torch.isfinite(load_file(path)["latent"]).all()
+
+
+def test_a_video_without_ffmpeg_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InstallationError, match="pip install av"):
+        write_video(tmp_path / "clip.mp4", moving_square(2, 32, 32, 1), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_picture_is_told_without_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "picture.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match="picture.png"):
+        read_image(tmp_path / "picture.png")
+
+
+def test_a_prompt_that_needs_cleaning_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    assert clean_text("  a cat,  two dogs ") == "a cat, two dogs"
+    with pytest.raises(InstallationError, match="pip install ftfy"):
+        clean_text("sch\u00c3\u00b6n")
+
+
+def test_plain_text_is_what_ftfy_leaves_as_it_is() -> None:
+    every = "".join(map(chr, range(32, 127))).replace("&", "")
+    for text in (every, every[::-1], " ".join(every), "\"it's\" <b>--x</b> ``y'' %20 \\u00e9 \\n"):
+        assert ftfy.fix_text(text) == text
+        assert html.unescape(text) == text
