@@ -15,6 +15,8 @@ from modules.offload.token_pieces import compute_in_pieces
 from networks.lora_layer import LoraLayer
 from networks.lora_products import add_up, branch, hold
 from tests.fp8_reference import emulated_product
+from tests.modules.fake_device import FakeDevice
+from tests.modules.swap_cases import swapped
 from tests.networks.making import join_all
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
@@ -174,6 +176,21 @@ def test_transformers_give_what_separate_sums_give_also_recomputed_and_in_pieces
         assert (other_velocity - velocity).abs().max() <= share * velocity.abs().max()
         for one, other in zip(found, expected, strict=True):
             assert (one - other).abs().max() <= share * largest
+
+
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+def test_swapped_blocks_whose_recomputation_ends_early_give_the_same_bits(tiny: TinyDit) -> None:
+    found = []
+    for swaps in (False, True):
+        dit, network = tiny.with_lora(blocks=5)
+        join_all(network)
+        checkpoint_blocks(dit, tiny.spec)
+        if swaps:
+            swapped(dit, tiny.spec, 2, FakeDevice())
+        velocity, grads = gradients(dit.train(), network, tiny.inputs((3, 8, 8, 7), 1))
+        found.append([velocity, *grads])
+
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 class Counted(nn.Linear):
