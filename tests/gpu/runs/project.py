@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,14 +74,31 @@ class Project:
         rows = [row for row in map(json.loads, lines) if "loss" in row]
         return Trained([row["loss"] for row in rows], load_file(output / f"{name}.safetensors"))
 
-    def generate(self, device: torch.device, name: str, *arguments: object) -> Tensor:
-        """Generate latents with a prompt that needs no package to be cleaned."""
-        folder = self.folder / name
-        words = ("--prompt", "a cat", "--negative_prompt", "dull", *SIZE, "--output_type", "latent")
-        where = ("--device", device, "--save_path", folder)
-        self.run(device, *self.family.generate, *words, *where, *arguments)
-        (path,) = folder.glob("*_latent.safetensors")
-        return load_file(path)["latent"]
+    def generate(self, device: torch.device, *arguments: object) -> Tensor:
+        """Generate latents with a prompt that needs no package to be cleaned, from noise of the CPU."""
+        return latents_in(self.make(device, "--output_type", "latent", *arguments))
+
+    def make(self, device: torch.device, *arguments: object) -> Path:
+        """Generate what the arguments say; return the new folder of the results."""
+        words = ("--prompt", "a cat", "--negative_prompt", "dull", *SIZE, *self.noise)
+        return self.decode(device, *words, *arguments)
+
+    def decode(self, device: torch.device, *arguments: object) -> Path:
+        """Run the family's script for generation; return the new folder of the results."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        self.run(device, *self.family.generate, "--device", device, "--save_path", folder, *arguments)
+        return folder
+
+    @property
+    def noise(self) -> tuple[str, ...]:
+        """The option that draws noise on the CPU, unless the family does so anyway."""
+        is_drawn = self.family.name.startswith(("framepack", "hunyuan_image"))
+        return () if is_drawn else ("--cpu_noise",)
+
+
+def latents_in(folder: Path) -> Tensor:
+    (path,) = folder.glob("*_latent.safetensors")
+    return load_file(path)["latent"]
 
 
 def run(folder: Path, device: torch.device, script: str, *arguments: object) -> None:
