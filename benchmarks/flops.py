@@ -1,37 +1,65 @@
 """Count the floating-point operations of a transformer; a multiplication and an addition are two.
 
-Only attention and the Linear layers of the blocks are counted, which is about 99 % of the work.
+Only attention and the Linear layers of the blocks are counted, which is about 99 % of the work. Left out are
+layers that see one vector in place of tokens, the first and the last layers, text refiners, and LoRAs.
 """
-# Letters: L video tokens, T text tokens, C width, F width of the feed-forward
+# Letters: L video or picture tokens, T text tokens, C width, F width of the feed-forward
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from hunyuan_model.configs import HunyuanVideoConfig
+from lumina.configs import LuminaConfig
 from wan.configs import WanConfig
 
 # cost of a step in forward passes: forward, recomputation and backward
 RECOMPUTED = {"linear": 3.0, "attention": 4.5}
 KEPT = {"linear": 2.0, "attention": 3.5}  # 1 for a linear (its weight has no gradient), 2.5 for attention
+IMAGE_TOKENS = 257  # of CLIP, for Wan2.1 models that take an image
+
+
+class JointConfig(Protocol):
+    """What HunyuanVideo, FramePack, FLUX.1, Chroma and HunyuanImage have alike: double and single blocks."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def ffn_dim(self) -> int: ...
+
+    @property
+    def double_blocks(self) -> int: ...
+
+    @property
+    def single_blocks(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one forward pass for one sample."""
+    """Operations of one forward pass for one sample.
+
+    attention: of the tokens to themselves. cross: to a text. outside: of layers that are never recomputed.
+    """
 
     linear: float
     attention: float
+    cross: float = 0.0
+    outside: "Work | None" = None
 
     @property
     def forward(self) -> float:
-        return self.linear + self.attention
+        return self.linear + self.attention + self.cross + (self.outside.forward if self.outside else 0.0)
 
-    def lora_step(self, checkpointing: bool) -> float:
-        """Return the hardware operations of a LoRA training step. checkpointing: count recomputation too.
+    def lora_step(self, checkpointing: bool, keeps_attention: bool = False) -> float:
+        """Return the operations of a LoRA training step. checkpointing: count recomputation too.
 
-        The base is frozen, so its layers have no weight gradients; the LoRA's own operations are left out.
+        keeps_attention: self-attention is not recomputed. The base is frozen, so its layers have no weight
+        gradients.
         """
         times = RECOMPUTED if checkpointing else KEPT
-        return times["linear"] * self.linear + times["attention"] * self.attention
+        own = KEPT if keeps_attention else times
+        others = 0.0 if self.outside is None else self.outside.lora_step(checkpointing=False)
+        mine = times["linear"] * self.linear + times["attention"] * self.cross
+        return mine + own["attention"] * self.attention + others
 
 
 def wan_work(config: WanConfig, video_tokens: int) -> Work:
@@ -39,15 +67,18 @@ def wan_work(config: WanConfig, video_tokens: int) -> Work:
 
     The text is padded to `text_len` tokens; 257 image tokens are added if the model takes an image.
     """
-    dim, text = config.dim, config.text_len + (257 if config.has_image else 0)
+    dim, text = config.dim, config.text_len + (IMAGE_TOKENS if config.has_image else 0)
     per_video = 6 * dim**2 + 2 * dim * config.ffn_dim  # q, k, v, o; q and o of cross-attention; feed-forward
     linear = 2 * (video_tokens * per_video + text * 2 * dim**2)
-    attention = 4 * video_tokens**2 * dim + 4 * video_tokens * text * dim
-    return Work(config.num_layers * linear, config.num_layers * attention)
+    layers = config.num_layers
+    return Work(layers * linear, layers * 4 * video_tokens**2 * dim, layers * 4 * video_tokens * text * dim)
 
 
-def hunyuan_work(config: HunyuanVideoConfig, video_tokens: int, text_tokens: int) -> Work:
-    """Return the work of a HunyuanVideo transformer. video_tokens: L. text_tokens: T, without padding."""
+def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work:
+    """Return the work of a transformer of double and single blocks, in which all tokens see each other.
+
+    video_tokens: L, with those of finished latents. text_tokens: T, without padding, with those of an image.
+    """
     dim, tokens = config.dim, video_tokens + text_tokens
     # qkv, projection, feed-forward; the text has the same with its own weights
     double = 4 * dim**2 + 2 * dim * config.ffn_dim
@@ -55,3 +86,19 @@ def hunyuan_work(config: HunyuanVideoConfig, video_tokens: int, text_tokens: int
     linear = 2 * tokens * (config.double_blocks * double + config.single_blocks * single)
     attention = (config.double_blocks + config.single_blocks) * 4 * tokens**2 * dim
     return Work(linear, attention)
+
+
+def lumina_work(config: LuminaConfig, picture_tokens: int, text_tokens: int) -> Work:
+    """Return the work of Lumina-Image-2.0, with the layers that refine picture (L) and caption (T) apart."""
+    dim = config.dim
+    qkv = dim * (config.num_heads + 2 * config.num_kv_heads) * config.head_width
+    per_token = qkv + dim**2 + 3 * dim * config.ffn_dim
+
+    def of_layers(count: int, tokens: int) -> Work:
+        return Work(count * 2 * tokens * per_token, count * 4 * tokens**2 * dim)
+
+    picture = of_layers(config.noise_refiner_layers, picture_tokens)
+    caption = of_layers(config.context_refiner_layers, text_tokens)
+    refining = Work(picture.linear + caption.linear, picture.attention + caption.attention)
+    joint = of_layers(config.num_layers, picture_tokens + text_tokens)
+    return Work(joint.linear, joint.attention, outside=refining)

@@ -1,11 +1,17 @@
-"""Measure training steps and generation of models of real size on one GPU: python benchmarks/gpu.py
+"""Measure training, generation, caching and loading of models of real size on one GPU.
 
-Weights are random, so nothing is downloaded: the same code that loads real files loads an empty file with the
-released model's tensors, then fills it with noise on the device. Each row runs in its own process, with the
-options that a user would type. The output is a Markdown table: seconds per step, operations per second
-against a bf16 matrix product measured in the same run (hardware operations: recomputation counts), the peak
-of the device's memory beside the prediction of --plan, and the host's peak. A generation is 5 steps with
-guidance, times 8 for the 40 steps of a video; VAE and text encoders are not in the time.
+Weights are random, so nothing is downloaded: the code that loads real files loads empty files with the
+released models' tensors, and draws numbers in their place. Each row runs in its own process, with the options
+that a user would type. Seconds are medians; rates are compared with a bf16 matrix product measured in the
+same run; the peak of the device's memory stands beside the prediction of --plan. Of a generation some steps
+are measured, and the time for all of them follows. Empty files load faster than a disk delivers; the loading
+rows write and read real bytes.
+
+    python benchmarks/gpu.py --dry                              what there is, and how long it may take
+    python benchmarks/gpu.py --check                            is it right? before it is measured
+    python benchmarks/gpu.py --group goals --output gpu.json    again: continue with the rows that are missing
+    python benchmarks/gpu.py --profile wan14b-bf16-compiled     where a step's time goes
+    python benchmarks/gpu.py --tables gpu.json                  write the tables into the documents
 """
 
 import argparse
@@ -15,319 +21,256 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
 
-from benchmarks.gpu_rows import ROWS, Row, sampling_steps, work_of  # noqa: E402
-from tests.manifests import tensor_list, write_hollow  # noqa: E402
+from benchmarks.gpu_results import (  # noqa: E402
+    Results,
+    continue_results,
+    correction,
+    expect,
+    goals_of,
+    missing,
+    read_results,
+)
+from benchmarks.gpu_rows import BY_NAME, CACHING, GENERATION, GROUPS, LOADING, TRAINING, Row, choose  # noqa: E402
+from benchmarks.gpu_tables import columns_of, head_line, line_of, table, write_tables  # noqa: E402
 
-STEPS, WARM_UP = 3, 2
-MADE = 5  # number of timed steps of a generation
-GIB = 1 << 30
+DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "README.md")
+PATIENCE = 4.0  # times the expected seconds, after which a row is ended
+Child = Callable[[Row, Path, float], Any]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(rows_in_words()))
-    parser.add_argument(
-        "--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="rows to measure; default: all"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=1200, help="start no row after this many seconds; default 1200"
-    )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child is not None:
-        print(json.dumps(measure_row(ROWS[args.child], args.device)))
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--check" in words:
+        words.remove("--check")
+        from benchmarks import gpu_checks
+
+        gpu_checks.main(words)
         return
-    print_table(args.rows, args.seconds, args.device)
+    args = make_parser().parse_args(words)
+    if args.child is not None:
+        print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device)))
+        return
+    if args.tables:
+        write_tables([read_results(path) for path in args.tables], args.documents or DOCUMENTS)
+        return
+    if args.profile is not None:
+        profile(choose([args.profile], ())[0], args.folder, args.device)
+        return
+    rows = choose(args.rows, args.group)
+    with folder_of(args.folder) as folder:
+        if args.dry:
+            print_plan(rows, folder)
+            return
+        results = continue_results(args.output, head_of(args.device))
+        print(f"{head_line(results.head)}\n")
+        measure_all(missing(rows, results, args.again), results, args.seconds, Job(folder, args.device).run)
+    print("\nGoals:", *goals_of(results), sep="\n")
 
 
-def rows_in_words() -> list[str]:
-    return [f"{number}: {row.model.name} {row.size} {row.name}." for number, row in enumerate(ROWS)]
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="rows by name or number")
+    parser.add_argument("--group", nargs="+", default=[], choices=GROUPS, help="groups of rows; default: all")
+    parser.add_argument("--seconds", type=float, default=1200, help="start no row that would end later; 1200")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="keep all numbers, or go on with them"
+    )
+    parser.add_argument("--again", action="store_true", help="measure rows of --output again that failed")
+    parser.add_argument("--dry", action="store_true", help="print the rows and how long they may take")
+    parser.add_argument("--profile", metavar="ROW", help="profile two steps of a row by kinds of kernels")
+    parser.add_argument("--check", action="store_true", help="compare results on the GPU with the CPU's")
+    parser.add_argument(
+        "--tables", type=Path, nargs="+", metavar="FILE.json", help="write the documents' tables"
+    )
+    parser.add_argument("--documents", type=Path, nargs="+", help="in place of docs/speed.md and README.md")
+    parser.add_argument("--folder", type=Path, help="where the models' files go; default: a temporary folder")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
 
 
-def print_table(numbers: list[int], seconds: float, device: str) -> None:
-    """Measure each row in a child process and print it as soon as it is done."""
+@contextlib.contextmanager
+def folder_of(folder: Path | None) -> Any:
+    """Yield the folder that was asked for, which stays, or a temporary one."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def head_of(device: str) -> dict[str, Any]:
+    """Return what is measured on, with its peaks. Raises SystemExit without a GPU."""
     import torch
 
-    from benchmarks.ceilings import matmul_peak, upload_peak
+    from benchmarks.ceilings import copy_peak, matmul_peak, upload_peak
 
     if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
-    begun, peak = time.monotonic(), matmul_peak()
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {date.today()}. ", end="")
-    print(f"bf16 matrix product {peak / 1e12:.0f} TFLOP/s, pinned upload {upload_peak() / 1e9:.0f} GB/s\n")
-    print(
-        "| model | size | options | seconds | TFLOP/s | of the peak | device GiB | planned | host GiB | "
-        "loading s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for number in numbers:
-        if time.monotonic() - begun > seconds:
-            print(f"\nrows from {number} on were not begun: {seconds:.0f} s are over")
-            return
-        command = [sys.executable, __file__, "--child", str(number), "--device", device]
-        child = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-        row = ROWS[number]
-        start = f"| {row.model.name} | {row.size} | {row.name} |"
-        if child.returncode:
-            reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
-            print(f"{start} failed: {reason[:160]} |", flush=True)
-            sys.stderr.write(child.stderr)
-            continue
-        print(line_of(start, row, json.loads(child.stdout.splitlines()[-1]), peak), flush=True)
-
-
-def line_of(start: str, row: Row, found: dict[str, float], peak: float) -> str:
-    """Return a row of the table."""
-    rate = found["operations"] / found["seconds"]
-    shown = f"{found['seconds']:.2f}"
-    if row.generates:
-        shown = (
-            f"{found['seconds'] / MADE * sampling_steps(row.model):.0f} for {sampling_steps(row.model)} steps"
-        )
-    planned, device = found["planned"], found["device"]
-    plan = f"{planned / GIB:.1f} ({100 * (planned / device - 1):+.0f} %)"
-    memory = f"{device / GIB:.1f} | {plan} | {found['host'] / GIB:.1f}"
-    return (
-        f"{start} {shown} | {rate / 1e12:.0f} | {100 * rate / peak:.0f} % | {memory} | "
-        f"{found['loading']:.0f} |"
-    )
+        raise SystemExit("this benchmark needs a CUDA device; --dry shows the rows without one")
+    torch.cuda.set_device(torch.device(device))
+    found = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "date": str(date.today()),
+        "matmul": matmul_peak(),
+        "copy": copy_peak(),
+        "upload": upload_peak(),
+    }
+    torch.cuda.empty_cache()  # rows run in other processes
+    return found
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A prepared model and the work of one measured call."""
+class Job:
+    """How a row is run: in a process of its own."""
 
-    call: Callable[[], object]
-    operations: float  # of the call
-    planned: float  # bytes that the plan predicts for the device
-    loading: float  # seconds
+    folder: Path  # with the models' files
+    device: str
+
+    def run(self, row: Row, limit: float) -> dict[str, Any]:
+        """Return the figures of a row, or why it failed. limit: seconds after which it is ended."""
+        command = [sys.executable, __file__, "--child", row.name]
+        command += ["--folder", str(self.folder), "--device", self.device]
+        try:
+            child = subprocess.run(
+                command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {limit:.0f} s"}
+        if child.returncode:
+            sys.stderr.write(child.stderr)
+            return {"failed": (child.stderr.strip().splitlines() or ["no message"])[-1]}
+        found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        return found
 
 
-def measure_row(row: Row, device: str) -> dict[str, float]:
+def measure_all(
+    rows: Sequence[Row],
+    results: Results,
+    seconds: float,
+    run: Callable[[Row, float], dict[str, Any]],
+    expected: Callable[[Row], float] | None = None,
+) -> None:
+    """Measure rows one after the other; print and keep each as soon as it is done.
+
+    seconds: of all; a row that would end later is left out. run: (row, limit in seconds) -> its figures.
+    expected: seconds of a row; None: from its operations.
+    """
+    begun, kinds = time.monotonic(), set[str]()
+    expected = expected or ExpectedSeconds()
+    for row in rows:
+        guess = expected(row) * correction(results)
+        if time.monotonic() - begun + guess > seconds:
+            print(f"left out: {row.name}, which takes about {guess:.0f} s", flush=True)
+            continue
+        start = time.monotonic()
+        found = run(row, 60 + PATIENCE * guess)
+        figures = {
+            **{"kind": row.kind, "model": row.model.name, "size": str(row.size) if row.size.width else "-"},
+            **{"about": row.about, "options": list(row.options), **found},
+            **{"took": time.monotonic() - start, "expected": expected(row)},
+        }
+        results.note(row.name, figures)
+        columns = columns_of(row.kind)
+        new = row.kind not in kinds
+        kinds.add(row.kind)
+        print(
+            table({row.name: figures}, columns, results.peak)
+            if new
+            else line_of(figures, columns, results.peak),
+            flush=True,
+        )
+
+
+class ExpectedSeconds:
+    """Guesses of how long rows take; the headers of their files say how large they are."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Any] = {}
+
+    def of(self, row: Row) -> Any:
+        """Return what is expected of a row. Files without content are written to a temporary folder."""
+        if row.name not in self.known:
+            with tempfile.TemporaryDirectory() as folder:
+                self.known[row.name] = expected_of(row, Path(folder))
+        return self.known[row.name]
+
+    def __call__(self, row: Row) -> float:
+        return float(self.of(row).seconds)
+
+
+def expected_of(row: Row, folder: Path) -> Any:
+    """Return what is expected of a row, from the header of its file."""
+    if row.kind in (*CACHING, LOADING):
+        return expect(row, 0, 0)
+    from benchmarks.gpu_families import generation_family, training_family
+    from benchmarks.gpu_files import lay_out
+    from benchmarks.gpu_steps import call_operations
+
+    path, high = lay_out(row, folder)
+    if row.kind == TRAINING:
+        options, family = training_family(row, path)
+    else:
+        options, family = generation_family(row, path, high)
+    operations, _ = call_operations(row, options, family)
+    files = 2 if high is not None else 1
+    return expect(row, operations, files * path.stat().st_size)
+
+
+def print_plan(rows: Sequence[Row], folder: Path) -> None:
+    """Print the rows with what they may take; no GPU is needed."""
+    total = 0.0
+    print("| row | group | model | size | options | PFLOP a call | file GB | expected s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        found = expected_of(row, folder)
+        total += found.seconds
+        group = "goals, " * row.is_goal + row.group
+        size = row.size if row.size.width else "-"
+        counts = f"{found.operations / 1e15:.2f} | {found.size / 1e9:.1f}" if found.operations else "- | -"
+        cells = [row.name, group, row.model.name, size, row.about, counts, f"{found.seconds:.0f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
+    print(f"\n{len(rows)} rows, about {total / 60:.0f} minutes: a guess for a GPU of 790 TFLOP/s in bf16")
+
+
+def measure_here(row: Row, folder: Path, device: str) -> dict[str, Any]:
     """Return the figures of a row, in the process that loads its model."""
     import torch
 
-    from benchmarks.process_memory import peak
+    from benchmarks.gpu_files import lay_out
+    from benchmarks.gpu_measuring import measure_row
 
-    where = torch.device(device)
-    with tempfile.TemporaryDirectory() as folder:
-        # all in bf16, although the release has some in float32
-        in_bf16 = {name: ("BF16", shape) for name, (_, shape) in tensor_list(row.model.manifest).items()}
-        path = write_hollow(Path(folder) / "dit.safetensors", in_bf16)
-        bench = (generation if row.generates else train_steps)(row, path, where)
-        seconds = time_call(
-            bench.call, where, rounds=1 if row.generates else STEPS, warm_up=1 if row.generates else WARM_UP
-        )
-    device_peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
-    host = peak() if sys.platform == "linux" else 0
-    return {
-        "seconds": seconds,
-        "operations": bench.operations,
-        "device": device_peak,
-        "planned": bench.planned,
-        "host": host,
-        "loading": bench.loading,
-    }
+    return measure_row(row, *lay_out(row, folder), torch.device(device))
 
 
-def time_call(call: Callable[[], object], device: Any, rounds: int, warm_up: int) -> float:
-    """Return the mean seconds of `rounds` calls.
-
-    The peak of the device's memory counts from the last warm-up call on.
-    """
+def profile(row: Row, folder: Path | None, device: str) -> None:
+    """Print where the time of two steps goes."""
     import torch
 
-    synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    for _ in range(warm_up):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        call()
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(rounds):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / rounds
+    from benchmarks.gpu_files import lay_out
+    from benchmarks.gpu_measuring import prepare
+    from benchmarks.gpu_profile import profile_calls, report
 
-
-def train_steps(row: Row, path: Path, device: Any) -> Bench:
-    """Prepare training steps of a LoRA of rank 32 on random latents.
-
-    A step is loss, backward pass, clipping and optimizer step, as in the training loop.
-    """
-    import torch
-
-    from benchmarks.noise import fill_with_noise
-    from modules.fp8.products import add_product
-    from modules.offload.block_swap import host_weights
-    from modules.offload.swap_plan import SwapPlan
-    from networks.adapter import make_network
-    from training.dressing import dress, placement_of
-    from training.loss import training_loss
-    from training.optimizers.optimizer import make_optimizer
-    from training.planning.prediction import predict
-    from training.planning.rehearsal import autocast_of
-
-    options, family = training_family(row, path)
-    batch = random_batch(row, family)
-    planned = predict(family, options, batch, device).device(options.speed.swap.number)
-    begun = time.monotonic()
-    host = host_weights(SwapPlan(family.dit, options.speed.swap.number), device)
-    placement = placement_of(options, device, add_product(options.speed.fp8.quantisation, device))
-    dit = family.load_dit(replace(placement, host=host)).requires_grad_(False)
-    loading = time.monotonic() - begun
-    fill_with_noise(dit)
-    network = make_network(options.network, family.lora_module, dit, seed=0)
-    network.module.to(device)
-    dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
-    parameters = network.parameters()
-    optimizer, _ = make_optimizer(
-        options.optimizer, network.parameter_groups(options.optimizer.learning_rate)[0]
-    )
-    autocast, batch = autocast_of(options, device), batch.to(device)
-
-    def step() -> None:
-        training_loss(family, dit, batch, autocast).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, options.optimizer.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    work = work_of(row, family.files.dit_header().config)
-    return Bench(step, work.lora_step(checkpointing=True), planned, loading)
-
-
-def generation(row: Row, path: Path, device: Any) -> Bench:
-    """Prepare some steps of the denoising loop with guidance, on random conditions."""
-    import torch
-
-    from benchmarks.noise import fill_with_noise
-    from generation.dressing import dit_loader
-    from generation.memory import rehearse_denoising
-    from generation.sections import make_latents
-    from modules.planning.memory_plan import workspace
-
-    options, family = generation_family(row, path)
-    prepared, prompts, inputs = random_request(row, family)
-    plan, _ = rehearse_denoising(
-        family, options, prepared, prompts, inputs, workspace(device, is_training=False)
-    )
-    begun = time.monotonic()
-    dit = dit_loader(family, (), device, options)(0)
-    loading = time.monotonic() - begun
-    fill_with_noise(dit)
-
-    @torch.no_grad()
-    def make() -> None:
-        make_latents(family, lambda _: dit, prepared, prompts, inputs, device, split=options.split_uncond)
-
-    work = work_of(row, family.files.dit_header().config)
-    return Bench(make, 2 * MADE * work.forward, plan(options.speed.swap.number).device, loading)
-
-
-def training_family(row: Row, path: Path) -> tuple[Any, Any]:
-    """Return the options of a row, as the training script reads them, and the family."""
-    from training.options import read_training
-
-    given = [
-        "--dit",
-        str(path),
-        "--dataset_config",
-        "-",
-        "--output_dir",
-        "-",
-        "--output_name",
-        "-",
-        "--mixed_precision",
-        "bf16",
-    ]
-    given += ["--network_dim", "32", "--learning_rate", "1e-4", *row.options]
-    if row.model.is_wan:
-        from wan.family import family_for_training
-        from wan.options import WanTrainingOptions, add_training_arguments
-
-        options, own = read_training(
-            None, add_training_arguments, WanTrainingOptions, ["--task", str(row.model.task), *given]
-        )
-        return options, family_for_training(own)
-    from hunyuan_model import family as hunyuan
-    from hunyuan_model import options as hunyuan_options
-
-    arguments = hunyuan_options.add_training_arguments
-    options, theirs = read_training(None, arguments, hunyuan_options.HunyuanTrainingOptions, given)
-    return options, hunyuan.family_for_training(theirs)
-
-
-def generation_family(row: Row, path: Path) -> tuple[Any, Any]:
-    """Return the same for generation; only for Wan so far."""
-    from generation.options import read_generation
-    from generation.script_options import ScriptDefaults
-    from wan.family import family_for_generation
-    from wan.options import WanGenerationOptions, add_generation_arguments
-
-    given = [
-        "--task",
-        str(row.model.task),
-        "--dit",
-        str(path),
-        "--prompt",
-        "-",
-        "--save_path",
-        "-",
-        *row.options,
-    ]
-    defaults = ScriptDefaults(fps=16, guidance_scale=5.0)
-    options, own = read_generation(None, defaults, add_generation_arguments, WanGenerationOptions, given)
-    return options, family_for_generation(own)
-
-
-def random_batch(row: Row, family: Any) -> Any:
-    """Return a batch of one clip, as the feed returns it: latents, texts, noise."""
-    import torch
-
-    from modules.contract.data import Batch
-    from training.loss import NoisyBatch
-
-    size, config = row.size, family.files.dit_header().config
-    shape = family.latent.shape(size.frames, size.height, size.width)
-    tensors: dict[str, Any] = {"latents": torch.randn(shape)}
-    if row.model.is_wan:
-        tensors["t5"] = [torch.randn(row.text_tokens, config.text_dim)]
-    else:
-        tensors["llm"] = torch.randn(1, row.text_tokens, config.text_dim)
-        tensors["llm_mask"] = torch.ones(1, row.text_tokens, dtype=torch.bool)
-        tensors["clipL"] = torch.randn(1, config.pooled_dim)
-        tensors["clipL_mask"] = torch.ones(1, 77, dtype=torch.bool)
-    one = torch.ones(1)
-    return NoisyBatch(Batch(tensors, ("",), ("random",)), torch.randn(shape), one / 2, one * 500, one)
-
-
-def random_request(row: Row, family: Any) -> tuple[Any, Any, Any]:
-    """Return a request for a few steps, with its texts and its image as the encoders return them."""
-    import torch
-
-    from modules.contract.generation import EncodedPrompts, Request
-    from modules.contract.requests import settle
-
-    size, config = row.size, family.files.dit_header().config
-    texts = [{"t5": [torch.randn(row.text_tokens, config.text_dim)]} for _ in range(2)]
-    shape = family.latent.shape(size.frames, size.height, size.width)
-    inputs: dict[str, Any] = {}
-    if config.has_image:
-        inputs["clip"] = torch.randn(1, 257, config.image_dim)
-        inputs["condition_latents"] = torch.randn(1, config.in_dim - shape[1], *shape[2:])
-    request = Request("", 0, steps=MADE, guidance_scale=5.0, solver="unipc", fps=16.0)
-    prepared = settle(
-        request, family.defaults, (size.width, size.height, size.frames), flow_shift=3.0, usual_negative=""
-    )
-    return prepared, {0: EncodedPrompts(*texts)}, {0: inputs}
+    if row.kind == LOADING:
+        raise SystemExit(f"--profile {row.name}: loading has no steps. Give a row of another group")
+    with folder_of(folder) as where:
+        bench = prepare(row, *lay_out(row, where), torch.device(device))
+        bench.warm_up()
+        calls = 2 if row.kind != GENERATION else 1
+        print(f"{row.name}: {row.model.name}, {row.about}\n")
+        print(report(profile_calls(bench.call, calls, torch.device(device)), calls))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,22 @@
-"""The rows of benchmarks/gpu.py: models of real size, and the options of each as a user would type them."""
+"""The rows of benchmarks/gpu.py, the most important first: models and options as a user types them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.flops import Work, hunyuan_work, wan_work
-from hunyuan_model.configs import HunyuanVideoConfig
-from wan.configs import TASKS, WanConfig
+TRAINING, GENERATION, LATENTS, TEXTS, LOADING = "training", "generation", "latents", "texts", "loading"
+GROUPS = ("goals", "training", "generation", "caching", "loading")
+CACHING = (LATENTS, TEXTS)
 
 CHECKPOINTED = ("--gradient_checkpointing",)
 FP8 = ("--fp8_base", "--fp8_scaled")
+FP8_PRODUCTS = (*FP8, "--fp8_fast")
 OFFLOADED = ("--gradient_checkpointing_cpu_offload",)
-TRAIN_COMPILED = ("--compile",)
-FAST = (*CHECKPOINTED, *TRAIN_COMPILED, *FP8, "--fp8_fast")
+COMPILED = ("--compile",)
+KEPT = ("--gradient_checkpointing_keep", "attention")
+MOST = ("--blocks_to_swap", "38")  # 95 % of 40 blocks
+THREE_QUARTERS = ("--blocks_to_swap", "30")
 GENERATE_COMPILED = ("--compile", "--compile_args", "inductor", "default", "auto", "False")
-
-
-@dataclass(frozen=True)
-class Size:
-    """Size of a clip in pixels."""
-
-    width: int
-    height: int
-    frames: int
-
-    @property
-    def tokens(self) -> int:
-        """Number of video tokens: the VAE's stride of 4 x 8 x 8 and patches of 2 x 2."""
-        return ((self.frames - 1) // 4 + 1) * (self.height // 16) * (self.width // 16)
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
+GENERATE_FP8 = ("--fp8_scaled", "--fp8_fast")
 
 
 @dataclass(frozen=True)
@@ -36,68 +24,164 @@ class Model:
     """A released model. `manifest`: the list of its tensors in tests/data/checkpoints."""
 
     name: str
+    family: str  # in benchmarks/gpu_families.py
     manifest: str
-    task: str | None  # for Wan only
-    swappable: int  # largest value of --blocks_to_swap
+    words: tuple[str, ...] = ()  # options of both scripts that say which model it is
+    high: str = ""  # manifest of the expert for much noise, if generation takes two
 
-    @property
-    def is_wan(self) -> bool:
-        return self.task is not None
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a clip or picture in pixels."""
+
+    width: int
+    height: int
+    frames: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}" + (f"x{self.frames}" if self.frames > 1 else "")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. options: of the family's training or generation script."""
+    """A line of a table. options: of the family's training or generation script."""
 
-    name: str
+    name: str  # stable: of --rows and in result files
+    kind: str
     model: Model
     size: Size
-    options: tuple[str, ...]
-    generates: bool = False
-    text_tokens: int = 256  # in a prompt, if the family does not pad it
+    about: str  # the options in words
+    options: tuple[str, ...] = ()
+    text_tokens: int = 256  # of a prompt, if the family does not pad it
+    is_goal: bool = False
+    seconds: float = 0.0  # that a run may take, a guess, if no operations are counted
+    steps: int = 3  # of a generation that are timed
+
+    @property
+    def group(self) -> str:
+        return "caching" if self.kind in CACHING else self.kind
 
 
-WAN_14B = Model("Wan 14B T2V", "wan2.1-t2v-14b", "t2v-14B", 39)
-WAN_14B_I2V = Model("Wan 14B I2V", "wan2.1-i2v-14b", "i2v-14B", 39)
-WAN_1_3B = Model("Wan 1.3B T2V", "wan2.1-t2v-1.3b", "t2v-1.3B", 29)
-HUNYUAN = Model("HunyuanVideo T2V", "hunyuanvideo-t2v-dit", None, 38)
-SMALL, WIDE = Size(832, 480, 81), Size(960, 544, 129)
-MOST = ("--blocks_to_swap", "38")  # 95 % of 40 blocks
-THREE_QUARTERS = ("--blocks_to_swap", "30")
+WAN_14B = Model("Wan2.1 14B T2V", "wan", "wan2.1-t2v-14b", ("--task", "t2v-14B"))
+WAN_14B_I2V = Model("Wan2.1 14B I2V", "wan", "wan2.1-i2v-14b", ("--task", "i2v-14B"))
+WAN_1_3B = Model("Wan2.1 1.3B T2V", "wan", "wan2.1-t2v-1.3b", ("--task", "t2v-1.3B"))
+WAN22_14B = Model("Wan2.2 14B T2V, one expert", "wan", "wan2.2-t2v-a14b", ("--task", "t2v-A14B"))
+WAN22_BOTH = Model(
+    *("Wan2.2 14B T2V, two experts", "wan", "wan2.2-t2v-a14b", ("--task", "t2v-A14B"), "wan2.2-t2v-a14b")
+)
+WAN22_5B = Model("Wan2.2 5B", "wan", "wan2.2-ti2v-5b", ("--task", "ti2v-5B"))
+HUNYUAN = Model("HunyuanVideo", "hunyuan_video", "hunyuanvideo-t2v-dit")
+FRAMEPACK = Model("FramePack", "framepack", "framepack-dit")
+FLUX = Model("FLUX.1 dev", "flux", "flux1-dev-dit")
+CHROMA = Model("Chroma", "flux", "chroma1-dit", ("--model_type", "chroma"))
+HUNYUAN_IMAGE = Model("HunyuanImage-2.1", "hunyuan_image", "hunyuanimage2.1-dit")
+LUMINA = Model("Lumina-Image-2.0", "lumina", "lumina2-dit")
+WAN_VAE = Model("Wan2.1 VAE", "wan", "wan2.1-vae")
+WAN22_VAE = Model("Wan2.2 5B VAE", "wan", "wan2.2-vae")
+HUNYUAN_VAE = Model("HunyuanVideo VAE", "hunyuan_video", "hunyuanvideo-vae")
+UMT5 = Model("umT5", "wan", "umt5-xxl-enc-wan")
+LLAMA = Model("Llama of HunyuanVideo", "hunyuan_video", "llava-llama3-single")
+
+SMALL, WIDE, HD = Size(832, 480, 81), Size(960, 544, 129), Size(1280, 704, 121)
+SECTION = Size(832, 480, 37)  # the start image and the 36 frames of a section of FramePack
+SQUARE, LARGE = Size(1024, 1024), Size(2048, 2048)
+NONE = Size(0, 0)
+
+
+def _train(name: str, model: Model, size: Size, about: str, *options: str, **more: object) -> Row:
+    return Row(name, TRAINING, model, size, about, (*CHECKPOINTED, *options), **more)  # type: ignore[arg-type]
+
+
+def _generate(name: str, model: Model, size: Size, about: str, *options: str, **more: object) -> Row:
+    return Row(name, GENERATION, model, size, about, options, **more)  # type: ignore[arg-type]
+
+
+def _wan(name: str, about: str, *options: str, is_goal: bool = False) -> Row:
+    return _train(f"wan14b-{name}", WAN_14B, SMALL, about, *options, is_goal=is_goal)
+
 
 ROWS = (
-    Row("bf16, compiled", WAN_14B, SMALL, (*CHECKPOINTED, *TRAIN_COMPILED)),
-    Row("fp8 products, compiled", WAN_14B, SMALL, FAST),
-    Row("bf16, 75 % swapped, compiled", WAN_14B, SMALL, (*CHECKPOINTED, *TRAIN_COMPILED, *THREE_QUARTERS)),
-    Row("fp8, 95 % swapped, offload", WAN_14B, SMALL, (*CHECKPOINTED, *OFFLOADED, *FP8, *MOST)),
-    Row("bf16, compiled, 5 steps", WAN_14B_I2V, SMALL, GENERATE_COMPILED, generates=True),
-    Row(
-        "fp8 products, compiled, 5 steps",
-        WAN_14B_I2V,
-        SMALL,
-        (*GENERATE_COMPILED, "--fp8_scaled", "--fp8_fast"),
-        generates=True,
+    _wan("bf16-compiled", "bf16, compiled", *COMPILED, is_goal=True),
+    _wan("fp8-products-compiled", "fp8 products, compiled", *COMPILED, *FP8_PRODUCTS, is_goal=True),
+    _wan("bf16-swap30-compiled", "bf16, swap 30, compiled", *COMPILED, *THREE_QUARTERS, is_goal=True),
+    _wan("bf16", "bf16, eager", is_goal=True),
+    _generate("gen-wan14b-i2v", WAN_14B_I2V, SMALL, "bf16, compiled", *GENERATE_COMPILED),
+    _generate(
+        "gen-wan14b-i2v-fp8", WAN_14B_I2V, SMALL, "fp8 products, compiled", *GENERATE_COMPILED, *GENERATE_FP8
     ),
-    Row("bf16, eager", WAN_14B, SMALL, CHECKPOINTED),
+    Row("load-bf16", LOADING, WAN_1_3B, NONE, "bf16 to the device", seconds=40),
+    Row("load-fp8", LOADING, WAN_1_3B, NONE, "rounded to fp8 on the device", FP8, seconds=40),
     Row(
-        "fp8 products, 75 % swapped, compiled",
-        WAN_14B,
-        SMALL,
-        (*CHECKPOINTED, *TRAIN_COMPILED, *FP8, "--fp8_fast", *THREE_QUARTERS),
+        *("load-pinned", LOADING, WAN_1_3B, NONE, "bf16, swap 29: to pinned host memory"),
+        ("--blocks_to_swap", "29"),
+        seconds=45,
     ),
-    Row("bf16, compiled", WAN_1_3B, SMALL, (*CHECKPOINTED, *TRAIN_COMPILED)),
-    Row("bf16, compiled", HUNYUAN, WIDE, (*CHECKPOINTED, *TRAIN_COMPILED)),
-    Row("fp8 products, compiled", HUNYUAN, WIDE, FAST),
+    Row("cache-wan-vae", LATENTS, WAN_VAE, SMALL, "bfloat16", seconds=45),
+    Row("cache-hunyuan-vae", LATENTS, HUNYUAN_VAE, SMALL, "float16", seconds=60),
+    Row("cache-umt5", TEXTS, UMT5, NONE, "texts of 256 tokens", seconds=35),
+    Row("cache-llama", TEXTS, LLAMA, NONE, "texts of 256 tokens behind the template", seconds=40),
+    _train("hunyuan-bf16-compiled", HUNYUAN, WIDE, "bf16, compiled", *COMPILED),
+    _train("framepack-bf16-compiled", FRAMEPACK, SECTION, "bf16, compiled", *COMPILED),
+    _train("wan1.3b-bf16-compiled", WAN_1_3B, SMALL, "bf16, compiled", *COMPILED),
+    _train("flux-bf16-compiled", FLUX, SQUARE, "bf16, compiled", *COMPILED, text_tokens=512),
+    _generate("gen-framepack", FRAMEPACK, SECTION, "bf16, eager, one section"),
+    _generate("gen-flux", FLUX, SQUARE, "bf16, eager", text_tokens=512, steps=8),
+    _wan("fp8-swap38-offload", "fp8 weights, swap 38, offload", *FP8, *MOST, *OFFLOADED),
+    _wan(
+        *("fp8-products-swap30-compiled", "fp8 products, swap 30, compiled", *COMPILED, *FP8_PRODUCTS),
+        *THREE_QUARTERS,
+    ),
+    _wan("fp8-products", "fp8 products, eager", *FP8_PRODUCTS),
+    _wan("fp8-weights-compiled", "fp8 weights, compiled", *COMPILED, *FP8),
+    _wan("fp8-weights", "fp8 weights, eager", *FP8),
+    _wan("bf16-swap30", "bf16, swap 30, eager", *THREE_QUARTERS),
+    _wan("bf16-keep-compiled", "bf16, keep attention, compiled", *COMPILED, *KEPT),
+    _wan("bf16-offload", "bf16, offload, eager", *OFFLOADED),
+    _wan("bf16-offload-compiled", "bf16, offload, compiled", *COMPILED, *OFFLOADED),
+    _wan("fp8-weights-swap30-compiled", "fp8 weights, swap 30, compiled", *COMPILED, *FP8, *THREE_QUARTERS),
+    _train(
+        "hunyuan-fp8-products-compiled", HUNYUAN, WIDE, "fp8 products, compiled", *COMPILED, *FP8_PRODUCTS
+    ),
+    _train("hunyuan-bf16", HUNYUAN, WIDE, "bf16, eager"),
+    _train("wan1.3b-bf16", WAN_1_3B, SMALL, "bf16, eager"),
+    _train("wan22-14b-bf16-compiled", WAN22_14B, SMALL, "bf16, compiled", *COMPILED),
+    _train("wan22-5b-bf16-compiled", WAN22_5B, HD, "bf16, compiled", *COMPILED),
+    _train("framepack-bf16", FRAMEPACK, SECTION, "bf16, eager"),
+    _train("flux-bf16", FLUX, SQUARE, "bf16, eager", text_tokens=512),
+    _train(
+        *("flux-fp8-products-compiled", FLUX, SQUARE, "fp8 products, compiled", *COMPILED, *FP8_PRODUCTS),
+        text_tokens=512,
+    ),
+    _train("chroma-bf16-compiled", CHROMA, SQUARE, "bf16, compiled", *COMPILED, text_tokens=512),
+    _train("hunyuan-image-bf16-compiled", HUNYUAN_IMAGE, SQUARE, "bf16, compiled", *COMPILED),
+    _train("lumina-bf16-compiled", LUMINA, SQUARE, "bf16, compiled", *COMPILED),
+    _generate("gen-wan14b-t2v", WAN_14B, SMALL, "bf16, compiled", *GENERATE_COMPILED),
+    _generate("gen-wan14b-t2v-swap30", WAN_14B, SMALL, "bf16, swap 30, eager", *THREE_QUARTERS),
+    _generate("gen-wan22-14b", WAN22_BOTH, SMALL, "bf16, compiled", *GENERATE_COMPILED, steps=4),
+    _generate("gen-wan22-5b", WAN22_5B, HD, "bf16, compiled", *GENERATE_COMPILED),
+    _generate("gen-wan1.3b", WAN_1_3B, SMALL, "bf16, compiled", *GENERATE_COMPILED, steps=6),
+    _generate("gen-hunyuan", HUNYUAN, WIDE, "bf16, compiled", *GENERATE_COMPILED),
+    _generate("gen-chroma", CHROMA, SQUARE, "bf16, eager", text_tokens=512, steps=8),
+    _generate("gen-hunyuan-image", HUNYUAN_IMAGE, LARGE, "bf16, eager", steps=6),
+    _generate("gen-lumina", LUMINA, SQUARE, "bf16, eager", steps=8),
+    Row("cache-wan22-vae", LATENTS, WAN22_VAE, HD, "bfloat16", seconds=60),
 )
+BY_NAME = {row.name: row for row in ROWS}
 
 
-def work_of(row: Row, config: WanConfig | HunyuanVideoConfig) -> Work:
-    """Return the operations of one forward pass of a row's model."""
-    if isinstance(config, WanConfig):
-        return wan_work(config, row.size.tokens)
-    return hunyuan_work(config, row.size.tokens, row.text_tokens)
+def choose(names: Sequence[str], groups: Sequence[str]) -> list[Row]:
+    """Return the rows of these names or numbers, then those of these groups; all if none is given.
+
+    Raises SystemExit, naming those that there are.
+    """
+    found = [_row(name) for name in names]
+    found += [row for row in ROWS if row.group in groups or (row.is_goal and "goals" in groups)]
+    return list(dict.fromkeys(found)) or list(ROWS)
 
 
-def sampling_steps(model: Model) -> int:
-    """Return the default number of steps for a video of that model."""
-    return TASKS[model.task].steps if model.task is not None else 50
+def _row(name: str) -> Row:
+    if name.isdecimal() and int(name) < len(ROWS):
+        return ROWS[int(name)]
+    if name not in BY_NAME:
+        raise SystemExit(f"--rows {name}: there is no such row. The rows: {', '.join(BY_NAME)}")
+    return BY_NAME[name]

@@ -1,7 +1,14 @@
-"""Fill networks from empty files with random weights."""
+"""Give networks from empty files random weights."""
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from modules.contract.loading import Placement
 
 SPREAD = 0.02  # standard deviation of the weights
 
@@ -25,3 +32,37 @@ def fill_with_noise(network: nn.Module, seed: int = 0) -> None:
     for name, buffer in network.named_buffers():
         if name.endswith("scale_weight"):
             buffer.fill_(SPREAD / 100)
+
+
+@dataclass(frozen=True)
+class NoisyFamily:
+    """A family whose transformer is loaded with random weights in place of those in its file.
+
+    They are drawn where a LoRA would be merged: on the device, before rounding to 8 bits and before weights
+    go to the host. So runs with other options start from equal weights, and no host draws gigabytes.
+    """
+
+    family: Any
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer of an expert as the family does."""
+        dit: nn.Module = self.family.load_dit(replace(placement, patch=draw_weight), expert)
+        return dit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+
+def draw_weight(name: str, weight: Tensor) -> Tensor:
+    """Return random numbers in place of a weight: the same for a name on a kind of device.
+
+    The spread is that of usual initial weights, the inverse root of a row's length, so that a signal neither
+    dies nor grows from block to block. Scales of norms are about 1.
+    """
+    generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+    values = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    if weight.ndim < 2:
+        values.normal_(0 if name.endswith("bias") else 1, SPREAD, generator=generator)
+    else:
+        values.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)
+    return values.to(weight.dtype)

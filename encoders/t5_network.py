@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.t5_checkpoints import T5Config, T5Kind, read_t5
+from modules.attention.sdpa import attend_with_bias
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import DitSpec
@@ -76,9 +76,7 @@ class T5Attention(nn.Module):
         for (q, k, v), seen in zip(prompts, tokens.visible, strict=True):
             mask = bias[None, :, : q.shape[1], :seen]
             outputs.append(
-                F.scaled_dot_product_attention(
-                    q[None], k[None, :, :seen], v[None, :, :seen], attn_mask=mask, scale=1.0
-                )[0]
+                attend_with_bias(q[None], k[None, :, :seen], v[None, :, :seen], mask, scale=1.0)[0]
             )
         return self.o(torch.cat(outputs, dim=1).transpose(0, 1).flatten(1))
 

@@ -43,7 +43,7 @@ class Approximator(nn.Module):
     @torch.no_grad()
     def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
         """Return B M C float32. timesteps: B, 0..1000. guidance: B, as it is asked for."""
-        number = torch.arange(self.rows, device=timesteps.device)
+        number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
         numbered = sinusoid(GUIDANCE_UNIT * number, self.config.in_dim // 2, torch.float32)  # M in/2
         shared = torch.cat(
             [

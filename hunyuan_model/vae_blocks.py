@@ -18,6 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.attention.attend import attend
+from modules.devices import numbers_on
 from modules.layers.convolution import conv3d
 from modules.layers.memory_layouts import empty_clip
 
@@ -73,7 +74,7 @@ class ClipNorm(nn.GroupNorm):
             means.append(mean.flatten(1))
             shares.append((stop - start) / x.shape[2])
         groups = (self.num_groups, -1)
-        share = torch.tensor(shares, device=x.device).view(-1, 1, 1, 1)
+        share = numbers_on(x.device, shares, torch.float32).view(-1, 1, 1, 1)
         # steps B groups channels
         mean, variance = (torch.stack(parts).unflatten(2, groups) for parts in (means, variances))
         middle = (share * mean).sum(dim=0).mean(dim=-1, keepdim=True)  # B groups 1

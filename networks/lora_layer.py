@@ -17,9 +17,13 @@ from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.seeds import derive_seed
 from networks.lora_blocks import BlockUp
 from networks.lora_ggpo import perturbed
+from networks.lora_products import add_up, branch, hold
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
+# Values of a tensor from which products are added to it in place. Four passes over 16 MiB are some 16
+# microseconds of a fast GPU; the autograd functions cost the host more.
+JOINS_FROM = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
 
@@ -92,6 +96,7 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
+        self.joins_from = JOINS_FROM
         self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
         if decomposes and isinstance(original, nn.Linear):
             norms = row_norms(original)
@@ -126,24 +131,23 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)
         given = x.dtype
+        # what the factors compute in
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.lora_down.weight.dtype
         if autocast and x.dtype == torch.float32:
-            # cast once, not in both the original and the LoRA
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = self._original_forward(x)
+            x = x.to(dtype)  # cast once, not in both the original and the LoRA
         dropping = self.training and bool(self.dropouts)
         in_tensors = dropping and self.seed_table is not None and torch.compiler.is_compiling()
         if self.multiplier == 0 or (dropping and not in_tensors and self._skips()):
-            return out
-        if not autocast:
-            x = x.to(self.lora_down.weight.dtype)
-        # B L R: scaled here because this tensor is small
-        hidden = self.lora_down(x) * (self.multiplier * self.scale)
-        if dropping:
-            hidden = self._drop(hidden)
-        added = self.lora_up(hidden).to(out.dtype)
-        whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
+            return self._original_forward(x)
+        if self._joins(x, dtype):
+            out = whole = self._add_in_place(x, dropping)
+        else:
+            out = self._original_forward(x)
+            added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropping)).to(out.dtype)
+            whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
         if self.training and self.noise is not None:
-            whole = whole + perturbed(x, self.noise, self.seed.derive(self.index, "noise")).to(whole.dtype)
+            noise = perturbed(x.to(dtype), self.noise, self.seed.derive(self.index, "noise"))
+            whole = whole + noise.to(whole.dtype)
         # compiled code computes it in any case
         if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
             return torch.where(
@@ -167,6 +171,32 @@ class LoraLayer(nn.Module):
             ups = self.lora_up.weight.split(self.lora_up.heights)
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
+
+    def _joins(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether the LoRA's products are added to the tensors of the frozen module in place.
+
+        Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. dtype: of
+        the products.
+        """
+        original = self._original[0]
+        if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
+            return False
+        largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
+        return self.dora_scale is None and largest >= self.joins_from
+
+    def _add_in_place(self, x: Tensor, dropping: bool) -> Tensor:
+        """Return the output of the frozen module with the LoRA's, both of x's dtype."""
+        seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
+        hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
+        heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+        held = hold(hidden, up, heights)
+        out = self._original_forward(seen)
+        return add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
+
+    def _scaled(self, hidden: Tensor, dropping: bool) -> Tensor:
+        """Return hidden, ... R, times multiplier and scale: this tensor is small. dropping: with dropouts."""
+        hidden = hidden * (self.multiplier * self.scale)
+        return self._drop(hidden) if dropping else hidden
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.

@@ -25,6 +25,8 @@ SHARE = 0.8  # of the host's free memory that is taken; the system ends programs
 NO_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc"),
     *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+    # a convolution on CUDA, if none of cuDNN's ways finds room for its workspace (pytorch/pytorch#108645)
+    "unable to find an engine to execute this computation",
 )
 
 

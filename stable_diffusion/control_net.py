@@ -69,7 +69,7 @@ class ControlNets:
         tokens = call.context.shape[1] // parts
         down, mid = network(
             call.sample[:, : network.config.in_channels].to(dtype),  # without mask and masked picture
-            torch.tensor(call.timestep, dtype=torch.float32, device=call.sample.device),
+            torch.full((), call.timestep, dtype=torch.float32, device=call.sample.device),
             encoder_hidden_states=call.context[:, -tokens:].to(dtype),
             controlnet_cond=guides.repeat(rows // len(guides), 1, 1, 1),
             conditioning_scale=self._uses[number].multiplier,

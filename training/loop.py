@@ -255,7 +255,9 @@ def _settle(run: TrainingRun) -> None:
 
 
 def _restart_clock(run: TrainingRun) -> None:
-    """Exclude a pause (samples, validation, saving) from the time of the next step."""
+    """Exclude a pause (samples, validation, saving) from the time and the memory of the next step."""
+    if run.memory is not None:
+        run.memory.after_pause()
     run.readings.restart_clock(run.device)
     run.logs.skip_next_time()
 

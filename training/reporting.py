@@ -67,7 +67,7 @@ def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tup
         ("device", torch.cuda.get_device_name(device)),
         ("a training step, predicted", _gib(None if watch is None else watch.predicted)),
         ("a training step, measured", _gib(None if watch is None else watch.measured)),
-        ("highest of the run with samples, measured", _gib(torch.cuda.max_memory_allocated(device))),
+        ("highest of the run with samples, measured", _gib(None if watch is None else watch.highest)),
     ]
     return [*rows, host]
 

@@ -12,6 +12,7 @@ from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.planning.device_memory import peak_in_words
+from modules.planning.memory_plan import gib
 from training.following import NextSteps
 from training.job import Data, TrainingJob
 from training.reports.best import best_file, lowest_validation
@@ -119,7 +120,10 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
-        ("peak memory", peak_in_words(run.device)),
+        (
+            "peak memory",
+            peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB",
+        ),
     ]
     best = best_file(history, names.folder)
     commands: list[Row] = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
-from modules.devices import dtype_name
+from modules.devices import dtype_name, numbers_on
 from modules.layers.memory_layouts import lay_out, layouts
 from modules.media.pixels import check_clip
 from wan.vae_blocks import TimeMemory, WanVaeConfig, WanVaeDecoder, WanVaeEncoder
@@ -161,7 +161,8 @@ def _statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation, 1 Z 1 1 1, float32: in 16 bits they would tint every video."""
     release = RELEASES[channels]
     mean, std = (
-        torch.tensor(values, device=device).view(1, -1, 1, 1, 1) for values in (release.mean, release.std)
+        numbers_on(device, values, torch.float32).view(1, -1, 1, 1, 1)
+        for values in (release.mean, release.std)
     )
     return mean, std
 

@@ -21,15 +21,27 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     Returns B L N D.
     """
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # B N L D
-    # n equal keys: n exp(x) = exp(x + log n)
-    bias = None if repeats is None else repeats.log().expand(1, 1, query.shape[1], -1)
+    is_cuda = query.device.type == "cuda"
+    dtype = query.dtype
+    if is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
+    bias = None if repeats is None else key_bias(repeats, query.shape[1], dtype if is_cuda else torch.float32)
     if query.device.type == "cpu" and query.dtype.itemsize < 4 and q.shape[2] * k.shape[2] <= WRITTEN_OUT:
         return _compute_plainly(q, k, v, bias).transpose(1, 2)
-    if query.device.type != "cuda":
+    if not is_cuda:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     order = kernels(_capability(query.device), dtype, query.shape[-1], bias is not None, _cudnn())
     return attend_in_order(q, k, v, bias, order).transpose(1, 2)
+
+
+def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores for keys that stand for several: 1 1 `queries` S, by stride 0.
+
+    repeats: S float32. n equal keys: n exp(x) = exp(x + log n).
+    """
+    # the dtype before the shape: to change it afterwards would write out a row for each query
+    return repeats.log().to(dtype).expand(1, 1, queries, -1)
 
 
 def kernels(
@@ -61,14 +73,33 @@ def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
     )
 
 
-def attend_in_order(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, order: list[SDPBackend]) -> Tensor:
+def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcast to it, in q's dtype.
+
+    Without cuDNN's kernel, which torch prefers on Hopper: its gradients may be NaN (see `kernels`), and it
+    is planned anew for every length of a text.
+    """
+    if q.device.type != "cuda":
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return attend_in_order(q, k, v, bias, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], scale)
+
+
+def attend_in_order(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    order: list[SDPBackend],
+    scale: float | None = None,
+) -> Tensor:
     """Run scaled_dot_product_attention on B N L D with only these kernels, in this order.
 
+    scale: of the scores; None: 1/sqrt(D).
     The context manager costs about 40 microseconds on the host, and nothing under torch.compile, which runs
     it while tracing.
     """
     with sdpa_kernel(order, set_priority=True):
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -69,12 +69,23 @@ def row_scaled_product(
     dtype: torch.dtype,
     fast_sums: bool,
 ) -> Tensor:
-    """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers."""
+    """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers.
+
+    It is rounded to bfloat16, for float16 too: but for Hopper, GPUs have no other result of row-wise scales.
+    """
     by_row = functional.ScalingType.RowWise
-    added = None if bias is None else bias.to(dtype)
+    added = None if bias is None else bias.to(torch.bfloat16)
     return functional.scaled_mm(
-        a, b, scale_a, by_row, scale_b, by_row, bias=added, output_dtype=dtype, use_fast_accum=fast_sums
-    )
+        a,
+        b,
+        scale_a,
+        by_row,
+        scale_b,
+        by_row,
+        bias=added,
+        output_dtype=torch.bfloat16,
+        use_fast_accum=fast_sums,
+    ).to(dtype)
 
 
 def tensor_scaled_product(
@@ -85,18 +96,37 @@ def tensor_scaled_product(
     bias: Tensor | None,
     dtype: torch.dtype,
     fast_sums: bool,
+    piece: int = PIECE,
 ) -> Tensor:
     """Compute a `Product` without row-wise scales, which some builds of torch lack (Windows).
 
     The unscaled sums are rounded to bfloat16 and scaled afterwards. That costs one more pass over the result
-    and a second rounding of 2^-9, which is small compared with that to e4m3.
+    and a second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantise_rows`.
     """
     one, whole = torch.ones(1, device=a.device), functional.ScalingType.TensorWise
     sums = functional.scaled_mm(
         a, b, one, whole, one, whole, output_dtype=torch.bfloat16, use_fast_accum=fast_sums
     )
+    parts = _parts(sums, piece)
+    if len(parts) == 1:
+        return _scale_sums(sums, scale_a, scale_b, bias).to(dtype)
+    out = sums if dtype == sums.dtype else torch.empty(sums.shape, dtype=dtype, device=sums.device)
+    for part in parts:
+        out[part] = _scale_sums(sums[part], scale_a[part], scale_b, bias)
+    return out
+
+
+def _scale_sums(sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:
     out = sums * scale_a * scale_b  # float32, as the scales are
-    return (out if bias is None else out + bias).to(dtype)
+    return out if bias is None else out + bias
+
+
+def _parts(x: Tensor, piece: int) -> list[slice]:
+    """Return the rows of x: M K that have float32 copies at a time; all of them while compiling."""
+    rows = len(x) if torch.compiler.is_compiling() else max(1, piece // x.shape[1])
+    if len(x) <= rows:
+        return [slice(None)]
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 def supports_fp8(device: torch.device) -> bool:
@@ -251,13 +281,12 @@ def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> 
     infinite value makes the scale NaN or infinite, and so the row of any product NaN. piece: how many values
     have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
     """
-    rows = max(1, piece // x.shape[1])
-    if torch.compiler.is_compiling() or x.shape[0] <= rows:
+    parts = _parts(x, piece)
+    if len(parts) == 1:
         return _quantise(x, fold)
     out = torch.empty(x.shape, dtype=WEIGHT_DTYPE, device=x.device)
     scales = torch.empty(x.shape[0], 1, device=x.device)
-    for start in range(0, x.shape[0], rows):
-        part = slice(start, start + rows)
+    for part in parts:
         out[part], scales[part] = _quantise(x[part], fold)
     return out, scales
 

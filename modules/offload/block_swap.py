@@ -59,6 +59,7 @@ class HostWeights:
         self._held = allocate(
             {name: tensors[name] for name in self.plan.names(network)}, self._pinned, self._machine
         )
+        self._held.warn_if_unlocked()
         return self._held.tensors
 
     @property
@@ -286,14 +287,14 @@ class BlockSwap:
 
     def _send(self, ring: Ring, unit: Unit, slot: Slot) -> None:
         """Start copying a unit's weights into a slot. After an exception the slot is empty."""
-        after = self._transfer.mark()
-        self._empty(slot, after)
         if not slot.memory:
             with torch.inference_mode(False):  # a slot made for a sample also serves the next training step
                 slot.memory = [self._transfer.memory(size) for size in ring.sizes]
             self._owners.update(
                 {part.untyped_storage().data_ptr(): (slot, i) for i, part in enumerate(slot.memory)}
             )
+        after = self._transfer.mark()  # deterministic runs fill new memory: the copy comes after that
+        self._empty(slot, after)
         with torch.no_grad():
             slot.arrival = self._transfer.copy(list(zip(slot.views(unit), unit.host, strict=True)), after)
         slot.unit = unit

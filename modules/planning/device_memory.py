@@ -114,9 +114,15 @@ class MemoryWatch:
     predicted: int | None = None
     largest: int = 0  # elements of that batch's latents
     measured: int | None = field(default=None, init=False)  # the peak of such a step
+    _highest: int = field(default=0, init=False)  # before the present count began
     _steps: int = field(default=0, init=False)
     _has_seen: bool = field(default=False, init=False)  # a batch of that size, in a measured step
     _has_warned: bool = field(default=False, init=False)
+
+    @property
+    def highest(self) -> int:
+        """Return the most bytes of tensors that the run has had on the device, with its samples."""
+        return max(self._highest, torch.cuda.max_memory_allocated(self.device))
 
     def see_batch(self, elements: int) -> None:
         """Call for each micro-batch before its step ends. elements: of its latents."""
@@ -126,12 +132,21 @@ class MemoryWatch:
         """Call after each optimizer step."""
         self._steps += 1
         if self._steps == 1:
-            torch.cuda.reset_peak_memory_stats(self.device)
+            self._count_anew()
         elif self._has_seen and self.predicted is not None and self.measured is None:
             self.measured = torch.cuda.max_memory_allocated(self.device)
             logger.info(comparison(self.predicted, self.measured))
         if self._steps % EVERY == 2:
             self.warn_if_full()
+
+    def after_pause(self) -> None:
+        """Call after samples, validation and saving: what they took is not the peak of a step."""
+        if self._steps > 0 and self.measured is None:
+            self._count_anew()
+
+    def _count_anew(self) -> None:
+        self._highest = self.highest
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def warn_if_full(self) -> None:
         """Log one line, the first time that the device is full."""

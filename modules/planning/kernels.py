@@ -35,12 +35,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _, _ = ctx.saved_tensors
+        query, key, value, result, sums = ctx.saved_tensors
         held = _workspace(query)
-        gradients = tuple(
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            for tensor in (query, key, value)
-        )
+        gradients = _attention_backward(gradient, query, key, value, result, sums)
         del held
         return gradients
 
@@ -48,12 +45,27 @@ class _Attention(torch.autograd.Function):
 @torch.library.custom_op("planned::attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """A single operator, as the kernels are, whose results selective checkpointing may keep."""
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device), _row_numbers(query)
+    return _empty(query), _row_numbers(query)
 
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device), _row_numbers(query)
+    return _empty(query), _row_numbers(query)
+
+
+@torch.library.custom_op("planned::attention_backward", mutates_args=())
+def _attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three gradients; an operator of all that the kernel reads, so that its work can be counted."""
+    return _empty(query), _empty(key), _empty(value)
+
+
+@_attention_backward.register_fake
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(query), _empty(key), _empty(value)
 
 
 @torch.library.custom_op("planned::attention_workspace", mutates_args=())
@@ -68,6 +80,10 @@ def _(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ATTENTION_WORKSPACE = "planned::attention_workspace"
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _row_numbers(query: Tensor) -> Tensor:
@@ -95,24 +111,67 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, axes: int) -> Tensor:
-        factors = torch.empty(x.shape[: x.ndim - axes], dtype=torch.float32, device=x.device)
+        result, factors = _rms_norm(x, weight, axes)
         ctx.save_for_backward(x, weight, factors)
-        return torch.empty_like(x)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _ = ctx.saved_tensors
+        x, weight, factors = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        return (
-            torch.empty_like(x) if needs_x else None,
-            torch.empty_like(weight) if needs_weight else None,
-            None,
-        )
+        for_x, for_weight = _rms_norm_backward(gradient, x, weight, factors, needs_x, needs_weight)
+        return for_x if needs_x else None, for_weight if needs_weight else None, None
+
+
+@torch.library.custom_op("planned::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tensor]:
+    """An operator, like those of attention."""
+    return torch.empty_like(x), _row_factors(x, axes)
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _row_factors(x, axes)
+
+
+@torch.library.custom_op("planned::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Both gradients; one that is not needed has no elements."""
+    return _if_needed(x, x, needs_x), _if_needed(weight, x, needs_weight)
+
+
+@_rms_norm_backward.register_fake
+def _(
+    gradient: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return _if_needed(x, x, needs_x), _if_needed(weight, x, needs_weight)
+
+
+def _row_factors(x: Tensor, axes: int) -> Tensor:
+    return torch.empty(x.shape[: x.ndim - axes], dtype=torch.float32, device=x.device)
+
+
+def _if_needed(tensor: Tensor | None, x: Tensor, is_needed: bool) -> Tensor:
+    return torch.empty_like(tensor) if is_needed and tensor is not None else x.new_empty(0)
 
 
 def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     """Stand in for torch's function, which takes B N L D; the kernels lay out their result as B L N D."""
     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+
+
+def addcmul(
+    x: Tensor, first: Tensor, second: Tensor, *, value: float = 1, out: Tensor | None = None
+) -> Tensor:
+    """Stand in for `torch.addcmul`, whose operands CUDA's autocast casts to the widest dtype; not with `out`."""
+    if out is not None:
+        return torch.addcmul(x, first, second, value=value, out=out)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = max((each.dtype for each in (x, first, second)), key=lambda each: each.itemsize)
+        x, first, second = (each.to(dtype) for each in (x, first, second))
+    return torch.addcmul(x, first, second, value=value)
 
 
 def _convolution(
@@ -130,6 +189,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     functional.rms_norm: rms_norm,
     functional.scaled_dot_product_attention: _scaled_dot_product,
+    torch.addcmul: addcmul,
     torch.mkldnn_convolution: _convolution,
 }
 

@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
+from post.interpolation.parts import rows_of_part
+
 # Letters: C channels, h w height and width of the features, P places (h times w), N places of a chunk
 
 LEVELS = 4  # each half as large as the one before
@@ -19,7 +21,6 @@ SIDE = 2 * RADIUS + 1  # offsets in x and y
 CHANNELS = LEVELS * SIDE**2
 REACH = SIDE + 1  # whole places that the offsets fall between
 VOLUME_BYTES = 3 << 29  # the products of all pairs are kept up to this size: 720p with all scales
-CHUNK_BYTES = 1 << 24  # features that are gathered at once: what fits into a cache is faster
 
 
 class Correlation:
@@ -104,7 +105,7 @@ class Correlation:
         window = (steps[:, None] * stride + steps).flatten()
         index = (y * stride + x)[:, None] + window  # P 100
         channels = features.shape[1]
-        chunk = max(1, CHUNK_BYTES // (4 * channels * REACH**2))
+        chunk = rows_of_part(4 * channels * REACH**2, features.device)  # of gathered features
         products = [
             (features.index_select(0, places.flatten()).view(-1, REACH**2, channels) @ own[:, :, None])
             for places, own in zip(index.split(chunk), self._first.split(chunk), strict=True)

@@ -1,93 +1,367 @@
 """The rows of the GPU benchmark do their work on tiny models on a CPU; what they take there says nothing."""
 
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import generation, line_of, time_call, train_steps
-from benchmarks.gpu_rows import HUNYUAN, ROWS, SMALL, WAN_14B, WAN_14B_I2V, Row, Size
-from tests.manifests import manifest_names
-from tests.tiny.hunyuan_dit import tiny_state as hunyuan_state
-from tests.tiny.hunyuan_dit import write_dit as write_hunyuan
-from tests.tiny.wan_dit import tiny_state, write_dit
+from benchmarks import gpu
+from benchmarks.gpu_files import fill, forget, lay_out
+from benchmarks.gpu_measuring import measure_row, time_call
+from benchmarks.gpu_results import Results, missing, read_results
+from benchmarks.gpu_rows import BY_NAME, ROWS, TRAINING, Row, Size, choose
+from modules.checkpoints.opening import open_checkpoint
+from tests.commands import ROOT, run_program
+from tests.manifests import manifest_names, write_hollow
+from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, wan_dit
+from tests.tiny.hunyuan_encoders import llama_tensors, prefixed, save
+from tests.tiny.hunyuan_vae import write_vae
+from tests.tiny.wan_encoders import t5_tensors, vae_tensors
 
+SPEED = ROOT / "docs" / "speed.md"
 CPU = torch.device("cpu")
-TINY = Size(32, 32, 5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--gradient_checkpointing",),
-        (
-            "--gradient_checkpointing",
-            "--gradient_checkpointing_cpu_offload",
-            "--fp8_base",
-            "--fp8_scaled",
-            "--blocks_to_swap",
-            "1",
-        ),
-    ],
+CLIP, SECTION, PICTURE = Size(32, 32, 5), Size(32, 32, 37), Size(64, 64)
+SWAPPED = (
+    *("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload", "--fp8_base", "--fp8_scaled"),
+    *("--blocks_to_swap", "1"),
 )
-def test_a_training_step_is_measured_and_planned(tmp_path: Path, options: tuple[str, ...]) -> None:
-    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16))
-
-    bench = train_steps(Row("tiny", WAN_14B, TINY, options, text_tokens=7), path, CPU)
-
-    assert time_call(bench.call, CPU, rounds=1, warm_up=1) > 0
-    assert bench.planned > path.stat().st_size / 2
-    assert bench.operations > 0
+Write = Callable[[Path], Path]
 
 
-def test_a_training_step_of_hunyuan_video_is_measured(tmp_path: Path) -> None:
-    path = write_hunyuan(tmp_path, hunyuan_state("t2v", dtype=torch.bfloat16))
-
-    bench = train_steps(Row("tiny", HUNYUAN, TINY, ("--gradient_checkpointing",), text_tokens=7), path, CPU)
-
-    assert time_call(bench.call, CPU, rounds=1, warm_up=1) > 0
+def _wan(kind: str) -> Write:
+    return lambda folder: wan_dit.write_dit(folder, wan_dit.tiny_state(kind, dtype=torch.bfloat16))
 
 
-def test_a_generation_is_measured(tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state("i2v", dtype=torch.bfloat16))
+def _flux(kind: str) -> Write:
+    return lambda folder: flux.write_dit(folder, flux.tiny_state(kind, dtype=torch.bfloat16))
 
-    bench = generation(
-        Row("tiny", WAN_14B_I2V, TINY, ("--fp8_scaled",), generates=True, text_tokens=7), path, CPU
+
+def _tiny(name: str, size: Size, *options: str) -> Row:
+    """A row with a tiny size, and other options if there are any; nothing is compiled."""
+    row = BY_NAME[name]
+    kept = tuple(word for word in row.options if word != "--compile")
+    return replace(row, size=size, options=options or kept, text_tokens=7, steps=2)
+
+
+TRAINED = {
+    "wan14b-bf16": (_wan("t2v"), CLIP, ()),
+    "wan14b-fp8-swap38-offload": (_wan("t2v"), CLIP, SWAPPED),
+    "wan14b-bf16-keep-compiled": (_wan("t2v"), CLIP, ()),
+    "wan22-5b-bf16-compiled": (_wan("ti2v"), CLIP, ()),
+    "hunyuan-bf16": (
+        lambda folder: hunyuan_dit.write_dit(folder, hunyuan_dit.tiny_state("t2v", dtype=torch.bfloat16)),
+        CLIP,
+        (),
+    ),
+    "framepack-bf16": (
+        lambda folder: framepack_dit.write_dit(folder, framepack_dit.tiny_state(dtype=torch.bfloat16)),
+        SECTION,
+        (),
+    ),
+    "flux-bf16": (_flux("dev"), PICTURE, ()),
+    "chroma-bf16-compiled": (_flux("chroma"), PICTURE, ()),
+    "hunyuan-image-bf16-compiled": (
+        lambda folder: hunyuan_image.write_dit(folder, hunyuan_image.tiny_state(dtype=torch.bfloat16)),
+        PICTURE,
+        (),
+    ),
+    "lumina-bf16-compiled": (
+        lambda folder: lumina.write_dit(folder, lumina.tiny_state(dtype=torch.bfloat16)),
+        PICTURE,
+        (),
+    ),
+}
+GENERATED = {
+    "gen-wan14b-i2v": (_wan("i2v"), CLIP, ("--fp8_scaled",)),
+    "gen-wan22-5b": (_wan("ti2v"), CLIP, ("--attn_mode", "torch")),
+    "gen-hunyuan": (TRAINED["hunyuan-bf16"][0], CLIP, ("--split_uncond",)),
+    "gen-framepack": (TRAINED["framepack-bf16"][0], SECTION, ()),
+    "gen-flux": (TRAINED["flux-bf16"][0], PICTURE, ()),
+    "gen-chroma": (TRAINED["chroma-bf16-compiled"][0], PICTURE, ()),
+    "gen-hunyuan-image": (TRAINED["hunyuan-image-bf16-compiled"][0], PICTURE, ()),
+    "gen-lumina": (TRAINED["lumina-bf16-compiled"][0], PICTURE, ()),
+}
+
+
+# one of each kind by default; a training step is measured without packages, below
+USUAL = {"gen-flux", "load-fp8", "cache-wan-vae", "cache-umt5"}
+
+
+def _slow(names: Iterable[str]) -> list[Any]:
+    """The usual rows, and the others marked as slow."""
+    return [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", _slow(TRAINED))
+def test_a_training_step_is_measured_and_planned(tmp_path: Path, name: str) -> None:
+    write, size, options = TRAINED[name]
+    path = write(tmp_path)
+
+    found = measure_row(_tiny(name, size, *options), path, None, CPU, enough=0)
+
+    assert found["calls"] == 2
+    assert len(found["losses"]) == 3
+    assert min(found["losses"]) > 0.1
+    assert found["planned"] > path.stat().st_size / 2
+    assert found["operations"] > found["model_operations"] > 0
+
+
+@pytest.mark.parametrize("name", _slow(GENERATED))
+def test_a_generation_is_measured_and_planned(tmp_path: Path, name: str) -> None:
+    write, size, options = GENERATED[name]
+    path = write(tmp_path)
+
+    found = measure_row(_tiny(name, size, *options), path, None, CPU, enough=0)
+
+    assert found["per"] == 2
+    assert found["whole"] > 20
+    assert found["planned"] > path.stat().st_size / 2
+    assert found["operations"] > 0
+
+
+@pytest.mark.slow
+def test_two_experts_take_turns(tmp_path: Path) -> None:
+    low, high = (
+        wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", seed, dtype=torch.bfloat16), name=f"dit{seed}")
+        for seed in range(2)
     )
 
-    assert time_call(bench.call, CPU, rounds=1, warm_up=0) > 0
+    found = measure_row(_tiny("gen-wan22-14b", CLIP, "--attn_mode", "torch"), low, high, CPU, enough=0)
+
+    assert found["planned"] > low.stat().st_size + high.stat().st_size
+
+
+@pytest.mark.parametrize("name", _slow(["cache-wan-vae", "cache-hunyuan-vae"]))
+def test_the_encoding_of_clips_is_measured(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "vae.safetensors"
+    if name == "cache-wan-vae":
+        save(path, vae_tensors())
+    else:
+        write_vae(path)
+
+    found = measure_row(_tiny(name, CLIP, "--vae_dtype", "float32"), path, None, CPU, enough=0)
+
+    assert found["per"] == 2
+    assert found["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", _slow(["cache-umt5", "cache-llama"]))
+def test_the_encoding_of_texts_is_measured(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save(path, t5_tensors() if name == "cache-umt5" else prefixed(llama_tensors(), "model."))
+
+    found = measure_row(replace(BY_NAME[name], text_tokens=512), path, None, CPU, enough=0)
+
+    assert found["per"] == 8
+    assert found["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", _slow(["load-bf16", "load-fp8", "load-pinned"]))
+def test_loading_is_measured_from_memory_and_from_the_disk(tmp_path: Path, name: str) -> None:
+    path = wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16))
+    options = ("--blocks_to_swap", "1") if name == "load-pinned" else BY_NAME[name].options
+
+    found = measure_row(replace(BY_NAME[name], options=options), path, None, CPU)
+
+    assert found["seconds"] > 0
+    assert found["per"] == path.stat().st_size / 1e9
+    assert (found["forgotten"] is not None) == forget(path)
+
+
+# Losses
+
+
+@pytest.mark.slow
+def test_rows_with_other_options_start_from_equal_weights(tmp_path: Path) -> None:
+    path = _wan("t2v")(tmp_path)
+
+    def losses(*options: str) -> list[float]:
+        return measure_row(_tiny("wan14b-bf16", CLIP, *options), path, None, CPU, enough=0)["losses"]
+
+    plain, swapped = (
+        losses("--gradient_checkpointing"),
+        losses("--gradient_checkpointing", "--blocks_to_swap", "1"),
+    )
+    rounded = losses("--gradient_checkpointing", "--fp8_base", "--fp8_scaled")
+
+    assert plain == swapped
+    assert plain != rounded == pytest.approx(plain, rel=0.02)
+    assert len(set(plain)) == 3  # it learns
+
+
+# Files
 
 
 def test_every_row_names_a_list_of_tensors_that_is_there() -> None:
-    assert {row.model.manifest for row in ROWS} <= set(manifest_names(""))
+    manifests = {row.model.manifest for row in ROWS} | {row.model.high for row in ROWS}
+    assert manifests - {""} <= set(manifest_names(""))
 
 
-def test_a_line_says_how_much_of_the_peak_was_reached_and_how_far_the_plan_was_off() -> None:
-    gib = 1 << 30
-    found = {
-        "seconds": 10.0,
+def test_the_file_of_a_loading_row_has_real_numbers_behind_its_header(tmp_path: Path) -> None:
+    path = write_hollow(tmp_path / "a.safetensors", {"a": ("BF16", (300, 70_000)), "b": ("BF16", (5,))})
+
+    fill(path)
+
+    with open_checkpoint(path) as checkpoint:
+        for name, shape in (("a", (300, 70_000)), ("b", (5,))):
+            numbers = checkpoint.read(name)
+            assert numbers.shape == shape
+            assert numbers.isfinite().all()
+            assert numbers.count_nonzero() == numbers.numel()
+    if hasattr(path.stat(), "st_blocks"):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size
+
+
+def test_files_are_written_once_and_transformers_are_in_bf16(tmp_path: Path) -> None:
+    path, none = lay_out(BY_NAME["wan14b-bf16"], tmp_path)
+    written = path.stat().st_mtime_ns
+    low, high = lay_out(BY_NAME["gen-wan22-14b"], tmp_path)
+
+    assert none is None
+    assert lay_out(BY_NAME["wan14b-fp8-weights"], tmp_path)[0] == path
+    assert path.stat().st_mtime_ns == written
+    assert high is not None
+    assert low != high
+    with open_checkpoint(path) as checkpoint:
+        assert {info.dtype for info in checkpoint.tensors.values()} == {torch.bfloat16}
+
+
+# The command
+
+
+def test_rows_are_chosen_by_name_number_and_group() -> None:
+    assert choose([], []) == list(ROWS)
+    assert choose(["gen-flux", "0"], []) == [BY_NAME["gen-flux"], ROWS[0]]
+    assert [row.name for row in choose([], ["goals"])] == [
+        "wan14b-bf16-compiled",
+        "wan14b-fp8-products-compiled",
+        "wan14b-bf16-swap30-compiled",
+        "wan14b-bf16",
+    ]
+    assert {row.group for row in choose([], ["caching", "loading"])} == {"caching", "loading"}
+    with pytest.raises(SystemExit, match="there is no such row. The rows: wan14b-bf16-compiled, "):
+        choose(["wan"], [])
+
+
+def test_names_are_different() -> None:
+    assert len(BY_NAME) == len(ROWS)
+
+
+def test_the_plan_of_all_rows_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(["--dry", "--rows", "wan14b-bf16", "load-bf16", "gen-lumina"])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "| wan14b-bf16 | goals, training | Wan2.1 14B T2V | 832x480x81 | bf16, eager | 6.37 | 28.6 | "
+        in lines[2]
+    )
+    assert lines[3].startswith("| load-bf16 | loading | Wan2.1 1.3B T2V | - |")
+    assert lines[-1].startswith("3 rows, about ")
+
+
+def test_a_call_is_timed_at_least_so_often_and_no_longer_than_asked() -> None:
+    calls: list[int] = []
+
+    assert len(time_call(lambda: calls.append(1), CPU, 2, 5, 0)) == 2
+    assert len(time_call(lambda: calls.append(1), CPU, 2, 5, 100)) == 5
+    assert len(calls) == 7
+
+
+HEAD = {"device": "a card", "torch": "2", "date": "2026-01-01", "matmul": 8e14, "upload": 5e10, "copy": 4e12}
+ONE = {
+    **{"seconds": 10.0, "spread": 0.01, "calls": 3, "per": 1.0, "whole": 1.0, "warm_up": 60.0},
+    **{
         "operations": 5e15,
-        "device": 50 * gib,
-        "planned": 51 * gib,
-        "host": gib,
-        "loading": 17.0,
-    }
-
-    line = line_of("| a | b | c |", ROWS[0], found, peak=800e12)
-
-    assert line == "| a | b | c | 10.00 | 500 | 62 % | 50.0 | 51.0 (+2 %) | 1.0 | 17 |"
-
-
-def test_a_generation_is_told_for_all_steps_of_a_video() -> None:
-    row = replace(ROWS[4], size=SMALL)
-    found = {
-        "seconds": 25.0,
-        "operations": 1e16,
-        "device": 1 << 30,
-        "planned": float(1 << 30),
+        "model_operations": 4e15,
+        "device": 50 << 30,
+        "planned": 51 << 30,
         "host": 1 << 30,
-        "loading": 1.0,
-    }
+    },
+    **{"loading": 17.0, "loaded": 28e9, "losses": [2.0, 1.9]},
+}
 
-    assert "| 200 for 40 steps | 400 | 50 % | 1.0 | 1.0 (+0 %) |" in line_of("|", row, found, peak=800e12)
+
+def test_rows_are_printed_and_kept_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results(HEAD, path=tmp_path / "gpu.json")
+    ran: list[str] = []
+
+    def run(row: Row, limit: float) -> dict[str, object]:
+        assert limit > 60
+        ran.append(row.name)
+        assert row.name == "wan14b-bf16-compiled" or (tmp_path / "gpu.json").exists()
+        return dict(ONE) if row.kind == TRAINING else {"failed": "ImportError: | no such thing"}
+
+    rows: Sequence[Row] = [BY_NAME[name] for name in ("wan14b-bf16-compiled", "gen-flux")]
+    gpu.measure_all(rows, results, 1000, run, lambda row: 1e-9)
+
+    assert ran == ["wan14b-bf16-compiled", "gen-flux"]
+    kept = read_results(tmp_path / "gpu.json")
+    assert kept.rows == results.rows
+    assert [row.name for row in missing(rows, kept, again=False)] == []
+    assert [row.name for row in missing(rows, kept, again=True)] == ["gen-flux"]
+    text = capsys.readouterr().out
+    assert (
+        "| 10.00 | 500 (62%) | 400 (50%) | 50.0 | 51.0 (+2.0%) | 1.0 | 17 (0.61 a GB) | 1.0% of 3 | 60 |"
+        in text
+    )
+    assert "| failed: ImportError: / no such thing |" in text
+
+
+def test_a_row_that_would_end_too_late_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.measure_all([BY_NAME["gen-flux"]], Results(HEAD), 10, lambda row, limit: {}, lambda row: 11)
+
+    assert capsys.readouterr().out == "left out: gen-flux, which takes about 11 s\n"
+
+
+def test_the_commands_of_the_page_are_known() -> None:
+    commands = re.findall(
+        r"^python benchmarks/gpu\.py (.+)$", SPEED.read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+    asked = [gpu.make_parser().parse_args(command.split()) for command in commands]
+
+    assert len(asked) == 6
+    for args in asked:
+        assert choose([*args.rows, *([args.profile] if args.profile else [])], args.group)
+
+
+# Without packages that a bare machine lacks
+
+BARE = """
+import sys
+from dataclasses import replace
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"av", "diffusers", "bitsandbytes", "ftfy", "imageio"}:
+            raise ImportError(f"{name} is asked for")
+
+
+sys.meta_path.insert(0, Missing())
+import torch
+from benchmarks import gpu
+from benchmarks.gpu_measuring import measure_row
+from tests.benchmarks.test_gpu import CLIP, CPU, _tiny, _wan
+
+folder = Path(sys.argv[1])
+path = _wan("t2v")(folder)
+for name, options in (("wan14b-bf16", ("--gradient_checkpointing",)), ("gen-wan14b-t2v", ("--fp8_scaled",))):
+    assert measure_row(_tiny(name, CLIP, *options), path, None, CPU, enough=0)["seconds"] > 0
+gpu.main(["--dry", "--rows", "gen-flux", "gen-framepack"])
+print("done")
+"""
+
+
+def test_rows_need_neither_ffmpeg_nor_diffusers_nor_ftfy(tmp_path: Path) -> None:
+    done = run_program(
+        *(sys.executable, "-c", BARE, tmp_path), folder=tmp_path, environment={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.endswith("done\n")

@@ -11,6 +11,12 @@ from modules.devices import choose_device
 from tests.gpu.measuring import release_cuda, settings_restored
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _equal_sums() -> None:
+    """cuBLAS and torch read it once, at the first product of a process: set it before any test."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on Hopper the size that is usual
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Return the device as a run chooses it. Whatever a test changes in torch's settings is changed back."""
@@ -37,10 +43,8 @@ def _chosen(name: str) -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Make torch compute the same bits at each run, and raise if an operation cannot."""
-    # cuBLAS reads it at its first product in a process
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"))
     with settings_restored():
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)

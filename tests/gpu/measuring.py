@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from modules.devices import free_memory
+from modules.devices import free_memory, send
 
 NONSENSE = 255  # in every byte: not a number in all floating types
 
@@ -30,6 +31,11 @@ def equal_bits(ours: Tensor, theirs: Tensor) -> bool:
         return False
     mine, other = (each.detach().cpu().contiguous().view(-1).view(torch.uint8) for each in (ours, theirs))
     return torch.equal(mine, other)
+
+
+def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a network's inputs as a run gives them: floats on the device, whole numbers on the host."""
+    return tree_map_only(Tensor, lambda tensor: send(tensor, device), inputs)
 
 
 @contextmanager
@@ -69,7 +75,7 @@ def poison(device: torch.device, size_bytes: int) -> None:
 
 
 def peak_of(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int, int]:
-    """Call; return its result, the bytes that CUDA held more at the peak, and those that it holds more now."""
+    """Call; return its result, and by how many bytes CUDA held more at the peak, and holds more now."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
@@ -70,13 +69,15 @@ def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 11), frames: int = 3) 
     }
 
 
-def in_diffusers(kind: str) -> HunyuanVideoTransformer3DModel:
+def in_diffusers(kind: str) -> nn.Module:
     """The same network there.
 
     Its refiner's feed-forward is four times the width, whatever that of the blocks is.
     """
+    from diffusers import HunyuanVideoTransformer3DModel  # checks on a GPU need no diffusers
+
     config = CONFIGS[kind]
-    theirs = HunyuanVideoTransformer3DModel(
+    theirs: nn.Module = HunyuanVideoTransformer3DModel(
         in_channels=config.in_dim,
         out_channels=config.out_dim,
         num_attention_heads=config.num_heads,
@@ -95,6 +96,6 @@ def in_diffusers(kind: str) -> HunyuanVideoTransformer3DModel:
 
 
 @torch.no_grad()
-def run_there(theirs: HunyuanVideoTransformer3DModel, inputs: dict[str, Any]) -> Tensor:
+def run_there(theirs: nn.Module, inputs: dict[str, Any]) -> Tensor:
     names = ("noisy", "timesteps", "llama", "llama_mask", "clip_l", "guidance")
     return theirs(*(inputs[name] for name in names), return_dict=False)[0]

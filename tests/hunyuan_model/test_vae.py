@@ -306,3 +306,19 @@ def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
     monkeypatch.setattr(vae_tiles, "compute_piece", lambda compute, piece: compute(piece))
     assert found == pytest.approx(peak(), rel=0.01)  # sizes are rounded up to what an allocator gives
     assert len(tiles) == 1 + 2 * 2
+
+
+def test_a_norm_does_not_make_the_host_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.tensor` on a CUDA device does, and a VAE has a norm before each of sixty convolutions."""
+    make = torch.tensor
+
+    def on_the_host(*args: Any, **kwargs: Any) -> Tensor:
+        assert "device" not in kwargs, "the host waits for all that is queued"
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", on_the_host)
+    norm = vae_blocks.ClipNorm(2, 4).to("meta")
+
+    factor, offset = norm.factors(torch.empty(1, 4, 3, 2, 2, device="meta"), 2)
+
+    assert factor.shape == offset.shape == (1, 4, 1, 1, 1)

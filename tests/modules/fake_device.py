@@ -40,7 +40,8 @@ class FakeDevice:
     """A `Transfer`. Host memory is expected to be hidden.
 
     A copy arrives when it is waited for, at the very latest moment; from when it is asked for its target is
-    nonsense. `log` has everything that was asked for.
+    nonsense. New memory is filled by the computation, as torch does for deterministic algorithms: a copy into
+    it has to come after that. `log` has everything that was asked for.
     """
 
     def __init__(self) -> None:
@@ -51,22 +52,25 @@ class FakeDevice:
         self.live_bytes = 0
         self._waiting: list[Pairs] = []
         self._done = 0
-        self._memory: set[int] = set()
+        self._queued = 0  # of computations
+        self._memory: dict[int, int] = {}  # address -> the computation that fills it with nonsense
 
     def memory(self, size_bytes: int) -> Tensor:
         memory = torch.full((size_bytes,), NONSENSE, dtype=torch.uint8)
-        self._memory.add(memory.untyped_storage().data_ptr())
         self.live_bytes += size_bytes
         self.log.append("memory")
+        self._queued += 1
+        self._memory[memory.untyped_storage().data_ptr()] = self._queued
         return memory
 
     def mark(self) -> Any:
         self.log.append("mark")
-        return len(self.log)
+        return self._queued
 
     def copy(self, pairs: Pairs, after: Any) -> int:
-        assert after is not None
         assert pairs
+        made = [self._memory.get(target.untyped_storage().data_ptr(), 0) for target, _ in pairs]
+        assert after >= max(made), "the computation would fill the memory after the copy"
         read = {source.untyped_storage().data_ptr() for waiting in self._waiting for _, source in waiting}
         if any(target.untyped_storage().data_ptr() in read for target, _ in pairs):
             self.finish()  # a real device reads before it writes over it, in the order of the copies

@@ -14,20 +14,21 @@ from modules.offload.block_swap import host_weights, swap_blocks
 from modules.offload.swap_plan import SwapPlan
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from tests.modules.swap_cases import CASES, CPU
+from tests.gpu.measuring import sent
+from tests.modules.swap_cases import CASES
 from wan.checkpoints import DIT, load_dit
 
 
-def main(path: Path, lora: Path) -> None:
+def main(path: Path, lora: Path, device: torch.device) -> None:
     torch.distributed.init_process_group("gloo")
-    host = host_weights(SwapPlan(DIT, 4), CPU)
+    host = host_weights(SwapPlan(DIT, 4), device)
     assert host is not None
     patch = LoraPatch([LoraUse(read_lora(lora))])
-    dit = load_dit(path, Placement(CPU, patch=patch, host=host))
+    dit = load_dit(path, Placement(device, patch=patch, host=host))
     patch.check()
-    swap_blocks(dit, host, CPU)
+    swap_blocks(dit, host, device)
     with torch.no_grad():
-        output = dit(**CASES[0].inputs(1))
+        output = dit(**sent(CASES[0].inputs(1), device))
     rank = torch.distributed.get_rank()
     weight = host.adopt(dit)["blocks.3.ffn.0.weight"]
     torch.distributed.barrier()
@@ -44,6 +45,7 @@ def main(path: Path, lora: Path) -> None:
         "mark": weight[0, 0].item(),
         "files": sorted({(words[4], words[-1]) for words in files}),  # inode, and whether it has a name
         "unused": patch.unused(),
+        "pinned": weight.is_pinned() if device.type == "cuda" else False,
     }
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -51,4 +53,4 @@ def main(path: Path, lora: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), torch.device(sys.argv[3]))

@@ -14,11 +14,14 @@ from frame_pack.model import FramePackModel
 from hunyuan_model.checkpoints import DIT as HUNYUAN
 from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.family import DitSpec
-from modules.offload.block_swap import HostWeights, host_weights, swap_blocks
+from modules.offload.activations import offload_to_host
+from modules.offload.block_swap import HostWeights, host_weights, move_network, swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.offload.options import SLOTS
 from modules.offload.swap_plan import SwapPlan
+from modules.offload.transfer import Transfer
 from networks import lora_framepack, lora_hunyuan, lora_wan
+from tests.gpu.measuring import sent
 from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
@@ -114,14 +117,15 @@ def swapped(
     dit: nn.Module,
     spec: DitSpec,
     blocks: int,
-    device: FakeDevice | None = None,
+    device: Transfer | None = None,
     input_layers: bool = False,
     slots: int = SLOTS,
+    where: torch.device = CPU,
 ) -> HostWeights | None:
-    """Swap; with a device, whose host memory is hidden then."""
-    host = host_weights(SwapPlan(spec, blocks, input_layers, slots), CPU)
-    swap_blocks(dit, host, CPU, device)
-    if host is not None and device is not None:
+    """Swap; with a fake device, whose host memory is hidden then."""
+    host = host_weights(SwapPlan(spec, blocks, input_layers, slots), where)
+    swap_blocks(dit, host, where, device)
+    if host is not None and isinstance(device, FakeDevice):
         for tensor in host.adopt(dit).values():
             hide(tensor)
     return host
@@ -131,25 +135,34 @@ def learner(
     case: Case,
     blocks: int,
     checkpointing: bool,
-    device: FakeDevice | None = None,
+    device: Transfer | None = None,
     cast: torch.dtype | None = None,
+    *,
+    where: torch.device = CPU,
+    slots: int = SLOTS,
+    offload: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
-    """A transformer dressed for training, and its LoRA."""
+    """A transformer dressed for training, and its LoRA. where: the device that it computes on."""
     dit = case.make()
     if cast is not None:
         dit = dit.to(cast)
     network = case.network(dit)
     if checkpointing:
-        checkpoint_blocks(dit, case.spec)
-    swapped(dit, case.spec, blocks, device)
+        checkpoint_blocks(dit, case.spec, offload=offload_to_host(where) if offload else None)
+    swapped(dit, case.spec, blocks, device, slots=slots, where=where)
+    if where != CPU:
+        move_network(dit, where)
+        network.to(where)
     return dit.train(checkpointing), network
 
 
-def gradients(case: Case, dit: nn.Module, network: nn.Module, seed: int = 1) -> list[Tensor]:
+def gradients(
+    case: Case, dit: nn.Module, network: nn.Module, seed: int = 1, where: torch.device = CPU
+) -> list[Tensor]:
     """The output of a pass and the gradients of the LoRA."""
     network.zero_grad()
-    output = dit(**case.inputs(seed))
-    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    output = dit(**sent(case.inputs(seed), where))
+    (output * torch.linspace(-1, 1, output.numel()).to(where).view_as(output)).sum().backward()
     return [
         output.detach(),
         *(weight.grad.clone() for weight in network.parameters() if weight.grad is not None),

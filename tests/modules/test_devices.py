@@ -1,9 +1,12 @@
 """Which device a run gets, and what is sent there."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from modules.devices import choose_device, numbers_on
+from modules.devices import IN_COMMAND, choose_device, numbers_on, send_ahead
 from modules.errors import OptionError
 
 
@@ -38,3 +41,32 @@ def test_numbers_are_sent_in_rows_and_as_the_dtype_asked_for() -> None:
     device = torch.device("cpu")
     assert torch.equal(numbers_on(device, [[1, 1 << 40], [3, 4]]), torch.tensor([[1, 1 << 40], [3, 4]]))
     assert numbers_on(device, [True, False], torch.float32).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_only_what_does_not_fit_a_command_is_pinned_before_it_is_sent_ahead(
+    monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    log: list[tuple[str, int]] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        if refuses:
+            raise RuntimeError("CUDA error: out of memory")
+        log.append(("pin", tensor.nbytes))
+        return tensor.clone()
+
+    def to(tensor: Tensor, device: torch.device, **named: Any) -> Tensor:
+        assert (device, named) == (torch.device("cuda"), {"non_blocking": True})
+        log.append(("send", tensor.nbytes))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: False)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    small, large = torch.zeros(IN_COMMAND, dtype=torch.uint8), torch.ones(IN_COMMAND + 1, dtype=torch.uint8)
+
+    assert send_ahead(small, torch.device("cuda")) is small
+    assert torch.equal(send_ahead(large, torch.device("cuda")), large)
+
+    pinned = [] if refuses else [("pin", large.nbytes)]
+    assert log == [("send", small.nbytes), *pinned, ("send", large.nbytes)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from networks import lora_wan
+from networks.lora_layer import LoraLayer
 from networks.lora_network import LoraNetwork
 from tests.golden_cases import make_weights
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -94,3 +95,10 @@ def inputs(dit: WanModel, seed: int = 1) -> dict[str, Any]:
     if config.has_image:
         given["image_embeds"] = torch.randn(2, 257, config.image_dim, generator=generator)
     return given
+
+
+def join_all(network: nn.Module) -> None:
+    """Have all LoRA layers add their products in place, however small the tensors are."""
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            layer.joins_from = 0

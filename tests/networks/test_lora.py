@@ -16,13 +16,14 @@ from networks import lora, lora_wan
 from networks.loading import import_network_module
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, halves, keep_mask
 from tests.golden_cases import make_input, read_case
-from tests.networks.making import golden_dit, golden_lora, inputs, randomize, tiny_dit, wan_network
+from tests.networks.making import golden_dit, golden_lora, inputs, join_all, randomize, tiny_dit, wan_network
 
 BLOCKS = DitSpec(block_lists=("blocks",))
 
 
+@pytest.mark.parametrize("joins", [False, True], ids=["separate sums", "sums in place"])
 @pytest.mark.parametrize("case", ["wan_lora_t2v", "wan_lora_i2v"])
-def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str) -> None:
+def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str, joins: bool) -> None:
     description, tensors = read_case(case)
     settings = description["lora"]
     dit = golden_dit(description)
@@ -34,6 +35,8 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str) -> None:
     ]
     golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
     network.apply_to(None, dit)
+    if joins:
+        join_all(network)
     sigmas = torch.tensor(description["t_in_0_1"]).view(-1, 1, 1, 1, 1)
     noisy = (1 - sigmas) * tensors["latents"] + sigmas * tensors["noise"]
     image = None

@@ -140,3 +140,5 @@ def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="a wrong size"):
         fitting(Memory(10, RuntimeError("a wrong size")), torch.rand(1, 3, 128, 160))
     assert not is_out_of_memory(KeyError("out of memory"))
+    # what a convolution on CUDA says if there is no room for its workspace
+    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))

@@ -61,7 +61,7 @@ def gradients(
     arrives.
     """
     network.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(inputs["noisy"].device.type, torch.bfloat16, enabled=autocast):
         velocity = dit(**inputs)
     velocity.float().square().mean().backward()
     found = [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in network.parameters()]

@@ -121,9 +121,10 @@ def restore_optimizer(
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
         name = names[parameter]
         if name in description["states"]:
-            optimizer.state[parameter] = _place(
-                description["states"][name], tensors, device, record.path.parent
-            )
+            state = _place(description["states"][name], tensors, device, record.path.parent)
+            optimizer.state[parameter] = state
+            if getattr(optimizer, "is_paged", False):
+                _page(optimizer, parameter, state, device)
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -184,6 +185,17 @@ def _place(encoded: Any, tensors: Mapping[str, Tensor], device: torch.device, fo
     kind = "tuple" if "tuple" in encoded else "list"
     items = [_place(item, tensors, device, folder) for item in encoded[kind]]
     return tuple(items) if kind == "tuple" else items
+
+
+def _page(optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device) -> None:
+    """Put what of a state is as large as its parameter where a paged optimizer of bitsandbytes keeps it.
+
+    That is memory that the driver moves between host and device. On the device alone it may not fit.
+    """
+    like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            state[name] = optimizer.get_state_buffer(like, dtype=value.dtype).copy_(value)
 
 
 def _difference(here: list[list[str]], there: list[list[str]]) -> str:

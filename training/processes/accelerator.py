@@ -37,7 +37,6 @@ def make_accelerator(
     Raises OptionError if the device does not support this precision or a tracker is not installed.
     """
     _refuse_sharding(os.environ)
-    set_cuda_precision(options.cuda_allow_tf32, options.cuda_cudnn_benchmark)
     groups = (
         []
         if options.ddp_timeout is None
@@ -57,6 +56,8 @@ def make_accelerator(
         )
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
+    # afterwards: for compiled float32 models accelerate allows TF32
+    set_cuda_precision(options.cuda_allow_tf32, options.cuda_cudnn_benchmark)
     if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would continue without it
         raise OptionError(
             f"--mixed_precision {options.mixed_precision} has no effect on {accelerator.device.type}: use "

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.attention import sdpa as attention_sdpa
-from modules.attention.sdpa import attend_in_order, cudnn_note, kernels
+from modules.attention.sdpa import attend_in_order, attend_with_bias, cudnn_note, kernels, key_bias
 from tests.commands import ROOT, run_python
 
 CUDNN, FLASH, EFFICIENT, MATH = (
@@ -81,6 +81,16 @@ def test_attention_does_not_import_the_compiler() -> None:
     )
 
 
+def test_a_bias_of_keys_has_the_queries_dtype_and_one_row() -> None:
+    """CUDA's kernel for a bias takes it in no other dtype, and a row for each query would take gigabytes."""
+    repeats = torch.tensor([1.0, 2.0, 505.0])
+    bias = key_bias(repeats, 1000, torch.bfloat16)
+
+    assert (bias.dtype, tuple(bias.shape)) == (torch.bfloat16, (1, 1, 1000, 3))
+    assert bias.untyped_storage().nbytes() == 3 * 2
+    torch.testing.assert_close(bias[0, 0, -1].exp().float(), repeats, rtol=0.02, atol=0)
+
+
 class _Names(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +106,16 @@ class _Names(TorchDispatchMode):
 def _heads() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(1, 2, 30, 16, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("order", [[EFFICIENT, MATH], [FLASH, MATH]])
+def test_scores_are_scaled_as_asked(order: list[SDPBackend]) -> None:
+    q, k, v = _heads()
+    bias = torch.linspace(-1, 1, 900).view(1, 1, 30, 30)
+    expected = (q @ k.transpose(2, 3) + bias).softmax(-1) @ v
+
+    torch.testing.assert_close(attend_in_order(q, k, v, bias, order, 1.0), expected)
+    torch.testing.assert_close(attend_with_bias(q, k, v, bias, 1.0), expected)
 
 
 # a CPU has two of the kernels, and obeys which of them are allowed

@@ -1,6 +1,8 @@
 """Networks filled from model files."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from tests.modules.making import write
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def network() -> nn.Sequential:
@@ -171,3 +173,51 @@ def test_names_that_differ_in_their_number_are_listed_together() -> None:
         "blocks.5.norm.weight",
         "head.bias",
     ]
+
+
+class Pinning:
+    """Stands in for CUDA's part of torch: tensors sent there stay here, and pinned memory is counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: bool = False) -> None:
+        self.refuses, self.log = refuses, list[str]()
+        self._held = 0
+        self._empty, self._to = torch.empty, Tensor.to
+        monkeypatch.setattr(torch, "empty", self.empty)
+        monkeypatch.setattr(Tensor, "to", lambda tensor, *to, **named: self.to(tensor, *to, **named))
+        monkeypatch.setattr(torch._C, "_host_emptyCache", self.release, raising=False)
+
+    def empty(self, *sizes: Any, pin_memory: bool = False, device: Any = None, **named: Any) -> Tensor:
+        if pin_memory and self.refuses:
+            raise RuntimeError("CUDA error: out of memory\nadvice")
+        made = self._empty(*sizes, device=None if device == CUDA else device, **named)
+        if pin_memory:
+            self._held += 1
+            self.log.append("pin")
+            weakref.finalize(made.untyped_storage(), self._free)
+        return made
+
+    def to(self, tensor: Tensor, *to: Any, **named: Any) -> Tensor:
+        return tensor.clone() if to == (CUDA,) else self._to(tensor, *to, **named)
+
+    def release(self) -> None:
+        assert not self._held, "torch releases only what nothing uses"
+        self.log.append("release")
+
+    def _free(self) -> None:
+        self._held -= 1
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_pinned_memory_is_given_back_after_loading_and_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: bool
+) -> None:
+    module, content = network(), state()
+    path = write(tmp_path / "model.safetensors", content)
+    pinning = Pinning(monkeypatch, refuses)
+
+    with open_checkpoint(path) as checkpoint:
+        load_module(module, checkpoint, plain_sources(checkpoint), device=CUDA, dtype=same)
+
+    assert pinning.log == (["release"] if refuses else ["pin", "release"])
+    assert ("could not lock" in caplog.text) is refuses
+    assert all(torch.equal(tensor, content[key]) for key, tensor in module.state_dict().items())

@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
@@ -210,6 +212,55 @@ def test_what_is_no_number_is_not_hidden(value: float, product: Product) -> None
     assert [int(row) for row in out.isnan().all(1).nonzero()] == [7]
     assert [int(row) for row in back.isnan().all(1).nonzero()] == [9]
     assert out.isnan().any(1).sum() == back.isnan().any(1).sum() == 1
+
+
+@pytest.mark.parametrize("product", PRODUCTS[:2])
+def test_torch_is_asked_for_bfloat16_alone(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for Hopper, GPUs have no other result of row-wise scales."""
+    x, bias, (weight, scale) = random(M, K, dtype=torch.float16), random(N, seed=3), fp8_weight("rows")
+    expected = fp8_linear(x, weight, scale, bias, emulated_product)
+    multiply = functional.scaled_mm
+
+    def as_on_ada(*args: Any, output_dtype: torch.dtype, bias: Tensor | None = None, **others: Any) -> Tensor:
+        if output_dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
+            raise ValueError("Only bf16 high precision output types are supported for row-wise scaling.")
+        return multiply(*args, output_dtype=output_dtype, bias=bias, **others)
+
+    monkeypatch.setattr(functional, "scaled_mm", as_on_ada)
+    out = fp8_linear(x, weight, scale, bias.half(), product)
+
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_scaled_in_pieces_as_in_one(dtype: torch.dtype) -> None:
+    """The float32 copies of a long clip would take gigabytes."""
+    x, bias, (weight, scale) = random(M, K), random(N, seed=3), fp8_weight("rows")
+    assert scale is not None
+    a, scale_a = quantise_rows(x)
+    inputs = a, weight.t(), scale_a, scale.t().contiguous(), bias, dtype, False
+    whole = tensor_scaled_product(*inputs)
+
+    with _LargestFloat32() as largest:
+        pieces = tensor_scaled_product(*inputs, piece=10 * N)
+
+    assert torch.equal(pieces, whole)
+    assert largest.values == 10 * N
+
+
+class _LargestFloat32(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.values = max(self.values, out.numel())
+        return out
 
 
 @pytest.mark.parametrize("product", PRODUCTS[:2])

@@ -1,9 +1,10 @@
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from modules.planning.device_memory import Usage, bytes_on, host_room
+from modules.planning.device_memory import MemoryWatch, Usage, bytes_on, host_room
 from modules.planning.memory_plan import GIB
 
 
@@ -40,3 +41,44 @@ def test_the_room_of_the_host_is_what_linux_says_or_not_known(tmp_path: Path) ->
     )
     assert host_room(tmp_path / "meminfo") == 2000 * 1024
     assert host_room(tmp_path / "none") is None
+
+
+class Counter:
+    """CUDA's count of the most bytes so far."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.most = 0
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: self.most)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: self.take(0, anew=True))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 * GIB, 16 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 4 * GIB)
+
+    def take(self, size: int, anew: bool = False) -> None:
+        self.most = size if anew else max(self.most, size)
+
+
+def test_the_peak_of_a_step_is_not_that_of_the_samples_before_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counter = Counter(monkeypatch)
+    watch = MemoryWatch(torch.device("cuda"), predicted=4 * GIB, largest=100)
+
+    def step(elements: int, size: int) -> None:
+        counter.take(size)
+        watch.see_batch(elements)
+        watch.after_step()
+
+    caplog.set_level("INFO")
+    step(100, 6 * GIB)  # the first one makes the optimizer's states
+    step(50, 3 * GIB)
+    counter.take(9 * GIB)  # samples
+    watch.after_pause()
+    assert watch.measured is None
+    step(100, 4 * GIB)
+    assert watch.measured == 4 * GIB
+    assert "predicted 4.00 GiB, measured 4.00 GiB" in caplog.text
+    assert "please report" not in caplog.text
+
+    counter.take(8 * GIB)
+    watch.after_pause()
+    assert watch.highest == 9 * GIB

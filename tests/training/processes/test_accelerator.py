@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from modules.devices import allow_fp16_accumulation
@@ -113,6 +115,22 @@ def test_tf32_and_the_search_for_fast_convolutions_are_switched_on_if_asked_for(
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
     assert torch.backends.cudnn.allow_tf32 is is_on
     assert torch.backends.cudnn.benchmark is is_on
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("is_on", [False, True])
+def test_accelerate_does_not_change_how_exact_float32_is(
+    monkeypatch: pytest.MonkeyPatch, is_on: bool
+) -> None:
+    def on_a_gpu(**settings: Any) -> Accelerator:
+        # what it does with CUDA, --mixed_precision no and a launcher that was told --dynamo_backend
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return Accelerator(**settings)
+
+    monkeypatch.setattr("training.processes.accelerator.Accelerator", on_a_gpu)
+    make_accelerator(AcceleratorOptions("no", False, is_on, False, None, False, False))
+
+    assert torch.backends.cuda.matmul.allow_tf32 is is_on
 
 
 def test_fp16_sums_are_switched_on_for_a_gpu() -> None:

@@ -187,6 +187,37 @@ def test_an_optimizer_state_keeps_every_bit_dtype_and_kind() -> None:
         assert theirs["nested"][7].dtype == torch.float64
 
 
+class Paged(torch.optim.Optimizer):
+    """Keeps what is as large as a parameter in buffers of its own, as bitsandbytes' paged optimizers do."""
+
+    is_paged = True
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.pages: list[torch.Tensor] = []
+
+    def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        self.pages.append(torch.zeros_like(p, dtype=dtype))
+        return self.pages[-1]
+
+
+def test_a_paged_state_is_paged_again_after_a_resume() -> None:
+    """Else it would lie on the device as a whole, and what fitted before the resume would not fit."""
+    parameter, other = (nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16)) for _ in range(2))
+    saved, fresh = Paged([parameter]), Paged([other])
+    saved.state[parameter] = {"step": 3, "state1": torch.randint(256, (3, 2), dtype=torch.uint8)}
+    saved.state[parameter]["absmax1"] = torch.rand(1)
+    description, tensors = encode_optimizer(saved, {parameter: "a"})
+
+    restore_optimizer(fresh, {other: "a"}, description, tensors, torch.device("cpu"))
+
+    state = fresh.state[other]
+    assert [page.data_ptr() for page in fresh.pages] == [state["state1"].data_ptr()]
+    assert (state["step"], state["state1"].dtype) == (3, torch.uint8)
+    for name in ("state1", "absmax1"):
+        assert torch.equal(state[name], saved.state[parameter][name])
+
+
 def test_an_optimizer_of_other_parameters_is_refused() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     description, tensors = encode_optimizer(torch.optim.SGD([parameter]), {parameter: "a"})

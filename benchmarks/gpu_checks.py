@@ -1,0 +1,301 @@
+"""Run the tests marked `gpu` in groups, so that a crash or a hang of one group does not lose the others.
+
+    python benchmarks/gpu.py --check [--seconds 540] [--output checks.json] [FILE ...]
+
+Each file of tests runs in its own process. A line is printed when it has ended: how many tests passed,
+failed and were skipped, and the seconds; then the messages of failures and the reasons of skipped tests. A
+file that needs a package that is not installed counts as skipped. The exit code is 1 if a test failed, a
+process crashed or took too long, or no test ran at all. Needs torch and pytest only.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "mark.gpu"  # what a file of such tests has in its text
+SECONDS = 540.0  # of all groups; a command on a lent machine has ten minutes
+GROUP_SECONDS = 200.0
+LONGEST = 4000  # characters of a message
+
+
+@dataclass
+class Group:
+    """What became of one file of tests."""
+
+    name: str
+    passed: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> tests
+    failures: list[dict[str, str]] = field(default_factory=list)  # test, message
+    seconds: float = 0.0
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+    ended: str = "done"  # or why it did not come to its end
+    running: str = ""  # the test that had begun when it ended so
+
+    @property
+    def is_good(self) -> bool:
+        return not self.failures and self.ended == "done"
+
+    @property
+    def count(self) -> int:
+        return self.passed + len(self.failures)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the groups and return the exit code. argv: the arguments after --check."""
+    parser = argparse.ArgumentParser(prog="gpu.py --check", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="files of tests; default: all marked gpu")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all; default {SECONDS:.0f}")
+    parser.add_argument(
+        "--group_seconds", type=float, default=GROUP_SECONDS, help=f"for a file; default {GROUP_SECONDS:.0f}"
+    )
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
+    parser.add_argument("--markers", default="gpu", help="as pytest's -m; default gpu")
+    args = parser.parse_args(argv)
+    machine = describe_machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    groups: list[Group] = []
+    begun = time.monotonic()
+    for path in args.files or find_files(ROOT / "tests"):
+        left = args.seconds - (time.monotonic() - begun)
+        if left < 1:
+            groups.append(Group(name_of(path), ended=f"not begun: {args.seconds:.0f} seconds are over"))
+        else:
+            groups.append(run_group(path, args.markers, min(left, args.group_seconds)))
+        print(report(groups[-1]), flush=True)
+        if args.output is not None:
+            write_results(args.output, machine, groups)  # each time: a killed command keeps what it has
+    ran, failed = sum(group.count for group in groups), [group for group in groups if not group.is_good]
+    print(f"\n{ran} tests ran in {time.monotonic() - begun:.0f} s.", end=" ")
+    if not ran:
+        print("Nothing was checked.")
+        return 1
+    print(f"Not good: {', '.join(group.name for group in failed)}." if failed else "All is good.")
+    return 1 if failed else 0
+
+
+def find_files(folder: Path) -> list[Path]:
+    """Return the files of tests for a GPU: first all in the folder gpu, which need few packages."""
+    own = sorted((folder / "gpu").rglob("test_*.py"))
+    others = [path for path in sorted(folder.rglob("test_*.py")) if path not in own]
+    return own + [path for path in others if MARK in path.read_text(encoding="utf-8")]
+
+
+def describe_machine() -> dict[str, str]:
+    """Return what the results depend on."""
+    import torch
+
+    found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found |= {
+            "device": torch.cuda.get_device_name(),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "CUDA": str(torch.version.cuda),
+            "cuDNN": str(torch.backends.cudnn.version()),
+        }
+    else:
+        found["device"] = "none: torch sees no CUDA device"
+    return found
+
+
+def run_group(path: Path, markers: str, seconds: float) -> Group:
+    """Run one file of tests in a process of its own, at most so many seconds."""
+    group, begun = Group(name_of(path)), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        record, log = Path(folder) / "record.jsonl", Path(folder) / "log.txt"
+        command = [sys.executable, __file__, "--child", str(path), markers, str(record)]
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=child_environment(),
+                start_new_session=True,
+            )
+            try:
+                code = child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                group.ended, code = f"stopped after {seconds:.0f} seconds", 0
+            finally:
+                end_with_children(child)
+        read_record(record, group)
+        text = log.read_text(encoding="utf-8", errors="replace")
+    group.seconds = round(time.monotonic() - begun, 1)
+    judge(group, code, text)
+    return group
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a group's process: cuBLAS sums in one order, text is UTF-8."""
+    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
+
+
+def end_with_children(child: subprocess.Popen[bytes]) -> None:
+    """End a process and what it has started, such as the workers of torch's compiler."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if sys.platform == "win32":
+            child.kill()
+        else:
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def judge(group: Group, code: int, text: str) -> None:
+    """Note how a process ended. code: its exit code. text: its output."""
+    if group.ended != "done":
+        return
+    group.running = "" if code in (0, 1, 5) else group.running
+    if code not in (0, 1, 5):  # pytest's: all passed, some failed, none selected
+        group.ended = f"ended with exit code {code}: {last_lines(text)}"
+    elif code == 1 and not group.failures:
+        group.ended = f"pytest failed: {last_lines(text)}"
+
+
+def last_lines(text: str, count: int = 12) -> str:
+    return "\n".join(text.strip().splitlines()[-count:])[-LONGEST:]
+
+
+def read_record(record: Path, group: Group) -> None:
+    """Add to a group what its process noted."""
+    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # cut short by a crash
+            note_event(json.loads(line), group)
+    group.slowest = sorted(group.slowest, reverse=True)[:5]
+
+
+def note_event(event: dict[str, Any], group: Group) -> None:
+    """Add one event of a process: a test began, or had a result."""
+    kind, test = event["kind"], event["test"]
+    if kind == "begun":
+        group.running = test
+    elif kind == "passed":
+        group.passed += 1
+    elif kind == "skipped":
+        group.skipped[event["message"]] = group.skipped.get(event["message"], 0) + 1
+    elif kind == "failed":
+        group.failures.append({"test": test, "message": event["message"][-LONGEST:]})
+    if "seconds" in event:
+        group.slowest.append((round(event["seconds"], 1), test))
+
+
+def report(group: Group) -> str:
+    """Return the line of a group, and below it what was not good and why tests were skipped."""
+    skipped = sum(group.skipped.values())
+    line = f"{group.name}: {group.passed} passed, {len(group.failures)} failed, {skipped} skipped"
+    lines = [f"{line}, {group.seconds:.0f} s"]
+    if group.ended != "done":
+        lines.append(f"  {group.ended}" + (f" (in {group.running})" if group.running else ""))
+    for failure in group.failures:
+        lines += [f"  FAILED {failure['test']}", *indented(failure["message"])]
+    lines += [f"  skipped {count}: {reason}" for reason, count in group.skipped.items()]
+    return "\n".join(lines)
+
+
+def indented(text: str, most: int = 25) -> list[str]:
+    lines = text.splitlines()
+    if len(lines) > most:
+        lines = [*lines[:3], "...", *lines[3 - most :]]
+    return ["    " + line for line in lines]
+
+
+def name_of(path: Path) -> str:
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def write_results(path: Path, machine: dict[str, str], groups: Sequence[Group]) -> None:
+    """Write everything found so far."""
+    found = {**machine, "groups": [asdict(group) for group in groups]}
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+class Recorder:
+    """A plugin of pytest: writes what happens at once, so that a crash loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._note("begun", nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.skipped:
+            self._note("skipped", report.nodeid, reason_of(report.longrepr))
+        elif report.failed:
+            self._note("failed", report.nodeid, f"{report.when}: {report.longreprtext}")
+        elif report.when == "call":
+            self._note("passed", report.nodeid, seconds=report.duration)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            missing = missing_package(report.longreprtext)
+            kind, why = ("skipped", f"needs {missing}") if missing else ("failed", report.longreprtext)
+            self._note(kind, report.nodeid, why)
+        elif report.skipped:
+            self._note("skipped", report.nodeid, reason_of(report.longrepr))
+
+    def _note(self, kind: str, test: str, message: str = "", seconds: float | None = None) -> None:
+        event: dict[str, Any] = {"kind": kind, "test": test, "message": message}
+        if seconds is not None:
+            event["seconds"] = seconds
+        self._file.write(json.dumps(event) + "\n")
+        self._file.flush()
+
+
+def reason_of(longrepr: Any) -> str:
+    """Return why a test was skipped: pytest gives file, line and reason."""
+    text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def missing_package(text: str) -> str | None:
+    """Return the package that is not installed, if that is what an error is about; None for ours."""
+    _, found, rest = text.rpartition("ModuleNotFoundError: No module named '")
+    name = rest.partition("'")[0].partition(".")[0]
+    return name if found and not (ROOT / name).is_dir() and importlib.util.find_spec(name) is None else None
+
+
+@contextlib.contextmanager
+def _one_setup(path: Path) -> Iterator[list[str]]:
+    """Yield pytest's options: nothing of the project's own selection, no colours, no cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield [
+            str(path),
+            *("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--color=no", "--tb=short"),
+            *("--strict-markers", f"--basetemp={Path(folder) / 'tests'}"),
+        ]
+
+
+def run_child(path: Path, markers: str, record: Path) -> int:
+    """Run the tests of one file in this process. Returns pytest's exit code; 5 if a package is missing."""
+    import pytest
+
+    with _one_setup(path) as options:
+        code = int(pytest.main([*options, "-m", markers], plugins=[Recorder(record)]))
+    kinds = [json.loads(line)["kind"] for line in record.read_text(encoding="utf-8").splitlines()]
+    is_skipped = code == 2 and "failed" not in kinds and "skipped" in kinds  # 2: a file was not imported
+    return 5 if is_skipped else 1 if code == 2 and "failed" in kinds else code
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    if sys.argv[1:2] == ["--child"]:
+        sys.exit(run_child(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])))
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,248 @@
+"""The families of the models of benchmarks/gpu.py.
+
+A family is built from its scripts' own options; its texts, its work and what it needs beside the noisy
+latents are functions here, so that everything else asks for no family's name.
+"""
+# Letters: L latent tokens, T text tokens, S image tokens, D width of text states
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.flops import Work, joint_work, lumina_work, wan_work
+from benchmarks.gpu_rows import Row
+from modules.contract.data import Conditions
+
+PATCH = 2  # latent rows and columns of a token; of HunyuanImage 1
+SIGLIP_TOKENS = 729
+GLYPHS = 128
+Shape = tuple[int, int, int, int, int]  # 1 C F H W of latents
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Random numbers from one generator on the CPU: equal for every row with the same shapes."""
+
+    generator: torch.Generator
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+
+Texts = Callable[[Any, Drawn, int], dict[str, Tensor | list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class BenchFamily:
+    """What the benchmark must know of a family.
+
+    texts: (config of the transformer, numbers, T) -> conditions of one sample with batch dimension, as caches
+    have them. work: (config, shape of the latents, T) -> operations of a pass. inputs: (config, numbers,
+    shape) -> what generation encodes from images, by section. own: `Prepared.own` of a video of one section.
+    trained: (as inputs) -> more tensors of a training sample's cache. section: shape of a clip's latents ->
+    shape of those that are denoised together.
+    """
+
+    room: str  # folder with family.py and options.py
+    record: str  # of options.py: what training reads
+    generate: str  # script
+    texts: Texts
+    work: Callable[[Any, Shape, int], Work]
+    latents: str = ""  # of options.py: what caching latents reads
+    train: str = ""  # script with the DEFAULTS of an image trainer; "": an ordinary one
+    inputs: Callable[[Any, Drawn, Shape], Mapping[int, Conditions]] = lambda config, drawn, shape: {0: {}}
+    own: Callable[[], Any] = lambda: None
+    trained: Callable[[Any, Drawn, Shape], Conditions] = lambda config, drawn, shape: {}
+    section: Callable[[Shape], Shape] = lambda shape: shape
+
+
+def training_family(row: Row, path: Path) -> tuple[Any, Any]:
+    """Return the options of a row, as its training script reads them, and the family."""
+    from training.image_options import read_image_training
+    from training.options import read_training
+
+    entry: BenchFamily = FAMILIES[row.model.family]
+    options = import_module(f"{entry.room}.options")
+    record, arguments = getattr(options, entry.record), options.add_training_arguments
+    dit = "--pretrained_model_name_or_path" if entry.train else "--dit"
+    given = [dit, str(path), *TRAINING, *row.model.words, *row.options]
+    if entry.train:
+        defaults = import_module(entry.train).DEFAULTS
+        words = [*given, "--network_train_unet_only", "--model_prediction_type", "raw"]
+        read, own = read_image_training(None, arguments, record, defaults, words)
+    else:
+        read, own = read_training(None, arguments, record, given)
+    return read, import_module(f"{entry.room}.family").family_for_training(own)
+
+
+def generation_family(row: Row, path: Path, high: Path | None = None) -> tuple[Any, Any]:
+    """Return the options of a row, as its generation script reads them, and the family."""
+    entry: BenchFamily = FAMILIES[row.model.family]
+    found: list[tuple[Any, Any]] = []
+    second = [] if high is None else ["--dit_high_noise", str(high)]
+    words = ["--dit", str(path), *second, *GENERATION, *row.model.words, *row.options]
+    import_module(entry.generate).main(words, make=lambda family, options: found.append((options, family)))
+    return found[0]
+
+
+TRAINING = (
+    *("--dataset_config", "-", "--output_dir", "-", "--output_name", "-", "--mixed_precision", "bf16"),
+    *("--network_dim", "32", "--learning_rate", "1e-4"),
+)
+GENERATION = ("--prompt", "-", "--save_path", "-")
+
+
+# Tokens
+
+
+def count_tokens(shape: Shape, patch: int = PATCH) -> int:
+    """Return the tokens of latents."""
+    _, _, frames, rows, columns = shape
+    return frames * (rows // patch) * (columns // patch)
+
+
+def _framepack_tokens(shape: Shape) -> int:
+    """Return the tokens of a section with the finished latents that it sees, which are padded to patches."""
+    from frame_pack.sections import FRAMES_2X, FRAMES_4X
+
+    _, _, frames, rows, columns = shape
+    found = (frames + 2) * (rows // PATCH) * (columns // PATCH)  # the start image and the neighbour in time
+    for times, past in ((2, FRAMES_2X), (4, FRAMES_4X)):
+        side = PATCH * times
+        found += -(-past // times) * -(-rows // side) * -(-columns // side)
+    return found
+
+
+# Texts
+
+
+def _wan_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    return {"t5": [drawn.numbers(length, config.text_dim)]}
+
+
+def _hunyuan_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    return {
+        "llm": drawn.numbers(1, length, config.text_dim),
+        "llm_mask": torch.ones(1, length, dtype=torch.bool),
+        "clipL": drawn.numbers(1, config.pooled_dim),
+        "clipL_mask": torch.ones(1, 77, dtype=torch.bool),
+    }
+
+
+def _framepack_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    return {
+        "llama_vec": drawn.numbers(1, length, config.text_dim),
+        "llama_attention_mask": torch.ones(1, length, dtype=torch.bool),
+        "clip_l_pooler": drawn.numbers(1, config.pooled_dim),
+    }
+
+
+def _flux_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    pooled = {"l_pooled": drawn.numbers(1, config.pooled_dim)} if config.pooled_dim else {}
+    mask = torch.ones(1, length, dtype=torch.int64)
+    return {"t5_out": drawn.numbers(1, length, config.text_dim), "t5_attn_mask": mask, **pooled}
+
+
+def _hunyuan_image_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    """No letters are to be written: no token of the glyph encoder is real."""
+    return {
+        "vlm_embed": [drawn.numbers(length, config.text_dim)],
+        "vlm_mask": [torch.ones(length, dtype=torch.int64)],
+        "byt5_embed": drawn.numbers(1, GLYPHS, config.glyph_dim),
+        "byt5_mask": torch.zeros(1, GLYPHS, dtype=torch.int64),
+    }
+
+
+def _lumina_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    mask = torch.ones(1, length, dtype=torch.int64)
+    return {"hidden_state": drawn.numbers(1, length, config.text_dim), "attention_mask": mask}
+
+
+# Images
+
+
+def _wan_inputs(config: Any, drawn: Drawn, shape: Shape) -> Mapping[int, Conditions]:
+    _, channels, *size = shape
+    found: dict[str, Tensor] = {}
+    if config.has_image:
+        found["clip"] = drawn.numbers(1, 257, config.image_dim)
+    if config.in_dim > channels:
+        found["condition_latents"] = drawn.numbers(1, config.in_dim - channels, *size)
+    return {0: found}
+
+
+def _framepack_inputs(config: Any, drawn: Drawn, shape: Shape) -> Mapping[int, Conditions]:
+    _, channels, _, rows, columns = shape
+    image = {
+        "image_embeddings": drawn.numbers(1, SIGLIP_TOKENS, config.image_dim),
+        "start_latents": drawn.numbers(1, channels, 1, rows, columns),
+    }
+    return {0: image}
+
+
+def _framepack_own() -> Any:
+    from frame_pack.requests import FramePackRequest
+
+    return FramePackRequest((Path("-"),))
+
+
+def _without_start(shape: Shape) -> Shape:
+    """Leave out the first frame, which is given."""
+    batch, channels, frames, rows, columns = shape
+    return batch, channels, frames - 1, rows, columns
+
+
+def _framepack_trained(config: Any, drawn: Drawn, shape: Shape) -> Conditions:
+    """The cached section of a clip of one section: what it sees, and its place in time."""
+    from frame_pack.caching import clip_sections
+    from frame_pack.sections import ANTI_DRIFTING
+
+    _, channels, frames, rows, columns = shape
+    clip = drawn.numbers(1, channels, 1 + frames, rows, columns)
+    features = drawn.numbers(SIGLIP_TOKENS, config.image_dim)
+    (entry,) = clip_sections(clip, features, ANTI_DRIFTING, frames)
+    return {name: tensor.unsqueeze(0) for name, tensor in entry.tensors.items() if name != "latents"}
+
+
+FAMILIES = {
+    "wan": BenchFamily(
+        *("wan", "WanTrainingOptions", "wan_generate_video", _wan_texts),
+        work=lambda config, shape, text: wan_work(config, count_tokens(shape)),
+        inputs=_wan_inputs,
+        latents="WanLatentCachingOptions",
+    ),
+    "hunyuan_video": BenchFamily(
+        *("hunyuan_model", "HunyuanTrainingOptions", "hv_generate_video", _hunyuan_texts),
+        work=lambda config, shape, text: joint_work(config, count_tokens(shape), text),
+        latents="HunyuanLatentCachingOptions",
+    ),
+    "framepack": BenchFamily(
+        *("frame_pack", "FramePackTrainingOptions", "fpack_generate_video", _framepack_texts),
+        work=lambda config, shape, text: joint_work(config, _framepack_tokens(shape), SIGLIP_TOKENS + text),
+        inputs=_framepack_inputs,
+        own=_framepack_own,
+        trained=_framepack_trained,
+        section=_without_start,
+    ),
+    "flux": BenchFamily(
+        *("flux", "FluxTrainingOptions", "flux_generate_image", _flux_texts),
+        work=lambda config, shape, text: joint_work(config, count_tokens(shape), text),
+        train="flux_train_network",
+    ),
+    "hunyuan_image": BenchFamily(
+        *("hunyuan_image", "HunyuanImageTrainingOptions", "hunyuan_image_generate_image"),
+        _hunyuan_image_texts,
+        work=lambda config, shape, text: joint_work(config, count_tokens(shape, patch=1), text),
+        train="hunyuan_image_train_network",
+    ),
+    "lumina": BenchFamily(
+        *("lumina", "LuminaTrainingOptions", "lumina_generate_image", _lumina_texts),
+        work=lambda config, shape, text: lumina_work(config, count_tokens(shape), text),
+        train="lumina_train_network",
+    ),
+}

@@ -1,0 +1,63 @@
+"""The files that the rows of benchmarks/gpu.py load: empty ones of full size, and one with real bytes."""
+
+import os
+import struct
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_rows import GENERATION, LOADING, TRAINING, Row
+from tests.manifests import tensor_list, write_hollow
+
+TRANSFORMERS = (TRAINING, GENERATION, LOADING)
+PIECE = 1 << 24  # numbers of 16 bits, written again and again
+
+
+def lay_out(row: Row, folder: Path) -> tuple[Path, Path | None]:
+    """Write the files of a row that are not there yet: its model, and that of the expert for much noise.
+
+    All but those of the loading rows are holes: they take no space on disk and are read as zeros.
+    Transformers are in bf16, although some releases have tensors in float32.
+    """
+    model = row.model
+    names = (
+        [model.manifest, f"{model.high}-high"] if model.high and row.kind == GENERATION else [model.manifest]
+    )
+    paths = []
+    for name in names:
+        real = row.kind == LOADING
+        path = folder / f"{name}{'-real' if real else ''}.safetensors"
+        if not path.exists():
+            tensors = tensor_list(name.removesuffix("-high"))
+            if row.kind in TRANSFORMERS:
+                tensors = {key: ("BF16", shape) for key, (_, shape) in tensors.items()}
+            write_hollow(path, tensors)
+            if real:
+                fill(path)
+        paths.append(path)
+    return paths[0], paths[1] if len(paths) > 1 else None
+
+
+def fill(path: Path) -> None:
+    """Write random bf16 numbers behind the header of an empty file, and wait until they are on the disk.
+
+    The same numbers come again every 32 MiB: drawing them is slower than the disk.
+    """
+    numbers = torch.randn(PIECE, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    piece = memoryview(numbers.view(torch.uint8).numpy())
+    with path.open("r+b") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+        left = path.stat().st_size - file.seek(8 + header)
+        while left > 0:
+            left -= file.write(piece[: min(left, len(piece))])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def forget(path: Path) -> bool:
+    """Ask the system to drop a file from its cache. Returns whether it can be asked (Linux)."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True

@@ -1,0 +1,136 @@
+"""Measure one row of benchmarks/gpu.py, in the process that loads its model."""
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_encoders import latents, texts
+from benchmarks.gpu_families import training_family
+from benchmarks.gpu_files import forget
+from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, Row
+from benchmarks.gpu_steps import Bench, generation, train_steps
+from benchmarks.process_memory import is_known, peak
+from modules.dressing import swapped_weights
+from training.dressing import placement_of
+
+LEAST, MOST = 2, 5  # timed calls
+ENOUGH = 25.0  # seconds of timed calls, after which there is no other
+Figures = dict[str, Any]  # of a row, as the result file holds them
+
+
+def measure_row(
+    row: Row, path: Path, high: Path | None, device: torch.device, enough: float = ENOUGH
+) -> Figures:
+    """Return the figures of a row. path, high: its files. enough: seconds."""
+    if row.kind == LOADING:
+        return {**_measure_loading(row, path, device), "host": _host_peak()}
+    bench = prepare(row, path, high, device)
+    return measure(bench, path, device, enough)
+
+
+def prepare(row: Row, path: Path, high: Path | None, device: torch.device) -> Bench:
+    """Load a row's model and prepare what is timed."""
+    if row.kind == GENERATION:
+        return generation(row, path, device, high)
+    return {TRAINING: train_steps, LATENTS: latents, TEXTS: texts}[row.kind](row, path, device)
+
+
+def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Figures:
+    """Time a bench. The peak of the device's memory counts from the second call on."""
+    (warm_up,) = time_call(bench.warm_up, device, 1, 1, 0)
+    first = reset_peak(device)
+    times = time_call(bench.call, device, LEAST, MOST, enough)
+    losses = [float(loss) for loss in bench.losses]
+    return {
+        "seconds": statistics.median(times),
+        "spread": (max(times) - min(times)) / statistics.median(times),
+        "calls": len(times),
+        "per": bench.per,
+        "whole": bench.whole,
+        "warm_up": warm_up,
+        "operations": bench.operations,
+        "model_operations": bench.model_operations,
+        "device": reset_peak(device),
+        "device_first": first,
+        "planned": bench.planned,
+        "host": _host_peak(),
+        "loading": bench.loading,
+        "loaded": path.stat().st_size,
+        "losses": losses,
+    }
+
+
+def time_call(
+    call: Callable[[], object], device: torch.device, least: int, most: int, enough: float
+) -> list[float]:
+    """Return the seconds of each call, each ended by the device's last kernel.
+
+    There are at least `least` and at most `most`, and no other after `enough` seconds.
+    """
+    times: list[float] = []
+    synchronize(device)
+    while len(times) < least or (len(times) < most and sum(times) < enough):
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Return the peak of a CUDA device's memory, and begin another; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    found = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def _host_peak() -> int:
+    return peak() if sys.platform == "linux" and is_known() else 0
+
+
+def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:
+    """Time loading a transformer from a file in the system's cache, and from one that it was asked to forget.
+
+    The first loading, which also starts the device, is apart.
+    """
+    options, family = training_family(row, path)
+
+    def load() -> None:
+        host = swapped_weights(family.dit, options.speed.swap, device)
+        placement = placement_of(options, device, options.speed.fp8.quantisation)
+        dit = family.load_dit(replace(placement, host=host))
+        synchronize(device)
+        del dit
+        gc.collect()
+
+    (warm_up,) = time_call(load, device, 1, 1, 0)
+    reset_peak(device)
+    times = time_call(load, device, LEAST, LEAST + 1, ENOUGH)
+    found = {
+        "seconds": statistics.median(times),
+        "spread": (max(times) - min(times)) / statistics.median(times),
+        "calls": len(times),
+        "per": path.stat().st_size / 1e9,
+        "warm_up": warm_up,
+        "device": reset_peak(device),
+        "loaded": path.stat().st_size,
+        "forgotten": None,
+    }
+    if forget(path):
+        (found["forgotten"],) = time_call(load, device, 1, 1, 0)
+    return found

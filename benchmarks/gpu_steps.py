@@ -1,0 +1,192 @@
+"""What is timed in the rows of benchmarks/gpu.py that train and generate: the loops' own steps."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_families import (
+    FAMILIES,
+    Drawn,
+    Shape,
+    generation_family,
+    training_family,
+)
+from benchmarks.gpu_rows import GENERATION, Row
+from benchmarks.noise import NoisyFamily
+from generation.dressing import dit_loader
+from generation.memory import rehearse_denoising
+from generation.sections import make_latents
+from generation.session import Session
+from modules.contract.data import Batch
+from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.prepared import Prepared
+from modules.contract.requests import settle
+from modules.dressing import swapped_weights
+from modules.fp8.products import add_product
+from modules.planning.memory_plan import workspace
+from networks.adapter import make_network
+from training.dressing import dress, placement_of
+from training.loss import NoisyBatch, training_loss
+from training.optimizers.optimizer import make_optimizer, set_training
+from training.planning.prediction import predict
+from training.planning.rehearsal import autocast_of
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A prepared model and the work of one measured call."""
+
+    call: Callable[[], object]
+    warm_up: Callable[[], object]  # the first call: it may compile, or be shorter
+    operations: float  # of the call, recomputation included
+    model_operations: float  # without recomputation
+    planned: float  # bytes that the plan predicts for the device; 0: there is no plan
+    loading: float  # seconds
+    per: float = 1.0  # steps, clips or texts that a call makes
+    losses: list[Tensor] = field(default_factory=list)  # of all calls so far
+    whole: float = 1.0  # steps of a finished video or picture
+
+
+def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
+    """Prepare training steps of a LoRA of rank 32 on a random sample, which is the same in all rows.
+
+    A step is loss, backward pass, clipping and optimizer step, as in the training loop.
+    """
+    options, family = training_family(row, path)
+    batch = random_batch(row, family)
+    planned = predict(family, options, batch, device).device(options.speed.swap.number)
+    begun = time.monotonic()
+    host = swapped_weights(family.dit, options.speed.swap, device)
+    placement = placement_of(options, device, add_product(options.speed.fp8.quantisation, device))
+    dit = NoisyFamily(family).load_dit(replace(placement, host=host)).requires_grad_(False)
+    loading = time.monotonic() - begun
+    assert options.network is not None
+    network = make_network(options.network, family.lora_module, dit, seed=SEED)
+    network.module.to(device)
+    dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
+    parameters = network.parameters()
+    groups, _ = network.parameter_groups(options.optimizer.learning_rate)
+    optimizer, _ = make_optimizer(options.optimizer, groups)
+    set_training(optimizer, True)
+    autocast, batch = autocast_of(options, device), batch.to(device)
+    losses: list[Tensor] = []
+
+    def step() -> None:
+        loss = training_loss(family, dit, batch, autocast)
+        losses.append(loss.detach())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, options.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Bench(step, step, *call_operations(row, options, family), planned, loading, losses=losses)
+
+
+def generation(row: Row, path: Path, device: torch.device, high: Path | None = None) -> Bench:
+    """Prepare some steps of the denoising loop, with the guidance that is usual, on random conditions.
+
+    high: file of the expert for much noise. The first call has two steps less or, with experts, as many: all
+    must have worked once before the time counts.
+    """
+    options, family = generation_family(row, path, high)
+    prepared, prompts, inputs = random_request(row, family)
+    plan, _ = rehearse_denoising(
+        family, options, prepared, prompts, inputs, workspace(device, is_training=False)
+    )
+    experts = len(family.experts)
+    noisy: Any = NoisyFamily(family)
+    loader = dit_loader(noisy, (), device, options)
+    session = Session(noisy, device, loader, keep=True, load_aside=loader.aside)
+    begun = time.monotonic()
+    phase = ExitStack()  # left open: putting networks away is not what is measured
+    dit_at = phase.enter_context(session.dit([prepared] * 2))
+    loading = time.monotonic() - begun
+
+    def make(asked: Prepared) -> Callable[[], Tensor]:
+        return lambda: make_latents(
+            family, dit_at, asked, prompts, inputs, device, split=options.splits_guidance
+        )
+
+    first = prepared if experts > 1 else replace(prepared, steps=max(prepared.steps - 2, 1))
+    planned = plan(options.speed.swap.number).device + (experts - 1) * bytes_of(path)
+    return Bench(
+        *(make(prepared), make(first), *call_operations(row, options, family), planned, loading),
+        per=prepared.steps,
+        whole=family.defaults.steps,
+    )
+
+
+def bytes_of(path: Path) -> int:
+    """Return the size of a file, of which an expert beside the one that works takes as much of the device."""
+    return path.stat().st_size
+
+
+def section_of(row: Row, family: Any) -> Shape:
+    """Return the shape of the latents that are denoised together."""
+    size = row.size
+    section: Shape = FAMILIES[row.model.family].section(
+        family.latent.shape(size.frames, size.height, size.width)
+    )
+    return section
+
+
+def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
+    """Return the operations of a measured call, with recomputation and without."""
+    config = family.files.dit_header().config
+    work = FAMILIES[row.model.family].work(config, section_of(row, family), row.text_tokens)
+    if row.kind == GENERATION:
+        made = row.steps * passes_of(family) * work.forward
+        return made, made
+    loop = options.loop
+    keeps = loop.gradient_checkpointing_keep is not None
+    return work.lora_step(loop.gradient_checkpointing, keeps), work.lora_step(checkpointing=False)
+
+
+def passes_of(family: Any) -> int:
+    """Return the passes of a step of generation: two with guidance."""
+    usual = family.defaults
+    return 2 if any(scale != 1 for scale in (usual.guidance_scale, *usual.expert_guidance.values())) else 1
+
+
+def random_batch(row: Row, family: Any) -> NoisyBatch:
+    """Return a batch of one sample, as the feed returns it: latents, texts, noise."""
+    drawn, entry = Drawn(torch.Generator().manual_seed(SEED)), FAMILIES[row.model.family]
+    shape, config = section_of(row, family), family.files.dit_header().config
+    tensors = {
+        "latents": drawn.numbers(*shape),
+        **entry.texts(config, drawn, row.text_tokens),
+        **entry.trained(config, drawn, shape),
+    }
+    one = torch.ones(1)
+    return NoisyBatch(Batch(tensors, ("",), ("random",)), drawn.numbers(*shape), one / 2, one * 500, one)
+
+
+def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
+    """Return a request for a few steps, with its texts and its image as the encoders return them."""
+    drawn, entry = Drawn(torch.Generator().manual_seed(SEED)), FAMILIES[row.model.family]
+    size, config, usual = row.size, family.files.dit_header().config, family.defaults
+    texts = [without_batch(entry.texts(config, drawn, row.text_tokens)) for _ in range(2)]
+    inputs = entry.inputs(config, drawn, family.latent.shape(size.frames, size.height, size.width))
+    request = Request("", SEED, steps=row.steps)
+    prepared = settle(
+        request,
+        usual,
+        (size.width, size.height, size.frames),
+        flow_shift=usual.flow_shift or 3.0,
+        usual_negative="",
+        experts=family.experts,
+    )
+    return replace(prepared, own=entry.own()), {0: EncodedPrompts(*texts)}, inputs
+
+
+def without_batch(conditions: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor | list[Tensor]]:
+    """Return conditions as a text encoder returns them: lists stay, tensors lose their first axis."""
+    return {name: value if isinstance(value, list) else value[0] for name, value in conditions.items()}

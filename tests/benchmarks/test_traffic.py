@@ -1,0 +1,164 @@
+"""Passes over memory are counted as by hand, on layers small enough to do so."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.flops import wan_work
+from benchmarks.gpu import generation_family, random_batch, random_request, training_family
+from benchmarks.gpu_rows import WAN_14B, Row, Size
+from benchmarks.traffic import Rates, Traffic, chosen, count_denoising, count_training, report
+from benchmarks.traffic_count import (
+    AGAIN,
+    ATTENTION,
+    BACKWARD,
+    CAST,
+    COPY,
+    ELEMENTWISE,
+    FORWARD,
+    NORM,
+    PRODUCT,
+    THIN,
+    Counting,
+    Operation,
+    fused,
+)
+from modules.planning.dry_run import dry_run
+from tests.tiny.wan_dit import tiny_state, write_dit
+
+RATES = Rates(790e12, 600e12, 4.3e12)
+L, C, WIDE = 320, 512, 1024
+
+
+def counted(work: Callable[[torch.device], object]) -> list[Operation]:
+    with (
+        dry_run() as ledger,
+        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        Counting(ledger.device) as counting,
+    ):
+        work(ledger.device)
+    return counting.operations
+
+
+def sizes(operations: list[Operation]) -> list[tuple[str, str, int]]:
+    return [(one.phase, one.group, one.size) for one in operations]
+
+
+def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
+    def work(device: torch.device) -> None:
+        x = torch.empty(1, L, C, device=device)
+        weight, bias = torch.empty(WIDE, C, device=device), torch.empty(WIDE, device=device)
+        down = torch.empty(32, C, device=device)
+        normed = functional.layer_norm(x, (C,))
+        functional.linear(normed, weight, bias)
+        functional.linear(normed, down)
+        normed.to(torch.bfloat16)
+        torch.addcmul(x, torch.empty(1, 1, C, device=device).expand(1, L, C), normed)
+        x.add_(1)
+        torch.cat([x, x.view(1, L, C)], dim=1)
+        torch.mul(x, 2, out=torch.empty(1, L, C, dtype=torch.bfloat16, device=device))
+
+    tokens = 4 * L * C
+    assert sizes(counted(work)) == [
+        (FORWARD, NORM, 2 * tokens + 2 * 4 * L),
+        (FORWARD, PRODUCT, tokens + 4 * WIDE * C + 4 * WIDE + 4 * L * WIDE),
+        (FORWARD, THIN, tokens + 4 * 32 * C + 4 * L * 32),
+        (FORWARD, CAST, tokens + tokens // 2),
+        (FORWARD, ELEMENTWISE, 3 * tokens + 4 * C),
+        (FORWARD, ELEMENTWISE, 2 * tokens),
+        (FORWARD, COPY, 3 * tokens),
+        (FORWARD, ELEMENTWISE, tokens + tokens // 2),
+    ]
+
+
+def test_products_and_attention_have_their_operations() -> None:
+    def work(device: torch.device) -> None:
+        torch.mm(torch.empty(L, C, device=device), torch.empty(C, WIDE, device=device))
+        query, key = (torch.empty(1, 2, count, 64, device=device, requires_grad=True) for count in (L, 9))
+        functional.scaled_dot_product_attention(query, key, key).sum().backward()
+
+    operations = {(one.phase, one.group): one.operations for one in counted(work)}
+
+    assert operations[FORWARD, PRODUCT] == 2 * L * C * WIDE
+    assert operations[FORWARD, ATTENTION] == 4 * L * 9 * 2 * 64
+    assert operations[BACKWARD, ATTENTION] == 2.5 * operations[FORWARD, ATTENTION]
+
+
+def activation(x: Tensor) -> Tensor:
+    return functional.gelu(functional.gelu(x))  # the second one need not be computed again
+
+
+def test_recomputation_and_gradients_have_the_line_of_their_forward_pass() -> None:
+    def work(device: torch.device) -> None:
+        x = torch.empty(1, L, C, device=device, requires_grad=True)
+        checkpoint(activation, x, use_reentrant=False).sum().backward()
+
+    found = [one for one in counted(work) if "gelu" in one.name]
+
+    assert [one.phase for one in found] == [FORWARD, FORWARD, AGAIN, BACKWARD, BACKWARD]
+    lines = {one.line.split(" < ")[0] for one in found}
+    assert len(lines) == 1
+    assert lines.pop().endswith("activation")
+
+
+def test_autocast_casts_what_addcmul_gets_as_on_cuda() -> None:
+    def work(device: torch.device) -> None:
+        x, seen = (
+            torch.empty(1, L, C, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.addcmul(x, torch.empty(C, device=device), seen)
+
+    assert sizes(counted(work)) == [
+        (FORWARD, CAST, 6 * L * C),
+        (FORWARD, ELEMENTWISE, 12 * L * C + 4 * C),
+    ]
+
+
+def test_neighbours_are_merged_and_what_only_they_see_stays_out_of_memory() -> None:
+    def work(device: torch.device) -> None:
+        x, weight = torch.empty(L, C, device=device), torch.empty(C, WIDE, device=device)
+        product = x.mul(2).add(x) @ weight
+        product.to(torch.bfloat16).mul(2).float() @ weight.T
+
+    tokens, wide = 4 * L * C, 4 * L * WIDE
+    merged = [one for one in fused(counted(work)) if one.group == ELEMENTWISE]
+
+    assert [one.size for one in merged] == [2 * tokens, 2 * wide]
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_the_operations_of_a_tiny_model_are_those_of_its_sizes(tmp_path: Path, generates: bool) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, num_layers=3))
+    options = () if generates else ("--gradient_checkpointing",)
+    row = Row("tiny", WAN_14B, Size(288, 288, 5), options, generates, text_tokens=512)
+
+    found, config = tiny_traffic(row, path)
+
+    work = wan_work(config, row.size.tokens)
+    attention = chosen(found.step, group=ATTENTION).operations
+    assert attention == (2 if generates else 4.5) * work.attention
+    products = sum(chosen(found.step, group=group).operations for group in (PRODUCT, THIN))
+    if generates:
+        assert products == pytest.approx(2 * work.linear, rel=0.25)  # and what is outside the blocks
+    else:
+        assert products > 3 * work.linear  # and those of a LoRA that is wide for this model
+    assert (chosen(found.step, AGAIN).count > 0) is not generates
+    lines = "\n".join(report(found, RATES, most=1000))
+    assert "wan/model.py" in lines
+    assert "modules/layers/rope.py" in lines
+
+
+def tiny_traffic(row: Row, path: Path) -> tuple[Traffic, object]:
+    if row.generates:
+        options, family = generation_family(row, path)
+        found = count_denoising(family, options, *random_request(row, family), RATES)
+    else:
+        options, family = training_family(row, path)
+        found = count_training(family, options, random_batch(row, family), RATES)
+    return found, family.files.dit_header().config

@@ -1,0 +1,45 @@
+"""Run scripts on the emulated device: `python -m tests.emulated_cuda.run RESULTS < REQUESTS`.
+
+REQUESTS: JSON, a list of {"folder": FOLDER, "command": [SCRIPT, OPTIONS...]}, run one after the other in this
+process. RESULTS: a file of JSON, for each {"code", "said", "waits": [{"kind", "operation", "place", "stack"}]}.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.emulated_cuda import loading  # before all that imports torch
+
+loading.compile_it()
+loading.load()
+
+
+def main() -> None:
+    from accelerate.state import AcceleratorState
+
+    from tests.emulated_cuda.device import switch_on
+    from tests.faults.messages import QUIET, run_here
+
+    device = switch_on()
+    del QUIET["ACCELERATE_USE_CPU"]  # accelerate takes a GPU where torch has one
+    results = Path(sys.argv[1])
+    done = []
+    for request in json.load(sys.stdin):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with device.recording() as waits:
+            try:
+                code, said = run_here(*request["command"], folder=Path(request["folder"]))
+            except Exception:
+                import traceback
+
+                code, said = -1, traceback.format_exc()
+        done.append({"code": code, "said": said, "waits": [asdict(each) for each in waits]})
+    results.write_text(json.dumps(done), encoding="utf-8")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""Swapped blocks, activations in host memory and networks that take turns give the bits of those that stay.
+
+On a CPU the device is the fake one: a weight that is used too early, too late or from host memory is not a
+number there. On CUDA copies really run beside the computation; to make races show, either side is made late.
+"""
+
+import gc
+import json
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modules.contract.family import DitSpec
+from modules.contract.generation import Tweaks
+from modules.offload import host_memory
+from modules.offload.activations import offload_to_host
+from modules.offload.block_swap import host_weights, move_network, settle, swap_blocks, swap_of
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.swap_plan import SwapPlan
+from modules.offload.transfer import CudaTransfer, Pairs, Transfer
+from modules.offload.turns import HostCopy
+from modules.planning.memory_plan import plan_swapped_bytes
+from modules.run_blocks import Hidden, run_blocks
+from tests.commands import ROOT, run_python
+from tests.gpu.measuring import equal_bits, no_waits, poison, sent
+from tests.modules.fake_device import FakeDevice, hide
+from tests.modules.swap_cases import CASES, Case, gradients, learner, same, swapped
+from tests.tiny.project import write_lora
+from tests.tiny.wan_dit import tiny_state, write_dit
+
+CYCLES = 1_000_000  # of the device's clock: most of a millisecond
+CHECKPOINTS = ("kept", "checkpointed", "offloaded")
+
+
+class LateCopies:
+    """A `CudaTransfer` that begins each copy late: what does not wait for it reads old memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._inner = CudaTransfer(device)
+        self.memory, self.mark = self._inner.memory, self._inner.mark
+        self.wait, self.finish = self._inner.wait, self._inner.finish
+
+    def copy(self, pairs: Pairs, after: Any) -> Any:
+        with torch.cuda.stream(self._inner._stream):
+            torch.cuda._sleep(CYCLES)
+        return self._inner.copy(pairs, after)
+
+
+def transfer_of(device: torch.device, late: str = "neither") -> Transfer | None:
+    """What copies to the device; None for the usual one."""
+    if device.type == "cpu":
+        return FakeDevice()
+    return LateCopies(device) if late == "copies" else None
+
+
+class Layer(nn.Module):
+    """A block that computes quickly and has much to copy. cycles: how long a GPU idles before it."""
+
+    def __init__(self, width: int, cycles: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        self.cycles = cycles
+
+    def forward(self, x: Tensor, _: Any) -> Tensor:
+        if self.cycles and x.device.type == "cuda":
+            torch.cuda._sleep(self.cycles)
+        return x + self.linear(x).tanh()
+
+
+class Stack(nn.Module):
+    """A transformer without anything else."""
+
+    spec = DitSpec(("blocks",))
+
+    def __init__(self, blocks: int, width: int, cycles: int = 0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Layer(width, cycles) for _ in range(blocks))
+        generator = torch.Generator().manual_seed(5)
+        for weight in self.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator) * width**-0.5
+
+    def forward(self, x: Tensor, tweaks: Tweaks = Tweaks()) -> Tensor:  # noqa: B008
+        hidden = Hidden(x, None)
+        run_blocks(self, hidden, tweaks)
+        return hidden.x
+
+
+def stack_on(
+    device: torch.device,
+    blocks: int = 0,
+    slots: int = 2,
+    late: str = "neither",
+    checkpoints: str = "kept",
+    learns: bool = False,
+) -> Stack:
+    """A stack on a device, its blocks swapped and checkpointed. On a GPU a block has 16 MiB to copy."""
+    is_gpu = device.type == "cuda"
+    stack = Stack(12 if is_gpu else 5, 2048 if is_gpu else 16, CYCLES if late == "computation" else 0)
+    stack.requires_grad_(learns)
+    if checkpoints != "kept":
+        offload = offload_to_host(device) if checkpoints == "offloaded" else None
+        checkpoint_blocks(stack, stack.spec, offload=offload)
+    swapped(
+        stack, stack.spec, blocks, transfer_of(device, late) if blocks else None, slots=slots, where=device
+    )
+    move_network(stack, device)
+    return stack.train()
+
+
+def passes(stack: Stack, device: torch.device, repeats: int, spoil: bool) -> list[Tensor]:
+    """Training passes with samples between them: outputs, and gradients of the input."""
+    found: list[Tensor] = []
+    width = stack.blocks[0].linear.weight.shape[0]  # type: ignore[union-attr,index]
+    for seed in range(repeats):
+        if spoil:
+            poison(device, 1 << 26 if device.type == "cuda" else 1 << 12)
+        x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+        output = stack(x)
+        output.square().sum().backward()
+        assert x.grad is not None
+        with torch.no_grad():
+            sample = stack(x.detach(), tweaks=Tweaks(skip_blocks=frozenset({1, 2})))
+        found += [output.detach(), x.grad, sample]
+    return found
+
+
+LATE = pytest.mark.parametrize(
+    "late", ["neither", *(pytest.param(late, marks=pytest.mark.gpu) for late in ("computation", "copies"))]
+)
+
+
+@LATE
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+def test_many_quick_blocks_never_meet_weights_that_are_not_there(
+    device: torch.device, deterministic: None, checkpoints: str, slots: int, late: str
+) -> None:
+    repeats = 6 if device.type == "cuda" else 2
+    expected = passes(stack_on(device, checkpoints=checkpoints), device, repeats, spoil=False)
+    most = 11 if device.type == "cuda" else 4
+    found = passes(stack_on(device, most, slots, late, checkpoints), device, repeats, spoil=True)
+
+    assert same(found, expected)
+
+
+@LATE
+def test_weights_that_learn_are_copied_back(device: torch.device, deterministic: None, late: str) -> None:
+    """Stepped inside the backward pass, read after `settle`; with momentum, so that a lost step shows."""
+    results = []
+    for blocks in (0, 4):
+        stack = stack_on(device, blocks, late=late, learns=True)
+        optimizers = {
+            weight: torch.optim.SGD([weight], lr=1e-3, momentum=0.9) for weight in stack.parameters()
+        }
+
+        def step(weight: Tensor, optimizers: dict[Any, Any] = optimizers) -> None:
+            optimizers[weight].step()
+            weight.grad = None
+
+        for weight in stack.parameters():
+            weight.register_post_accumulate_grad_hook(step)
+        passes(stack, device, 3, spoil=False)
+        settle(stack)
+        held = () if swap_of(stack) is None else swap_of(stack).held  # type: ignore[union-attr]
+        if device.type == "cpu":
+            for weight in held:
+                hide(weight.data)
+        results.append([weight.detach().cpu().clone() for weight in stack.parameters()])
+    assert same(*results)
+    untrained = next(stack_on(device, learns=True).parameters())
+    assert not equal_bits(results[0][0], untrained.detach().cpu())
+
+
+def several_steps(
+    case: Case, device: torch.device, blocks: int, slots: int, checkpoints: str, late: str = "neither"
+) -> list[Tensor]:
+    """Steps of a LoRA with samples between them."""
+    is_checkpointed = checkpoints != "kept"
+    transfer = transfer_of(device, late) if blocks else None
+    dit, network = learner(
+        case,
+        blocks,
+        is_checkpointed,
+        transfer,
+        where=device,
+        slots=slots,
+        offload=checkpoints == "offloaded",
+    )
+    optimizer, seen = torch.optim.AdamW(network.parameters(), lr=1e-2), []
+    for step in range(2):
+        seen += gradients(case, dit, network, step, device)
+        optimizer.step()
+        dit.eval()
+        with torch.no_grad():
+            seen.append(
+                dit(**sent(case.inputs(90 + step), device), tweaks=Tweaks(skip_blocks=frozenset({1})))
+            )
+        dit.train(is_checkpointed)
+        if (swap := swap_of(dit)) is not None:
+            swap.park()
+    return [*seen, *(weight.detach().clone() for weight in network.parameters())]
+
+
+WIDE = [
+    pytest.param(
+        case, blocks, slots, checkpoints, late, id=f"{case.name} {blocks} {slots} {checkpoints} {late}"
+    )
+    for case in CASES
+    for blocks, slots in ((1, 2), (case.most - 1, 3), (case.most, 2))
+    for checkpoints in CHECKPOINTS
+    for late in ("neither", "copies")
+]
+
+
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+def test_training_and_samples_with_swapped_blocks(
+    device: torch.device, deterministic: None, checkpoints: str
+) -> None:
+    case = CASES[0]
+    expected = several_steps(case, device, 0, 2, checkpoints)
+    assert same(several_steps(case, device, case.most, 2, checkpoints), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "blocks", "slots", "checkpoints", "late"), WIDE)
+def test_training_of_all_families_with_swapped_blocks(
+    cuda: torch.device, deterministic: None, case: Case, blocks: int, slots: int, checkpoints: str, late: str
+) -> None:
+    expected = several_steps(case, cuda, 0, 2, checkpoints)
+    assert same(several_steps(case, cuda, blocks, slots, checkpoints, late), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_inputs_that_wait_in_host_memory_change_nothing(
+    device: torch.device, deterministic: None, case: Case
+) -> None:
+    expected = several_steps(case, device, 0, 2, "checkpointed")
+    assert same(several_steps(case, device, 0, 2, "offloaded"), expected)
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_networks_that_take_turns(device: torch.device, deterministic: None, blocks: int) -> None:
+    case = CASES[0]
+    inputs = sent(case.inputs(1), device)
+    with torch.no_grad():
+        expected = [case.make().eval().to(device)(**inputs)]
+        dits, copies = [], []
+        for _ in range(2):
+            dit, transfer = case.make().eval(), transfer_of(device, "copies")
+            swapped(dit, case.spec, blocks, transfer, where=device)
+            copies.append(HostCopy(dit, device, None, transfer))
+            dits.append(dit)
+            if device.type == "cpu":
+                swap = swap_of(dit)
+                for tensor in [*dit.parameters(), *dit.buffers()]:
+                    if swap is None or tensor not in swap.held:
+                        hide(tensor.data)
+        for turn in (0, 1, 0, 1):
+            copies[1 - turn].leave()
+            poison(device, 1 << 22)
+            copies[turn].bring()
+            assert copies[turn].is_here
+            assert same([dits[turn](**inputs)], expected)
+
+
+@pytest.mark.gpu
+def test_a_network_that_left_has_freed_its_memory(cuda: torch.device) -> None:
+    stack = Stack(8, 1024)
+    stack.requires_grad_(False)
+    before = torch.cuda.memory_allocated()
+    copy = HostCopy(stack, cuda)
+    assert all(weight.is_pinned() for weight in stack.parameters())
+    for _ in range(2):
+        copy.bring()
+        assert torch.cuda.memory_allocated() - before == copy.size_bytes == 8 << 22
+        copy.leave()
+        assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("blocks", "slots"), [(3, 2), (9, 3), (11, 2)])
+def test_the_device_holds_what_the_plan_says(cuda: torch.device, blocks: int, slots: int) -> None:
+    stack = Stack(12, 1024)
+    stack.requires_grad_(False)
+    x = torch.ones(1, 1024, device=cuda)
+    with torch.no_grad():
+        x @ torch.ones(1024, 1024, device=cuda)  # cuBLAS's workspace
+        planned = plan_swapped_bytes(stack, SwapPlan(stack.spec, blocks, slots=slots))
+        before = torch.cuda.memory_allocated()
+        swapped(stack, stack.spec, blocks, slots=slots, where=cuda)
+        move_network(stack, cuda)
+        for _ in range(3):
+            stack(x)
+    held = torch.cuda.memory_allocated() - before
+    assert held == pytest.approx((12 << 22) - planned.saved, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_nothing_in_a_step_waits_for_the_gpu(cuda: torch.device, case: Case, checkpoints: str) -> None:
+    dit, network = learner(
+        case, case.most, checkpoints != "kept", where=cuda, offload=checkpoints == "offloaded"
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    inputs = sent(case.inputs(1), cuda)
+
+    def step() -> None:
+        dit(**inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):  # memory is pinned and allocated
+        step()
+    with no_waits(cuda):
+        step()
+    dit.eval()
+    with torch.no_grad():
+        dit(**inputs)
+        with no_waits(cuda):
+            dit(**inputs)
+
+
+@pytest.mark.gpu
+def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> None:
+    mapping = mmap.mmap(-1, 1 << 24)
+    whole = host_memory._as_tensor(mapping, pinned=True)
+    part, address = whole[4096:8192], whole.data_ptr()
+    assert part.is_pinned()
+    del whole
+    gc.collect()
+    assert part.is_pinned()
+    del part
+    gc.collect()
+    host_memory._register(address, 1 << 24)  # it would fail if it still were
+    host_memory._unregister(address)
+
+
+@pytest.mark.gpu
+def test_swapped_weights_and_waiting_inputs_are_in_pinned_memory(cuda: torch.device) -> None:
+    stack = Stack(6, 64)
+    stack.requires_grad_(False)
+    host = host_weights(SwapPlan(stack.spec, 4), cuda)
+    assert host is not None
+    swap_blocks(stack, host, cuda)
+    assert all(weight.is_pinned() for weight in host.adopt(stack).values())
+    offload = offload_to_host(cuda)
+    piece = offload.memory.take(5000)
+    assert piece.is_pinned()
+
+
+@pytest.mark.gpu
+def test_a_copy_to_the_host_arrives_before_its_source_is_used_again(cuda: torch.device) -> None:
+    """Inputs that leave late, of a computation that goes on writing into freed memory."""
+    x = torch.randn(64, 2048, device=cuda, requires_grad=True)
+    results = []
+    for late in (False, True):
+        offload = offload_to_host(cuda)
+        if late:
+            offload._transfer = LateCopies(cuda)
+        stack = Stack(12, 2048).requires_grad_(False)
+        checkpoint_blocks(stack, stack.spec, offload=offload)
+        move_network(stack.train(), cuda)
+        for _ in range(3):
+            x.grad = None
+            poison(cuda, 1 << 26)
+            stack(x).square().sum().backward()
+        assert x.grad is not None
+        results.append(x.grad.clone())
+    assert equal_bits(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
+def test_processes_share_one_copy_that_is_pinned_in_each(cuda: torch.device, tmp_path: Path) -> None:
+    path, lora = write_dit(tmp_path, tiny_state("t2v", num_layers=5)), tmp_path / "lora.safetensors"
+    write_lora(lora, path)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29634"]
+    script = ROOT / "tests" / "modules" / "share_host_memory.py"
+    done = run_python(*launch, script, path, lora, "cuda", environment={"PYTHONPATH": str(ROOT)})
+    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [one["pinned"] for one in seen] == [True, True]
+    assert {one["mark"] for one in seen} == {1234}
+    assert sorted(one["fills"] for one in seen) == [False, True]
+    assert seen[0]["output"] == seen[1]["output"]
+
+
+def test_the_stack_sees_a_wait_that_is_left_out(deterministic: None) -> None:
+    """What these tests compare does depend on the waits."""
+    cpu = torch.device("cpu")
+    expected = passes(stack_on(cpu), cpu, 2, spoil=False)
+    stack = stack_on(cpu, 4)
+    swap = swap_of(stack)
+    assert swap is not None
+    swap._transfer.wait = lambda moment: None  # type: ignore[method-assign]
+    assert not same(passes(stack, cpu, 2, spoil=False), expected)

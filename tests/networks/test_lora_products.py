@@ -1,0 +1,220 @@
+"""LoRA products that add to the tensors of the frozen layer: values, gradients, memory that others use."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modules.fp8.options import Quantisation
+from modules.fp8.weights import attach, quantise
+from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.token_pieces import compute_in_pieces
+from networks.lora_layer import LoraLayer
+from networks.lora_products import add_up, branch, hold
+from tests.fp8_reference import emulated_product
+from tests.networks.making import join_all
+from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
+
+Inputs = tuple[Tensor, ...]
+
+
+def factors(heights: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> Inputs:
+    """x 2 5 8, frozen weight 12 x 8 and its bias, down 4 x 8, up 12 x 4, or 12 x 2 for two parts."""
+    torch.manual_seed(0)
+    width = 4 // (len(heights) or 1)
+    shapes = ((2, 5, 8), (12, 8), (12,), (4, 8), (12, width))
+    x, weight, bias, down, up = (torch.randn(*shape, dtype=dtype) for shape in shapes)
+    return x.requires_grad_(), weight, bias, down.requires_grad_(), up.requires_grad_()
+
+
+def joined(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
+    x, weight, bias, down, up = inputs
+    seen, hidden = branch(x, down)
+    hidden = hidden * 0.5
+    held = hold(hidden, up, heights)
+    return add_up(functional.linear(seen, weight, bias), hidden, up, heights, held)
+
+
+def separate(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
+    x, weight, bias, down, up = inputs
+    hidden = functional.linear(x, down) * 0.5
+    if not heights:
+        return functional.linear(x, weight, bias) + functional.linear(hidden, up)
+    parts = zip(hidden.chunk(len(heights), -1), up.split(heights), strict=True)
+    return functional.linear(x, weight, bias) + torch.cat([functional.linear(*part) for part in parts], -1)
+
+
+def of_factors(out: Tensor, inputs: Inputs) -> Inputs:
+    """The gradients of x, down and up of a loss."""
+    weights = torch.arange(out.numel()).view(out.shape)
+    return torch.autograd.grad((out * weights).sum(), [inputs[0], *inputs[3:]])
+
+
+@pytest.mark.parametrize("heights", [(), (7, 5)])
+def test_values_and_gradients_are_those_of_separate_operations(heights: tuple[int, ...]) -> None:
+    inputs = factors(heights)
+
+    ours, expected = joined(inputs, heights), separate(inputs, heights)
+
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(of_factors(ours, inputs), of_factors(expected, inputs))
+
+
+def test_layers_that_share_their_input_leave_each_others_gradients_alone() -> None:
+    inputs = factors()
+
+    def network(one: Callable[[Inputs], Tensor]) -> Tensor:
+        out = one(inputs)
+        return out + one((out[..., :8], *inputs[1:])) + one(inputs).square() + inputs[0].sum()
+
+    torch.testing.assert_close(of_factors(network(joined), inputs), of_factors(network(separate), inputs))
+
+
+def test_an_input_without_gradient_costs_no_product_with_the_frozen_weight() -> None:
+    x, weight, bias, down, up = factors()
+    seen, hidden = branch(x.detach(), down)
+
+    assert not seen.requires_grad
+    assert hidden.requires_grad
+
+
+def test_an_output_that_is_needed_again_is_refused_rather_than_wrong() -> None:
+    x, weight, bias, down, up = factors()
+    seen, hidden = branch(x, down)
+    out = functional.linear(seen, weight, bias).exp()  # keeps its result for the backward pass
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        add_up(out, hidden, up, (), hold(hidden, up)).sum().backward()
+
+
+def test_sums_are_rounded_once() -> None:
+    x, weight, bias, down, up = (one.detach().bfloat16() for one in factors(dtype=torch.float32))
+    out, hidden = functional.linear(x, weight, bias), functional.linear(x, down)
+    exact = out.float() + hidden.float() @ up.float().T
+
+    assert torch.equal(add_up(out, hidden, up, (), None), exact.bfloat16())
+
+
+def test_gradients_that_do_not_lie_in_one_piece_are_summed_too() -> None:
+    inputs = factors()
+
+    ours, expected = joined(inputs), separate(inputs)
+
+    for out in (ours, expected):
+        assert out.shape == (2, 5, 12)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sum(), inputs[0]), torch.autograd.grad(expected.sum(), inputs[0])
+    )  # of a sum, gradients are one number seen as many
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "autocast", "fp8", "fp8 products"])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str, recomputes: bool) -> None:
+    torch.manual_seed(1)
+    original = nn.Linear(32, 48)
+    if kind in {"bf16", "autocast"}:
+        original.bfloat16()
+    original.requires_grad_(False)
+    if kind.startswith("fp8"):
+        product = emulated_product if kind == "fp8 products" else None
+        quantisation = Quantisation("rows", fp8_matmul=product is not None, product=product)
+        attach(original, *quantise(original.weight, quantisation), quantisation)
+    layer = LoraLayer(original, 4, 2.0)
+    layer.joins_from = 0
+    nn.init.normal_(layer.lora_up.weight)
+    plain = original.forward
+    layer.attach()
+    x = torch.randn(2, 24, 32, dtype=torch.bfloat16 if kind == "bf16" else torch.float32, requires_grad=True)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            return checkpoint(original, x, use_reentrant=False) if recomputes else original(x)
+
+    def expected() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            added = layer.lora_up(layer.lora_down(x if kind == "autocast" else x.float()) * 0.5)
+            out = plain(x)
+            return out + added.to(out.dtype)
+
+    parameters = [x, layer.lora_down.weight, layer.lora_up.weight]
+    weights = torch.randn(2, 24, 48)
+    ours, theirs = run(), expected()
+    tolerance = 2e-2 if kind in {"bf16", "autocast"} else 1e-5
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    for one, other in zip(
+        torch.autograd.grad((ours * weights).sum(), parameters),
+        torch.autograd.grad((theirs * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_transformers_give_what_separate_sums_give_also_recomputed_and_in_pieces(
+    tiny: TinyDit, autocast: bool
+) -> None:
+    results = []
+    for joins, dressed in ((False, False), (True, False), (True, True)):
+        dit, network = tiny.with_lora()
+        if joins:
+            join_all(network)
+        if dressed:
+            compute_in_pieces(dit, tiny.spec, 17)
+            checkpoint_blocks(dit, tiny.spec)
+        results.append(gradients(dit.train(), network, tiny.inputs((3, 8, 8, 7), 2), autocast))
+
+    share = 0.02 if autocast else 1e-5  # of the largest number; a few roundings of 1/256
+    (velocity, expected), *others = results
+    largest = max(one.abs().max() for one in expected)
+    for other_velocity, found in others:
+        assert (other_velocity - velocity).abs().max() <= share * velocity.abs().max()
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() <= share * largest
+
+
+class Counted(nn.Linear):
+    """A linear layer that counts its products."""
+
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.count += 1
+        return out
+
+
+def test_recomputation_leaves_out_the_product_of_the_last_frozen_layer() -> None:
+    torch.manual_seed(0)
+    layers = [Counted(16, 16).requires_grad_(False) for _ in range(2)]
+    loras = nn.ModuleList(LoraLayer(layer, 2, 2.0) for layer in layers)
+    for lora in loras:
+        assert isinstance(lora, LoraLayer)
+        nn.init.normal_(lora.get_parameter("lora_up.weight"))
+        lora.attach()
+    join_all(loras)
+    block = nn.Sequential(layers[0], nn.GELU(), layers[1])
+    x = torch.randn(3, 16, requires_grad=True)
+    inputs = [x, *loras.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), inputs)
+    found = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), inputs)
+
+    assert [layer.count for layer in layers] == [3, 2]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_small_tensors_are_summed_apart() -> None:
+    """The sum is another operation, as two roundings show."""
+    original = nn.Linear(8, 8).bfloat16().requires_grad_(False)
+    layer = LoraLayer(original, 2, 2.0).bfloat16()
+    nn.init.normal_(layer.lora_up.weight)
+    layer.attach()
+    x = torch.randn(64, 8, dtype=torch.bfloat16)
+    apart = layer._original_forward(x) + layer.lora_up(layer.lora_down(x))
+
+    assert torch.equal(original(x), apart)
+    layer.joins_from = 64 * 8
+    assert not torch.equal(original(x), apart)
