@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words.remove("--check")
         from benchmarks import gpu_checks
 
-        gpu_checks.main(words)
-        return
+        raise SystemExit(gpu_checks.main(words))
     args = make_parser().parse_args(words)
     if args.child is not None:
         print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device)))
