@@ -224,7 +224,6 @@ def _clear_error() -> None:
 
 
 def _unregister(addresses: Sequence[int]) -> None:
-    if addresses:
-        torch.cuda.synchronize()  # copies from it may still be running
+    torch.cuda.synchronize()  # copies from it may still be running
     for address in addresses:
         torch.cuda.cudart().cudaHostUnregister(address)
