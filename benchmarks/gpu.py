@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words.remove("--check")
         from benchmarks import gpu_checks
 
-        gpu_checks.main(words)
-        return
+        raise SystemExit(gpu_checks.main(words))
     args = make_parser().parse_args(words)
     if args.child is not None:
         print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device)))
@@ -116,10 +115,11 @@ def head_of(device: str) -> dict[str, Any]:
     import torch
 
     from benchmarks.ceilings import copy_peak, matmul_peak, upload_peak
+    from modules.devices import choose_device
 
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; --dry shows the rows without one")
-    torch.cuda.set_device(torch.device(device))
+    choose_device(device)
     found = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -247,30 +247,29 @@ def print_plan(rows: Sequence[Row], folder: Path) -> None:
 
 def measure_here(row: Row, folder: Path, device: str) -> dict[str, Any]:
     """Return the figures of a row, in the process that loads its model."""
-    import torch
-
     from benchmarks.gpu_files import lay_out
     from benchmarks.gpu_measuring import measure_row
+    from modules.devices import choose_device
 
-    return measure_row(row, *lay_out(row, folder), torch.device(device))
+    return measure_row(row, *lay_out(row, folder), choose_device(device))
 
 
 def profile(row: Row, folder: Path | None, device: str) -> None:
     """Print where the time of two steps goes."""
-    import torch
-
     from benchmarks.gpu_files import lay_out
     from benchmarks.gpu_measuring import prepare
     from benchmarks.gpu_profile import profile_calls, report
+    from modules.devices import choose_device
 
     if row.kind == LOADING:
         raise SystemExit(f"--profile {row.name}: loading has no steps. Give a row of another group")
     with folder_of(folder) as where:
-        bench = prepare(row, *lay_out(row, where), torch.device(device))
+        chosen = choose_device(device)  # as a script does, which also sets how float32 is computed
+        bench = prepare(row, *lay_out(row, where), chosen)
         bench.warm_up()
         calls = 2 if row.kind != GENERATION else 1
         print(f"{row.name}: {row.model.name}, {row.about}\n")
-        print(report(profile_calls(bench.call, calls, torch.device(device)), calls))
+        print(report(profile_calls(bench.call, calls, chosen), calls))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ COLUMNS: dict[tuple[str, ...], dict[str, Cell]] = {
     },
     (LOADING,): {
         "seconds a GB, file in the system's cache": lambda row, peak: f"{per_unit(row):.2f}",
-        "from the disk": _forgotten,
+        "after asking it to forget the file": _forgotten,
         "file GB": lambda row, peak: f"{row['loaded'] / 1e9:.1f}",
         "device GiB": MEMORY["device GiB"],
         "host GiB": MEMORY["host GiB"],

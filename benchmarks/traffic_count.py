@@ -151,7 +151,10 @@ def _work(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> float
         batch, length, heads, width = query.shape
         # backward: the products q k and p v again as five; arXiv 2307.08691
         return (10.0 if "backward" in name else 4.0) * batch * length * key.shape[1] * heads * width
-    count = flop_registry.get(func._overloadpacket)
+    aten = torch.ops.aten
+    in_place = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # which torch does not count
+    packet = func._overloadpacket
+    count = flop_registry.get(in_place.get(packet, packet))
     return float(count(*args, **kwargs, out_val=result)) if count is not None else 0.0
 
 

@@ -165,7 +165,7 @@ def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__
 def addcmul(
     x: Tensor, first: Tensor, second: Tensor, *, value: float = 1, out: Tensor | None = None
 ) -> Tensor:
-    """Stand in for `torch.addcmul`, whose operands CUDA's autocast casts to the widest dtype; not with `out`."""
+    """Stand in for `torch.addcmul`. Without `out`, CUDA's autocast casts the operands to the widest dtype."""
     if out is not None:
         return torch.addcmul(x, first, second, value=value, out=out)
     if torch.is_autocast_enabled(x.device.type):

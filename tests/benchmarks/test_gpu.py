@@ -318,6 +318,34 @@ def test_a_row_that_would_end_too_late_is_left_out(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == "left out: gen-flux, which takes about 11 s\n"
 
 
+@pytest.mark.slow
+def test_a_row_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """A file that is there is not written again, so that a tiny one may stand in."""
+    row = BY_NAME["cache-llama"]
+    save(tmp_path / f"{row.model.manifest}.safetensors", prefixed(llama_tensors(), "model."))
+
+    found = gpu.Job(tmp_path, "cpu").run(row, limit=300)
+
+    assert found["seconds"] > 0
+    assert gpu.Job(tmp_path, "cpu").run(row, limit=0.01) == {"failed": "not done after 0 s"}
+    assert "cuda" in gpu.Job(tmp_path, "cuda").run(row, limit=300)["failed"].lower()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_nothing_is_measured() -> None:
+    with pytest.raises(SystemExit, match="needs a CUDA device; --dry shows the rows without one"):
+        gpu.main(["--rows", "gen-flux"])
+    with pytest.raises(SystemExit, match="loading has no steps"):
+        gpu.main(["--profile", "load-bf16"])
+
+
+def test_checks_are_run_with_the_other_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--check", "--help"])
+    assert ended.value.code == 0
+    assert "--group_seconds" in capsys.readouterr().out
+
+
 def test_the_commands_of_the_page_are_known() -> None:
     commands = re.findall(
         r"^python benchmarks/gpu\.py (.+)$", SPEED.read_text(encoding="utf-8"), re.MULTILINE
