@@ -1,10 +1,11 @@
-"""Measure training, generation, caching and loading of models of real size on one GPU: python benchmarks/gpu.py
+"""Measure training, generation, caching and loading of models of real size on one GPU.
 
-Weights are random, so nothing is downloaded: the code that loads real files loads empty files with the released
-models' tensors, and draws numbers in their place. Each row runs in its own process, with the options that a user
-would type. Seconds are medians; rates are compared with a bf16 matrix product measured in the same run; the peak
-of the device's memory stands beside the prediction of --plan. Of a generation some steps are measured and all
-are told. Loading of empty files is faster than from a disk; the loading rows write and read real bytes.
+Weights are random, so nothing is downloaded: the code that loads real files loads empty files with the
+released models' tensors, and draws numbers in their place. Each row runs in its own process, with the options
+that a user would type. Seconds are medians; rates are compared with a bf16 matrix product measured in the
+same run; the peak of the device's memory stands beside the prediction of --plan. Of a generation some steps
+are measured, and the time for all of them follows. Empty files load faster than a disk delivers; the loading
+rows write and read real bytes.
 
     python benchmarks/gpu.py --dry                              what there is, and how long it may take
     python benchmarks/gpu.py --check                            is it right? before it is measured
@@ -52,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words.remove("--check")
         from benchmarks import gpu_checks
 
-        gpu_checks.main(words)
-        return
+        raise SystemExit(gpu_checks.main(words))
     args = make_parser().parse_args(words)
     if args.child is not None:
         print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device)))
@@ -115,10 +115,11 @@ def head_of(device: str) -> dict[str, Any]:
     import torch
 
     from benchmarks.ceilings import copy_peak, matmul_peak, upload_peak
+    from modules.devices import choose_device
 
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; --dry shows the rows without one")
-    torch.cuda.set_device(torch.device(device))
+    choose_device(device)
     found = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -239,38 +240,36 @@ def print_plan(rows: Sequence[Row], folder: Path) -> None:
         group = "goals, " * row.is_goal + row.group
         size = row.size if row.size.width else "-"
         counts = f"{found.operations / 1e15:.2f} | {found.size / 1e9:.1f}" if found.operations else "- | -"
-        print(
-            f"| {row.name} | {group} | {row.model.name} | {size} | {row.about} | {counts} | {found.seconds:.0f} |"
-        )
+        cells = [row.name, group, row.model.name, size, row.about, counts, f"{found.seconds:.0f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
     print(f"\n{len(rows)} rows, about {total / 60:.0f} minutes: a guess for a GPU of 790 TFLOP/s in bf16")
 
 
 def measure_here(row: Row, folder: Path, device: str) -> dict[str, Any]:
     """Return the figures of a row, in the process that loads its model."""
-    import torch
-
     from benchmarks.gpu_files import lay_out
     from benchmarks.gpu_measuring import measure_row
+    from modules.devices import choose_device
 
-    return measure_row(row, *lay_out(row, folder), torch.device(device))
+    return measure_row(row, *lay_out(row, folder), choose_device(device))
 
 
 def profile(row: Row, folder: Path | None, device: str) -> None:
     """Print where the time of two steps goes."""
-    import torch
-
     from benchmarks.gpu_files import lay_out
     from benchmarks.gpu_measuring import prepare
     from benchmarks.gpu_profile import profile_calls, report
+    from modules.devices import choose_device
 
     if row.kind == LOADING:
         raise SystemExit(f"--profile {row.name}: loading has no steps. Give a row of another group")
     with folder_of(folder) as where:
-        bench = prepare(row, *lay_out(row, where), torch.device(device))
+        chosen = choose_device(device)  # as a script does, which also sets how float32 is computed
+        bench = prepare(row, *lay_out(row, where), chosen)
         bench.warm_up()
         calls = 2 if row.kind != GENERATION else 1
         print(f"{row.name}: {row.model.name}, {row.about}\n")
-        print(report(profile_calls(bench.call, calls, torch.device(device)), calls))
+        print(report(profile_calls(bench.call, calls, chosen), calls))
 
 
 if __name__ == "__main__":

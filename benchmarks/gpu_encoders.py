@@ -1,4 +1,4 @@
-"""What is timed in the caching rows of benchmarks/gpu.py: a VAE on random clips, text encoders on random tokens.
+"""What is timed in the caching rows of benchmarks/gpu.py: VAEs on random clips, text encoders on tokens.
 
 Decoding videos, tokenizers and files are not in it: they work on the CPU, ahead of the device.
 """

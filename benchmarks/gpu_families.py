@@ -1,7 +1,7 @@
 """The families of the models of benchmarks/gpu.py.
 
-A family is built from its scripts' own options; its texts, its work and what it needs beside the noisy latents
-are functions here, so that everything else asks for no family's name.
+A family is built from its scripts' own options; its texts, its work and what it needs beside the noisy
+latents are functions here, so that everything else asks for no family's name.
 """
 # Letters: L latent tokens, T text tokens, S image tokens, D width of text states
 
@@ -42,10 +42,10 @@ class BenchFamily:
     """What the benchmark must know of a family.
 
     texts: (config of the transformer, numbers, T) -> conditions of one sample with batch dimension, as caches
-    have them. work: (config, shape of the latents, T) -> operations of a pass. inputs: (config, numbers, shape)
-    -> what generation encodes from images, by section. own: of a video of one section: `Prepared.own`. trained:
-    (the same) -> more tensors of a training sample's cache. section: shape of a clip's latents -> of those that
-    are denoised together.
+    have them. work: (config, shape of the latents, T) -> operations of a pass. inputs: (config, numbers,
+    shape) -> what generation encodes from images, by section. own: `Prepared.own` of a video of one section.
+    trained: (as inputs) -> more tensors of a training sample's cache. section: shape of a clip's latents ->
+    shape of those that are denoised together.
     """
 
     room: str  # folder with family.py and options.py

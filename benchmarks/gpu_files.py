@@ -16,8 +16,8 @@ PIECE = 1 << 24  # numbers of 16 bits, written again and again
 def lay_out(row: Row, folder: Path) -> tuple[Path, Path | None]:
     """Write the files of a row that are not there yet: its model, and that of the expert for much noise.
 
-    All but those of the loading rows are holes: they take no space on disk and are read as zeros. Transformers
-    are in bf16, although some releases have tensors in float32.
+    All but those of the loading rows are holes: they take no space on disk and are read as zeros.
+    Transformers are in bf16, although some releases have tensors in float32.
     """
     model = row.model
     names = (

@@ -2,7 +2,6 @@
 
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from benchmarks.gpu_families import training_family
 from benchmarks.gpu_files import forget
 from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, Row
 from benchmarks.gpu_steps import Bench, generation, train_steps
-from benchmarks.process_memory import is_known, peak
+from benchmarks.process_memory import STATUS, peak
 from modules.dressing import swapped_weights
 from training.dressing import placement_of
 
@@ -43,11 +42,10 @@ def prepare(row: Row, path: Path, high: Path | None, device: torch.device) -> Be
 
 
 def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Figures:
-    """Time a bench. The peak of the device's memory counts from the second call on, with that of the first apart."""
+    """Time a bench. The peak of the device's memory counts from the second call on."""
     (warm_up,) = time_call(bench.warm_up, device, 1, 1, 0)
     first = reset_peak(device)
     times = time_call(bench.call, device, LEAST, MOST, enough)
-    losses = [float(loss) for loss in bench.losses]
     return {
         "seconds": statistics.median(times),
         "spread": (max(times) - min(times)) / statistics.median(times),
@@ -63,7 +61,8 @@ def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Fi
         "host": _host_peak(),
         "loading": bench.loading,
         "loaded": path.stat().st_size,
-        "losses": losses,
+        "losses": [float(loss) for loss in bench.losses],
+        "norms": [float(norm) for norm in bench.norms],
     }
 
 
@@ -100,7 +99,8 @@ def reset_peak(device: torch.device) -> int:
 
 
 def _host_peak() -> int:
-    return peak() if sys.platform == "linux" and is_known() else 0
+    """Return the most bytes of host memory so far; 0 if the system does not tell."""
+    return peak() if STATUS.exists() and "VmHWM" in STATUS.read_text(encoding="ascii") else 0
 
 
 def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:

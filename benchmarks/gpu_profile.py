@@ -85,7 +85,7 @@ def group_of(kernel: Kernel) -> str:
 
 
 def is_thin(kernel: Kernel) -> bool:
-    """Return whether a product's matrices have a side of at most 128; a vector times a matrix is not meant."""
+    """Return whether a product's matrices have a side of at most 128; products with a vector do not count."""
     if not MATRICES.match(kernel.operator or kernel.name):
         return False
     matrices = [shape for shape in kernel.shapes if len(shape) >= 2]

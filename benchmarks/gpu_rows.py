@@ -1,4 +1,4 @@
-"""The rows of benchmarks/gpu.py, the most important first: models of real size, options as a user types them."""
+"""The rows of benchmarks/gpu.py, the most important first: models and options as a user types them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,7 +11,6 @@ from modules.atomic_write import write_text
 Figures = Mapping[str, Any]
 Cell = Callable[[Figures, float], str]  # figures of a row, the device's peak -> what stands in the column
 BEGIN, END = "<!-- gpu.py: tables -->", "<!-- gpu.py: end -->"
-NOTHING = "Nothing has been measured on a GPU yet."
 UNKNOWN = "-"
 
 
@@ -86,7 +85,7 @@ COLUMNS: dict[tuple[str, ...], dict[str, Cell]] = {
     },
     (LOADING,): {
         "seconds a GB, file in the system's cache": lambda row, peak: f"{per_unit(row):.2f}",
-        "from the disk": _forgotten,
+        "after asking it to forget the file": _forgotten,
         "file GB": lambda row, peak: f"{row['loaded'] / 1e9:.1f}",
         "device GiB": MEMORY["device GiB"],
         "host GiB": MEMORY["host GiB"],

@@ -38,8 +38,8 @@ def fill_with_noise(network: nn.Module, seed: int = 0) -> None:
 class NoisyFamily:
     """A family whose transformer is loaded with random weights in place of those in its file.
 
-    They are drawn where a LoRA would be merged: on the device, before rounding to 8 bits and before weights go
-    to the host. So two runs with other options start from equal weights, and no host draws gigabytes.
+    They are drawn where a LoRA would be merged: on the device, before rounding to 8 bits and before weights
+    go to the host. So runs with other options start from equal weights, and no host draws gigabytes.
     """
 
     family: Any

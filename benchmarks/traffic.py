@@ -21,8 +21,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
-from benchmarks.gpu import generation_family, random_batch, random_request, training_family  # noqa: E402
-from benchmarks.gpu_rows import ROWS, Row  # noqa: E402
+from benchmarks.gpu_families import generation_family, training_family  # noqa: E402
+from benchmarks.gpu_files import lay_out  # noqa: E402
+from benchmarks.gpu_rows import CACHING, GENERATION, LOADING, Row, choose  # noqa: E402
+from benchmarks.gpu_steps import random_batch, random_request  # noqa: E402
 from benchmarks.traffic_count import (  # noqa: E402
     AGAIN,
     ATTENTION,
@@ -35,7 +37,6 @@ from benchmarks.traffic_count import (  # noqa: E402
     fused,
 )
 from modules.planning.dry_run import Counts, dry_run, keep_blocks, place, quiet, watch_blocks  # noqa: E402
-from tests.manifests import tensor_list, write_hollow  # noqa: E402
 
 META = torch.device("meta")
 FEWEST = 2  # blocks of a list that are run; one more tells what each further block adds
@@ -192,14 +193,13 @@ def count_denoising(
 
 
 def traffic_of_row(row: Row, rates: Rates, merge: bool = False) -> Traffic:
-    """Count a step of a row of benchmarks/gpu.py."""
+    """Count a step of a row of benchmarks/gpu.py; of a generation, one step."""
+    if row.model.family == "wan":  # as on a GPU: on a CPU the rows that pad a text are merged
+        row = replace(row, text_tokens=512)
     with tempfile.TemporaryDirectory() as folder:
-        in_bf16 = {name: ("BF16", shape) for name, (_, shape) in tensor_list(row.model.manifest).items()}
-        path = write_hollow(Path(folder) / "dit.safetensors", in_bf16)
-        if row.model.is_wan:  # as on a GPU: on a CPU the rows that pad a text are merged
-            row = replace(row, text_tokens=512)
-        if row.generates:
-            options, family = generation_family(row, path)
+        path, high = lay_out(row, Path(folder))
+        if row.kind == GENERATION:
+            options, family = generation_family(row, path, high)
             return count_denoising(family, options, *random_request(row, family), rates, merge)
         options, family = training_family(row, path)
         return count_training(family, options, random_batch(row, family), rates, merge)
@@ -261,12 +261,9 @@ def report(found: Traffic, rates: Rates, most: int) -> Iterator[str]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="\n".join(f"{n}: {r.model.name} {r.size} {r.name}." for n, r in enumerate(ROWS)),
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[0], help="rows of benchmarks/gpu.py; default: 0"
+        "--rows", nargs="+", default=["wan14b-bf16"], help="names of benchmarks/gpu.py; default: wan14b-bf16"
     )
     parser.add_argument("--fused", action="store_true", help="estimate what a compiler would merge")
     parser.add_argument("--most", type=int, default=30, help="number of passes that are listed; default 30")
@@ -279,10 +276,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     rates = Rates(args.matmul * 1e12, args.attention * 1e12, args.copy * 1e12)
-    for number in args.rows:
-        row = ROWS[number]
+    for row in choose(args.rows, ()):
+        if row.kind in (*CACHING, LOADING):
+            raise SystemExit(f"--rows {row.name}: only training and generation are counted")
         kind = "as if compiled, an estimate" if args.fused else "eager"
-        print(f"## {row.model.name}, {row.size}, {row.name}: counted {kind}\n")
+        print(f"## {row.name}: {row.model.name}, {row.size}, {row.about}. Counted {kind}\n")
         print("\n".join(report(traffic_of_row(row, rates, args.fused), rates, args.most)), flush=True)
 
 

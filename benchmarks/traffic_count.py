@@ -87,7 +87,8 @@ class Counting(TorchDispatchMode):
         name = func.name()
         if func.is_view or FREE.match(name):
             return result
-        inputs, outputs = self._on_device((args, kwargs)), self._on_device(result)
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        inputs, outputs = self._on_device((args, given)), self._on_device(result)
         if not inputs and not outputs:
             return result
         reads = self._spans(inputs[1:] if WRITTEN_ONLY.match(name) else inputs)
@@ -150,7 +151,10 @@ def _work(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> float
         batch, length, heads, width = query.shape
         # backward: the products q k and p v again as five; arXiv 2307.08691
         return (10.0 if "backward" in name else 4.0) * batch * length * key.shape[1] * heads * width
-    count = flop_registry.get(func._overloadpacket)
+    aten = torch.ops.aten
+    in_place = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # which torch does not count
+    packet = func._overloadpacket
+    count = flop_registry.get(in_place.get(packet, packet))
     return float(count(*args, **kwargs, out_val=result)) if count is not None else 0.0
 
 

@@ -18,17 +18,15 @@ from flux.configs import FluxConfig
 from hunyuan_model.blocks import (
     Heads,
     HunyuanTokens,
-    add_gated,
     attend_jointly,
     attend_turned,
-    gelu,
     heads,
-    modulate,
 )
+from hunyuan_model.joining import join_gelu
 from modules.devices import send_ahead
+from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, ScaleNorm
 from modules.layers.precision import run
-from modules.layers.rope import rotate
 
 
 class Modulation(nn.Module):
@@ -146,22 +144,23 @@ class DoubleBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         x, others = tokens.split_away(x)
-        picture = x[:, : tokens.video]
-        texts = [(x[:, tokens.video :], tokens.vector), *others]
+        picture, text = tokens.split_video(x)
+        texts = [(text, tokens.vector), *others]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
         modulations = [self.txt_mod(vector) for _, vector in texts]
 
-        q, k, v = self.img_attn.heads_of(modulate(self.norm(picture), shift1, scale1, tokens.dtype))
-        mine = rotate(q, tokens.rotary), rotate(k, tokens.rotary), v
+        mine = self.img_attn.heads_of(modulate(self.norm(picture), shift1, scale1, tokens.dtype))
         first, *rest = [
             self.text_heads(text, modulation, tokens.dtype)
             for (text, _), modulation in zip(texts, modulations, strict=True)
         ]
-        q, k, v = (torch.cat([one, other], dim=1) for one, other in zip(mine, first, strict=True))
-        seen, *others_seen = attend_jointly(q, k, v, tokens, rest)
+        joined = tokens.join(mine, first)
+        del mine
+        seen, *others_seen = attend_jointly(*joined, tokens, rest)
 
-        picture = add_gated(picture, gate1, run(self.img_attn.proj, seen[:, : tokens.video]))
-        seen_by_texts = [seen[:, tokens.video :], *others_seen]
+        picture_seen, text_seen = tokens.split_video(seen)
+        picture = add_gated(picture, gate1, run(self.img_attn.proj, picture_seen))
+        seen_by_texts = [text_seen, *others_seen]
         finished = [
             self.finish_text(text, one_seen, modulation, tokens.dtype)
             for (text, _), one_seen, modulation in zip(texts, seen_by_texts, modulations, strict=True)
@@ -207,7 +206,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         dim, rows = config.dim, row_plan(config)
         self.num_heads = config.num_heads
-        self.widths = (3 * dim, config.ffn_dim)
+        self.widths = (dim, dim, dim, config.ffn_dim)
         self.pre_norm = Float32LayerNorm(dim, config.eps)
         self.modulation = Modulation(dim, 3) if rows is None else rows.single(index)
         self.linear1 = nn.Linear(dim, 3 * dim + config.ffn_dim)
@@ -231,12 +230,13 @@ class SingleBlock(nn.Module):
     def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
         shift, scale, gate = self.modulation(vector)
-        qkv, hidden = run(self.linear1, modulate(self.pre_norm(x), shift, scale, dtype)).split(
+        # in one split, so that its gradient is written once
+        *qkv, hidden = run(self.linear1, modulate(self.pre_norm(x), shift, scale, dtype)).split(
             self.widths, dim=-1
         )
-        q, k, v = heads(qkv, self.num_heads)
+        q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
         return self.norm.query_norm(q), self.norm.key_norm(k), v, hidden, gate
 
     def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
         """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))
+        return add_gated(x, gate, run(self.linear2, join_gelu(seen, hidden)))

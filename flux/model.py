@@ -17,11 +17,12 @@ from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, row_plan
 from flux.chroma import Approximator
 from flux.configs import PATCH, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
-from hunyuan_model.blocks import AwayTokens, HunyuanTokens, modulate
+from hunyuan_model.blocks import AwayTokens, HunyuanTokens
 from hunyuan_model.model import real_tokens, rotary_widths
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, run, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker

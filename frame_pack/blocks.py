@@ -15,18 +15,16 @@ from hunyuan_model.blocks import (
     Heads,
     HunyuanTokens,
     Modulation,
-    add_gated,
     attend_jointly,
     attend_turned,
-    gelu,
-    modulate,
 )
+from hunyuan_model.joining import gelu, join_gelu, turn_and_join
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
+from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import run
-from modules.layers.rope import rotate
 
 
 class JointAttention(nn.Module):
@@ -53,16 +51,16 @@ class JointAttention(nn.Module):
         self, video: Tensor, text: Tensor, tokens: HunyuanTokens, others: Sequence[Tensor] = ()
     ) -> tuple[Tensor, ...]:
         # video: B L C    text: B T C    others: a second text, if there is one. What each sees is returned
-        q = rotate(self.norm_q(heads(self.to_q, video, self.num_heads)), tokens.rotary)
-        k = rotate(self.norm_k(heads(self.to_k, video, self.num_heads)), tokens.rotary)
         text_q, text_k, text_v = self.text_heads(text)
         # B L+T N D
-        q, k = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1)
+        q = turn_and_join(self.norm_q(heads(self.to_q, video, self.num_heads)), text_q, tokens.rotary)
+        k = turn_and_join(self.norm_k(heads(self.to_k, video, self.num_heads)), text_k, tokens.rotary)
         v = torch.cat([heads(self.to_v, video, self.num_heads), text_v], dim=1)
         seen, *others_seen = attend_jointly(q, k, v, tokens, [self.text_heads(other) for other in others])
+        video_seen, text_seen = tokens.split_video(seen)
         return (
-            run(self.to_out[0], seen[:, : tokens.video]),
-            run(self.to_add_out, seen[:, tokens.video :]),
+            run(self.to_out[0], video_seen),
+            run(self.to_add_out, text_seen),
             *(run(self.to_add_out, other_seen) for other_seen in others_seen),
         )
 
@@ -158,7 +156,7 @@ class HunyuanVideoTransformerBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         x, others = tokens.split_away(x)
-        video, text = x[:, : tokens.video], x[:, tokens.video :]
+        video, text = tokens.split_video(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(tokens.vector)
         text_modulation = self.norm1_context(tokens.vector)
         modulations = [self.norm1_context(vector) for _, vector in others]
@@ -241,7 +239,7 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 
     def finish(self, x: Tensor, seen: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, run(self.proj_out, torch.cat([seen, gelu(run(self.proj_mlp, h))], dim=-1)))
+        return add_gated(x, gate, run(self.proj_out, join_gelu(seen, run(self.proj_mlp, h))))
 
 
 class FramePackRefinerBlock(nn.Module):

@@ -22,7 +22,7 @@ from frame_pack.blocks import (
 from frame_pack.configs import FramePackConfig
 from frame_pack.positions import Layout, Stretch, rotary_table
 from frame_pack.spec import DIT
-from hunyuan_model.blocks import HunyuanTokens, Modulation, modulate
+from hunyuan_model.blocks import HunyuanTokens, Modulation
 from hunyuan_model.model import (
     PatchEmbedding,
     check_sizes,
@@ -34,6 +34,7 @@ from hunyuan_model.model import (
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, run, run_float32
 from modules.layers.rope import GridTable

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
 from modules.contract.generation import Steer
+from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import run
-from modules.layers.rope import rotate
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
@@ -61,6 +62,16 @@ class HunyuanTokens:
         """Number of video tokens, L."""
         return self.rotary.shape[-4]
 
+    def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split x, B L+T ..., into video and text; in one split, so that its gradient is written once."""
+        video, text = x.split((self.video, x.shape[1] - self.video), dim=1)
+        return video, text
+
+    def join(self, video: Heads, text: Heads) -> Heads:
+        """Return query, key and value of all tokens, B L+T N D, of normalised ones; the video is rotated."""
+        query, key = (turn_and_join(*both, self.rotary) for both in zip(video[:2], text[:2], strict=True))
+        return query, key, torch.cat([video[2], text[2]], dim=1)
+
     def split_away(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Split x into video and text, B L+T C, and a list of the second text with its vector, if any."""
         if self.away is None:
@@ -94,11 +105,6 @@ class Mlp(nn.Module):
         return run(self.fc2, self._activation(run(self.fc1, x)))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation, as trained."""
-    return functional.gelu(x, approximate="tanh")
-
-
 class MMDoubleStreamBlock(nn.Module):
     """Block in which video and text have separate weights and share one attention."""
 
@@ -123,26 +129,25 @@ class MMDoubleStreamBlock(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
         x, others = tokens.split_away(x)
-        video, text = x[:, : tokens.video], x[:, tokens.video :]
+        video, text = tokens.split_video(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
         text_modulation = self.txt_mod(tokens.vector)
         modulations = [self.txt_mod(vector) for _, vector in others]
 
         h = run(self.img_attn_qkv, modulate(self.norm(video), shift1, scale1, tokens.dtype))
         q, k, v = heads(h, self.num_heads)
-        q, k = rotate(self.img_attn_q_norm(q), tokens.rotary), rotate(self.img_attn_k_norm(k), tokens.rotary)
-        text_q, text_k, text_v = self.text_heads(text, text_modulation, tokens.dtype)
-        # B L+T N D
-        q, k, v = torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)
-        del h  # holds the video's q, k and v
+        q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)
+        joined = tokens.join((q, k, v), self.text_heads(text, text_modulation, tokens.dtype))
+        del h, q, k, v  # the video's alone
         other_heads = [
             self.text_heads(other, modulation, tokens.dtype)
             for (other, _), modulation in zip(others, modulations, strict=True)
         ]
-        seen, *others_seen = attend_jointly(q, k, v, tokens, other_heads)
+        seen, *others_seen = attend_jointly(*joined, tokens, other_heads)
 
-        video = add_gated(video, gate1, run(self.img_attn_proj, seen[:, : tokens.video]))
-        text = self.finish_text(text, seen[:, tokens.video :], text_modulation, tokens.dtype)
+        video_seen, text_seen = tokens.split_video(seen)
+        video = add_gated(video, gate1, run(self.img_attn_proj, video_seen))
+        text = self.finish_text(text, text_seen, text_modulation, tokens.dtype)
         finished = [
             self.finish_text(other, one_seen, modulation, tokens.dtype)
             for (other, _), one_seen, modulation in zip(others, others_seen, modulations, strict=True)
@@ -188,7 +193,7 @@ class MMSingleStreamBlock(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.widths = (3 * dim, ffn_dim)
+        self.widths = (dim, dim, dim, ffn_dim)
         self.norm = Float32LayerNorm(dim, eps)
         self.modulation = Modulation(dim, 3)
         self.linear1 = nn.Linear(dim, 3 * dim + ffn_dim)
@@ -215,24 +220,15 @@ class MMSingleStreamBlock(nn.Module):
     def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
         shift, scale, gate = self.modulation(vector)
-        qkv, hidden = run(self.linear1, modulate(self.norm(x), shift, scale, dtype)).split(
+        # in one split, so that its gradient is written once
+        *qkv, hidden = run(self.linear1, modulate(self.norm(x), shift, scale, dtype)).split(
             self.widths, dim=-1
         )
-        return *heads(qkv, self.num_heads), hidden, gate
+        return *(one.unflatten(-1, (self.num_heads, -1)) for one in qkv), hidden, gate
 
     def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
         """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, run(self.linear2, torch.cat([seen, gelu(hidden)], dim=-1)))
-
-
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return normed * (1 + scale) + shift, computed in float32."""
-    return torch.addcmul(shift, normed, 1 + scale).to(dtype)
-
-
-def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """Return x + gate * branch in one pass, in the dtype of x."""
-    return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
+        return add_gated(x, gate, run(self.linear2, join_gelu(seen, hidden)))
 
 
 def heads(qkv: Tensor, num_heads: int) -> Heads:
@@ -268,10 +264,5 @@ def attend_turned(
     query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens, others: Sequence[Heads] = ()
 ) -> tuple[Tensor, ...]:
     """Rotate the video tokens, B L+T N D and normalised, and do as `attend_jointly`."""
-    query, key = _rotate_video(query, tokens), _rotate_video(key, tokens)
+    query, key = turn_first(query, tokens.rotary), turn_first(key, tokens.rotary)
     return attend_jointly(query, key, value, tokens, others)
-
-
-def _rotate_video(x: Tensor, tokens: HunyuanTokens) -> Tensor:
-    """Rotate the first L tokens of x, B L+T N D, by their positions."""
-    return torch.cat([rotate(x[:, : tokens.video], tokens.rotary), x[:, tokens.video :]], dim=1)

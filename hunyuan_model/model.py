@@ -19,7 +19,6 @@ from hunyuan_model.blocks import (
     HunyuanTokens,
     MMDoubleStreamBlock,
     MMSingleStreamBlock,
-    modulate,
 )
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
@@ -27,6 +26,7 @@ from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, run, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import Mlp, add_gated, heads
+from hunyuan_model.blocks import Mlp, heads
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.devices import numbers_on
+from modules.layers.modulation import add_gated
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import run, run_float32
 from modules.layers.sinusoid import sinusoid

@@ -17,7 +17,7 @@ from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.seeds import derive_seed
 from networks.lora_blocks import BlockUp
 from networks.lora_ggpo import perturbed
-from networks.lora_products import add_up, branch
+from networks.lora_products import add_up, branch, hold
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
@@ -139,16 +139,15 @@ class LoraLayer(nn.Module):
         in_tensors = dropping and self.seed_table is not None and torch.compiler.is_compiling()
         if self.multiplier == 0 or (dropping and not in_tensors and self._skips()):
             return self._original_forward(x)
-        wide = x.to(dtype)
-        seen, hidden = self._go_down(x, wide)
-        out = self._original_forward(seen)
-        # B L R: scaled here because this tensor is small
-        hidden = hidden * (self.multiplier * self.scale)
-        if dropping:
-            hidden = self._drop(hidden)
-        whole = self._go_up(out, hidden, given)
+        if self._joins(x, dtype):
+            out = whole = self._add_in_place(x, dropping)
+        else:
+            out = self._original_forward(x)
+            added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropping)).to(out.dtype)
+            whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
         if self.training and self.noise is not None:
-            whole = whole + perturbed(wide, self.noise, self.seed.derive(self.index, "noise")).to(whole.dtype)
+            noise = perturbed(x.to(dtype), self.noise, self.seed.derive(self.index, "noise"))
+            whole = whole + noise.to(whole.dtype)
         # compiled code computes it in any case
         if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
             return torch.where(
@@ -173,35 +172,31 @@ class LoraLayer(nn.Module):
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
 
-    def _go_down(self, x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the frozen module's input, and the output of the down factor, ... R.
-
-        wide: x in the dtype that the factors take.
-        """
-        if self._joins(x, wide):
-            return branch(x, self.lora_down.weight.to(x.dtype))
-        return x, self.lora_down(wide)
-
-    def _go_up(self, out: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the output of the frozen module, ... out, with the LoRA's.
-
-        hidden: ... R. dtype: what the frozen module takes.
-        """
-        if self._joins(out, hidden):
-            heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
-            return add_up(out, hidden, self.lora_up.weight.to(hidden.dtype), heights)
-        added = self.lora_up(hidden).to(out.dtype)
-        return out + added if self.dora_scale is None else self._decompose(out, added, dtype)
-
-    def _joins(self, one: Tensor, other: Tensor) -> bool:
+    def _joins(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's products are added to the tensors of the frozen module in place.
 
-        Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. one, other:
-        of the frozen module and of the LoRA.
+        Compiled code fuses separate operations by itself; DoRA uses both outputs more than once. dtype: of
+        the products.
         """
-        if torch.compiler.is_compiling() or one.dtype != other.dtype or one.numel() < self.joins_from:
+        original = self._original[0]
+        if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
             return False
-        return isinstance(self._original[0], nn.Linear) and self.dora_scale is None
+        largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
+        return self.dora_scale is None and largest >= self.joins_from
+
+    def _add_in_place(self, x: Tensor, dropping: bool) -> Tensor:
+        """Return the output of the frozen module with the LoRA's, both of x's dtype."""
+        seen, hidden = branch(x, self.lora_down.weight.to(x.dtype))
+        hidden, up = self._scaled(hidden, dropping), self.lora_up.weight.to(x.dtype)
+        heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
+        held = hold(hidden, up, heights)
+        out = self._original_forward(seen)
+        return add_up(out.to(x.dtype), hidden, up, heights, held).to(out.dtype)
+
+    def _scaled(self, hidden: Tensor, dropping: bool) -> Tensor:
+        """Return hidden, ... R, times multiplier and scale: this tensor is small. dropping: with dropouts."""
+        hidden = hidden * (self.multiplier * self.scale)
+        return self._drop(hidden) if dropping else hidden
 
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.

@@ -49,17 +49,50 @@ class _Branch(torch.autograd.Function):
         return add_product(of_x, of_hidden, down), of_down
 
 
-def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor:
+def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | None:
+    """Save what the backward pass of `add_up` needs. Call before the frozen layer; arguments as there.
+
+    A checkpoint recomputes up to the last saved tensor. With all of a LoRA's saved before its frozen layer
+    computes, recomputing a block does not repeat the product with the weight of its last layer.
+    Returns a tensor of the output's shape that takes no memory; None without gradients.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
+        return None
+    held: Tensor = _Hold.apply(hidden, up, tuple(heights or up.shape[:1]))
+    return held
+
+
+class _Hold(torch.autograd.Function):
+    """Receives the gradient of the output by way of `_AddUp`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(hidden, up)
+        ctx.heights = heights
+        return hidden.new_empty(()).expand(*hidden.shape[:-1], up.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, up = ctx.saved_tensors
+        rows, groups = _flat(gradient).split(ctx.heights, -1), _flat(hidden).chunk(len(ctx.heights), -1)
+        of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.heights), strict=True)]
+        of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
+        return _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
+
+
+def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], held: Tensor | None) -> Tensor:
     """Return out + hidden @ up^T, in the memory of `out`.
 
     out: ... out, of a frozen layer; nothing else may use it. hidden: ... R and up: out x R, in its dtype.
     heights: rows of each of several parts of `up`; each multiplies its own group of values of `hidden`, which
-    are as many as `up` is wide.
+    are as many as `up` is wide. held: of `hold` for the same arguments.
     """
-    if torch.is_grad_enabled() and (out.requires_grad or hidden.requires_grad or up.requires_grad):
-        whole: Tensor = _AddUp.apply(out, hidden, up, heights)
-        return whole
-    return _add_parts(out, hidden, up, heights)
+    heights = tuple(heights or up.shape[:1])
+    if held is None and not (torch.is_grad_enabled() and out.requires_grad):
+        return _add_parts(out, hidden, up, heights)
+    whole: Tensor = _AddUp.apply(out, held, hidden.detach(), up.detach(), heights)
+    return whole
 
 
 class _AddUp(torch.autograd.Function):
@@ -70,39 +103,23 @@ class _AddUp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int]) -> Tensor:
-        ctx.save_for_backward(hidden, up)
-        ctx.heights = heights
+    def forward(
+        ctx: Any, out: Tensor, held: Tensor | None, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
+    ) -> Tensor:
         return _add_parts(out.detach(), hidden, up, heights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, up = ctx.saved_tensors
-        heights = ctx.heights or up.shape[:1]
-        rows, groups = _flat(gradient).split(tuple(heights), -1), _flat(hidden).chunk(len(heights), -1)
-        of_hidden = [row @ block for row, block in zip(rows, up.split(tuple(heights)), strict=True)]
-        of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
-        return gradient, _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
+        return gradient, gradient, None, None, None
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
-
-
-def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int]) -> Tensor:
+def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
     """Do what `add_up` does, without gradients."""
-    if not heights:
+    if len(heights) == 1:
         return add_product(out, _flat(hidden), up.t())
-    rows, groups = (
-        out.view(-1, out.shape[-1]).split(tuple(heights), -1),
-        _flat(hidden).chunk(len(heights), -1),
-    )
-    for row, group, block in zip(rows, groups, up.split(tuple(heights)), strict=True):
+    rows, groups = out.view(-1, out.shape[-1]).split(heights, -1), _flat(hidden).chunk(len(heights), -1)
+    for row, group, block in zip(rows, groups, up.split(heights), strict=True):
         row.addmm_(group, block.t())
     return out
 
@@ -116,3 +133,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     total = total.contiguous()
     total.view(-1, total.shape[-1]).addmm_(left, right)
     return total
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)

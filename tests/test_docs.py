@@ -43,7 +43,8 @@ NAMED = re.compile(r"^```(?:toml|text|python)\n# (\w+\.(?:toml|txt|py))\n(.*?)^`
 # they have tests of their own, or are running this one; RAY is slow
 RAY = "cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
-NOT_HERE = ("quickstart.py", "run_tests.py", "download.py", RAY)
+ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
+NOT_HERE = ("quickstart.py", "run_tests.py", "download.py", RAY, *ON_GPU)
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
 TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
 PICTURE = ["--image_size", "64", "64", "--infer_steps", "2"]
@@ -112,6 +113,7 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
         *("--gradual_latent_every_n_steps", "1", "--gradual_latent_ratio_step", "0.5"),
     ],
     "--post gimmvfi": ["--video_size", "128", "128"],  # it takes no smaller frames
+    "--dry": ["--rows", "wan14b-bf16"],
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }
@@ -168,7 +170,7 @@ WILDCARDS = {
 # these change what a process computes with; other commands run in this process, which saves their start
 OWN_PROCESS = {
     *("--reproduce", "--compile", "--optimized", "--fp16_accumulation", "--allow_tf32", "--num_processes"),
-    *("--torch_compile", "--dynamo_backend"),
+    *("--torch_compile", "--dynamo_backend", "benchmarks/gpu.py"),
 }
 # pages whose commands are all programs of their own, as a reader starts them
 APART = {"README", "first_lora"}

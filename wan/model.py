@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modules.attention.attend import attend
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import activation_dtype, run, run_float32
 from modules.layers.rope import TABLES, Grid, GridTable, rotate, table_maker
@@ -124,14 +125,14 @@ class WanAttentionBlock(nn.Module):
             return modulate(self.norm1(x), shift, scale, dtype)
 
         def add(x: Tensor, seen: Tensor, _shift: Tensor, _scale: Tensor, gate: Tensor, *_: Tensor) -> Tensor:
-            return torch.addcmul(x, gate.float(), seen)  # in one pass over the tokens
+            return add_gated(x, gate, seen)
 
         def finish(x: Tensor, *modulation: Tensor) -> Tensor:
             shift, scale, gate = modulation[3:]
             return self.feed_forward(x, shift, scale, gate, dtype)
 
         h = tokens.each_part(enter, modulations, x)
-        x = tokens.each_part(add, modulations, x, self.self_attn(h, tokens).float())
+        x = tokens.each_part(add, modulations, x, self.self_attn(h, tokens))
         x = x + self.cross_attn(self.norm3(x).to(dtype), tokens)
         return tokens.each_part(finish, modulations, x)
 
@@ -148,7 +149,7 @@ class WanAttentionBlock(nn.Module):
         """Return what self-attention gets for an input x of the block, both B L C."""
 
         def enter(x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-            return torch.addcmul(shift, self.norm1(x), 1 + scale).to(tokens.dtype)
+            return modulate(self.norm1(x), shift, scale, tokens.dtype)
 
         return tokens.each_part(enter, self._modulations(tokens, torch.float32), x)
 
@@ -161,7 +162,7 @@ class WanAttentionBlock(nn.Module):
         """
         h = modulate(self.norm2(x), shift, scale, dtype)
         h = run(self.ffn[2], self.ffn[1](run(self.ffn[0], h)))
-        return torch.addcmul(x, gate.float(), h.float())
+        return add_gated(x, gate, h)
 
 
 class Head(nn.Module):
@@ -176,7 +177,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            return torch.addcmul(shift, self.norm(x), 1 + scale)
+            return modulate(self.norm(x), shift, scale, torch.float32)
 
         times = [tokens.time] if tokens.given is None else [tokens.time, tokens.given.time]
         # each B 1 C
@@ -378,11 +379,6 @@ class WanModel(nn.Module):
             )
         if image_embeds is not None and not self.config.has_image:
             raise ValueError("image features are given, but the model has no image attention")
-
-
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return normed * (1 + scale) + shift, computed in the dtype of shift and scale."""
-    return torch.addcmul(shift, normed.to(scale.dtype), 1 + scale).to(dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:

@@ -59,6 +59,7 @@ class HostWeights:
         self._held = allocate(
             {name: tensors[name] for name in self.plan.names(network)}, self._pinned, self._machine
         )
+        self._held.warn_if_unlocked()
         return self._held.tensors
 
     @property

@@ -1,8 +1,10 @@
 """Host memory for fast copies to a device: page-locked ("pinned"), and shared by a machine's processes.
 
 torch's own pinned memory is rounded up to powers of two, which would waste up to half. Here pages are mapped
-in the size needed and registered with the driver. Shared memory has no name in the file system: it is freed
-when the last process ends, even if it is killed.
+in the size needed and registered with the driver, some hundred MB at once: Windows locks about half of a
+machine's memory and refuses large pieces, WSL locks much less. What the driver does not lock serves too: its
+copies are slower, and the host waits for them. Shared memory has no name in the file system: it is freed when
+the last process ends, even if it is killed.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,11 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import TensorInfo
-from modules.errors import MemoryPlanError
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes; tensors begin at multiples of it
+PIECE = 256 << 20  # bytes that are locked at once, if a tensor is not larger
 
 
 @dataclass(frozen=True)
@@ -57,27 +59,52 @@ class HostTensors:
 
     tensors: Mapping[str, Tensor]
     is_filled_here: bool = True
+    unlocked_bytes: int = 0  # of memory that was to be pinned and is not
+
+    def warn_if_unlocked(self) -> None:
+        """Log what it means that the driver did not lock all of it."""
+        if self.unlocked_bytes:
+            total = sum(tensor.nbytes for tensor in self.tensors.values())
+            logger.warning(
+                "The driver refused to lock %.1f of %.1f GB of host memory: copies between these and the "
+                "device are slower, and the host waits for them. Windows locks about half of a machine's "
+                "memory at most, WSL much less.",
+                self.unlocked_bytes / 1e9,
+                total / 1e9,
+            )
 
 
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = ALONE) -> HostTensors:
     """Allocate uninitialised memory for these tensors.
 
-    pinned: for copies to a CUDA device. machine: if it has several processes, all of them must call this with
-    the same tensors, and share the memory; call `wait_for_all` before reading it. Raises MemoryPlanError if
-    the memory cannot be pinned.
+    pinned: for copies to a CUDA device; as much of it as the driver locks. machine: if it has several
+    processes, all of them must call this with the same tensors, and share the memory; call `wait_for_all`
+    before reading it.
     """
-    starts, size = [], 0
-    for info in infos.values():
-        starts.append(size)
-        size += -(-info.size_bytes // ALIGNMENT) * ALIGNMENT
-    size = max(size, 1)
+    starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
+    size = pieces[-1].stop
     mapping = _share(size, machine) if machine.is_shared else None
-    whole = _as_tensor(_private(size) if mapping is None else mapping, pinned)
+    whole, unlocked = _as_tensor(_private(size) if mapping is None else mapping, pieces if pinned else ())
     tensors = {
         name: whole[start : start + info.size_bytes].view(info.dtype).view(info.shape)
         for start, (name, info) in zip(starts, infos.items(), strict=True)
     }
-    return HostTensors(tensors, is_filled_here=mapping is None or machine.rank == 0)
+    return HostTensors(tensors, mapping is None or machine.rank == 0, unlocked)
+
+
+def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
+    """Return where tensors of these sizes begin, and the pieces in which the memory is locked.
+
+    No tensor lies in two pieces, as a copy may not cross their border, and no page does.
+    """
+    starts, pieces, begin, end = list[int](), list[range](), 0, 0
+    for size in sizes:
+        if begin < end and end + size > begin + PIECE:
+            pieces.append(range(begin, end))
+            begin = end = -(-end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        starts.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return starts, [*pieces, range(begin, max(end, 1))]
 
 
 def wait_for_all(machine: Machine) -> None:
@@ -159,30 +186,31 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
                 logger.debug("%s: %s", name, error)
 
 
-def _as_tensor(mapping: mmap.mmap, pinned: bool) -> Tensor:
-    """Return the bytes of a mapping, which lives as long as a tensor uses it.
+def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
+    """Return the bytes of a mapping, which lives as long as a tensor uses it, and how many are not locked.
 
-    Raises MemoryPlanError if they cannot be pinned.
+    pieces: to lock one by one, until the driver refuses.
     """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
-    if pinned:
+    locked = list[int]()  # addresses
+    if pieces:
         # a forked process must not take over the pages that are registered with the device
         _advise(mapping, "MADV_DONTFORK")
-        _register(array.ctypes.data, array.nbytes)
-        weakref.finalize(array, _unregister, array.ctypes.data).atexit = False
-    return torch.from_numpy(array)
+        weakref.finalize(array, _unregister, locked).atexit = False
+    for index, piece in enumerate(pieces):
+        address = array.ctypes.data + piece.start
+        if not _register(address, len(piece)):
+            return torch.from_numpy(array), sum(map(len, pieces[index:]))
+        locked.append(address)
+    return torch.from_numpy(array), 0
 
 
-def _register(address: int, size: int) -> None:
+def _register(address: int, size: int) -> bool:
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
-    if driver.cudaHostRegister(address, size, portable) != driver.cudaError.success:
-        _clear_error()
-        raise MemoryPlanError(
-            f"the driver could not lock {size / 1e9:.1f} GB of host memory for swapped blocks and offloaded "
-            "activations.\n"
-            "  Free host memory, use a smaller --blocks_to_swap, or leave "
-            "--gradient_checkpointing_cpu_offload out."
-        )
+    if driver.cudaHostRegister(address, size, portable) == driver.cudaError.success:
+        return True
+    _clear_error()
+    return False
 
 
 def _clear_error() -> None:
@@ -195,6 +223,7 @@ def _clear_error() -> None:
         torch.ones(1, device="cuda")
 
 
-def _unregister(address: int) -> None:
+def _unregister(addresses: Sequence[int]) -> None:
     torch.cuda.synchronize()  # copies from it may still be running
-    torch.cuda.cudart().cudaHostUnregister(address)
+    for address in addresses:
+        torch.cuda.cudart().cudaHostUnregister(address)

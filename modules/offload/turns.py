@@ -12,7 +12,6 @@ weights never change, so that leaving only frees memory. Parameters that learn s
 weights stay in host memory, and the buffers of the swap are freed on leaving.
 """
 
-import logging
 from collections.abc import Mapping
 from itertools import chain
 
@@ -20,12 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.loading import TensorInfo
-from modules.errors import MemoryPlanError
 from modules.offload.block_swap import HostWeights, swap_of
 from modules.offload.host_memory import ALONE, HostTensors, Machine, allocate, wait_for_all
 from modules.offload.transfer import Transfer, transfer_to
-
-logger = logging.getLogger(__name__)
 
 
 class HostPlaceOf:
@@ -69,15 +65,10 @@ class HostPlaceOf:
 def allocate_for(
     infos: Mapping[str, TensorInfo], device: torch.device, machine: Machine = ALONE
 ) -> HostTensors:
-    """Allocate host memory for copies to a device: pinned for CUDA, unless the driver refuses."""
-    try:
-        return allocate(infos, device.type == "cuda", machine)
-    except MemoryPlanError:
-        size = sum(info.size_bytes for info in infos.values())
-        logger.warning(
-            "The driver could not lock %.1f GB of host memory: copies to the device take longer.", size / 1e9
-        )
-        return allocate(infos, False, machine)
+    """Allocate host memory for copies to a device: pinned for CUDA, as far as the driver locks it."""
+    held = allocate(infos, device.type == "cuda", machine)
+    held.warn_if_unlocked()
+    return held
 
 
 class HostCopy:

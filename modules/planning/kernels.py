@@ -162,10 +162,13 @@ def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__
     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
-def addcmul(x: Tensor, first: Tensor, second: Tensor, *, value: float = 1) -> Tensor:
-    """Stand in for `torch.addcmul`, which CUDA's autocast gives operands of one dtype: the widest."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+def addcmul(
+    x: Tensor, first: Tensor, second: Tensor, *, value: float = 1, out: Tensor | None = None
+) -> Tensor:
+    """Stand in for `torch.addcmul`. Without `out`, CUDA's autocast casts the operands to the widest dtype."""
+    if out is not None:
+        return torch.addcmul(x, first, second, value=value, out=out)
+    if torch.is_autocast_enabled(x.device.type):
         dtype = max((each.dtype for each in (x, first, second)), key=lambda each: each.itemsize)
         x, first, second = (each.to(dtype) for each in (x, first, second))
     return torch.addcmul(x, first, second, value=value)

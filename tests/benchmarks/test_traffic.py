@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.flops import wan_work
-from benchmarks.gpu import generation_family, random_batch, random_request, training_family
-from benchmarks.gpu_rows import WAN_14B, Row, Size
+from benchmarks.gpu_families import generation_family, training_family
+from benchmarks.gpu_rows import GENERATION, TRAINING, WAN_14B, Row, Size
+from benchmarks.gpu_steps import random_batch, random_request
 from benchmarks.traffic import Rates, Traffic, chosen, count_denoising, count_training, report
 from benchmarks.traffic_count import (
     AGAIN,
@@ -61,6 +62,7 @@ def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
         torch.addcmul(x, torch.empty(1, 1, C, device=device).expand(1, L, C), normed)
         x.add_(1)
         torch.cat([x, x.view(1, L, C)], dim=1)
+        torch.mul(x, 2, out=torch.empty(1, L, C, dtype=torch.bfloat16, device=device))
 
     tokens = 4 * L * C
     assert sizes(counted(work)) == [
@@ -71,6 +73,7 @@ def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
         (FORWARD, ELEMENTWISE, 3 * tokens + 4 * C),
         (FORWARD, ELEMENTWISE, 2 * tokens),
         (FORWARD, COPY, 3 * tokens),
+        (FORWARD, ELEMENTWISE, tokens + tokens // 2),
     ]
 
 
@@ -134,13 +137,14 @@ def test_neighbours_are_merged_and_what_only_they_see_stays_out_of_memory() -> N
 def test_the_operations_of_a_tiny_model_are_those_of_its_sizes(tmp_path: Path, generates: bool) -> None:
     path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, num_layers=3))
     options = () if generates else ("--gradient_checkpointing",)
-    row = Row("tiny", WAN_14B, Size(288, 288, 5), options, generates, text_tokens=512)
+    kind = GENERATION if generates else TRAINING
+    row = Row("tiny", kind, WAN_14B, Size(288, 288, 5), "", options, text_tokens=512)
 
     found, config = tiny_traffic(row, path)
 
-    work = wan_work(config, row.size.tokens)
+    work = wan_work(config, 2 * 18 * 18)
     attention = chosen(found.step, group=ATTENTION).operations
-    assert attention == (2 if generates else 4.5) * work.attention
+    assert attention == (2 if generates else 4.5) * (work.attention + work.cross)
     products = sum(chosen(found.step, group=group).operations for group in (PRODUCT, THIN))
     if generates:
         assert products == pytest.approx(2 * work.linear, rel=0.25)  # and what is outside the blocks
@@ -153,7 +157,7 @@ def test_the_operations_of_a_tiny_model_are_those_of_its_sizes(tmp_path: Path, g
 
 
 def tiny_traffic(row: Row, path: Path) -> tuple[Traffic, object]:
-    if row.generates:
+    if row.kind == GENERATION:
         options, family = generation_family(row, path)
         found = count_denoising(family, options, *random_request(row, family), RATES)
     else:

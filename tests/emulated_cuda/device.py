@@ -56,7 +56,8 @@ class Device:
         ours = [
             f"{Path(frame.filename).relative_to(ROOT).as_posix()}:{frame.lineno} {frame.name}"
             for frame in traceback.extract_stack()
-            if frame.filename.startswith(str(ROOT)) and "emulated_cuda" not in frame.filename
+            if frame.filename.startswith(str(ROOT))
+            and "emulated_cuda" not in frame.filename
             and "site-packages" not in frame.filename
         ]
         self.waits.append(Wait(kind, operation, ours[-1] if ours else "backward", tuple(ours)))
@@ -78,7 +79,9 @@ class Event:
 
     device: "Device"
 
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+    ) -> None:
         self.is_recorded = False
 
     def record(self, stream: Any = None) -> None:

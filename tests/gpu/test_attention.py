@@ -81,7 +81,7 @@ def attend_on(
     learns: bool = True,
 ) -> list[Tensor]:
     """What the back end returns, and with `learns` the gradients."""
-    *sources, gradient = (tensor.to(device) for tensor in inputs)
+    *sources, gradient = (tensor.to(device).detach() for tensor in inputs)
     for source in sources:
         source.requires_grad_(learns)
     lengths = None if counts is None else lengths_on(counts, device)

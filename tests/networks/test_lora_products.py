@@ -13,7 +13,7 @@ from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.offload.token_pieces import compute_in_pieces
 from networks.lora_layer import LoraLayer
-from networks.lora_products import add_up, branch
+from networks.lora_products import add_up, branch, hold
 from tests.fp8_reference import emulated_product
 from tests.networks.making import join_all
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
@@ -33,7 +33,9 @@ def factors(heights: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -
 def joined(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
     x, weight, bias, down, up = inputs
     seen, hidden = branch(x, down)
-    return add_up(functional.linear(seen, weight, bias), hidden * 0.5, up, heights)
+    hidden = hidden * 0.5
+    held = hold(hidden, up, heights)
+    return add_up(functional.linear(seen, weight, bias), hidden, up, heights, held)
 
 
 def separate(inputs: Inputs, heights: tuple[int, ...] = ()) -> Tensor:
@@ -85,7 +87,7 @@ def test_an_output_that_is_needed_again_is_refused_rather_than_wrong() -> None:
     out = functional.linear(seen, weight, bias).exp()  # keeps its result for the backward pass
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        add_up(out, hidden, up).sum().backward()
+        add_up(out, hidden, up, (), hold(hidden, up)).sum().backward()
 
 
 def test_sums_are_rounded_once() -> None:
@@ -93,7 +95,7 @@ def test_sums_are_rounded_once() -> None:
     out, hidden = functional.linear(x, weight, bias), functional.linear(x, down)
     exact = out.float() + hidden.float() @ up.float().T
 
-    assert torch.equal(add_up(out, hidden, up), exact.bfloat16())
+    assert torch.equal(add_up(out, hidden, up, (), None), exact.bfloat16())
 
 
 def test_gradients_that_do_not_lie_in_one_piece_are_summed_too() -> None:
@@ -172,6 +174,36 @@ def test_transformers_give_what_separate_sums_give_also_recomputed_and_in_pieces
         assert (other_velocity - velocity).abs().max() <= share * velocity.abs().max()
         for one, other in zip(found, expected, strict=True):
             assert (one - other).abs().max() <= share * largest
+
+
+class Counted(nn.Linear):
+    """A linear layer that counts its products."""
+
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.count += 1
+        return out
+
+
+def test_recomputation_leaves_out_the_product_of_the_last_frozen_layer() -> None:
+    torch.manual_seed(0)
+    layers = [Counted(16, 16).requires_grad_(False) for _ in range(2)]
+    loras = nn.ModuleList(LoraLayer(layer, 2, 2.0) for layer in layers)
+    for lora in loras:
+        assert isinstance(lora, LoraLayer)
+        nn.init.normal_(lora.get_parameter("lora_up.weight"))
+        lora.attach()
+    join_all(loras)
+    block = nn.Sequential(layers[0], nn.GELU(), layers[1])
+    x = torch.randn(3, 16, requires_grad=True)
+    inputs = [x, *loras.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), inputs)
+    found = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), inputs)
+
+    assert [layer.count for layer in layers] == [3, 2]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_small_tensors_are_summed_apart() -> None:

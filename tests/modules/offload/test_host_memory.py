@@ -2,6 +2,7 @@ import gc
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import HostPlace, Placement, TensorInfo
-from modules.errors import MemoryPlanError
+from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import host_weights, swap_blocks
 from modules.offload.host_memory import ALIGNMENT, allocate
 from modules.offload.swap_plan import SwapPlan
@@ -175,19 +176,31 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
     assert first["output"] == second["output"] == expected.double().sum().item()
 
 
-class RefusingDriver:
-    """CUDA's runtime where pages cannot be locked. As the real one it keeps the error of a refused call for
+class Driver:
+    """CUDA's runtime. It locks so many bytes in all; as the real one it keeps the error of a refused call for
     the thread, until a kernel is started: that reports it.
     """
 
     class cudaError:
         success = 0
 
-    kept = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.kept = room, 0
+        self.locked: dict[int, int] = {}  # address -> bytes
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch, "ones", self.start_kernel)
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        self.kept = 2
-        return self.kept
+        if size > self.room - sum(self.locked.values()):
+            self.kept = 2
+            return self.kept
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
 
     def start_kernel(self, *_: object, **__: object) -> Tensor:
         error, self.kept = self.kept, 0
@@ -196,19 +209,56 @@ class RefusingDriver:
         return torch.empty(1)
 
 
-def test_a_refusal_to_pin_is_not_reported_again_by_the_next_kernel(
+MB = 1 << 20
+
+
+def test_memory_is_locked_in_pieces_whose_borders_no_tensor_and_no_page_crosses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver(monkeypatch, room=10_000 * MB)
+    sizes = [100 * MB + 5, 100 * MB, 100 * MB, 700 * MB, 3, 100 * MB]  # not touched: takes addresses only
+
+    held = allocate({str(i): TensorInfo(torch.uint8, (size,)) for i, size in enumerate(sizes)}, pinned=True)
+
+    ranges = [range(address, address + size) for address, size in sorted(driver.locked.items())]
+    assert [len(each) >> 20 for each in ranges] == [200, 100, 700, 100]
+    for tensor in held.tensors.values():
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1
+        assert sum(first in each and last in each for each in ranges) == 1
+    pages = [range(each.start // 4096, (each.stop - 1) // 4096 + 1) for each in ranges]
+    assert all(one.stop <= other.start for one, other in pairwise(pages))
+    assert held.unlocked_bytes == 0
+
+    del held, tensor
+    gc.collect()
+    assert not driver.locked
+
+
+def test_what_the_driver_does_not_lock_serves_too_and_its_error_is_taken_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    driver = RefusingDriver()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr(torch, "ones", driver.start_kernel)
-    infos = {"a": TensorInfo(torch.uint8, (100,))}
+    driver = Driver(monkeypatch, room=300 * MB)
+    infos = {name: TensorInfo(torch.uint8, (200 * MB,)) for name in "abc"}
 
-    with pytest.raises(MemoryPlanError, match="could not lock"):
-        allocate(infos, pinned=True)
-    driver.start_kernel()
+    held = allocate_for(infos, torch.device("cuda"))
 
-    held = allocate_for(infos, torch.device("cuda"))  # goes on without
-    driver.start_kernel()
-    assert held.tensors["a"].shape == (100,)
-    assert "take longer" in caplog.text
+    assert list(driver.locked.values()) == [200 * MB]
+    assert held.unlocked_bytes == 400 * MB
+    assert "refused to lock 0.4 of 0.6 GB" in caplog.text
+    driver.start_kernel()  # raises nothing
+    held.tensors["c"][-1] = 3
+
+    del held
+    gc.collect()
+    assert not driver.locked
+
+
+def test_activations_wait_in_memory_that_is_not_locked_with_one_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Driver(monkeypatch, room=0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    memory = offload_to_host(torch.device("cuda")).memory
+
+    assert [memory.take(size).numel() for size in (256, 512, 1024)] == [256, 512, 1024]
+    assert caplog.text.count("refused to lock") == 1

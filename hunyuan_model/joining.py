@@ -1,0 +1,110 @@
+"""Video and text tokens side by side, each written once to where it is needed.
+
+Uncompiled, an operator that makes part of a tensor and the `torch.cat` behind it are two passes over that
+part, and gradients of slices are tensors of the whole size, filled with zeros and added. Here parts are
+written into the whole, forward and backward, with the same bits. Compiled code has plain operators, which the
+compiler merges.
+"""
+# Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D, F width of a feed-forward
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from modules.layers.rope import rotate
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation, as trained."""
+    return functional.gelu(x, approximate="tanh")
+
+
+def join_gelu(seen: Tensor, hidden: Tensor) -> Tensor:
+    """Return (seen, gelu(hidden)), B L C+F. seen: B L C. hidden: B L F."""
+    if torch.compiler.is_compiling() or seen.dtype != hidden.dtype:
+        return torch.cat([seen, gelu(hidden)], dim=-1)
+    joined: Tensor = _JoinGelu.apply(seen, hidden)
+    return joined
+
+
+class _JoinGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, seen: Tensor, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        width = seen.shape[-1]
+        joined = hidden.new_empty(*hidden.shape[:-1], width + hidden.shape[-1])
+        joined[..., :width] = seen
+        torch.ops.aten.gelu.out(hidden, approximate="tanh", out=joined[..., width:])
+        return joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (hidden,) = ctx.saved_tensors
+        of_seen, of_gelu = gradient.split((gradient.shape[-1] - hidden.shape[-1], hidden.shape[-1]), dim=-1)
+        return of_seen, torch.ops.aten.gelu_backward(of_gelu, hidden, approximate="tanh")
+
+
+def turn_first(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first L tokens of x, B L+T N D, by their positions. table: see `rotate`, of L tokens."""
+    length = table.shape[-4]
+    if _is_plain(x, table):
+        return torch.cat([rotate(x[:, :length], table), x[:, length:]], dim=1)
+    turned: Tensor = _Turn.apply(x, None, table)
+    return turned
+
+
+def turn_and_join(video: Tensor, text: Tensor, table: Tensor) -> Tensor:
+    """Rotate video tokens, B L N D, by their positions, and put text tokens, B T N D, behind them."""
+    if _is_plain(video, table) or video.dtype != text.dtype:
+        return torch.cat([rotate(video, table), text], dim=1)
+    joined: Tensor = _Turn.apply(video, text, table)
+    return joined
+
+
+def _is_plain(x: Tensor, table: Tensor) -> bool:
+    return torch.compiler.is_compiling() or table.dtype != torch.float32 or x.dtype.itemsize > 4
+
+
+class _Turn(torch.autograd.Function):
+    """Holds the table, which outlives the step, instead of saving it: see `modules.layers.modulation`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, text: Tensor | None, table: Tensor) -> Tensor:
+        ctx.table, ctx.has_text = table, text is not None
+        length = table.shape[-4]
+        rest = x[:, length:] if text is None else text
+        joined = x.new_empty(len(x), length + rest.shape[1], *x.shape[2:])
+        _turn(x[:, :length], torch.view_as_complex(table), joined[:, :length])
+        joined[:, length:] = rest
+        return joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        length = ctx.table.shape[-4]
+        of_turned, of_rest = gradient[:, :length], gradient[:, length:]
+        of_x = gradient.new_empty(of_turned.shape if ctx.has_text else gradient.shape)
+        _turn(of_turned, torch.view_as_complex(ctx.table).conj(), of_x[:, :length])
+        if ctx.has_text:
+            return of_x, of_rest, None
+        of_x[:, length:] = of_rest
+        return of_x, None, None
+
+
+def _turn(x: Tensor, table: Tensor, out: Tensor) -> None:
+    """Write x, B L N D, rotated by a complex table, L 1 D/2, into `out`."""
+    if x.dtype == torch.float32:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        torch.mul(_as_complex(x), table, out=_as_complex(out))
+    else:
+        wide = x.to(torch.float32, memory_format=torch.contiguous_format)
+        _as_complex(wide).mul_(table)
+        out.copy_(wide)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
