@@ -153,9 +153,10 @@ def test_the_encoding_of_texts_is_measured(tmp_path: Path, name: str) -> None:
     path = tmp_path / "encoder.safetensors"
     save(path, t5_tensors() if name == "cache-umt5" else prefixed(llama_tensors(), "model."))
 
-    found = measure_row(replace(BY_NAME[name], text_tokens=512), path, None, CPU, enough=0)
+    found = measure_row(replace(BY_NAME[name], text_tokens=512), path, None, CPU, enough=0, profiled=True)
 
     assert found["per"] == 8
+    assert found["profile"][0].startswith("| group | ms a step |")
     assert found["seconds"] > 0
 
 
