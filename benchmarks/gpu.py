@@ -176,6 +176,7 @@ def measure_all(
             **{"kind": row.kind, "model": row.model.name, "size": str(row.size) if row.size.width else "-"},
             **{"about": row.about, "options": list(row.options), **found},
             **{"took": time.monotonic() - start, "expected": expected(row)},
+            **{"matmul": results.peak, "date": results.head["date"]},
         }
         results.note(row.name, figures)
         columns = columns_of(row.kind)
