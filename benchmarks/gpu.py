@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(gpu_checks.main(words))
     args = make_parser().parse_args(words)
     if args.child is not None:
-        print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device)))
+        print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device, args.profiled)))
         return
     if args.tables:
         write_tables([read_results(path) for path in args.tables], args.documents or DOCUMENTS)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     results = continue_results(args.output, head_of(args.device))
     print(f"{head_line(results.head)}\n")
-    job = Job(args.folder, args.device)
+    job = Job(args.folder, args.device, args.profiled)
     measure_all(missing(rows, results, args.again), results, args.seconds, job.run)
     print("\nGoals:", *goals_of(results), sep="\n")
 
@@ -87,6 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="measure rows of --output again that failed")
     parser.add_argument("--dry", action="store_true", help="print the rows and how long they may take")
     parser.add_argument("--profile", metavar="ROW", help="profile two steps of a row by kinds of kernels")
+    parser.add_argument(
+        "--profiled", action="store_true", help="profile a call of each row too; it is kept in --output"
+    )
     parser.add_argument("--check", action="store_true", help="compare results on the GPU with the CPU's")
     parser.add_argument(
         "--tables", type=Path, nargs="+", metavar="FILE.json", help="write the documents' tables"
@@ -128,11 +131,13 @@ class Job:
 
     folder: Path | None  # with the models' files; None: temporary ones
     device: str
+    profiled: bool = False  # profile a call of each row too
 
     def run(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row, or why it failed. limit: seconds after which it is ended."""
         command = [sys.executable, __file__, "--child", row.name, "--device", self.device]
         command += [] if self.folder is None else ["--folder", str(self.folder)]
+        command += ["--profiled"] if self.profiled else []
         try:
             child = subprocess.run(
                 command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=limit
@@ -171,6 +176,7 @@ def measure_all(
             **{"kind": row.kind, "model": row.model.name, "size": str(row.size) if row.size.width else "-"},
             **{"about": row.about, "options": list(row.options), **found},
             **{"took": time.monotonic() - start, "expected": expected(row)},
+            **{"matmul": results.peak, "date": results.head["date"]},
         }
         results.note(row.name, figures)
         columns = columns_of(row.kind)
@@ -235,18 +241,18 @@ def print_plan(rows: Sequence[Row]) -> None:
     print(f"\n{len(rows)} rows, about {total / 60:.0f} minutes: a guess for a GPU of 790 TFLOP/s in bf16")
 
 
-def measure_here(row: Row, folder: Path | None, device: str) -> dict[str, Any]:
+def measure_here(row: Row, folder: Path | None, device: str, profiled: bool) -> dict[str, Any]:
     """Return the figures of a row, in the process that loads its model."""
     from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_measuring import measure_row
     from modules.devices import choose_device
 
     with folder_for(row, folder) as where:
-        return measure_row(row, *lay_out(row, where), choose_device(device))
+        return measure_row(row, *lay_out(row, where), choose_device(device), profiled=profiled)
 
 
 def profile(row: Row, folder: Path | None, device: str) -> None:
-    """Print where the time of two steps goes."""
+    """Print where the time of two steps goes, or of the steps of a generation that rows measure."""
     from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_measuring import prepare
     from benchmarks.gpu_profile import profile_calls, report
@@ -260,7 +266,7 @@ def profile(row: Row, folder: Path | None, device: str) -> None:
         bench.warm_up()
         calls = 2 if row.kind != GENERATION else 1
         print(f"{row.name}: {row.model.name}, {row.about}\n")
-        print(report(profile_calls(bench.call, calls, chosen), calls))
+        print(report(profile_calls(bench.call, calls, chosen), calls * max(round(bench.per), 1)))
 
 
 if __name__ == "__main__":
