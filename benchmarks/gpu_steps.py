@@ -154,7 +154,9 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
         return made, made
     loop = options.loop
     keeps = loop.gradient_checkpointing_keep is not None
-    return work.lora_step(loop.gradient_checkpointing, keeps), work.lora_step(checkpointing=False)
+    ends_early = options.speed.compilation.choice is None  # a compiled block is recomputed as a whole
+    made = work.lora_step(loop.gradient_checkpointing, keeps, ends_early)
+    return made, work.lora_step(checkpointing=False)
 
 
 def passes_of(family: Any) -> int:
