@@ -57,7 +57,7 @@ class Work:
         """Return the operations of a LoRA training step. checkpointing: count recomputation too.
 
         keeps_attention: self-attention is not recomputed. ends_early: nor is the last layer of a block, as in
-        uncompiled code. The base is frozen, so its layers have no weight gradients.
+        uncompiled code with 16-bit weights. The base is frozen, so its layers have no weight gradients.
         """
         times = RECOMPUTED if checkpointing else KEPT
         own = KEPT if keeps_attention else times

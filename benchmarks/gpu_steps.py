@@ -154,7 +154,8 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
         return made, made
     loop = options.loop
     keeps = loop.gradient_checkpointing_keep is not None
-    ends_early = options.speed.compilation.choice is None  # a compiled block is recomputed as a whole
+    # compiled blocks and products with 8-bit weights save tensors at their end: all of it is recomputed
+    ends_early = options.speed.compilation.choice is None and options.speed.fp8.quantisation is None
     made = work.lora_step(loop.gradient_checkpointing, keeps, ends_early)
     return made, work.lora_step(checkpointing=False)
 
