@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.devices import empty_pinned
 from modules.layers.convolution import conv3d
 from modules.layers.enlarging import repeat_pixels
 from modules.layers.memory_layouts import empty_clip
@@ -101,7 +102,8 @@ class TimeMemory:
             return
         held = self._frames.get(layer)
         if held is None or held.shape != frames.shape:
-            held = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=frames.is_cuda)
+            make = empty_pinned if frames.is_cuda else torch.empty
+            held = make(frames.shape, dtype=frames.dtype)
         # both directions run in order on the device's current stream: the host never waits for a copy
         self._frames[layer] = held.copy_(frames, non_blocking=True)
 
