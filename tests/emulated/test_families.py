@@ -16,7 +16,16 @@ from tests.emulated_cuda.pairs import Done, differences, run_on_device
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
 
-OUTPUT = ("--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0")
+OUTPUT = (
+    "--output_dir",
+    "output",
+    "--output_name",
+    "lora",
+    "--seed",
+    "1",
+    "--max_data_loader_n_workers",
+    "0",
+)
 STEPS = 4
 DAILY = {"flux"}
 CASES = [

@@ -160,6 +160,7 @@ def switch_on() -> Device:
         setattr(torch.cuda, name, value)
     torch.cuda.default_generators = (torch.Generator("cuda").manual_seed(0),)
     torch.backends.cudnn.version = lambda: 91900
+    torch._C._cuda_getCurrentRawStream = lambda *_: 0  # type: ignore[attr-defined]  # torch._inductor imports it
     torch.storage._StorageBase._to = _storage_to  # type: ignore[attr-defined]
     return device
 

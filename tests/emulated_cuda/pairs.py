@@ -92,4 +92,3 @@ def differences(one: Path, other: Path, share: float = 0) -> list[str]:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
-
