@@ -1,8 +1,8 @@
 """Every family's commands on the emulated device: caching, training with a sample, generation.
 
-They run the code that a GPU runs, with its streams, events and pinned memory. Nothing raises; from equal caches
-training gives the CPU's LoRA to the bit, and generation its latents within a rounding; no step has the host
-wait.
+They run the code that a GPU runs, with its streams, events and pinned memory. Nothing raises; from equal
+caches training gives the CPU's LoRA to the bit, and generation its latents within a rounding; no step has the
+host wait.
 """
 
 import shutil
