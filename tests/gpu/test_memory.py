@@ -15,6 +15,7 @@ from generation.memory import rehearse_denoising
 from generation.options import read_generation
 from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
+from modules.attention.attend import attend
 from modules.contract.data import Batch
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.requests import settle
@@ -77,22 +78,17 @@ def layer_normed(x: Tensor) -> Tensor:
     return Float32LayerNorm(x.shape[-1], 1e-6)(x).to(x.dtype)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 LENGTH, HEADS, WIDTH = 8192, 12, 128
 TOKENS = (1, LENGTH, HEADS, WIDTH)
 WORKS = (
     Work("rms_norm", halves((1, LENGTH, HEADS * WIDTH)), rms_normed),
     Work("layer_norm", halves((1, LENGTH, HEADS * WIDTH)), layer_normed),
     Work("rotary", halves(TOKENS), turned),
-    Work("attention", halves(TOKENS, TOKENS, TOKENS), attended, learning=3),
+    Work("attention", halves(TOKENS, TOKENS, TOKENS), attend, learning=3),
     Work(
         "cross attention",
         halves(TOKENS, (1, 512, HEADS, WIDTH), (1, 512, HEADS, WIDTH)),
-        attended,
+        attend,
         learning=3,
     ),
     Work("gelu", halves((1, LENGTH, 8960)), lambda x: functional.gelu(x, approximate="tanh")),
