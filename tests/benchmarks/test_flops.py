@@ -143,6 +143,13 @@ def test_a_step_without_checkpointing_has_no_recomputation() -> None:
     assert work.lora_step(checkpointing=True) - work.lora_step(checkpointing=False) == work.forward
 
 
+def test_the_last_layer_of_a_block_of_wan_is_not_recomputed_in_uncompiled_code() -> None:
+    work = wan_work(WAN_14B, 21 * 30 * 52)
+    left_out = work.lora_step(checkpointing=True) - work.lora_step(checkpointing=True, ends_early=True)
+    assert left_out == 40 * 2 * 21 * 30 * 52 * 5120 * 13824
+    assert work.lora_step(checkpointing=False, ends_early=True) == work.lora_step(checkpointing=False)
+
+
 def test_what_is_kept_is_not_recomputed() -> None:
     work = Work(linear=2.0, attention=4.0, cross=1.0, outside=Work(8.0, 16.0))
     whole = work.lora_step(checkpointing=True)

@@ -1,7 +1,8 @@
 """Every family's commands on the emulated device: caching, training with a sample, generation.
 
-They run the code that a GPU runs, with its streams, events, pinned memory and 16 bits. Nothing raises; from
-equal caches training and generation give the CPU's files to the bit; no step has the host wait.
+They run the code that a GPU runs, with its streams, events and pinned memory. Nothing raises; from equal caches
+training gives the CPU's LoRA to the bit, and generation its latents within a rounding; no step has the host
+wait.
 """
 
 import shutil
@@ -31,7 +32,7 @@ CASES = [
     pytest.param(each, id=each.name, marks=() if each.name in DAILY else pytest.mark.slow)
     for each in FAMILIES
 ]
-# Wan's patches are a convolution in three dimensions, for which the CPU has a way of its own
+# on a CPU Wan's attention merges the equal keys of padding, which rounds otherwise
 NEARLY = {each.name for each in FAMILIES if each.name.startswith("wan")}
 
 
@@ -88,8 +89,10 @@ def test_results_are_the_cpus(run: Run) -> None:
     for folder in (run.here, run.there):
         for file in (folder / "made").iterdir():  # their names have the time
             file.rename(folder / "made" / "latent.safetensors")
-    found = differences(run.here, run.there, share=1e-2 if run.family.name in NEARLY else 0)
-    assert not found, "\n".join(found)
+    is_near = run.family.name in NEARLY
+    for name, share in (("output", 1e-2 if is_near else 0.0), ("made", 1e-2 if is_near else 1e-6)):
+        found = differences(run.here / name, run.there / name, share)
+        assert not found, "\n".join(found)
 
 
 def test_no_step_waits(run: Run) -> None:

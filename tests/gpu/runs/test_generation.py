@@ -67,7 +67,7 @@ def test_swapped_blocks_change_no_bit(project: Project, device: torch.device, us
 
 def test_fp8_weights_give_the_latents_of_the_cpu(project: Project, device: torch.device) -> None:
     ours, theirs = (project.generate(where, *FP8) for where in (device, CPU))
-    assert relative_error(ours, theirs) < 2e-2  # they compute in bf16
+    assert relative_error(ours, theirs) < 5e-2  # they compute in bf16
 
 
 def test_fp8_products_give_nearly_the_latents_of_fp8_weights(project: Project, device: torch.device) -> None:
@@ -109,7 +109,7 @@ def test_two_experts_take_turns(project_of: Find, device: torch.device, how: tup
     plain = project.generate(device, *turn)
     assert equal_bits(project.generate(device, *turn, *how), plain)
     theirs = project.generate(CPU, *turn)
-    assert relative_error(plain, theirs) < (2e-2 if base else 1e-3)
+    assert relative_error(plain, theirs) < (5e-2 if base else 1e-3)
 
 
 @pytest.mark.parametrize("name", ["wan t2v-1.3B", "flux"])
