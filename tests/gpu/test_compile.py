@@ -75,6 +75,7 @@ def assert_near(found: Sequence[tuple[Tensor, list[Tensor]]], share: float) -> N
     assert relative_error(*joined) < 2 * share
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tiny", "autocast"),  # few, as inductor takes some 20 seconds for a block that learns
     [

@@ -15,6 +15,7 @@ from generation.memory import rehearse_denoising
 from generation.options import read_generation
 from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
+from modules.attention.attend import attend
 from modules.contract.data import Batch
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.requests import settle
@@ -91,11 +92,6 @@ def gated(branch: Tensor) -> Tensor:
         return add_gated(x, gate, branch)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 LENGTH, HEADS, WIDTH = 8192, 12, 128
 TOKENS = (1, LENGTH, HEADS, WIDTH)
 WORKS = (
@@ -104,11 +100,11 @@ WORKS = (
     Work("modulation", halves((1, LENGTH, HEADS * WIDTH)), modulated),
     Work("gated sum", halves((1, LENGTH, HEADS * WIDTH)), gated),
     Work("rotary", halves(TOKENS), turned),
-    Work("attention", halves(TOKENS, TOKENS, TOKENS), attended, learning=3),
+    Work("attention", halves(TOKENS, TOKENS, TOKENS), attend, learning=3),
     Work(
         "cross attention",
         halves(TOKENS, (1, 512, HEADS, WIDTH), (1, 512, HEADS, WIDTH)),
-        attended,
+        attend,
         learning=3,
     ),
     Work("gelu", halves((1, LENGTH, 8960)), lambda x: functional.gelu(x, approximate="tanh")),
