@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.layers.convolution import conv3d
+from modules.layers.enlarging import repeat_pixels
 from modules.layers.memory_layouts import empty_clip
 from wan.vae_shortcuts import Factors, add_repeated, average_groups
 
@@ -264,7 +265,7 @@ def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = F
     if pad:
         frames = F.pad(frames, (0, 1, 0, 1))
     if enlarge:
-        frames = F.interpolate(frames, scale_factor=2, mode="nearest-exact")
+        frames = repeat_pixels(frames, 2)
     return conv(frames).unflatten(0, (batch, -1)).transpose(1, 2)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_files import fill, forget, lay_out
+from benchmarks.gpu_files import fill, folder_for, forget, lay_out, memory_folder
 from benchmarks.gpu_measuring import measure_row, time_call
 from benchmarks.gpu_results import Results, missing, read_results
 from benchmarks.gpu_rows import BY_NAME, ROWS, TRAINING, Row, Size, choose
@@ -229,6 +230,19 @@ def test_files_are_written_once_and_transformers_are_in_bf16(tmp_path: Path) -> 
     assert low != high
     with open_checkpoint(path) as checkpoint:
         assert {info.dtype for info in checkpoint.tensors.values()} == {torch.bfloat16}
+
+
+def test_files_without_content_are_in_memory_where_there_is_some_and_real_ones_on_the_disk(
+    tmp_path: Path,
+) -> None:
+    disk = Path(tempfile.gettempdir())
+    with folder_for(BY_NAME["gen-flux"], None) as hollow, folder_for(BY_NAME["load-bf16"], None) as real:
+        assert hollow.parent == (memory_folder() or disk)
+        assert real.parent == disk
+    assert not hollow.exists()
+    with folder_for(BY_NAME["gen-flux"], tmp_path / "models") as asked:
+        assert asked == tmp_path / "models"
+    assert asked.exists()
 
 
 # The command
