@@ -92,7 +92,12 @@ def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work
     single = dim * (3 * dim + config.ffn_dim) + (dim + config.ffn_dim) * dim
     linear = 2 * tokens * (config.double_blocks * double + config.single_blocks * single)
     attention = (config.double_blocks + config.single_blocks) * 4 * tokens**2 * dim
-    return Work(linear, attention)
+    # the picture is the last stream of a double block
+    ends = (
+        config.double_blocks * video_tokens * config.ffn_dim,
+        config.single_blocks * tokens * (dim + config.ffn_dim),
+    )
+    return Work(linear, attention, last=2 * dim * sum(ends))
 
 
 def lumina_work(config: LuminaConfig, picture_tokens: int, text_tokens: int) -> Work:
