@@ -2,7 +2,6 @@
 
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +13,10 @@ import torch
 from benchmarks.gpu_encoders import latents, texts
 from benchmarks.gpu_families import training_family
 from benchmarks.gpu_files import forget
+from benchmarks.gpu_profile import profile_calls, report
 from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, Row
 from benchmarks.gpu_steps import Bench, generation, train_steps
-from benchmarks.process_memory import is_known, peak
+from benchmarks.process_memory import STATUS, peak
 from modules.dressing import swapped_weights
 from training.dressing import placement_of
 
@@ -26,13 +26,30 @@ Figures = dict[str, Any]  # of a row, as the result file holds them
 
 
 def measure_row(
-    row: Row, path: Path, high: Path | None, device: torch.device, enough: float = ENOUGH
+    row: Row,
+    path: Path,
+    high: Path | None,
+    device: torch.device,
+    enough: float = ENOUGH,
+    profiled: bool = False,
 ) -> Figures:
-    """Return the figures of a row. path, high: its files. enough: seconds."""
+    """Return the figures of a row. path, high: its files. enough: seconds. profiled: profile a call too."""
     if row.kind == LOADING:
         return {**_measure_loading(row, path, device), "host": _host_peak()}
     bench = prepare(row, path, high, device)
-    return measure(bench, path, device, enough)
+    found = measure(bench, path, device, enough)
+    return {**found, "profile": _profile(bench, device)} if profiled else found
+
+
+def _profile(bench: Bench, device: torch.device) -> list[str]:
+    """Return the lines of a profile of one call, or why there is none: that loses no row.
+
+    Times are of a step, clip or text.
+    """
+    try:
+        return report(profile_calls(bench.call, 1, device), max(round(bench.per), 1)).splitlines()
+    except (RuntimeError, AssertionError) as error:
+        return [f"failed: {error}"]
 
 
 def prepare(row: Row, path: Path, high: Path | None, device: torch.device) -> Bench:
@@ -47,7 +64,6 @@ def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Fi
     (warm_up,) = time_call(bench.warm_up, device, 1, 1, 0)
     first = reset_peak(device)
     times = time_call(bench.call, device, LEAST, MOST, enough)
-    losses = [float(loss) for loss in bench.losses]
     return {
         "seconds": statistics.median(times),
         "spread": (max(times) - min(times)) / statistics.median(times),
@@ -63,7 +79,8 @@ def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Fi
         "host": _host_peak(),
         "loading": bench.loading,
         "loaded": path.stat().st_size,
-        "losses": losses,
+        "losses": [float(loss) for loss in bench.losses],
+        "norms": [float(norm) for norm in bench.norms],
     }
 
 
@@ -100,7 +117,8 @@ def reset_peak(device: torch.device) -> int:
 
 
 def _host_peak() -> int:
-    return peak() if sys.platform == "linux" and is_known() else 0
+    """Return the most bytes of host memory so far; 0 if the system does not tell."""
+    return peak() if STATUS.exists() and "VmHWM" in STATUS.read_text(encoding="ascii") else 0
 
 
 def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:

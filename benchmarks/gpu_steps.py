@@ -52,7 +52,9 @@ class Bench:
     loading: float  # seconds
     per: float = 1.0  # steps, clips or texts that a call makes
     losses: list[Tensor] = field(default_factory=list)  # of all calls so far
+    norms: list[Tensor] = field(default_factory=list)  # of all gradients together, likewise
     whole: float = 1.0  # steps of a finished video or picture
+    held: object = None  # what must live as long as the calls
 
 
 def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
@@ -78,16 +80,20 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     set_training(optimizer, True)
     autocast, batch = autocast_of(options, device), batch.to(device)
     losses: list[Tensor] = []
+    norms: list[Tensor] = []
 
     def step() -> None:
         loss = training_loss(family, dit, batch, autocast)
         losses.append(loss.detach())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, options.optimizer.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, options.optimizer.max_grad_norm)
+        norms.append(norm.detach())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Bench(step, step, *call_operations(row, options, family), planned, loading, losses=losses)
+    return Bench(
+        step, step, *call_operations(row, options, family), planned, loading, losses=losses, norms=norms
+    )
 
 
 def generation(row: Row, path: Path, device: torch.device, high: Path | None = None) -> Bench:
@@ -106,7 +112,7 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
     loader = dit_loader(noisy, (), device, options)
     session = Session(noisy, device, loader, keep=True, load_aside=loader.aside)
     begun = time.monotonic()
-    phase = ExitStack()  # left open: putting networks away is not what is measured
+    phase = ExitStack()  # stays open
     dit_at = phase.enter_context(session.dit([prepared] * 2))
     loading = time.monotonic() - begun
 
@@ -121,6 +127,7 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
         *(make(prepared), make(first), *call_operations(row, options, family), planned, loading),
         per=prepared.steps,
         whole=family.defaults.steps,
+        held=phase,  # else its end would put the network away
     )
 
 
@@ -147,7 +154,10 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
         return made, made
     loop = options.loop
     keeps = loop.gradient_checkpointing_keep is not None
-    return work.lora_step(loop.gradient_checkpointing, keeps), work.lora_step(checkpointing=False)
+    # compiled blocks and products with 8-bit weights save tensors at their end: all of it is recomputed
+    ends_early = options.speed.compilation.choice is None and options.speed.fp8.quantisation is None
+    made = work.lora_step(loop.gradient_checkpointing, keeps, ends_early)
+    return made, work.lora_step(checkpointing=False)
 
 
 def passes_of(family: Any) -> int:

@@ -64,7 +64,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of
 from modules.contract.source import IMAGE, LATENTS, SourceRules
-from modules.devices import choose_compute_dtype
+from modules.devices import choose_compute_dtype, send_ahead
 from modules.errors import CacheError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
@@ -255,7 +255,7 @@ class Flux:
             noisy,
             timesteps.float(),
             **arguments(cond),
-            guidance=guidance.to(device).float(),
+            guidance=send_ahead(guidance, device).float(),
             tweaks=tweaks.rename_away(arguments),
         )
 

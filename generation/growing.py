@@ -28,6 +28,7 @@ from modules.contract.generation import Piece
 from modules.errors import OutputError
 from modules.media.fading import cross_fade
 from modules.media.writing import Segment, join_videos, measure_segment, write_video
+from post.tiling import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ class GrowingVideo:
         """
         try:
             return self._decode(piece)
-        except torch.OutOfMemoryError:
-            if self.session.device.type == "cpu":
+        except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
+            if self.session.device.type == "cpu" or not is_out_of_memory(error):
                 raise
             logger.info(
                 "Too little memory to decode beside the transformer: it leaves the device during decoding"

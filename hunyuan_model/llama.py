@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hunyuan_model.text_checkpoints import LLAMA, LanguageModel, LlamaConfig, read_llama
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
+from modules.devices import send_ahead
 
 
 def rotate_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -123,7 +124,8 @@ class Llama(nn.Module):
         length = ids.shape[1]
         x = self.embed_tokens(ids)
         cosine, sine = (
-            part.to(x) for part in rotary_table(length, self.config.head_width, self.config.theta)
+            send_ahead(part.to(x.dtype), x.device)
+            for part in rotary_table(length, self.config.head_width, self.config.theta)
         )
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         seen = causal & mask.bool()[:, None, None, :]  # B 1 L L; the first token is real, so no row is empty

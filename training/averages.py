@@ -38,7 +38,9 @@ class WeightAverage:
         trainable: Trainable,
         on_host: bool = False,
     ) -> None:
-        """Begin with the weights of now. on_host: keep the average in host memory (of a whole model)."""
+        """Begin with the weights of now. dits: that are trained themselves; their weights may be swapped.
+        on_host: keep the average in host memory (of a whole model).
+        """
         assert options.ema_decay is not None
         self.decay, self.every, self.on_host = options.ema_decay, options.ema_update_every, on_host
         self._dits, self._parameters = dits, trainable.parameters
@@ -148,7 +150,10 @@ def make_average(
             "Leave it out"
         )
     is_whole = any(module in dits for module in trainable.modules.values())
-    return None if is_whole and not keeps else WeightAverage(options, dits, trainable, on_host=is_whole)
+    if is_whole and not keeps:
+        return None
+    # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
+    return WeightAverage(options, dits if is_whole else (), trainable, on_host=is_whole)
 
 
 def metadata_of(average: WeightAverage) -> Mapping[str, str]:

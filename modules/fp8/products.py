@@ -23,7 +23,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from modules.errors import OptionError
@@ -35,6 +34,10 @@ WEIGHT_DTYPE = torch.float8_e4m3fn
 STEP = 16  # K and N must be multiples of it: cuBLASLt needs rows aligned to 16 bytes
 FEWEST_ROWS = 16  # rows of a hardware tile: fp8 is no faster for fewer tokens
 LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
+# Up to so many tokens, sums are scaled after they are rounded, which then costs next to nothing: on Hopper
+# cuBLAS has no kernel with row-wise scales for few tokens and many features (from 9216 to 3072 features up
+# to 256 tokens: pytorch/ao#4582)
+FEW_TOKENS = 256
 PIECE = 1 << 26  # values quantised at a time in uncompiled code: 256 MiB of float32
 # Hopper sums fp8 products in 14 bits, unless partial sums are moved to float32 regularly, which is slower.
 # As in torchao's defaults, the forward pass uses the fast sums and the gradient the exact ones.
@@ -72,19 +75,14 @@ def row_scaled_product(
     """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers.
 
     It is rounded to bfloat16, for float16 too: but for Hopper, GPUs have no other result of row-wise scales.
+    Up to FEW_TOKENS rows are computed as by `tensor_scaled_product`.
     """
-    by_row = functional.ScalingType.RowWise
+    if len(a) <= FEW_TOKENS:
+        return tensor_scaled_product(a, b, scale_a, scale_b, bias, dtype, fast_sums)
     added = None if bias is None else bias.to(torch.bfloat16)
-    return functional.scaled_mm(
-        a,
-        b,
-        scale_a,
-        by_row,
-        scale_b,
-        by_row,
-        bias=added,
-        output_dtype=torch.bfloat16,
-        use_fast_accum=fast_sums,
+    # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
+    return torch._scaled_mm(
+        a, b, scale_a, scale_b, bias=added, out_dtype=torch.bfloat16, use_fast_accum=fast_sums
     ).to(dtype)
 
 
@@ -103,10 +101,8 @@ def tensor_scaled_product(
     The unscaled sums are rounded to bfloat16 and scaled afterwards. That costs one more pass over the result
     and a second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantise_rows`.
     """
-    one, whole = torch.ones(1, device=a.device), functional.ScalingType.TensorWise
-    sums = functional.scaled_mm(
-        a, b, one, whole, one, whole, output_dtype=torch.bfloat16, use_fast_accum=fast_sums
-    )
+    one = torch.ones(1, device=a.device)
+    sums = torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
     parts = _parts(sums, piece)
     if len(parts) == 1:
         return _scale_sums(sums, scale_a, scale_b, bias).to(dtype)
@@ -154,10 +150,6 @@ def choose_product(
         raise OptionError(
             f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}"
         )
-    if not hasattr(functional, "scaled_mm"):
-        raise OptionError(
-            f"--fp8_fast: it needs torch 2.10 or later, and this is {torch.__version__}. {remedy}"
-        )
     reasons = []
     for product in products:
         try:
@@ -191,10 +183,19 @@ def _name(device: torch.device) -> str:
 
 
 def _try(product: Product, device: torch.device) -> None:
-    """Compute one tile. Raises what the product raises, and RuntimeError if the result is wrong."""
-    tile = torch.ones(STEP, STEP, device=device).to(WEIGHT_DTYPE)
-    ones, bias = torch.ones(STEP, 1, device=device), torch.zeros(STEP, device=device)
-    out = product(tile, tile.t(), ones, ones.t().contiguous(), bias, torch.bfloat16, FAST_SUMS)
+    """Compute a tile of few and one of more tokens, with bias.
+
+    Raises what the product raises, and RuntimeError if a result is wrong.
+    """
+    for tokens in (STEP, FEW_TOKENS + STEP):
+        tile = torch.ones(tokens, STEP, device=device).to(WEIGHT_DTYPE)
+        rows, columns = torch.ones(tokens, 1, device=device), torch.ones(1, STEP, device=device)
+        bias = torch.zeros(STEP, device=device)
+        out = product(tile, tile[:STEP].t(), rows, columns, bias, torch.bfloat16, FAST_SUMS)
+        _check_tile(out)
+
+
+def _check_tile(out: Tensor) -> None:
     if not bool((out == STEP).all()):
         raise RuntimeError(f"the product of two tiles of ones is {float(out.flatten()[0])}, not {STEP}")
 

@@ -11,9 +11,9 @@ from benchmarks.gpu_results import (
     Results,
     continue_results,
     correction,
+    difference,
     expect,
     goals_of,
-    loss_error,
     plan_error,
     read_results,
 )
@@ -38,7 +38,14 @@ def row(kind: str = TRAINING, **changes: Any) -> dict[str, Any]:
         **{"kind": kind, "model": "Wan", "size": "8x8", "about": "bf16", "options": [], "took": 90.0},
         **{"seconds": 10.0, "spread": 0.01, "calls": 3, "per": 1.0, "whole": 1.0, "warm_up": 60.0},
         **{"operations": 5e15, "model_operations": 4e15, "device": 50 * GIB, "planned": 51 * GIB},
-        **{"host": GIB, "loading": 14.0, "loaded": 28e9, "losses": [2.0, 1.9], "expected": 60.0},
+        **{
+            "host": GIB,
+            "loading": 14.0,
+            "loaded": 28e9,
+            "losses": [2.0, 1.9],
+            "norms": [1.0],
+            "expected": 60.0,
+        },
     }
     return {**usual, **changes}
 
@@ -70,14 +77,22 @@ def test_the_share_of_the_peak_is_compared_with_its_goal(seconds: float, expecte
 @pytest.mark.parametrize(
     ("changes", "verdict", "found"),
     [
-        ({"seconds": 8.0}, "met", "1.25 times, losses 0.00% apart"),
-        ({"seconds": 8.5}, "missed", "1.18 times, losses 0.00% apart"),
-        ({"seconds": 8.0, "losses": [2.0, 1.8]}, "missed", "1.25 times, losses 5.26% apart"),
-        ({"seconds": 8.0, "losses": []}, "missed", "1.25 times, losses unknown apart"),
+        ({"seconds": 8.0}, "met", "1.25 times, losses 0.00% apart, norms of gradients 10.00% apart"),
+        ({"seconds": 8.5}, "missed", "1.18 times, losses 0.00% apart, norms of gradients 10.00% apart"),
+        (
+            {"seconds": 8.0, "losses": [2.0, 1.8]},
+            "missed",
+            "1.25 times, losses 5.26% apart, norms of gradients 10.00% apart",
+        ),
+        (
+            {"seconds": 8.0, "losses": []},
+            "missed",
+            "1.25 times, losses unknown, norms of gradients 10.00% apart",
+        ),
     ],
 )
 def test_fp8_must_be_faster_at_equal_loss(changes: dict[str, Any], verdict: str, found: str) -> None:
-    goal = verdicts(wan14b_bf16=row(), wan14b_fp8_products=row(**changes))[1]
+    goal = verdicts(wan14b_bf16=row(), wan14b_fp8_products=row(**{"norms": [1.1], **changes}))[1]
     assert goal.startswith(f"{verdict}: wan14b-fp8-products at least 1.2 times")
     assert goal.endswith(f"({found})")
 
@@ -95,8 +110,8 @@ def test_the_worst_plan_counts_and_rows_that_failed_do_not() -> None:
 
 
 def test_losses_are_compared_step_by_step() -> None:
-    assert loss_error(row(losses=[2.0, 1.0, 9.0]), row(losses=[2.0, 0.8])) == pytest.approx(0.25)
-    assert loss_error(row(losses=[]), row()) is None
+    assert difference(row(losses=[2.0, 1.0, 9.0]), row(losses=[2.0, 0.8])) == pytest.approx(0.25)
+    assert difference(row(losses=[]), row()) is None
 
 
 # The tables
@@ -172,9 +187,19 @@ def test_results_go_on_where_they_ended_but_not_on_another_device(tmp_path: Path
     path = tmp_path / "gpu.json"
     continue_results(path, HEAD).note("wan14b-bf16", row())
 
-    assert continue_results(path, {**HEAD, "date": "2026-01-02"}).rows["wan14b-bf16"] == row()
+    later = continue_results(path, {**HEAD, "date": "2026-01-02", "matmul": 7e14})
+
+    assert later.rows["wan14b-bf16"] == row()
+    assert (later.head["date"], later.peak) == ("2026-01-02", 7e14)
     with pytest.raises(SystemExit, match="was measured with a card, this is another: give another --output"):
         continue_results(path, {**HEAD, "device": "another"})
+
+
+def test_a_row_is_compared_with_the_peak_of_its_own_run() -> None:
+    kept = row(matmul=1e15)
+
+    assert "| 500 (50%) |" in line_of(kept, columns_of(TRAINING), 8e14)
+    assert verdicts(wan14b_bf16=kept)[0].endswith("(wan14b-bf16 50.0%)")
 
 
 def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ const std::set<std::string> NO_INTEGERS{
     "aten::addbmm", "aten::convolution"};
 const std::set<std::string> EIGHT_BITS{  // what CUDA has for float8 beside views, as ATen/native/cuda tells
     "aten::fill", "aten::zero", "aten::cat", "aten::index", "aten::index_select", "aten::index_put",
-    "aten::_index_put_impl", "aten::_scaled_mm", "aten::eq", "aten::ne", "aten::where", "aten::flip",
+    "aten::_index_put_impl", "aten::_scaled_mm", "aten::_scaled_mm_v2", "aten::eq", "aten::ne", "aten::where", "aten::flip",
     "aten::roll", "aten::set", "aten::resize", "aten::gather", "aten::scatter", "aten::masked_fill",
     "aten::_local_scalar_dense", "aten::record_stream", "aten::equal"};
 const std::set<std::string> WAITS{

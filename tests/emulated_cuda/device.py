@@ -6,8 +6,8 @@ device have no NumPy arrays, generators belong to a device, matrix products have
 can only be copied and moved; autograd runs in the device's own thread; memory is counted. What makes the host
 wait is recorded with its place. What is not: the order of streams, kernels' choice and their rounding, time.
 
-Torch asks for some of this only once, while it is imported, so a process either has the device from its start
-or never. Import `tests.emulated_cuda.loading` before torch; see `scenarios.py`.
+Torch asks for some of this only once, while it is imported, so a process either has the device from its
+start or never: call `load` of `loading.py` before it imports torch, as `run.py` does.
 """
 
 import ctypes
@@ -96,7 +96,8 @@ class Event:
         self.device.note("synchronize", "event")
 
     def elapsed_time(self, end: "Event") -> float:
-        assert self.is_recorded and end.is_recorded
+        assert self.is_recorded
+        assert end.is_recorded
         return 1.0
 
 
@@ -160,6 +161,7 @@ def switch_on() -> Device:
         setattr(torch.cuda, name, value)
     torch.cuda.default_generators = (torch.Generator("cuda").manual_seed(0),)
     torch.backends.cudnn.version = lambda: 91900
+    torch._C._cuda_getCurrentRawStream = lambda *_: 0  # type: ignore[attr-defined]  # torch._inductor imports it
     torch.storage._StorageBase._to = _storage_to  # type: ignore[attr-defined]
     return device
 

@@ -28,7 +28,8 @@ def compile_it() -> None:
     if built.exists():
         return
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     torch = Path(spec.origin).parent
     built.parent.mkdir(parents=True, exist_ok=True)
     made = built.with_suffix(f".{os.getpid()}.tmp")

@@ -1,11 +1,12 @@
 """Run commands on the emulated device and on the CPU, and compare what they write."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def run_on_device(*commands: Command, folder: Path) -> list[Done]:
             capture_output=True,
             encoding="utf-8",
             cwd=ROOT,
-            env={**_own_environment(), **environment},
+            env={**own_environment(), **environment},
         )
         assert file.exists(), ended.stderr[-4000:]
         read = json.loads(file.read_text(encoding="utf-8"))
@@ -61,32 +62,33 @@ def run_on_device(*commands: Command, folder: Path) -> list[Done]:
     return done
 
 
-def _own_environment() -> dict[str, str]:
-    import os
-
+def own_environment() -> dict[str, str]:
+    """Return this process's environment without what keeps accelerate on the CPU."""
     return {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
 
 
-def differences(one: Path, other: Path, pattern: str = "**/*.safetensors") -> list[str]:
-    """Return which tensors of which files of two folders differ in a bit, or are in one only."""
+def differences(one: Path, other: Path, share: float = 0) -> list[str]:
+    """Return which tensors of which files of two folders differ in a bit, or are in one only.
+
+    share: of the largest number of a tensor, by which its numbers may differ.
+    """
     found = []
-    files = {each.relative_to(one) for each in one.glob(pattern)}
-    others = {each.relative_to(other) for each in other.glob(pattern)}
+    files, others = (
+        {each.relative_to(folder) for each in folder.glob("**/*.safetensors")} for folder in (one, other)
+    )
     found += [f"{each.as_posix()}: in one folder only" for each in sorted(files ^ others)]
     for file in sorted(files & others):
         first, second = load_file(one / file), load_file(other / file)
         assert first.keys() == second.keys(), file
         for name, tensor in first.items():
-            if tensor.dtype != second[name].dtype or not torch.equal(_bits(tensor), _bits(second[name])):
-                gap = (tensor.double() - second[name].double()).abs().max().item()
-                found.append(f"{file.as_posix()}: {name} by {gap:.2e} of {tensor.double().abs().max():.2e}")
+            if tensor.dtype == second[name].dtype and torch.equal(_bits(tensor), _bits(second[name])):
+                continue
+            gap = (tensor.double() - second[name].double()).abs().max().item()
+            most = tensor.double().abs().max().item()
+            if tensor.dtype != second[name].dtype or not gap <= share * most:
+                found.append(f"{file.as_posix()}: {name} by {gap:.2e} of {most:.2e}")
     return found
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def table(waits: Sequence[str]) -> str:
-    """Write places, a line each, for a failing test."""
-    return "\n".join(waits)

@@ -1,12 +1,14 @@
 """Run scripts on the emulated device: `python -m tests.emulated_cuda.run RESULTS < REQUESTS`.
 
 REQUESTS: JSON, a list of {"folder": FOLDER, "command": [SCRIPT, OPTIONS...]}, run one after the other in this
-process. RESULTS: a file of JSON, for each {"code", "said", "waits": [{"kind", "operation", "place", "stack"}]}.
+process. RESULTS: a file of JSON, for each {"code", "said", "waits"}; a wait is {"kind", "operation", "place",
+"stack"}.
 """
 
 import json
 import os
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,8 +34,6 @@ def main() -> None:
             try:
                 code, said = run_here(*request["command"], folder=Path(request["folder"]))
             except Exception:
-                import traceback
-
                 code, said = -1, traceback.format_exc()
         done.append({"code": code, "said": said, "waits": [asdict(each) for each in waits]})
     results.write_text(json.dumps(done), encoding="utf-8")

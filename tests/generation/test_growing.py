@@ -350,10 +350,17 @@ def test_the_dit_leaves_the_device_unless_both_fit(
     assert notes == ["load dit", "load vae", *[expected] * 3]  # the VAE waits on the CPU, it is loaded once
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),  # no workspace
+    ],
+)
 def test_the_dit_leaves_the_device_where_it_turns_out_that_both_do_not_fit(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    family = ToyFamily(sections_made=4, has_room_for_two=False)
+    family = ToyFamily(sections_made=4, has_room_for_two=False, no_room=error)
     pieces, _ = pieces_of(family)
     made = session(family, "cuda", 100)
     with (

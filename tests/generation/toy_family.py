@@ -133,6 +133,7 @@ class ToyFamily:
     lost: Path | None = None  # a model file that is not there
     lengths_without_room: frozenset[int] = frozenset()  # of latents whose decoding fails
     has_room_for_two: bool = True  # whether the VAE can decode where the DiT is
+    no_room: Exception = torch.OutOfMemoryError("no room")  # raised where it cannot
     has_room_on_host: bool = True  # whether the DiT can be moved there
     sections_made: int = 0
     makes_last_first: bool = True
@@ -292,7 +293,7 @@ class ToyFamily:
             self.places.get("dit") == self.places.get("vae", "cpu") != "cpu" and not self.has_room_for_two
         )
         if not self.can_decode or latents.shape[2] in self.lengths_without_room or is_crowded:
-            raise torch.OutOfMemoryError("no room")
+            raise self.no_room
 
 
 _: type[Family] = ToyFamily

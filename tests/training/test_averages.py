@@ -12,12 +12,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
+from modules.offload.block_swap import swap_of
+from tests.modules.fake_device import FakeDevice
+from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.averages import decay_at
+from training.average_options import AverageOptions
+from training.averages import decay_at, make_average
 from training.planning.prediction import predict
 from training.run import train_network
+from training.trainable import Trainable
 
 EMA = ["--ema_decay", "0.5"]
 WHOLE = {
@@ -46,6 +51,34 @@ def by_hand(folder: Path, steps: int, decay: float, every: int = 1) -> dict[str,
 
 def test_the_decay_rises_to_what_was_asked_for() -> None:
     assert [decay_at(step, 0.5) for step in (1, 2, 8, 9)] == [2 / 11, 3 / 12, 0.5, 0.5]
+
+
+def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
+    device = FakeDevice()
+    dit, network = learner(CASES[0], 3, checkpointing=True, device=device)
+    parameters = list(network.parameters())
+    trainable = Trainable(
+        modules={"network": network},
+        groups=[{"params": parameters}],
+        group_names=("unet",),
+        writes={},
+        set_dropout_seed=lambda _: None,
+        start_epoch=lambda: None,
+        start_step=lambda: None,
+    )
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    average = make_average(AverageOptions(0.5, 1, False), [dit], trainable, optimizer, keeps=True)
+    swap = swap_of(dit)
+    assert average is not None
+    assert swap is not None
+
+    def in_slots() -> list[int | None]:
+        return [slot.unit and slot.unit.position for ring in swap.rings for slot in ring.slots]
+
+    gradients(CASES[0], dit, network)
+    before = in_slots()
+    average.after_step()
+    assert in_slots() == before != [None, None]
 
 
 @pytest.mark.parametrize("every", [1, 3])

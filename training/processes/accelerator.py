@@ -19,6 +19,9 @@ from training.processes.options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)
 
+# minutes that processes wait for each other. torch ends a run on GPUs (NCCL) after 10, and a sample, or a
+# share of a data set to be encoded, takes some process longer
+USUAL_TIMEOUT = 24 * 60
 # what the launcher sets from its config -> what it then asks for
 SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -37,11 +40,7 @@ def make_accelerator(
     Raises OptionError if the device does not support this precision or a tracker is not installed.
     """
     _refuse_sharding(os.environ)
-    groups = (
-        []
-        if options.ddp_timeout is None
-        else [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout))]
-    )
+    patience = timedelta(minutes=USUAL_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
     try:
         accelerator = Accelerator(
             # if launched as several processes without a GPU, accelerate would let each of them train alone
@@ -52,7 +51,7 @@ def make_accelerator(
             step_scheduler_with_optimizer=False,
             log_with=list(trackers) or None,
             project_dir=logging_folder,
-            kwargs_handlers=groups,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         )
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None

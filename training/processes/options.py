@@ -61,7 +61,9 @@ def add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
         help="let cuDNN try its convolutions at each new size and take the fastest; runs may then differ in "
         "the last digits",
     )
-    group.add_argument("--ddp_timeout", type=int, help="minutes that processes wait for each other")
+    group.add_argument(
+        "--ddp_timeout", type=int, help="minutes that processes wait for each other; default: a day"
+    )
     group.add_argument(
         "--ddp_gradient_as_bucket_view",
         action="store_true",

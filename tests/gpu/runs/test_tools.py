@@ -58,9 +58,30 @@ def test_pictures_of_stable_diffusion_are_those_of_the_cpu(
 
     model = (write_sd1 if kind == "sd1" else write_sdxl)(tmp_path)
     words = ("--ckpt", model, "--tokenizer_cache_dir", tokenizer_folder(tmp_path / "t"), "--W", 64, "--H", 64)
-    asked = ("--prompt", "a cat", "--seed", 7, "--steps", 4, "--images_per_prompt", 2, "--sequential_file_name")
+    asked = (
+        "--prompt",
+        "a cat",
+        "--seed",
+        7,
+        "--steps",
+        4,
+        "--images_per_prompt",
+        2,
+        "--sequential_file_name",
+    )
     made = []
     for name, where in (("ours", device), ("theirs", CPU)):
-        run(tmp_path, where, "gen_img.py", *words, *asked, "--outdir", name, "--device", where)
+        run(
+            tmp_path,
+            where,
+            "gen_img.py",
+            *words,
+            *asked,
+            "--outdir",
+            name,
+            "--sequential_file_name",
+            "--device",
+            where,
+        )
         made.append([read_image(path) for path in sorted((tmp_path / name).glob("*.png"))])
     assert_near(*made, levels=2)

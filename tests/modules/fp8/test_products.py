@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import (
+    FEW_TOKENS,
     FEWEST_ROWS,
     Product,
     add_product,
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 PRODUCTS = (row_scaled_product, tensor_scaled_product, emulated_product)
 SCALES = ("none", "tensor", "rows")
 E4M3 = torch.float8_e4m3fn
-M, K, N = 96, 64, 48
+M, K, N = FEW_TOKENS + 32, 64, 48  # tokens of which torch itself scales the rows
 
 
 def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -219,14 +219,14 @@ def test_torch_is_asked_for_bfloat16_alone(product: Product, monkeypatch: pytest
     """But for Hopper, GPUs have no other result of row-wise scales."""
     x, bias, (weight, scale) = random(M, K, dtype=torch.float16), random(N, seed=3), fp8_weight("rows")
     expected = fp8_linear(x, weight, scale, bias, emulated_product)
-    multiply = functional.scaled_mm
+    multiply = torch._scaled_mm
 
-    def as_on_ada(*args: Any, output_dtype: torch.dtype, bias: Tensor | None = None, **others: Any) -> Tensor:
-        if output_dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
+    def as_on_ada(*args: Any, out_dtype: torch.dtype, bias: Tensor | None = None, **others: Any) -> Tensor:
+        if out_dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
             raise ValueError("Only bf16 high precision output types are supported for row-wise scaling.")
-        return multiply(*args, output_dtype=output_dtype, bias=bias, **others)
+        return multiply(*args, out_dtype=out_dtype, bias=bias, **others)
 
-    monkeypatch.setattr(functional, "scaled_mm", as_on_ada)
+    monkeypatch.setattr(torch, "_scaled_mm", as_on_ada)
     out = fp8_linear(x, weight, scale, bias.half(), product)
 
     assert out.dtype == torch.float16
@@ -341,6 +341,37 @@ def test_what_does_not_suit_is_told_from_shapes(
     rows: int, columns: int, tokens: int, scale: Tensor | None, dtype: torch.dtype, suits: bool
 ) -> None:
     assert suits_fp8(torch.empty(1, tokens, columns), torch.empty(rows, columns, dtype=dtype), scale) == suits
+
+
+@pytest.mark.parametrize("tokens", [FEWEST_ROWS, FEW_TOKENS, FEW_TOKENS + 1])
+def test_torch_scales_no_rows_of_few_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper cuBLAS cannot, for many features: the second linear layer of HunyuanVideo's texts."""
+    x, (weight, scale) = random(tokens, K), fp8_weight("rows")
+    expected = fp8_linear(x, weight, scale, None, emulated_product)
+    multiply, asked = torch._scaled_mm, []
+
+    def noted(a: Tensor, b: Tensor, scale_a: Tensor, *args: Any, **others: Any) -> Tensor:
+        asked.append(scale_a.numel())
+        return multiply(a, b, scale_a, *args, **others)
+
+    monkeypatch.setattr(torch, "_scaled_mm", noted)
+    out = fp8_linear(x, weight, scale, None, row_scaled_product)
+
+    assert asked == [1 if tokens <= FEW_TOKENS else tokens]
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("product", PRODUCTS[:2])
+def test_what_torch_computes_is_compiled(product: Product) -> None:
+    """For few and for more tokens; `functional.scaled_mm` is not in torch 2.10 and 2.11."""
+    weight, scale = fp8_weight("rows")
+    torch._dynamo.reset()
+    compiled = torch.compile(fp8_linear, backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (FEWEST_ROWS, 40, FEW_TOKENS + 1):
+        x = random(1, tokens, K)
+        expected = fp8_linear(x, weight, scale, None, product)
+        assert torch.equal(compiled(x, weight, scale, None, product), expected)
+    torch._dynamo.reset()
 
 
 def test_it_compiles_to_one_graph_for_all_token_counts() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_accelerate_does_not_change_how_exact_float32_is(
     make_accelerator(AcceleratorOptions("no", False, is_on, False, None, False, False))
 
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
+
+
+@pytest.mark.parametrize(("asked", "minutes"), [(None, 24 * 60), (5, 5)])
+def test_processes_wait_for_one_that_makes_samples(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, minutes: int
+) -> None:
+    given: list[Any] = []
+
+    def watched(kwargs_handlers: list[Any], **settings: Any) -> Accelerator:
+        given.extend(kwargs_handlers)
+        return Accelerator(kwargs_handlers=kwargs_handlers, **settings)
+
+    monkeypatch.setattr("training.processes.accelerator.Accelerator", watched)
+    make_accelerator(AcceleratorOptions("no", False, False, False, asked, False, False))
+
+    assert [each.timeout for each in given] == [timedelta(minutes=minutes)]
 
 
 def test_fp16_sums_are_switched_on_for_a_gpu() -> None:

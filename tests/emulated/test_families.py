@@ -1,0 +1,102 @@
+"""Every family's commands on the emulated device: caching, training with a sample, generation.
+
+They run the code that a GPU runs, with its streams, events and pinned memory. Nothing raises; from equal
+caches training gives the CPU's LoRA to the bit, and generation its latents within a rounding; no step has the
+host wait.
+"""
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_cuda.pairs import Done, differences, run_on_device
+from tests.faults.messages import succeed_here
+from tests.tiny.families import FAMILIES, TinyFamily
+
+OUTPUT = (
+    "--output_dir",
+    "output",
+    "--output_name",
+    "lora",
+    "--seed",
+    "1",
+    "--max_data_loader_n_workers",
+    "0",
+)
+STEPS = 4
+DAILY = {"flux"}
+CASES = [
+    pytest.param(each, id=each.name, marks=() if each.name in DAILY else pytest.mark.slow)
+    for each in FAMILIES
+]
+# on a CPU Wan's attention merges the equal keys of padding, which rounds otherwise
+NEARLY = {each.name for each in FAMILIES if each.name.startswith("wan")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was done on the device, and the folders of both."""
+
+    family: TinyFamily
+    here: Path
+    there: Path
+    cached: list[Done]
+    train: Done
+    generate: Done
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    family: TinyFamily = request.param
+    here = tmp_path_factory.mktemp("project") / "project"
+    here.mkdir()
+    family.prepare(here)
+    (here / "prompts.txt").write_text(f"{family.sample_line}\n", encoding="utf-8")
+    there = here.with_name("other")
+    shutil.copytree(here, there)
+    _rename(there, here)
+    caching = [family.cache_latents, family.cache_texts]
+    for command in caching:
+        succeed_here(*command, folder=there)
+    samples = ["--sample_prompts", "prompts.txt", "--sample_at_first"]
+    train = [*family.train, *OUTPUT, "--max_train_steps", str(STEPS), *samples]
+    is_picture = "image" in family.generate[0]
+    size = ["--image_size" if is_picture else "--video_size", "32", "32"]
+    made = ["--prompt", "a cat", "--seed", "3", "--infer_steps", "3", "--output_type", "latent"]
+    generate = [*family.generate, *made, *size, "--save_path", "made"]
+    generate += ["--lora_weight", "output/lora.safetensors"]
+    for command in (train, generate):
+        succeed_here(*command, folder=there)
+
+    mixed = here.with_name("mixed")  # the CPU's caches, to compare what is trained
+    shutil.copytree(there, mixed, ignore=shutil.ignore_patterns("output", "made"))
+    _rename(mixed, there)
+    done = run_on_device(*caching, folder=here)
+    done += run_on_device(train, generate, folder=mixed)
+    return Run(family, mixed, there, done[:2], done[2], done[3])
+
+
+def _rename(folder: Path, before: Path) -> None:
+    for file in folder.rglob("*.toml"):
+        text = file.read_text(encoding="utf-8").replace(before.as_posix(), folder.as_posix())
+        file.write_text(text, encoding="utf-8")
+
+
+def test_results_are_the_cpus(run: Run) -> None:
+    for folder in (run.here, run.there):
+        for file in (folder / "made").iterdir():  # their names have the time
+            file.rename(folder / "made" / "latent.safetensors")
+    is_near = run.family.name in NEARLY
+    for name, share in (("output", 1e-2 if is_near else 0.0), ("made", 1e-2 if is_near else 1e-6)):
+        found = differences(run.here / name, run.there / name, share)
+        assert not found, "\n".join(found)
+
+
+def test_no_step_waits(run: Run) -> None:
+    """But for the reading of the step before, which is there by then."""
+    assert run.train.places("take_step") == Counter({"training/reports/readings.py flush": STEPS - 1})
+    for done in (run.train, run.generate):
+        assert not done.places("denoise"), done.places("denoise")
