@@ -38,28 +38,33 @@ class Work:
     """Operations of one forward pass for one sample.
 
     attention: of the tokens to themselves. cross: to a text. outside: of layers that are never recomputed.
+    last: the part of `linear` in the last layer of every block, on whose output no gradient depends.
     """
 
     linear: float
     attention: float
     cross: float = 0.0
     outside: "Work | None" = None
+    last: float = 0.0
 
     @property
     def forward(self) -> float:
         return self.linear + self.attention + self.cross + (self.outside.forward if self.outside else 0.0)
 
-    def lora_step(self, checkpointing: bool, keeps_attention: bool = False) -> float:
+    def lora_step(
+        self, checkpointing: bool, keeps_attention: bool = False, ends_early: bool = False
+    ) -> float:
         """Return the operations of a LoRA training step. checkpointing: count recomputation too.
 
-        keeps_attention: self-attention is not recomputed. The base is frozen, so its layers have no weight
-        gradients.
+        keeps_attention: self-attention is not recomputed. ends_early: nor is the last layer of a block, as in
+        uncompiled code with 16-bit weights. The base is frozen, so its layers have no weight gradients.
         """
         times = RECOMPUTED if checkpointing else KEPT
         own = KEPT if keeps_attention else times
         others = 0.0 if self.outside is None else self.outside.lora_step(checkpointing=False)
         mine = times["linear"] * self.linear + times["attention"] * self.cross
-        return mine + own["attention"] * self.attention + others
+        left_out = self.last if checkpointing and ends_early else 0.0
+        return mine + own["attention"] * self.attention + others - left_out
 
 
 def wan_work(config: WanConfig, video_tokens: int) -> Work:
@@ -71,7 +76,9 @@ def wan_work(config: WanConfig, video_tokens: int) -> Work:
     per_video = 6 * dim**2 + 2 * dim * config.ffn_dim  # q, k, v, o; q and o of cross-attention; feed-forward
     linear = 2 * (video_tokens * per_video + text * 2 * dim**2)
     layers = config.num_layers
-    return Work(layers * linear, layers * 4 * video_tokens**2 * dim, layers * 4 * video_tokens * text * dim)
+    own, cross = 4 * video_tokens**2 * dim, 4 * video_tokens * text * dim
+    last = 2 * video_tokens * dim * config.ffn_dim
+    return Work(layers * linear, layers * own, layers * cross, last=layers * last)
 
 
 def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work:
@@ -85,7 +92,12 @@ def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work
     single = dim * (3 * dim + config.ffn_dim) + (dim + config.ffn_dim) * dim
     linear = 2 * tokens * (config.double_blocks * double + config.single_blocks * single)
     attention = (config.double_blocks + config.single_blocks) * 4 * tokens**2 * dim
-    return Work(linear, attention)
+    # the picture is the last stream of a double block
+    ends = (
+        config.double_blocks * video_tokens * config.ffn_dim,
+        config.single_blocks * tokens * (dim + config.ffn_dim),
+    )
+    return Work(linear, attention, last=2 * dim * sum(ends))
 
 
 def lumina_work(config: LuminaConfig, picture_tokens: int, text_tokens: int) -> Work:

@@ -19,7 +19,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(gpu_checks.main(words))
     args = make_parser().parse_args(words)
     if args.child is not None:
-        print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device)))
+        print(json.dumps(measure_here(BY_NAME[args.child], args.folder, args.device, args.profiled)))
         return
     if args.tables:
         write_tables([read_results(path) for path in args.tables], args.documents or DOCUMENTS)
@@ -65,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         profile(choose([args.profile], ())[0], args.folder, args.device)
         return
     rows = choose(args.rows, args.group)
-    with folder_of(args.folder) as folder:
-        if args.dry:
-            print_plan(rows, folder)
-            return
-        results = continue_results(args.output, head_of(args.device))
-        print(f"{head_line(results.head)}\n")
-        measure_all(missing(rows, results, args.again), results, args.seconds, Job(folder, args.device).run)
+    if args.dry:
+        print_plan(rows)
+        return
+    results = continue_results(args.output, head_of(args.device))
+    print(f"{head_line(results.head)}\n")
+    job = Job(args.folder, args.device, args.profiled)
+    measure_all(missing(rows, results, args.again), results, args.seconds, job.run)
     print("\nGoals:", *goals_of(results), sep="\n")
 
 
@@ -88,26 +87,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="measure rows of --output again that failed")
     parser.add_argument("--dry", action="store_true", help="print the rows and how long they may take")
     parser.add_argument("--profile", metavar="ROW", help="profile two steps of a row by kinds of kernels")
+    parser.add_argument(
+        "--profiled", action="store_true", help="profile a call of each row too; it is kept in --output"
+    )
     parser.add_argument("--check", action="store_true", help="compare results on the GPU with the CPU's")
     parser.add_argument(
         "--tables", type=Path, nargs="+", metavar="FILE.json", help="write the documents' tables"
     )
     parser.add_argument("--documents", type=Path, nargs="+", help="in place of docs/speed.md and README.md")
-    parser.add_argument("--folder", type=Path, help="where the models' files go; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where models' files go and stay; default: temporary folders"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
-
-
-@contextlib.contextmanager
-def folder_of(folder: Path | None) -> Any:
-    """Yield the folder that was asked for, which stays, or a temporary one."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as made:
-        yield Path(made)
 
 
 def head_of(device: str) -> dict[str, Any]:
@@ -136,13 +129,15 @@ def head_of(device: str) -> dict[str, Any]:
 class Job:
     """How a row is run: in a process of its own."""
 
-    folder: Path  # with the models' files
+    folder: Path | None  # with the models' files; None: temporary ones
     device: str
+    profiled: bool = False  # profile a call of each row too
 
     def run(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row, or why it failed. limit: seconds after which it is ended."""
-        command = [sys.executable, __file__, "--child", row.name]
-        command += ["--folder", str(self.folder), "--device", self.device]
+        command = [sys.executable, __file__, "--child", row.name, "--device", self.device]
+        command += [] if self.folder is None else ["--folder", str(self.folder)]
+        command += ["--profiled"] if self.profiled else []
         try:
             child = subprocess.run(
                 command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=limit
@@ -181,6 +176,7 @@ def measure_all(
             **{"kind": row.kind, "model": row.model.name, "size": str(row.size) if row.size.width else "-"},
             **{"about": row.about, "options": list(row.options), **found},
             **{"took": time.monotonic() - start, "expected": expected(row)},
+            **{"matmul": results.peak, "date": results.head["date"]},
         }
         results.note(row.name, figures)
         columns = columns_of(row.kind)
@@ -203,39 +199,39 @@ class ExpectedSeconds:
     def of(self, row: Row) -> Any:
         """Return what is expected of a row. Files without content are written to a temporary folder."""
         if row.name not in self.known:
-            with tempfile.TemporaryDirectory() as folder:
-                self.known[row.name] = expected_of(row, Path(folder))
+            self.known[row.name] = expected_of(row)
         return self.known[row.name]
 
     def __call__(self, row: Row) -> float:
         return float(self.of(row).seconds)
 
 
-def expected_of(row: Row, folder: Path) -> Any:
-    """Return what is expected of a row, from the header of its file."""
+def expected_of(row: Row) -> Any:
+    """Return what is expected of a row, from the header of a file without content."""
     if row.kind in (*CACHING, LOADING):
         return expect(row, 0, 0)
     from benchmarks.gpu_families import generation_family, training_family
-    from benchmarks.gpu_files import lay_out
+    from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_steps import call_operations
 
-    path, high = lay_out(row, folder)
-    if row.kind == TRAINING:
-        options, family = training_family(row, path)
-    else:
-        options, family = generation_family(row, path, high)
-    operations, _ = call_operations(row, options, family)
-    files = 2 if high is not None else 1
-    return expect(row, operations, files * path.stat().st_size)
+    with folder_for(row, None) as folder:
+        path, high = lay_out(row, folder)
+        if row.kind == TRAINING:
+            options, family = training_family(row, path)
+        else:
+            options, family = generation_family(row, path, high)
+        operations, _ = call_operations(row, options, family)
+        files = 2 if high is not None else 1
+        return expect(row, operations, files * path.stat().st_size)
 
 
-def print_plan(rows: Sequence[Row], folder: Path) -> None:
+def print_plan(rows: Sequence[Row]) -> None:
     """Print the rows with what they may take; no GPU is needed."""
     total = 0.0
     print("| row | group | model | size | options | PFLOP a call | file GB | expected s |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        found = expected_of(row, folder)
+        found = expected_of(row)
         total += found.seconds
         group = "goals, " * row.is_goal + row.group
         size = row.size if row.size.width else "-"
@@ -245,31 +241,32 @@ def print_plan(rows: Sequence[Row], folder: Path) -> None:
     print(f"\n{len(rows)} rows, about {total / 60:.0f} minutes: a guess for a GPU of 790 TFLOP/s in bf16")
 
 
-def measure_here(row: Row, folder: Path, device: str) -> dict[str, Any]:
+def measure_here(row: Row, folder: Path | None, device: str, profiled: bool) -> dict[str, Any]:
     """Return the figures of a row, in the process that loads its model."""
-    from benchmarks.gpu_files import lay_out
+    from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_measuring import measure_row
     from modules.devices import choose_device
 
-    return measure_row(row, *lay_out(row, folder), choose_device(device))
+    with folder_for(row, folder) as where:
+        return measure_row(row, *lay_out(row, where), choose_device(device), profiled=profiled)
 
 
 def profile(row: Row, folder: Path | None, device: str) -> None:
-    """Print where the time of two steps goes."""
-    from benchmarks.gpu_files import lay_out
+    """Print where the time of two steps goes, or of the steps of a generation that rows measure."""
+    from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_measuring import prepare
     from benchmarks.gpu_profile import profile_calls, report
     from modules.devices import choose_device
 
     if row.kind == LOADING:
         raise SystemExit(f"--profile {row.name}: loading has no steps. Give a row of another group")
-    with folder_of(folder) as where:
+    with folder_for(row, folder) as where:
         chosen = choose_device(device)  # as a script does, which also sets how float32 is computed
         bench = prepare(row, *lay_out(row, where), chosen)
         bench.warm_up()
         calls = 2 if row.kind != GENERATION else 1
         print(f"{row.name}: {row.model.name}, {row.about}\n")
-        print(report(profile_calls(bench.call, calls, chosen), calls))
+        print(report(profile_calls(bench.call, calls, chosen), calls * max(round(bench.per), 1)))
 
 
 if __name__ == "__main__":

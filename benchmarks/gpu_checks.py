@@ -1,6 +1,6 @@
 """Run the tests marked `gpu` in groups, so that a crash or a hang of one group does not lose the others.
 
-    python benchmarks/gpu.py --check [--seconds 540] [--output checks.json] [FILE ...]
+    python benchmarks/gpu.py --check [--seconds 560] [--output checks.json] [FILE or FOLDER ...]
 
 Each file of tests runs in its own process. A line is printed when it has ended: how many tests passed,
 failed and were skipped, and the seconds; then the messages of failures and the reasons of skipped tests. A
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +27,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "mark.gpu"  # what a file of such tests has in its text
-SECONDS = 540.0  # of all groups; a command on a lent machine has ten minutes
-GROUP_SECONDS = 200.0
+SECONDS = 560.0  # of all groups; a command on a lent machine has ten minutes
+GROUP_SECONDS = 400.0
+LATE = "test_compile.py"  # takes longest of the parts' tests
+# groups that run side by side, on a GPU with so many bytes and with cores for them
+JOBS, ROOMY = 4, 40 << 30
 LONGEST = 4000  # characters of a message
 
 
@@ -56,25 +60,27 @@ class Group:
 def main(argv: Sequence[str]) -> int:
     """Run the groups and return the exit code. argv: the arguments after --check."""
     parser = argparse.ArgumentParser(prog="gpu.py --check", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, help="files of tests; default: all marked gpu")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="files or folders of tests; default: all marked gpu"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all; default {SECONDS:.0f}")
     parser.add_argument(
         "--group_seconds", type=float, default=GROUP_SECONDS, help=f"for a file; default {GROUP_SECONDS:.0f}"
     )
+    parser.add_argument("--jobs", type=int, help="files at a time; default: by GPU and cores")
     parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     parser.add_argument("--markers", default="gpu", help="as pytest's -m; default gpu")
     args = parser.parse_args(argv)
     machine = describe_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    paths = [path for given in args.files for path in files_of(given)] or find_files(ROOT / "tests")
     groups: list[Group] = []
     begun = time.monotonic()
-    for path in args.files or find_files(ROOT / "tests"):
-        left = args.seconds - (time.monotonic() - begun)
-        if left < 1:
-            groups.append(Group(name_of(path), ended=f"not begun: {args.seconds:.0f} seconds are over"))
-        else:
-            groups.append(run_group(path, args.markers, min(left, args.group_seconds)))
-        print(report(groups[-1]), flush=True)
+    for group in run_groups(
+        paths, args.markers, begun + args.seconds, args.group_seconds, args.jobs or jobs_here()
+    ):
+        groups.append(group)
+        print(report(group), flush=True)
         if args.output is not None:
             write_results(args.output, machine, groups)  # each time: a killed command keeps what it has
     ran, failed = sum(group.count for group in groups), [group for group in groups if not group.is_good]
@@ -86,9 +92,50 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def run_groups(paths: Sequence[Path], markers: str, end: float, seconds: float, jobs: int) -> Iterator[Group]:
+    """Run files of tests, some at a time, and yield each when it has ended.
+
+    end: of the whole, by the monotonic clock. seconds: for a file.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+
+    def run(path: Path) -> Group:
+        left = end - time.monotonic()
+        if left < 1:
+            return Group(name_of(path), ended="not begun: the time is over")
+        return run_group(path, markers, min(left, seconds), children)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield from (done.result() for done in as_completed([pool.submit(run, path) for path in paths]))
+        except BaseException:  # Ctrl-C reaches only this process
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                end_with_children(child)
+            raise
+
+
+def jobs_here() -> int:
+    """Return how many files of tests this machine can run at a time."""
+    import torch
+
+    if not torch.cuda.is_available() or (os.cpu_count() or 1) < 2 * JOBS:
+        return 1
+    return JOBS if torch.cuda.get_device_properties(0).total_memory >= ROOMY else 1
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files of tests in a folder; of a file, itself."""
+    return sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
+
+
 def find_files(folder: Path) -> list[Path]:
-    """Return the files of tests for a GPU: first all in the folder gpu, which need few packages."""
-    own = sorted((folder / "gpu").rglob("test_*.py"))
+    """Return the files of tests for a GPU: first those of parts, then whole runs, then those elsewhere.
+
+    Those in the folder gpu need few packages.
+    """
+    own = files_of(folder / "gpu")
+    own.sort(key=lambda path: (len(path.parts), path.name == LATE))
     others = [path for path in sorted(folder.rglob("test_*.py")) if path not in own]
     return own + [path for path in others if MARK in path.read_text(encoding="utf-8")]
 
@@ -110,8 +157,8 @@ def describe_machine() -> dict[str, str]:
     return found
 
 
-def run_group(path: Path, markers: str, seconds: float) -> Group:
-    """Run one file of tests in a process of its own, at most so many seconds."""
+def run_group(path: Path, markers: str, seconds: float, children: list[subprocess.Popen[bytes]]) -> Group:
+    """Run one file of tests in a process of its own, at most so many seconds. children: gets the process."""
     group, begun = Group(name_of(path)), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record, log = Path(folder) / "record.jsonl", Path(folder) / "log.txt"
@@ -126,12 +173,14 @@ def run_group(path: Path, markers: str, seconds: float) -> Group:
                 env=child_environment(),
                 start_new_session=True,
             )
+            children.append(child)
             try:
                 code = child.wait(seconds)
             except subprocess.TimeoutExpired:
                 group.ended, code = f"stopped after {seconds:.0f} seconds", 0
             finally:
                 end_with_children(child)
+                children.remove(child)
         read_record(record, group)
         text = log.read_text(encoding="utf-8", errors="replace")
     group.seconds = round(time.monotonic() - begun, 1)
@@ -146,7 +195,7 @@ def child_environment() -> dict[str, str]:
 
 def end_with_children(child: subprocess.Popen[bytes]) -> None:
     """End a process and what it has started, such as the workers of torch's compiler."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
         if sys.platform == "win32":
             child.kill()
         else:

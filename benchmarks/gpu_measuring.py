@@ -13,6 +13,7 @@ import torch
 from benchmarks.gpu_encoders import latents, texts
 from benchmarks.gpu_families import training_family
 from benchmarks.gpu_files import forget
+from benchmarks.gpu_profile import profile_calls, report
 from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, Row
 from benchmarks.gpu_steps import Bench, generation, train_steps
 from benchmarks.process_memory import STATUS, peak
@@ -25,13 +26,30 @@ Figures = dict[str, Any]  # of a row, as the result file holds them
 
 
 def measure_row(
-    row: Row, path: Path, high: Path | None, device: torch.device, enough: float = ENOUGH
+    row: Row,
+    path: Path,
+    high: Path | None,
+    device: torch.device,
+    enough: float = ENOUGH,
+    profiled: bool = False,
 ) -> Figures:
-    """Return the figures of a row. path, high: its files. enough: seconds."""
+    """Return the figures of a row. path, high: its files. enough: seconds. profiled: profile a call too."""
     if row.kind == LOADING:
         return {**_measure_loading(row, path, device), "host": _host_peak()}
     bench = prepare(row, path, high, device)
-    return measure(bench, path, device, enough)
+    found = measure(bench, path, device, enough)
+    return {**found, "profile": _profile(bench, device)} if profiled else found
+
+
+def _profile(bench: Bench, device: torch.device) -> list[str]:
+    """Return the lines of a profile of one call, or why there is none: that loses no row.
+
+    Times are of a step, clip or text.
+    """
+    try:
+        return report(profile_calls(bench.call, 1, device), max(round(bench.per), 1)).splitlines()
+    except (RuntimeError, AssertionError) as error:
+        return [f"failed: {error}"]
 
 
 def prepare(row: Row, path: Path, high: Path | None, device: torch.device) -> Bench:

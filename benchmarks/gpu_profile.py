@@ -159,63 +159,73 @@ def profile_calls(call: Callable[[], object], calls: int, device: torch.device) 
             call()
         if cuda:
             torch.cuda.synchronize(device)
-    return read_profile(found.events() or [], cuda)
+    if cuda:
+        assert found.profiler is not None
+        assert found.profiler.kineto_results is not None
+        return read_device(found.profiler.kineto_results.events())
+    return read_cpu(found.events() or [])
 
 
-def read_profile(events: Iterable[Any], cuda: bool) -> Profile:
-    """Turn torch's events into kernels. cuda: those of the device; else the CPU's operators by themselves."""
-    listed = [event for event in events if not event.is_async or cuda]
-    kernels = _device_kernels(listed) if cuda else _operators(listed)
+def read_device(events: Sequence[Any]) -> Profile:
+    """Join the kernels of a device with the operators that asked for them.
+
+    events: as the profiler notes them (torch._C._autograd._KinetoEvent); those of later releases than 2.11
+    say more, which is not needed.
+    """
+    operators = {
+        event.correlation_id(): event
+        for event in events
+        if _is_on_cpu(event.device_type()) and not event.linked_correlation_id() and event.shapes()
+    }
+    kernels = [
+        _kernel(event, operators.get(event.linked_correlation_id()))
+        for event in events
+        if not _is_on_cpu(event.device_type()) and not _is_annotation(event)
+    ]
     if not kernels:
         return Profile((), 0.0, 0.0)
-    if not cuda:  # operators of several threads; their own times do not follow one another
-        start = min(event.time_range.start for event in listed)
-        wall = max(event.time_range.end for event in listed) - start
-        return Profile(kernels, wall, min(sum(kernel.time for kernel in kernels), wall))
     wall = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
     return Profile(kernels, wall, busy_time(kernels))
 
 
-def _device_kernels(events: Sequence[Any]) -> list[Kernel]:
-    """Return what ran on the device, each with the operator that asked for it."""
-    operators = {
-        event.id: event
-        for event in events
-        if _is_on(event, "CPU") and not _linked(event) and event.input_shapes
-    }
-    found = []
-    for event in events:
-        if _is_on(event, "CPU") or getattr(event, "is_user_annotation", False):
-            continue
-        asked = operators.get(_linked(event))
-        name, times = event.name, event.time_range
-        if asked is None:
-            found.append(Kernel(name, times.start, times.end))
-            continue
-        shapes, types = _shapes(asked.input_shapes), getattr(asked, "input_dtypes", None) or ()
-        size = 0 if MATRICES.match(asked.name) else _bytes(shapes, types)
-        found.append(Kernel(name, times.start, times.end, asked.name, shapes, size))
-    return found
+def _kernel(event: Any, operator: Any) -> Kernel:
+    name, start, end = event.name(), event.start_ns() / 1e3, event.end_ns() / 1e3
+    if operator is None:
+        return Kernel(name, start, end)
+    shapes = _shapes(operator.shapes())
+    types = operator.dtypes() if hasattr(operator, "dtypes") else ()
+    size = 0 if MATRICES.match(operator.name()) else _bytes(operator.shapes(), types)
+    return Kernel(name, start, end, operator.name(), shapes, size)
+
+
+def read_cpu(events: Sequence[Any]) -> Profile:
+    """Return the CPU's operators, each with the time that it took itself. events: FunctionEvents."""
+    kernels = _operators(events)
+    if not kernels:
+        return Profile((), 0.0, 0.0)
+    start = min(event.time_range.start for event in events)
+    wall = max(event.time_range.end for event in events) - start
+    return Profile(kernels, wall, min(sum(kernel.time for kernel in kernels), wall))
 
 
 def _operators(events: Sequence[Any]) -> list[Kernel]:
-    """Return the CPU's operators, each with the time that it took itself."""
     found = []
     for event in events:
         own = event.self_cpu_time_total
-        if _is_on(event, "CPU") and own > 0:
+        if own > 0:
             start = event.time_range.start
             shapes = _shapes(event.input_shapes or ())
             found.append(Kernel(event.name, start, start + own, event.name, shapes))
     return found
 
 
-def _is_on(event: Any, device: str) -> bool:
-    return str(event.device_type).endswith(device)
+def _is_on_cpu(device_type: Any) -> bool:
+    return str(device_type).endswith("CPU")
 
 
-def _linked(event: Any) -> int:
-    return int(getattr(event, "linked_correlation_id", 0) or 0)
+def _is_annotation(event: Any) -> bool:
+    """Return whether a stretch of time is not a kernel, but what a program calls it."""
+    return bool(event.is_user_annotation()) if hasattr(event, "is_user_annotation") else False
 
 
 def _shapes(given: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
@@ -230,7 +240,7 @@ def _shapes(given: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
 ITEM_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "int": 4}
 
 
-def _bytes(shapes: Sequence[tuple[int, ...]], types: Sequence[str]) -> int:
+def _bytes(shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
     """Return the bytes of an operator's inputs, which it reads at least; 0 if their types are not known."""
     if len(types) != len(shapes):
         return 0

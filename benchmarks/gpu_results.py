@@ -51,7 +51,8 @@ def read_results(path: Path) -> Results:
 def continue_results(path: Path | None, head: Figures) -> Results:
     """Return what is in a result file, to be continued, or nothing measured yet.
 
-    Raises SystemExit if it is of another device or another torch.
+    The peaks are those of this run; each row keeps that of the run that measured it.
+    Raises SystemExit if the file is of another device or another torch.
     """
     if path is None or not path.exists():
         return Results(head, path=path)
@@ -62,7 +63,7 @@ def continue_results(path: Path | None, head: Figures) -> Results:
                 f"{path} was measured with {found.head.get(name)}, this is {head[name]}: "
                 "give another --output"
             )
-    return found
+    return Results(head, found.rows, path)
 
 
 def missing(rows: Sequence[Row], results: Results, again: bool) -> list[Row]:
@@ -176,7 +177,11 @@ def goals_of(results: Results) -> list[Goal]:
 def _peak_goal(rows: Mapping[str, Figures], peak: float) -> Goal:
     """Compare the fastest row of Wan 14B in bf16."""
     text = f"{PEAK_SHARE:.0%} of the bf16 peak in LoRA training of Wan 14B in bf16, recomputation counted"
-    shares = {name: rate(row) / peak for name, row in rows.items() if name.startswith("wan14b-bf16")}
+    shares = {
+        name: rate(row) / row.get("matmul", peak)
+        for name, row in rows.items()
+        if name.startswith("wan14b-bf16")
+    }
     if not shares:
         return Goal(text, None, "")
     best = max(shares, key=lambda name: shares[name])

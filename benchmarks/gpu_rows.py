@@ -109,12 +109,12 @@ ROWS = (
     _generate(
         "gen-wan14b-i2v-fp8", WAN_14B_I2V, SMALL, "fp8 products, compiled", *GENERATE_COMPILED, *GENERATE_FP8
     ),
-    Row("load-bf16", LOADING, WAN_1_3B, NONE, "bf16 to the device", seconds=40),
-    Row("load-fp8", LOADING, WAN_1_3B, NONE, "rounded to fp8 on the device", FP8, seconds=40),
+    Row("load-bf16", LOADING, WAN_1_3B, NONE, "bf16 to the device", seconds=60),
+    Row("load-fp8", LOADING, WAN_1_3B, NONE, "rounded to fp8 on the device", FP8, seconds=60),
     Row(
         *("load-pinned", LOADING, WAN_1_3B, NONE, "bf16, swap 29: to pinned host memory"),
         ("--blocks_to_swap", "29"),
-        seconds=45,
+        seconds=60,
     ),
     Row("cache-wan-vae", LATENTS, WAN_VAE, SMALL, "bfloat16", seconds=45),
     Row("cache-hunyuan-vae", LATENTS, HUNYUAN_VAE, SMALL, "float16", seconds=60),

@@ -154,7 +154,10 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
         return made, made
     loop = options.loop
     keeps = loop.gradient_checkpointing_keep is not None
-    return work.lora_step(loop.gradient_checkpointing, keeps), work.lora_step(checkpointing=False)
+    # compiled blocks and products with 8-bit weights save tensors at their end: all of it is recomputed
+    ends_early = options.speed.compilation.choice is None and options.speed.fp8.quantisation is None
+    made = work.lora_step(loop.gradient_checkpointing, keeps, ends_early)
+    return made, work.lora_step(checkpointing=False)
 
 
 def passes_of(family: Any) -> int:

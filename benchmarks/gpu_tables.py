@@ -133,12 +133,13 @@ def table(rows: Mapping[str, Figures], columns: Mapping[str, Cell], peak: float)
 
 
 def line_of(row: Figures, columns: Mapping[str, Cell], peak: float) -> str:
-    """Return a row of a table; of one that failed the reason."""
+    """Return a row of a table; of one that failed the reason. peak: unless the row has that of its run."""
     start = [row["model"], row["size"], row["about"]]
     if "failed" in row:
         reason = row["failed"].replace("|", "/")
         return f"| {' | '.join(start)} | failed: {reason[:160]} |" + " |" * (len(columns) - 1)
-    return f"| {' | '.join([*start, *(cell(row, peak) for cell in columns.values())])} |"
+    own = row.get("matmul", peak)
+    return f"| {' | '.join([*start, *(cell(row, own) for cell in columns.values())])} |"
 
 
 def columns_of(kind: str) -> Mapping[str, Cell]:

@@ -5,7 +5,8 @@ every kernel the floating-point operations and the bytes read and written. With 
 adds the same. The seconds are a prediction for a card with the rates of --matmul, --attention and --copy, at
 which every kernel is assumed to run: launches, waiting, slower kernels and the optimizer's reading of numbers
 are not in it. --fused is an estimate of what a compiler makes of the eager code: neighbours that are neither
-products nor attention become one kernel. Products in 8 bits are counted as products in 16.
+products nor attention become one kernel. It leaves out that a compiled block is recomputed to its very end.
+Products in 8 bits are counted as products in 16.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from blissful_tuner.latent_to_rgb import to_frames
 from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import LatentSpec
-from modules.devices import send_ahead
+from modules.devices import pin, send_ahead
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
 
@@ -202,7 +202,7 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
         plan = for_latents(read_taehv(checkpoint), latent)
         weights = _load(plan, CPU, dtype_on(device)).state_dict()
     if device.type == "cuda":  # so that sending them does not wait for the device
-        weights = {name: weight.pin_memory() for name, weight in weights.items()}
+        weights = {name: pin(weight) for name, weight in weights.items()}
     return TinyVae(plan.config, weights)
 
 

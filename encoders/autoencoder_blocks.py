@@ -10,6 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.attention.attend import attend
+from modules.layers.enlarging import repeat_pixels
 
 EPS = 1e-6  # in every group norm
 
@@ -92,7 +93,7 @@ class Double(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(repeat_pixels(x, 2))
 
 
 class Level(nn.Module):

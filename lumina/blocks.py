@@ -8,16 +8,19 @@ checkpoints.
 # Letters: B batch, L image tokens, T caption tokens, N heads, K heads of keys, D head width, C = N * D
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lumina.configs import LuminaConfig
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
 from modules.contract.generation import Steer
+from modules.layers import modulation
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import run, run_float32
 from modules.layers.rope import rotate
@@ -198,10 +201,34 @@ class FinalLayer(nn.Module):
 
 def modulate(normed: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return normed * (1 + scale), computed in float32."""
-    return normed if scale is None else (normed.float() * (1 + scale)).to(dtype)
+    if scale is None:
+        return normed
+    if torch.compiler.is_compiling():
+        return (normed.float() * (1 + scale)).to(dtype)
+    scaled: Tensor = _Scale.apply(normed, 1 + scale, dtype)
+    return scaled
+
+
+class _Scale(torch.autograd.Function):
+    """Multiplication that casts while it reads and writes, as `modules.layers.modulation` does."""
+
+    @staticmethod
+    def forward(ctx: Any, normed: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(normed if ctx.needs_input_grad[1] else None, factor)
+        ctx.dtype = normed.dtype
+        return torch.mul(normed, factor, out=torch.empty_like(normed, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        normed, factor = ctx.saved_tensors
+        of_normed = torch.empty_like(gradient, dtype=ctx.dtype)
+        torch.mul(gradient, factor, out=of_normed)
+        if not ctx.needs_input_grad[1]:
+            return of_normed, None, None
+        return of_normed, (gradient.float() * normed.float()).sum_to_size(factor.shape), None
 
 
 def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
     """Return x + gate * branch in one pass, in the dtype of x."""
-    branch = branch.to(x.dtype)
-    return x + branch if gate is None else torch.addcmul(x, gate.to(x.dtype), branch)
+    return x + branch.to(x.dtype) if gate is None else modulation.add_gated(x, gate, branch)

@@ -1,6 +1,5 @@
 """Choose a device, name dtypes, send tensors, free memory."""
 
-import contextlib
 import gc
 import logging
 import os
@@ -93,9 +92,29 @@ def send_ahead(tensor: Tensor, device: torch.device) -> Tensor:
     """
     is_large = tensor.device.type == "cpu" and tensor.nbytes > IN_COMMAND
     if device.type == "cuda" and is_large and not tensor.is_pinned():
-        with contextlib.suppress(RuntimeError):  # the driver refuses to lock memory: then it waits
-            tensor = tensor.pin_memory()  # torch keeps this memory until the copy is done
+        tensor = pin(tensor)  # torch keeps this memory until the copy is done
     return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """Copy a host tensor to page-locked memory; return it as it is if the driver refuses.
+
+    A copy from there to a CUDA device then makes the host wait.
+    """
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        logger.debug("not pinned: %s", error)
+        return tensor
+
+
+def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return uninitialised page-locked memory, or other host memory if the driver refuses."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        logger.debug("not pinned: %s", error)
+        return torch.empty(shape, dtype=dtype)
 
 
 def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from networks.deltas import DORA, LORA, Factors, bias_delta, decompose, strength, weight_delta
+from networks.lora_products import add_product
 
 _MID = "lora_mid.weight"
 _LOW_RANK = {*LORA, _MID, "alpha", "lora_up.bias", "diff_b"}  # the weight changes by small factors only
@@ -111,6 +112,26 @@ class AddedPart:
         bias = bias if self.place.is_linear else bias[:, None, None]
         return bias.expand_as(self._zeros(x, dtype)) if added is None else added + bias
 
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return the output of a matrix or a convolution for its input x, with what the LoRA adds to it.
+
+        out: nothing else may use it.
+        """
+        if self._joins(out):
+            down, *_, up = self._chain
+            return add_product(out, self._hidden(x, down).view(-1, len(down)), up.flatten(1).t())
+        added = self.addition(x, out.dtype)
+        if added is None:
+            return out
+        return out + (added if self.region is None else self.region(added))
+
+    def _joins(self, out: Tensor) -> bool:
+        """Return whether the last product is added to `out` in place: one pass over it, not three."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._chain:
+            return False
+        is_sum = self.place.is_linear and self.region is None and self._bias is None
+        return is_sum and out.dtype == self._chain[-1].dtype
+
     def changes(self) -> dict[str, Tensor]:
         """Return what is added to the module's parameters, by their names, float32."""
         device = self.place.parameter.device
@@ -124,10 +145,9 @@ class AddedPart:
 
     def _low_rank(self, x: Tensor) -> Tensor:
         down, *middle, up = self._chain
+        if self.place.is_linear:
+            return functional.linear(self._hidden(x, down), up.flatten(1))
         x = x.to(down.dtype)
-        if self.place.is_linear:  # factors of a 1x1 convolution fit too
-            hidden = functional.linear(x, down.flatten(1)) * self.multiplier
-            return functional.linear(hidden, up.flatten(1))
         rank, channels = len(down), self.place.parameter.shape[1]
         if middle:  # Tucker: only the core has the size of the kernel
             x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
@@ -136,6 +156,10 @@ class AddedPart:
             down = down.reshape(rank, channels, *self.place.parameter.shape[2:])
         hidden = self._apply(x, down) * self.multiplier
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
+
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
+        """Return what is between the factors of a matrix; those of a 1x1 convolution fit too."""
+        return functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Do what the module does, with another weight and without bias."""
@@ -184,9 +208,7 @@ class AddedLayer(nn.Module):
             return self._run_changed(active, *inputs, **named)
         out = self._before(*inputs, **named)
         for part in active:
-            added = part.addition(inputs[0], out.dtype)
-            if added is not None:
-                out = out + (added if part.region is None else part.region(added))
+            out = part.add_to(out, inputs[0])
         return out
 
     def _run_changed(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:

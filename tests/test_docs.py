@@ -113,7 +113,7 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
         *("--gradual_latent_every_n_steps", "1", "--gradual_latent_ratio_step", "0.5"),
     ],
     "--post gimmvfi": ["--video_size", "128", "128"],  # it takes no smaller frames
-    "--dry": ["--rows", "wan14b-bf16"],
+    "gpu.py --dry": ["--rows", "wan14b-bf16"],
     # inductor is slow, and has its own tests
     "--compile_args inductor": ["--compile_args", "eager", "default", "auto", "False"],
 }

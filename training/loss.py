@@ -14,7 +14,7 @@ from modules.contract.data import LOSS_MASK, Batch, Conditions
 from modules.contract.family import Described, Predicts
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.contract.noise import NoiseSpec
-from modules.devices import send
+from modules.devices import numbers_on, send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.loss_options import ADDITIVE, L2, RAW, SIGMA_SCALED, LossOptions
 
@@ -138,7 +138,7 @@ def _preserve(target: Tensor, batch: Batch, predict: Callable[[], Tensor], rule:
     assert rule.as_base is not None  # the loop was told that there are such samples
     with torch.no_grad(), rule.as_base():
         known = predict()
-    chosen = torch.tensor(batch.preserved, device=target.device)
+    chosen = numbers_on(target.device, batch.preserved, torch.bool)
     return torch.where(chosen.view(-1, *([1] * (target.ndim - 1))), known, target)
 
 

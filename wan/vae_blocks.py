@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.devices import empty_pinned
 from modules.layers.convolution import conv3d
+from modules.layers.enlarging import repeat_pixels
 from modules.layers.memory_layouts import empty_clip
 from wan.vae_shortcuts import Factors, add_repeated, average_groups
 
@@ -100,7 +102,8 @@ class TimeMemory:
             return
         held = self._frames.get(layer)
         if held is None or held.shape != frames.shape:
-            held = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=frames.is_cuda)
+            make = empty_pinned if frames.is_cuda else torch.empty
+            held = make(frames.shape, dtype=frames.dtype)
         # both directions run in order on the device's current stream: the host never waits for a copy
         self._frames[layer] = held.copy_(frames, non_blocking=True)
 
@@ -264,7 +267,7 @@ def _each_frame(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = F
     if pad:
         frames = F.pad(frames, (0, 1, 0, 1))
     if enlarge:
-        frames = F.interpolate(frames, scale_factor=2, mode="nearest-exact")
+        frames = repeat_pixels(frames, 2)
     return conv(frames).unflatten(0, (batch, -1)).transpose(1, 2)
 
 

@@ -13,7 +13,6 @@ file.
 """
 
 import fnmatch
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -26,11 +25,9 @@ from modules.checkpoints.fp8_layers import Fp8Loading
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.checkpoints.sources import TensorSource
 from modules.contract.loading import HostPlace, TensorInfo, WeightPatch
-from modules.devices import release_pinned_memory
+from modules.devices import empty_pinned, release_pinned_memory
 from modules.errors import CheckpointError
 from modules.fp8.weights import E4M3, attach
-
-logger = logging.getLogger(__name__)
 
 
 def load_module(
@@ -79,7 +76,7 @@ def load_module(
     pinned = any(
         (fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made
     )
-    scratch = _make_scratch(room, pinned)
+    scratch = empty_pinned([room], torch.uint8) if pinned else torch.empty(room, dtype=torch.uint8)
     is_filled_here = host is None or host.is_filled_here
     finite = FiniteCheck(checkpoint.path)
     sizes = {name: _stored_bytes(sources[name], checkpoint) for name in wanted}
@@ -194,21 +191,6 @@ def _is_as_stored(
 def _stored_bytes(source: TensorSource, checkpoint: Checkpoint) -> int:
     """Return the bytes that a tensor's parts take in the file."""
     return sum(checkpoint.tensors[part].size_bytes for part in source.names)
-
-
-def _make_scratch(size: int, pinned: bool) -> Tensor:
-    """Allocate host memory to read into; pinned for fast copies to CUDA, unless the driver refuses."""
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-    except RuntimeError as error:
-        if not pinned:
-            raise
-        logger.warning(
-            "The driver could not lock %.1f GB of host memory: loading takes longer (%s).",
-            size / 1e9,
-            str(error).partition("\n")[0],
-        )
-        return torch.empty(size, dtype=torch.uint8)
 
 
 def _room(source: TensorSource, checkpoint: Checkpoint) -> int:

@@ -189,7 +189,7 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
     """Return the bytes of a mapping, which lives as long as a tensor uses it, and how many are not locked.
 
-    pieces: to lock one by one, until the driver refuses.
+    pieces: to lock one by one, until the driver refuses; then the last one is given back.
     """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
     locked = list[int]()  # addresses
@@ -197,10 +197,12 @@ def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int
         # a forked process must not take over the pages that are registered with the device
         _advise(mapping, "MADV_DONTFORK")
         weakref.finalize(array, _unregister, locked).atexit = False
-    for index, piece in enumerate(pieces):
+    for piece in pieces:
         address = array.ctypes.data + piece.start
         if not _register(address, len(piece)):
-            return torch.from_numpy(array), sum(map(len, pieces[index:]))
+            if len(locked) > 1:  # batches and numbers of steps need a little pinned memory too
+                torch.cuda.cudart().cudaHostUnregister(locked.pop())
+            return torch.from_numpy(array), sum(map(len, pieces[len(locked) :]))
         locked.append(address)
     return torch.from_numpy(array), 0
 

@@ -7,7 +7,9 @@ realesr-general-x4v3 of Wang et al. 2021, arXiv 2107.10833.
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pixel_shuffle
+from torch.nn.functional import pixel_shuffle
+
+from modules.layers.enlarging import repeat_pixels
 
 COLOURS = 3
 
@@ -47,5 +49,5 @@ class CompactNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: B 3 H W, 0..1. Returns B 3 fH fW, not limited."""
-        large = interpolate(x, scale_factor=float(self.config.factor), mode="nearest")
+        large = repeat_pixels(x, self.config.factor)
         return pixel_shuffle(self.body(x), self.config.factor) + large

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, leaky_relu, pixel_unshuffle
+from torch.nn.functional import leaky_relu, pixel_unshuffle
+
+from modules.layers.enlarging import repeat_pixels
 
 COLOURS = 3
 SLOPE = 0.2  # of every leaky ReLU
@@ -109,5 +111,5 @@ class RRDBNet(nn.Module):
         x = first + self.conv_body(x)
         for number in range(1, self.config.doublings + 1):
             convolve = self.get_submodule(f"conv_up{number}")
-            x = leaky_relu(convolve(interpolate(x, scale_factor=2.0, mode="nearest")), SLOPE, inplace=True)
+            x = leaky_relu(convolve(repeat_pixels(x, 2)), SLOPE, inplace=True)
         return self.conv_last(leaky_relu(self.conv_hr(x), SLOPE, inplace=True))

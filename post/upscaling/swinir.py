@@ -13,9 +13,10 @@ from math import prod
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, leaky_relu, pad, scaled_dot_product_attention
+from torch.nn.functional import gelu, leaky_relu, pad, scaled_dot_product_attention
 
 from modules.devices import numbers_on
+from modules.layers.enlarging import repeat_pixels
 from modules.layers.norms import Float32LayerNorm
 
 COLOURS = 3
@@ -309,9 +310,7 @@ class SwinIR(nn.Module):
         for number in range(1, len(self.config.ups) + 1):
             convolve = self.get_submodule(f"conv_up{number}")
             # nested, so that the largest tensors are freed as soon as they may be
-            features = leaky_relu(
-                convolve(interpolate(features, scale_factor=2.0, mode="nearest")), 0.2, inplace=True
-            )
+            features = leaky_relu(convolve(repeat_pixels(features, 2)), 0.2, inplace=True)
         return self.conv_last(leaky_relu(self.conv_hr(features), 0.2, inplace=True))
 
 

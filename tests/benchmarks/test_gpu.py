@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_files import fill, forget, lay_out
+from benchmarks.gpu_files import forget
 from benchmarks.gpu_measuring import measure_row, time_call
 from benchmarks.gpu_results import Results, missing, read_results
 from benchmarks.gpu_rows import BY_NAME, ROWS, TRAINING, Row, Size, choose
-from modules.checkpoints.opening import open_checkpoint
 from tests.commands import ROOT, run_program
-from tests.manifests import manifest_names, write_hollow
 from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, wan_dit
 from tests.tiny.hunyuan_encoders import llama_tensors, prefixed, save
 from tests.tiny.hunyuan_vae import write_vae
@@ -155,9 +153,10 @@ def test_the_encoding_of_texts_is_measured(tmp_path: Path, name: str) -> None:
     path = tmp_path / "encoder.safetensors"
     save(path, t5_tensors() if name == "cache-umt5" else prefixed(llama_tensors(), "model."))
 
-    found = measure_row(replace(BY_NAME[name], text_tokens=512), path, None, CPU, enough=0)
+    found = measure_row(replace(BY_NAME[name], text_tokens=512), path, None, CPU, enough=0, profiled=True)
 
     assert found["per"] == 8
+    assert found["profile"][0].startswith("| group | ms a step |")
     assert found["seconds"] > 0
 
 
@@ -192,43 +191,6 @@ def test_rows_with_other_options_start_from_equal_weights(tmp_path: Path) -> Non
     assert plain == swapped
     assert plain != rounded == pytest.approx(plain, rel=0.02)
     assert len(set(plain)) == 3  # it learns
-
-
-# Files
-
-
-def test_every_row_names_a_list_of_tensors_that_is_there() -> None:
-    manifests = {row.model.manifest for row in ROWS} | {row.model.high for row in ROWS}
-    assert manifests - {""} <= set(manifest_names(""))
-
-
-def test_the_file_of_a_loading_row_has_real_numbers_behind_its_header(tmp_path: Path) -> None:
-    path = write_hollow(tmp_path / "a.safetensors", {"a": ("BF16", (300, 70_000)), "b": ("BF16", (5,))})
-
-    fill(path)
-
-    with open_checkpoint(path) as checkpoint:
-        for name, shape in (("a", (300, 70_000)), ("b", (5,))):
-            numbers = checkpoint.read(name)
-            assert numbers.shape == shape
-            assert numbers.isfinite().all()
-            assert numbers.count_nonzero() == numbers.numel()
-    if hasattr(path.stat(), "st_blocks"):
-        assert path.stat().st_blocks * 512 >= path.stat().st_size
-
-
-def test_files_are_written_once_and_transformers_are_in_bf16(tmp_path: Path) -> None:
-    path, none = lay_out(BY_NAME["wan14b-bf16"], tmp_path)
-    written = path.stat().st_mtime_ns
-    low, high = lay_out(BY_NAME["gen-wan22-14b"], tmp_path)
-
-    assert none is None
-    assert lay_out(BY_NAME["wan14b-fp8-weights"], tmp_path)[0] == path
-    assert path.stat().st_mtime_ns == written
-    assert high is not None
-    assert low != high
-    with open_checkpoint(path) as checkpoint:
-        assert {info.dtype for info in checkpoint.tensors.values()} == {torch.bfloat16}
 
 
 # The command

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_checks import ROOT, find_files, main, missing_package, name_of
+from benchmarks.gpu_checks import ROOT, files_of, find_files, main, missing_package, name_of
 
 GOOD = "def test_good(): pass\n"
 FAILING = GOOD + "def test_bad():\n    assert 1 + 1 == 3, 'a wrong sum'\n"
@@ -33,7 +33,7 @@ def checked(
 def test_a_bad_file_does_not_lose_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"failing": FAILING, "hanging": HANGING, "crashing": CRASHING, "skipping": SKIPPING}
     files |= {"missing": MISSING, "broken": BROKEN, "good": GOOD}
-    code, printed, groups = checked(tmp_path, files, capsys, "--group_seconds", "12")
+    code, printed, groups = checked(tmp_path, files, capsys, "--group_seconds", "12", "--jobs", "2")
 
     assert code == 1
     assert {name: group["passed"] for name, group in groups.items()} == {
@@ -67,7 +67,7 @@ def test_good_files_are_good_and_nothing_checked_is_not(
 def test_when_the_time_is_over_the_rest_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, groups = checked(tmp_path, {"good": GOOD}, capsys, "--seconds", "0")
     assert code == 1
-    assert "not begun: 0 seconds are over" in printed
+    assert "not begun: the time is over" in printed
 
 
 def test_files_are_found_by_their_marks() -> None:
@@ -79,6 +79,15 @@ def test_files_are_found_by_their_marks() -> None:
     places = [name.startswith("tests/gpu/") for name in names]
     assert places == sorted(places, reverse=True)
     assert Path(__file__).resolve().parents[2] == ROOT
+
+
+def test_parts_come_before_whole_runs_and_what_takes_long_is_late(tmp_path: Path) -> None:
+    for name in ("gpu/runs/test_a.py", "gpu/test_compile.py", "gpu/test_z.py", "other/test_b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("pytest.mark.gpu" if "gpu" not in name else "", encoding="utf-8")
+    names = [path.name for path in find_files(tmp_path)]
+    assert names == ["test_z.py", "test_compile.py", "test_a.py", "test_b.py"]
+    assert [path.name for path in files_of(tmp_path / "gpu" / "runs")] == ["test_a.py"]
 
 
 def test_only_packages_of_others_may_be_missing() -> None:

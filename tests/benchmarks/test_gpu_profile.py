@@ -1,5 +1,6 @@
 """A profile's kernels come into groups: made-up lists of kernels, and a real profile of a CPU."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import gpu
 from benchmarks.gpu_profile import (
     ATTENTION,
     COPIES,
@@ -20,9 +22,13 @@ from benchmarks.gpu_profile import (
     busy_time,
     group_of,
     profile_calls,
-    read_profile,
+    read_cpu,
+    read_device,
     report,
 )
+from benchmarks.gpu_rows import BY_NAME
+from tests.tiny.hunyuan_encoders import save
+from tests.tiny.wan_encoders import t5_tensors
 
 
 @pytest.mark.parametrize(
@@ -96,30 +102,21 @@ def test_the_report_has_shares_of_the_step_the_gaps_and_the_largest_kernels() ->
     assert f"| flash_bwd | 3.00 | 30.0% | 0 | - | {ATTENTION} |" in text
 
 
-def event(name: str, device: str, start: float, end: float, **more: Any) -> SimpleNamespace:
-    """An event as torch.autograd.profiler_util.FunctionEvent has it."""
-    usual = {"id": 0, "linked_correlation_id": 0, "input_shapes": [], "input_dtypes": [], "is_async": False}
-    usual |= {"is_user_annotation": False, "self_cpu_time_total": 0.0}
-    times = SimpleNamespace(start=start, end=end)
-    return SimpleNamespace(
-        name=name, device_type=f"DeviceType.{device}", time_range=times, **{**usual, **more}
-    )
+def event(name: str, device: str, start: int, end: int, **more: Any) -> SimpleNamespace:
+    """An event as torch.profiler notes it; everything is asked for by a call. Times: microseconds."""
+    usual = {"correlation_id": 0, "linked_correlation_id": 0, "shapes": [], "dtypes": []}
+    usual |= {"device_type": f"DeviceType.{device}", "start_ns": 1000 * start, "end_ns": 1000 * end}
+    values = {"name": name, "is_user_annotation": False, **usual, **more}
+    return SimpleNamespace(**{key: lambda value=value: value for key, value in values.items()})
 
 
 def test_a_devices_kernels_are_joined_with_their_operators() -> None:
+    types = ["float", "Scalar", "c10::BFloat16"]
     events = [
         event(
-            "aten::mm", "CPU", 0, 5, id=7, input_shapes=[[64, 5120], [5120, 32]], input_dtypes=["float"] * 2
+            "aten::mm", "CPU", 0, 5, correlation_id=7, shapes=[[64, 5120], [5120, 32]], dtypes=["float"] * 2
         ),
-        event(
-            "aten::add",
-            "CPU",
-            5,
-            6,
-            id=8,
-            input_shapes=[[10, 10], [], [10]],
-            input_dtypes=["float", "Scalar", "c10::BFloat16"],
-        ),
+        event("aten::add", "CPU", 5, 6, correlation_id=8, shapes=[[10, 10], [], [10]], dtypes=types),
         event("cudaLaunchKernel", "CPU", 1, 2, linked_correlation_id=7),
         event("nvjet_a", "CUDA", 100, 140, linked_correlation_id=7),
         event("elementwise_kernel", "CUDA", 150, 160, linked_correlation_id=8),
@@ -127,7 +124,7 @@ def test_a_devices_kernels_are_joined_with_their_operators() -> None:
         event("Optimizer.step#AdamW", "CUDA", 0, 1000, is_user_annotation=True),
     ]
 
-    found = read_profile(events, cuda=True)
+    found = read_device(events)
 
     assert [group_of(kernel) for kernel in found.kernels] == [THIN, ELEMENTWISE, OTHER]
     assert [kernel.size for kernel in found.kernels] == [0, 420, 0]
@@ -135,7 +132,21 @@ def test_a_devices_kernels_are_joined_with_their_operators() -> None:
 
 
 def test_a_profile_without_kernels_is_empty() -> None:
-    assert read_profile([event("aten::mm", "CPU", 0, 5)], cuda=True) == Profile((), 0.0, 0.0)
+    assert read_device([event("aten::mm", "CPU", 0, 5)]) == read_cpu([]) == Profile((), 0.0, 0.0)
+
+
+def test_torch_notes_events_with_what_is_asked_of_them() -> None:
+    """A CPU's events are of the same class as a GPU's."""
+    with torch.profiler.profile(record_shapes=True) as found:
+        torch.ones(4, 8) @ torch.ones(8, 3)
+    assert found.profiler is not None
+    assert found.profiler.kineto_results is not None
+    events = found.profiler.kineto_results.events()
+    (product,) = [event for event in events if event.name() == "aten::mm"]
+
+    kernel = event("nvjet", "CUDA", 1, 2, linked_correlation_id=product.correlation_id())
+
+    assert read_device([*events, kernel]).kernels == [Kernel("nvjet", 1.0, 2.0, "aten::mm", ((4, 8), (8, 3)))]
 
 
 def test_a_real_profile_of_a_cpu_has_all_groups() -> None:
@@ -157,3 +168,16 @@ def test_a_real_profile_of_a_cpu_has_all_groups() -> None:
     thin = [kernel for kernel in found.kernels if group_of(kernel) == THIN]
     assert all(16 in {side for shape in kernel.shapes for side in shape} for kernel in thin)
     assert "| attention | " in report(found, 2)
+
+
+def test_a_row_is_profiled_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is there is not written again, so that a tiny one may stand in."""
+    name = BY_NAME["cache-umt5"].model.manifest
+    save(tmp_path / f"{name}.safetensors", t5_tensors())
+
+    gpu.main(["--profile", "cache-umt5", "--folder", str(tmp_path), "--device", "cpu"])
+
+    text = capsys.readouterr().out
+    assert text.startswith("cache-umt5: umT5, texts of 256 tokens\n")
+    for group in (ATTENTION, PRODUCTS, ELEMENTWISE, IDLE):
+        assert f"| {group} | " in text

@@ -187,9 +187,19 @@ def test_results_go_on_where_they_ended_but_not_on_another_device(tmp_path: Path
     path = tmp_path / "gpu.json"
     continue_results(path, HEAD).note("wan14b-bf16", row())
 
-    assert continue_results(path, {**HEAD, "date": "2026-01-02"}).rows["wan14b-bf16"] == row()
+    later = continue_results(path, {**HEAD, "date": "2026-01-02", "matmul": 7e14})
+
+    assert later.rows["wan14b-bf16"] == row()
+    assert (later.head["date"], later.peak) == ("2026-01-02", 7e14)
     with pytest.raises(SystemExit, match="was measured with a card, this is another: give another --output"):
         continue_results(path, {**HEAD, "device": "another"})
+
+
+def test_a_row_is_compared_with_the_peak_of_its_own_run() -> None:
+    kept = row(matmul=1e15)
+
+    assert "| 500 (50%) |" in line_of(kept, columns_of(TRAINING), 8e14)
+    assert verdicts(wan14b_bf16=kept)[0].endswith("(wan14b-bf16 50.0%)")
 
 
 def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_the_operations_of_a_tiny_model_are_those_of_its_sizes(tmp_path: Path, g
     if generates:
         assert products == pytest.approx(2 * work.linear, rel=0.25)  # and what is outside the blocks
     else:
-        assert products > 3 * work.linear  # and those of a LoRA that is wide for this model
+        assert products > 3 * work.linear - work.last  # and those of a LoRA that is wide for this model
     assert (chosen(found.step, AGAIN).count > 0) is not generates
     lines = "\n".join(report(found, RATES, most=1000))
     assert "wan/model.py" in lines

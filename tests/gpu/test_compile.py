@@ -26,13 +26,12 @@ from tests.gpu.measuring import no_waits, relative_error, sent
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, same, swapped
 from tests.modules.swap_cases import gradients as case_gradients
-from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
+from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
 SIZES = ((1, 4, 4, 7), (2, 4, 6, 9), (3, 6, 8, 11), (2, 8, 6, 5))
 NEAR = {False: 1e-4, True: 0.03}  # with autocast: relative error of outputs; of gradients twice that
 CPU = torch.device("cpu")
-FEW = [pytest.param(tiny, id=tiny.name, marks=[] if tiny is DITS[0] else [pytest.mark.gpu]) for tiny in DITS]
-DROPOUTS = ({"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"})
+WAN, HUNYUAN, FRAMEPACK = ONE_OF_EACH
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +75,15 @@ def assert_near(found: Sequence[tuple[Tensor, list[Tensor]]], share: float) -> N
     assert relative_error(*joined) < 2 * share
 
 
-@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("tiny", FEW)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tiny", "autocast"),  # few, as inductor takes some 20 seconds for a block that learns
+    [
+        pytest.param(WAN, False, id="wan"),
+        pytest.param(WAN, True, id="wan autocast", marks=pytest.mark.gpu),
+        pytest.param(HUNYUAN, True, id="hunyuan autocast", marks=pytest.mark.gpu),
+    ],
+)
 def test_numbers_are_those_of_uncompiled_blocks_and_the_next_step_compiles_nothing(
     device: torch.device, tiny: TinyDit, autocast: bool
 ) -> None:
@@ -95,8 +101,8 @@ def test_numbers_are_those_of_uncompiled_blocks_and_the_next_step_compiles_nothi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiny", FEW)
-def test_blocks_are_compiled_twice_at_most_for_many_sizes(device: torch.device, tiny: TinyDit) -> None:
+def test_blocks_are_compiled_twice_at_most_for_many_sizes(device: torch.device) -> None:
+    tiny = WAN
     results: list[list[Tensor]] = []
     for compiled in (False, True):
         dit = tiny.make(3).to(device)
@@ -110,11 +116,8 @@ def test_blocks_are_compiled_twice_at_most_for_many_sizes(device: torch.device, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", DROPOUTS, ids=lambda arguments: next(iter(arguments)))
-def test_dropout_is_that_of_uncompiled_blocks_for_every_seed(
-    device: torch.device, dropout: dict[str, float]
-) -> None:
-    tiny, results = DITS[0], []
+def test_dropout_is_that_of_uncompiled_blocks_for_every_seed(device: torch.device) -> None:
+    tiny, dropout, results = WAN, {"neuron_dropout": 0.3}, []
     inputs = sent(tiny.inputs(SIZES[0], 2), device)
     for compiled in (False, True):
         dit, network = learner_on(tiny, device, compiled, **dropout)
@@ -160,9 +163,9 @@ def test_swapped_blocks_are_compiled_once_and_give_the_same_bits(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("keep", [False, True], ids=["", "keep attention"])
-@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
-@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda tiny: tiny.name)
+@pytest.mark.parametrize(
+    ("tiny", "offload", "keep"), [(WAN, True, True), (FRAMEPACK, True, False)], ids=["wan", "framepack"]
+)
 def test_compiled_blocks_with_checkpoints_of_all_kinds(
     cuda: torch.device, tiny: TinyDit, offload: bool, keep: bool
 ) -> None:
@@ -177,8 +180,8 @@ def test_compiled_blocks_with_checkpoints_of_all_kinds(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda tiny: tiny.name)
-def test_compiled_blocks_with_fp8_products(cuda: torch.device, tiny: TinyDit) -> None:
+def test_compiled_blocks_with_fp8_products(cuda: torch.device) -> None:
+    tiny = WAN
     if not supports_fp8(cuda):
         pytest.skip("this GPU has no fp8 units")
     quantisation, found = Quantisation("rows", product=choose_product(cuda)), []

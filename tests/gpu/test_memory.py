@@ -15,10 +15,12 @@ from generation.memory import rehearse_denoising
 from generation.options import read_generation
 from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
+from modules.attention.attend import attend
 from modules.contract.data import Batch
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.requests import settle
 from modules.fp8.products import add_product, supports_fp8
+from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import exact_table, rotate
 from modules.offload.block_swap import host_weights
@@ -77,9 +79,17 @@ def layer_normed(x: Tensor) -> Tensor:
     return Float32LayerNorm(x.shape[-1], 1e-6)(x).to(x.dtype)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+def modulated(x: Tensor) -> Tensor:
+    shift, scale = torch.empty(2, 1, 1, x.shape[-1], device=x.device)
+    return modulate(x.float(), shift, scale, x.dtype)
+
+
+def gated(branch: Tensor) -> Tensor:
+    x, gate = (
+        torch.empty(1, length, branch.shape[-1], device=branch.device) for length in (branch.shape[1], 1)
+    )
+    with torch.autocast(branch.device.type, torch.bfloat16):
+        return add_gated(x, gate, branch)
 
 
 LENGTH, HEADS, WIDTH = 8192, 12, 128
@@ -87,12 +97,14 @@ TOKENS = (1, LENGTH, HEADS, WIDTH)
 WORKS = (
     Work("rms_norm", halves((1, LENGTH, HEADS * WIDTH)), rms_normed),
     Work("layer_norm", halves((1, LENGTH, HEADS * WIDTH)), layer_normed),
+    Work("modulation", halves((1, LENGTH, HEADS * WIDTH)), modulated),
+    Work("gated sum", halves((1, LENGTH, HEADS * WIDTH)), gated),
     Work("rotary", halves(TOKENS), turned),
-    Work("attention", halves(TOKENS, TOKENS, TOKENS), attended, learning=3),
+    Work("attention", halves(TOKENS, TOKENS, TOKENS), attend, learning=3),
     Work(
         "cross attention",
         halves(TOKENS, (1, 512, HEADS, WIDTH), (1, 512, HEADS, WIDTH)),
-        attended,
+        attend,
         learning=3,
     ),
     Work("gelu", halves((1, LENGTH, 8960)), lambda x: functional.gelu(x, approximate="tanh")),
@@ -127,6 +139,10 @@ FORMULAS = {
     "rms_norm": [SIZE + ROWS, SIZE],
     # a float32 copy, the float32 result, then that in 16 bits
     "layer_norm": [5 * SIZE, 4 * SIZE],
+    # a float32 copy of the normed tokens, and the result; two gradients in float32 and 16 bits
+    "modulation": [3 * SIZE, 3 * SIZE],
+    # the float32 stream twice, before and after; no float32 copy of the branch, nor of its gradient
+    "gated sum": [4 * SIZE, SIZE],
     "attention": [SIZE + HEADS * ROWS, 3 * SIZE + attention_workspace(1, LENGTH, HEADS, WIDTH)],
 }
 

@@ -120,8 +120,9 @@ def passes(stack: Stack, device: torch.device, repeats: int, spoil: bool) -> lis
         if spoil:
             poison(device, 1 << 26 if device.type == "cuda" else 1 << 12)
         x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+        # two passes before the backward passes: slots hold other blocks then than in either pass
         output = stack(x)
-        output.square().sum().backward()
+        (output.square().sum() + stack(2 * x).square().sum()).backward()
         assert x.grad is not None
         with torch.no_grad():
             sample = stack(x.detach(), tweaks=Tweaks(skip_blocks=frozenset({1, 2})))
@@ -328,17 +329,21 @@ def test_nothing_in_a_step_waits_for_the_gpu(cuda: torch.device, case: Case, che
 
 @pytest.mark.gpu
 def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> None:
-    mapping = mmap.mmap(-1, 1 << 24)
-    whole = host_memory._as_tensor(mapping, pinned=True)
+    size, mapping = 1 << 24, mmap.mmap(-1, 1 << 24)
+    whole, unlocked = host_memory._as_tensor(mapping, [range(size // 2), range(size // 2, size)])
     part, address = whole[4096:8192], whole.data_ptr()
+    assert unlocked == 0
     assert part.is_pinned()
+    assert whole[-4096:].is_pinned()
     del whole
     gc.collect()
     assert part.is_pinned()
     del part
     gc.collect()
-    host_memory._register(address, 1 << 24)  # it would fail if it still were
-    host_memory._unregister(address)
+    assert host_memory._register(address, size)  # it would be refused if it still were
+    assert not host_memory._register(address, size)
+    assert torch.ones(3, device=cuda).sum().item() == 3  # what was refused is not held against a later call
+    host_memory._unregister([address])
 
 
 @pytest.mark.gpu

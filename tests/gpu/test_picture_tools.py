@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.latent_preview import bring_home
+from modules.layers.enlarging import repeat_pixels
 from post.interpolation.correlation import Correlation, grid_of
 from post.interpolation.warping import splat, warp
 from post.pixels import to_pixels, to_tensor
@@ -78,3 +79,17 @@ def test_a_preview_is_brought_home_without_a_wait(cuda: torch.device) -> None:
 
     assert equal_bits(home(), expected)
     assert len(noise) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(17, 256, 512, 512), (1, 256, 2176, 2048)])  # many frames, large ones
+def test_pixels_are_repeated_beyond_what_32_bits_count(cuda: torch.device, size: tuple[int, ...]) -> None:
+    """torch's kernel leaves zeros there, without an error (pytorch/pytorch#141831)."""
+    x = torch.ones(size, dtype=torch.bfloat16, device=cuda).to(memory_format=torch.channels_last)
+    x[-1, :, -1, -1] = 2
+
+    large = repeat_pixels(x, 2)
+
+    assert large.numel() > 1 << 31
+    assert bool((large[-1, :, -2:, -2:] == 2).all())
+    assert all(bool((frame[:, :-2] == 1).all()) for frame in large)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.devices import IN_COMMAND, choose_device, numbers_on, send_ahead
+from modules.devices import IN_COMMAND, choose_device, empty_pinned, numbers_on, send_ahead
 from modules.errors import OptionError
 
 
@@ -70,3 +70,8 @@ def test_only_what_does_not_fit_a_command_is_pinned_before_it_is_sent_ahead(
 
     pinned = [] if refuses else [("pin", large.nbytes)]
     assert log == [("send", small.nbytes), *pinned, ("send", large.nbytes)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's driver would lock the memory")
+def test_memory_that_cannot_be_locked_serves_too() -> None:
+    assert empty_pinned([2, 3], torch.float64).shape == (2, 3)

@@ -164,6 +164,30 @@ def test_what_is_added_equals_a_changed_weight(
     assert torch.equal(changed(x), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 6)])
+def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    module, x = nn.Linear(6, 8).to(dtype), random(*shape, seed="x", scale=1).to(dtype)
+    place, names = Place("x.weight", module), ("one", "two")
+    factors = {name: low_rank(name, module) for name in names}
+    plain = module(x)
+    layer = AddedLayer(place, [AddedPart(place, factors[name], 0.5) for name in names])
+    layer.attach()
+    layer.switch_on(torch.device("cpu"), dtype)
+
+    with torch.no_grad():
+        found = module(x)
+
+    expected = plain
+    for name in names:
+        down, up = (factors[name][f"lora_{which}.weight"] for which in ("down", "up"))
+        hidden = functional.linear(x, down.to(dtype)) * 0.5
+        change = hidden.float() @ (up * 2 / RANK).to(dtype).float().T
+        expected = (expected.float() + change).to(dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6)
+    assert torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0].shape == shape
+
+
 @torch.no_grad()
 def test_a_change_of_a_bias_alone_is_added() -> None:
     module, x = nn.Conv2d(6, 8, 3, padding=1), random(2, 6, 5, 7, seed="x", scale=1)

@@ -26,6 +26,7 @@ from modules.contract.data import Batch
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import LatentSpec
 from modules.contract.noise import FLOW, NoiseSpec
+from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
 from training.data.live_media import BatchSources
@@ -70,8 +71,8 @@ class Packed:
         return cls(outline, torch.cat(pieces))
 
     def pin_memory(self) -> "Packed":
-        """Copy into page-locked memory. The data loader calls this."""
-        return Packed(self.outline, self.content.pin_memory())
+        """Copy into page-locked memory, if the driver locks some. The data loader calls this."""
+        return Packed(self.outline, pin(self.content))
 
     def unpacked(self) -> MicroBatch:
         """Return the micro-batch again. Its tensors are views of `content`."""

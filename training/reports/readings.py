@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.devices import empty_pinned
+
 
 @dataclass(frozen=True)
 class Notes:
@@ -61,7 +63,7 @@ class Readings:
         """Take the numbers (1-D, on any device) of `step`; returns the reading of the step before."""
         ended: Moment | None = None  # on other devices: known when the numbers have arrived
         if numbers.is_cuda:
-            host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            host = empty_pinned(numbers.shape, numbers.dtype)
             numbers = host.copy_(numbers, non_blocking=True)
             ended = Moment(self.now(), _record_event())
         elif numbers.device.type == "cpu":

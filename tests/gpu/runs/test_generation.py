@@ -18,8 +18,8 @@ from tests.tiny.taehv import write_taehv
 pytestmark = ON_GPU
 
 Find = Callable[[str], Project]
-# a GPU computes their text encoders in float16, which the CPU has in float32
-HALF_TEXTS = ("hunyuan_video", "skyreels", "framepack")
+# a GPU computes text encoders of these, or CLIP, in float16; the CPU has no fast float16, and takes float32
+HALF_TEXTS = ("hunyuan_video", "skyreels", "framepack", "wan i2v")
 FP8 = ("--fp8_scaled", "--fp8")
 TEACACHE = ("--teacache_threshold", "100", "--teacache_coefficients", "1", "0")
 
@@ -30,6 +30,7 @@ def project(request: pytest.FixtureRequest, project_of: Find) -> Project:
 
 
 def tolerance(project: Project, usual: float) -> float:
+    """The usual one is below what TF32 in place of float32 does; another order of sums does 1e-6."""
     return max(usual, 2e-2) if project.family.name.startswith(HALF_TEXTS) else usual
 
 
@@ -37,7 +38,7 @@ def tolerance(project: Project, usual: float) -> float:
 def test_latents_in_float32_are_those_of_the_cpu(name: str, project_of: Find, device: torch.device) -> None:
     project = project_of(name)
     ours, theirs = (project.generate(where) for where in (device, CPU))
-    assert relative_error(ours, theirs) < tolerance(project, 1e-3)
+    assert relative_error(ours, theirs) < tolerance(project, 2e-4)
 
 
 @pytest.mark.parametrize("name", [*DEEP, *OTHERS])
@@ -67,7 +68,7 @@ def test_swapped_blocks_change_no_bit(project: Project, device: torch.device, us
 
 def test_fp8_weights_give_the_latents_of_the_cpu(project: Project, device: torch.device) -> None:
     ours, theirs = (project.generate(where, *FP8) for where in (device, CPU))
-    assert relative_error(ours, theirs) < 2e-2  # they compute in bf16
+    assert relative_error(ours, theirs) < 5e-2  # they compute in bf16
 
 
 def test_fp8_products_give_nearly_the_latents_of_fp8_weights(project: Project, device: torch.device) -> None:
@@ -80,7 +81,7 @@ def test_fp8_products_give_nearly_the_latents_of_fp8_weights(project: Project, d
 
 def test_a_step_cache_skips_as_on_the_cpu(project: Project, device: torch.device) -> None:
     ours, theirs = (project.generate(where, *TEACACHE) for where in (device, CPU))
-    assert relative_error(ours, theirs) < tolerance(project, 1e-3)
+    assert relative_error(ours, theirs) < tolerance(project, 2e-4)
     assert not equal_bits(ours, project.generate(device))
 
 
@@ -109,7 +110,7 @@ def test_two_experts_take_turns(project_of: Find, device: torch.device, how: tup
     plain = project.generate(device, *turn)
     assert equal_bits(project.generate(device, *turn, *how), plain)
     theirs = project.generate(CPU, *turn)
-    assert relative_error(plain, theirs) < (2e-2 if base else 1e-3)
+    assert relative_error(plain, theirs) < (5e-2 if base else 2e-4)
 
 
 @pytest.mark.parametrize("name", ["wan t2v-1.3B", "flux"])

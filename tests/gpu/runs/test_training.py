@@ -1,7 +1,9 @@
 """Training from the command lines of all families: a device's losses are the CPU's, and what saves memory
 changes no bit.
 
-Batches, noise and timesteps are drawn on the CPU, whatever the device: all that differs is rounding.
+Batches, noise and timesteps are drawn on the CPU, whatever the device: all that differs is rounding. On the
+CPU the losses of bf16 are up to 0.33 % from those of float32, and noise in the last bit of all weights moves
+those of float32 by 2e-6 at most.
 """
 
 from collections.abc import Callable

@@ -209,7 +209,7 @@ class Pinning:
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_pinned_memory_is_given_back_after_loading_and_not_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
 ) -> None:
     module, content = network(), state()
     path = write(tmp_path / "model.safetensors", content)
@@ -219,5 +219,4 @@ def test_pinned_memory_is_given_back_after_loading_and_not_needed(
         load_module(module, checkpoint, plain_sources(checkpoint), device=CUDA, dtype=same)
 
     assert pinning.log == (["release"] if refuses else ["pin", "release"])
-    assert ("could not lock" in caplog.text) is refuses
     assert all(torch.equal(tensor, content[key]) for key, tensor in module.state_dict().items())

@@ -68,6 +68,22 @@ def test_timestep_buckets_go_on_where_the_epoch_before_has_stopped(tmp_path: Pat
         assert sorted(four.tolist()) == [0, 1, 2, 3]
 
 
+def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    write_caches(tmp_path, count=1)
+    batch = micro_batches(tmp_path)[(0, 0)]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+
+    found = Packed.of(batch).pin_memory().unpacked()
+
+    assert found.number == batch.number
+    assert torch.equal(found.data.noise, batch.data.noise)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path, keep: bool) -> None:
     write_caches(tmp_path, count=5)
