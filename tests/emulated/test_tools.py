@@ -79,7 +79,9 @@ def test_pictures_of_stable_diffusion(folder: Path, kind: str) -> None:
 
     assert_alike(*pictures, steps=3)
     for command, each in zip(commands, done, strict=True):
-        assert not each.places("denoise"), (command, each.places("denoise"))
+        # diffusers sends noise, which comes from the pictures' own generators, with a wait
+        waits = {"stable_diffusion/samplers.py step": 4} if "euler_a" in command else {}
+        assert each.places("denoise") == waits, (command[-2:], each.places("denoise"))
 
 
 def test_a_clip_through_upscalers(folder: Path) -> None:

@@ -1,10 +1,11 @@
 """A CUDA device on a CPU build of torch: as strict as a GPU, with the CPU's numbers.
 
-`device.cpp` registers kernels for torch's CUDA dispatch key that check their operands as CUDA's do and compute
-on the CPU. Here torch is told that the device is there. What is emulated: mixed devices raise, tensors of the
-device have no NumPy arrays, generators belong to a device, matrix products have no integers, eight-bit floats
-can only be copied and moved; autograd runs in the device's own thread; memory is counted. What makes the host
-wait is recorded with its place. What is not: the order of streams, kernels' choice and their rounding, time.
+`device.cpp` registers kernels for torch's CUDA dispatch key, which check their operands as CUDA's do and
+compute on the CPU. Here torch is told that the device is there. Emulated: mixed devices raise, tensors of
+the device have no NumPy arrays, generators belong to a device, matrix products have no integers, eight-bit
+floats can only be copied and moved; autograd runs in the device's own thread; memory is counted. What makes
+the host wait is recorded with its place. Not emulated: the order of streams, kernels' choice and rounding,
+time.
 
 Torch asks for some of this only once, while it is imported, so a process either has the device from its
 start or never: call `load` of `loading.py` before it imports torch, as `run.py` does.
