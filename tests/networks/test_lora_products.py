@@ -152,7 +152,18 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
-KINDS = ["one", "two on a layer", "two, one without", "multiplier", "neuron", "rank", "module", "parts", "noise"]
+KINDS = [
+    "one",
+    "two on a layer",
+    "two, one without",
+    "multiplier",
+    "neuron",
+    "rank",
+    "module",
+    "parts",
+    "noise",
+    "dora",
+]
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -162,7 +173,7 @@ def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: 
     original = nn.Linear(16, 24).requires_grad_(False)
     heights = (8, 10, 6) if kind == "parts" else ()
     count = 2 if kind.startswith("two") else 1
-    loras = nn.ModuleList(LoraLayer(original, 4, 2.0, heights=heights) for _ in range(count))
+    loras = nn.ModuleList(LoraLayer(original, 4, 2.0, kind == "dora", heights) for _ in range(count))
     randomize(loras)
     strengths = nn.Module()
     strengths.register_buffer("noise", torch.rand(24))
@@ -266,3 +277,16 @@ def test_small_tensors_are_summed_apart() -> None:
     assert torch.equal(original(x), apart)
     layer.joins_from = 64 * 8
     assert not torch.equal(original(x), apart)
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
+def test_the_larger_of_input_and_output_decides(sizes: tuple[int, int]) -> None:
+    original = nn.Linear(*sizes).requires_grad_(False)
+    layer = LoraLayer(original, 2, 2.0)
+    layer.attach()
+    x = torch.randn(3, 5, sizes[0], requires_grad=True)
+    joins = []
+    for layer.joins_from in (3 * 5 * 16, 3 * 5 * 16 + 1):
+        joins.append("_AddUp" in str(original(x).grad_fn))
+
+    assert joins == [True, False]
