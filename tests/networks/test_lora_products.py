@@ -13,7 +13,7 @@ from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.offload.token_pieces import compute_in_pieces
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
-from networks.lora_products import add_up, branch, hold
+from networks.lora_products import add_product, add_up, branch, hold
 from tests.fp8_reference import emulated_product
 from tests.networks.making import join_all, randomize
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
@@ -290,3 +290,11 @@ def test_the_larger_of_input_and_output_decides(sizes: tuple[int, int]) -> None:
         joins.append("_AddUp" in str(original(x).grad_fn))
 
     assert joins == [True, False]
+
+
+@pytest.mark.parametrize("total", [torch.ones(5, 2).t(), torch.ones(1).expand(2, 5)])
+def test_what_does_not_lie_in_one_piece_is_copied_first(total: Tensor) -> None:
+    left, right = torch.randn(2, 3), torch.randn(3, 5)
+
+    torch.testing.assert_close(add_product(total, left, right), 1 + left @ right)
+    assert torch.equal(total, torch.ones(2, 5))
