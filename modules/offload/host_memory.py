@@ -99,7 +99,7 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
     """
     starts, pieces, begin, end = list[int](), list[range](), 0, 0
     for size in sizes:
-        if begin < end and end + size > begin + PIECE:
+        if size and begin < end and end + size > begin + PIECE:  # the driver refuses pieces of nothing
             pieces.append(range(begin, end))
             begin = end = -(-end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         starts.append(end)

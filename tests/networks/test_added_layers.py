@@ -189,6 +189,20 @@ def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape:
 
 
 @torch.no_grad()
+def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
+    module, x = nn.Linear(6, 8), random(2, 5, 6, seed="x", scale=1)
+    place, plain, bias = Place("x.weight", module), module(x), random(8, seed="bias")
+    factors, change = lora("one", module)
+    parts = [AddedPart(place, factors, 0.5), AddedPart(place, {**factors, "diff_b": bias}, 1.0)]
+    layer = AddedLayer(place, parts)
+    layer.attach()
+    layer.switch_on(torch.device("cpu"), torch.float32)
+    parts[0].region = torch.zeros_like
+
+    torch.testing.assert_close(module(x), plain + x @ change.T + bias, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_change_of_a_bias_alone_is_added() -> None:
     module, x = nn.Conv2d(6, 8, 3, padding=1), random(2, 6, 5, 7, seed="x", scale=1)
     plain, change = module(x), random(8, seed="bias")

@@ -12,12 +12,16 @@ from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.offload.token_pieces import compute_in_pieces
-from networks.lora_layer import LoraLayer
-from networks.lora_products import add_up, branch, hold
+from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
+from networks.lora_products import add_product, add_up, branch, hold
 from tests.fp8_reference import emulated_product
+<<<<<<< HEAD
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
 from tests.networks.making import join_all
+=======
+from tests.networks.making import join_all, randomize
+>>>>>>> rev_prod
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
 Inputs = tuple[Tensor, ...]
@@ -154,6 +158,65 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
+KINDS = [
+    "one",
+    "two on a layer",
+    "two, one without",
+    "multiplier",
+    "neuron",
+    "rank",
+    "module",
+    "parts",
+    "noise",
+    "dora",
+]
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: bool) -> None:
+    torch.manual_seed(2)
+    original = nn.Linear(16, 24).requires_grad_(False)
+    heights = (8, 10, 6) if kind == "parts" else ()
+    count = 2 if kind.startswith("two") else 1
+    loras = nn.ModuleList(LoraLayer(original, 4, 2.0, kind == "dora", heights) for _ in range(count))
+    randomize(loras)
+    strengths = nn.Module()
+    strengths.register_buffer("noise", torch.rand(24))
+    for lora in loras:
+        assert isinstance(lora, LoraLayer)
+        lora.attach()
+        lora.multiplier = 0.5 if kind == "multiplier" else 1.0
+        lora.noise_of = (strengths, "noise") if kind == "noise" else None
+        shares = {kind: 0.4} if kind in {"neuron", "rank"} else {"module": 1.0 if kind == "module" else 0.0}
+        lora.set_dropouts(Dropouts(**shares), DropoutSeed(), 3)
+        lora.seed.value = 5
+    if kind == "two, one without":
+        loras[1].multiplier = 0  # type: ignore[assignment]
+    x = torch.randn(3, 20, 16).transpose(0, 1).requires_grad_()  # in memory in another order
+    weights = torch.randn(20, 3, 24)
+
+    def results() -> Inputs:
+        out = checkpoint(original, x, use_reentrant=False) if recomputes else original(x)
+        loss = (out * weights).sum() + (x * 3).sum()
+        found = torch.autograd.grad(loss, [x, *loras.parameters()], materialize_grads=True)
+        with torch.inference_mode():
+            return out.detach(), original(x), *found
+
+    apart = results()
+    join_all(loras)
+
+    torch.testing.assert_close(results(), apart, rtol=1e-5, atol=1e-5)
+    assert (kind == "module") == torch.equal(apart[1], functional.linear(x, original.weight, original.bias))
+
+
+def test_a_gradient_that_only_one_of_both_ways_has_goes_on() -> None:
+    x, _, _, down, _ = factors()
+    for way, expected in enumerate((torch.ones(8).to(x), down.sum(0))):
+        (of_x,) = torch.autograd.grad(branch(x, down)[way].sum(), x)
+        torch.testing.assert_close(of_x, expected.expand_as(x))
+
+
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_transformers_give_what_separate_sums_give_also_recomputed_and_in_pieces(
@@ -235,3 +298,24 @@ def test_small_tensors_are_summed_apart() -> None:
     assert torch.equal(original(x), apart)
     layer.joins_from = 64 * 8
     assert not torch.equal(original(x), apart)
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
+def test_the_larger_of_input_and_output_decides(sizes: tuple[int, int]) -> None:
+    original = nn.Linear(*sizes).requires_grad_(False)
+    layer = LoraLayer(original, 2, 2.0)
+    layer.attach()
+    x = torch.randn(3, 5, sizes[0], requires_grad=True)
+    joins = []
+    for layer.joins_from in (3 * 5 * 16, 3 * 5 * 16 + 1):
+        joins.append("_AddUp" in str(original(x).grad_fn))
+
+    assert joins == [True, False]
+
+
+@pytest.mark.parametrize("total", [torch.ones(5, 2).t(), torch.ones(1).expand(2, 5)])
+def test_what_does_not_lie_in_one_piece_is_copied_first(total: Tensor) -> None:
+    left, right = torch.randn(2, 3), torch.randn(3, 5)
+
+    torch.testing.assert_close(add_product(total, left, right), 1 + left @ right)
+    assert torch.equal(total, torch.ones(2, 5))
