@@ -15,13 +15,9 @@ from modules.offload.token_pieces import compute_in_pieces
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
 from networks.lora_products import add_product, add_up, branch, hold
 from tests.fp8_reference import emulated_product
-<<<<<<< HEAD
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
-from tests.networks.making import join_all
-=======
 from tests.networks.making import join_all, randomize
->>>>>>> rev_prod
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
 Inputs = tuple[Tensor, ...]
