@@ -108,8 +108,24 @@ def build_gemma(config: GemmaConfig) -> nn.Module:
 
 def gemma_states(gemma: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Return the states before the last layer: B L C. ids, mask: B L, 1 for real tokens, which come first."""
-    states: Tensor = gemma(input_ids=ids, attention_mask=mask).last_hidden_state
+    tokens = gemma.embed_tokens(ids)  # type: ignore[operator]
+    if ids.shape[1] <= gemma.config.sliding_window:  # type: ignore[union-attr,operator]
+        mask = _causal(mask, tokens)
+    states: Tensor = gemma(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
     return states
+
+
+def _causal(mask: Tensor, tokens: Tensor) -> Tensor:
+    """Return what is added to the scores of all layers: B 1 L L, like `tokens`, B L C.
+
+    transformers would make it from numbers without a network's tensor, which a memory plan cannot place.
+    """
+    length = tokens.shape[1]
+    seen = (
+        mask.bool()[:, None, None] & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    )
+    added = tokens.new_zeros(len(tokens), 1, length, length)
+    return added.masked_fill(~seen, torch.finfo(tokens.dtype).min)
 
 
 def _config(path: Path, told: Mapping[str, Any], dim: int, rows: int, key_rows: int) -> dict[str, Any]:

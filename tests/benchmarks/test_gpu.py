@@ -219,7 +219,7 @@ def test_the_plan_of_all_rows_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -
 
     lines = capsys.readouterr().out.splitlines()
     assert (
-        "| wan14b-bf16 | goals, training | Wan2.1 14B T2V | 832x480x81 | bf16, eager | 6.37 | 28.6 | "
+        "| wan14b-bf16 | goals, training | Wan2.1 14B T2V | 832x480x81 | bf16, eager | 6.19 | 28.6 | "
         in lines[2]
     )
     assert lines[3].startswith("| load-bf16 | loading | Wan2.1 1.3B T2V | - |")
