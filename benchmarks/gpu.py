@@ -159,7 +159,9 @@ class Job:
             return {"failed": f"not done after {limit:.0f} s"}
         if code:
             print(*complained, sep="\n", file=sys.stderr)
-            return {"failed": next((line for line in reversed(complained) if line.strip()), f"exit code {code}")}
+            return {
+                "failed": next((line for line in reversed(complained) if line.strip()), f"exit code {code}")
+            }
         found: dict[str, Any] = json.loads(printed[-1])
         return found
 

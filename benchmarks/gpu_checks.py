@@ -75,8 +75,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--markers", default="gpu", help="as pytest's -m; default gpu")
     args = parser.parse_args(argv)
     if args.markers == "gpu" and not has_device():
-        print("Nothing was checked: torch sees no CUDA device here. It needs an NVIDIA GPU, its driver, and a")
-        print("torch built for CUDA (`python -c \"import torch; print(torch.version.cuda)\"` prints its version).")
+        print(
+            "Nothing was checked: torch sees no CUDA device here. It needs an NVIDIA GPU, its driver, and a"
+        )
+        print(
+            'torch built for CUDA (`python -c "import torch; print(torch.version.cuda)"` prints its version).'
+        )
         return 1
     machine = describe_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
