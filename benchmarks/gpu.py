@@ -17,8 +17,9 @@ rows write and read real bytes.
 import argparse
 import contextlib
 import json
-import subprocess
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from benchmarks.child_process import run_child_process  # noqa: E402
 from benchmarks.gpu_results import (  # noqa: E402
     Results,
     continue_results,
@@ -135,19 +137,32 @@ class Job:
 
     def run(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row, or why it failed. limit: seconds after which it is ended."""
+        from benchmarks.gpu_files import folder_for
+
         command = [sys.executable, __file__, "--child", row.name, "--device", self.device]
-        command += [] if self.folder is None else ["--folder", str(self.folder)]
         command += ["--profiled"] if self.profiled else []
-        try:
-            child = subprocess.run(
-                command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=limit
+        # the files are removed here: a row that is ended could not
+        with folder_for(row, self.folder) as models, tempfile.TemporaryDirectory() as kept:
+            said, errors = Path(kept) / "said.txt", Path(kept) / "errors.txt"
+            with said.open("wb") as output, errors.open("wb") as complaints:
+                code = run_child_process(
+                    [*command, "--folder", str(models)],
+                    limit,
+                    output,
+                    complaints,
+                    environment={**os.environ, "PYTHONUTF8": "1"},
+                )
+            printed, complained = (
+                each.read_text(encoding="utf-8", errors="replace").splitlines() for each in (said, errors)
             )
-        except subprocess.TimeoutExpired:
+        if code is None:
             return {"failed": f"not done after {limit:.0f} s"}
-        if child.returncode:
-            sys.stderr.write(child.stderr)
-            return {"failed": (child.stderr.strip().splitlines() or ["no message"])[-1]}
-        found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        if code:
+            print(*complained, sep="\n", file=sys.stderr)
+            return {
+                "failed": next((line for line in reversed(complained) if line.strip()), f"exit code {code}")
+            }
+        found: dict[str, Any] = json.loads(printed[-1])
         return found
 
 

@@ -13,8 +13,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +24,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from benchmarks.child_process import Children, end_with_children, run_child_process  # noqa: E402
+
 MARK = "mark.gpu"  # what a file of such tests has in its text
-SECONDS = 560.0  # of all groups; a command on a lent machine has ten minutes
+SECONDS = 560.0  # of all groups
 GROUP_SECONDS = 400.0
 LATE = "test_compile.py"  # takes longest of the parts' tests
 # groups that run side by side, on a GPU with so many bytes and with cores for them
@@ -71,6 +74,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     parser.add_argument("--markers", default="gpu", help="as pytest's -m; default gpu")
     args = parser.parse_args(argv)
+    if args.markers == "gpu" and not has_device():
+        print(
+            "Nothing was checked: torch sees no CUDA device here. It needs an NVIDIA GPU, its driver, and a"
+        )
+        print(
+            'torch built for CUDA (`python -c "import torch; print(torch.version.cuda)"` prints its version).'
+        )
+        return 1
     machine = describe_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     paths = [path for given in args.files for path in files_of(given)] or find_files(ROOT / "tests")
@@ -97,7 +108,7 @@ def run_groups(paths: Sequence[Path], markers: str, end: float, seconds: float, 
 
     end: of the whole, by the monotonic clock. seconds: for a file.
     """
-    children: list[subprocess.Popen[bytes]] = []
+    children: Children = []
 
     def run(path: Path) -> Group:
         left = end - time.monotonic()
@@ -113,6 +124,13 @@ def run_groups(paths: Sequence[Path], markers: str, end: float, seconds: float, 
             for child in children:
                 end_with_children(child)
             raise
+
+
+def has_device() -> bool:
+    """Return whether tests marked `gpu` have something to run on: CUDA, or what the environment names."""
+    import torch
+
+    return torch.cuda.is_available() or "REELSMITH_TEST_DEVICE" in os.environ
 
 
 def jobs_here() -> int:
@@ -157,30 +175,18 @@ def describe_machine() -> dict[str, str]:
     return found
 
 
-def run_group(path: Path, markers: str, seconds: float, children: list[subprocess.Popen[bytes]]) -> Group:
+def run_group(path: Path, markers: str, seconds: float, children: Children) -> Group:
     """Run one file of tests in a process of its own, at most so many seconds. children: gets the process."""
     group, begun = Group(name_of(path)), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record, log = Path(folder) / "record.jsonl", Path(folder) / "log.txt"
         command = [sys.executable, __file__, "--child", str(path), markers, str(record)]
         with log.open("wb") as output:
-            child = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-                env=child_environment(),
-                start_new_session=True,
+            code = run_child_process(
+                command, seconds, output, folder=ROOT, environment=child_environment(), children=children
             )
-            children.append(child)
-            try:
-                code = child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                group.ended, code = f"stopped after {seconds:.0f} seconds", 0
-            finally:
-                end_with_children(child)
-                children.remove(child)
+        if code is None:
+            group.ended, code = f"stopped after {seconds:.0f} seconds", 0
         read_record(record, group)
         text = log.read_text(encoding="utf-8", errors="replace")
     group.seconds = round(time.monotonic() - begun, 1)
@@ -189,18 +195,12 @@ def run_group(path: Path, markers: str, seconds: float, children: list[subproces
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment of a group's process: cuBLAS sums in one order, text is UTF-8."""
-    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
+    """Return the environment of a group's process: cuBLAS sums in one order, text is UTF-8.
 
-
-def end_with_children(child: subprocess.Popen[bytes]) -> None:
-    """End a process and what it has started, such as the workers of torch's compiler."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
-        if sys.platform == "win32":
-            child.kill()
-        else:
-            os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    Groups run side by side, and what they compute on the CPU is small: each takes a few cores.
+    """
+    own = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))}
+    return {**own, **os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
 
 
 def judge(group: Group, code: int, text: str) -> None:
@@ -344,7 +344,6 @@ def run_child(path: Path, markers: str, record: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
     if sys.argv[1:2] == ["--child"]:
         sys.exit(run_child(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])))
     sys.exit(main(sys.argv[1:]))

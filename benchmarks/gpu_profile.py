@@ -14,11 +14,14 @@ THIN_SIDE = 128  # the largest rank of a LoRA; a matrix with a smaller side does
 LARGEST = 20  # kernels listed
 # kernels and operators by parts of their names; the first pattern that fits counts
 NAMES = (
+    # inductor's own kernels have the names of all operators that they touch, attention's too
+    (ELEMENTWISE, r"^triton_(poi|red|per)_"),
+    (PRODUCTS, r"^triton_(tem|mm)_"),
     (COPIES, r"memcpy|memset|aten::copy_$|aten::_to_copy$"),
     (ATTENTION, r"flash|fmha|sdpa|scaled_dot_product|efficient_attention|_attention_|sage"),
     (
         PRODUCTS,
-        r"gemm|nvjet|cutlass|xmma|cublas|matmul|splitk|conv|wgrad|dgrad"
+        r"gemm|nvjet|cutlass|xmma|cublas|matmul|splitk|conv(?!ert)|wgrad|dgrad"
         r"|aten::(addmm|mm|bmm|baddbmm|linear|_scaled_mm|mkldnn)",
     ),
     (

@@ -1,6 +1,7 @@
 """The result file of benchmarks/gpu.py, how long rows will take, and the goals."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,9 +127,18 @@ def plan_error(figures: Mapping[str, Any]) -> float | None:
 
 
 def difference(figures: Mapping[str, Any], other: Mapping[str, Any], which: str = "losses") -> float | None:
-    """Return the largest relative difference of losses or norms of the same steps; None if there are none."""
+    """Return the largest relative difference of losses or norms of the same steps; None if there are none.
+
+    It is infinite if one of them is no finite number.
+    """
     pairs = list(zip(figures.get(which, ()), other.get(which, ()), strict=False))
-    return max((abs(one / two - 1) for one, two in pairs), default=None)
+    return max((_apart(one, two) for one, two in pairs), default=None)
+
+
+def _apart(one: float, two: float) -> float:
+    if one == two and math.isfinite(one):
+        return 0.0
+    return abs(one / two - 1) if math.isfinite(one) and math.isfinite(two) and two else math.inf
 
 
 # Goals

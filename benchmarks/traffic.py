@@ -262,15 +262,19 @@ def report(found: Traffic, rates: Rates, most: int) -> Iterator[str]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--rows", nargs="+", default=["wan14b-bf16"], help="names of benchmarks/gpu.py; default: wan14b-bf16"
     )
     parser.add_argument("--fused", action="store_true", help="estimate what a compiler would merge")
     parser.add_argument("--most", type=int, default=30, help="number of passes that are listed; default 30")
-    parser.add_argument("--matmul", type=float, default=790, help="TFLOP/s of products; default 790")
-    parser.add_argument("--attention", type=float, default=600, help="TFLOP/s of attention; default 600")
-    parser.add_argument("--copy", type=float, default=4.3, help="TB/s read and written; default 4.3")
+    parser.add_argument("--matmul", type=float, default=790, help="assumed TFLOP/s of products; default 790")
+    parser.add_argument(
+        "--attention", type=float, default=600, help="assumed TFLOP/s of attention; default 600"
+    )
+    parser.add_argument("--copy", type=float, default=4.3, help="assumed TB/s read and written; default 4.3")
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu_checks import ROOT, files_of, find_files, main, missing_package, name_of
+from benchmarks.gpu_checks import MARK, ROOT, files_of, find_files, main, missing_package, name_of
 
 GOOD = "def test_good(): pass\n"
 FAILING = GOOD + "def test_bad():\n    assert 1 + 1 == 3, 'a wrong sum'\n"
@@ -64,6 +65,15 @@ def test_good_files_are_good_and_nothing_checked_is_not(
     assert "Nothing was checked." in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_it_says_at_once_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REELSMITH_TEST_DEVICE", raising=False)
+    assert main([]) == 1
+    assert capsys.readouterr().out.startswith("Nothing was checked: torch sees no CUDA device here.")
+
+
 def test_when_the_time_is_over_the_rest_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, groups = checked(tmp_path, {"good": GOOD}, capsys, "--seconds", "0")
     assert code == 1
@@ -84,7 +94,7 @@ def test_files_are_found_by_their_marks() -> None:
 def test_parts_come_before_whole_runs_and_what_takes_long_is_late(tmp_path: Path) -> None:
     for name in ("gpu/runs/test_a.py", "gpu/test_compile.py", "gpu/test_z.py", "other/test_b.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("pytest.mark.gpu" if "gpu" not in name else "", encoding="utf-8")
+        (tmp_path / name).write_text(f"pytest.{MARK}" if "gpu" not in name else "", encoding="utf-8")
     names = [path.name for path in find_files(tmp_path)]
     assert names == ["test_z.py", "test_compile.py", "test_a.py", "test_b.py"]
     assert [path.name for path in files_of(tmp_path / "gpu" / "runs")] == ["test_a.py"]

@@ -1,5 +1,6 @@
 """What is made of the GPU benchmark's numbers: goals, tables, guesses. The numbers here are made up."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ def test_the_worst_plan_counts_and_rows_that_failed_do_not() -> None:
 def test_losses_are_compared_step_by_step() -> None:
     assert difference(row(losses=[2.0, 1.0, 9.0]), row(losses=[2.0, 0.8])) == pytest.approx(0.25)
     assert difference(row(losses=[]), row()) is None
+    assert difference(row(losses=[0.0, 1.0]), row(losses=[0.0, 1.0])) == 0
+    for losses in ([2.0, math.nan], [math.nan, 1.0], [2.0, math.inf]):
+        assert difference(row(losses=losses), row(losses=[2.0, 1.0])) == math.inf
+        assert difference(row(losses=[2.0, 1.0]), row(losses=losses)) == math.inf
+    assert difference(row(losses=[1.0]), row(losses=[0.0])) == math.inf
 
 
 # The tables

@@ -23,8 +23,11 @@ def library() -> Path:
 
 
 def compile_it() -> None:
-    """Compile the device with g++, which takes about 15 seconds, unless it is there."""
-    built = library()
+    """Compile the device with g++, which takes about 15 seconds, unless it is there.
+
+    Raises RuntimeError with the compiler's words.
+    """
+    built, version = library(), importlib.metadata.version("torch")
     if built.exists():
         return
     spec = importlib.util.find_spec("torch")
@@ -36,7 +39,10 @@ def compile_it() -> None:
     includes = [torch / "include", torch / "include/torch/csrc/api/include"]
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", *(f"-I{each}" for each in includes)]
     command += [str(SOURCE), "-o", str(made), f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}"]
-    subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True, capture_output=True, text=True)
+    done = subprocess.run([*command, "-ltorch_cpu", "-lc10"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        made.unlink(missing_ok=True)
+        raise RuntimeError(f"the emulated device was not compiled with torch {version}:\n{done.stderr}")
     made.replace(built)
 
 

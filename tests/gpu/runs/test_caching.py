@@ -18,7 +18,7 @@ Find = Callable[[str], Project]
 Caches = dict[str, dict[str, Tensor]]  # by name of the file
 # relative, by the dtype in which a tensor is kept: a GPU computes encoders in float16 that the CPU has in
 # float32
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 def caches(

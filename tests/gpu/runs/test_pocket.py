@@ -27,7 +27,7 @@ from tests.pocket.regression import write_float32_dit
 pytestmark = ON_GPU
 
 STEPS = 12
-PROMPT = ("--prompt", "a red circle moving left", "--negative_prompt", "", "--seed", "7", "--cpu_noise")
+PROMPT = ("--prompt", "a red circle moving left", "--negative_prompt", " ", "--seed", "7", "--cpu_noise")
 LOOKS = ("--infer_steps", "10", "--guidance_scale", "3", "--flow_shift", "3")
 
 
