@@ -35,6 +35,14 @@ DTYPES: dict[str, torch.dtype] = {
     },
 }
 
+# in the messages of torch's allocators and libraries, beside torch.OutOfMemoryError
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc"),
+    *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+    # a convolution on CUDA, if none of cuDNN's ways finds room for its workspace (pytorch/pytorch#108645)
+    "unable to find an engine to execute this computation",
+)
+
 
 def choose_device(name: str | None) -> torch.device:
     """Return the device of that name; without a name CUDA, else MPS, else the CPU.
@@ -201,6 +209,13 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the host has too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def release_pinned_memory() -> None:

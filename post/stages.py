@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError
 from post.chain_options import ToolOptions, name_tool
 from post.compiling import check_compiling
 from post.contract import Clip, Picture, Stage
 from post.making import check_tool, make_stage
-from post.tiling import is_out_of_memory, short_reason
+from post.tiling import short_reason
 
 
 @dataclass(frozen=True)

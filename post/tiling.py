@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.devices import free_memory
+from modules.devices import free_memory, is_out_of_memory
 from modules.errors import MemoryPlanError
 from modules.planning.device_memory import host_room, spare_bytes
 
@@ -21,13 +21,6 @@ Run = Callable[[Tensor], Tensor]
 WHOLE = 0  # as the size of a tile: the whole picture
 LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
 SHARE = 0.8  # of the host's free memory that is taken; the system ends programs that take too much
-# in the messages of torch's allocators and libraries, beside torch.OutOfMemoryError
-NO_MEMORY = (
-    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc"),
-    *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
-    # a convolution on CUDA, if none of cuDNN's ways finds room for its workspace (pytorch/pytorch#108645)
-    "unable to find an engine to execute this computation",
-)
 
 
 def round_up(number: int, step: int) -> int:
@@ -148,13 +141,6 @@ def largest_tile(height: int, width: int, room: float, per_pixel: float, step: i
 def least_tile(step: int, overlap: int) -> int:
     """Return the size of the smallest tiles that are chosen here."""
     return round_up(max(LEAST, 2 * overlap), step)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a device or the host has too little memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def short_reason(error: BaseException) -> str:

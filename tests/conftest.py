@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -48,3 +49,17 @@ def _old_garbage(files_done: list[None]) -> Iterator[None]:
 def files_done() -> list[None]:
     """One entry for each file of tests that this process has ended."""
     return []
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled code, and what torch counts of it, is of one test only."""
+    import torch  # slow: many tests need no torch
+    from torch._dynamo.utils import counters
+
+    # pytest would write all of it down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()

@@ -17,18 +17,8 @@ from safetensors.torch import load_file
 
 from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
 
-OUTPUT = [
-    "--output_dir",
-    "output",
-    "--output_name",
-    "lora",
-    "--seed",
-    "1",
-    "--max_data_loader_n_workers",
-    "0",
-]
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 
 

@@ -14,18 +14,8 @@ import pytest
 
 from tests.emulated_cuda.pairs import Done, differences, run_on_device
 from tests.faults.messages import succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
 
-OUTPUT = (
-    "--output_dir",
-    "output",
-    "--output_name",
-    "lora",
-    "--seed",
-    "1",
-    "--max_data_loader_n_workers",
-    "0",
-)
 STEPS = 4
 DAILY = {"flux"}
 CASES = [

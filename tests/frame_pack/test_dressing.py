@@ -2,8 +2,6 @@
 (tests/modules has that).
 """
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,6 @@ ONE = tiny_inputs((11,))  # one sample, of tokens enough to multiply in 8 bits
 WINDOW = ONE["noisy"].shape[2]
 CPU = Placement(torch.device("cpu"))
 NEAR = 1e-5  # of the largest value, float32: sums in another order
-
-
-@pytest.fixture
-def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest would write all of it down
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(("asked", "counts"), [(1, (0, 3)), (4, (2, 5)), (36, (18, 37)), (38, (19, 39))])
@@ -93,7 +81,7 @@ def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_blocks_of_each_list_share_one_compilation_in_all_sections(
     sections: list[dict[str, Any]],
 ) -> None:

@@ -2,13 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 
-from modules.devices import choose_device
-from tests.gpu.measuring import release_cuda, settings_restored
+from tests.gpu.measuring import chosen, settings_restored
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,26 +18,15 @@ def _equal_sums() -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Return the device as a run chooses it. Whatever a test changes in torch's settings is changed back."""
-    with _chosen(request.param) as where:
+    with chosen(request.param) as where:
         yield where
 
 
 @pytest.fixture
 def cuda() -> Iterator[torch.device]:
     """Return the CUDA device, for tests of what no CPU has; mark these `gpu`."""
-    with _chosen("cuda") as where:
+    with chosen("cuda") as where:
         yield where
-
-
-@contextmanager
-def _chosen(name: str) -> Iterator[torch.device]:
-    with settings_restored():
-        where = choose_device(name)
-        if where.type == "cuda":
-            release_cuda()
-        yield where
-        if where.type == "cuda":
-            release_cuda()
 
 
 @pytest.fixture

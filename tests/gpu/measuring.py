@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from modules.devices import free_memory, send
+from modules.devices import choose_device, free_memory, send
 
 NONSENSE = 255  # in every byte: not a number in all floating types
 
@@ -123,3 +123,15 @@ def settings_restored() -> Iterator[None]:
             stack.callback(torch.cuda.set_device, torch.cuda.current_device())
             stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
         yield
+
+
+@contextmanager
+def chosen(name: str) -> Iterator[torch.device]:
+    """Return a device as a run chooses it. What is changed in torch's settings inside is changed back."""
+    with settings_restored():
+        where = choose_device(name)
+        if where.type == "cuda":
+            release_cuda()
+        yield where
+        if where.type == "cuda":
+            release_cuda()

@@ -3,8 +3,7 @@
 On CUDA inductor compiles, for the CPU Dynamo alone: what it captures runs with torch's own kernels.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -34,13 +33,7 @@ CPU = torch.device("cpu")
 WAN, HUNYUAN, FRAMEPACK = ONE_OF_EACH
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def choice_on(device: torch.device) -> Compilation:

@@ -2,9 +2,7 @@
 uncompiled ones.
 """
 
-import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -35,14 +33,7 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest would write all of it down
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 @pytest.fixture(params=TINY)

@@ -1,8 +1,5 @@
 """Compilation, fp8 weights, block swap, inputs in host memory and kept attention, all at once."""
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,13 +20,7 @@ TINY = dict(zip(("wan", "hunyuan", "framepack"), ONE_OF_EACH, strict=True))
 SIZES = ((1, 4, 4, 7), (2, 4, 6, 9))
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest would write all of it down
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def quantised(tiny: TinyDit) -> nn.Module:

@@ -1,6 +1,5 @@
 """Compiled parts of a tool's network compute what they did, and blocks of a list share one compilation."""
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,7 @@ CPU = torch.device("cpu")
 EAGER = Compilation("eager", fullgraph=True)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest would write all of it down
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def options(compile: bool) -> NetworkOptions:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError
-from post.tiling import WHOLE, Fitting, cut, is_out_of_memory, pad_to_multiple, run_in_tiles
+from post.tiling import WHOLE, Fitting, cut, pad_to_multiple, run_in_tiles
 
 CPU = torch.device("cpu")
 

@@ -24,6 +24,17 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 
 Command = list[str]  # script, then arguments
 WriteClips = Callable[[Path], None]
+# of a training
+OUTPUT = [
+    "--output_dir",
+    "output",
+    "--output_name",
+    "lora",
+    "--seed",
+    "1",
+    "--max_data_loader_n_workers",
+    "0",
+]
 RATE = "1e-1"  # high: after three steps a LoRA has to show
 
 

@@ -1,7 +1,5 @@
 """Samples with LoRAs of their own: --sample_lora."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 import pytest
@@ -23,12 +21,7 @@ COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest would write all of it down
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:

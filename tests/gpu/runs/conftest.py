@@ -10,21 +10,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from modules.devices import choose_device, make_deterministic
-from tests.gpu.measuring import release_cuda, settings_restored
+from modules.devices import make_deterministic
+from tests.gpu.measuring import chosen
 from tests.gpu.runs.project import TEST_DEVICE, Project, write_project
 
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
     """The device to test. Whatever a run changes in torch's settings is changed back."""
-    with settings_restored():
-        where = choose_device(os.environ.get(TEST_DEVICE, "cuda"))
-        if where.type == "cuda":
-            release_cuda()
+    with chosen(os.environ.get(TEST_DEVICE, "cuda")) as where:
         yield where
-        if where.type == "cuda":
-            release_cuda()
 
 
 @pytest.fixture
