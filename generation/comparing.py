@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from generation.compare_options import CompareOptions
 from generation.decoding import decode
 from generation.dressing import LorasByExpert, dit_loader
 from generation.expert_loras import expert_loras, key_of, option_of, with_loras
-from generation.grids import Column, Grid, Row, write_grids
+from generation.grids import Grid, Row, write_grids
 from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
@@ -59,11 +60,16 @@ WITHOUT = "without LoRA"
 
 @dataclass(frozen=True)
 class Variant:
-    """One column: a LoRA at a strength, or none; for several experts one for each."""
+    """A LoRA at a strength, or none; for several experts one for each."""
 
-    label: str
+    column: str
+    strength: str  # "x 0.6"; empty without LoRA
     uses: tuple[tuple[LoraUse, ...], ...]  # by expert
     sha256: Mapping[str, str]  # of the files, by the name that metadata give them
+
+    @property
+    def label(self) -> str:
+        return f"{self.column} {self.strength}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def make_variants(
 
     uses: by expert. Files at the same place make a column together, which is named after the first of them.
     """
-    variants = [Variant(WITHOUT, ((),) * len(experts), {})]
+    variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
     count = max(map(len, uses), default=0)
     # by column: one file for each expert, or none
     columns = [[of_expert[index : index + 1] for of_expert in uses] for index in range(count)]
@@ -163,7 +169,7 @@ def make_variants(
         }
         for strength in dict.fromkeys(strengths):
             of_experts = tuple(tuple(replace(one, multiplier=strength) for one in found) for found in column)
-            variants.append(Variant(f"{shown} x {strength:g}", of_experts, sha256))
+            variants.append(Variant(shown, f"x {strength:g}", of_experts, sha256))
     return variants
 
 
@@ -317,20 +323,36 @@ def decode_cells(run: GenerationRun, cells: Sequence[Cell]) -> None:
 def write_grid(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob], cells: Sequence[Cell]
 ) -> list[Path]:
-    """Write the page, the sheet and the video of all clips under a new name; return their paths."""
+    """Write the page, the sheet and the video of all clips under a new name; return their paths.
+
+    Columns are files, rows are prompts at each strength; the clip without LoRA stands in each of them.
+    """
+    without, *others = variants
+    strengths = tuple(dict.fromkeys(variant.strength for variant in others)) or ("",)
+    columns = tuple(dict.fromkeys(variant.column for variant in variants))
+    of_place = {(variant.column, variant.strength): variant for variant in others}
     paths = {(cell.job.label, cell.variant.label): cell.video(run.options) for cell in cells}
-    rows = [
-        Row(
-            job.prepared.asked.prompt,
-            f"{job.label}, seed {job.prepared.seed}, {job.prepared.num_steps} steps",
-            job.prepared.fps,
-            tuple(paths[job.label, variant.label] for variant in variants),
+    rows = []
+    for job, strength in product(jobs, strengths):
+        in_row = [of_place.get((column, strength), without) for column in columns]
+        rows.append(
+            Row(
+                job.prepared.asked.prompt,
+                job.prepared.fps,
+                tuple(paths[job.label, variant.label] for variant in in_row),
+                f"{job.label}, seed {job.prepared.seed}, {job.prepared.num_steps} steps",
+                strength,
+                tuple(_command(run.family.experts, variant) for variant in in_row),
+            )
         )
-        for job in jobs
-    ]
-    columns = tuple(Column(variant.label, _command(run.family.experts, variant)) for variant in variants)
+    title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(_name_runs(columns[1:]))
     with own_stem(run.options.output.save_path, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
-        return write_grids(run.options.output.save_path, stem, Grid(columns, tuple(rows)))
+        return write_grids(run.options.output.save_path, stem, Grid(columns, tuple(rows)), title)
+
+
+def _name_runs(files: Sequence[str]) -> list[str]:
+    """Return the names of the trainings that saved these files: x for x-000010 and x-step00000020."""
+    return list(dict.fromkeys(re.sub(r"-(step)?\d+$", "", name) for name in files))
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,28 +27,22 @@ MOST_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
 
 
 @dataclass(frozen=True)
-class Column:
-    """Heading of a column. command: the options that make its clips with the generation script."""
-
-    label: str
-    command: str
-
-
-@dataclass(frozen=True)
 class Row:
     """A prompt and its clips, one for each column; None: it could not be made."""
 
     prompt: str
-    facts: str
     fps: float
     paths: tuple[Path | None, ...]
+    facts: str = ""
+    strength: str = ""
+    commands: tuple[str, ...] = ()  # by column: the options that make the clip with the generation script
 
 
 @dataclass(frozen=True)
 class Grid:
     """All clips of a comparison."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[str, ...]  # their headings
     rows: tuple[Row, ...]
     title: str = ""  # a line above the columns
     cell: int = CELL  # pixels: the longer side of a clip that is not smaller
@@ -59,13 +53,14 @@ class Grid:
         return [path for row in self.rows for path in row.paths if path is not None]
 
 
-def write_grids(folder: Path, stem: str, grid: Grid) -> list[Path]:
-    """Write `stem`.html, .png and, unless all are pictures, .mp4; return the paths."""
+def write_grids(folder: Path, stem: str, grid: Grid, title: str) -> list[Path]:
+    """Write `stem`.html with that title, .png and, unless all are pictures, .mp4; return the paths."""
     page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
-    rows = [
-        {"prompt": row.prompt, "facts": row.facts, "cells": [*_cells(grid.columns, row)]} for row in grid.rows
+    prompts = [
+        {"rows": [(row, [*_cells(grid.columns, row, bool(index))]) for index, row in enumerate(rows)]}
+        for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts))
     ]
-    write_page(page, TEMPLATE, stem, {"columns": grid.columns, "rows": rows})
+    write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
     write_png(sheet, compose(grid, [[middle_of(path) for path in row.paths] for row in grid.rows]))
     if all(map(is_picture, grid.made)):
         return [page, sheet]
@@ -77,11 +72,12 @@ def write_grids(folder: Path, stem: str, grid: Grid) -> list[Path]:
     return [page, sheet, video]
 
 
-def _cells(columns: Sequence[Column], row: Row) -> Iterator[Mapping[str, str]]:
-    for column, path in zip(columns, row.paths, strict=True):
+def _cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
+    """Yield the cells of a row; the one without LoRA stands in the first row of a prompt only."""
+    for column, path, command in [*zip(columns, row.paths, row.commands, strict=True)][is_lower:]:
         assert path is not None  # a page shows finished comparisons only
-        clip = embed_clip(list(frames_of(path)), row.fps, f"{column.label}: {row.prompt}")
-        yield {"clip": clip, "file": path.name}
+        clip = embed_clip(list(frames_of(path)), row.fps, f"{column} {row.strength}: {row.prompt}")
+        yield {"clip": clip, "file": path.name, "command": command}
 
 
 def is_picture(path: Path) -> bool:
@@ -134,10 +130,10 @@ def compose(grid: Grid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE)
     _write(draw, font, (0, 0), grid.title, sheet.width)
     for index, column in enumerate(grid.columns):
-        _write(draw, font, (index * width, start - HEAD), column.label, width)
+        _write(draw, font, (index * width, start - HEAD), column, width)
     top = start
     for row, of_row, sizes_of_row, height in zip(grid.rows, frames, sizes, heights, strict=True):
-        _write(draw, font, (0, top), row.prompt, sheet.width)
+        _write(draw, font, (0, top), f"{row.strength} {row.prompt}".strip(), sheet.width)
         for index, (frame, size) in enumerate(zip(of_row, sizes_of_row, strict=True)):
             at = index * width, top + LINE
             if frame is None:

@@ -203,6 +203,29 @@ def commands_of(page: Path) -> list[str]:
     return [command for command in all_commands_of(page) if not any(name in command for name in NOT_HERE)]
 
 
+def test_links_between_pages_lead_somewhere_and_the_index_names_every_page() -> None:
+    heads = {page: re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE) for page in PAGES}
+    anchors = {page: [_anchor(head) for head in of_page] for page, of_page in heads.items()}
+    broken, linked = [], set()
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, anchor = link.partition("#")
+            if ":" in name:
+                continue
+            target = (page.parent / name).resolve() if name else page
+            if page == ROOT / "docs" / "README.md":
+                linked.add(target)
+            if not target.exists() or (anchor and anchor not in anchors[target]):
+                broken.append(f"{page.name}: {link}")
+
+    assert broken == []
+    assert {page for page in PAGES if page.name != "README.md"} - linked == set()
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def test_the_pages_have_commands() -> None:
     assert sum(len(commands_of(page)) for page in PAGES) >= 15
 

@@ -16,6 +16,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
+from modules.console import count_of
 from modules.contract.family import LatentSpec
 from modules.contract.tokens import TokenCount
 from modules.control_codes import escape_control_codes
@@ -109,7 +110,7 @@ def write_check_page(
         "tail": list(map(escape_control_codes, result.tail)),
         "most_lines": MOST_LINES,
     }
-    write_page(path, TEMPLATE, f"{config.path.name}: {values['files']} files checked", values)
+    write_page(path, TEMPLATE, f"{config.path.name}: {count_of(values['files'], 'file')} checked", values)
     logger.info("wrote %s", path)
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from modules.pages.embedding import embed_svg
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
+SIZE = (5.0, 3.0)  # inches: texts can be read on a phone, and two fit side by side on a desk
 
 
 @dataclass(frozen=True)
@@ -32,37 +33,26 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Hold one diagram: curves and what its axes say. A `width` of 2 is drawn twice as wide as one of 1."""
+    """Hold one diagram: curves and what its axes say."""
 
     curves: Sequence[Curve]
     x_label: str
     y_label: str
     title: str
-    width: int = 1
 
 
-def draw_charts(charts: Sequence[Chart], text: str, width: float = 8.0) -> Markup:
-    """Return an image tag with diagrams side by side; `text` says what it shows. NaN and infinite values
-    leave a gap.
-
-    width: in inches of 100 points; the height is 3.2.
-    """
+def draw_chart(chart: Chart) -> Markup:
+    """Return an image tag with a diagram. NaN and infinite values leave a gap."""
     # text is text, not a formula, and drawn by the browser; equal curves give equal files
     settings: Any = {"text.parse_math": False, "svg.hashsalt": "reelsmith", "svg.fonttype": "none"}
     with rc_context(settings):
-        figure = Figure(figsize=(width, 3.2))
-        # fixed margins, in inches: measuring all texts would double the time
-        figure.subplots_adjust(
-            0.85 / width, 0.17, 1 - 0.15 / width, 0.9, wspace=len(charts) / max(width - 3, 1)
-        )
-        ratios = [chart.width for chart in charts]
-        for axes, chart in zip(
-            figure.subplots(1, len(charts), squeeze=False, width_ratios=ratios)[0], charts, strict=True
-        ):
-            _draw(axes, chart)
+        figure = Figure(figsize=SIZE)
+        # fixed margins: measuring all texts would double the time
+        figure.subplots_adjust(0.16, 0.17, 0.97, 0.9)
+        _draw(figure.subplots(), chart)
         data = io.StringIO()
         figure.savefig(data, format="svg", metadata={"Date": None})
-    return embed_svg(data.getvalue(), text)
+    return embed_svg(data.getvalue(), chart.title)
 
 
 def _draw(axes: Any, chart: Chart) -> None:

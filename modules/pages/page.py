@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from modules.atomic_write import write_text
+from modules.pages.sharing import mark_folders
 
 HERE = Path(__file__).resolve().parent
 # Nothing is fetched and no script runs, even if a text from outside were not escaped.
@@ -31,6 +32,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=mark_folders,
     )
     return environment.get_template(template.name).render({**values, "title": title, "policy": POLICY})
 

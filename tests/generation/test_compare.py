@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import compare
+import share_page
 import wan_generate_video
 from generation.compare_options import expand_patterns, family_of
 from modules.errors import OptionError, UserError
@@ -147,14 +148,31 @@ def test_the_grids_show_every_clip_with_its_labels(
     with open_page(page) as opened:
         assert opened.locator("td video").count() == 6
         assert opened.locator("script").count() == 0
-        headings = [" ".join(text.split()) for text in opened.locator("thead th").all_inner_texts()]
-        assert [heading.split(" --")[0] for heading in headings] == [
-            "without LoRA",
-            "style-000002 x 1",
-            "style-000010 x 1",
-        ]
-        assert HOSTILE in opened.locator("tbody th").first.inner_text()
+        assert opened.title() == "style"
+        headings = opened.locator("thead").first.locator("th").all_inner_texts()
+        assert headings == ["strength", "without LoRA", "style-000002", "style-000010"]
+        assert HOSTILE in opened.locator("h2").first.inner_text()
         assert not opened.problems
+
+
+def test_a_page_has_a_row_for_each_strength_and_a_shared_copy_has_no_commands(
+    tmp_path: Path, t2v: TinyWan
+) -> None:
+    run(tmp_path / "grid", t2v, "--prompt", "a cat", "--video_length", 1, "--lora_multiplier", 0.5, 1)
+
+    page = next((tmp_path / "grid").glob("compare_*.html"))
+    with open_page(page) as opened:
+        assert opened.title() == "a cat"
+        rows = [row.locator("th, td").count() for row in opened.locator("tbody tr").all()]
+        assert rows == [4, 3]  # the clip without LoRA stands beside all of them
+        assert opened.locator("tbody th").all_inner_texts() == ["x 0.5", "x 1"]
+        opened.locator("summary").first.click()
+        assert "--lora_multiplier 0.5" in opened.locator("pre").first.inner_text()
+    share_page.main([str(page), "--output", str(tmp_path / "given.html")])
+    given = (tmp_path / "given.html").read_text(encoding="utf-8")
+    assert "style-000010" in given
+    assert "--lora" not in given
+    assert str(t2v.dit.parent) not in given
 
 
 def test_an_interrupted_comparison_goes_on_and_replaces_nothing(

@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from modules.console import as_size, in_words
+from modules.console import as_size, count_of, in_words
 from modules.errors import UserError
-from modules.pages.charts import Chart, Curve, draw_charts
+from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.embedding import embed_clip
 from modules.pages.page import write_page
 from training.reports.best import best_file, is_average, lowest_validation, nearest_validation
@@ -111,9 +111,9 @@ def write_training_page(
         "facts": facts,
         "standing": standing,
         "written": f"{written:%Y-%m-%d %H:%M:%S}",
-        "cards": _cards(facts, history, standing),
+        "tiles": _tiles(facts, history, standing),
         "grid": _grid(history, clips),
-        "charts": _charts(history, facts.total_steps),
+        "charts": _charts(history),
         "files": _files(history, facts.folder, best),
         "advice": _advice(history, facts.folder, best),
         "memory": facts.memory(),
@@ -198,7 +198,7 @@ def link(*parts: str) -> str:
     return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
 
 
-def _charts(history: History, total_steps: int) -> list[Markup]:
+def _charts(history: History) -> list[Markup]:
     curves = []
     if len(history.loss):
         curves.append(_curve("loss", history.loss, SMOOTHING if len(history.loss) > 20 else 0.0))
@@ -208,28 +208,25 @@ def _charts(history: History, total_steps: int) -> list[Markup]:
         curves.append(
             Curve("validation", steps, losses, has_dots=len(steps) < 60, best=losses.index(min(losses)))
         )
-    charts = [[Chart(curves, "step", "loss", "Loss")]] if curves else []
+    charts = [Chart(curves, "step", "loss", "Loss")] if curves else []
     if history.experts:
         losses_apart = [
             _curve(name.replace("_", " "), losses, SMOOTHING if len(losses) > 20 else 0.0)
             for name, losses in sorted(history.experts.items())
         ]
-        charts.append([Chart(losses_apart, "step", "loss", "Loss of each transformer")])
-    small = []
+        charts.append(Chart(losses_apart, "step", "loss", "Loss of each transformer"))
     if history.rates:
         rates = [_curve(name.removeprefix("lr/"), rate) for name, rate in history.rates.items()]
-        small.append(Chart(rates, "step", "learning rate", "Learning rate"))
+        charts.append(Chart(rates, "step", "learning rate", "Learning rate"))
     if len(history.seconds):
-        small.append(Chart([_curve("seconds", history.seconds)], "step", "seconds", "Seconds per step"))
-    if small:
-        charts.append(small)
+        charts.append(Chart([_curve("seconds", history.seconds)], "step", "seconds", "Seconds per step"))
     if history.bands:
         bands = [
             _curve(f"timestep {name.rpartition('_')[2]}", band, has_dots=len(band) < 60)
             for name, band in history.bands.items()
         ]
-        charts.append([Chart(bands, "step", "loss", "Validation loss by noise")])
-    return [draw_charts(row, ", ".join(chart.title for chart in row), 10) for row in charts]
+        charts.append(Chart(bands, "step", "loss", "Validation loss by noise"))
+    return list(map(draw_chart, charts))
 
 
 def _curve(name: str, curve: BinnedCurve, smoothing: float = 0.0, has_dots: bool = False) -> Curve:
@@ -243,26 +240,26 @@ def _curve(name: str, curve: BinnedCurve, smoothing: float = 0.0, has_dots: bool
     )
 
 
-def _cards(facts: PageFacts, history: History, standing: Standing) -> list[tuple[str, str, str]]:
-    cards = [("Step", f"{standing.step:,} of {facts.total_steps:,}", _since(history))]
+def _tiles(facts: PageFacts, history: History, standing: Standing) -> list[tuple[str, str, str]]:
+    tiles = [("Step", f"{standing.step:,} of {facts.total_steps:,}", _since(history))]
     bins = list(history.loss)
     if bins:
         latest = bins[-max(1, len(bins) // 10) :]
         count = sum(each.count for each in latest)
         mean = sum(each.total for each in latest) / count
-        note = f"mean of the last {count:,} steps"
+        note = f"mean of the last {count_of(count, 'step')}"
         if history.loss.left_out:
             note += f"; {history.loss.left_out:,} steps without a finite loss"
-        cards.append(("Loss", f"{mean:.4g}", note))
+        tiles.append(("Loss", f"{mean:.4g}", note))
     lowest = lowest_validation(history)
     if lowest is not None:
         step, loss = lowest
-        cards.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
+        tiles.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
     mean_seconds = history.seconds.mean
     if mean_seconds is not None:
         total = sum(each.total for each in history.seconds)
-        cards.append(("Seconds per step", f"{mean_seconds:.3g}", f"without pauses; {in_words(total)} in all"))
-    return cards
+        tiles.append(("Seconds per step", f"{mean_seconds:.3g}", f"without pauses; {in_words(total)} in all"))
+    return tiles
 
 
 def _since(history: History) -> str:

@@ -18,6 +18,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.contract.tokens import TokenCount
 from modules.media.buckets import fit_cover
+from modules.pages.sharing import share_page
 from tests.browser import open_page
 from tests.dataset.making import make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily
@@ -75,6 +76,10 @@ def test_the_page_says_what_is_cut_off_and_left_out_and_why(tmp_path: Path) -> N
         assert "50.0 % of the picture" in text
         assert "images: give them a table with image_directory" in text
         assert "at 0.67 times its speed" in text  # 24 frames a second, for a model of 16
+    share_page(tmp_path / "check.html", tmp_path / "shared.html")
+    given = (tmp_path / "shared.html").read_text(encoding="utf-8")
+    assert str(tmp_path) not in given
+    assert "a.mp4: 7 frames, too few" in given
 
 
 def test_words_that_only_one_encoder_reads_are_marked() -> None:

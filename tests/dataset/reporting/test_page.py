@@ -14,6 +14,7 @@ from dataset.reporting.drawing import draw_crops
 from dataset.reporting.tables import Crops
 from modules.media.buckets import fit_cover
 from modules.pages.bars import draw_histogram
+from modules.pages.sharing import share_page
 from tests.browser import open_page
 from tests.dataset.reporting.making import (
     report,
@@ -89,6 +90,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     folder = tmp_path_factory.mktemp("set")
     path = folder / "page.html"
     return path, report(make_set(folder), "--output", str(path))
+
+
+def test_a_shared_copy_of_the_page_names_no_folder(made: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = made
+    share_page(path, path.with_name("shared.html"))
+
+    given = path.with_name("shared.html").read_text(encoding="utf-8")
+    assert str(path.parent) in path.read_text(encoding="utf-8")
+    assert str(path.parent) not in given
 
 
 def test_the_page_shows_the_numbers_of_the_json(made: tuple[Path, dict[str, Any]]) -> None:

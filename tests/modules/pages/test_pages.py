@@ -7,9 +7,11 @@ import jinja2
 import numpy as np
 import pytest
 
-from modules.pages.charts import Chart, Curve, draw_charts, smooth
+from modules.errors import UserError
+from modules.pages.charts import Chart, Curve, draw_chart, smooth
 from modules.pages.embedding import embed_clip, embed_picture
 from modules.pages.page import render_page, write_page
+from modules.pages.sharing import share_page
 from tests.browser import open_page
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"
@@ -30,7 +32,7 @@ def clip(length: int, height: int = 24, width: int = 32) -> list[np.ndarray]:
 
 
 def test_a_page_shows_hostile_text_and_runs_none_of_it(template: Path, tmp_path: Path) -> None:
-    chart = draw_charts([Chart([Curve(HOSTILE, [0, 1], [1, 2])], "step", HOSTILE, HOSTILE)], HOSTILE)
+    chart = draw_chart(Chart([Curve(HOSTILE, [0, 1], [1, 2])], "step", HOSTILE, HOSTILE))
     values = {
         "text": HOSTILE,
         "clip": embed_clip(clip(5), 8, HOSTILE),
@@ -74,3 +76,30 @@ def test_smoothing_removes_the_bias_of_its_start_and_skips_nan() -> None:
     assert smoothed[0] == 1.0
     assert math.isnan(smoothed[1])
     assert smoothed[2] == pytest.approx((0.25 * 1 + 0.5 * 3) / 0.75)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("/home/max muster/clips/cat 1.mp4: cannot be read", "cat 1.mp4: cannot be read"),
+        (r"wrote D:\films\x.mp4 at step 5 / 10", "wrote x.mp4 at step 5 / 10"),
+        ("~/clips/<b>/x.mp4", "&lt;b&gt;/x.mp4"),
+        ("https://host/a/b/c.mp4 and/or ./sample/x.png", "https://host/a/b/c.mp4 and/or ./sample/x.png"),
+    ],
+)
+def test_a_shared_copy_keeps_names_but_no_folders(
+    template: Path, tmp_path: Path, text: str, left: str
+) -> None:
+    page = tmp_path / "page.html"
+    write_page(page, template, "title", {"text": text, "clip": "", "picture": "", "chart": ""})
+
+    share_page(page, tmp_path / "shared.html")
+
+    assert f'<p id="text">{left}</p>' in (tmp_path / "shared.html").read_text(encoding="utf-8")
+
+
+def test_only_own_pages_are_shared(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("<p>a</p>", encoding="utf-8")
+    for name in ("a.html", "missing.html"):
+        with pytest.raises(UserError, match=f"{name}"):
+            share_page(tmp_path / name, tmp_path / "b.html")

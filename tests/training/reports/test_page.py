@@ -19,6 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+import share_page
 from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
 from tests.browser import open_page
@@ -65,7 +66,8 @@ def page_of(folder: Path, name: str = "x") -> str:
 
 def text_of(page: str) -> str:
     """What a page says, without its embedded data."""
-    text = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r'"data:[^"]*"', '""', page)))
+    page = re.sub(r"<!--.*?-->", "", re.sub(r'"data:[^"]*"', '""', page))
+    text = html.unescape(re.sub(r"<[^>]*>", " ", page))
     return " ".join(text.split())
 
 
@@ -92,10 +94,35 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
         )
         assert shown.locator("video").count() == 2
         assert shown.evaluate("Math.min(...[...document.images].map(image => image.naturalWidth))") > 0
-        assert shown.locator(".chart").count() == 3
+        assert shown.locator(".chart").count() == 4
         assert "finished" in shown.inner_text("body")
         assert "8 of 8" in shown.inner_text("body")
         assert shown.problems == []
+
+
+def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder_and_no_command(
+    tmp_path: Path, sampling: list[object]
+) -> None:
+    name = "a_name_that_is_longer_than_a_phone_is_wide_and_never_breaks"
+    options = [*sampling, "--save_every_n_steps", 4, "--output_name", name, "--validation_split", "0.2"]
+    train_network(ToyFamily(), toy_options(tmp_path, *options, "--validate_every_n_steps", 4, has_page=True))
+    page = tmp_path / "output" / f"{name}.html"
+
+    with open_page(page, width=360) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") == 360
+        parts = "[...document.querySelectorAll('.chart, .files')]"
+        assert shown.evaluate(f"{parts}.every(part => part.getBoundingClientRect().right <= 360)")
+        assert shown.problems == []
+
+    share_page.main([str(page)])
+    copy = page.with_name(f"{name}-shared.html")
+    text = copy.read_text(encoding="utf-8")
+    assert str(tmp_path) in page.read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    assert "convert_lora" not in text
+    assert "./sample/" not in text
+    assert "a cat" in text_of(text)
+    assert text.count("<video") == 2
 
 
 def test_the_command_to_go_on_asks_for_auto_again(tmp_path: Path) -> None:
