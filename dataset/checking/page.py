@@ -100,17 +100,18 @@ def write_check_page(
         assert not isinstance(card, Failure)  # what cannot be read is told on the card
         cards[found.table.index].append(card)
     sections = [_make_section(found, cards[found.table.index]) for found in result.tables]
+    files = sum(len(found.sources) for found in result.tables)
     values = {
         "sections": sections,
         "result": result,
         "missing": list(map(escape_control_codes, counters.missing)),
         "fps": fps,
         "shown": len(pairs),
-        "files": sum(len(found.sources) for found in result.tables),
+        "files": files,
         "tail": list(map(escape_control_codes, result.tail)),
         "most_lines": MOST_LINES,
     }
-    write_page(path, TEMPLATE, f"{config.path.name}: {count_of(values['files'], 'file')} checked", values)
+    write_page(path, TEMPLATE, f"{config.path.name}: {count_of(files, 'file')} checked", values)
     logger.info("wrote %s", path)
 
 
