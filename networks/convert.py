@@ -11,10 +11,12 @@ from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import checkpoint_paths
 from modules.console import as_size, show_box
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
-from networks.cutting import texts_to_diffusers, to_diffusers_parts
-from networks.deltas import LORA
+from networks.baking import OTHER_KINDS, Baking, bake
+from networks.cutting import texts_to_diffusers, to_diffusers_parts, to_other_parts
+from networks.deltas import LORA, group_by_module
 from networks.experts import NETWORKS, join_metadata
 from networks.hashes import STALE, add_hashes
 from networks.key_formats import OURS, add_missing_alphas, to_diffusers, to_other
@@ -44,28 +46,39 @@ def convert(options: ConvertOptions) -> None:
 
     Raises as `convert_file`, and OptionError if the files and the options do not go together.
     """
+    baking = None
+    if options.bake is not None:
+        baking = Baking(options.bake, choose_device(options.device), options.dit or ())
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
-        convert_file(options.input, options.output, options.target)
+        convert_file(options.input, options.output, options.target, baking=baking)
         return
     low, high = _read_pair(options)
     if options.expert is not None:
-        _convert_one(high if options.expert == HIGH_NOISE else low, options.output, options.target)
+        one = high if options.expert == HIGH_NOISE else low
+        _convert_one(one, options.output, options.target, baking=baking)
     elif options.output_high_noise is not None:
-        _convert_one(low, options.output, options.target)
-        _convert_one(high, options.output_high_noise, options.target)
+        _convert_one(low, options.output, options.target, baking=baking)
+        _convert_one(high, options.output_high_noise, options.target, baking=baking)
     else:
-        _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output)
+        _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output, baking)
 
 
-def convert_file(source: Path, output: Path, target: str, family_name: str | None = None) -> None:
+def convert_file(
+    source: Path,
+    output: Path,
+    target: str,
+    family_name: str | None = None,
+    baking: Baking | None = None,
+) -> None:
     """Write the LoRA of `source`, of any dialect, in ours (target "default"), in that of ComfyUI ("other") or
     in that of diffusers ("diffusers").
 
     Metadata are copied, the hashes among them made anew; they name the family where the names alone no longer
     would. Modules without a form in the other dialect are listed in a warning. LoRAs for parts of a fused
     module are put together. A file with a LoRA for each expert stays one in diffusers' dialect, the others
-    have no form for it. Raises CheckpointError where the file is no LoRA or nothing of it can be written, or
-    where it is for another model than `family_name`, OptionError where the result would replace it.
+    have no form for it. baking: make plain LoRAs of other kinds before. Raises CheckpointError where the file
+    is no LoRA or nothing of it can be written, or where it is for another model than `family_name`,
+    OptionError where the result would replace it.
     """
     refuse_replacing("--output", output, checkpoint_paths(source))
     lora = read_lora(source, by_expert=True, with_texts=True)
@@ -78,9 +91,14 @@ def convert_file(source: Path, output: Path, target: str, family_name: str | Non
             source,
         )
     if not lora.parts:
-        _convert_one(lora, output, target, family_name)
+        _convert_one(lora, output, target, family_name, baking)
+    elif baking is not None and baking.models:
+        raise OptionError(
+            f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
+            "  Take one with --expert high_noise or low_noise."
+        )
     elif target == "diffusers":
-        _convert_parts(lora.parts, output)
+        _convert_parts(lora.parts, output, baking)
     else:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form for "
@@ -107,17 +125,30 @@ def _read_pair(options: ConvertOptions) -> tuple[LoraFile, LoraFile]:
     return low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
 
 
-def _convert_one(lora: LoraFile, output: Path, target: str, family_name: str | None = None) -> None:
-    _save(output, converted(lora, target, family_name=family_name), [lora])
+def _convert_one(
+    lora: LoraFile, output: Path, target: str, family_name: str | None = None, baking: Baking | None = None
+) -> None:
+    lora, words = _baked(lora, baking, family_name)
+    _save(output, converted(lora, target, family_name=family_name), [lora], words)
 
 
-def _convert_parts(parts: Mapping[str, LoraFile], output: Path) -> None:
+def _convert_parts(parts: Mapping[str, LoraFile], output: Path, baking: Baking | None) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
+    found = {expert: _baked(lora, baking) for expert, lora in parts.items()}
+    parts, words = {expert: lora for expert, (lora, _) in found.items()}, [each for _, each in found.values()]
     starts = {expert: start for start, expert in NETWORKS.items()}
     each = {expert: converted(lora, "diffusers", starts[expert]) for expert, lora in parts.items()}
     tensors = {name: tensor for one in each.values() for name, tensor in one.tensors.items()}
     metadata = join_metadata({expert: _lasting(one.metadata) for expert, one in each.items()})
-    _save(output, Converted(tensors, metadata), list(parts.values()))
+    _save(output, Converted(tensors, metadata), list(parts.values()), "\n".join(filter(None, words)))
+
+
+def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None) -> tuple[LoraFile, str]:
+    """Return a LoRA with plain factors alone if these are asked for, and in words what that has lost."""
+    if baking is None:
+        return lora, ""
+    baked = bake(lora, _family_of(lora, family_name)[0], baking)
+    return baked.lora, baked.words
 
 
 def converted(
@@ -129,9 +160,7 @@ def converted(
     say it better. Raises CheckpointError if nothing of it can be written.
     """
     source = lora.path
-    made = read_family(lora.metadata)
-    hint = (family_name or _likely_family(lora)) if made is None else made.name
-    family = choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
+    family, hint = _family_of(lora, family_name)
     native = fuse(lora.tensors, family=family) if family is not None and family.parts else lora.tensors
     if target != "diffusers" and family is not None and family.always_underscored:
         ours = add_missing_alphas(native)
@@ -141,34 +170,45 @@ def converted(
     elif target == "other" and family is not None and family.underscored:
         tensors = rename_to_aliases(add_missing_alphas(native), family)
     else:
-        if family is not None and family.parts and (target == "diffusers" or family.start == IN_DIFFUSERS):
+        if family is not None and family.parts and target == "diffusers":
             other = to_diffusers_parts(native, family, start)
+        elif family is not None and family.parts and family.start == IN_DIFFUSERS:
+            other = to_other_parts(native, family)
         else:
             begin = UNET_IN_DIFFUSERS if family is not None and family.start == UNET_IN_DIFFUSERS else start
             other = to_diffusers(native, hint, begin) if target == "diffusers" else to_other(native, hint)
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
+        is_other_kind = any(OTHER_KINDS & group_by_module(native)[name].keys() for name in other.left_out)
+        hint = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
         if not other.tensors and not lora.text_tensors:
-            raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.", source)
+            raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.{hint}", source)
         if reasons:
-            logger.warning(f"{source}: {len(reasons)} modules are left out: {list_some(reasons)}")
+            logger.warning(f"{source}: {len(reasons)} modules are left out: {list_some(reasons)}{hint}")
         tensors = other.tensors
-    tensors = {**tensors, **_texts_in(lora, target, family)}
+    tensors = {**tensors, **_texts_in(lora, target)}
     # its alphas are in the tensors now
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
-    if family is FRAMEPACK and made is None:
+    if family is FRAMEPACK and read_family(lora.metadata) is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
     return Converted(tensors, metadata)
 
 
-def _texts_in(lora: LoraFile, target: str, family: FamilyNames | None) -> Mapping[str, Tensor]:
+def _texts_in(lora: LoraFile, target: str) -> Mapping[str, Tensor]:
     """Return what a LoRA changes in text encoders, in another dialect; only diffusers has other names."""
-    if target != "diffusers" and (family is None or target == "default" or family.start != IN_DIFFUSERS):
+    if target != "diffusers":
         return add_missing_alphas(lora.text_tensors)
     other = texts_to_diffusers(lora.text_tensors)
     if other.left_out:
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
         logger.warning(f"{lora.path}: {len(reasons)} modules are left out: {list_some(reasons)}")
     return other.tensors
+
+
+def _family_of(lora: LoraFile, name: str | None) -> tuple[FamilyNames | None, str | None]:
+    """Return whose names a LoRA's modules have, and the name of the family that it is probably for."""
+    made = read_family(lora.metadata)
+    hint = (name or _likely_family(lora)) if made is None else made.name
+    return choose_family((name.removeprefix(OURS) for name in lora.modules()), hint), hint
 
 
 def _likely_family(lora: LoraFile) -> str | None:
@@ -189,11 +229,12 @@ def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if not key.startswith(STALE)}
 
 
-def _save(output: Path, result: Converted, sources: list[LoraFile]) -> None:
+def _save(output: Path, result: Converted, sources: list[LoraFile], baked: str = "") -> None:
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
         ("from", "\n".join(f"{lora.path}, names as of {lora.dialect}" for lora in sources)),
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
+        ("made plain", baked),
     ]
     show_box("The LoRA is converted", rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from networks.deltas import LORA, Factors, group_by_module, rows_of, strength
-from networks.key_formats import OURS, OtherTensors, in_diffusers
+from networks.key_formats import OURS, OtherTensors, in_diffusers, to_comfyui
 from networks.lora_blocks import diagonal_blocks, fused_heights
 from networks.module_names import module_path, parts_of
 from networks.names.layouts import IN_DIFFUSERS, SWAPPED, FamilyNames, WeightPart
@@ -37,6 +37,23 @@ def to_diffusers_parts(
             assert not isinstance(form, str)
             written.update({f"{start}{path}.{part}": tensor for part, tensor in form.items()})
     return OtherTensors(written, left_out)
+
+
+def to_other_parts(tensors: Mapping[str, Tensor], family: FamilyNames) -> OtherTensors:
+    """Our names -> diffusers' for plain LoRAs, `diffusion_model.<our path>. ...` for all else.
+
+    ai-toolkit and ComfyUI read the former. A LoHa, a LoKr or a DoRA is read by ComfyUI alone, which has the
+    fused weights as they are here: nothing is cut then.
+    """
+    plain: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, factors in group_by_module(tensors).items():
+        into = plain if factors.keys() <= {"alpha", *LORA, "lora_up.bias", "diff_b"} else others
+        into.update({f"{name}.{part}": one for part, one in factors.items()})
+    cut = to_diffusers_parts(plain, family)
+    others |= {name: one for name, one in plain.items() if name.partition(".")[0] in cut.left_out}
+    whole = to_comfyui(others, family)
+    return OtherTensors({**cut.tensors, **whole.tensors}, whole.left_out)
 
 
 def _pieces(name: str, factors: Factors, family: FamilyNames) -> dict[str, Factors] | str:

@@ -82,6 +82,9 @@ _WITH_ADAPTER = re.compile(
 # diffusers before PEFT: factors beside the attention, not in its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
+# FramePack's blocks in the other dialect as the known tuner writes it: points for most underscores, also
+# for that of `transformer_blocks`, whose first half is no prefix then
+_TAKEN_APART = f"{OTHER}transformer.blocks."
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 
@@ -218,7 +221,7 @@ def _split(key: str) -> _Key | None:
         if path.startswith(prefix):
             return _Key(path.removeprefix(prefix), part, dialect)
     dialects = [dialect for prefix, dialect in _DOTTED.items() if path.startswith(prefix)]
-    for prefix in _DOTTED:
+    for prefix in (OTHER,) if path.startswith(_TAKEN_APART) else _DOTTED:
         path = path.removeprefix(prefix)
     return _Key(path, part, dialects[0] if dialects else "without prefix")
 
@@ -265,13 +268,19 @@ def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> O
     """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
     alpha left out.
 
-    FramePack's begin with `transformer.`: what reads them is diffusers. Module paths come from the lists of
-    the families' real modules; a name that none of them has is left out and reported.
+    LoHa and LoKr keep their factors and alphas. FramePack's names begin with `transformer.`: what reads them
+    is diffusers. Module paths come from the lists of the families' real modules; a name that none of them
+    has is left out and reported.
     """
     family = _family_of(tensors, family_hint)
-    if family is None or family.start == IN_DIFFUSERS:
+    if family is None or family.is_as_in_diffusers:
         return to_diffusers(tensors, family_hint)
-    return _write(tensors, family.start, lambda name: module_path(name, family), _in_comfyui)
+    return to_comfyui(tensors, family)
+
+
+def to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames) -> OtherTensors:
+    """Our names -> `diffusion_model.<path>. ...`, whole modules of any kind, as `to_other`."""
+    return _write(tensors, OTHER, lambda name: module_path(name, family), _in_comfyui)
 
 
 def to_diffusers(
@@ -312,14 +321,17 @@ def _write(
     return OtherTensors(written, left_out)
 
 
-def _in_comfyui(factors: Factors) -> dict[str, Tensor] | str:
-    """The tensors of a module as ComfyUI reads them, or why there are none.
+def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
+    """Return the tensors of a module as ComfyUI reads them.
 
-    Biases are whole differences there.
+    Biases are whole differences there. An alpha of 0 is written as what it means here, the rank.
     """
-    if set(factors) - {"alpha", *LORA, "diff", "diff_b", "lora_up.bias", DORA}:
-        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
-    form = _fold(factors) | {part: factors[part] for part in ("diff", DORA) if part in factors}
+    rest = {part: one for part, one in factors.items() if part not in ("alpha", "diff_b", "lora_up.bias")}
+    if rest.keys() <= {*LORA, "diff", DORA}:
+        form = _fold(factors) | {part: one for part, one in rest.items() if part not in LORA}
+    else:
+        rank = rank_of(factors)
+        form = rest if rank is None else {**rest, "alpha": torch.tensor(strength(factors) * rank)}
     bias = bias_delta(factors, torch.device("cpu"))
     if bias is not None:
         form["diff_b"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)

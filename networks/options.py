@@ -143,8 +143,12 @@ class ConvertOptions:
     output_high_noise: Path | None
     expert: str | None  # the part of a file with a LoRA for each expert to take alone
     target: str  # default, other or diffusers
+    bake: int | None  # the rank of the plain LoRAs to make of other kinds
+    dit: tuple[Path, ...] | None  # what a DoRA to bake was trained for
+    device: str | None
 
     def __post_init__(self) -> None:
+        self._check_baking()
         inputs = [self.input, *([] if self.input_high_noise is None else [self.input_high_noise])]
         require_files("--input", inputs[:1])
         require_files("--input_high_noise", inputs[1:])
@@ -153,7 +157,7 @@ class ConvertOptions:
             outputs["--output_high_noise"] = self.output_high_noise
         for option, output in outputs.items():
             check_output_file(option, output)
-            refuse_replacing(option, output, inputs)
+            refuse_replacing(option, output, [*inputs, *(self.dit or ())])
         if self.output_high_noise is not None and self.output.resolve() == self.output_high_noise.resolve():
             raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
         for option, is_given in (
@@ -168,6 +172,19 @@ class ConvertOptions:
                 f"--target {self.target} has no form for two LoRAs in one file: use --target diffusers, or "
                 "add --output_high_noise FILE"
             )
+
+    def _check_baking(self) -> None:
+        if self.bake is not None and self.bake < 1:
+            raise OptionError(f"--bake {self.bake}: give a rank, a whole number from 1")
+        for option, is_given in (("--dit", self.dit is not None), ("--device", self.device is not None)):
+            if is_given and self.bake is None:
+                raise OptionError(f"{option} is for --bake RANK: add that, or leave {option} out")
+        if self.dit is not None and (self.input_high_noise or self.output_high_noise):
+            raise OptionError(
+                "--dit is the model that one DoRA was trained for, and each expert has its own: bake one "
+                "LoRA (--expert takes it out of a file for both), then the other"
+            )
+        require_files("--dit", self.dit or ())
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +310,22 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "(high noise) and transformer_2. (low noise)"
     )
     parser.add_argument("--target", required=True, choices=["other", "default", "diffusers"], help=targets)
+    parser.add_argument(
+        "--bake",
+        type=int,
+        metavar="RANK",
+        help="make a plain LoRA of this rank of each LoHa, LoKr and DoRA, for tools that do not know them; "
+        "says how much of the change is lost",
+    )
+    parser.add_argument(
+        "--dit",
+        nargs="+",
+        metavar="FILE",
+        help="with --bake, the model that a DoRA was trained for; after it text encoders that it changes",
+    )
+    parser.add_argument(
+        "--device", help="device that --bake computes on; default: CUDA if available, else MPS, else the CPU"
+    )
 
 
 def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:

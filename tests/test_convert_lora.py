@@ -80,7 +80,7 @@ def test_a_file_in_the_target_dialect_stays_as_it_is(tmp_path: Path, saved: Path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
-def test_a_lokr_cannot_become_the_other_dialect(tmp_path: Path) -> None:
+def test_a_lokr_cannot_become_diffusers_but_by_baking(tmp_path: Path) -> None:
     save_file(
         {
             "lora_unet_blocks_0_ffn_0.lokr_w1": torch.ones(2, 2),
@@ -89,8 +89,8 @@ def test_a_lokr_cannot_become_the_other_dialect(tmp_path: Path) -> None:
         tmp_path / "x.safetensors",
     )
 
-    with pytest.raises(CheckpointError, match="has no form in this dialect"):
-        convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "other")
+    with pytest.raises(CheckpointError, match=r"has no form in this dialect\).\n  --bake"):
+        convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "diffusers")
     assert not (tmp_path / "y.safetensors").exists()
 
 

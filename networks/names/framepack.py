@@ -38,5 +38,6 @@ FRAMEPACK = FamilyNames(
     takes=("hunyuan_video",),
     # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
     start=IN_DIFFUSERS,
+    converted_for="diffusers",
     is_as_in_diffusers=True,
 )

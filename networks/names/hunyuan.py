@@ -123,6 +123,7 @@ HUNYUAN_VIDEO = FamilyNames(
     (*BLOCK_MODULES, "vector_in.in_layer", "vector_in.out_layer"),
     BLOCK_ALIASES,
     (*BLOCK_PARTS, *renamed_parts("", "", _DIFFUSERS_REST)),
+    converted_for="ComfyUI",
     depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
     width=3072,
 )

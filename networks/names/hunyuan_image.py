@@ -34,6 +34,7 @@ HUNYUAN_IMAGE = FamilyNames(
         *renamed_parts("", "", _DIFFUSERS_REST),
     ),
     underscored=True,
+    converted_for="ComfyUI",
     versions=("hunyuan-image", "hunyuan_image", "hunyuanimage"),
     depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
     width=3584,

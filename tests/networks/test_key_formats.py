@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks.key_formats import add_missing_alphas, module_of_tensor, to_native, to_other
+from networks.key_formats import add_missing_alphas, module_of_tensor, to_diffusers, to_native, to_other
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
@@ -248,16 +248,15 @@ def test_keys_of_text_encoders_and_unknown_ones_are_told_apart() -> None:
 
 def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> None:
     tensors = factors("lora_unet_blocks_0_ffn_0") | factors("lora_unet_blocks_0_unheard_of")
-    tensors |= {
-        "lora_unet_blocks_0_ffn_2.lokr_w1": torch.ones(1, 1),
-        "lora_unet_blocks_0_ffn_2.lokr_w2": torch.ones(3, 3),
-    }
+    lokr = {"lokr_w1": torch.ones(1, 1), "lokr_w2": torch.ones(3, 3)}
+    tensors |= {f"lora_unet_blocks_0_ffn_2.{part}": tensor for part, tensor in lokr.items()}
 
-    other = to_other(tensors)
+    other, diffusers = to_other(tensors), to_diffusers(tensors)
 
-    assert len(other.tensors) == 2
+    assert len(other.tensors) == 4
+    assert other.left_out.keys() == {"lora_unet_blocks_0_unheard_of"}
     assert "no known model" in other.left_out["lora_unet_blocks_0_unheard_of"]
-    assert "lokr_w1, lokr_w2" in other.left_out["lora_unet_blocks_0_ffn_2"]
+    assert "lokr_w1, lokr_w2" in diffusers.left_out["lora_unet_blocks_0_ffn_2"]
 
 
 def test_names_in_checkpoints_lose_their_prefix() -> None:

@@ -12,6 +12,7 @@ from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks import lora_framepack
 from networks.deltas import weight_delta
+from networks.key_formats import to_native
 from networks.loading import LoraFile, read_lora
 from networks.merge import LoraPatch, LoraUse
 from networks.module_names import choose_family, module_path, relatives, replace_dots
@@ -423,3 +424,23 @@ def test_only_framepack_has_modules_for_finished_latents() -> None:
     assert choose_family(names, "hunyuan_video") is FRAMEPACK
     assert choose_family(hunyuan, "hunyuan_video") is HUNYUAN_VIDEO
     assert choose_family(hunyuan, "framepack") is FRAMEPACK
+
+
+@pytest.mark.parametrize("start", ["diffusion_model.", "transformer."])
+@pytest.mark.parametrize("knows_attention", [False, True], ids=["before", "since it knows Qwen-Image"])
+def test_the_odd_names_of_the_known_tuners_conversion_are_read(knows_attention: bool, start: str) -> None:
+    """It replaces underscores after HunyuanVideo's rules, but for modules of another model of equal names."""
+    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model())
+
+    def odd(name: str) -> str:
+        path = name.removeprefix("lora_unet_")
+        if knows_attention and path.startswith("transformer_blocks") and "_attn_" in path:
+            return str(module_path(path, FRAMEPACK))
+        return path.replace("_", ".").replace("attn.", "attn_")
+
+    names = [f"{start}{odd(name)}.lora_{factor}.weight" for name in network.names for factor in "AB"]
+
+    found = to_native({name: torch.ones(2, 2) for name in names})
+
+    assert {name.partition(".")[0] for name in found.tensors} == set(network.names)
+    assert found.unknown == found.text_encoder == ()

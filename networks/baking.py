@@ -1,0 +1,208 @@
+"""Make plain LoRAs of LoHas, LoKrs and DoRAs, for tools that do not know these."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.checkpoints.dits import bare_names
+from modules.checkpoints.joining import join_parts
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
+from modules.console import count_of
+from modules.errors import CheckpointError, OptionError
+from networks.changes import Change, fit
+from networks.deltas import DORA, LORA, Factors, bias_delta, group_by_module, weight_delta
+from networks.extracting import decompose_change
+from networks.key_formats import OURS, module_of_tensor
+from networks.loading import LoraFile
+from networks.lora_network import prefix_of
+from networks.module_names import alias
+from networks.names.layouts import SWAPPED, FamilyNames, tensor_patterns
+from networks.parts import fuse
+from networks.whole_checkpoints import is_whole, pieces_of
+
+logger = getLogger(__name__)
+OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
+_PLAIN = "networks.lora"
+A_LOT = 0.1  # share of the change that may be lost without a word on ranks
+
+
+@dataclass(frozen=True)
+class Baking:
+    """Say how plain LoRAs are made: their rank, and the model that a DoRA was trained for."""
+
+    rank: int
+    device: torch.device
+    models: Sequence[Path] = ()  # its transformer, then its text encoders
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A plain LoRA, and in words what its rank has lost."""
+
+    lora: LoraFile
+    words: str
+
+
+@torch.no_grad()
+def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
+    """Replace each LoHa, LoKr and DoRA by the best LoRA of a rank for its change at multiplier 1.
+
+    Other modules stay as they are. Memory: the LoRA, and one weight with its change in float32. Raises
+    OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
+    not fit.
+    """
+    # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
+    is_dora = any(name.endswith(DORA) for name in lora.tensors)
+    own = fuse(lora.tensors, family=family) if is_dora and family is not None else lora.tensors
+    modules = group_by_module({**own, **lora.text_tensors})
+    found = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
+    if not found:
+        raise OptionError(
+            f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
+        )
+    decomposed = [name for name, factors in found.items() if DORA in factors]
+    if decomposed and not baking.models:
+        raise OptionError(
+            f"--bake: {lora.path} is a DoRA ({decomposed[0]}), whose change depends on the weights that it "
+            "was trained for. Add --dit with the model's file; after it those of the text encoders that it "
+            "changes"
+        )
+    losses: dict[str, tuple[float, float]] = {}  # module -> norms of the change, and of what is lost of it
+    with _open_weights(baking.models if decomposed else (), family) as weights:
+        for name, factors in found.items():
+            change = _change(name, factors, lora.path, weights, baking.device)
+            modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
+    plain = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
+    texts = {name: one for name, one in plain.items() if not name.startswith(OURS)}
+    tensors = {name: one for name, one in plain.items() if name not in texts}
+    metadata = _metadata(lora.metadata, modules)
+    made = replace(lora, tensors=tensors, text_tensors=texts, metadata=metadata)
+    return Baked(made, _in_words(losses, len(modules), baking.rank))
+
+
+def _as_lora(
+    name: str, factors: Factors, change: Tensor, rank: int
+) -> tuple[dict[str, Tensor], tuple[float, float]]:
+    """Return the best LoRA for a change, out x in (x kernel), in the dtype of the factors; and its loss."""
+    dtype = next(one.dtype for part, one in factors.items() if part != "alpha")
+    flat = change.flatten(1)
+    down, up = decompose_change(flat, rank, 1.0, name)
+    root = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # both as large: for 16 bits
+    down, up = (down * root[:, None]).to(dtype), (up / root).to(dtype)
+    size = float(flat.norm())
+    lost = float(flat.addmm_(up.float(), down.float(), alpha=-1).norm())
+    made = {
+        LORA[0]: down.unflatten(1, change.shape[1:]).cpu().contiguous(),
+        LORA[1]: up.reshape(*up.shape, *[1] * (change.ndim - 2)).cpu().contiguous(),
+        "alpha": torch.tensor(float(len(down))),
+    }
+    bias = bias_delta(factors, torch.device("cpu"))
+    return (made if bias is None else {**made, "diff_b": bias.to(dtype)}), (size, lost)
+
+
+# module as in LoRA files, without prefix where its file does not say the network -> those of its name
+Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
+
+
+def _change(name: str, factors: Factors, path: Path, weights: Weights, device: torch.device) -> Tensor:
+    """Return what factors add to their weight at multiplier 1, float32."""
+    change = weight_delta(factors, device)
+    assert change is not None
+    if DORA not in factors:
+        return change
+    bare = name.removeprefix(f"{prefix_of(name)}_")
+    names = (
+        name,
+        name.replace("lora_te1_", "lora_te_", 1),
+        bare,
+    )  # Stable Diffusion 1 and 2 have one encoder
+    for checkpoint, source in (each for one in dict.fromkeys(names) for each in weights.get(one, ())):
+        # text encoders in files of their own share names
+        if len(weight := source.make([checkpoint.read(one) for one in source.names])) == len(change):
+            break
+    else:
+        raise CheckpointError(
+            f"{path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the model "
+            "that the DoRA was trained for, and after it the files of the text encoders that it changes.",
+            path,
+        )
+    if weight.dtype.itemsize == 1 and checkpoint.path.suffix == ".pt":
+        raise CheckpointError(
+            f"{checkpoint.path} stores {source.names[0]} in 8 bits without its scale. Give the bf16 file.",
+            checkpoint.path,
+        )
+    one = fit(Change(path, 1.0, factors, weight_delta), None, weight, name, str(checkpoint.path))
+    total = torch.zeros(weight.shape, device=device)
+    one.on(device).add_to(total, None, weight.to(device))
+    return total
+
+
+@contextmanager
+def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
+    """Open model files of any layout; nothing of them is read yet but their headers."""
+    found: dict[str, list[tuple[Checkpoint, TensorSource]]] = {}
+    with ExitStack() as stack:
+        for path in paths:
+            opened = stack.enter_context(open_checkpoint(path))
+            bare = bare_names(opened)
+            for checkpoint, name, source in (
+                *((opened, *each) for each in _of_texts(opened)),
+                *((bare, *each) for each in _of_network(bare, family).items()),
+            ):
+                module, leaf = module_of_tensor(name)
+                if leaf == "weight":
+                    module = module if family is None else alias(module, family)
+                    found.setdefault(module, []).append((checkpoint, source))
+        yield found
+
+
+def _of_network(checkpoint: Checkpoint, family: FamilyNames | None) -> dict[str, TensorSource]:
+    """Map our names to how their tensors are made from a file's, as far as the family's lists go."""
+    stored = plain_sources(checkpoint)
+    if family is None:
+        return stored
+    swapped = [
+        part.ours for part in family.parts if part.index == SWAPPED and f"{part.theirs}.weight" in stored
+    ]
+    return join_parts(stored, tensor_patterns(family), [f"{module}.weight" for module in swapped])
+
+
+def _of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorSource]]:
+    """Yield the tensors of text encoders that a whole checkpoint holds, with their names in LoRA files."""
+    for name in checkpoint.tensors if is_whole(checkpoint.tensors) else ():
+        for piece in pieces_of(name):
+            if piece.network:
+                yield f"{piece.network}_{piece.name}", TensorSource((name,), piece.of)
+
+
+def _metadata(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
+    ranks = {len(factors[LORA[0]]) for factors in modules.values() if LORA[0] in factors}
+    rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
+    module = metadata.get("ss_network_module", _PLAIN)
+    return {
+        **metadata,
+        "ss_network_module": module if module.startswith(_PLAIN) else _PLAIN,
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_network_args": "{}",
+    }
+
+
+def _in_words(losses: Mapping[str, tuple[float, float]], modules: int, rank: int) -> str:
+    """Say how much is lost, relative Frobenius norms: of all together, and of the worst module."""
+    shares = {name: lost / size if size else 0.0 for name, (size, lost) in losses.items()}
+    worst = max(shares, key=lambda name: shares[name])
+    whole = math.hypot(*(size for size, _ in losses.values()))
+    share = math.hypot(*(lost for _, lost in losses.values())) / whole if whole else 0.0
+    more = "; a higher rank loses less" if share > A_LOT else ""
+    return (
+        f"{len(losses)} of {count_of(modules, 'module')} at rank {rank}: {100 * share:.2g} % of the change "
+        f"is lost, at most {100 * shares[worst]:.2g} % ({worst}){more}"
+    )

@@ -1,0 +1,169 @@
+"""Files that convert_lora.py writes with --target other are read whole by ComfyUI, and change the same."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import convert_lora
+from networks.loading import read_lora
+from networks.merge import LoraPatch, LoraUse
+from networks.module_names import FAMILIES
+from tests.networks.making_comfyui import Places, places_of, read, text_places
+from tests.tiny import flux, hunyuan_dit, hunyuan_image, lumina, wan_dit
+
+RANK = 2
+KINDS = ("LoRA", "LoHa", "LoKr", "whole LoKr", "DoRA", "difference")
+
+
+@dataclass(frozen=True)
+class Model:
+    state: Mapping[str, Tensor]  # under our names
+    there: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # under those of ComfyUI
+    is_hunyuan: bool = False
+    parts: Callable[[Mapping[str, Tensor]], Places] = lambda state: {}
+
+
+def flux_parts(state: Mapping[str, Tensor]) -> Places:
+    dim, found = len(state["img_in.weight"]), Places()
+    for name, weight in state.items():
+        theirs = flux.diffusers_parts(name)
+        heights = [dim] * (len(theirs) - 1)
+        start = 0
+        for part, rows in zip(theirs, [*heights, len(weight) - sum(heights)], strict=True):
+            found[f"transformer.{part.removesuffix('.weight')}"] = name, slice(start, start + rows)
+            start += rows
+    return found
+
+
+MODELS = {
+    "wan": Model(wan_dit.tiny_state("i2v")),
+    "hunyuan_video": Model(hunyuan_dit.tiny_state(), hunyuan_dit.comfy_state, is_hunyuan=True),
+    "hunyuan_image": Model(hunyuan_image.tiny_state(), hunyuan_image.comfy_state, is_hunyuan=True),
+    "flux": Model(flux.tiny_state(), parts=flux_parts),
+    "chroma": Model(flux.tiny_state("chroma"), parts=flux_parts),
+    "lumina": Model(lumina.tiny_state()),
+}
+
+
+def factors(kind: str, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    rows, columns = weight.shape
+
+    def draw(*shape: int) -> Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    alpha = {"alpha": torch.tensor(3.0)}
+    lora = {"lora_down.weight": draw(RANK, columns), "lora_up.weight": draw(rows, RANK), **alpha}
+    match kind:
+        case "LoHa":
+            made = {
+                f"hada_w{n}_{x}": draw(*((rows, RANK) if x == "a" else (RANK, columns)))
+                for n in "12"
+                for x in "ab"
+            }
+            return made | alpha
+        case "LoKr":
+            return {
+                "lokr_w1": draw(2, 2),
+                "lokr_w2_a": draw(rows // 2, 1),
+                "lokr_w2_b": draw(1, columns // 2),
+                **alpha,
+            }
+        case "whole LoKr":
+            return {"lokr_w1": draw(2, 2), "lokr_w2": draw(rows // 2, columns // 2), **alpha}
+        case "DoRA":
+            return {**lora, "dora_scale": 0.5 + torch.rand(rows, 1, generator=generator)}
+        case "difference":
+            return {"diff": draw(rows, columns)}
+    return lora
+
+
+def write_lora(path: Path, kind: str, state: Mapping[str, Tensor], version: str, number: str = "") -> None:
+    """Factors for every matrix of the blocks, those that training can reach. number: of a single block."""
+    generator, tensors = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    for name, weight in state.items():
+        module, _, leaf = name.rpartition(".")
+        is_in_block = any(f"{each}.{number}" in name for each in ("blocks", "layers", "refiner"))
+        if leaf == "weight" and weight.ndim == 2 and not len(weight) % 2 and is_in_block:
+            for part, tensor in factors(kind, weight, generator).items():
+                tensors[f"lora_unet_{module.replace('.', '_')}.{part}"] = tensor
+    save_file(tensors, path, {"ss_base_model_version": version})
+
+
+def convert(source: Path, output: Path) -> None:
+    convert_lora.main(["--input", str(source), "--output", str(output), "--target", "other"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str, kind: str) -> None:
+    model = MODELS[name]
+    write_lora(tmp_path / "saved.safetensors", kind, model.state, name, "0.")
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "saved.safetensors"))])
+    expected = {key: patch(key, one) - one for key, one in model.state.items()}
+
+    convert(tmp_path / "saved.safetensors", tmp_path / "other.safetensors")
+
+    places = places_of(model.there(model.state), model.is_hunyuan, model.parts(model.state))
+    found = read(load_file(tmp_path / "other.safetensors"), places, model.there(model.state))
+    assert found.unread == set()
+    for key, change in model.there(expected).items():
+        torch.testing.assert_close(
+            found.changes.get(key, torch.zeros_like(change)), change, rtol=1e-4, atol=2e-5
+        )
+    again = LoraPatch([LoraUse(read_lora(tmp_path / "other.safetensors"))])
+    for key, one in model.state.items():
+        torch.testing.assert_close(again(key, one) - one, expected[key], rtol=1e-4, atol=2e-5)
+    assert again.unused() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "chroma"])
+def test_what_a_family_says_of_saved_files_is_true(tmp_path: Path, name: str, kind: str) -> None:
+    """Its training prints a conversion for ComfyUI if files as they are saved are not read whole there."""
+    model = MODELS[name]
+    family = next(family for family in FAMILIES if family.name == name)
+    write_lora(tmp_path / "saved.safetensors", kind, model.state, name, "0.")
+
+    places = places_of(model.there(model.state), model.is_hunyuan, model.parts(model.state))
+    unread = read(load_file(tmp_path / "saved.safetensors"), places, model.there(model.state)).unread
+
+    assert bool(unread) == (family.converted_for == "ComfyUI")
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("prefix", ["lora_te1_", "lora_te3_"])
+def test_text_encoders_of_flux_are_read_whole_once_converted(tmp_path: Path, prefix: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    names = {
+        "lora_te1_": ("text_model.encoder.layers.3.self_attn.q_proj", "text_model.encoder.layers.3.mlp.fc1"),
+        "lora_te3_": (
+            "encoder.block.2.layer.0.SelfAttention.q",
+            "encoder.block.2.layer.1.DenseReluDense.wi_0",
+        ),
+    }
+    state = {f"{name}.weight": torch.randn(6, 4, generator=generator) for name in names[prefix]}
+    tensors = {
+        f"{prefix}{name.removesuffix('.weight').replace('.', '_')}.{part}": tensor
+        for name, weight in state.items()
+        for part, tensor in factors(kind, weight, generator).items()
+    }
+    unet = {
+        f"lora_unet_double_blocks_0_img_mlp_0.{p}": t
+        for p, t in factors("LoRA", torch.ones(4, 4), generator).items()
+    }
+    save_file(tensors | unet, tmp_path / "saved.safetensors", {"ss_base_model_version": "flux1"})
+
+    convert(tmp_path / "saved.safetensors", tmp_path / "other.safetensors")
+
+    other = load_file(tmp_path / "other.safetensors")
+    texts = {name: one for name, one in other.items() if "img_mlp" not in name and ".ff." not in name}
+    found, before = (read(file, text_places(prefix, state), state) for file in (texts, tensors))
+    assert found.unread == set()
+    assert found.changes.keys() == before.changes.keys() == state.keys()
+    for name, change in before.changes.items():
+        torch.testing.assert_close(found.changes[name], change)
