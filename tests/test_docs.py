@@ -352,10 +352,11 @@ def lay_out_inputs(folder: Path) -> None:
         expert = "low" if "low" in name else "high"
         dit = folder / "models" / f"wan2.2_t2v_{expert}_noise_14B_fp16.safetensors"
         write_lora(folder / "output" / f"{name}.safetensors", dit)
+    dit = folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"
     for name in ("my_lora", "style", "my_lora-step00000200", "my_lora-step00000400"):
-        write_lora(
-            folder / "output" / f"{name}.safetensors", folder / "models" / "wan2.1_t2v_1.3B_bf16.safetensors"
-        )
+        write_lora(folder / "output" / f"{name}.safetensors", dit)
+    for kind in ("LoKr", "DoRA"):
+        write_lora(folder / "output" / f"my_{kind.lower()}.safetensors", dit, kind=kind)
 
 
 def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:

@@ -18,6 +18,11 @@ from training.saving.options import LATEST
 from training.saving.states import state_pattern
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
+BAKED_RANK = 64  # of a plain LoRA made of a DoRA, whose change is of full rank
+DORA_ELSEWHERE = (
+    "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 14 % differently, musubi-tuner and "
+    "sd-scripts leave its magnitudes out: they need a plain LoRA."
+)
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 
 
@@ -91,20 +96,40 @@ class NextSteps:
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     experts: Sequence[Expert] = ONE_EXPERT  # that are trained
     parts: Sequence[str] = ()  # what ends the names of files that belong together, see `Names`
+    converted_for: str = ""  # the tool that reads LoRAs of this family only once they are converted
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return the commands: train on, generate with the best file, convert it."""
+        """Return the commands: train on, generate with the best file, convert it if a tool needs that."""
         chosen = best or self.file
         found = [self._resume(is_finished)]
         if self.scripts.generation is not None:
             found.append(self._generate(self.scripts.generation, chosen))
-        for file in self._together(chosen) if self.options.network is not None else ():
-            converted = file.with_name(f"{file.stem}_comfy.safetensors")
-            files = ["--input", str(file), "--output", str(converted), "--target", "other"]
-            found.append(
-                _command("Convert the LoRA for other programs", ["python", "convert_lora.py", *files])
-            )
+        if self.is_dora or (self.options.network is not None and self.converted_for):
+            found += [self._convert(file) for file in self._together(chosen)]
         return found
+
+    @property
+    def is_dora(self) -> bool:
+        """Return whether a DoRA is trained, which tools other than diffusers do not take as it is meant."""
+        network = self.options.network
+        return network is not None and network.arguments().get("dora_wd", "").lower() in {"true", "1"}
+
+    def _convert(self, file: Path) -> PageCommand:
+        """Return the command that makes a file for other tools; of a DoRA a plain LoRA."""
+        target = "other" if self.converted_for else "default"
+        if not self.is_dora:
+            words, title = ["--target", target], f"Convert the LoRA for {self.converted_for}"
+        else:
+            is_high = bool(self.parts) and file.stem.endswith(HIGH_NOISE)
+            dit = self.given.values.get("dit_high_noise" if is_high else "dit")
+            words = ["--target", target, "--bake", str(BAKED_RANK), "--dit", str(dit or "model.safetensors")]
+            title = "Make a plain LoRA of the DoRA"
+        output = file.with_name(
+            f"{file.stem}_{'plain' if self.is_dora else self.converted_for.lower()}.safetensors"
+        )
+        files = ["--input", str(file), "--output", str(output)]
+        note = DORA_ELSEWHERE if self.is_dora else ""
+        return _command(title, ["python", "convert_lora.py", *files, *words], note)
 
     def _resume(self, is_finished: bool) -> PageCommand:
         words = ["python", self.scripts.train]

@@ -8,6 +8,8 @@ import torch
 from modules.contract.experts import HIGH_NOISE
 from modules.planning.device_memory import MemoryWatch, host_peak
 from modules.planning.memory_plan import gib
+from networks.module_names import read_family
+from networks.names.layouts import TRAINED_ON
 from training.following import FamilyScripts, NextSteps, given_options
 from training.job import TrainingJob
 from training.reports.history import open_history
@@ -20,6 +22,7 @@ def plan_next_steps(
     job: TrainingJob, scripts: FamilyScripts, total_steps: int, sampler: Sampler | None
 ) -> NextSteps:
     """Return what makes the command lines that can follow the run."""
+    names = read_family({TRAINED_ON: job.family.name})
     return NextSteps(
         given_options(job.options, job.family.options, scripts),
         scripts,
@@ -31,6 +34,7 @@ def plan_next_steps(
         () if sampler is None else job.options.samples.loras(),
         job.family.experts,
         job.names.parts,
+        "" if names is None else names.converted_for,
     )
 
 

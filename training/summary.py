@@ -13,7 +13,7 @@ from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import gib
-from training.following import NextSteps
+from training.following import DORA_ELSEWHERE, NextSteps
 from training.job import Data, TrainingJob
 from training.reports.best import best_file, lowest_validation
 from training.reports.history import History
@@ -124,6 +124,7 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
             "peak memory",
             peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB",
         ),
+        ("other tools", DORA_ELSEWHERE if following.is_dora else None),
     ]
     best = best_file(history, names.folder)
     commands: list[Row] = [

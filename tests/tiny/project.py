@@ -147,12 +147,18 @@ def write_pictures(
         Image.fromarray(numpy.concatenate([opaque, alpha], axis=2)).save(controls / f"{stem} {index}_1.png")
 
 
-def write_lora(path: Path, dit: Path, rank: int = 2) -> None:
-    """A LoRA with effect for the attention of the first block of a tiny transformer."""
+def write_lora(path: Path, dit: Path, rank: int = 2, kind: str = "LoRA") -> None:
+    """A LoRA, LoKr or DoRA with effect for the attention of the first block of a tiny transformer."""
     generator = torch.Generator().manual_seed(len(path.name))
     tensors = {}
     for module in ("self_attn_q", "cross_attn_v", "ffn_0"):
         rows = 256 if module == "ffn_0" else 128
+        if kind == "LoKr":
+            tensors[f"lora_unet_blocks_0_{module}.lokr_w1"] = torch.randn(2, 2, generator=generator) * 0.1
+            tensors[f"lora_unet_blocks_0_{module}.lokr_w2"] = torch.randn(rows // 2, 64, generator=generator)
+            continue
+        if kind == "DoRA":
+            tensors[f"lora_unet_blocks_0_{module}.dora_scale"] = torch.ones(rows, 1)
         tensors[f"lora_unet_blocks_0_{module}.lora_down.weight"] = (
             torch.randn(rank, 128, generator=generator) * 0.1
         )

@@ -41,7 +41,8 @@ def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any
     options, own = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
     scripts = FamilyScripts("wan_train_network.py", add_training_arguments, partial(generation_words, own))
     file = folder / "x.safetensors"
-    return NextSteps(given_options(options, own, scripts), scripts, options, file, 40, processes, sample)
+    given = given_options(options, own, scripts)
+    return NextSteps(given, scripts, options, file, 40, processes, sample, converted_for="ComfyUI")
 
 
 def words_of(command: PageCommand) -> list[str]:
@@ -123,7 +124,7 @@ def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
     assert words[words.index("--video_size") + 1 :][:2] == ["32", "64"]
     assert "--negative_prompt=-" in words
     assert words_of(convert)[-3:] == [
-        str(tmp_path / "x-step00000010_comfy.safetensors"),
+        str(tmp_path / "x-step00000010_comfyui.safetensors"),
         "--target",
         "other",
     ]
@@ -152,6 +153,33 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     assert words[words.index("--guidance_scale_high_noise") + 1] == "4.0"
     converted = [words_of(each)[3] for each in converting]
     assert converted == [str(tmp_path / f"x-step00000010{mark}.safetensors") for mark in dict.fromkeys(marks)]
+
+
+@pytest.mark.parametrize("module", ["networks.lora_wan", "networks.lokr"])
+def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path, module: str) -> None:
+    steps = replace(next_steps(tmp_path, ["--network_module", module]), converted_for="")
+
+    assert [each.title for each in steps.commands(None, is_finished=True)] == [
+        "Train longer",
+        "Generate with it",
+    ]
+    assert not steps.is_dora
+
+
+@pytest.mark.parametrize(("tool", "target"), [("ComfyUI", "other"), ("", "default")])
+def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
+    tmp_path: Path, tool: str, target: str
+) -> None:
+    steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", "--dit", "mo dels/dit.safetensors"])
+    steps = replace(steps, converted_for=tool)
+
+    *_, command = steps.commands(None, is_finished=True)
+
+    words = words_of(command)
+    assert words[words.index("--input") + 1] == str(tmp_path / "x.safetensors")
+    assert words[words.index("--output") + 1] == str(tmp_path / "x_plain.safetensors")
+    assert words[-6:] == ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
+    assert "ComfyUI takes it" in command.note
 
 
 def test_a_sample_is_generated_again_with_all_that_it_shows(tmp_path: Path) -> None:
