@@ -8,7 +8,7 @@ record or name of a file.
 import hashlib
 import re
 from functools import lru_cache
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 _PLAIN = re.compile(r"[a-z0-9+.-]+://[a-z0-9.:-]*(?:/[^?#]*)?")  # nothing to leave out, nor to lower
 # two letters at least: C:\data is a path
@@ -38,6 +38,14 @@ def protocol_of(address: str) -> str:
     return found[1].lower()
 
 
+def split_address(address: str) -> SplitResult:
+    """Take an address apart. One that cannot be (`http://[::1`) is a path alone; asking for it fails."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return SplitResult(protocol_of(address), "", address.partition("://")[2], "", "")
+
+
 def hide_secrets(text: str) -> str:
     """Return a text with the passwords and queries of its addresses left out; `?...` stands for a query."""
     return _SECRETS.sub(lambda found: f"{found[1]}{found[2]}{'?...' if found[3] else ''}", text)
@@ -51,7 +59,7 @@ def address_identity(address: str) -> str:
     """
     if _PLAIN.fullmatch(address):
         return address
-    parts = urlsplit(address)
+    parts = split_address(address)
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     is_azure = any(name.lower() == "sig" for name, _ in pairs)
     pairs = [

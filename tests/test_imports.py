@@ -32,7 +32,7 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"addresses", "answers", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
-        | {"hidden_packages", "temporary_names", "text_encodings", "text_files", "version"},
+        | {"hidden_packages", "temporary_names", "text_encodings", "text_files", "varints", "version"},
         {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "console_options", "environment", "output_files", "user_modules"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}

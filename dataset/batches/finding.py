@@ -26,11 +26,12 @@ from dataset.cache.files import (
 from dataset.cache.forms import unsound
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import section_frames
-from dataset.cache.store import Stores, open_store
+from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
+from dataset.sources.listing import find_sources
 from modules.contract.family import LatentSpec
-from modules.errors import CacheError
+from modules.errors import CacheError, DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class FoundItems:
     unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
     missing_empty: tuple[Path, ...] = ()  # of tables with caption_dropout_rate: files of the empty prompt
     unsound: tuple[tuple[DatasetTable, str], ...] = ()  # why caches of a table may be missing
+    removed: tuple[Path, ...] = ()  # sources that have caches but no table has any more; without suffix
 
 
 def find_items(
@@ -69,7 +71,8 @@ def find_items(
     stores: Stores | None = None,
     live: Mapping[int, LiveTable] = MappingProxyType({}),
 ) -> FoundItems:
-    """Find all items by the names of their files; none is opened.
+    """Find all items by the names of their files; none is opened. Where sources are listed (tables of which
+    something is encoded while training, npz files beside pictures), caches of others are left out.
 
     text_keys: what a whole text cache holds. stores: of the run, if caches are elsewhere than the tables say.
     live: tables of which something is encoded while training, by index.
@@ -81,6 +84,8 @@ def find_items(
     empty: list[DatasetTable] = []
     missing_empty: list[Path] = []
     incomplete: list[tuple[DatasetTable, str]] = []
+    listed: dict[Path, set[str]] = {}  # by folder, which several tables may share: names of sources
+    unlisted: dict[tuple[Path, str], None] = {}  # names of other sources that have caches there
     for table in config.datasets:
         store, one = stores.of(table), live.get(table.index, CACHED)
         names = store.names()
@@ -89,12 +94,17 @@ def find_items(
         kind = ItemKind(cache_tag, text_keys, not one.media, not one.texts)
         latent_files = one.latent_names(cache_tag) if one.media else names
         column = _table_items(table, latent_files, kind, latent)
+        stems = _listed_stems(table, store, one, column)
+        if stems is not None:
+            folder = table.picture_folder
+            listed.setdefault(folder, set()).update(stems)
+            unlisted |= dict.fromkeys((folder, stem) for stem in column.stems if stem not in stems)
+            column.keep([stem in stems for stem in column.stems])
         end = text_file_name("", cache_tag)
         texts = {name for name in names if name.endswith(end)}
         if not column.stems:
             empty.append(table)
         if one.texts:
-            column.keep([stem in one.sources for stem in column.stems])
             column.set("captions", map(one.num_captions, column.stems))
             found.append(column)
             continue
@@ -121,7 +131,27 @@ def find_items(
         tuple(path.with_name(part_name(path.name)) for path in unfinished),
         tuple(missing_empty),
         tuple(incomplete),
+        tuple(folder / stem for folder, stem in unlisted if stem not in listed[folder]),
     )
+
+
+def _listed_stems(
+    table: DatasetTable, store: CacheStore, live: LiveTable, column: "_Column"
+) -> Collection[str] | None:
+    """Return the names of the sources that a table has now; None if its caches alone say what is trained.
+
+    Latents of ours are removed with their source by the caching script; npz files never are.
+    """
+    if live.sources:
+        return live.sources.keys()
+    if (table.directory or table.metadata_file) is None or not column.stems:
+        return None
+    if not store.is_shared(column.stems[0] + column.facts[column.which[0]].tail + SUFFIX):
+        return None
+    try:
+        return {source.stem for source in find_sources(table, captions=False, faults=[])}
+    except DatasetError:  # none at all: the caches were copied without the pictures
+        return None
 
 
 @dataclass
@@ -254,6 +284,13 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
             len(found.missing_text),
             found.missing_text[0],
             commands.text,
+        )
+    if found.removed:
+        logger.warning(
+            "%d sources have caches but are no longer there, or in no list (the first: %s): they are left "
+            "out.",
+            len(found.removed),
+            found.removed[0],
         )
     logger.info("%d items of %d dataset tables are cached", len(found.items), len(found.items.tables))
     return found.items

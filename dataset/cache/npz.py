@@ -207,7 +207,7 @@ class NpzStore:
         source = self._source_stem(name)
         if folder / source in stems:
             name = stems[folder / source] + name.removeprefix(source)
-        elif folder != self.folder:
+        elif folder != self.folder or source in self.beside:  # of a picture that left the list
             return None
         return name + part
 
@@ -290,6 +290,9 @@ class NpzStore:
             elif key == LOSS_MASK and self.table.alpha_mask:
                 array, place = self._pixels(tensor), ALPHA
             arrays[place], sources[place] = array, named
+        if self.table.alpha_mask and ALPHA not in arrays:  # opaque; other programs ask for it all the same
+            width, height = bucket
+            arrays[ALPHA] = np.ones((height, width), np.float32)
         arrays["original_size"] = np.array(size)
         arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
         members = {one: format_array(array) for one, array in arrays.items()}

@@ -4,6 +4,7 @@ Only the rows of one batch are in memory. Values are those of the file: texts in
 holds in Parquet and JSONL.
 """
 
+import contextlib
 import csv
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.sources.captions import not_utf8
+from dataset.sources.parquet_pages import ROW_BYTES, VALUE_BYTES, Unpacking, largest_value
 from modules.errors import DatasetError
 from modules.text_files import MAX_LINE_CHARACTERS, parse_json, read_lines, require_regular_file
 
@@ -22,7 +24,7 @@ FORMATS: Mapping[str, str] = {
     **dict.fromkeys((".tsv", ".tab"), TSV),
     **dict.fromkeys((".jsonl", ".ndjson"), JSONL),
 }
-BATCH_ROWS = 4096  # of Parquet, in memory at a time
+BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # of Parquet, in memory at a time
 FIRST_LINES = 100  # of JSONL, whose keys are taken for the columns
 LONGEST_CELL = 131_072  # characters of a CSV cell; the standard library's own limit
 MOST_COLUMNS = 10_000
@@ -208,16 +210,21 @@ def parquet_parts(path: Path) -> list[Path]:
     return parts
 
 
-def open_parquet(path: Path) -> Any:
-    """Open a Parquet file (a pyarrow `ParquetFile`). Raises DatasetError if it cannot be read."""
+@contextlib.contextmanager
+def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
+    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns of which each text is held once.
+
+    Raises DatasetError if it cannot be read, there or in the block.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise DatasetError(f"{path} needs the package pyarrow: pip install pyarrow") from None
     try:
         require_regular_file(path)
-        return parquet.ParquetFile(path)
-    except (OSError, ArrowException) as error:
+        with parquet.ParquetFile(path, read_dictionary=repeating) as file:
+            yield file
+    except (OSError, ArrowException, ValueError) as error:  # ValueErrors: damaged data, names not in UTF-8
         raise _unreadable(path, error) from error
 
 
@@ -234,22 +241,62 @@ def _parquet_names(path: Path) -> tuple[str, ...]:
 
 
 def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
-    with open_parquet(path) as file:
-        names = tuple(file.schema_arrow.names)
-        _check_names(path, names)
-        columns = [name for name in names if wanted is None or name in wanted]
-        number = 0
-        try:
-            if not columns:
-                yield from (TableRow(path, "row", place + 1) for place in range(file.metadata.num_rows))
-                return
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                cells = [batch.column(name).to_pylist() for name in columns]
+    names = _parquet_names(path)
+    columns = [name for name in names if wanted is None or name in wanted]
+    number, limit = 0, Unpacking.of(path)
+    with open_parquet(path, _list_columns(path, columns)) as file:
+        if not columns:
+            limit.add(ROW_BYTES * file.metadata.num_rows)
+            yield from (TableRow(path, "row", place + 1) for place in range(file.metadata.num_rows))
+            return
+        for group in range(file.metadata.num_row_groups):
+            largest = largest_value(file, limit, group, columns)
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
+            for batch in file.iter_batches(rows, [group], columns, use_threads=False):
+                limit.add(ROW_BYTES * len(batch))
+                cells = [_values(batch.column(name), limit) for name in columns]
                 for row in zip(*cells, strict=True):
                     number += 1
                     values = {
                         name: value for name, value in zip(columns, row, strict=True) if value is not None
                     }
                     yield TableRow(path, "row", number, values)
-        except (OSError, ValueError) as error:  # pyarrow's errors of damaged data are ValueErrors
-            raise _unreadable(path, error) from error
+
+
+def _list_columns(path: Path, columns: Sequence[str]) -> list[str]:
+    """Return which columns of Parquet are lists of texts, by the names of their texts.
+
+    Raises DatasetError for a column of other nested values: how much one of them holds is not told.
+    """
+    from pyarrow import types
+
+    with open_parquet(path) as file:
+        schema, leaves = file.schema_arrow, [file.schema.column(n).path for n in range(len(file.schema))]
+    found = []
+    for name in columns:
+        kind = schema.field(name).type
+        if types.is_list(kind) or types.is_large_list(kind):
+            kind = kind.value_type
+            found += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
+        if types.is_nested(kind):
+            raise DatasetError(
+                f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
+            )
+    return found
+
+
+def _values(array: Any, limit: Unpacking) -> list[Any]:
+    """Return the values of a batch's column."""
+    from pyarrow import compute, types
+
+    if types.is_list(array.type) or types.is_large_list(array.type):
+        array.validate(full=True)  # places in a dictionary are not looked at else
+        inner = array.flatten()
+        limit.add(VALUE_BYTES * len(inner))
+        if types.is_dictionary(inner.type):
+            sizes = compute.binary_length(inner.dictionary)
+            limit.add(compute.sum(compute.take(sizes, inner.indices)).as_py() or 0)
+        return list(array.to_pylist())
+    values: list[Any] = array.to_pylist()
+    limit.add(sum(len(value) for value in values if isinstance(value, (str, bytes))))
+    return values

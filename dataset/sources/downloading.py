@@ -13,15 +13,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit
 
 import requests
+import urllib3
 from filelock import FileLock
 
 from dataset.sources.stems import readable_stem
-from modules.addresses import address_identity, address_name, hide_secrets, protocol_of, short_hash
+from modules.addresses import (
+    address_identity,
+    address_name,
+    hide_secrets,
+    protocol_of,
+    short_hash,
+    split_address,
+)
 from modules.atomic_write import atomic_path, check_space
-from modules.errors import MediaError
+from modules.errors import MediaError, OutputError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,9 @@ INDIRECT = frozenset(
     }
 )
 HTTP = frozenset({"http", "https"})
+ENCODINGS = frozenset(
+    {"", "identity", "gzip", "x-gzip", "deflate"}
+)  # one at most: twice is a few bytes of much
 AGAIN = frozenset({408, 425, 429})  # answers of a site that may change soon; so may those from 500
 
 
@@ -78,7 +88,7 @@ def split_name(address: str) -> tuple[str, str]:
     stem, dot, end = address_name(address).rpartition(".")
     if not stem or not 0 < len(end) < LONGEST_SUFFIX or not end.isalnum():
         stem, dot, end = address_name(address), "", ""
-    return readable_stem(stem or urlsplit(address).hostname or ""), dot + end
+    return readable_stem(stem or split_address(address).hostname or ""), dot + end
 
 
 @lru_cache(maxsize=256)
@@ -135,7 +145,7 @@ def _receive(address: str, path: Path, wait: Callable[[float], None]) -> None:
             have = path.stat().st_size if version is not None else 0
             with ask(address, have, version) as answer:
                 version = answer.version
-                _write(path, answer)
+                _write(path, answer, hide_secrets(address))
             return
         except _Broken as error:
             if number == TRIES:
@@ -148,25 +158,31 @@ def _receive(address: str, path: Path, wait: Callable[[float], None]) -> None:
             wait(seconds)
 
 
-def _write(path: Path, answer: _Answer) -> None:
-    """Write what a site sends. Raises _Broken if it ends early or is too slow."""
+def _write(path: Path, answer: _Answer, shown: str) -> None:
+    """Write what a site sends. Raises _Broken if it ends early or is too slow, MediaError if too long."""
     if answer.size_bytes is not None:
-        check_space(path, answer.size_bytes - answer.start)
+        try:
+            check_space(path, answer.size_bytes - answer.start)
+        except OutputError:  # only said: another file may well have room
+            raise MediaError(
+                f"{shown} cannot be downloaded: it says that it has {answer.size_bytes / 1e9:,.1f} GB, for "
+                "which the disk has no room"
+            ) from None
     with path.open("r+b") as file:
         file.truncate(answer.start)
         file.seek(answer.start)
-        _copy(answer, file)
+        _copy(answer, file, shown)
         found = file.tell()
     if answer.size_bytes is not None and found != answer.size_bytes:
         raise _Broken(f"{found:,} of {answer.size_bytes:,} bytes arrived")
 
 
-def _copy(answer: _Answer, file: BinaryIO) -> None:
+def _copy(answer: _Answer, file: BinaryIO, shown: str) -> None:
     since, at_start = time.monotonic(), file.tell()
     for piece in answer.pieces:
         file.write(piece)
         if file.tell() > MOST_BYTES:
-            raise MediaError(f"an address sends more than {MOST_BYTES >> 30} GiB; remove it from the table")
+            raise MediaError(f"{shown} sends more than {MOST_BYTES >> 30} GiB; remove it from the table")
         if time.monotonic() - since > SLOW_SECONDS:
             if file.tell() - at_start < SLOW_BYTES:
                 raise _Broken(f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s")
@@ -206,11 +222,13 @@ def _ask_http(address: str, have: int, version: str | None) -> Iterator[_Answer]
                 known or (version if start else None),  # the rest of a file need not say it again
                 answer.iter_content(PIECE),
             )
-    except requests.RequestException as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+        # the library lets some through as they are: redirects to no address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
             raise MediaError(f"{hide_secrets(address)} is no address that can be asked for") from None
         # not its text: it may hold the address
-        raise _Broken(f"the connection broke ({type(error).__name__})") from None
+        what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
+        raise _Broken(f"the {what} ({type(error).__name__})") from None
 
 
 def _check_answer(address: str, answer: requests.Response) -> None:
@@ -227,6 +245,8 @@ def _check_answer(address: str, answer: requests.Response) -> None:
     if code not in (200, 206):
         meaning = {401: ": a password is needed", 403: ": not allowed", 404: ": nothing is there"}
         raise MediaError(f"{shown} cannot be downloaded: the site answers {code}{meaning.get(code, '')}")
+    if answer.headers.get("content-encoding", "").strip().lower() not in ENCODINGS:
+        raise MediaError(f"{shown} cannot be downloaded: the site packs it in a way that was not asked for")
 
 
 def _starts_at(answer: requests.Response, have: int) -> bool:

@@ -4,12 +4,14 @@ import bisect
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from dataset.sources.columns import open_parquet
 from dataset.sources.origin import ParquetCell
+from dataset.sources.parquet_pages import Unpacking, largest_value
 from modules.errors import DatasetError, MediaError
 
 MOST_GROUP_BYTES = 1 << 31  # of a column in a row group, which is read as a whole
@@ -89,10 +91,15 @@ def cell_suffix(content: bytes) -> str:
 @lru_cache(maxsize=2)  # sources are read in the order of rows
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group. mtime_ns: so that a file that was written again is read again."""
-    with open_parquet(path) as file:
+    with open_parquet(path, [column]) as file:
+        limit = Unpacking.of(path)
+        largest_value(
+            file, replace(limit, most_bytes=min(limit.most_bytes, MOST_GROUP_BYTES)), group, [column]
+        )
         found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     if "." in column and hasattr(found.type, "num_fields") and found.type.num_fields:
         import pyarrow.compute as pc
 
         found = pc.struct_field(found, column.rpartition(".")[2])
+    found.validate(full=True)  # places in a dictionary are not looked at else
     return found

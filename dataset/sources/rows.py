@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
@@ -16,7 +15,7 @@ from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
 from dataset.sources.origin import Origin, Remote
 from dataset.sources.stems import unique_stems
-from modules.addresses import address_identity, hide_secrets, is_address, protocol_of
+from modules.addresses import address_identity, hide_secrets, is_address, protocol_of, split_address
 from modules.errors import DatasetError
 from modules.text_files import MAX_CAPTION_BYTES, bad_character
 
@@ -113,7 +112,7 @@ class RowReader:
             raise _Refused("chains of addresses (::) are not followed")
         if protocol == "file":
             # a path in other words, and as one only opened as an image or a clip
-            return Path(url2pathname(urlsplit(text).path)), None
+            return Path(url2pathname(split_address(text).path)), None
         problem = protocol_problem(protocol)
         if problem is not None:
             raise _Refused(problem)

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
@@ -21,7 +20,7 @@ from dataset.sources.stems import readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS
 from dataset.sources.tar_index import CONTROL, MASK, Sample, TarRules, read_index
 from dataset.sources.tar_reading import Member, name_parts
-from modules.addresses import hide_secrets, is_address, protocol_of
+from modules.addresses import hide_secrets, is_address, protocol_of, split_address
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
@@ -172,7 +171,7 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
     cannot be downloaded.
     """
     if is_address(name) and protocol_of(name) == "file":
-        name = url2pathname(urlsplit(name).path)
+        name = url2pathname(split_address(name).path)
     if is_address(name):
         has_pattern = protocol_of(name) not in HTTP and any(mark in name for mark in "*?[")
         addresses = find_remote(name) if has_pattern else [name]

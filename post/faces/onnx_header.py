@@ -11,6 +11,7 @@ from pathlib import Path
 
 from modules.errors import CheckpointError
 from modules.text_files import require_regular_file
+from modules.varints import read_varint
 
 MOST_BYTES = 2**31  # no protocol buffer is larger
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
@@ -118,35 +119,21 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yield the numbers and values of the fields. Raises ValueError or IndexError if they are damaged."""
     position = 0
     while position < len(content):
-        key, position = _varint(content, position)
+        key, position = read_varint(content, position)
         field, kind = key >> 3, key & 7
         if field == 0:  # as in the empty rest of a file that was not downloaded whole
             raise ValueError("damaged")
         if kind == _VARINT:
-            value, position = _varint(content, position)
+            value, position = read_varint(content, position)
             yield field, value
             continue
         size = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}.get(kind)
         if kind == _LENGTH:
-            size, position = _varint(content, position)
+            size, position = read_varint(content, position)
         if size is None or position + size > len(content):
             raise ValueError("damaged")
         yield field, content[position : position + size]
         position += size
-
-
-def _varint(content: memoryview, position: int) -> tuple[int, int]:
-    """Return the number that begins there, seven bits a byte, and where it ends."""
-    number = shift = 0
-    while True:
-        byte = content[position]
-        position += 1
-        number |= (byte & 127) << shift
-        if byte < 128:
-            return number, position
-        shift += 7
-        if shift > 63:
-            raise ValueError("damaged")
 
 
 def _text(value: int | memoryview | None) -> str:

@@ -126,6 +126,18 @@ def test_the_command_writes_what_the_script_writes(tmp_path: Path) -> None:
                     assert np.array_equal(one[key], other[key])
 
 
+@pytest.mark.parametrize("use", list(TextUse))
+def test_a_removed_picture_is_not_trained(tmp_path: Path, use: TextUse) -> None:
+    make(tmp_path)
+    prepare(tmp_path, *TO_DISK)
+    (tmp_path / "pictures/1.png").unlink()
+
+    options = read(tmp_path, *TO_DISK)
+    sources = prepare_sources(family(), read_config(options), options.caching, CPU, use)
+
+    assert [one.keys for one in batches(tmp_path, sources)] == [("0_0048x0040_pic",), ("2_0048x0040_pic",)]
+
+
 def test_without_options_latents_are_held_in_memory_and_texts_not(tmp_path: Path) -> None:
     path = make(tmp_path)
     (plan,) = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching, TextUse.CAPTIONS)

@@ -246,8 +246,21 @@ def test_foreign_latents_need_the_other_side_and_the_mask(folder: Path) -> None:
     with pytest.raises(CacheError, match="it has no latents_flipped of 4x4, which flip_aug needs"):
         _ = [cache_texts(NpzFamily(), make_config(folder), options()), *_read_flipped(folder)]
     assert cache(make_config(folder, alpha_mask=True)) == (3, 0)
+
+
+def test_opaque_pictures_have_a_mask_of_ones_for_other_programs(folder: Path) -> None:
+    config = make_config(folder, alpha_mask=True)
+    cache(config)
+    before = read_all(config)
     with np.load(folder / LATENTS) as file:
-        assert "alpha_mask_4x4" not in file.files  # the picture has no transparency
+        arrays = dict(file)
+
+    mask = arrays.pop("alpha_mask_4x4")
+    assert (mask.shape, mask.dtype, set(mask.flat)) == ((32, 32), np.float32, {1.0})
+    assert LOSS_MASK not in before[0].tensors  # training is as without it
+    np.savez(folder / LATENTS, **arrays)  # as earlier versions wrote it
+    assert cache(config) == (0, 0)
+    assert all(same(one, other) for one, other in zip(before, read_all(config), strict=True))
 
 
 def _read_flipped(folder: Path) -> list[object]:
@@ -383,6 +396,34 @@ def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path:
         assert {path.name for path in place.glob("*.npz")} == {LATENTS, TEXTS}
     assert cache(config) == (0, 0)
     assert len(read_all(config)) == 2
+    del content[str(folder / "pic 0.png")]  # the other one has its name now
+    (tmp_path / "list.json").write_text(json.dumps(content), encoding="utf-8")
+    beside = dataclasses.replace(config.datasets[0], cache_directory=folder)
+    assert len(read_all(DatasetConfig(config.path, (beside,)))) == 1
+
+
+@pytest.mark.parametrize("form", ["a picture that is gone", "a picture of another list"])
+def test_npz_files_of_other_pictures_are_left_out_and_told(
+    folder: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = [{"cache_format": "npz"}]
+    if form == "a picture of another list":
+        for number in range(2):
+            path = tmp_path / f"{number}.json"
+            path.write_text(json.dumps({f"pic {number}": {"caption": "x"}}), encoding="utf-8")
+            tables += [
+                {"cache_format": "npz", "directory": None, "metadata_file": path, "image_folder": folder}
+            ]
+        tables = tables[1:]
+    cache(make_config(folder))
+    if form == "a picture that is gone":
+        (folder / "pic 2.png").unlink()
+
+    with caplog.at_level("WARNING"):
+        assert len(read_all(of_tables(folder, tables))) == 2
+
+    assert caplog.text.count("1 sources have caches but are no longer there") == 1
+    assert f"the first: {folder / 'pic 2'})" in caplog.text
 
 
 def test_npz_files_are_not_converted(folder: Path) -> None:

@@ -138,6 +138,50 @@ def test_a_site_cannot_pass_on_to_a_file_of_this_machine(tmp_path: Path, site: S
         download(f"{site.url}/a.png", tmp_path / "a.png", nothing)
 
 
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b"302 x\r\nLocation: http://[::::\r\n\r\n", "the answer is malformed"),
+        (b"302 x\r\nLocation: http://\xff\xfe/\r\n\r\n", "the answer is malformed"),
+        (b"302 x\r\nLocation: http://" + b"a" * 70 + b".org/\r\n\r\n", "the answer is malformed"),
+        (b"200 x\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n", "malformed|broke"),
+        (b"200 x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello", "the connection broke"),
+        (b"200 x\r\nContent-Length: 900000000000000\r\n\r\nhello", "the disk has no room"),
+        (b"200 x\r\nContent-Length: 5\r\nContent-Length: 7\r\n\r\nhello", "the connection broke"),
+        (b"200 x\r\nContent-Encoding: gzip\r\nContent-Encoding: gzip\r\n\r\nhello", "packs it in a way"),
+        (b"200 x\r\nContent-Encoding: gzip\r\n\r\nhello", "the connection broke"),
+        (b"99999 x\r\n\r\n", "the connection broke"),
+    ],
+)
+def test_what_a_site_answers_costs_its_own_file_only(
+    answer: bytes, why: str, tmp_path: Path, site: Site
+) -> None:
+    site.says["a.png"] = answer
+    with pytest.raises(MediaError, match=why):
+        download(f"{site.url}/a.png", tmp_path / "a.png", nothing)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_row_whose_address_is_none_costs_its_own_item_only(tmp_path: Path, site: Site) -> None:
+    make_image(site.folder / "a.png")
+    bad = ("http://[::1", "http://[::1/b.png", "http://host:x/", "http://", "file://[::1", "memory://[::1")
+    lines = [f'{{"image_path": "{one}", "caption": "x"}}' for one in (f"{site.url}/a.png", *bad)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    table = make_table(
+        *(tmp_path, "image_directory"), directory=None, jsonl_file=tmp_path / "list.jsonl", allow_urls=True
+    )
+
+    sources = find_sources(table)
+
+    good, *others = sorted(sources, key=lambda source: not source.stem.startswith("a"))
+    with fetch(good) as here:
+        assert here.path.is_file()
+    assert len(others) == len(bad)
+    for source in others:
+        with pytest.raises(MediaError), fetch(source) as here:
+            image_size(here.path)
+
+
 def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/bucket/a.png", CONTENT)
     download("memory://bucket/a.png", tmp_path / "a.png")
