@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -71,8 +72,15 @@ class ClipVision(nn.Module):
         """
         prepared = numpy.stack([self._square(image) for image in images])
         pixels = rearrange(torch.from_numpy(prepared), "b h w c -> b c h w").float() / 255
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        return (pixels - mean) / std
+        return _normalise(pixels)
+
+    def prepare_pixels(self, pixels: Tensor) -> Tensor:
+        """Return pixels B 3 H W, in 0..1, as `prepare` does, but so that gradients flow to them."""
+        size, (height, width) = self.image_size, pixels.shape[-2:]
+        inner = size * height // min(height, width), size * width // min(height, width)
+        resized = F.interpolate(pixels, inner, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (inner[0] - size) // 2, (inner[1] - size) // 2
+        return _normalise(resized[..., top : top + size, left : left + size])
 
     def _square(self, image: Image.Image) -> "numpy.typing.NDArray[numpy.uint8]":
         size, shorter = self.image_size, min(image.size)
@@ -80,6 +88,11 @@ class ClipVision(nn.Module):
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
         return numpy.array(resized.crop((left, top, left + size, top + size)))
+
+
+def _normalise(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
 
 
 def load_clip_vision(

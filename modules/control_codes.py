@@ -16,6 +16,11 @@ def escape_control_codes(text: str) -> str:
     return _CODES.sub(_compute_plainly, text)
 
 
+def replace_control_codes(name: str) -> str:
+    """Return a file's name with `_` in the place of each control code, newline and tab."""
+    return re.sub(r"[\n\t]", "_", _CODES.sub("_", name))
+
+
 def shorten(text: str, most: int) -> str:
     """Return the text, or its beginning and its end if it has more than `most` characters."""
     if len(text) <= most:

@@ -142,8 +142,10 @@ class Asking:
         parts = len(split_parts(values["prompt"]))
         if mask is not None and image is None:
             _check_parts(parts)
-        if values.get("clip_prompt"):
-            logger.warning("--c is only noted in the file, because sampling is not guided by CLIP here")
+        if values.get("clip_prompt") and not self.options.guides.clip_guidance_scale:
+            logger.warning(
+                "--c is only noted in the file: without --clip_guidance_scale CLIP does not read it"
+            )
         return Picture(
             label=line.label,
             prompt=values["prompt"],

@@ -10,7 +10,9 @@ from stable_diffusion.clip_vision import PictureVectors, check_vision
 from stable_diffusion.contract import Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
+from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.highres import Makes
+from stable_diffusion.layer_texts import LayerTexts, list_cross_attentions
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import Networks, check_networks, load_networks, read_networks
@@ -47,7 +49,10 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         check_painting(release.unet.config, release.path, options.prompts)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
-        check_texts(options.text, release.kind, [plan.network.config for plan in release.texts])
+        layers = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}
+        configs = [plan.network.config for plan in release.texts]
+        check_texts(options.text, release.kind, configs, list(layers))
+        check_guides(options.guides)
         if options.text.clip_vision_strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
         model = load_release(options.model, release, device)
@@ -56,17 +61,22 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
     networks = load_networks(options.networks, model, loras)
     maker = Maker(
         model,
-        Texts(model.texts, model.kind, options.text),
+        Texts(model.texts, model.kind, options.text, list(layers)),
         options.sampling,
         options.model.vae_batch_size,
         networks,
-        [*(one for one in control if one is not None), DeepShrinks(model.unet)],
+        [
+            *(one for one in control if one is not None),
+            DeepShrinks(model.unet),
+            LayerTexts(model.unet, tuple(layers.values())),
+        ],
         Regions(
             model.unet,
             () if networks is None else networks.layers,
             options.networks.network_regional_mask_max_color_codes,
         ),
         _vision(options, model),
+        load_guides(options.guides, model),
     )
     return Loaded(maker, networks)
 

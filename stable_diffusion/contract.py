@@ -49,6 +49,9 @@ class TextTower:
     projection: Tensor | None = None  # C x C' of the pooled state; None: there is none
     # of the released network, at its end, which are not loaded: 1 for SD 2, which was trained without it
     missing_layers: int = 0
+    # of each token: how many rows further its vector for the next cross-attention of the U-Net is; 0: it has
+    # the same for all. None: so have all tokens
+    strides: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -156,7 +159,8 @@ class Picture:
 class TextState:
     """What the text encoders make of one text."""
 
-    context: Tensor  # L C; L is 75 for each chunk, and 2
+    # L C; L is 75 for each chunk, and 2; with --XTI_embeddings as often as the U-Net has cross-attentions
+    context: Tensor
     pooled: Tensor | None = None  # C; of SDXL
 
 

@@ -94,16 +94,30 @@ def read_preparation(text: str) -> CannyThresholds | None:
     return CannyThresholds(int(found[1] or LOW), int(found[2] or HIGH))
 
 
-def check_control(options: ControlOptions, guides: tuple[Path, ...] | None, shrinks: bool) -> None:
+def check_control(
+    options: ControlOptions,
+    guides: tuple[Path, ...] | None,
+    shrinks: bool,
+    compared_by: str | None = None,
+) -> None:
     """Compare with other options. guides: --guide_image_path. shrinks: whether --ds_depth_1 is given.
 
-    Raises OptionError if pictures are missing or the options do not work together.
+    compared_by: the option by which CLIP or VGG16 see the guide pictures. Raises OptionError if pictures are
+    missing or the options do not work together.
     """
+    if compared_by is not None and options.uses:
+        raise OptionError(
+            f"{compared_by} and {options.option} both take the pictures of --guide_image_path: leave one of "
+            "them out"
+        )
+    if compared_by is not None and not guides:
+        raise OptionError(f"{compared_by} needs --guide_image_path: a picture, or a folder of them")
     if not options.uses:
-        if guides:
+        if guides and compared_by is None:
             raise OptionError(
-                "--guide_image_path needs --control_net_models or --control_net_lllite_models, which see the "
-                "pictures. A mask of regions goes to --mask_path"
+                "--guide_image_path needs --control_net_models, --control_net_lllite_models, "
+                "--clip_image_guidance_scale or --vgg16_guidance_scale, which see the pictures. A mask of "
+                "regions goes to --mask_path"
             )
         return
     if not guides:

@@ -11,9 +11,11 @@ import numpy as np
 from PIL.Image import Image
 
 from modules.atomic_write import claim_name, make_storable
+from modules.control_codes import replace_control_codes
 from modules.media.writing import write_png
 from stable_diffusion.contract import SDXL, Kind, Picture
 from stable_diffusion.output_options import OutputOptions
+from stable_diffusion.prompt_lines import LONGEST_NAME
 
 FIRST_STAGE = "0"  # the digit in names of pictures of the first of two stages
 
@@ -44,7 +46,7 @@ class PictureFiles:
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
         if self.options.use_original_file_name and picture.image is not None:
-            return _named(picture.image.stem, digit)
+            return _named(_storable(picture.image.stem), digit)
         if self.options.sequential_file_name:
             return self._numbered(f"im_{digit}")
         start = f"im_{self.now():%Y%m%d%H%M%S}_{digit}"
@@ -70,6 +72,11 @@ class PictureFiles:
                 if is_ours and not path.exists():
                     yield path
                     return
+
+
+def _storable(stem: str) -> str:
+    """Return the stem of an input picture's name without control codes, in so many bytes as --f may have."""
+    return replace_control_codes(stem).encode("utf-8")[:LONGEST_NAME].decode("utf-8", "ignore")
 
 
 def _named(stem: str, digit: str) -> Iterator[str]:

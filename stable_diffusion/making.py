@@ -19,6 +19,7 @@ from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
 from stable_diffusion.gradual_latent import begin_small, check_batch
+from stable_diffusion.guiding import Guides
 from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
 from stable_diffusion.pixels import decode_latents
 from stable_diffusion.regions import Regions, join_parts, split_parts
@@ -72,6 +73,7 @@ class Maker:
     ideas: Sequence[MakesIdeas] = ()  # in the order in which they see a call of the U-Net
     regions: Regions | None = None  # of prompts with several parts
     vision: PictureVectors | None = None
+    guides: Guides | None = None
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -92,15 +94,16 @@ class Maker:
         """Make a batch. A picture does not depend on the others of its batch.
 
         pictures: of equal settings. Those whose texts are of different lengths, or of which some have an
-        input picture or a mask and some not, are made one group after the other.
+        input picture or a mask and some not, are made one group after the other; so is each that is steered
+        by guides.
         start: what to begin with instead of the pictures' input images. Raises UserError.
         """
         for picture in pictures:
             check_start(self.model, picture, start)
 
-        def kind_of(index: int) -> tuple[int, bool, bool]:
-            picture = pictures[index]
-            return self._chunks(picture), picture.image is not None, picture.mask is not None
+        def kind_of(index: int) -> tuple[int, ...]:
+            picture, place = pictures[index], 0 if self.guides is None else index
+            return self._chunks(picture), picture.image is not None, picture.mask is not None, place
 
         latents: dict[int, Tensor] = {}
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
@@ -145,10 +148,14 @@ class Maker:
                 [idea for idea in ideas if idea is not None],
                 beginning.beside,
             )
-            return self._denoise(passes, beginning, section_texts, settings)
+            return self._denoise(passes, beginning, section_texts, pictures[0])
 
-    def _denoise(self, passes: UnetPasses, beginning: Beginning, texts: _Texts, settings: Settings) -> Tensor:
-        sampler = beginning.sampler
+    def _denoise(self, passes: UnetPasses, beginning: Beginning, texts: _Texts, picture: Picture) -> Tensor:
+        """picture: one of the batch, whose settings are those of all."""
+        sampler, settings = beginning.sampler, picture.settings
+        guidance = make_guidance(settings.scale, settings.negative_scale)
+        if self.guides is not None:
+            guidance = self.guides.steer(guidance, passes, picture)
         made = sampler.schedule.num_steps - sampler.first
         section = self._section(beginning.latents, texts, settings)
 
@@ -168,7 +175,7 @@ class Maker:
                 section,
                 loop.Start(beginning.latents, sampler.first),
                 sampler,
-                make_guidance(settings.scale, settings.negative_scale),
+                guidance,
                 [show],
                 split=False,
             )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from modules.command import Parser
 from modules.console_options import ConsoleOptions, add_console_arguments
 from modules.errors import OptionError
-from modules.options import read_options, refuse_unsupported
+from modules.options import read_options
 from stable_diffusion.control_options import ControlOptions, add_control_arguments, check_control
+from stable_diffusion.guide_options import GuideOptions, add_guide_arguments
 from stable_diffusion.highres_options import HighresOptions, add_highres_arguments
 from stable_diffusion.model_options import ModelOptions, add_model_arguments
 from stable_diffusion.network_options import NetworkOptions, add_network_arguments
@@ -29,6 +30,7 @@ class GenImgOptions:
     text: TextOptions
     networks: NetworkOptions
     control: ControlOptions
+    guides: GuideOptions
     highres: HighresOptions
     deep_shrink: DeepShrinkOptions
     gradual_latent: GradualLatentOptions
@@ -53,8 +55,21 @@ class GenImgOptions:
                 "--network_regional_mask_max_color_codes needs --mask_path, whose colours it explains"
             )
         check_control(
-            self.control, self.prompts.guide_image_path, shrinks=self.deep_shrink.ds_depth_1 is not None
+            self.control,
+            self.prompts.guide_image_path,
+            shrinks=self.deep_shrink.ds_depth_1 is not None,
+            compared_by=self.guides.picture_option,
         )
+        if self.text.XTI_embeddings and self.control.uses:
+            raise OptionError(
+                f"--XTI_embeddings and {self.control.option} do not work together: a ControlNet takes one "
+                "text for all of its layers. Leave one of them out"
+            )
+        if self.guides.picture_option is not None and self.highres.highres_fix_disable_control_net:
+            raise OptionError(
+                f"--highres_fix_disable_control_net with {self.guides.picture_option}: there are no "
+                "ControlNets to leave out. Leave it out"
+            )
         if self.highres.highres_fix_scale is not None:
             check_sampler_steps("--highres_fix_steps", self.sampling.sampler, self.highres.highres_fix_steps)
         elif self.prompts.image_path is None:
@@ -78,6 +93,7 @@ def gen_img_parser(description: str | None) -> argparse.ArgumentParser:
     add_text_arguments(parser)
     add_network_arguments(parser)
     add_control_arguments(parser)
+    add_guide_arguments(parser)
     add_highres_arguments(parser)
     add_shrink_arguments(parser)
     add_console_arguments(parser)
@@ -90,5 +106,4 @@ def read_gen_img(description: str | None, argv: Sequence[str] | None) -> GenImgO
     """Parse a command line of gen_img.py. Raises OptionError."""
     parser = gen_img_parser(description)
     args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
     return read_options(GenImgOptions, args)

@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from generation.prompt_lines import LineOption, Value, parse_line, read_number, read_whole
+from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError
+from modules.options import MOST_OF_NAME
 from stable_diffusion.shrink_options import read_unsharp
 
 SEEDS = "seeds"
 MULTIPLIERS = "network_mul"
 SEED_BITS = 64
+# bytes of a name, which "_0_1234.png" and, while it is written, the mark of a temporary file come after
+LONGEST_NAME = MOST_OF_NAME - 35
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -76,16 +80,30 @@ LINE_OPTIONS: Mapping[str, LineOption] = {
 def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     """Read a prompt line into `prompt` and its options by key; unknown options are ignored with a warning.
 
-    where: names the line in warnings. Raises OptionError if a value cannot be read, or a file name is a path.
+    where: names the line in warnings. Raises OptionError if a value cannot be read, or --f is no name.
     """
     values = parse_line(line, LINE_OPTIONS, where)
     name = values.get("file_name")
-    if name is not None and (not name or set(name) & set('/\\:*?"<>|\0') or set(name) <= {".", " "}):
+    if name is not None:
+        _check_name(name)
+    return values
+
+
+def _check_name(name: str) -> None:
+    """Raise OptionError if --f is no name of a file, on this system or another."""
+    shown = repr(shorten(name, 80))
+    is_path = not name or set(name) & set('/\\:*?"<>|') or set(name) <= {".", " "}
+    if is_path or replace_control_codes(name) != name:
         raise OptionError(
-            f"--f {name!r}: give a file's name, without folders and characters that some systems do "
+            f"--f {shown}: give a file's name, without folders and characters that some systems do "
             "not take. Pictures are written to --outdir"
         )
-    return values
+    size = len(name.encode("utf-8", "replace"))
+    if size > LONGEST_NAME:
+        raise OptionError(
+            f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} beside the number and "
+            "the ending. Give a shorter one"
+        )
 
 
 def split_seeds(line: str) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ class PromptOptions:
     no_preview: bool
     image_path: Path | None  # a picture or a folder of pictures: image to image
     mask_path: Path | None  # likewise: inpainting, or regions of the parts of prompts with AND
-    guide_image_path: tuple[Path, ...] | None  # likewise, for ControlNets and regions
+    guide_image_path: tuple[Path, ...] | None  # likewise, for ControlNets, CLIP or VGG16
     images_per_prompt: int
     n_iter: int  # how often all prompts are gone through
     shuffle_prompts: bool
@@ -136,5 +136,6 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--guide_image_path",
         nargs="*",
         help="pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, "
-        "then one for each for the next picture, and so on",
+        "then one for each for the next picture, and so on. For guidance by CLIP or VGG16: one for each "
+        "picture",
     )

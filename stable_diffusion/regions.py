@@ -147,7 +147,7 @@ class _Batch:
                 hook = module.register_forward_pre_hook(self._see_size, with_kwargs=True)
                 changes.callback(hook.remove)
             elif name.endswith(".attn2"):
-                changes.callback(_put_back, module, module.__dict__.get("forward"))
+                changes.callback(put_back, module, module.__dict__.get("forward"))
                 module.forward = self._coupled(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
@@ -205,7 +205,7 @@ class _Batch:
         return kept[size]
 
 
-def _put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
+def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
     """Give a module the forward that it had itself, or its class's."""
     if forward is None:
         del module.forward

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import add_unsupported, check_at_least, check_at_most
+from modules.options import check_at_least, check_at_most
 
 SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a") + (
     *("dpmsolver", "dpmsolver++", "dpmsingle"),
@@ -14,7 +14,6 @@ TRAINED_STEPS = 1000  # timesteps that all models know
 PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 LARGEST_SIDE = 16384  # pixels
 USUAL_STRENGTH = 0.8  # of image to image
-GUIDED = "sd-scripts has lost it too: it needs gradients through the U-Net and {model} at every step"
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_noise_arguments(group)
     _add_size_arguments(parser.add_argument_group("sizes that Stable Diffusion XL is told"))
-    _add_lost_arguments(parser.add_argument_group("guidance by other networks"))
 
 
 def _add_noise_arguments(group: argparse._ArgumentGroup) -> None:
@@ -185,21 +183,3 @@ def _add_size_arguments(group: argparse._ArgumentGroup) -> None:
         )
     group.add_argument("--crop_top", type=int, help="rows cut off at the top; usually 0")
     group.add_argument("--crop_left", type=int, help="columns cut off at the left; usually 0")
-
-
-def _add_lost_arguments(group: argparse._ArgumentGroup) -> None:
-    clip, vgg = GUIDED.format(model="CLIP"), GUIDED.format(model="VGG16")
-    for flag, text in (
-        ("--clip_guidance_scale", "how closely CLIP finds the prompt"),
-        ("--clip_image_guidance_scale", "how closely CLIP finds the guide picture"),
-    ):
-        add_unsupported(group, flag, type=float, help=text, reason=f"{clip}; use --scale or a ControlNet")
-    for flag, kind, default in (("scale", float, None), ("layer", int, 20)):
-        add_unsupported(
-            group,
-            f"--vgg16_guidance_{flag}",
-            type=kind,
-            default=default,
-            help=f"{flag} of guidance by VGG16",
-            reason=f"{vgg}; use a ControlNet",
-        )

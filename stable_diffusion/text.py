@@ -25,9 +25,9 @@ from stable_diffusion.chunks import (
     join_weights,
     make_rows,
 )
-from stable_diffusion.contract import SDXL, Kind, TextState, TextTower
+from stable_diffusion.contract import SD1, SD2, SDXL, Kind, TextState, TextTower
 from stable_diffusion.text_options import TextOptions
-from stable_diffusion.textual_inversion import add_words, check_words, read_words
+from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
 from stable_diffusion.weights import parse_weights
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,17 @@ Value = TypeVar("Value")
 class Texts:
     """The text encoders of a model, and what the options say of texts."""
 
-    def __init__(self, towers: Sequence[TextTower], kind: Kind, options: TextOptions) -> None:
-        """Teach the encoders the words of --textual_inversion_embeddings, which adds rows to their networks.
+    def __init__(
+        self, towers: Sequence[TextTower], kind: Kind, options: TextOptions, layers: Sequence[str] = ()
+    ) -> None:
+        """Teach the encoders the words of embeddings, which adds rows to their networks.
 
-        Raises OptionError if an encoder has no such layer as --clip_skip names, CheckpointError as
-        `add_words`.
+        layers: with --XTI_embeddings, names of the U-Net's cross-attentions: a text has states for each, one
+        after the other. Raises OptionError if an encoder has no such layer as --clip_skip names,
+        CheckpointError as `add_words`.
         """
-        self._towers = add_words(towers, kind, read_words(options.textual_inversion_embeddings or ()))
+        self._towers = add_words(towers, kind, _read_words(options, layers))
+        self._copies = max(len(layers), 1)  # of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
@@ -79,14 +83,21 @@ class Texts:
                 raise ValueError(f"{len(chunks)} chunks do not fit into {count}")
             chunks = [*chunks, *[Chunk()] * (count - len(chunks))]
             rows = make_rows(chunks, tower.start, tower.end, tower.pad)
+            ids = [rows.ids]
+            if tower.strides is not None and bool(tower.strides[rows.ids].any()):
+                ids = [rows.ids + place * tower.strides[rows.ids] for place in range(self._copies)]
             device = tower.network.device
             states, pooled = tower.network.states(
-                rows.ids.to(device),
+                torch.cat(ids).to(device),
                 layer,
                 final_norm=not is_pooled,
                 ends=rows.ends.to(device) if is_pooled and tower is self._towers[-1] else None,
             )
-            contexts.append(weigh_states(join_states(states), join_weights(chunks), self._mode))
+            joined = [
+                weigh_states(join_states(each), join_weights(chunks), self._mode)
+                for each in states.chunk(len(ids))
+            ]
+            contexts.append(torch.cat(joined * (self._copies // len(ids))))
         if pooled is not None:
             projection = self._towers[-1].projection
             pooled = pooled[0] if projection is None else pooled[0] @ projection
@@ -128,16 +139,26 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     return weighed.to(states.dtype)
 
 
-def check_texts(options: TextOptions, kind: Kind, configs: Sequence[ClipTextConfig]) -> None:
+def check_texts(
+    options: TextOptions, kind: Kind, configs: Sequence[ClipTextConfig], layers: Sequence[str] = ()
+) -> None:
     """Compare options with a checkpoint's text encoders before these are loaded.
 
-    configs: dimensions of the text encoders. Raises OptionError or CheckpointError as `Texts`, but for words
-    that are tokens already.
+    configs: dimensions of the text encoders. layers: as for `Texts`. Raises OptionError or CheckpointError as
+    `Texts`, but for words that are tokens already.
     """
     for config in configs:
         _check_layer(options.clip_skip, config.num_layers, kind)
-    words = read_words(options.textual_inversion_embeddings or ())
-    check_words(words, [config.dim for config in configs], kind)
+    if options.XTI_embeddings and kind is SDXL:
+        raise OptionError(
+            f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.words} and {SD2.words}, "
+            f"and this is {kind.words}. Use --textual_inversion_embeddings"
+        )
+    check_words(_read_words(options, layers), [config.dim for config in configs], kind)
+
+
+def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWord, ...]:
+    return read_words(options.textual_inversion_embeddings or (), options.XTI_embeddings or (), layers)
 
 
 def _check_layer(clip_skip: int | None, layers: int, kind: Kind) -> None:

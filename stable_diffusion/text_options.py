@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.options import add_unsupported, check_at_least
+from modules.options import check_at_least
 
 NORMALIZE_MODES = ("original", "none", "abs")
 
@@ -17,6 +17,7 @@ class TextOptions:
     max_embeddings_multiples: int | None  # chunks of 75 tokens at most; None: one
     emb_normalize_mode: str
     textual_inversion_embeddings: tuple[Path, ...] | None
+    XTI_embeddings: tuple[Path, ...] | None
     clip_vision_strength: float | None
 
     def __post_init__(self) -> None:
@@ -59,12 +60,9 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         help="Stable Diffusion XL with --image_path: the picture, seen by CLIP, stands in place of the "
         "prompt's pooled state, times this",
     )
-    add_unsupported(
-        group,
+    group.add_argument(
         "--XTI_embeddings",
         nargs="*",
-        help="files of extended textual inversion",
-        reason="these files have another vector of a word for each cross-attention layer of the U-Net, so "
-        "that each text would be encoded 16 times; no known script reads or writes them any more. Use "
-        "--textual_inversion_embeddings",
+        help="files of extended textual inversion (P+), for Stable Diffusion 1.x and 2.x: a word has another "
+        "vector for each cross-attention layer of the U-Net",
     )

@@ -2,9 +2,10 @@
 
 The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... behind it, it is
 the word for a single one behind the first. Words are found in any case, but not inside of other words.
-Source: Gal et al. 2022, arXiv 2208.01618.
+Extended textual inversion (--XTI_embeddings) has another vector for each cross-attention of the U-Net.
+Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522 (P+).
 """
-# Letters: V vectors of a word, C width of a text encoder
+# Letters: V vectors of a word, C width of a text encoder, A cross-attentions of the U-Net
 
 import logging
 import re
@@ -27,6 +28,7 @@ from stable_diffusion.contract import SDXL, Kind, TextTower
 logger = logging.getLogger(__name__)
 
 OPTION = "--textual_inversion_embeddings"
+XTI_OPTION = "--XTI_embeddings"
 _SAFETENSORS = (".safetensors", ".sft")
 # names of the vectors for each of several text encoders, in the order of the encoders
 _NAMES_OF_SEVERAL = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
@@ -41,20 +43,26 @@ class LearnedWord:
     word: str
     token: str | None  # the word that the file itself names, as diffusers' training writes it
     vectors: tuple[Tensor, ...]  # each V C, float32; one for each text encoder
+    # of extended textual inversion: A; vectors are A*V C, those of a layer one after the other
+    layers: int = 1
+    option: str = OPTION
 
 
-def read_words(paths: Sequence[Path]) -> tuple[LearnedWord, ...]:
+def read_words(
+    paths: Sequence[Path], extended: Sequence[Path] = (), layers: Sequence[str] = ()
+) -> tuple[LearnedWord, ...]:
     """Read files of textual inversion: safetensors, or pickled tensors, of which no code is run.
 
-    Raises CheckpointError if one is missing or is none, or if two have the same name.
+    extended: files of extended textual inversion, which have a tensor for each of these `layers`. Raises
+    CheckpointError if one is missing or is none, or if two have the same name.
     """
-    words = tuple(_read_word(path) for path in paths)
+    words = (*map(_read_word, paths), *(_read_extended(path, layers) for path in extended))
     for index, word in enumerate(words):
         for other in words[:index]:
             if other.word.lower() == word.word.lower():
                 raise CheckpointError(
-                    f"{OPTION}: {other.path} and {word.path} are both for the word {word.word}. Rename one "
-                    "of them.",
+                    f"{word.option}: {other.path} and {word.path} are both for the word {word.word}. Rename "
+                    "one of them.",
                     word.path,
                 )
     return words
@@ -70,7 +78,7 @@ def add_words(towers: Sequence[TextTower], kind: Kind, words: Sequence[LearnedWo
     check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
     _check_new(words, towers)
     for word in words:
-        logger.info("textual inversion: %s (%d vectors)", word.word, len(word.vectors[0]))
+        logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
     return tuple(
         _with_rows(tower, words, [word.vectors[index] for word in words])
         for index, tower in enumerate(towers)
@@ -114,8 +122,11 @@ def _with_rows(tower: TextTower, words: Sequence[LearnedWord], vectors: Sequence
     ids: dict[str, list[int]] = {}
     first = len(old)
     numbered: dict[str, list[int]] = {}
+    strides = torch.zeros(len(rows), dtype=torch.int64)
     for word, added in zip(words, vectors, strict=True):
-        own = list(range(first, first + len(added)))
+        own = list(range(first, first + _count(word)))
+        if word.layers > 1:
+            strides[own] = len(own)
         first += len(added)
         ids[word.word] = own
         numbered |= {f"{word.word}{index}": [own[index]] for index in range(1, len(own))}
@@ -123,7 +134,12 @@ def _with_rows(tower: TextTower, words: Sequence[LearnedWord], vectors: Sequence
             numbered.setdefault(word.token, own)
     taken = {name.lower() for name in ids}  # what a file is called comes before what follows from another one
     ids |= {name: own for name, own in numbered.items() if name.lower() not in taken}
-    return replace(tower, tokenize=with_words(tower.tokenize, ids))
+    return replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides)
+
+
+def _count(word: LearnedWord) -> int:
+    """Return how many tokens a word stands for."""
+    return len(word.vectors[0]) // word.layers
 
 
 def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Kind) -> None:
@@ -137,15 +153,14 @@ def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Kind)
                 else ""
             )
             raise CheckpointError(
-                f"{OPTION} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
+                f"{word.option} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
                 f"{kind.words} take {_join(widths)}.{hint} Give a file that was made for {kind.words}.",
                 word.path,
             )
-        count = max(len(vectors) for vectors in word.vectors)
-        if count > SIZE:
+        if _count(word) > SIZE:
             raise CheckpointError(
-                f"{OPTION} {word.path}: it has {count} vectors; a text encoder reads {SIZE} tokens at a "
-                "time, so that more than these are never read together.",
+                f"{word.option} {word.path}: it has {_count(word)} vectors; a text encoder reads {SIZE} "
+                "tokens at a time, so that more than these are never read together.",
                 word.path,
             )
 
@@ -155,8 +170,8 @@ def _check_new(words: Sequence[LearnedWord], towers: Sequence[TextTower]) -> Non
     for word in words:
         if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
             raise CheckpointError(
-                f"{OPTION} {word.path}: {word.word} is a word that the text encoder knows already. Rename "
-                "the file, as its name is the word for it.",
+                f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
+                "Rename the file, as its name is the word for it.",
                 word.path,
             )
 
@@ -167,17 +182,45 @@ def _join(numbers: Sequence[int]) -> str:
 
 def _read_word(path: Path) -> LearnedWord:
     tensors, token = _read_tensors(path)
-    for name, tensor in tensors.items():
-        if not _is_rows(tensor):
-            raise _not_one(path, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
-        if not tensor.float().isfinite().all():  # 8 bits have no such test
-            raise CheckpointError(
-                f"{OPTION} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
-            )
-    vectors = tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
+    vectors = _to_rows(path, OPTION, tensors)
     if len({len(rows) for rows in vectors}) > 1:
         raise _not_one(path, "it has unequal numbers of vectors for the text encoders")
     return LearnedWord(path, path.stem, token, vectors)
+
+
+def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
+    """Read a file of extended textual inversion. layers: names of its tensors, in their order."""
+    content = _read_content(path, XTI_OPTION)
+    tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
+    if tensors.keys() != content.keys() or len(tensors) != len(layers):
+        strange = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
+        raise _not_extended(path, f"{shorten(strange[0], 60)} is missing or strange")
+    vectors = _to_rows(path, XTI_OPTION, tensors)
+    if len({rows.shape for rows in vectors}) > 1:
+        raise _not_extended(path, "its layers have vectors of unequal numbers or widths")
+    return LearnedWord(path, path.stem, None, (torch.cat(vectors),), len(layers), XTI_OPTION)
+
+
+def _not_extended(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{XTI_OPTION} {path} is not an extended textual inversion of this model: {why}. Give a file with a "
+        "tensor for each cross-attention of the U-Net (IN01, ..., MID, ..., OUT11), or others to "
+        f"{OPTION}.",
+        path,
+    )
+
+
+def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors as rows of vectors, each V C float32. Raises CheckpointError if one is none."""
+    for name, tensor in tensors.items():
+        if not _is_rows(tensor):
+            why = f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}"
+            raise _not_one(path, why) if option == OPTION else _not_extended(path, why)
+        if not tensor.float().isfinite().all():  # 8 bits have no such test
+            raise CheckpointError(
+                f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
+            )
+    return tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
 
 
 def _is_rows(tensor: Tensor) -> bool:
@@ -193,7 +236,7 @@ def _is_rows(tensor: Tensor) -> bool:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """Return the vectors for each text encoder, in their order, and the word that the file itself names."""
-    content = _read_content(path)
+    content = _read_content(path, OPTION)
     inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
     if isinstance(inner, Mapping):
         found = {str(name): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
@@ -214,10 +257,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     )
 
 
-def _read_content(path: Path) -> Mapping[str, Any]:
+def _read_content(path: Path, option: str) -> Mapping[str, Any]:
     """Return what is in a file. Raises CheckpointError if it is missing, damaged, too large or holds code."""
     if not path.is_file():
-        raise CheckpointError(f"{OPTION} {path}: there is no such file. Give files that are there.", path)
+        raise CheckpointError(f"{option} {path}: there is no such file. Give files that are there.", path)
     if path.stat().st_size > MOST_BYTES:
         raise _not_one(path, f"it has {path.stat().st_size >> 20} MiB")
     if path.suffix.lower() in _SAFETENSORS:

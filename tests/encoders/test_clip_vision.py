@@ -61,6 +61,19 @@ def test_vectors_are_those_of_transformers(tmp_path: Path, activation: str) -> N
         )
 
 
+@pytest.mark.parametrize("size", [(60, 40), (28, 95), (64, 64), (20, 20)])
+def test_pixels_are_prepared_as_pictures_are(tmp_path: Path, size: tuple[int, int]) -> None:
+    """But for the roundings of pictures, and so that gradients flow."""
+    tower = load_clip_vision(write_tower(tmp_path)[0], CPU, torch.float32, "--x", "a tower")
+    image = noise(*size).point(lambda value: 64 + value // 2)  # Pillow cuts off what overshoots on the way
+    pixels = (torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None] / 255).requires_grad_()
+    prepared = tower.prepare_pixels(pixels)
+    torch.testing.assert_close(prepared, tower.prepare([image]), atol=0.02, rtol=0)
+    prepared.sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad.abs().max() > 0
+
+
 def test_a_file_with_both_towers_gives_the_same(tmp_path: Path) -> None:
     folder, theirs = write_tower(tmp_path / "alone")
     beside = {"text_model.final_layer_norm.weight": torch.ones(2), "logit_scale": torch.tensor(2.0)}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.faults import damage
 from tests.tiny import flux
+from tests.tiny.guides import vgg_state, write_clip
 from tests.tiny.picture_encoders import write_autoencoder
 from tests.tiny.stable_diffusion import tokenizer_folder, unet_state, write_folder, write_sd1, write_sdxl
 
@@ -108,6 +109,9 @@ def write_bad(folder: Path, good: Path) -> Path:
     save(folder / "empty_word.safetensors", {"emb_params": torch.ones(0, 64)})
     save(folder / "flat_word.safetensors", {"emb_params": torch.tensor(1.0)})
     save(folder / "nan_word.safetensors", {"emb_params": torch.full((2, 64), torch.nan)})
+    layers = ("IN01", "IN02", "MID", "OUT03", "OUT04", "OUT05")
+    save(folder / "wide_layers.safetensors", {name: torch.ones(2, 99) for name in layers})
+    _write_guides(folder)
     _write_folders(folder)
     shutil.copytree(good / "tokenizers", folder / "bad_tokenizers")
     for vocabulary in (folder / "bad_tokenizers").glob("*/vocab.json"):
@@ -118,6 +122,22 @@ def write_bad(folder: Path, good: Path) -> Path:
 
 def _without(state: Mapping[str, Tensor], starts: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(tuple(starts))}
+
+
+def _write_guides(folder: Path) -> None:
+    """CLIP without its image tower or its projection; VGG16 with a part of a layer, or of its layers."""
+    write_clip(folder / "clip")
+    state = load_file(folder / "clip" / "model.safetensors")
+    for name, missing in (("blind_clip", "vision_model."), ("clip_without_projection", "text_projection.")):
+        (folder / name).mkdir()
+        save(folder / name / "model.safetensors", _without(state, (missing,)))
+        shutil.copy(folder / "clip" / "config.json", folder / name)
+    layers = vgg_state()
+    torch.save(_without(layers, ("features.19.bias",)), folder / "half_vgg16.pth")
+    kept = {
+        name: tensor for name, tensor in layers.items() if name.startswith(("features.0.", "features.2."))
+    }
+    torch.save(kept, folder / "short_vgg16.pth")
 
 
 def _write_flux_lora(path: Path) -> None:

@@ -13,6 +13,7 @@ from modules.media.tags import read_tags
 from stable_diffusion.contract import SD1, SDXL, Kind, Picture, Settings, SizeConditions
 from stable_diffusion.files import PictureFiles
 from stable_diffusion.output_options import OutputOptions
+from stable_diffusion.prompt_lines import LONGEST_NAME, read_line
 from tests.stable_diffusion.asked import options
 
 NOW = datetime(2024, 3, 5, 16, 7, 8)
@@ -63,6 +64,18 @@ def test_names_of_lines_and_of_input_pictures_are_kept(tmp_path: Path) -> None:
     assert [out.save(named, IMAGE, "1", 0).name for _ in range(2)] == ["my cat.png", "my cat_1.png"]
     photo = changed(image=Path("in/photo.jpg"))
     assert [out.save(photo, IMAGE, "", n).name for n in range(2)] == ["photo.png", "photo_1.png"]
+
+
+@pytest.mark.parametrize("letter", ["n", "é", "字"])
+def test_the_longest_names_can_be_written(tmp_path: Path, letter: str) -> None:
+    """With the digit of a stage, a number, and the mark of a file that is being written."""
+    longest = letter * (LONGEST_NAME // len(letter.encode()))
+    assert read_line(f"a --f {longest}")["file_name"] == longest
+    named, found = changed(file_name=longest), changed(image=Path(letter * 80 + "\x1b[31m\n.jpg"))
+    for name in (f"{longest}_0", *(f"{longest}_0_{number}" for number in range(1, 4))):
+        assert files(tmp_path).save(named, IMAGE, "0", 0).name == f"{name}.png"
+    saved = files(tmp_path, original=True).save(found, IMAGE, "", 0)
+    assert saved.stem == (letter * 80 + "_[31m_").encode()[:LONGEST_NAME].decode("utf-8", "ignore")
 
 
 def test_the_texts_say_how_a_picture_was_made(tmp_path: Path) -> None:

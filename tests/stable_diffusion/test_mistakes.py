@@ -19,6 +19,8 @@ GOOD = (
 )
 SOURCES = ("--from_file", "--from_module", "--interactive")
 GUIDE = "--guide_image_path picture.png"
+CLIP = "--clip_guidance_scale 1 --clip_guidance_model"
+VGG = f"--vgg16_guidance_scale 1 {GUIDE} --vgg16_guidance_model"
 # a line to add to the good command, which replaces its options, and what the message has to hold
 NUMBERS = (
     ("--W 0", "--W 0: sizes are multiples of 8"),
@@ -65,7 +67,8 @@ TOGETHER = (
     ("--control_net_models sd1.safetensors", "--guide_image_path"),
     ("--gradual_latent_timesteps 750", "works with --sampler euler_a only"),
     ("--image_path picture.png --clip_vision_strength 1", "--clip_vision_strength"),
-    ("--clip_guidance_scale 1", "--clip_guidance_scale is not supported"),
+    ("--clip_guidance_scale 1", "--clip_guidance_scale needs --clip_guidance_model"),
+    (f"{CLIP} clip --clip_image_guidance_scale 1", "--clip_image_guidance_scale needs --guide_image_path"),
     ("--highres_fix_scale 0.5 --highres_fix_upscaler no.such.module", "no.such.module"),
 )
 FILES = (
@@ -89,6 +92,16 @@ FILES = (
     ("--textual_inversion_embeddings BAD/wide_word.safetensors", "99 numbers"),
     ("--textual_inversion_embeddings lora.safetensors", "is not a textual inversion"),
     ("--textual_inversion_embeddings nothing.pt", "nothing.pt"),
+    ("--XTI_embeddings word.safetensors", "IN01 is missing"),
+    ("--XTI_embeddings BAD/wide_layers.safetensors", "99 numbers"),
+    ("--XTI_embeddings nothing.pt", "nothing.pt"),
+    (f"{CLIP} nothing", "nothing: there is no such file or folder"),
+    (f"{CLIP} lora.safetensors", "is not a CLIP image encoder"),
+    (f"{CLIP} BAD/blind_clip", "is not a CLIP image encoder"),
+    (f"{CLIP} BAD/clip_without_projection", "text_projection.weight"),
+    (f"{VGG} lora.safetensors", "is not VGG16"),
+    (f"{VGG} BAD/half_vgg16.pth", "features.19.bias"),
+    (f"{VGG} BAD/short_vgg16.pth", "the last layer in BAD/short_vgg16.pth is 4. Give a lower one"),
     (f"--control_net_models lora.safetensors {GUIDE}", "is not a ControlNet"),
     ("--from_file nothing.txt", "nothing.txt"),
     ("--from_file BAD/nothing.txt", "has no prompt"),
@@ -113,6 +126,9 @@ HOSTILE = (
     ("--ckpt BAD/old_pickled_code_ckpt.ckpt", "program code"),
     ("--network_weights BAD/pickled_code_lora.ckpt", "program code"),
     ("--textual_inversion_embeddings BAD/harmful.pt", "program code"),
+    ("--XTI_embeddings BAD/harmful.pt", "program code"),
+    (f"{CLIP} BAD/harmful.pt", "program code"),
+    (f"{VGG} BAD/harmful.pt", "program code"),
     ("--ckpt BAD/text.safetensors", "damaged or incomplete"),
     ("--ckpt BAD/nan.safetensors", "NaN or infinite"),
     ("--network_weights BAD/nan_lora.safetensors", "NaN or infinite"),

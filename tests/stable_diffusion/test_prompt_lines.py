@@ -69,6 +69,12 @@ def test_every_letter_of_the_guide_is_there() -> None:
         ("a --f ../b", "--f '../b': give a file's name"),
         ("a --f /tmp/b", "give a file's name"),
         ("a --f ..", "give a file's name"),
+        ("a --f \x1b[31mred", "--f '\\x1b[31mred': give a file's name"),
+        ("a --f a\tb", "give a file's name"),
+        ("a --f left\u202egnp", "give a file's name"),
+        ("a --f \x9b31m", "give a file's name"),
+        ("a --f " + "字" * 100, "the name has 300 bytes"),
+        ("a --f " + "n" * 300, "the name has 300 bytes"),
         ("a --glus 2,1,1", "--glus: "),
     ],
 )

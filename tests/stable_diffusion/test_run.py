@@ -15,6 +15,7 @@ from stable_diffusion.viewing import viewer_command
 from tests.stable_diffusion.asked import PlainMaker, options, write_picture
 
 SIZE = ("--W", 16, "--H", 16)
+VGG = ("--vgg16_guidance_scale", "1", "--vgg16_guidance_model", "v")
 
 
 def run(folder: Path, *arguments: object, maker: PlainMaker | None = None) -> PlainMaker:
@@ -307,8 +308,27 @@ def test_a_viewer_needs_a_screen() -> None:
         (["--network_regional_mask_max_color_codes", "3"], "needs --mask_path"),
         (["--fp16", "--bf16"], "--fp16 and --bf16: give one of them"),
         (["--v1", "--sdxl"], "a checkpoint is of one kind"),
-        (["--clip_guidance_scale", "1"], "--clip_guidance_scale is not supported yet"),
-        (["--XTI_embeddings", "a"], "--XTI_embeddings is not supported yet"),
+        (["--clip_guidance_scale", "1"], "--clip_guidance_scale needs --clip_guidance_model"),
+        (["--vgg16_guidance_scale", "1"], "--vgg16_guidance_scale needs --vgg16_guidance_model"),
+        (["--clip_guidance_model", "a"], "--clip_guidance_model does nothing without --clip_guidance_scale"),
+        (["--clip_guidance_scale=-1"], "--clip_guidance_scale -1.0: must be at least 0"),
+        (["--vgg16_guidance_layer", "31"], "--vgg16_guidance_layer 31: must be at most 30"),
+        ([*VGG], "--vgg16_guidance_scale needs --guide_image_path"),
+        (
+            [*VGG, "--guide_image_path", ".", "--control_net_models", "a"],
+            "--vgg16_guidance_scale and --control_net_models both take the pictures of --guide_image_path",
+        ),
+        (
+            [
+                *VGG,
+                "--guide_image_path",
+                ".",
+                "--highres_fix_scale",
+                "1",
+                "--highres_fix_disable_control_net",
+            ],
+            "--highres_fix_disable_control_net with --vgg16_guidance_scale",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments: list[str], words: str) -> None:

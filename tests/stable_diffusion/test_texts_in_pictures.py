@@ -67,7 +67,7 @@ def test_a_picture_in_place_of_the_pooled_state(project: Path, tmp_path: Path) -
         (("--clip_skip", "9"), 2, "has 3 layers"),
         (("--clip_vision_strength", "1"), 2, "needs --image_path"),
         (("--clip_vision_strength", "1", "--image_path", "one.png"), 2, "no pooled state to replace"),
-        (("--XTI_embeddings", "blob.safetensors"), 2, "another vector of a word for each"),
+        (("--XTI_embeddings", "sd1.safetensors"), 1, "is not an extended textual inversion"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_model_loads(

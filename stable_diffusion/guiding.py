@@ -1,0 +1,227 @@
+"""Guidance by other networks: CLIP and VGG16 look at the picture that each step predicts, and steer it.
+
+Each step predicts the clean picture x0 of its sample x = a x0 + s noise (a and s: square roots of the shares
+of data and noise). s x0 + (1 - s) x is decoded and measured by a loss L, and the noise that the U-Net
+predicts, after classifier-free guidance, becomes noise + s dL/dx. The gradient goes through the network that
+measures, the autoencoder and a pass of the U-Net with the prompt alone.
+Sources: Dhariwal and Nichol 2021, arXiv 2105.05233 (algorithm 2); the mixture and CLIP's loss: Crowson's CLIP
+guided diffusion, in "CLIP guided Stable Diffusion" of diffusers' community examples; VGG16's loss: that of
+content in Gatys et al. 2015, arXiv 1508.06576, as a mean.
+"""
+# Letters: P width of CLIP's vectors, h w latent size, H W in pixels
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss, normalize
+
+from encoders.clip_checkpoints import ClipUse, read_clip_text
+from encoders.clip_text import ClipText, load_clip_text
+from encoders.clip_vision import ClipVision, load_clip_vision
+from encoders.clip_vision_checkpoints import read_clip_vision
+from generation.denoise import predictor
+from modules.checkpoints.opening import open_checkpoint
+from modules.contract.generation import Predict, Section
+from modules.contract.steps import Guidance, Step
+from modules.errors import CheckpointError
+from stable_diffusion.chunks import SIZE, cut_into_chunks
+from stable_diffusion.contract import Model, Picture
+from stable_diffusion.guide_options import GuideOptions
+from stable_diffusion.passes import UnetPasses
+from stable_diffusion.pixels import read_picture, to_pixels
+from stable_diffusion.regions import split_parts
+from stable_diffusion.vgg16 import Vgg16, load_vgg16
+from stable_diffusion.weights import parse_weights
+
+logger = logging.getLogger(__name__)
+
+CLIP = ClipUse(
+    what="CLIP (guidance)",
+    option="--clip_guidance_model",
+    release="config.json and model.safetensors of a whole CLIP, as of laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+)
+_PROJECTION = "text_projection.weight"  # P C
+# of data in a sample, as a square root: below it, with --zero_terminal_snr, a sample is noise alone
+LEAST_SHARE = 0.01
+
+Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, scaled
+
+
+@dataclass(frozen=True, eq=False)
+class WholeClip:
+    """Both towers of a CLIP."""
+
+    text: ClipText
+    projection: Tensor
+    vision: ClipVision
+
+    @torch.no_grad()
+    def encode_text(self, ids: Sequence[int]) -> Tensor:
+        """Return the vector of a text, 1 P. ids: between start and end token, these with them."""
+        tokens = torch.tensor([ids], device=self.text.device)
+        return self.text(tokens, torch.tensor([len(ids) - 1], device=self.text.device)) @ self.projection.T
+
+
+@dataclass(frozen=True, eq=False)
+class Guides:
+    """The networks that steer the pictures of a run; each picture is made by itself."""
+
+    options: GuideOptions
+    model: Model
+    clip: WholeClip | None
+    vgg: Vgg16 | None
+
+    def steer(self, guidance: Guidance, passes: UnetPasses, picture: Picture) -> Guidance:
+        """Return guidance that is steered for one picture, from whose passes it takes the prediction.
+
+        Raises MediaError if the guide picture cannot be read.
+        """
+        measure, model, sampler = self._measure(picture), self.model, passes.sampler
+        self._save_memory(picture)
+
+        def steered(step: Step, predict: Predict, section: Section) -> Tensor:
+            said = guidance(step, predict, section)
+            index = sampler.first + step.index
+            share = float(sampler.schedule.alphas[index])
+            if share < LEAST_SHARE:
+                return said
+            # samples of some samplers are x / share
+            scale = float(sampler.model_input(index, torch.ones(1)))
+            with torch.enable_grad():
+                x = (step.noisy * scale).requires_grad_()
+                ask = predictor(passes, lambda _: model.unet, replace(step, noisy=x / scale), False)
+                (prompted,) = ask(section.positive)
+                if model.predicts_velocity:
+                    clean = share * x - step.sigma * prompted
+                else:
+                    clean = (x - step.sigma * prompted) / share
+                loss = measure(_decode(model, step.sigma * clean + (1 - step.sigma) * x))
+                (gradient,) = torch.autograd.grad(loss, x)
+            # v = (noise - s x) / a
+            return said + gradient * (step.sigma / share if model.predicts_velocity else step.sigma)
+
+        return steered
+
+    def _save_memory(self, picture: Picture) -> None:
+        """Have networks compute their inner features again for gradients, rather than keep all of them.
+
+        Not in the U-Net if what has been hooked into it remembers the layer at work.
+        """
+        settings = picture.settings
+        self.model.vae.enable_gradient_checkpointing()
+        if settings.parts > 1 or settings.deep_shrink is not None:
+            self.model.unet.disable_gradient_checkpointing()
+        else:
+            self.model.unet.enable_gradient_checkpointing()
+
+    def _measure(self, picture: Picture) -> Measure:
+        options, clip, vgg = self.options, self.clip, self.vgg
+        measures: list[Measure] = []
+        if clip is not None and options.clip_guidance_scale:
+            wanted = clip.encode_text(self._tokens(picture))
+            measures.append(_near(clip, wanted, options.clip_guidance_scale))
+        if clip is not None and options.clip_image_guidance_scale:
+            wanted = clip.vision.encode([read_picture(picture.guides[0])])
+            measures.append(_near(clip, wanted, options.clip_image_guidance_scale))
+        if vgg is not None:
+            measures.append(_alike(vgg, picture.guides[0], options.vgg16_guidance_scale))
+        return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
+
+    def _tokens(self, picture: Picture) -> list[int]:
+        """Return the first tokens of the text that CLIP reads, without weights, between start and end."""
+        text = " ".join(split_parts(picture.prompt)) if picture.clip_prompt is None else picture.clip_prompt
+        tower = self.model.texts[0]
+        chunks = cut_into_chunks(parse_weights(text), tower.tokenize)
+        ids = [token for chunk in chunks for token in chunk.ids]
+        return [tower.start, *ids[:SIZE], tower.end]
+
+
+def _decode(model: Model, latents: Tensor) -> Tensor:
+    """Return the pixels of latents 1 4 1 h w: 1 3 H W float32, in 0..1."""
+    scaled = (latents.squeeze(2) / model.kind.latent_scale).to(model.vae_dtype)
+    return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _near(clip: WholeClip, wanted: Tensor, scale: float) -> Measure:
+    """Measure how far pixels are from a vector 1 P: the angle between the two, squared and halved."""
+    target, weight = normalize(wanted.float(), dim=-1), clip.vision.visual_projection.weight
+
+    def measure(pixels: Tensor) -> Tensor:
+        vector = clip.vision(clip.vision.prepare_pixels(pixels).to(weight.dtype)).float()
+        return scale * (2 * ((normalize(vector, dim=-1) - target).norm() / 2).arcsin() ** 2)
+
+    return measure
+
+
+def _alike(vgg: Vgg16, path: Path, scale: float) -> Measure:
+    """Measure how far the features of pixels are from those of a picture: the mean of the squares."""
+    picture = read_picture(path)
+    wanted: dict[torch.Size, Tensor] = {}  # by size, as the pictures of Gradual Latent grow
+
+    def measure(pixels: Tensor) -> Tensor:
+        size = pixels.shape[-2:]
+        if size not in wanted:
+            with torch.no_grad():
+                guide = to_pixels(picture, size[1], size[0]) / 2 + 0.5
+                wanted[size] = vgg(guide.to(pixels.device)).float()
+        return scale * mse_loss(vgg(pixels).float(), wanted[size])
+
+    return measure
+
+
+def check_guides(options: GuideOptions) -> None:
+    """Read the headers of the networks that the options name. Raises CheckpointError or OptionError."""
+    if options.uses_clip:
+        assert options.clip_guidance_model is not None
+        with open_checkpoint(options.clip_guidance_model) as checkpoint:
+            width = read_clip_vision(checkpoint, CLIP.option, CLIP.release).config.projection_dim
+            dim = read_clip_text(checkpoint, CLIP).config.dim
+            found = checkpoint.tensors.get(_PROJECTION)
+            if found is None or found.shape != (width, dim):
+                raise CheckpointError(
+                    f"{CLIP.option} {checkpoint.path}: the projection of its texts ({_PROJECTION}, {width} x "
+                    f"{dim}) is missing or of another size. Give {CLIP.release}.",
+                    checkpoint.path,
+                )
+    if options.vgg16_guidance_scale:
+        _load_vgg16(options, torch.device("meta"), torch.float32)
+
+
+def load_guides(options: GuideOptions, model: Model) -> Guides | None:
+    """Load the networks that the options name, after `check_guides`; None: there are none."""
+    if not options.uses_clip and not options.vgg16_guidance_scale:
+        return None
+    clip = vgg = None
+    if options.uses_clip:
+        clip = _load_clip(options, model)
+        logger.info("guidance by CLIP: %s", options.clip_guidance_model)
+    if options.vgg16_guidance_scale:
+        vgg = _load_vgg16(options, model.device, model.dtype)
+        logger.info("guidance by VGG16: %s", options.vgg16_guidance_model)
+    return Guides(options, model, clip, vgg)
+
+
+def _load_clip(options: GuideOptions, model: Model) -> WholeClip:
+    path, device, dtype = options.clip_guidance_model, model.device, model.dtype
+    assert path is not None
+    vision = load_clip_vision(path, device, dtype, CLIP.option, CLIP.release)
+    with open_checkpoint(path) as checkpoint:
+        projection = checkpoint.read(_PROJECTION).to(device, dtype)
+    text = load_clip_text(path, device, dtype, CLIP)
+    tower = model.texts[0]
+    if max(tower.start, tower.end) >= text.embeddings.token_embedding.num_embeddings:
+        raise CheckpointError(
+            f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
+            f"{CLIP.release}.",
+            path,
+        )
+    return WholeClip(text, projection, vision)
+
+
+def _load_vgg16(options: GuideOptions, device: torch.device, dtype: torch.dtype) -> Vgg16:
+    assert options.vgg16_guidance_model is not None
+    return load_vgg16(options.vgg16_guidance_model, options.vgg16_guidance_layer, device, dtype)

@@ -1,0 +1,306 @@
+"""Guidance by CLIP and VGG16 against a plain loop of diffusers' and transformers' parts."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from encoders.clip_vision import MEAN, STD, load_clip_vision
+from stable_diffusion.assembling import assemble
+from stable_diffusion.contract import DeepShrink, GradualLatent, Picture, Settings
+from stable_diffusion.highres import make_pictures, prepare_highres
+from stable_diffusion.making import Maker
+from stable_diffusion.options import read_gen_img
+from stable_diffusion.vgg16 import load_vgg16
+from tests.parity.stable_diffusion import (
+    CLASSES,
+    Files,
+    generators,
+    their_scheduler,
+    write_files,
+    write_picture,
+)
+from tests.tiny.control_nets import write_control_net
+from tests.tiny.guides import VGG_LEVELS, vgg_state, write_clip, write_vgg16
+
+SIZE, STEPS, SCALE = 32, 2, 3.0
+SCALES = {"clip_guidance_scale": 30.0, "clip_image_guidance_scale": 20.0, "vgg16_guidance_scale": 10.0}
+SETTINGS = Settings(SIZE, SIZE, STEPS, SCALE)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Project:
+    """Tiny networks: ours are loaded from their files, these are others' of the same weights."""
+
+    folder: Path
+    files: Files
+    clip: Any
+
+    @cached_property
+    def unet(self) -> Any:
+        return UNet2DConditionModel.from_pretrained(self.files.folder / "unet")
+
+    @cached_property
+    def vae(self) -> Any:
+        return AutoencoderKL.from_pretrained(self.files.folder / "vae")
+
+    @property
+    def guide(self) -> Path:
+        return self.folder / "guide.png"
+
+    def words(self, **scales: float) -> list[str]:
+        found = [word for name, scale in scales.items() for word in (f"--{name}", str(scale))]
+        if any(name.startswith("clip") for name in scales):
+            found += ["--clip_guidance_model", str(self.folder / "clip")]
+        if any(name.startswith("vgg") for name in scales):
+            found += ["--vgg16_guidance_model", str(self.folder / "vgg16.pth")]
+        if set(scales) - {"clip_guidance_scale"}:
+            found += ["--guide_image_path", str(self.guide)]
+        return found
+
+    def load(self, *words: object, **scales: float) -> Maker:
+        given = [*self.files.options, "--prompt", "x", *self.words(**scales), *map(str, words)]
+        made = assemble(read_gen_img(None, given), CPU).maker
+        assert isinstance(made, Maker)
+        return made
+
+
+def project(kind: str, folder: Path) -> Project:
+    write_picture(folder / "guide.png", (SIZE, SIZE), 3)
+    write_vgg16(folder / "vgg16.pth")
+    return Project(folder, write_files(kind, folder), write_clip(folder / "clip"))
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return project("sd1", tmp_path_factory.mktemp("sd1"))
+
+
+def picture(guide: Path | None = None, **others: Any) -> Picture:
+    given: dict[str, Any] = {"settings": SETTINGS, "seed": 5, **others}
+    guides = () if guide is None else (guide,)
+    words = {"prompt": "a (red:1.5) cat", "negative_prompt": "ugly", "raw_prompt": ""}
+    return Picture("line 1", guides=guides, **{**words, **given})
+
+
+def vgg_features(pixels: Tensor, last: int) -> Tensor:
+    """torchvision's VGG16 in plain code, with the numbers of its layers."""
+    state, number = vgg_state(), 0
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (pixels - mean[:, None, None]) / std[:, None, None]
+    for level in VGG_LEVELS:
+        for _ in level:
+            x = F.conv2d(x, state[f"features.{number}.weight"], state[f"features.{number}.bias"], padding=1)
+            if number == last:
+                return x
+            x = F.relu(x)
+            if number + 1 == last:
+                return x
+            number += 2
+        x = F.max_pool2d(x, 2)
+        if number == last:
+            return x
+        number += 1
+    raise AssertionError(last)
+
+
+def loss_of(project: Project, maker: Maker, pixels: Tensor, text: str, guide: Image.Image) -> Tensor:
+    """All three losses. pixels: 1 3 H W, in 0..1; the picture is square, so nothing is cut off for CLIP."""
+    clip, tower = project.clip, maker.model.texts[0]
+    ids = torch.tensor([[tower.start, *tower.tokenize(text), tower.end]])
+    theirs = torch.tensor(np.asarray(guide)).permute(2, 0, 1)[None] / 255
+
+    def seen(image: Tensor) -> Tensor:
+        small = F.interpolate(image, (28, 28), mode="bicubic", antialias=True).clamp(0, 1)
+        pixel_values = (small - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        vector = clip.visual_projection(clip.vision_model(pixel_values).pooler_output)
+        return vector / vector.norm()
+
+    words = clip.text_projection(clip.text_model(ids).pooler_output)
+    with torch.no_grad():
+        processed = load_clip_vision(project.folder / "clip", CPU, torch.float32, "", "").encode([guide])
+        torch.testing.assert_close(seen(theirs), processed / processed.norm(), atol=0.02, rtol=0)
+    total = torch.zeros(())
+    for target, scale in (
+        (words / words.norm(), SCALES["clip_guidance_scale"]),
+        (processed / processed.norm(), SCALES["clip_image_guidance_scale"]),
+    ):
+        angle = torch.arccos((seen(pixels) * target).sum())
+        total = total + scale * angle**2 / 2
+    difference = vgg_features(pixels, 20) - vgg_features(theirs, 20)
+    return total + SCALES["vgg16_guidance_scale"] * difference.pow(2).mean()
+
+
+def follow(
+    project: Project, maker: Maker, scheduler: Any, latents: Tensor, text: str = "a red cat"
+) -> Tensor:
+    """The loop in plain code, as it is written down in the papers."""
+    guide = Image.open(project.guide).convert("RGB")
+    positive, negative = (maker.texts.encode(each).context[None] for each in ("a (red:1.5) cat", "ugly"))
+    for timestep in scheduler.timesteps:
+        share = scheduler.alphas_cumprod[int(timestep)]
+        sample = scheduler.scale_model_input(latents, timestep).detach().requires_grad_()
+        prompted = project.unet(sample, timestep, positive).sample
+        with torch.no_grad():
+            avoided = project.unet(sample, timestep, negative).sample
+        if scheduler.config.prediction_type == "v_prediction":
+            clean = share.sqrt() * sample - (1 - share).sqrt() * prompted
+        else:
+            clean = (sample - (1 - share).sqrt() * prompted) / share.sqrt()
+        mixed = (1 - share).sqrt() * clean + (1 - (1 - share).sqrt()) * sample
+        pixels = (project.vae.decode(mixed / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+        (gradient,) = torch.autograd.grad(loss_of(project, maker, pixels, text, guide), sample)
+        said = (avoided + SCALE * (prompted - avoided)).detach()
+        if scheduler.config.prediction_type == "v_prediction":
+            noise = share.sqrt() * said + (1 - share).sqrt() * sample.detach()
+            steered = noise + (1 - share).sqrt() * gradient
+            said = (steered - (1 - share).sqrt() * sample.detach()) / share.sqrt()
+        else:
+            said = said + (1 - share).sqrt() * gradient
+        latents = scheduler.step(said, timestep, latents, **_draws(scheduler)).prev_sample
+    return latents
+
+
+def _draws(scheduler: Any) -> dict[str, Any]:
+    return {"generator": scheduler.drawn_from} if hasattr(scheduler, "drawn_from") else {}
+
+
+def steps_of(sampler: str) -> int:
+    return 4 if sampler == "pndm" else STEPS  # which begins with four of another kind
+
+
+def begin(sampler: str, velocity: bool = False) -> tuple[Any, Tensor]:
+    """A scheduler, and its start noise."""
+    scheduler = their_scheduler(sampler, velocity)
+    scheduler.set_timesteps(steps_of(sampler))
+    (generator,) = generators(5)
+    noise = torch.randn((1, 4, SIZE // 8, SIZE // 8), generator=generator)
+    if sampler in {"euler_a", "dpm_2_a"}:
+        scheduler.drawn_from = generator
+    return scheduler, noise * scheduler.init_noise_sigma
+
+
+def latents_of(maker: Maker, asked: Picture) -> Tensor:
+    return maker.make([asked], wants_images=False).latents
+
+
+def assert_same(made: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(made, wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def maker(sd1: Project) -> Maker:
+    """With all three guides."""
+    return sd1.load(**SCALES)
+
+
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler: str) -> None:
+    maker = replace(maker, sampling=replace(maker.sampling, sampler=sampler))
+    settings = replace(SETTINGS, steps=steps_of(sampler))
+    made = latents_of(maker, picture(sd1.guide, settings=settings))
+    plain = latents_of(replace(maker, guides=None), picture(settings=settings))
+
+    assert_same(made, follow(sd1, maker, *begin(sampler)))
+    assert (made - plain).abs().max() > 0.05 * plain.abs().max()
+
+
+def test_models_that_predict_v_are_steered_alike(tmp_path: Path) -> None:
+    sd2 = project("sd2", tmp_path)
+    maker = sd2.load("--v_parameterization", **SCALES)
+
+    assert_same(latents_of(maker, picture(sd2.guide)), follow(sd2, maker, *begin("ddim", velocity=True)))
+    snr = replace(maker, sampling=replace(maker.sampling, zero_terminal_snr=True))
+    assert latents_of(snr, picture(sd2.guide)).abs().max() < 10  # its first sample is noise alone
+
+
+def test_clip_reads_another_text(sd1: Project, maker: Maker) -> None:
+    made = latents_of(maker, picture(sd1.guide, clip_prompt="the old house"))
+
+    assert_same(made, follow(sd1, maker, *begin("ddim"), text="the old house"))
+
+
+def test_a_picture_does_not_depend_on_its_batch(sd1: Project, maker: Maker) -> None:
+    other = write_picture(sd1.folder / "other.png", (48, 20), 4)
+    pictures = [picture(sd1.guide), picture(other, seed=6), picture(sd1.guide, seed=7)]
+    together = maker.make(pictures, wants_images=False).latents
+
+    for latents, alone in zip(together, pictures, strict=True):
+        assert torch.equal(latents, latents_of(maker, alone)[0])
+
+
+def test_a_guide_draws_the_picture_towards_it(sd1: Project) -> None:
+    """Features of the guide get nearer, in an oblong picture too, and from a picture as well."""
+    maker = sd1.load(vgg16_guidance_scale=20.0)
+    wide = replace(SETTINGS, width=48, strength=0.7)
+    guide = Image.open(sd1.guide).convert("RGB").resize((48, SIZE), Image.Resampling.LANCZOS)
+    wanted = vgg_features(torch.tensor(np.asarray(guide)).permute(2, 0, 1)[None] / 255, 20)
+
+    def distance(made_by: Maker, **others: Any) -> float:
+        (image,) = made_by.make([picture(sd1.guide, settings=wide, **others)]).images or ()
+        pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+        return float((vgg_features(pixels, 20) - wanted).pow(2).mean())
+
+    for others in ({}, {"image": write_picture(sd1.folder / "start.png", (48, SIZE), 8)}):
+        assert distance(maker, **others) < 0.9 * distance(replace(maker, guides=None), **others)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deep_shrink": DeepShrink(1, 0, None, 0, 0.5), "width": 64, "height": 64},
+        {"parts": 2},
+        {"scale": 1.0},
+        {"negative_scale": 1.5},
+        {"gradual_latent": GradualLatent(990, 0.5, 0.5, 1, 1.0, None), "width": 128, "height": 128},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_changes_the_unet_can_be_steered(sd1: Project, maker: Maker, changes: dict[str, Any]) -> None:
+    asked = picture(sd1.guide, settings=replace(SETTINGS, **changes), prompt="a cat AND a dog")
+    if "gradual_latent" in changes:
+        maker = replace(maker, sampling=replace(maker.sampling, sampler="euler_a"))
+    made = latents_of(maker, asked)
+
+    assert made.isfinite().all()
+    assert (made - latents_of(replace(maker, guides=None), asked)).abs().max() > 1e-2
+
+
+def test_both_stages_of_highres_fix_are_steered(sd1: Project) -> None:
+    words = ("--highres_fix_scale", "0.5", "--highres_fix_steps", STEPS, "--highres_fix_strength", "1")
+    maker = sd1.load(*words, "--highres_fix_save_1st", **SCALES)
+    given = read_gen_img(None, ["--ckpt", "x", "--prompt", "x", *map(str, words), "--highres_fix_save_1st"])
+    settings = replace(SETTINGS, width=64, height=64)
+
+    def stages(made_by: Maker) -> list[Tensor]:
+        asked = picture(sd1.guide, settings=settings)
+        return [
+            stage.made.latents for stage in make_pictures(made_by, prepare_highres(given.highres), [asked])
+        ]
+
+    for steered, plain in zip(stages(maker), stages(replace(maker, guides=None)), strict=True):
+        assert (steered - plain).abs().max() > 0.05
+
+
+def test_a_control_net_works_beside_guidance_by_a_text(sd1: Project) -> None:
+    net = write_control_net(sd1.folder / "net.safetensors", "sd1")
+    control = ("--control_net_models", net, "--guide_image_path", sd1.guide)
+    maker = sd1.load(*control, clip_guidance_scale=50.0)
+    made, plain = (latents_of(each, picture(sd1.guide)) for each in (maker, replace(maker, guides=None)))
+    assert (made - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("last", [1, 4, 9, 19, 20, 29, 30])
+def test_layers_of_vgg16_are_those_of_torchvision(sd1: Project, last: int) -> None:
+    pixels = torch.rand((2, 3, 40, 33), generator=torch.Generator().manual_seed(1))
+    network = load_vgg16(sd1.folder / "vgg16.pth", last, CPU, torch.float32)
+    torch.testing.assert_close(network(pixels), vgg_features(pixels, last))
