@@ -118,7 +118,9 @@ def test_a_site_that_misstates_the_part_that_it_sends_is_refused_at_once(
     partial_path(remote, tmp_path / "weights.bin").write_bytes(DATA[:131_072])
     hub.states_range = stated
 
-    with pytest.raises(DownloadError, match=r"from byte 131072 on, the site sends '.*another mirror") as error:
+    with pytest.raises(
+        DownloadError, match=r"from byte 131072 on, the site sends '.*another mirror"
+    ) as error:
         download_file(remote, tmp_path / "weights.bin", _wait_at_most(20))
 
     assert "\x1b" not in str(error.value)
