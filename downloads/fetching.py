@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from downloads.hubs import TIMEOUTS, RemoteFile, explain_status
 from modules.atomic_write import give_name
+from modules.control_codes import shorten
 from modules.errors import DownloadError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,9 @@ def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None
     """Download `remote` to `target`; do nothing if another run has just done it.
 
     What has arrived is kept beside the target in a hidden file, and a later call continues it. The target
-    appears when size and checksum are right. wait: called with seconds before a new attempt.
-    Raises DownloadError if the connection stays broken or the data are damaged twice, OutputError if the disk
-    is full.
+    appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
+    Raises DownloadError if the connection stays broken, if the data are damaged twice, or if they are not of
+    the kind that the name promises; OutputError if the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _only_one_run(target):
@@ -53,9 +54,23 @@ def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None
                     "another connection, or --source."
                 )
             logger.warning("%s arrived damaged: %s. It is downloaded again.", target.name, damage)
+        _check_kind(partial, target, remote)
         give_name(partial, target)
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # of other versions
             old.unlink(missing_ok=True)
+
+
+def _check_kind(partial: Path, target: Path, remote: RemoteFile) -> None:
+    """Raise DownloadError, and keep nothing, if a file is not what its name says."""
+    from downloads.kinds import find_other_kind  # torch loads here, when there is something to look at
+
+    problem = find_other_kind(partial, target.name)
+    if problem is not None:
+        partial.unlink()
+        raise DownloadError(
+            f"{remote.page}: what it sends as {target.name} is something else: {problem}. Nothing was kept. "
+            "Look at that page, or try --source or another mirror."
+        )
 
 
 def partial_path(remote: RemoteFile, target: Path) -> Path:
@@ -119,15 +134,17 @@ def _receive_all(remote: RemoteFile, partial: Path, wait: Callable[[float], None
     have = partial.stat().st_size if partial.exists() else 0
     if have:
         logger.info("%s: continuing after %.1f GB", _shown(partial), have / 1e9)
-    failures = 0
+    failures, most = 0, have
     with _bar(_shown(partial), remote.size_bytes, have) as bar:
         partial.touch()  # also of an empty file
         while (have := partial.stat().st_size) < remote.size_bytes:
             problem = _try_to_receive(remote, partial, have, bar)
-            failures = 0 if partial.stat().st_size > have else failures + 1
+            # what is sent again is not new, nor are a few bytes: a site could go on so without end
+            is_new = partial.stat().st_size >= min(most + PIECE, remote.size_bytes)
+            failures, most = (0, partial.stat().st_size) if is_new else (failures + 1, most)
             if failures == TRIES:
                 raise DownloadError(
-                    f"{remote.page}: the connection broke {TRIES} times without new data ({problem}).\n"
+                    f"{remote.page}: the connection broke {TRIES} times with little new data ({problem}).\n"
                     f"  {partial.stat().st_size / 1e9:.1f} GB are kept: run the same command again to go on."
                 )
             if partial.stat().st_size < remote.size_bytes:
@@ -148,7 +165,7 @@ def _try_to_receive(remote: RemoteFile, partial: Path, have: int, bar: Any) -> s
                 return f"the site answers {answer.status_code}"
             if not answer.ok:
                 raise explain_status(answer.status_code, _shown(partial), remote.page, bool(remote.headers))
-            start = have if answer.status_code == 206 and _starts_at(answer, have) else 0
+            start = _first_byte(answer, have, remote)
             _write(partial, start, answer.iter_content(PIECE), remote.size_bytes, bar)
     except requests.RequestException as error:
         return type(error).__name__
@@ -160,8 +177,22 @@ def _try_to_receive(remote: RemoteFile, partial: Path, have: int, bar: Any) -> s
     return "the answer was too short"
 
 
-def _starts_at(answer: requests.Response, have: int) -> bool:
-    return answer.headers.get("content-range", "").startswith(f"bytes {have}-")
+def _first_byte(answer: requests.Response, have: int, remote: RemoteFile) -> int:
+    """Return where an answer's data begin: behind the `have` bytes that are here, or at 0.
+
+    Raises DownloadError if the site sends another part of the file than it was asked for.
+    """
+    if answer.status_code != 206:
+        return 0
+    sent = answer.headers.get("content-range", "")
+    if sent.startswith(f"bytes {have}-"):
+        return have
+    if sent.startswith(f"bytes 0-{remote.size_bytes - 1}/"):  # the whole file, not asked for
+        return 0
+    raise DownloadError(
+        f"{remote.page}: asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}. Try "
+        "--source or another mirror. What has arrived is kept."
+    )
 
 
 def _write(partial: Path, start: int, pieces: Iterator[bytes], most: int, bar: Any) -> None:

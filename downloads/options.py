@@ -82,5 +82,6 @@ def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--accept_changed",
         action="store_true",
-        help="take files that the repository has replaced since this program's list was made",
+        help="take files that the repository has replaced since this program's list was made, by others of "
+        "their kind",
     )

@@ -101,6 +101,7 @@ class FramePack:
     final_norm: bool = False
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
+    takes_shape: bool = False  # a single picture has the shape of its control image: --one_frame_auto_resize
     rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
     rope_factor: float = 1.0  # by this
     text_multipliers: tuple[float, float] | None = None
@@ -321,7 +322,9 @@ class FramePack:
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check_encoders("image_encoder")
         usual_negative = "" if self.negative_is_empty else None
-        prepared = prepare_request(request, self.defaults, LATENT, self.window, self.is_f1, usual_negative)
+        prepared = prepare_request(
+            request, self.defaults, LATENT, self.window, self.is_f1, usual_negative, self.takes_shape
+        )
         if not self.is_f1:  # which takes none, as is said once for all videos
             tell_unused_paddings(self.paddings, prepared.own)
         return prepared
@@ -439,6 +442,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
         paddings=() if options.latent_paddings is None else parse_paddings(options.latent_paddings),
+        takes_shape=options.one_frame_auto_resize,
         system_prompt=options.reading.custom_system_prompt,
         skip_layers=options.reading.hidden_state_skip_layer,
         final_norm=options.reading.apply_final_norm,

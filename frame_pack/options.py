@@ -103,6 +103,7 @@ class FramePackGenerationOptions:
     # of the command line: read here only to be checked early
     image_path: str | None = field(metadata=OF_REQUEST)
     one_frame_inference: str | None = field(metadata=OF_REQUEST)  # likewise
+    one_frame_auto_resize: bool = field(metadata=OF_REQUEST)
 
     def __post_init__(self) -> None:
         _check_window(self.latent_window_size)
@@ -176,6 +177,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     _add_encoders(group)
     _add_sections(group, "generate the video")
     _add_video_arguments(parser)
+    group.add_argument(
+        "--one_frame_auto_resize",
+        action="store_true",
+        help="with --one_frame_inference: as many pixels as --video_size says, in the shape of the first "
+        "control image, or of the start image if there is none",
+    )
     group.add_argument(
         "--latent_paddings",
         type=str,

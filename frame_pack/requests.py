@@ -28,6 +28,7 @@ from modules.contract.generation import Prompt, Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of
 from modules.errors import MediaError, OptionError
+from modules.media.buckets import Size, bucket_sizes, choose_bucket
 from modules.options import require, to_path
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,12 @@ def prepare_request(
     window: int,
     is_f1: bool,
     usual_negative: str | None,
+    takes_shape: bool = False,
 ) -> Prepared:
     """Settle size, frames and numbers, and check the images. What cannot be used is left out with a warning.
 
     window: latent frames of a section. usual_negative: as for `modules.contract.requests.settle`.
+    takes_shape: a single picture is shaped as its first control image, else as its start image.
     Raises OptionError for what cannot be made.
     """
     one_frame = _one_frame_of(request, is_f1)
@@ -66,11 +69,8 @@ def prepare_request(
     request = _with_media(request, is_f1, is_picture)
     sections = _count(request, usual, window, is_picture)
     width, height, _ = size_of(request, usual)
-    size = width, height, 1 if is_picture else video_frames(sections, window)
-    check_size((width, height, min(size[2], video_frames(1, window))), latent)
-    flow_shift = request.flow_shift
-    if flow_shift is None:
-        flow_shift = _shift_of_size(width, height, latent, 1 if is_picture else window)
+    frames = 1 if is_picture else video_frames(sections, window)
+    check_size((width, height, min(frames, video_frames(1, window))), latent)
     extra = _with_controls(request.extra)
     own = FramePackRequest(
         _images_of(request, sections, is_picture),
@@ -78,7 +78,14 @@ def prepare_request(
         _paths(extra, "control_image_path"),
         _paths(extra, "control_image_mask_path"),
     )
-    prepared = settle(request, usual, size, flow_shift, usual_negative)
+    if takes_shape and is_picture:
+        width, height = _size_shaped_as((*own.controls, *own.images)[0], (width, height), latent.pixel_step)
+    elif takes_shape:
+        logger.warning("--one_frame_auto_resize is ignored because a video is made")
+    flow_shift = request.flow_shift
+    if flow_shift is None:
+        flow_shift = _shift_of_size(width, height, latent, 1 if is_picture else window)
+    prepared = settle(request, usual, (width, height, frames), flow_shift, usual_negative)
     others = prepared.prompts[0]
     texts = _entries_of(request.prompt, "--prompt", sections, is_picture)
     second: tuple[str | None, ...] = (None,) * len(texts)
@@ -172,6 +179,13 @@ def _count(request: Request, usual: SamplingDefaults, window: int, is_picture: b
             "%d frames are made %d: a video has whole sections behind its first frame", frames, whole
         )
     return sections
+
+
+def _size_shaped_as(image: Path, size: Size, step: int) -> Size:
+    """Return the bucket of a dataset with `size` as its resolution that the image would be put into."""
+    from modules.media.reading import image_size
+
+    return choose_bucket(image_size(image), bucket_sizes(*size, step), size[0] * size[1], step, False)
 
 
 def _shift_of_size(width: int, height: int, latent: LatentSpec, latent_frames: int) -> float:

@@ -2,6 +2,8 @@
 
 import re
 
+from modules.control_codes import drop_control_codes
+
 # what models that think aloud say before their answer; a thought may have no end
 _THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 MOST_CHARACTERS = 4000  # of a prompt
@@ -9,12 +11,13 @@ _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
 def take_answer(text: str, most_characters: int = MOST_CHARACTERS) -> str:
-    """Return the paragraph in an answer: without thoughts, line breaks and quotation marks around it.
+    """Return the paragraph in an answer: without thoughts, control codes, line breaks, and quotation marks
+    around it.
 
     What is beyond `most_characters` is cut off.
     """
     text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
-    text = " ".join(text.split())[:most_characters]
+    text = " ".join(drop_control_codes(text).split())[:most_characters]
     if len(text) > 1 and (text[0], text[-1]) in _QUOTES:
         text = text[1:-1].strip()
     return text

@@ -6,6 +6,20 @@ import re
 # halves of characters
 _CODES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# what a terminal takes as one command: colours and places; titles and links, with their text
+_SEQUENCES = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"
+    "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x9c|\x1b\\\\)"
+)
+
+
+def drop_control_codes(text: str) -> str:
+    """Return the text without control codes and the sequences that they begin, to be kept in a file.
+
+    Separators of lines become blanks; newlines and tabs stay.
+    """
+    return _CODES.sub(lambda found: " " if found[0].isspace() else "", _SEQUENCES.sub("", text))
+
 
 def escape_control_codes(text: str) -> str:
     """Return the text with control codes written out (`\\x1b`, `\\u202e`), so that they reach no terminal.

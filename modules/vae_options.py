@@ -44,7 +44,7 @@ def add_vae_arguments(
     flags: Sequence[str] = ("--vae",),
     tile: int = VAE_TILE,
 ) -> None:
-    """Add the arguments of `VaeOptions`. always_tiled: omit --vae_tiling, which is always on.
+    """Add the arguments of `VaeOptions`. always_tiled: --vae_tiling is on, given or not.
 
     flags: of the file; none if the parser has a --vae already. tile: edge of the tiles if no option says it.
     """
@@ -57,13 +57,12 @@ def add_vae_arguments(
         else "edge of a tile in pixels; implies tiling"
     )
     group.add_argument("--vae_spatial_tile_sample_min_size", type=int, default=None, help=text)
-    if always_tiled:
-        group.set_defaults(vae_tiling=True)
-        return
+    does = f"encode and decode in tiles of {tile} pixels: less memory"
     group.add_argument(
         "--vae_tiling",
         action="store_true",
-        help=f"encode and decode in tiles of {tile} pixels: less memory",
+        default=always_tiled,
+        help=f"{does}; always on here" if always_tiled else does,
     )
 
 

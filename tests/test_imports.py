@@ -31,9 +31,9 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"addresses", "answers", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"addresses", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"hidden_packages", "temporary_names", "text_encodings", "text_files", "varints", "version"},
-        {"atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
+        {"answers", "atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "console_options", "environment", "output_files", "user_modules"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
         | {"minimal_options"},

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 from PIL import Image
 
 from dataset.captioning.answers import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
@@ -59,6 +60,13 @@ class _TryAgain(Exception):
     def __init__(self, reason: str, seconds: float | None = None) -> None:
         super().__init__(reason)
         self.seconds = seconds
+
+
+class _Session(requests.Session):
+    """Follows no answer to another address, which would get the key, and does not look at that address."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
 @dataclass
@@ -125,7 +133,7 @@ class ApiServer:
             except _TryAgain as error:
                 reason = str(error)
                 usual = min(self.first_wait * 2**number, LONGEST_WAIT)
-                seconds = usual if error.seconds is None else min(max(error.seconds, 0), LONGEST_WAIT)
+                seconds = usual if error.seconds is None else min(error.seconds, LONGEST_WAIT)
             if number + 1 == TRIES:
                 break
             if reason not in self._told:
@@ -157,18 +165,8 @@ class ApiServer:
         renamed = {OTHER_NAMES[key] if key in self._replaced else key: value for key, value in body.items()}
         sent: Any = {key: value for key, value in renamed.items() if key is not None}
         try:
-            with requests.post(
-                self.address,
-                json=sent,
-                auth=self._authorize,
-                timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
-                allow_redirects=False,  # the key goes to no other address
-                proxies=NO_PROXIES if urlsplit(self.address).hostname in LOCAL_HOSTS else None,
-                stream=True,
-            ) as answer:
-                text = _read(answer)
-                status, wait = answer.status_code, answer.headers.get("Retry-After", "")
-        except requests.RequestException as error:
+            status, wait, text = self._ask_in_time(sent)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             cause = _cause(error)
             why = self._hide(getattr(cause, "strerror", None) or str(cause))
             is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
@@ -178,7 +176,7 @@ class ApiServer:
                     "address."
                 ) from None
             if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
-                why = f"there is no answer within {self.timeout:g} s"
+                why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
             raise _TryAgain(f"the connection broke: {why}") from None
         self._has_answered = True
         if status == 200:
@@ -199,6 +197,44 @@ class ApiServer:
                 f"--api_base: {self.address} answers {status} and names another address. Give that one."
             )
         raise NoCaptionError(f"the server answers {status}: {said}")
+
+    def _ask_in_time(self, sent: Any) -> tuple[int, str, str]:
+        """Return status, Retry-After and text of an answer that is whole within `timeout` seconds.
+
+        The timeouts of the library begin anew with each byte, so a thread asks and is left to itself when the
+        time is over. Raises requests.ReadTimeout then, else as `_ask`.
+        """
+        done: queue.SimpleQueue[tuple[int, str, str] | Exception] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                done.put(self._ask(sent))
+            except Exception as error:
+                done.put(error)
+
+        threading.Thread(target=ask, name=f"{threading.current_thread().name}-asks", daemon=True).start()
+        try:
+            result = done.get(timeout=self.timeout)
+        except queue.Empty:
+            raise requests.ReadTimeout from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _ask(self, sent: Any) -> tuple[int, str, str]:
+        """Make a request. Raises what the library raises, NoCaptionError if the answer is too long."""
+        with (
+            _Session() as session,
+            session.post(
+                self.address,
+                json=sent,
+                auth=self._authorize,
+                timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
+                proxies=NO_PROXIES if urlsplit(self.address).hostname in LOCAL_HOSTS else None,
+                stream=True,
+            ) as answer,
+        ):
+            return answer.status_code, answer.headers.get("Retry-After", ""), _read(answer)
 
     def _caption_in(self, text: str) -> str:
         """Return the caption in a server's answer. Raises NoCaptionError if there is none."""
@@ -282,7 +318,9 @@ def _data_url(frame: Any) -> str:
 
 
 def _read(answer: requests.Response) -> str:
-    """Return an answer's text, at most MOST_BYTES of it."""
+    """Return an answer's text. Raises NoCaptionError if it has more than MOST_BYTES."""
+    if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
+        raise NoCaptionError("the server's answer is packed more than once")
     content = b""
     for piece in answer.iter_content(1 << 16):
         content += piece
@@ -308,8 +346,8 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _seconds(text: str) -> float | None:
-    """Return the seconds of a Retry-After header; None for a date or nothing."""
+    """Return the seconds of a Retry-After header; None for a date, nothing, or what is no time."""
     try:
-        return float(text)
+        return float(text) if float(text) >= 0 else None
     except ValueError:
         return None

@@ -5,7 +5,7 @@ import re
 from dataset.captioning.options import WordingOptions
 from dataset.sources.captions import add_trigger
 from modules.answers import take_answer
-from modules.text_files import MAX_CAPTION_BYTES, bad_character
+from modules.text_files import MAX_CAPTION_BYTES
 
 # what servers and tokenizers leave in an answer: <|im_end|>, </s>, <end_of_turn>
 _TOKENS = re.compile(
@@ -19,8 +19,6 @@ def clean_answer(answer: str) -> str:
 
     Empty if there is none.
     """
-    if bad_character(answer):
-        answer = answer.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
     return take_answer(_TOKENS.sub(" ", answer), _MOST_CHARACTERS)
 
 

@@ -22,6 +22,7 @@ class FakeHub:
     cuts: list[int] = field(default_factory=list)  # bytes after which the next answers end
     busy: int = 0  # answers of 503 before the next right one
     ignores_ranges: bool = False
+    states_range: str | None = None  # of the next answers, whatever they hold; with the status for a part
     redirects_to: str = ""  # another address of this server that sends the data, as the hub's does
     sends_instead: dict[str, bytes] = field(default_factory=dict)  # damaged data
     absent_on_modelscope: set[str] = field(default_factory=set)  # repositories
@@ -116,9 +117,11 @@ def serve() -> Iterator[FakeHub]:
                 if start >= len(data):
                     self._reply(416, b"")
                     return
-            self.send_response(206 if start else 200)
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            stated = hub.states_range if with_data else None
+            self.send_response(206 if start or stated is not None else 200)
+            if start or stated is not None:
+                stated = f"bytes {start}-{len(data) - 1}/{len(data)}" if stated is None else stated
+                self.send_header("Content-Range", stated)
             self.send_header("Content-Length", str(len(data) - start))
             self._describe(name)
             self.end_headers()

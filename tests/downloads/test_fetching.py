@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +94,85 @@ def test_a_busy_site_is_asked_again(hub: FakeHub, tmp_path: Path) -> None:
 
     assert (tmp_path / "weights.bin").read_bytes() == DATA
     assert waited == [2.0, 4.0, 8.0]
+
+
+class TooManyWaitsError(Exception):
+    pass
+
+
+def _wait_at_most(times: int) -> Callable[[float], None]:
+    waits = iter(range(times))
+
+    def wait(_: float) -> None:
+        if next(waits, None) is None:
+            raise TooManyWaitsError
+
+    return wait
+
+
+@pytest.mark.parametrize("stated", ["bytes 0-9/18", "bytes 131073-255999/256000", "bytes", "", "\x1b[31m"])
+def test_a_site_that_misstates_the_part_that_it_sends_is_refused_at_once(
+    hub: FakeHub, tmp_path: Path, stated: str
+) -> None:
+    remote = find_on_hub(FILE, hub.address)
+    partial_path(remote, tmp_path / "weights.bin").write_bytes(DATA[:131_072])
+    hub.states_range = stated
+
+    with pytest.raises(
+        DownloadError, match=r"from byte 131072 on, the site sends '.*another mirror"
+    ) as error:
+        download_file(remote, tmp_path / "weights.bin", _wait_at_most(20))
+
+    assert "\x1b" not in str(error.value)
+    assert partial_path(remote, tmp_path / "weights.bin").read_bytes() == DATA[:131_072]
+
+
+@pytest.mark.parametrize("cuts", [[65_536, 0, 70_000, 65_536], [10]], ids=["again and again", "ten bytes"])
+@pytest.mark.parametrize("ignores_ranges", [True, False])
+def test_a_site_that_brings_nothing_new_is_given_up(
+    hub: FakeHub, tmp_path: Path, cuts: list[int], ignores_ranges: bool
+) -> None:
+    hub.ignores_ranges, hub.cuts = ignores_ranges, cuts * 200
+    if not ignores_ranges and cuts != [10]:
+        hub.sends_instead["owner/name/folder/weights.bin"] = DATA[:70_000]  # 416: it begins anew
+
+    with pytest.raises(DownloadError, match="broke 6 times with little new data"):
+        _fetch_with(hub, tmp_path / "weights.bin", _wait_at_most(20))
+
+
+def _fetch_with(hub: FakeHub, target: Path, wait: Callable[[float], None]) -> None:
+    download_file(find_on_hub(FILE, hub.address), target, wait)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("model.safetensors", b"not a model at all"),
+        ("model.safetensors", b"<!doctype html>..."),
+        ("model.safetensors", b"GGUF\3\0\0\0\0\0\0\0\0\0\0\0"),
+        ("model.safetensors", (100).to_bytes(8, "little") + b'{"a": 1}'),
+        ("model.safetensors", (10).to_bytes(8, "little") + b"{}        "),
+        ("model.pth", b"\x80\x02not a pickle at all"),
+        ("model.pth", b"PK\3\4 not a zip archive"),
+        ("model.pt", (2).to_bytes(8, "little") + b"{}"),
+        ("tokenizer.json", b"Not found, sorry!!"),
+        ("tokenizer.json", b'"a text"'),
+        ("spiece.model", b"version https://git-lfs.github.com/spec/v1"),
+        ("face.onnx", b"PK\3\4..."),
+    ],
+)
+def test_what_is_not_the_kind_of_file_that_its_name_says_never_gets_the_name(
+    hub: FakeHub, tmp_path: Path, name: str, data: bytes
+) -> None:
+    hub.add("owner/name", name, data)
+    remote = find_on_hub(replace(FILE, file=name, name=name), hub.address)
+
+    with pytest.raises(DownloadError, match=rf"sends as {name} is something else: \S") as error:
+        download_file(remote, tmp_path / name)
+
+    assert str(tmp_path) not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not [left for left in _left(tmp_path) if not left.endswith(".lock")]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """download.py as a user types it, with a local server in place of the hub."""
 
 import dataclasses
+import io
+import json
 import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from download import main
 from downloads.catalogue import ModelSet, model_sets
@@ -36,10 +40,26 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield served
 
 
+def content_of(name: str, text: str) -> bytes:
+    """Return a file of the kind that its name says, with a text of its own."""
+    match name.rpartition(".")[2]:
+        case "safetensors":
+            return safetensors.torch.save({text: torch.zeros(500)})
+        case "pt" | "pth":
+            file = io.BytesIO()
+            torch.save({text: torch.zeros(500)}, file)
+            return file.getvalue()
+        case "onnx":
+            return b"\x08\x08\x12" + text.encode() * 50
+        case "model":
+            return b"\x0a" + bytes([len(text)]) + text.encode()
+    return json.dumps({text: text * 50}).encode()
+
+
 def _add_files(hub: FakeHub, model_set: ModelSet) -> None:
     for file in (file for component in model_set.components for file in component.files):
         for repository in (file.repository, ON_MODELSCOPE.get(file.repository, file.repository)):
-            hub.add(repository, file.file, f"{file.repository}/{file.file}".encode() * 100)
+            hub.add(repository, file.file, content_of(file.file, f"{file.repository}/{file.file}"))
 
 
 def _options(folder: Path, **changed: object) -> DownloadOptions:

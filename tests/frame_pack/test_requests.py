@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dataset.sources.decoding import bucket_of
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
 from frame_pack.one_frame import OneFrame
@@ -23,6 +24,7 @@ from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.errors import OptionError
 from modules.options import read_options
+from tests.dataset.making import make_table
 from tests.golden_cases import read_case
 from tests.tiny.framepack import write_siglip
 from tests.tiny.framepack_dit import tiny_state, write_dit
@@ -44,11 +46,12 @@ def settle(
     extra: Mapping[str, str] | None = None,
     window: int = 9,
     f1: bool = False,
+    takes_shape: bool = False,
     **said: Any,
 ) -> Prepared:
     values: dict[str, Any] = {"prompt": "a cat", "seed": 1, "width": 48, "height": 32, **said}
     request = Request(**values, extra={"image_path": str(picture), **(extra or {})})
-    return prepare_request(request, USUAL, LATENT, window, f1, "")
+    return prepare_request(request, USUAL, LATENT, window, f1, "", takes_shape)
 
 
 def own(prepared: Prepared) -> FramePackRequest:
@@ -132,6 +135,36 @@ def test_another_solver_follows_the_same_levels(picture: Path, solver: str) -> N
 
 def test_a_flow_shift_that_is_given_counts(picture: Path) -> None:
     assert settle(picture, flow_shift=3.0).flow_shift == 3.0
+
+
+@pytest.mark.parametrize("image", [(30, 90), (480, 270), (77, 78), (10, 400), (48, 32)], ids=str)
+@pytest.mark.parametrize("area", [(64, 64), (640, 640), (832, 480)], ids=str)
+def test_one_picture_has_the_size_that_a_data_set_would_give_its_control_image(
+    picture: Path, image: tuple[int, int], area: tuple[int, int]
+) -> None:
+    control = picture.with_name("control.png")
+    write_image(control, *image)
+    table = make_table(control.parent, "image_directory", resolution=list(area), enable_bucket=True)
+    width, height = bucket_of(table, image, LATENT.pixel_step, control)
+    said: dict[str, Any] = {"width": area[0], "height": area[1], "takes_shape": True}
+
+    with_control = settle(
+        picture, {"one_frame": "default", "control_image_path": f"{control}\n{picture}"}, **said
+    )
+    of_start = settle(control, {"one_frame": "default"}, **said)
+
+    for prepared in (with_control, of_start):
+        assert (prepared.width, prepared.height) == (width, height)
+        given = settle(picture, {"one_frame": "default"}, width=width, height=height)
+        assert prepared.flow_shift == given.flow_shift
+
+
+def test_a_video_does_not_take_the_shape_of_its_image(
+    picture: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared = settle(picture, width=64, height=64, takes_shape=True)
+    assert (prepared.width, prepared.height) == (64, 64)
+    assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
 
 
 def test_one_picture_has_one_frame_whatever_the_length(picture: Path) -> None:

@@ -17,6 +17,7 @@ from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
+from tests.tiny.project import write_image
 
 SIZE = ("--video_size", "32", "48", "--infer_steps", "2", "--device", "cpu")
 SAY = ("--prompt", "a cat", "--seed", 1, "--video_sections", 1)
@@ -181,6 +182,35 @@ def test_one_picture_is_a_png_beside_nothing_else(
     assert load_file(saved)["latent"].shape == (16, 1, 4, 6)
     assert metadata_of(saved)["bt_one_frame"].startswith("target_index=1")
     assert not any(str(start) in text for text in metadata_of(saved).values())
+
+
+def test_one_picture_may_have_the_shape_of_its_control_image(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    write_image(tmp_path / "tall.png", 30, 50)
+    say = ("--prompt", "a cat", "--seed", 1, "--image_path", pictures[0], "--one_frame_inference", "default")
+    say = (*say, "--control_image_path", tmp_path / "tall.png", pictures[1], "--video_size")
+
+    shaped = latents(tmp_path / "shaped", files, *say, 64, 64, "--one_frame_auto_resize")[1]
+
+    assert shaped.shape == (16, 1, 10, 6)
+    assert torch.equal(shaped, latents(tmp_path / "given", files, *say, 80, 48)[1])  # and the same shift
+    (made,) = (tmp_path / "shaped").glob("*_latent.safetensors")
+    assert (metadata_of(made)["bt_height"], metadata_of(made)["bt_width"]) == ("80", "48")
+
+
+def test_the_vae_works_in_tiles_whether_asked_to_or_not(
+    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
+) -> None:
+    say = ("--prompt", "a cat", "--seed", 1, "--image_path", pictures[0], "--one_frame_inference", "default")
+    say = (*say, "--control_image_path", pictures[1], "--video_size", 32, 272)  # beyond a tile of 256
+    small = ("--vae_spatial_tile_sample_min_size", 128)
+    plain, asked, other = (
+        latents(tmp_path / str(number), files, *say, *more)[1]
+        for number, more in enumerate([(), ("--vae_tiling",), ("--vae_tiling", *small)])
+    )
+    assert torch.equal(plain, asked)
+    assert not torch.equal(plain, other)
 
 
 def test_a_control_that_is_masked_out_is_as_one_that_is_black(

@@ -71,7 +71,7 @@ SCRIPTS = {
     ),
 }
 # said by the family when it has settled a request, and by the run
-FROM_FAMILY = {"task", "device", "f1", "latent_window_size"}
+FROM_FAMILY = {"task", "device", "f1", "latent_window_size", "one_frame_auto_resize"}
 SAID_AS = {  # where the metadata have another name for it
     "seed": ("seeds",),
     "video_size": ("height", "width"),
@@ -88,6 +88,7 @@ RECORDED = [
     for name, script in SCRIPTS.items()
     for option, kind in script.facts.items()
     if kind != "nothing" and option not in FROM_FAMILY
+    if script.actions[option].default is not True  # a switch that is always on
 ]
 SHARES = {
     "magcache_retention_ratio",
@@ -273,6 +274,7 @@ LISTS = {
             "f1",
             "latent_window_size",
             "one_frame_inference",
+            "one_frame_auto_resize",
             "lora_weight",
             "lora_multiplier",
             "optimized",  # turns on options that are recorded

@@ -2,10 +2,12 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 # the number of the request, from 0, and what it asks -> status and JSON text, or a caption
@@ -28,6 +30,34 @@ def caption(text: Any, finish: str = "stop") -> tuple[int, str]:
     """The answer of a server with a caption."""
     message = {"role": "assistant", "content": text}
     return 200, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": finish}]})
+
+
+@contextmanager
+def run_raw_server(answer: bytes, seconds_a_byte: float = 0.0) -> Iterator[str]:
+    """Answer every request with these bytes until the block ends; yields the address."""
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            while (line := self.rfile.readline().lower()) not in (b"", b"\r\n"):
+                if line.startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            self.rfile.read(length)
+            with suppress(OSError):  # the program that asked may be gone
+                for byte in answer if seconds_a_byte else ():
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(seconds_a_byte)
+                self.wfile.write(b"" if seconds_a_byte else answer)
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextmanager

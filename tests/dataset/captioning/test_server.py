@@ -5,19 +5,21 @@ import io
 import json
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from dataset.captioning.answers import NoCaptionError
 from dataset.captioning.places import find_places
 from dataset.captioning.planning import CaptionJob
 from dataset.captioning.run import run_captioning
 from dataset.captioning.server import make_server
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError, UserError
-from tests.dataset.captioning.api_server import caption, run_server
+from tests.dataset.captioning.api_server import caption, run_raw_server, run_server
 from tests.dataset.captioning.making import make_folder, options_of, read_captions
 
 SECRET = "sk-test-0123456789"
@@ -105,6 +107,57 @@ def test_waits_grow_and_an_answer_that_does_not_come_is_asked_for_again(tmp_path
 
     assert answer == "a cat"
     assert server._stop.seconds == [1.0, 2.0, 4.0, 8.0]
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+DRIPS = {"status": b"H" * 99, "headers": HEAD[:20] + b"X" * 99, "text": HEAD + b"{}      ."}
+
+
+@pytest.mark.parametrize("answer", DRIPS.values(), ids=DRIPS)
+def test_an_answer_that_drips_is_not_waited_for_beyond_the_time(answer: bytes, tmp_path: Path) -> None:
+    with (
+        run_raw_server(answer, seconds_a_byte=0.02) as address,
+        pytest.raises(NoCaptionError, match=r"no whole answer within 0.1 s \(--api_timeout\)"),
+    ):
+        _ask(address, make_folder(tmp_path), timeout=0.1)
+
+
+REDIRECTS = ["http://[::::", "http://host:port/", "//", "\x80", "http://\xad.com/", "http://a\x00b/"]
+
+
+@pytest.mark.parametrize("target", REDIRECTS, ids=ascii)
+def test_another_address_is_neither_read_nor_followed(target: str, tmp_path: Path) -> None:
+    answer = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 2\r\n\r\nno".encode("latin-1")
+    with run_raw_server(answer) as address, pytest.raises(UserError, match="answers 302 and names another"):
+        _ask(address, make_folder(tmp_path))
+
+
+BROKEN = {
+    "nothing": b"",
+    "no status": b"hello\r\n\r\n",
+    "an odd status": b"HTTP/1.1 2x0 OK\r\n\r\n",
+    "a long header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200 + b"\r\n",
+    "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n{}",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n{}",
+    "too short": b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}",
+    "a negative chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n{}\r\n",
+    "no gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    "packed twice": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip, gzip\r\nContent-Length: 2\r\n\r\n{}",
+    "an odd wait": b"HTTP/1.1 503 Busy\r\nRetry-After: nan\r\nContent-Length: 2\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
+def test_a_broken_answer_costs_its_caption_only(answer: bytes, tmp_path: Path) -> None:
+    with run_raw_server(answer) as address, pytest.raises(NoCaptionError):
+        _ask(address, make_folder(tmp_path))
+
+
+def _ask(address: str, config: Path, timeout: float = 20.0) -> str:
+    options = options_of(config, "--api_base", address, "--api_model", "m")
+    server = replace(make_server(options.api, options.ask, {}), timeout=timeout, first_wait=0.001)
+    return server.describe(job_of(config), ())
 
 
 def job_of(config: Path) -> Any:

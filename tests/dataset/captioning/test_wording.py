@@ -20,7 +20,10 @@ AROUND = WordingOptions("zxc", "A video of", "in 4k.", (), ())
         ("<think>what\nis it</think> a cat", "a cat"),
         ("<think>what is it", ""),
         (" \n<|endoftext|>", ""),
-        ("a\0cat \ud800", "acat ?"),
+        ("a\0cat \ud800", "acat"),
+        ("\x1b[1;31ma red\x1b[0m cat\x9b2J", "a red cat"),
+        ("\x1b]0;title\x07a \x1b]8;;http://host\x1b\\cat\x1b]8;;\x1b\\ walks\x1b", "a cat walks"),
+        ("a\u2028cat\x85 \u202ewalks\u2069", "a cat walks"),
         ("2 < 3 and <b> stays", "2 < 3 and <b> stays"),
     ],
 )
