@@ -113,16 +113,14 @@ Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
 
 def _change(name: str, factors: Factors, path: Path, weights: Weights, device: torch.device) -> Tensor:
     """Return what factors add to their weight at multiplier 1, float32."""
-    change = weight_delta(factors, device)
+    is_dora = DORA in factors
+    sizes = {part: one for part, one in factors.items() if part != "alpha"}
+    change = weight_delta(sizes if is_dora else factors, torch.device("meta") if is_dora else device)
     assert change is not None
-    if DORA not in factors:
+    if not is_dora:
         return change
-    bare = name.removeprefix(f"{prefix_of(name)}_")
-    names = (
-        name,
-        name.replace("lora_te1_", "lora_te_", 1),
-        bare,
-    )  # Stable Diffusion 1 and 2 have one encoder
+    alone = name.replace("lora_te1_", "lora_te_", 1)  # Stable Diffusion 1 and 2 have one encoder
+    names = (name, alone, name.removeprefix(f"{prefix_of(name)}_"))
     for checkpoint, source in (each for one in dict.fromkeys(names) for each in weights.get(one, ())):
         # text encoders in files of their own share names
         if len(weight := source.make([checkpoint.read(one) for one in source.names])) == len(change):

@@ -1,5 +1,5 @@
 """Which tensors of a LoRA file ComfyUI reads, and what they change: its rule, for models under its names."""
-# Source: comfy/lora.py and comfy/weight_adapter in the repository Comfy-Org/ComfyUI, read in 2026
+# Source: comfy/lora.py and comfy/weight_adapter in the repository Comfy-Org/ComfyUI
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

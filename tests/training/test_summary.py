@@ -110,6 +110,20 @@ def test_a_run_without_a_page_names_its_best_file(tmp_path: Path, caplog: pytest
     assert f": {tmp_path / 'output' / 'x.safetensors'}\n" in end
 
 
+@pytest.mark.parametrize("is_dora", [False, True])
+def test_what_other_tools_make_of_a_dora_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_dora: bool
+) -> None:
+    write_caches(tmp_path)
+    caplog.set_level(logging.INFO)
+
+    train_toy(tmp_path, *(["--network_args", "dora_wd=True"] if is_dora else []))
+
+    told = " ".join(caplog.text.split())
+    assert told.count("musubi-tuner and sd-scripts leave its magnitudes out") == is_dora
+    assert ("--bake 64 --dit" in told) == is_dora
+
+
 def test_pauses_do_not_count_as_training() -> None:
     pace = Pace()
     for seconds in (2, 3, 1):
