@@ -10,7 +10,8 @@ from torch import Tensor
 
 from encoders.clip_vision import ClipVision
 from encoders.clip_vision_checkpoints import ClipVisionConfig
-from tests.tiny import flux, hunyuan_image, lumina, stable_diffusion
+from stable_diffusion.layer_texts import list_cross_attentions
+from tests.tiny import flux, guides, hunyuan_image, lumina, stable_diffusion
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
@@ -70,6 +71,8 @@ def lay_out_stable_diffusion(folder: Path) -> None:
     stable_diffusion.write_sd1(folder, name="v1-5-pruned-emaonly.safetensors")
     stable_diffusion.write_sd2(folder, name="v2-1_768-ema-pruned.safetensors")
     _write_image_tower(folder / "image_encoder")
+    guides.write_clip(folder / "CLIP-ViT-B-32-laion2B-s34B-b79K")
+    guides.write_vgg16(folder / "vgg16-397923af.pth")
     (folder / "upscalers").mkdir()
     write_rrdb(folder / "upscalers" / "RealESRGAN_x4plus.pth")
     beside = folder.parent
@@ -80,6 +83,9 @@ def lay_out_stable_diffusion(folder: Path) -> None:
     size = (2, stable_diffusion.TEXT_DIM)
     vectors = {name: torch.randn(size, generator=generator) for name in ("clip_l", "clip_g")}
     save(beside / "embeddings" / "ohwx.safetensors", vectors)
+    layers = list_cross_attentions(stable_diffusion.unet_state("sd1"))
+    rows = {name: torch.randn(size, generator=generator) for name in layers}
+    save(beside / "embeddings" / "zwx.safetensors", rows)
     for name in ("photo", "sketch"):
         write_image(beside / f"{name}.png", SIDE, SIDE)
     mask = Image.new("L", (SIDE, SIDE))
