@@ -55,8 +55,8 @@ class YoloDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
         """Return what is in a picture (H W 3, RGB) with at least that score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
-        self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
         try:
+            self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
             result = self._result(self.network.forward(self.network.getUnconnectedOutLayersNames()))
         except cv2.error as error:
             raise _cannot_run(self.path, error) from error
@@ -74,9 +74,10 @@ class YoloDetector:
             for index in best_of(boxes, scores, MOST_OVERLAP, MOST_FOUND)
         ]
 
-    def _result(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def _result(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
         """Return the rows of boxes; masks of a file that has them are another output, of four axes."""
-        for output in outputs:
+        there = [output for output in outputs if output is not None]  # a damaged file may give none
+        for output in there:
             if output.ndim == 3 and output.shape[0] == 1:
                 if np.isnan(output).any():
                     raise CheckpointError(
@@ -85,7 +86,7 @@ class YoloDetector:
                         self.path,
                     )
                 return output[0]
-        shapes = ", ".join(str(list(output.shape)) for output in outputs)
+        shapes = ", ".join(str(list(output.shape)) for output in there)
         raise _other_layout(self.path, shapes)
 
     def _read(

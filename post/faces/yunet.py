@@ -43,9 +43,9 @@ class YuNetDetector:
         wide, high = self.canvas or (seen_width, seen_height)
         image = np.zeros((high, wide, 3), np.uint8)
         image[:seen_height, :seen_width] = small[..., ::-1]
-        self.network.setInputSize((wide, high))
-        self.network.setScoreThreshold(least_score)
         try:
+            self.network.setInputSize((wide, high))
+            self.network.setScoreThreshold(least_score)
             _, rows = self.network.detect(image)
         except cv2.error as error:
             raise _cannot_run(self.path, error) from error
