@@ -96,12 +96,8 @@ def find_items(
         column = _table_items(table, latent_files, kind, latent)
         stems = _listed_stems(table, store, one, column)
         if stems is not None:
-            folder = table.picture_folder
-            listed.setdefault(folder, set()).update(stems)
-            unlisted |= dict.fromkeys((folder, stem) for stem in column.stems if stem not in stems)
-            column.keep([stem in stems for stem in column.stems])
-        end = text_file_name("", cache_tag)
-        texts = {name for name in names if name.endswith(end)}
+            listed.setdefault(table.picture_folder, set()).update(stems)
+            unlisted |= column.keep_listed(table.picture_folder, stems)
         if not column.stems:
             empty.append(table)
         if one.texts:
@@ -112,17 +108,7 @@ def find_items(
             column.count_captions(names)
         if table.drops_captions and column.stems and empty_text_name(cache_tag) not in names:
             missing_empty.append(table.cache_directory / empty_text_name(cache_tag))
-        parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
-        unfinished |= dict.fromkeys(_unfinished_more(table, parts, cache_tag))
-        has_text = [stem + end in texts for stem in column.stems]
-        without = set(parts)
-        if parts or not all(has_text):
-            for stem, is_there in zip(column.stems, has_text, strict=True):
-                if stem + end in without:
-                    unfinished[table.cache_directory / (stem + end)] = None
-                elif not is_there:
-                    missing[table.cache_directory / (stem + end)] = None
-            column.keep(has_text)
+        _keep_with_text(table, column, names, cache_tag, missing, unfinished)
         found.append(column)
     return FoundItems(
         _join(found),
@@ -133,6 +119,29 @@ def find_items(
         tuple(incomplete),
         tuple(folder / stem for folder, stem in unlisted if stem not in listed[folder]),
     )
+
+
+def _keep_with_text(
+    table: DatasetTable,
+    column: "_Column",
+    names: Collection[str],
+    cache_tag: str,
+    missing: dict[Path, None],
+    unfinished: dict[Path, None],
+) -> None:
+    """Drop the items without a text file; add those files to `missing`, unfinished ones to `unfinished`."""
+    end = text_file_name("", cache_tag)
+    texts = {name for name in names if name.endswith(end)}
+    parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
+    unfinished.update(dict.fromkeys(_unfinished_more(table, parts, cache_tag)))
+    has_text = [stem + end in texts for stem in column.stems]
+    if parts or not all(has_text):
+        without = set(parts)
+        for stem, is_there in zip(column.stems, has_text, strict=True):
+            if not is_there or stem + end in without:
+                kept = unfinished if stem + end in without else missing
+                kept[table.cache_directory / (stem + end)] = None
+        column.keep(has_text)
 
 
 def _listed_stems(
@@ -166,6 +175,12 @@ class _Column:
         """Drop the other items."""
         self.stems = list(itertools.compress(self.stems, is_kept))
         self.which = list(itertools.compress(self.which, is_kept))
+
+    def keep_listed(self, folder: Path, stems: Collection[str]) -> dict[tuple[Path, str], None]:
+        """Drop the items of other sources; return the folder and the names of these."""
+        others = dict.fromkeys((folder, stem) for stem in self.stems if stem not in stems)
+        self.keep([stem in stems for stem in self.stems])
+        return others
 
     def set(self, field: str, values: Iterable[int]) -> None:
         """Set a field of each item's facts."""
