@@ -175,7 +175,8 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         "--text_encoder_dtype",
         type=str,
         default=None,
-        help="dtype of both encoders; default: bfloat16, but float32 if the transformer is float32",
+        help="dtype of both encoders; default: bfloat16, but float32 if the transformer is float32, or for a "
+        "training with --mixed_precision no",
     )
     group.add_argument(
         "--fp8_t5",

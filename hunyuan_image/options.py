@@ -217,7 +217,7 @@ def add_text(group: argparse._ArgumentGroup, required: bool) -> None:
         type=str,
         default=None,
         help="dtype that both encoders compute in; default: bfloat16 and float16, but float32 beside a "
-        "float32 transformer",
+        "float32 transformer, or for a training with --mixed_precision no",
     )
     group.add_argument(
         "--fp8_vl",

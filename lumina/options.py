@@ -202,7 +202,8 @@ def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
         "--text_encoder_dtype",
         type=str,
         default=None,
-        help="dtype that the text encoder computes in; default: bfloat16, but float32 beside a float32 model",
+        help="dtype that the text encoder computes in; default: bfloat16, but float32 beside a float32 "
+        "model, or for a training with --mixed_precision no",
     )
     group.add_argument(
         "--system_prompt",

@@ -160,6 +160,9 @@ def _translate(args: argparse.Namespace) -> None:
         args.dynamo_backend = "inductor"
     elif args.dynamo_backend == TENSORRT:
         args.dynamo_backend = "tensorrt"
+    # as known trainers do; T5 in bfloat16 is 3 to 5 % off, Gemma 1 %
+    if args.mixed_precision == "no" and getattr(args, "text_encoder_dtype", "") is None:
+        args.text_encoder_dtype = "float32"
 
 
 def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

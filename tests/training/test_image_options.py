@@ -2,10 +2,15 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flux import options as flux
+from hunyuan_image import options as hunyuan_image
+from lumina import options as lumina
 from modules.errors import OptionError
 from modules.options import NoOptions
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
@@ -141,3 +146,24 @@ def test_every_option_says_what_it_does() -> None:
     parser = image_training_parser(None, DEFAULTS)
 
     assert not [action.dest for action in parser._actions if not (action.help or "").strip()]
+
+
+@pytest.mark.parametrize(
+    ("argv", "dtype"),
+    [
+        ([], "float32"),
+        (["--mixed_precision", "bf16"], None),
+        (["--text_encoder_dtype", "bfloat16"], "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("family", [flux, lumina, hunyuan_image])
+def test_texts_are_encoded_as_precisely_as_the_rest_is_computed(
+    family: Any, argv: list[str], dtype: str | None
+) -> None:
+    record = next(value for name, value in vars(family).items() if name.endswith("TrainingOptions"))
+
+    _, own = read_image_training(
+        None, family.add_training_arguments, record, replace(DEFAULTS, refused={}), [*NEEDED, *argv]
+    )
+
+    assert own.text.text_encoder_dtype == dtype
