@@ -11,11 +11,14 @@ from wan.inputs import control_channels
 CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 
 
-def batch_conditions(task: WanTask, config: WanConfig, batch: Batch, feature_zeros: bool) -> Conditions:
+def batch_conditions(
+    task: WanTask, config: WanConfig, batch: Batch, zeros_on: torch.device | None
+) -> Conditions:
     """Return the text, by task CLIP features, and `condition_latents` B C F H W.
 
-    feature_zeros: a model with attention to an image gets zero features where the task has none. Raises
-    CacheError, with what makes it, if something is missing.
+    zeros_on: a model with attention to an image gets zero features where the task has none. They are made on
+    this device: the host would wait for a copy. Raises CacheError, with what makes it, if something is
+    missing.
     """
     needed = {"t5": "a text cache"}
     if task.has_features:
@@ -28,8 +31,8 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch, feature_zer
     conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
     if task.has_features:
         conditions["clip"] = _check_clip(task, config, batch)
-    elif feature_zeros:
-        conditions |= no_features(config, len(batch))
+    elif zeros_on is not None:
+        conditions |= no_features(config, len(batch), zeros_on)
     image = batch.tensor("latents_image").float() if task.takes_image else None
     if task.has_control:
         control = batch.tensor("latents_control").float()
@@ -39,9 +42,11 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch, feature_zer
     return conditions
 
 
-def no_features(config: WanConfig, batch_size: int) -> dict[str, Tensor | list[Tensor]]:
-    """Return zero CLIP features, B T D."""
-    return {"clip": torch.zeros(batch_size, CLIP_TOKENS, config.image_dim)}
+def no_features(
+    config: WanConfig, batch_size: int, device: torch.device | None = None
+) -> dict[str, Tensor | list[Tensor]]:
+    """Return zero CLIP features, B T D, on the host or a device."""
+    return {"clip": torch.zeros(batch_size, CLIP_TOKENS, config.image_dim, device=device)}
 
 
 def _check_clip(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:

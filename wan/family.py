@@ -240,7 +240,8 @@ class Wan:
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
-        return batch_conditions(self.task, self.files.dit_header().config, batch, self._feature_zeros)
+        zeros_on = latents.device if self._feature_zeros else None
+        return batch_conditions(self.task, self.files.dit_header().config, batch, zeros_on)
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS

@@ -196,6 +196,17 @@ def test_fun_control_is_trained_with_control_mask_and_image(family_of: FamilyOf,
     assert conditions.keys() == {"t5", "condition_latents"}
 
 
+def test_features_that_a_task_lacks_are_zeros_where_the_latents_are(family_of: FamilyOf) -> None:
+    tensors = {"t5": [torch.zeros(3, 32)], "latents_control": torch.zeros(1, 16, 2, 4, 4)}
+    latents = torch.zeros(1, 16, 2, 4, 4, device="meta")
+
+    conditions = family_of("t2v-1.3B-FC", "fun-control").batch_conditions(
+        latents, Batch(tensors, ("",), ("",))
+    )
+
+    assert conditions["clip"].device == latents.device  # type: ignore[union-attr]
+
+
 def test_fun_control_names_what_its_cache_lacks(family_of: FamilyOf) -> None:
     batch = Batch({"t5": [torch.zeros(3, 32)], "latents_control": torch.zeros(1)}, ("a cat",), ("one",))
     with pytest.raises(CacheError, match="no latents_image.*i2v-A14B-FC.*wan_cache_latents.py --i2v"):
