@@ -18,6 +18,11 @@ from modules.environment import ROOT, prepare_environment
 
 # the models are tiny: workers share the cores better than threads
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Settings of torch's libraries that compute as other processors do: what was recorded is to be met there too.
+# Networks are compared, a minute of work for each setting; `-m recorded` runs all such tests.
+OTHER_PROCESSORS = ({"MKL_CBWR": "COMPATIBLE"}, {"ATEN_CPU_CAPABILITY": "default"})
+NETWORKS = ("wan", "hunyuan_model", "frame_pack", "flux", "lumina", "hunyuan_image", "encoders", "networks")
+RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in NETWORKS)]
 
 
 def main() -> None:
@@ -29,17 +34,22 @@ def main() -> None:
         if any(argument.startswith("-n") for argument in chosen)
         else ["-n", str(min(os.cpu_count() or 1, 8))]
     )
+    runs = [(command, {}) for command in [*checks, ["pytest", *workers, *chosen]]]
+    if not chosen:
+        runs += [(["pytest", *workers, *RECORDED], setting) for setting in OTHER_PROCESSORS]
     failed = [
-        " ".join(command) for command in [*checks, ["pytest", *workers, *chosen]] if _run(python, command)
+        " ".join([*map("=".join, setting.items()), *command])
+        for command, setting in runs
+        if _run(python, command, setting)
     ]
     if failed:
         print(f"Failed: {'; '.join(failed)}")
         raise SystemExit(1)
 
 
-def _run(python: Path, command: list[str]) -> int:
-    print(f"\n== {' '.join(command)}", flush=True)
-    environment = {**os.environ, **THREADS, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+def _run(python: Path, command: list[str], setting: dict[str, str]) -> int:
+    print(f"\n== {' '.join([*map('='.join, setting.items()), *command])}", flush=True)
+    environment = {**os.environ, **THREADS, **setting, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([str(python), "-m", *command], cwd=ROOT, env=environment).returncode
 
 

@@ -20,7 +20,7 @@ from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import DitSpec
 from modules.contract.generation import NO_TWEAKS
-from modules.devices import dtype_name
+from modules.devices import dtype_name, send_ahead
 from modules.run_blocks import Hidden, run_blocks
 
 logger = logging.getLogger(__name__)
@@ -29,15 +29,17 @@ MAX_DISTANCE = 128  # all larger relative positions share one bucket
 
 
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
-    """Return the bucket of each relative position (key minus query).
+    """Return the bucket of each relative position (key minus query), on the host.
 
     Buckets are exact for small distances and logarithmic up to MAX_DISTANCE; each sign has one half of them.
     """
     half = num_buckets // 2
     exact = half // 2
     size = distance.abs()
-    log_part = torch.log(size.float().clamp_min(1) / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)
-    far = (exact + log_part.long()).clamp_max(half - 1)
+    # 16, 32 and 64 lie on the edge of a bucket: a float32 logarithm that is off by its last digit, as on some
+    # processors, misses them
+    logarithms = torch.log(size.double().clamp_min(1) / exact).float()
+    far = (exact + (logarithms / math.log(MAX_DISTANCE / exact) * (half - exact)).long()).clamp_max(half - 1)
     return (distance > 0).long() * half + torch.where(size < exact, size, far)
 
 
@@ -105,8 +107,8 @@ class PositionTable(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Return the bias for `length` tokens, N n n: head, query, key."""
-        distances = torch.arange(1 - length, length, device=self.embedding.weight.device)
-        by_distance = self.embedding(relative_bucket(distances, self.embedding.num_embeddings)).T  # N 2n-1
+        buckets = relative_bucket(torch.arange(1 - length, length), self.embedding.num_embeddings)
+        by_distance = self.embedding(send_ahead(buckets, self.embedding.weight.device)).T  # N 2n-1
         return by_distance.unfold(1, length, 1).flip(1)  # query i takes the window that begins at distance -i
 
 

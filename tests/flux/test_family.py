@@ -22,7 +22,7 @@ from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.vae_options import VaeOptions
 from tests.flux.making import tiny_inputs, tiny_model
-from tests.golden_cases import make_weights, read_case
+from tests.golden_cases import DRAWN, make_weights, read_case
 from tests.tiny.flux import CONFIGS, tiny_state, write_dit, write_tiny_flux
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_a_whole_run_equals_the_recorded_one(
         split=scale == 1,
     )
 
-    assert torch.equal(pack(starts[0]), tensors["noise"])
+    torch.testing.assert_close(pack(starts[0]), tensors["noise"], atol=DRAWN, rtol=0)
     torch.testing.assert_close(pack(latents), tensors[recorded], atol=1e-3, rtol=1e-3)
 
 

@@ -63,6 +63,18 @@ def test_recorded_embeddings_are_met(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("count", [32, 64])
+def test_buckets_begin_where_whole_numbers_say(count: int) -> None:
+    """size / exact >= (128 / exact) ** (step / steps), in whole numbers."""
+    exact = steps = count // 4
+    for size in range(exact, 128):
+        step = max(step for step in range(steps) if size**steps >= exact ** (steps - step) * 128**step)
+        assert relative_bucket(torch.tensor([-size, size]), count).tolist() == [
+            exact + step,
+            count // 2 + exact + step,
+        ]
+
+
 def test_recorded_buckets_are_met_exactly() -> None:
     _, tensors = read_case("umt5_encoder")
     assert torch.equal(relative_bucket(tensors["relative_position"], 32), tensors["bucket"])
