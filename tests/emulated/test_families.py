@@ -1,12 +1,13 @@
 """Every family's commands on the emulated device: caching, training with a sample, generation.
 
 They run the code that a GPU runs, with its streams, events and pinned memory. Nothing raises; from equal
-caches training gives the CPU's LoRA to the bit, and generation its latents within a rounding; no step has the
-host wait.
+caches training gives the CPU's LoRA to the bit, and generation its latents within roundings; no step has the
+host wait. Only on a CPU does Wan merge the padding of texts (`wan.tokens.pad_texts`): its sums then round
+otherwise, and a step of Adam, which has the sign of a gradient near zero, is another one. So the CPU merges
+nothing here; tests/wan compares both ways.
 """
 
 import shutil
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from tests.emulated_cuda.pairs import Done, differences, run_on_device
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
+from wan.tokens import pad_texts
 
 STEPS = 4
 DAILY = {"flux"}
@@ -22,8 +24,6 @@ CASES = [
     pytest.param(each, id=each.name, marks=() if each.name in DAILY else pytest.mark.slow)
     for each in FAMILIES
 ]
-# on a CPU Wan's attention merges the equal keys of padding, which rounds otherwise
-NEARLY = {each.name for each in FAMILIES if each.name.startswith("wan")}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     made = ["--prompt", "a cat", "--seed", "3", "--infer_steps", "3", "--output_type", "latent"]
     generate = [*family.generate, *made, *size, "--save_path", "made"]
     generate += ["--lora_weight", "output/lora.safetensors"]
-    for command in (train, generate):
-        succeed_here(*command, folder=there)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wan.model.pad_texts", lambda text, length, merges: pad_texts(text, length, False))
+        for command in (train, generate):
+            succeed_here(*command, folder=there)
 
     mixed = here.with_name("mixed")  # the CPU's caches, to compare what is trained
     shutil.copytree(there, mixed, ignore=shutil.ignore_patterns("output", "made"))
@@ -79,14 +81,19 @@ def test_results_are_the_cpus(run: Run) -> None:
     for folder in (run.here, run.there):
         for file in (folder / "made").iterdir():  # their names have the time
             file.rename(folder / "made" / "latent.safetensors")
-    is_near = run.family.name in NEARLY
-    for name, share in (("output", 1e-2 if is_near else 0.0), ("made", 1e-2 if is_near else 1e-6)):
+    # on a CPU the VAE that encodes a given image has other kernels (modules/layers/convolution.py)
+    for name, share in (("output", 0.0), ("made", 1e-4)):
         found = differences(run.here / name, run.there / name, share)
         assert not found, "\n".join(found)
 
 
 def test_no_step_waits(run: Run) -> None:
-    """But for the reading of the step before, which is there by then."""
-    assert run.train.places("take_step") == Counter({"training/reports/readings.py flush": STEPS - 1})
+    """But for the reading of the step before, which is there by then.
+
+    What is due between two steps, as at the end of an epoch, has it read before.
+    """
+    waits = run.train.places("take_step")
+    assert waits.keys() == {"training/reports/readings.py flush"}, waits
+    assert waits.total() < STEPS
     for done in (run.train, run.generate):
         assert not done.places("denoise"), done.places("denoise")
