@@ -43,9 +43,11 @@ from training.optimizers.state import (
 from training.options import TrainingOptions
 from training.progress import Progress
 from training.reports.logs import public_config
-from training.saving.options import LATEST
+from training.saving.earlier import find_set_aside
+from training.saving.options import LATEST, LATEST_ONLY
 from training.saving.state_record import is_count, is_finite_number, refuse
 from training.saving.states import (
+    FRESH_START,
     RECORD,
     ForeignState,
     SavedState,
@@ -82,23 +84,18 @@ class Learning:
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
     """Read the state that --resume names; None without --resume, or if `latest` finds none.
 
-    All processes must call it. Raises OptionError or CheckpointError if the state cannot be used.
+    All processes must call it. Raises OptionError or CheckpointError if there is none, or if it cannot be
+    used.
     """
     saving = options.saving
     if saving.resume is None:
         return None
-    assert saving.output_dir is not None  # TrainingOptions requires both
-    assert saving.output_name is not None
-    if saving.resume == LATEST and not options.hub.resume_from_huggingface:
+    if saving.resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
         # one process searches, and also cleans up after a kill
-        found = [find_latest(saving.output_dir, saving.output_name) if is_main_process else None]
+        found = [find_latest(*saving.place) if is_main_process else None]
         folder = broadcast_object_list(found)[0]
         if folder is None:
-            logger.info(
-                "--resume latest: no state of %s in %s yet; starting a new run.",
-                saving.output_name,
-                saving.output_dir,
-            )
+            _tell_of_no_state(saving.resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
         folder = download_state(saving.resume, options.hub.huggingface_token, saving.output_dir / "resumed")
@@ -106,6 +103,23 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
         folder = to_path("--resume", saving.resume)
     logger.info("Resuming from %s", folder)
     return read_state(folder)
+
+
+def _tell_of_no_state(asked: str, folder: Path, name: str) -> None:
+    """Say that a new run begins, or raise OptionError if that was not asked for."""
+    aside = find_set_aside(folder, name)
+    earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
+    if asked == LATEST_ONLY:
+        raise OptionError(
+            f"--resume {asked}: there is no state of {name} in {folder}: none was saved yet, or it is "
+            f"elsewhere.{earlier} Leave --resume out to begin anew, or begin with what was trained: "
+            f"{FRESH_START}"
+        )
+    logger.log(
+        logging.WARNING if aside else logging.INFO,
+        "--resume %s: no state of %s in %s yet; starting a new run.%s",
+        *(asked, name, folder, earlier),
+    )
 
 
 def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | None) -> Progress:

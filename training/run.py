@@ -4,15 +4,16 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
-from modules.atomic_write import make_folder
 from modules.contract.family import Family
 from modules.offload.block_swap import settle_all
+from modules.options import option_values
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
@@ -39,6 +40,7 @@ from training.reports.reporter import RunReporter
 from training.resuming import capture, check_resumable, habits_of, identity_of, resume_progress
 from training.samples import Sampler, prepare_samples
 from training.saver import facts_of_run, file_dtype, make_saver
+from training.saving.earlier import is_of_another_run, paths_in, set_aside
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.saving.upload import make_uploads
@@ -81,7 +83,9 @@ def train_network(
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
-            error, "Samples need memory too. What was saved is untouched: continue with --resume latest."
+            error,
+            "Samples need memory too. What was saved is untouched: if there is a state, continue with "
+            "--resume latest-or-fail.",
         ) from error
     return 0
 
@@ -95,7 +99,20 @@ def prepare_run(
     sampling: Family | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
-    job, data, comparison = _begin(family, options, commands, sampling)
+    with contextlib.ExitStack() as held:
+        yield from _prepare(held, family, options, commands, scripts, sampling)
+
+
+def _prepare(
+    held: contextlib.ExitStack,
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    scripts: FamilyScripts,
+    sampling: Family | None,
+) -> Iterator[TrainingRun]:
+    """Yield the run of `prepare_run`. held: ends with it."""
+    job, data, comparison = _begin(family, options, commands, held, sampling)
     plan, progress = data.plan, job.progress
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
@@ -107,6 +124,7 @@ def prepare_run(
     loaded = load_model(job, plan.total_steps, comparison.changes, has_samples, texts)
     if sampler is not None and texts is not None and texts.learning:
         sampler = replace(sampler, renew=texts.renew)
+    _set_earlier_aside(job)  # when nothing can be missing any more
     job = replace(job, saved=None)  # gives its tensors free
     uploads, learning = make_uploads(job.options.hub), loaded.learning
     facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
@@ -141,12 +159,26 @@ def prepare_run(
         show_end(run, reporter.history, saver.names, following)
 
 
+def _set_earlier_aside(job: TrainingJob) -> None:
+    """Set aside what another run of this name left, unless --overwrite replaces it."""
+    if job.accelerator.is_main_process and not job.options.saving.overwrite:
+        is_new = not isinstance(job.saved, SavedState)
+        if is_new or is_of_another_run(job.names, job.progress.session_id):
+            inputs = paths_in(option_values(job.options) | option_values(job.family.options))
+            set_aside(job.names, [*inputs, *([job.saved.folder] if job.saved else [])], datetime.now())
+    job.accelerator.wait_for_everyone()  # before any writes samples there
+
+
 def _begin(
-    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    held: contextlib.ExitStack,
+    sampling: Family | None,
 ) -> tuple[TrainingJob, Data, Comparison]:
     """Find state, items and steps, and check all that can be known before anything large is loaded."""
     config = read_config(options)  # a fault in it is told before anything is started
-    job = start_job(family, options, commands, sampling)
+    job = start_job(family, options, commands, held, sampling)
     check_computing(job)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
@@ -154,8 +186,6 @@ def _begin(
     use = text_use(family, texts)
     sources = prepare_sources(family, config, options.caching, job.accelerator.device, use)
     data = find_data(job, config, sources, texts)
-    if job.accelerator.is_main_process:
-        make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
     options = replace(options, saving=options.saving.spread(data.plan.num_epochs))
     job = replace(job, options=options)
