@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -52,6 +52,7 @@ class StepReport:
     seconds: float | None = None  # that the step took, without pauses
     # losses of the experts that had micro-batches in the step, by name; none if there is one expert
     by_expert: Mapping[str, float] = field(default_factory=dict)
+    sizes: Hashable = None  # of the items: steps that share them take as long
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Logs:
         """Report an optimizer step and move the bar."""
         slow = None
         if report.seconds is not None:
-            slow = self.clock.note(report.step, report.seconds)
+            slow = self.clock.note(report.step, report.seconds, report.sizes)
             self.pace.note(report.seconds)
         if slow is not None:
             logger.warning(slow)
