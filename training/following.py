@@ -137,9 +137,7 @@ class NextSteps:
         if self.processes > 1:
             launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
             words = [*launcher, self.scripts.train]
-        pattern = state_pattern(self._split(self.file)[0])
-        has_state = any(pattern.fullmatch(entry.name) for entry in self.file.parent.iterdir())
-        if is_finished and not has_state:
+        if is_finished and not self._has_state():
             return self._begin_with_files(words)
         steps = ["--max_train_steps", str(self.total_steps * (2 if is_finished else 1))]
         words += [*self.given.words(RESUMING), *steps, "--resume", LATEST_ONLY]
@@ -147,6 +145,16 @@ class NextSteps:
             note = "Ctrl-C saves a state and ends the run; this goes on from the newest state."
             return _command("Go on after a stop", words, note)
         return _command("Train longer", words, "From the newest state to twice as many steps.")
+
+    def after_loss(self) -> str:
+        """Return what to type after a run that ended without saving."""
+        if self._has_state():
+            return f"Go on from the newest state: {self._resume(is_finished=False).bash}"
+        return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
+
+    def _has_state(self) -> bool:
+        pattern = state_pattern(self._split(self.file)[0])
+        return any(pattern.fullmatch(entry.name) for entry in self.file.parent.iterdir())
 
     def _begin_with_files(self, words: Sequence[str]) -> PageCommand:
         """Return the command that trains on what was trained, with steps and an optimizer of its own."""

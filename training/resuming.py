@@ -1,5 +1,6 @@
 """What a run stores in its state folders, what must agree when resuming, and what is restored."""
 
+import ast
 import hashlib
 import logging
 import secrets
@@ -16,7 +17,8 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
-from modules.options import NO_OPTIONS, options_with, to_path
+from modules.options import NO_OPTIONS, options_with, read_literals, to_path
+from networks.lora_settings import DEFAULT_RANK
 from training.averages import PART as AVERAGE
 from training.averages import WeightAverage
 from training.changes import (
@@ -33,6 +35,7 @@ from training.changes import (
 )
 from training.optimizers.checks import RecordedState, check_like
 from training.optimizers.lr_schedule import Imported, LrSchedule, OwnRates
+from training.optimizers.optimizer import class_path
 from training.optimizers.state import (
     decode,
     encode_optimizer,
@@ -254,7 +257,7 @@ def check_resumable(
         return []
     # a state of before there were models with several transformers is of a model with one
     before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
-    before |= saved.identity
+    before, identity = _resolve(before | saved.identity), _resolve(identity)
     _warn_of_unknown(saved, {*identity} - {*before} | {*habits} - {*saved.habits})
     may_change = options.saving.resume_changed
     check_identity(before, identity, saved.folder, changeable(TrainingOptions), may_change)
@@ -263,6 +266,30 @@ def check_resumable(
         return []
     settings = saved.described.get("settings"), listed_settings(options)
     return list_changes((before, identity), (saved.habits, habits), settings)
+
+
+def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity in which what means the same is the same, however it was typed."""
+    resolved = dict(identity)
+    if "--optimizer_type" in resolved:
+        resolved["--optimizer_type"] = class_path(str(resolved["--optimizer_type"]))
+    for option in ("--optimizer_args", "--network_args"):
+        if option in resolved:
+            resolved[option] = _resolve_pairs(option, str(resolved[option]))
+    if resolved.get("--network_dim") == str(None):
+        resolved["--network_dim"] = DEFAULT_RANK
+    if resolved.get("--network_alpha") == 0:
+        resolved["--network_alpha"] = resolved.get("--network_dim")
+    return resolved
+
+
+def _resolve_pairs(option: str, text: str) -> str:
+    """Return KEY=VALUE arguments, as `public_config` gives them, in one order and with values of one form."""
+    try:
+        pairs = read_literals(option, ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, AttributeError, OptionError):
+        return text  # of a state that was edited
+    return ", ".join(f"{key}={pairs[key]!r}" for key in sorted(pairs))
 
 
 def resume_progress(

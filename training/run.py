@@ -12,6 +12,7 @@ import torch
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
+from modules.control_codes import shorten
 from modules.offload.block_swap import settle_all
 from modules.options import option_values
 from modules.planning.device_memory import MemoryWatch
@@ -24,7 +25,7 @@ from training.data.live_text import encoding
 from training.dressing import AUTOCAST, dtype_of
 from training.early_checks import check_before_loading
 from training.experts import note_experts
-from training.following import NO_SCRIPTS, FamilyScripts
+from training.following import NO_SCRIPTS, FamilyScripts, NextSteps
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_computing, load_model
 from training.live_choice import find_live_texts, text_use
@@ -34,6 +35,7 @@ from training.options import TrainingOptions
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
 from training.processes.gradients import largest
+from training.processes.lost import LostProcessError, describe_loss, find_lost, is_of_processes
 from training.reporting import make_reporter, plan_next_steps
 from training.reports.logs import TRACKER_NAME, Logs, public_config, start_logs
 from training.reports.reporter import RunReporter
@@ -81,6 +83,10 @@ def train_network(
     try:
         with prepare_run(family, options, commands, scripts, sampling) as run:
             train(run)
+    except LostProcessError as error:
+        if error.is_told_here:
+            raise
+        raise SystemExit(error.exit_code) from None  # another process tells it
     except torch.OutOfMemoryError as error:
         raise too_little(
             error,
@@ -153,10 +159,27 @@ def _prepare(
             reporter.logs = logs
         show_start(job, data, learning.trainable.parameters, file_dtype(job.options, loaded.dits.networks[0]))
         run = _make_run(job, data, loaded, logs, saver, sampler, reporter, memory)
-        yield run
+        with _watch_others(job, following):
+            yield run
         job.accelerator.wait_for_everyone()
     if saver is not None and reporter is not None and progress.step >= plan.total_steps:
         show_end(run, reporter.history, saver.names, following)
+
+
+@contextlib.contextmanager
+def _watch_others(job: TrainingJob, following: NextSteps) -> Iterator[None]:
+    """Raise LostProcessError in place of what torch says when another process of the run was lost."""
+    rank, count = job.accelerator.process_index, job.accelerator.num_processes
+    try:
+        yield
+    except Exception as error:
+        if count == 1 or not is_of_processes(error):
+            raise
+        lost = find_lost(rank, count)
+        first = min({*range(count)} - {*(lost or ())}, default=rank)
+        said = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
+        text = f"{describe_loss(lost)} torch says: {said}\n  {following.after_loss()}"
+        raise LostProcessError(text, lost is None or rank == first) from None
 
 
 def _set_earlier_aside(job: TrainingJob) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from modules.atomic_write import make_folder
 from modules.bars import LINE_EVERY
 from modules.console import in_words
 from modules.errors import OptionError, UserError
@@ -205,8 +206,11 @@ def run_folder(options: LogOptions, started: datetime) -> Path | None:
 def check_trackers(options: LogOptions) -> None:
     """Raise OptionError, naming what to install, if a tracker's package is missing.
 
-    Raises UserError if --log_tracker_config cannot be read.
+    Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
+    --logging_dir.
     """
+    if options.logging_dir is not None:
+        make_folder(options.logging_dir, "--logging_dir")
     for tracker in options.trackers:
         try:
             __import__(tracker)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import SECRET, check_at_least, require
+from modules.output_files import check_output_name
 
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
 RESOLUTION = re.compile(r"\d+\s*([,x]\s*\d+)?")  # of --metadata_reso
@@ -79,13 +80,8 @@ class SavingOptions:
             )
         if self.output_dir is not None and self.output_dir.is_file():
             raise OptionError(f"--output_dir {self.output_dir}: is a file; give a folder, it will be created")
-        if self.output_name is not None and (
-            "/" in self.output_name or "\\" in self.output_name or not self.output_name.strip()
-        ):
-            raise OptionError(
-                f"--output_name {self.output_name!r}: must be a file name without folders; give the "
-                "folder to --output_dir"
-            )
+        if self.output_name is not None:
+            check_output_name("--output_name", self.output_name)
 
 
 @dataclass(frozen=True)
