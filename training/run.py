@@ -188,7 +188,8 @@ def _set_earlier_aside(job: TrainingJob) -> None:
         is_new = not isinstance(job.saved, SavedState)
         if is_new or is_of_another_run(job.names, job.progress.session_id):
             inputs = paths_in(option_values(job.options) | option_values(job.family.options))
-            set_aside(job.names, [*inputs, *([job.saved.folder] if job.saved else [])], datetime.now())
+            inputs += [job.saved.folder] if job.saved else []
+            set_aside(job.names, inputs, datetime.now(), job.options.saving.resume is not None)
     job.accelerator.wait_for_everyone()  # before any writes samples there
 
 

@@ -72,17 +72,20 @@ def list_results(names: Names) -> list[Path]:
     return found + [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
 
 
-def set_aside(names: Names, inputs: Collection[Path], now: datetime) -> Path | None:
+def set_aside(
+    names: Names, inputs: Collection[Path], now: datetime, is_restarted: bool = False
+) -> Path | None:
     """Move the results of an earlier run to a folder beside them; return it, or None if there are none.
 
     inputs: what this run was told to read. Such a file stays as well, so that the same command works again;
-    such a state only stays. Raises OutputError if a file cannot be moved.
+    such a state only stays. is_restarted: the run would have gone on from a state: then what saved nothing
+    was this run, and stays. Raises OutputError if a file cannot be moved.
     """
     recover_states(names.folder, names.name)
     kept = {os.path.realpath(path) for path in inputs}
     results = list_results(names)
     moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in kept)]
-    if not moved:
+    if not moved or (is_restarted and not any(_is_saved(entry) for entry in results)):
         return None
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
     for entry in moved:
@@ -120,6 +123,10 @@ def find_set_aside(folder: Path, name: str) -> list[Path]:
     states, pattern = state_pattern(name), re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]
     return [entry for aside in asides for entry in _entries(aside) if states.fullmatch(entry.name)]
+
+
+def _is_saved(entry: Path) -> bool:
+    return entry.is_dir() or entry.suffix == ".safetensors"
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -136,6 +136,19 @@ def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends
     assert f"That of an earlier run is {aside / 'x-state'}" in caplog.text
 
 
+def test_what_a_run_left_that_had_saved_nothing_is_not_kept_when_it_is_started_again(folder: Path) -> None:
+    class Killed(Exception): ...
+
+    def die(_: int) -> None:
+        raise Killed
+
+    for arguments, count in (["--resume", "latest"], 0), ([], 1):
+        with pytest.raises(Killed):
+            train_toy(folder, *arguments, family=ToyFamily(watch=die), has_page=True)
+        assert (folder / "output" / "x.html").is_file()
+        assert len(asides(folder)) == count
+
+
 def test_the_second_of_two_runs_of_a_name_is_refused_while_the_first_one_lives(folder: Path) -> None:
     output = folder / "output"
     command = [sys.executable, "-c", HOLDER, str(output)]
