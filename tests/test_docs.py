@@ -46,7 +46,8 @@ PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTA
 ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
 NOT_HERE = ("quickstart.py", "run_tests.py", "download.py", RAY, *ON_GPU)
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
-TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
+# --overwrite: other commands of a page read what was laid out under the same name
+TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0", "--overwrite"]
 PICTURE = ["--image_size", "64", "64", "--infer_steps", "2"]
 QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
 SMALLER = {  # appended, so that the last value wins

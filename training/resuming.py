@@ -101,7 +101,7 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
             _tell_of_no_state(saving.resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
-        folder = download_state(saving.resume, options.hub.huggingface_token, saving.output_dir / "resumed")
+        folder = download_state(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
     else:
         folder = to_path("--resume", saving.resume)
     logger.info("Resuming from %s", folder)
@@ -257,7 +257,7 @@ def check_resumable(
         return []
     # a state of before there were models with several transformers is of a model with one
     before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
-    before, identity = _resolve(before | saved.identity), _resolve(identity)
+    before, identity = _resolve({**before, **saved.identity}), _resolve(identity)
     _warn_of_unknown(saved, {*identity} - {*before} | {*habits} - {*saved.habits})
     may_change = options.saving.resume_changed
     check_identity(before, identity, saved.folder, changeable(TrainingOptions), may_change)

@@ -63,7 +63,7 @@ def _key(rank: int) -> str:
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator["torch.distributed.Store | None"]:
+def _impatient() -> Iterator[distributed_c10d.Store | None]:
     """Yield what the processes met through, which waits for seconds instead of a day; None without it."""
     try:
         store = distributed_c10d._get_default_store()
