@@ -182,7 +182,7 @@ def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path, 
     steps = replace(next_steps(tmp_path, ["--network_module", module]), converted_for="")
 
     assert [each.title for each in steps.commands(None, is_finished=True)] == [
-        "Train longer",
+        "Train longer, as a new run from the trained file",
         "Generate with it",
     ]
     assert not steps.is_dora
