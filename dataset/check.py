@@ -8,7 +8,7 @@ from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, fi
 from dataset.batches.items import Items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch, stores_for
-from dataset.batches.same_encoders import SameEncoders
+from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
 from dataset.cache.store import CacheStore, Stores
@@ -65,7 +65,7 @@ def check_media(
     if encodes_media:
         try:
             encoder = dict(family.media_identity)
-            files = [f"{name}: {value}" for name, value in encoder.items()]
+            files = describe_identity(encoder)
         except OptionError as error:
             files = [f"caches are not compared: {error}"]
 
@@ -107,9 +107,7 @@ def check_texts(
         encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
     except OptionError:  # an encoder was not given: `counters` says which
         encoders = []
-    files = [
-        f"{encoder.name} {key}: {value}" for encoder, identity in encoders for key, value in identity.items()
-    ]
+    files = [line for _, identity in encoders for line in describe_identity(identity)]
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = find_table(config, table)
@@ -164,7 +162,7 @@ def check_training(
     steps = -(-order.num_batches // (accumulation * processes))
     tail = [
         f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps} steps"
-        f" ({accumulation} accumulated, {processes} processes)"
+        + (f" of {accumulation * processes} batches" if accumulation * processes > 1 else "")
     ]
     if any(found.faults for found in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, UserError
 from modules.installation import check_requirements, command_words
 
+PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
@@ -111,6 +113,7 @@ def command_line(
             check_requirements()
         main()
     except UserError as error:
+        _let_the_first_tell()
         print(plain_message(f"{type(error).__name__}: {error}", sys.argv), file=sys.stderr)
         has_room = str(error).count("\n") + 1 < MOST_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
@@ -122,6 +125,15 @@ def command_line(
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def _let_the_first_tell() -> None:
+    """Wait a little unless this is the first process of a launcher on this machine.
+
+    If that one has the same error, the launcher ends this one meanwhile, and it is told once.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
 
 
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
@@ -170,6 +182,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
         message = plain_message(message.replace("\n", "\\n"), sys.argv)
+        _let_the_first_tell()
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:

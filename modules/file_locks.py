@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -36,6 +37,19 @@ else:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
 
 
+_open: "weakref.WeakSet[BinaryIO]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """Close what a forked process inherited: it would keep the locks of a parent that was killed."""
+    for file in list(_open):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
+    os.register_at_fork(after_in_child=_close_all)
+
+
 def try_lock(file: BinaryIO) -> bool | None:
     """Lock a file until it is closed, for this process alone, without waiting.
 
@@ -59,16 +73,20 @@ def is_file_of(path: Path, file: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
+def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """Let one process at a time do the block: others wait until it has ended, or is killed.
 
-    path: a file that is there meanwhile. On a volume without locks nobody waits. Raises OSError if the file
-    cannot be made.
+    path: a file that is there meanwhile. waits: if not, raises BlockingIOError at once. On a volume without
+    locks nobody waits. Raises OSError if the file cannot be made.
     """
     while True:
         with path.open("ab") as file:
+            if not waits and try_lock(file) is False:
+                raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock")
+            _open.add(file)
             try:
-                _lock(file, waits=True)
+                if waits:
+                    _lock(file, waits)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise

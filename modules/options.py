@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
 UNBOUNDED = {"seed"}
+MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
 MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 
 # Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
@@ -313,10 +314,15 @@ def int_or_float(text: str) -> int | float:
 def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
     """Parse `key=value` texts to a dictionary; the value may contain further `=`.
 
-    Raises OptionError if an item has no `=` or no key.
+    Raises OptionError if an item has no `=` or no key, or if it is too long to be meant.
     """
     pairs: dict[str, str] = {}
     for item in items or ():
+        if len(item) > MOST_OF_ARGUMENT:
+            raise OptionError(
+                f"{option} {shorten(item, 40)}: {MOST_OF_ARGUMENT:,} characters are the most. Write less, or "
+                "leave it out"
+            )
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise OptionError(
@@ -334,5 +340,5 @@ def read_literals(option: str, items: Sequence[str] | None) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):  # a bare word
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply
         return text

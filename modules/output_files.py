@@ -1,10 +1,16 @@
 """Check the name of a file before it is written. Standard library only."""
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError
 
+MOST_OF_OUTPUT_NAME = 160  # bytes; what is put behind it has up to 90, and a name may have 255
+WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+WINDOWS_SIGNS = set('<>:"|?*')
 # of files that are no safetensors file
 OTHER_KINDS = {
     ".pt",
@@ -20,6 +26,28 @@ OTHER_KINDS = {
     ".mp4",
     ".png",
 }
+
+
+def check_output_name(option: str, name: str, is_windows: bool = os.name == "nt") -> None:
+    """Raise OptionError if files and folders in one folder cannot have names that begin with this one.
+
+    is_windows: some more are refused there.
+    """
+    size, reason = len(name.encode("utf-8", "surrogateescape")), ""
+    if "/" in name or "\\" in name:
+        reason = "it holds a folder, which --output_dir names"
+    elif not name.strip() or set(name.strip()) == {"."}:
+        reason = "it names no file"
+    elif escape_control_codes(name) != name or "\n" in name or "\t" in name:
+        reason = "it holds control codes"
+    elif size > MOST_OF_OUTPUT_NAME:
+        reason = f"it has {size} bytes, and {MOST_OF_OUTPUT_NAME} are the most"
+    elif is_windows and (WINDOWS_RESERVED.fullmatch(name) or set(name) & WINDOWS_SIGNS):
+        reason = "Windows takes no file of that name"
+    if reason:
+        raise OptionError(
+            f"{option} {shorten(name, 60)!r}: {reason}. Give a name of letters and numbers, such as my_lora"
+        )
 
 
 def check_output_file(option: str, path: Path) -> None:

@@ -19,7 +19,7 @@ from networks.cutting import texts_to_diffusers, to_diffusers_parts, to_other_pa
 from networks.deltas import LORA, group_by_module
 from networks.experts import NETWORKS, join_metadata
 from networks.hashes import STALE, add_hashes
-from networks.key_formats import OURS, add_missing_alphas, to_diffusers, to_other
+from networks.key_formats import OURS, add_missing_alphas, dialect_in_words, to_diffusers, to_other
 from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.module_names import choose_family, likely_family, read_family
 from networks.names.framepack import FRAMEPACK
@@ -232,7 +232,7 @@ def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:
 def _save(output: Path, result: Converted, sources: list[LoraFile], baked: str = "") -> None:
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
-        ("from", "\n".join(f"{lora.path}, names as of {lora.dialect}" for lora in sources)),
+        ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),

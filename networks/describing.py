@@ -10,7 +10,7 @@ from modules.checkpoints.opening import Checkpoint
 from networks.deltas import DORA, Factors, group_by_module, rank_of
 from networks.experts import expert_of, in_words, split_names
 from networks.hashes import model_hashes
-from networks.key_formats import OURS, other_kind, to_native
+from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
 from networks.loading import family_of
 from networks.module_names import read_family
 from networks.names.layouts import FOR_BOTH
@@ -73,7 +73,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     alphas = {float(checkpoint.read(name)) for name in names if _is_alpha(checkpoint, name)}
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     words = [
-        f"a {what}{model}, names as of {native.dialect or 'ours'}",
+        f"a {what}{model}, {dialect_in_words(native.dialect)}",
         _of_numbers("rank", ranks),
         _of_numbers("alpha", Counter(alphas)),
         f"{len(modules)} layers: {_layers(modules)}",

@@ -51,6 +51,12 @@ _DOTTED = {
     "transformer_2.": "diffusers",  # of the low-noise expert
     "unet.": "diffusers",
 }
+_IN_WORDS = {
+    "": "sd-scripts and here",
+    "ours": "sd-scripts and here",
+    "other": "ComfyUI",
+    "without prefix": "files without a prefix",
+}
 _TEXT_ENCODERS = (
     *("lora_te", "lycoris_te", "text_encoder", "te1", "te2", "cond_stage_model.", "conditioner."),
     *("clip_l.", "clip_g.", "t5."),
@@ -224,6 +230,11 @@ def _split(key: str) -> _Key | None:
     for prefix in (OTHER,) if path.startswith(_TAKEN_APART) else _DOTTED:
         path = path.removeprefix(prefix)
     return _Key(path, part, dialects[0] if dialects else "without prefix")
+
+
+def dialect_in_words(dialect: str) -> str:
+    """Return where the names of a LoRA's tensors are usual: `names as in ComfyUI`."""
+    return "names as in " + " + ".join(_IN_WORDS.get(each, each) for each in dialect.split(" + "))
 
 
 def _without_adapter(found: re.Match[str]) -> str:

@@ -20,7 +20,7 @@ from modules.user_modules import import_user_module
 from networks.deltas import Factors, find_fault, group_by_module, rank_of, weight_delta
 from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_names
 from networks.hashes import is_damaged
-from networks.key_formats import OURS, other_kind, to_native
+from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
 from networks.module_names import FAMILIES, choose_family, is_optional, read_family
 from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.text_encoders import diffusers_path_of_text
@@ -213,7 +213,7 @@ def _read_part(
     count = f"{len(modules)} modules" + (
         f" and {len(group_by_module(texts))} of text encoders" if texts else ""
     )
-    logger.info(f"{path}: {count}, names as of {native.dialect or 'ours'}{use}")
+    logger.info(f"{path}: {count}, {dialect_in_words(native.dialect)}{use}")
     tensors = mend_split_alphas(path, native.tensors | alphas, metadata)
     return LoraFile(path, tensors, metadata, native.dialect, text_tensors={**texts, **text_alphas})
 

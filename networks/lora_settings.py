@@ -244,7 +244,7 @@ def _patterns(rest: dict[str, Any], key: str) -> tuple[re.Pattern[str], ...]:
     if isinstance(given, str):
         try:
             given = ast.literal_eval(given)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             given = None
     if not isinstance(given, (list, tuple)) or not all(isinstance(pattern, str) for pattern in given):
         raise OptionError(

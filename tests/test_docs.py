@@ -46,7 +46,8 @@ PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTA
 ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
 NOT_HERE = ("quickstart.py", "run_tests.py", "download.py", RAY, *ON_GPU)
 GENERATION = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2"]
-TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0"]
+# --overwrite: other commands of a page read what was laid out under the same name
+TRAINING = ["--max_train_epochs", "1", "--max_data_loader_n_workers", "0", "--overwrite"]
 PICTURE = ["--image_size", "64", "64", "--infer_steps", "2"]
 QUICK_VAE = ["--vae_dtype", "float32"]  # a CPU takes long in float16
 SMALLER = {  # appended, so that the last value wins
@@ -188,6 +189,7 @@ SMALL = {  # what their dataset files say -> what fits tiny pictures
     "--w 832 --h 1216": "--w 64 --h 96",
 }
 PRECISION = "--mixed_precision"
+USE_CPU = {"ACCELERATE_USE_CPU": "true"}  # as a launcher tells a training
 PROMPTS = "a cat walks on the grass --d 1\na dog --d 2 --s 2 --g 6\n"
 
 
@@ -368,10 +370,10 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
     start, launch = 1, []
     if words[0] == "accelerate":
         start = next(index for index, word in enumerate(words) if word.endswith(".py"))
-        if words[start] in CACHES and (not makes_caches or not (folder / "cache").exists()):
-            cache(folder, CACHES[words[start]])
         launch = words[2:start]
     script = words[start]
+    if script in CACHES and "--check" not in words and not (makes_caches and (folder / "cache").exists()):
+        cache(folder, CACHES[script])
     lighter = [word for given, instead in LIGHTER.items() if given in " ".join(words) for word in instead]
     kept = [word for word in words[start + 1 :] if word not in NOT_ON_CPU.get(script, ())]
     arguments = [*kept, *SMALLER.get(script, []), *lighter]
@@ -379,11 +381,10 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
         launcher = ["-m", "accelerate.commands.launch", "--cpu", *launch] if launch else []
         run_python(*launcher, ROOT / script, *arguments, folder=folder)
         return
-    # what the launcher tells a training
-    told = {"ACCELERATE_USE_CPU": "true"}
+    told = {**USE_CPU}
     if PRECISION in launch:
         told["ACCELERATE_MIXED_PRECISION"] = launch[launch.index(PRECISION) + 1]
-    with patch.dict("os.environ", told if launch else {}):
+    with patch.dict("os.environ", told):
         succeed_here(script, *arguments, folder=folder)
 
 

@@ -14,7 +14,7 @@ from modules.options import option_values, options_with
 from networks.options import add_network_arguments
 from training.options import TrainingOptions, training_parser
 from training.reports.page import PageCommand
-from training.saving.options import LATEST
+from training.saving.options import LATEST_ONLY
 from training.saving.states import state_pattern
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
@@ -23,6 +23,7 @@ DORA_ELSEWHERE = (
     "A DoRA acts as trained here and in diffusers. ComfyUI takes it 3 to 14 % differently, musubi-tuner and "
     "sd-scripts leave its magnitudes out: they need a plain LoRA."
 )
+STARTING = {"initial_step", "initial_epoch"}
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 
 
@@ -134,19 +135,44 @@ class NextSteps:
     def _resume(self, is_finished: bool) -> PageCommand:
         words = ["python", self.scripts.train]
         if self.processes > 1:
-            words = ["accelerate", "launch", "--num_processes", str(self.processes), self.scripts.train]
-        words += self.given.words(RESUMING)
-        pattern = state_pattern(self._split(self.file)[0])
-        has_state = any(pattern.fullmatch(entry.name) for entry in self.file.parent.iterdir())
+            launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
+            words = [*launcher, self.scripts.train]
+        if is_finished and not self._has_state():
+            return self._begin_with_files(words)
         steps = ["--max_train_steps", str(self.total_steps * (2 if is_finished else 1))]
-        words += [*steps, "--resume", LATEST]
+        words += [*self.given.words(RESUMING), *steps, "--resume", LATEST_ONLY]
         if not is_finished:
             note = "Ctrl-C saves a state and ends the run; this goes on from the newest state."
             return _command("Go on after a stop", words, note)
-        if has_state:
-            return _command("Train longer", words, "From the newest state to twice as many steps.")
-        note = "No state was saved, so this begins anew; with --save_state it can go on the next time."
-        return _command("Train longer", [*words, "--save_state"], note)
+        return _command("Train longer", words, "From the newest state to twice as many steps.")
+
+    def after_loss(self) -> str:
+        """Return what to type after a run that ended without saving."""
+        if self._has_state():
+            return f"Go on from the newest state: {self._resume(is_finished=False).bash}"
+        return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
+
+    def _has_state(self) -> bool:
+        pattern = state_pattern(self._split(self.file)[0])
+        return any(pattern.fullmatch(entry.name) for entry in self.file.parent.iterdir())
+
+    def _begin_with_files(self, words: Sequence[str]) -> PageCommand:
+        """Return the command that trains on what was trained, with steps and an optimizer of its own."""
+        is_network, files = self.options.network is not None, self._together(self.file)
+        parts = self.parts if is_network else [expert.name for expert in self.experts]
+        start = "network_weights" if is_network else "dit"
+        starts = [f"{start}_{HIGH_NOISE}" if part == HIGH_NOISE else start for part in parts] or [start]
+        given = self.given.words(RESUMING | STARTING | {*starts})
+        words = [*words, *given, "--max_train_steps", str(self.total_steps)]
+        for option, file in zip(starts, files, strict=False):
+            words += [f"--{option}", str(file)]
+        if "--save_state" not in given and "--save_state_on_train_end" not in given:
+            words.append("--save_state_on_train_end")
+        note = (
+            "No state was saved: a new run of as many steps begins with the trained weights. It saves a "
+            "state, so that the next one can go on exactly."
+        )
+        return _command("Train longer, as a new run from the trained file", words, note)
 
     def _generate(self, generation: Callable[[Mapping[str, Any]], Sequence[str]], file: Path) -> PageCommand:
         sample, words = self.sample, ["python", *generation(self.sample)]

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from dataset.batches.finding import (
     CachingCommands,
@@ -22,7 +24,7 @@ from dataset.config import DatasetConfig, load_dataset_config
 from dataset.subsets.folders import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
-from modules.errors import DatasetError, OptionError
+from modules.errors import DatasetError, OptionError, OutputError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.options import require
@@ -37,7 +39,9 @@ from training.resuming import (
     find_state,
     first_progress,
 )
+from training.saving.earlier import hold_name
 from training.saving.files import Names
+from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import StepPlan
 from training.unused_options import list_unused_options
@@ -65,11 +69,11 @@ class TrainingJob:
 
     @property
     def output_dir(self) -> Path:
-        return require(self.options.saving.output_dir, "--output_dir", "the folder to save into")
+        return self.options.saving.place[0]
 
     @property
     def output_name(self) -> str:
-        return require(self.options.saving.output_name, "--output_name", "the name of the file to train")
+        return self.options.saving.place[1]
 
     @property
     def names(self) -> Names:
@@ -99,9 +103,13 @@ class Data:
 
 
 def start_job(
-    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None = None
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    held: ExitStack,
+    sampling: Family | None = None,
 ) -> TrainingJob:
-    """Join the processes and find where to begin."""
+    """Join the processes and find where to begin. held: until it is closed, no other run has its name."""
     check_trackers(options.logs)
     accelerator = make_accelerator(
         options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
@@ -116,9 +124,25 @@ def start_job(
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
     check_compilation(options.speed.compilation.choice, accelerator.device)
+    _hold_name(options.saving, accelerator.is_main_process, held)
     saved = find_state(options, accelerator.is_main_process)
     progress = first_progress(options, saved)
     return TrainingJob(family, options, commands, accelerator, fp8, saved, progress, sampling)
+
+
+def _hold_name(saving: SavingOptions, is_main_process: bool, held: ExitStack) -> None:
+    """Hold the name of the run in the main process. If it cannot be had, that one tells, and all end."""
+    error: OutputError | None = None
+    if is_main_process:
+        try:
+            held.enter_context(hold_name(*saving.place))
+        except OutputError as refusal:
+            error = refusal
+    (code,) = broadcast_object_list([None if error is None else error.exit_code])
+    if error is not None:
+        raise error
+    if code is not None:
+        raise SystemExit(code)
 
 
 def read_config(options: TrainingOptions) -> DatasetConfig:

@@ -9,7 +9,7 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,7 @@ from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
 from training.training_run import TrainingRun
 from training.triggers import SAMPLE, SAVE
-from training.validation import EPOCH, STEP
+from training.validation import EPOCH, STEP, describe_validation
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
     if run.average is not None:
         run.average.after_step()
-    reading = run.readings.push(
-        run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), Notes(keys, rates)
-    )
+    notes = Notes(keys, rates, run.feed.batches.sizes_of(run.progress.epoch, group))
+    reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), notes)
     if reading is not None:
         _note(run, reading)
     if is_alone:
@@ -222,7 +221,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
             f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
             f"saved.{items}\n"
             "  Lower --learning_rate, or look for a damaged clip among these items, and continue with "
-            "--resume latest."
+            "--resume latest-or-fail."
         )
     losses = run.progress.losses
     if math.isfinite(loss):  # a gradient scaler skips other steps until it has found its scale
@@ -241,6 +240,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         norms,
         reading.seconds,
         losses_by_expert(reading.values, run.experts),
+        reading.notes.sizes,
     )
     run.logs.step(report)
     if run.reporter is not None:
@@ -346,7 +346,9 @@ def _save_to_go_on(run: TrainingRun) -> None:
     if run.saver is not None:
         run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
-        "Ended after step %d of %d; continue with --resume latest.", run.progress.step, run.plan.total_steps
+        "Ended after step %d of %d; continue with --resume latest-or-fail.",
+        run.progress.step,
+        run.plan.total_steps,
     )
 
 
@@ -400,8 +402,8 @@ def _validate(run: TrainingRun, occasion: str) -> None:
     past = run.progress.losses
     running = sum(past) / len(past) if past else None
     run.logs.values(run.validation.rule.logged(losses, occasion, running), run.progress.step)
+    earlier: Mapping[int, float] = {}
     if run.reporter is not None:
+        earlier = dict(run.reporter.history.validations)
         run.reporter.note_validation(run.progress.step, losses)
-    logger.info(
-        "Step %d: %s", run.progress.step, ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
-    )
+    logger.info(describe_validation(run.progress.step, losses, earlier))

@@ -99,8 +99,7 @@ class TrainingOptions:
         shows_pictures = self.subset is not None and self.subset.debug_dataset
         if self.loop.check or self.speed.plan.is_asked or shows_pictures:
             return
-        require(self.saving.output_dir, "--output_dir", "the folder to save into")
-        require(self.saving.output_name, "--output_name", "the name of the file to train, without its ending")
+        _ = self.saving.place
 
     @property
     def by_expert(self) -> ExpertTrainingOptions:

@@ -12,8 +12,8 @@ from networks.module_names import read_family
 from networks.names.layouts import TRAINED_ON
 from training.following import FamilyScripts, NextSteps, given_options
 from training.job import TrainingJob
-from training.reports.history import open_history
-from training.reports.page import PageFacts
+from training.reports.history import history_path, open_history
+from training.reports.page import PageFacts, page_path
 from training.reports.reporter import RunReporter
 from training.samples import Sampler
 
@@ -56,8 +56,8 @@ def make_reporter(
         following.commands,
         lambda: list_memory(device, memory),
     )
-    history = open_history(folder / f"{name}-history.jsonl", progress.session_id, progress.step)
-    page = None if job.options.logs.no_page else folder / f"{name}.html"
+    history = open_history(history_path(folder, name), progress.session_id, progress.step)
+    page = None if job.options.logs.no_page else page_path(folder, name)
     prompts = dict(enumerate(() if sampler is None else sampler.prompts))
     return RunReporter(page, facts, history, prompts, progress.step)
 

@@ -1,5 +1,6 @@
 """What a run stores in its state folders, what must agree when resuming, and what is restored."""
 
+import ast
 import hashlib
 import logging
 import secrets
@@ -16,7 +17,8 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
-from modules.options import NO_OPTIONS, options_with, to_path
+from modules.options import NO_OPTIONS, options_with, read_literals, to_path
+from networks.lora_settings import DEFAULT_RANK
 from training.averages import PART as AVERAGE
 from training.averages import WeightAverage
 from training.changes import (
@@ -33,6 +35,7 @@ from training.changes import (
 )
 from training.optimizers.checks import RecordedState, check_like
 from training.optimizers.lr_schedule import Imported, LrSchedule, OwnRates
+from training.optimizers.optimizer import class_path
 from training.optimizers.state import (
     decode,
     encode_optimizer,
@@ -43,9 +46,11 @@ from training.optimizers.state import (
 from training.options import TrainingOptions
 from training.progress import Progress
 from training.reports.logs import public_config
-from training.saving.options import LATEST
+from training.saving.earlier import find_set_aside
+from training.saving.options import LATEST, LATEST_ONLY
 from training.saving.state_record import is_count, is_finite_number, refuse
 from training.saving.states import (
+    FRESH_START,
     RECORD,
     ForeignState,
     SavedState,
@@ -82,30 +87,42 @@ class Learning:
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
     """Read the state that --resume names; None without --resume, or if `latest` finds none.
 
-    All processes must call it. Raises OptionError or CheckpointError if the state cannot be used.
+    All processes must call it. Raises OptionError or CheckpointError if there is none, or if it cannot be
+    used.
     """
     saving = options.saving
     if saving.resume is None:
         return None
-    assert saving.output_dir is not None  # TrainingOptions requires both
-    assert saving.output_name is not None
-    if saving.resume == LATEST and not options.hub.resume_from_huggingface:
+    if saving.resume in {LATEST, LATEST_ONLY} and not options.hub.resume_from_huggingface:
         # one process searches, and also cleans up after a kill
-        found = [find_latest(saving.output_dir, saving.output_name) if is_main_process else None]
+        found = [find_latest(*saving.place) if is_main_process else None]
         folder = broadcast_object_list(found)[0]
         if folder is None:
-            logger.info(
-                "--resume latest: no state of %s in %s yet; starting a new run.",
-                saving.output_name,
-                saving.output_dir,
-            )
+            _tell_of_no_state(saving.resume, *saving.place)
             return None
     elif options.hub.resume_from_huggingface:
-        folder = download_state(saving.resume, options.hub.huggingface_token, saving.output_dir / "resumed")
+        folder = download_state(saving.resume, options.hub.huggingface_token, saving.place[0] / "resumed")
     else:
         folder = to_path("--resume", saving.resume)
     logger.info("Resuming from %s", folder)
     return read_state(folder)
+
+
+def _tell_of_no_state(asked: str, folder: Path, name: str) -> None:
+    """Say that a new run begins, or raise OptionError if that was not asked for."""
+    aside = find_set_aside(folder, name)
+    earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
+    if asked == LATEST_ONLY:
+        raise OptionError(
+            f"--resume {asked}: there is no state of {name} in {folder}: none was saved yet, or it is "
+            f"elsewhere.{earlier} Leave --resume out to begin anew, or begin with what was trained: "
+            f"{FRESH_START}"
+        )
+    logger.log(
+        logging.WARNING if aside else logging.INFO,
+        "--resume %s: no state of %s in %s yet; starting a new run.%s",
+        *(asked, name, folder, earlier),
+    )
 
 
 def first_progress(options: TrainingOptions, saved: SavedState | ForeignState | None) -> Progress:
@@ -240,7 +257,7 @@ def check_resumable(
         return []
     # a state of before there were models with several transformers is of a model with one
     before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
-    before |= saved.identity
+    before, identity = _resolve({**before, **saved.identity}), _resolve(identity)
     _warn_of_unknown(saved, {*identity} - {*before} | {*habits} - {*saved.habits})
     may_change = options.saving.resume_changed
     check_identity(before, identity, saved.folder, changeable(TrainingOptions), may_change)
@@ -249,6 +266,30 @@ def check_resumable(
         return []
     settings = saved.described.get("settings"), listed_settings(options)
     return list_changes((before, identity), (saved.habits, habits), settings)
+
+
+def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity in which what means the same is the same, however it was typed."""
+    resolved = dict(identity)
+    if "--optimizer_type" in resolved:
+        resolved["--optimizer_type"] = class_path(str(resolved["--optimizer_type"]))
+    for option in ("--optimizer_args", "--network_args"):
+        if option in resolved:
+            resolved[option] = _resolve_pairs(option, str(resolved[option]))
+    if resolved.get("--network_dim") == str(None):
+        resolved["--network_dim"] = DEFAULT_RANK
+    if resolved.get("--network_alpha") == 0:
+        resolved["--network_alpha"] = resolved.get("--network_dim")
+    return resolved
+
+
+def _resolve_pairs(option: str, text: str) -> str:
+    """Return KEY=VALUE arguments, as `public_config` gives them, in one order and with values of one form."""
+    try:
+        pairs = read_literals(option, ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, AttributeError, OptionError):
+        return text  # of a state that was edited
+    return ", ".join(f"{key}={pairs[key]!r}" for key in sorted(pairs))
 
 
 def resume_progress(

@@ -4,15 +4,17 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
-from modules.atomic_write import make_folder
 from modules.contract.family import Family
+from modules.control_codes import shorten
 from modules.offload.block_swap import settle_all
+from modules.options import option_values
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
@@ -23,7 +25,7 @@ from training.data.live_text import encoding
 from training.dressing import AUTOCAST, dtype_of
 from training.early_checks import check_before_loading
 from training.experts import note_experts
-from training.following import NO_SCRIPTS, FamilyScripts
+from training.following import NO_SCRIPTS, FamilyScripts, NextSteps
 from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
 from training.learning import LoadedModel, check_computing, load_model
 from training.live_choice import find_live_texts, text_use
@@ -33,12 +35,14 @@ from training.options import TrainingOptions
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
 from training.processes.gradients import largest
+from training.processes.lost import LostProcessError, describe_loss, find_lost, is_of_processes
 from training.reporting import make_reporter, plan_next_steps
 from training.reports.logs import TRACKER_NAME, Logs, public_config, start_logs
 from training.reports.reporter import RunReporter
 from training.resuming import capture, check_resumable, habits_of, identity_of, resume_progress
 from training.samples import Sampler, prepare_samples
 from training.saver import facts_of_run, file_dtype, make_saver
+from training.saving.earlier import is_of_another_run, paths_in, set_aside
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.saving.upload import make_uploads
@@ -79,9 +83,15 @@ def train_network(
     try:
         with prepare_run(family, options, commands, scripts, sampling) as run:
             train(run)
+    except LostProcessError as error:
+        if error.is_told_here:
+            raise
+        raise SystemExit(error.exit_code) from None  # another process tells it
     except torch.OutOfMemoryError as error:
         raise too_little(
-            error, "Samples need memory too. What was saved is untouched: continue with --resume latest."
+            error,
+            "Samples need memory too. What was saved is untouched: if there is a state, continue with "
+            "--resume latest-or-fail.",
         ) from error
     return 0
 
@@ -95,7 +105,20 @@ def prepare_run(
     sampling: Family | None = None,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
-    job, data, comparison = _begin(family, options, commands, sampling)
+    with contextlib.ExitStack() as held:
+        yield from _prepare(held, family, options, commands, scripts, sampling)
+
+
+def _prepare(
+    held: contextlib.ExitStack,
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    scripts: FamilyScripts,
+    sampling: Family | None,
+) -> Iterator[TrainingRun]:
+    """Yield the run of `prepare_run`. held: ends with it."""
+    job, data, comparison = _begin(family, options, commands, held, sampling)
     plan, progress = data.plan, job.progress
     sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
     following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
@@ -107,6 +130,7 @@ def prepare_run(
     loaded = load_model(job, plan.total_steps, comparison.changes, has_samples, texts)
     if sampler is not None and texts is not None and texts.learning:
         sampler = replace(sampler, renew=texts.renew)
+    _set_earlier_aside(job)  # when nothing can be missing any more
     job = replace(job, saved=None)  # gives its tensors free
     uploads, learning = make_uploads(job.options.hub), loaded.learning
     facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
@@ -135,18 +159,50 @@ def prepare_run(
             reporter.logs = logs
         show_start(job, data, learning.trainable.parameters, file_dtype(job.options, loaded.dits.networks[0]))
         run = _make_run(job, data, loaded, logs, saver, sampler, reporter, memory)
-        yield run
+        with _watch_others(job, following):
+            yield run
         job.accelerator.wait_for_everyone()
     if saver is not None and reporter is not None and progress.step >= plan.total_steps:
         show_end(run, reporter.history, saver.names, following)
 
 
+@contextlib.contextmanager
+def _watch_others(job: TrainingJob, following: NextSteps) -> Iterator[None]:
+    """Raise LostProcessError in place of what torch says when another process of the run was lost."""
+    rank, count = job.accelerator.process_index, job.accelerator.num_processes
+    try:
+        yield
+    except Exception as error:
+        if count == 1 or not is_of_processes(error):
+            raise
+        lost = find_lost(rank, count)
+        first = min({*range(count)} - {*(lost or ())}, default=rank)
+        said = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
+        text = f"{describe_loss(lost)} torch says: {said}\n  {following.after_loss()}"
+        raise LostProcessError(text, lost is None or rank == first) from None
+
+
+def _set_earlier_aside(job: TrainingJob) -> None:
+    """Set aside what another run of this name left, unless --overwrite replaces it."""
+    if job.accelerator.is_main_process and not job.options.saving.overwrite:
+        is_new = not isinstance(job.saved, SavedState)
+        if is_new or is_of_another_run(job.names, job.progress.session_id):
+            inputs = paths_in(option_values(job.options) | option_values(job.family.options))
+            inputs += [job.saved.folder] if job.saved else []
+            set_aside(job.names, inputs, datetime.now(), job.options.saving.resume is not None)
+    job.accelerator.wait_for_everyone()  # before any writes samples there
+
+
 def _begin(
-    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    held: contextlib.ExitStack,
+    sampling: Family | None,
 ) -> tuple[TrainingJob, Data, Comparison]:
     """Find state, items and steps, and check all that can be known before anything large is loaded."""
     config = read_config(options)  # a fault in it is told before anything is started
-    job = start_job(family, options, commands, sampling)
+    job = start_job(family, options, commands, held, sampling)
     check_computing(job)
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
@@ -154,8 +210,6 @@ def _begin(
     use = text_use(family, texts)
     sources = prepare_sources(family, config, options.caching, job.accelerator.device, use)
     data = find_data(job, config, sources, texts)
-    if job.accelerator.is_main_process:
-        make_folder(job.output_dir, "--output_dir")
     check_before_loading(family, options, data.plan.total_steps, sampling)
     options = replace(options, saving=options.saving.spread(data.plan.num_epochs))
     job = replace(job, options=options)

@@ -13,10 +13,17 @@ from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import gib
+from networks.lora_settings import DEFAULT_RANK
+from networks.options import NetworkOptions
 from training.following import DORA_ELSEWHERE, NextSteps
 from training.job import Data, TrainingJob
+from training.optimizers.options import FIND_RATE
+from training.options import RANKED_NETWORKS, TrainingOptions
 from training.reports.best import best_file, lowest_validation
 from training.reports.history import History
+from training.reports.options import LogOptions
+from training.reports.page import page_path
+from training.reports.sample_files import FOLDER as SAMPLES
 from training.sample_options import SampleOptions
 from training.saving.files import Names
 from training.saving.options import SavingOptions
@@ -25,6 +32,9 @@ from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
+LOW_STRENGTH = 0.1  # alpha / rank below it is told
+# of a network, of a whole model: rates of Adam below and above which it is told, and what is usual
+USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 
 
@@ -78,28 +88,22 @@ def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype
     options, plan = job.options, data.plan
     written = Written.of(parameters, dtype, options.average.ema_decay is not None)
     saves = count_saves(options.saving, plan, job.progress.step, job.progress.epoch)
-    network = options.network
     learns = count_of(sum(one.numel() for one in parameters), "weight")
-    rank = "" if network is None or network.network_dim is None else f", rank {network.network_dim}"
     held_back = f", {count_of(len(data.validation), 'item')} for validation" if data.validation else ""
     begun = f", from step {job.progress.step + 1} on" if job.progress.step else ""
     rows: list[Row] = [
         ("model", _model(job.family.metadata)),
-        ("learns", f"{_learner(job)}{rank}, {learns}"),
+        ("learns", f"{_learner(job)}, {learns}"),
+        ("alpha", None if options.network is None else judge_alpha(options.network)),
         ("data", f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches"),
-        (
-            "steps",
-            f"{plan.total_steps} in {count_of(plan.num_epochs, 'epoch')} of {plan.steps_per_epoch}{begun}",
-        ),
-        (
-            "settings",
-            f"{options.optimizer.optimizer_type or 'AdamW'}, learning rate "
-            f"{options.optimizer.learning_rate:g}, seed {job.progress.seed}",
-        ),
+        ("steps", f"{_steps(plan)}{begun}"),
+        ("learning rate", judge_rate(options)),
+        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {job.progress.seed}"),
         ("saves", _saves(options.saving)),
         ("samples", _samples(job)),
         ("disk", disk_needed(job.output_dir, saves, written)),
         ("folder", str(job.output_dir)),
+        ("page", _page(options.logs, job.names)),
     ]
     show_box(f"Training {job.output_name}", rows)
 
@@ -110,7 +114,7 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
     seconds = pace.seconds_per_step
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
     losses = run.progress.losses
-    samples = names.folder / "sample"
+    samples = names.folder / SAMPLES
     rows: list[Row] = [
         *(
             ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None)
@@ -120,6 +124,7 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
+        ("page", _page(run.options.logs, names)),
         (
             "peak memory",
             peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB",
@@ -179,10 +184,47 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
     return min((each for each in steps if each <= plan.total_steps), default=None)
 
 
+def judge_alpha(network: NetworkOptions) -> str | None:
+    """Return alpha with what it does, and what is usual if that is little; None if a rank says nothing."""
+    is_ranked = network.network_module is None or network.network_module.startswith(RANKED_NETWORKS)
+    if not is_ranked or network.dim_from_weights:
+        return None
+    rank = network.network_dim or DEFAULT_RANK
+    alpha = network.network_alpha or rank
+    text = f"{alpha:g} for rank {rank}: the network acts at {alpha / rank:.3g} of its strength"
+    if alpha / rank >= LOW_STRENGTH:
+        return text
+    return f"{text}, which is LOW: --network_alpha {max(1, rank // 2)} or {rank} is usual"
+
+
+def judge_rate(options: TrainingOptions) -> str:
+    """Return the learning rate, and what is usual if it is far from that."""
+    given, parts, is_whole = options.optimizer, options.parts, options.network is None
+    rate = given.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
+    text, name = f"{rate:g}", (given.optimizer_type or "AdamW").rpartition(".")[2].lower()
+    low, usual, high = USUAL_RATES[is_whole]
+    if "adam" not in name or name.startswith(FIND_RATE) or low <= rate <= high:
+        return text
+    what = "a whole model" if is_whole else "a LoRA"
+    return f"{text}, which is {'LOW' if rate < low else 'HIGH'} for {what}: {usual} is usual"
+
+
+def _steps(plan: StepPlan) -> str:
+    if plan.total_steps < plan.steps_per_epoch:
+        return f"{plan.total_steps}, of the {plan.steps_per_epoch} of an epoch"
+    return f"{plan.total_steps} in {count_of(plan.num_epochs, 'epoch')} of {plan.steps_per_epoch}"
+
+
+def _page(options: LogOptions, names: Names) -> str | None:
+    return None if options.no_page else str(page_path(names.folder, names.name))
+
+
 def _learner(job: TrainingJob) -> str:
-    whole = job.options.whole_dit
-    if whole is None:
-        return job.network_module
+    whole, network = job.options.whole_dit, job.options.network
+    if network is not None:
+        rank = f"rank {network.network_dim or DEFAULT_RANK}"
+        return f"{job.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
+    assert whole is not None  # one of the two is there
     return f"of the model: {' '.join(whole.name_parts)}" if whole.name_parts else "the whole model"
 
 

@@ -56,6 +56,17 @@ def image_rule(options: ValidationOptions, timesteps: TimestepOptions) -> Valida
     return ValidationRule(sigmas, options.max_validation_steps, options.validation_seed, True)
 
 
+def describe_validation(step: int, losses: Mapping[str, float], earlier: Mapping[int, float]) -> str:
+    """Return the log line of a validation; levels are on the page and in the trackers.
+
+    earlier: losses by their steps.
+    """
+    loss = losses[LOSS]
+    before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
+    lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
+    return f"Step {step}: validation loss {before}{loss:.5f}{lowest}"
+
+
 @dataclass(frozen=True)
 class Validation:
     """Hold the items to measure and this process' share of them."""

@@ -30,6 +30,7 @@ from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
+from modules.console import count_of
 from modules.contract.family import LatentSpec
 from modules.errors import CacheError, DatasetError
 
@@ -307,7 +308,8 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
             len(found.removed),
             found.removed[0],
         )
-    logger.info("%d items of %d dataset tables are cached", len(found.items), len(found.items.tables))
+    counts = count_of(len(found.items), "item"), count_of(len(found.items.tables), "data set")
+    logger.info("In the caches: %s of %s", *counts)
     return found.items
 
 

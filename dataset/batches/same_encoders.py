@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
@@ -58,6 +58,14 @@ class SameEncoders:
         )
         remedy = f"{consequence} To make all caches alike, cache again with:"
         return "\n  ".join(["Not all caches were made by the same encoders:", *files, remedy, *again])
+
+
+def describe_identity(identity: Mapping[str, str]) -> list[str]:
+    """Return what tells an encoder from others, a line each; fingerprints are shortened."""
+    return [
+        f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
+        for key, value in identity.items()
+    ]
 
 
 def _in_words(one: MadeBy, other: MadeBy) -> str:

@@ -433,7 +433,8 @@ def timeless(path: Path) -> str:
 
 
 def _names(folder: Path) -> set[str]:
-    return {timeless(path) for path in folder.rglob("*")}
+    paths = [path for path in folder.rglob("*") if ".before-" not in str(path.relative_to(folder))]
+    return {timeless(path) for path in paths}  # what was set aside was saved before the first state
 
 
 def _reported(output: Path) -> dict[tuple[int, str], object]:

@@ -87,10 +87,13 @@ def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -
     (tmp_path / "x-state").mkdir()
     longer, *_ = steps.commands(None, is_finished=True)
 
-    assert words_of(going)[-4:] == ["--max_train_steps", "40", "--resume", "latest"]
-    assert words_of(without)[-1] == "--save_state"
-    assert "No state was saved" in without.note
-    assert words_of(longer)[-4:] == ["--max_train_steps", "80", "--resume", "latest"]
+    assert words_of(going)[-4:] == ["--max_train_steps", "40", "--resume", "latest-or-fail"]
+    assert words_of(without)[-5:] == [
+        *("--max_train_steps", "40", "--network_weights", str(tmp_path / "x.safetensors")),
+        "--save_state_on_train_end",
+    ]
+    assert "--resume" not in words_of(without)
+    assert words_of(longer)[-4:] == ["--max_train_steps", "80", "--resume", "latest-or-fail"]
     commands = [words_of(each) for each in (going, without, longer)]
     assert not any("--max_train_epochs" in words or "--resume_changed" in words for words in commands)
 
@@ -106,11 +109,30 @@ def test_two_files_saved_together_have_one_state(tmp_path: Path) -> None:
     assert "--save_state" not in words_of(longer)
 
 
+def test_what_begins_with_the_trained_files_names_one_for_each_network(tmp_path: Path) -> None:
+    own = ["--network_weights", str(tmp_path / "x.safetensors")]
+    for name in ("x", "x_low_noise", "x_high_noise"):
+        (tmp_path / f"{name}.safetensors").touch()
+    steps = replace(
+        next_steps(tmp_path, own),
+        file=tmp_path / "x_low_noise.safetensors",
+        parts=(LOW_NOISE, HIGH_NOISE),
+        experts=TWO_EXPERTS,
+    )
+
+    words = words_of(steps.commands(None, is_finished=True)[0])
+
+    low, high = (str(tmp_path / f"x_{part}.safetensors") for part in (LOW_NOISE, HIGH_NOISE))
+    assert words.count("--network_weights") == 1
+    assert words[words.index("--network_weights") + 1] == low
+    assert words[words.index("--network_weights_high_noise") + 1] == high
+
+
 def test_several_processes_are_launched_again(tmp_path: Path) -> None:
     first, *_ = next_steps(tmp_path, [], processes=2).commands(None, is_finished=False)
 
-    launch = ["accelerate", "launch", "--num_processes", "2", "wan_train_network.py"]
-    assert words_of(first)[:5] == launch
+    launch = ["accelerate", "launch", "--quiet", "--num_processes", "2", "wan_train_network.py"]
+    assert words_of(first)[:6] == launch
 
 
 def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
@@ -160,7 +182,7 @@ def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path, 
     steps = replace(next_steps(tmp_path, ["--network_module", module]), converted_for="")
 
     assert [each.title for each in steps.commands(None, is_finished=True)] == [
-        "Train longer",
+        "Train longer, as a new run from the trained file",
         "Generate with it",
     ]
     assert not steps.is_dora

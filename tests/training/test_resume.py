@@ -183,6 +183,32 @@ def test_a_run_with_other_settings_is_refused_by_their_name(
         train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest", *changed))
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ([], ["--optimizer_type", "adamw"]),
+        (["--optimizer_type", "AdamW"], ["--optimizer_type", "torch.optim.AdamW"]),
+        (["--optimizer_type", "adafactor"], ["--optimizer_type", "transformers.optimization.Adafactor"]),
+        (
+            ["--optimizer_args", "weight_decay=0.01", "betas=0.9,0.95"],
+            ["--optimizer_args", "betas=(0.90, 0.95)", "weight_decay=1e-2"],
+        ),
+        ([], ["--network_dim", 4, "--optimizer_args"]),
+        (["--network_alpha", 4], ["--network_alpha", 0]),
+        ([], ["--network_module", "networks.lora_wan", "--network_args"]),
+    ],
+)
+def test_a_run_with_the_same_settings_in_other_words_goes_on(
+    tmp_path: Path, before: list[object], now: list[object]
+) -> None:
+    write_caches(tmp_path)
+    options = toy_options(tmp_path, "--save_state", "--max_train_steps", 1, *before)
+    assert train_network(ToyFamily(), options) == 0
+
+    for first in ("--resume", "latest"), ("--resume", "latest", "--resume_changed"):
+        assert train_network(ToyFamily(), toy_options(tmp_path, "--max_train_steps", 2, *first, *now)) == 0
+
+
 def test_another_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = toy_options(tmp_path)
 

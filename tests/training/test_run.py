@@ -22,6 +22,14 @@ def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
+def test_a_logging_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=0)  # which would be told later
+
+    with pytest.raises(OutputError, match=r"--logging_dir /proc/x cannot be created"):
+        train_toy(tmp_path, "--logging_dir", "/proc/x")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
 def test_a_folder_that_nothing_can_be_written_to_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     write_caches(tmp_path)
     watched: list[int] = []

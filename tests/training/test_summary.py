@@ -1,16 +1,28 @@
 """The boxes at the start and the end of a training, and the commands that they name."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.toy import toy_options, train_toy, write_caches
+from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
+from training.loop import train
 from training.reports.history import History
 from training.reports.pace import Pace
+from training.run import prepare_run
 from training.steps import StepPlan
-from training.summary import Saves, Written, count_saves, describe_best, disk_needed, next_samples
+from training.summary import (
+    Saves,
+    Written,
+    count_saves,
+    describe_best,
+    disk_needed,
+    judge_alpha,
+    judge_rate,
+    next_samples,
+)
 
 
 def test_a_run_says_what_it_does_and_what_came_of_it(
@@ -23,11 +35,63 @@ def test_a_run_says_what_it_does_and_what_came_of_it(
 
     start, end = (text for text in caplog.messages if text.startswith(("Training x", "x is trained")))
     assert "3 items with repeats, 2 items for validation" in start
-    assert "  steps:    8 in 3 epochs of 3" in start
+    assert "  steps:         8 in 3 epochs of 3" in start
     assert "for 3 models" in start
     assert f"  result:             {tmp_path / 'output' / 'x.safetensors'} (" in end
     assert "best by validation: step " in end
     assert "8 in " in end
+    assert ".html" not in start + end  # the toy has no page
+    validations = [text for text in caplog.messages if ": validation loss " in text]
+    numbers = [[float(each) for each in re.findall(r"\d\.\d+", text)] for text in validations]
+    assert [len(each) for each in numbers] == [1, 2, 2, 2, 2]
+    assert [now for *_, now in numbers[:-1]] == [before for before, _ in numbers[1:]]
+    assert not [text for text in caplog.messages if re.search(r"process\(es\)|tables", text)]
+
+
+def test_the_page_is_named_at_the_start_and_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_caches(tmp_path)
+    caplog.set_level(logging.INFO)
+
+    with prepare_run(ToyFamily(), toy_options(tmp_path, has_page=True)) as run:
+        page = tmp_path / "output" / "x.html"
+        assert page.is_file()  # at once, so that it can be opened
+        train(run)
+
+    boxes = [text for text in caplog.messages if text.startswith(("Training x", "x is trained"))]
+    assert len([text for text in boxes if re.search(rf"  page: +{re.escape(str(page))}", text)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate", "alpha"),
+    [
+        ([], "2e-06, which is LOW for a LoRA: 1e-4 is usual", "acts at 0.0312 of its strength, which is LOW"),
+        (["--optimizer_type", "prodigy", "--network_alpha", 0], "2e-06", "32 for rank 32"),
+        (["--learning_rate", "1e-4", "--network_alpha", 16], "0.0001", "0.5 of its strength"),
+        (["--learning_rate", "1e-2"], "0.01, which is HIGH for a LoRA", "LOW: --network_alpha 16 or 32"),
+        (["--optimizer_type", "torch.optim.SGD", "--learning_rate", "1e-2"], "0.01", "1 for rank 32"),
+    ],
+)
+def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
+    tmp_path: Path, arguments: list[object], rate: str, alpha: str
+) -> None:
+    given = ["--learning_rate", "2e-6", "--network_dim", 32, *arguments]  # 2e-6 is the default
+    options = toy_options(tmp_path, *given)
+
+    said = judge_rate(options)
+    assert said == rate if "which" not in rate else said.startswith(rate)
+    assert options.network is not None
+    assert alpha in str(judge_alpha(options.network))
+
+
+def test_the_rate_of_a_whole_model_is_judged_by_its_own_measure(tmp_path: Path) -> None:
+    rates = {
+        rate: judge_rate(toy_options(tmp_path, "--learning_rate", rate, whole_dit=True))
+        for rate in ("2e-6", "1e-3")
+    }
+
+    assert rates == {"2e-6": "2e-06", "1e-3": "0.001, which is HIGH for a whole model: 1e-5 is usual"}
 
 
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -69,7 +69,7 @@ def test_shares_of_two_processes_cover_all_items_once(tmp_path: Path) -> None:
 
 
 def losses_in(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"Step (\d+): validation/loss ([\d.]+),", text)
+    return re.findall(r"Step (\d+): validation loss (?:[\d.]+ -> )?([\d.]+)", text)
 
 
 def test_it_is_measured_at_the_start_and_every_n_steps_the_same_for_every_seed(

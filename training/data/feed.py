@@ -199,6 +199,11 @@ class MicroBatches:
         """Return the optimizer step of a micro-batch, from 0, and how many the run has."""
         return plan.steps_until(epoch, index - index % plan.group_size), plan.total_steps
 
+    def sizes_of(self, epoch: int, group: range) -> tuple[tuple[int, ...], ...]:
+        """Return the sizes of all items of these micro-batches, in an order of their own."""
+        batches = self.order.epoch(epoch)
+        return tuple(sorted(item.bucket for index in group for item in batches[index]))
+
     def expert_of(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch goes to. None of its files is read."""
         epoch, index = key

@@ -96,6 +96,13 @@ def check_arguments(
         )
 
 
+def class_path(name: str) -> str:
+    """Return the import path that a name stands for; of an unknown one the name itself."""
+    path = NAMES.get(name.lower(), name)
+    found = _torch_classes().get(path.lower())
+    return path if found is None else f"torch.optim.{found.__name__}"
+
+
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
     """Find the class behind a name.
 
@@ -152,12 +159,17 @@ def set_training(optimizer: Optimizer, is_training: bool) -> None:
         switch()
 
 
-def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
-    classes = {
+def _torch_classes() -> dict[str, type[Optimizer]]:
+    """Return the optimizers of torch.optim by their names in small letters."""
+    return {
         key.lower(): value
         for key, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
     }
+
+
+def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
+    classes = _torch_classes()
     if name.lower() not in classes:
         known = sorted({*(key for key in NAMES if key), *classes})
         raise OptionError(

@@ -89,10 +89,9 @@ def _refuse_sharding(environment: Mapping[str, str]) -> None:
 
 
 def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
-    logger.info(
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, "
-        f"mixed precision {options.mixed_precision}, torch {torch.__version__}"
-    )
+    count, device = accelerator.num_processes, accelerator.device
+    where = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
+    logger.info(f"{where}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
     if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
         logger.info(
             "--ddp_gradient_as_bucket_view and --ddp_static_graph are ignored because gradients are averaged "

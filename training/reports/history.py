@@ -114,6 +114,23 @@ class History:
                 file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
 
 
+def history_path(folder: Path, name: str) -> Path:
+    """Return the file of the history of a run. folder, name: --output_dir, --output_name."""
+    return folder / f"{name}-history.jsonl"
+
+
+def read_session(path: Path) -> int | None:
+    """Return which run a history is of; None if there is none, or if it does not tell."""
+    try:
+        require_regular_file(path)
+        with path.open("rb") as file:
+            row = _parse(file.readline(LONGEST_LINE))
+    except OSError:
+        return None
+    session = None if row is None else row.get("session")
+    return session if isinstance(session, int) else None
+
+
 def open_history(path: Path, session: int, step: int) -> History:
     """Return the history of a run that stands at `step`: empty at 0, and if the file is of another run.
 

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from modules.atomic_write import make_folder
 from modules.bars import LINE_EVERY
 from modules.console import in_words
 from modules.errors import OptionError, UserError
@@ -52,6 +53,7 @@ class StepReport:
     seconds: float | None = None  # that the step took, without pauses
     # losses of the experts that had micro-batches in the step, by name; none if there is one expert
     by_expert: Mapping[str, float] = field(default_factory=dict)
+    sizes: Hashable = None  # of the items: steps that share them take as long
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Logs:
         """Report an optimizer step and move the bar."""
         slow = None
         if report.seconds is not None:
-            slow = self.clock.note(report.step, report.seconds)
+            slow = self.clock.note(report.step, report.seconds, report.sizes)
             self.pace.note(report.seconds)
         if slow is not None:
             logger.warning(slow)
@@ -204,8 +206,11 @@ def run_folder(options: LogOptions, started: datetime) -> Path | None:
 def check_trackers(options: LogOptions) -> None:
     """Raise OptionError, naming what to install, if a tracker's package is missing.
 
-    Raises UserError if --log_tracker_config cannot be read.
+    Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
+    --logging_dir.
     """
+    if options.logging_dir is not None:
+        make_folder(options.logging_dir, "--logging_dir")
     for tracker in options.trackers:
         try:
             __import__(tracker)

@@ -102,6 +102,11 @@ class ClipStore:
         self._clips = {name: tag for name, tag in self._clips.items() if name in names}
 
 
+def page_path(folder: Path, name: str) -> Path:
+    """Return the page of a run. folder, name: --output_dir, --output_name."""
+    return folder / f"{name}.html"
+
+
 def write_training_page(
     path: Path, facts: PageFacts, history: History, standing: Standing, clips: ClipStore, written: datetime
 ) -> None:

@@ -5,7 +5,7 @@ not to when the host reads its numbers, which is a step later, or at once if a p
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ class Notes:
 
     keys: tuple[str, ...]  # the items this process trained on
     rates: Mapping[str, float]  # learning rates by group
+    sizes: Hashable = None  # of the items: steps that share them take as long
 
 
 @dataclass(frozen=True)

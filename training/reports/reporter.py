@@ -43,6 +43,8 @@ class RunReporter:
 
     def __enter__(self) -> "RunReporter":
         self.history.note_start(self.step)
+        if self.path is not None:
+            self._write(self._running)  # the first box names it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.embedding import reduce_frame
 
+FOLDER = "sample"  # of samples, in the output folder
 SIDE = 256  # pixels of the longer side
 MOST_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
 GAP = 4  # pixels between the frames of a strip
@@ -26,6 +27,11 @@ class ReducedClip:
         """Return the first, the middle and the last frame, or the only one."""
         last = len(self.frames) - 1
         return [self.frames[index] for index in dict.fromkeys((0, last // 2, last))]
+
+
+def results_pattern(name: str) -> re.Pattern[str]:
+    """Return what the names of all samples and sheets of a run match, and no others."""
+    return re.compile(rf"{re.escape(name)}_(e?\d{{6,}})_(sheet\.png|\d{{2,9}}_\d{{14}}[\w.-]*)")
 
 
 def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import SECRET, check_at_least
+from modules.options import SECRET, check_at_least, require
+from modules.output_files import check_output_name
 
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
 RESOLUTION = re.compile(r"\d+\s*([,x]\s*\d+)?")  # of --metadata_reso
-LATEST = "latest"  # --resume latest: the newest complete state of this output name
+LATEST = "latest"  # --resume latest: the newest complete state of this output name, a new run without one
+LATEST_ONLY = "latest-or-fail"  # the same, an error without one: what commands that are printed say
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class SavingOptions:
 
     output_dir: Path | None
     output_name: str | None
+    overwrite: bool  # replace earlier results of that name instead of setting them aside
     save_precision: str | None  # None: the model's dtype
     save_every_n_epochs: int | None
     save_n_epoch_ratio: int | None  # saves in the whole run, spread over its epochs
@@ -33,9 +36,17 @@ class SavingOptions:
     save_last_n_steps_state: int | None
     save_state: bool
     save_state_on_train_end: bool
-    # a state folder, "latest", or with resume_from_huggingface owner/repo/path[:revision[:type]]
+    # a state folder, LATEST, LATEST_ONLY, or with resume_from_huggingface owner/repo/path[:revision[:type]]
     resume: str | None
     resume_changed: bool  # go on although settings or clips differ
+
+    @property
+    def place(self) -> tuple[Path, str]:
+        """Return folder and name of what is saved. Raises OptionError if one is missing."""
+        return (
+            require(self.output_dir, "--output_dir", "the folder to save into"),
+            require(self.output_name, "--output_name", "the name of the file to train, without its ending"),
+        )
 
     @property
     def result(self) -> Path:
@@ -69,13 +80,8 @@ class SavingOptions:
             )
         if self.output_dir is not None and self.output_dir.is_file():
             raise OptionError(f"--output_dir {self.output_dir}: is a file; give a folder, it will be created")
-        if self.output_name is not None and (
-            "/" in self.output_name or "\\" in self.output_name or not self.output_name.strip()
-        ):
-            raise OptionError(
-                f"--output_name {self.output_name!r}: must be a file name without folders; give the "
-                "folder to --output_dir"
-            )
+        if self.output_name is not None:
+            check_output_name("--output_name", self.output_name)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,12 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", help="folder for trained files, states and samples")
     group.add_argument("--output_name", help="start of their names")
     group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace earlier results of this name; without it a new training moves them to a folder "
+        "OUTPUT_NAME.before-DATE-TIME",
+    )
+    group.add_argument(
         "--save_precision",
         choices=SAVE_PRECISIONS,
         help="dtype of saved weights; the model's dtype when not given",
@@ -174,7 +186,11 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         "--save_state", action="store_true", help="save everything that resuming needs with each file"
     )
     group.add_argument("--save_state_on_train_end", action="store_true", help="save it at the end only")
-    group.add_argument("--resume", help="state folder to continue from, or latest")
+    group.add_argument(
+        "--resume",
+        help="state folder to continue from; latest: the newest of this --output_name, or a new run if there "
+        "is none; latest-or-fail: the newest, or an error",
+    )
     group.add_argument(
         "--resume_changed",
         action="store_true",

@@ -138,6 +138,14 @@ def state_pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
 
 
+def recover_states(output_dir: Path, name: str) -> None:
+    """Restore the states of a run that was killed between the two renames that replace one."""
+    pattern = state_pattern(name)
+    for entry in list(output_dir.iterdir()):
+        if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
+            recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
+
+
 def find_latest(output_dir: Path, name: str) -> Path | None:
     """Return the complete state of run `name` with the most steps, or None.
 
@@ -145,11 +153,8 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     """
     if not output_dir.is_dir():
         return None
-    pattern = state_pattern(name)
-    for entry in list(output_dir.iterdir()):  # moved aside by a run that was killed between two renames
-        if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):
-            recover_folder(entry.with_name(entry.name[1:].removesuffix(".old")))
-    found = []
+    recover_states(output_dir, name)
+    pattern, found = state_pattern(name), []
     for folder in output_dir.iterdir():
         if folder.is_dir() and pattern.fullmatch(folder.name) and (folder / RECORD).exists():
             try:

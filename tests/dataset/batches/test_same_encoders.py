@@ -6,7 +6,7 @@ import pytest
 
 from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
-from dataset.batches.same_encoders import SameEncoders
+from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_training
 from dataset.config import DatasetConfig
@@ -129,3 +129,9 @@ def test_a_part_that_was_told_of_is_not_told_of_again_and_another_one_is() -> No
     ]
     found = [encoders.difference([one]) for one in made]
     assert [said is None for said in found] == [True, True, False, False, True, True]
+
+
+def test_a_check_names_each_encoder_once_with_a_short_fingerprint() -> None:
+    said = describe_identity({"t5": ONE, "t5_dtype": "bfloat16"})
+
+    assert said == ["t5: fingerprint 1a2b3c4d...", "t5 dtype: bfloat16"]

@@ -233,7 +233,7 @@ def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
     assert columns_of(page) == ["step 3", "step 6"]
     assert page.count("<video") == 2
     assert page.count('<a href="./sample/') == 4
-    assert "accelerate launch --num_processes 2" in text_of(page)
+    assert "accelerate launch --quiet --num_processes 2" in text_of(page)
     lines = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if '"loss"' in line]) == 8
 
