@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import modules.interpreter  # noqa: F401
-from modules.command import command_line
+from modules.command import Parser, command_line
 from modules.environment import ROOT, prepare_environment
 from modules.errors import UserError
 
@@ -49,14 +49,14 @@ CLIP = f"{SIZE} --infer_steps {INFER_STEPS} --guidance_scale 3 --flow_shift 3".s
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()  # --help does nothing else
     started = time.monotonic()
     say("Setting up the environment (the first time this downloads PyTorch)")
     python = prepare_environment(packages=["scikit-video>=1.1.11"])
     clear(FOLDER)
-    for name, lines in PROMPTS.items():
+    samples = {f"{name}_samples": line for name, line in SAMPLES.items()}
+    for name, lines in {**PROMPTS, **samples}.items():
         (FOLDER / f"{name}.txt").write_text(lines, encoding="utf-8")
-    for name, line in SAMPLES.items():
-        (FOLDER / f"{name}_samples.txt").write_text(line, encoding="utf-8")
     take_steps(planned := Runner(None))
     take_steps(Runner(python, len(planned.commands)))
     say(f"Done in {time.monotonic() - started:.0f} s. Open {FOLDER / 'report.html'}")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import modules.interpreter  # noqa: F401
-from modules.command import command_line
+from modules.command import Parser, command_line
 from modules.environment import ROOT, prepare_environment
 
 # the models are tiny: workers share the cores better than threads
@@ -26,6 +26,9 @@ RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for roo
 
 
 def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("arguments", nargs="*", help="of pytest: folders, files and options such as -m slow")
+    parser.parse_known_args()  # --help does nothing else
     python = prepare_environment("test")
     chosen = sys.argv[1:]
     checks = [] if chosen else [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]

@@ -25,6 +25,7 @@ import hv_train_network  # noqa: E402
 import wan_generate_video  # noqa: E402
 import wan_train_network  # noqa: E402
 from modules.atomic_write import save_tensors  # noqa: E402
+from modules.command import Parser  # noqa: E402
 from tests.manifests import tensor_list, write_hollow  # noqa: E402
 from tests.tiny.hunyuan_encoders import write_clip_tokenizer, write_llama_tokenizer  # noqa: E402
 from tests.tiny.project import write_image  # noqa: E402
@@ -123,6 +124,7 @@ RUNS = {
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as made:
         places = lay_out(Path(made))
         for title, runs in RUNS.items():

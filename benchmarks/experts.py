@@ -22,6 +22,7 @@ from torch import Tensor, nn  # noqa: E402
 from generation.ahead import Check  # noqa: E402
 from generation.denoise import predictor  # noqa: E402
 from generation.experts import DitTurns, TurnRules  # noqa: E402
+from modules.command import Parser  # noqa: E402
 from modules.contract.loading import Placement  # noqa: E402
 from modules.contract.steps import Step  # noqa: E402
 from modules.offload.transfer import PlainTransfer  # noqa: E402
@@ -70,6 +71,7 @@ class Device:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as made:
         family = _family(Path(made))
         most, loads = _run(family, [1, 0] * VIDEOS, TIMESTEPS)

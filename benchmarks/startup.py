@@ -6,6 +6,7 @@ Prints a ratio for every script. With PYTHONDONTWRITEBYTECODE set, our modules a
 torch's are not: the ratios are then higher by about a quarter than a user's.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BAR = 0.1
-NOT_COMMANDS = {"families.py", "run_tests.py", "quickstart.py"}
+NOT_COMMANDS = {"families.py", "run_tests.py", "quickstart.py", "reelsmith.py"}
 
 
 def seconds(command: list[str], runs: int) -> float:
@@ -36,13 +37,19 @@ def scripts() -> list[str]:
 
 
 def main() -> None:
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="?", type=int, default=5, help="of each command (%(default)s)")
+    parser.add_argument("scripts", nargs="*", help="all when not given")
+    args = parser.parse_args()
+    runs = args.runs
     baseline = seconds([sys.executable, "-c", "import torch"], runs)
     print(f"baseline: import torch {baseline:.3f} s")
     if sys.dont_write_bytecode:
         print("our modules are compiled at every start: PYTHONDONTWRITEBYTECODE is set")
     worst = 0.0
-    for script in sys.argv[2:] or scripts():
+    for script in args.scripts or scripts():
         for argument in ("--help", "--no_such_option"):
             ratio = seconds([sys.executable, script, argument], runs) / baseline
             worst = max(worst, ratio)

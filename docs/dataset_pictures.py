@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import dataset_report  # noqa: E402
+from modules.command import Parser  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 from tests.browser import open_page  # noqa: E402
@@ -57,6 +58,7 @@ MARGIN = 12  # pixels above each part
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
         draw_clips(folder)

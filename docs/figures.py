@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle  # noqa: E402
 
 from dataset.config import DatasetTable, load_dataset_config  # noqa: E402
 from dataset.sources.frames import spans  # noqa: E402
+from modules.command import Parser  # noqa: E402
 from modules.flow.schedule import make_schedule, shift_sigmas  # noqa: E402
 from modules.media.buckets import Size, bucket_sizes, choose_bucket, fit_cover  # noqa: E402
 
@@ -31,6 +32,7 @@ SHIFTS = (1.0, 3.0, 5.0, 7.0, 14.5)
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     for name, figure in (
         ("frame_extraction", draw_extraction()),
         ("buckets", draw_buckets()),

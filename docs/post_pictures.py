@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate, l1_loss  # noqa: E402
 
 from blissful_tuner import upscaler, yolo_blur  # noqa: E402
 from modules.atomic_write import save_tensors  # noqa: E402
+from modules.command import Parser  # noqa: E402
 from modules.media.reading import Frame, read_image, video_frames  # noqa: E402
 from modules.media.writing import write_png, write_video  # noqa: E402
 from pocket import drawing  # noqa: E402
@@ -61,7 +62,10 @@ FRAMES = (4, 7, 10, 12, 15, 18)  # in the picture
 SIDE, RATE_OF_CLIP, FACTOR, CUT = 128, 12, 3, 3  # CUT: number of the first picture of the second scene
 
 
-def main(names: Sequence[str]) -> None:
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
+    names = parser.parse_args().names
     FOLDER.mkdir(exist_ok=True)
     for name in names or PICTURES:
         with tempfile.TemporaryDirectory() as folder:
@@ -276,4 +280,4 @@ PICTURES: dict[str, Callable[[Path, Path], None]] = {
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(sys.argv[1:])
+    main()

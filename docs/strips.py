@@ -17,6 +17,7 @@ sys.path[0] = str(ROOT)
 import numpy as np  # noqa: E402
 
 import wan_generate_video  # noqa: E402
+from modules.command import Parser  # noqa: E402
 from modules.media.reading import Frame, video_frames  # noqa: E402
 from modules.media.writing import write_png  # noqa: E402
 
@@ -71,7 +72,10 @@ STRIPS = {
 }
 
 
-def main(names: Sequence[str]) -> None:
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(STRIPS))
+    names = parser.parse_args().names
     FOLDER.mkdir(exist_ok=True)
     for name in names or STRIPS:
         with tempfile.TemporaryDirectory() as folder:
@@ -115,4 +119,4 @@ def _row(frames: Sequence[Frame]) -> Frame:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

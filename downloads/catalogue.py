@@ -75,6 +75,7 @@ class ModelSet:
     released_by: str  # the repository of the original release
     components: tuple[Component, ...]
     commands: Mapping[str, str]  # in the order they are run
+    data: Mapping[str, Any]  # what its data are like; see catalogue.toml
 
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the commands for files below `folder`, as a user types them."""
@@ -108,6 +109,7 @@ def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
                 entry["released_by"],
                 tuple(chosen),
                 commands,
+                {**data["family"][entry["family"]].get("data", {}), **entry.get("data", {})},
             )
         )
     return sets

@@ -239,6 +239,13 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def read_folder(about: str | None) -> Path:
+    """Return the folder that a script is given as its only argument; about: the script's docstring."""
+    parser = Parser(description=about)
+    parser.add_argument("folder", type=Path, help="where it works")
+    return Path(parser.parse_args().folder)
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return " Did you mean NAME?" with the most similar name; empty if none is similar."""
     near = difflib.get_close_matches(given[:MOST_OF_WORD], list(known), 1)

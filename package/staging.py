@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modules.version import VERSION
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
-from package.rewriting import add_entry_point, package_name, rename_scripts, rewrite_imports
+from package.rewriting import PACKAGE, add_entry_point, package_name, rename_scripts, rewrite_imports
 
 # folders of Python that are for work on Reelsmith, or for its quickstart
 NOT_INSTALLED = {"benchmarks", "package", "pocket", "tests"}
@@ -24,7 +24,7 @@ def find_rooms(root: Path) -> list[str]:
 
 def find_own_names(root: Path) -> set[str]:
     """Return the top-level names that a checkout imports its own modules by."""
-    return {*find_rooms(root), *(path.stem for path in root.glob("*.py")), "package"}
+    return {*find_rooms(root), *(path.stem for path in root.glob("*.py")), "package"} - {PACKAGE}
 
 
 def lay_out_sources(root: Path, folder: Path) -> None:

@@ -3,7 +3,6 @@
 python -m pocket.concepts FOLDER        writes clips, captions and dataset.toml to FOLDER/WORD
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from modules.atomic_write import write_text
+from modules.command import read_folder
 from pocket import drawing
 from pocket.captions import plain
 from pocket.clips import write_clips
@@ -89,5 +89,6 @@ def lay_out(folder: Path, concept: Concept) -> Path:
 
 
 if __name__ == "__main__":
+    chosen = read_folder(__doc__)
     for each in CONCEPTS.values():
-        lay_out(Path(sys.argv[1]) / each.word, each)
+        lay_out(chosen / each.word, each)

@@ -8,10 +8,10 @@ Foundation, CC-BY 3.0.
 
 import importlib.metadata
 import shutil
-import sys
 from pathlib import Path
 
 from modules.atomic_write import write_text
+from modules.command import read_folder
 from modules.errors import MediaError
 
 CAPTIONS = {
@@ -64,4 +64,4 @@ def lay_out(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    lay_out(Path(sys.argv[1]))
+    lay_out(read_folder(__doc__))

@@ -5,7 +5,6 @@ python -m pocket.reconstruct FOLDER     reads FOLDER/clips, writes FOLDER/recons
 """
 
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from generation.outputs import pixels_to_uint8
 from modules.atomic_write import write_text
+from modules.command import read_folder
 from modules.media.reading import resize_cover, video_frames
 from modules.media.writing import write_video
 from pocket import drawing
@@ -40,4 +40,4 @@ def reconstruct(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    reconstruct(Path(sys.argv[1]))
+    reconstruct(read_folder(__doc__))

@@ -8,7 +8,6 @@ It is one HTML file without scripts.
 import html
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modules.atomic_write import write_text
+from modules.command import read_folder
 from modules.errors import UserError
 from modules.media.reading import read_image, resize_cover, video_frames
 from modules.media.writing import write_png
@@ -219,4 +219,4 @@ def _commands(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    write_report(Path(sys.argv[1]))
+    write_report(read_folder(__doc__))

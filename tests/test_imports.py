@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
+    "project": {"modules", "dataset", "downloads", "training"},
     "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"}
     | {"flux", "hunyuan_image", "lumina", "stable_diffusion"},
 }
@@ -141,7 +142,7 @@ SLOW = ("hashlib", "json", "subprocess", "tomllib")
 SCRIPTS = sorted(
     path.name
     for path in ROOT.glob("*.py")
-    if path.name not in {"families.py", "run_tests.py", "quickstart.py"}
+    if path.name not in {"families.py", "run_tests.py", "quickstart.py", "reelsmith.py"}
 )
 # scripts in a room, with the rights of those at the root
 _TOOLS = {

@@ -15,6 +15,7 @@ from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
+OTHERS_TABLE = "reelsmith"  # what run_project.py keeps in the file
 TYPING_MISTAKE = 0.9  # similarity of a name and the one that was meant; 1 is the same
 
 
@@ -29,16 +30,18 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read options from the TOML file `name` (".toml" may be left out), converted as the command line would.
 
-    Tables are flattened; the last of equal keys wins. A key that is similar to no option is ignored with a
-    warning: it may be another tool's. Raises UserError if the file is missing or is not TOML, OptionError if
-    a key is a mistyped option, or if a value has a wrong type or is not one of the choices.
+    Tables are flattened, but for `reelsmith`, which is not for training; the last of equal keys wins. A key
+    that is similar to no option is ignored with a warning: it may be another tool's. Raises UserError if the
+    file is missing or is not TOML, OptionError if a key is a mistyped option, or if a value has a wrong type
+    or is not one of the choices.
     """
     path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
     actions = {
         action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}
     }
     values = {}
-    for key, value in _flatten(_load(path)):
+    tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
+    for key, value in _flatten(tables):
         if key in actions:
             values[key] = _convert(path, actions[key], value)
         else:
@@ -56,7 +59,7 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """
     if path.exists():
         raise OptionError(f"--output_config: {path} exists already. Remove it, or name another file")
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+    lines = [f"{key} = {toml_value(value)}" for key, value in values.items()]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -65,9 +68,10 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
         raise OptionError(f"--config_file {path}: cannot be written ({error.strerror})") from None
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Return a value as TOML writes it."""
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

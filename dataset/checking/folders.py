@@ -14,6 +14,7 @@ from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 USUAL = frozenset(
     {".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db"}
 )  # are left alone
+PROMPTS = "prompts.txt"  # of samples, as `new` writes it
 
 
 def check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
@@ -35,7 +36,7 @@ def check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
             if before + entry.name in used or entry.name[0] == "." or is_of_shards(entry.name):
                 continue
             suffix = Path(entry.name).suffix.lower()
-            if suffix not in USUAL and is_file(entry):
+            if entry.name != PROMPTS and suffix not in USUAL and is_file(entry):
                 names[suffix] += 1
     for suffix, count in sorted(names.items()):
         if suffix in others:

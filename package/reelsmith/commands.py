@@ -1,20 +1,21 @@
-"""The command `reelsmith` of the installed package: words that name a script, such as `train wan`.
+"""The command `reelsmith`, in a checkout `python reelsmith.py`: words name a script, as `train wan` does.
 
 Standard library only, and no script is imported but the one that is asked for.
 """
 
 import ast
 import difflib
-import importlib
 import re
+import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from modules.installation import PREFIX, ROOT, import_own
 from modules.version import VERSION
 
-PROGRAM = "reelsmith"
+PROGRAM = "reelsmith" if PREFIX else "python reelsmith.py"
 # a script's name -> what follows `reelsmith`; other scripts keep their name, with - for _
 WORDS = {
     r"(\w+)_train_network": "train {family}",
@@ -22,11 +23,12 @@ WORDS = {
     r"(\w+)_generate_(?:video|image)": "generate {family}",
     r"(?:(\w+)_)?cache_latents": "cache latents {family}",
     r"(?:(\w+)_)?cache_text_encoder_outputs": "cache text {family}",
-    r"(\w+)_lora": "{family}",  # merge, convert, flux-merge
+    r"(\w+)_(?:lora|project)": "{family}",  # merge, convert, flux-merge; new, run
 }
 FAMILY = "hv"  # of scripts that name none
 TOOLS = ("blissful_tuner", "networks")  # the rooms that have scripts too
-OF_A_CHECKOUT = {"quickstart", "run_tests"}  # scripts that set up a checkout; the package has none of them
+# scripts that set up a checkout, and its door to the commands; the package has none of them
+OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests"}
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,24 @@ def read_summary(command: ScriptCommand) -> str:
 def main() -> None:
     """Run the command that the words name; without one, list what there is."""
     words = sys.argv[1:]
-    commands = find_commands(Path(__file__).resolve().parent)
+    commands = find_commands(ROOT)
     command = next((one for one in commands if tuple(words[: len(one.words)]) == one.words), None)
     if command is not None:
-        name = " ".join((PROGRAM, *command.words))
-        sys.argv = [name, *words[len(command.words) :]]  # the name that its help and messages show
-        importlib.import_module(f"{__package__}.{command.module}").run()
+        _run(command, words[len(command.words) :])
     elif words[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
         _explain(commands, words)
+
+
+def _run(command: ScriptCommand, words: Sequence[str]) -> None:
+    """Run a script with these words behind the name that its help and messages show."""
+    if PREFIX:
+        sys.argv = [" ".join((PROGRAM, *command.words)), *words]
+        import_own(command.module).run()
+        return
+    sys.argv = [str(Path(sys.argv[0]).parent / command.path.relative_to(ROOT)), *words]
+    runpy.run_path(str(command.path), run_name="__main__")
 
 
 def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
@@ -113,16 +123,23 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
 
 
 def _listing(commands: Sequence[ScriptCommand]) -> str:
+    """Return the commands with a line each: those to begin with, those of each family, and the tools."""
     width = max(len(" ".join(one.words)) for one in commands)
-    lines = [f"  {' '.join(one.words):{width}}  {read_summary(one)}" for one in commands]
+    families = sorted({one.words[-1] for one in commands if len(one.words) > 1})
+    begin = "from a folder to a LoRA"
+    groups: dict[str, list[str]] = {name: [] for name in (begin, *families, "tools")}
+    for one in commands:
+        begins = [name for name in families if one.words[-1] == name or one.words[0].startswith(f"{name}-")]
+        group = begin if one.script.endswith("_project") else max(begins, key=len, default="tools")
+        groups[group].append(f"  {' '.join(one.words):{width}}  {read_summary(one)}")
+    lines = [line for name, group in groups.items() if group for line in ("", f"{name}:", *group)]
+    shown = next((one for one in commands if len(one.words) > 1), commands[0])
     return "\n".join(
         (
             f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists the options of one",
-            "",
             *lines,
             "",
             "hv: HunyuanVideo and SkyReels V1; fpack: FramePack.",
-            f"Each has the name of its script too: {commands[0].script} is {PROGRAM} "
-            f"{' '.join(commands[0].words)}.",
+            f"Each has the name of its script too: {shown.script} is {PROGRAM} {' '.join(shown.words)}.",
         )
     )

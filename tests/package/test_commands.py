@@ -10,7 +10,7 @@ from modules.version import VERSION
 from package.reelsmith import commands
 from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words, read_summary
 from package.staging import find_rooms
-from tests.commands import ROOT
+from tests.commands import ROOT, assert_user_error, run_program, run_script
 from tests.test_imports import SCRIPTS, TOOLS
 
 FOUND = [
@@ -46,6 +46,7 @@ def test_every_command_says_what_it_is_for() -> None:
         ("cache_latents", "cache latents hv"),
         ("wan_cache_text_encoder_outputs", "cache text wan"),
         ("merge_lora", "merge"),
+        ("new_project", "new"),
         ("convert_lora", "convert"),
         ("flux_merge_lora", "flux-merge"),
         ("hunyuan_image_generate_image", "generate hunyuan-image"),
@@ -61,9 +62,9 @@ def test_words_follow_from_the_name(script: str, words: str) -> None:
     ("typed", "answer"),
     [
         ("train", "train: which one? train hv, train wan"),
-        ("train wn --task x", "'train wn' is no command. Did you mean reelsmith train wan?"),
-        ("wan train", "'wan train' is no command. Did you mean reelsmith train wan?"),
-        ("mrege", "'mrege' is no command. Did you mean reelsmith merge?"),
+        ("train wn --task x", "'train wn' is no command. Did you mean python reelsmith.py train wan?"),
+        ("wan train", "'wan train' is no command. Did you mean python reelsmith.py train wan?"),
+        ("mrege", "'mrege' is no command. Did you mean python reelsmith.py merge?"),
         ("--task", "'--task' is no command."),
         ("teapot", "'teapot' is no command."),
         ("teapot --help", "'teapot' is no command."),
@@ -75,7 +76,9 @@ def test_other_words_are_answered_with_what_was_meant(
     with pytest.raises(SystemExit) as end:
         commands._explain(FOUND, typed.split())
     assert end.value.code == 2
-    assert capsys.readouterr().err == f"reelsmith: error: {answer}\nreelsmith --help lists all commands\n"
+    said = capsys.readouterr().err
+    program = "python reelsmith.py"
+    assert said == f"{program}: error: {answer}\n{program} --help lists all commands\n"
 
 
 @pytest.mark.parametrize(("typed", "count"), [("", 4), ("--help", 4), ("train --help", 2), ("cache -h", 1)])
@@ -90,7 +93,27 @@ def test_help_lists_the_commands_that_begin_so(
 def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [str(Path("bin/reelsmith")), "--version"])
     commands.main()
-    assert capsys.readouterr().out == f"reelsmith {VERSION}\n"
+    assert capsys.readouterr().out == f"python reelsmith.py {VERSION}\n"
+
+
+def test_the_door_of_a_checkout_runs_a_script_as_it_is(tmp_path: Path) -> None:
+    """The installed command is tested with the wheel."""
+    listing = run_script("reelsmith.py", folder=tmp_path).stdout
+    for command in find_commands(ROOT):
+        assert f"  {' '.join(command.words)}  " in listing
+    for words, script in (("train wan", "wan_train_network.py"), ("metaview", "blissful_tuner/metaview.py")):
+        through, plain = (
+            run_script(*call, "--help", folder=tmp_path).stdout
+            for call in (["reelsmith.py", *words.split()], [script])
+        )
+        assert through == plain
+    done = run_script("reelsmith.py", "merge", "--dit", "nothing.safetensors", folder=tmp_path, check=False)
+    assert_user_error(done, "merge_lora.py: error: ")
+
+
+def test_the_door_is_a_package_to_a_launcher_that_is_given_modules() -> None:
+    done = run_program(sys.executable, "-m", "reelsmith.wan_train_network", "--help", folder=ROOT)
+    assert "--dataset_config" in done.stdout
 
 
 def test_the_pages_name_commands_that_exist() -> None:
