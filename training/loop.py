@@ -323,20 +323,17 @@ def _after_epoch(run: TrainingRun) -> None:
         progress.sample_pending = f"e{epoch:06d}"
     if is_whole:
         progress.epoch, progress.position = epoch, 0
-    every = options.saving.save_every_n_epochs
-    if (
-        is_whole
-        and every is not None
-        and epoch % every == 0
-        and epoch < run.plan.num_epochs
-        and run.saver is not None
-    ):
+    every, is_last = options.saving.save_every_n_epochs, progress.step >= run.plan.total_steps
+    saves = is_whole and every is not None and epoch % every == 0 and epoch < run.plan.num_epochs
+    if saves and run.saver is not None:
         run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
     if is_ending(run):
         _save_to_go_on(run)
-    elif run.validation is not None and _is_every(options.validation.epochs_between(), epoch):
+    elif run.validation is not None and options.validation.is_due_after_epoch(
+        epoch, progress.step, run.plan.steps_per_epoch, saves or is_last
+    ):
         _validate(run, EPOCH)
     _restart_clock(run)
 
@@ -389,10 +386,6 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
         if run.average is not None and run.options.average.sample_ema:
             stack.enter_context(run.average.in_place())
         yield
-
-
-def _is_every(every: int | None, epoch: int) -> bool:
-    return every is not None and epoch % every == 0
 
 
 def _validate(run: TrainingRun, occasion: str) -> None:

@@ -13,6 +13,7 @@ from modules.options import HABIT, check_at_least, check_at_most, check_below, c
 
 logger = logging.getLogger(__name__)
 
+LEAST_STEPS = 50  # between validations, if no option says how often
 MOST_STEPS = 100_000_000  # a year at three steps a second
 MOST_READERS = 1024
 MOST_ACCUMULATED = 1_000_000
@@ -97,7 +98,7 @@ class ValidationOptions:
 
     validation_split: float  # share of the source files, 0 up to but not including 1
     validate_every_n_steps: int | None
-    validate_every_n_epochs: int | None  # both None: at the end of each epoch
+    validate_every_n_epochs: int | None  # both None: see `is_due_after_epoch`
     max_validation_steps: int | None  # batches of each validation; None: all
     validation_seed: int | None  # of the choice of the source files and of noise; None: that of the program
 
@@ -112,16 +113,23 @@ class ValidationOptions:
             "--validate_every_n_steps",
             self.validate_every_n_steps,
             1,
-            "leave it out to validate after each epoch",
+            "leave it out to validate after each epoch of at least 50 steps",
         )
         for name in ("validate_every_n_epochs", "max_validation_steps"):
             check_at_least(f"--{name}", getattr(self, name), 1, "leave it out for each epoch and all batches")
         check_at_least("--validation_seed", self.validation_seed, 0, "leave it out for the usual choice")
         check_seed("--validation_seed", self.validation_seed)
 
-    def epochs_between(self) -> int | None:
-        """Return after how many epochs to validate; None: after steps only."""
-        return self.validate_every_n_epochs or (1 if self.validate_every_n_steps is None else None)
+    def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
+        """Return whether to validate at the end of an epoch of so many steps, at `step`.
+
+        Without options: after each epoch that leaves a file; of the others after those that pass a multiple
+        of 50 steps, as a few batches do not repay a validation.
+        """
+        if self.validate_every_n_epochs is not None:
+            return epoch % self.validate_every_n_epochs == 0
+        has_passed = step // LEAST_STEPS > (step - steps) // LEAST_STEPS
+        return self.validate_every_n_steps is None and (is_saved or has_passed)
 
 
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +204,8 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--validate_every_n_steps",
         type=int,
-        help="how often to compute the validation loss; after each epoch when not given",
+        help="how often to compute the validation loss; after each epoch when not given, or about every 50 "
+        "steps if epochs are shorter",
     )
     group.add_argument(
         "--validate_every_n_epochs", type=int, help="compute it after every so many epochs, too"

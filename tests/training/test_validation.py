@@ -1,5 +1,6 @@
 """The validation loss: fixed noise and timesteps, so that its values can be compared."""
 
+import argparse
 import logging
 import re
 from contextlib import nullcontext
@@ -13,7 +14,9 @@ from dataset.batches.validation_split import split_validation
 from dataset.config import load_dataset_config
 from modules.contract.loading import Placement
 from modules.errors import DatasetError, OptionError
+from modules.options import read_options
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
+from training.loop_options import ValidationOptions, add_loop_arguments
 from training.run import train_network
 from training.validation import Validation
 
@@ -87,15 +90,16 @@ def test_it_is_measured_at_the_start_and_every_n_steps_the_same_for_every_seed(
     assert firsts[0] == firsts[1]
 
 
-def test_without_a_number_of_steps_it_is_measured_after_every_epoch(
+def test_without_a_number_of_steps_it_is_measured_after_epochs_that_leave_a_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_caches(tmp_path, count=5)
 
-    with caplog.at_level(logging.INFO):
-        train_toy(tmp_path, "--validation_split", "0.2")  # four are left to train on
+    with caplog.at_level(logging.INFO):  # four items are left to train on
+        train_toy(tmp_path, "--validation_split", "0.2")
+        train_toy(tmp_path, "--validation_split", "0.2", "--save_every_n_epochs", "1")
 
-    assert [step for step, _ in losses_in(caplog.text)] == ["0", "4", "8"]
+    assert [step for step, _ in losses_in(caplog.text)] == ["0", "8", "0", "4", "8"]
 
 
 def test_it_falls_where_the_network_learns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -116,6 +120,26 @@ def test_it_falls_where_the_network_learns(tmp_path: Path, caplog: pytest.LogCap
 
     (_, before), (_, after) = losses_in(caplog.text)
     assert float(after) < float(before)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "due"),
+    [
+        ((), 5, [50, 100]),  # epochs of five steps
+        ((), 60, [60, 120]),
+        ((), 120, [120]),
+        (("--validate_every_n_epochs", "7"), 5, [35, 70, 105]),
+        (("--validate_every_n_steps", "5"), 5, []),  # and after steps
+    ],
+)
+def test_short_epochs_are_not_all_validated(words: tuple[str, ...], steps: int, due: list[int]) -> None:
+    parser = argparse.ArgumentParser()
+    add_loop_arguments(parser)
+    options = read_options(ValidationOptions, parser.parse_args(words))
+    ends = [(epoch, epoch * steps) for epoch in range(1, 120 // steps + 1)]
+    assert [end for epoch, end in ends if options.is_due_after_epoch(epoch, end, steps, False)] == due
+    is_asked = options.validate_every_n_epochs is not None or options.validate_every_n_steps is not None
+    assert options.is_due_after_epoch(1, steps, steps, is_saved=True) is not is_asked
 
 
 def test_a_table_marked_for_validation_is_not_trained_on(tmp_path: Path) -> None:
