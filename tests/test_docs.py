@@ -113,6 +113,7 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
         *("--W", "128", "--H", "128", "--steps", "5", "--gradual_latent_timesteps", "900"),
         *("--gradual_latent_every_n_steps", "1", "--gradual_latent_ratio_step", "0.5"),
     ],
+    "reelsmith.py new": ["--max_train_steps", "1", "--memory", "0"],
     "--post gimmvfi": ["--video_size", "128", "128"],  # it takes no smaller frames
     "gpu.py --dry": ["--rows", "wan14b-bf16"],
     # inductor is slow, and has its own tests
