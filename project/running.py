@@ -29,9 +29,7 @@ def run_project(options: RunOptions) -> None:
         missing = [name for name in own["files"] if not Path(name).exists()]
         output, name = Path(values["output_dir"]), str(values["output_name"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise OptionError(
-            f"{path} is not as `new` writes it ({error}). Run python reelsmith.py new"
-        ) from None
+        raise OptionError(f"{path} is not as `new` writes it ({error}). Run new_project.py on it") from None
     if find_latest(output, name) is not None:
         commands[-1] += ["--resume", "latest"]
     commands = [download, *commands] if options.download and missing else commands

@@ -97,7 +97,9 @@ def test_only_commands_of_ours_are_run(words: list[str], collected: Path, tmp_pa
 def test_a_folder_that_is_not_described_is_one_message(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "run.toml").write_text(text, encoding="utf-8")
-    assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "run.toml", "reelsmith.py new")
+    assert_one_message(
+        *run_here("run_project.py", tmp_path, folder=tmp_path), "run.toml", "Run new_project.py"
+    )
 
 
 def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None:
