@@ -50,10 +50,10 @@ def run_command(words: list[str]) -> int:
     Ctrl-C reaches it from the terminal; this process waits for its end. Raises OptionError if it is no script
     of ours.
     """
-    script = "".join(words[1:2])
-    if words[:1] != ["python"] or script not in (path.name for path in ROOT.glob("*.py")):
+    script = "".join(words[1:2]).removesuffix(".py")
+    if words[:1] != ["python"] or script not in (path.stem for path in ROOT.glob("*.py")):
         raise OptionError(f"{as_typed(words)} is no command of this program. Correct {RUN_FILE}.")
-    program = ["-m", PREFIX + script.removesuffix(".py")] if PREFIX else [str(ROOT / script)]
+    program = ["-m", PREFIX + script] if PREFIX else [str(ROOT / f"{script}.py")]
     interrupts: list[int] = []
     with subprocess.Popen([sys.executable, *program, *words[2:]]) as process:
         # set after the start: a program inherits what is ignored
