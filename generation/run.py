@@ -42,7 +42,6 @@ from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
-PROMPT_SIGN = "> "
 STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
 
 
@@ -219,10 +218,9 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
 
 def converse(run: GenerationRun) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
-    ask = line_reader(PROMPT_SIGN)
     remembers = run.options.remembers_lines
-    logger.info(
-        "Enter a prompt and options such as --s 20 --d 7. Ctrl-C cancels the current prompt, Ctrl-D quits.%s",
+    ask = line_reader(
+        ((letter, option.key) for letter, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
     said: dict[str, Any] = {}
@@ -249,4 +247,4 @@ def converse(run: GenerationRun) -> None:
             return
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-            logger.warning("The prompt is cancelled. Ctrl-D quits.")
+            logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")

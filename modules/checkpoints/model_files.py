@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from modules.options import require
+from modules.paths import explain_missing
 
 Found = TypeVar("Found")
 
@@ -19,7 +20,10 @@ def require_file(path: Path | None, option: str, why: str) -> Path:
     """
     given = require(path, option, why)
     if not given.exists():
-        raise CheckpointError(f"{option} {given}: no such file or folder. Give the path of the model", given)
+        raise CheckpointError(
+            f"{option} {given}: no such file or folder.{explain_missing(given)} Give the path of the model",
+            given,
+        )
     return given
 
 
