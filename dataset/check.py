@@ -30,11 +30,12 @@ from dataset.caching.text_plans import KnownTexts, plan_text, text_index
 from dataset.caching.work import npz_names
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, balance, count_batches, indent
-from dataset.checking.folders import check_unused, folder_id
+from dataset.checking.folders import check_unused
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
-from dataset.sources.listing import find_sources
+from dataset.sources.left_out import folder_id
+from dataset.sources.listing import find_sources, unsearched_folders
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates
 from modules.addresses import is_address
@@ -182,6 +183,8 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
         return found
     others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
     check_unused(found, others)
+    if table is config.datasets[0]:
+        found.remarks += [Fault("folders are not searched", line) for line in unsearched_folders(config)]
     return found
 
 

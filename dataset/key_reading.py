@@ -84,13 +84,14 @@ def read_value(keys: Mapping[str, Key], name: str, value: Any, where: str, probl
     key = keys[name]
     try:
         return key.read(value)
-    except Unfit:
+    except Unfit as unfit:
         near = (
             difflib.get_close_matches(value, MODES, 1)
             if name == "frame_extraction" and isinstance(value, str)
             else []
         )
         hint = f'. Did you mean "{near[0]}"?' if near else ""
+        hint = f". This cannot be: {unfit}" if str(unfit) else hint
         if str(value).strip().lower() in NOTHING:
             hint = ". For nothing, leave the key out"
         problems.append(f"{where}: {name} = {show(value)} ({kind_of(value)}); allowed: {key.allowed}{hint}")

@@ -32,11 +32,16 @@ def expand_path(text: str, base: Path | None = None) -> Path:
         except RuntimeError:
             raise ValueError("there is no such user. Write the path out") from None
     path = path if base is None else base / path
+    check_length(path)
+    return path
+
+
+def check_length(path: Path) -> None:
+    """Raise ValueError if no file can have so long a name."""
     if len(os.fsencode(path)) > MOST_OF_NAME:  # else no part is longer
         longest = max(len(os.fsencode(part)) for part in path.parts)
         if longest > MOST_OF_NAME or len(str(path)) > MOST_OF_PATH:
             raise ValueError("no file has so long a name. Give the path of a file")
-    return path
 
 
 def path_exists(path: Path) -> bool:
