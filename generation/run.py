@@ -1,6 +1,7 @@
 """Modes of a generation script: one prompt, a prompt file, interactive, decode only, save a merged model."""
 
 import logging
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,13 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 def make_prompt(run: GenerationRun) -> None:
     """Generate the prompt of the command line, --num_videos times with seeds that follow one another."""
     request, count = run.options.request, run.options.num_videos
+    typed = re.findall(r" (--[a-z]{1,4}) \S", f" {request.prompt}")
+    if typed:
+        logger.warning(
+            "%s in --prompt is text that the model reads: such options are for lines of --from_file and "
+            "--interactive. On the command line they have their full names",
+            " ".join(typed),
+        )
     if count == 1:
         jobs = [make_job(run, "the prompt", {})]
     else:

@@ -179,10 +179,22 @@ class Parser(argparse.ArgumentParser):
         if not {"-h", "--help"} & set(words):
             self._refuse_unknown(words)
             self._refuse_joined(words)
+        self._tell_repeated(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(self._explain_rest(words, others))
         return found
+
+    def _tell_repeated(self, words: Sequence[str]) -> None:
+        """Warn about options given twice, each with a value of its own: the last one counts."""
+        given: dict[str, set[str]] = {}
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        for word, following in pairwise([*words[: words.index("--") if "--" in words else None], ""]):
+            name, equals, value = word.partition("=")
+            if name in flags and isinstance(flags[name], argparse._StoreAction):
+                given.setdefault(flags[name].option_strings[-1], set()).add(value if equals else following)
+        for name in (name for name, values in given.items() if len(values) > 1):
+            logging.getLogger(__name__).warning("%s is given more than once: the last one counts", name)
 
     def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
         """Say what is wrong with words that belong to no option."""

@@ -37,7 +37,12 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import Fault, raise_faults
-from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
+from dataset.sources.listing import (
+    find_all_sources,
+    require_captions,
+    warn_missing_captions,
+    warn_unreadable_captions,
+)
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates
 from modules.errors import DatasetError
@@ -93,6 +98,7 @@ class MediaWork:
         sources, self.not_listed, self.whole_tables = _list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_missing_captions(sources)
+        warn_unreadable_captions(sources)
         family.check_given_files()
         self.sources: Sequence[MediaSource] = use_moments(family, sources)
         places.require_form(config, family.cache_tag)

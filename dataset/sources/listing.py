@@ -34,6 +34,7 @@ from modules.text_files import bad_character, parse_json, read_lines
 
 logger = logging.getLogger(__name__)
 
+MOST_READ = 20_000  # captions, only to warn
 MOST_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
 
 
@@ -161,6 +162,23 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
             len(sources),
             missing_captions(missing[:1])[0],
         )
+
+
+def warn_unreadable_captions(sources: Sequence[MediaSource]) -> None:
+    """Warn about caption files that text caching will refuse, before hours of encoding clips.
+
+    At most MOST_READ are read.
+    """
+    bad: dict[Path, str] = {}
+    paths = [source.caption_path for source in sources if source.caption is None and source.caption_path]
+    for path in paths[:MOST_READ]:
+        try:
+            read_caption(path)
+        except DatasetError as error:
+            bad[path] = str(error)
+    if bad:
+        lines = "\n  ".join(explain_captions(list(bad), list(bad.values()))[:LISTED])
+        logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)
 
 
 def _where_caption(source: MediaSource) -> str:

@@ -153,6 +153,21 @@ def test_a_table_without_an_item_is_a_fault_of_checking_and_caching(tmp_path: Pa
             conclude(report)
 
 
+def test_captions_that_are_not_utf8_are_told_before_clips_are_encoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, clips=(9, 9, 9))
+    for number in (0, 2):
+        (tmp_path / f"clip_{number}.txt").write_bytes("Käse auf der Straße".encode("cp1252"))
+
+    cache_media(ToyFamily(), config, options())
+
+    (said,) = [line for line in caplog.messages if "captions cannot be used" in line]
+    assert said.startswith("2 captions")
+    assert "clip_0.txt" in said
+    assert "clip_2.txt" in said
+
+
 def test_a_wrong_rate_is_a_fault_of_checking_and_caching(tmp_path: Path) -> None:
     config = make_config(tmp_path, clips=(9, 9), source_fps=60.0)
 
