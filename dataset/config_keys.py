@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.addresses import is_address
-from modules.paths import expand_path
+from modules.paths import expand_path, explain_path, path_exists
 from modules.text_files import bad_character
 
 # of frame_extraction; what they do: dataset/sources/frames.py
@@ -86,9 +86,13 @@ def _text(value: Any) -> str:
 
 def read_path(value: Any) -> Path:
     try:
-        return expand_path(_text(value))
+        path = expand_path(_text(value))
     except ValueError as error:
         raise Unfit(str(error)) from None
+    why = None if path_exists(path) else explain_path(value)
+    if why is not None:
+        raise Unfit(why)
+    return path
 
 
 def _table_path(value: Any) -> Path:

@@ -91,8 +91,8 @@ def read_value(keys: Mapping[str, Key], name: str, value: Any, where: str, probl
             else []
         )
         hint = f'. Did you mean "{near[0]}"?' if near else ""
-        hint = f". This cannot be: {unfit}" if str(unfit) else hint
-        if str(value).strip().lower() in NOTHING:
+        hint = f"; but {unfit}" if str(unfit) else hint
+        if not hint and str(value).strip().lower() in NOTHING:
             hint = ". For nothing, leave the key out"
         problems.append(f"{where}: {name} = {show(value)} ({kind_of(value)}); allowed: {key.allowed}{hint}")
         return BAD

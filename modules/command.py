@@ -33,6 +33,7 @@ NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _DASHES = re.compile(
     "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
 )
+SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
 
 
@@ -166,6 +167,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"formatter_class": _HelpFormatter, **settings})
+        self._has_told_repeated = False
 
     def print_help(self, file: Any = None) -> None:
         """Print the help as argparse does, in colour on a terminal."""
@@ -193,8 +195,10 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             if name in flags and isinstance(flags[name], argparse._StoreAction):
                 given.setdefault(flags[name].option_strings[-1], set()).add(value if equals else following)
-        for name in (name for name, values in given.items() if len(values) > 1):
+        repeated = [name for name, values in given.items() if len(values) > 1]
+        for name in [] if self._has_told_repeated else repeated:
             logging.getLogger(__name__).warning("%s is given more than once: the last one counts", name)
+        self._has_told_repeated = True  # some scripts parse twice
 
     def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
         """Say what is wrong with words that belong to no option."""
@@ -206,6 +210,9 @@ class Parser(argparse.ArgumentParser):
                     f"{before} takes one path and has {len(others) + 1}, {path} {word} ...: the shell put "
                     "all that fit in the place of a pattern (*). Give the one to use."
                 )
+        before = words[words.index(others[0]) - 1]
+        if before in flags and flags[before].nargs == 0 and others[0].lower() in SWITCHES:
+            return f"{before} is a switch: leave {others[0]} out, and to turn it off the switch too."
         if any(mark in word for word in words for mark in "“”„«»"):
             return (
                 f"{as_typed(others)} belongs to no option: the quotation marks “ ” are typographic, and the "
@@ -238,7 +245,8 @@ class Parser(argparse.ArgumentParser):
             if is_value and not word.startswith("--"):
                 message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
             else:
-                message = f"Unknown option {name}.{did_you_mean('--' + name.lstrip('-'), flags)}"
+                near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
+                message = f"Unknown option {name}.{near.replace('mean ', 'mean --')}"
             said[message] = None
         if said:
             self.error(" ".join(said))

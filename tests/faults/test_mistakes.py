@@ -301,6 +301,8 @@ TOGETHER = (
     wrong(GENERATIONS, "--latent_path latent.safetensors --output_type latent", "Use video or images"),
     wrong(GENERATIONS, "--cfg_skip_mode early", "--cfg_skip_mode early needs --cfg_apply_ratio"),
     wrong(GENERATIONS, "--upcast_linear", "--upcast_linear needs --fp8_scaled"),
+    wrong(TRAININGS, "--gradient_checkpointing True", "is a switch: leave True out"),
+    wrong(GENERATIONS, "--save_path made.mp4", "--save_path made.mp4", "Give a folder"),
     wrong(GENERATIONS, "a dog", "a dog belongs to no option", "in quotes"),
     wrong(GENERATIONS, "--prompt \u201ca dog\u201d", "typographic", 'Write "..." around a text'),
     wrong(
