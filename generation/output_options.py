@@ -58,8 +58,8 @@ class OutputOptions:
             )
         if self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.exists():
             raise OptionError(
-                f"--save_path {self.save_path}: results get names of their own. Give a folder for them, such as "
-                f"{self.save_path.with_suffix('')}"
+                f"--save_path {self.save_path}: results get names of their own. Give a folder for them, such "
+                f"as {self.save_path.with_suffix('')}"
             )
 
     @property
