@@ -19,7 +19,8 @@ from modules.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
-Entry, Made = TypeVar("Entry"), TypeVar("Made")
+Entry = TypeVar("Entry")
+Made = TypeVar("Made")
 # a mapping sets several keys at once
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
 SEED_BITS = 32
