@@ -268,7 +268,8 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     ends = [_suffix_of(entry.name) for entry in entries]
-    there, no_files = [], []
+    there: list[Path] = []
+    no_files: list[Path] = []
     for entry, end in zip(entries, ends, strict=True):
         if end in suffixes:
             (there if is_file(entry) else no_files).append(table.directory / entry.name)
