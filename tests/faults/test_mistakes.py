@@ -208,7 +208,7 @@ FILES = (
     wrong((HV_TRAIN, HV_WHOLE, FP_TRAIN, FP_WHOLE), "--text_encoder1_tokenizer BAD/lfs.json", "git lfs pull"),
     wrong(TRAININGS, "--logging_dir BAD/text.txt", "--logging_dir", "is a file; give a folder"),
     wrong(TRAININGS, "--output_dir BAD/text.txt", "--output_dir", "is a file; give a folder"),
-    wrong(TRAININGS, "--output_name a/b", "--output_name 'a/b'", "give the folder to --output_dir"),
+    wrong(TRAININGS, "--output_name a/b", "--output_name 'a/b'", "which --output_dir names"),
     wrong(TRAININGS, "--resume BAD/text.txt", "--resume", "Give a ...-state folder"),
     wrong(TRAININGS, "--resume BAD/folder", "is not a state folder", "Give a ...-state folder"),
     wrong(TRAININGS, "--log_tracker_config BAD/none.toml", "--log_tracker_config", "no such file"),
