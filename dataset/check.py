@@ -30,12 +30,14 @@ from dataset.caching.text_plans import KnownTexts, plan_text, text_index
 from dataset.caching.work import npz_names
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, balance, count_batches, indent
-from dataset.checking.folders import check_unused, folder_id
+from dataset.checking.folders import check_unused
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
-from dataset.sources.listing import find_sources
+from dataset.sources.left_out import folder_id
+from dataset.sources.listing import find_sources, unsearched_folders
 from dataset.sources.media_source import MediaSource
+from dataset.sources.rates import find_wrong_rates
 from modules.addresses import is_address
 from modules.bars import Bar
 from modules.contract.data import MediaTable
@@ -45,6 +47,7 @@ from modules.errors import CacheError, DatasetError, OptionError
 NO_COUNTERS = Counters(())
 OTHER_FORM = "cache folders are in the other form"
 UNUSABLE = "tables cannot be used"
+NO_ITEM = "tables have no item to train on"
 
 
 def check_media(
@@ -85,6 +88,7 @@ def check_media(
         if found.sources:
             if _is_usable(family, found, encodes_media):
                 _check_sources(found, recipe, workers)
+            found.faults += find_wrong_rates(found.sources)
             check_captions(found, NO_COUNTERS)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
         tables.append(found)
@@ -179,6 +183,8 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
         return found
     others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
     check_unused(found, others)
+    if table is config.datasets[0]:
+        found.remarks += [Fault("folders are not searched", line) for line in unsearched_folders(config)]
     return found
 
 
@@ -217,6 +223,9 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         found.remarks += [
             Fault(kind, f"{plan.source.path}: {line}", plan.source.stem) for plan, line in lines
         ]
+    if plans and not found.buckets:
+        text = f"{table.name}: not one of its {len(plans)} {table.kind}s gives an item"
+        found.faults.append(Fault(NO_ITEM, text))
     masked = sum(source.mask is not None for source in found.sources)
     if masked:
         found.caches.append(f"{masked} of {len(found.sources)} have a mask; the others are learned whole")
@@ -267,7 +276,7 @@ def _check_caches(
         Fault("caches may be incomplete", line) for table, line in cached.unsound if table is found.table
     ]
     if not items:
-        found.faults.append(Fault("tables have no item to train on", f"{found.table.name}: look in {folder}"))
+        found.faults.append(Fault(NO_ITEM, f"{found.table.name}: look in {folder}"))
     remarks, stores = [], None if not items else stores_for(items[0], latent)
     drops = [EMPTY] if items and items[0].table.drops_captions else []
     # each caption, and the empty prompt once

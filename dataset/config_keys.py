@@ -3,13 +3,13 @@
 Standard library only.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modules.addresses import is_address
+from modules.paths import expand_path, explain_path, path_exists
 from modules.text_files import bad_character
 
 # of frame_extraction; what they do: dataset/sources/frames.py
@@ -22,7 +22,6 @@ MOST_SAMPLES = 10_000  # spans of a clip
 MOST_WEIGHT = 100
 MOST_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
 LONGEST_SIDE = 16_384  # pixels
-MOST_OF_PATH = 4096  # characters
 MOST_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
 RATES = (0.001, 1_000_000)  # frames a second
 AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
@@ -32,7 +31,7 @@ CACHE_FORMATS = ("files", "shards", "npz")
 
 
 class Unfit(Exception):
-    """The value is not allowed."""
+    """The value is not allowed; the text, if there is one, says why."""
 
 
 def read_whole(value: Any) -> int:
@@ -86,13 +85,14 @@ def _text(value: Any) -> str:
 
 
 def read_path(value: Any) -> Path:
-    path = Path(_text(value))
-    if len(str(path)) > MOST_OF_PATH or max((len(os.fsencode(part)) for part in path.parts), default=0) > 255:
-        raise Unfit  # no file system takes more
     try:
-        return path.expanduser()
-    except RuntimeError:  # there is no such user
-        raise Unfit from None
+        path = expand_path(_text(value))
+    except ValueError as error:
+        raise Unfit(str(error)) from None
+    why = None if path_exists(path) else explain_path(value)
+    if why is not None:
+        raise Unfit(why)
+    return path
 
 
 def _table_path(value: Any) -> Path:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from dataset.config_keys import MODES, Unfit
 from modules.addresses import hide_secrets
 from modules.errors import DatasetError
+from modules.paths import NOTHING, explain_missing
 from modules.text_encodings import guess_encoding
-from modules.text_files import explain_toml, parse_json, parse_toml, read_text
+from modules.text_files import parse_json, parse_toml, read_text
 
 
 class Key(Protocol):
@@ -38,13 +39,13 @@ def parse_config(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DatasetError(
-            f"{path} cannot be read: {error.strerror}. Give --dataset_config the file's path."
+            f"{path} cannot be read: {error.strerror}.{explain_missing(path)} Give --dataset_config the "
+            "file's path."
         ) from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
-        hint = explain_toml(text, str(error)) if path.suffix.lower() == ".toml" else ""
-        raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from None
+        raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
         raise DatasetError(f'{path}: the top level must be an object with "datasets"')
     return content
@@ -83,13 +84,16 @@ def read_value(keys: Mapping[str, Key], name: str, value: Any, where: str, probl
     key = keys[name]
     try:
         return key.read(value)
-    except Unfit:
+    except Unfit as unfit:
         near = (
             difflib.get_close_matches(value, MODES, 1)
             if name == "frame_extraction" and isinstance(value, str)
             else []
         )
         hint = f'. Did you mean "{near[0]}"?' if near else ""
+        hint = f"; but {unfit}" if str(unfit) else hint
+        if not hint and str(value).strip().lower() in NOTHING:
+            hint = ". For nothing, leave the key out"
         problems.append(f"{where}: {name} = {show(value)} ({kind_of(value)}); allowed: {key.allowed}{hint}")
         return BAD
 

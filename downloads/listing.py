@@ -16,6 +16,7 @@ from downloads.catalogue import (
     known_licences,
     model_sets,
 )
+from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 
 UNVERIFIED = "as far as known: read the model's page"
@@ -66,7 +67,8 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
     """Return one line for each task, with the size of all its files."""
     rows = [(one.family, one.task, gigabytes(total_bytes(one.components)), one.about) for one in sets]
-    example = "python download.py --family FAMILY --task TASK --list shows the files of one"
+    command = as_typed(["python", "download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
+    example = f"{command} shows the files of one"
     return [*_columns([("family", "task", "size", ""), *rows]), "", example]
 
 

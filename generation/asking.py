@@ -2,24 +2,49 @@
 
 import importlib.util
 import logging
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 logger = logging.getLogger(__name__)
 
+SIGN = "> "
+_QUIT = re.compile(r":?(?:quit|exit)(?:\(\))?|:q", re.IGNORECASE)
+_HELP = re.compile(r":?help(?:\(\))?|\?|--help|-h", re.IGNORECASE)
 
-def line_reader(sign: str) -> Callable[[], str]:
+
+def line_reader(options: Iterable[tuple[str, str]], more: str = "") -> Callable[[], str]:
     """Return a function that asks for one line; it raises EOFError and KeyboardInterrupt as `input` does.
 
-    With the package prompt_toolkit lines are edited and recalled by it, also on Windows; else by readline.
+    `quit` and `exit` are the end of input too; `help` shows the options of a line and asks again. options:
+    letters and names of these. more: of what a line may do. With the package prompt_toolkit lines are edited
+    and recalled by it, also on Windows; else by readline.
     """
+    logger.info(
+        "Enter a prompt and options such as --s 20 --d 7; help lists them. Ctrl-C cancels the current "
+        "prompt, quit or Ctrl-D ends.%s",
+        more,
+    )
+    ask, letters = _reader(), [f"--{letter} {name}" for letter, name in options]
+
+    def read() -> str:
+        while _HELP.fullmatch((line := ask()).strip()):
+            logger.info("A line is a prompt, then options: a cat --w 832 --h 480\n  %s", "\n  ".join(letters))
+        if _QUIT.fullmatch(line.strip()):
+            raise EOFError
+        return line
+
+    return read
+
+
+def _reader() -> Callable[[], str]:
     if sys.stdin.isatty() and importlib.util.find_spec("prompt_toolkit") is not None:
         from prompt_toolkit import PromptSession  # optional: pip install prompt_toolkit
 
-        session: PromptSession[str] = PromptSession(sign)
+        session: PromptSession[str] = PromptSession(SIGN)
         return session.prompt
     try:
         import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
     except ImportError:
         logger.info("For line editing and history: pip install prompt_toolkit")
-    return lambda: input(sign)
+    return lambda: input(SIGN)

@@ -16,6 +16,7 @@ from generation.outputs import output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, track
+from modules.checkpoints.finite import is_finite
 from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.family import Family
@@ -65,8 +66,28 @@ def name_latents_on_failure(path: Path) -> Iterator[None]:
 def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
     """Decode latents (1 C F h w) to chunks of pixels 1 3 F H W, with a bar over the frames."""
     frames = frames_in(family, latents)
-    chunks = family.decode(encoders, latents)
+    chunks = map(check_pixels, family.decode(encoders, latents))
     return track(chunks, "Decoding", frames, lambda chunk: chunk.shape[2], FRAMES)
+
+
+def check_pixels(pixels: Tensor) -> Tensor:
+    """Return decoded pixels. Raises UserError if some are NaN or infinite."""
+    if not bool(is_finite(pixels)):
+        raise UserError(
+            "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "
+            "--vae_dtype bfloat16 or float32"
+        )
+    return pixels
+
+
+def check_made(latents: Tensor) -> None:
+    """Raise UserError if latents that were just made are NaN or infinite."""
+    if not bool(is_finite(latents)):
+        raise UserError(
+            "What the model made is NaN or infinite: nothing would be seen, and nothing is written. Usual "
+            "causes: --dit_dtype float16 (give bfloat16), a LoRA whose training diverged, a strength or a "
+            "guidance that is far too high"
+        )
 
 
 def frames_in(family: Family, latents: Tensor) -> int:

@@ -16,7 +16,7 @@ from blissful_tuner.guidance import has_batches
 from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import as_tags
 from blissful_tuner.prompt_rewrite import rewrite_prompts
-from generation.decoding import decode_all
+from generation.decoding import check_made, decode_all
 from generation.growing import (
     grow_preview,
     preview_path,
@@ -153,6 +153,7 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
                             run.options.splits_guidance,
                             on_section,
                         ).to(CPU)
+                    check_made(latents)
                     done.append(keep_latents(run, job, latents, stem))
     return done
 

@@ -271,7 +271,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults
     group.add_argument(
         "--interactive",
         action="store_true",
-        help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends",
+        help="ask for prompts; Ctrl-C drops the current one, quit ends",
     )
     what = "pictures" if defaults.pictures else "videos"
     group.add_argument(

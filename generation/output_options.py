@@ -22,6 +22,9 @@ OUTPUT_TYPES = {
 }
 
 
+OF_RESULTS = {".mp4", ".mkv", ".mov", ".webm", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
+
+
 @dataclass(frozen=True)
 class OutputOptions:
     """What is written, and where."""
@@ -52,6 +55,11 @@ class OutputOptions:
         if self.save_path.exists() and not self.save_path.is_dir():
             raise OptionError(
                 f"--save_path {self.save_path}: it is a file; give a folder, it will be created"
+            )
+        if self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.exists():
+            raise OptionError(
+                f"--save_path {self.save_path}: results get names of their own. Give a folder for them, such "
+                f"as {self.save_path.with_suffix('')}"
             )
 
     @property

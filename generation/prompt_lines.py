@@ -9,16 +9,18 @@ the generation scripts, by its name on the command line. Unknown options are ign
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from modules.errors import OptionError
 from modules.text_files import parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
+Entry = TypeVar("Entry")
+Made = TypeVar("Made")
 # a mapping sets several keys at once
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
 SEED_BITS = 32
@@ -289,14 +291,13 @@ def _without_problems(read: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:
 def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, Any]:
     """Parse a line of a training prompt file into `prompt` and its options by key.
 
-    Options whose values cannot be read are ignored with a warning. where: names the line in warnings.
+    where: names the line. Raises OptionError if a value cannot be read.
     """
-    values, problems = _split_line(
-        line, SAMPLE_OPTIONS, where, find=lambda word: SAMPLE_OPTIONS.get(word.lower())
-    )
-    for problem in problems:
-        logger.warning("%s %r: %s; the option is ignored", where, line.strip(), problem)
-    return values
+    read = _split_line(line, SAMPLE_OPTIONS, where, find=lambda word: SAMPLE_OPTIONS.get(word.lower()))
+    try:
+        return _without_problems(read)
+    except OptionError as error:
+        raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
 
 
 def _split_line(
@@ -358,11 +359,8 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     text = _read_text(path, "--sample_prompts")
     match path.suffix.lower():
         case ".txt":
-            return [
-                parse_sample_line(line, f"{path}, line {number}")
-                for number, line in enumerate(text.split("\n"), 1)
-                if not is_blank(line)
-            ]
+            lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
+            return read_all(lines, lambda one: parse_sample_line(one[1], f"{path}, line {one[0]}"))
         case ".toml":
             entries = _toml_entries(path, text)
         case ".json":
@@ -372,7 +370,20 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
                 f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not supported. Use .txt, "
                 ".toml or .json"
             )
-    return [_check_entry(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1)]
+    return read_all(enumerate(entries, 1), lambda one: _check_entry(one[1], f"{path}, entry {one[0]}"))
+
+
+def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
+    """Return what `read` makes of each entry. Raises OptionError with what is wrong in all of them."""
+    made, problems = [], []
+    for entry in entries:
+        try:
+            made.append(read(entry))
+        except OptionError as error:
+            problems.append(str(error))
+    if problems:
+        raise OptionError("\n  ".join(["--sample_prompts:", *problems] if len(problems) > 1 else problems))
+    return made
 
 
 def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Modes of a generation script: one prompt, a prompt file, interactive, decode only, save a merged model."""
 
 import logging
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,6 @@ from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
-PROMPT_SIGN = "> "
 STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
 
 
@@ -144,6 +144,13 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 def make_prompt(run: GenerationRun) -> None:
     """Generate the prompt of the command line, --num_videos times with seeds that follow one another."""
     request, count = run.options.request, run.options.num_videos
+    typed = re.findall(r" (--[a-z]{1,4}) \S", f" {request.prompt}")
+    if typed:
+        logger.warning(
+            "%s in --prompt is text that the model reads: such options are for lines of --from_file and "
+            "--interactive. On the command line they have their full names",
+            " ".join(typed),
+        )
     if count == 1:
         jobs = [make_job(run, "the prompt", {})]
     else:
@@ -219,10 +226,9 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
 
 def converse(run: GenerationRun) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
-    ask = line_reader(PROMPT_SIGN)
     remembers = run.options.remembers_lines
-    logger.info(
-        "Enter a prompt and options such as --s 20 --d 7. Ctrl-C cancels the current prompt, Ctrl-D quits.%s",
+    ask = line_reader(
+        ((letter, option.key) for letter, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
     said: dict[str, Any] = {}
@@ -249,4 +255,4 @@ def converse(run: GenerationRun) -> None:
             return
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-            logger.warning("The prompt is cancelled. Ctrl-D quits.")
+            logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")

@@ -166,4 +166,4 @@ def _add_picture_arguments(parser: Parser) -> None:
         default=RENORM_CFG,
         help="largest norm of a guided prediction; 0: no limit",
     )
-    group.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-D ends")
+    group.add_argument("--interactive", action="store_true", help="ask for prompts; quit ends")

@@ -5,7 +5,6 @@ Passwords (`user:password@`) and the query of an address, which may be a signatu
 record or name of a file.
 """
 
-import hashlib
 import re
 from functools import lru_cache
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
@@ -80,4 +79,6 @@ def address_name(address: str) -> str:
 
 def short_hash(identity: str, digits: int = 12) -> str:
     """Return hexadecimal digits that stand for a text: with 12, a million texts differ (1 in 500 fails)."""
+    import hashlib  # here: all options import this file
+
     return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:digits]

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from modules.control_codes import escape_control_codes, shorten, shorten_lines
 from modules.errors import CheckpointError, UserError
 from modules.installation import check_requirements, command_words
+from modules.paths import path_exists
 
 PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
@@ -28,6 +29,11 @@ MOST_OF_LINE = 2000  # characters of a line of a message
 MOST_OF_WORD = 240  # characters of a typed word in a message
 # type of an option -> what it takes, in words
 NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+# what word processors and web pages make of --
+_DASHES = re.compile(
+    "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
+)
+SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
 
 
@@ -161,6 +167,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"formatter_class": _HelpFormatter, **settings})
+        self._has_told_repeated = False
 
     def print_help(self, file: Any = None) -> None:
         """Print the help as argparse does, in colour on a terminal."""
@@ -174,10 +181,44 @@ class Parser(argparse.ArgumentParser):
         if not {"-h", "--help"} & set(words):
             self._refuse_unknown(words)
             self._refuse_joined(words)
+        self._tell_repeated(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
-            self.error(f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes.")
+            self.error(self._explain_rest(words, others))
         return found
+
+    def _tell_repeated(self, words: Sequence[str]) -> None:
+        """Warn about options given twice, each with a value of its own: the last one counts."""
+        given: dict[str, set[str]] = {}
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        for word, following in pairwise([*words[: words.index("--") if "--" in words else None], ""]):
+            name, equals, value = word.partition("=")
+            if name in flags and isinstance(flags[name], argparse._StoreAction):
+                given.setdefault(flags[name].option_strings[-1], set()).add(value if equals else following)
+        repeated = [name for name, values in given.items() if len(values) > 1]
+        for name in [] if self._has_told_repeated else repeated:
+            logging.getLogger(__name__).warning("%s is given more than once: the last one counts", name)
+        self._has_told_repeated = True  # some scripts parse twice
+
+    def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
+        """Say what is wrong with words that belong to no option."""
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        for before, path, word in zip(words, words[1:], words[2:], strict=False):
+            is_one = before in flags and flags[before].nargs is None
+            if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
+                return (
+                    f"{before} takes one path and has {len(others) + 1}, {path} {word} ...: the shell put "
+                    "all that fit in the place of a pattern (*). Give the one to use."
+                )
+        before = words[words.index(others[0]) - 1]
+        if before in flags and flags[before].nargs == 0 and others[0].lower() in SWITCHES:
+            return f"{before} is a switch: leave {others[0]} out, and to turn it off the switch too."
+        if any(mark in word for word in words for mark in "“”„«»"):
+            return (
+                f"{as_typed(others)} belongs to no option: the quotation marks “ ” are typographic, and the "
+                'shell knows straight ones only. Write "..." around a text with blanks.'
+            )
+        return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
@@ -191,6 +232,10 @@ class Parser(argparse.ArgumentParser):
         for before, word in pairwise(["", *words[: words.index("--") if "--" in words else None]]):
             name = word.partition("=")[0]
             is_number = self._negative_number_matcher.match(word) is not None
+            plain = _DASHES.sub("--", name)
+            if plain != name and " " not in name and any(flag.startswith(plain) for flag in flags):
+                message = f"{name} begins with a typographic dash, not with --. Write {plain}"
+                said[message] = None
             # argparse takes the beginning of an option too
             if not re.match(r"--.|-[^-]", name) or is_number or any(flag.startswith(name) for flag in flags):
                 continue
@@ -200,7 +245,8 @@ class Parser(argparse.ArgumentParser):
             if is_value and not word.startswith("--"):
                 message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
             else:
-                message = f"Unknown option {name}.{did_you_mean('--' + name.lstrip('-'), flags)}"
+                near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
+                message = f"Unknown option {name}.{near.replace('mean ', 'mean --')}"
             said[message] = None
         if said:
             self.error(" ".join(said))
@@ -225,6 +271,17 @@ class Parser(argparse.ArgumentParser):
             found = _JOINED.fullmatch(word)
             if before in pairs and found is not None:
                 self.error(f"{before} {word}: give two numbers: {before} {found[1]} {found[2]}")
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        """Count an option's values as argparse does, but say which ones are wanted if there are too few."""
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError:
+            if not isinstance(action.metavar, tuple):
+                raise
+        names, default = action.metavar, action.default
+        example = f", such as {' '.join(map(str, default))}" if isinstance(default, list) else ""
+        raise argparse.ArgumentError(action, f"give {len(names)} values: {' and '.join(names)}{example}")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Convert a word as argparse does, but say in plain words what an option takes."""

@@ -17,6 +17,7 @@ from modules.errors import InstallationError
 ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
 PREFIX = __name__.rpartition("modules.")[0]
+MOST_BEFORE = 16  # words of a command before the script: options of the launcher
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 
@@ -38,14 +39,17 @@ def own_name(name: str) -> str:
 
 
 def command_words(words: Sequence[str]) -> list[str]:
-    """Return a command of ours as this copy has it.
+    """Return a command of ours as this copy has it, and as it can be typed where this program was.
 
-    words: as in a checkout: `python wan_train_network.py ...` or `accelerate launch ... wan_train_network.py
-    ...`. In the package this is `wan_train_network ...` or `accelerate launch ... -m
+    words: as in the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch ...
+    wan_train_network.py ...`. In the package this is `wan_train_network ...` or `accelerate launch ... -m
     reelsmith.wan_train_network ...`.
     """
     words = list(words)
     if not PREFIX:
+        place = next((index for index, word in enumerate(words[:MOST_BEFORE]) if _is_script(word)), None)
+        if place is not None and words[0] in {"python", "accelerate"}:
+            words[place] = str(_typed_folder() / words[place])
         return words
     if words[:1] == ["python"] and any(map(_is_script, words[1:2])):
         return [Path(words[1]).stem, *words[2:]]
@@ -53,6 +57,17 @@ def command_words(words: Sequence[str]) -> list[str]:
     if words[:2] == ["accelerate", "launch"] and place is not None:
         return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
     return words
+
+
+def _typed_folder() -> Path:
+    """Return the folder of this checkout as the running script's path was typed; "." if none was running."""
+    typed = Path(sys.argv[0])
+    try:
+        inside = typed.resolve().relative_to(ROOT)
+    except ValueError:
+        inside = Path(typed.name)
+    folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent
+    return folder if _is_script(inside.as_posix()) else Path()
 
 
 def _is_script(word: str) -> bool:
@@ -101,7 +116,8 @@ def _remedy(missing: Sequence[str]) -> str:
             f'Activate the environment: . "{commands / "activate"}"\n'
             f'  (PowerShell: & "{commands / "Activate.ps1"}"), then run the command again.'
         )
+    quickstart = " ".join(command_words(["python", "quickstart.py"]))
     return (
-        "Activate the environment that has it, or set one up: python quickstart.py makes one in .venv and "
-        "shows it at work;\n  docs/install.md has the commands for each system and GPU."
+        f"Activate the environment that has it, or set one up: {quickstart} makes one in .venv and shows it "
+        "at work;\n  docs/install.md has the commands for each system and GPU."
     )

@@ -9,15 +9,16 @@ import argparse
 import ast
 import dataclasses
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modules.addresses import hide_secrets
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.paths import expand_path, explain_path, path_exists
 from modules.text_files import bad_character
 
 T = TypeVar("T")
@@ -25,7 +26,6 @@ T = TypeVar("T")
 MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
 UNBOUNDED = {"seed"}
 MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
-MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 
 # Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
 IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
@@ -146,17 +146,18 @@ def _check_characters(option: str, value: Any) -> None:
 
 
 def to_path(option: str, text: str) -> Path:
-    """Return the path with `~` resolved. Raises OptionError for a name that no file can have."""
-    path = Path(text)
-    longest = max(len(os.fsencode(part)) for part in (*path.parts, ""))
-    if longest > MOST_OF_NAME or len(text) > MOST_OF_PATH:
-        raise OptionError(
-            f"{option} {shorten(text, 80)!r}: no file has so long a name. Give the path of a file"
-        )
+    """Return the path with `~` resolved.
+
+    Raises OptionError for a name that no file can have, and for usual mistakes in one that is not there.
+    """
     try:
-        return path.expanduser()
-    except RuntimeError:
-        raise OptionError(f"{option} {path}: there is no such user. Write the path out") from None
+        path = expand_path(text)
+    except ValueError as error:
+        raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
+    why = None if path_exists(path) else explain_path(text)
+    if why is not None:
+        raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
+    return path
 
 
 def _check_numbers(option: str, value: Any) -> None:

@@ -126,7 +126,7 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
 def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Return what a JSON text says. pairs: as `object_pairs_hook`.
 
-    Raises ValueError, also if it is nested too deeply.
+    Raises ValueError, also if it is nested too deeply; the usual mistakes are explained.
     """
     import json  # here, as below: all options import this file, few commands read such a text
 
@@ -134,13 +134,18 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
         content = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error}{_explain_json(text[error.pos :], text[: error.pos])}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(content)
     return content
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return what a TOML text says. Raises ValueError, also if it is nested too deeply."""
+    """Return what a TOML text says.
+
+    Raises ValueError, also if it is nested too deeply, with a second line about the usual mistakes.
+    """
     if _LONG_KEY.search(text):
         raise _too_deep()
     import tomllib
@@ -149,11 +154,13 @@ def parse_toml(text: str) -> dict[str, Any]:
         content = tomllib.loads(text)
     except RecursionError:
         raise _too_deep() from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{error}{_explain_toml(text, str(error))}") from None
     _check_depth(content)
     return content
 
 
-def explain_toml(text: str, error: str) -> str:
+def _explain_toml(text: str, error: str) -> str:
     """Return a hint for the usual mistakes in TOML, beginning with a newline, or "".
 
     error: of the parser; it names a line.
@@ -180,6 +187,24 @@ def explain_toml(text: str, error: str) -> str:
     if not hint and "=" not in line and re.match(r"[\w-]+\s*:", line):
         hint = "A key and its value are joined with =."
     return f"\n  {hint}" if hint else ""
+
+
+def _explain_json(rest: str, before: str) -> str:
+    """Return a hint for the usual mistakes in JSON, beginning with a full stop, or "".
+
+    rest: what the parser cannot read. before: the text before it.
+    """
+    hints = (
+        (r"None", "For nothing write null, or leave the key out"),
+        (r"True|False", "Write true or false, in lower case"),
+        (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'Use straight double quotes: "..."'),
+        (r"\w+\s*:", "A key needs double quotes"),
+        (r"\\", 'A Windows path needs forward or doubled slashes: "C:/data"'),
+    )
+    hint = next((hint for pattern, hint in hints if re.match(pattern, rest)), "")
+    if rest[:1] in {"]", "}"} and before.rstrip().endswith(","):
+        hint = "Remove the comma behind the last entry"
+    return f". {hint}" if hint else ""
 
 
 def bad_character(text: str) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, IDENTITY, split_pairs
 from modules.output_files import check_output_file, refuse_replacing
+from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +336,9 @@ def require_files(option: str, paths: Sequence[Path], folders: str | None = None
     """
     for path in paths:
         if not path.exists():
-            raise OptionError(f"{option} {path}: no such file. Give the path of an existing one")
+            raise OptionError(
+                f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing one"
+            )
         if folders is not None and path.is_dir():
             inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
             example = f", such as {path / inside}" if inside is not None else f" ({folders})"

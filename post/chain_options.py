@@ -73,7 +73,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     for later in others:  # their help is not to wait for what the first tool lacks
         if HELP & set(later):
             read_tool(later, f"{parser.prog} {THEN}")
-    args = parser.parse_args(first)
+    args = _parse(parser, chosen, first)
     if args.then is not None:
         parser.error(f"write {THEN} in full")
     run = read_options(RunOptions, args)
@@ -114,13 +114,18 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool.add_arguments(parser)
     given = as_options(words[1:], parser)
     _refuse_run_options(given, parser)
+    return tool, read_options(tool.record, _parse(parser, tool, given))
+
+
+def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
+    """Parse a tool's options; --model is the downloaded one if not given. Raises OptionError without one."""
     _flags(parser)["--model"].required = False
-    args = parser.parse_args(given)
+    args = parser.parse_args(words)
     if args.model is None:
-        args.model = default_model(tool.name, given)
+        args.model = default_model(tool.name, words)
     if args.model is None:
         parser.error("the following arguments are required: --model")
-    return tool, read_options(tool.record, args)
+    return args
 
 
 def find_tool(name: str) -> Tool:

@@ -87,7 +87,8 @@ def default_model(
     command = as_typed(["python", "download.py", "--family", "tools", "--task", fitting[0].task])
     missing = folders[0] / fitting[0].files[0]
     raise OptionError(
-        f"no model is given, and {missing} is not there.\n  Give model=FILE, or download it: {command}"
+        f"no model is given, and {missing} is not there.\n  Give --model FILE (model=FILE in a chain), or "
+        f"download it: {command}"
     )
 
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 PICTURE_SUFFIX = ".png"
 # with what phones, cameras and broadcasts have
 VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
+CAPTIONS = (".txt", ".caption")  # beside the pictures and clips of data sets
 NAMED = 3  # files that a message names
 
 
@@ -37,11 +38,26 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[Job]:
     MediaError or OutputError if a file is missing, or if a result would replace an input or another result.
     """
     sources = list_sources(chain)
+    _keep_out_of_datasets(chain, sources)
     jobs = [Job(path, name_output(chain, path), is_picture(path)) for path in sources]
     _check_pictures(chain, jobs)
     _check_inputs_stay(jobs)
     _check_names_differ(jobs)
     return jobs if chain.run.yes else settle_existing(jobs, ask)
+
+
+def _keep_out_of_datasets(chain: Chain, sources: Sequence[Path]) -> None:
+    """Raise OptionError if results would lie among the clips of a data set, where trainings read them too."""
+    if chain.run.output is not None:
+        return
+    for path in sources:
+        caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
+        if caption is not None:
+            raise OptionError(
+                f"{path} has a caption, {caption.name}: its folder looks like a data set, and a training "
+                "would take the results too. Give another folder: --output "
+                f"{path.parent.name or 'made'}_{chain.added}/"
+            )
 
 
 def list_sources(chain: Chain) -> list[Path]:

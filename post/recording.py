@@ -1,16 +1,14 @@
 """What the metadata of a result say about the tools that made it."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from modules.atomic_write import make_storable
-
-_NAME = re.compile(r"post_(\d{1,6})", re.IGNORECASE)  # mkv stores names in upper case
+from modules.media.tags import TOOL_TAG
 
 
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
     """Return what has been done as post_1, post_2, counted on from the names that a file already has."""
-    numbers = [int(found[1]) for name in names if (found := _NAME.fullmatch(name)) is not None]
+    numbers = [int(found[1]) for name in names if (found := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
 

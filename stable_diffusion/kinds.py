@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import open_checkpoint
+from modules.command import as_typed
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind
 from stable_diffusion.model_options import ModelOptions
@@ -111,7 +112,7 @@ def identify(path: Path) -> str | None:
 
 
 def _command(path: Path) -> str:
-    return f"python gen_img.py --ckpt {path}"
+    return as_typed(["python", "gen_img.py", "--ckpt", str(path)])
 
 
 def _kind_of(names: Iterable[str]) -> Kind | None:

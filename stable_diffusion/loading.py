@@ -25,6 +25,7 @@ from modules.checkpoints.hub_folders import find_model_folder
 from modules.checkpoints.opening import SUFFIXES, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
+from modules.paths import explain_missing
 from stable_diffusion.contract import SD2, SDXL, Kind, Model, TextTower
 from stable_diffusion.folders import (
     PATTERNS,
@@ -172,7 +173,9 @@ def _is_of_hub(path: Path) -> bool:
 
 def _require(path: Path, option: str, give: str) -> None:
     if not path.exists():
-        raise CheckpointError(f"{option} {path}: there is no such file or folder.\n  Give {give}.", path)
+        raise CheckpointError(
+            f"{option} {path}: there is no such file or folder.{explain_missing(path)}\n  Give {give}.", path
+        )
 
 
 def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPlan[VaeSizes]:

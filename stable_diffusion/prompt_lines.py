@@ -10,7 +10,7 @@ from typing import Any
 from generation.prompt_lines import LineOption, Value, parse_line, read_number, read_whole
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError
-from modules.options import MOST_OF_NAME
+from modules.paths import MOST_OF_NAME
 from stable_diffusion.shrink_options import read_unsharp
 
 SEEDS = "seeds"

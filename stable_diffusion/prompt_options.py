@@ -97,7 +97,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--interactive",
         action="store_true",
-        help="ask for prompts; Ctrl-C drops the current one, Ctrl-D ends",
+        help="ask for prompts; Ctrl-C drops the current one, quit ends",
     )
     group.add_argument(
         "--no_preview", action="store_true", help="with --interactive: do not open pictures in a viewer"

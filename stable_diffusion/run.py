@@ -26,12 +26,10 @@ from stable_diffusion.highres import Highres, make_pictures, prepare_highres
 from stable_diffusion.inputs import Inputs, find_inputs
 from stable_diffusion.lines import Line, import_prompter, list_lines, make_prompter, prompted_lines
 from stable_diffusion.options import GenImgOptions
+from stable_diffusion.prompt_lines import LINE_OPTIONS
 from stable_diffusion.viewing import show_picture, viewer_command
 
 logger = logging.getLogger(__name__)
-
-PROMPT_SIGN = "> "
-
 
 Load = Callable[[GenImgOptions, torch.device], Loaded]
 
@@ -205,11 +203,8 @@ def _module_lines(run: Run, module: ModuleType, failures: Failures) -> Callable[
 
 def converse(run: Run) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
-    ask = line_reader(PROMPT_SIGN)
+    ask = line_reader((letter, option.key) for letter, option in LINE_OPTIONS.items())
     viewer = None if run.options.prompts.no_preview else viewer_command()
-    logger.info(
-        "Enter a prompt and options such as --s 20 --d 7. Ctrl-C cancels the current prompt, Ctrl-D quits."
-    )
     while True:
         try:
             line = ask()
@@ -224,4 +219,4 @@ def converse(run: Run) -> None:
             return
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-            logger.warning("The prompt is cancelled. Ctrl-D quits.")
+            logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")

@@ -20,6 +20,11 @@ QUIET = {
 }
 
 
+def typed_there(said: str) -> str:
+    """What a script printed as if it had been typed in its folder: commands begin where theirs did."""
+    return said.replace(f"python {ROOT}{os.sep}", "python ")
+
+
 def run_script(
     script: str,
     *arguments: object,
@@ -77,6 +82,7 @@ def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.
         assert done.returncode == 0, (
             f"{done.args[1]} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
+    done.stdout, done.stderr = typed_there(done.stdout), typed_there(done.stderr)
     return done
 
 

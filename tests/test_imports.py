@@ -34,6 +34,7 @@ FLOORS = {
     "modules": (
         {"addresses", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"hidden_packages", "temporary_names", "text_encodings", "text_files", "varints", "version"},
+        {"paths"},
         {"answers", "atomic_write", "devices", "failures", "file_locks", "fp8", "installation", "options"},
         {"asking", "command", "console", "console_options", "environment", "output_files", "user_modules"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
@@ -109,6 +110,7 @@ LIGHT_FILES = {
     "modules/version.py",
     "modules/asking.py",
     "modules/output_files.py",
+    "modules/paths.py",
     "modules/text_files.py",
     "modules/text_encodings.py",
     "modules/contract/source.py",

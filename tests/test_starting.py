@@ -124,3 +124,27 @@ def test_in_a_checkout_a_module_is_imported_by_the_name_that_was_typed() -> None
     assert own_name("lycoris.kohya") == "lycoris.kohya"
     words = ["python", "wan_train_network.py", "--seed", "1"]
     assert command_words(words) == words
+
+
+@pytest.mark.parametrize(
+    ("typed", "folder"),
+    [
+        ("wan_train_network.py", ""),
+        ("./wan_train_network.py", ""),
+        (f"{ROOT}/wan_train_network.py", f"{ROOT}/"),
+        ("{root}/blissful_tuner/upscaler.py", "{root}/"),
+        ("{root}/wan_train_network.py", "{root}/"),
+        ("/usr/bin/pytest", ""),
+    ],
+)
+@pytest.mark.parametrize("launcher", [["python"], ["accelerate", "launch", "--quiet"]])
+def test_printed_commands_start_where_this_one_was_typed(
+    typed: str, folder: str, launcher: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT.parent)
+    monkeypatch.setattr(sys, "argv", [typed.format(root=ROOT.name)])
+
+    words = command_words([*launcher, "wan_generate_video.py", "--dit", "convert_lora.py"])
+
+    script = Path(folder.format(root=ROOT.name)) / "wan_generate_video.py"
+    assert words == [*launcher, str(script), "--dit", "convert_lora.py"]

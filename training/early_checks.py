@@ -25,6 +25,7 @@ from training.experts import check_experts, network_for, read_lora_for
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
+from training.samples import read_requests
 
 
 def check_before_loading(
@@ -86,11 +87,14 @@ def _use(path: Path, expert: Expert, multiplier: float) -> LoraUse:
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
-    """Check the LoRAs that only samples have, and what previews of samples need."""
-    check_preview(options.samples.preview, family.latent)
+    """Check the prompts of samples, the LoRAs that only they have, and what their previews need."""
+    samples = options.samples
+    check_preview(samples.preview, family.latent)
     with quiet():
+        if samples.sample_prompts is not None and (samples.is_timed or samples.sample_now):
+            read_requests(family, samples.sample_prompts)
         for expert, file in zip_longest(family.experts, family.dit_files):
-            uses = [_use(path, expert, multiplier) for path, multiplier in options.samples.loras()]
+            uses = [_use(path, expert, multiplier) for path, multiplier in samples.loras()]
             for use in uses:
                 refuse_dora(use.lora)
             if file is not None:

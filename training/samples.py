@@ -15,7 +15,7 @@ from torch import nn
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.preview_options import NO_PREVIEW, PreviewOptions
 from generation.outputs import frames_of, sample_tags
-from generation.prompt_lines import read_sample_prompts
+from generation.prompt_lines import read_all, read_sample_prompts
 from generation.request import check_values
 from generation.request_options import SOLVERS
 from generation.sections import make_latents
@@ -26,6 +26,7 @@ from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompts, Request
 from modules.contract.prepared import Prepared
 from modules.contract.steps import StepDone
+from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
 from modules.options import to_path
@@ -140,12 +141,10 @@ def prepare_samples(
 ) -> Sampler:
     """Read and check the prompts, and encode this process' share of texts and images.
 
-    Call it before the DiT is loaded. A prompt that cannot be made (no image for an image-to-video model) is
-    reported and skipped. Raises OptionError if the file or an encoder is missing, CheckpointError if a model
-    file cannot be used.
+    Call it before the DiT is loaded. Raises as `read_requests`, and CheckpointError if a model file cannot be
+    used.
     """
-    entries = read_sample_prompts(prompt_file)
-    family.check_files(media=True)  # a missing file is told once, and ends the run
+    entries, all_prepared = read_requests(family, prompt_file)
     has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
     if process == 0 and has_shift and family.defaults.flow_shift is None:
         logger.warning(
@@ -157,20 +156,10 @@ def prepare_samples(
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
         )
-    chosen: list[tuple[int, Prepared, bool]] = []
-    for index, entry in list(enumerate(entries))[process::processes]:
-        try:
-            request = sample_request(entry, family)
-            check_values(request)
-            chosen.append((index, family.prepare(request), entry.get("seed") is not None))
-        except (
-            OptionError,
-            ValueError,
-            TypeError,
-        ) as error:  # the latter two: a text where a number belongs, in toml or json
-            logger.error(
-                "%s: prompt %d is skipped (%r): %s", prompt_file, index, entry.get("prompt", ""), error
-            )
+    chosen = [
+        (index, prepared, entry.get("seed") is not None)
+        for index, (entry, prepared) in enumerate(zip(entries, all_prepared, strict=True))
+    ][process::processes]
     if process == 0:
         _remove_leftovers(folder, name)
     requests = [prepared for _, prepared, _ in chosen]
@@ -189,6 +178,33 @@ def prepare_samples(
     if process == 0:  # one file for all: that of one process shows one sample after the other
         previews = make_previews(preview, family.latent, folder, device, session.dit_can_stay)
     return Sampler(samples, session, folder, name, has_metadata, weights, prompts, previews)
+
+
+def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
+    """Return the entries of a prompt file, and what the model is to make for each.
+
+    Raises OptionError if a file that samples need is not given, or with every prompt that cannot be read or
+    made: no image for an image-to-video model.
+    """
+
+    def prepare(numbered: tuple[int, Mapping[str, Any]]) -> Prepared:
+        number, entry = numbered
+        try:
+            request = sample_request(entry, family)
+            check_values(request)
+            return family.prepare(request)
+        except (OptionError, ValueError, TypeError) as error:  # the latter: a text where a number belongs
+            prompt = shorten(str(entry.get("prompt", "")), 100)
+            raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
+
+    entries = read_sample_prompts(prompt_file)
+    try:
+        family.check_files(media=True)
+    except OptionError as error:
+        raise OptionError(
+            f"{error}; the samples of --sample_prompts need it. Give it, or leave --sample_prompts out"
+        ) from None
+    return entries, read_all(enumerate(entries, 1), prepare)
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:

@@ -93,6 +93,11 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
     if report.failures:
         raise failure_error(report.failures, "sources")
+    if report.dropped and not report.written and not report.kept and report.share == report.whole:
+        raise DatasetError(
+            f"not one of the {report.whole} sources gives an item to train on: the lines above say why. "
+            "Lower target_frames, or use longer clips"
+        )
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:

@@ -45,6 +45,7 @@ from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.generation import Prompt
 from modules.errors import CacheError, CheckpointError
+from modules.paths import path_exists
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class TextEncoding:
         is_last: bool,
     ) -> None:
         tensors = _named_tensors(conditions, encoder, file.name)
-        is_file = file.caption_path is not None and file.caption_path.exists()  # else of class_tokens
+        is_file = file.caption_path is not None and path_exists(file.caption_path)  # else of class_tokens
         source = identify(file.caption_path) if file.caption_path is not None and is_file else None
         record = TextRecord(identity, file.caption or "", source, {}, file.settings)
         wanted = Wanted(file, self._encoders, self._skip_existing)

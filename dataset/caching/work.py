@@ -36,9 +36,15 @@ from dataset.caching.texts import TextBatch, TextEncoding, text_batches
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution
-from dataset.sources.faults import Fault
-from dataset.sources.listing import find_all_sources, require_captions, warn_missing_captions
+from dataset.sources.faults import Fault, raise_faults
+from dataset.sources.listing import (
+    find_all_sources,
+    require_captions,
+    warn_missing_captions,
+    warn_unreadable_captions,
+)
 from dataset.sources.media_source import MediaSource
+from dataset.sources.rates import find_wrong_rates
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -92,6 +98,7 @@ class MediaWork:
         sources, self.not_listed, self.whole_tables = _list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_missing_captions(sources)
+        warn_unreadable_captions(sources)
         family.check_given_files()
         self.sources: Sequence[MediaSource] = use_moments(family, sources)
         places.require_form(config, family.cache_tag)
@@ -110,6 +117,7 @@ class MediaWork:
         recipe, workers = self._recipe, workers_of(self._options)
         plans, failures = plan_all(sources, self.existing, recipe, workers, show)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
+        raise_faults(find_wrong_rates([plan.source for plan in to_do]))
         if announce is not None:
             announce(len(plans) + len(failures), to_do)
         encoding = LatentEncoding(self._family, recipe, self._encoders, self._options.batch_size)

@@ -13,6 +13,7 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.rows import RowReader
 from modules.addresses import is_address
 from modules.errors import DatasetError
+from modules.paths import expand_path
 from modules.text_files import parse_json, read_lines
 
 EXTENSION = ".txt"  # of tables that name none
@@ -136,7 +137,7 @@ def _read_list(table: DatasetTable) -> dict[Path, tuple[str, str | None]]:
             source = rows.read(record, f"{table.jsonl_file}, line {number}")
             path = None if source is None else source.path
         else:
-            path = Path(entry).expanduser()
+            path = expand_path(entry)
         if path is not None:
             found[path] = (entry, record.get("caption"))
     return found

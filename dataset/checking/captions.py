@@ -11,6 +11,7 @@ from dataset.sources.media_source import MediaSource
 from modules.contract.family import TextEncoder
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import CheckpointError, OptionError
+from modules.paths import path_exists
 
 NO_CAPTION = "have no caption"
 
@@ -59,7 +60,7 @@ def check_captions(found: TableFindings, counters: Counters) -> None:
 
 def is_unread(source: MediaSource) -> bool:
     """Return whether the caption is there but could not be read: the listing has reported that."""
-    return source.caption_path is not None and source.caption_path.exists()
+    return source.caption_path is not None and path_exists(source.caption_path)
 
 
 def _cut(source: MediaSource, counters: Counters) -> list[Fault]:

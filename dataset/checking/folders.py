@@ -8,6 +8,7 @@ from pathlib import Path
 from dataset.checking.findings import TableFindings
 from dataset.shard_names import is_of_shards
 from dataset.sources.faults import Fault
+from dataset.sources.left_out import folder_id
 from dataset.sources.listing import is_file
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
@@ -47,8 +48,3 @@ def check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
             why = f"neither {table.kind}s nor captions"
         line = f"{table.directory}: {count} of {suffix or 'no suffix'}, {why}"
         found.remarks.append(Fault("kinds of files are not used", line))
-
-
-def folder_id(folder: "os.PathLike[str]") -> str:
-    """Return a text that is the same for all ways to write a folder's path."""
-    return os.path.normcase(os.path.realpath(folder))

@@ -14,6 +14,7 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, describe_short, spans
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import measure_source
+from dataset.sources.rates import compare_rates
 from dataset.sources.steps import Steps
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
@@ -26,7 +27,6 @@ PICTURE_HEIGHT = 240
 MOST_FRAMES = 12  # of a strip
 GAP = 4  # pixels between frames
 EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
-FPS_TOLERANCE = 0.02  # 29.97 is 30
 SHADE = 0.3  # brightness of what is cut off
 
 
@@ -112,7 +112,7 @@ def _read_frames(
         info = video_info(source.path)
         values |= {"fps": info.fps, "frames": info.frames}
         if not is_animation(source.path):  # these are played by the times in the file
-            values["rate_remark"] = _compare_rates(info.fps, source.table.source_fps, fps)
+            values["rate_remark"] = compare_rates(info.fps, source.table.source_fps, fps)
     for frame in source_frames(source, fps):
         if "fit" not in values:
             size = (frame.shape[1], frame.shape[0])
@@ -188,18 +188,6 @@ def reduce_to_height(frame: Frame, height: int, widest: int) -> Frame:
     width = min(max(1, round(frame.shape[1] * height / frame.shape[0])), widest)
     method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
-
-
-def _compare_rates(found: float | None, stated: object, fps: float) -> str | None:
-    """Say what is wrong if the file's rate is neither the stated one nor, if none is stated, the family's."""
-    is_number = isinstance(stated, (int, float))
-    if not found or (stated is not None and not is_number):
-        return None
-    expected = float(stated) if isinstance(stated, (int, float)) else fps
-    if abs(found / expected - 1) < FPS_TOLERANCE:
-        return None
-    cause = f"source_fps says {expected:g}" if is_number else "without source_fps all frames are used"
-    return f"{cause}: the model sees it at {expected / found:.2g} times its speed"
 
 
 def _size_bytes(source: MediaSource) -> int | None:

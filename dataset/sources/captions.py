@@ -1,5 +1,6 @@
 """Caption files: a text file beside an image or a clip, and what a table adds to their text."""
 
+import errno
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,11 @@ def read_caption(path: Path) -> str | None:
             f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
         ) from None
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise DatasetError(
+                f"{path}: no file has so long a name, so that its caption can be nowhere. Shorten the name "
+                "that both have."
+            ) from None
         raise DatasetError(
             f"{path}: this caption cannot be read: {error.strerror}. Put a text file there."
         ) from error

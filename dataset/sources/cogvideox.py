@@ -10,7 +10,9 @@ from dataset.sources.captions import complete_captions, not_utf8
 from dataset.sources.columns import JSONL, column_names, read_columns, table_format
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import EMBEDS, MOMENTS, GivenTensors, MediaSource
+from modules.control_codes import shorten
 from modules.errors import DatasetError
+from modules.paths import expand_path
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_lines
 
 # lists of the folder form; the second name of prompts is what the tools of CogVideoX write
@@ -86,10 +88,12 @@ def read_rows(data: CogData, faults: list[Fault]) -> Iterator[CogRow]:
         if fault is None:
             caption = f"{data.id_token} {caption.strip()}" if data.id_token else caption.strip()
             video = video.strip()
-            path = Path(video).expanduser() if video.startswith("~") else data.root / video
-            yield CogRow(where, caption, path)
-        else:
-            faults.append(Fault(f"lines of {data.name} cannot be used", f"{where}: {fault}"))
+            try:
+                yield CogRow(where, caption, expand_path(video, data.root))
+                continue
+            except ValueError as error:
+                fault = f"{shorten(video, 80)!r}: {error}"
+        faults.append(Fault(f"lines of {data.name} cannot be used", f"{where}: {fault}"))
 
 
 def missing_clips(data: CogData, rows: list[CogRow]) -> list[Fault]:

@@ -18,6 +18,7 @@ from dataset.sources.captions import (
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.control import ControlFolder, list_entries
 from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
+from dataset.sources.left_out import explain_entries, find_folders_of_media, leave_out_results
 from dataset.sources.masks import find_masks
 from dataset.sources.media_source import MediaSource
 from dataset.sources.metadata_files import list_metadata
@@ -28,9 +29,13 @@ from modules.collection import pause_collection
 from modules.errors import DatasetError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.paths import path_exists
 from modules.text_files import bad_character, parse_json, read_lines
 
 logger = logging.getLogger(__name__)
+
+MOST_READ = 20_000  # captions, only to warn
+MOST_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
 
 
 def find_sources(
@@ -54,6 +59,7 @@ def find_sources(
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
     found += _same_stems(table, sources)
+    found += _long_stems(table, sources)
     if faults is None:
         raise_faults(found)
         warn_skipped(found)
@@ -105,7 +111,20 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
+    for line in unsearched_folders(config):
+        logger.warning("%s", line)
     return sources
+
+
+def unsearched_folders(config: DatasetConfig) -> list[str]:
+    """Return a line for each folder inside a table's folder that holds its kind of media and is not read."""
+    keys = ("directory", "cache_directory", "control_directory", "mask_directory", "download_directory")
+    others = [getattr(table, key) for table in config.datasets for key in keys if getattr(table, key)]
+    return [
+        f"{folder}: its {table.kind}s are not used: folders inside a folder are not searched. Give it a table"
+        for table in config.datasets
+        for folder in find_folders_of_media(table, _suffixes(table), others)
+    ]
 
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
@@ -133,7 +152,7 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
             folders[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
         if folder is not None and f"{source.stem}{source.table.caption_extension}" in folders[folder]:
             return True
-        return source.caption_path.exists()
+        return path_exists(source.caption_path)
 
     missing = [source for source in sources if source.caption is None and not has_file(source)]
     if missing:
@@ -143,6 +162,23 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
             len(sources),
             missing_captions(missing[:1])[0],
         )
+
+
+def warn_unreadable_captions(sources: Sequence[MediaSource]) -> None:
+    """Warn about caption files that text caching will refuse, before hours of encoding clips.
+
+    At most MOST_READ are read.
+    """
+    bad: dict[Path, str] = {}
+    paths = [source.caption_path for source in sources if source.caption is None and source.caption_path]
+    for path in paths[:MOST_READ]:
+        try:
+            read_caption(path)
+        except DatasetError as error:
+            bad[path] = str(error)
+    if bad:
+        lines = "\n  ".join(explain_captions(list(bad), list(bad.values()))[:LISTED])
+        logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)
 
 
 def _where_caption(source: MediaSource) -> str:
@@ -180,13 +216,23 @@ def _same_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fau
     return clashes
 
 
+def _long_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
+    kind = f"names of {table.name} are too long for the names of their caches; rename the files"
+    return [
+        Fault(kind, f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room", source.stem)
+        for source in sources
+        if len(source.stem) * 4 > MOST_OF_STEM  # no character takes more bytes
+        and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM
+    ]
+
+
 # --- folders
 # ------------------------------------------------------------------------------------------------------------
 
 
 def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     assert table.directory is not None
-    there = _media_in(table)
+    there = leave_out_results(table, _media_in(table, faults))
     bad_names = {path for path in there if not path.name.isascii() and bad_character(path.name)}
     paths = [path for path in there if path not in bad_names] if bad_names else there
     kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
@@ -215,18 +261,19 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
     return sources
 
 
-def _media_in(table: DatasetTable) -> list[Path]:
-    """Return the images or clips of a table's folder, sorted."""
+def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
+    """Return the images or clips of a table's folder, sorted; add what is named like one and no file."""
     assert table.directory is not None
     suffixes, animated = _suffixes(table), animation_suffixes(table)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     ends = [_suffix_of(entry.name) for entry in entries]
-    there = [
-        table.directory / entry.name
-        for entry, end in zip(entries, ends, strict=True)
-        if end in suffixes and is_file(entry)
-    ]
+    there: list[Path] = []
+    no_files: list[Path] = []
+    for entry, end in zip(entries, ends, strict=True):
+        if end in suffixes:
+            (there if is_file(entry) else no_files).append(table.directory / entry.name)
+    faults += explain_entries(table, no_files)
     if ANIMATION_SUFFIXES.isdisjoint(ends):
         return there
     others = [

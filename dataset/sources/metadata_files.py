@@ -18,6 +18,7 @@ from dataset.sources.stems import unique_stems
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 from modules.media.reading import image_suffixes
+from modules.paths import check_length
 from modules.text_files import bad_character, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class _Pictures:
         if bad_character(key) or not key.strip():
             raise ValueError("this is not a path")
         there = Path(key) if self.folder is None else self.folder / key
+        check_length(there)
         if there.suffix.lower() in image_suffixes() and there.is_file():
             return there
         found = self._stems(there.parent).get(there.name)

@@ -16,9 +16,12 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.origin import Origin, Remote
 from dataset.sources.stems import unique_stems
 from modules.addresses import address_identity, hide_secrets, is_address, protocol_of, split_address
+from modules.control_codes import shorten
 from modules.errors import DatasetError
+from modules.paths import expand_path
 from modules.text_files import MAX_CAPTION_BYTES, bad_character
 
+MOST_SHOWN = 80  # characters of a path in a message
 MOST_CAPTIONS = 100  # of an item; each has a cache file
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
@@ -50,8 +53,8 @@ class RowReader:
         first, more = first_and_more(captions, where)
         control_texts, mask_text = self._control_texts(values, where), self._mask_text(values, where)
         try:
-            places = [self._locate(one) for one in (text, *control_texts)]
-            mask = None if mask_text is None else self._locate(mask_text)
+            places = [self._locate(one, where) for one in (text, *control_texts)]
+            mask = None if mask_text is None else self._locate(mask_text, where)
         except _Refused as refused:
             self._refused.setdefault(str(refused), []).append(f"{where}: {hide_secrets(text)}")
             return None
@@ -100,11 +103,13 @@ class RowReader:
         check_text(text, f"{where}: {self.path_column}")
         return text
 
-    def _locate(self, text: str) -> tuple[Path, Origin | None]:
+    def _locate(self, text: str, where: str) -> tuple[Path, Origin | None]:
         """Return the path of a file, and where its bytes are if they are not there."""
         if not is_address(text):
-            path = Path(text).expanduser()
-            return (path if self.base is None else self.base / path), None
+            try:
+                return expand_path(text, self.base), None
+            except ValueError as error:
+                raise DatasetError(f"{where}: {shorten(text, MOST_SHOWN)!r}: {error}.") from None
         table, protocol = self.table, protocol_of(text)
         if not table.allow_urls:
             raise _Refused("addresses are read only with allow_urls = true in the table")

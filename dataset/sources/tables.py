@@ -1,5 +1,6 @@
 """List the sources of a table with image_table_file or video_table_file: Parquet, CSV, TSV, JSONL."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from dataset.sources.rows import RowReader, control_number
 from dataset.sources.stems import readable_stem
 from modules.addresses import is_address
 from modules.errors import DatasetError
+from modules.paths import expand_path
 
 # in order; the first that a table has is used. Behind them all: a column `image` or `video`, of paths or of
 # whole files
@@ -121,11 +123,12 @@ def _base_of(path: Path, column: str) -> Path | None:
         text = row.values.get(column)
         if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
             continue
-        found = Path(text).expanduser()
-        if found.is_absolute():
-            continue
-        if found.exists():
-            return None
-        if (beside / found).exists():
-            return beside
+        with contextlib.suppress(ValueError):  # of a name that no file can have, which its row reports
+            found = expand_path(text)
+            if found.is_absolute():
+                continue
+            if found.exists():
+                return None
+            if expand_path(text, beside).exists():
+                return beside
     return None

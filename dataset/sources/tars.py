@@ -21,9 +21,11 @@ from dataset.sources.tables import CAPTION_COLUMNS
 from dataset.sources.tar_index import CONTROL, MASK, Sample, TarRules, read_index
 from dataset.sources.tar_reading import Member, name_parts
 from modules.addresses import hide_secrets, is_address, protocol_of, split_address
+from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.paths import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +186,10 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
             download(address, target)
             yield target
         return
-    path = Path(name).expanduser()
+    try:
+        path = expand_path(name)
+    except ValueError as error:
+        raise DatasetError(f"{shorten(name, 80)!r}: {error}.") from None
     if path.exists():
         if path.is_dir():
             raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")

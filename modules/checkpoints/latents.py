@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.containers import load_pickled
+from modules.checkpoints.finite import is_finite
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 
@@ -50,6 +51,12 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     if found.ndim != 5 or len(found) != 1 or not found.numel():
         raise CheckpointError(
             f"{option} {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is needed",
+            path,
+        )
+    if not only_shape and not bool(is_finite(found)):
+        raise CheckpointError(
+            f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
+            "them again",
             path,
         )
     return SavedLatents(found.float(), metadata)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from modules.command import as_typed
 from modules.errors import CheckpointError
 from modules.options import require
+from modules.paths import explain_missing
 
 Found = TypeVar("Found")
 
@@ -17,9 +19,14 @@ def require_file(path: Path | None, option: str, why: str) -> Path:
 
     Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
     """
-    given = require(path, option, why)
+    given = require(
+        path, option, f"{why}. {as_typed(['python', 'download.py', '--list'])} shows where it is from"
+    )
     if not given.exists():
-        raise CheckpointError(f"{option} {given}: no such file or folder. Give the path of the model", given)
+        raise CheckpointError(
+            f"{option} {given}: no such file or folder.{explain_missing(given)} Give the path of the model",
+            given,
+        )
     return given
 
 

@@ -24,6 +24,7 @@ from modules.contract.loading import TensorInfo
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, is_fp8, store_scale
+from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
@@ -154,7 +155,9 @@ def checkpoint_paths(path: Path) -> list[Path]:
     try:
         require_regular_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file or folder.", path) from None
+        raise CheckpointError(
+            f"{path}: there is no such file or folder.{explain_missing(path)}", path
+        ) from None
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror or error}. Give the model's file.", path
@@ -220,20 +223,23 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _folder_paths(folder: Path) -> list[Path]:
-    """Return the files of an index, else all safetensors files, else the only other model file."""
+    """Return the files of an index, else all shards, else the only model file."""
     indexes = sorted(folder.glob("*.index.json"))
     if len(indexes) == 1:
         return _read_index(indexes[0])
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
     safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
-    if not indexes and safe:
+    is_one = len(safe) == 1 or all(_SHARD.fullmatch(file.name) for file in safe)
+    if not indexes and safe and is_one:
         require_all_shards(safe)
         return safe
     if not indexes and len(files) == 1:
         return files
-    found = ", ".join(file.name for file in indexes + files) or "none"
+    found = [file.name for file in indexes + files]
+    names = ", ".join(found[:LISTED]) + (", ..." if len(found) > LISTED else "")
     raise CheckpointError(
-        f"{folder} is a folder without exactly one model (model files: {found}). Give the path of the file.",
+        f"{folder} is a folder without exactly one model (model files: {names or 'none'}). Give the path of "
+        "the file.",
         folder,
     )
 

@@ -11,6 +11,7 @@ from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizer_growth import check_sentencepiece, check_tokenizer
 from modules.contract.tokens import Place
 from modules.errors import CheckpointError
+from modules.paths import explain_missing
 from modules.text_files import require_regular_file
 
 SUFFIXES = (".json", ".model")
@@ -160,7 +161,7 @@ class TokenizerFiles:
                 require_regular_file(path)
             except FileNotFoundError:
                 raise CheckpointError(
-                    f"{self.option} {path}: there is no such file or folder.", path
+                    f"{self.option} {path}: there is no such file or folder.{explain_missing(path)}", path
                 ) from None
             except OSError as error:
                 raise self.unreadable(path, OSError(error.strerror)) from error

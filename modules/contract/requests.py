@@ -11,6 +11,7 @@ from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.prepared import Prepared
 from modules.errors import MediaError, OptionError
+from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str)
             dropped: dict[str, Any] = {name: None}
             request = replace(request, **dropped)
         elif not path.exists():
-            raise OptionError(f"--{name} {path}: no such file or folder")
+            raise OptionError(
+                f"--{name} {path}: no such file or folder.{explain_missing(path)} Correct the path"
+            )
     return request
 
 

@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 
 # metadata of cameras and editors, which hold a small picture written as letters, and any text like that
 _OF_PICTURES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
+# what a tool did to a finished file, counted on; mkv stores names in upper case
+TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)
 LONGEST = 1 << 18  # letters that are looked through
 _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 

@@ -11,7 +11,7 @@ from dataset.caching.reports import conclude
 from dataset.check import check_media, check_texts, check_training
 from dataset.commands import run_text_caching
 from dataset.config import DatasetConfig
-from modules.errors import OptionError
+from modules.errors import DatasetError, OptionError
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
@@ -138,6 +138,52 @@ def test_files_that_another_table_uses_are_no_remark(tmp_path: Path) -> None:
     result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
 
     assert result.num_remarks == 0
+
+
+def test_a_table_without_an_item_is_a_fault_of_checking_and_caching(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 7), target_frames=(97,))
+
+    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+
+    assert result.exit_code == 1
+    assert "not one of its 2 videos gives an item" in "\n".join(result.lines)
+    for _ in range(2):  # from the frames, then from nothing
+        report = cache_media(ToyFamily(), config, options())
+        with pytest.raises(DatasetError, match="not one of the 2 sources gives an item"):
+            conclude(report)
+
+
+def test_captions_that_are_not_utf8_are_told_before_clips_are_encoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, clips=(9, 9, 9))
+    for number in (0, 2):
+        (tmp_path / f"clip_{number}.txt").write_bytes("Käse auf der Straße".encode("cp1252"))
+
+    cache_media(ToyFamily(), config, options())
+
+    (said,) = [line for line in caplog.messages if "captions cannot be used" in line]
+    assert said.startswith("2 captions")
+    assert "clip_0.txt" in said
+    assert "clip_2.txt" in said
+
+
+def test_a_wrong_rate_is_a_fault_of_checking_and_caching(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 9), source_fps=60.0)
+
+    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+
+    assert result.exit_code == 1
+    said = "24 frames a second; source_fps says 60: the model sees it at 2.5 times its speed"
+    assert said in "\n".join(result.lines)
+    family = ToyFamily()
+    with pytest.raises(DatasetError, match=said):
+        cache_media(family, config, options())
+    assert not family.seen
+    for rate in (24.0, 24.02, "auto", None):
+        table = dataclasses.replace(config.datasets[0], source_fps=rate)
+        right = dataclasses.replace(config, datasets=(table,))
+        assert check_media(ToyFamily(), right, workers=1, skip_existing=False).ok
 
 
 def test_captions_longer_than_an_encoder_reads_are_remarks(tmp_path: Path) -> None:

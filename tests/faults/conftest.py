@@ -180,6 +180,8 @@ def bad(made_projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         "text.txt": "nothing",
         "text.toml": "nothing",
         "prompts.md": "a cat",
+        "samples.txt": "a bird\na cat --w abc\na dog --s x",
+        "none_in.toml": "learning_rate = None",
         "typo.toml": "learning_rat = 1e-4",
         "section.toml": '[run]\nmax_train_steps = "ten"',
         "switch.toml": 'sdpa = "yes"',
@@ -190,6 +192,9 @@ def bad(made_projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         (folder / name).write_text("a cat", encoding="utf-16")
     whole = (made_projects["wan"] / "model" / "dit.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "three").mkdir()
+    for name in "abc":
+        (folder / "three" / f"{name}.safetensors").write_bytes(whole)
     tensors = load_file(made_projects["wan"] / "lora.safetensors")
     other = {name.replace("_blocks_", "_layers_"): tensor for name, tensor in tensors.items()}
     save_file(other, folder / "other_lora.safetensors")

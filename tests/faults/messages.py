@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from accelerate.state import AcceleratorState
 
-from tests.commands import QUIET, ROOT
+from tests.commands import QUIET, ROOT, typed_there
 
 ERROR = re.compile(r"^(?:\w+Error: |.*\.py: error: )")
 # what a message tells the user to do begins with one of these
@@ -83,7 +83,7 @@ def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
         root.setLevel(level)
         torch.set_num_threads(threads)
     assert code is None or isinstance(code, int), code
-    return code or 0, said.getvalue()
+    return code or 0, typed_there(said.getvalue())
 
 
 def succeed_here(script: str, *arguments: object, folder: Path) -> str:

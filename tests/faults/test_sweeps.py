@@ -1,6 +1,9 @@
 """Every option of every script with values that no run can use: refused before any model is loaded."""
 
 import argparse
+import contextlib
+import io
+import itertools
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +29,21 @@ BAD_FILES = (
     "page.safetensors",
     "text.txt",
 )
+# how paths go wrong on their way from a page or a shell -> what the message says
+MISTYPED = {
+    "https://example.org/wan.safetensors": "this is an address",
+    "hf:owner/name": "this is an address",
+    "\u201cmodels/wan.safetensors\u201d": 'straight ones around: "models/wan.safetensors"',
+    "'models/wan.safetensors'": 'straight ones around: "models/wan.safetensors"',
+    "$MODELS/wan.safetensors": "$MODELS is no folder, and no variable was put in its place",
+    "%MODELS%/wan.safetensors": "%MODELS% is no folder",
+    f"{Path('/').absolute()}wan.safetensors": "is a variable that stood before it not set?",
+    "models/*.safetensors": "A pattern that fits no file stays as it is",
+    "None": "Leave it out",
+    "wan.safetensors ": "begins or ends with a blank",
+    "~nosuchuser/wan.safetensors": "there is no such user",
+    "w" * 300: "no file has so long a name",
+}
 MODELS = {
     *("dit", "vae", "t5", "clip", "image_encoder", "text_encoder1", "text_encoder2"),
     *("t5_tokenizer", "text_encoder1_tokenizer", "text_encoder2_tokenizer"),
@@ -64,6 +82,11 @@ def options_where(is_one: Callable[[argparse.Action], bool], once: bool) -> Iter
     seen: set[str] = set()
     for script in COMMANDS:
         for action in parser_of(script)._actions:
+            if (script, action.dest) == (
+                "convert_lora.py",
+                "dit",
+            ):  # only for --bake, of other LoRAs than these
+                continue
             if action.dest in seen or getattr(action, "unsupported_reason", None) or not is_one(action):
                 continue
             if once:
@@ -126,9 +149,38 @@ def test_no_option_takes_a_file_that_is_no_model(
     bad: Path,
 ) -> None:
     for name in BAD_FILES:
-        code, said = try_mistake(script, option, bad / name, folder=made_projects[COMMANDS[script].family])
+        code, said = try_mistake(
+            script,
+            option,
+            bad / name,
+            folder=made_projects[COMMANDS[script].family],
+        )
 
         assert code != LOADED, f"{option} {name} is found out after a model was loaded"
         assert isinstance(code, int)
         message = assert_one_message(code, said, name, remedy=False)
         assert len(message.splitlines()) <= 3, message
+
+
+@pytest.mark.parametrize(
+    ("script", "option"), options_where(lambda action: action.dest in MODELS, once=False)
+)
+def test_a_mistyped_path_is_recognised(script: str, option: str, made_projects: dict[str, Path]) -> None:
+    folder = made_projects[COMMANDS[script].family]
+    for path, words in MISTYPED.items():
+        code, said = try_mistake(script, f"{option}={path}", folder=folder)
+
+        assert code != LOADED, f"{option} {path} is found out after a model was loaded"
+        assert isinstance(code, int)
+        message = assert_one_message(code, said, option if len(path) < 300 else "--", words, remedy=False)
+        assert len(message.splitlines()) <= 3, message
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_typographic_dash_is_named_with_every_option(script: str) -> None:
+    flags = [action.option_strings[-1] for action in parser_of(script)._actions if action.option_strings]
+    for flag, dash in zip(flags, itertools.cycle(("\u2013-", "\u2014", "-\u2011", "\u2212\u2212"))):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), pytest.raises(SystemExit):
+            parser_of(script).parse_args([dash + flag.removeprefix("--"), "x"])
+        assert f"begins with a typographic dash, not with --. Write {flag}" in said.getvalue()

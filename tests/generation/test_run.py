@@ -2,16 +2,21 @@
 
 import builtins
 import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
 from generation.script_options import ScriptDefaults
+from modules.contract.data import MediaEncoders
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError, MediaError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.media.reading import video_frames
 from modules.options import read_options
@@ -266,3 +271,32 @@ def test_products_in_fp8_without_fp8_weights_are_told_of_and_left(
     with caplog.at_level(logging.WARNING):
         assert "decode" in run(tmp_path, "--prompt", "cat", "--fp8_fast")
     assert "--fp8_fast is ignored" in caplog.text
+
+
+class BrokenFamily(ToyFamily):
+    """A model, or a VAE, whose numbers overflow."""
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        dit = super().load_dit(placement, expert)
+        if self.name == "toy":
+            dit.scale.data = torch.full_like(dit.scale, math.nan)
+        return dit
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        for chunk in super().decode(encoders, latents):
+            yield chunk * math.inf
+
+
+@pytest.mark.parametrize("output", ["video", "latent", "images"])
+def test_what_is_not_a_number_is_an_error_and_no_grey_video(output: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="What the model made is NaN or infinite"):
+        generate(BrokenFamily(), options(out, "--prompt", "cat", "--output_type", output))
+    assert list(out.iterdir()) == []
+    with pytest.raises(UserError, match=r"The VAE made values that are NaN(.|\n)*--latent_path"):
+        generate(BrokenFamily(name="good"), options(out, "--prompt", "cat"))
+    assert not list(out.glob("*.mp4"))
+    path = tmp_path / "bad.safetensors"
+    save_file({"latent": torch.full((16, 2, 4, 4), math.nan)}, path)
+    with pytest.raises(CheckpointError, match=r"bad.safetensors: its latents have values that are NaN"):
+        generate(ToyFamily(), options(out, "--latent_path", path))

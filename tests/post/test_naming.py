@@ -48,6 +48,17 @@ def test_a_video_is_written_beside_itself_or_where_output_says(
     assert job == Job(tmp_path / "a.mp4", tmp_path / expected, False)
 
 
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_results_do_not_lie_among_captioned_clips(is_folder: bool, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("a square", encoding="utf-8")
+    given = tmp_path if is_folder else clip
+
+    with pytest.raises(OptionError, match=r"looks like a data set.*--output .*_SWIN/"):
+        plan_jobs(chain_of(TOOL, given, None, H264), Asked())
+    assert len(plan_jobs(chain_of(TOOL, given, f"{tmp_path}/made/", H264), Asked())) == 1
+
+
 def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     chain = chain_of(TOOL, write_picture(tmp_path / "a.png"), tmp_path / "b.jpg")

@@ -270,7 +270,7 @@ def test_a_conversation_goes_on_after_mistakes_and_ctrl_c(
             maker=PlainMaker(fails_on="stop", error=KeyboardInterrupt),
         )
     assert prompts_of(tmp_path) == ["a", "c"]
-    assert caplog.text.count("The prompt is cancelled. Ctrl-D quits.") == 3
+    assert caplog.text.count("The prompt is cancelled. quit or Ctrl-D ends.") == 3
     assert "the prompt is skipped. OptionError: --steps 0" in caplog.text
 
 

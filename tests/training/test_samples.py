@@ -195,17 +195,13 @@ def test_a_value_that_the_model_does_not_take_is_told(
     assert caplog.text.count("the embedded guidance (--g) is ignored") == 1
 
 
-def test_a_prompt_that_cannot_be_made_is_reported_and_the_others_keep_their_numbers(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("bad", ["impossible", "a cat --w abc"])
+def test_all_prompts_that_cannot_be_made_are_told_at_once(bad: str, tmp_path: Path) -> None:
     write_caches(tmp_path)
-    prompts = write_prompts(tmp_path, "impossible\na dog --d 1 --s 2 --w 32 --h 32")
+    prompts = write_prompts(tmp_path, f"{bad}\na dog --d 1 --s 2 --w 32 --h 32\n{bad}")
 
-    train_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 8)
-
-    assert "prompt 0 is skipped ('impossible'): this cannot be made" in caplog.text
-    (name,) = (path.name for path in (tmp_path / "output" / "sample").iterdir())
-    assert name.startswith("x_000008_01_")
+    with pytest.raises(OptionError, match=f"(?s)1.*{bad}.*3.*{bad}"):
+        train_network(ToyFamily(), toy_options(tmp_path, "--sample_prompts", prompts, "--sample_at_first"))
 
 
 def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def test_a_changed_source_is_encoded_again(tmp_path: Path) -> None:
     ("changes", "family"),
     [
         ({}, ToyFamily(media_identity={"vae": "second"})),
-        ({"source_fps": 32.0}, ToyFamily()),
-        ({"source_fps": 16.0}, ToyFamily()),
+        ({"source_fps": 24.1}, ToyFamily()),
+        ({"source_fps": 23.9}, ToyFamily()),
     ],
 )
 def test_another_encoder_or_rate_makes_everything_again(

@@ -12,7 +12,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./a", "C:\\models/a", "~nobody-here/model", "x" * 300])
 def test_what_is_neither_a_folder_nor_a_repository_is_refused_by_name(name: str) -> None:
-    with pytest.raises(UserError, match="--model .*(no such|no file)"):
+    with pytest.raises(UserError, match="--model .*(no such|no file|of Windows)"):
         find_model_folder("--model", name, ())
 
 

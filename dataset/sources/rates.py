@@ -1,0 +1,54 @@
+"""Compare the frame rates of clips with what their table says of them."""
+
+from collections.abc import Sequence
+
+from dataset.sources.faults import Fault
+from dataset.sources.media_source import MediaSource
+from modules.errors import MediaError
+from modules.media.animations import is_animation
+from modules.media.opening import open_video
+
+TOLERANCE = 0.02  # 29.97 is 30
+LOOKED_AT = 1000  # clips of a dataset whose headers are read for this
+
+
+def compare_rates(found: float | None, stated: object, fps: float) -> str | None:
+    """Return what is wrong if a file's rate is neither the stated one nor, if none is stated, the model's."""
+    is_number = isinstance(stated, (int, float))
+    if not found or (stated is not None and not is_number):
+        return None
+    expected = float(stated) if isinstance(stated, (int, float)) else fps
+    if abs(found / expected - 1) < TOLERANCE:
+        return None
+    cause = f"source_fps says {expected:g}" if is_number else "without source_fps all frames are used"
+    return f"{cause}: the model sees it at {expected / found:.2g} times its speed"
+
+
+def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
+    """Return a fault for each clip of another rate than the source_fps that its table says.
+
+    Only headers of clips that are here are read, of at most LOOKED_AT clips. What cannot be read is reported
+    by others.
+    """
+    clips = [one for one in sources if isinstance(one.table.source_fps, float) and not one.origins]
+    step = -(-len(clips) // LOOKED_AT) or 1
+    kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
+    faults = []
+    for source in clips[::step]:
+        said = _compare_header(source)
+        if said is not None:
+            faults.append(Fault(kind, f"{source.path}: {said}", source.stem))
+    return faults
+
+
+def _compare_header(source: MediaSource) -> str | None:
+    try:
+        # a folder has no rate, an animation is played by the times in its file
+        if source.tensors is not None or source.path.is_dir() or is_animation(source.path):
+            return None
+        with open_video(source.path) as (_, stream):
+            rate = float(stream.average_rate) if stream.average_rate else None
+    except (MediaError, OSError):
+        return None
+    said = compare_rates(rate, source.table.source_fps, 1.0)
+    return None if said is None else f"{rate:.4g} frames a second; {said}"
