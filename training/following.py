@@ -111,8 +111,7 @@ class NextSteps:
     @property
     def is_dora(self) -> bool:
         """Return whether a DoRA is trained, which tools other than diffusers do not take as it is meant."""
-        network = self.options.network
-        return network is not None and network.arguments().get("dora_wd", "").lower() in {"true", "1"}
+        return self.options.network is not None and self.options.network.decomposes
 
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that makes a file for other tools; of a DoRA a plain LoRA."""
