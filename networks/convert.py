@@ -178,12 +178,13 @@ def converted(
             begin = UNET_IN_DIFFUSERS if family is not None and family.start == UNET_IN_DIFFUSERS else start
             other = to_diffusers(native, hint, begin) if target == "diffusers" else to_other(native, hint)
         reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
-        is_other_kind = any(OTHER_KINDS & group_by_module(native)[name].keys() for name in other.left_out)
-        hint = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
+        modules = group_by_module(native)
+        is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in other.left_out)
+        help_ = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
         if not other.tensors and not lora.text_tensors:
-            raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.{hint}", source)
+            raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.{help_}", source)
         if reasons:
-            logger.warning(f"{source}: {len(reasons)} modules are left out: {list_some(reasons)}{hint}")
+            logger.warning(f"{source}: {len(reasons)} modules are left out: {list_some(reasons)}{help_}")
         tensors = other.tensors
     tensors = {**tensors, **_texts_in(lora, target)}
     # its alphas are in the tensors now

@@ -66,6 +66,11 @@ class NetworkOptions:
         """Return `--network_args` as a dictionary of strings."""
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
+    @property
+    def decomposes(self) -> bool:
+        """Whether the network is a DoRA."""
+        return self.arguments().get("dora_wd", "").lower() == "true"
+
     def base_multipliers(self) -> tuple[float, ...]:
         """Return one multiplier for each of `--base_weights`; missing ones are 1."""
         return multipliers_for(

@@ -99,7 +99,7 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
                 "--dim_from_weights with --lora_per_expert needs --network_weights_high_noise too: the file "
                 "to take ranks and alphas of the second network from"
             )
-    elif network is not None and len(experts) > 1 and network.arguments().get("dora_wd") == "True":
+    elif network is not None and len(experts) > 1 and network.decomposes:
         raise OptionError(
             "--network_args dora_wd=True: a DoRA learns the norms of a transformer's weights, so that two "
             f"transformers cannot share one. {OWN_NETWORKS}"

@@ -112,24 +112,19 @@ class NextSteps:
     @property
     def is_dora(self) -> bool:
         """Return whether a DoRA is trained, which tools other than diffusers do not take as it is meant."""
-        network = self.options.network
-        return network is not None and network.arguments().get("dora_wd", "").lower() in {"true", "1"}
+        return self.options.network is not None and self.options.network.decomposes
 
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that makes a file for other tools; of a DoRA a plain LoRA."""
-        target = "other" if self.converted_for else "default"
-        if not self.is_dora:
-            words, title = ["--target", target], f"Convert the LoRA for {self.converted_for}"
-        else:
+        title, end, note = f"Convert the LoRA for {self.converted_for}", self.converted_for.lower(), ""
+        words = ["--target", "other" if self.converted_for else "default"]
+        if self.is_dora:
+            title, end, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
             is_high = bool(self.parts) and file.stem.endswith(HIGH_NOISE)
-            dit = self.given.values.get("dit_high_noise" if is_high else "dit")
-            words = ["--target", target, "--bake", str(BAKED_RANK), "--dit", str(dit or "model.safetensors")]
-            title = "Make a plain LoRA of the DoRA"
-        output = file.with_name(
-            f"{file.stem}_{'plain' if self.is_dora else self.converted_for.lower()}.safetensors"
-        )
-        files = ["--input", str(file), "--output", str(output)]
-        note = DORA_ELSEWHERE if self.is_dora else ""
+            dits = map(self.given.values.get, ("dit_high_noise",) if is_high else ("dit", "dit_high_noise"))
+            dit = next(filter(None, dits), "model.safetensors")
+            words += ["--bake", str(BAKED_RANK), "--dit", str(dit)]
+        files = ["--input", str(file), "--output", str(file.with_name(f"{file.stem}_{end}.safetensors"))]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
 
     def _resume(self, is_finished: bool) -> PageCommand:

@@ -241,16 +241,16 @@ def _parquet_names(path: Path) -> tuple[str, ...]:
 
 
 def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
-    names = _parquet_names(path)
-    columns = [name for name in names if wanted is None or name in wanted]
-    number, limit = 0, Unpacking.of(path)
+    columns = [name for name in _parquet_names(path) if wanted is None or name in wanted]
+    number = 0
     with open_parquet(path, _list_columns(path, columns)) as file:
+        limit = Unpacking.of(path)
         if not columns:
             limit.add(ROW_BYTES * file.metadata.num_rows)
             yield from (TableRow(path, "row", place + 1) for place in range(file.metadata.num_rows))
             return
         for group in range(file.metadata.num_row_groups):
-            largest = largest_value(file, limit, group, columns)
+            largest = largest_value(file, Unpacking.of(path), group, columns)
             rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
             for batch in file.iter_batches(rows, [group], columns, use_threads=False):
                 limit.add(ROW_BYTES * len(batch))

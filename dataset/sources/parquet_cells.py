@@ -4,7 +4,6 @@ import bisect
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,10 +91,9 @@ def cell_suffix(content: bytes) -> str:
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group. mtime_ns: so that a file that was written again is read again."""
     with open_parquet(path, [column]) as file:
-        limit = Unpacking.of(path)
-        largest_value(
-            file, replace(limit, most_bytes=min(limit.most_bytes, MOST_GROUP_BYTES)), group, [column]
-        )
+        pages = Unpacking.of(path)
+        pages.most_bytes = min(pages.most_bytes, MOST_GROUP_BYTES)
+        largest_value(file, pages, group, [column])
         found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     if "." in column and hasattr(found.type, "num_fields") and found.type.num_fields:
         import pyarrow.compute as pc

@@ -6,6 +6,7 @@ Source: github.com/apache/parquet-format, parquet.thrift (Apache-2.0), and Thrif
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from modules.varints import read_varint
 LEAST_BYTES = 1 << 26  # that any file may unpack to
 MOST_TIMES = 1000  # its size, that a larger one may; texts that are all alike shrink that far
 ROW_BYTES, VALUE_BYTES = 256, 16  # in memory of a row, and of a value, besides what it says
-LONGEST_HEADER = 1 << 24  # bytes of a page's header, with the statistics in it; pyarrow's own limit
-_USUAL_HEADER = 1 << 12
+# bytes of a page's header, with the statistics in it: usual ones, and at most, which is pyarrow's own limit
+_HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
 # numbers of fields in a page's header: type, sizes, and the structs of the kinds of pages
 _TYPE, _UNPACKED, _PACKED, _DATA, _DATA_V2 = 1, 2, 3, 5, 8
 _ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field in that struct
 _BINARY, _STRUCT = 8, 12  # kinds of fields
 _NUMBERS = (4, 5, 6)
-_SIZES = {1: 0, 2: 0, 3: 1, 7: 8}  # bytes of fields of a fixed size
+_SWITCHES = (1, 2)
 
 
 @dataclass
@@ -50,20 +51,17 @@ class Unpacking:
             )
 
 
-def largest_value(file: Any, limit: Unpacking, group: int, columns: Collection[str]) -> int:
+def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
     """Return how many bytes a value that pages repeat may have; 0 if they repeat none.
 
-    file: a `ParquetFile`. columns: of the row group, with all that is in them. Raises DatasetError if its
-    pages hold more than `limit`, ValueError if they are damaged, OSError.
+    file: a `ParquetFile`. pages: counts what the pages of this row group hold. columns: with all that is in
+    them. Raises DatasetError if that is too much, ValueError if pages are damaged, OSError.
     """
-    chunks, largest = file.metadata.row_group(group), 0
-    pages = Unpacking(limit.path, limit.most_bytes)  # for each group: they are read one after the other
-    with limit.path.open("rb") as content:
+    chunks, largest, wanted = file.metadata.row_group(group), 0, set(columns)
+    with pages.path.open("rb") as content:
         for number in range(chunks.num_columns):
             chunk = chunks.column(number)
-            if any(
-                chunk.path_in_schema == one or chunk.path_in_schema.startswith(f"{one}.") for one in columns
-            ):
+            if not wanted.isdisjoint(accumulate(chunk.path_in_schema.split("."), "{}.{}".format)):
                 pages.add(chunk.num_values * VALUE_BYTES)
                 largest = max(largest, file.schema.column(number).length, _walk(content, chunk, pages))
     return largest
@@ -76,26 +74,31 @@ def _walk(content: Any, chunk: Any, pages: Unpacking) -> int:
     end = place + chunk.total_compressed_size
     while place < end and values < chunk.num_values:
         header, size = _read_header(content, place)
-        unpacked, packed = (header.get(field) for field in (_UNPACKED, _PACKED))
-        if not (isinstance(unpacked, int) and isinstance(packed, int) and unpacked >= 0 and packed >= 0):
-            raise ValueError("a page without a size")
+        unpacked, packed = _number(header, _UNPACKED), _number(header, _PACKED)
         pages.add(unpacked)
-        kind, of_data = next(
-            ((field, one) for field in _ENCODINGS if isinstance(one := header.get(field), dict)), (0, {})
-        )
-        count = of_data.get(1, 0)
-        pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
-        values += count
         repeats = header.get(_TYPE) == _DICTIONARY_PAGE
-        if repeats or (kind and of_data.get(_ENCODINGS[kind]) == _DELTA_BYTE_ARRAY):
+        kind = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
+        if kind is not None:
+            count = _number(header[kind], 1)
+            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
+            values += count
+            repeats |= header[kind].get(_ENCODINGS[kind]) == _DELTA_BYTE_ARRAY
+        if repeats:
             largest = max(largest, unpacked)
         place += size + packed
     return largest
 
 
+def _number(fields: dict[int, Any], field: int) -> int:
+    number = fields.get(field)
+    if not isinstance(number, int) or number < 0:
+        raise ValueError("a page without a size")
+    return number
+
+
 def _read_header(content: Any, place: int) -> tuple[dict[int, Any], int]:
     """Return the fields of a page's header, and its size in bytes."""
-    for most in (_USUAL_HEADER, LONGEST_HEADER):
+    for most in _HEADERS:
         content.seek(place)
         data = content.read(most)
         try:
@@ -126,9 +129,7 @@ def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int
         elif kind == _BINARY:
             size, place = read_varint(data, place)
             place += size
-        elif kind in _SIZES:
-            place += _SIZES[kind]
-        else:
+        elif kind not in _SWITCHES:
             raise ValueError("a page's header is damaged")
     return found, place + 1
 

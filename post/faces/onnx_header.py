@@ -4,9 +4,9 @@ Source: github.com/onnx/onnx, onnx.proto (Apache-2.0), and the encoding of proto
 with the number of its field; those that are not wanted are skipped.
 """
 
-import itertools
 import math
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +29,16 @@ _NODE_INPUTS, _NODE_OUTPUTS, _KIND, _ATTRIBUTES = 1, 2, 4, 5
 _TENSOR, _INNER_GRAPH, _NUMBERS, _TENSORS, _INNER_GRAPHS = 5, 6, 8, 10, 11  # of an attribute
 _DIMS, _DTYPE, _TENSOR_NAME, _RAW, _EXTERNAL, _PLACE = 1, 2, 8, 9, 13, 14
 _VALUES = (4, 5, 6, 7, _RAW, 10, 11)  # of a tensor, by its dtype
-_DTYPES = {1: ("f", 4), 6: ("i", 4), 7: ("q", 8)}  # those that may be sizes: float32, int32, int64
+# those that may be sizes: float32, int32, int64; each with the field of its values if they are not in _RAW
+_DTYPES = {1: ("f", 4), 6: ("i", 5), 7: ("q", 7)}
 _MOST_SIZES = 16
 # operators whose result may be far larger than what they are given
 _GROWING = {"ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"}
 _FOLDED = {"Add", "Concat", "Mul"}  # that may make sizes of sizes
 
 Shape = tuple[int | None, ...]  # None: any size
+_Value = int | memoryview  # of a field
+_Parts = defaultdict[int, list[_Value]]  # a message by the numbers of its fields
 
 
 @dataclass(frozen=True)
@@ -95,35 +98,22 @@ def _read(path: Path, most: int | None = None) -> bytes:
 
 
 def _read_model(content: memoryview) -> OnnxHeader:
-    graph: memoryview | None = None
-    notes = {}
-    for number, value in _fields(content):
-        if number == _GRAPH and isinstance(value, memoryview):
-            graph = value
-        elif number == _NOTES and isinstance(value, memoryview):
-            note = dict(_fields(value))
-            notes[_text(note.get(1))] = _text(note.get(2))
-    if graph is None:
+    checks = _Checks()
+    model = checks.parts(content)
+    if not model[_GRAPH]:
         raise ValueError("no graph")
-    inputs: dict[str, Shape] = {}
-    outputs: dict[str, Shape] = {}
-    filled = set()
-    has_nodes = False
-    for number, value in _fields(graph):
-        has_nodes |= number == _NODES
-        if number == _INITIALIZERS and isinstance(value, memoryview):
-            filled.add(_text(next((part for number, part in _fields(value) if number == _TENSOR_NAME), None)))
-        elif number in {_INPUTS, _OUTPUTS} and isinstance(value, memoryview):
-            name, shape = _read_value(value)
-            (inputs if number == _INPUTS else outputs)[name] = shape
-    if not has_nodes or not outputs:
+    found = [dict(_fields(note)) for note in model[_NOTES]]
+    graph = checks.parts(model[_GRAPH][-1])
+    outputs = dict(map(_read_value, graph[_OUTPUTS]))
+    if not graph[_NODES] or not outputs:
         raise ValueError("an empty graph")
-    _Checks().graph(graph)
-    taken = {name: shape for name, shape in inputs.items() if name not in filled}
+    checks.graph(graph)
+    filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
+    taken = {name: shape for name, shape in map(_read_value, graph[_INPUTS]) if name not in filled}
     for name, shape in taken.items():
         if any(size is not None and size > MOST_SIDE for size in shape):
             raise _RefusedError(f"its input {name} has the shape {list(shape)}")
-    return OnnxHeader(taken, outputs, notes)
+    return OnnxHeader(taken, outputs, {_text(note.get(1)): _text(note.get(2)) for note in found})
 
 
 @dataclass
@@ -133,99 +123,89 @@ class _Checks:
     fields: int = 0
     constants: dict[str, float] = field(default_factory=dict)  # products of values that may be sizes
 
-    def graph(self, graph: memoryview, depth: int = 0) -> None:
+    def graph(self, graph: _Parts, depth: int = 0) -> None:
         """Raise _RefusedError if a graph has tensors elsewhere, or asks for more memory than a detector."""
         if depth > MOST_DEPTH:
             raise _RefusedError("it has graphs in graphs in graphs")
-        parts = self._list(graph)
-        for number, value in parts:
-            if number == _INITIALIZERS and isinstance(value, memoryview):
-                self._tensor(value)
-        for number, value in parts:
-            if number == _NODES and isinstance(value, memoryview):
-                self._node(value, depth)
+        for tensor in graph[_INITIALIZERS]:
+            self._tensor(self.parts(tensor))
+        for node in graph[_NODES]:
+            self._node(self.parts(node), depth)
 
-    def _node(self, node: memoryview, depth: int) -> None:
-        parts = self._list(node)
-        outputs = [_text(value) for number, value in parts if number == _NODE_OUTPUTS]
-        for number, attribute in parts:
-            if number == _ATTRIBUTES and isinstance(attribute, memoryview):
-                self._attribute(attribute, outputs, depth)
-        kind = next((_text(value) for number, value in parts if number == _KIND), "")
-        inputs = [_text(value) for number, value in parts if number == _NODE_INPUTS]
+    def _node(self, node: _Parts, depth: int) -> None:
+        outputs = list(map(_text, node[_NODE_OUTPUTS]))
+        for attribute in node[_ATTRIBUTES]:
+            self._attribute(self.parts(attribute), outputs, depth)
+        kind = next(map(_text, node[_KIND]), "")
+        inputs = list(map(_text, node[_NODE_INPUTS]))
         known = [self.constants[name] for name in inputs if name in self.constants]
         if kind in _GROWING and max(known, default=0) > MOST_VALUES:
             raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
         if kind in _FOLDED and inputs and len(known) == len(inputs):
             self.constants |= dict.fromkeys(outputs, math.prod(known))
 
-    def _attribute(self, attribute: memoryview, outputs: Sequence[str], depth: int) -> None:
-        sizes: list[int] = []
-        for number, value in self._list(attribute):
-            if number in {_TENSOR, _TENSORS} and isinstance(value, memoryview):
-                self._tensor(value, outputs)
-            elif number in {_INNER_GRAPH, _INNER_GRAPHS} and isinstance(value, memoryview):
-                self.graph(value, depth + 1)
-            elif number == _NUMBERS:
-                sizes += [one for one in _varints(value) if one != 2**31 - 1]  # the end, of old files
-        if _product(sizes) > MOST_VALUES:
+    def _attribute(self, attribute: _Parts, outputs: Sequence[str], depth: int) -> None:
+        for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
+            self._tensor(self.parts(tensor), outputs)
+        for graph in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
+            self.graph(self.parts(graph), depth + 1)
+        # 2**31 - 1: the end, of old files
+        if _product(one for one in _numbers(attribute[_NUMBERS]) if one != 2**31 - 1) > MOST_VALUES:
             raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
 
-    def _tensor(self, tensor: memoryview, names: Sequence[str] = ()) -> None:
+    def _tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
         """Check that a tensor's values are in the file; note the product of a few."""
-        dims: list[int] = []
-        found, size, dtype = b"", 0, 0
-        for number, value in self._list(tensor):
-            if number in {_EXTERNAL, _PLACE} and value != 0:
-                raise _RefusedError("its numbers are in another file. Export it again as one file")
-            if number == _DIMS:
-                dims += _varints(value)
-            elif number == _DTYPE and isinstance(value, int):
-                dtype = value
-            elif number == _TENSOR_NAME:
-                names = [*names, _text(value)]
-            elif number in _VALUES:
-                size += len(value) if isinstance(value, memoryview) else 1
-                found = bytes(value[:256]) if number == _RAW and isinstance(value, memoryview) else found
+        names = [*names, *map(_text, tensor[_TENSOR_NAME])]
+        if tensor[_EXTERNAL] or any(tensor[_PLACE]):
+            raise _RefusedError("its numbers are in another file. Export it again as one file")
+        dims = _numbers(tensor[_DIMS])
         count = math.prod(dims)
+        size = sum(1 if isinstance(one, int) else len(one) for kind in _VALUES for one in tensor[kind])
         if count > 2 * size:  # the smallest numbers have four bits
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
-        if dtype in _DTYPES and count <= _MOST_SIZES and len(found) == count * _DTYPES[dtype][1]:
-            letter, _ = _DTYPES[dtype]
-            product = _product(struct.unpack(f"<{count}{letter}", found))
+        dtype = next((one for one in tensor[_DTYPE] if isinstance(one, int)), 0)
+        if dtype in _DTYPES and count <= _MOST_SIZES:
+            letter, own = _DTYPES[dtype]
+            found = tensor[_RAW][-1:] or tensor[own]
+            if letter != "f" and not tensor[_RAW]:
+                product = _product(_numbers(found))
+            else:
+                data = b"".join(one for one in found if not isinstance(one, int))
+                product = _product(struct.unpack(f"<{count}{letter}", data))
             product *= MOST_VALUES / MOST_TIMES if letter == "f" else 1
             self.constants |= dict.fromkeys(names, product)
 
-    def _list(self, content: memoryview) -> list[tuple[int, int | memoryview]]:
-        """Return the fields of a message; all files together may have MOST_FIELDS."""
-        found = list(itertools.islice(_fields(content), MOST_FIELDS - self.fields + 1))
-        self.fields += len(found)
-        if self.fields > MOST_FIELDS:
-            raise _RefusedError(f"it has more than {MOST_FIELDS:,} parts")
+    def parts(self, message: _Value) -> _Parts:
+        """Return the values of the fields of a message; all messages together may have MOST_FIELDS."""
+        found: _Parts = defaultdict(list)
+        for number, value in _fields(message):
+            self.fields += 1
+            if self.fields > MOST_FIELDS:
+                raise _RefusedError(f"it has more than {MOST_FIELDS:,} parts")
+            found[number].append(value)
         return found
 
 
-def _read_value(content: memoryview) -> tuple[str, Shape]:
+def _read_value(content: _Value) -> tuple[str, Shape]:
     """Return the name of a value, and the sizes in the shape of its type."""
-    name, sizes = "", []
-    for number, value in _fields(content):
-        if number == 1:
-            name = _text(value)
+    sizes = []
     for size in _inside(content, 2, 1, 2, 1):  # type, of a tensor, shape, size
         fixed = dict(_fields(size)).get(1)
         sizes.append(fixed if isinstance(fixed, int) and fixed > 0 else None)
-    return name, tuple(sizes)
+    return _text(dict(_fields(content)).get(1)), tuple(sizes)
 
 
-def _inside(content: memoryview, *path: int) -> Iterator[memoryview]:
+def _inside(content: _Value, *path: int) -> Iterator[_Value]:
     """Yield the values of a field in a field in a field."""
     for number, value in _fields(content):
-        if number == path[0] and isinstance(value, memoryview):
+        if number == path[0]:
             yield from _inside(value, *path[1:]) if len(path) > 1 else [value]
 
 
-def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(content: _Value) -> Iterator[tuple[int, _Value]]:
     """Yield the numbers and values of the fields. Raises ValueError or IndexError if they are damaged."""
+    if isinstance(content, int):
+        raise ValueError("a number in place of a message")
     position = 0
     while position < len(content):
         key, position = read_varint(content, position)
@@ -245,16 +225,19 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         position += size
 
 
-def _varints(value: int | memoryview) -> list[int]:
+def _numbers(values: Iterable[_Value]) -> list[int]:
     """Return the numbers of a field that may have several."""
-    if isinstance(value, int):
-        return [value]
-    numbers, position = [], 0
-    while position < len(value):
-        number, position = read_varint(value, position)
-        numbers.append(number)
-        if len(numbers) > MOST_SIDE:
-            raise ValueError("damaged")
+    numbers: list[int] = []
+    for value in values:
+        if isinstance(value, int):
+            numbers.append(value)
+            continue
+        position = 0
+        while position < len(value):
+            number, position = read_varint(value, position)
+            numbers.append(number)
+            if len(numbers) > MOST_SIDE:
+                raise ValueError("damaged")
     return numbers
 
 
@@ -267,5 +250,5 @@ def _shown(names: Sequence[str]) -> str:
     return repr(", ".join(names)[:80])
 
 
-def _text(value: int | memoryview | None) -> str:
+def _text(value: _Value | None) -> str:
     return bytes(value).decode("utf-8") if isinstance(value, memoryview) else ""

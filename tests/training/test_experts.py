@@ -258,6 +258,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     ("arguments", "message"),
     [
         (["--network_args", "dora_wd=True"], "Use --lora_per_expert"),
+        (["--network_args", "dora_wd=true"], "learns the norms of"),
         (
             ["--timestep_sampling", "uniform", "--max_timestep", 500],
             "no timestep of this run reaches the high",

@@ -202,6 +202,9 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
     assert words[words.index("--output") + 1] == str(tmp_path / "x_plain.safetensors")
     assert words[-6:] == ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
     assert "ComfyUI takes it" in command.note
+    values = {**steps.given.values, "dit": None, "dit_high_noise": Path("high.safetensors")}
+    alone = replace(steps, given=replace(steps.given, values=values)).commands(None, is_finished=True)[-1]
+    assert words_of(alone)[-2:] == ["--dit", "high.safetensors"]
 
 
 def test_a_sample_is_generated_again_with_all_that_it_shows(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Parquet files of a few kB that say gigabytes: refused, or read without them."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from dataset.sources import parquet_cells
 from dataset.sources.columns import read_columns
 from dataset.sources.parquet_cells import cells_of, read_cell
+from dataset.sources.parquet_pages import Unpacking, _walk
 from modules.errors import DatasetError, MediaError
 
 MIB = 1 << 20
@@ -137,3 +140,39 @@ def test_damaged_pages_are_one_message(tmp_path: Path) -> None:
         for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(7))):
             with contextlib.suppress(DatasetError, MediaError):
                 read()
+
+
+def walk(content: io.BytesIO, num_values: int) -> int:
+    size = len(content.getvalue())
+    chunk = SimpleNamespace(
+        num_values=num_values, data_page_offset=0, dictionary_page_offset=None, total_compressed_size=size
+    )
+    return _walk(content, chunk, Unpacking(Path("t.parquet"), 1 << 20))
+
+
+def page(of_data: bytes) -> bytes:
+    """A page that holds a byte. of_data: the struct of a page of data."""
+    return bytes.fromhex("1500 1502 1502 2c") + of_data + b"\0\0" + b"x"
+
+
+@pytest.mark.parametrize("count", ["1c00", "1501", ""], ids=["a struct", "-1", "missing"])
+def test_a_page_of_no_number_of_values_is_damaged(count: str) -> None:
+    with pytest.raises(ValueError, match="without a size"):
+        walk(io.BytesIO(page(bytes.fromhex(count))), 1)
+
+
+def test_pages_with_long_statistics_are_not_read_many_times() -> None:
+    class Counting(io.BytesIO):
+        found = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(size)
+            self.found += len(data)
+            return data
+
+    statistics = bytes.fromhex("4c 18 f02e") + bytes(6000) + b"\0"  # a smallest value of 6,000 bytes
+    content = Counting(page(bytes.fromhex("1502") + statistics) * 200)
+
+    walk(content, 200)
+
+    assert content.found < 20 * len(content.getvalue())
