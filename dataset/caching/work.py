@@ -36,7 +36,7 @@ from dataset.caching.texts import TextBatch, TextEncoding, text_batches
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.sources.decoding import check_resolution
-from dataset.sources.faults import Fault, raise_faults
+from dataset.sources.faults import LISTED, Fault, list_faults
 from dataset.sources.listing import (
     find_all_sources,
     require_captions,
@@ -45,6 +45,7 @@ from dataset.sources.listing import (
 )
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates
+from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,9 @@ class MediaWork:
         recipe, workers = self._recipe, workers_of(self._options)
         plans, failures = plan_all(sources, self.existing, recipe, workers, show)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        raise_faults(find_wrong_rates([plan.source for plan in to_do]))
+        wrong = find_wrong_rates([plan.source for plan in to_do])
+        if wrong:  # told and done: the option decides, as a file's header may be wrong
+            logger.warning("%s", escape_control_codes("\n".join(list_faults(wrong, LISTED))))
         if announce is not None:
             announce(len(plans) + len(failures), to_do)
         encoding = LatentEncoding(self._family, recipe, self._encoders, self._options.batch_size)
