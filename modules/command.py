@@ -4,12 +4,14 @@ Standard library only, so that `--help` answers at once.
 """
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,6 +133,9 @@ def command_line(
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    finally:
+        # Ctrl-C while Python ends would print tracebacks of what cleans up; registered last, this runs first
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def _let_the_first_tell() -> None:

@@ -28,12 +28,17 @@ def run_project(options: RunOptions) -> None:
         download, *commands = [[str(word) for word in words] for words in own["commands"]]
         missing = [name for name in own["files"] if not Path(name).exists()]
         output, name = Path(values["output_dir"]), str(values["output_name"])
+    except FileNotFoundError:
+        words = as_typed(["python", "new_project.py", str(options.folder)])
+        raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise OptionError(f"{path} is not as `new` writes it ({error}). Run new_project.py on it") from None
+        raise OptionError(
+            f"{path} is not as `new` writes it ({error}). Correct it, or run `new` again."
+        ) from None
     if find_latest(output, name) is not None:
         commands[-1] += ["--resume", "latest"]
-    commands = [download, *commands] if options.download and missing else commands
-    if missing and not options.download:
+    commands = [download, *commands] if missing else commands
+    if missing and not (options.download or options.dry_run):
         raise OptionError(f"{missing[0]} is missing. Add --download, or run\n  {as_typed(download)}")
     for words in commands:
         print_lines(["", f"$ {as_typed(words)}"])

@@ -4,6 +4,7 @@ Standard library only, and no script is imported but the one that is asked for.
 """
 
 import ast
+import contextlib
 import difflib
 import re
 import runpy
@@ -107,7 +108,8 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     begun = tuple(words[:-1] if words and asks else words)
     found = [one for one in commands if one.words[: len(begun)] == begun]
     if found and asks:
-        print(_listing(found))
+        with contextlib.suppress(BrokenPipeError):  # of a pager that was left
+            print(_listing(found), flush=True)
         return
     if found:
         message = f"{' '.join(begun)}: which one? {', '.join(' '.join(one.words) for one in found)}"

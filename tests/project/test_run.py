@@ -97,9 +97,20 @@ def test_only_commands_of_ours_are_run(words: list[str], collected: Path, tmp_pa
 def test_a_folder_that_is_not_described_is_one_message(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "run.toml").write_text(text, encoding="utf-8")
-    assert_one_message(
-        *run_here("run_project.py", tmp_path, folder=tmp_path), "run.toml", "Run new_project.py"
+    remedy = "Describe the folder first: python new_project.py" if text is None else "run `new` again"
+    assert_one_message(*run_here("run_project.py", tmp_path, folder=tmp_path), "run.toml", remedy)
+
+
+def test_a_dry_run_shows_the_download_of_what_is_missing(collected: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        (collected / "run.toml").read_text(encoding="utf-8").replace("pocket/dit", "pocket/missing"),
+        encoding="utf-8",
     )
+
+    said = run_script("run_project.py", tmp_path, "--dry_run").stdout
+
+    assert "download.py" in said
+    assert "--config_file" in said
 
 
 def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None:
