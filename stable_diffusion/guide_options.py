@@ -8,6 +8,7 @@ from modules.errors import OptionError
 from modules.options import check_at_least, check_at_most
 
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
+_CLIP_FILES = "a whole CLIP with its config.json, such as that of laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 
 
 @dataclass(frozen=True)
@@ -26,25 +27,17 @@ class GuideOptions:
             check_at_least(f"--{name}", getattr(self, name), 0, "0 is none, begin with about 100")
         check_at_least("--vgg16_guidance_layer", self.vgg16_guidance_layer, 1, "usually 20")
         check_at_most("--vgg16_guidance_layer", self.vgg16_guidance_layer, VGG_LAYERS, "usually 20")
-        for scales, option, path, files in (
-            (
-                ("clip_guidance_scale", "clip_image_guidance_scale"),
-                "--clip_guidance_model",
-                self.clip_guidance_model,
-                "a whole CLIP with its config.json, such as that of laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
-            ),
-            (
-                ("vgg16_guidance_scale",),
-                "--vgg16_guidance_model",
-                self.vgg16_guidance_model,
-                "torchvision's vgg16-397923af.pth",
-            ),
+        clip, vgg = ("clip_guidance_scale", "clip_image_guidance_scale"), ("vgg16_guidance_scale",)
+        for name, scales, usual, needed in (
+            ("clip_guidance_model", clip, None, _CLIP_FILES),
+            ("vgg16_guidance_model", vgg, None, "torchvision's vgg16-397923af.pth"),
+            ("vgg16_guidance_layer", vgg, VGG_LAYER, None),
         ):
-            given = [f"--{scale}" for scale in scales if getattr(self, scale)]
-            if given and path is None:
-                raise OptionError(f"{' and '.join(given)} needs {option}: {files}. Nothing is downloaded")
-            if path is not None and not given:
-                raise OptionError(f"{option} does nothing without --{' or --'.join(scales)}")
+            value, given = getattr(self, name), [f"--{scale}" for scale in scales if getattr(self, scale)]
+            if given and value is None:
+                raise OptionError(f"{' and '.join(given)} needs --{name}: {needed}. Nothing is downloaded")
+            if value != usual and not given:
+                raise OptionError(f"--{name} does nothing without --{' or --'.join(scales)}")
 
     @property
     def uses_clip(self) -> bool:

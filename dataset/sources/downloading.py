@@ -49,9 +49,8 @@ INDIRECT = frozenset(
     }
 )
 HTTP = frozenset({"http", "https"})
-ENCODINGS = frozenset(
-    {"", "identity", "gzip", "x-gzip", "deflate"}
-)  # one at most: twice is a few bytes of much
+# one at most: packed twice, a few bytes may be gigabytes
+ENCODINGS = frozenset({"", "identity", "gzip", "x-gzip", "deflate"})
 AGAIN = frozenset({408, 425, 429})  # answers of a site that may change soon; so may those from 500
 
 

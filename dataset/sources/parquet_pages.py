@@ -52,7 +52,8 @@ class Unpacking:
 
 
 def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
-    """Return how many bytes a value that pages repeat may have; 0 if they repeat none.
+    """Return the size in bytes of the largest page whose values are used again: of a dictionary, or of
+    prefixes. 0: there is none. Each row may hold a value as large as that page.
 
     file: a `ParquetFile`. pages: counts what the pages of this row group hold. columns: with all that is in
     them. Raises DatasetError if that is too much, ValueError if pages are damaged, OSError.
@@ -68,7 +69,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
 
 
 def _walk(content: Any, chunk: Any, pages: Unpacking) -> int:
-    """Count the pages of a column in a row group; return the size of the largest that repeats values."""
+    """Count the pages of a column in a row group; return the size as `largest_value` does."""
     largest, values = 0, 0
     place = min(one for one in (chunk.data_page_offset, chunk.dictionary_page_offset) if one is not None)
     end = place + chunk.total_compressed_size

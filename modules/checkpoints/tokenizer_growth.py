@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from modules.varints import read_varint
+
 _PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
 # characters for one; those of the models here: 2 (CLIP), 18 (umT5, by Unicode's own tables)
 MOST_GROWTH = 256
@@ -87,14 +89,14 @@ def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
                 place += 2 + message[place + 1]
             if place == last + 1:
                 return
-            key, place = _number(message, place)
+            key, place = read_varint(message, place)
             match key & 7:
                 case 0:
-                    _, place = _number(message, place)
+                    _, place = read_varint(message, place)
                 case 1:
                     place += 8
                 case 2:
-                    length, place = _number(message, place)
+                    length, place = read_varint(message, place)
                     if key >> 3 == wanted:
                         yield message[place : place + length]
                     place += length
@@ -104,15 +106,3 @@ def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
                     raise ValueError(f"a field of the unknown kind {kind}")
     except IndexError:
         raise ValueError("it ends inside a field") from None
-
-
-def _number(message: bytes, place: int) -> tuple[int, int]:
-    """A number in groups of seven bits, lowest first, and the place behind it."""
-    value, shift = 0, 0
-    while shift < 64:
-        byte = message[place]
-        value |= (byte & 0x7F) << shift
-        place, shift = place + 1, shift + 7
-        if byte < 0x80:
-            return value, place
-    raise ValueError("a number in a field has more than 64 bits")

@@ -312,6 +312,7 @@ def test_a_viewer_needs_a_screen() -> None:
         (["--vgg16_guidance_scale", "1"], "--vgg16_guidance_scale needs --vgg16_guidance_model"),
         (["--clip_guidance_model", "a"], "--clip_guidance_model does nothing without --clip_guidance_scale"),
         (["--clip_guidance_scale=-1"], "--clip_guidance_scale -1.0: must be at least 0"),
+        (["--vgg16_guidance_layer", "5"], "layer does nothing without --vgg16_guidance_scale"),
         (["--vgg16_guidance_layer", "31"], "--vgg16_guidance_layer 31: must be at most 30"),
         ([*VGG], "--vgg16_guidance_scale needs --guide_image_path"),
         (
