@@ -1,0 +1,75 @@
+"""The size of the house: lines and files of each room, and the two ways through it.
+
+A change that needs more raises its row in the same commit, and says why in its message.
+"""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# room -> lines and files of Python at most; `scripts` are the files of the root
+BUDGET = {
+    "blissful_tuner": (4350, 45),
+    "dataset": (22450, 152),
+    "downloads": (1050, 8),
+    "encoders": (2350, 22),
+    "flux": (1950, 13),
+    "frame_pack": (3450, 22),
+    "generation": (5850, 36),
+    "hunyuan_image": (1850, 14),
+    "hunyuan_model": (3950, 23),
+    "lumina": (1900, 13),
+    "modules": (17100, 156),
+    "networks": (9000, 68),
+    "package": (400, 7),
+    "post": (8450, 74),
+    "project": (550, 5),
+    "scripts": (2050, 50),
+    "stable_diffusion": (8450, 59),
+    "training": (14000, 93),
+    "wan": (4150, 27),
+}
+TESTS = 113000  # lines
+# files and functions of ours that are called, as `python benchmarks/way.py` prints them
+WAYS = {"one clip, cache and train": (236, 1361), "one prompt with a LoRA": (153, 782)}
+GROWTH = 1.05
+NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
+
+
+def sizes() -> tuple[Counter[str], Counter[str]]:
+    """Lines and files by room. Folders without Python, and those that are not ours, do not count."""
+    lines: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    found: list[tuple[str, Path]] = [("scripts", path) for path in ROOT.glob("*.py")]
+    found += [(folder.name, path) for folder in folders for path in folder.rglob("*.py")]
+    for room, path in found:
+        lines[room] += path.read_bytes().count(b"\n")
+        files[room] += 1
+    return lines, files
+
+
+def test_no_room_is_larger_than_its_budget() -> None:
+    lines, files = sizes()
+    rooms = set(lines) - NOT_PRODUCT
+    assert rooms == set(BUDGET)
+    over = {room: (lines[room], files[room]) for room in rooms if lines[room] > BUDGET[room][0]}
+    over |= {room: (lines[room], files[room]) for room in rooms if files[room] > BUDGET[room][1]}
+    assert over == {}
+    assert lines["tests"] <= TESTS
+
+
+def test_the_ways_through_the_house_do_not_grow() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/way.py"], cwd=ROOT, capture_output=True, text=True)
+    found = {
+        name: (int(files), int(functions))
+        for name, files, functions in re.findall(r"(.+): (\d+) files, (\d+) functions", done.stdout)
+    }
+
+    assert set(found) == set(WAYS), done.stderr
+    for name, counts in found.items():
+        assert all(count <= most * GROWTH for count, most in zip(counts, WAYS[name], strict=True)), counts
