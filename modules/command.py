@@ -36,6 +36,7 @@ _DASHES = re.compile(
     "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
 )
 SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+_MISSING = "the following arguments are required: "  # as argparse says it
 _JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
 
 
@@ -227,9 +228,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
-        message = plain_message(message.replace("\n", "\\n"), sys.argv)
+        if message.startswith(_MISSING):
+            message = "\n  ".join(map(self._explain_missing, message.removeprefix(_MISSING).split(", ")))
+        else:
+            message = message.replace("\n", "\\n")
+        message = plain_message(message, sys.argv)
         _let_the_first_tell()
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+
+    def _explain_missing(self, name: str) -> str:
+        """Say what an option is that must be given."""
+        for action in self._actions:
+            if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help:
+                return f"{name} is missing: {action.help.replace('%%', '%')}"
+        return f"{name} is missing"
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         flags = {flag: action for action in self._actions for flag in action.option_strings}

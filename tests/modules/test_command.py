@@ -13,7 +13,7 @@ from modules.errors import CheckpointError
 def _parser() -> command.Parser:
     parser = command.Parser(prog="make.py")
     parser.add_argument("--prompt")
-    parser.add_argument("--save_path", required=True)
+    parser.add_argument("--save_path", required=True, help="folder, 90%% full")
     parser.add_argument("--codec", choices=["h264", "prores"])
     parser.add_argument("--layers", type=int, nargs="*")
     parser.add_argument("--strength", type=float)
@@ -41,7 +41,7 @@ def _parser() -> command.Parser:
         ),
         ("--save_path x --layers one", "argument --layers: one is not a whole number. Give one, such as 1."),
         ("--save_path x --prompt a cat", "cat belongs to no option. Put a text with blanks in quotes."),
-        ("--prompt cat", "the following arguments are required: --save_path"),
+        ("--prompt cat", "--save_path is missing: folder, 90% full"),
     ],
 )
 def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
