@@ -1,5 +1,6 @@
 """Check the name of a file before it is written. Standard library only."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from pathlib import Path
 
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError
+
+logger = logging.getLogger(__name__)
 
 MOST_OF_OUTPUT_NAME = 160  # bytes; what is put behind it has up to 90, and a name may have 255
 WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
@@ -40,6 +43,8 @@ def check_output_name(option: str, name: str, is_windows: bool = os.name == "nt"
         reason = "it names no file"
     elif escape_control_codes(name) != name or "\n" in name or "\t" in name:
         reason = "it holds control codes"
+    elif name.lower().endswith(".safetensors"):
+        reason = "files get their ending by themselves"
     elif size > MOST_OF_OUTPUT_NAME:
         reason = f"it has {size} bytes, and {MOST_OF_OUTPUT_NAME} are the most"
     elif is_windows and (WINDOWS_RESERVED.fullmatch(name) or set(name) & WINDOWS_SIGNS):
@@ -57,6 +62,8 @@ def check_output_file(option: str, path: Path) -> None:
             f"{option} {path}: a safetensors file is written. Give a name that ends in .safetensors"
         )
     check_place(option, path)
+    if path.exists():
+        logger.warning("%s %s is there already: it will be replaced", option, path)
 
 
 def check_place(option: str, path: Path) -> None:

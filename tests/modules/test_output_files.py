@@ -1,17 +1,19 @@
 """Names that files are written under."""
 
+from pathlib import Path
+
 import pytest
 
 from modules.errors import OptionError
 from modules.options import read_literals
-from modules.output_files import check_output_name
+from modules.output_files import check_output_file, check_output_name
 
 
 @pytest.mark.parametrize(
     "name",
     [
         *("", " ", ".", "..", " . ", "...", "a/b", "/", "../x", "a\\b", "x" * 161, "\u00fc" * 81),
-        *("a\nb", "a\tb", "\x1b[31mx", "x\u202ey"),
+        *("a\nb", "a\tb", "\x1b[31mx", "x\u202ey", "x.safetensors", "x.Safetensors"),
     ],
 )
 def test_a_name_that_names_no_file_is_refused(name: str) -> None:
@@ -40,3 +42,14 @@ def test_an_argument_of_any_length_is_text_or_one_short_message(sign: str) -> No
     assert len(str(refused.value)) < 250
 
     assert read_literals("--optimizer_args", ["a=" + (sign * 9_000)[:9_000]]).keys() == {"a"}
+
+
+def test_a_file_is_not_replaced_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "x.safetensors"
+    check_output_file("--output", file)
+    assert not caplog.text
+    file.touch()
+
+    check_output_file("--output", file)
+
+    assert f"--output {file} is there already: it will be replaced" in caplog.text
