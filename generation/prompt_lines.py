@@ -24,6 +24,8 @@ Made = TypeVar("Made")
 # a mapping sets several keys at once
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
 SEED_BITS = 32
+# what is meant as an option with a number, behind one dash or those of word processors
+_ODD_OPTION = re.compile("(?<=\\s)(-|-?[\u2010-\u2015\u2212]+)([A-Za-z_]+) ([0-9]\\S*)")
 MOST_DIGITS = 100  # of a whole number
 MOST_FPS = 1000  # more is a slip of the finger
 
@@ -308,7 +310,11 @@ def _split_line(
 ) -> tuple[dict[str, Any], list[str]]:
     prompt, *parts = line.split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
-    problems = []
+    problems = [
+        f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
+        for dash, word, value in _ODD_OPTION.findall(line)
+        if find(word) is not None
+    ]
     for part in parts:
         word, _, text = part.partition(" ")
         option = find(word)
@@ -360,6 +366,8 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     match path.suffix.lower():
         case ".txt":
             lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
+            if not lines:
+                raise OptionError(f"--sample_prompts {path}: the file has no prompt. Write one per line.")
             return read_all(lines, lambda one: parse_sample_line(one[1], f"{path}, line {one[0]}"))
         case ".toml":
             entries = _toml_entries(path, text)
@@ -370,6 +378,8 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
                 f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not supported. Use .txt, "
                 ".toml or .json"
             )
+    if not entries:
+        raise OptionError(f"--sample_prompts {path}: the file has no prompt. Write at least one.")
     return read_all(enumerate(entries, 1), lambda one: _check_entry(one[1], f"{path}, entry {one[0]}"))
 
 

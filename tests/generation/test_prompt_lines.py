@@ -265,3 +265,21 @@ def test_the_guides_name_of_the_guidance_scale_is_read_from_prompt_files(tmp_pat
     path = tmp_path / "prompts.json"
     path.write_text('[{"prompt": "a", "scale": 4}, {"prompt": "b", "scale": 4, "cfg_scale": 2}]')
     assert [entry["cfg_scale"] for entry in read_sample_prompts(path)] == [4.0, 2.0]
+
+
+@pytest.mark.parametrize("dash", ["-", "\u2013", "\u2014", "-\u2014"])
+def test_an_option_behind_another_dash_is_refused_and_a_dash_in_a_text_is_not(dash: str) -> None:
+    for parse in (parse_generation_line, parse_sample_line):
+        with pytest.raises(OptionError, match="two plain dashes. Write --w$|Write --w. Correct the line"):
+            parse(f"a cat {dash}w 64 --s 2")
+        text = f"a cat {dash} w 64, {dash}i was there, x{dash}w 64, {dash}zz 3"
+        assert parse(text)["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", "\n# no\n"), ("p.toml", "[prompt]\nwidth = 64\n"), ("p.json", "[]")]
+)
+def test_a_file_without_a_sample_is_refused(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(OptionError, match="has no prompt. Write"):
+        read_sample_prompts(tmp_path / name)
