@@ -25,6 +25,8 @@ class Key(Protocol):
 
 def parse_config(path: Path) -> dict[str, Any]:
     """Return the content of a .toml or .json file. Raises DatasetError if it cannot be read or parsed."""
+    if path.is_dir():
+        raise DatasetError(f"{path} is a folder. Give the .toml or .json file that describes the data sets.")
     if path.suffix.lower() not in {".toml", ".json"}:
         raise DatasetError(
             f"{path}: a dataset configuration ends in .toml or .json, this ends in {path.suffix or 'nothing'}"

@@ -266,6 +266,8 @@ def test_a_key_twice_in_json_is_refused(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="ends in .toml or .json"):
         load_dataset_config(tmp_path / "data.yaml")
+    with pytest.raises(DatasetError, match="is a folder. Give the .toml"):
+        load_dataset_config(tmp_path)
     with pytest.raises(DatasetError, match="cannot be read: No such file"):
         load_dataset_config(tmp_path / "data.toml")
     (tmp_path / "latin.toml").write_bytes('[[datasets]]\nimage_directory = "é"'.encode("latin-1"))
