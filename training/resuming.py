@@ -111,6 +111,7 @@ def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | 
 def _tell_of_no_state(asked: str, folder: Path, name: str) -> None:
     """Say that a new run begins, or raise OptionError if that was not asked for."""
     aside = find_set_aside(folder, name)
+    is_trained = (folder / f"{name}.safetensors").is_file()
     earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
     if asked == LATEST_ONLY:
         raise OptionError(
@@ -118,8 +119,10 @@ def _tell_of_no_state(asked: str, folder: Path, name: str) -> None:
             f"elsewhere.{earlier} Leave --resume out to begin anew, or begin with what was trained: "
             f"{FRESH_START}"
         )
+    if is_trained and not aside:
+        earlier = f" A run saved its result without --save_state: to begin with that, give {FRESH_START}."
     logger.log(
-        logging.WARNING if aside else logging.INFO,
+        logging.WARNING if aside or is_trained else logging.INFO,
         "--resume %s: no state of %s in %s yet; starting a new run.%s",
         *(asked, name, folder, earlier),
     )

@@ -118,7 +118,9 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     Raises CheckpointError if it is missing, damaged, or holds no state; OptionError if it is not a folder.
     """
     if not folder.is_dir():
-        raise OptionError(f"--resume {folder}: no such folder. Give a ...-state folder, or the word latest.")
+        problem = "a file, and a state is a folder" if folder.is_file() else "no such folder"
+        anew = f" To begin with what was trained, give {FRESH_START}." if folder.is_file() else ""
+        raise OptionError(f"--resume {folder}: {problem}. Give a ...-state folder, or the word latest.{anew}")
     if not (folder / RECORD).exists():
         return _read_foreign(folder)
     record = _read_record(folder)
