@@ -240,17 +240,17 @@ def toy_options(
 
     whole_dit: full fine-tuning. has_page: write the page too, which takes longer than the toy's training.
     """
-    usual = [
-        "--dataset_config",
-        folder / "dataset.toml",
-        "--output_dir",
-        folder / "output",
-        "--output_name",
-        "x",
-        "--seed",
-        3,
-    ]
-    usual += ["--learning_rate", "1e-2", "--max_train_steps", 8, "--max_data_loader_n_workers", 0]
+    values = {
+        "--dataset_config": folder / "dataset.toml",
+        "--output_dir": folder / "output",
+        "--output_name": "x",
+        "--seed": 3,
+        "--learning_rate": "1e-2",
+        "--max_train_steps": 8,
+        "--max_data_loader_n_workers": 0,
+    }
+    # those that are given again would be warned of
+    usual = [word for name, value in values.items() if name not in arguments for word in (name, value)]
     usual += [] if has_page else ["--no_page"]
     parser = training_parser("", add_whole_dit_arguments) if whole_dit else training_parser("")
     add_expert_training_arguments(parser)
