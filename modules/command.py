@@ -36,6 +36,7 @@ _DASHES = re.compile(
     "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
 )
 SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+_LINE_ENDS = {"\\", "^", "`", " "}
 _MISSING = "the following arguments are required: "  # as argparse says it
 _JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
 
@@ -185,6 +186,7 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
         words = sys.argv[1:] if args is None else list(args)
         if not {"-h", "--help"} & set(words):
+            self._refuse_line_end(words)
             self._refuse_unknown(words)
             self._refuse_joined(words)
         self._tell_repeated(words)
@@ -242,6 +244,16 @@ class Parser(argparse.ArgumentParser):
             if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help:
                 return f"{name} is missing: {action.help.replace('%%', '%')}"
         return f"{name} is missing"
+
+    def _refuse_line_end(self, words: Sequence[str]) -> None:
+        """Tell that lines were not joined: a sign at the end that another shell would have taken."""
+        *others, last = words or [""]
+        takes_it = any(others[-1] in one.option_strings and one.nargs != 0 for one in self._actions if others)
+        if last in _LINE_ENDS and not takes_it:
+            self.error(
+                f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as its "
+                "very last character in bash, with ^ in cmd, with ` in PowerShell. Write it all in one line"
+            )
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         flags = {flag: action for action in self._actions for flag in action.option_strings}

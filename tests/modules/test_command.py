@@ -51,6 +51,15 @@ def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.Captu
     assert capsys.readouterr().err == f"make.py: error: {message}\nmake.py --help lists all options\n"
 
 
+@pytest.mark.parametrize("sign", ["\\", "^", "`", " "])
+def test_the_line_end_of_another_shell_is_told(sign: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--fast"], ["--prompt", "a cat"], []):
+        with pytest.raises(SystemExit):
+            _parser().parse_args([*words, sign])
+        assert f"the command ends in '{sign}', and its next line was not read" in capsys.readouterr().err
+    assert _parser().parse_args(["--save_path", "x", "--prompt", sign]).prompt == sign
+
+
 @pytest.mark.parametrize("words", [["--help", "--promt"], ["-h", "more"]])
 def test_help_is_given_whatever_else_is_said(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
