@@ -116,7 +116,12 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     else:
         typed = " ".join(word for word in begun[:3] if not word.startswith("-"))
         known = {" ".join(one.words): one for one in commands}
-        same = [name for name, one in known.items() if sorted(one.words) == sorted(typed.split())]
+        script = Path(begun[0]).name.removesuffix(".py")
+        same = [
+            name
+            for name, one in known.items()
+            if sorted(one.words) == sorted(typed.split()) or one.script == script
+        ]
         near = same or difflib.get_close_matches(typed, known, 1)
         hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
         message = f"{typed or begun[0]!r} is no command.{hint}"

@@ -65,6 +65,10 @@ def test_words_follow_from_the_name(script: str, words: str) -> None:
         ("train wn --task x", "'train wn' is no command. Did you mean python reelsmith.py train wan?"),
         ("wan train", "'wan train' is no command. Did you mean python reelsmith.py train wan?"),
         ("mrege", "'mrege' is no command. Did you mean python reelsmith.py merge?"),
+        (
+            "./wan_train_network.py --task x",
+            "'./wan_train_network.py x' is no command. Did you mean python reelsmith.py train wan?",
+        ),
         ("--task", "'--task' is no command."),
         ("teapot", "'teapot' is no command."),
         ("teapot --help", "'teapot' is no command."),
