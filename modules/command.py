@@ -251,8 +251,8 @@ class Parser(argparse.ArgumentParser):
         takes_it = any(others[-1] in one.option_strings and one.nargs != 0 for one in self._actions if others)
         if last in _LINE_ENDS and not takes_it:
             self.error(
-                f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as its "
-                "very last character in bash, with ^ in cmd, with ` in PowerShell. Write it all in one line"
+                f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as "
+                "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:

@@ -311,7 +311,7 @@ TOGETHER = (
         "takes one path and has 3",
         "in the place of a pattern (*)",
     ),
-    wrong(GENERATIONS, "", "--save_path", "required", without=["--save_path"]),
+    wrong(GENERATIONS, "", "--save_path", "is missing", without=["--save_path"]),
     wrong(TRAININGS, "--log_with tensorboard", "--log_with tensorboard needs --logging_dir"),
     wrong(TRAININGS, "--gradient_checkpointing_cpu_offload", "add --gradient_checkpointing"),
     wrong(TRAININGS, "--save_state_to_huggingface", "need --huggingface_repo_id"),
