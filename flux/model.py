@@ -32,7 +32,7 @@ from modules.run_blocks import Hidden, run_blocks
 VectorOf = Callable[[Tensor | None], Tensor]  # pooled text B E -> B C, or B M C of Chroma
 
 
-class VectorEmbedding(nn.Module):
+class FluxVectorEmbedding(nn.Module):
     """Embed a vector per sample: B E -> B C float32."""
 
     def __init__(self, width: int, dim: int) -> None:
@@ -44,7 +44,7 @@ class VectorEmbedding(nn.Module):
         return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, vector)))
 
 
-class FinalLayer(nn.Module):
+class FluxFinalLayer(nn.Module):
     """Final norm, modulated, and projection to the numbers of a token."""
 
     def __init__(self, config: FluxConfig) -> None:
@@ -80,10 +80,10 @@ class FluxModel(nn.Module):
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
         if config.approximator is None:
-            self.time_in = VectorEmbedding(config.freq_dim, dim)
-            self.vector_in = VectorEmbedding(config.pooled_dim, dim)
+            self.time_in = FluxVectorEmbedding(config.freq_dim, dim)
+            self.vector_in = FluxVectorEmbedding(config.pooled_dim, dim)
             if config.has_guidance:
-                self.guidance_in = VectorEmbedding(config.freq_dim, dim)
+                self.guidance_in = FluxVectorEmbedding(config.freq_dim, dim)
         else:
             self.distilled_guidance_layer = Approximator(
                 config.approximator, config.modulations, dim, config.eps
@@ -94,7 +94,7 @@ class FluxModel(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
-        self.final_layer = FinalLayer(config)
+        self.final_layer = FluxFinalLayer(config)
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import (
     Heads,
+    HunyuanModulation,
     HunyuanTokens,
-    Modulation,
     attend_jointly,
     attend_turned,
 )
@@ -27,7 +27,7 @@ from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import run
 
 
-class JointAttention(nn.Module):
+class FramePackAttention(nn.Module):
     """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
@@ -116,7 +116,7 @@ class RefinerAttention(nn.Module):
         return run(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
 
 
-class Projection(nn.Module):
+class FeedForwardProjection(nn.Module):
     """First layer of a feed-forward, under its name in the files."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -127,13 +127,13 @@ class Projection(nn.Module):
         return run(self.proj, x)
 
 
-class FeedForward(nn.Module):
+class FramePackFeedForward(nn.Module):
     """Two layers with an activation between them."""
 
     def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         # the second entry is dropout in the released code and has no weights
-        self.net = nn.ModuleList([Projection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
+        self.net = nn.ModuleList([FeedForwardProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
         self._activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,11 +147,11 @@ class HunyuanVideoTransformerBlock(nn.Module):
         super().__init__()
         # has no weights, so one serves both streams and both branches
         self.layer_norm = Float32LayerNorm(dim, eps)
-        self.norm1 = Modulation(dim, 6)
-        self.norm1_context = Modulation(dim, 6)
-        self.attn = JointAttention(dim, num_heads, eps)
-        self.ff = FeedForward(dim, ffn_dim, gelu)
-        self.ff_context = FeedForward(dim, ffn_dim, gelu)
+        self.norm1 = HunyuanModulation(dim, 6)
+        self.norm1_context = HunyuanModulation(dim, 6)
+        self.attn = FramePackAttention(dim, num_heads, eps)
+        self.ff = FramePackFeedForward(dim, ffn_dim, gelu)
+        self.ff_context = FramePackFeedForward(dim, ffn_dim, gelu)
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
@@ -197,7 +197,13 @@ class HunyuanVideoTransformerBlock(nn.Module):
         return modulate(self.layer_norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 
     def feed_forward(
-        self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+        self,
+        x: Tensor,
+        ff: FramePackFeedForward,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Add the feed-forward branch of a stream to x; each token is processed independently.
 
@@ -212,7 +218,7 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.layer_norm = Float32LayerNorm(dim, eps)
-        self.norm = Modulation(dim, 3)
+        self.norm = HunyuanModulation(dim, 3)
         self.attn = SingleAttention(dim, num_heads, eps)
         self.proj_mlp = nn.Linear(dim, ffn_dim)
         self.proj_out = nn.Linear(dim + ffn_dim, dim)
@@ -253,8 +259,8 @@ class FramePackRefinerBlock(nn.Module):
         self.norm1 = Float32LayerNorm(dim, eps, affine=True)
         self.attn = RefinerAttention(dim, num_heads)
         self.norm2 = Float32LayerNorm(dim, eps, affine=True)
-        self.ff = FeedForward(dim, ffn_dim, functional.silu)
-        self.norm_out = Modulation(dim, 2)
+        self.ff = FramePackFeedForward(dim, ffn_dim, functional.silu)
+        self.norm_out = HunyuanModulation(dim, 2)
 
     def forward(
         self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice

@@ -20,9 +20,9 @@ from frame_pack.blocks import (
     HunyuanVideoTransformerBlock,
 )
 from frame_pack.configs import FramePackConfig
-from frame_pack.positions import Layout, Stretch, rotary_table
+from frame_pack.positions import Stretch, WindowLayout, rotary_table
 from frame_pack.spec import DIT
-from hunyuan_model.blocks import HunyuanTokens, Modulation
+from hunyuan_model.blocks import HunyuanModulation, HunyuanTokens
 from hunyuan_model.model import (
     PatchEmbedding,
     check_sizes,
@@ -175,12 +175,12 @@ class FramePackModel(nn.Module):
             HunyuanVideoSingleTransformerBlock(*sizes) for _ in range(config.single_blocks)
         )
         self.layer_norm = Float32LayerNorm(dim, config.eps)
-        self.norm_out = Modulation(dim, 2)
+        self.norm_out = HunyuanModulation(dim, 2)
         frames, rows, columns = config.patch_size
         self.proj_out = nn.Linear(dim, frames * rows * columns * config.out_dim)
         widths = rotary_widths(dim // config.num_heads)
         table = functools.partial(rotary_table, widths=widths, theta=config.rope_theta)
-        self._rotary = GridTable[Layout](table)
+        self._rotary = GridTable[WindowLayout](table)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -318,7 +318,7 @@ def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, t
     raise ValueError(f"{name} and their indices must be given together")
 
 
-def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> Layout:
+def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
     # indices on the device would make the host wait for it; this waits once for all kinds
     rows: list[list[int]] = torch.cat([one.indices for one in given], dim=1).tolist()
     stretches, start = [], 0
@@ -326,4 +326,4 @@ def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) ->
         end = start + one.indices.shape[1]
         stretches.append(Stretch(tuple(tuple(row[start:end]) for row in rows), one.times))
         start = end
-    return Layout(tuple(stretches), grid[1], grid[2], scale)
+    return WindowLayout(tuple(stretches), grid[1], grid[2], scale)

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from blissful_tuner.metadata import as_png_texts, as_tags
-from generation.grids import LINE, TALLEST, Grid, Row, compose, is_picture, middle_of, play
+from generation.grids import LINE, TALLEST, ClipGrid, Row, compose, is_picture, middle_of, play
 from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
 from generation.making import make, make_job
 from generation.outputs import own_stem, words_of
@@ -101,14 +101,14 @@ def write_sheet(run: GenerationRun, sheet: Sheet, made: Mapping[str, Path]) -> P
     return path
 
 
-def draw_grid(sheet: Sheet, paths: Mapping[Place, Path]) -> Grid:
+def draw_grid(sheet: Sheet, paths: Mapping[Place, Path]) -> ClipGrid:
     """Label rows and columns with the values of the axes; the prompt is the title, unless it is an axis."""
     across, down = sheet.axes[0], sheet.axes[1:]
     rows = len(down[0].texts) if down else 1
     first = sheet.cells[next(iter(paths))].prepared
     columns = tuple(_say(across, index) for index in range(len(across.texts)))
     has_prompts = any(axis.name == "prompt" for axis in sheet.axes)
-    return Grid(
+    return ClipGrid(
         columns,
         tuple(
             Row(

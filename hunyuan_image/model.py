@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.spec import DIT
 from hunyuan_model.blocks import AwayTokens, HunyuanTokens, MMDoubleStreamBlock, MMSingleStreamBlock
-from hunyuan_model.model import FinalLayer, real_tokens
+from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
@@ -74,7 +74,7 @@ class HunyuanImageModel(nn.Module):
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
-        self.final_layer = FinalLayer(dim, config.out_dim, config.eps)
+        self.final_layer = HunyuanFinalLayer(dim, config.out_dim, config.eps)
         side = dim // config.num_heads // 2  # of a head's channels, for rows and for columns
         self._rotary = GridTable(table_maker(exact_table, (side, side), config.rope_theta))
 

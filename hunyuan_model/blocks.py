@@ -79,7 +79,7 @@ class HunyuanTokens:
         return x[:, : -self.away.count], [(x[:, -self.away.count :], self.away.vector)]
 
 
-class Modulation(nn.Module):
+class HunyuanModulation(nn.Module):
     """Compute the shifts, scales and gates of a block."""
 
     def __init__(self, dim: int, count: int) -> None:
@@ -113,13 +113,13 @@ class MMDoubleStreamBlock(nn.Module):
         self.num_heads = num_heads
         head_width = dim // num_heads
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
-        self.img_mod = Modulation(dim, 6)
+        self.img_mod = HunyuanModulation(dim, 6)
         self.img_attn_qkv = nn.Linear(dim, 3 * dim)
         self.img_attn_q_norm = RMSNorm(head_width, eps)
         self.img_attn_k_norm = RMSNorm(head_width, eps)
         self.img_attn_proj = nn.Linear(dim, dim)
         self.img_mlp = Mlp(dim, ffn_dim, gelu)
-        self.txt_mod = Modulation(dim, 6)
+        self.txt_mod = HunyuanModulation(dim, 6)
         self.txt_attn_qkv = nn.Linear(dim, 3 * dim)
         self.txt_attn_q_norm = RMSNorm(head_width, eps)
         self.txt_attn_k_norm = RMSNorm(head_width, eps)
@@ -195,7 +195,7 @@ class MMSingleStreamBlock(nn.Module):
         self.num_heads = num_heads
         self.widths = (dim, dim, dim, ffn_dim)
         self.norm = Float32LayerNorm(dim, eps)
-        self.modulation = Modulation(dim, 3)
+        self.modulation = HunyuanModulation(dim, 3)
         self.linear1 = nn.Linear(dim, 3 * dim + ffn_dim)
         self.q_norm = RMSNorm(dim // num_heads, eps)
         self.k_norm = RMSNorm(dim // num_heads, eps)

@@ -56,7 +56,7 @@ class PooledTextEmbedding(nn.Module):
         return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, pooled)))
 
 
-class FinalLayer(nn.Module):
+class HunyuanFinalLayer(nn.Module):
     """Final norm, modulated by the embedding, and projection to patches of so many numbers."""
 
     def __init__(self, dim: int, patch: int, eps: float) -> None:
@@ -98,7 +98,7 @@ class HunyuanVideoModel(nn.Module):
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
-        self.final_layer = FinalLayer(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
+        self.final_layer = HunyuanFinalLayer(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
 

@@ -84,7 +84,7 @@ class TimeEmbedding(nn.Module):
         return run_float32(self.mlp[2], functional.silu(hidden))
 
 
-class Attention(nn.Module):
+class GroupedAttention(nn.Module):
     """Self-attention in which each head of keys and values serves several heads of queries."""
 
     def __init__(self, config: LuminaConfig) -> None:
@@ -148,7 +148,7 @@ class JointTransformerBlock(nn.Module):
 
     def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = GroupedAttention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm1 = RMSNorm(config.dim, config.eps)
         self.ffn_norm1 = RMSNorm(config.dim, config.eps)
@@ -185,7 +185,7 @@ class JointTransformerBlock(nn.Module):
         return add_gated(x, gate, self.ffn_norm2(branch))
 
 
-class FinalLayer(nn.Module):
+class LuminaFinalLayer(nn.Module):
     """Final norm, scaled by the time, and projection to patches."""
 
     def __init__(self, config: LuminaConfig) -> None:

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lumina.blocks import AwayCaption, FinalLayer, JointTransformerBlock, LuminaTokens, TimeEmbedding
+from lumina.blocks import AwayCaption, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import LuminaConfig
 from lumina.spec import DIT
 from modules.attention.lengths import Lengths, lengths_on
@@ -27,7 +27,7 @@ from modules.layers.rope import GridTable, angles_at, on_grid, turns
 from modules.run_blocks import Hidden, run_blocks
 
 
-class Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     """What the rotations of a batch's tokens depend on."""
 
     grid: tuple[int, int]  # rows, columns of image tokens
@@ -57,7 +57,7 @@ class LuminaModel(nn.Module):
             RMSNorm(config.text_dim, config.eps), nn.Linear(config.text_dim, config.dim)
         )
         self.layers = nn.ModuleList(JointTransformerBlock(config) for _ in range(config.num_layers))
-        self.final_layer = FinalLayer(config)
+        self.final_layer = LuminaFinalLayer(config)
         self._rotary = GridTable(self._make_table)
 
     @property
@@ -129,7 +129,7 @@ class LuminaModel(nn.Module):
         """
         longest, counts = real_tokens(mask)
         equal = len(set(counts)) == 1
-        layout = Layout(grid, counts[:1] if equal else counts, longest)
+        layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
         rotary = self._rotary.of(layout, caption.device)
 
         def lengths_behind(before: int) -> Lengths | None:
@@ -143,7 +143,7 @@ class LuminaModel(nn.Module):
             text = block(text, alone)
         return text, both
 
-    def _make_table(self, layout: Layout, /, *, device: torch.device) -> Tensor:
+    def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of image and caption tokens: L+T 1 D/2 2, or B L+T 1 D/2 2.
 
         Angles are float64, as trained. A caption's token j stands at (j, 0, 0), an image's at (number of the

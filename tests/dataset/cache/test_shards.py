@@ -19,7 +19,7 @@ from dataset.cache.converting import shards_to_files
 from dataset.cache.files import read_entry
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import CacheStore, SingleFiles
-from dataset.cache.tar_records import END, Ending, Record, machine, read_records, record_header
+from dataset.cache.tar_records import END, Ending, ShardRecord, machine, read_records, record_header
 from dataset.shard_names import INDEX
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
@@ -249,7 +249,7 @@ def test_damage_costs_only_what_it_touches_and_is_noticed(folder: Path, has_inde
     right = contents(folder)
     data = right[path.name]
     with path.open("rb") as file:
-        records = [one for one in read_records(file, len(data)) if isinstance(one, Record)]
+        records = [one for one in read_records(file, len(data)) if isinstance(one, ShardRecord)]
     for how, place in damages(len(data), step):
         damaged = bytearray(data)
         if how == "flip":
@@ -285,7 +285,7 @@ def test_damage_costs_only_what_it_touches_and_is_noticed(folder: Path, has_inde
             (folder / name).write_bytes(content)
 
 
-def data_of(records: list[Record], data: bytes, name: str) -> bytes:
+def data_of(records: list[ShardRecord], data: bytes, name: str) -> bytes:
     (one,) = (one for one in records if one.name == name)
     return data[one.offset : one.offset + one.length]
 
