@@ -46,7 +46,7 @@ class EncodesPrompts(Protocol):
 
 
 class Multiplies(Protocol):
-    """LoRAs in a model: `stable_diffusion.loras.Networks`."""
+    """LoRAs in a model: `stable_diffusion.loras.ChosenLoras`."""
 
     def multiplied(
         self, multipliers: tuple[float, ...] | None, part: int | None = None

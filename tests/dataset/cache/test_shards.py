@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dataset.cache import merging, tar_records
-from dataset.cache.catalog import Kind, list_shards, open_catalog, write_index
+from dataset.cache.catalog import RecordKind, list_shards, open_catalog, write_index
 from dataset.cache.converting import shards_to_files
 from dataset.cache.files import read_entry
 from dataset.cache.shards import ShardStore
@@ -372,7 +372,9 @@ def test_names_that_lead_elsewhere_are_no_entries(tmp_path: Path) -> None:
     from dataset.cache.tar_records import END, padded, record_header
 
     data = b"harmless"
-    record = record_header("../evil", Kind.ENTRY, 0, len(data)) + data + bytes(padded(len(data)) - len(data))
+    record = (
+        record_header("../evil", RecordKind.ENTRY, 0, len(data)) + data + bytes(padded(len(data)) - len(data))
+    )
     (tmp_path / f"cache-{'0' * 16}.tar").write_bytes(record + END)
     assert ShardStore(tmp_path).names() == set()
 
@@ -393,7 +395,7 @@ def test_a_tar_of_another_program_or_version_is_left_alone(folder: Path) -> None
     with tarfile.open(other, "w") as archive:
         archive.add(folder / INDEX, "a picture.png")
     later = folder / f"cache-{'1' * 16}.tar"
-    entry = record_header("a_toy_te.safetensors", Kind.ENTRY, 0, 0, 0)
+    entry = record_header("a_toy_te.safetensors", RecordKind.ENTRY, 0, 0, 0)
     later.write_bytes(entry.replace(b"reelsmith 1", b"reelsmith 2") + END)
     (folder / f"cache-{'2' * 16}.tar").mkdir()
     before = contents(folder)
