@@ -372,9 +372,8 @@ def test_names_that_lead_elsewhere_are_no_entries(tmp_path: Path) -> None:
     from dataset.cache.tar_records import END, padded, record_header
 
     data = b"harmless"
-    record = (
-        record_header("../evil", RecordKind.ENTRY, 0, len(data)) + data + bytes(padded(len(data)) - len(data))
-    )
+    header = record_header("../evil", RecordKind.ENTRY, 0, len(data))
+    record = header + data + bytes(padded(len(data)) - len(data))
     (tmp_path / f"cache-{'0' * 16}.tar").write_bytes(record + END)
     assert ShardStore(tmp_path).names() == set()
 
