@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add_metaview_arguments(parser)
     options = read_options(MetaviewOptions, parser.parse_args(argv))
-    found = [read(path) for path in list_files(options.input_file)]
+    found = [read_file_facts(path) for path in list_files(options.input_file)]
     is_one = len(options.input_file) == 1 and not options.input_file[0].is_dir()
     lines = list(as_json(found, is_one)) if options.json else list(as_lines(found, is_one))
     if lines:
@@ -85,7 +85,7 @@ def list_files(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read(path: Path) -> FileFacts:
+def read_file_facts(path: Path) -> FileFacts:
     """Read the metadata of a file of any kind."""
     from modules.media.tags import read_tags  # with the libraries for pictures and videos
     from modules.text_files import read_safetensors_texts

@@ -24,7 +24,7 @@ from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import run
+from modules.layers.precision import in_own_dtype
 
 
 class FramePackAttention(nn.Module):
@@ -59,9 +59,9 @@ class FramePackAttention(nn.Module):
         seen, *others_seen = attend_jointly(q, k, v, tokens, [self.text_heads(other) for other in others])
         video_seen, text_seen = tokens.split_video(seen)
         return (
-            run(self.to_out[0], video_seen),
-            run(self.to_add_out, text_seen),
-            *(run(self.to_add_out, other_seen) for other_seen in others_seen),
+            in_own_dtype(self.to_out[0], video_seen),
+            in_own_dtype(self.to_add_out, text_seen),
+            *(in_own_dtype(self.to_add_out, other_seen) for other_seen in others_seen),
         )
 
     def text_heads(self, text: Tensor) -> Heads:
@@ -113,7 +113,7 @@ class RefinerAttention(nn.Module):
     def forward(self, x: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
         # x: B T C
         q, k, v = (heads(layer, x, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return run(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
+        return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
 
 
 class FeedForwardProjection(nn.Module):
@@ -124,7 +124,7 @@ class FeedForwardProjection(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.proj, x)
+        return in_own_dtype(self.proj, x)
 
 
 class FramePackFeedForward(nn.Module):
@@ -137,7 +137,7 @@ class FramePackFeedForward(nn.Module):
         self._activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.net[2], self._activation(self.net[0](x)))
+        return in_own_dtype(self.net[2], self._activation(self.net[0](x)))
 
 
 class HunyuanVideoTransformerBlock(nn.Module):
@@ -245,7 +245,9 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 
     def finish(self, x: Tensor, seen: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, run(self.proj_out, join_gelu(seen, run(self.proj_mlp, h))))
+        return add_gated(
+            x, gate, in_own_dtype(self.proj_out, join_gelu(seen, in_own_dtype(self.proj_mlp, h)))
+        )
 
 
 class FramePackRefinerBlock(nn.Module):
@@ -273,4 +275,4 @@ class FramePackRefinerBlock(nn.Module):
 
 def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
     """Apply the layer to B L C and split the result into heads: B L N D."""
-    return run(layer, x).unflatten(-1, (num_heads, -1))
+    return in_own_dtype(layer, x).unflatten(-1, (num_heads, -1))

@@ -36,7 +36,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable
 from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
@@ -96,7 +96,11 @@ class FramePackRefiner(nn.Module):
         """Do the same as `hunyuan_model.token_refiner.TokenRefiner.forward`."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
         return refine_tokens(
-            run(self.proj_in, text).to(dtype), self.token_refiner.refiner_blocks, vector, counts, attention
+            in_own_dtype(self.proj_in, text).to(dtype),
+            self.token_refiner.refiner_blocks,
+            vector,
+            counts,
+            attention,
         )
 
 
@@ -109,7 +113,7 @@ class ImageProjection(nn.Module):
         self.down = nn.Linear(config.image_hidden_dim, config.dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        return run(self.down, functional.silu(run(self.up, image)))
+        return in_own_dtype(self.down, functional.silu(in_own_dtype(self.up, image)))
 
 
 class CleanEmbedding(nn.Module):
@@ -135,7 +139,7 @@ class CleanEmbedding(nn.Module):
             -size % patch for size, patch in zip(latents.shape[2:], layer.kernel_size, strict=True)
         )
         padded = functional.pad(latents, (0, columns, 0, rows, 0, frames), mode="replicate")
-        return run(layer, padded).flatten(2).transpose(1, 2)
+        return in_own_dtype(layer, padded).flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True)

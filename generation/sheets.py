@@ -13,7 +13,7 @@ from pathlib import Path
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grids import LINE, TALLEST, ClipGrid, Row, compose, is_picture, middle_of, play
 from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
-from generation.making import make, make_job
+from generation.making import make_job, make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
 from generation.request import draw_seed
@@ -55,7 +55,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str 
     jobs = [job for sheet in sheets for job in sheet.cells.values()]
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
-    made = make(run, jobs, failures) if jobs else {}
+    made = make_outputs(run, jobs, failures) if jobs else {}
     for sheet in sheets:
         if any(job.label in made for job in sheet.cells.values()):
             logger.info("Sheet of %s: %s", sheet.label, write_sheet(run, sheet, made))

@@ -28,7 +28,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.run_blocks import Hidden, run_blocks
 
@@ -41,7 +41,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv3d(in_dim, dim, patch_size, patch_size)
 
     def forward(self, noisy: Tensor) -> Tensor:
-        return run(self.proj, noisy)
+        return in_own_dtype(self.proj, noisy)
 
 
 class PooledTextEmbedding(nn.Module):
@@ -67,12 +67,12 @@ class HunyuanFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         shift, scale = (
-            run(self.adaLN_modulation[1], functional.silu(tokens.vector))
+            in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.vector))
             .float()
             .unsqueeze(1)
             .chunk(2, dim=-1)
         )
-        return run(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
 class HunyuanVideoModel(nn.Module):

@@ -22,7 +22,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm
-from modules.layers.precision import activation_dtype, run
+from modules.layers.precision import activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
 from modules.run_blocks import Hidden, run_blocks
 
@@ -95,7 +95,7 @@ class LuminaModel(nn.Module):
         tokens_of = partial(LuminaTokens, grid=grid, time=time, dtype=dtype, attention=self.attention)
         text, tokens = self._read_caption(caption, caption_mask, grid, tokens_of)
 
-        image = run(self.x_embedder, patches).to(dtype)
+        image = in_own_dtype(self.x_embedder, patches).to(dtype)
         of_image = tokens_of(rotary=tokens.rotary[..., : tokens.image, :, :, :], lengths=None)
         for block in self.noise_refiner:
             image = block(image, of_image)
@@ -138,7 +138,7 @@ class LuminaModel(nn.Module):
         both = tokens_of(rotary=rotary, lengths=lengths_behind(grid[0] * grid[1]))
         alone = tokens_of(rotary=rotary[..., both.image :, :, :, :], lengths=lengths_behind(0))
         text = self.cap_embedder[0](caption[:, :longest].to(both.dtype))
-        text = run(self.cap_embedder[1], text).to(both.dtype)
+        text = in_own_dtype(self.cap_embedder[1], text).to(both.dtype)
         for block in self.context_refiner:
             text = block(text, alone)
         return text, both

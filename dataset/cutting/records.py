@@ -100,7 +100,9 @@ def read_records(output: Path) -> dict[str, CutRecord]:
     folder = output / MARK
     if not folder.is_dir():
         return {}
-    records = (_read(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith("."))
+    records = (
+        _read_cut_record(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")
+    )
     return {record.source: record for record in records}
 
 
@@ -137,7 +139,7 @@ def list_line(output: Path, record: CutRecord, written: WrittenClip) -> dict[str
     }
 
 
-def _read(path: Path) -> CutRecord:
+def _read_cut_record(path: Path) -> CutRecord:
     try:
         content = parse_json(read_text(path, 1 << 28))
         if content.pop("version") != VERSION:

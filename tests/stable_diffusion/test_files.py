@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blissful_tuner.metaview import as_lines, read
+from blissful_tuner.metaview import as_lines, read_file_facts
 from modules.atomic_write import claim_name
 from modules.errors import OptionError
 from modules.media.tags import read_tags
@@ -113,7 +113,7 @@ def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
         "crop-top": "0",
         "crop-left": "4",
     }
-    shown = list(as_lines([read(path)], is_one=True))
+    shown = list(as_lines([read_file_facts(path)], is_one=True))
     assert {"prompt: a cat", "negative-prompt: schlecht, ü 字", "seed: 7", "scale: 7.5"} <= set(shown)
 
 
