@@ -124,7 +124,7 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     """Return what makes a batch as gen_img.py does."""
     import torch
 
-    from stable_diffusion.contract import Picture, Settings
+    from stable_diffusion.contract import AskedPicture, PictureSettings
     from stable_diffusion.loading import load_model
     from stable_diffusion.making import Maker
     from stable_diffusion.options import read_gen_img
@@ -134,9 +134,9 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     options = read_gen_img("", [*words, "--prompt", "x", "--device", "cpu"])
     model = load_model(options.model, torch.device("cpu"))
     maker = Maker(model, Texts(model.texts, model.kind, options.text), options.sampling)
-    settings = Settings(args.size, args.size, args.steps, SCALE)
+    settings = PictureSettings(args.size, args.size, args.steps, SCALE)
     pictures = [
-        Picture(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)
+        AskedPicture(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)
         for seed, prompt in enumerate(PROMPTS[: args.batch])
     ]
     return lambda: list(maker.make(pictures).images or ())

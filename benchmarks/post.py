@@ -25,8 +25,8 @@ from modules.devices import choose_device  # noqa: E402
 from modules.media.options import FormatOptions  # noqa: E402
 from modules.media.reading import video_frames  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
-from post.naming import Job  # noqa: E402
-from post.network_options import NetworkOptions  # noqa: E402
+from post.naming import FileJob  # noqa: E402
+from post.network_options import ToolNetworkOptions  # noqa: E402
 from post.pixels import to_tensor  # noqa: E402
 from post.stages import NamedStage  # noqa: E402
 from post.upscaling.files import load_upscaler  # noqa: E402
@@ -82,7 +82,7 @@ def _measures(folder: Path, args: argparse.Namespace) -> tuple[Measure, Measure]
     save_tensors(model, SwinIR(config).state_dict())
     device = choose_device(args.device)
     options = UpscalerOptions(
-        NetworkOptions(model, "fp32", None, False),
+        ToolNetworkOptions(model, "fp32", None, False),
         mode="swinir", scale=2.0, tile=0, tile_overlap=32, batch_size=1,
     )  # fmt: skip
     stage = NamedStage(make_upscaler(options, device))
@@ -100,7 +100,7 @@ def _measures(folder: Path, args: argparse.Namespace) -> tuple[Measure, Measure]
 
     def whole() -> tuple[float, float]:
         start = time.perf_counter(), time.thread_time()
-        run_video([stage], Job(clip, folder / "made.mkv", False), [], form)
+        run_video([stage], FileJob(clip, folder / "made.mkv", False), [], form)
         return time.perf_counter() - start[0], time.thread_time() - start[1]
 
     return bare, whole

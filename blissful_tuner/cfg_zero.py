@@ -6,10 +6,10 @@ Source: Fan et al. 2025, arXiv 2503.18886.
 from torch import Tensor
 
 from blissful_tuner.guidance_options import GuidanceOptions
-from blissful_tuner.guidance_passes import POSITIVE, Pass, Stage, Velocities
+from blissful_tuner.guidance_passes import POSITIVE, GuidanceStage, Pass, Velocities
 
 
-def cfg_zero(scale: float, negative: Pass) -> Stage:
+def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
     """`--cfgzerostar_scaling`: guidance with the negative velocity scaled to where it is nearest to the
     positive one. Each sample by itself.
     """
@@ -23,7 +23,7 @@ def cfg_zero(scale: float, negative: Pass) -> Stage:
         without = fit * without
         return without + scale * (positive - without)
 
-    return Stage((POSITIVE, negative), change)
+    return GuidanceStage((POSITIVE, negative), change)
 
 
 def init_factor(options: GuidanceOptions, step: int) -> float:

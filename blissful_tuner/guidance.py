@@ -1,6 +1,6 @@
 """Guidance: which passes of the network each step makes, and how their velocities become one.
 
-A strategy is a function that makes a `Stage` (`guidance_passes`); `plan_steps` says which stages a step has.
+A strategy is a function that makes a `GuidanceStage` (`guidance_passes`); `plan_steps` says which a step has.
 A new one is a file with such a function, and a line there.
 """
 
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from blissful_tuner.cfg_zero import cfg_zero, init_factor
 from blissful_tuner.guidance_options import GuidanceOptions
-from blissful_tuner.guidance_passes import NEGATIVE, POSITIVE, Pass, Stage, StepPlan, Velocities, make_passes
+from blissful_tuner.guidance_passes import (
+    NEGATIVE,
+    POSITIVE,
+    GuidanceStage,
+    Pass,
+    PassPlan,
+    Velocities,
+    make_passes,
+)
 from blissful_tuner.guidance_steps import guidance_scales
 from blissful_tuner.nag import nag_tweaks
 from blissful_tuner.norm_limit import limit_norm
@@ -48,7 +56,7 @@ def make_guidance(
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
         if is_truncated(step, prepared.rules):
-            plan = StepPlan(factor=plan.factor)
+            plan = PassPlan(factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
         return plan.combine(make_passes(plan, predict, section, of_positive(section), join))
@@ -56,7 +64,7 @@ def make_guidance(
     return guide
 
 
-def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepPlan, ...]]:
+def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
     """List by expert what each step that is made consists of.
 
     Raises OptionError if the request's schedule and the options do not go together.
@@ -69,10 +77,10 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepP
         _refuse_other_formulas(options)
     momentum = Momentum(0.0 if rule is None else rule.momentum)
 
-    def plan(index: int, scale: float | None) -> StepPlan:
+    def plan(index: int, scale: float | None) -> PassPlan:
         factor = init_factor(options, index)
         if scale is None:
-            return StepPlan(factor=factor)
+            return PassPlan(factor=factor)
         skips = index in weakens
         negative = weakened if skips and options.slg_mode == "uncond" else NEGATIVE
         stages, share = [*_formula(scale, negative, options)], options.guidance_rescale
@@ -87,7 +95,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[StepP
             stages.append(rescale(share))
         if stages and prepared.rules.norm_limit is not None:
             stages.append(limit_norm(prepared.rules.norm_limit))
-        return StepPlan(tuple(stages), factor, of_all)
+        return PassPlan(tuple(stages), factor, of_all)
 
     return [
         tuple(plan(index, scale) for index, scale in enumerate(scales))
@@ -100,7 +108,7 @@ def is_truncated(step: Step, rules: GuidanceRules) -> bool:
     return rules.below_share is not None and 1 - step.sigma >= rules.below_share
 
 
-def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[Stage, ...]:
+def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[GuidanceStage, ...]:
     """Return the stage that joins the positive and the negative pass; none if it gives the positive one
     back.
     """
@@ -136,7 +144,7 @@ def has_batches(prepared: Prepared, options: GuidanceOptions) -> bool:
     return any(plan.most_together > 1 for plans in plan_steps(prepared, options) for plan in plans)
 
 
-def plain_cfg(scale: float, negative: Pass) -> Stage:
+def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
     """Classifier-free guidance: extrapolate from the negative velocity through the positive one.
 
     Source: Ho and Salimans 2022, arXiv 2207.12598.
@@ -146,4 +154,4 @@ def plain_cfg(scale: float, negative: Pass) -> Stage:
         without = velocities[negative]
         return without + scale * (velocities[POSITIVE] - without)
 
-    return Stage((POSITIVE, negative), change)
+    return GuidanceStage((POSITIVE, negative), change)

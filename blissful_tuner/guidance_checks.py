@@ -4,7 +4,7 @@ import logging
 
 from blissful_tuner.guidance import plan_steps
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.guidance_passes import StepPlan
+from blissful_tuner.guidance_passes import PassPlan
 from blissful_tuner.guidance_steps import guidance_scales
 from blissful_tuner.skipped_layers import active_steps
 from modules.contract.prepared import Prepared
@@ -25,7 +25,7 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
         logger.warning("%s is ignored because %s", option, reason)
 
 
-def _refuse_zero_star(options: GuidanceOptions, plans: list[StepPlan], is_guided: bool) -> None:
+def _refuse_zero_star(options: GuidanceOptions, plans: list[PassPlan], is_guided: bool) -> None:
     steps = options.cfgzerostar_init_steps
     given = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
@@ -45,7 +45,7 @@ def _refuse_zero_star(options: GuidanceOptions, plans: list[StepPlan], is_guided
 
 
 def _tell_unused_negative(
-    prepared: Prepared, options: GuidanceOptions, plans: list[StepPlan], is_guided: bool
+    prepared: Prepared, options: GuidanceOptions, plans: list[PassPlan], is_guided: bool
 ) -> None:
     text, away = prepared.asked.negative_prompt, prepared.asked.away_prompt
     if away is not None and not options.nag.is_on:
@@ -61,7 +61,7 @@ def _tell_unused_negative(
 
 
 def _unused(
-    prepared: Prepared, options: GuidanceOptions, plans: list[StepPlan], is_guided: bool
+    prepared: Prepared, options: GuidanceOptions, plans: list[PassPlan], is_guided: bool
 ) -> dict[str, str]:
     """Return the options that do nothing, as they were given, each with the reason."""
     given = {

@@ -1,7 +1,7 @@
 """The passes of the network that a step of guidance consists of, and what is made of their velocities.
 
-A guidance idea is a `Stage`: it declares the passes that it needs and changes the velocity by theirs. All
-passes of a step's stages are requested together, each once, however many stages need it.
+A guidance idea is a `GuidanceStage`: it declares the passes that it needs and changes the velocity by theirs.
+All passes of a step's stages are requested together, each once, however many stages need it.
 """
 
 import functools
@@ -34,7 +34,7 @@ Velocities = Mapping[Pass, Tensor]  # of a step's passes, each B C F H W float32
 
 
 @dataclass(frozen=True)
-class Stage:
+class GuidanceStage:
     """One guidance idea at one step."""
 
     passes: tuple[Pass, ...]
@@ -43,10 +43,10 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class PassPlan:
     """What one step consists of; without stages it is the positive pass alone."""
 
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[GuidanceStage, ...] = ()
     factor: float = 1.0  # of the velocity in the end; 0: no pass is made
     tweaks: Tweaks = NO_TWEAKS  # of all passes
 
@@ -71,7 +71,7 @@ class StepPlan:
 
 
 def make_passes(
-    plan: StepPlan, predict: Predict, section: Section, of_positive: Tweaks, join: JoinTweaks
+    plan: PassPlan, predict: Predict, section: Section, of_positive: Tweaks, join: JoinTweaks
 ) -> Velocities:
     """Run the passes of a step and return their velocities.
 

@@ -43,7 +43,7 @@ MOST_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can
 
 
 @dataclass(frozen=True)
-class Found:
+class FileFacts:
     """What one file says, or why it could not be read."""
 
     path: Path
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add_metaview_arguments(parser)
     options = read_options(MetaviewOptions, parser.parse_args(argv))
-    found = [read(path) for path in list_files(options.input_file)]
+    found = [read_file_facts(path) for path in list_files(options.input_file)]
     is_one = len(options.input_file) == 1 and not options.input_file[0].is_dir()
     lines = list(as_json(found, is_one)) if options.json else list(as_lines(found, is_one))
     if lines:
@@ -85,24 +85,24 @@ def list_files(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read(path: Path) -> Found:
+def read_file_facts(path: Path) -> FileFacts:
     """Read the metadata of a file of any kind."""
     from modules.media.tags import read_tags  # with the libraries for pictures and videos
     from modules.text_files import read_safetensors_texts
 
     try:
         if path.suffix.lower() == TENSORS:
-            return Found(path, read_safetensors_texts(path))
+            return FileFacts(path, read_safetensors_texts(path))
         tags = read_tags(path)
     except UserError as error:
-        return Found(path, error=str(error))
+        return FileFacts(path, error=str(error))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        return Found(path, error=f"{path} cannot be read: {reason}")
-    return Found(path, {name: text for name, text in tags.items() if name not in OF_CONTAINERS})
+        return FileFacts(path, error=f"{path} cannot be read: {reason}")
+    return FileFacts(path, {name: text for name, text in tags.items() if name not in OF_CONTAINERS})
 
 
-def as_json(found: Sequence[Found], is_one: bool) -> Iterator[str]:
+def as_json(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
     """Yield JSON in ASCII: names and values as they are stored."""
     objects = [
         {"file": str(one.path), **({"error": one.error} if one.error else {"metadata": dict(one.metadata)})}
@@ -111,7 +111,7 @@ def as_json(found: Sequence[Found], is_one: bool) -> Iterator[str]:
     yield json.dumps(objects[0] if is_one else objects, indent=2)
 
 
-def as_lines(found: Sequence[Found], is_one: bool) -> Iterator[str]:
+def as_lines(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
     """Yield `NAME: value`, for several files below their paths and with an empty line between them."""
     for index, one in enumerate(found):
         if one.error:

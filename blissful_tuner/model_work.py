@@ -9,7 +9,7 @@ from pathlib import Path
 from blissful_tuner.model_facts import Facts, as_json, as_lines, dtypes_of, facts_of, file_hashes
 from blissful_tuner.model_utility_options import ModelUtilityOptions
 from modules.asking import Answer, ask_to_replace, ask_yes_or_no
-from modules.checkpoints.changing import Change, NewFile, Selection, plan_change
+from modules.checkpoints.changing import CheckpointChange, NewFile, Selection, plan_change
 from modules.checkpoints.gathering import INDEX, gather
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint
@@ -81,9 +81,9 @@ def output_name(path: Path, in_shards: bool) -> Path:
     return path
 
 
-def change_of(options: ModelUtilityOptions) -> Change:
+def change_of(options: ModelUtilityOptions) -> CheckpointChange:
     """Return what the options change."""
-    return Change(
+    return CheckpointChange(
         None if options.dtype is None else dtype_named(options.dtype, "--dtype"),
         _selection(options),
         Selection(options.full_target_keys or (), options.full_exclude_keys or ()),

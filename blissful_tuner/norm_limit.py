@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance_passes import POSITIVE, Stage, Velocities
+from blissful_tuner.guidance_passes import POSITIVE, GuidanceStage, Velocities
 
 
-def limit_norm(limit: float) -> Stage:
+def limit_norm(limit: float) -> GuidanceStage:
     """`--renorm_cfg`: a guided velocity is at most so many times as large as the positive one.
 
     Sizes are Euclidean norms over everything but the batch; each sample by itself. Source: Qin et al. 2025,
@@ -19,4 +19,4 @@ def limit_norm(limit: float) -> Stage:
         size = torch.linalg.vector_norm(velocity, dim=axes, keepdim=True)
         return torch.where(size > most, velocity * (most / size), velocity)
 
-    return Stage((POSITIVE,), change)
+    return GuidanceStage((POSITIVE,), change)

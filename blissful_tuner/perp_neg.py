@@ -6,10 +6,10 @@ Source: Armandpour et al. 2023, arXiv 2304.04968.
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance_passes import BLANK, POSITIVE, Pass, Stage, Velocities
+from blissful_tuner.guidance_passes import BLANK, POSITIVE, GuidanceStage, Pass, Velocities
 
 
-def perp_neg(scale: float, weight: float, negative: Pass) -> Stage:
+def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
     """`--perp_neg`: guidance away from the empty prompt; of the negative direction only the part across the
     positive one counts, `weight` times. Each sample by itself. At a weight of 0 there is no negative pass.
     """
@@ -26,4 +26,4 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> Stage:
         along = (unwanted * wanted).sum(axes, keepdim=True) / length * wanted
         return blank + scale * (wanted - weight * (unwanted - along))
 
-    return Stage((POSITIVE, *(() if weight == 0 else (negative,)), BLANK), change)
+    return GuidanceStage((POSITIVE, *(() if weight == 0 else (negative,)), BLANK), change)

@@ -6,7 +6,7 @@ Source: Sadat et al. 2024, arXiv 2410.02416; `modules.contract.guidance.Projecti
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance_passes import POSITIVE, Pass, Stage, Velocities
+from blissful_tuner.guidance_passes import POSITIVE, GuidanceStage, Pass, Velocities
 from modules.contract.guidance import Projection
 
 
@@ -24,17 +24,17 @@ class Momentum:
         return self._sum
 
 
-def watched(stage: Stage, momentum: Momentum, negative: Pass) -> Stage:
+def watched(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
     """Return a stage that also adds the difference of its passes to the momentum."""
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         momentum.add(velocities[POSITIVE] - velocities[negative])
         return stage.change(velocity, velocities)
 
-    return Stage(stage.passes, change)
+    return GuidanceStage(stage.passes, change)
 
 
-def projected(rule: Projection, momentum: Momentum, negative: Pass) -> Stage:
+def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
     """Guide by the momentum, limited in length and without most of its part along the positive velocity.
 
     Each sample by itself.
@@ -49,7 +49,7 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> Stage:
         along, across = _split(step, positive)
         return without + rule.scale * (across + rule.eta * along)
 
-    return Stage((POSITIVE, negative), change)
+    return GuidanceStage((POSITIVE, negative), change)
 
 
 def _split(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:

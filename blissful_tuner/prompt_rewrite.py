@@ -19,7 +19,7 @@ from modules.contract.generation import Prompt, Prompts
 from modules.contract.prepared import Prepared
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class PromptRewriter:
             raise OptionError("--prompt_rewrite needs the package transformers: pip install transformers")
         self.folder = folder
         self.mode = mode
-        self._loaded = Loaded[Any, Any]()
+        self._loaded = LoadedNetwork[Any, Any]()
         self._known: dict[str, str] = {}
 
     def load(self, device: torch.device) -> None:

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from blissful_tuner.guidance_passes import POSITIVE, Stage, Velocities
+from blissful_tuner.guidance_passes import POSITIVE, GuidanceStage, Velocities
 
 
-def rescale(share: float) -> Stage:
+def rescale(share: float) -> GuidanceStage:
     """`--guidance_rescale`, 0 to 1: against overexposed, too contrasty pictures. Each sample by itself.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
@@ -16,4 +16,4 @@ def rescale(share: float) -> Stage:
         factor = velocities[POSITIVE].std(axes, keepdim=True) / velocity.std(axes, keepdim=True)
         return velocity * (share * factor + (1 - share))
 
-    return Stage((POSITIVE,), change)
+    return GuidanceStage((POSITIVE,), change)

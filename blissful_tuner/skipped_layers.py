@@ -7,7 +7,7 @@ the known video tools, whose numbers users know, take the negative one.
 from torch import Tensor
 
 from blissful_tuner.guidance_options import GuidanceOptions
-from blissful_tuner.guidance_passes import POSITIVE, Pass, Stage, Velocities
+from blissful_tuner.guidance_passes import POSITIVE, GuidanceStage, Pass, Velocities
 
 
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
@@ -17,7 +17,7 @@ def active_steps(options: GuidanceOptions, num_steps: int) -> range:
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
-def add_skipped_layers(weakened: Pass, scale: float) -> Stage:
+def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
     """`--slg_mode original`: add the difference between the positive pass and a weakened negative one.
 
     weakened: the negative pass without the layers. The other mode, "uncond", is no stage: there the guidance
@@ -27,4 +27,4 @@ def add_skipped_layers(weakened: Pass, scale: float) -> Stage:
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         return velocity + scale * (velocities[POSITIVE] - velocities[weakened])
 
-    return Stage((POSITIVE, weakened), change)
+    return GuidanceStage((POSITIVE, weakened), change)

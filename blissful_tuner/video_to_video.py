@@ -51,7 +51,9 @@ def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Re
     if not source.path.exists():
         raise OptionError(f"{named}: no such file or folder")
     if source.option == LATENTS:
-        frames = (_read(source, rules, latent, only_shape=True).shape[2] - 1) * latent.stride[0] + 1
+        frames = (_load_saved_latents(source, rules, latent, only_shape=True).shape[2] - 1) * latent.stride[
+            0
+        ] + 1
         return request if request.frames is not None else replace(request, frames=frames)
     check_opens(source.option, source.path, source.option == IMAGE)
     if source.option == IMAGE and request.frames not in (None, 1):
@@ -71,7 +73,7 @@ def begin_late(prepared: Prepared, family: Family) -> Prepared:
     if source is None:
         return prepared
     if source.option == LATENTS:
-        found = _read(source, family.source, family.latent, only_shape=True).shape[2]
+        found = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
         needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
         if found != needed:
             raise OptionError(
@@ -161,7 +163,9 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     assert source is not None
     wanted = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     if source.option == LATENTS:
-        return resize_latents(_read(source, family.source, family.latent), wanted[-2], wanted[-1])
+        return resize_latents(
+            _load_saved_latents(source, family.source, family.latent), wanted[-2], wanted[-1]
+        )
     frames = read_frames(source, prepared, family.source.stretches)
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _too_short(source, len(frames), prepared.frames)
@@ -204,7 +208,9 @@ def resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
     return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(latents))
 
 
-def _read(source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False) -> Tensor:
+def _load_saved_latents(
+    source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False
+) -> Tensor:
     """Read saved latents, 1 C F h w. Raises CheckpointError if they are of another model.
 
     only_shape: as of `load_latents`.

@@ -180,7 +180,7 @@ def _patterns(value: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Key:
+class TableKey:
     """One key of a table.
 
     read: converts its value to the field, or raises Unfit. allowed: the allowed values, in words.
@@ -206,63 +206,65 @@ _TARS = 'a path in quotes, such as "clips-*.tar", or a list of them'
 _COLUMN = "the name of a column in quotes"
 _WORDS = f"text in quotes, one line of at most {MOST_WORDS} characters"
 
-KEYS: Mapping[str, Key] = {
-    "resolution": Key(read_resolution, _PIXELS, (960, 544), in_general=True),
-    "caption_extension": Key(
+KEYS: Mapping[str, TableKey] = {
+    "resolution": TableKey(read_resolution, _PIXELS, (960, 544), in_general=True),
+    "caption_extension": TableKey(
         read_caption_extension, 'an extension with its dot, such as ".txt"', None, in_general=True
     ),
-    "trigger_word": Key(read_words, _WORDS, "", in_general=True),
-    "caption_prefix": Key(read_words, _WORDS, "", in_general=True),
-    "caption_suffix": Key(read_words, _WORDS, "", in_general=True),
-    "multi_caption": Key(read_yes_no, _BOOL, False, in_general=True),
-    "caption_dropout_rate": Key(read_share, "a number from 0 to 1, such as 0.1", 0.0, in_general=True),
-    "batch_size": Key(read_count, _POSITIVE, 1, in_general=True),
-    "num_repeats": Key(read_repeats, f"{_POSITIVE}, at most {MOST_REPEATS}", 1, in_general=True),
-    "enable_bucket": Key(read_yes_no, _BOOL, False, in_general=True),
-    "bucket_no_upscale": Key(read_yes_no, _BOOL, False, in_general=True),
-    "cache_format": Key(
+    "trigger_word": TableKey(read_words, _WORDS, "", in_general=True),
+    "caption_prefix": TableKey(read_words, _WORDS, "", in_general=True),
+    "caption_suffix": TableKey(read_words, _WORDS, "", in_general=True),
+    "multi_caption": TableKey(read_yes_no, _BOOL, False, in_general=True),
+    "caption_dropout_rate": TableKey(read_share, "a number from 0 to 1, such as 0.1", 0.0, in_general=True),
+    "batch_size": TableKey(read_count, _POSITIVE, 1, in_general=True),
+    "num_repeats": TableKey(read_repeats, f"{_POSITIVE}, at most {MOST_REPEATS}", 1, in_general=True),
+    "enable_bucket": TableKey(read_yes_no, _BOOL, False, in_general=True),
+    "bucket_no_upscale": TableKey(read_yes_no, _BOOL, False, in_general=True),
+    "cache_format": TableKey(
         read_cache_format,
         "one of " + ", ".join(f'"{one}"' for one in CACHE_FORMATS),
         "files",
         in_general=True,
     ),
-    "cache_directory": Key(read_path, _FOLDER, None),
-    "image_directory": Key(read_path, _FOLDER, None, ("image",)),
-    "image_jsonl_file": Key(_table_path, _TABLE, None, ("image",)),
-    "image_table_file": Key(_table_path, _TABLE, None, ("image",)),
-    "image_tars": Key(_patterns, _TARS, None, ("image",)),
-    "video_directory": Key(read_path, _FOLDER, None, ("video",)),
-    "video_jsonl_file": Key(_table_path, _TABLE, None, ("video",)),
-    "video_table_file": Key(_table_path, _TABLE, None, ("video",)),
-    "video_tars": Key(_patterns, _TARS, None, ("video",)),
-    "cogvideox_root": Key(read_path, _FOLDER, None, ("video",)),
-    "dataset_file": Key(read_path, "a path in quotes", None, ("video",)),
-    "path_column": Key(_text, _COLUMN, None),
-    "caption_column": Key(_text, _COLUMN, None),
-    "video_column": Key(_text, _COLUMN, None, ("video",)),
-    "id_token": Key(read_words, _WORDS, "", ("video",)),
-    "load_tensors": Key(read_yes_no, _BOOL, False, ("video",)),
-    "allow_urls": Key(read_yes_no, _BOOL, False),
-    "download_directory": Key(read_path, _FOLDER, None),
-    "control_directory": Key(read_path, _FOLDER, None),
-    "mask_directory": Key(read_path, _FOLDER, None),
-    "alpha_mask": Key(read_yes_no, _BOOL, False),
-    "validation": Key(read_yes_no, _BOOL, False),
-    "prior_loss_weight": Key(read_weight, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5", 1.0),
-    "target_frames": Key(
+    "cache_directory": TableKey(read_path, _FOLDER, None),
+    "image_directory": TableKey(read_path, _FOLDER, None, ("image",)),
+    "image_jsonl_file": TableKey(_table_path, _TABLE, None, ("image",)),
+    "image_table_file": TableKey(_table_path, _TABLE, None, ("image",)),
+    "image_tars": TableKey(_patterns, _TARS, None, ("image",)),
+    "video_directory": TableKey(read_path, _FOLDER, None, ("video",)),
+    "video_jsonl_file": TableKey(_table_path, _TABLE, None, ("video",)),
+    "video_table_file": TableKey(_table_path, _TABLE, None, ("video",)),
+    "video_tars": TableKey(_patterns, _TARS, None, ("video",)),
+    "cogvideox_root": TableKey(read_path, _FOLDER, None, ("video",)),
+    "dataset_file": TableKey(read_path, "a path in quotes", None, ("video",)),
+    "path_column": TableKey(_text, _COLUMN, None),
+    "caption_column": TableKey(_text, _COLUMN, None),
+    "video_column": TableKey(_text, _COLUMN, None, ("video",)),
+    "id_token": TableKey(read_words, _WORDS, "", ("video",)),
+    "load_tensors": TableKey(read_yes_no, _BOOL, False, ("video",)),
+    "allow_urls": TableKey(read_yes_no, _BOOL, False),
+    "download_directory": TableKey(read_path, _FOLDER, None),
+    "control_directory": TableKey(read_path, _FOLDER, None),
+    "mask_directory": TableKey(read_path, _FOLDER, None),
+    "alpha_mask": TableKey(read_yes_no, _BOOL, False),
+    "validation": TableKey(read_yes_no, _BOOL, False),
+    "prior_loss_weight": TableKey(read_weight, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5", 1.0),
+    "target_frames": TableKey(
         _counts, "a list of whole numbers, each 1 or more, such as [1, 25, 45]", (1,), ("video",)
     ),
-    "frame_extraction": Key(_mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)),
-    "frame_stride": Key(read_count, _POSITIVE, 1, ("video",)),
-    "frame_sample": Key(_samples, f"{_POSITIVE}, at most {MOST_SAMPLES}", 1, ("video",)),
-    "max_frames": Key(read_count, _POSITIVE, 129, ("video",)),
-    "source_fps": Key(_source_fps, _RATE, None, ("video",)),
-    "fp_latent_window_size": Key(read_count, _POSITIVE, 9),
-    "fp_1f_clean_indices": Key(
+    "frame_extraction": TableKey(
+        _mode, "one of " + ", ".join(f'"{mode}"' for mode in MODES), "head", ("video",)
+    ),
+    "frame_stride": TableKey(read_count, _POSITIVE, 1, ("video",)),
+    "frame_sample": TableKey(_samples, f"{_POSITIVE}, at most {MOST_SAMPLES}", 1, ("video",)),
+    "max_frames": TableKey(read_count, _POSITIVE, 129, ("video",)),
+    "source_fps": TableKey(_source_fps, _RATE, None, ("video",)),
+    "fp_latent_window_size": TableKey(read_count, _POSITIVE, 9),
+    "fp_1f_clean_indices": TableKey(
         _indices, f"a list of whole numbers below {FAR}, such as [0, 10]", None, ("image",)
     ),
-    "fp_1f_target_index": Key(_place, f"a whole number below {FAR}", None, ("image",)),
-    "fp_1f_no_post": Key(read_yes_no, _BOOL, False, ("image",)),
+    "fp_1f_target_index": TableKey(_place, f"a whole number below {FAR}", None, ("image",)),
+    "fp_1f_no_post": TableKey(read_yes_no, _BOOL, False, ("image",)),
 }
 # what the latents of a family with sections depend on besides the frames
 SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}

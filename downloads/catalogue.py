@@ -90,7 +90,7 @@ class ModelSet:
 
 def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
     """Return all sets. fp8_encoders: with the text encoders in 8 bits."""
-    data, components = _read(), known_components()
+    data, components = _read_catalogue(), known_components()
     sets = []
     for entry in data["set"]:
         chosen = [components[name] for name in entry["components"]]
@@ -117,25 +117,25 @@ def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
 
 def known_components() -> dict[str, Component]:
     """Return every component by its name in the list."""
-    data = _read()
+    data = _read_catalogue()
     licences = {name: Licence(**entry) for name, entry in data["licence"].items()}
     return {name: _component(entry, licences) for name, entry in data["component"].items()}
 
 
 def families() -> list[str]:
     """Return the names of the families, in the order of the list."""
-    return list(_read()["family"])
+    return list(_read_catalogue()["family"])
 
 
 def describe_family(family: str) -> tuple[str, str]:
     """Return the name of a family for people and its page in docs/."""
-    entry = _read()["family"][family]
+    entry = _read_catalogue()["family"][family]
     return entry["title"], entry["page"]
 
 
 def known_licences() -> list[Licence]:
     """Return the licences that occur, in the order of the list."""
-    return [Licence(**entry) for entry in _read()["licence"].values()]
+    return [Licence(**entry) for entry in _read_catalogue()["licence"].values()]
 
 
 def download_hint(path: Path) -> str | None:
@@ -171,5 +171,5 @@ def _component(entry: Mapping[str, Any], licences: Mapping[str, Licence]) -> Com
 
 
 @lru_cache(maxsize=1)
-def _read() -> dict[str, Any]:
+def _read_catalogue() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

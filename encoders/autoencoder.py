@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from encoders.autoencoder_blocks import AutoencoderConfig, Decoder, Encoder
+from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
 from encoders.autoencoder_checkpoints import read_autoencoder
 from encoders.posterior import sample_posterior
 from encoders.tiles import Cut, compute_in_tiles
@@ -40,8 +40,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, tile: int | None = None) -> None:
         super().__init__()
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = AutoencoderEncoder(config)
+        self.decoder = AutoencoderDecoder(config)
         self.tile = tile
 
     @property

@@ -115,7 +115,7 @@ class Level(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class AutoencoderEncoder(nn.Module):
     """Encode pixels B 3 H W as means and logarithms of variances, B 2Z h w."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
         return self.conv_out(norm_and_silu(self.norm_out, self.mid(x)))
 
 
-class Decoder(nn.Module):
+class AutoencoderDecoder(nn.Module):
     """Decode latents B Z h w to pixels B 3 H W. Levels are counted from the picture: the last runs first."""
 
     def __init__(self, config: AutoencoderConfig) -> None:

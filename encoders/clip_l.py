@@ -27,7 +27,7 @@ from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
 from modules.contract.tokens import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class ClipTextEncoder:
         self.dtype = dtype
         self.tokenizer = tokenizer
         self.use = use
-        self._loaded = Loaded[ClipText, ClipTokenizer]()
+        self._loaded = LoadedNetwork[ClipText, ClipTokenizer]()
 
     @property
     def name(self) -> str:

@@ -29,7 +29,7 @@ from modules.contract.generation import Prompt
 from modules.contract.tokens import CountTokens, token_weights
 from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class T5TextEncoder:
         self.in_fp8 = in_fp8
         self.use = use
         self._tokenizers = T5Tokenizers(use.tokenizer, max_length)
-        self._loaded = Loaded[T5Network, T5Tokenizer]()
+        self._loaded = LoadedNetwork[T5Network, T5Tokenizer]()
 
     @property
     def name(self) -> str:

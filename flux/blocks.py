@@ -26,7 +26,7 @@ from hunyuan_model.joining import join_gelu
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, ScaleNorm
-from modules.layers.precision import run
+from modules.layers.precision import in_own_dtype
 
 
 class Modulation(nn.Module):
@@ -39,7 +39,7 @@ class Modulation(nn.Module):
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         # vector: B C float32 -> count tensors B 1 C float32
-        return run(self.lin, functional.silu(vector)).float().unsqueeze(1).chunk(self.count, dim=-1)
+        return in_own_dtype(self.lin, functional.silu(vector)).float().unsqueeze(1).chunk(self.count, dim=-1)
 
 
 class ModulationRows(nn.Module):
@@ -114,7 +114,7 @@ class JointAttention(nn.Module):
 
     def heads_of(self, x: Tensor) -> Heads:
         """Return query, key and value of B T C, each B T N D."""
-        q, k, v = heads(run(self.qkv, x), self.num_heads)
+        q, k, v = heads(in_own_dtype(self.qkv, x), self.num_heads)
         return self.norm.query_norm(q), self.norm.key_norm(k), v
 
 
@@ -159,7 +159,7 @@ class DoubleBlock(nn.Module):
         seen, *others_seen = attend_jointly(*joined, tokens, rest)
 
         picture_seen, text_seen = tokens.split_video(seen)
-        picture = add_gated(picture, gate1, run(self.img_attn.proj, picture_seen))
+        picture = add_gated(picture, gate1, in_own_dtype(self.img_attn.proj, picture_seen))
         seen_by_texts = [text_seen, *others_seen]
         finished = [
             self.finish_text(text, one_seen, modulation, tokens.dtype)
@@ -179,7 +179,7 @@ class DoubleBlock(nn.Module):
     ) -> Tensor:
         """Add to a text what it sees, B T C, and its feed-forward."""
         _, _, gate1, shift2, scale2, gate2 = modulation
-        text = add_gated(text, gate1, run(self.txt_attn.proj, seen))
+        text = add_gated(text, gate1, in_own_dtype(self.txt_attn.proj, seen))
         return self.feed_forward(text, self.txt_mlp, shift2, scale2, gate2, dtype)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
@@ -195,8 +195,8 @@ class DoubleBlock(nn.Module):
         x: B L C; shift, scale, gate: B 1 C float32.
         """
         first, activation, second = mlp
-        hidden = activation(run(first, modulate(self.norm(x), shift, scale, dtype)))
-        return add_gated(x, gate, run(second, hidden))
+        hidden = activation(in_own_dtype(first, modulate(self.norm(x), shift, scale, dtype)))
+        return add_gated(x, gate, in_own_dtype(second, hidden))
 
 
 class SingleBlock(nn.Module):
@@ -231,7 +231,7 @@ class SingleBlock(nn.Module):
         """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
         shift, scale, gate = self.modulation(vector)
         # in one split, so that its gradient is written once
-        *qkv, hidden = run(self.linear1, modulate(self.pre_norm(x), shift, scale, dtype)).split(
+        *qkv, hidden = in_own_dtype(self.linear1, modulate(self.pre_norm(x), shift, scale, dtype)).split(
             self.widths, dim=-1
         )
         q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
@@ -239,4 +239,4 @@ class SingleBlock(nn.Module):
 
     def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
         """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, run(self.linear2, join_gelu(seen, hidden)))
+        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flux.configs import ApproximatorConfig
 from flux.spec import GUIDANCE_UNIT
 from modules.layers.norms import ScaleNorm
-from modules.layers.precision import run
+from modules.layers.precision import in_own_dtype
 from modules.layers.sinusoid import sinusoid
 
 
@@ -25,7 +25,7 @@ class ApproximatorLayer(nn.Module):
         self.out_layer = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.out_layer, functional.silu(run(self.in_layer, x)))
+        return in_own_dtype(self.out_layer, functional.silu(in_own_dtype(self.in_layer, x)))
 
 
 class Approximator(nn.Module):
@@ -60,7 +60,7 @@ class Approximator(nn.Module):
             ],
             dim=2,
         )
-        x = run(self.in_proj, x)
+        x = in_own_dtype(self.in_proj, x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x))
-        return run(self.out_proj, x).float()
+        return in_own_dtype(self.out_proj, x).float()

@@ -28,7 +28,7 @@ AE, CLIP, T5 = "ae", "clip_l", "t5xxl"  # names in `check`
 
 
 @dataclass(frozen=True)
-class Encoders:
+class FluxEncoderPaths:
     """Paths and dtypes as the options give them.
 
     The path properties raise OptionError or CheckpointError, naming the option. The default dtype is
@@ -58,12 +58,12 @@ class Encoders:
     def t5xxl_path(self) -> Path:
         return require_file(self.t5xxl, "--t5xxl", "T5 encodes the prompts")
 
-    def add_vae(self, options: VaeOptions) -> "Encoders":
+    def add_vae(self, options: VaeOptions) -> "FluxEncoderPaths":
         """Return a copy with the options of the autoencoder."""
         dtype = choose_compute_dtype(options.vae_dtype, "--vae_dtype", None)
         return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
 
-    def add_text(self, options: FluxTextOptions) -> "Encoders":
+    def add_text(self, options: FluxTextOptions) -> "FluxEncoderPaths":
         """Return a copy with the options of the text encoders."""
         return replace(
             self,

@@ -31,7 +31,7 @@ from flux.configs import (
     STEPS,
     T5_TOKENS,
 )
-from flux.encoders import AE, Encoders
+from flux.encoders import AE, FluxEncoderPaths
 from flux.files import FluxFiles
 from flux.model import unpack
 from flux.options import CHROMA as SAYS_CHROMA
@@ -379,20 +379,22 @@ class Flux:
         return self.masks_text or self.files.kind == CHROMA
 
 
-def _files(dit: Path | None, vae: Encoders, text: FluxTextOptions | None, model_type: str) -> FluxFiles:
+def _files(
+    dit: Path | None, vae: FluxEncoderPaths, text: FluxTextOptions | None, model_type: str
+) -> FluxFiles:
     encoders = vae if text is None else vae.add_text(text)
     return FluxFiles(dit, encoders, model_type == SAYS_CHROMA)
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
     """Describe the family for flux_cache_latents.py."""
-    return Flux(FluxFiles(encoders=Encoders().add_vae(options.vae)))
+    return Flux(FluxFiles(encoders=FluxEncoderPaths().add_vae(options.vae)))
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
     """Describe the family for flux_cache_text_encoder_outputs.py."""
     return Flux(
-        _files(None, Encoders(), options.text, options.model_type),
+        _files(None, FluxEncoderPaths(), options.text, options.model_type),
         masks_text=options.text.apply_t5_attn_mask,
     )
 
@@ -400,7 +402,7 @@ def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
 def family_for_training(options: FluxTrainingOptions) -> Flux:
     """Describe the family for flux_train_network.py."""
     return Flux(
-        _files(options.dit, Encoders().add_vae(options.vae), options.text, options.model_type),
+        _files(options.dit, FluxEncoderPaths().add_vae(options.vae), options.text, options.model_type),
         masks_text=options.text.apply_t5_attn_mask,
         dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
         trained_guidance=options.embedded_guidance,
@@ -412,7 +414,7 @@ def family_for_training(options: FluxTrainingOptions) -> Flux:
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
     """Describe the family for flux_generate_image.py."""
     return Flux(
-        _files(options.dit, Encoders().add_vae(options.vae), options.text, options.model_type),
+        _files(options.dit, FluxEncoderPaths().add_vae(options.vae), options.text, options.model_type),
         masks_text=options.text.apply_t5_attn_mask,
         dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flux.checkpoints import NAMES, OPTION, read_dit_header
 from flux.configs import CHROMA, DEV, FluxConfig
-from flux.encoders import CLIP, T5, Encoders
+from flux.encoders import CLIP, T5, FluxEncoderPaths
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 from modules.errors import OptionError
@@ -22,7 +22,7 @@ class FluxFiles:
     """
 
     dit: Path | None = None
-    encoders: Encoders = Encoders()
+    encoders: FluxEncoderPaths = FluxEncoderPaths()
     says_chroma: bool = False  # --model_type chroma
 
     @property
@@ -51,10 +51,10 @@ class FluxFiles:
 
     @property
     def text_parts(self) -> tuple[str, ...]:
-        """Names of the text encoders that the model has, for `Encoders.check`."""
+        """Names of the text encoders that the model has, for `FluxEncoderPaths.check`."""
         return (T5,) if self.kind == CHROMA else (CLIP, T5)
 
     def check_encoders(self, *needed: str) -> None:
-        """Check the files of encoders that are given or needed beside the transformer: `Encoders.check`."""
+        """Check the files of encoders that are given or needed: `FluxEncoderPaths.check`."""
         config = self.dit_header().config
         self.encoders.check(needed, self.dit_path, config.text_dim, config.pooled_dim or None)

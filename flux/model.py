@@ -24,7 +24,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
@@ -32,7 +32,7 @@ from modules.run_blocks import Hidden, run_blocks
 VectorOf = Callable[[Tensor | None], Tensor]  # pooled text B E -> B C, or B M C of Chroma
 
 
-class VectorEmbedding(nn.Module):
+class FluxVectorEmbedding(nn.Module):
     """Embed a vector per sample: B E -> B C float32."""
 
     def __init__(self, width: int, dim: int) -> None:
@@ -44,7 +44,7 @@ class VectorEmbedding(nn.Module):
         return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, vector)))
 
 
-class FinalLayer(nn.Module):
+class FluxFinalLayer(nn.Module):
     """Final norm, modulated, and projection to the numbers of a token."""
 
     def __init__(self, config: FluxConfig) -> None:
@@ -58,13 +58,13 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         shift, scale = self._modulation(tokens.vector)
-        return run(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
     def _modulation(self, vector: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.adaLN_modulation, ModulationRows):
             return self.adaLN_modulation(vector)
         activation, layer = self.adaLN_modulation
-        return run(layer, activation(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        return in_own_dtype(layer, activation(vector)).float().unsqueeze(1).chunk(2, dim=-1)
 
 
 class FluxModel(nn.Module):
@@ -80,10 +80,10 @@ class FluxModel(nn.Module):
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
         if config.approximator is None:
-            self.time_in = VectorEmbedding(config.freq_dim, dim)
-            self.vector_in = VectorEmbedding(config.pooled_dim, dim)
+            self.time_in = FluxVectorEmbedding(config.freq_dim, dim)
+            self.vector_in = FluxVectorEmbedding(config.pooled_dim, dim)
             if config.has_guidance:
-                self.guidance_in = VectorEmbedding(config.freq_dim, dim)
+                self.guidance_in = FluxVectorEmbedding(config.freq_dim, dim)
         else:
             self.distilled_guidance_layer = Approximator(
                 config.approximator, config.modulations, dim, config.eps
@@ -94,7 +94,7 @@ class FluxModel(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
-        self.final_layer = FinalLayer(config)
+        self.final_layer = FluxFinalLayer(config)
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
@@ -142,7 +142,7 @@ class FluxModel(nn.Module):
         """
         self._check(noisy, t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        picture = run(self.img_in, pack(noisy)).to(dtype)
+        picture = in_own_dtype(self.img_in, pack(noisy)).to(dtype)
         grid = (1, noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
         rotary = self._rotary.of(Grid(grid), noisy.device)
         vector_of = self._vectors(timesteps, guidance, tweaks)
@@ -186,14 +186,14 @@ class FluxModel(nn.Module):
     ) -> tuple[Tensor, Lengths | None]:
         """Return text tokens, B T C, and how many of all tokens are real with `before` in front of them."""
         if mask is None:
-            return run(self.txt_in, t5).to(dtype), None
+            return in_own_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)
         if self.config.approximator is not None:  # one token of padding stays visible, as trained
             most = mask.shape[1]
             counts = None if counts is None else [min(count + 1, most) for count in counts]
             longest = min(longest + 1, most)
         lengths = None if counts is None else lengths_on([before + count for count in counts], t5.device)
-        return run(self.txt_in, t5[:, :longest]).to(dtype), lengths
+        return in_own_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 
     def _embed_away(
         self, away: Away, batch: int, before: int, dtype: torch.dtype, vector_of: VectorOf

@@ -26,7 +26,7 @@ STEPS_ARE_THE_MODELS = "default: 4 for schnell, 50 for others"
 
 
 @dataclass(frozen=True)
-class MinimalOptions:
+class FluxMinimalOptions:
     """Options of flux_minimal_inference.py."""
 
     ckpt_path: Path
@@ -103,15 +103,15 @@ def round_up(side: int) -> int:
     return -(-side // SIZE_STEP) * SIZE_STEP
 
 
-def read_minimal(description: str | None, argv: Sequence[str] | None) -> MinimalOptions:
+def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMinimalOptions:
     """Read the command line. Raises OptionError for what does not work here."""
     parser = Parser(description=description)
     _add_model_arguments(parser)
     _add_picture_arguments(parser)
-    return read_minimal_options(parser, MinimalOptions, argv)
+    return read_minimal_options(parser, FluxMinimalOptions, argv)
 
 
-def generation_words(options: MinimalOptions) -> list[str]:
+def generation_words(options: FluxMinimalOptions) -> list[str]:
     """Return the same command as options of flux_generate_image.py."""
     height, width = options.size
     values = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import (
     Heads,
+    HunyuanModulation,
     HunyuanTokens,
-    Modulation,
     attend_jointly,
     attend_turned,
 )
@@ -24,10 +24,10 @@ from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import run
+from modules.layers.precision import in_own_dtype
 
 
-class JointAttention(nn.Module):
+class FramePackAttention(nn.Module):
     """Joint attention of latent tokens and image and text tokens; the two groups have separate weights."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
@@ -59,9 +59,9 @@ class JointAttention(nn.Module):
         seen, *others_seen = attend_jointly(q, k, v, tokens, [self.text_heads(other) for other in others])
         video_seen, text_seen = tokens.split_video(seen)
         return (
-            run(self.to_out[0], video_seen),
-            run(self.to_add_out, text_seen),
-            *(run(self.to_add_out, other_seen) for other_seen in others_seen),
+            in_own_dtype(self.to_out[0], video_seen),
+            in_own_dtype(self.to_add_out, text_seen),
+            *(in_own_dtype(self.to_add_out, other_seen) for other_seen in others_seen),
         )
 
     def text_heads(self, text: Tensor) -> Heads:
@@ -113,10 +113,10 @@ class RefinerAttention(nn.Module):
     def forward(self, x: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
         # x: B T C
         q, k, v = (heads(layer, x, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return run(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
+        return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths).flatten(2))
 
 
-class Projection(nn.Module):
+class FeedForwardProjection(nn.Module):
     """First layer of a feed-forward, under its name in the files."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -124,20 +124,20 @@ class Projection(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.proj, x)
+        return in_own_dtype(self.proj, x)
 
 
-class FeedForward(nn.Module):
+class FramePackFeedForward(nn.Module):
     """Two layers with an activation between them."""
 
     def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         # the second entry is dropout in the released code and has no weights
-        self.net = nn.ModuleList([Projection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
+        self.net = nn.ModuleList([FeedForwardProjection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
         self._activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.net[2], self._activation(self.net[0](x)))
+        return in_own_dtype(self.net[2], self._activation(self.net[0](x)))
 
 
 class HunyuanVideoTransformerBlock(nn.Module):
@@ -147,11 +147,11 @@ class HunyuanVideoTransformerBlock(nn.Module):
         super().__init__()
         # has no weights, so one serves both streams and both branches
         self.layer_norm = Float32LayerNorm(dim, eps)
-        self.norm1 = Modulation(dim, 6)
-        self.norm1_context = Modulation(dim, 6)
-        self.attn = JointAttention(dim, num_heads, eps)
-        self.ff = FeedForward(dim, ffn_dim, gelu)
-        self.ff_context = FeedForward(dim, ffn_dim, gelu)
+        self.norm1 = HunyuanModulation(dim, 6)
+        self.norm1_context = HunyuanModulation(dim, 6)
+        self.attn = FramePackAttention(dim, num_heads, eps)
+        self.ff = FramePackFeedForward(dim, ffn_dim, gelu)
+        self.ff_context = FramePackFeedForward(dim, ffn_dim, gelu)
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
@@ -197,7 +197,13 @@ class HunyuanVideoTransformerBlock(nn.Module):
         return modulate(self.layer_norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 
     def feed_forward(
-        self, x: Tensor, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+        self,
+        x: Tensor,
+        ff: FramePackFeedForward,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Add the feed-forward branch of a stream to x; each token is processed independently.
 
@@ -212,7 +218,7 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.layer_norm = Float32LayerNorm(dim, eps)
-        self.norm = Modulation(dim, 3)
+        self.norm = HunyuanModulation(dim, 3)
         self.attn = SingleAttention(dim, num_heads, eps)
         self.proj_mlp = nn.Linear(dim, ffn_dim)
         self.proj_out = nn.Linear(dim + ffn_dim, dim)
@@ -239,7 +245,9 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 
     def finish(self, x: Tensor, seen: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, run(self.proj_out, join_gelu(seen, run(self.proj_mlp, h))))
+        return add_gated(
+            x, gate, in_own_dtype(self.proj_out, join_gelu(seen, in_own_dtype(self.proj_mlp, h)))
+        )
 
 
 class FramePackRefinerBlock(nn.Module):
@@ -253,8 +261,8 @@ class FramePackRefinerBlock(nn.Module):
         self.norm1 = Float32LayerNorm(dim, eps, affine=True)
         self.attn = RefinerAttention(dim, num_heads)
         self.norm2 = Float32LayerNorm(dim, eps, affine=True)
-        self.ff = FeedForward(dim, ffn_dim, functional.silu)
-        self.norm_out = Modulation(dim, 2)
+        self.ff = FramePackFeedForward(dim, ffn_dim, functional.silu)
+        self.norm_out = HunyuanModulation(dim, 2)
 
     def forward(
         self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
@@ -267,4 +275,4 @@ class FramePackRefinerBlock(nn.Module):
 
 def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
     """Apply the layer to B L C and split the result into heads: B L N D."""
-    return run(layer, x).unflatten(-1, (num_heads, -1))
+    return in_own_dtype(layer, x).unflatten(-1, (num_heads, -1))

@@ -33,7 +33,7 @@ from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.conditioning import texts_for
 from hunyuan_model.configs import SKIP_LAYERS
-from hunyuan_model.encoders import Encoders, beside
+from hunyuan_model.encoders import HunyuanEncoderPaths, beside
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
@@ -400,7 +400,9 @@ class FramePack:
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
     """Describe the family for fpack_cache_latents.py."""
-    encoders = replace(_check_tiled(Encoders().add_vae(options.vae)), vae_tile_frames=caching.WHOLE_FRAMES)
+    encoders = replace(
+        _check_tiled(HunyuanEncoderPaths().add_vae(options.vae)), vae_tile_frames=caching.WHOLE_FRAMES
+    )
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
         FramePackFiles(encoders=encoders, image_encoder=options.image_encoder),
@@ -411,7 +413,7 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
     """Describe the family for fpack_cache_text_encoder_outputs.py."""
-    return FramePack(FramePackFiles(encoders=Encoders().add_text(options.text)))
+    return FramePack(FramePackFiles(encoders=HunyuanEncoderPaths().add_text(options.text)))
 
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
@@ -452,7 +454,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
     )
 
 
-def _check_tiled(encoders: Encoders) -> Encoders:
+def _check_tiled(encoders: HunyuanEncoderPaths) -> HunyuanEncoderPaths:
     """Turn on tiling of the VAE, because FramePack's clips are long."""
     return replace(encoders, vae_tile=encoders.vae_tile or VAE_TILE)
 
@@ -462,7 +464,7 @@ def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -
 
     Clips that are decoded together are not tiled in time, because sections have their own transitions.
     """
-    encoders = _check_tiled(Encoders().add_vae(options.vae).add_text(options.text))
+    encoders = _check_tiled(HunyuanEncoderPaths().add_vae(options.vae).add_text(options.text))
     return FramePackFiles(options.dit, replace(encoders, vae_tile_frames=UNCUT), options.image_encoder)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from frame_pack.checkpoints import read_dit_header
 from frame_pack.configs import FramePackConfig
 from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
-from hunyuan_model.encoders import Encoders
+from hunyuan_model.encoders import HunyuanEncoderPaths
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
@@ -23,7 +23,7 @@ class FramePackFiles:
     """
 
     dit: Path | None = None
-    encoders: Encoders = Encoders()
+    encoders: HunyuanEncoderPaths = HunyuanEncoderPaths()
     image_encoder: Path | None = None
 
     @property
@@ -42,7 +42,7 @@ class FramePackFiles:
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:
-        """Check the files of encoders that are given or needed: "image_encoder", and as `Encoders.check`."""
+        """Check the files of encoders that are given or needed, as `HunyuanEncoderPaths.check`."""
         config = self.dit_header().config
         self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim, needed)
         if self.image_encoder is not None or "image_encoder" in needed:

@@ -20,9 +20,9 @@ from frame_pack.blocks import (
     HunyuanVideoTransformerBlock,
 )
 from frame_pack.configs import FramePackConfig
-from frame_pack.positions import Layout, Stretch, rotary_table
+from frame_pack.positions import Stretch, WindowLayout, rotary_table
 from frame_pack.spec import DIT
-from hunyuan_model.blocks import HunyuanTokens, Modulation
+from hunyuan_model.blocks import HunyuanModulation, HunyuanTokens
 from hunyuan_model.model import (
     PatchEmbedding,
     check_sizes,
@@ -36,7 +36,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable
 from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
@@ -96,7 +96,11 @@ class FramePackRefiner(nn.Module):
         """Do the same as `hunyuan_model.token_refiner.TokenRefiner.forward`."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
         return refine_tokens(
-            run(self.proj_in, text).to(dtype), self.token_refiner.refiner_blocks, vector, counts, attention
+            in_own_dtype(self.proj_in, text).to(dtype),
+            self.token_refiner.refiner_blocks,
+            vector,
+            counts,
+            attention,
         )
 
 
@@ -109,7 +113,7 @@ class ImageProjection(nn.Module):
         self.down = nn.Linear(config.image_hidden_dim, config.dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        return run(self.down, functional.silu(run(self.up, image)))
+        return in_own_dtype(self.down, functional.silu(in_own_dtype(self.up, image)))
 
 
 class CleanEmbedding(nn.Module):
@@ -135,7 +139,7 @@ class CleanEmbedding(nn.Module):
             -size % patch for size, patch in zip(latents.shape[2:], layer.kernel_size, strict=True)
         )
         padded = functional.pad(latents, (0, columns, 0, rows, 0, frames), mode="replicate")
-        return run(layer, padded).flatten(2).transpose(1, 2)
+        return in_own_dtype(layer, padded).flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -175,12 +179,12 @@ class FramePackModel(nn.Module):
             HunyuanVideoSingleTransformerBlock(*sizes) for _ in range(config.single_blocks)
         )
         self.layer_norm = Float32LayerNorm(dim, config.eps)
-        self.norm_out = Modulation(dim, 2)
+        self.norm_out = HunyuanModulation(dim, 2)
         frames, rows, columns = config.patch_size
         self.proj_out = nn.Linear(dim, frames * rows * columns * config.out_dim)
         widths = rotary_widths(dim // config.num_heads)
         table = functools.partial(rotary_table, widths=widths, theta=config.rope_theta)
-        self._rotary = GridTable[Layout](table)
+        self._rotary = GridTable[WindowLayout](table)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -318,7 +322,7 @@ def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, t
     raise ValueError(f"{name} and their indices must be given together")
 
 
-def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> Layout:
+def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
     # indices on the device would make the host wait for it; this waits once for all kinds
     rows: list[list[int]] = torch.cat([one.indices for one in given], dim=1).tolist()
     stretches, start = [], 0
@@ -326,4 +330,4 @@ def _layout(given: Sequence[Given], grid: tuple[int, int, int], scale: float) ->
         end = start + one.indices.shape[1]
         stretches.append(Stretch(tuple(tuple(row[start:end]) for row in rows), one.times))
         start = end
-    return Layout(tuple(stretches), grid[1], grid[2], scale)
+    return WindowLayout(tuple(stretches), grid[1], grid[2], scale)

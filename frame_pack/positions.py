@@ -25,7 +25,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WindowLayout:
     """Everything that the rotary table of a sequence depends on."""
 
     stretches: tuple[Stretch, ...]  # front to back
@@ -44,7 +44,9 @@ def position_scale(timesteps: Tensor, threshold: float | None, factor: float) ->
     return factor if threshold is not None and float(timesteps.max()) >= threshold else 1.0
 
 
-def rotary_table(layout: Layout, widths: Sequence[int], theta: float, device: torch.device = CPU) -> Tensor:
+def rotary_table(
+    layout: WindowLayout, widths: Sequence[int], theta: float, device: torch.device = CPU
+) -> Tensor:
     """Return the turns as (cosine, sine) pairs, float32 on `device`.
 
     L 1 D/2 2 if all samples have the same indices, else B L 1 D/2 2. widths: channels for frames, rows and
@@ -57,7 +59,7 @@ def rotary_table(layout: Layout, widths: Sequence[int], theta: float, device: to
 
 
 def _table(
-    layout: Layout,
+    layout: WindowLayout,
     indices: Sequence[Sequence[int]],
     widths: Sequence[int],
     theta: float,

@@ -139,7 +139,7 @@ def section_indices(padding: int, window: int) -> Indices:
     """
     target = 1 + padding * window
     later = later_indices(target + window)
-    return replace(later, clean=(0, *later.clean), target=_run(target, window))
+    return replace(later, clean=(0, *later.clean), target=_indices_from(target, window))
 
 
 def later_indices(first: int) -> Indices:
@@ -149,8 +149,8 @@ def later_indices(first: int) -> Indices:
     """
     return Indices(
         clean=(first,),
-        clean_2x=_run(first + 1, FRAMES_2X),
-        clean_4x=_run(first + 1 + FRAMES_2X, FRAMES_4X),
+        clean_2x=_indices_from(first + 1, FRAMES_2X),
+        clean_4x=_indices_from(first + 1 + FRAMES_2X, FRAMES_4X),
         target=(),
     )
 
@@ -159,9 +159,9 @@ def f1_indices(window: int) -> Indices:
     """Return the indices of every F1 section: start image, the past from far to near, target."""
     return Indices(
         clean=(0, HISTORY),
-        clean_2x=_run(1 + FRAMES_4X, FRAMES_2X),
-        clean_4x=_run(1, FRAMES_4X),
-        target=_run(HISTORY + 1, window),
+        clean_2x=_indices_from(1 + FRAMES_4X, FRAMES_2X),
+        clean_4x=_indices_from(1, FRAMES_4X),
+        target=_indices_from(HISTORY + 1, window),
     )
 
 
@@ -173,7 +173,7 @@ def entry_for(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 
-def _run(start: int, length: int) -> tuple[int, ...]:
+def _indices_from(start: int, length: int) -> tuple[int, ...]:
     return tuple(range(start, start + length))
 
 

@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 PAUSE = 0.2  # seconds after which waiting looks whether someone pressed Ctrl-C, which Windows needs
 
-Check = Callable[[], None]  # called now and then by what is made; raises `Stopped` if nobody wants it
+Check = Callable[[], None]  # called now and then by what is made; raises `ReadingStopped` if nobody wants it
 
 
-class Stopped(Exception):
+class ReadingStopped(Exception):
     """Nobody wants what is being made."""
 
 
@@ -54,7 +54,7 @@ class Ahead(Generic[T]):
 
     def _check(self) -> None:
         if self._stop.is_set():
-            raise Stopped
+            raise ReadingStopped
 
     def _run(self) -> None:
         try:

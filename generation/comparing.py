@@ -22,7 +22,7 @@ from generation.compare_options import CompareOptions
 from generation.decoding import decode
 from generation.dressing import LorasByExpert, dit_loader
 from generation.expert_loras import expert_loras, key_of, option_of, with_loras
-from generation.grids import Grid, Row, write_grids
+from generation.grids import ClipGrid, Row, write_grids
 from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
 from generation.making import encode_all_inputs, make_job
 from generation.memory import resolve_options
@@ -347,7 +347,7 @@ def write_grid(
         )
     title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(_name_runs(columns[1:]))
     with own_stem(run.options.output.save_path, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
-        return write_grids(run.options.output.save_path, stem, Grid(columns, tuple(rows)), title)
+        return write_grids(run.options.output.save_path, stem, ClipGrid(columns, tuple(rows)), title)
 
 
 def _name_runs(files: Sequence[str]) -> list[str]:

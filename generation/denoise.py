@@ -14,7 +14,7 @@ from modules.flow.solvers import Solver
 
 
 @dataclass(frozen=True)
-class Start:
+class LoopStart:
     """Where the loop begins."""
 
     latents: Tensor  # B C F H W, float32
@@ -26,7 +26,7 @@ def denoise(
     family: Passes,
     dit_at: DitAt,
     section: Section,
-    start: Start,
+    start: LoopStart,
     solver: Solver,
     guidance: Guidance,
     watchers: Sequence[Watcher] = (),

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
-class Waiting(Protocol):
+class WaitingNetwork(Protocol):
     """A network whose weights wait in host memory: `modules.offload.turns.HostCopy`."""
 
     def bring(self) -> None: ...
@@ -44,7 +44,7 @@ class Waiting(Protocol):
 
 
 # expert -> its network in host memory, and what brings it to the device; `Check` is called for each tensor
-LoadAside = Callable[[int, Check], tuple[nn.Module, Waiting]]
+LoadAside = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class DitTurns:
     rules: TurnRules
     can_stay: Callable[[int], bool]  # whether the device has room for so many bytes beside what is there
     host_room: Callable[[], int | None]
-    make_copy: Callable[[nn.Module, torch.device], Waiting] = HostCopy
+    make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = HostCopy
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # those that are loaded
-    _copies: dict[int, Waiting] = field(default_factory=dict)  # of those that have one
+    _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of those that have one
     _working: set[int] = field(default_factory=set)  # those that are on the device
-    _ahead: tuple[int, Ahead[tuple[nn.Module, Waiting]]] | None = None
+    _ahead: tuple[int, Ahead[tuple[nn.Module, WaitingNetwork]]] | None = None
     _plan: Sequence[int] = ()  # who works when, as far as it is known
     _place: int = 0  # in the plan
     _told: set[int] = field(default_factory=set)  # of which it was said that they are not read ahead
@@ -281,14 +281,14 @@ class DitTurns:
             self._ahead = None
 
 
-def _leave(dit: nn.Module, copy: Waiting | None) -> None:
+def _leave(dit: nn.Module, copy: WaitingNetwork | None) -> None:
     if copy is None:
         move_network(dit, CPU)
     else:
         copy.leave()
 
 
-def _come(dit: nn.Module, copy: Waiting | None, device: torch.device) -> None:
+def _come(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:
     if copy is not None:
         copy.bring()
     elif device.type != "cpu":  # where it was loaded

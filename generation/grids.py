@@ -39,7 +39,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ClipGrid:
     """All clips of a comparison."""
 
     columns: tuple[str, ...]  # their headings
@@ -53,7 +53,7 @@ class Grid:
         return [path for row in self.rows for path in row.paths if path is not None]
 
 
-def write_grids(folder: Path, stem: str, grid: Grid, title: str) -> list[Path]:
+def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Path]:
     """Write `stem`.html with that title, .png and, unless all are pictures, .mp4; return the paths."""
     page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
     prompts = [
@@ -97,7 +97,7 @@ def middle_of(path: Path | None) -> Frame | None:
     return next(islice(frames_of(path), count // 2, None))
 
 
-def play(grid: Grid) -> Iterator[Frame]:
+def play(grid: ClipGrid) -> Iterator[Frame]:
     """Yield frames of all clips side by side; a clip that has ended keeps its last frame."""
     playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
     shown = [[next(frames, None) for frames in row] for row in playing]
@@ -113,7 +113,7 @@ def play(grid: Grid) -> Iterator[Frame]:
             return
 
 
-def compose(grid: Grid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
+def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     """Return one picture of all frames (rows of columns), with the labels above them.
 
     Frames may differ in size. A missing one is an empty cell as large as the first that is there.

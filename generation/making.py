@@ -60,7 +60,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     return GenerationJob(label, prepared)
 
 
-def make(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
+def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
     """Encode all texts, encode all images and videos, denoise all, decode all.
 
     Returns the finished videos and pictures by the labels of their jobs.

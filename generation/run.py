@@ -17,7 +17,7 @@ from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, 
 from generation.expert_loras import expert_loras
 from generation.experts import TurnRules
 from generation.jobs import GenerationRun, tell_unused_sources
-from generation.making import make, make_job
+from generation.making import make_job, make_outputs
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.post import PostTools
@@ -159,7 +159,7 @@ def make_prompt(run: GenerationRun) -> None:
         jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
     tell_unused_sources(request.source, jobs[:1])
     failures = Failures(strict=count == 1)
-    make(run, jobs, failures)
+    make_outputs(run, jobs, failures)
     failures.raise_if_any(count)
 
 
@@ -220,7 +220,7 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
                 jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
-        make(run, jobs, failures)
+        make_outputs(run, jobs, failures)
     failures.raise_if_any(len(lines), f"{path}: ")
 
 
@@ -249,7 +249,7 @@ def converse(run: GenerationRun) -> None:
                 run = with_strengths(run, values.get(STRENGTHS))
                 job = make_job(run, "the prompt", values)
                 said = values  # of a line that can be made; nothing reads it unless lines are remembered
-                make(run, [job], failures)
+                make_outputs(run, [job], failures)
         except EOFError:
             sys.stdout.write("\n")
             return

@@ -10,7 +10,7 @@ from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import noisy_source, part_of
-from generation.denoise import Start, denoise
+from generation.denoise import LoopStart, denoise
 from generation.noise import SeededNoise
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource
@@ -105,19 +105,21 @@ def sections_of(
         return end.value
 
 
-def start_of(section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None) -> Start:
+def start_of(
+    section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None
+) -> LoopStart:
     """Begin with noise, or with what a section starts from at a later step.
 
     extra: where the noise comes from that --v2v_extra_noise adds; None: none is added.
     """
     source = prepared.asked.source
     if section.source is None or source is None:
-        return Start(section.noise)
+        return LoopStart(section.noise)
     step = prepared.first_step
     latents = noisy_source(section.source, section.noise, solver.schedule, step)
     if extra is not None:
         latents = latents + source.extra_noise * extra.draw(latents.shape)
-    return Start(latents, step)
+    return LoopStart(latents, step)
 
 
 def on_device(section: Section, device: torch.device) -> Section:

@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 
 from blissful_tuner.metadata import as_png_texts, as_tags
-from generation.grids import LINE, TALLEST, Grid, Row, compose, is_picture, middle_of, play
+from generation.grids import LINE, TALLEST, ClipGrid, Row, compose, is_picture, middle_of, play
 from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
-from generation.making import make, make_job
+from generation.making import make_job, make_outputs
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
 from generation.request import draw_seed
@@ -55,7 +55,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str 
     jobs = [job for sheet in sheets for job in sheet.cells.values()]
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
-    made = make(run, jobs, failures) if jobs else {}
+    made = make_outputs(run, jobs, failures) if jobs else {}
     for sheet in sheets:
         if any(job.label in made for job in sheet.cells.values()):
             logger.info("Sheet of %s: %s", sheet.label, write_sheet(run, sheet, made))
@@ -101,14 +101,14 @@ def write_sheet(run: GenerationRun, sheet: Sheet, made: Mapping[str, Path]) -> P
     return path
 
 
-def draw_grid(sheet: Sheet, paths: Mapping[Place, Path]) -> Grid:
+def draw_grid(sheet: Sheet, paths: Mapping[Place, Path]) -> ClipGrid:
     """Label rows and columns with the values of the axes; the prompt is the title, unless it is an axis."""
     across, down = sheet.axes[0], sheet.axes[1:]
     rows = len(down[0].texts) if down else 1
     first = sheet.cells[next(iter(paths))].prepared
     columns = tuple(_say(across, index) for index in range(len(across.texts)))
     has_prompts = any(axis.name == "prompt" for axis in sheet.axes)
-    return Grid(
+    return ClipGrid(
         columns,
         tuple(
             Row(

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.spec import DIT
 from hunyuan_model.blocks import AwayTokens, HunyuanTokens, MMDoubleStreamBlock, MMSingleStreamBlock
-from hunyuan_model.model import FinalLayer, real_tokens
+from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
 from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import activation_dtype, run
+from modules.layers.precision import activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.run_blocks import Hidden, run_blocks
 
@@ -39,7 +39,7 @@ class PixelEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_dim, dim, 1)
 
     def forward(self, noisy: Tensor) -> Tensor:
-        return run(self.proj, noisy)
+        return in_own_dtype(self.proj, noisy)
 
 
 class GlyphEmbedding(nn.Module):
@@ -52,8 +52,8 @@ class GlyphEmbedding(nn.Module):
         self.fc1, self.fc2, self.fc3 = (nn.Linear(taken, made) for taken, made in sizes)
 
     def forward(self, states: Tensor) -> Tensor:
-        hidden = functional.gelu(run(self.fc1, self.layernorm(states)))
-        return run(self.fc3, functional.gelu(run(self.fc2, hidden)))
+        hidden = functional.gelu(in_own_dtype(self.fc1, self.layernorm(states)))
+        return in_own_dtype(self.fc3, functional.gelu(in_own_dtype(self.fc2, hidden)))
 
 
 class HunyuanImageModel(nn.Module):
@@ -74,7 +74,7 @@ class HunyuanImageModel(nn.Module):
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
-        self.final_layer = FinalLayer(dim, config.out_dim, config.eps)
+        self.final_layer = HunyuanFinalLayer(dim, config.out_dim, config.eps)
         side = dim // config.num_heads // 2  # of a head's channels, for rows and for columns
         self._rotary = GridTable(table_maker(exact_table, (side, side), config.rope_theta))
 

@@ -30,7 +30,7 @@ from modules.contract.generation import Prompt
 from modules.contract.tokens import CountTokens, TokenCount, kept_characters
 from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class QwenTextEncoder:
         self.tokenizer = tokenizer
         self.in_fp8 = in_fp8
         self.on_cpu = on_cpu
-        self._loaded = Loaded[Llama, Tokenizer]()
+        self._loaded = LoadedNetwork[Llama, Tokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -172,7 +172,7 @@ class GlyphTextEncoder:
         self.path = inside(path, "text_encoder_2")
         self.dtype = dtype
         self.on_cpu = on_cpu
-        self._loaded = Loaded[T5Network, None]()
+        self._loaded = LoadedNetwork[T5Network, None]()
 
     @property
     def identity(self) -> Mapping[str, str]:

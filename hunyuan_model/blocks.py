@@ -21,7 +21,7 @@ from modules.attention.options import AttentionChoice
 from modules.contract.generation import Steer
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import run
+from modules.layers.precision import in_own_dtype
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
@@ -79,7 +79,7 @@ class HunyuanTokens:
         return x[:, : -self.away.count], [(x[:, -self.away.count :], self.away.vector)]
 
 
-class Modulation(nn.Module):
+class HunyuanModulation(nn.Module):
     """Compute the shifts, scales and gates of a block."""
 
     def __init__(self, dim: int, count: int) -> None:
@@ -89,7 +89,9 @@ class Modulation(nn.Module):
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         # vector: B C float32 -> count tensors B 1 C float32
-        return run(self.linear, functional.silu(vector)).float().unsqueeze(1).chunk(self.count, dim=-1)
+        return (
+            in_own_dtype(self.linear, functional.silu(vector)).float().unsqueeze(1).chunk(self.count, dim=-1)
+        )
 
 
 class Mlp(nn.Module):
@@ -102,7 +104,7 @@ class Mlp(nn.Module):
         self._activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.fc2, self._activation(run(self.fc1, x)))
+        return in_own_dtype(self.fc2, self._activation(in_own_dtype(self.fc1, x)))
 
 
 class MMDoubleStreamBlock(nn.Module):
@@ -113,13 +115,13 @@ class MMDoubleStreamBlock(nn.Module):
         self.num_heads = num_heads
         head_width = dim // num_heads
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
-        self.img_mod = Modulation(dim, 6)
+        self.img_mod = HunyuanModulation(dim, 6)
         self.img_attn_qkv = nn.Linear(dim, 3 * dim)
         self.img_attn_q_norm = RMSNorm(head_width, eps)
         self.img_attn_k_norm = RMSNorm(head_width, eps)
         self.img_attn_proj = nn.Linear(dim, dim)
         self.img_mlp = Mlp(dim, ffn_dim, gelu)
-        self.txt_mod = Modulation(dim, 6)
+        self.txt_mod = HunyuanModulation(dim, 6)
         self.txt_attn_qkv = nn.Linear(dim, 3 * dim)
         self.txt_attn_q_norm = RMSNorm(head_width, eps)
         self.txt_attn_k_norm = RMSNorm(head_width, eps)
@@ -134,7 +136,7 @@ class MMDoubleStreamBlock(nn.Module):
         text_modulation = self.txt_mod(tokens.vector)
         modulations = [self.txt_mod(vector) for _, vector in others]
 
-        h = run(self.img_attn_qkv, modulate(self.norm(video), shift1, scale1, tokens.dtype))
+        h = in_own_dtype(self.img_attn_qkv, modulate(self.norm(video), shift1, scale1, tokens.dtype))
         q, k, v = heads(h, self.num_heads)
         q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)
         joined = tokens.join((q, k, v), self.text_heads(text, text_modulation, tokens.dtype))
@@ -146,7 +148,7 @@ class MMDoubleStreamBlock(nn.Module):
         seen, *others_seen = attend_jointly(*joined, tokens, other_heads)
 
         video_seen, text_seen = tokens.split_video(seen)
-        video = add_gated(video, gate1, run(self.img_attn_proj, video_seen))
+        video = add_gated(video, gate1, in_own_dtype(self.img_attn_proj, video_seen))
         text = self.finish_text(text, text_seen, text_modulation, tokens.dtype)
         finished = [
             self.finish_text(other, one_seen, modulation, tokens.dtype)
@@ -160,7 +162,7 @@ class MMDoubleStreamBlock(nn.Module):
         """Return the query, key and value of a text, B T C. modulation: six tensors B 1 C."""
         shift, scale, *_ = modulation
         q, k, v = heads(
-            run(self.txt_attn_qkv, modulate(self.norm(text), shift, scale, dtype)), self.num_heads
+            in_own_dtype(self.txt_attn_qkv, modulate(self.norm(text), shift, scale, dtype)), self.num_heads
         )
         return self.txt_attn_q_norm(q), self.txt_attn_k_norm(k), v
 
@@ -169,7 +171,7 @@ class MMDoubleStreamBlock(nn.Module):
     ) -> Tensor:
         """Add to a text what it sees, B T C, and its feed-forward."""
         _, _, gate1, shift2, scale2, gate2 = modulation
-        text = add_gated(text, gate1, run(self.txt_attn_proj, seen))
+        text = add_gated(text, gate1, in_own_dtype(self.txt_attn_proj, seen))
         return self.feed_forward(text, self.txt_mlp, shift2, scale2, gate2, dtype)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
@@ -195,7 +197,7 @@ class MMSingleStreamBlock(nn.Module):
         self.num_heads = num_heads
         self.widths = (dim, dim, dim, ffn_dim)
         self.norm = Float32LayerNorm(dim, eps)
-        self.modulation = Modulation(dim, 3)
+        self.modulation = HunyuanModulation(dim, 3)
         self.linear1 = nn.Linear(dim, 3 * dim + ffn_dim)
         self.q_norm = RMSNorm(dim // num_heads, eps)
         self.k_norm = RMSNorm(dim // num_heads, eps)
@@ -221,14 +223,14 @@ class MMSingleStreamBlock(nn.Module):
         """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
         shift, scale, gate = self.modulation(vector)
         # in one split, so that its gradient is written once
-        *qkv, hidden = run(self.linear1, modulate(self.norm(x), shift, scale, dtype)).split(
+        *qkv, hidden = in_own_dtype(self.linear1, modulate(self.norm(x), shift, scale, dtype)).split(
             self.widths, dim=-1
         )
         return *(one.unflatten(-1, (self.num_heads, -1)) for one in qkv), hidden, gate
 
     def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
         """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, run(self.linear2, join_gelu(seen, hidden)))
+        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)))
 
 
 def heads(qkv: Tensor, num_heads: int) -> Heads:

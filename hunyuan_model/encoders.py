@@ -20,7 +20,7 @@ from modules.devices import choose_compute_dtype, dtype_name
 
 
 @dataclass(frozen=True)
-class Encoders:
+class HunyuanEncoderPaths:
     """Paths and dtypes as the options give them.
 
     The path properties raise OptionError or CheckpointError, naming the option. The default dtype is float16
@@ -53,7 +53,7 @@ class Encoders:
     def text_encoder2_path(self) -> Path:
         return require_file(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
 
-    def add_vae(self, options: HunyuanVaeOptions) -> "Encoders":
+    def add_vae(self, options: HunyuanVaeOptions) -> "HunyuanEncoderPaths":
         """Return a copy with the options of the VAE."""
         return replace(
             self,
@@ -63,7 +63,7 @@ class Encoders:
             vae_chunk_size=options.vae_chunk_size,
         )
 
-    def add_text(self, options: HunyuanTextOptions) -> "Encoders":
+    def add_text(self, options: HunyuanTextOptions) -> "HunyuanEncoderPaths":
         """Return a copy with the options of the text encoders."""
         return replace(
             self,

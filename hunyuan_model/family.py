@@ -19,7 +19,7 @@ from hunyuan_model.conditioning import (
     texts_for,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
-from hunyuan_model.encoders import Encoders, beside
+from hunyuan_model.encoders import HunyuanEncoderPaths, beside
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
     HunyuanGenerationOptions,
@@ -388,18 +388,20 @@ class HunyuanVideo:
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
     """Describe the family for cache_latents.py."""
-    return HunyuanVideo(HunyuanFiles(encoders=Encoders().add_vae(options.vae)), caches_image=options.i2v)
+    return HunyuanVideo(
+        HunyuanFiles(encoders=HunyuanEncoderPaths().add_vae(options.vae)), caches_image=options.i2v
+    )
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
     """Describe the family for cache_text_encoder_outputs.py."""
-    return HunyuanVideo(HunyuanFiles(encoders=Encoders().add_text(options.text)))
+    return HunyuanVideo(HunyuanFiles(encoders=HunyuanEncoderPaths().add_text(options.text)))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
     """Describe the family for hv_train_network.py and hv_train.py."""
     return HunyuanVideo(
-        HunyuanFiles(options.dit, Encoders().add_vae(options.vae).add_text(options.text)),
+        HunyuanFiles(options.dit, HunyuanEncoderPaths().add_vae(options.vae).add_text(options.text)),
         dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
         # 16 is the option's default and checks nothing
         dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,
@@ -412,7 +414,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
     """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
-        HunyuanFiles(options.dit, Encoders().add_vae(options.vae).add_text(options.text)),
+        HunyuanFiles(options.dit, HunyuanEncoderPaths().add_vae(options.vae).add_text(options.text)),
         dit_channels=options.dit_in_channels,
         skip_layers=options.reading.hidden_state_skip_layer,
         final_norm=options.reading.apply_final_norm,

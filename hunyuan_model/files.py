@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hunyuan_model.checkpoints import read_dit_header
 from hunyuan_model.configs import HunyuanVideoConfig
-from hunyuan_model.encoders import Encoders
+from hunyuan_model.encoders import HunyuanEncoderPaths
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 
@@ -18,7 +18,7 @@ class HunyuanFiles:
     """
 
     dit: Path | None = None
-    encoders: Encoders = Encoders()
+    encoders: HunyuanEncoderPaths = HunyuanEncoderPaths()
 
     @property
     def dit_path(self) -> Path:
@@ -29,10 +29,10 @@ class HunyuanFiles:
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:
-        """Check the files of encoders that are given or needed, as `Encoders.check`."""
+        """Check the files of encoders that are given or needed, as `HunyuanEncoderPaths.check`."""
         config = self.dit_header().config
         self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim, needed)
 
     def check_given(self) -> None:
-        """Check the files of encoders that are given, without a transformer, as `Encoders.check_given`."""
+        """Check the files of encoders that are given, as `HunyuanEncoderPaths.check_given`."""
         self.encoders.check_given()

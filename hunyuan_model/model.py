@@ -28,7 +28,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.run_blocks import Hidden, run_blocks
 
@@ -41,7 +41,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv3d(in_dim, dim, patch_size, patch_size)
 
     def forward(self, noisy: Tensor) -> Tensor:
-        return run(self.proj, noisy)
+        return in_own_dtype(self.proj, noisy)
 
 
 class PooledTextEmbedding(nn.Module):
@@ -56,7 +56,7 @@ class PooledTextEmbedding(nn.Module):
         return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, pooled)))
 
 
-class FinalLayer(nn.Module):
+class HunyuanFinalLayer(nn.Module):
     """Final norm, modulated by the embedding, and projection to patches of so many numbers."""
 
     def __init__(self, dim: int, patch: int, eps: float) -> None:
@@ -67,12 +67,12 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         shift, scale = (
-            run(self.adaLN_modulation[1], functional.silu(tokens.vector))
+            in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.vector))
             .float()
             .unsqueeze(1)
             .chunk(2, dim=-1)
         )
-        return run(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
 class HunyuanVideoModel(nn.Module):
@@ -98,7 +98,7 @@ class HunyuanVideoModel(nn.Module):
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
-        self.final_layer = FinalLayer(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
+        self.final_layer = HunyuanFinalLayer(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hunyuan_model.encoders import Encoders, beside
+from hunyuan_model.encoders import HunyuanEncoderPaths, beside
 from hunyuan_model.spec import LATENT
 from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder, template_of
 from hunyuan_model.vae import TILE, load_vae
@@ -25,7 +25,7 @@ def make_maker(folder: Path, settings: MakerSettings) -> MomentsMaker:
         )
     tokenizers = (folder / "tokenizer", folder / "tokenizer_2")
     first, second = (path if path.exists() else None for path in tokenizers)
-    files = Encoders(
+    files = HunyuanEncoderPaths(
         vae=folder / "vae",
         text_encoder1=folder / "text_encoder",
         text_encoder2=folder / "text_encoder_2",

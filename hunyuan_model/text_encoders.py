@@ -32,7 +32,7 @@ from modules.contract.generation import Prompt
 from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class LlavaTextEncoder:
         self.final_norm = final_norm or skip_layers == 0
         self.in_fp8 = in_fp8
         # the tokenizer, and the number of tokens before the prompt
-        self._loaded = Loaded[Llama, tuple[LlamaTokenizer, int]]()
+        self._loaded = LoadedNetwork[Llama, tuple[LlamaTokenizer, int]]()
 
     @property
     def identity(self) -> Mapping[str, str]:

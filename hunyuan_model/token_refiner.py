@@ -19,7 +19,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.devices import numbers_on
 from modules.layers.modulation import add_gated
 from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import run, run_float32
+from modules.layers.precision import in_own_dtype, run_float32
 from modules.layers.sinusoid import sinusoid
 
 
@@ -96,11 +96,14 @@ class RefinerBlock(nn.Module):
     ) -> Tensor:
         # x: B T C    vector: B C float32
         gate1, gate2 = (
-            run(self.adaLN_modulation[1], functional.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+            in_own_dtype(self.adaLN_modulation[1], functional.silu(vector))
+            .float()
+            .unsqueeze(1)
+            .chunk(2, dim=-1)
         )
-        q, k, v = heads(run(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
+        q, k, v = heads(in_own_dtype(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
         seen = attend(q, k, v, attention, lengths).flatten(2)
-        x = add_gated(x, gate1, run(self.self_attn_proj, seen))
+        x = add_gated(x, gate1, in_own_dtype(self.self_attn_proj, seen))
         return add_gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
 
 
@@ -135,7 +138,7 @@ class TokenRefiner(nn.Module):
         text: B T text_dim. timesteps: B, 0..1000. counts: number of real tokens of each sample; None: all T.
         """
         vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
-        x = run(self.input_embedder, text).to(dtype)
+        x = in_own_dtype(self.input_embedder, text).to(dtype)
         return refine_tokens(x, self.individual_token_refiner.blocks, vector, counts, attention)
 
 

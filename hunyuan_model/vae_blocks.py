@@ -228,7 +228,7 @@ class Resample(nn.Module):
         return self.conv(x, chunk)
 
 
-class Level(nn.Module):
+class CausalLevel(nn.Module):
     """Residual blocks, then a change of resolution if `down` or `up` is given."""
 
     def __init__(
@@ -253,7 +253,7 @@ class Level(nn.Module):
         return x
 
 
-class Middle(nn.Module):
+class CausalMiddle(nn.Module):
     """A residual block, attention, a residual block."""
 
     def __init__(self, width: int, groups: int) -> None:
@@ -276,10 +276,10 @@ class HunyuanVaeEncoder(nn.Module):
         widths, groups = config.encoder, config.groups
         self.conv_in = HunyuanCausalConv(3, widths[0])
         self.down_blocks = nn.ModuleList(
-            Level(before, width, config.encoder_blocks, groups, down=down)
+            CausalLevel(before, width, config.encoder_blocks, groups, down=down)
             for before, width, down in _levels(widths, DOWN)
         )
-        self.mid_block = Middle(widths[-1], groups)
+        self.mid_block = CausalMiddle(widths[-1], groups)
         self.conv_norm_out = ClipNorm(groups, widths[-1])
         self.conv_out = HunyuanCausalConv(widths[-1], 2 * config.latent_channels)
 
@@ -297,9 +297,9 @@ class HunyuanVaeDecoder(nn.Module):
         super().__init__()
         widths, groups = config.decoder, config.groups
         self.conv_in = HunyuanCausalConv(config.latent_channels, widths[0])
-        self.mid_block = Middle(widths[0], groups)
+        self.mid_block = CausalMiddle(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(before, width, config.decoder_blocks, groups, up=up)
+            CausalLevel(before, width, config.decoder_blocks, groups, up=up)
             for before, width, up in _levels(widths, UP)
         )
         self.conv_norm_out = ClipNorm(groups, widths[-1])

@@ -22,7 +22,7 @@ from modules.attention.options import AttentionChoice
 from modules.contract.generation import Steer
 from modules.layers import modulation
 from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import run, run_float32
+from modules.layers.precision import in_own_dtype, run_float32
 from modules.layers.rope import rotate
 from modules.layers.sinusoid import sinusoid
 
@@ -84,7 +84,7 @@ class TimeEmbedding(nn.Module):
         return run_float32(self.mlp[2], functional.silu(hidden))
 
 
-class Attention(nn.Module):
+class GroupedAttention(nn.Module):
     """Self-attention in which each head of keys and values serves several heads of queries."""
 
     def __init__(self, config: LuminaConfig) -> None:
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Heads:
         """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
-        qkv = run(self.qkv, x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
+        qkv = in_own_dtype(self.qkv, x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         return self.q_norm(query), self.k_norm(key), value
 
@@ -116,7 +116,9 @@ class Attention(nn.Module):
         # x: B L+T C, with a second caption B L+T+T' C
         away = tokens.away
         if away is None:
-            return run(self.out, self.look(self.heads(x), tokens.rotary, tokens.attention, tokens.lengths))
+            return in_own_dtype(
+                self.out, self.look(self.heads(x), tokens.rotary, tokens.attention, tokens.lengths)
+            )
         heads, first, length = self.heads(x), x.shape[1] - away.count, tokens.image
         beside = tuple(torch.cat([one[:, :length], one[:, first:]], dim=1) for one in heads)
         own = tuple(one[:, :first] for one in heads)
@@ -124,7 +126,7 @@ class Attention(nn.Module):
         other = self.look(beside, away.rotary, tokens.attention, away.lengths)  # type: ignore[arg-type]
         image, other_image = (one[:, :length].unflatten(-1, (self.num_heads, -1)) for one in (seen, other))
         steered = away.steer(image, other_image).flatten(2)
-        return run(self.out, torch.cat([steered, seen[:, length:], other[:, length:]], dim=1))
+        return in_own_dtype(self.out, torch.cat([steered, seen[:, length:], other[:, length:]], dim=1))
 
 
 class FeedForward(nn.Module):
@@ -137,7 +139,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.w2, functional.silu(run(self.w1, x)) * run(self.w3, x))
+        return in_own_dtype(self.w2, functional.silu(in_own_dtype(self.w1, x)) * in_own_dtype(self.w3, x))
 
 
 class JointTransformerBlock(nn.Module):
@@ -148,7 +150,7 @@ class JointTransformerBlock(nn.Module):
 
     def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = GroupedAttention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm1 = RMSNorm(config.dim, config.eps)
         self.ffn_norm1 = RMSNorm(config.dim, config.eps)
@@ -170,7 +172,7 @@ class JointTransformerBlock(nn.Module):
         """Return scale and gate of attention and of feed-forward, each B 1 C float32; None: none."""
         if not self.is_modulated:
             return (None,) * 4
-        made = run(self.adaLN_modulation[1], functional.silu(time)).float()
+        made = in_own_dtype(self.adaLN_modulation[1], functional.silu(time)).float()
         scale1, gate1, scale2, gate2 = made.unsqueeze(1).chunk(4, dim=-1)
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
@@ -185,7 +187,7 @@ class JointTransformerBlock(nn.Module):
         return add_gated(x, gate, self.ffn_norm2(branch))
 
 
-class FinalLayer(nn.Module):
+class LuminaFinalLayer(nn.Module):
     """Final norm, scaled by the time, and projection to patches."""
 
     def __init__(self, config: LuminaConfig) -> None:
@@ -195,8 +197,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        scale = run(self.adaLN_modulation[1], functional.silu(tokens.time)).float().unsqueeze(1)
-        return run(self.linear, modulate(self.norm_final(x), scale, tokens.dtype))
+        scale = in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.time)).float().unsqueeze(1)
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), scale, tokens.dtype))
 
 
 def modulate(normed: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

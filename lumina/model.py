@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lumina.blocks import AwayCaption, FinalLayer, JointTransformerBlock, LuminaTokens, TimeEmbedding
+from lumina.blocks import AwayCaption, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import LuminaConfig
 from lumina.spec import DIT
 from modules.attention.lengths import Lengths, lengths_on
@@ -22,12 +22,12 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm
-from modules.layers.precision import activation_dtype, run
+from modules.layers.precision import activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
 from modules.run_blocks import Hidden, run_blocks
 
 
-class Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     """What the rotations of a batch's tokens depend on."""
 
     grid: tuple[int, int]  # rows, columns of image tokens
@@ -57,7 +57,7 @@ class LuminaModel(nn.Module):
             RMSNorm(config.text_dim, config.eps), nn.Linear(config.text_dim, config.dim)
         )
         self.layers = nn.ModuleList(JointTransformerBlock(config) for _ in range(config.num_layers))
-        self.final_layer = FinalLayer(config)
+        self.final_layer = LuminaFinalLayer(config)
         self._rotary = GridTable(self._make_table)
 
     @property
@@ -95,7 +95,7 @@ class LuminaModel(nn.Module):
         tokens_of = partial(LuminaTokens, grid=grid, time=time, dtype=dtype, attention=self.attention)
         text, tokens = self._read_caption(caption, caption_mask, grid, tokens_of)
 
-        image = run(self.x_embedder, patches).to(dtype)
+        image = in_own_dtype(self.x_embedder, patches).to(dtype)
         of_image = tokens_of(rotary=tokens.rotary[..., : tokens.image, :, :, :], lengths=None)
         for block in self.noise_refiner:
             image = block(image, of_image)
@@ -129,7 +129,7 @@ class LuminaModel(nn.Module):
         """
         longest, counts = real_tokens(mask)
         equal = len(set(counts)) == 1
-        layout = Layout(grid, counts[:1] if equal else counts, longest)
+        layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
         rotary = self._rotary.of(layout, caption.device)
 
         def lengths_behind(before: int) -> Lengths | None:
@@ -138,12 +138,12 @@ class LuminaModel(nn.Module):
         both = tokens_of(rotary=rotary, lengths=lengths_behind(grid[0] * grid[1]))
         alone = tokens_of(rotary=rotary[..., both.image :, :, :, :], lengths=lengths_behind(0))
         text = self.cap_embedder[0](caption[:, :longest].to(both.dtype))
-        text = run(self.cap_embedder[1], text).to(both.dtype)
+        text = in_own_dtype(self.cap_embedder[1], text).to(both.dtype)
         for block in self.context_refiner:
             text = block(text, alone)
         return text, both
 
-    def _make_table(self, layout: Layout, /, *, device: torch.device) -> Tensor:
+    def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of image and caption tokens: L+T 1 D/2 2, or B L+T 1 D/2 2.
 
         Angles are float64, as trained. A caption's token j stands at (j, 0, 0), an image's at (number of the

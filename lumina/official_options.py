@@ -24,7 +24,7 @@ SIZE_STEP = 16
 
 
 @dataclass(frozen=True)
-class MinimalOptions:
+class LuminaMinimalOptions:
     """Options of lumina_minimal_inference.py."""
 
     pretrained_model_name_or_path: Path
@@ -75,15 +75,15 @@ class MinimalOptions:
         return self.image_height // SIZE_STEP * SIZE_STEP, self.image_width // SIZE_STEP * SIZE_STEP
 
 
-def read_minimal(description: str | None, argv: Sequence[str] | None) -> MinimalOptions:
+def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaMinimalOptions:
     """Read the command line. Raises OptionError for what does not work here."""
     parser = Parser(description=description)
     _add_model_arguments(parser)
     _add_picture_arguments(parser)
-    return read_minimal_options(parser, MinimalOptions, argv)
+    return read_minimal_options(parser, LuminaMinimalOptions, argv)
 
 
-def generation_words(options: MinimalOptions) -> list[str]:
+def generation_words(options: LuminaMinimalOptions) -> list[str]:
     """Return the same command as options of lumina_generate_image.py."""
     height, width = options.size
     values = {

@@ -29,7 +29,7 @@ from modules.contract.generation import Prompt
 from modules.contract.tokens import CountTokens, TokenCount, kept_characters, token_weights
 from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class GemmaTextEncoder:
         self.in_negative = in_negative
         self.length = -(-max_tokens // TOKEN_STEP) * TOKEN_STEP
         self.max_tokens = max_tokens
-        self._loaded = Loaded[nn.Module, GemmaTokenizer]()
+        self._loaded = LoadedNetwork[nn.Module, GemmaTokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -70,7 +70,7 @@ def read_strengths(texts: Sequence[str]) -> list[tuple[str, float]]:
 
     Raises OptionError if a strength is no number.
     """
-    return [_read(text) for text in texts]
+    return [_read_lora_word(text) for text in texts]
 
 
 def lora_words(loras: Sequence[tuple[str, float]]) -> list[str]:
@@ -81,7 +81,7 @@ def lora_words(loras: Sequence[tuple[str, float]]) -> list[str]:
     return [*files, "--lora_multiplier", *(f"{strength:g}" for _, strength in loras)]
 
 
-def _read(text: str) -> tuple[str, float]:
+def _read_lora_word(text: str) -> tuple[str, float]:
     path, separator, strength = text.rpartition(";")
     if not separator:
         return text, 1.0

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from modules.errors import CheckpointError
-from networks.added_layers import AddedLayer, AddedPart, Place
+from networks.added_layers import AddedLayer, AddedPart, ChangedPlace
 from networks.deltas import (
     DORA,
     Factors,
@@ -81,7 +81,9 @@ def add_loras(dit: nn.Module, files: Sequence[AddedFile], is_compiled: bool = Fa
     return AddedLoras(attach_parts(parts, known))
 
 
-def attach_parts(parts: Sequence[Mapping[str, AddedPart]], known: Mapping[str, Place]) -> list[AddedLayer]:
+def attach_parts(
+    parts: Sequence[Mapping[str, AddedPart]], known: Mapping[str, ChangedPlace]
+) -> list[AddedLayer]:
     """Put the parts of several LoRAs into a model, switched off; return its changed layers.
 
     parts: of each LoRA, by our names of modules. known: `places` of the model.
@@ -104,7 +106,7 @@ def refuse_dora(lora: LoraFile) -> None:
         )
 
 
-def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, Place]:
+def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
     """Return what LoRAs may change, under our names: `lora_unet_blocks_0_ffn_0`, also
     `lora_unet_blocks_0_modulation`.
 
@@ -116,11 +118,11 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, P
             named = published(path)
             name, whole = named if leaf == "weight" else f"{named}.{leaf}".lstrip("."), f"{path}.{leaf}"
             if leaf != "bias":
-                found[OURS + replace_dots(name)] = Place(whole, module, leaf)
+                found[OURS + replace_dots(name)] = ChangedPlace(whole, module, leaf)
     return found
 
 
-def fitting(lora: LoraFile, known: Mapping[str, Place], option: str) -> dict[str, Factors]:
+def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> dict[str, Factors]:
     """Return the factors of a file for the modules of a model; warn of those that it does not have.
 
     option: that names the file, for messages. Raises CheckpointError if the file does not fit the model.
@@ -150,14 +152,14 @@ def fitting(lora: LoraFile, known: Mapping[str, Place], option: str) -> dict[str
 
 
 def _without_norms(
-    lora: LoraFile, found: Mapping[str, Factors], known: Mapping[str, Place]
+    lora: LoraFile, found: Mapping[str, Factors], known: Mapping[str, ChangedPlace]
 ) -> dict[str, Factors]:
     left_out = [name for name in found if not known[name].adds_to_output]
     warn_of_rest(lora.path, left_out, len(found), "modules are not changed because blocks are compiled")
     return {name: factors for name, factors in found.items() if name not in left_out}
 
 
-def _without_other_channels(lora: LoraFile, factors: Factors, place: Place) -> Factors:
+def _without_other_channels(lora: LoraFile, factors: Factors, place: ChangedPlace) -> Factors:
     """Return the factors without a change of a first layer's weight that takes another number of channels."""
     other = other_channels(factors, place.parameter) if place.path.endswith(FIRST_LAYERS) else None
     if other is None:
@@ -167,7 +169,7 @@ def _without_other_channels(lora: LoraFile, factors: Factors, place: Place) -> F
     return {} if bias is None else {"diff_b": bias}
 
 
-def _check_sizes(lora: LoraFile, name: str, factors: Factors, place: Place, option: str) -> None:
+def _check_sizes(lora: LoraFile, name: str, factors: Factors, place: ChangedPlace, option: str) -> None:
     wanted = place.parameter
     delta = weight_delta({part: tensor for part, tensor in factors.items() if part != "alpha"}, _META)
     bias = bias_delta(factors, torch.device("cpu"))

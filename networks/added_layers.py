@@ -21,7 +21,7 @@ _OF_BIAS = {"alpha", "diff_b", "lora_up.bias"}
 
 
 @dataclass(frozen=True)
-class Place:
+class ChangedPlace:
     """A parameter that LoRAs change: a module's weight, together with its bias, or one of another name."""
 
     path: str  # of the parameter
@@ -58,7 +58,7 @@ class Place:
 class AddedPart:
     """What one LoRA adds to one module, `multiplier` times; nothing until it is on a device."""
 
-    def __init__(self, place: Place, factors: Factors, multiplier: float = 1.0) -> None:
+    def __init__(self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0) -> None:
         """factors: on the CPU."""
         self.place = place
         self.factors = factors
@@ -175,7 +175,7 @@ class AddedPart:
 class AddedLayer(nn.Module):
     """The forward of one module, which adds what its parts give while `is_on`."""
 
-    def __init__(self, place: Place, parts: Sequence[AddedPart]) -> None:
+    def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
         super().__init__()
         self.parts = tuple(parts)
         self.is_on = False

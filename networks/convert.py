@@ -34,7 +34,7 @@ LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefi
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedLora:
     """A LoRA in another dialect, with its metadata."""
 
     tensors: Mapping[str, Tensor]
@@ -140,7 +140,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, baking: Baking |
     each = {expert: converted(lora, "diffusers", starts[expert]) for expert, lora in parts.items()}
     tensors = {name: tensor for one in each.values() for name, tensor in one.tensors.items()}
     metadata = join_metadata({expert: _lasting(one.metadata) for expert, one in each.items()})
-    _save(output, Converted(tensors, metadata), list(parts.values()), "\n".join(filter(None, words)))
+    _save(output, ConvertedLora(tensors, metadata), list(parts.values()), "\n".join(filter(None, words)))
 
 
 def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None) -> tuple[LoraFile, str]:
@@ -153,7 +153,7 @@ def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None
 
 def converted(
     lora: LoraFile, target: str, start: str = IN_DIFFUSERS, family_name: str | None = None
-) -> Converted:
+) -> ConvertedLora:
     """Return a LoRA in another dialect; warn of what has no form in it.
 
     start: of the names in diffusers' dialect. family_name: whose LoRA it is, if the caller knows; metadata
@@ -191,7 +191,7 @@ def converted(
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
     if family is FRAMEPACK and read_family(lora.metadata) is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
-    return Converted(tensors, metadata)
+    return ConvertedLora(tensors, metadata)
 
 
 def _texts_in(lora: LoraFile, target: str) -> Mapping[str, Tensor]:
@@ -230,7 +230,7 @@ def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if not key.startswith(STALE)}
 
 
-def _save(output: Path, result: Converted, sources: list[LoraFile], baked: str = "") -> None:
+def _save(output: Path, result: ConvertedLora, sources: list[LoraFile], baked: str = "") -> None:
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
         ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),

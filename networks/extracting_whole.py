@@ -26,7 +26,7 @@ from networks.merging_flux import DTYPES
 from networks.module_names import alias, choose_family, replace_dots
 from networks.names.layouts import FamilyNames
 from networks.names.stable_diffusion import SD1, SD2, SDXL
-from networks.whole_checkpoints import Piece, is_whole, pieces_of
+from networks.whole_checkpoints import TensorPiece, is_whole, pieces_of
 
 logger = getLogger(__name__)
 # of the U-Net: matrices and 1x1 convolutions of its attention blocks, as sd-scripts trains them
@@ -91,7 +91,7 @@ def _factors(
     }
 
 
-def _module(piece: Piece, family: FamilyNames) -> str:
+def _module(piece: TensorPiece, family: FamilyNames) -> str:
     """Return the name of a weight's module in LoRA files, ours."""
     if not piece.network:
         return OURS + alias(module_of_tensor(piece.name)[0], family)

@@ -40,7 +40,7 @@ _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """A tensor of a network, or a third of one in which the file stacks three."""
 
     network: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
@@ -58,10 +58,10 @@ def is_whole(names: Iterable[str]) -> bool:
     return "model" in starts and not starts.isdisjoint({"cond_stage_model", "conditioner"})
 
 
-def pieces_of(name: str) -> list[Piece]:
+def pieces_of(name: str) -> list[TensorPiece]:
     """Return what a tensor of a whole checkpoint is; nothing if LoRAs do not change it (autoencoder, ...)."""
     if name.startswith(UNET):
-        return [Piece("", name)]
+        return [TensorPiece("", name)]
     for start, prefix, is_open_clip in _TEXTS:
         if not name.startswith(start):
             continue
@@ -69,12 +69,14 @@ def pieces_of(name: str) -> list[Piece]:
         fused = _FUSED.fullmatch(own) if is_open_clip else None
         if fused is not None:
             layer = f"text_model.encoder.layers.{fused[1]}.self_attn."
-            return [Piece(prefix, f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")]
+            return [
+                TensorPiece(prefix, f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")
+            ]
         if not is_open_clip:
             # old and merged files leave this level out
-            return [Piece(prefix, own if own.startswith(_HF_START) else _HF_START + own)]
+            return [TensorPiece(prefix, own if own.startswith(_HF_START) else _HF_START + own)]
         found = ((re.fullmatch(theirs, own), ours) for theirs, ours in _OPEN_CLIP)
-        return [Piece(prefix, match.expand(ours)) for match, ours in found if match is not None]
+        return [TensorPiece(prefix, match.expand(ours)) for match, ours in found if match is not None]
     return []
 
 
@@ -112,7 +114,7 @@ class WholePatch:
         for patch in (self._unet, *self._texts.values()):
             patch.check()
 
-    def _of(self, name: str) -> Iterator[tuple[Piece, LoraPatch]]:
+    def _of(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
         for piece in pieces_of(name):
             yield piece, self._texts[piece.network] if piece.network else self._unet
 

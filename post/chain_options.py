@@ -13,7 +13,7 @@ from modules.command import Parser, did_you_mean
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, option_values, read_options
 from post.model_places import default_model
-from post.run_options import RunOptions, add_run_arguments
+from post.run_options import ToolRunOptions, add_run_arguments
 from post.tools_options import TOOLS, Tool
 
 THEN = "--then"
@@ -26,7 +26,7 @@ ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 class Chain:
     """What one run is told: its files, and the tools with their options in the order of work."""
 
-    run: RunOptions
+    run: ToolRunOptions
     tools: tuple[ToolOptions, ...]
 
     @property
@@ -76,7 +76,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     args = _parse(parser, chosen, first)
     if args.then is not None:
         parser.error(f"write {THEN} in full")
-    run = read_options(RunOptions, args)
+    run = read_options(ToolRunOptions, args)
     tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
     for later in others:
         with name_tool(" ".join([THEN, *later[:1]])):

@@ -8,19 +8,21 @@ from torch import nn
 
 from modules.compile import RECOMPILE_LIMIT, check_compilation
 from modules.compile_options import Compilation
-from post.network_options import NetworkOptions
+from post.network_options import ToolNetworkOptions
 
 logger = logging.getLogger(__name__)
 
 USUAL = Compilation()
 
 
-def check_compiling(options: NetworkOptions, device: torch.device) -> None:
+def check_compiling(options: ToolNetworkOptions, device: torch.device) -> None:
     """Raise OptionError if --compile cannot be followed on the device; call before anything is loaded."""
     check_compilation(USUAL if options.compile else None, device)
 
 
-def compile_parts(options: NetworkOptions, parts: Iterable[nn.Module], choice: Compilation = USUAL) -> None:
+def compile_parts(
+    options: ToolNetworkOptions, parts: Iterable[nn.Module], choice: Compilation = USUAL
+) -> None:
     """Compile the `forward` of parts of a network in place, if --compile is given.
 
     parts: best the blocks of a list, which share their code and so cost one compilation; else the whole

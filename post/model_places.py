@@ -15,7 +15,7 @@ MODELS = Path("models")  # what download.py takes for --to without that option
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelPlace:
     """Where a downloaded model of a tool is, below the folder of all models."""
 
     tool: str
@@ -32,31 +32,31 @@ class Place:
 
 # of a tool and mode the first that is there counts, without a mode those of the tool's first one
 PLACES = (
-    Place(
+    ModelPlace(
         "upscaler",
         "swinir",
         "swinir",
         ("upscalers/003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN.pth",),
     ),
-    Place("upscaler", "esrgan", "realesrgan_x4", ("upscalers/RealESRGAN_x4plus.pth",)),
-    Place("upscaler", "esrgan", "realesrgan_x2", ("upscalers/RealESRGAN_x2plus.pth",)),
-    Place(
+    ModelPlace("upscaler", "esrgan", "realesrgan_x4", ("upscalers/RealESRGAN_x4plus.pth",)),
+    ModelPlace("upscaler", "esrgan", "realesrgan_x2", ("upscalers/RealESRGAN_x2plus.pth",)),
+    ModelPlace(
         "GIMMVFI",
         "gimmvfi_f",
         "gimmvfi_f",
         ("gimmvfi/gimmvfi_f_arb_lpips_fp32.safetensors", "gimmvfi/flowformer_sintel_fp32.safetensors"),
         is_folder=True,
     ),
-    Place(
+    ModelPlace(
         "GIMMVFI",
         "gimmvfi_r",
         "gimmvfi_r",
         ("gimmvfi/gimmvfi_r_arb_lpips_fp32.safetensors", "gimmvfi/raft-things_fp32.safetensors"),
         is_folder=True,
     ),
-    Place("facefix", "gfpgan", "gfpgan", ("facefix/GFPGANv1.4.pth",)),
-    Place("facefix", "codeformer", "codeformer", ("facefix/codeformer.pth",)),
-    Place("yolo_blur", "", "yunet", ("facefix/face_detection_yunet_2023mar.onnx",)),
+    ModelPlace("facefix", "gfpgan", "gfpgan", ("facefix/GFPGANv1.4.pth",)),
+    ModelPlace("facefix", "codeformer", "codeformer", ("facefix/codeformer.pth",)),
+    ModelPlace("yolo_blur", "", "yunet", ("facefix/face_detection_yunet_2023mar.onnx",)),
 )
 
 

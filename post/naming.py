@@ -23,7 +23,7 @@ NAMED = 3  # files that a message names
 
 
 @dataclass(frozen=True)
-class Job:
+class FileJob:
     """One file to work on, and where the result goes."""
 
     source: Path
@@ -31,7 +31,7 @@ class Job:
     is_picture: bool
 
 
-def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[Job]:
+def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
     """Return what is to be done, by name; empty if nothing is to be overwritten.
 
     ask: asks what to do about results that exist; returns None if nobody can answer. Raises OptionError,
@@ -39,7 +39,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[Job]:
     """
     sources = list_sources(chain)
     _keep_out_of_datasets(chain, sources)
-    jobs = [Job(path, name_output(chain, path), is_picture(path)) for path in sources]
+    jobs = [FileJob(path, name_output(chain, path), is_picture(path)) for path in sources]
     _check_pictures(chain, jobs)
     _check_inputs_stay(jobs)
     _check_names_differ(jobs)
@@ -121,7 +121,7 @@ def name_output(chain: Chain, source: Path) -> Path:
     return given.with_suffix(suffix) if has_ending else given.with_name(f"{given.name}{suffix}")
 
 
-def tell_suffix(chain: Chain, jobs: Sequence[Job]) -> None:
+def tell_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     """Say if results have another ending than was asked for."""
     form, given = chain.run.format, chain.run.output_path
     if any(not job.is_picture for job in jobs) and form.suffix != f".{form.container}":
@@ -135,7 +135,7 @@ def tell_suffix(chain: Chain, jobs: Sequence[Job]) -> None:
         logger.info("The result is written to %s: %s", jobs[0].output, reason)
 
 
-def settle_existing(jobs: Sequence[Job], ask: Callable[[str], Answer | None]) -> list[Job]:
+def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
     """Return the jobs that are to be done, after asking about results that exist.
 
     Raises OutputError if one exists and nobody can answer.
@@ -172,7 +172,7 @@ def free_name(path: Path, taken: set[Path] | frozenset[Path] = frozenset()) -> P
     return path
 
 
-def _check_pictures(chain: Chain, jobs: Sequence[Job]) -> None:
+def _check_pictures(chain: Chain, jobs: Sequence[FileJob]) -> None:
     if chain.needs_video and any(job.is_picture for job in jobs):
         tool = next(tool for tool, _ in chain.tools if tool.needs_video)
         raise OptionError(
@@ -181,7 +181,7 @@ def _check_pictures(chain: Chain, jobs: Sequence[Job]) -> None:
         )
 
 
-def _check_inputs_stay(jobs: Sequence[Job]) -> None:
+def _check_inputs_stay(jobs: Sequence[FileJob]) -> None:
     """Raise OutputError if a result would replace an input or a folder, whatever the names look like."""
     for job in jobs:
         if not job.output.exists():
@@ -196,7 +196,7 @@ def _check_inputs_stay(jobs: Sequence[Job]) -> None:
                 )
 
 
-def _check_names_differ(jobs: Sequence[Job]) -> None:
+def _check_names_differ(jobs: Sequence[FileJob]) -> None:
     first: dict[str, Path] = {}
     for job in jobs:
         # file systems of Windows and macOS take names for equal that differ in capitals

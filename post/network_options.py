@@ -8,7 +8,7 @@ from modules.options import NO_PIXELS  # noqa: F401  (facts of further fields)
 
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class ToolNetworkOptions:
     """Which network works, and how."""
 
     model: Path
@@ -18,7 +18,7 @@ class NetworkOptions:
 
 
 def add_network_arguments(parser: argparse.ArgumentParser, model: str) -> None:
-    """Declare the options of `NetworkOptions`. model: what --model is, for the help."""
+    """Declare the options of `ToolNetworkOptions`. model: what --model is, for the help."""
     group = parser.add_argument_group("network")
     group.add_argument("--model", type=str, required=True, help=model)
     group.add_argument(

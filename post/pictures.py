@@ -14,7 +14,7 @@ from modules.media.reading import read_image
 from modules.media.tags import read_tags, without_pictures
 from modules.media.writing import write_png
 from post.contract import Clip, Picture
-from post.naming import Job
+from post.naming import FileJob
 from post.pixels import to_bytes
 from post.recording import add_done
 from post.stages import NamedStage, lead_through, results
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it
 
 
-def run_picture(stages: Sequence[NamedStage], job: Job, done: Sequence[str], hides: bool = False) -> None:
+def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
     """Let all stages work on a picture, and write a PNG. done: what they do, for its texts.
 
     hides: of a chain; texts that may hold a small copy of the picture are left out. Raises UserError.

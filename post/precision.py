@@ -8,14 +8,14 @@ from torch import Tensor
 
 from modules.devices import choose_compute_dtype, half_where_fast
 from modules.errors import CheckpointError
-from post.network_options import NetworkOptions
+from post.network_options import ToolNetworkOptions
 
 logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor], Tensor]
 
 
-def network_dtype(options: NetworkOptions, device: torch.device, what: str) -> torch.dtype:
+def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) -> torch.dtype:
     """Return the dtype that a network computes in on a device. what: its name, for the log.
 
     float16 is float32 on a CPU. Raises OptionError for an unknown dtype and for fp8.

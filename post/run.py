@@ -9,7 +9,7 @@ from modules.atomic_write import make_folder
 from modules.devices import choose_device
 from modules.failures import Failures
 from post.chain_options import Chain, in_words
-from post.naming import Job, plan_jobs, tell_suffix
+from post.naming import FileJob, plan_jobs, tell_suffix
 from post.pictures import run_picture
 from post.stages import NamedStage, check_tools, make_stages
 from post.videos import check_video, run_video
@@ -35,7 +35,7 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
     run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
 
 
-def run_jobs(chain: Chain, jobs: Sequence[Job], stages: Sequence[NamedStage]) -> None:
+def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
     """Work on file after file. Of several, one that fails is reported and the others go on.
 
     Raises UserError at the end if one failed, with the exit code of the failures if they share one.

@@ -11,7 +11,7 @@ from modules.options import to_path
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class ToolRunOptions:
     """What is read, and where the result goes."""
 
     input: Path
@@ -39,7 +39,7 @@ class RunOptions:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `RunOptions`."""
+    """Declare the options of `ToolRunOptions`."""
     group = parser.add_argument_group("input and output")
     group.add_argument(
         "--input",

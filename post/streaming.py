@@ -21,7 +21,7 @@ class Closed(Exception):
     """Nobody takes any more what is put into a queue."""
 
 
-class Stopped(Exception):
+class StreamStopped(Exception):
     """The run ends: what has been written so far is not wanted."""
 
 
@@ -148,14 +148,14 @@ def write_behind(
     try:
         yield put
     except BaseException:
-        pipe.fail(Stopped())
+        pipe.fail(StreamStopped())
         _wait_for(thread)
         raise
     pipe.end()
     try:
         _wait_for(thread)
     except BaseException:  # Ctrl-C
-        pipe.fail(Stopped())
+        pipe.fail(StreamStopped())
         _wait_for(thread, last_wait)
         raise
     if errors:

@@ -16,7 +16,7 @@ from modules.media.streams import shown_frames, source_info
 from modules.media.tags import read_tags
 from modules.media.writing import write_shown
 from post.contract import Clip, Picture
-from post.naming import Job
+from post.naming import FileJob
 from post.pictures import keep_pngs, own_folder
 from post.recording import number_done
 from post.stages import NamedStage, lead_through, results
@@ -31,7 +31,7 @@ def check_video(path: Path) -> None:
 
 
 def run_video(
-    stages: Sequence[NamedStage], job: Job, done: Sequence[str], form: FormatOptions, hides: bool = False
+    stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], form: FormatOptions, hides: bool = False
 ) -> None:
     """Let all stages work on a video. done: what they do, for its metadata. hides: of a chain.
 

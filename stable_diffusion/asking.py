@@ -13,11 +13,11 @@ from modules.media.reading import image_size
 from modules.options import option_values, override_options
 from stable_diffusion.contract import (
     SDXL,
+    AskedPicture,
     DeepShrink,
     GradualLatent,
-    Kind,
-    Picture,
-    Settings,
+    ModelKind,
+    PictureSettings,
     SizeConditions,
     Unsharp,
 )
@@ -89,22 +89,22 @@ class Asking:
     """
 
     options: GenImgOptions
-    kind: Kind
+    kind: ModelKind
     inputs: Inputs
     seeds: Seeds
     made: int = 0
     lines: int = 0
 
-    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[Picture]:
+    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[AskedPicture]:
         """Yield the pictures of each line; a line that cannot be used is noted in `failures`."""
         for line in lines:
-            asked: list[Picture] = []
+            asked: list[AskedPicture] = []
             self.lines += 1
             with failures.note_errors(line.label):
                 asked = self.of_line(line)
             yield from asked
 
-    def of_line(self, line: Line) -> list[Picture]:
+    def of_line(self, line: Line) -> list[AskedPicture]:
         """Return the pictures of a line. Raises OptionError if it cannot be used."""
         asked = [
             self._picture(line, text, seed, self.made + number)
@@ -133,7 +133,7 @@ class Asking:
         chosen = [next(seeds) for _ in range(count)]
         return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
-    def _picture(self, line: Line, text: str, seed: int, number: int) -> Picture:
+    def _picture(self, line: Line, text: str, seed: int, number: int) -> AskedPicture:
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
         if not line.is_plain:
             values = read_line(text, line.label)
@@ -146,7 +146,7 @@ class Asking:
             logger.warning(
                 "--c is only noted in the file: without --clip_guidance_scale CLIP does not read it"
             )
-        return Picture(
+        return AskedPicture(
             label=line.label,
             prompt=values["prompt"],
             negative_prompt=values.get("negative_prompt") or "",
@@ -211,7 +211,9 @@ def _strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float
     return strengths
 
 
-def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None) -> Settings:
+def settle(
+    options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
+) -> PictureSettings:
     """Return the settings of a picture of one part.
 
     values: of its line, as `read_line` gives them; they go before the options. image: which it begins with;
@@ -226,7 +228,7 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
         width, height = width or usual[0], height or usual[1]
     sizes = sampling.sizes
     _warn_of_unused(options, values, kind, image)
-    return Settings(
+    return PictureSettings(
         width=width,
         height=height,
         steps=sampling.steps,
@@ -248,7 +250,7 @@ def settle(options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image:
 
 
 def _warn_of_unused(
-    options: GenImgOptions, values: Mapping[str, Any], kind: Kind, image: Path | None
+    options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
 ) -> None:
     sampling = options.sampling
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
@@ -306,12 +308,12 @@ def _gradual_latent(options: GradualLatentOptions) -> GradualLatent | None:
     )
 
 
-def batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedPicture]]:
     """Group pictures that follow one another, have equal settings and begin with inputs of equal kinds.
 
     size: of a group at most.
     """
-    batch: list[Picture] = []
+    batch: list[AskedPicture] = []
     for picture in pictures:
         if batch and (len(batch) >= size or _kind_of(batch[0]) != _kind_of(picture)):
             yield batch
@@ -321,7 +323,7 @@ def batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
         yield batch
 
 
-def _kind_of(picture: Picture) -> tuple[Any, ...]:
+def _kind_of(picture: AskedPicture) -> tuple[Any, ...]:
     return (
         picture.settings,
         picture.image is None,

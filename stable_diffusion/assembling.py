@@ -15,7 +15,7 @@ from stable_diffusion.highres import Makes
 from stable_diffusion.layer_texts import LayerTexts, list_cross_attentions
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
-from stable_diffusion.loras import Networks, check_networks, load_networks, read_networks
+from stable_diffusion.loras import ChosenLoras, check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedPipeline:
     """What makes pictures, and the LoRAs whose strengths can be chosen; None: there are none."""
 
     maker: Makes
-    networks: Networks | None = None
+    networks: ChosenLoras | None = None
 
 
-def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
+def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
     """Load the checkpoint and all that acts on it.
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
@@ -78,7 +78,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Loaded:
         _vision(options, model),
         load_guides(options.guides, model),
     )
-    return Loaded(maker, networks)
+    return LoadedPipeline(maker, networks)
 
 
 def _vision(options: GenImgOptions, model: Model) -> PictureVectors | None:

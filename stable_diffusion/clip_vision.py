@@ -18,7 +18,7 @@ from encoders.clip_vision import ClipVision, load_clip_vision
 from modules.checkpoints.hub_folders import find_model_folder
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
-from stable_diffusion.contract import SDXL, Kind, Model, TextState
+from stable_diffusion.contract import SDXL, Model, ModelKind, TextState
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class PictureVectors:
             )
 
 
-def check_vision(kind: Kind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
+def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
     """Return the file of bigG's image tower for a checkpoint of that kind.
 
     Raises OptionError if it is not SDXL, DownloadError as `find_image_tower`.

@@ -1,7 +1,7 @@
 """The records that the parts of Stable Diffusion hand to each other.
 
-A batch goes this way: prompts -> `Picture`s with equal `Settings` -> `TextState`s and a start -> the
-denoising loop, whose network calls pass through `Idea`s -> `Made`. Networks and samplers are diffusers'.
+A batch goes this way: prompts -> `AskedPicture`s with equal `PictureSettings` -> `TextState`s and a start ->
+the denoising loop, whose network calls pass through `Idea`s -> `Made`. Networks and samplers are diffusers'.
 """
 # Letters: B pictures, R rows of one call of the U-Net, L tokens, C width, h w latent size
 
@@ -18,7 +18,7 @@ from encoders.clip_text import ClipText
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelKind:
     """What the three lines of models differ in. Sizes are not among it: they come from the tensors."""
 
     name: str  # "sd1", "sd2", "sdxl"
@@ -30,9 +30,9 @@ class Kind:
     lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
 
 
-SD1 = Kind("sd1", "Stable Diffusion 1.x", 0.18215, 512, 1, ("lora_te",))
-SD2 = Kind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 2, ("lora_te",))
-SDXL = Kind("sdxl", "Stable Diffusion XL", 0.13025, 1024, 2, ("lora_te1", "lora_te2"))
+SD1 = ModelKind("sd1", "Stable Diffusion 1.x", 0.18215, 512, 1, ("lora_te",))
+SD2 = ModelKind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 2, ("lora_te",))
+SDXL = ModelKind("sdxl", "Stable Diffusion XL", 0.13025, 1024, 2, ("lora_te1", "lora_te2"))
 KINDS = (SD1, SD2, SDXL)
 
 
@@ -58,7 +58,7 @@ class TextTower:
 class Model:
     """A loaded checkpoint. All networks are on `device`, in evaluation mode, without gradients."""
 
-    kind: Kind
+    kind: ModelKind
     path: Path
     # diffusers' UNet2DConditionModel and AutoencoderKL, whose attributes come from their `config`
     unet: Any
@@ -122,7 +122,7 @@ class SizeConditions:
 
 
 @dataclass(frozen=True)
-class Settings:
+class PictureSettings:
     """What all pictures of a batch have in common. Hashable, so that prompts are grouped by it."""
 
     width: int  # pixels, multiples of 8
@@ -139,14 +139,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Picture:
+class AskedPicture:
     """One picture that is asked for: variants are chosen, numbers settled, files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants
     negative_prompt: str
     seed: int
-    settings: Settings
+    settings: PictureSettings
     raw_prompt: str  # as it was typed
     image: Path | None = None  # image to image
     mask: Path | None = None  # white is made anew
@@ -184,8 +184,8 @@ Idea = Callable[[UnetCall], UnetCall]
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """What the second stage begins with in place of `Picture.image`: one of both, as many as pictures."""
+class SecondStart:
+    """Hold the images or the latents that the second stage begins with, one for each picture."""
 
     images: Sequence[Image] | None = None
     latents: Tensor | None = None  # B 4 h w, scaled as the U-Net sees them

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import Tensor
 
 from modules.devices import dtype_name
-from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
+from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
 from stable_diffusion.control_options import ControlOptions, ControlUse
 from stable_diffusion.preparing import BatchGuides, GuideImages, is_active
@@ -36,7 +36,7 @@ class ControlNets:
         self._images = GuideImages(uses, OPTION)
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
         """Yield what adds the residuals for a batch of pictures of that size; None if they have no guides.
 
         Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
@@ -93,7 +93,7 @@ def _mean(found: Sequence[Residuals]) -> Residuals:
     )
 
 
-def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: Kind) -> None:
+def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: ModelKind) -> None:
     """Compare the headers of all ControlNets with a U-Net, before anything is loaded.
 
     unet: the configuration of diffusers' UNet2DConditionModel. Raises CheckpointError.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from stable_diffusion.contract import DeepShrink, Idea, Picture, UnetCall
+from stable_diffusion.contract import AskedPicture, DeepShrink, Idea, UnetCall
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class DeepShrinks:
     unet: Any
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
         """Set the U-Net up for a batch; it is put back at the end. None: the batch wants no Deep Shrink.
 
         Raises OptionError if the U-Net has no such depth.

@@ -13,8 +13,8 @@ from PIL.Image import Image
 from modules.atomic_write import claim_name, make_storable
 from modules.control_codes import replace_control_codes
 from modules.media.writing import write_png
-from stable_diffusion.contract import SDXL, Kind, Picture
-from stable_diffusion.output_options import OutputOptions
+from stable_diffusion.contract import SDXL, AskedPicture, ModelKind
+from stable_diffusion.output_options import PictureOutputOptions
 from stable_diffusion.prompt_lines import LONGEST_NAME
 
 FIRST_STAGE = "0"  # the digit in names of pictures of the first of two stages
@@ -24,13 +24,13 @@ FIRST_STAGE = "0"  # the digit in names of pictures of the first of two stages
 class PictureFiles:
     """Writes the pictures of a run."""
 
-    options: OutputOptions
-    kind: Kind
+    options: PictureOutputOptions
+    kind: ModelKind
     sampler: str  # as it was asked for
     now: Callable[[], datetime] = datetime.now
     _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by what stands before it
 
-    def save(self, picture: Picture, image: Image, digit: str, number: int) -> Path:
+    def save(self, picture: AskedPicture, image: Image, digit: str, number: int) -> Path:
         """Write a picture under a free name, completely or not at all. Returns its path.
 
         digit: of the stage, empty if there is one stage. number: of the picture in its batch, from 0. Raises
@@ -41,7 +41,7 @@ class PictureFiles:
             write_png(path, np.asarray(image.convert("RGB")), texts)
         return path
 
-    def _names(self, picture: Picture, digit: str, number: int) -> Iterator[str]:
+    def _names(self, picture: AskedPicture, digit: str, number: int) -> Iterator[str]:
         """Yield names without suffix, the best first."""
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
@@ -84,7 +84,7 @@ def _named(stem: str, digit: str) -> Iterator[str]:
     return chain([stem], (f"{stem}_{number}" for number in count(1)))
 
 
-def png_texts(picture: Picture, kind: Kind, sampler: str) -> Mapping[str, str]:
+def png_texts(picture: AskedPicture, kind: ModelKind, sampler: str) -> Mapping[str, str]:
     """Return the texts of a PNG, under the names of the image guides."""
     settings = picture.settings
     texts: dict[str, object] = {

@@ -17,7 +17,7 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
-from stable_diffusion.contract import SD1, SD2, SDXL, Kind
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.kinds import GIVE, Marks
 from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
 from stable_diffusion.unet_checkpoints import USES, UnetSizes
@@ -132,7 +132,7 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
     return LoadPlan({**config, "scaling_factor": latent_scale}, own, sources)
 
 
-def read_folder_texts(folder: Path, kind: Kind, files: ExitStack) -> tuple[TextPlan, ...]:
+def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[TextPlan, ...]:
     """Plan how to load the folder's text encoders. files: closes what is opened."""
     plans = []
     for number, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
@@ -159,7 +159,7 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
     return open_checkpoint(folder)  # another name; its message says what is here
 
 
-def _kind_of(folder: Path) -> Kind:
+def _kind_of(folder: Path) -> ModelKind:
     if not (folder / "unet").is_dir():
         raise CheckpointError(
             f"--ckpt {folder} has no folder unet{_named(folder)}.\n  Give {GIVE}.",

@@ -15,9 +15,9 @@ from torch.nn.functional import conv2d, interpolate, pad
 
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
-from stable_diffusion.contract import GradualLatent, Picture, Unsharp
+from stable_diffusion.contract import AskedPicture, GradualLatent, Unsharp
 from stable_diffusion.pixels import STRIDE
-from stable_diffusion.samplers import Sampler, SchedulerSolver
+from stable_diffusion.samplers import DiffusersSampler, SchedulerSolver
 from stable_diffusion.starting import is_masked
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ def shrink_start(latents: Tensor, gradual: GradualLatent) -> Tensor:
     return resize(latents, size_at(_size(latents), gradual.ratio))
 
 
-def begin_small(latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatent) -> tuple[Tensor, Sampler]:
+def begin_small(
+    latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatent
+) -> tuple[Tensor, DiffusersSampler]:
     """Return what denoising begins with, B C 1 h w, in its first size, and the sampler that makes it grow.
 
     If no step is made, all stays as it is. Raises OptionError as `GradualSolver.make`.
@@ -66,7 +68,7 @@ def begin_small(latents: Tensor, sampler: SchedulerSolver, gradual: GradualLaten
     return shrink_start(latents, gradual), GradualSolver.make(sampler, _size(latents), gradual)
 
 
-def check_batch(pictures: Sequence[Picture], sampler: str) -> None:
+def check_batch(pictures: Sequence[AskedPicture], sampler: str) -> None:
     """Raise OptionError if a batch with Gradual Latent cannot be made."""
     if sampler not in SAMPLERS:
         raise OptionError(
@@ -82,7 +84,7 @@ def check_batch(pictures: Sequence[Picture], sampler: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class GradualSolver:
-    """A `Sampler` that takes steps like `inner`, some of which make the latents grow."""
+    """A `DiffusersSampler` that takes steps like `inner`, some of which make the latents grow."""
 
     inner: SchedulerSolver  # of euler_a; it draws noise in the size of the sample that it is given
     full: Size

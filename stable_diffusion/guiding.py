@@ -29,7 +29,7 @@ from modules.contract.generation import Predict, Section
 from modules.contract.steps import Guidance, Step
 from modules.errors import CheckpointError
 from stable_diffusion.chunks import SIZE, cut_into_chunks
-from stable_diffusion.contract import Model, Picture
+from stable_diffusion.contract import AskedPicture, Model
 from stable_diffusion.guide_options import GuideOptions
 from stable_diffusion.passes import UnetPasses
 from stable_diffusion.pixels import read_picture, to_pixels
@@ -75,7 +75,7 @@ class Guides:
     clip: WholeClip | None
     vgg: Vgg16 | None
 
-    def steer(self, guidance: Guidance, passes: UnetPasses, picture: Picture) -> Guidance:
+    def steer(self, guidance: Guidance, passes: UnetPasses, picture: AskedPicture) -> Guidance:
         """Return guidance that is steered for one picture, from whose passes it takes the prediction.
 
         Raises MediaError if the guide picture cannot be read.
@@ -106,7 +106,7 @@ class Guides:
 
         return steered
 
-    def _save_memory(self, picture: Picture) -> None:
+    def _save_memory(self, picture: AskedPicture) -> None:
         """Have networks compute their inner features again for gradients, rather than keep all of them.
 
         Not in the U-Net if what has been hooked into it remembers the layer at work.
@@ -118,7 +118,7 @@ class Guides:
         else:
             self.model.unet.enable_gradient_checkpointing()
 
-    def _measure(self, picture: Picture) -> Measure:
+    def _measure(self, picture: AskedPicture) -> Measure:
         options, clip, vgg = self.options, self.clip, self.vgg
         measures: list[Measure] = []
         if clip is not None and options.clip_guidance_scale:
@@ -131,7 +131,7 @@ class Guides:
             measures.append(_alike(vgg, picture.guides[0], options.vgg16_guidance_scale))
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
-    def _tokens(self, picture: Picture) -> list[int]:
+    def _tokens(self, picture: AskedPicture) -> list[int]:
         """Return the first tokens of the text that CLIP reads, without weights, between start and end."""
         text = " ".join(split_parts(picture.prompt)) if picture.clip_prompt is None else picture.clip_prompt
         tower = self.model.texts[0]

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from torch.nn.functional import interpolate
 
-from stable_diffusion.contract import Made, Model, Picture, Settings, Start
+from stable_diffusion.contract import AskedPicture, Made, Model, PictureSettings, SecondStart
 from stable_diffusion.highres_options import HighresOptions
 from stable_diffusion.pixels import STRIDE, fit, latent_size, vae_batch
-from stable_diffusion.upscalers import Upscaler, load_upscaler
+from stable_diffusion.upscalers import UpscalingModule, load_upscaler
 
 FIRST, SECOND = "0", "1"  # in file names, before a picture's number
 
@@ -21,16 +21,16 @@ class Makes(Protocol):
     def model(self) -> Model: ...
 
     def make(
-        self, pictures: Sequence[Picture], start: Start | None = None, wants_images: bool = True
+        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
     ) -> Made: ...
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class SavedStage:
     """One stage's result that is to be saved."""
 
     # with the seeds that were asked for, and with the settings of this stage
-    pictures: Sequence[Picture]
+    pictures: Sequence[AskedPicture]
     made: Made
     digit: str  # in file names: FIRST or SECOND; empty where there is one stage only
 
@@ -40,7 +40,7 @@ class Highres:
     """How pictures are made in two stages; made once for a run, before the model is loaded."""
 
     options: HighresOptions
-    upscaler: Upscaler | None = None
+    upscaler: UpscalingModule | None = None
     vae_batch_size: float | None = None  # --vae_batch_size: below 1 it is a share of a batch
 
 
@@ -56,29 +56,31 @@ def prepare_highres(options: HighresOptions, vae_batch_size: float | None = None
     return Highres(options, upscaler, vae_batch_size)
 
 
-def make_pictures(maker: Makes, highres: Highres | None, pictures: Sequence[Picture]) -> Iterator[Stage]:
+def make_pictures(
+    maker: Makes, highres: Highres | None, pictures: Sequence[AskedPicture]
+) -> Iterator[SavedStage]:
     """Make a batch: yield what is to be saved of each stage as soon as it is there.
 
     pictures: of equal settings, as `Maker.make` takes them. Raises UserError, as `Maker.make`, and if
     --highres_fix_upscaler fails.
     """
     if highres is None:
-        yield Stage(pictures, maker.make(pictures), "")
+        yield SavedStage(pictures, maker.make(pictures), "")
         return
     options = highres.options
     first = first_stage(pictures, options)
     wants_images = options.highres_fix_save_1st or not _takes_latents(highres)
     made = maker.make(first, None, wants_images)
     if options.highres_fix_save_1st:
-        yield Stage(first, made, FIRST)
+        yield SavedStage(first, made, FIRST)
     start = enlarge(highres, maker.model, made, pictures[0].settings)
     del made
     second = second_stage(pictures, options)
     result = maker.make([replace(picture, seed=_next(picture.seed)) for picture in second], start)
-    yield Stage(second, result, SECOND)
+    yield SavedStage(second, result, SECOND)
 
 
-def first_stage(pictures: Sequence[Picture], options: HighresOptions) -> list[Picture]:
+def first_stage(pictures: Sequence[AskedPicture], options: HighresOptions) -> list[AskedPicture]:
     """Return the pictures as the first stage makes them: smaller, with the steps that it takes."""
     settings, scale = pictures[0].settings, options.highres_fix_scale
     assert scale is not None
@@ -97,7 +99,7 @@ def _scaled(side: int, scale: float) -> int:
     return max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE
 
 
-def second_stage(pictures: Sequence[Picture], options: HighresOptions) -> list[Picture]:
+def second_stage(pictures: Sequence[AskedPicture], options: HighresOptions) -> list[AskedPicture]:
     """Return the pictures as the second stage makes them, with the seeds that were asked for."""
     settings = pictures[0].settings
     if options.highres_fix_strength is not None:
@@ -114,7 +116,7 @@ def _takes_latents(highres: Highres) -> bool:
     return highres.upscaler.takes_latents
 
 
-def enlarge(highres: Highres, model: Model, made: Made, settings: Settings) -> Start:
+def enlarge(highres: Highres, model: Model, made: Made, settings: PictureSettings) -> SecondStart:
     """Return the first stage's result in the size that is wanted, for the second stage to begin with.
 
     settings: of the whole picture. Raises OptionError if --highres_fix_upscaler fails.
@@ -124,6 +126,6 @@ def enlarge(highres: Highres, model: Model, made: Made, settings: Settings) -> S
         count = len(made.latents)
         return highres.upscaler.upscale(model, made, *size, vae_batch(highres.vae_batch_size, count))
     if highres.options.highres_fix_latents_upscaling:
-        return Start(latents=interpolate(made.latents.float(), latent_size(settings), mode="bicubic"))
+        return SecondStart(latents=interpolate(made.latents.float(), latent_size(settings), mode="bicubic"))
     assert made.images is not None
-    return Start(images=[fit(image, *size) for image in made.images])
+    return SecondStart(images=[fit(image, *size) for image in made.images])

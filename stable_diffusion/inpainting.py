@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modules.flow.schedule import Schedule
 from stable_diffusion.pixels import STRIDE, fit
-from stable_diffusion.samplers import Sampler
+from stable_diffusion.samplers import DiffusersSampler
 
 
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
@@ -36,7 +36,7 @@ class Inpainting:
     and after the last one without noise.
     """
 
-    inner: Sampler
+    inner: DiffusersSampler
     original: Tensor  # B 4 h w, scaled as the U-Net sees them
     noise: Tensor  # B 4 h w, the start noise
     mask: Tensor  # B 1 h w; 1 is painted anew

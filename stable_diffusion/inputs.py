@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.media.reading import folder_images, image_size
-from stable_diffusion.prompt_options import PromptOptions
+from stable_diffusion.prompt_options import PictureInputOptions
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Inputs:
         return self.guides[first : first + self.guides_at_once]
 
 
-def find_inputs(options: PromptOptions, control_nets: int) -> Inputs:
+def find_inputs(options: PictureInputOptions, control_nets: int) -> Inputs:
     """List the input pictures of a run, and read their headers.
 
     control_nets: how many guide pictures each picture needs, at least one. Raises OptionError if there are

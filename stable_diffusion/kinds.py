@@ -12,7 +12,7 @@ from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import as_typed
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, Kind
+from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, ModelKind
 from stable_diffusion.model_options import ModelOptions
 
 UNET = "model.diffusion_model."
@@ -54,7 +54,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 class Marks:
     """What a single file says of itself beside its tensors' sizes."""
 
-    kind: Kind
+    kind: ModelKind
     predicts_velocity: bool
     zero_terminal_snr: bool
 
@@ -86,7 +86,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
     return Marks(kind, "v_pred" in names, "ztsnr" in names)
 
 
-def check_told(options: ModelOptions, kind: Kind) -> None:
+def check_told(options: ModelOptions, kind: ModelKind) -> None:
     """Raise OptionError if --v1, --v2 or --sdxl contradicts what the checkpoint is."""
     told = next((each for each in KINDS if _is_told(options, each)), kind)
     if told is not kind:
@@ -115,12 +115,12 @@ def _command(path: Path) -> str:
     return as_typed(["python", "gen_img.py", "--ckpt", str(path)])
 
 
-def _kind_of(names: Iterable[str]) -> Kind | None:
+def _kind_of(names: Iterable[str]) -> ModelKind | None:
     starts = {".".join(name.split(".")[:4]) + "." for name in names if not name.startswith((UNET, VAE))}
     return next((kind for mark, kind in _MARKS if _has(starts, mark)), None)
 
 
-def _describe_other(names: Collection[str], kind: Kind | None) -> str | None:
+def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
     for mark, what in _OTHERS:
         if _has(names, mark):
             return what
@@ -137,9 +137,9 @@ def _has(names: Iterable[str], start: str) -> bool:
     return any(name.startswith(start) for name in names)
 
 
-def _option(kind: Kind) -> str:
+def _option(kind: ModelKind) -> str:
     return {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[kind]
 
 
-def _is_told(options: ModelOptions, kind: Kind) -> bool:
+def _is_told(options: ModelOptions, kind: ModelKind) -> bool:
     return {SD1: options.v1, SD2: options.v2, SDXL: options.sdxl}[kind]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from modules.checkpoints.dialects import count
-from stable_diffusion.contract import Idea, Picture
+from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.regions import put_back
 
 
@@ -49,7 +49,7 @@ class LayerTexts:
     paths: Sequence[str]  # of the transformers around them, in the order of the context; (): all share it
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
         """Set the U-Net up for a batch; it is put back at the end. Enter it before `Regions`."""
         with ExitStack() as stack:
             for place, path in enumerate(self.paths):

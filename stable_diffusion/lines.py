@@ -111,7 +111,7 @@ def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, network
     """Call a module's get_prompter(args, pipe, networks); return the function that gives prompts.
 
     args: the options by their names, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae`
-    and `texts` are the networks. networks: `loras.Networks`, or None. Raises UserError if it fails.
+    and `texts` are the networks. networks: `loras.ChosenLoras`, or None. Raises UserError if it fails.
     """
     args = Namespace(**option_values(options))
     name = f"--from_module {options.prompts.from_module}"

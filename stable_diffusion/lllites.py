@@ -14,7 +14,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
-from stable_diffusion.contract import SDXL, Idea, Kind, Model, Picture, UnetCall
+from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_options import ControlOptions, ControlUse
 from stable_diffusion.lllite import OPTION, PREFIX, Lllite, LlliteModule, load_lllite, read_lllite
 from stable_diffusion.preparing import BatchGuides, GuideImages, is_active
@@ -37,7 +37,7 @@ class Lllites:
         self._images = GuideImages(uses, OPTION)
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
         """Hang them in for a batch of pictures of that size, out at the end; yield None if it has no guides.
 
         Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
@@ -119,7 +119,7 @@ def _path_of(name: str) -> str | None:
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 
-def check_lllites(options: ControlOptions, kind: Kind) -> None:
+def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
     """Check all files by their headers, before anything is loaded. Raises CheckpointError."""
     for use in options.uses if options.control_net_lllite_models else ():
         if kind is not SDXL:

@@ -26,7 +26,7 @@ from modules.checkpoints.opening import SUFFIXES, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
-from stable_diffusion.contract import SD2, SDXL, Kind, Model, TextTower
+from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
 from stable_diffusion.folders import (
     PATTERNS,
     is_pipeline,
@@ -49,7 +49,7 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Release:
+class OpenedCheckpoint:
     """A checkpoint whose files are open and whose networks are planned."""
 
     path: Path
@@ -59,7 +59,7 @@ class Release:
     texts: tuple[TextPlan, ...]
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ModelKind:
         return self.marks.kind
 
 
@@ -74,7 +74,7 @@ def load_model(options: ModelOptions, device: torch.device) -> Model:
         return load_release(options, open_release(options, files), device)
 
 
-def load_release(options: ModelOptions, release: Release, device: torch.device) -> Model:
+def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch.device) -> Model:
     """Load what `open_release` has planned, after `check_attention`; its files are still open.
 
     Raises as `load_model`.
@@ -112,7 +112,7 @@ def load_release(options: ModelOptions, release: Release, device: torch.device) 
     )
 
 
-def open_release(options: ModelOptions, files: ExitStack) -> Release:
+def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
     """Find and open the files of --ckpt and --vae, and plan how their networks are loaded.
 
     files: closes them. Raises OptionError if an option contradicts them, CheckpointError if they cannot be
@@ -141,7 +141,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> Release:
             if options.vae is None
             else _read_vae(options.vae, "--vae", marks, files)
         )
-    release = Release(path, marks, unet, vae, texts)
+    release = OpenedCheckpoint(path, marks, unet, vae, texts)
     _check_together(release)
     return release
 
@@ -219,7 +219,7 @@ def _pooled(texts: tuple[TextPlan, ...]) -> int:
     return 0 if projection is None else projection.width
 
 
-def _check_together(release: Release) -> None:
+def _check_together(release: OpenedCheckpoint) -> None:
     """Raise CheckpointError if the text encoders' states do not fit the U-Net."""
     config, path = release.unet.config, release.path
     taken, width = config.get("cross_attention_dim", 1280), state_width(release.texts)
@@ -242,7 +242,7 @@ def _check_together(release: Release) -> None:
 
 
 @dataclass(frozen=True)
-class Networks:
+class DiffusionNetworks:
     """The networks of a checkpoint: diffusers' U-Net and VAE, and our text encoders."""
 
     unet: Any
@@ -250,12 +250,12 @@ class Networks:
     texts: tuple[ClipText, ...]
 
 
-def _build(release: Release) -> Networks:
+def _build(release: OpenedCheckpoint) -> DiffusionNetworks:
     """Make all networks on the meta device."""
     for plan in release.texts:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
-        return Networks(
+        return DiffusionNetworks(
             _explain(build_unet, release.unet),
             _explain(build_vae, release.vae),
             tuple(ClipText(plan.network.config) for plan in release.texts),
@@ -263,7 +263,11 @@ def _build(release: Release) -> Networks:
 
 
 def _fill(
-    networks: Networks, release: Release, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype
+    networks: DiffusionNetworks,
+    release: OpenedCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
 ) -> None:
     """Fill all networks from the open files; on the meta device nothing is read, but all is compared."""
     for network, text in zip(networks.texts, release.texts, strict=True):
@@ -309,7 +313,7 @@ def _read_projection(plan: TextPlan, device: torch.device, dtype: torch.dtype) -
 
 
 def _tower(
-    release: Release, number: int, network: ClipText, words: ClipWords, projection: Tensor | None
+    release: OpenedCheckpoint, number: int, network: ClipText, words: ClipWords, projection: Tensor | None
 ) -> TextTower:
     return TextTower(
         network=network,
@@ -336,7 +340,7 @@ def _set_up(options: ModelOptions, unet: Any, vae: Any) -> None:
         band_convolutions(vae, options.vae_slices)
 
 
-def _log(release: Release, dtype: torch.dtype, vae_dtype: torch.dtype, has_own_vae: bool) -> None:
+def _log(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: torch.dtype, has_own_vae: bool) -> None:
     what = release.kind.words + (", inpainting" if release.unet.config.get("in_channels") == 9 else "")
     logger.info("Loading %s: %s, as %s, VAE as %s", release.path, what, *map(dtype_name, (dtype, vae_dtype)))
     if release.kind is SDXL and vae_dtype == torch.float16 and has_own_vae:

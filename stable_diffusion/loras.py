@@ -25,9 +25,9 @@ from networks.merge import LoraPatch, LoraUse
 from networks.module_names import read_family
 from networks.switching import OriginalWeights
 from networks.text_loras import text_part
-from stable_diffusion.contract import KINDS, Kind, Model
-from stable_diffusion.loading import Release
-from stable_diffusion.network_options import NetworkOptions
+from stable_diffusion.contract import KINDS, Model, ModelKind
+from stable_diffusion.loading import OpenedCheckpoint
+from stable_diffusion.network_options import AddedNetworkOptions
 
 logger = getLogger(__name__)
 OPTION = "--network_weights"
@@ -36,7 +36,7 @@ _META = torch.device("meta")
 _TEXT_START = "text_model."  # Hugging Face's CLIP is one level deeper than ours
 
 
-class Networks:
+class ChosenLoras:
     """The LoRAs of a model whose strengths can be chosen, in the order of `--network_weights`."""
 
     def __init__(
@@ -110,7 +110,7 @@ class _Target:
         return self.start + path
 
 
-def read_networks(options: NetworkOptions) -> list[LoraFile]:
+def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; show what they say of themselves if that is asked for.
 
     Raises CheckpointError if one is no LoRA, or for a model that is no Stable Diffusion.
@@ -136,7 +136,7 @@ def read_networks(options: NetworkOptions) -> list[LoraFile]:
     return loras
 
 
-def check_networks(loras: Sequence[LoraFile], release: Release) -> None:
+def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None:
     """Compare LoRAs with the headers of the checkpoint, before it is loaded.
 
     Raises CheckpointError if a LoRA is of another kind or size, or fits nothing.
@@ -159,7 +159,7 @@ def check_networks(loras: Sequence[LoraFile], release: Release) -> None:
         patch.refuse_misfits()
 
 
-def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
+def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
     """Compare LoRAs with the kind of a checkpoint.
 
     Raises CheckpointError if one takes texts as wide as another kind's; warns if one says that it is for it.
@@ -180,15 +180,15 @@ def check_kind(loras: Sequence[LoraFile], kind: Kind) -> None:
             )
 
 
-def _kind_by_size(lora: LoraFile) -> Kind | None:
+def _kind_by_size(lora: LoraFile) -> ModelKind | None:
     """Return the kind whose released models take texts as wide as the LoRA's cross-attention does."""
     family = family_by_text_width(group_by_module(lora.tensors))
     return next((kind for kind in KINDS if family is not None and kind.name == family.name), None)
 
 
 def load_networks(
-    options: NetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
-) -> Networks | None:
+    options: AddedNetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
+) -> ChosenLoras | None:
     """Put the files of `--network_weights` into a model; return those whose strengths can be chosen.
 
     loras: the files, if they are read already. Returns None if there are none, or if all are folded in for
@@ -207,7 +207,7 @@ def load_networks(
         return None
     defaults = tuple(use.multiplier for use in adjustable)
     if options.network_pre_calc:
-        return Networks(defaults, _folded(targets, adjustable), None)
+        return ChosenLoras(defaults, _folded(targets, adjustable), None)
     parts = [_added(target, adjustable, model) for target in targets]
     _log_added(adjustable, parts)
 
@@ -218,7 +218,7 @@ def load_networks(
                     part.multiplier = multiplier
 
     layers = [{part.place.module_path: part for part in one.values()} for one in parts[0]]
-    return Networks(defaults, use_multipliers, layers)
+    return ChosenLoras(defaults, use_multipliers, layers)
 
 
 def _targets(model: Model) -> list[_Target]:
@@ -293,7 +293,7 @@ def _log_added(uses: Sequence[LoraUse], parts: Sequence[Sequence[Mapping[str, Ad
         logger.info(f"{use.lora.path}: added to {len(own)} modules, strength {use.multiplier:g}{hint}")
 
 
-def _for_encoders(lora: LoraFile, kind: Kind) -> LoraFile:
+def _for_encoders(lora: LoraFile, kind: ModelKind) -> LoraFile:
     """Return the file with the names of a kind's text encoders; a single one may be `lora_te1` too.
 
     Warns of others. Raises CheckpointError if nothing is left.

@@ -17,7 +17,16 @@ from modules.contract.generation import Section
 from modules.contract.steps import StepDone
 from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
-from stable_diffusion.contract import SDXL, Idea, Made, Model, Picture, Settings, Start, TextState
+from stable_diffusion.contract import (
+    SDXL,
+    AskedPicture,
+    Idea,
+    Made,
+    Model,
+    PictureSettings,
+    SecondStart,
+    TextState,
+)
 from stable_diffusion.gradual_latent import begin_small, check_batch
 from stable_diffusion.guiding import Guides
 from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
@@ -28,7 +37,7 @@ from stable_diffusion.sampling_options import SamplingOptions
 from stable_diffusion.starting import Beginning, begin, check_start, generators_of, strength_of
 
 
-class Encodes(Protocol):
+class EncodesPrompts(Protocol):
     """Text encoders: `stable_diffusion.text.Texts`."""
 
     def chunks(self, text: str) -> int: ...
@@ -37,7 +46,7 @@ class Encodes(Protocol):
 
 
 class Multiplies(Protocol):
-    """LoRAs in a model: `stable_diffusion.loras.Networks`."""
+    """LoRAs in a model: `stable_diffusion.loras.ChosenLoras`."""
 
     def multiplied(
         self, multipliers: tuple[float, ...] | None, part: int | None = None
@@ -48,7 +57,7 @@ class MakesIdeas(Protocol):
     """What makes an `Idea` for each batch of a run, and sets up modules for it as long as it is used."""
 
     def for_batch(
-        self, pictures: Sequence[Picture], width: int, height: int
+        self, pictures: Sequence[AskedPicture], width: int, height: int
     ) -> AbstractContextManager[Idea | None]: ...
 
 
@@ -66,7 +75,7 @@ class Maker:
     """Makes pictures with a loaded model, batch by batch."""
 
     model: Model
-    texts: Encodes
+    texts: EncodesPrompts
     sampling: SamplingOptions
     vae_batch_size: float | None = None
     networks: Multiplies | None = None
@@ -89,7 +98,7 @@ class Maker:
 
     @torch.no_grad()
     def make(
-        self, pictures: Sequence[Picture], start: Start | None = None, wants_images: bool = True
+        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
     ) -> Made:
         """Make a batch. A picture does not depend on the others of its batch.
 
@@ -117,7 +126,7 @@ class Maker:
         labels = [picture.label for picture in pictures]
         return Made(joined, decode_latents(self.model, joined, labels, self.vae_batch_size))
 
-    def _make_group(self, pictures: Sequence[Picture], start: Start | None) -> Tensor:
+    def _make_group(self, pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
         settings, options = pictures[0].settings, self.sampling
         gradual = settings.gradual_latent
@@ -150,7 +159,9 @@ class Maker:
             )
             return self._denoise(passes, beginning, section_texts, pictures[0])
 
-    def _denoise(self, passes: UnetPasses, beginning: Beginning, texts: _Texts, picture: Picture) -> Tensor:
+    def _denoise(
+        self, passes: UnetPasses, beginning: Beginning, texts: _Texts, picture: AskedPicture
+    ) -> Tensor:
         """picture: one of the batch, whose settings are those of all."""
         sampler, settings = beginning.sampler, picture.settings
         guidance = make_guidance(settings.scale, settings.negative_scale)
@@ -173,7 +184,7 @@ class Maker:
                 passes,
                 network,
                 section,
-                loop.Start(beginning.latents, sampler.first),
+                loop.LoopStart(beginning.latents, sampler.first),
                 sampler,
                 guidance,
                 [show],
@@ -181,7 +192,7 @@ class Maker:
             )
         return latents.squeeze(2)
 
-    def _section(self, noise: Tensor, texts: _Texts, settings: Settings) -> Section:
+    def _section(self, noise: Tensor, texts: _Texts, settings: PictureSettings) -> Section:
         device = self.model.device
         positive_sizes, negative_sizes = (
             time_ids(settings, negative) if self.model.kind is SDXL else None for negative in (False, True)
@@ -195,21 +206,21 @@ class Maker:
 
     # Texts
 
-    def _chunks(self, picture: Picture) -> int:
+    def _chunks(self, picture: AskedPicture) -> int:
         """Return how many chunks the texts of a picture need: the longest one says."""
         return max(map(self.texts.chunks, [*self._parts(picture), *self._avoided(picture)]))
 
-    def _parts(self, picture: Picture) -> list[str]:
+    def _parts(self, picture: AskedPicture) -> list[str]:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
-    def _avoided(self, picture: Picture) -> list[str]:
+    def _avoided(self, picture: AskedPicture) -> list[str]:
         """Return the negative text, and with three passes the empty one; nothing without guidance."""
         settings = picture.settings
         if not is_guided(settings.scale, settings.negative_scale):
             return []
         return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
 
-    def _encode(self, pictures: Sequence[Picture]) -> _Texts:
+    def _encode(self, pictures: Sequence[AskedPicture]) -> _Texts:
         settings, chunks = pictures[0].settings, self._chunks(pictures[0])
         prompts = [self._parts(picture) for picture in pictures]
         avoided = [self._avoided(picture) for picture in pictures]
@@ -225,7 +236,7 @@ class Maker:
                             networks = (settings.multipliers, part)
                             states[text, part] = self.texts.encode(text, chunks, networks)
 
-        def joined(picture: Picture, texts: Sequence[str]) -> TextState:
+        def joined(picture: AskedPicture, texts: Sequence[str]) -> TextState:
             found = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             if len(found) == 1:
                 return found[0]
@@ -241,7 +252,7 @@ class Maker:
         positive = [joined(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
         return _Texts(self._see(pictures, positive), everywhere(0), everywhere(1))
 
-    def _see(self, pictures: Sequence[Picture], states: list[TextState]) -> list[TextState]:
+    def _see(self, pictures: Sequence[AskedPicture], states: list[TextState]) -> list[TextState]:
         """Put the vectors of the input pictures into the states, if the options say so."""
         if self.vision is None:
             return states
@@ -255,20 +266,20 @@ class Maker:
     def _regions(self) -> Regions:
         return self.regions if self.regions is not None else Regions(self.model.unet)
 
-    def _multiplied(self, settings: Settings, part: int | None = None) -> AbstractContextManager[None]:
+    def _multiplied(self, settings: PictureSettings, part: int | None = None) -> AbstractContextManager[None]:
         if self.networks is None:
             return nullcontext()
         return self.networks.multiplied(settings.multipliers, part)
 
 
-def _part_of(start: Start, places: Sequence[int]) -> Start:
-    return Start(
+def _part_of(start: SecondStart, places: Sequence[int]) -> SecondStart:
+    return SecondStart(
         None if start.images is None else [start.images[place] for place in places],
         None if start.latents is None else start.latents[list(places)],
     )
 
 
-def time_ids(settings: Settings, negative: bool) -> Tensor:
+def time_ids(settings: PictureSettings, negative: bool) -> Tensor:
     """Return what SDXL is told about sizes: original height and width, crop, height and width that are made.
 
     What is not said is the picture's own size; for negative texts, the original size of the prompt's.

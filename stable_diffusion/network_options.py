@@ -18,7 +18,7 @@ NOT_READ = {"networks.oft": "OFT", "networks.control_net_lllite": "a ControlNet-
 
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class AddedNetworkOptions:
     """LoRAs and their like, in the order of their weights."""
 
     network_module: tuple[str, ...] | None
@@ -141,7 +141,7 @@ class NetworkOptions:
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `NetworkOptions`."""
+    """Add the arguments of `AddedNetworkOptions`."""
     group = parser.add_argument_group("LoRA and other networks")
     group.add_argument(
         "--network_module",

@@ -12,9 +12,9 @@ from stable_diffusion.control_options import ControlOptions, add_control_argumen
 from stable_diffusion.guide_options import GuideOptions, add_guide_arguments
 from stable_diffusion.highres_options import HighresOptions, add_highres_arguments
 from stable_diffusion.model_options import ModelOptions, add_model_arguments
-from stable_diffusion.network_options import NetworkOptions, add_network_arguments
-from stable_diffusion.output_options import OutputOptions, add_output_arguments
-from stable_diffusion.prompt_options import PromptOptions, add_prompt_arguments
+from stable_diffusion.network_options import AddedNetworkOptions, add_network_arguments
+from stable_diffusion.output_options import PictureOutputOptions, add_output_arguments
+from stable_diffusion.prompt_options import PictureInputOptions, add_prompt_arguments
 from stable_diffusion.sampling_options import SamplingOptions, add_sampling_arguments, check_sampler_steps
 from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, add_shrink_arguments
 from stable_diffusion.text_options import TextOptions, add_text_arguments
@@ -25,16 +25,16 @@ class GenImgOptions:
     """All options of gen_img.py."""
 
     model: ModelOptions
-    prompts: PromptOptions
+    prompts: PictureInputOptions
     sampling: SamplingOptions
     text: TextOptions
-    networks: NetworkOptions
+    networks: AddedNetworkOptions
     control: ControlOptions
     guides: GuideOptions
     highres: HighresOptions
     deep_shrink: DeepShrinkOptions
     gradual_latent: GradualLatentOptions
-    output: OutputOptions
+    output: PictureOutputOptions
     console: ConsoleOptions
     device: str | None
 

@@ -8,7 +8,7 @@ from modules.errors import OptionError
 
 
 @dataclass(frozen=True)
-class OutputOptions:
+class PictureOutputOptions:
     """Where pictures are written, and under which names."""
 
     outdir: Path
@@ -23,7 +23,7 @@ class OutputOptions:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `OutputOptions`."""
+    """Add the arguments of `PictureOutputOptions`."""
     group = parser.add_argument_group("output")
     group.add_argument("--outdir", default="outputs", help="output folder; created if missing")
     group.add_argument(

@@ -12,7 +12,7 @@ from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
 from modules.contract.steps import Guidance, Step
 from stable_diffusion.contract import Idea, Model, TextState, UnetCall
-from stable_diffusion.samplers import Sampler
+from stable_diffusion.samplers import DiffusersSampler
 
 # names in the conditions of a pass, with a batch dimension
 CONTEXT = "context"  # B L C
@@ -26,7 +26,7 @@ class UnetPasses:
     """`Passes` of the denoising loop: the samples are B 4 1 h w, and what the U-Net says is not changed."""
 
     model: Model
-    sampler: Sampler
+    sampler: DiffusersSampler
     pictures: int  # B
     ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
     # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint sees beside the sample

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from modules.media.reading import read_image
-from stable_diffusion.contract import Model, Settings
+from stable_diffusion.contract import Model, PictureSettings
 
 logger = logging.getLogger(__name__)
 
 STRIDE = 8  # pixels of one latent
 
 
-def latent_size(settings: Settings) -> tuple[int, int]:
+def latent_size(settings: PictureSettings) -> tuple[int, int]:
     """Return height and width of a picture's latents."""
     return settings.height // STRIDE, settings.width // STRIDE
 

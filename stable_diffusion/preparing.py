@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from modules.media.reading import Frame, read_image, resize_frame
-from stable_diffusion.contract import Picture, UnetCall
+from stable_diffusion.contract import AskedPicture, UnetCall
 from stable_diffusion.control_options import CannyThresholds, ControlUse
 from stable_diffusion.pixels import STRIDE
 
@@ -27,11 +27,11 @@ class GuideImages:
     """The guide images of all models of a run: each prepared once for each size, the last ones are kept."""
 
     def __init__(self, uses: Sequence[ControlUse], option: str) -> None:
-        """uses: of the models, in the order of `Picture.guides`. option: that gives the models."""
+        """uses: of the models, in the order of `AskedPicture.guides`. option: that gives the models."""
         self._uses, self._option = uses, option
         self._kept: OrderedDict[tuple[Path, CannyThresholds | None, int, int], Frame] = OrderedDict()
 
-    def check(self, pictures: Sequence[Picture]) -> None:
+    def check(self, pictures: Sequence[AskedPicture]) -> None:
         """Raise OptionError if a picture has not as many guides as there are models, or one for all."""
         for picture in pictures:
             if len(picture.guides) not in {1, len(self._uses)}:
@@ -40,7 +40,7 @@ class GuideImages:
                     f"{len(self._uses)}. Give --guide_image_path one for each model, or a single one for all."
                 )
 
-    def read(self, pictures: Sequence[Picture], width: int, height: int) -> tuple[Tensor, ...]:
+    def read(self, pictures: Sequence[AskedPicture], width: int, height: int) -> tuple[Tensor, ...]:
         """Return the guides at a size in pixels: for each model B 3 H W float32 in 0..1.
 
         Raises MediaError if one cannot be read.
@@ -64,7 +64,9 @@ class GuideImages:
 class BatchGuides:
     """The guides of one batch on its device, at the size of the features that a call has."""
 
-    def __init__(self, images: GuideImages, pictures: Sequence[Picture], width: int, height: int) -> None:
+    def __init__(
+        self, images: GuideImages, pictures: Sequence[AskedPicture], width: int, height: int
+    ) -> None:
         """Read them; raises as `GuideImages.check` and `GuideImages.read`."""
         self._images, self._pictures = images, pictures
         images.check(pictures)

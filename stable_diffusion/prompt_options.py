@@ -9,7 +9,7 @@ from modules.options import check_at_least, check_seed
 
 
 @dataclass(frozen=True)
-class PromptOptions:
+class PictureInputOptions:
     """Where prompts, input pictures and seeds come from."""
 
     prompt: str | None
@@ -79,7 +79,7 @@ class PromptOptions:
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `PromptOptions`."""
+    """Add the arguments of `PictureInputOptions`."""
     group = parser.add_argument_group("prompts")
     group.add_argument(
         "--prompt",

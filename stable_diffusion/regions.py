@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 from modules.errors import OptionError
-from stable_diffusion.contract import Idea, Picture, TextState, UnetCall
+from stable_diffusion.contract import AskedPicture, Idea, TextState, UnetCall
 from stable_diffusion.region_masks import part_shares, part_weights, read_regions, resize, stack, whole
 
 SEPARATOR = " AND "
@@ -84,7 +84,7 @@ class Regions:
         self._layers = layers or ()
         self._unet, self._color_codes = unet, color_codes
 
-    def of(self, picture: Picture, width: int, height: int) -> Tensor:
+    def of(self, picture: AskedPicture, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
 
         Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded
@@ -97,7 +97,7 @@ class Regions:
         return read_regions(picture.mask, parts, width, height, self._color_codes)
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
         """Put the regions of a batch into the U-Net; take them out at the end. None if there is one part.
 
         The context of every row of a call has all parts, one after the other: R P*L C.

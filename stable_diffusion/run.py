@@ -19,8 +19,8 @@ from modules.devices import choose_device, free_memory
 from modules.errors import MemoryPlanError, OutputError
 from modules.failures import Failures
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
-from stable_diffusion.assembling import Loaded, assemble
-from stable_diffusion.contract import Picture
+from stable_diffusion.assembling import LoadedPipeline, assemble
+from stable_diffusion.contract import AskedPicture
 from stable_diffusion.files import PictureFiles
 from stable_diffusion.highres import Highres, make_pictures, prepare_highres
 from stable_diffusion.inputs import Inputs, find_inputs
@@ -31,7 +31,7 @@ from stable_diffusion.viewing import show_picture, viewer_command
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[GenImgOptions, torch.device], Loaded]
+Load = Callable[[GenImgOptions, torch.device], LoadedPipeline]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Run:
     """The parts of a run."""
 
     options: GenImgOptions
-    loaded: Loaded
+    loaded: LoadedPipeline
     highres: Highres | None
     asking: Asking
     files: PictureFiles
@@ -55,7 +55,7 @@ class Run:
             paths += self._make_batch(batch, failures)
         return paths
 
-    def _make_batch(self, batch: Sequence[Picture], failures: Failures) -> list[Path]:
+    def _make_batch(self, batch: Sequence[AskedPicture], failures: Failures) -> list[Path]:
         if len(batch) > 1:
             try:
                 return self._make(batch)
@@ -70,7 +70,7 @@ class Run:
                 paths += self._make([picture])
         return paths
 
-    def _make(self, batch: Sequence[Picture]) -> list[Path]:
+    def _make(self, batch: Sequence[AskedPicture]) -> list[Path]:
         """Make a batch and write its pictures as soon as a stage of them is there."""
         paths = []
         try:
@@ -86,7 +86,7 @@ class Run:
         return paths
 
 
-def _too_little(error: torch.OutOfMemoryError, batch: Sequence[Picture]) -> MemoryPlanError:
+def _too_little(error: torch.OutOfMemoryError, batch: Sequence[AskedPicture]) -> MemoryPlanError:
     settings = batch[0].settings
     return MemoryPlanError(
         f"the device has too little memory for {count_of(len(batch), 'picture')} of {settings.width} x "
@@ -102,7 +102,7 @@ class Setup:
     options: GenImgOptions
     inputs: Inputs
     highres: Highres | None
-    load: Callable[[], Loaded]
+    load: Callable[[], LoadedPipeline]
 
     def begin(self, lines: Sequence[Line] | None = None) -> Run:
         """Load the networks. lines: all that are asked for, if they are known."""

@@ -125,7 +125,7 @@ def _zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-class Sampler(Solver, Protocol):
+class DiffusersSampler(Solver, Protocol):
     """A solver that knows the inputs of the U-Net and where it begins."""
 
     @property
@@ -147,7 +147,7 @@ class Sampler(Solver, Protocol):
 
 @dataclass
 class SchedulerSolver:
-    """A `Sampler` around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
+    """A `DiffusersSampler` around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
 
     All random numbers of a step come from the pictures' own generators, so that none depends on its batch.
     """

@@ -17,7 +17,7 @@ USUAL_STRENGTH = 0.8  # of image to image
 
 
 @dataclass(frozen=True)
-class NoiseOptions:
+class StartNoiseOptions:
     """How the start noise of some pictures is changed."""
 
     pyramid_noise_prob: float | None
@@ -73,7 +73,7 @@ class SamplingOptions:
     strength: float | None  # None: USUAL_STRENGTH
     zero_terminal_snr: bool
     force_scheduler_zero_steps_offset: bool
-    noise: NoiseOptions
+    noise: StartNoiseOptions
     sizes: SizeOptions
 
     def __post_init__(self) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stable_diffusion.sampling_options import NoiseOptions
+from stable_diffusion.sampling_options import StartNoiseOptions
 
 LEVELS = 6  # of pyramid noise at most, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
 LEAST_STEP, MOST_STEP = 2.0, 4.0
 
 
-def vary_noise(noise: Tensor, options: NoiseOptions, generator: torch.Generator) -> Tensor:
+def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Generator) -> Tensor:
     """Return the start noise of a picture, C h w with a standard deviation of 1, changed or not.
 
     First pyramid noise with its probability, then the offset with its own.

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
-from stable_diffusion.contract import Model, Picture, Start
+from stable_diffusion.contract import AskedPicture, Model, SecondStart
 from stable_diffusion.inpainting import Inpainting, mask_latents, mask_pixels
 from stable_diffusion.pixels import encode_pixels, latent_size, read_picture, to_pixels
-from stable_diffusion.prompt_options import PromptOptions
-from stable_diffusion.samplers import Sampler, SchedulerSolver
-from stable_diffusion.sampling_options import NoiseOptions
+from stable_diffusion.prompt_options import PictureInputOptions
+from stable_diffusion.samplers import DiffusersSampler, SchedulerSolver
+from stable_diffusion.sampling_options import StartNoiseOptions
 from stable_diffusion.start_noise import vary_noise
 
 CHANNELS = 4  # of latents
@@ -30,26 +30,26 @@ class Beginning:
     """Where the loop begins, and the sampler that it follows."""
 
     latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
-    sampler: Sampler
+    sampler: DiffusersSampler
     beside: Tensor | None = None  # see `UnetPasses`
 
 
-def generators_of(pictures: Sequence[Picture]) -> list[torch.Generator]:
+def generators_of(pictures: Sequence[AskedPicture]) -> list[torch.Generator]:
     """Return each picture's generator. All are on the CPU: their numbers are the same on every device."""
     return [torch.Generator().manual_seed(picture.seed) for picture in pictures]
 
 
-def is_masked(picture: Picture) -> bool:
+def is_masked(picture: AskedPicture) -> bool:
     """Whether a picture is inpainted. A mask of a prompt with several parts shows their regions instead."""
     return picture.mask is not None and picture.settings.parts == 1
 
 
-def strength_of(picture: Picture, start: Start | None) -> float | None:
+def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | None:
     """Return the share of the steps that are made of a picture; None: all, from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
-def check_painting(unet: Mapping[str, Any], checkpoint: Path, options: PromptOptions) -> None:
+def check_painting(unet: Mapping[str, Any], checkpoint: Path, options: PictureInputOptions) -> None:
     """Raise OptionError if an inpainting checkpoint is not given what it paints.
 
     unet: the configuration of its U-Net.
@@ -61,7 +61,7 @@ def check_painting(unet: Mapping[str, Any], checkpoint: Path, options: PromptOpt
         )
 
 
-def check_start(model: Model, picture: Picture, start: Start | None) -> None:
+def check_start(model: Model, picture: AskedPicture, start: SecondStart | None) -> None:
     """Raise OptionError if a picture cannot begin as it says."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
@@ -77,10 +77,10 @@ def check_start(model: Model, picture: Picture, start: Start | None) -> None:
 
 def begin(
     model: Model,
-    pictures: Sequence[Picture],
-    start: Start | None,
+    pictures: Sequence[AskedPicture],
+    start: SecondStart | None,
     sampler: SchedulerSolver,
-    noise_options: NoiseOptions,
+    noise_options: StartNoiseOptions,
 ) -> Beginning:
     """Encode what the pictures start from, draw their start noise and blend both.
 
@@ -128,7 +128,7 @@ def begin(
     return Beginning(latents.unsqueeze(2), Inpainting(sampler, clean, drawn, small))
 
 
-def _pixels(pictures: Sequence[Picture], start: Start | None) -> Tensor:
+def _pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor:
     """Return the pixels of what the pictures start from, B 3 H W."""
     settings = pictures[0].settings
     if start is not None:
@@ -139,6 +139,6 @@ def _pixels(pictures: Sequence[Picture], start: Start | None) -> Tensor:
     return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
 
 
-def _mask(picture: Picture) -> Tensor:
+def _mask(picture: AskedPicture) -> Tensor:
     assert picture.mask is not None
     return mask_pixels(read_picture(picture.mask), picture.settings.width, picture.settings.height)

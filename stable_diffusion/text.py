@@ -25,7 +25,7 @@ from stable_diffusion.chunks import (
     join_weights,
     make_rows,
 )
-from stable_diffusion.contract import SD1, SD2, SDXL, Kind, TextState, TextTower
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextState, TextTower
 from stable_diffusion.text_options import TextOptions
 from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
 from stable_diffusion.weights import parse_weights
@@ -41,7 +41,7 @@ class Texts:
     """The text encoders of a model, and what the options say of texts."""
 
     def __init__(
-        self, towers: Sequence[TextTower], kind: Kind, options: TextOptions, layers: Sequence[str] = ()
+        self, towers: Sequence[TextTower], kind: ModelKind, options: TextOptions, layers: Sequence[str] = ()
     ) -> None:
         """Teach the encoders the words of embeddings, which adds rows to their networks.
 
@@ -140,7 +140,7 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
 
 
 def check_texts(
-    options: TextOptions, kind: Kind, configs: Sequence[ClipTextConfig], layers: Sequence[str] = ()
+    options: TextOptions, kind: ModelKind, configs: Sequence[ClipTextConfig], layers: Sequence[str] = ()
 ) -> None:
     """Compare options with a checkpoint's text encoders before these are loaded.
 
@@ -161,7 +161,7 @@ def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWor
     return read_words(options.textual_inversion_embeddings or (), options.XTI_embeddings or (), layers)
 
 
-def _check_layer(clip_skip: int | None, layers: int, kind: Kind) -> None:
+def _check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
     if clip_skip is not None and clip_skip > layers:
         raise OptionError(
             f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
@@ -169,7 +169,7 @@ def _check_layer(clip_skip: int | None, layers: int, kind: Kind) -> None:
         )
 
 
-def _layer_of(tower: TextTower, kind: Kind, clip_skip: int | None) -> int:
+def _layer_of(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
     """Return which layer of the tower's network counts, from its end.
 
     --clip_skip counts in the network as it is loaded, as in the known script; its default counts in the

@@ -20,7 +20,7 @@ from modules.checkpoints.dialects import LoadPlan, Names, translate_name
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
-from stable_diffusion.contract import SD1, SD2, Kind
+from stable_diffusion.contract import SD1, SD2, ModelKind
 from stable_diffusion.kinds import GIVE
 
 CLIP_L = "conditioner.embedders.0.transformer."
@@ -52,7 +52,7 @@ _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 
 @dataclass(frozen=True)
-class Projection:
+class PooledProjection:
     """Where the projection of the pooled state is: C x C' once it is made."""
 
     checkpoint: Checkpoint
@@ -70,10 +70,10 @@ class TextPlan:
 
     network: LoadPlan[ClipTextConfig]
     is_open_clip: bool  # else CLIP-L
-    projection: Projection | None = None
+    projection: PooledProjection | None = None
 
 
-def read_texts(checkpoint: Checkpoint, kind: Kind) -> tuple[TextPlan, ...]:
+def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
     """Plan how to load the text encoders of a single file.
 
     Raises CheckpointError if one is missing or its tensors make no sense.
@@ -150,7 +150,7 @@ def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextCo
     return replace(plan, config=replace(config, num_layers=last), sources=sources, ignore=ignore)
 
 
-def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> Projection:
+def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> PooledProjection:
     """Find the projection: OpenCLIP has C x C', a linear layer of Hugging Face's C' x C."""
     for name, is_linear in (("text_projection", False), ("text_projection.weight", True)):
         if name not in checkpoint.tensors:
@@ -163,7 +163,9 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> Projection:
                 checkpoint.path,
             )
         source = plain_sources(checkpoint)[name]
-        return Projection(checkpoint, source.then(Tensor.t) if is_linear else source, shape[not is_linear])
+        return PooledProjection(
+            checkpoint, source.then(Tensor.t) if is_linear else source, shape[not is_linear]
+        )
     raise CheckpointError(
         f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
         f"  Give {GIVE}.",

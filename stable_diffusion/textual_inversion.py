@@ -23,7 +23,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from stable_diffusion.chunks import SIZE
-from stable_diffusion.contract import SDXL, Kind, TextTower
+from stable_diffusion.contract import SDXL, ModelKind, TextTower
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,9 @@ def read_words(
     return words
 
 
-def add_words(towers: Sequence[TextTower], kind: Kind, words: Sequence[LearnedWord]) -> tuple[TextTower, ...]:
+def add_words(
+    towers: Sequence[TextTower], kind: ModelKind, words: Sequence[LearnedWord]
+) -> tuple[TextTower, ...]:
     """Return text encoders that know these words. Their networks get rows for them.
 
     Raises CheckpointError if vectors do not fit an encoder, or if it has a token of that name already.
@@ -142,7 +144,7 @@ def _count(word: LearnedWord) -> int:
     return len(word.vectors[0]) // word.layers
 
 
-def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Kind) -> None:
+def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: ModelKind) -> None:
     """Raise CheckpointError if vectors do not fit text encoders of these widths, or are too many."""
     for word in words:
         found = [vectors.shape[1] for vectors in word.vectors]

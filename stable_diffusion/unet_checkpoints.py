@@ -12,7 +12,7 @@ from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, ren
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
-from stable_diffusion.contract import SD1, SDXL, Kind
+from stable_diffusion.contract import SD1, SDXL, ModelKind
 from stable_diffusion.kinds import GIVE
 from stable_diffusion.unet_names import name_translator, read_levels
 
@@ -25,7 +25,7 @@ SIZE_NUMBERS = 6  # that SDXL is told: original size, crop, target size
 USES = {4: "pictures", 9: "inpainting"}  # channels that the U-Net may take
 
 
-def read_unet(checkpoint: Checkpoint, kind: Kind, pooled: int) -> LoadPlan[UnetSizes]:
+def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[UnetSizes]:
     """Plan how to load the U-Net of a single file, whose prefix is cut off.
 
     pooled: width of SDXL's pooled text state; 0 for other kinds. Raises CheckpointError if tensors that tell

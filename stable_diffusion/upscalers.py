@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modules.errors import OptionError, UserError
 from modules.user_modules import import_user_module
-from stable_diffusion.contract import Made, Model, Start
+from stable_diffusion.contract import Made, Model, SecondStart
 from stable_diffusion.pixels import STRIDE, fit
 
 OPTION = "--highres_fix_upscaler"
@@ -24,14 +24,14 @@ OURS = "stable_diffusion.model_upscaler"
 
 
 @dataclass(frozen=True, eq=False)
-class Upscaler:
+class UpscalingModule:
     """What a module made, and the name that the user gave it."""
 
     name: str
     made: Any
     takes_latents: bool
 
-    def upscale(self, model: Model, made: Made, width: int, height: int, vae_batch: int) -> Start:
+    def upscale(self, model: Model, made: Made, width: int, height: int, vae_batch: int) -> SecondStart:
         """Return a stage's result as pictures or latents for that size in pixels.
 
         Raises OptionError if the module fails or returns something else.
@@ -49,16 +49,16 @@ class Upscaler:
             raise OptionError(f"{OPTION} {self.name} failed: {type(error).__name__}: {error}") from error
         return self._start(result, count, (width, height))
 
-    def _start(self, result: Any, count: int, size: tuple[int, int]) -> Start:
+    def _start(self, result: Any, count: int, size: tuple[int, int]) -> SecondStart:
         if isinstance(result, Tensor):
             wanted = (count, 4, size[1] // STRIDE, size[0] // STRIDE)
             if tuple(result.shape) != wanted or not bool(torch.isfinite(result).all()):
                 raise self._bad(f"latents of {' x '.join(map(str, result.shape))}, or not finite", wanted)
-            return Start(latents=result.float())
+            return SecondStart(latents=result.float())
         images = list(result) if isinstance(result, Sequence) and not isinstance(result, str) else []
         if len(images) != count or not all(isinstance(image, Image) for image in images):
             raise self._bad(type(result).__name__, (count, 4, size[1] // STRIDE, size[0] // STRIDE))
-        return Start(images=[fit(image.convert("RGB"), *size) for image in images])
+        return SecondStart(images=[fit(image.convert("RGB"), *size) for image in images])
 
     def _bad(self, what: str, wanted: tuple[int, ...]) -> OptionError:
         return OptionError(
@@ -67,7 +67,7 @@ class Upscaler:
         )
 
 
-def load_upscaler(name: str, args: str | None) -> Upscaler:
+def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     """Import a module and make its upscaler. args: `key=value`, several joined by `;`.
 
     Raises OptionError if it cannot be used.
@@ -88,7 +88,7 @@ def load_upscaler(name: str, args: str | None) -> Upscaler:
         ) from error
     if not callable(getattr(made, "upscale", None)):
         raise OptionError(f"{OPTION} {name}: what its create_upscaler(...) returns has no upscale(...)")
-    return Upscaler(name, made, takes_latents)
+    return UpscalingModule(name, made, takes_latents)
 
 
 def read_args(text: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 A change that needs more raises its row in the same commit, and says why in its message.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
     "blissful_tuner": (4350, 45),
-    "dataset": (22450, 152),
+    "dataset": (22500, 152),
     "downloads": (1050, 8),
     "encoders": (2350, 22),
     "flux": (1950, 13),
@@ -29,8 +30,8 @@ BUDGET = {
     "post": (8450, 74),
     "project": (550, 5),
     "scripts": (2050, 50),
-    "stable_diffusion": (8450, 59),
-    "training": (14000, 93),
+    "stable_diffusion": (8500, 59),
+    "training": (14050, 93),
     "wan": (4150, 27),
 }
 TESTS = 113000  # lines
@@ -40,14 +41,18 @@ GROWTH = 1.05
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
 
 
+def product_files() -> list[tuple[str, Path]]:
+    """Rooms and their files of Python. Folders without Python, and those that are not ours, do not count."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    found = [("scripts", path) for path in ROOT.glob("*.py")]
+    return [*found, *((folder.name, path) for folder in folders for path in folder.rglob("*.py"))]
+
+
 def sizes() -> tuple[Counter[str], Counter[str]]:
-    """Lines and files by room. Folders without Python, and those that are not ours, do not count."""
+    """Lines and files by room."""
     lines: Counter[str] = Counter()
     files: Counter[str] = Counter()
-    folders = [path for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))]
-    found: list[tuple[str, Path]] = [("scripts", path) for path in ROOT.glob("*.py")]
-    found += [(folder.name, path) for folder in folders for path in folder.rglob("*.py")]
-    for room, path in found:
+    for room, path in product_files():
         lines[room] += path.read_bytes().count(b"\n")
         files[room] += 1
     return lines, files
@@ -73,3 +78,22 @@ def test_the_ways_through_the_house_do_not_grow() -> None:
     assert set(found) == set(WAYS), done.stderr
     for name, counts in found.items():
         assert all(count <= most * GROWTH for count, most in zip(counts, WAYS[name], strict=True)), counts
+
+
+def test_a_class_name_occurs_once_and_a_function_says_what_it_does() -> None:
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for room, path in product_files()
+        if room not in NOT_PRODUCT and path.name != "run_tests.py"
+    }
+    named = Counter(
+        node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in named.items() if count > 1] == []
+    bare = {"run", "of", "make", "read"}
+    assert [
+        (path, node.name)
+        for path, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.lstrip("_") in bare
+    ] == []

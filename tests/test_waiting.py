@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from blissful_tuner.nag import NormalisedGuidance
-from generation.denoise import Start, denoise
+from generation.denoise import LoopStart, denoise
 from generation.noise import SeededNoise
 from generation.request_options import SOLVERS
 from modules.contract.data import Conditions
@@ -139,7 +139,7 @@ def test_the_steps_of_a_solver_wait_for_nothing(name: str) -> None:
         "family": Halves(),
         "dit_at": lambda timestep: torch.nn.Identity(),
         "section": section,
-        "start": Start(start),
+        "start": LoopStart(start),
         "solver": solver_for(name, 4, 3.0, draw=noise.draw),
         "guidance": make_guidance(request, PLAIN_GUIDANCE),
     }

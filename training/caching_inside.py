@@ -22,7 +22,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.planning import Caches
 from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import CacheReport, conclude
-from dataset.caching.work import Places, npz_names
+from dataset.caching.work import EntryPlaces, npz_names
 from dataset.options import CachingOptions, CheckPageOptions, ShardOptions
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_all_sources, require_captions
@@ -123,7 +123,7 @@ def _fill(
     stores: Stores,
 ) -> None:
     """Encode what is to be kept in npz files and in memory."""
-    places = Places(stores, options.skip_cache_check)
+    places = EntryPlaces(stores, options.skip_cache_check)
 
     def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
         return DatasetConfig(config.path, tuple(plan.table for plan in plans if is_wanted(plan)))

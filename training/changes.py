@@ -31,7 +31,7 @@ LISTED = (
 
 
 @dataclass(frozen=True)
-class Change:
+class OptionChange:
     """One thing that differs from the saved run."""
 
     name: str
@@ -54,13 +54,13 @@ def listed_settings(options: Any) -> dict[str, Any]:
     return {f"--{name}": config[name] for name in LISTED}
 
 
-def list_changes(*pairs: tuple[Any, Mapping[str, Any]]) -> list[Change]:
+def list_changes(*pairs: tuple[Any, Mapping[str, Any]]) -> list[OptionChange]:
     """Return what differs between pairs of saved settings and those of now.
 
     What was not saved is left out.
     """
     return [
-        Change(name, saved[name], value)
+        OptionChange(name, saved[name], value)
         for saved, here in pairs
         if isinstance(saved, Mapping)
         for name, value in here.items()
@@ -80,7 +80,7 @@ def plan_of(saved: SavedState, plan: StepPlan) -> StepPlan | None:
     return replace(plan, num_batches=int(batches), processes=1, accumulation=group_size)
 
 
-def take_over(changes: Sequence[Change], progress: Progress, before: StepPlan) -> None:
+def take_over(changes: Sequence[OptionChange], progress: Progress, before: StepPlan) -> None:
     """Note the changes in the run's progress, which begins a new plan of steps if it has to.
 
     Other clips begin the current epoch again, in their own order; another size of a step goes on with the

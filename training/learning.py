@@ -23,7 +23,7 @@ from networks.adapter import make_network
 from networks.added import AddedFile, AddedLoras, add_loras
 from networks.merge import LoraPatch, LoraUse
 from training.averages import make_average
-from training.changes import Change, rebuild_schedule
+from training.changes import OptionChange, rebuild_schedule
 from training.data.live_text import LiveTexts
 from training.dressing import AUTOCAST, dress, dtype_of, placement_of
 from training.experts import ExpertNetworks, Turns, network_for, read_lora_for
@@ -55,7 +55,7 @@ class LoadedModel:
 def load_model(
     job: TrainingJob,
     total_steps: int,
-    changes: Sequence[Change],
+    changes: Sequence[OptionChange],
     has_samples: bool,
     texts: LiveTexts | None = None,
 ) -> LoadedModel:

@@ -24,7 +24,7 @@ from training.averages import WeightAverage
 from training.changes import (
     BATCHES,
     GROUP_SIZE,
-    Change,
+    OptionChange,
     changeable,
     list_changes,
     listed_settings,
@@ -245,7 +245,7 @@ def check_resumable(
     identity: Mapping[str, Any],
     habits: Mapping[str, Any],
     options: TrainingOptions,
-) -> list[Change]:
+) -> list[OptionChange]:
     """Raise OptionError if the saved run is a different one; warn of what has changed.
 
     Returns what --resume_changed changes; nothing without it. Call it before anything large is loaded.
@@ -296,7 +296,10 @@ def _resolve_pairs(option: str, text: str) -> str:
 
 
 def resume_progress(
-    saved: SavedState | ForeignState | None, changes: Sequence[Change], progress: Progress, plan: StepPlan
+    saved: SavedState | ForeignState | None,
+    changes: Sequence[OptionChange],
+    progress: Progress,
+    plan: StepPlan,
 ) -> None:
     """Check the saved progress and begin a new plan of steps in it if changes ask for that.
 

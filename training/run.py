@@ -19,7 +19,7 @@ from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from modules.speed_options import set_blocks_to_swap
 from training.caching_inside import prepare_sources
-from training.changes import Change, listed_settings
+from training.changes import OptionChange, listed_settings
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.live_text import encoding
 from training.dressing import AUTOCAST, dtype_of
@@ -61,7 +61,7 @@ class Comparison:
 
     identity: dict[str, Any]
     habits: dict[str, Any]
-    changes: Sequence[Change]
+    changes: Sequence[OptionChange]
 
 
 def train_network(

@@ -69,24 +69,26 @@ def count_saves(options: SavingOptions, plan: StepPlan, first_step: int, first_e
 
 
 @dataclass(frozen=True)
-class Written:
+class SavedBytes:
     """Bytes of one model, with its average (EMA), and of one state."""
 
     model: int
     state: int
 
     @staticmethod
-    def of(parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False) -> "Written":
+    def of(
+        parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
+    ) -> "SavedBytes":
         """Estimate both from the trained weights. dtype: of saved models; None: as they are."""
         model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
         count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
-        return Written(model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average))
+        return SavedBytes(model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average))
 
 
 def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> None:
     """Show what the run will do."""
     options, plan = job.options, data.plan
-    written = Written.of(parameters, dtype, options.average.ema_decay is not None)
+    written = SavedBytes.of(parameters, dtype, options.average.ema_decay is not None)
     saves = count_saves(options.saving, plan, job.progress.step, job.progress.epoch)
     learns = count_of(sum(one.numel() for one in parameters), "weight")
     held_back = f", {count_of(len(data.validation), 'item')} for validation" if data.validation else ""
@@ -155,7 +157,7 @@ def describe_best(history: History, folder: Path) -> str | None:
     return f"{text}, not saved; best file: {folder / best}"
 
 
-def disk_needed(folder: Path, saves: Saves, written: Written) -> str:
+def disk_needed(folder: Path, saves: Saves, written: SavedBytes) -> str:
     """Return how much a run writes, and what is free; says so if that is too little."""
     needed = saves.models * written.model + saves.states * written.state
     free = free_bytes(folder)

@@ -57,7 +57,7 @@ class ClipBlock(nn.Module):
         return x + self.mlp(self.norm2(x).to(dtype))
 
 
-class ClipVision(nn.Module):
+class WanClipVision(nn.Module):
     """The image tower without its last block.
 
     Build it on the meta device and load a checkpoint with `load_clip`.
@@ -109,7 +109,7 @@ class ClipVision(nn.Module):
         return (pixels * 0.5 + 0.5 - mean) / std
 
 
-def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> ClipVision:
+def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float16) -> WanClipVision:
     """Load the image tower. On a CPU it computes in float32 instead of float16.
 
     Raises CheckpointError if the file is damaged or holds another model.
@@ -121,7 +121,7 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
 
     with open_checkpoint(path) as checkpoint:
         clip = load_planned(
-            read_clip(checkpoint), ClipVision, device, dtype_of, "the CLIP image encoder (--clip)"
+            read_clip(checkpoint), WanClipVision, device, dtype_of, "the CLIP image encoder (--clip)"
         )
     logger.info("CLIP: %s, computing in %s", path, dtype_name(dtype))
     return clip

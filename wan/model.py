@@ -21,7 +21,7 @@ from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Away, Tweaks
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import TABLES, Grid, GridTable, rotate, table_maker
 from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
@@ -48,11 +48,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
-        q = rotate(self.norm_q(run(self.q, x)).unflatten(-1, heads), tokens.rotary)
-        k = rotate(self.norm_k(run(self.k, x)).unflatten(-1, heads), tokens.rotary)
-        v = run(self.v, x).unflatten(-1, heads)
+        q = rotate(self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
+        k = rotate(self.norm_k(in_own_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
+        v = in_own_dtype(self.v, x).unflatten(-1, heads)
         seen = _attend(q, k, v, tokens)  # B L N D
-        return run(self.o, seen.flatten(2))
+        return in_own_dtype(self.o, seen.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -77,22 +77,22 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
-        q = self.norm_q(run(self.q, x)).unflatten(-1, heads)
+        q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
         seen = self.see_text(q, tokens.text, tokens.text_repeats, tokens)
         away = tokens.away
         if away is not None:
             seen = away.steer(seen, self.see_text(q, away.rows, away.repeats, tokens))
         if tokens.image is not None:
-            k = self.norm_k_img(run(self.k_img, tokens.image)).unflatten(-1, heads)
-            v = run(self.v_img, tokens.image).unflatten(-1, heads)
+            k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
+            v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)
             seen = seen + _attend(q, k, v, tokens)
-        return run(self.o, seen.flatten(2))
+        return in_own_dtype(self.o, seen.flatten(2))
 
     def see_text(self, q: Tensor, text: Tensor, repeats: Tensor | None, tokens: WanTokens) -> Tensor:
         """Attend to a text, B T C. q: B L N D. Returns B L N D."""
         heads = (self.num_heads, -1)
-        k = self.norm_k(run(self.k, text)).unflatten(-1, heads)
-        v = run(self.v, text).unflatten(-1, heads)
+        k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
+        v = in_own_dtype(self.v, text).unflatten(-1, heads)
         return _attend(q, k, v, tokens, repeats)
 
 
@@ -161,7 +161,7 @@ class WanAttentionBlock(nn.Module):
         x: B L C float32; shift, scale, gate: B 1 C.
         """
         h = modulate(self.norm2(x), shift, scale, dtype)
-        h = run(self.ffn[2], self.ffn[1](run(self.ffn[0], h)))
+        h = in_own_dtype(self.ffn[2], self.ffn[1](in_own_dtype(self.ffn[0], h)))
         return add_gated(x, gate, h)
 
 
@@ -212,7 +212,7 @@ class ImageEmbedding(nn.Module):
                 )
             features = features.float() + self.emb_pos.float()
         norm1, linear1, gelu, linear2, norm2 = self.proj
-        return norm2(run(linear2, gelu(run(linear1, norm1(features)))))
+        return norm2(in_own_dtype(linear2, gelu(in_own_dtype(linear1, norm1(features)))))
 
 
 class WanModel(nn.Module):
@@ -300,7 +300,7 @@ class WanModel(nn.Module):
         """Return the video tokens, B L C in float32, and the other inputs of the blocks."""
         self._check(noisy, image_embeds)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = run(self.patch_embedding, noisy).float()  # B C f h w
+        patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         time, modulation, given = self._embed_times(timesteps, tweaks.given_frames, grid)
         text_is_image = self.config.has_image and image_embeds is None
@@ -360,8 +360,8 @@ class WanModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the tokens of texts, B T C, and their repeats. merges: see `pad_texts`."""
         rows, repeats = pad_texts(text, self.config.text_len, merges)
-        hidden = self.text_embedding[1](run(self.text_embedding[0], rows))
-        return run(self.text_embedding[2], hidden).to(dtype), repeats
+        hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
+        return in_own_dtype(self.text_embedding[2], hidden).to(dtype), repeats
 
     def _embed_away(self, away: Away | None, batch: int, merges: bool, dtype: torch.dtype) -> AwayText | None:
         """Embed the second text of a call, one for all samples or one for each."""

@@ -23,7 +23,7 @@ from modules.contract.generation import Prompt, Spans
 from modules.contract.tokens import CountTokens, token_weights
 from modules.contract.weighting import weigh_rows
 from modules.errors import InstallationError
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 from wan.encoder_checkpoints import UMT5
 from wan.tokenizer import TOKENIZER
 
@@ -81,7 +81,7 @@ class WanTextEncoder:
         self.path = path
         self.tokenizer = tokenizer
         self.in_fp8 = in_fp8
-        self._loaded = Loaded[T5Network, T5Tokenizer]()
+        self._loaded = LoadedNetwork[T5Network, T5Tokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from dataset.cache.tar_records import (
     BLOCK,
     Damage,
-    Kind,
-    Record,
+    RecordKind,
+    ShardRecord,
     decode_name,
     encode_name,
     has_bad_characters,
@@ -52,7 +52,7 @@ NUMBERS: Mapping[str, Any] = {  # the columns beside the names
 }
 
 
-class Row(NamedTuple):
+class CatalogRow(NamedTuple):
     """What holds for a name."""
 
     shard: int  # its place in `Catalog.shards`, or NOWHERE
@@ -60,7 +60,7 @@ class Row(NamedTuple):
     length: int
     crc32: int
     generation: int
-    kind: Kind
+    kind: RecordKind
 
 
 @dataclass
@@ -106,15 +106,15 @@ class Columns:
             low, high = (middle + 1, high) if found < wanted else (low, middle)
         return None
 
-    def row(self, place: int) -> Row:
+    def row(self, place: int) -> CatalogRow:
         """Return a row."""
-        return Row(
+        return CatalogRow(
             int(self.shard[place]),
             int(self.offset[place]),
             int(self.length[place]),
             int(self.crc32[place]),
             int(self.generation[place]),
-            Kind(int(self.kind[place])),
+            RecordKind(int(self.kind[place])),
         )
 
     def of_shards(self, numbers: Mapping[int, int]) -> "Columns":
@@ -138,7 +138,7 @@ class Columns:
         )
 
 
-def make_columns(rows: Mapping[str, Row]) -> Columns:
+def make_columns(rows: Mapping[str, CatalogRow]) -> Columns:
     """Return rows as columns."""
     order = sorted((encode_name(name), row) for name, row in rows.items())
     values = [row for _, row in order]
@@ -155,10 +155,12 @@ class Catalog:
 
     shards: list[Shard] = field(default_factory=list)
     known: Columns = field(default_factory=lambda: make_columns({}))
-    added: dict[str, Row] = field(default_factory=dict)  # instead of those of the same names in `known`
+    added: dict[str, CatalogRow] = field(
+        default_factory=dict
+    )  # instead of those of the same names in `known`
     has_index: bool = False  # whether the index says just this
 
-    def get(self, name: str) -> Row | None:
+    def get(self, name: str) -> CatalogRow | None:
         """Return what holds for a name, removed and lost ones too."""
         row = self.added.get(name)
         if row is None:
@@ -166,12 +168,12 @@ class Catalog:
             row = None if place is None else self.known.row(place)
         return row
 
-    def there(self, name: str) -> Row | None:
+    def there(self, name: str) -> CatalogRow | None:
         """Return the row of an entry, a lost one too."""
         row = self.get(name)
-        return None if row is None or row.kind is Kind.REMOVED else row
+        return None if row is None or row.kind is RecordKind.REMOVED else row
 
-    def rows(self, shards: Collection[int] | None = None) -> Iterator[tuple[str, Row]]:
+    def rows(self, shards: Collection[int] | None = None) -> Iterator[tuple[str, CatalogRow]]:
         """Yield names with what holds for them, in no order. shards: only those whose rows are in these."""
         places: Sequence[int] = range(len(self.known))
         if shards is not None:
@@ -187,7 +189,7 @@ class Catalog:
     def entry_bytes(self) -> list[int]:
         """Return how many bytes the entries of each shard have, whole blocks with usual headers."""
         sizes = [0] * len(self.shards)
-        is_entry = self.known.kind == Kind.ENTRY
+        is_entry = self.known.kind == RecordKind.ENTRY
         padded_sizes = -(-self.known.length[is_entry] // BLOCK) * BLOCK + USUAL_HEADER
         if is_entry.any():
             shards = self.known.shard[is_entry]
@@ -197,7 +199,7 @@ class Catalog:
             if place is not None and is_entry[place]:
                 then = self.known.row(place)
                 sizes[then.shard] -= padded(then.length) + USUAL_HEADER
-            if row.kind is Kind.ENTRY:
+            if row.kind is RecordKind.ENTRY:
                 sizes[row.shard] += padded(row.length) + USUAL_HEADER
         return sizes
 
@@ -210,16 +212,16 @@ class Catalog:
             found = {text[start:end] for start, end in places}
         else:
             found = {decode_name(names[start:end]) for start, end in places}
-        for place in np.flatnonzero(self.known.kind == Kind.REMOVED).tolist():
+        for place in np.flatnonzero(self.known.kind == RecordKind.REMOVED).tolist():
             found.discard(self.known.name(place))
         for name, row in self.added.items():
-            if row.kind is Kind.REMOVED:
+            if row.kind is RecordKind.REMOVED:
                 found.discard(name)
             else:
                 found.add(name)
         return found
 
-    def put(self, name: str, row: Row) -> None:
+    def put(self, name: str, row: CatalogRow) -> None:
         """Add a row, if it holds against the one that is there."""
         old = self.get(name)
         if old is None or self._rank(row) > self._rank(old):
@@ -227,11 +229,11 @@ class Catalog:
 
     def lost(self) -> list[str]:
         """Return the names of the entries that are lost, sorted."""
-        places = np.flatnonzero(self.known.kind == Kind.LOST).tolist()
+        places = np.flatnonzero(self.known.kind == RecordKind.LOST).tolist()
         found = {self.known.name(place) for place in places} - self.added.keys()
-        return sorted(found | {name for name, row in self.added.items() if row.kind is Kind.LOST})
+        return sorted(found | {name for name, row in self.added.items() if row.kind is RecordKind.LOST})
 
-    def _rank(self, row: Row) -> tuple[Any, ...]:
+    def _rank(self, row: CatalogRow) -> tuple[Any, ...]:
         """Return what decides between two rows of a name: no clock. Equal ones mostly have equal contents."""
         shard = "" if row.shard == NOWHERE else self.shards[row.shard].name
         return row.generation, -row.kind, row.crc32, shard, row.offset
@@ -255,10 +257,10 @@ class Catalog:
             with (folder / shard.name).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 for found in read_records(file, size, shard.position):
-                    if isinstance(found, Record):
+                    if isinstance(found, ShardRecord):
                         has_records = True
                         row = (number, found.offset, found.length, found.crc32, found.generation, found.kind)
-                        self.put(found.name, Row(*row))
+                        self.put(found.name, CatalogRow(*row))
                     elif isinstance(found, Damage):
                         shard.damaged.append(found)
                     else:
@@ -316,17 +318,17 @@ def open_catalog(
     catalog.known = index.known.of_shards({old: new for new, old in enumerate(right)})
     catalog.grow(folder, sizes)
     wrong = set(range(NOWHERE, len(index.shards))) - set(right)
-    then = {name: row for name, row in index.rows(wrong) if row.kind is not Kind.REMOVED}
+    then = {name: row for name, row in index.rows(wrong) if row.kind is not RecordKind.REMOVED}
     if _missing(catalog, then, merged):
         # the index says of each name only what holds: the shards that it knows may have other copies
         catalog = Catalog()
         catalog.grow(folder, sizes)
         for name in _missing(catalog, then, merged):
-            catalog.added[name] = Row(NOWHERE, 0, 0, 0, 0, Kind.LOST)
+            catalog.added[name] = CatalogRow(NOWHERE, 0, 0, 0, 0, RecordKind.LOST)
     return catalog
 
 
-def _missing(catalog: Catalog, then: Mapping[str, Row], merged: Mapping[str, bool]) -> list[str]:
+def _missing(catalog: Catalog, then: Mapping[str, CatalogRow], merged: Mapping[str, bool]) -> list[str]:
     """Return which entries there is no longer anything of, or only what they replaced."""
     missing = []
     for name, row in then.items():
@@ -384,7 +386,7 @@ def _parse_index(data: bytes) -> Catalog:
         raise ValueError("its rows do not match their checksum")
     if columns.shard.max() >= len(shards) or columns.shard.min() < NOWHERE or columns.length.min() < 0:
         raise ValueError("its rows lie in shards that it does not list")
-    if columns.offset.min() < 0 or not set(np.unique(columns.kind).tolist()) <= set(Kind):
+    if columns.offset.min() < 0 or not set(np.unique(columns.kind).tolist()) <= set(RecordKind):
         raise ValueError("its rows have impossible values")
     if has_bad_characters(whole):
         raise ValueError("its rows have impossible names")

@@ -33,7 +33,7 @@ _CACHE_NAME = re.compile(
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedFolder:
     """What was done, or would be, for one folder."""
 
     entries: int  # copied
@@ -41,7 +41,7 @@ class Converted:
     size_bytes: int  # of those copied
 
 
-def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> list[Converted]:
+def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> list[ConvertedFolder]:
     """Convert folders and log what was done.
 
     Raises CacheError if entries are damaged, OutputError if something cannot be written; then all that was
@@ -80,7 +80,7 @@ def is_cache_name(name: str) -> bool:
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
-def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
+def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> ConvertedFolder:
     """Put the single files of a folder into shards. Files that are no caches stay as they are.
 
     keep: leave the files too. dry_run: change nothing. Raises CacheError, OutputError.
@@ -101,7 +101,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         store.settle()
         if not keep:
             _remove_files(folder, names)
-    return Converted(copied, len(names) - copied, size_bytes)
+    return ConvertedFolder(copied, len(names) - copied, size_bytes)
 
 
 def _remove_files(folder: Path, names: Sequence[str]) -> None:
@@ -116,7 +116,7 @@ def _remove_files(folder: Path, names: Sequence[str]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
+def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> ConvertedFolder:
     """Write each entry of a folder's shards as a single file.
 
     keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged: the others
@@ -152,7 +152,7 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         )
     if not dry_run and not keep:
         _remove_shards(folder, names)
-    return Converted(copied, len(names) - copied, size_bytes)
+    return ConvertedFolder(copied, len(names) - copied, size_bytes)
 
 
 def _remove_shards(folder: Path, names: Sequence[str]) -> None:

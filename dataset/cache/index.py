@@ -129,7 +129,7 @@ class VerifiedEntries(Generic[T]):
             return
         there = self._store.names()
         noted = {row[0] for row in rows}
-        old = _read(self._folder)  # another run may have written it meanwhile
+        old = _read_table(self._folder)  # another run may have written it meanwhile
         old = old.filter(pa.array(_is_kept(old, self._kind, there, noted), pa.bool_()))
         if len(old) + len(rows) < least and not (self._folder / INDEX_NAME).exists():
             return
@@ -195,12 +195,12 @@ class _Columns:
 
 def _read_columns(folder: Path, kind: str) -> _Columns:
     try:
-        return _Columns.of(_read(folder, kind))
+        return _Columns.of(_read_table(folder, kind))
     except _ERRORS:
         return _Columns.of(_SCHEMA.empty_table())
 
 
-def _read(folder: Path, kind: str | None = None) -> pa.Table:
+def _read_table(folder: Path, kind: str | None = None) -> pa.Table:
     """Return the table of a folder; an empty one if there is none, or one that cannot be used.
 
     kind: only its rows.

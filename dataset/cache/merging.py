@@ -18,15 +18,15 @@ from dataset.cache.catalog import (
     NOTHING,
     NOWHERE,
     Catalog,
-    Row,
+    CatalogRow,
     open_catalog,
     read_index,
     write_index,
 )
 from dataset.cache.tar_records import (
     END,
-    Kind,
-    Record,
+    RecordKind,
+    ShardRecord,
     encode_name,
     machine,
     padded,
@@ -47,7 +47,7 @@ MOST_HOLES = 0.25  # of a shard: what more is reclaimed
 COPY_BYTES = 1 << 22
 LOCK = ".cache-index.lock"  # is there while shards are merged
 
-Rows = Sequence[tuple[str, Row]]
+Rows = Sequence[tuple[str, CatalogRow]]
 
 
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -163,7 +163,7 @@ def _merge(
     rows = [
         (name, row if name in kept else row._replace(generation=0))
         for name, row in held
-        if row.kind is not Kind.REMOVED or name in kept
+        if row.kind is not RecordKind.REMOVED or name in kept
     ]
     written = set()
     with contextlib.ExitStack() as writes:  # the new ones get their names together
@@ -177,7 +177,7 @@ def _merge(
             locks.close()
     gone = [name for name in order if name not in written]
     logger.debug("%s: %d shards were merged into %d", folder, len(locked), len(written))
-    _renew_index(folder, gone, {name: row.kind is Kind.ENTRY for name, row in held})
+    _renew_index(folder, gone, {name: row.kind is RecordKind.ENTRY for name, row in held})
     for name in gone:
         # on a volume without locks another merge may have made one of this name meanwhile
         if os.name == "nt" or is_file_of(folder / name, locked[name]):
@@ -201,14 +201,14 @@ def _is_already(catalog: Catalog, name: str, rows: Rows) -> bool:
 def _copies(folder: Path, catalog: Catalog, rows: Rows) -> Mapping[str, set[int]]:
     """Return which shards know something of the names that were removed or replaced."""
     copies: dict[str, set[int]] = {
-        name: set() for name, row in rows if row.kind is Kind.REMOVED or row.generation
+        name: set() for name, row in rows if row.kind is RecordKind.REMOVED or row.generation
     }
     for number, shard in enumerate(catalog.shards):
         if not copies:
             break
         with contextlib.suppress(FileNotFoundError), (folder / shard.name).open("rb") as file:
             for record in read_records(file, shard.size):
-                if isinstance(record, Record) and record.name in copies:
+                if isinstance(record, ShardRecord) and record.name in copies:
                     copies[record.name].add(number)
     return copies
 
@@ -251,7 +251,7 @@ def shard_name(rows: Rows) -> str:
     return f"cache-{content.hexdigest()[:16]}.tar"
 
 
-def _record_bytes(name: str, row: Row) -> int:
+def _record_bytes(name: str, row: CatalogRow) -> int:
     return len(record_header(name, row.kind, row.generation, row.length, row.crc32)) + padded(row.length)
 
 
@@ -261,7 +261,7 @@ def _total(rows: Rows) -> int:
 
 def _chunks(rows: Rows, shard_bytes: int) -> Iterator[Rows]:
     """Yield rows in groups that make one shard."""
-    chunk: list[tuple[str, Row]] = []
+    chunk: list[tuple[str, CatalogRow]] = []
     size = 0
     for name, row in rows:
         chunk.append((name, row))
@@ -278,7 +278,7 @@ def _write_shard(path: Path, rows: Rows, catalog: Catalog, locked: Mapping[str, 
         try_lock(file)  # so that nobody takes it for a leftover
         for name, row in rows:
             file.write(record_header(name, row.kind, row.generation, row.length, row.crc32))
-            if row.kind is Kind.ENTRY:
+            if row.kind is RecordKind.ENTRY:
                 _copy(locked[catalog.shards[row.shard].name], row.offset, row.length, file)
                 file.write(bytes(padded(row.length) - row.length))
         file.write(END)

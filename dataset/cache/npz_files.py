@@ -48,7 +48,9 @@ def read_arrays(path: Path, names: Collection[str], most_bytes: int = MOST_BYTES
     Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
     """
     with _open(path) as file:
-        return {name: parse_array(_read(file, name, most_bytes)) for name in _names(file) if name in names}
+        return {
+            name: parse_array(_read_member(file, name, most_bytes)) for name in _names(file) if name in names
+        }
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def read_outlines(path: Path, names: Collection[str]) -> dict[str, Outline]:
 def read_members(path: Path) -> dict[str, bytes]:
     """Return the bytes of all members by the names of their arrays. Raises CacheError as `read_arrays`."""
     with _open(path) as file:
-        return {name: _read(file, name) for name in _names(file)}
+        return {name: _read_member(file, name) for name in _names(file)}
 
 
 def write_members(path: Path, members: Mapping[str, bytes]) -> None:
@@ -135,7 +137,7 @@ def _names(file: zipfile.ZipFile) -> list[str]:
     return names
 
 
-def _read(file: zipfile.ZipFile, name: str, most_bytes: int = MOST_BYTES) -> bytes:
+def _read_member(file: zipfile.ZipFile, name: str, most_bytes: int = MOST_BYTES) -> bytes:
     """Return the bytes of a member, which are compared with their checksum."""
     size_bytes = file.getinfo(name + _MEMBER).file_size
     if size_bytes > most_bytes:

@@ -94,7 +94,7 @@ def latent_record(header: Header) -> LatentRecord | None:
 
     Raises CacheError if the record is damaged.
     """
-    found = _read(header)
+    found = _read_record(header)
     if found is None:
         return None
     try:
@@ -158,7 +158,7 @@ def text_records(header: Header) -> dict[str, TextRecord]:
 
     Raises CacheError if they are damaged.
     """
-    found = _read(header)
+    found = _read_record(header)
     if found is None:
         return {}
     try:
@@ -268,7 +268,7 @@ def _guard(content: Mapping[str, Any]) -> dict[str, str]:
     return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
 
 
-def _read(header: Header) -> dict[str, Any] | None:
+def _read_record(header: Header) -> dict[str, Any] | None:
     text = header.metadata.get(RECORD_KEY)
     if text is None:
         return None

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from dataset.cache.catalog import Catalog, Row, Shard, list_shards, open_catalog
+from dataset.cache.catalog import Catalog, CatalogRow, Shard, list_shards, open_catalog
 from dataset.cache.files import Entry, Header
 from dataset.cache.merging import SHARD_BYTES, merge_shards
 from dataset.cache.packing import unpack, unpack_header
-from dataset.cache.tar_records import END, Kind, padded, record_header, writer_header
+from dataset.cache.tar_records import END, RecordKind, padded, record_header, writer_header
 from modules.atomic_write import check_space, explain_errors, flush_folder
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError
@@ -120,7 +120,7 @@ class ShardStore:
         with self._lock:
             catalog = self._look()
             row = catalog.there(name)
-            if row is None or row.kind is Kind.LOST:
+            if row is None or row.kind is RecordKind.LOST:
                 return None
             path = self.folder / catalog.shards[row.shard].name
         try:
@@ -147,7 +147,7 @@ class ShardStore:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write an entry that is the bytes of a file. Raises OutputError."""
-        self._append(name, Kind.ENTRY, data)
+        self._append(name, RecordKind.ENTRY, data)
 
     def replace(
         self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
@@ -159,7 +159,7 @@ class ShardStore:
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
         if self.has(name):
-            self._append(name, Kind.REMOVED)
+            self._append(name, RecordKind.REMOVED)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
         """Do nothing: what killed writers left goes when the shards are merged."""
@@ -201,7 +201,7 @@ class ShardStore:
             )
         return said
 
-    def _append(self, name: str, kind: Kind, data: bytes = b"") -> None:
+    def _append(self, name: str, kind: RecordKind, data: bytes = b"") -> None:
         with self._lock:
             catalog = self._look()
             old = catalog.get(name)
@@ -215,7 +215,7 @@ class ShardStore:
             number = self._number(catalog, self._writer.path.name)
             shard = catalog.shards[number]
             shard.size = shard.position = self._writer.size
-            catalog.added[name] = Row(number, offset, len(data), crc32, generation, kind)
+            catalog.added[name] = CatalogRow(number, offset, len(data), crc32, generation, kind)
 
     def _number(self, catalog: Catalog, name: str) -> int:
         for number in range(len(catalog.shards) - 1, -1, -1):
@@ -242,16 +242,16 @@ class ShardStore:
         self._catalog = None
         self._handles.clear()
 
-    def _with_row(self, name: str, read: Callable[[str, Path, Row], Any]) -> Any:
+    def _with_row(self, name: str, read: Callable[[str, Path, CatalogRow], Any]) -> Any:
         """Read an entry; if that fails look again, since shards may have been merged meanwhile."""
         for is_last in (False, True):
             with self._lock:
                 catalog = self._look()
                 row = catalog.there(name)
-                shard = "" if row is None or row.kind is Kind.LOST else catalog.shards[row.shard].name
+                shard = "" if row is None or row.kind is RecordKind.LOST else catalog.shards[row.shard].name
             if row is None:
                 error = CacheError(f"{self.folder / name}: no such cache file, in none of the shards")
-            elif row.kind is Kind.LOST:
+            elif row.kind is RecordKind.LOST:
                 error = CacheError(f"{self.folder / name}: damaged, its shard was cut or removed")
             else:
                 try:
@@ -269,7 +269,7 @@ class ShardStore:
                 self._refresh()
         raise AssertionError("unreachable")
 
-    def _bytes_of(self, name: str, shard: Path, row: Row) -> bytes:
+    def _bytes_of(self, name: str, shard: Path, row: CatalogRow) -> bytes:
         data = self._read_at(shard, row.offset, row.length)
         if len(data) != row.length or zlib.crc32(data) != row.crc32:
             raise CacheError(
@@ -277,7 +277,7 @@ class ShardStore:
             )
         return data
 
-    def _header_of(self, name: str, shard: Path, row: Row) -> Header:
+    def _header_of(self, name: str, shard: Path, row: CatalogRow) -> Header:
         return unpack_header(
             self.folder / name,
             row.length,

@@ -31,7 +31,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _BAD = re.compile(rb"[/\\:\x00]" if os.name == "nt" else rb"[/\x00]")
 
 
-class Kind(IntEnum):
+class RecordKind(IntEnum):
     """What holds for a name. Of two of one generation the lower kind does."""
 
     ENTRY = 0
@@ -40,11 +40,11 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Record:
+class ShardRecord:
     """One record of a shard. Offsets are of the shard; `offset` is where the entry's bytes begin."""
 
     name: str
-    kind: Kind
+    kind: RecordKind
     generation: int  # one more than that of what it replaces
     length: int
     crc32: int
@@ -54,7 +54,7 @@ class Record:
     @property
     def end(self) -> int:
         """Return where the next record begins."""
-        return padded(self.offset + self.length) if self.kind is Kind.ENTRY else self.offset
+        return padded(self.offset + self.length) if self.kind is RecordKind.ENTRY else self.offset
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def has_bad_characters(names: bytes) -> bool:
     return _BAD.search(names) is not None
 
 
-def record_header(name: str, kind: Kind, generation: int, length: int = 0, crc32: int = 0) -> bytes:
+def record_header(name: str, kind: RecordKind, generation: int, length: int = 0, crc32: int = 0) -> bytes:
     """Return what stands before the bytes of an entry; for other kinds the whole record."""
     raw = encode_name(name)
     start = f"reelsmith 1 {kind.name.lower()} {generation} {length} {crc32:08x} ".encode()
     check = zlib.crc32(start + raw)
     body = _line(b"comment", start + f"{check:08x} ".encode() + raw)
-    if kind is not Kind.ENTRY:
+    if kind is not RecordKind.ENTRY:
         return _block(b"reelsmith", len(body), b"g") + _fill(body)
     if len(raw) > 100 or not name.isascii():
         body += _line(b"path", raw)
@@ -146,7 +146,7 @@ def is_foreign(file: BinaryIO) -> bool:
     return not start.startswith(b"reelsmith\0") or bool(is_other_version)
 
 
-def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Record | Damage | Ending]:
+def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[ShardRecord | Damage | Ending]:
     """Yield the records of a shard from a position, its damaged places, and at last its end.
 
     Only headers are read. Behind a place that is no header the next one is searched byte by byte, so that
@@ -155,7 +155,7 @@ def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Recor
     floor = position  # where a search begins: the bytes of the last record may be fewer than it says
     while True:
         found = _read_record(file, position)
-        if isinstance(found, Record) and found.end <= size:
+        if isinstance(found, ShardRecord) and found.end <= size:
             yield found
             floor, position = found.offset, found.end
             continue
@@ -165,7 +165,7 @@ def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Recor
         if size - position <= 2 * BLOCK and _at(file, position, size - position).count(0) == size - position:
             yield Ending(position, is_finished=size - position == 2 * BLOCK)
             return
-        after = _search(file, max(floor, found.offset if isinstance(found, Record) else floor) + 1, size)
+        after = _search(file, max(floor, found.offset if isinstance(found, ShardRecord) else floor) + 1, size)
         if after is None:
             yield Ending(position, is_finished=False)
             return
@@ -173,7 +173,7 @@ def read_records(file: BinaryIO, size: int, position: int = 0) -> Iterator[Recor
         floor = position = after
 
 
-def _read_record(file: BinaryIO, position: int) -> Record | int | None:
+def _read_record(file: BinaryIO, position: int) -> ShardRecord | int | None:
     """Return the record at a position; for the writer's header where the next one begins."""
     start = _at(file, position, 3 * BLOCK)
     length = _size_in(start[:BLOCK])
@@ -191,15 +191,17 @@ def _read_record(file: BinaryIO, position: int) -> Record | int | None:
     match = _COMMENT.fullmatch(comment)
     if match is None or zlib.crc32(match[0][: match.start(5)] + match[6]) != int(match[5], 16):
         return None
-    kind, data_length = Kind[match[1].decode().upper()], int(match[3])
+    kind, data_length = RecordKind[match[1].decode().upper()], int(match[3])
     name = decode_name(match[6])
-    is_right = is_safe_name(name) and (flag == b"x") == (kind is Kind.ENTRY)
-    if kind is Kind.ENTRY:
+    is_right = is_safe_name(name) and (flag == b"x") == (kind is RecordKind.ENTRY)
+    if kind is RecordKind.ENTRY:
         is_right = is_right and _size_in(start[body_end : body_end + BLOCK]) == data_length
         body_end += BLOCK
     if not is_right:
         return None
-    return Record(name, kind, int(match[2]), data_length, int(match[4], 16), position, position + body_end)
+    return ShardRecord(
+        name, kind, int(match[2]), data_length, int(match[4], 16), position, position + body_end
+    )
 
 
 def _at(file: BinaryIO, position: int, count: int) -> bytes:
@@ -214,7 +216,7 @@ def _search(file: BinaryIO, position: int, size: int) -> int | None:
         place = chunk.find(_MAGIC)
         while place >= 0:
             start = place - _MAGIC_AT
-            if start >= 0 and isinstance(_read_record(file, position + start), Record):
+            if start >= 0 and isinstance(_read_record(file, position + start), ShardRecord):
                 return position + start
             place = chunk.find(_MAGIC, place + 1)
         position += SEARCH_BYTES

@@ -15,7 +15,7 @@ from dataset.caching.cleanup import remove_stale_latents, remove_stale_texts
 from dataset.caching.planning import Caches, SourcePlan
 from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import CacheReport, join_reports
-from dataset.caching.work import MediaWork, Places, TextWork
+from dataset.caching.work import EntryPlaces, MediaWork, TextWork
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, ShardOptions
 from modules.atomic_write import free_bytes
@@ -26,7 +26,7 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 def cache_media(
-    family: Caches, config: DatasetConfig, options: CachingOptions, places: Places | None = None
+    family: Caches, config: DatasetConfig, options: CachingOptions, places: EntryPlaces | None = None
 ) -> CacheReport:
     """Encode every item that has no valid latent cache, then remove stale files.
 
@@ -73,7 +73,7 @@ def cache_media(
 
 
 def cache_texts(
-    family: Caches, config: DatasetConfig, options: CachingOptions, places: Places | None = None
+    family: Caches, config: DatasetConfig, options: CachingOptions, places: EntryPlaces | None = None
 ) -> CacheReport:
     """Encode every caption without a valid text cache, one encoder after the other; then remove stale files.
 

@@ -121,7 +121,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Look:
+class SourceLook:
     """What was seen of a source and its cache files without reading them."""
 
     known: Mapping[str, LatentRecord]  # of files that are as they were when they were verified
@@ -129,19 +129,19 @@ class Look:
     newest_ns: int | None  # when one of them was last written; None: they cannot be looked at
 
 
-def look_at(source: MediaSource, existing: Names, recipe: Recipe) -> Look:
+def look_at(source: MediaSource, existing: Names, recipe: Recipe) -> SourceLook:
     """Look which of the source's cache files are known, by one look at each file."""
     if not existing:
-        return Look({}, 0, None)
+        return SourceLook({}, 0, None)
     try:
         stamps = [stamp_of(path, origin) for path, origin in source.parts]
     except (OSError, MediaError):  # what reads it says why
-        return Look({}, 0, None)
+        return SourceLook({}, 0, None)
     sources = fingerprint(stamps)
     index = recipe.index.of(recipe.stores.of(source.table))
     found = ((file, index.get(file, sources)) for file in existing)
     known = {file: record for file, record in found if record is not None}
-    return Look(known, sources, max(time_ns for _, time_ns in stamps))
+    return SourceLook(known, sources, max(time_ns for _, time_ns in stamps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ def compare(
     wanted: Iterable[Span],
     existing: Names,
     recipe: Recipe,
-    look: Look | None = None,
+    look: SourceLook | None = None,
 ) -> SourcePlan:
     """Return the plan for a source whose size and spans are known. look: at it, if there was one."""
     look = look or look_at(source, existing, recipe)
@@ -315,7 +315,7 @@ def _check_sections(source: MediaSource, files: Names, sections: int | None) -> 
 
 
 def _check_item(
-    source: MediaSource, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe, look: Look
+    source: MediaSource, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe, look: SourceLook
 ) -> int:
     """Check that the files of an item are what this run would write; return how many have no record.
 
@@ -399,7 +399,7 @@ def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
     return f"{', '.join(changed)} changed since" if changed else None
 
 
-def _known_size(look: Look) -> Size | None:
+def _known_size(look: SourceLook) -> Size | None:
     """Return the size of an image that is as it was when one of its caches was verified."""
     for record in look.known.values():
         size = record.options.get("size")
@@ -408,7 +408,9 @@ def _known_size(look: Look) -> Size | None:
     return None
 
 
-def _find_known_clip(source: MediaSource, existing: Names, recipe: Recipe, look: Look) -> ClipFacts | None:
+def _find_known_clip(
+    source: MediaSource, existing: Names, recipe: Recipe, look: SourceLook
+) -> ClipFacts | None:
     """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
     rate = recipe.table_options(source)
     known = []

@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 @dataclass(frozen=True, slots=True)
-class TextPlan:
+class EncodingPlan:
     """What to do for one text, by names of encoders."""
 
     file: CaptionFile
@@ -65,7 +65,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTexts:
     """What a cache file, finished or not, holds of what is wanted."""
 
     entry: Entry | None = None  # None: it is missing or damaged
@@ -149,16 +149,16 @@ def plan_text(
     encoders: Encoders,
     skip_existing: bool,
     known: KnownTexts | None = None,
-) -> TextPlan:
+) -> EncodingPlan:
     """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed.
 
     known: of the run, so that what is known to be right is not read.
     """
     wanted = Wanted(file, encoders, skip_existing)
     if known is not None and known.trusts and store.is_shared(wanted.name) and store.has(wanted.name):
-        return TextPlan(file, (), (), is_foreign=True, is_known=True)
+        return EncodingPlan(file, (), (), is_foreign=True, is_known=True)
     if known is not None and known.is_whole(wanted):
-        return TextPlan(file, (), (), is_foreign=False, is_known=True)
+        return EncodingPlan(file, (), (), is_foreign=False, is_known=True)
     part = find_part(store, wanted).right  # before the file, as another process may finish it now
     stamp = store.stamp(wanted.name)
     is_trusted = store.is_shared(wanted.name) and (known is None or known.index.is_trusted)
@@ -167,7 +167,7 @@ def plan_text(
     if known is not None and found.entry is not None and all(right.get(one.name) for one, _ in encoders):
         known.note(wanted, found.entry, stamp)
     names = [encoder.name for encoder, _ in encoders]
-    return TextPlan(
+    return EncodingPlan(
         file,
         missing=tuple(name for name in names if name not in right and name not in part),
         in_part=tuple(name for name in names if name not in right and name in part),
@@ -175,7 +175,7 @@ def plan_text(
     )
 
 
-def find_finished(store: CacheStore, wanted: Wanted, has_values: bool = True) -> Found:
+def find_finished(store: CacheStore, wanted: Wanted, has_values: bool = True) -> FoundTexts:
     """Compare the finished file of a text with what is wanted.
 
     has_values: False compares without reading the tensors; then what is found has none.
@@ -183,19 +183,19 @@ def find_finished(store: CacheStore, wanted: Wanted, has_values: bool = True) ->
     return _find(store, wanted.name, wanted, wanted.skip_existing, has_values)[0]
 
 
-def find_part(store: CacheStore, wanted: Wanted) -> Found:
+def find_part(store: CacheStore, wanted: Wanted) -> FoundTexts:
     """Compare the unfinished file of a text with what is wanted.
 
     If anything in it is from a run with other encoders or another caption, joining it would corrupt the valid
     outputs: then nothing is found.
     """
     found, others = _find(store, part_name(wanted.name), wanted, skip_existing=False)
-    return Found() if others or not found.right else found
+    return FoundTexts() if others or not found.right else found
 
 
 def _find(
     store: CacheStore, name: str, wanted: Wanted, skip_existing: bool, has_values: bool = True
-) -> tuple[Found, frozenset[str]]:
+) -> tuple[FoundTexts, frozenset[str]]:
     """Return what a file holds of what is wanted, and the encoders of all other records in it.
 
     skip_existing: outputs without a record are valid if the caption is the same.
@@ -203,14 +203,14 @@ def _find(
     right: dict[str, bool] = {}
     file = wanted.file
     if not store.has(name):
-        return Found(), frozenset()
+        return FoundTexts(), frozenset()
     try:
         entry = store.read(name) if has_values else Entry(store.read_header(name), {})
         records = text_records(entry.header)
     except CacheError as error:
         if store.has(name):  # else another process has removed it since
             logger.warning("%s. It is made again.", error)
-        return Found(), frozenset()
+        return FoundTexts(), frozenset()
     for encoder, identity in wanted.encoders:
         record = records.get(encoder.name)
         if record is None:
@@ -229,7 +229,7 @@ def _find(
             right[encoder.name] = True
         except CacheError as error:
             logger.warning("%s. It is made again.", error)
-    return Found(entry, right), frozenset(records.keys() - right.keys())
+    return FoundTexts(entry, right), frozenset(records.keys() - right.keys())
 
 
 def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:

@@ -38,7 +38,7 @@ from dataset.caching.latents import require_finite
 from dataset.caching.planning import AT_ONCE, Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
-from dataset.caching.text_plans import KnownTexts, TextPlan, Wanted, find_finished, find_part, plan_text
+from dataset.caching.text_plans import EncodingPlan, KnownTexts, Wanted, find_finished, find_part, plan_text
 from dataset.sources.captions import describe_cut
 from modules.bars import Bar
 from modules.contract.data import Conditions
@@ -117,7 +117,7 @@ class TextEncoding:
         self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
         encoder.load(self._device)
 
-    def _plan(self, files: Sequence[CaptionFile]) -> list[TextPlan]:
+    def _plan(self, files: Sequence[CaptionFile]) -> list[EncodingPlan]:
         """Compare all texts with their files; finish those that need nothing else. Returns the plans of those
         that were read.
 
@@ -125,7 +125,7 @@ class TextEncoding:
         have written a better one since.
         """
 
-        def compare(some: TextBatch) -> list[tuple[CaptionFile, TextPlan]]:
+        def compare(some: TextBatch) -> list[tuple[CaptionFile, EncodingPlan]]:
             encoders, skip_existing, known = self._encoders, self._skip_existing, self._known
             stores = self._stores
             plans = [
@@ -155,7 +155,7 @@ class TextEncoding:
         encoder: TextEncoder,
         identity: Mapping[str, str],
         files: Sequence[CaptionFile],
-        to_do: dict[Path, TextPlan],
+        to_do: dict[Path, EncodingPlan],
     ) -> None:
         """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
         taken, left = 0, []
@@ -209,7 +209,7 @@ class TextEncoding:
         encoder: TextEncoder,
         identity: Mapping[str, str],
         batches: Sequence[TextBatch],
-        to_do: Mapping[Path, TextPlan],
+        to_do: Mapping[Path, EncodingPlan],
         bar: Bar,
     ) -> None:
         """Encode every batch in which something is missing, and write what is missing.

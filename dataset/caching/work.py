@@ -55,7 +55,7 @@ Announce = Callable[[int, Sequence[SourcePlan]], None]
 
 
 @dataclass(frozen=True)
-class Places:
+class EntryPlaces:
     """Where the entries of a run are kept."""
 
     stores: Stores
@@ -68,7 +68,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPart:
     """What was done for a part of the sources."""
 
     report: CacheReport
@@ -84,13 +84,13 @@ class MediaWork:
         config: DatasetConfig,
         options: CachingOptions,
         device: torch.device,
-        places: Places | None = None,
+        places: EntryPlaces | None = None,
     ) -> None:
         """List entries and sources. places: where entries are kept, if not where the tables say.
 
         Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
         """
-        places = places or Places(Stores(npz_names(family)))
+        places = places or EntryPlaces(Stores(npz_names(family)))
         self.stores = places.stores
         self.existing: ExistingNames = {
             table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
@@ -109,7 +109,9 @@ class MediaWork:
         self._options = options
         self._encoders = EncodersOnDemand(family, device)
 
-    def encode(self, sources: Sequence[MediaSource], show: bool, announce: Announce | None = None) -> Encoded:
+    def encode(
+        self, sources: Sequence[MediaSource], show: bool, announce: Announce | None = None
+    ) -> EncodedPart:
         """Encode every item of some sources that has no valid entry.
 
         A source that cannot be read becomes a failure of the report and does not stop the others. Raises
@@ -143,7 +145,7 @@ class MediaWork:
             whole=len(self.sources),
         )
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-        return Encoded(report, frozenset(kept | encoding.written))
+        return EncodedPart(report, frozenset(kept | encoding.written))
 
     @property
     def index(self) -> Indexes[Any]:
@@ -171,14 +173,14 @@ class TextWork:
         options: CachingOptions,
         device: torch.device,
         show: bool,
-        places: Places | None = None,
+        places: EntryPlaces | None = None,
     ) -> None:
         """List entries and captions. show: whether this process shows its progress. places: see `MediaWork`.
 
         Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
         of an encoder is wrong.
         """
-        places = places or Places(Stores(npz_names(family)))
+        places = places or EntryPlaces(Stores(npz_names(family)))
         self.stores = places.stores
         self.existing: Mapping[int, Collection[str]] = {
             table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets

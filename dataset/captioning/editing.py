@@ -10,7 +10,7 @@ from typing import Any
 from dataset.captioning.backups import keep_backup
 from dataset.captioning.lists import rewrite_lines
 from dataset.captioning.options import WordingOptions
-from dataset.captioning.places import Place, entry_name, find_places
+from dataset.captioning.places import CaptionPlace, entry_name, find_places
 from dataset.captioning.planning import read_made
 from dataset.captioning.wording import reword, reword_lines
 from dataset.config import DatasetConfig, DatasetTable
@@ -79,7 +79,7 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
         )
 
 
-def _edits_of_files(places: Sequence[Place], wording: WordingOptions) -> Iterator[Edit]:
+def _edits_of_files(places: Sequence[CaptionPlace], wording: WordingOptions) -> Iterator[Edit]:
     for place in places:
         if place.entry is not None or place.caption is None:
             continue

@@ -30,7 +30,7 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]  # an object of the list -> 
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingCaption:
     """A caption that waits to be put into the list."""
 
     caption: str
@@ -55,7 +55,7 @@ class CaptionList:
         entry: the path in the line. old: the caption that is to be replaced; a line with another one is left
         alone. is_foreign: a person wrote the old one. Raises OutputError if it cannot be written.
         """
-        found = Waiting(caption, None if old is None else hash_of(old), is_foreign)
+        found = WaitingCaption(caption, None if old is None else hash_of(old), is_foreign)
         line = json.dumps({"path": line_key(entry), **vars(found)}, ensure_ascii=False)
         # the last line may be an unfinished one of a killed run
         append_text(self._journal, f"{line}\n" if self.waiting else f"\n{line}\n")
@@ -102,8 +102,8 @@ def line_key(entry: str) -> str:
     return short_hash(address_identity(entry)) if is_address(entry) else entry
 
 
-def _read_journal(path: Path) -> dict[str, Waiting]:
-    waiting: dict[str, Waiting] = {}
+def _read_journal(path: Path) -> dict[str, WaitingCaption]:
+    waiting: dict[str, WaitingCaption] = {}
     try:
         for line in read_lines(path):
             try:
@@ -112,7 +112,7 @@ def _read_journal(path: Path) -> dict[str, Waiting]:
                 continue
             texts = (entry.get("path"), entry.get("caption")) if isinstance(entry, dict) else ()
             if texts and all(isinstance(text, str) for text in texts):
-                waiting[str(texts[0])] = Waiting(
+                waiting[str(texts[0])] = WaitingCaption(
                     str(texts[1]), entry.get("old"), bool(entry.get("is_foreign"))
                 )
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from PIL import Image
 from dataset.caching.prefetch import run_ahead
 from dataset.captioning.answers import Answer, Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from dataset.captioning.drawing import draw_words
-from dataset.captioning.options import AskOptions, ModelOptions
+from dataset.captioning.options import AskOptions, CaptionModelOptions
 from dataset.captioning.planning import CaptionJob
 from dataset.captioning.processors import image_token, load_processor
 from modules.checkpoints.hub_folders import find_model_folder
@@ -159,7 +159,7 @@ def end_tokens(model: Any) -> frozenset[int]:
     return frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
 
 
-def load_model(options: ModelOptions, ask: AskOptions) -> LocalModel:
+def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
     Raises InstallationError if transformers is missing, CheckpointError if the folder holds no such model,

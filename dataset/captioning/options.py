@@ -17,7 +17,7 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class CaptionModelOptions:
     """A vision-language model that runs here."""
 
     model: str | None  # a folder, or the name of a repository of a hub
@@ -143,7 +143,7 @@ class CaptioningOptions:
     overwrite_all: bool
     fill_empty: bool
     edit_only: bool
-    model: ModelOptions
+    model: CaptionModelOptions
     api: ApiOptions
     ask: AskOptions
     wording: WordingOptions

@@ -20,7 +20,7 @@ EXTENSION = ".txt"  # of tables that name none
 
 
 @dataclass(frozen=True)
-class Place:
+class CaptionPlace:
     """Where the caption of a source stands, or would."""
 
     source: MediaSource
@@ -44,10 +44,10 @@ def entry_name(file: Path, entry: str) -> str:
 
 
 @dataclass(frozen=True)
-class Places:
+class CaptionPlaces:
     """The captions of a dataset, each once, and which tables lack a key to find them."""
 
-    all: tuple[Place, ...]
+    all: tuple[CaptionPlace, ...]
     without_extension: tuple[DatasetTable, ...]
 
     def say_missing_keys(self) -> list[str]:
@@ -60,7 +60,7 @@ class Places:
         ]
 
 
-def find_places(config: DatasetConfig, texts: bool) -> Places:
+def find_places(config: DatasetConfig, texts: bool) -> CaptionPlaces:
     """Return where the captions of all sources stand. texts: also read those in files beside the media.
 
     Sources are listed as for caching, but for control media and masks. A caption that several tables share is
@@ -72,11 +72,11 @@ def find_places(config: DatasetConfig, texts: bool) -> Places:
     tables = tuple(map(_media_only, config.datasets))
     sources = find_all_sources(dataclasses.replace(config, datasets=tables))
     lines = {table.jsonl_file: _read_list(table) for table in tables if table.jsonl_file is not None}
-    places: dict[tuple[Path, str | None], Place] = {}
+    places: dict[tuple[Path, str | None], CaptionPlace] = {}
     for source in sources:
         place = _place_of(source, lines, texts)
         places.setdefault((place.file, place.entry), place)
-    return Places(tuple(places.values()), lacking)
+    return CaptionPlaces(tuple(places.values()), lacking)
 
 
 def has_place(table: DatasetTable) -> bool:
@@ -108,17 +108,19 @@ def _media_only(table: DatasetTable) -> DatasetTable:
 
 def _place_of(
     source: MediaSource, lines: Mapping[Path, Mapping[Path, tuple[str, str | None]]], texts: bool
-) -> Place:
+) -> CaptionPlace:
     has_caption, path = source.caption is not None, source.caption_path
     if path is not None:
-        return Place(source, path, None, read_caption(path) if texts and has_caption else None, has_caption)
+        return CaptionPlace(
+            source, path, None, read_caption(path) if texts and has_caption else None, has_caption
+        )
     file = source.table.jsonl_file
     assert file is not None
     try:
         entry, caption = lines[file][source.path]
     except KeyError:
         raise DatasetError(f"{file}: the line of {source.path} cannot be found again. Run again.") from None
-    return Place(source, file, entry, caption, has_caption)
+    return CaptionPlace(source, file, entry, caption, has_caption)
 
 
 def _read_list(table: DatasetTable) -> dict[Path, tuple[str, str | None]]:

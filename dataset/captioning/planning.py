@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.captioning.made import MadeCaptions
 from dataset.captioning.options import CaptioningOptions
-from dataset.captioning.places import Place
+from dataset.captioning.places import CaptionPlace
 
 MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
 
@@ -17,7 +17,7 @@ MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "han
 class CaptionJob:
     """A caption to make."""
 
-    place: Place
+    place: CaptionPlace
     why: str  # MISSING, EMPTY, OURS or FOREIGN; of the last the old file is kept
 
     @property
@@ -44,13 +44,13 @@ def needs_texts(options: CaptioningOptions) -> bool:
     return options.overwrite or options.overwrite_all or options.fill_empty
 
 
-def read_made(places: Iterable[Place]) -> dict[Path, MadeCaptions]:
+def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
     """Return by folder what this program has written there."""
     return {folder: MadeCaptions(folder) for folder in {place.file.parent for place in places}}
 
 
 def plan_captions(
-    places: Collection[Place], made: Mapping[Path, MadeCaptions], options: CaptioningOptions
+    places: Collection[CaptionPlace], made: Mapping[Path, MadeCaptions], options: CaptioningOptions
 ) -> CaptionPlan:
     """Return which captions are made. Nothing is written."""
     jobs = []
@@ -76,7 +76,7 @@ def pass_of(options: CaptioningOptions) -> str:
     ).hexdigest()
 
 
-def _why(place: Place, made: MadeCaptions, options: CaptioningOptions) -> str | None:
+def _why(place: CaptionPlace, made: MadeCaptions, options: CaptioningOptions) -> str | None:
     if not place.has_caption:
         return MISSING
     if place.caption is None:  # not read, or a line with a list of captions, which a person wrote

@@ -74,16 +74,16 @@ def _without_videos(folder: Path) -> Any:
 
 def _old_template(folder: Path, tokenizer: Any) -> str | None:
     """Return the template where earlier releases have it: in a file of its own, or with the tokenizer."""
-    found = _read(folder / "chat_template.json").get("chat_template")
+    found = _read_json(folder / "chat_template.json").get("chat_template")
     return found if isinstance(found, str) else tokenizer.chat_template
 
 
 def _processor_class(folder: Path) -> str | None:
-    names = (_read(folder / name).get("processor_class") for name in _NAMING)
+    names = (_read_json(folder / name).get("processor_class") for name in _NAMING)
     return next((name for name in names if isinstance(name, str)), None)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_text(path))
     except (OSError, ValueError):

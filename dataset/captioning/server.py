@@ -234,7 +234,7 @@ class ApiServer:
                 stream=True,
             ) as answer,
         ):
-            return answer.status_code, answer.headers.get("Retry-After", ""), _read(answer)
+            return answer.status_code, answer.headers.get("Retry-After", ""), _read_answer(answer)
 
     def _caption_in(self, text: str) -> str:
         """Return the caption in a server's answer. Raises NoCaptionError if there is none."""
@@ -317,7 +317,7 @@ def _data_url(frame: Any) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def _read(answer: requests.Response) -> str:
+def _read_answer(answer: requests.Response) -> str:
     """Return an answer's text. Raises NoCaptionError if it has more than MOST_BYTES."""
     if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
         raise NoCaptionError("the server's answer is packed more than once")

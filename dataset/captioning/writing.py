@@ -7,7 +7,7 @@ from pathlib import Path
 from dataset.captioning.backups import keep_backup
 from dataset.captioning.lists import CaptionList
 from dataset.captioning.made import MadeCaptions
-from dataset.captioning.places import Place
+from dataset.captioning.places import CaptionPlace
 from dataset.captioning.planning import FOREIGN, CaptionJob
 from dataset.sources.captions import read_caption
 from modules.atomic_write import write_text
@@ -21,7 +21,7 @@ class CaptionWriter:
     made: Mapping[Path, MadeCaptions]
     lists: Mapping[Path, CaptionList]
     num_put: int = 0
-    changed: list[Place] = field(default_factory=list)  # kept, as a person has written them meanwhile
+    changed: list[CaptionPlace] = field(default_factory=list)  # kept, as a person has written them meanwhile
 
     def write(self, job: CaptionJob, text: str) -> None:
         """Write a caption. Raises OutputError if it cannot be written."""
@@ -61,7 +61,7 @@ class CaptionWriter:
         return sum(len(one.kept) for one in self.lists.values())
 
 
-def _has_changed(place: Place) -> bool:
+def _has_changed(place: CaptionPlace) -> bool:
     """Return whether the file holds something else than when the captions were listed."""
     try:
         return read_caption(place.file) != place.caption

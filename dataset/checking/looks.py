@@ -31,7 +31,7 @@ SHADE = 0.3  # brightness of what is cut off
 
 
 @dataclass(frozen=True)
-class Look:
+class MediaLook:
     """What the page shows of a source's media. Whatever could not be read is None or empty."""
 
     strip: Markup | None = None
@@ -60,7 +60,7 @@ class Look:
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
 
-def look_at(source: MediaSource, fps: float, steps: Steps) -> Look:
+def look_at(source: MediaSource, fps: float, steps: Steps) -> MediaLook:
     """Read a source once; only a few small frames are kept in memory. fps: the family's rate.
 
     What cannot be read is told in `problem`; the frames before it are shown.
@@ -74,7 +74,7 @@ def look_at(source: MediaSource, fps: float, steps: Steps) -> Look:
     return dataclasses.replace(look, strip=embed_picture(strip, source.path.name, STRIP_WIDTH, quality=80))
 
 
-def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]) -> Look:
+def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]) -> MediaLook:
     """Read a source once and hand each frame that is used to `take`, at its own size: a look without strip.
 
     What cannot be read is told in `problem`.
@@ -96,7 +96,7 @@ def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[F
         values |= {"spans": found, "short": describe_short(source.table, found, used)}
     except (MediaError, DatasetError, OSError) as error:
         values["problem"] = str(error)
-    return Look(used=used, **values)  # type: ignore[arg-type]
+    return MediaLook(used=used, **values)  # type: ignore[arg-type]
 
 
 def _read_frames(
@@ -120,12 +120,12 @@ def _read_frames(
         take(frame)
 
 
-def _look_at_tensors(source: MediaSource, steps: Steps) -> Look:
+def _look_at_tensors(source: MediaSource, steps: Steps) -> MediaLook:
     """Look at a source whose latents are given: its clip, which need not be there, is not shown."""
     given = measure_source(source, steps)
     found = (given.span(steps.frame_step),)
     size_bytes = _size_bytes(source)
-    return Look(bytes=size_bytes, size=given.size, frames=given.frames, used=given.frames, spans=found)
+    return MediaLook(bytes=size_bytes, size=given.size, frames=given.frames, used=given.frames, spans=found)
 
 
 class EvenFrames:

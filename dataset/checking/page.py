@@ -11,7 +11,7 @@ from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import read_ahead
 from dataset.checking.captions import Counters
 from dataset.checking.findings import CheckResult, TableFindings
-from dataset.checking.looks import Look, look_at
+from dataset.checking.looks import MediaLook, look_at
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
@@ -35,7 +35,7 @@ Told = dict[tuple[str, int, str], list[Fault]]
 
 
 @dataclass(frozen=True)
-class Segment:
+class CaptionPart:
     """A part of a caption, and who does not read it."""
 
     text: str
@@ -44,21 +44,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Card:
+class CheckCard:
     """What the page shows of one file."""
 
     name: str
     source: MediaSource
-    look: Look
+    look: MediaLook
     faults: Sequence[Fault]
     remarks: Sequence[Fault]
     counts: Sequence[tuple[str, TokenCount]]
-    texts: Sequence[Sequence[Segment]]  # the caption as each group of encoders reads it
+    texts: Sequence[Sequence[CaptionPart]]  # the caption as each group of encoders reads it
     windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # length, (start, width) in %, how many
 
 
 @dataclass(frozen=True)
-class Section:
+class TableSection:
     """A table with its cards."""
 
     found: TableFindings
@@ -67,7 +67,7 @@ class Section:
     caches: Sequence[str]
     faults: Sequence[Fault]
     remarks: Sequence[Fault]
-    cards: Sequence[Card]
+    cards: Sequence[CheckCard]
 
 
 def write_check_page(
@@ -88,12 +88,12 @@ def write_check_page(
     pairs = [
         (found, source) for found, sources in zip(result.tables, chosen, strict=True) for source in sources
     ]
-    cards: dict[int, list[Card]] = {found.table.index: [] for found in result.tables}
+    cards: dict[int, list[CheckCard]] = {found.table.index: [] for found in result.tables}
     bar = Bar(len(pairs), "Reading pictures", "file")
 
     told = told_by_source(result.tables)
 
-    def work(pair: tuple[TableFindings, MediaSource]) -> Card:
+    def work(pair: tuple[TableFindings, MediaSource]) -> CheckCard:
         return _make_card(pair[1], look_at(pair[1], fps, latent), counters, told)
 
     for (found, _), card in read_ahead(pairs, lambda pair: pair[1], work, workers, bar):
@@ -142,16 +142,16 @@ def _spread(places: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int
     return [places[int(index)] for index in np.linspace(0, len(places) - 1, most).round()] if most else []
 
 
-def _make_section(found: TableFindings, cards: Sequence[Card]) -> Section:
+def _make_section(found: TableFindings, cards: Sequence[CheckCard]) -> TableSection:
     place, caches = (
         escape_control_codes(str(found.table.source)),
         list(map(escape_control_codes, found.caches)),
     )
     faults, remarks = _escape(found.faults), _escape(found.remarks)
-    return Section(found, place, _describe(found.table), caches, faults, remarks, cards)
+    return TableSection(found, place, _describe(found.table), caches, faults, remarks, cards)
 
 
-def _make_card(source: MediaSource, look: Look, counters: Counters, told: Told) -> Card:
+def _make_card(source: MediaSource, look: MediaLook, counters: Counters, told: Told) -> CheckCard:
     index = source.table.index
     faults, remarks = (told.get((which, index, source.stem), []) for which in ("fault", "remark"))
     counts = counters.count(source.caption) if source.caption else []
@@ -159,7 +159,7 @@ def _make_card(source: MediaSource, look: Look, counters: Counters, told: Told) 
     texts = [] if source.caption is None else caption_segments(source.caption, counts)
     for caption in source.more_captions:
         texts += caption_segments(caption, counters.count(caption))
-    return Card(name, source, look, faults, remarks, counts, texts, _windows(look))
+    return CheckCard(name, source, look, faults, remarks, counts, texts, _windows(look))
 
 
 def told_by_source(tables: Sequence[TableFindings]) -> Told:
@@ -178,10 +178,10 @@ def _escape(faults: Sequence[Fault]) -> list[Fault]:
     return [Fault(one.kind, escape_control_codes(one.text), one.stem) for one in faults]
 
 
-def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[Segment]]:
+def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
     """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
     if not counts:
-        return [[Segment(shorten_caption(caption), (), False)]]
+        return [[CaptionPart(shorten_caption(caption), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
     for name, count in counts:
         by_text.setdefault(count.text, []).append((name, count))
@@ -193,7 +193,7 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
             unread = tuple(name for name, count in readers if count.kept <= start)
             is_lost = len(unread) == len(readers)
             shown = shorten_caption(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
-            segments.append(Segment(shown, unread, is_lost))
+            segments.append(CaptionPart(shown, unread, is_lost))
         found.append(segments)
     return found
 
@@ -204,7 +204,7 @@ def shorten_caption(text: str, most: int = MOST_CHARACTERS) -> str:
     return escape_control_codes(text[:most]) + more
 
 
-def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
+def _windows(look: MediaLook) -> list[tuple[int, list[tuple[float, float]], int]]:
     """Return the spans of each length, as parts of the frames that are used, in percent."""
     by_length: dict[int, list[tuple[float, float]]] = {}
     for start, length in look.spans:

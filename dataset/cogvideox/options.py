@@ -17,7 +17,7 @@ MOST_FRAMES = 100_000
 
 
 @dataclass(frozen=True)
-class SourceOptions:
+class ClipSourceOptions:
     """Where clips and captions are."""
 
     data_root: Path
@@ -116,7 +116,7 @@ class WorkerOptions:
 class PrepareOptions:
     """Options of prepare_dataset.py."""
 
-    source: SourceOptions
+    source: ClipSourceOptions
     shape: ShapeOptions
     encoding: EncodingOptions
     workers: WorkerOptions

@@ -34,7 +34,7 @@ def make_maker(folder: Path, settings: MakerSettings) -> MomentsMaker:
 
     def load(device: torch.device) -> EncodeMoments:
         kind = _import("diffusers").AutoencoderKLCogVideoX
-        vae = _read(kind, folder / "vae", torch_dtype=settings.dtype).to(device).eval()
+        vae = _load_part(kind, folder / "vae", torch_dtype=settings.dtype).to(device).eval()
         if settings.tiled:
             vae.enable_tiling()
 
@@ -91,7 +91,7 @@ class CogTextEncoder:
 
         Raises CheckpointError if it cannot tell where tokens are in a text.
         """
-        tokenizer = _read(_import("transformers").AutoTokenizer, self.folder / "tokenizer")
+        tokenizer = _load_part(_import("transformers").AutoTokenizer, self.folder / "tokenizer")
         if not tokenizer.is_fast:
             raise CheckpointError(f"{self.folder / 'tokenizer'} does not say where its tokens are")
 
@@ -105,8 +105,8 @@ class CogTextEncoder:
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer."""
         transformers = _import("transformers")
-        self._tokenizer = _read(transformers.AutoTokenizer, self.folder / "tokenizer")
-        model = _read(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
+        self._tokenizer = _load_part(transformers.AutoTokenizer, self.folder / "tokenizer")
+        model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
         self._model = model.to(device).eval()
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class CogTextEncoder:
         self._model = self._tokenizer = None
 
 
-def _read(kind: Any, folder: Path, **settings: Any) -> Any:
+def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
     """Load a part of a pipeline from its folder, and nothing that could run code.
 
     Raises CheckpointError if it cannot be read.

@@ -21,7 +21,7 @@ from dataset.cogvideox.items import FOLDERS, PreparedItem, list_texts, name_item
 from dataset.cogvideox.options import PrepareOptions, ShapeOptions
 from dataset.sources.cogvideox import CogData, missing_clips, read_rows
 from dataset.sources.faults import Fault, raise_faults
-from dataset.sources.prepared import Prepared, read_prepared, write_prepared
+from dataset.sources.prepared import PreparedFolder, read_prepared, write_prepared
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.console import count_of, show_box
 from modules.contract.moments_maker import MomentsMaker
@@ -144,9 +144,9 @@ def _settle(options: PrepareOptions, maker: MomentsMaker | None) -> None:
         for name, value in dataclasses.asdict(options.shape).items()
     }
     earlier = read_prepared(options.output_dir)
-    now = Prepared(None, {}, settings)
+    now = PreparedFolder(None, {}, settings)
     if maker is not None:
-        now = Prepared(maker.architecture, maker.identity, settings)
+        now = PreparedFolder(maker.architecture, maker.identity, settings)
     if earlier is not None:
         changed = difference(earlier.settings, now.settings)
         if changed is None and earlier.architecture is not None:
@@ -167,7 +167,7 @@ def _settle(options: PrepareOptions, maker: MomentsMaker | None) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
 
 
-def _model_of(prepared: Prepared) -> Mapping[str, Any]:
+def _model_of(prepared: PreparedFolder) -> Mapping[str, Any]:
     return {"architecture": prepared.architecture, **prepared.vae}
 
 

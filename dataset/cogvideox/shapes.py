@@ -74,15 +74,15 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> NDA
     draws = draw(options.seed, name, options.random_flip)
     stated = video_info(path).frames
     available = stated or _count(path, threads)
-    frames = _read(path, available, options, draws, threads)
+    frames = _read_frames(path, available, options, draws, threads)
     if frames is None and stated is not None:  # the header is wrong
-        frames = _read(path, _count(path, threads), options, draws, threads)
+        frames = _read_frames(path, _count(path, threads), options, draws, threads)
     if frames is None:
         raise MediaError(f"{path} has other frames whenever it is read")
     return frames
 
 
-def _read(
+def _read_frames(
     path: Path, available: int, options: ShapeOptions, draws: Draws, threads: int
 ) -> NDArray[np.uint8] | None:
     """Read a clip of so many frames; None if there are fewer."""

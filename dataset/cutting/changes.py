@@ -9,7 +9,7 @@ CUT, DISSOLVE, PLAIN = "cut", "dissolve", "plain"  # kinds of changes
 
 
 @dataclass(frozen=True)
-class Change:
+class SceneChange:
     """Frames from `begin` to before `end` belong to no scene.
 
     At a hard cut both are the number of the first frame of the new scene.
@@ -20,11 +20,11 @@ class Change:
     kind: str
 
 
-class Detector(Protocol):
+class ChangeDetector(Protocol):
     """Finds the changes of a video whose pictures it is shown in order."""
 
     def see(self, pixels: Pixels) -> None:
         """Look at the next picture, H W 3."""
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[SceneChange]:
         """Return what was found, in order, after the last picture."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
-from dataset.cutting.changes import Detector
+from dataset.cutting.changes import ChangeDetector
 from dataset.cutting.clip_list import ClipList
-from dataset.cutting.inputs import Source
-from dataset.cutting.looking import Look, look_at
+from dataset.cutting.inputs import FootageSource
+from dataset.cutting.looking import VideoLook, look_at
 from dataset.cutting.options import CuttingOptions
-from dataset.cutting.planning import Clip, plan_clips
-from dataset.cutting.records import Record, changed_options, finish_record, start_record, write_record
+from dataset.cutting.planning import PlannedClip, plan_clips
+from dataset.cutting.records import CutRecord, changed_options, finish_record, start_record, write_record
 from dataset.cutting.writing import write_clips
 from modules.bars import FRAMES, Bar
 from modules.console import count_of
@@ -25,25 +25,25 @@ logger = logging.getLogger(__name__)
 NAMED = 3  # files that a message names
 
 
-class Stopped(Exception):
+class CuttingStopped(Exception):
     """Another thread was told to end."""
 
 
 @dataclass(frozen=True)
-class Job:
+class CuttingJob:
     """A source, the name of its clips, and what is known from an earlier run."""
 
-    source: Source
+    source: FootageSource
     stem: str
-    record: Record | None
+    record: CutRecord | None
 
 
 @dataclass(frozen=True)
 class Result:
     """What became of a source."""
 
-    record: Record | None  # None: of a dry run
-    clips: tuple[Clip, ...]  # those that are left out too; empty if nothing was to be done
+    record: CutRecord | None  # None: of a dry run
+    clips: tuple[PlannedClip, ...]  # those that are left out too; empty if nothing was to be done
     written: int = 0  # clips of this run
     is_new: bool = True  # whether anything was to be done
 
@@ -54,16 +54,16 @@ class Workshop:
 
     options: CuttingOptions
     output: Path  # absolute
-    make: Callable[[float], Detector]
+    make: Callable[[float], ChangeDetector]
     stop: Event
     shows_bars: bool
 
-    def look(self, source: Path) -> Look:
+    def look(self, source: Path) -> VideoLook:
         """Look at a video."""
         with self._bar(source, "scenes of") as bar:
             return look_at(source, self.make, self.options.choice.black_threshold, self._seen(bar))
 
-    def write(self, source: Path, clips: Sequence[tuple[Path, Clip]]) -> int:
+    def write(self, source: Path, clips: Sequence[tuple[Path, PlannedClip]]) -> int:
         """Write clips of a video."""
         with self._bar(source, "clips of") as bar:
             return write_clips(source, clips, self.options.form, self._seen(bar))
@@ -74,13 +74,13 @@ class Workshop:
     def _seen(self, bar: Bar) -> Callable[[], None]:
         def seen() -> None:
             if self.stop.is_set():
-                raise Stopped
+                raise CuttingStopped
             bar.update()
 
         return seen
 
 
-def check_old_clips(job: Job, shop: Workshop, known: ClipList) -> list[Path]:
+def check_old_clips(job: CuttingJob, shop: Workshop, known: ClipList) -> list[Path]:
     """Return the clips of an earlier cut that have to go, because options or the source are others now.
 
     Raises OutputError if a user has put work into them: captions beside them or in the list, another file.
@@ -111,13 +111,13 @@ def check_old_clips(job: Job, shop: Workshop, known: ClipList) -> list[Path]:
     return there
 
 
-def cut_video(job: Job, shop: Workshop) -> Result:
+def cut_video(job: CuttingJob, shop: Workshop) -> Result:
     """Cut a video, or finish what a run that was ended has begun. Raises UserError."""
     record, path, options = job.record, job.source.path, shop.options
     if record is not None and _is_valid(record, path, options):
         if record.is_done:
             return Result(record, (), is_new=False)
-        clips: tuple[Clip, ...] = tuple(one.clip for one in record.clips)
+        clips: tuple[PlannedClip, ...] = tuple(one.clip for one in record.clips)
         logger.info("%s: going on where the last run ended", path)
     else:
         if record is not None:
@@ -140,16 +140,16 @@ def cut_video(job: Job, shop: Workshop) -> Result:
     return Result(record, clips, written)
 
 
-def _is_valid(record: Record, source: Path, options: CuttingOptions) -> bool:
+def _is_valid(record: CutRecord, source: Path, options: CuttingOptions) -> bool:
     return record.is_of(source) and not changed_options(record, options)
 
 
-def _why(record: Record, source: Path, options: CuttingOptions) -> str:
+def _why(record: CutRecord, source: Path, options: CuttingOptions) -> str:
     changed = changed_options(record, options)
     return ", ".join(changed) if changed else "the file is another one" if not record.is_of(source) else ""
 
 
-def _refuse_strangers(new: Record, old: Record | None, output: Path) -> None:
+def _refuse_strangers(new: CutRecord, old: CutRecord | None, output: Path) -> None:
     """Raise OutputError if a clip would take the name of a file that is not ours."""
     ours = set() if old is None else {one.name for one in old.clips}
     names = [one.name for one in new.clips if one.name not in ours and os.path.lexists(output / one.name)]
@@ -160,7 +160,7 @@ def _refuse_strangers(new: Record, old: Record | None, output: Path) -> None:
         )
 
 
-def _remove_old(record: Record, output: Path) -> None:
+def _remove_old(record: CutRecord, output: Path) -> None:
     """Remove the clips of an earlier cut; `check_old_clips` has found nothing in them that is a user's.
 
     First of all the record says that they are not complete: a run that ends here is followed by another.

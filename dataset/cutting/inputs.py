@@ -15,21 +15,21 @@ MARK = ".split_video"  # folder of the records, beside the clips
 
 
 @dataclass(frozen=True)
-class Source:
+class FootageSource:
     """A video to cut."""
 
     path: Path  # absolute
     stem: str  # the name its clips would have by its place below --input, if no other source has it
 
 
-def find_videos(given: Path, output: Path) -> list[Source]:
+def find_videos(given: Path, output: Path) -> list[FootageSource]:
     """Return the videos of a folder and of the folders in it, by name, or the one that is given.
 
     What is in `output` is left out, if that is inside the folder, and so are clips that were cut into another
     folder there. Raises MediaError if there is none.
     """
     if not given.is_dir():
-        return [Source(given.resolve(), readable_stem(given.stem))]
+        return [FootageSource(given.resolve(), readable_stem(given.stem))]
     root, own = given.resolve(), output.resolve()
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
@@ -43,7 +43,8 @@ def find_videos(given: Path, output: Path) -> list[Source]:
             f"end in {', '.join(sorted(SUFFIXES))}."
         )
     return [
-        Source(path, readable_stem("_".join(path.relative_to(root).with_suffix("").parts))) for path in found
+        FootageSource(path, readable_stem("_".join(path.relative_to(root).with_suffix("").parts)))
+        for path in found
     ]
 
 

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.cutting.changes import Change, Detector
+from dataset.cutting.changes import ChangeDetector, SceneChange
 from modules.media.depth import Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, sharpness
 from modules.media.streams import shown_frames, source_info
@@ -20,7 +20,7 @@ BLOCK = 256  # samples
 
 
 @dataclass(frozen=True)
-class Sample:
+class PictureMeasures:
     """What is measured of one picture."""
 
     number: int
@@ -45,7 +45,7 @@ class Samples:
         self._is_black, self._is_flat = bytearray(), bytearray()
         self._blocks: list[NDArray[np.uint8]] = []  # BLOCK h w
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: PictureMeasures) -> None:
         """Append a sample; its frame is behind those before it."""
         place = len(self._numbers) % BLOCK
         if place == 0:
@@ -56,13 +56,13 @@ class Samples:
         self._is_black.append(sample.is_black)
         self._is_flat.append(sample.is_flat)
 
-    def between(self, begin: int, end: int) -> list[Sample]:
+    def between(self, begin: int, end: int) -> list[PictureMeasures]:
         """Return the samples of the frames from `begin` to before `end`."""
         first, last = (bisect_left(self._numbers, number) for number in (begin, end))
         return [self._sample(place) for place in range(first, last)]
 
-    def _sample(self, place: int) -> Sample:
-        return Sample(
+    def _sample(self, place: int) -> PictureMeasures:
+        return PictureMeasures(
             self._numbers[place],
             self._values[2 * place],
             self._values[2 * place + 1],
@@ -73,7 +73,7 @@ class Samples:
 
 
 @dataclass
-class Look:
+class VideoLook:
     """What is known of a video after all of it was looked at."""
 
     width: int
@@ -82,7 +82,7 @@ class Look:
     starts: "array[float]" = field(default_factory=lambda: array("d"))  # of each picture, in seconds
     end: float = 0.0
     samples: Samples = field(default_factory=Samples)
-    changes: list[Change] = field(default_factory=list)
+    changes: list[SceneChange] = field(default_factory=list)
 
     def time(self, number: int) -> float:
         """Return when a frame begins; for the number behind the last one, when the last ends."""
@@ -90,14 +90,14 @@ class Look:
 
 
 def look_at(
-    path: Path, make: Callable[[float], Detector], black_threshold: float, seen: Callable[[], None]
-) -> Look:
+    path: Path, make: Callable[[float], ChangeDetector], black_threshold: float, seen: Callable[[], None]
+) -> VideoLook:
     """Decode a video and find its changes. Two hours take some 60 MB, most of it for the samples.
 
     make: a detector for a rate. seen: called after each picture. Raises MediaError.
     """
     info = source_info(path)
-    look = Look(info.width, info.height, float(info.rate))
+    look = VideoLook(info.width, info.height, float(info.rate))
     detector = make(look.rate)
     due = 0.0
     for number, frame in enumerate(shown_frames(path)):
@@ -113,13 +113,13 @@ def look_at(
     return look
 
 
-def _measure(number: int, pixels: Pixels, black_threshold: float) -> Sample:
+def _measure(number: int, pixels: Pixels, black_threshold: float) -> PictureMeasures:
     frame = in_eight_bits(pixels)
     height, width = frame.shape[:2]
     factor = min(1.0, CELLS / min(height, width))
     size = max(1, round(width * factor)), max(1, round(height * factor))
     cells = cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
-    return Sample(
+    return PictureMeasures(
         number,
         brightness(frame),
         sharpness(frame),

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from dataset.cutting.changes import Change
-from dataset.cutting.looking import Look, Sample
+from dataset.cutting.changes import SceneChange
+from dataset.cutting.looking import PictureMeasures, VideoLook
 from dataset.cutting.options import ChoiceOptions, LengthOptions
 from modules.media.measures import is_static, motion
 
@@ -18,7 +18,7 @@ BLACK_PART = 0.5  # of the pictures of a clip
 
 
 @dataclass(frozen=True)
-class Clip:
+class PlannedClip:
     """Frames from `first` to before `end` of a video, which become a clip or are left out."""
 
     scene: int  # from 1
@@ -37,7 +37,7 @@ class Clip:
         return self.end - self.first
 
 
-def plan_clips(look: Look, lengths: LengthOptions, choice: ChoiceOptions) -> list[Clip]:
+def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
     """Return all clips of a video in order, those that are left out too."""
     clips = []
     for number, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
@@ -51,19 +51,19 @@ def plan_clips(look: Look, lengths: LengthOptions, choice: ChoiceOptions) -> lis
     return clips
 
 
-def scenes_of(changes: Sequence[Change], frames: int) -> list[tuple[int, int]]:
+def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
     """Return the scenes between changes: the first frame of each, and the one behind its last."""
     begins = [0, *(change.end for change in changes)]
     ends = [*(change.begin for change in changes), frames]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
 
-def count_reasons(clips: Sequence[Clip]) -> Counter[str]:
+def count_reasons(clips: Sequence[PlannedClip]) -> Counter[str]:
     """Return how many clips are left out, by the reason."""
     return Counter(clip.dropped for clip in clips if clip.dropped)
 
 
-def _pieces(look: Look, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
+def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
     """Yield a scene in as few equal pieces as the longest length allows.
 
     If those would be too short, in pieces of the longest length, and what is left over.
@@ -88,7 +88,7 @@ def _pieces(look: Look, first: int, end: int, lengths: LengthOptions) -> Iterato
         first = last
 
 
-def _even_borders(look: Look, first: int, end: int, count: int) -> list[int]:
+def _even_borders(look: VideoLook, first: int, end: int, count: int) -> list[int]:
     """Return the first frames of equal pieces, and the end: equal in time, so that any rate will do."""
     start, stop = look.time(first), look.time(end)
     inner = [
@@ -98,7 +98,7 @@ def _even_borders(look: Look, first: int, end: int, count: int) -> list[int]:
     return [first, *(border for border in dict.fromkeys(inner) if first < border < end), end]
 
 
-def _farthest(look: Look, first: int, end: int, lengths: LengthOptions) -> int:
+def _farthest(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> int:
     """Return the end of the longest piece from `first` on; one frame at least."""
     last = min(end, first + lengths.max_frames) if lengths.max_frames else end
     if not _is_short_enough(look, first, last, lengths):
@@ -107,19 +107,19 @@ def _farthest(look: Look, first: int, end: int, lengths: LengthOptions) -> int:
     return max(last, first + 1)
 
 
-def _is_short_enough(look: Look, first: int, end: int, lengths: LengthOptions) -> bool:
+def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
     seconds = look.time(end) - look.time(first)
     is_short = not lengths.max_seconds or seconds <= lengths.max_seconds + ROUNDING
     # a single frame cannot be cut
     return end - first == 1 or (is_short and (not lengths.max_frames or end - first <= lengths.max_frames))
 
 
-def _is_long_enough(look: Look, first: int, end: int, lengths: LengthOptions) -> bool:
+def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
     seconds = look.time(end) - look.time(first)
     return end - first >= lengths.min_frames and seconds >= lengths.min_seconds - ROUNDING
 
 
-def _look_reason(look: Look, first: int, end: int, choice: ChoiceOptions) -> str:
+def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
     """Return why a clip is left out for what it shows; empty if it is kept."""
     samples = look.samples.between(first, end)
     if not samples:
@@ -134,13 +134,13 @@ def _look_reason(look: Look, first: int, end: int, choice: ChoiceOptions) -> str
     return ""
 
 
-def _is_blurred(sample: Sample, choice: ChoiceOptions) -> bool:
+def _is_blurred(sample: PictureMeasures, choice: ChoiceOptions) -> bool:
     return not sample.is_flat and sample.sharpness < choice.blur_threshold
 
 
-def _measured(look: Look, scene: int, first: int, end: int, dropped: str) -> Clip:
+def _measured(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
     samples = look.samples.between(first, end)
-    return Clip(
+    return PlannedClip(
         *(scene, first, end, look.time(first), look.time(end) - look.time(first)),
         brightness=fmean(one.brightness for one in samples) if samples else 0.0,
         motion=motion([one.reduced for one in samples]),

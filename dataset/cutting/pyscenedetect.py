@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dataset.cutting.changes import CUT, Change, Detector
+from dataset.cutting.changes import CUT, ChangeDetector, SceneChange
 from dataset.cutting.options import CONTENT
 from modules.errors import InstallationError
 from modules.media.depth import Pixels, in_eight_bits
@@ -15,7 +15,7 @@ from modules.media.depth import Pixels, in_eight_bits
 WIDTH = 256  # to which PySceneDetect itself reduces pictures
 
 
-def load_pyscenedetect(detector: str, threshold: float) -> Callable[[float], Detector]:
+def load_pyscenedetect(detector: str, threshold: float) -> Callable[[float], ChangeDetector]:
     """Return what makes a detector for a video of so many pictures a second.
 
     Raises InstallationError if PySceneDetect is missing, or older than 0.7, whose detectors take numbers.
@@ -33,7 +33,7 @@ def load_pyscenedetect(detector: str, threshold: float) -> Callable[[float], Det
             "pip install -U scenedetect-headless"
         )
 
-    def make(rate: float) -> Detector:
+    def make(rate: float) -> ChangeDetector:
         if detector == CONTENT:
             return PySceneDetect(package, package.ContentDetector(threshold=threshold), rate)
         return PySceneDetect(package, package.AdaptiveDetector(adaptive_threshold=threshold), rate)
@@ -58,11 +58,11 @@ class PySceneDetect:
         self._note(self._detector.process_frame(self._time(self._count), blue_first))
         self._count += 1
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[SceneChange]:
         """Return the cuts, in order."""
         if self._count:
             self._note(self._detector.post_process(self._time(self._count - 1)))
-        return [Change(number, number, CUT) for number in sorted(self._found)]
+        return [SceneChange(number, number, CUT) for number in sorted(self._found)]
 
     def _time(self, number: int) -> Any:
         # of an even rate, whatever the times in the file are: it stands for the number of the picture

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dataset.cache.tar_records import is_safe_name
-from dataset.cutting.inputs import MARK, Source, clip_name
-from dataset.cutting.looking import Look
+from dataset.cutting.inputs import MARK, FootageSource, clip_name
+from dataset.cutting.looking import VideoLook
 from dataset.cutting.options import CuttingOptions
-from dataset.cutting.planning import Clip
+from dataset.cutting.planning import PlannedClip
 from modules.atomic_write import make_storable, write_text
 from modules.errors import DatasetError
 from modules.options import option_values
@@ -24,16 +24,16 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenClip:
     """A clip of a record."""
 
     name: str
-    clip: Clip
+    clip: PlannedClip
     size_bytes: int = 0  # of the file, once all are written
 
 
 @dataclass(frozen=True)
-class Record:
+class CutRecord:
     """How a source was cut, or is being cut."""
 
     stem: str  # of its clips' names
@@ -43,7 +43,7 @@ class Record:
     width: int  # these two: of the clips
     height: int
     options: dict[str, Any]
-    clips: tuple[Written, ...]
+    clips: tuple[WrittenClip, ...]
     is_done: bool = False
     lists: tuple[str, ...] = ()  # that have had its lines
 
@@ -54,14 +54,14 @@ class Record:
 
 
 def start_record(
-    source: Source, stem: str, options: CuttingOptions, look: Look, clips: Sequence[Clip]
-) -> Record:
+    source: FootageSource, stem: str, options: CuttingOptions, look: VideoLook, clips: Sequence[PlannedClip]
+) -> CutRecord:
     """Return the record of a source that is about to be cut."""
     found = source.path.stat()
     kept = [clip for clip in clips if not clip.dropped]
     names = [clip_name(stem, number, options.form.suffix) for number in range(1, len(kept) + 1)]
-    written = tuple(Written(name, clip) for name, clip in zip(names, kept, strict=True))
-    return Record(
+    written = tuple(WrittenClip(name, clip) for name, clip in zip(names, kept, strict=True))
+    return CutRecord(
         stem,
         str(source.path),
         found.st_size,
@@ -82,7 +82,7 @@ def deciding(options: CuttingOptions) -> dict[str, Any]:
     return values
 
 
-def changed_options(record: Record, options: CuttingOptions) -> list[str]:
+def changed_options(record: CutRecord, options: CuttingOptions) -> list[str]:
     """Return what is not as it was, in words: `--min_seconds 2 (was 1)`."""
     now = deciding(options)
     return [
@@ -92,7 +92,7 @@ def changed_options(record: Record, options: CuttingOptions) -> list[str]:
     ]
 
 
-def read_records(output: Path) -> dict[str, Record]:
+def read_records(output: Path) -> dict[str, CutRecord]:
     """Return the records of an output folder by the path of their source.
 
     Raises DatasetError if one is damaged.
@@ -100,24 +100,26 @@ def read_records(output: Path) -> dict[str, Record]:
     folder = output / MARK
     if not folder.is_dir():
         return {}
-    records = (_read(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith("."))
+    records = (
+        _read_cut_record(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")
+    )
     return {record.source: record for record in records}
 
 
-def write_record(output: Path, record: Record) -> None:
+def write_record(output: Path, record: CutRecord) -> None:
     """Write a record, completely or not at all. Raises OutputError."""
     content = {"version": VERSION, **asdict(record)}
     # in ASCII: a path may hold bytes that are no text
     write_text(output / MARK / f"{record.stem}.json", json.dumps(content) + "\n")
 
 
-def finish_record(output: Path, record: Record) -> Record:
+def finish_record(output: Path, record: CutRecord) -> CutRecord:
     """Return the record of a source whose clips are all written, with their sizes."""
     clips = tuple(replace(one, size_bytes=(output / one.name).stat().st_size) for one in record.clips)
     return replace(record, clips=clips, is_done=True)
 
 
-def list_line(output: Path, record: Record, written: Written) -> dict[str, Any]:
+def list_line(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
     """Return the line of a clip: its path, from anywhere, and facts. Captions are for others to add."""
     clip = written.clip
     return {
@@ -137,15 +139,16 @@ def list_line(output: Path, record: Record, written: Written) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> Record:
+def _read_cut_record(path: Path) -> CutRecord:
     try:
         content = parse_json(read_text(path, 1 << 28))
         if content.pop("version") != VERSION:
             raise ValueError("it is of another version")
         clips = tuple(
-            Written(one["name"], Clip(**one["clip"]), one["size_bytes"]) for one in content.pop("clips")
+            WrittenClip(one["name"], PlannedClip(**one["clip"]), one["size_bytes"])
+            for one in content.pop("clips")
         )
-        record = Record(**{**content, "lists": tuple(content["lists"])}, clips=clips)
+        record = CutRecord(**{**content, "lists": tuple(content["lists"])}, clips=clips)
         # names are joined to the output folder: no other one may be meant
         if not all(map(is_safe_name, [record.stem, *(one.name for one in clips)])):
             raise ValueError("it names files in other folders")

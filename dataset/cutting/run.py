@@ -12,11 +12,11 @@ from pathlib import Path
 from threading import Event
 
 from dataset.cutting.clip_list import ClipList
-from dataset.cutting.footage import Job, Result, Workshop, check_old_clips, cut_video
-from dataset.cutting.inputs import Source, find_videos, free_stem
+from dataset.cutting.footage import CuttingJob, Result, Workshop, check_old_clips, cut_video
+from dataset.cutting.inputs import FootageSource, find_videos, free_stem
 from dataset.cutting.options import CuttingOptions
-from dataset.cutting.planning import Clip, count_reasons
-from dataset.cutting.records import Record, list_line, read_records, write_record
+from dataset.cutting.planning import PlannedClip, count_reasons
+from dataset.cutting.records import CutRecord, list_line, read_records, write_record
 from dataset.cutting.scenes import load_detector
 from modules.atomic_write import make_folder
 from modules.console import count_of, in_words, show_box
@@ -67,7 +67,7 @@ def cut_footage(options: CuttingOptions) -> None:
     _finish(failures, len(sources))
 
 
-def _name_jobs(sources: Sequence[Source], records: dict[str, Record]) -> list[Job]:
+def _name_jobs(sources: Sequence[FootageSource], records: dict[str, CutRecord]) -> list[CuttingJob]:
     """Return what is to be done: a source keeps the name that its clips had before."""
     taken = {record.stem.casefold() for record in records.values()}
     jobs = []
@@ -75,7 +75,7 @@ def _name_jobs(sources: Sequence[Source], records: dict[str, Record]) -> list[Jo
         record = records.get(str(source.path))
         stem = free_stem(source.stem, taken) if record is None else record.stem
         taken.add(stem.casefold())
-        jobs.append(Job(source, stem, record))
+        jobs.append(CuttingJob(source, stem, record))
     return jobs
 
 
@@ -86,10 +86,10 @@ class _Ledger:
         self._output, self._path = shop.output, shop.options.list_path.resolve()
         self._shop = shop
         self._list = ClipList(self._path)
-        self._unlisted: list[Record] = []  # their lines are added, but not written yet
+        self._unlisted: list[CutRecord] = []  # their lines are added, but not written yet
         self._written = time.monotonic()
 
-    def check(self, jobs: Sequence[Job]) -> tuple[list[Job], dict[Path, Exception]]:
+    def check(self, jobs: Sequence[CuttingJob]) -> tuple[list[CuttingJob], dict[Path, Exception]]:
         """Return the jobs that can be done; lines of clips that will be cut anew are taken out before."""
         kept, failures, stale = [], {}, False
         for job in jobs:
@@ -131,7 +131,7 @@ class _Ledger:
         self._written = time.monotonic()
 
 
-def _each(jobs: Sequence[Job], shop: Workshop) -> Iterator[tuple[int, Result | Exception]]:
+def _each(jobs: Sequence[CuttingJob], shop: Workshop) -> Iterator[tuple[int, Result | Exception]]:
     """Yield the result of each job, or what it has failed with, as they end."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
@@ -152,14 +152,14 @@ def _each(jobs: Sequence[Job], shop: Workshop) -> Iterator[tuple[int, Result | E
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _reported(job: Job, error: Exception, total: int) -> Exception:
+def _reported(job: CuttingJob, error: Exception, total: int) -> Exception:
     """Return the error; of several videos, say at once which one fails."""
     if total > 1:
         logger.error("%s is skipped: %s", job.source.path, error)
     return error
 
 
-def _preview(jobs: Sequence[Job], shop: Workshop) -> dict[Path, Exception]:
+def _preview(jobs: Sequence[CuttingJob], shop: Workshop) -> dict[Path, Exception]:
     """Print what would be cut. Returns what failed."""
     failures = {}
     for place, result in _each(jobs, shop):
@@ -172,7 +172,7 @@ def _preview(jobs: Sequence[Job], shop: Workshop) -> dict[Path, Exception]:
     return failures
 
 
-def _line(clip: Clip) -> str:
+def _line(clip: PlannedClip) -> str:
     times = f"{_clock(clip.start)} to {_clock(clip.start + clip.seconds)}"
     kept = f"left out: {clip.dropped}" if clip.dropped else "clip"
     return (
@@ -185,7 +185,7 @@ def _clock(seconds: float) -> str:
     return clock_time(Fraction(seconds))
 
 
-def _in_words(clips: Sequence[Clip]) -> str:
+def _in_words(clips: Sequence[PlannedClip]) -> str:
     scenes = count_of(len({clip.scene for clip in clips}), "scene")
     kept = count_of(sum(not clip.dropped for clip in clips), "clip")
     return f"{scenes}, {kept}{_reasons(count_reasons(clips))}"

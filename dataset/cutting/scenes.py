@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dataset.cutting.changes import CUT, DISSOLVE, PLAIN, Change, Detector
+from dataset.cutting.changes import CUT, DISSOLVE, PLAIN, ChangeDetector, SceneChange
 from dataset.cutting.options import OWN, SceneOptions
 from dataset.cutting.pyscenedetect import load_pyscenedetect
 from modules.media.depth import Pixels
@@ -23,7 +23,7 @@ SHARE_OFF = 0.2  # how far the share of the second scene may be from an even ris
 BEGUN = 0.08  # share of the other scene from which a picture belongs to a dissolve
 
 
-def load_detector(options: SceneOptions) -> Callable[[float], Detector]:
+def load_detector(options: SceneOptions) -> Callable[[float], ChangeDetector]:
     """Return what makes a detector for a video of so many pictures a second.
 
     Raises InstallationError if a package is missing.
@@ -52,7 +52,7 @@ class OwnDetector:
         self._jump: tuple[int, Thumbnail] | None = None  # a cut that may be a flash; what was before it
         self._structured: Thumbnail | None = None  # the last picture that was not plain
         self._plain_since: int | None = None
-        self._found: list[Change] = []
+        self._found: list[SceneChange] = []
         self._dissolves = _Dissolves(threshold, rate)
 
     def see(self, pixels: Pixels) -> None:
@@ -68,7 +68,7 @@ class OwnDetector:
         self._before = now
         self._dissolves.see(now, number, is_break)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[SceneChange]:
         """Return what was found, in order."""
         self._confirm()
         if self._plain_since is not None:
@@ -88,7 +88,7 @@ class OwnDetector:
 
     def _confirm(self) -> None:
         if self._jump is not None:
-            self._found.append(Change(self._jump[0], self._jump[0], CUT))
+            self._found.append(SceneChange(self._jump[0], self._jump[0], CUT))
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
@@ -110,7 +110,7 @@ class OwnDetector:
         assert begin is not None
         if is_other or end - begin >= self._plain:
             # a scene of its own: too short for a clip, as a rule, or black
-            self._found += [Change(begin, begin, PLAIN), Change(end, end, PLAIN)]
+            self._found += [SceneChange(begin, begin, PLAIN), SceneChange(end, end, PLAIN)]
 
 
 def _is_plain(now: Thumbnail) -> bool:
@@ -136,7 +136,7 @@ class _Dissolves:
         self._pictures: deque[Thumbnail] = deque(maxlen=most)
         self._variances: deque[float] = deque(maxlen=most)
         self._last_break = -1
-        self._found: list[Change] = []
+        self._found: list[SceneChange] = []
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
         """Look at picture `number`. is_break: a cut comes before it, or it has one colour."""
@@ -149,13 +149,13 @@ class _Dissolves:
             if first >= 0 and self._last_break <= first:
                 self._look(first, reach)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[SceneChange]:
         """Return the dissolves: those that overlap are one."""
-        joined: list[Change] = []
+        joined: list[SceneChange] = []
         for one in sorted(self._found, key=lambda one: one.begin):
             if joined and one.begin <= joined[-1].end:
                 last = joined.pop()
-                one = Change(last.begin, max(last.end, one.end), DISSOLVE)
+                one = SceneChange(last.begin, max(last.end, one.end), DISSOLVE)
             joined.append(one)
         return joined
 
@@ -176,16 +176,16 @@ class _Dissolves:
         if not is_even or scene_distance(begin, end, self._threshold) < self._threshold:
             return
         mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
-        self._found.append(Change(first + mixed[0], first + mixed[-1] + 1, DISSOLVE))
+        self._found.append(SceneChange(first + mixed[0], first + mixed[-1] + 1, DISSOLVE))
 
 
-def _without_overlaps(changes: list[Change]) -> list[Change]:
+def _without_overlaps(changes: list[SceneChange]) -> list[SceneChange]:
     """Return changes in order without those that lie in another one."""
-    kept: list[Change] = []
+    kept: list[SceneChange] = []
     for one in changes:
         if kept and one.begin < kept[-1].end:
             last = kept.pop()
-            one = Change(last.begin, max(last.end, one.end), last.kind)
+            one = SceneChange(last.begin, max(last.end, one.end), last.kind)
         elif kept and (one.begin, one.end) == (kept[-1].begin, kept[-1].end):
             continue
         kept.append(one)

@@ -7,10 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from dataset.cutting.options import ClipFormat
-from dataset.cutting.planning import Clip
+from dataset.cutting.planning import PlannedClip
 from modules.errors import MediaError
 from modules.media.encoding import settle_codec
-from modules.media.sections import Section
+from modules.media.sections import VideoSection
 from modules.media.streams import ShownFrame, shown_frames, source_info
 from modules.media.writing import write_shown
 
@@ -18,7 +18,7 @@ MICRO = 1_000_000
 
 
 def write_clips(
-    source: Path, clips: Sequence[tuple[Path, Clip]], form: ClipFormat, seen: Callable[[], None]
+    source: Path, clips: Sequence[tuple[Path, PlannedClip]], form: ClipFormat, seen: Callable[[], None]
 ) -> int:
     """Write clips that are not there yet, in the order of their frames; returns how many.
 
@@ -36,7 +36,7 @@ def write_clips(
             *(path, _frames_of(frames, source, clip), info.rate, codec),
             crf=form.crf,
             preset=form.preset,
-            section_of=Section(source, _exact(clip.start), _exact(clip.seconds), not form.no_audio),
+            section_of=VideoSection(source, _exact(clip.start), _exact(clip.seconds), not form.no_audio),
         )
     return len(missing)
 
@@ -47,7 +47,9 @@ def _counted(source: Path, deep: bool, seen: Callable[[], None]) -> Iterator[tup
         yield number, frame
 
 
-def _frames_of(frames: Iterator[tuple[int, ShownFrame]], source: Path, clip: Clip) -> Iterator[ShownFrame]:
+def _frames_of(
+    frames: Iterator[tuple[int, ShownFrame]], source: Path, clip: PlannedClip
+) -> Iterator[ShownFrame]:
     """Yield the frames of a clip, from 0 s on. Frames before it are passed over, none behind it is taken."""
     origin: Fraction | None = None
     for number, frame in frames:

@@ -10,7 +10,7 @@ from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import read_ahead
 from dataset.checking.looks import (
     EvenFrames,
-    Look,
+    MediaLook,
     draw_strip,
     fill_strip,
     read_source,
@@ -32,7 +32,7 @@ MOST_CHARACTERS = 20_000  # of a caption
 
 
 @dataclass(frozen=True)
-class Card:
+class ReportCard:
     """What the page shows of one file."""
 
     name: str
@@ -42,7 +42,7 @@ class Card:
     path: str
     strip: Markup | None
     small: Markup | None
-    look: Look
+    look: MediaLook
     measures: Measures | None
     faults: Sequence[str]
     remarks: Sequence[str]
@@ -64,7 +64,7 @@ def make_cards(
     steps: Steps,
     most: int,
     workers: int,
-) -> list[Card]:
+) -> list[ReportCard]:
     """Read at most `most` files once more and return their cards, in the order of their tables.
 
     Files with something to tell come first, then an even choice; only a few small frames of each are kept.
@@ -82,7 +82,7 @@ def make_cards(
         if (key := (report.table.index, report.found.sources[one.place].stem)) in keys
     }
 
-    def work(source: MediaSource) -> Card:
+    def work(source: MediaSource) -> ReportCard:
         paths = {escape_control_codes(str(path)) for path in (source.path, source.caption_path)}
         one = measured.get((source.table.index, source.stem))
         faults, remarks = (
@@ -111,7 +111,7 @@ def _make_card(
     is_copy: bool,
     fps: float,
     steps: Steps,
-) -> Card:
+) -> ReportCard:
     is_clip = source.table.kind == "video"
     height, width = (CLIP_HEIGHT, CLIP_WIDTH) if is_clip else (PICTURE_HEIGHT, PICTURE_WIDTH)
     sample = EvenFrames(lambda frame: reduce_to_height(frame, height, width))
@@ -135,7 +135,7 @@ def _make_card(
         "copy": is_copy,
         "cut": look.cut_percent > 20,
     }
-    return Card(
+    return ReportCard(
         name,
         f"file-{source.table.index + 1}-{one.place if one else source.stem}",
         source.table.index + 1,

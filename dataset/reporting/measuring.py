@@ -10,7 +10,7 @@ import numpy as np
 
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead, read_ahead
-from dataset.checking.looks import EvenFrames, Look, choose_evenly, read_source
+from dataset.checking.looks import EvenFrames, MediaLook, choose_evenly, read_source
 from dataset.sources.decoding import decode_source, fit_of, plan_source, spans_or_reason
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import MediaSource
@@ -75,7 +75,7 @@ class Measured:
     @property
     def cut_percent(self) -> float:
         """Return how much of the picture's area is cut off."""
-        return Look(fit=self.fit).cut_percent
+        return MediaLook(fit=self.fit).cut_percent
 
 
 def measure_all(

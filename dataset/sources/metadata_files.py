@@ -34,7 +34,7 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
     """
     path = table.metadata_file
     assert path is not None
-    content = _read(table, path)
+    content = _read_metadata_file(table, path)
     pictures = _Pictures(table.image_folder)
     found: list[tuple[Path, str | None]] = []
     for key, entry in content.items():
@@ -56,7 +56,7 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
     ]
 
 
-def _read(table: DatasetTable, path: Path) -> Mapping[str, Any]:
+def _read_metadata_file(table: DatasetTable, path: Path) -> Mapping[str, Any]:
     try:
         content = parse_json(read_text(path, MOST_BYTES))
     except UnicodeDecodeError:

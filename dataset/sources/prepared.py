@@ -15,7 +15,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedFolder:
     """What all items of a prepared folder share. Values are those of JSON."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
@@ -23,13 +23,13 @@ class Prepared:
     settings: Mapping[str, Any]  # what items depend on besides their sources
 
 
-def write_prepared(folder: Path, prepared: Prepared) -> None:
+def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
     """Write the file of a folder. Raises OutputError if that fails."""
     content = {"version": VERSION, **asdict(prepared)}
     write_text(folder / PREPARED, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
-def read_prepared(folder: Path) -> Prepared | None:
+def read_prepared(folder: Path) -> PreparedFolder | None:
     """Read the file of a folder; None if there is none: another program made it.
 
     Raises DatasetError if it cannot be read.
@@ -44,7 +44,7 @@ def read_prepared(folder: Path) -> Prepared | None:
         architecture = content["architecture"]
         if architecture is not None and not isinstance(architecture, str):
             raise ValueError("the architecture is no text")
-        return Prepared(architecture, dict(content["vae"]), dict(content["settings"]))
+        return PreparedFolder(architecture, dict(content["vae"]), dict(content["settings"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(
             f"{path} cannot be read ({type(error).__name__}: {error}). prepare_dataset.py writes it; prepare "

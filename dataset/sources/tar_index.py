@@ -45,7 +45,7 @@ class TarRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TarSample:
     """An image or clip in a tar, and what belongs to it."""
 
     key: str  # name up to the first dot, with its folder
@@ -58,7 +58,7 @@ class Sample:
 class TarIndex:
     """What a tar holds."""
 
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[TarSample] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)  # key and what is wrong
     others: list[str] = field(default_factory=list)  # the first of the keys without media
     num_others: int = 0
@@ -173,7 +173,7 @@ def _add(index: TarIndex, key: str, group: dict[str, Member | str], rules: TarRu
         index.faults.append((key, f"it has two files of one kind among {', '.join(roles)}; keep one"))
         return
     beside = tuple((role, number, files[end]) for role, number, end in extras)
-    index.samples.append(Sample(key, files[found[0]], caption, beside))
+    index.samples.append(TarSample(key, files[found[0]], caption, beside))
 
 
 def _role(end: str, rules: TarRules) -> tuple[str, int] | None:
@@ -253,7 +253,7 @@ def _keep(path: Path, made_for: str, index: TarIndex) -> None:
         logger.info("the index of a tar is not kept: %s", error)
 
 
-def _pack_extras(sample: Sample) -> str | None:
+def _pack_extras(sample: TarSample) -> str | None:
     if not sample.extras:
         return None
     return json.dumps(
@@ -282,8 +282,8 @@ def _rows(path: Path) -> Iterator[Any]:
     return (row.values for row in read_columns(path))
 
 
-def _kept_sample(row: dict[str, Any]) -> Sample:
-    return Sample(
+def _kept_sample(row: dict[str, Any]) -> TarSample:
+    return TarSample(
         row["key"],
         Member(row["name"], row["offset"], row["size"]),
         row.get("caption"),

@@ -18,7 +18,7 @@ from dataset.sources.origin import Origin, TarMember
 from dataset.sources.rows import check_controls, download_folder, first_and_more
 from dataset.sources.stems import readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS
-from dataset.sources.tar_index import CONTROL, MASK, Sample, TarRules, read_index
+from dataset.sources.tar_index import CONTROL, MASK, TarRules, TarSample, read_index
 from dataset.sources.tar_reading import Member, name_parts
 from modules.addresses import hide_secrets, is_address, protocol_of, split_address
 from modules.control_codes import shorten
@@ -40,7 +40,7 @@ def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
     run. Raises DatasetError if no tar is named.
     """
-    samples: list[tuple[Path, Sample]] = []
+    samples: list[tuple[Path, TarSample]] = []
     rules = _rules(table)
     num_others, example = 0, ""
     for tar in _find_tars(table, faults):
@@ -86,7 +86,7 @@ def _rules(table: DatasetTable) -> TarRules:
 
 
 def _sources(
-    table: DatasetTable, samples: Sequence[tuple[Path, Sample]], faults: list[Fault]
+    table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[Fault]
 ) -> list[MediaSource]:
     """Return the sources of samples; the stem of one is its key, with a hash where two tars have it."""
     names = Counter(tar.name for tar in {tar for tar, _ in samples})
@@ -105,7 +105,7 @@ def _sources(
     return sources
 
 
-def _source(table: DatasetTable, tar: Path, sample: Sample, path: Path, stem: str) -> MediaSource:
+def _source(table: DatasetTable, tar: Path, sample: TarSample, path: Path, stem: str) -> MediaSource:
     captions = None if sample.caption is None else captions_in(sample.caption, table)
     first, more = first_and_more(captions, path)
     if not sample.extras:

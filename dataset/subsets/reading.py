@@ -40,8 +40,8 @@ def read_subsets(
 
     given: the values of the command line; None: the keys' defaults.
     """
-    outer = _Level(COMMAND_LINE, {} if given is None else fallback_values(given))
-    general = _Level("[general]", without_nulls(content.get("general"), "[general]", problems))
+    outer = _KeyLevel(COMMAND_LINE, {} if given is None else fallback_values(given))
+    general = _KeyLevel("[general]", without_nulls(content.get("general"), "[general]", problems))
     entries = content.get("datasets")
     if not isinstance(entries, list):
         problems.append(
@@ -53,7 +53,7 @@ def read_subsets(
     is_masked = given is not None and given.masked_loss
     for number, entry in enumerate(entries):
         place = f"[[datasets]] {number + 1}"
-        dataset = _Level(place, without_nulls(entry, place, problems))
+        dataset = _KeyLevel(place, without_nulls(entry, place, problems))
         subsets = dataset.values.get(SUBSETS)
         dataset.check(DATASET, problems)
         if not isinstance(subsets, list) or not subsets:
@@ -66,7 +66,7 @@ def read_subsets(
             continue
         for order, subset in enumerate(subsets):
             where = f"{place}, subset {order + 1}"
-            inner = _Level(where, without_nulls(subset, where, problems))
+            inner = _KeyLevel(where, without_nulls(subset, where, problems))
             inner.check(SUBSET, problems)
             fields = _values([outer, general, dataset, inner], problems)
             maker = _Maker(path, where, number, order, is_masked)
@@ -76,7 +76,7 @@ def read_subsets(
 
 
 @dataclass(frozen=True)
-class _Level:
+class _KeyLevel:
     """The keys of one table of a file, or of the command line."""
 
     where: str  # for messages
@@ -108,7 +108,7 @@ class _Level:
         return {name: value for name, value in named.items() if name in SUBSET_KEYS}
 
 
-def _values(levels: list[_Level], problems: list[str]) -> dict[str, Any] | None:
+def _values(levels: list[_KeyLevel], problems: list[str]) -> dict[str, Any] | None:
     """Return the value of each key as its field has it; None if one is not allowed.
 
     Values of the file have been reported; those of the command line are reported here.

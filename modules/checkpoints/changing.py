@@ -44,7 +44,7 @@ ALL = Selection()
 
 
 @dataclass(frozen=True)
-class Change:
+class CheckpointChange:
     """What the new file has otherwise. Selections are made by the names in the old file."""
 
     dtype: torch.dtype | None = None
@@ -69,7 +69,7 @@ class NewFile:
         return sum(info.size_bytes for info in self.tensors.values())
 
 
-def plan_change(checkpoint: Checkpoint, change: Change, stale: Sequence[str] = ()) -> NewFile:
+def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
     """Plan the new file; no tensor is read yet.
 
     stale: how metadata begin that are true of the old tensors only. Raises OptionError if a selection or a
@@ -120,14 +120,14 @@ def plan_change(checkpoint: Checkpoint, change: Change, stale: Sequence[str] = (
     return NewFile(made, metadata, read, tuple(notes))
 
 
-def rename(name: str, change: Change) -> str:
+def rename(name: str, change: CheckpointChange) -> str:
     """Return the name in the new file."""
     for prefix in change.strip:
         name = name.removeprefix(prefix)
     return change.add + name
 
 
-def _check_selections(checkpoint: Checkpoint, change: Change, names: Sequence[str]) -> None:
+def _check_selections(checkpoint: Checkpoint, change: CheckpointChange, names: Sequence[str]) -> None:
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.takes(name) for name in names):
@@ -191,7 +191,7 @@ def _as_dtype(
 
 
 def _metadata(
-    checkpoint: Checkpoint, change: Change, unscaled: set[str], stale: Sequence[str]
+    checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Return the metadata of the new file, and notes on what is missing there."""
     old = checkpoint.metadata
@@ -204,7 +204,7 @@ def _metadata(
     return {"format": "pt", **kept}, notes  # transformers loads no file without a format
 
 
-def _record_of_layers(checkpoint: Checkpoint, change: Change, unscaled: set[str]) -> str:
+def _record_of_layers(checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str]) -> str:
     """Return ComfyUI's record of layers in 8 bits for the new file; empty if there are none."""
     try:
         record = json.loads(checkpoint.metadata[QUANTISATION])

@@ -126,7 +126,9 @@ def load_module(
             )
             if devices[name].type != "meta":
                 tensor.copy_(
-                    _make(name, sources[name], checkpoint, scratch, devices[name], target, patch, finite)
+                    _make_tensor(
+                        name, sources[name], checkpoint, scratch, devices[name], target, patch, finite
+                    )
                 )
         _place_weight(module, name, tensor)
     finite.finish()
@@ -198,7 +200,7 @@ def _room(source: TensorSource, checkpoint: Checkpoint) -> int:
     return sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in source.names)
 
 
-def _make(
+def _make_tensor(
     name: str,
     source: TensorSource,
     checkpoint: Checkpoint,
@@ -257,7 +259,7 @@ def _place_fp8(
         weight = weight.to(device, copy=True) if room is None else weight
     else:
         stored = checkpoint.tensors[source.names[0]].dtype
-        made = _make(name, source, checkpoint, scratch, fp8.device, stored, patch, finite)
+        made = _make_tensor(name, source, checkpoint, scratch, fp8.device, stored, patch, finite)
         weight, scale = fp8.round(name, made)
         weight = weight.to(device) if room is None else weight
     if room is not None:

@@ -9,7 +9,7 @@ def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
-def run(layer: nn.Module, x: Tensor) -> Tensor:
+def in_own_dtype(layer: nn.Module, x: Tensor) -> Tensor:
     """Return layer(x) with x cast to the dtype of the layer's weight.
 
     Under autocast, and with fp8 weights, x is not cast: the layer chooses.

@@ -28,7 +28,7 @@ ROUNDING = Fraction(1, 20)  # seconds; times of sound that are off by less are r
 
 
 @dataclass(frozen=True)
-class Section:
+class VideoSection:
     """A part of a video; seconds count from the moment at which the file begins to play."""
 
     path: Path
@@ -40,7 +40,7 @@ class Section:
 class SectionSound:
     """The sound of a section, encoded as far as the new video has grown."""
 
-    def __init__(self, section: Section, source: Any) -> None:
+    def __init__(self, section: VideoSection, source: Any) -> None:
         """source: the opened file."""
         self._section, self._source = section, source
         self._packets: Iterator[Any] = iter(())
@@ -90,7 +90,7 @@ class SectionSound:
 
 
 @contextlib.contextmanager
-def open_section(section: Section) -> Iterator[SectionSound | None]:
+def open_section(section: VideoSection) -> Iterator[SectionSound | None]:
     """Open a video for the sound of a part of it; None for a GIF or WebP. Raises MediaError."""
     if is_animation(section.path):
         yield None
@@ -101,7 +101,7 @@ def open_section(section: Section) -> Iterator[SectionSound | None]:
         yield SectionSound(section, source)
 
 
-def _filled(section: Section, index: int, form: AacFormat) -> Iterator[NDArray[np.float32]]:
+def _filled(section: VideoSection, index: int, form: AacFormat) -> Iterator[NDArray[np.float32]]:
     """Yield the samples (channels n) of a section, as many as it lasts: silence where there is no sound."""
     total = round(section.seconds * form.rate)
     position = 0
@@ -123,7 +123,7 @@ def _filled(section: Section, index: int, form: AacFormat) -> Iterator[NDArray[n
         yield np.zeros((form.channels, total - position), np.float32)
 
 
-def _decoded(section: Section, index: int, form: AacFormat) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _decoded(section: VideoSection, index: int, form: AacFormat) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield samples, and the number of the first one, counted from the beginning of the section."""
     for early in (True, False):
         with open_container(section.path) as container:
@@ -143,7 +143,7 @@ def _decoded(section: Section, index: int, form: AacFormat) -> Iterator[tuple[in
 
 
 def _resampled(
-    section: Section, container: Any, stream: Any, form: AacFormat, begin: Fraction
+    section: VideoSection, container: Any, stream: Any, form: AacFormat, begin: Fraction
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     resampler = av.AudioResampler(format="fltp", layout=form.layout, rate=form.rate)
     expected: int | None = None

@@ -23,7 +23,7 @@ from modules.media.encoding import (
 )
 from modules.media.opening import open_container, open_video
 from modules.media.reading import Frame
-from modules.media.sections import Section, SectionSound, open_section
+from modules.media.sections import SectionSound, VideoSection, open_section
 from modules.media.timing import MOST_TICKS, Shown, Timing, ticks_per_second
 
 
@@ -78,7 +78,7 @@ def write_video(
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenVideo:
     """What a video has become; sizes are those of its pictures."""
 
     width: int
@@ -96,10 +96,10 @@ def write_shown(
     crf: int = 12,
     preset: str = "slow",
     companions_of: Path | None = None,
-    section_of: Section | None = None,
+    section_of: VideoSection | None = None,
     covers: bool = True,
     tags: Mapping[str, str] | None = None,
-) -> Written:
+) -> WrittenVideo:
     """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
@@ -143,12 +143,12 @@ def write_shown(
                     others.mux(container, packet)
             if others is not None:
                 others.write(container, None)
-    return Written(stream.width, stream.height, timing.count, timing.seconds)
+    return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
 
 
 @contextlib.contextmanager
 def _open_others(
-    whole: Path | None, section: Section | None, suffix: str, rate: Fraction, covers: bool
+    whole: Path | None, section: VideoSection | None, suffix: str, rate: Fraction, covers: bool
 ) -> Iterator[Companions | SectionSound | None]:
     if section is not None:
         with open_section(section) as sound:

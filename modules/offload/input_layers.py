@@ -17,10 +17,10 @@ def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     weight.data = host
-    layer.forward = functools.partial(_run, layer.forward, weight, host, device)
+    layer.forward = functools.partial(_run_moved, layer.forward, weight, host, device)
 
 
-def _run(
+def _run_moved(
     forward: Callable[..., Any],
     weight: nn.Parameter,
     host: Tensor,

@@ -12,7 +12,7 @@ Network = TypeVar("Network", bound=nn.Module)
 Beside = TypeVar("Beside")
 
 
-class Loaded(Generic[Network, Beside]):
+class LoadedNetwork(Generic[Network, Beside]):
     """A network and its companion, such as a tokenizer; both exist only between `load` and `free`."""
 
     def __init__(self) -> None:

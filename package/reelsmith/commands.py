@@ -85,14 +85,14 @@ def main() -> None:
     commands = find_commands(ROOT)
     command = next((one for one in commands if tuple(words[: len(one.words)]) == one.words), None)
     if command is not None:
-        _run(command, words[len(command.words) :])
+        _run_script(command, words[len(command.words) :])
     elif words[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
         _explain(commands, words)
 
 
-def _run(command: ScriptCommand, words: Sequence[str]) -> None:
+def _run_script(command: ScriptCommand, words: Sequence[str]) -> None:
     """Run a script with these words behind the name that its help and messages show."""
     if PREFIX:
         sys.argv = [" ".join((PROGRAM, *command.words)), *words]

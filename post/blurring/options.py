@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from modules.errors import OptionError
 from modules.options import check_at_least, check_at_most
-from post.network_options import NetworkOptions, add_network_arguments
+from post.network_options import ToolNetworkOptions, add_network_arguments
 
 METHODS = ("blur", "fill")
 MOST_HELD = 300  # pictures that are kept in memory for the sake of those before them
@@ -15,7 +15,7 @@ MOST_HELD = 300  # pictures that are kept in memory for the sake of those before
 class BlurOptions:
     """What is blurred, and how."""
 
-    network: NetworkOptions
+    network: ToolNetworkOptions
     strength: int
     sigmax: int
     conf: float

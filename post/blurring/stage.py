@@ -16,7 +16,7 @@ from post.blurring.options import BlurOptions
 from post.blurring.tracks import Box, Tracks
 from post.compiling import compile_parts
 from post.contract import Clip, Picture, Stage
-from post.faces.contract import Detector, Found
+from post.faces.contract import Detector, FoundFace
 from post.faces.detectors import check_detector, load_detector
 from post.faces.onnx_header import may_be_onnx
 from post.faces.retinaface import RetinaFaceDetector
@@ -117,7 +117,7 @@ class BlurStage:
         logger.warning("%s: nothing was blurred: %s.", clip.path, least)
 
 
-def within(found: Sequence[Found], height: int, width: int) -> list[Box]:
+def within(found: Sequence[FoundFace], height: int, width: int) -> list[Box]:
     """Return the boxes of what was found, at most one picture's size beyond its edges.
 
     A box that is no number anywhere becomes the whole picture: rather too much is covered than nothing.

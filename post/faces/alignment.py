@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from post.contract import Pixels
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 
 Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one picture -> x, y in another
 
@@ -28,7 +28,7 @@ BORDER = (132, 133, 135)  # around the picture, in RGB: as the networks know it
 LEAST_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
 
 
-def restorable(found: Sequence[Found], size: tuple[int, int], only_center: bool) -> list[Found]:
+def restorable(found: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
     """Return the faces that can be restored: they have landmarks, and their eyes are far enough apart.
 
     size: width and height of the picture. only_center: of these, the one whose box lies nearest the centre.
@@ -37,7 +37,7 @@ def restorable(found: Sequence[Found], size: tuple[int, int], only_center: bool)
     if not only_center:
         return faces
 
-    def away(face: Found) -> float:
+    def away(face: FoundFace) -> float:
         left, top, right, bottom = face.box
         return math.hypot(left + right - size[0], top + bottom - size[1])
 
@@ -54,7 +54,7 @@ def eye_distance(landmarks: NDArray[np.float32] | None) -> float:
 def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
     """Return the turn, scale and shift from a picture to a face of size x size pixels.
 
-    landmarks: 5 2, as `Found.landmarks`. It is the least median of squares: one wrong landmark does not
+    landmarks: 5 2, as `FoundFace.landmarks`. It is the least median of squares: one wrong landmark does not
     count. None if these landmarks are nothing that can be laid on a face.
     """
     matrix, _ = cv2.estimateAffinePartial2D(

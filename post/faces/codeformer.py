@@ -29,7 +29,7 @@ CHOOSING = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quant
 
 
 @dataclass(frozen=True)
-class Block:
+class CodeFormerBlock:
     """One block of the encoder or of the generator."""
 
     kind: str  # RES, ATTENTION, RESIZE (the encoder halves, the generator doubles), NORM or CONV
@@ -41,8 +41,8 @@ class Block:
 class CodeFormerConfig:
     """Dimensions."""
 
-    encoder: tuple[Block, ...]
-    generator: tuple[Block, ...]
+    encoder: tuple[CodeFormerBlock, ...]
+    generator: tuple[CodeFormerBlock, ...]
     places: int  # L, a square number
     tokens: int  # D
     hidden: int  # width inside a layer of the transformer
@@ -126,12 +126,12 @@ class Doubling(nn.Module):
 class Blocks(nn.Module):
     """The encoder or the generator: blocks one after the other."""
 
-    def __init__(self, blocks: Sequence[Block], resize: Callable[[int], nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(_build(block, resize) for block in blocks)
 
 
-def _build(block: Block, resize: Callable[[int], nn.Module]) -> nn.Module:
+def _build(block: CodeFormerBlock, resize: Callable[[int], nn.Module]) -> nn.Module:
     match block.kind:
         case "res":
             return ResBlock(block.width_in, block.width)
@@ -145,7 +145,7 @@ def _build(block: Block, resize: Callable[[int], nn.Module]) -> nn.Module:
             return _conv(block.width_in, block.width)
 
 
-class SelfAttention(nn.Module):
+class CodeFormerAttention(nn.Module):
     """Attention of several heads; where a token is belongs to what it looks for, not to what it gives."""
 
     def __init__(self, width: int) -> None:
@@ -169,7 +169,7 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(width)
+        self.self_attn = CodeFormerAttention(width)
         self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
@@ -319,7 +319,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
 _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
 
 
-def _blocks(part: str, checkpoint: Checkpoint) -> tuple[Block, ...]:
+def _blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
     """Tell the blocks of the encoder or the generator by their tensors."""
     found = []
     for number in range(count(checkpoint.tensors, rf"{part}\.blocks\.\d+")):
@@ -337,5 +337,5 @@ def _blocks(part: str, checkpoint: Checkpoint) -> tuple[Block, ...]:
         kind, shape = marked[0]
         if kind == CONV and len(shape) == 1:
             kind = NORM
-        found.append(Block(kind, shape[1] if len(shape) > 1 else shape[0], shape[0]))
+        found.append(CodeFormerBlock(kind, shape[1] if len(shape) > 1 else shape[0], shape[0]))
     return tuple(found)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundFace:
     """One thing that a detector has found, most often a face."""
 
     # left, top, right, bottom in pixels; it may reach outside the picture
@@ -23,5 +23,5 @@ class Found:
 class Detector(Protocol):
     """Finds faces, or whatever it was trained for."""
 
-    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return what it finds in a picture (H W 3, RGB) with at least that score, best first."""

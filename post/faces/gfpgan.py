@@ -48,7 +48,7 @@ def _resize(x: Tensor, factor: float) -> Tensor:
     return interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-class ResidualBlock(nn.Module):
+class StyleResidualBlock(nn.Module):
     """Two convolutions that change the size between them, beside a straight path."""
 
     def __init__(self, width_in: int, width: int, factor: float) -> None:
@@ -165,11 +165,11 @@ class Gfpgan(nn.Module):
         body, levels = config.body, len(config.body) - 1
         self.config = config
         self.conv_body_first = nn.Conv2d(3, body[0], 1)
-        self.conv_body_down = nn.ModuleList(ResidualBlock(a, b, 0.5) for a, b in pairwise(body))
+        self.conv_body_down = nn.ModuleList(StyleResidualBlock(a, b, 0.5) for a, b in pairwise(body))
         self.final_conv = nn.Conv2d(body[-1], body[-1], 3, padding=1)
         self.final_linear = nn.Linear(body[-1] * SMALLEST**2, (2 * levels + 2) * config.style)
         upwards = body[::-1]
-        self.conv_body_up = nn.ModuleList(ResidualBlock(a, b, 2) for a, b in pairwise(upwards))
+        self.conv_body_up = nn.ModuleList(StyleResidualBlock(a, b, 2) for a, b in pairwise(upwards))
         steered = list(zip(upwards[1:], config.steered, strict=True))
         self.condition_scale = nn.ModuleList(_steering(a, b) for a, b in steered)
         self.condition_shift = nn.ModuleList(_steering(a, b) for a, b in steered)

@@ -61,7 +61,7 @@ def may_be_onnx(path: Path) -> bool:
     """
     if path.is_dir():
         return False
-    start = _read(path, 16)
+    start = _read_bytes(path, 16)
     is_other = start[8:9] == b"{" or start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
     return not is_other and (start[:1] == b"\x08" or path.suffix.lower() == ".onnx")
 
@@ -70,7 +70,7 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
     """Return what the file takes and gives, and its content. Raises CheckpointError if it is damaged, or not
     to be run: if a reader would open other files for it, or take memory without bound.
     """
-    content = _read(path)
+    content = _read_bytes(path)
     try:
         return _read_model(memoryview(content)), content
     except _RefusedError as error:
@@ -81,7 +81,7 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
         ) from None
 
 
-def _read(path: Path, most: int | None = None) -> bytes:
+def _read_bytes(path: Path, most: int | None = None) -> bytes:
     """Return the content of a file, or its first bytes. Raises CheckpointError."""
     try:
         require_regular_file(path)

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from modules.errors import OptionError
-from post.network_options import NetworkOptions, add_network_arguments
+from post.network_options import ToolNetworkOptions, add_network_arguments
 
 GFPGAN, CODEFORMER = "gfpgan", "codeformer"
 MODES = (GFPGAN, CODEFORMER)
@@ -22,7 +22,7 @@ YUNET = "yunet"
 class FacefixOptions:
     """Which faces are restored, and how."""
 
-    network: NetworkOptions
+    network: ToolNetworkOptions
     mode: str
     weight: float
     strength: float

@@ -58,7 +58,7 @@ class ConvLayer(nn.Module):
         return x
 
 
-class ResidualBlock(nn.Module):
+class ParsingBlock(nn.Module):
     """Two convolutions beside a straight path; `scale` of 0.5, 1 or 2 changes height and width."""
 
     def __init__(self, width_in: int, width: int, scale: float) -> None:
@@ -85,10 +85,10 @@ class ParseNet(nn.Module):
         self.config = config
         self.encoder = nn.Sequential(
             ConvLayer(3, config.down[0], has_norm=False),
-            *(ResidualBlock(a, b, 0.5) for a, b in pairwise(config.down)),
+            *(ParsingBlock(a, b, 0.5) for a, b in pairwise(config.down)),
         )
-        self.body = nn.Sequential(*(ResidualBlock(deepest, deepest, 1) for _ in range(config.blocks)))
-        self.decoder = nn.Sequential(*(ResidualBlock(a, b, 2) for a, b in pairwise(config.up)))
+        self.body = nn.Sequential(*(ParsingBlock(deepest, deepest, 1) for _ in range(config.blocks)))
+        self.decoder = nn.Sequential(*(ParsingBlock(a, b, 2) for a, b in pairwise(config.up)))
         self.out_mask_conv = ConvLayer(config.up[-1], CLASSES, has_norm=False)
 
     def forward(self, faces: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.memory_layouts import lay_out, layouts
 from post.faces.boxes import best_of, shrunk
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 from post.faces.retinaface_bodies import (
     MobileNet,
     MobileNetConfig,
@@ -91,7 +91,7 @@ class Context(nn.Module):
         return relu(torch.cat(seen, dim=1))
 
 
-class Head(nn.Module):
+class AnchorHead(nn.Module):
     """Say `values` numbers of each anchor."""
 
     def __init__(self, width: int, values: int) -> None:
@@ -114,9 +114,9 @@ class RetinaFace(nn.Module):
         self.body = MobileNet(body) if isinstance(body, MobileNetConfig) else ResNet(body)
         self.fpn = Pyramid(body.widths, config.width, slope)
         self.ssh1, self.ssh2, self.ssh3 = (Context(config.width, slope) for _ in STEPS)
-        self.ClassHead = nn.ModuleList(Head(config.width, 2) for _ in STEPS)
-        self.BboxHead = nn.ModuleList(Head(config.width, 4) for _ in STEPS)
-        self.LandmarkHead = nn.ModuleList(Head(config.width, 10) for _ in STEPS)
+        self.ClassHead = nn.ModuleList(AnchorHead(config.width, 2) for _ in STEPS)
+        self.BboxHead = nn.ModuleList(AnchorHead(config.width, 4) for _ in STEPS)
+        self.LandmarkHead = nn.ModuleList(AnchorHead(config.width, 10) for _ in STEPS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: B 3 H W, blue green red of 0..255 minus MEAN.
@@ -171,7 +171,7 @@ class RetinaFaceDetector:
     device: torch.device
 
     @torch.inference_mode()
-    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
         height, width = pixels.shape[:2]
         factor = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
@@ -184,7 +184,7 @@ class RetinaFaceDetector:
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
         values = scores[chosen].numpy()
         return [
-            Found((*corners[index].tolist(),), float(values[index]), points[index])
+            FoundFace((*corners[index].tolist(),), float(values[index]), points[index])
             for index in best_of(corners, values, MOST_OVERLAP)
         ]
 

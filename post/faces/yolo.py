@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
 from post.faces.boxes import Numbers, best_of
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 from post.faces.onnx_header import OnnxHeader
 from post.faces.yunet import first_line
 
@@ -52,7 +52,7 @@ class YoloDetector:
     network: Any  # cv2.dnn.Net
     layout: YoloLayout
 
-    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return what is in a picture (H W 3, RGB) with at least that score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
         try:
@@ -66,7 +66,7 @@ class YoloDetector:
         if points is not None:
             points = (points - shift) / factor
         return [
-            Found(
+            FoundFace(
                 tuple(boxes[index].tolist()),
                 float(scores[index]),
                 None if points is None else points[index],

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
 from post.faces.boxes import shrunk
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 from post.faces.onnx_header import OnnxHeader
 
 OUTPUTS = {f"{kind}_{step}" for kind in ("cls", "obj", "bbox", "kps") for step in (8, 16, 32)}
@@ -32,7 +32,7 @@ class YuNetDetector:
     side: int | None
     canvas: tuple[int, int] | None = None  # width and height that this OpenCV needs; None: any do
 
-    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[Found]:
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
         height, width = pixels.shape[:2]
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
@@ -56,8 +56,8 @@ class YuNetDetector:
         for row in sorted(rows, key=lambda row: -row[14]):
             left, top = (row[:2] * size).tolist()
             right, bottom = ((row[:2] + row[2:4]) * size).tolist()
-            points = row[4:14].reshape(5, 2) * size  # in the order of `Found`
-            found.append(Found((left, top, right, bottom), float(row[14]), points))
+            points = row[4:14].reshape(5, 2) * size  # in the order of `FoundFace`
+            found.append(FoundFace((left, top, right, bottom), float(row[14]), points))
         return found
 
 

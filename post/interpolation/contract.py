@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPicture:
     """What one picture gives alone: computed once, used by both pairs that the picture belongs to.
 
     All maps are float32. H and W are the sides of the picture.
@@ -22,8 +22,8 @@ class Encoded:
 class FlowEstimator(Protocol):
     """Estimate the motion between two pictures, in float32."""
 
-    def encode(self, image: Tensor) -> Encoded:
+    def encode(self, image: Tensor) -> EncodedPicture:
         """Return what a picture gives alone. image: 1 3 H W, 0..255, float32, sides multiples of 32."""
 
-    def flow(self, first: Encoded, second: Encoded) -> Tensor:
+    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         """Return 1 2 H W, float32: how far in x and y each pixel of the first picture moves to the second."""

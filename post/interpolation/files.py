@@ -20,10 +20,10 @@ from post.interpolation.layout import ESTIMATOR, is_with_raft, read_gimm
 from post.interpolation.options import WITH_FLOWFORMER, WITH_RAFT
 from post.interpolation.raft import (
     ITERATIONS,
-    Encoder,
     FlowHead,
     MotionEncoder,
     Raft,
+    RaftEncoder,
     SeparableGru,
     read_raft,
 )
@@ -35,7 +35,7 @@ META = torch.device("meta")
 RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
 FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
 MOST_ITERATIONS = 200
-COMPILED = (Encoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the networks for the flow
+COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the networks for the flow
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModeSettings:
     """What the YAML beside the files says that no tensor tells; the defaults are the released ones."""
 
     coordinates: tuple[float, float] = (-1.0, 1.0)
@@ -57,7 +57,7 @@ class Settings:
     raft_iterations: int = ITERATIONS
 
 
-USUAL = Settings()
+USUAL = ModeSettings()
 
 
 def find_files(path: Path, kind: str) -> ModelFiles:
@@ -112,13 +112,13 @@ def _find(folder: Path, known: Sequence[str], start: str) -> Path | None:
     return others[0] if others else None
 
 
-def read_settings(path: Path | None) -> Settings:
+def read_settings(path: Path | None) -> ModeSettings:
     """Read the YAML of the released files; without one, the released settings.
 
     Raises CheckpointError if it cannot be read, or asks for what this program does not compute.
     """
     if path is None:
-        return Settings()
+        return ModeSettings()
     try:
         arch = _mapping(_mapping(yaml.safe_load(read_text(path))).get("arch"))
         hyponet = _mapping(arch.get("hyponet"))
@@ -136,7 +136,7 @@ def read_settings(path: Path | None) -> Settings:
         if not 1 <= iterations <= MOST_ITERATIONS:
             raise ValueError(f"raft_iter {iterations} is not 1 to {MOST_ITERATIONS}")
         frequency, bias = sine.get("siren_w0", USUAL.frequency), hyponet.get("output_bias", USUAL.output_bias)
-        return Settings((float(low), float(high)), float(frequency), float(bias), iterations)
+        return ModeSettings((float(low), float(high)), float(frequency), float(bias), iterations)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -149,7 +149,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class Networks:
+class InterpolationNetworks:
     """The loaded networks of a mode."""
 
     gimm: GimmVfi
@@ -173,7 +173,7 @@ def check_networks(path: Path, kind: str) -> None:
     load_networks(path, kind, META, torch.float32)
 
 
-def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Networks:
+def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
     """Load both networks; only the synthesis computes in `dtype`, motion in float32.
 
     Raises CheckpointError if a file is missing or not what its name says, or if both do not fit each other.
@@ -200,11 +200,11 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
         estimator, widths = _load_estimator(checkpoint, kind, settings, device)
     _require_fitting(plan.config.synthesis, widths, files)
-    return Networks(gimm, estimator)
+    return InterpolationNetworks(gimm, estimator)
 
 
 def _load_estimator(
-    checkpoint: Checkpoint, kind: str, settings: Settings, device: torch.device
+    checkpoint: Checkpoint, kind: str, settings: ModeSettings, device: torch.device
 ) -> tuple[Raft | FlowFormer, tuple[int, int, int]]:
     """Return the network, and the channels of its quarter, eighth and matching maps."""
     if kind == WITH_RAFT:

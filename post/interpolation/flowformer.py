@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from post.interpolation.contract import Encoded
+from post.interpolation.contract import EncodedPicture
 from post.interpolation.correlation import Correlation
-from post.interpolation.flowformer_decoder import DecoderConfig, MemoryDecoder
+from post.interpolation.flowformer_decoder import FlowDecoderConfig, MemoryDecoder
 from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
 from post.interpolation.flowformer_tokens import HEADS
 from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
@@ -34,7 +34,7 @@ class FlowFormerConfig:
     context: tuple[StageConfig, ...]
     matching: int  # width of the features that are compared
     memory: MemoryConfig
-    decoder: DecoderConfig
+    decoder: FlowDecoderConfig
 
 
 class Trunk(nn.Module):
@@ -72,16 +72,16 @@ class FlowFormer(nn.Module):
         self.context_encoder = Trunk(config.context)
         self.memory_decoder = MemoryDecoder(config.decoder)
 
-    def encode(self, image: Tensor) -> Encoded:
+    def encode(self, image: Tensor) -> EncodedPicture:
         """Return what a picture gives alone. image: 1 3 H W, 0..255, sides multiples of 32."""
         with torch.autocast(image.device.type, enabled=False):
             image = 2 * (image.float() / 255) - 1
             quarter, eighth = self.context_encoder.svt(image)
             encoder = self.memory_encoder
             matching = encoder.channel_convertor(encoder.feat_encoder.svt(image)[-1])
-            return Encoded(quarter, eighth, matching, None)
+            return EncodedPicture(quarter, eighth, matching, None)
 
-    def flow(self, first: Encoded, second: Encoded) -> Tensor:
+    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         """Return 1 2 H W: how far in x and y each pixel of the first picture moves to the second."""
         with torch.autocast(first.matching.device.type, enabled=False):
             # by the size alone, so that a picture gives the same on every device
@@ -130,14 +130,14 @@ def _read_memory(shape: Shape, layers: int) -> MemoryConfig:
     return MemoryConfig(tokens, width, context, part, (first, second, third), layers)
 
 
-def _read_decoder(shape: Shape) -> DecoderConfig:
+def _read_decoder(shape: Shape) -> FlowDecoderConfig:
     start = "memory_decoder"
     query, memory = shape(f"{start}.decoder_layer.cross_attend.k.weight", axes=2)
 
     def rows(name: str) -> int:
         return shape(f"{start}.{name}.weight")[0]
 
-    return DecoderConfig(
+    return FlowDecoderConfig(
         memory=memory,
         query=query,
         hidden=rows("proj") // 2,

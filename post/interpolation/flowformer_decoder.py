@@ -21,7 +21,7 @@ COSTS = SIDE**2  # read about each place in every iteration
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class FlowDecoderConfig:
     """Dimensions of the decoder."""
 
     memory: int  # D
@@ -38,7 +38,7 @@ class DecoderConfig:
 class Alike(nn.Module):
     """How alike places of the first picture are."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
         self.to_qk = nn.Conv2d(config.hidden, 2 * config.compared, 1, bias=False)
 
@@ -75,10 +75,10 @@ class Aggregator(nn.Module):
         return motion + self.gamma * mean(self.to_v(motion))
 
 
-class UpdateBlock(nn.Module):
+class FlowFormerUpdate(nn.Module):
     """One refinement of the flow."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
         inputs = config.query + COSTS
         self.encoder = MotionEncoder(inputs, config.correlation, config.flow, config.motion)
@@ -91,7 +91,7 @@ class UpdateBlock(nn.Module):
 class DecoderLayer(nn.Module):
     """Holds the attention to the memory, for the sake of its name in the files."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
         self.cross_attend = TokenAttention(config.query, config.memory, joined=True)
 
@@ -99,14 +99,14 @@ class DecoderLayer(nn.Module):
 class MemoryDecoder(nn.Module):
     """Flow of the first picture's places."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(2 * config.hidden, 2 * config.hidden, 1)
         self.flow_token_encoder = nn.Sequential(
             nn.Conv2d(COSTS, config.query, 1), nn.GELU(), nn.Conv2d(config.query, config.query, 1)
         )
         self.decoder_layer = DecoderLayer(config)
-        self.update_block = UpdateBlock(config)
+        self.update_block = FlowFormerUpdate(config)
         self.att = Alike(config)
 
     def forward(

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, pad
 from post.interpolation.correlation import Correlation
 from post.interpolation.flowformer_tokens import HEADS, TokenAttention, places_of, position_code
 from post.interpolation.parts import in_parts, in_ranges, rows_of_part
-from post.interpolation.twins import WINDOW, Block, attend, in_windows
+from post.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
 
 PATCH = 8  # costs on a side that become one token: three strides of two
 COARSE = 4  # places on a side that become one key, as trained
@@ -133,8 +133,8 @@ class VerticalLayer(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.local_block = Block(WindowContextAttention(config), config.width, eps=1e-5)
-        self.global_block = Block(CoarseContextAttention(config), config.width, eps=1e-5)
+        self.local_block = TwinsBlock(WindowContextAttention(config), config.width, eps=1e-5)
+        self.global_block = TwinsBlock(CoarseContextAttention(config), config.width, eps=1e-5)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: K H W D. context: 1 H W C."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from post.interpolation.contract import Encoded, FlowEstimator
+from post.interpolation.contract import EncodedPicture, FlowEstimator
 from post.interpolation.motion import MotionConfig, MotionField
 from post.interpolation.synthesis import Compared, Maps, Synthesis, SynthesisConfig
 from post.interpolation.warping import resize
@@ -42,7 +42,7 @@ class Frame:
 
     image: Tensor  # 1 3 H W, 0..1
     small: Tensor  # the same at the size that flow is computed at
-    encoded: Encoded
+    encoded: EncodedPicture
     maps: Maps
 
 

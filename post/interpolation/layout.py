@@ -7,7 +7,7 @@ from modules.checkpoints.opening import Checkpoint, plain_sources
 from post.interpolation.correlation import CHANNELS
 from post.interpolation.gimm import GimmConfig
 from post.interpolation.motion import MotionConfig
-from post.interpolation.refinement import DecoderConfig, UpdateConfig
+from post.interpolation.refinement import RefinementConfig, UpdateConfig
 from post.interpolation.synthesis import PER_BLEND, SynthesisConfig
 
 ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
@@ -81,9 +81,9 @@ def _synthesis(names: Set[str], of: Of) -> SynthesisConfig:
     )
 
 
-def _decoder(name: str, doublings: int, of: Of) -> DecoderConfig:
+def _decoder(name: str, doublings: int, of: Of) -> RefinementConfig:
     entry = of(f"{name}.convblock.0.0")
-    return DecoderConfig(
+    return RefinementConfig(
         doublings=doublings,
         first=entry[2],
         upsample=(of(f"{name}.upsample.{doublings}.0")[0], of(f"{name}.upsample.{doublings + 4}.0")[0]),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from modules.errors import OptionError
-from post.network_options import NetworkOptions, add_network_arguments
+from post.network_options import ToolNetworkOptions, add_network_arguments
 
 WITH_RAFT, WITH_FLOWFORMER = "gimmvfi_r", "gimmvfi_f"
 MOST_FACTOR = 16
@@ -18,7 +18,7 @@ ALIGNMENT = 32  # the networks need sides that are multiples of this
 class InterpolationOptions:
     """How many pictures are made between two, and how."""
 
-    network: NetworkOptions
+    network: ToolNetworkOptions
     mode: str
     factor: int
     ds_factor: float

@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, instance_norm, relu, unfold
 
 from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from post.interpolation.contract import Encoded
+from post.interpolation.contract import EncodedPicture
 from post.interpolation.correlation import CHANNELS, Correlation, grid_of
 from post.interpolation.layers import StoredNorm, conv
 
@@ -53,7 +53,7 @@ class InstanceNorm(nn.Module):
 Norm = Callable[[int], nn.Module]
 
 
-class Residual(nn.Module):
+class RaftResidual(nn.Module):
     """Two convolutions beside a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
@@ -68,16 +68,18 @@ class Residual(nn.Module):
         return relu((x if self.downsample is None else self.downsample(x)) + inner)
 
 
-class Encoder(nn.Module):
+class RaftEncoder(nn.Module):
     """Picture -> features at an eighth of its size."""
 
     def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
         super().__init__()
         first, second, third = stages
         self.conv1, self.norm1 = conv(3, first, 7, stride=2), norm(first)
-        self.layer1 = nn.Sequential(Residual(first, first, 1, norm), Residual(first, first, 1, norm))
-        self.layer2 = nn.Sequential(Residual(first, second, 2, norm), Residual(second, second, 1, norm))
-        self.layer3 = nn.Sequential(Residual(second, third, 2, norm), Residual(third, third, 1, norm))
+        self.layer1 = nn.Sequential(RaftResidual(first, first, 1, norm), RaftResidual(first, first, 1, norm))
+        self.layer2 = nn.Sequential(
+            RaftResidual(first, second, 2, norm), RaftResidual(second, second, 1, norm)
+        )
+        self.layer3 = nn.Sequential(RaftResidual(second, third, 2, norm), RaftResidual(third, third, 1, norm))
         self.conv2 = conv(third, outputs, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +106,7 @@ class MotionEncoder(nn.Module):
         return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
 
 
-class Turn(NamedTuple):
+class RecurrentTurn(NamedTuple):
     """One turn of the recurrent unit, along rows or columns, with what stays the same in all iterations."""
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
@@ -124,7 +126,7 @@ class SeparableGru(nn.Module):
                 layer = nn.Conv2d(hidden + inputs, hidden, size, padding=padding)
                 setattr(self, f"conv{gate}{number}", layer)
 
-    def turns(self, context: Tensor) -> tuple[Turn, Turn]:
+    def turns(self, context: Tensor) -> tuple[RecurrentTurn, RecurrentTurn]:
         """Return both turns of an iteration. context: 1 . h w, the same in all of them.
 
         The three gates read the same maps, and a convolution is linear in them: what the context adds is
@@ -132,7 +134,7 @@ class SeparableGru(nn.Module):
         """
         return self._turn("1", context), self._turn("2", context)
 
-    def forward(self, hidden: Tensor, motion: Tensor, turns: tuple[Turn, Turn]) -> Tensor:
+    def forward(self, hidden: Tensor, motion: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn]) -> Tensor:
         """Return the new hidden state, 1 C h w."""
         width = hidden.shape[1]
         for turn in turns:
@@ -143,13 +145,13 @@ class SeparableGru(nn.Module):
             hidden = (1 - share) * hidden + share * fresh
         return hidden
 
-    def _turn(self, number: str, context: Tensor) -> Turn:
+    def _turn(self, number: str, context: Tensor) -> RecurrentTurn:
         update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
         weight = torch.cat([update.weight, reset.weight, fresh.weight])
         bias = torch.cat([update.bias, reset.bias, fresh.bias])
         width, inputs = len(bias) // 3, context.shape[1]
         own, of_context, moving = weight.split([width, inputs, weight.shape[1] - width - inputs], dim=1)
-        return Turn(
+        return RecurrentTurn(
             constant=_keeping_size(context, of_context, bias),
             moving=moving.contiguous(),
             recurrent=own[: 2 * width].contiguous(),
@@ -183,7 +185,7 @@ class UpdateBlock(nn.Module):
         self.mask = upsampling_mask(config.hidden, config.mask)
 
     def forward(
-        self, hidden: Tensor, turns: tuple[Turn, Turn], correlation: Tensor, flow: Tensor
+        self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the new hidden state and the change of the flow. turns: of the recurrent unit."""
         motion = self.encoder(correlation, flow)
@@ -197,17 +199,17 @@ class Raft(nn.Module):
     def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
         super().__init__()
         self.config, self.iterations = config, iterations
-        self.fnet = Encoder(config.stages, config.features, lambda _: InstanceNorm())
-        self.cnet = Encoder(config.stages, config.hidden + config.context, StoredNorm)
+        self.fnet = RaftEncoder(config.stages, config.features, lambda _: InstanceNorm())
+        self.cnet = RaftEncoder(config.stages, config.hidden + config.context, StoredNorm)
         self.update_block = UpdateBlock(config)
 
-    def encode(self, image: Tensor) -> Encoded:
+    def encode(self, image: Tensor) -> EncodedPicture:
         """Return what a picture gives alone. image: 1 3 H W, 0..255."""
         image = 2 * (image / 255) - 1
         quarter, eighth, context = self.cnet(image)
-        return Encoded(quarter, eighth, self.fnet(image)[2], context)
+        return EncodedPicture(quarter, eighth, self.fnet(image)[2], context)
 
-    def flow(self, first: Encoded, second: Encoded) -> Tensor:
+    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         """Return 1 2 H W: how far each pixel of the first picture moves to the second."""
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.own.split([self.config.hidden, self.config.context], dim=1)

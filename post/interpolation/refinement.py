@@ -17,7 +17,7 @@ SLOPE = 0.1
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class RefinementConfig:
     """Widths of a decoder."""
 
     doublings: int  # of height and width
@@ -66,7 +66,7 @@ class Residual(nn.Module):
 class Decoder(nn.Module):
     """Enlarge the features of a picture; and make what `outputs` says of all that is known at that size."""
 
-    def __init__(self, features: int, others: int, config: DecoderConfig) -> None:
+    def __init__(self, features: int, others: int, config: RefinementConfig) -> None:
         """features: channels of a picture's map. others: inputs beside the two enlarged maps."""
         super().__init__()
         inner, outer = config.upsample

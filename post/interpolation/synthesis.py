@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from post.interpolation.contract import Encoded
+from post.interpolation.contract import EncodedPicture
 from post.interpolation.correlation import Correlation, grid_of
 from post.interpolation.layers import conv
-from post.interpolation.refinement import Decoder, DecoderConfig, Update, UpdateConfig
+from post.interpolation.refinement import Decoder, RefinementConfig, Update, UpdateConfig
 from post.interpolation.warping import resize, warp
 
 # Letters: C channels, H W height and width of the pictures, K blends
@@ -28,8 +28,8 @@ class SynthesisConfig:
     projections: tuple[tuple[int, int], ...]  # of the quarter, eighth and matching maps: from, to; or none
     quarter: int  # channels of the maps as the decoders take them
     eighth: int
-    first: DecoderConfig
-    last: DecoderConfig
+    first: RefinementConfig
+    last: RefinementConfig
     low: UpdateConfig
     high: UpdateConfig
     mixed: int  # width of the last mix
@@ -104,7 +104,7 @@ class Synthesis(nn.Module):
         """That of the layers."""
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
-    def maps(self, encoded: Encoded) -> Maps:
+    def maps(self, encoded: EncodedPicture) -> Maps:
         """Return a picture's features as the other methods take them."""
         dtype = self.dtype
         quarter, eighth, matching = (

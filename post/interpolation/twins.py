@@ -25,7 +25,7 @@ class StageConfig:
     reduction: int  # places on a side that become one key of the attention to the coarse grid
 
 
-class Mlp(nn.Module):
+class TwinsMlp(nn.Module):
     """Two linear layers around a GELU, for each place alone."""
 
     def __init__(self, width: int) -> None:
@@ -42,7 +42,7 @@ class Mlp(nn.Module):
         return self.fc2(gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class TwinsBlock(nn.Module):
     """An attention over a map and an MLP, both added to what comes in."""
 
     def __init__(self, attn: nn.Module, width: int, eps: float) -> None:
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width)
+        self.mlp = TwinsMlp(width)
 
     def forward(self, x: Tensor, *given: Tensor) -> Tensor:
         """x: B H W C. given: what else the attention wants."""
@@ -96,7 +96,7 @@ class CoarseAttention(nn.Module):
         return self.proj(attend(self.q(x.flatten(1, 2)), k, v, self.heads)).view(x.shape)
 
 
-class PatchEmbed(nn.Module):
+class TwinsPatchEmbed(nn.Module):
     """Make one place of each square of places."""
 
     def __init__(self, channels: int, config: StageConfig) -> None:
@@ -127,10 +127,10 @@ class Twins(nn.Module):
     def __init__(self, stages: tuple[StageConfig, ...]) -> None:
         super().__init__()
         before = (3, *(stage.width for stage in stages))
-        self.patch_embeds = nn.ModuleList(map(PatchEmbed, before, stages))
+        self.patch_embeds = nn.ModuleList(map(TwinsPatchEmbed, before, stages))
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                Block(attention, stage.width, eps=1e-6)  # as trained
+                TwinsBlock(attention, stage.width, eps=1e-6)  # as trained
                 for attention in (
                     WindowAttention(stage.width),
                     CoarseAttention(stage.width, stage.reduction),

@@ -53,7 +53,7 @@ HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  
 
 
 @dataclass(frozen=True)
-class Kind:
+class UpscalerKind:
     """A kind of network: how it is built, and how it is run."""
 
     name: str
@@ -62,21 +62,21 @@ class Kind:
     repeats_edge: bool  # how pictures are extended to its step: as the tools did that users know
 
 
-SWINIR = Kind("SwinIR", "swinir", SwinIR, repeats_edge=True)
-COMPACT = Kind("compact Real-ESRGAN", "esrgan", CompactNet, repeats_edge=False)
-RRDB = Kind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
+SWINIR = UpscalerKind("SwinIR", "swinir", SwinIR, repeats_edge=True)
+COMPACT = UpscalerKind("compact Real-ESRGAN", "esrgan", CompactNet, repeats_edge=False)
+RRDB = UpscalerKind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
 
 
 @dataclass(frozen=True)
 class Upscaler:
     """A network and what must be known to run it."""
 
-    kind: Kind
+    kind: UpscalerKind
     config: Config
     network: Network
 
 
-def check_file(path: Path) -> tuple[Kind, Config]:
+def check_file(path: Path) -> tuple[UpscalerKind, Config]:
     """Return what a file holds; only names and shapes are read. Raises CheckpointError for other files."""
     upscaler = load_upscaler(path, META, torch.float32)
     return upscaler.kind, upscaler.config
@@ -99,7 +99,7 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
 
-def read_upscaler(checkpoint: Checkpoint) -> tuple[Kind, LoadPlan[Any]]:
+def read_upscaler(checkpoint: Checkpoint) -> tuple[UpscalerKind, LoadPlan[Any]]:
     """Plan how to load the network of an open file. Raises CheckpointError if it is none of ours."""
     checkpoint = checkpoint.without_prefix(*PREFIXES)
     names = checkpoint.tensors

@@ -6,14 +6,14 @@ import torch
 
 from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
 from post.tiling import round_up
-from post.upscaling.files import META, Config, Kind
+from post.upscaling.files import META, Config, UpscalerKind
 
 SIZES = (32, 64)  # of the pictures that are tried
 OUTSIDE = 3 + 3 * 2  # numbers of float32 for a pixel of a result: it, and its copies while it is resized
 
 
 @lru_cache(maxsize=16)
-def bytes_per_pixel(kind: Kind, config: Config, dtype: torch.dtype) -> float:
+def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> float:
     """Return the bytes that enlarging takes for each pixel of the input, without the weights.
 
     All blocks of a network need the same, so one of each form is run.
@@ -28,7 +28,7 @@ def result_bytes(config: Config, width: int, height: int) -> int:
     return 4 * OUTSIDE * width * height * config.factor**2
 
 
-def _peak(kind: Kind, config: Config, dtype: torch.dtype, size: int) -> int:
+def _peak(kind: UpscalerKind, config: Config, dtype: torch.dtype, size: int) -> int:
     with META:
         network = kind.build(config).to(dtype)
     with dry_run() as ledger, torch.no_grad():

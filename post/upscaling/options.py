@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from modules.errors import OptionError
 from modules.options import check_at_least
-from post.network_options import NetworkOptions, add_network_arguments
+from post.network_options import ToolNetworkOptions, add_network_arguments
 
 AUTO = "auto"
 
@@ -14,7 +14,7 @@ AUTO = "auto"
 class UpscalerOptions:
     """How pictures are enlarged."""
 
-    network: NetworkOptions
+    network: ToolNetworkOptions
     mode: str  # swinir, esrgan: only the output's name; the network is told from the file
     scale: float
     tile: int | None  # pixels; 0: never; None: if memory ends

@@ -70,7 +70,7 @@ class DenseBlock(nn.Module):
         return x + SHARE * self.get_submodule("conv5")(torch.cat(seen, dim=1))
 
 
-class ResidualBlock(nn.Module):
+class DenseResidualBlock(nn.Module):
     """Three dense blocks in a row."""
 
     def __init__(self, config: RrdbConfig) -> None:
@@ -89,7 +89,7 @@ class RRDBNet(nn.Module):
         features = config.features
         self.config = config
         self.conv_first = nn.Conv2d(COLOURS * config.unshuffle**2, features, 3, padding=1)
-        self.body = nn.ModuleList(ResidualBlock(config) for _ in range(config.blocks))
+        self.body = nn.ModuleList(DenseResidualBlock(config) for _ in range(config.blocks))
         self.conv_body = nn.Conv2d(features, features, 3, padding=1)
         for number in range(1, config.doublings + 1):
             self.add_module(f"conv_up{number}", nn.Conv2d(features, features, 3, padding=1))

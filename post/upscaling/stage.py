@@ -17,7 +17,7 @@ from post.pixels import to_pixels, to_tensor
 from post.precision import Guarded, network_dtype
 from post.sizes import enlarged_clip
 from post.tiling import WHOLE, Fitting, largest_tile, pad_to_multiple, room_on, round_up
-from post.upscaling.files import Kind, Upscaler, check_file, load_upscaler
+from post.upscaling.files import Upscaler, UpscalerKind, check_file, load_upscaler
 from post.upscaling.memory import bytes_per_pixel, result_bytes
 from post.upscaling.options import UpscalerOptions
 
@@ -51,7 +51,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     return UpscalerStage(upscaler, guarded, options, device)
 
 
-def _say(options: UpscalerOptions, kind: Kind, factor: int) -> None:
+def _say(options: UpscalerOptions, kind: UpscalerKind, factor: int) -> None:
     name = options.network.model.name
     if kind.mode != options.mode:
         logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind.name)

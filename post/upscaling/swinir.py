@@ -92,7 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tens
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)[..., :width]
 
 
-class Mlp(nn.Module):
+class SwinMlp(nn.Module):
     """Two linear layers."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -112,7 +112,7 @@ class Block(nn.Module):
         self.norm1 = Float32LayerNorm(config.dim, EPSILON, affine=True)
         self.attn = Attention(config.dim, heads, config.window)
         self.norm2 = Float32LayerNorm(config.dim, EPSILON, affine=True)
-        self.mlp = Mlp(config.dim, config.hidden)
+        self.mlp = SwinMlp(config.dim, config.hidden)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x: G N C. bias: heads N N."""

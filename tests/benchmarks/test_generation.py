@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.generation import count_waits, step_seconds
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from generation.denoise import Start, denoise
+from generation.denoise import LoopStart, denoise
 from modules.contract.experts import ONE_EXPERT
 from modules.contract.generation import Request, Section
 from modules.flow.solvers import solver_for
@@ -35,7 +35,7 @@ def arguments(family: Family) -> dict[str, Any]:
         "family": family,
         "dit_at": lambda timestep: NETWORK,
         "section": Section(noise, {}),
-        "start": Start(noise),
+        "start": LoopStart(noise),
         "solver": solver_for("unipc", STEPS, 3.0),
         "guidance": make_guidance(
             prepare(Request("p", 1, guidance_scale=1.0, steps=STEPS)), PLAIN_GUIDANCE, ONE_EXPERT

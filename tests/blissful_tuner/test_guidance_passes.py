@@ -11,7 +11,7 @@ from torch import Tensor
 from blissful_tuner.cfg_zero import cfg_zero
 from blissful_tuner.guidance import has_batches, make_guidance, needs, plan_steps
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, Stage
+from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, GuidanceStage
 from blissful_tuner.perp_neg import perp_neg
 from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
@@ -27,7 +27,7 @@ def step(index: int) -> Step:
     return Step(index, 4, 0.5, 500.0, torch.ones(1, 1, 1, 2, 2))
 
 
-def combine(stage: Stage, positive: Tensor, negative: Tensor, blank: Tensor) -> Tensor:
+def combine(stage: GuidanceStage, positive: Tensor, negative: Tensor, blank: Tensor) -> Tensor:
     return stage.change(positive, {POSITIVE: positive, NEGATIVE: negative, BLANK: blank})
 
 
@@ -60,13 +60,13 @@ def numbers(*values: float) -> Tensor:
         (perp_neg(5.0, 1.5, NEGATIVE), (-10 / 3, 25 / 3, 28 / 3, 21.0)),
     ],
 )
-def test_documented_examples(stage: Stage, expected: tuple[float, ...]) -> None:
+def test_documented_examples(stage: GuidanceStage, expected: tuple[float, ...]) -> None:
     velocity = combine(stage, numbers(1, 2, 3, 4), numbers(1, 0, 1, 0), numbers(0, 0, 1, 1))
     torch.testing.assert_close(velocity, numbers(*expected))
 
 
 @pytest.mark.parametrize("make", [lambda: cfg_zero(5.0, NEGATIVE), lambda: perp_neg(5.0, 1.5, NEGATIVE)])
-def test_each_sample_of_a_batch_is_by_itself(make: Callable[[], Stage]) -> None:
+def test_each_sample_of_a_batch_is_by_itself(make: Callable[[], GuidanceStage]) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randn(2, 4, 2, 3, 3, generator=generator) for _ in range(3)]
     alone = [combine(make(), *(one[sample : sample + 1] for one in rows)) for sample in range(2)]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux.encoders import Encoders
+from flux.encoders import FluxEncoderPaths
 from flux.family import Flux, family_for_text_caching, family_for_training
 from flux.files import FluxFiles
 from flux.model import pack
@@ -155,7 +155,7 @@ def test_model_type_chroma_is_checked_against_the_file(tmp_path: Path) -> None:
 def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
     models = write_tiny_flux(tmp_path)
     other = write_dit(tmp_path / "other", tiny_state("dev"))
-    encoders = Encoders(clip_l=models.clip_l, t5xxl=models.t5xxl)
+    encoders = FluxEncoderPaths(clip_l=models.clip_l, t5xxl=models.t5xxl)
 
     with pytest.raises(CheckpointError, match="--clip_l .* gives states of"):
         Flux(FluxFiles(other, encoders)).check_files(media=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from frame_pack.positions import Layout, Stretch, position_scale, rotary_table
+from frame_pack.positions import Stretch, WindowLayout, position_scale, rotary_table
 from modules.layers.rope import exact_table
 
 WIDTHS, THETA = (8, 28, 28), 256.0
@@ -13,7 +13,7 @@ WIDTHS, THETA = (8, 28, 28), 256.0
 def table(
     indices: tuple[int, ...], coarseness: int, rows: int = 5, columns: int = 6, scale: float = 1.0
 ) -> torch.Tensor:
-    return rotary_table(Layout((Stretch((indices,), coarseness),), rows, columns, scale), WIDTHS, THETA)
+    return rotary_table(WindowLayout((Stretch((indices,), coarseness),), rows, columns, scale), WIDTHS, THETA)
 
 
 def test_counted_indices_give_the_table_of_a_grid() -> None:
@@ -69,8 +69,8 @@ def test_positions_are_scaled_from_the_threshold_on(timestep: float, expected: f
 
 
 def test_samples_have_tables_of_their_own_only_where_their_indices_differ() -> None:
-    alike = Layout((Stretch(((4, 5), (4, 5)), 1), Stretch(((9,), (9,)), 2)), 2, 2, 1.0)
-    apart = Layout((Stretch(((4, 5), (4, 6)), 1), Stretch(((9,), (9,)), 2)), 2, 2, 1.0)
+    alike = WindowLayout((Stretch(((4, 5), (4, 5)), 1), Stretch(((9,), (9,)), 2)), 2, 2, 1.0)
+    apart = WindowLayout((Stretch(((4, 5), (4, 6)), 1), Stretch(((9,), (9,)), 2)), 2, 2, 1.0)
 
     one, two = rotary_table(alike, WIDTHS, THETA), rotary_table(apart, WIDTHS, THETA)
 

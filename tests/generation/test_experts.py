@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from generation.ahead import Ahead, Check, Stopped
+from generation.ahead import Ahead, Check, ReadingStopped
 from generation.experts import DitTurns, TurnRules, experts_by_step, plan_turns
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.generation import Request
@@ -273,7 +273,7 @@ def test_what_nobody_wants_any_more_ends_at_its_next_check() -> None:
         try:
             while True:
                 check()
-        except Stopped:
+        except ReadingStopped:
             reached.append(1)
             raise
 

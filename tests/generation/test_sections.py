@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from generation.denoise import Start, denoise
+from generation.denoise import LoopStart, denoise
 from generation.noise import SeededNoise
 from generation.sections import conditions_to, make_latents
 from modules.contract.generation import EncodedPrompts, Request, Section
@@ -242,7 +242,7 @@ def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
         steps.append(step.index)
         return predict(section.positive)[0]  # type: ignore[operator]
 
-    start = Start(torch.ones(1, 2, 1, 2, 2), step=3)
+    start = LoopStart(torch.ones(1, 2, 1, 2, 2), step=3)
     denoise(family, lambda timestep: dit, section, start, solver_for("unipc", 5, 3.0), positive_only)
     assert steps == [0, 1]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from generation.denoise import Start, denoise
+from generation.denoise import LoopStart, denoise
 from generation.noise import SeededNoise
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles
@@ -74,7 +74,7 @@ def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any], split: 
     guidance = make_guidance(prepared, replace(PLAIN_GUIDANCE, guidance_rescale=run["guidance_rescale"]))
 
     latents = denoise(
-        family, lambda _: golden_model(), section, Start(section.noise), solver, guidance, split=split
+        family, lambda _: golden_model(), section, LoopStart(section.noise), solver, guidance, split=split
     )
 
     torch.testing.assert_close(latents[:, :, 0], TENSORS[run["name"]], **DESCRIPTION["tolerance"]["latent*"])

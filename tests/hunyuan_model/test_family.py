@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from generation.noise import SeededNoise
 from hunyuan_model import conditioning
-from hunyuan_model.encoders import Encoders
+from hunyuan_model.encoders import HunyuanEncoderPaths
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.vae import load_vae
@@ -41,7 +41,7 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
         if (kind, dtype) not in made:
             files = write_tiny_hunyuan(root / f"{kind} {dtype}", kind, dtype)
             made[kind, dtype] = HunyuanFiles(
-                files.dit, Encoders(files.vae, files.text_encoder1, files.text_encoder2)
+                files.dit, HunyuanEncoderPaths(files.vae, files.text_encoder1, files.text_encoder2)
             )
         return HunyuanVideo(made[kind, dtype], **settings)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from networks.added_layers import AddedLayer, AddedPart, Place
+from networks.added_layers import AddedLayer, AddedPart, ChangedPlace
 
 RANK = 3
 Factors = dict[str, Tensor]
@@ -138,7 +138,7 @@ def test_what_is_added_equals_a_changed_weight(
 ) -> None:
     changed, wanted = module(), module()
     wanted.load_state_dict(changed.state_dict())
-    place, x = Place("x.weight", changed), random(2, 6, 5, 7, seed="x", scale=1)
+    place, x = ChangedPlace("x.weight", changed), random(2, 6, 5, 7, seed="x", scale=1)
     x = x.movedim(1, -1) if isinstance(changed, nn.Linear) else x
     parts = []
     weight = changed.weight.clone()  # type: ignore[operator]
@@ -168,7 +168,7 @@ def test_what_is_added_equals_a_changed_weight(
 @pytest.mark.parametrize("shape", [(6,), (2, 5, 6)])
 def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     module, x = nn.Linear(6, 8).to(dtype), random(*shape, seed="x", scale=1).to(dtype)
-    place, names = Place("x.weight", module), ("one", "two")
+    place, names = ChangedPlace("x.weight", module), ("one", "two")
     factors = {name: low_rank(name, module) for name in names}
     plain = module(x)
     layer = AddedLayer(place, [AddedPart(place, factors[name], 0.5) for name in names])
@@ -191,7 +191,7 @@ def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape:
 @torch.no_grad()
 def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
     module, x = nn.Linear(6, 8), random(2, 5, 6, seed="x", scale=1)
-    place, plain, bias = Place("x.weight", module), module(x), random(8, seed="bias")
+    place, plain, bias = ChangedPlace("x.weight", module), module(x), random(8, seed="bias")
     factors, change = lora("one", module)
     parts = [AddedPart(place, factors, 0.5), AddedPart(place, {**factors, "diff_b": bias}, 1.0)]
     layer = AddedLayer(place, parts)
@@ -207,7 +207,8 @@ def test_a_change_of_a_bias_alone_is_added() -> None:
     module, x = nn.Conv2d(6, 8, 3, padding=1), random(2, 6, 5, 7, seed="x", scale=1)
     plain, change = module(x), random(8, seed="bias")
     layer = AddedLayer(
-        Place("x.weight", module), [AddedPart(Place("x.weight", module), {"diff_b": change}, 2.0)]
+        ChangedPlace("x.weight", module),
+        [AddedPart(ChangedPlace("x.weight", module), {"diff_b": change}, 2.0)],
     )
     layer.attach()
     layer.switch_on(torch.device("cpu"), torch.float32)
@@ -219,7 +220,7 @@ def test_a_change_of_a_bias_alone_is_added() -> None:
 def test_what_is_added_to_a_norm_can_be_changed_too() -> None:
     norm, x = nn.LayerNorm(6), random(2, 6, seed="x", scale=1)
     plain = norm(x)
-    place = Place("norm.weight", norm)
+    place = ChangedPlace("norm.weight", norm)
     parts = [AddedPart(place, {"diff": random(6, seed=name)}) for name in ("one", "two")]
     layer = AddedLayer(place, parts)
     layer.attach()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stable_diffusion.contract import Picture, Settings
+from stable_diffusion.contract import AskedPicture, PictureSettings
 from tests.parity.stable_diffusion import (
     CLASSES,
     SIZE,
@@ -133,8 +133,10 @@ def test_inpainting(
 def test_latents_and_a_batch(sd1: Files) -> None:
     """Four pictures at once have the latents of four pictures of diffusers, and of four batches of one."""
     seeds = [1, 2, 3, 4]
-    settings = Settings(SIZE, SIZE, STEPS, SCALE)
-    pictures = [Picture("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds]
+    settings = PictureSettings(SIZE, SIZE, STEPS, SCALE)
+    pictures = [
+        AskedPicture("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds
+    ]
     made = make_here(sd1, pictures, "--sampler", "euler_a")
     texts = {"prompt": [picture.prompt for picture in pictures], "output_type": "latent"}
     theirs = pipeline(sd1, "", "euler_a")(**{**asked(seeds), **texts}, **square()).images

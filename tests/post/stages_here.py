@@ -18,7 +18,7 @@ from post.chain_options import Chain
 from post.contract import Clip, Picture, Stage
 from post.naming import plan_jobs
 from post.run import run_jobs
-from post.run_options import RunOptions
+from post.run_options import ToolRunOptions
 from post.stages import NamedStage
 from post.tools_options import Tool
 from tests.tiny.project import moving_square
@@ -153,7 +153,7 @@ def chain_of(
     needs_video: bool = False,
 ) -> Chain:
     """The command line that would have named these stages."""
-    run = RunOptions(source, None if output is None else str(output), yes, "cpu", form)
+    run = ToolRunOptions(source, None if output is None else str(output), yes, "cpu", form)
     return Chain(run, tuple(tool_for(stage, needs_video) for stage in stages))
 
 

@@ -13,7 +13,7 @@ from modules.compile_options import Compilation
 from modules.errors import OptionError
 from post.chain_options import read_chain
 from post.compiling import check_compiling, compile_parts
-from post.network_options import NetworkOptions
+from post.network_options import ToolNetworkOptions
 from post.run import run_chain
 from post.upscaling.files import load_upscaler
 from tests.post.stages_here import write_clip
@@ -26,8 +26,8 @@ EAGER = Compilation("eager", fullgraph=True)
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
-def options(compile: bool) -> NetworkOptions:
-    return NetworkOptions(Path("x.pth"), "fp32", None, compile)
+def options(compile: bool) -> ToolNetworkOptions:
+    return ToolNetworkOptions(Path("x.pth"), "fp32", None, compile)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from downloads.catalogue import known_components, model_sets
 from downloads.options import add_download_arguments
 from modules.errors import OptionError
-from post.model_places import MODELS, PLACES, Place, default_model
+from post.model_places import MODELS, PLACES, ModelPlace, default_model
 from post.tools_options import TOOLS
 
 SETS = {one.task: one for one in model_sets() if one.family == "tools"}
@@ -29,7 +29,7 @@ def test_every_set_of_tools_has_a_place() -> None:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.task)
-def test_places_are_those_of_the_list_of_downloads(place: Place) -> None:
+def test_places_are_those_of_the_list_of_downloads(place: ModelPlace) -> None:
     model = SETS[place.task].components[0]
 
     assert [file.name for file in model.files] == list(place.files)

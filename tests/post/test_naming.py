@@ -9,7 +9,7 @@ from modules.asking import Answer, ask_at_console
 from modules.errors import MediaError, OptionError, OutputError
 from modules.media.options import FormatOptions
 from modules.media.writing import write_png
-from post.naming import Job, plan_jobs, tell_suffix
+from post.naming import FileJob, plan_jobs, tell_suffix
 from post.run import run_chain
 from tests.post.stages_here import H264, PRORES, Asked, Larger, Same, chain_of, files_in, write_clip
 from tests.tiny.project import moving_square
@@ -45,7 +45,7 @@ def test_a_video_is_written_beside_itself_or_where_output_says(
 
     (job,) = plan_jobs(chain_of(TOOL, write_clip(tmp_path / "a.mp4"), output, form), Asked())
 
-    assert job == Job(tmp_path / "a.mp4", tmp_path / expected, False)
+    assert job == FileJob(tmp_path / "a.mp4", tmp_path / expected, False)
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
@@ -66,7 +66,7 @@ def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.Log
     jobs = plan_jobs(chain, Asked())
     tell_suffix(chain, jobs)
 
-    assert jobs == [Job(tmp_path / "a.png", tmp_path / "b.png", True)]
+    assert jobs == [FileJob(tmp_path / "a.png", tmp_path / "b.png", True)]
     assert caplog.messages == [f"The result is written to {tmp_path / 'b.png'}: pictures are PNG files"]
 
 

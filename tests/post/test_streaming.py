@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from post.streaming import DEPTH, Stopped, read_ahead, write_behind
+from post.streaming import DEPTH, StreamStopped, read_ahead, write_behind
 
 
 def threads() -> list[str]:
@@ -132,7 +132,7 @@ def test_a_run_that_fails_tells_the_writer_to_keep_nothing(error: BaseException)
     def write(items: Iterator[int]) -> None:
         try:
             list(items)
-        except Stopped as stop:
+        except StreamStopped as stop:
             told.append(stop)
             raise
 

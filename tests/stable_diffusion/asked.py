@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from stable_diffusion.assembling import Loaded
-from stable_diffusion.contract import SD1, Kind, Made, Picture, Start
+from stable_diffusion.assembling import LoadedPipeline
+from stable_diffusion.contract import SD1, AskedPicture, Made, ModelKind, SecondStart
 from stable_diffusion.options import GenImgOptions, read_gen_img
 
 
@@ -27,17 +27,17 @@ def options(*arguments: object) -> GenImgOptions:
 class PlainMaker:
     """Makes pictures of one colour, which the seed decides. batches: what it was asked for."""
 
-    kind: Kind = SD1
+    kind: ModelKind = SD1
     fails_on: str = ""  # prompts with this text
     error: type[BaseException] = RuntimeError
-    batches: list[list[Picture]] = field(default_factory=list)
+    batches: list[list[AskedPicture]] = field(default_factory=list)
 
     @property
     def model(self) -> Any:
         return SimpleNamespace(kind=self.kind, device=torch.device("cpu"))
 
     def make(
-        self, pictures: Sequence[Picture], start: Start | None = None, wants_images: bool = True
+        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
     ) -> Made:
         if self.fails_on and any(self.fails_on in picture.prompt for picture in pictures):
             raise self.error("no such thing")
@@ -47,11 +47,11 @@ class PlainMaker:
         latents = torch.zeros(len(pictures), 4, size[1] // 8, size[0] // 8)
         return Made(latents, images if wants_images else None)
 
-    def load(self, options: GenImgOptions, device: torch.device) -> Loaded:
-        return Loaded(self)
+    def load(self, options: GenImgOptions, device: torch.device) -> LoadedPipeline:
+        return LoadedPipeline(self)
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[AskedPicture]:
         return [picture for batch in self.batches for picture in batch]
 
 

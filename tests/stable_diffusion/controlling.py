@@ -9,12 +9,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from stable_diffusion.contract import SD1, SD2, SDXL, Model, Picture, Settings, UnetCall
+from stable_diffusion.contract import SD1, SD2, SDXL, AskedPicture, Model, PictureSettings, UnetCall
 from tests.tiny.stable_diffusion import KINDS, unet_state
 
 CPU = torch.device("cpu")
 OF_NAME = {kind.name: kind for kind in (SD1, SD2, SDXL)}
-SETTINGS = Settings(width=64, height=48, steps=4, scale=7.5)
+SETTINGS = PictureSettings(width=64, height=48, steps=4, scale=7.5)
 
 
 def unet_of(kind: str) -> UNet2DConditionModel:
@@ -38,8 +38,8 @@ def model_of(kind: str) -> Model:
     )
 
 
-def picture(*guides: Path, parts: int = 1) -> Picture:
-    return Picture("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
+def picture(*guides: Path, parts: int = 1) -> AskedPicture:
+    return AskedPicture("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
 
 
 def write_guide(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:

@@ -12,8 +12,8 @@ from modules.options import read_options
 from networks.module_names import to_alias
 from networks.names.stable_diffusion import SDXL
 from stable_diffusion.contract import Model
-from stable_diffusion.loras import Networks, load_networks
-from stable_diffusion.network_options import NetworkOptions, add_network_arguments
+from stable_diffusion.loras import ChosenLoras, load_networks
+from stable_diffusion.network_options import AddedNetworkOptions, add_network_arguments
 
 RANK = 3
 Factors = dict[str, Tensor]
@@ -98,13 +98,13 @@ def in_places(path: str) -> bool:
     return path.endswith(("conv_in", "time_emb_proj", *ends))
 
 
-def network_options(*words: object) -> NetworkOptions:
+def network_options(*words: object) -> AddedNetworkOptions:
     parser = argparse.ArgumentParser()
     add_network_arguments(parser)
-    return read_options(NetworkOptions, parser.parse_args([str(word) for word in words]))
+    return read_options(AddedNetworkOptions, parser.parse_args([str(word) for word in words]))
 
 
-def put_in(model: Model, *words: object) -> Networks | None:
+def put_in(model: Model, *words: object) -> ChosenLoras | None:
     return load_networks(network_options("--network_weights", *words), model)
 
 

@@ -12,11 +12,11 @@ from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.contract import (
     SD1,
     SDXL,
+    AskedPicture,
     DeepShrink,
     GradualLatent,
-    Kind,
-    Picture,
-    Settings,
+    ModelKind,
+    PictureSettings,
     SizeConditions,
     Unsharp,
 )
@@ -29,7 +29,9 @@ A = Line("the prompt", "a cat")
 NONE = Inputs()
 
 
-def ask(asked: GenImgOptions, *lines: Line, kind: Kind = SD1, inputs: Inputs = NONE) -> list[Picture]:
+def ask(
+    asked: GenImgOptions, *lines: Line, kind: ModelKind = SD1, inputs: Inputs = NONE
+) -> list[AskedPicture]:
     """The pictures of one round of lines."""
     seeds = make_seeds(asked, lines)
     if asked.prompts.iter_same_seed:
@@ -121,7 +123,7 @@ def test_a_picture_takes_what_the_options_say() -> None:
     )
     (found,) = ask(asked, A)
 
-    assert found.settings == Settings(
+    assert found.settings == PictureSettings(
         width=64,
         height=72,
         steps=9,
@@ -140,7 +142,7 @@ def test_a_line_goes_before_the_options() -> None:
     (found,) = ask(asked, Line("line 1", line + " --gls 0.5 --gle 1 --glsn 0.9 --glus 5,1,0.5,0"))
 
     assert (found.prompt, found.negative_prompt) == ("a AND b", "c")
-    assert found.settings == Settings(
+    assert found.settings == PictureSettings(
         width=128,
         height=72,
         steps=4,
@@ -154,7 +156,7 @@ def test_a_line_goes_before_the_options() -> None:
 
 
 @pytest.mark.parametrize(("kind", "side"), [(SD1, 512), (SDXL, 1024)])
-def test_the_usual_size_is_that_of_the_model(kind: Kind, side: int) -> None:
+def test_the_usual_size_is_that_of_the_model(kind: ModelKind, side: int) -> None:
     (found,) = ask(options("--H", 64), A, kind=kind)
     assert (found.settings.width, found.settings.height) == (side, 64)
     assert found.settings.strength == 0.8
@@ -292,6 +294,6 @@ def test_a_batch_has_equal_settings_and_inputs() -> None:
 @pytest.mark.parametrize("change", [{"image": Path("a")}, {"mask": Path("a")}, {"guides": (Path("a"),)}])
 def test_pictures_with_other_inputs_are_another_batch(change: dict[str, Any]) -> None:
     (one,) = ask(options(), A)
-    other = Picture(**{**one.__dict__, **change})
-    same = Picture(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
+    other = AskedPicture(**{**one.__dict__, **change})
+    same = AskedPicture(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
     assert [len(batch) for batch in batches([one, other, same], 4)] == [1, 2]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from stable_diffusion.contract import DeepShrink, Picture, Settings, UnetCall
+from stable_diffusion.contract import AskedPicture, DeepShrink, PictureSettings, UnetCall
 from stable_diffusion.deep_shrink import DeepShrinks
 from tests.tiny.stable_diffusion import KINDS, unet_state
 
@@ -23,8 +23,10 @@ def unet() -> Any:
     return network.eval().requires_grad_(False)
 
 
-def pictures(shrink: DeepShrink | None) -> list[Picture]:
-    return [Picture("line 1", "a cat", "", 1, Settings(64, 64, 4, 7.5, deep_shrink=shrink), "a cat")]
+def pictures(shrink: DeepShrink | None) -> list[AskedPicture]:
+    return [
+        AskedPicture("line 1", "a cat", "", 1, PictureSettings(64, 64, 4, 7.5, deep_shrink=shrink), "a cat")
+    ]
 
 
 def call_of(height: int, width: int, timestep: float, unet: Any, residuals: Any = None) -> UnetCall:

@@ -6,27 +6,29 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blissful_tuner.metaview import as_lines, read
+from blissful_tuner.metaview import as_lines, read_file_facts
 from modules.atomic_write import claim_name
 from modules.errors import OptionError
 from modules.media.tags import read_tags
-from stable_diffusion.contract import SD1, SDXL, Kind, Picture, Settings, SizeConditions
+from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings, SizeConditions
 from stable_diffusion.files import PictureFiles
-from stable_diffusion.output_options import OutputOptions
+from stable_diffusion.output_options import PictureOutputOptions
 from stable_diffusion.prompt_lines import LONGEST_NAME, read_line
 from tests.stable_diffusion.asked import options
 
 NOW = datetime(2024, 3, 5, 16, 7, 8)
-PLAIN = Picture("the prompt", "a cat", "", 7, Settings(16, 8, 20, 7.5), "a {cat|dog}")
+PLAIN = AskedPicture("the prompt", "a cat", "", 7, PictureSettings(16, 8, 20, 7.5), "a {cat|dog}")
 IMAGE = Image.new("RGB", (16, 8), (9, 8, 7))
 
 
-def files(folder: Path, sequential: bool = False, original: bool = False, kind: Kind = SD1) -> PictureFiles:
-    return PictureFiles(OutputOptions(folder, sequential, original), kind, "k_euler", lambda: NOW)
+def files(
+    folder: Path, sequential: bool = False, original: bool = False, kind: ModelKind = SD1
+) -> PictureFiles:
+    return PictureFiles(PictureOutputOptions(folder, sequential, original), kind, "k_euler", lambda: NOW)
 
 
-def changed(**changes: object) -> Picture:
-    return Picture(**{**PLAIN.__dict__, **changes})
+def changed(**changes: object) -> AskedPicture:
+    return AskedPicture(**{**PLAIN.__dict__, **changes})
 
 
 def test_names_hold_time_number_and_seed(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_the_texts_say_how_a_picture_was_made(tmp_path: Path) -> None:
 
 def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
     sizes = SizeConditions(original_width=99, original_height_negative=33, crop_left=4)
-    settings = Settings(16, 8, 20, 7.5, negative_scale=2.0, sizes=sizes)
+    settings = PictureSettings(16, 8, 20, 7.5, negative_scale=2.0, sizes=sizes)
     full = changed(settings=settings, negative_prompt="schlecht, ü 字", clip_prompt="c")
     path = files(tmp_path, kind=SDXL).save(full, IMAGE, "", 0)
 
@@ -111,7 +113,7 @@ def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
         "crop-top": "0",
         "crop-left": "4",
     }
-    shown = list(as_lines([read(path)], is_one=True))
+    shown = list(as_lines([read_file_facts(path)], is_one=True))
     assert {"prompt: a cat", "negative-prompt: schlecht, ü 字", "seed: 7", "scale: 7.5"} <= set(shown)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from stable_diffusion.contract import GradualLatent, Picture, Settings, Unsharp
+from stable_diffusion.contract import AskedPicture, GradualLatent, PictureSettings, Unsharp
 from stable_diffusion.gradual_latent import GradualSolver, check_batch, plan_growth, shrink_start, size_at
 from stable_diffusion.samplers import begin_sampling, make_scheduler
 
@@ -166,7 +166,7 @@ def test_too_few_steps_are_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(OptionError, match="blur of 51"):
         sampled(replace(GRADUAL, unsharp=Unsharp(51, 3.0, 0.8, True)))
-    picture = Picture("line 3", "a", "", 1, Settings(64, 64, 4, 7.5, gradual_latent=GRADUAL), "a")
+    picture = AskedPicture("line 3", "a", "", 1, PictureSettings(64, 64, 4, 7.5, gradual_latent=GRADUAL), "a")
     check_batch([picture], "k_euler_a")
     with pytest.raises(OptionError, match="line 3.*euler_a only, not with ddim"):
         check_batch([picture], "ddim")

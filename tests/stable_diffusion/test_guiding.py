@@ -15,7 +15,7 @@ from torch import Tensor
 
 from encoders.clip_vision import MEAN, STD, load_clip_vision
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import DeepShrink, GradualLatent, Picture, Settings
+from stable_diffusion.contract import AskedPicture, DeepShrink, GradualLatent, PictureSettings
 from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
@@ -33,7 +33,7 @@ from tests.tiny.guides import VGG_LEVELS, vgg_state, write_clip, write_vgg16
 
 SIZE, STEPS, SCALE = 32, 2, 3.0
 SCALES = {"clip_guidance_scale": 30.0, "clip_image_guidance_scale": 20.0, "vgg16_guidance_scale": 10.0}
-SETTINGS = Settings(SIZE, SIZE, STEPS, SCALE)
+SETTINGS = PictureSettings(SIZE, SIZE, STEPS, SCALE)
 CPU = torch.device("cpu")
 
 
@@ -85,11 +85,11 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project("sd1", tmp_path_factory.mktemp("sd1"))
 
 
-def picture(guide: Path | None = None, **others: Any) -> Picture:
+def picture(guide: Path | None = None, **others: Any) -> AskedPicture:
     given: dict[str, Any] = {"settings": SETTINGS, "seed": 5, **others}
     guides = () if guide is None else (guide,)
     words = {"prompt": "a (red:1.5) cat", "negative_prompt": "ugly", "raw_prompt": ""}
-    return Picture("line 1", guides=guides, **{**words, **given})
+    return AskedPicture("line 1", guides=guides, **{**words, **given})
 
 
 def vgg_features(pixels: Tensor, last: int) -> Tensor:
@@ -189,7 +189,7 @@ def begin(sampler: str, velocity: bool = False) -> tuple[Any, Tensor]:
     return scheduler, noise * scheduler.init_noise_sigma
 
 
-def latents_of(maker: Maker, asked: Picture) -> Tensor:
+def latents_of(maker: Maker, asked: AskedPicture) -> Tensor:
     return maker.make([asked], wants_images=False).latents
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.contract import Made, Picture, Settings, Start
+from stable_diffusion.contract import AskedPicture, Made, PictureSettings, SecondStart
 from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.highres_options import HighresOptions
 from stable_diffusion.upscalers import read_args
@@ -28,8 +28,8 @@ OURS = "stable_diffusion.model_upscaler"
 class Asked:
     """What a stage was asked for."""
 
-    pictures: Sequence[Picture]
-    start: Start | None
+    pictures: Sequence[AskedPicture]
+    start: SecondStart | None
     wants_images: bool
 
 
@@ -45,7 +45,7 @@ class Maker:
     )
 
     def make(
-        self, pictures: Sequence[Picture], start: Start | None = None, wants_images: bool = True
+        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
     ) -> Made:
         self.asked.append(Asked(pictures, start, wants_images))
         settings = pictures[0].settings
@@ -59,15 +59,15 @@ class Maker:
         return Made(torch.stack(latents), images if wants_images else None)
 
 
-def pictures(width: int = 96, height: int = 64) -> list[Picture]:
-    settings = Settings(width, height, 20, 7.5, strength=0.6)
+def pictures(width: int = 96, height: int = 64) -> list[AskedPicture]:
+    settings = PictureSettings(width, height, 20, 7.5, strength=0.6)
     return [
-        Picture("line 1", "a cat", "", seed, settings, "a cat", guides=(Path("edges.png"),))
+        AskedPicture("line 1", "a cat", "", seed, settings, "a cat", guides=(Path("edges.png"),))
         for seed in (3, 9)
     ]
 
 
-def make(options: HighresOptions, maker: Maker, asked: list[Picture] | None = None) -> list[Any]:
+def make(options: HighresOptions, maker: Maker, asked: list[AskedPicture] | None = None) -> list[Any]:
     return list(make_pictures(maker, prepare_highres(options), asked or pictures()))
 
 
@@ -172,7 +172,7 @@ def write_module(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> st
     return "own_upscaler"
 
 
-def upscaled(name: str, args: str | None = None) -> Start:
+def upscaled(name: str, args: str | None = None) -> SecondStart:
     maker = Maker()
     make(replace(OPTIONS, highres_fix_upscaler=name, highres_fix_upscaler_args=args), maker)
     start = maker.asked[1].start

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.contract import Picture, Settings
+from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.layer_texts import list_cross_attentions
 from stable_diffusion.making import Maker
 from stable_diffusion.textual_inversion import read_words
@@ -32,7 +32,7 @@ LAYERS = {
     "OUT05": "up_blocks.1.attentions.2",
 }
 PROMPT, AVOIDED = "a (blob:1.3) cat", "ugly blob1"
-PICTURE = Picture("line 1", PROMPT, AVOIDED, 5, Settings(SIZE, SIZE, STEPS, SCALE), "")
+PICTURE = AskedPicture("line 1", PROMPT, AVOIDED, 5, PictureSettings(SIZE, SIZE, STEPS, SCALE), "")
 
 
 def vectors(seed: int, count: int = 2) -> Tensor:
@@ -53,7 +53,7 @@ def all_of(rows: Tensor) -> dict[str, Tensor]:
     return {name: rows.clone() for name in LAYERS}
 
 
-def make(maker: Maker, *pictures: Picture) -> Tensor:
+def make(maker: Maker, *pictures: AskedPicture) -> Tensor:
     return maker.make(pictures or [PICTURE], wants_images=False).latents
 
 

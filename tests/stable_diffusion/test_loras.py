@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError, OptionError, UserError
 from networks.added_layers import AddedPart
 from stable_diffusion.contract import SD1, Model
-from stable_diffusion.loras import Networks, check_kind, load_networks, read_networks
-from stable_diffusion.network_options import NetworkOptions
+from stable_diffusion.loras import ChosenLoras, check_kind, load_networks, read_networks
+from stable_diffusion.network_options import AddedNetworkOptions
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import (
     RANK,
@@ -338,7 +338,7 @@ def test_options_that_do_not_go_together(tmp_path: Path, words: list[object], me
         network_options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
 
 
-def read_all(given: NetworkOptions, model: Model) -> None:
+def read_all(given: AddedNetworkOptions, model: Model) -> None:
     loras = read_networks(given)
     check_kind(loras, model.kind)
     load_networks(given, model, loras)
@@ -418,7 +418,7 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
             raise KeyboardInterrupt
         weights[1] = multipliers[1]
 
-    networks = Networks((1.0, 1.0), use, layers)
+    networks = ChosenLoras((1.0, 1.0), use, layers)
     interrupts[0] = True
     with pytest.raises(KeyboardInterrupt), networks.multiplied((0.25, 0.5)):
         pass

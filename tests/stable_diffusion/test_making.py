@@ -16,7 +16,14 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import Idea, Picture, Settings, SizeConditions, Start, UnetCall
+from stable_diffusion.contract import (
+    AskedPicture,
+    Idea,
+    PictureSettings,
+    SecondStart,
+    SizeConditions,
+    UnetCall,
+)
 from stable_diffusion.making import Maker, time_ids
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.pixels import decode_latents, encode_pixels, to_image, to_pixels, vae_batch
@@ -26,11 +33,11 @@ from tests.parity.stable_diffusion import generators, their_scheduler, write_mas
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
 
 SIZE, STEPS = 32, 3
-SETTINGS = Settings(SIZE, SIZE, STEPS, 4.0)
+SETTINGS = PictureSettings(SIZE, SIZE, STEPS, 4.0)
 
 
-def picture(seed: int = 1, settings: Settings = SETTINGS, **others: Any) -> Picture:
-    return Picture("line 1", "a red cat", "ugly", seed, settings, "", **others)
+def picture(seed: int = 1, settings: PictureSettings = SETTINGS, **others: Any) -> AskedPicture:
+    return AskedPicture("line 1", "a red cat", "ugly", seed, settings, "", **others)
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Recorder:
     calls: list[UnetCall] = field(default_factory=list)
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
         yield self._record
 
     def _record(self, call: UnetCall) -> UnetCall:
@@ -116,7 +123,9 @@ def test_ideas_see_steps_and_rows_and_may_change_them(maker: Maker) -> None:
         amount: float
 
         @contextmanager
-        def for_batch(self, pictures: Sequence[Picture], width: int, height: int) -> Iterator[Idea | None]:
+        def for_batch(
+            self, pictures: Sequence[AskedPicture], width: int, height: int
+        ) -> Iterator[Idea | None]:
             def control(call: UnetCall) -> UnetCall:
                 sizes = [(32, 4)] * 3 + [(32, 2), (64, 2), (64, 2)]
                 skips = tuple(torch.full((4, width, side, side), self.amount) for width, side in sizes)
@@ -172,12 +181,14 @@ def test_no_strength_keeps_the_picture(maker: Maker, tmp_path: Path) -> None:
 def test_a_second_stage_begins_with_images_or_latents(maker: Maker, tmp_path: Path) -> None:
     source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
     from_file = maker.make([picture(3, image=source)], wants_images=False).latents
-    from_image = maker.make([picture(3)], Start(images=[Image.open(source)]), wants_images=False).latents
+    from_image = maker.make(
+        [picture(3)], SecondStart(images=[Image.open(source)]), wants_images=False
+    ).latents
     torch.testing.assert_close(from_file, from_image)
 
     strong = replace(SETTINGS, strength=0.999)  # two steps of three
     clean = torch.linspace(-1, 1, 4 * 16).view(1, 4, 4, 4)
-    made = maker.make([picture(3, strong)], Start(latents=clean), wants_images=False).latents
+    made = maker.make([picture(3, strong)], SecondStart(latents=clean), wants_images=False).latents
     scheduler = their_scheduler("ddim")
     scheduler.set_timesteps(STEPS)
     noisy = scheduler.add_noise(clean, start_noise(3), scheduler.timesteps[1:2])

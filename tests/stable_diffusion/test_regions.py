@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modules.errors import MediaError, OptionError
-from stable_diffusion.contract import Picture, Settings, TextState, UnetCall
+from stable_diffusion.contract import AskedPicture, PictureSettings, TextState, UnetCall
 from stable_diffusion.region_masks import part_shares, part_weights, read_regions, resize, stack
 from stable_diffusion.regions import Regions, join_parts, split_parts
 from tests.tiny.stable_diffusion import KINDS, unet_state
@@ -85,9 +85,9 @@ def run(unet: Any, call: UnetCall) -> Tensor:
     )[0]
 
 
-def a_picture(mask: Path | None, parts: int) -> Picture:
-    settings = Settings(WIDTH, HEIGHT, 4, 7.5, parts=parts)
-    return Picture("line 1", "", "", 1, settings, "", mask=mask)
+def a_picture(mask: Path | None, parts: int) -> AskedPicture:
+    settings = PictureSettings(WIDTH, HEIGHT, 4, 7.5, parts=parts)
+    return AskedPicture("line 1", "", "", 1, settings, "", mask=mask)
 
 
 def save_mask(path: Path, *boxes: tuple[int, int, int, int, tuple[int, int, int]]) -> Path:

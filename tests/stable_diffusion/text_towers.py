@@ -3,13 +3,13 @@
 import torch
 
 from encoders.clip_text import ClipText
-from stable_diffusion.contract import SD1, SD2, SDXL, Kind, TextTower
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextTower
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.text_options import TextOptions
 from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, vocabulary
 
 WORDS = ("a", "cat", "dog", "red", "old", "house", "of", "the", "two", "one", ",", ".", "and", "in")
-_BY_NAME: dict[str, Kind] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+_BY_NAME: dict[str, ModelKind] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
 
 def tokenize(text: str) -> list[int]:
@@ -20,7 +20,7 @@ def tokenize(text: str) -> list[int]:
     return ids
 
 
-def make_towers(name: str) -> tuple[tuple[TextTower, ...], Kind]:
+def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
     """The text encoders of a tiny model, loaded anew, and its kind."""
     kind, end = _BY_NAME[name], vocabulary() - 1
     towers = []

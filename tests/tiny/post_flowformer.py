@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modules.atomic_write import save_tensors
 from post.interpolation.flowformer import FlowFormer, FlowFormerConfig
-from post.interpolation.flowformer_decoder import DecoderConfig
+from post.interpolation.flowformer_decoder import FlowDecoderConfig
 from post.interpolation.flowformer_memory import MemoryConfig
 from post.interpolation.twins import StageConfig
 from tests.tiny.post_interpolation import draw
@@ -18,7 +18,7 @@ FLOWFORMER = FlowFormerConfig(
     context=TRUNK,
     matching=16,
     memory=MemoryConfig(tokens=3, width=16, context=64, context_part=8, costs=(2, 4, 8), layers=2),
-    decoder=DecoderConfig(
+    decoder=FlowDecoderConfig(
         memory=16,
         query=8,
         hidden=32,

@@ -9,7 +9,7 @@ from modules.atomic_write import save_tensors
 from post.interpolation.gimm import GimmConfig, GimmVfi, Interpolation
 from post.interpolation.motion import MotionConfig
 from post.interpolation.raft import Raft, RaftConfig
-from post.interpolation.refinement import DecoderConfig, UpdateConfig
+from post.interpolation.refinement import RefinementConfig, UpdateConfig
 from post.interpolation.synthesis import SynthesisConfig
 
 RAFT = RaftConfig(
@@ -36,8 +36,8 @@ def gimm_config(quarter: int, eighth: int, projections: tuple[tuple[int, int], .
         projections=projections,
         quarter=quarter,
         eighth=eighth,
-        first=DecoderConfig(1, 1, (4, 8), width=8, side=4, outputs=5 + 8),
-        last=DecoderConfig(2, 3, (4, 4), width=8, side=4, outputs=24),
+        first=RefinementConfig(1, 1, (4, 8), width=8, side=4, outputs=5 + 8),
+        last=RefinementConfig(2, 3, (4, 4), width=8, side=4, outputs=24),
         low=update,
         high=update,
         mixed=4,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import save_tensors
-from post.faces.codeformer import CONV, NORM, RES, RESIZE, Block, CodeFormer, CodeFormerConfig
+from post.faces.codeformer import CONV, NORM, RES, RESIZE, CodeFormer, CodeFormerBlock, CodeFormerConfig
 from post.faces.gfpgan import Gfpgan, GfpganConfig
 from post.faces.parsenet import ParseNet, ParseNetConfig
 from tests.golden_cases import make_weights
@@ -15,28 +15,28 @@ SIZE = 32  # of faces
 GFPGAN = GfpganConfig(body=(6, 8, 10, 12), decoder=(16, 12, 10, 8), style=14, steered=(6, 5, 4))
 CODEFORMER = CodeFormerConfig(
     encoder=(
-        Block(CONV, 3, 32),
-        Block(RES, 32, 32),
-        Block(RESIZE, 32, 32),
-        Block(RES, 32, 64),
-        Block(RESIZE, 64, 64),
-        Block("attention", 64, 64),
-        Block(RESIZE, 64, 64),
-        Block(RES, 64, 64),
-        Block(NORM, 64, 64),
-        Block(CONV, 64, 12),
+        CodeFormerBlock(CONV, 3, 32),
+        CodeFormerBlock(RES, 32, 32),
+        CodeFormerBlock(RESIZE, 32, 32),
+        CodeFormerBlock(RES, 32, 64),
+        CodeFormerBlock(RESIZE, 64, 64),
+        CodeFormerBlock("attention", 64, 64),
+        CodeFormerBlock(RESIZE, 64, 64),
+        CodeFormerBlock(RES, 64, 64),
+        CodeFormerBlock(NORM, 64, 64),
+        CodeFormerBlock(CONV, 64, 12),
     ),
     generator=(
-        Block(CONV, 12, 64),
-        Block("attention", 64, 64),
-        Block(RESIZE, 64, 64),
-        Block(RES, 64, 64),
-        Block(RESIZE, 64, 64),
-        Block(RES, 64, 64),
-        Block(RESIZE, 64, 64),
-        Block(RES, 64, 32),
-        Block(NORM, 32, 32),
-        Block(CONV, 32, 3),
+        CodeFormerBlock(CONV, 12, 64),
+        CodeFormerBlock("attention", 64, 64),
+        CodeFormerBlock(RESIZE, 64, 64),
+        CodeFormerBlock(RES, 64, 64),
+        CodeFormerBlock(RESIZE, 64, 64),
+        CodeFormerBlock(RES, 64, 64),
+        CodeFormerBlock(RESIZE, 64, 64),
+        CodeFormerBlock(RES, 64, 32),
+        CodeFormerBlock(NORM, 32, 32),
+        CodeFormerBlock(CONV, 32, 3),
     ),
     places=16,
     tokens=16,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from encoders.t5_checkpoints import T5Config
 from encoders.t5_network import T5Network
-from wan.clip import ClipVision
+from wan.clip import WanClipVision
 from wan.encoder_checkpoints import ClipConfig
 from wan.vae import WanVae
 from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
@@ -209,7 +209,7 @@ def clip_tensors(
         config.patch_size,
     )
     with torch.device("meta"):
-        network = ClipVision(whole)
+        network = WanClipVision(whole)
     tensors = random_tensors(network, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     tensors |= {"post_norm.weight": torch.ones(config.dim), "post_norm.bias": torch.zeros(config.dim)}

@@ -14,8 +14,8 @@ from training.reports.pace import Pace
 from training.run import prepare_run
 from training.steps import StepPlan
 from training.summary import (
+    SavedBytes,
     Saves,
-    Written,
     count_saves,
     describe_best,
     disk_needed,
@@ -142,11 +142,11 @@ def test_the_next_samples_are_by_step_or_epoch_whichever_comes_first(tmp_path: P
 
 
 def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
-    written = Written.of([torch.zeros(10, 10)], torch.bfloat16)
+    written = SavedBytes.of([torch.zeros(10, 10)], torch.bfloat16)
     assert written.model == 200
-    assert Written.of([torch.zeros(10, 10)], torch.bfloat16, has_average=True) == Written(400, 1600)
+    assert SavedBytes.of([torch.zeros(10, 10)], torch.bfloat16, has_average=True) == SavedBytes(400, 1600)
     assert "TOO LITTLE" not in disk_needed(tmp_path / "new", Saves(2, 1), written)
-    assert "TOO LITTLE" in disk_needed(tmp_path, Saves(2, 1), Written(1 << 60, 1))
+    assert "TOO LITTLE" in disk_needed(tmp_path, Saves(2, 1), SavedBytes(1 << 60, 1))
 
 
 def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.tiny.wan_encoders import (
     clip_official_tensors,
     clip_tensors,
 )
-from wan.clip import ClipVision, load_clip
+from wan.clip import WanClipVision, load_clip
 from wan.encoder_checkpoints import ClipConfig
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def image(height: int = 37, width: int = 51, batch: int = 1) -> Tensor:
 def test_recorded_preprocessing_and_features_are_met() -> None:
     description, tensors = read_case("wan_clip_vision")
     sizes = description["config"]
-    clip = ClipVision(
+    clip = WanClipVision(
         ClipConfig(
             dim=sizes["dim"],
             ffn_dim=sizes["dim"] * sizes["mlp_ratio"],
@@ -93,7 +93,7 @@ def test_every_layout_gives_the_same_features(tmp_path: Path, layout: str, dtype
     change = {"official": clip_official_tensors, "visual half": dict, "hf": clip_hf_tensors}[layout]
     torch.save(change(tensors), tmp_path / "clip.pth")
     with torch.device("cpu"):
-        clip = ClipVision(clip_config())
+        clip = WanClipVision(clip_config())
     clip.load_state_dict({name: tensors[name].float() for name in clip.state_dict()})
 
     features = load_clip(tmp_path / "clip.pth", CPU).encode(image())

@@ -31,7 +31,7 @@ from tests.tiny.wan_encoders import (
     vae_diffusers_tensors,
     vae_tensors,
 )
-from wan.clip import ClipVision, load_clip
+from wan.clip import WanClipVision, load_clip
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.t5 import load_t5
 from wan.vae import WanVae, load_vae
@@ -43,8 +43,8 @@ READERS: tuple[tuple[str, Read, Callable[[Any], nn.Module]], ...] = (
     ("wan2.1-vae", read_vae, WanVae),
     ("wan2.2-vae", read_vae, WanVae),
     ("umt5", read_t5, T5Network),
-    ("clip-vision", read_clip, ClipVision),
-    ("clip-xlm", read_clip, ClipVision),
+    ("clip-vision", read_clip, WanClipVision),
+    ("clip-xlm", read_clip, WanClipVision),
 )
 PUBLISHED = [
     pytest.param(name, read, build, id=name)
@@ -70,7 +70,7 @@ def test_published_files_fit_at_full_size(
             dtype=lambda _, stored: stored,
             ignore=plan.ignore,
         )
-    if build is not ClipVision:  # of CLIP the last block and the text tower are left out
+    if build is not WanClipVision:  # of CLIP the last block and the text tower are left out
         loaded = sum(tensor.numel() for tensor in network.state_dict().values())
         assert loaded == sum(math.prod(shape) for _, shape in tensors.values())
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from blissful_tuner.nag import NormalisedGuidance
-from generation.denoise import Start, denoise
+from generation.denoise import LoopStart, denoise
 from generation.noise import SeededNoise
 from generation.request_options import SOLVERS
 from modules.attention.options import AttentionChoice
@@ -125,7 +125,7 @@ def run(section: Section, solver: str, watch: Callable[[StepDone], bool], **guid
         Told(),  # type: ignore[arg-type]
         lambda _: nn.Identity(),
         section,
-        Start(section.noise),
+        LoopStart(section.noise),
         solver_for(solver, 5, 3.0, draw=draw),
         make_guidance(request, replace(PLAIN_GUIDANCE, **guidance)),
         [watch],

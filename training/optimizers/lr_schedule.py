@@ -42,7 +42,7 @@ class LrSchedule(Protocol):
 
 
 @dataclass(frozen=True)
-class Curve:
+class RateShape:
     """Hold the numbers that the curves are made of.
 
     Those after `total` are set by options or, as `ARGUMENTS` says, by arguments.
@@ -100,7 +100,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
     return Named(name, LambdaLR(optimizer, lambda step: factor(curve, step)))
 
 
-def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: float) -> Curve:
+def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: float) -> RateShape:
     """Return the numbers of the curve that the options name. Raises OptionError for unknown arguments."""
     standard: dict[str, Any] = {
         "num_cycles": options.lr_scheduler_num_cycles,
@@ -118,7 +118,7 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
     for key in arguments.keys() - {"step_rules"}:
         if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
             raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
-    curve = Curve(
+    curve = RateShape(
         learning_rate=learning_rate,
         warmup=warmup_steps(options, total_steps),
         decay=count_steps(options.lr_decay_steps, total_steps),
@@ -153,46 +153,46 @@ def warmup_steps(options: LrScheduleOptions, total_steps: int) -> int:
 # the curves: factor on the learning rate at a step (from 0)
 
 
-def constant(curve: Curve, step: int) -> float:
+def constant(curve: RateShape, step: int) -> float:
     return min(1.0, step / curve.warmup) if curve.warmup else 1.0
 
 
-def linear(curve: Curve, step: int) -> float:
+def linear(curve: RateShape, step: int) -> float:
     return constant(curve, step) if step < curve.warmup else 1 - curve.progress(step)
 
 
-def cosine(curve: Curve, step: int) -> float:
+def cosine(curve: RateShape, step: int) -> float:
     return constant(curve, step) if step < curve.warmup else _half_cosine(curve.progress(step))
 
 
-def cosine_with_restarts(curve: Curve, step: int) -> float:
+def cosine_with_restarts(curve: RateShape, step: int) -> float:
     if step < curve.warmup:
         return constant(curve, step)
     progress = curve.progress(step)
     return 0.0 if progress >= 1 else _half_cosine(curve.num_cycles * progress % 1)
 
 
-def cosine_with_min_lr(curve: Curve, step: int) -> float:
+def cosine_with_min_lr(curve: RateShape, step: int) -> float:
     if step < curve.warmup:
         return constant(curve, step)
     return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * curve.progress(step)))
 
 
-def polynomial(curve: Curve, step: int) -> float:
+def polynomial(curve: RateShape, step: int) -> float:
     if step < curve.warmup:
         return constant(curve, step)
     start, end = curve.learning_rate, curve.lr_end
     return ((start - end) * (1 - curve.progress(step)) ** curve.power + end) / start
 
 
-def inverse_sqrt(curve: Curve, step: int) -> float:
+def inverse_sqrt(curve: RateShape, step: int) -> float:
     if step < curve.warmup:
         return constant(curve, step)
     timescale = curve.timescale or curve.warmup or INVERSE_SQRT_TIMESCALE
     return 1 / math.sqrt((step + timescale - curve.warmup) / timescale)
 
 
-def warmup_stable_decay(curve: Curve, step: int) -> float:
+def warmup_stable_decay(curve: RateShape, step: int) -> float:
     falling = step - (curve.total - curve.decay)
     if step < curve.warmup:
         return _above(curve.min_lr_ratio, step / curve.warmup)
@@ -203,12 +203,12 @@ def warmup_stable_decay(curve: Curve, step: int) -> float:
     return _above(curve.min_lr_ratio, _half_cosine(curve.num_cycles * falling / curve.decay))
 
 
-def piecewise_constant(curve: Curve, step: int) -> float:
+def piecewise_constant(curve: RateShape, step: int) -> float:
     rules, last = _read_rules(curve.step_rules)
     return next((factor for factor, until in rules if step < until), last)
 
 
-FACTORS: dict[str, Callable[[Curve, int], float]] = {
+FACTORS: dict[str, Callable[[RateShape, int], float]] = {
     "constant": constant,
     "constant_with_warmup": constant,
     "linear": linear,

@@ -20,7 +20,7 @@ REMEDY = (
 
 
 @dataclass(frozen=True)
-class Kind:
+class FieldKind:
     """What a field holds: in words, and as a test of a JSON value."""
 
     words: str
@@ -51,44 +51,46 @@ def _is_part_name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]+", value) is not None
 
 
-COUNT = Kind("a whole number from 0", is_count)
-MAPPING = Kind("an object {...}", lambda value: isinstance(value, dict))
-PROGRESS: Mapping[str, Kind] = {
-    "seed": Kind("a whole number from 0, below 2^64", lambda value: is_count(value, below=1 << 64)),
-    "session_id": Kind("a whole number from 0, below 2^64", lambda value: is_count(value, below=1 << 64)),
-    "started_at": Kind(
+COUNT = FieldKind("a whole number from 0", is_count)
+MAPPING = FieldKind("an object {...}", lambda value: isinstance(value, dict))
+PROGRESS: Mapping[str, FieldKind] = {
+    "seed": FieldKind("a whole number from 0, below 2^64", lambda value: is_count(value, below=1 << 64)),
+    "session_id": FieldKind(
+        "a whole number from 0, below 2^64", lambda value: is_count(value, below=1 << 64)
+    ),
+    "started_at": FieldKind(
         "a time in seconds since 1970", lambda value: is_finite_number(value) and 0 <= value < LATEST_TIME
     ),
     "step": COUNT,
     "epoch": COUNT,
     "position": COUNT,
-    "sample_pending": Kind('"", or the mark of samples such as "e000001" or "000020"', _is_mark),
-    "sampled_step": Kind("a whole number from -1", lambda value: is_count(value, lowest=-1)),
-    "losses": Kind(
+    "sample_pending": FieldKind('"", or the mark of samples such as "e000001" or "000020"', _is_mark),
+    "sampled_step": FieldKind("a whole number from -1", lambda value: is_count(value, lowest=-1)),
+    "losses": FieldKind(
         "a list of finite numbers",
         lambda value: isinstance(value, list) and all(is_finite_number(one) for one in value),
     ),
 }
 # fields younger than the format: states of before do not have them
-YOUNGER: Mapping[str, Kind] = {
+YOUNGER: Mapping[str, FieldKind] = {
     "plan_epoch": COUNT,
     "plan_position": COUNT,
     "plan_step": COUNT,
-    "changes": Kind(
+    "changes": FieldKind(
         "a list of texts",
         lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
     ),
 }
-RECORD: Mapping[str, Kind] = {
+RECORD: Mapping[str, FieldKind] = {
     "progress": MAPPING,
     "identity": MAPPING,
     "habits": MAPPING,
     "described": MAPPING,
     "parts": MAPPING,
 }
-PART: Mapping[str, Kind] = {
+PART: Mapping[str, FieldKind] = {
     "bytes": COUNT,
-    "crc32": Kind("a whole number from 0, below 2^32", lambda value: is_count(value, below=1 << 32)),
+    "crc32": FieldKind("a whole number from 0, below 2^32", lambda value: is_count(value, below=1 << 32)),
 }
 
 
@@ -110,7 +112,7 @@ def check_record(record: Mapping[str, Any], path: Path) -> None:
         _check_fields(file, PART, f"parts.{part}.", path)
 
 
-def wrong(value: Any, kind: Kind) -> str:
+def wrong(value: Any, kind: FieldKind) -> str:
     """Say what a field holds, and what it has to hold."""
     text = repr(value)
     return f"it is {text if len(text) <= 60 else text[:57] + '...'}, and has to be {kind.words}"
@@ -121,7 +123,7 @@ def refuse(path: Path, name: str, reason: str) -> CheckpointError:
     return CheckpointError(f"{path}: the field {name} cannot be used: {reason}.\n  {REMEDY}", path=path)
 
 
-def _check_fields(values: Mapping[str, Any], kinds: Mapping[str, Kind], before: str, path: Path) -> None:
+def _check_fields(values: Mapping[str, Any], kinds: Mapping[str, FieldKind], before: str, path: Path) -> None:
     for name, kind in kinds.items():
         if name not in values:
             raise refuse(path, before + name, f"it is missing, and has to be {kind.words}")

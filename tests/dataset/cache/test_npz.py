@@ -17,7 +17,7 @@ from dataset.cache.npz import LOCK
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, read_outlines, write_members
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.work import Places, npz_names
+from dataset.caching.work import EntryPlaces, npz_names
 from dataset.config import load_dataset_config
 from dataset.convert_options import ConvertCacheOptions
 from dataset.subset_records import Augmentation
@@ -296,7 +296,7 @@ def test_trusted_files_are_not_opened(folder: Path) -> None:
         (folder / name).write_bytes(b"damaged")
     (folder / "pic 1_0040x0040_toy.npz").unlink()
     family = NpzFamily()
-    places = Places(Stores(npz_names(family)), trusts=True)
+    places = EntryPlaces(Stores(npz_names(family)), trusts=True)
 
     assert cache_media(family, make_config(folder), options(), places).written == 1
     assert cache_texts(family, make_config(folder), options(), places).written == 0

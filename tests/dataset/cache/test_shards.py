@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from dataset.cache import merging, tar_records
-from dataset.cache.catalog import Kind, list_shards, open_catalog, write_index
+from dataset.cache.catalog import RecordKind, list_shards, open_catalog, write_index
 from dataset.cache.converting import shards_to_files
 from dataset.cache.files import read_entry
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import CacheStore, SingleFiles
-from dataset.cache.tar_records import END, Ending, Record, machine, read_records, record_header
+from dataset.cache.tar_records import END, Ending, ShardRecord, machine, read_records, record_header
 from dataset.shard_names import INDEX
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
@@ -249,7 +249,7 @@ def test_damage_costs_only_what_it_touches_and_is_noticed(folder: Path, has_inde
     right = contents(folder)
     data = right[path.name]
     with path.open("rb") as file:
-        records = [one for one in read_records(file, len(data)) if isinstance(one, Record)]
+        records = [one for one in read_records(file, len(data)) if isinstance(one, ShardRecord)]
     for how, place in damages(len(data), step):
         damaged = bytearray(data)
         if how == "flip":
@@ -285,7 +285,7 @@ def test_damage_costs_only_what_it_touches_and_is_noticed(folder: Path, has_inde
             (folder / name).write_bytes(content)
 
 
-def data_of(records: list[Record], data: bytes, name: str) -> bytes:
+def data_of(records: list[ShardRecord], data: bytes, name: str) -> bytes:
     (one,) = (one for one in records if one.name == name)
     return data[one.offset : one.offset + one.length]
 
@@ -372,7 +372,8 @@ def test_names_that_lead_elsewhere_are_no_entries(tmp_path: Path) -> None:
     from dataset.cache.tar_records import END, padded, record_header
 
     data = b"harmless"
-    record = record_header("../evil", Kind.ENTRY, 0, len(data)) + data + bytes(padded(len(data)) - len(data))
+    header = record_header("../evil", RecordKind.ENTRY, 0, len(data))
+    record = header + data + bytes(padded(len(data)) - len(data))
     (tmp_path / f"cache-{'0' * 16}.tar").write_bytes(record + END)
     assert ShardStore(tmp_path).names() == set()
 
@@ -393,7 +394,7 @@ def test_a_tar_of_another_program_or_version_is_left_alone(folder: Path) -> None
     with tarfile.open(other, "w") as archive:
         archive.add(folder / INDEX, "a picture.png")
     later = folder / f"cache-{'1' * 16}.tar"
-    entry = record_header("a_toy_te.safetensors", Kind.ENTRY, 0, 0, 0)
+    entry = record_header("a_toy_te.safetensors", RecordKind.ENTRY, 0, 0, 0)
     later.write_bytes(entry.replace(b"reelsmith 1", b"reelsmith 2") + END)
     (folder / f"cache-{'2' * 16}.tar").mkdir()
     before = contents(folder)

@@ -15,7 +15,7 @@ from PIL import Image
 from dataset.captioning.answers import Frames
 from dataset.captioning.drawing import draw_words
 from dataset.captioning.local_model import LocalModel, load_model
-from dataset.captioning.options import AskOptions, ModelOptions
+from dataset.captioning.options import AskOptions, CaptionModelOptions
 from dataset.captioning.places import find_places
 from dataset.captioning.planning import CaptionJob
 from dataset.captioning.run import run_captioning
@@ -40,7 +40,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, batch_size: int = 1, **ask: Any) -> LocalModel:
-    options = ModelOptions(str(folder), batch_size, None, "cpu")
+    options = CaptionModelOptions(str(folder), batch_size, None, "cpu")
     return load_model(options, dataclasses.replace(ASK, **ask))
 
 

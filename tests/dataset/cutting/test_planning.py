@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataset.cutting.changes import CUT, DISSOLVE, Change
-from dataset.cutting.looking import Look, Sample
+from dataset.cutting.changes import CUT, DISSOLVE, SceneChange
+from dataset.cutting.looking import PictureMeasures, VideoLook
 from dataset.cutting.options import ChoiceOptions, LengthOptions
-from dataset.cutting.planning import BLACK, BLURRED, SHORT, STATIC, Clip, plan_clips
+from dataset.cutting.planning import BLACK, BLURRED, SHORT, STATIC, PlannedClip, plan_clips
 from modules.errors import OptionError
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW
@@ -23,13 +23,15 @@ def lengths(**changes: Any) -> LengthOptions:
     return replace(usual, **changes)
 
 
-def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> Look:
+def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> VideoLook:
     """A video whose frames begin at these times, the last of which is its end."""
-    changes = [Change(one, one, CUT) if isinstance(one, int) else Change(*one, DISSOLVE) for one in cuts]
-    look = Look(64, 48, 1 / (times[1] - times[0]), array("d", times[:-1]), times[-1], changes=changes)
+    changes = [
+        SceneChange(one, one, CUT) if isinstance(one, int) else SceneChange(*one, DISSOLVE) for one in cuts
+    ]
+    look = VideoLook(64, 48, 1 / (times[1] - times[0]), array("d", times[:-1]), times[-1], changes=changes)
     for number in range(0, len(times) - 1, 6):
         cells = np.full((4, 4), number % 200, np.uint8)
-        look.samples.add(Sample(**{**USUAL, "cells": cells, **sample, "number": number}))
+        look.samples.add(PictureMeasures(**{**USUAL, "cells": cells, **sample, "number": number}))
     return look
 
 
@@ -40,7 +42,7 @@ def at_rate(rate: float, frames: int) -> list[float]:
     return [number / rate for number in range(frames + 1)]
 
 
-def spans(clips: list[Clip]) -> list[tuple[int, int]]:
+def spans(clips: list[PlannedClip]) -> list[tuple[int, int]]:
     return [(clip.first, clip.end) for clip in clips if not clip.dropped]
 
 

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from dataset.cutting.inputs import MARK
-from dataset.cutting.planning import Clip
-from dataset.cutting.records import Record, Written, read_records, write_record
+from dataset.cutting.planning import PlannedClip
+from dataset.cutting.records import CutRecord, WrittenClip, read_records, write_record
 from modules.errors import DatasetError
 
-CLIP = Clip(1, 0, 24, 0.0, 1.0, 0.5, 0.1, 0.01)
-RECORD = Record(
+CLIP = PlannedClip(1, 0, 24, 0.0, 1.0, 0.5, 0.1, 0.01)
+RECORD = CutRecord(
     *("film", "/footage/film.mp4", 1000, 1, 64, 48, {"min_seconds": 1.0}),
-    clips=(Written("film_00001.mp4", CLIP, 10),),
+    clips=(WrittenClip("film_00001.mp4", CLIP, 10),),
     lists=("/clips/clips.jsonl",),
 )
 

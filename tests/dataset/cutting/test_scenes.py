@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dataset.cutting.changes import CUT, DISSOLVE, PLAIN, Change
+from dataset.cutting.changes import CUT, DISSOLVE, PLAIN, SceneChange
 from dataset.cutting.options import SceneOptions
 from dataset.cutting.planning import scenes_of
 from dataset.cutting.scenes import load_detector
@@ -19,19 +19,19 @@ from tests.dataset.cutting.films import Frame, Light, dissolve, fade, plain, sce
 RATE = 24.0
 
 
-def find(frames: Sequence[Light], rate: float = RATE, detector: str = "own") -> list[Change]:
+def find(frames: Sequence[Light], rate: float = RATE, detector: str = "own") -> list[SceneChange]:
     return find_in([to_bytes(frame) for frame in frames], rate, detector)
 
 
-def find_in(frames: Sequence[Frame], rate: float = RATE, detector: str = "own") -> list[Change]:
+def find_in(frames: Sequence[Frame], rate: float = RATE, detector: str = "own") -> list[SceneChange]:
     found = load_detector(SceneOptions(detector, None))(rate)
     for frame in frames:
         found.see(frame)
     return found.changes()
 
 
-def cut(number: int) -> Change:
-    return Change(number, number, CUT)
+def cut(number: int) -> SceneChange:
+    return SceneChange(number, number, CUT)
 
 
 @pytest.mark.parametrize("rate", [12.0, RATE, 60.0])

@@ -1,18 +1,18 @@
 import torch
 from torch import nn
 
-from modules.layers.precision import activation_dtype, run, run_float32
+from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 
 CPU = torch.device("cpu")
 
 
 def test_a_layer_gets_its_input_in_the_dtype_of_its_weight() -> None:
-    assert run(nn.Linear(4, 4).to(torch.bfloat16), torch.ones(1, 4)).dtype == torch.bfloat16
+    assert in_own_dtype(nn.Linear(4, 4).to(torch.bfloat16), torch.ones(1, 4)).dtype == torch.bfloat16
 
 
 def test_under_autocast_the_layer_computes_in_autocast_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert run(nn.Linear(4, 4), torch.ones(1, 4)).dtype == torch.bfloat16
+        assert in_own_dtype(nn.Linear(4, 4), torch.ones(1, 4)).dtype == torch.bfloat16
 
 
 def test_a_float32_layer_stays_float32_under_autocast() -> None:

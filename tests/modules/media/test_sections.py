@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from modules.media.sections import Section
+from modules.media.sections import VideoSection
 from modules.media.streams import ShownFrame
 from modules.media.writing import write_shown
 
@@ -45,7 +45,7 @@ def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, wit
     frames = (
         ShownFrame(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25))
     )
-    section = Section(source, start, seconds, with_sound)
+    section = VideoSection(source, start, seconds, with_sound)
     write_shown(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
     return path
 

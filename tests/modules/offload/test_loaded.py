@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from modules.offload.loaded import Loaded
+from modules.offload.loaded import LoadedNetwork
 
 
 def test_a_network_is_made_once_and_moves_from_then_on() -> None:
-    held, made = Loaded[nn.Linear, str](), list[torch.device]()
+    held, made = LoadedNetwork[nn.Linear, str](), list[torch.device]()
 
     def make(device: torch.device) -> tuple[nn.Linear, str]:
         made.append(device)
@@ -27,7 +27,7 @@ def test_a_network_is_made_once_and_moves_from_then_on() -> None:
 
 
 def test_a_freed_network_is_gone_and_may_be_loaded_again() -> None:
-    held = Loaded[nn.Linear, None]()
+    held = LoadedNetwork[nn.Linear, None]()
     held.load(torch.device("cpu"), lambda device: (nn.Linear(2, 2), None))
     network = weakref.ref(held.get()[0])
 

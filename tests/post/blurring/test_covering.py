@@ -9,10 +9,10 @@ import pytest
 
 from post.blurring.covering import cover, kernel_of
 from post.blurring.options import BlurOptions
-from post.network_options import NetworkOptions
+from post.network_options import ToolNetworkOptions
 
 OLD = BlurOptions(
-    network=NetworkOptions(Path("detector.onnx"), "fp32", None, False),
+    network=ToolNetworkOptions(Path("detector.onnx"), "fp32", None, False),
     strength=51,
     sigmax=40,
     conf=0.5,

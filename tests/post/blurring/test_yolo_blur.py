@@ -23,7 +23,7 @@ from post.blurring.options import BlurOptions
 from post.blurring.stage import BlurStage, make_blur, within
 from post.chain_options import read_tool
 from post.contract import Clip, Picture
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 from tests.post.blurring.test_covering import changed
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -288,10 +288,13 @@ def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:
 
 
 def test_a_box_that_is_no_number_covers_the_whole_picture() -> None:
-    found = [Found((float("nan"), 0, 5, 5), 0.9, None), Found((float("-inf"), 1, 5, float("inf")), 0.9, None)]
+    found = [
+        FoundFace((float("nan"), 0, 5, 5), 0.9, None),
+        FoundFace((float("-inf"), 1, 5, float("inf")), 0.9, None),
+    ]
 
     assert within(found, 20, 30) == [(0, 0, 30, 20), (-30, 1, 5, 40)]
-    assert within([Found((9, 1, 5, 5), 0.9, None)], 20, 30) == []
+    assert within([FoundFace((9, 1, 5, 5), 0.9, None)], 20, 30) == []
 
 
 def test_half_precision_blurs_the_same_dot(detector: Path) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 
 
 def dotted(height: int, width: int, *centres: tuple[int, int], red: int = 255) -> np.ndarray:
@@ -13,7 +13,7 @@ def dotted(height: int, width: int, *centres: tuple[int, int], red: int = 255) -
     return pixels
 
 
-def surrounds(found: Found, left: float, top: float, right: float, bottom: float) -> bool:
+def surrounds(found: FoundFace, left: float, top: float, right: float, bottom: float) -> bool:
     """Whether a box holds all of another one."""
     box = found.box
     return box[0] <= left and box[1] <= top and box[2] >= right and box[3] >= bottom

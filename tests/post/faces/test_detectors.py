@@ -11,7 +11,7 @@ import torch
 
 from modules.errors import CheckpointError
 from post.faces.boxes import best_of
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 from post.faces.detectors import check_detector, load_detector
 from post.faces.yolo import YoloDetector, YoloLayout, letterbox
 from tests.post.faces.pictures import dotted, surrounds
@@ -22,7 +22,7 @@ from tests.tiny.taehv import write_taehv
 CPU = torch.device("cpu")
 
 
-def found_in(path: Path, pixels: np.ndarray, least_score: float = 0.5) -> list[Found]:
+def found_in(path: Path, pixels: np.ndarray, least_score: float = 0.5) -> list[FoundFace]:
     check_detector(path)
     return list(load_detector(path, CPU).find(pixels, least_score))
 

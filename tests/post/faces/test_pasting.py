@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from post.contract import Pixels
 from post.faces.alignment import TEMPLATE, Matrix, alignment, crop, crops, restorable
-from post.faces.contract import Found
+from post.faces.contract import FoundFace
 from post.faces.pasting import Restored, deepen, enlarge, paste, soften
 from post.faces.steadying import SteadyLandmarks
 from tests.golden_cases import read_case
@@ -86,8 +86,8 @@ def test_a_face_at_the_edge_is_filled_up_with_the_known_grey(dtype: type) -> Non
 
 
 def test_faces_without_far_enough_eyes_or_landmarks_are_left_out() -> None:
-    def found(points: NDArray[np.float32] | None, left: float) -> Found:
-        return Found((left, 0, left + 10, 10), 0.99, points)
+    def found(points: NDArray[np.float32] | None, left: float) -> FoundFace:
+        return FoundFace((left, 0, left + 10, 10), 0.99, points)
 
     good, small, unknown = found(_points(), 0), found(_points(0.03), 20), found(None, 40)
     broken = found(np.full((5, 2), np.nan, np.float32), 60)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from post.interpolation.contract import Encoded, FlowEstimator
+from post.interpolation.contract import EncodedPicture, FlowEstimator
 from post.interpolation.gimm import GimmVfi, Interpolation
 from tests.golden_cases import make_weights
 from tests.manifests import tensor_list
@@ -79,9 +79,9 @@ class Recording:
         self.inner = inner
         self.flows: list[Tensor] = []
 
-    def encode(self, image: Tensor) -> Encoded:
+    def encode(self, image: Tensor) -> EncodedPicture:
         return self.inner.encode(image)
 
-    def flow(self, first: Encoded, second: Encoded) -> Tensor:
+    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         self.flows.append(self.inner.flow(first, second))
         return self.flows[-1]

@@ -12,7 +12,7 @@ from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, WORKING, dry_run, largest, place
 from post.interpolation.correlation import Correlation
 from post.interpolation.flowformer import TABLE_BYTES, FlowFormer, FlowFormerConfig, read_flowformer
-from post.interpolation.flowformer_decoder import DecoderConfig
+from post.interpolation.flowformer_decoder import FlowDecoderConfig
 from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
 from post.interpolation.flowformer_tokens import position_code
 from post.interpolation.gimm import GimmVfi
@@ -32,7 +32,7 @@ RELEASED = FlowFormerConfig(
     context=TRUNK,
     matching=256,
     memory=MemoryConfig(tokens=8, width=128, context=256, context_part=64, costs=(16, 32, 64), layers=3),
-    decoder=DecoderConfig(
+    decoder=FlowDecoderConfig(
         memory=128,
         query=64,
         hidden=128,

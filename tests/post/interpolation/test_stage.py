@@ -16,12 +16,12 @@ from modules.compile_options import Compilation
 from modules.errors import CheckpointError, MediaError, OptionError
 from post.compiling import compile_parts
 from post.contract import Clip, Picture, Pixels
-from post.interpolation.contract import Encoded, FlowEstimator
+from post.interpolation.contract import EncodedPicture, FlowEstimator
 from post.interpolation.files import find_files, load_networks, read_settings
 from post.interpolation.gimm import Interpolation
 from post.interpolation.options import InterpolationOptions
 from post.interpolation.stage import Interpolator, check_interpolation, make_interpolation
-from post.network_options import NetworkOptions
+from post.network_options import ToolNetworkOptions
 from post.pixels import to_pixels, to_tensor
 from tests.tiny.post_interpolation import write_gimm_r
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(folder: Path, **changes: object) -> InterpolationOptions:
-    network = NetworkOptions(folder, dtype="fp32", seed=None, compile=False)
+    network = ToolNetworkOptions(folder, dtype="fp32", seed=None, compile=False)
     usual = InterpolationOptions(network, "gimmvfi_r", factor=2, ds_factor=1.0, scene_threshold=0.25)
     return replace(usual, **changes)  # type: ignore[arg-type]
 
@@ -63,7 +63,7 @@ class Counting:
         self.inner, self.encoded, self.flows = inner, 0, 0
         self.living = self.most_living = 0
 
-    def encode(self, image: Tensor) -> Encoded:
+    def encode(self, image: Tensor) -> EncodedPicture:
         self.encoded += 1
         self.living += 1
         self.most_living = max(self.most_living, self.living)
@@ -74,7 +74,7 @@ class Counting:
     def forget(self) -> None:
         self.living -= 1
 
-    def flow(self, first: Encoded, second: Encoded) -> Tensor:
+    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         self.flows += 1
         return self.inner.flow(first, second)
 
@@ -286,7 +286,7 @@ def test_a_compiled_network_makes_the_same_pictures(folder: Path) -> None:
     made = []
     for is_compiled in (False, True):
         networks = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
-        chosen = NetworkOptions(folder, dtype="fp32", seed=None, compile=is_compiled)
+        chosen = ToolNetworkOptions(folder, dtype="fp32", seed=None, compile=is_compiled)
         compile_parts(chosen, networks.parts, Compilation(backend="eager"))
         stage = Interpolator(options(folder), Interpolation(networks.gimm, networks.estimator), CPU)
         made.append(list(stage.run(stream(moving(2), [Fraction(0), Fraction(1)]), CLIP))[1].pixels)
