@@ -174,7 +174,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"formatter_class": _HelpFormatter, **settings})
-        self._has_told_repeated = False
 
     def print_help(self, file: Any = None) -> None:
         """Print the help as argparse does, in colour on a terminal."""
@@ -189,24 +188,10 @@ class Parser(argparse.ArgumentParser):
             self._refuse_line_end(words)
             self._refuse_unknown(words)
             self._refuse_joined(words)
-        self._tell_repeated(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(self._explain_rest(words, others))
         return found
-
-    def _tell_repeated(self, words: Sequence[str]) -> None:
-        """Warn about options given twice, each with a value of its own: the last one counts."""
-        given: dict[str, set[str]] = {}
-        flags = {flag: action for action in self._actions for flag in action.option_strings}
-        for word, following in pairwise([*words[: words.index("--") if "--" in words else None], ""]):
-            name, equals, value = word.partition("=")
-            if name in flags and isinstance(flags[name], argparse._StoreAction):
-                given.setdefault(flags[name].option_strings[-1], set()).add(value if equals else following)
-        repeated = [name for name, values in given.items() if len(values) > 1]
-        for name in [] if self._has_told_repeated else repeated:
-            logging.getLogger(__name__).warning("%s is given more than once: the last one counts", name)
-        self._has_told_repeated = True  # some scripts parse twice
 
     def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
         """Say what is wrong with words that belong to no option."""
@@ -275,7 +260,7 @@ class Parser(argparse.ArgumentParser):
                 message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
             else:
                 near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
-                message = f"Unknown option {name}.{near.replace('mean ', 'mean --')}"
+                message = f"Unknown option {name}.{near.replace('mean ', 'mean --') or ' Leave it out.'}"
             said[message] = None
         if said:
             self.error(" ".join(said))

@@ -321,8 +321,8 @@ def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
     for item in items or ():
         if len(item) > MOST_OF_ARGUMENT:
             raise OptionError(
-                f"{option} {shorten(item, 40)}: {MOST_OF_ARGUMENT:,} characters are the most. Write less, or "
-                "leave it out"
+                f"{option} {' '.join(item[:40].split())}...: {MOST_OF_ARGUMENT:,} characters are the most. "
+                "Write less, or leave it out"
             )
         key, equals, value = item.partition("=")
         if not equals or not key.strip():

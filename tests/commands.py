@@ -1,6 +1,7 @@
 """Run the project's scripts as users do, from any folder."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,8 @@ QUIET = {
 
 def typed_there(said: str) -> str:
     """What a script printed as if it had been typed in its folder: commands begin where theirs did."""
-    return said.replace(f"python {ROOT}{os.sep}", "python ")
+    folder = re.escape(f"{ROOT}{os.sep}")
+    return re.sub(rf"""python (?:{folder}|(["']){folder}([^"']*)\1)""", r"python \2", said)
 
 
 def run_script(

@@ -126,18 +126,16 @@ def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path
     page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
     texts = re.findall(r"(?s)</h3>.*?<pre>(.*?)</pre>", page)  # of each the first, for bash
     commands = [shlex.split(html.unescape(re.sub("<[^>]*>", "", text))) for text in texts]
-    assert [words[:2] for words in commands] == [
-        ["python", family.train[0]],
-        ["python", family.generate[0]],
-        ["python", "convert_lora.py"],
-    ]
+    scripts = [Path(words[1]).name for words in commands]
+    assert scripts[:2] == [family.train[0], family.generate[0]]
+    assert scripts[2:] in ([], ["convert_lora.py"])  # tests/networks holds which families need it
 
     shutil.move(folder / "output" / "sample", folder / "output" / "sample first")
     for words in commands[1:] + commands[:1]:
-        succeed_here(*words[1:], folder=folder)
+        succeed_here(Path(words[1]).name, *words[2:], folder=folder)
 
     assert " of 6" in (folder / "output" / "lora.html").read_text(encoding="utf-8")
-    assert (folder / "output" / "lora_comfy.safetensors").is_file()
+    assert len(list((folder / "output").glob("lora_*.safetensors"))) == len(scripts[2:])
     theirs, ours = (shown(folder / name).float() for name in ("output/generated", "output/sample first"))
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().mean() < 6

@@ -1,5 +1,6 @@
 """Full fine-tuning from the command line of every family: its file is a checkpoint for generation."""
 
+import html
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.commands import run_script
+from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_families import SIZE, shown
 from tests.tiny.families import FAMILIES, TinyFamily
@@ -67,7 +68,7 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
     assert sum(not torch.equal(after[name], tensor) for name, tensor in before.items()) > 0.9 * len(before)
     with safe_open(folder / "output" / "x.safetensors", "pt") as file:
         assert "lora" not in file.metadata()["modelspec.architecture"]
-    page = (folder / "output" / "x.html").read_text(encoding="utf-8")
+    page = typed_there(html.unescape((folder / "output" / "x.html").read_text(encoding="utf-8")))
     assert f"python {family.train_whole}" in page
     assert f"python {family.generate[0]}" in page
     generate = [*family.generate, *SIZE, "--prompt", "a cat", "--seed", "7"]

@@ -280,9 +280,11 @@ def test_the_page_of_all_models_is_current() -> None:
 ELSEWHERE = {
     *(
         "taehv.pth",
+        "vgg16-397923af.pth",
+        "CLIP-ViT-B-32-laion2B-s34B-b79K",
         "chat",
         "vision",
-    ),  # on no hub, as its page says; any chat model; any vision-language model
+    ),  # on no hub, as their pages say; any CLIP; any chat model; any vision-language model
     *(
         "wan_pipeline",
         "wan_pipeline/vae",

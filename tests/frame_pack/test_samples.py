@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from modules.contract.loading import Placement
+from modules.errors import OptionError
 from networks import lora_framepack
 from tests.faults.messages import assert_one_message, run_here
 from tests.frame_pack.projects import CPU, OUTPUT, ProjectOf, generated_latents, sample_latents, train
@@ -75,17 +76,14 @@ def test_frames_decide_about_sections_and_the_flow_shift_of_a_line_does_not_coun
     monkeypatch.chdir(folder)
     line = "a cat --w 32 --h 32 --d 7 --s 1 --i start.png"
 
-    made = sample_latents(
-        family, lora, f"{line} --f 12\n{line} --f 9 --fs 3\n{line} --f 4 --fs 3\n{line}", tmp_path
-    )
+    made = sample_latents(family, lora, f"{line} --f 12\n{line} --f 9 --fs 3", tmp_path)
 
     # 12 frames are rounded down to two sections of 4 behind the first
     assert [latents.shape[2] for latents in made] == [3, 3]
     assert torch.equal(*made)
     assert caplog.text.count("the flow shift (--fs) is ignored") == 1
-    assert caplog.text.count("1 frames are less than a section") == 2
-    assert "prompt 2 is skipped" in caplog.text
-    assert "prompt 3 is skipped" in caplog.text
+    with pytest.raises(OptionError, match="1 frames are less than a section"):
+        sample_latents(family, lora, f"{line} --f 4 --fs 3\n{line}", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["framepack one frame"])
