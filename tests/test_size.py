@@ -24,7 +24,7 @@ BUDGET = {
     "hunyuan_image": (1850, 14),
     "hunyuan_model": (3950, 23),
     "lumina": (1900, 13),
-    "modules": (17100, 156),
+    "modules": (17150, 156),
     "networks": (9000, 68),
     "package": (400, 7),
     "post": (8450, 74),

@@ -26,7 +26,10 @@ def _parser() -> command.Parser:
     [
         # not that --save_path is missing
         ("--save-path videos", "Unknown option --save-path. Did you mean --save_path?"),
-        ("--promt=cat --zzz", "Unknown option --promt. Did you mean --prompt? Unknown option --zzz."),
+        (
+            "--promt=cat --zzz",
+            "Unknown option --promt. Did you mean --prompt? Unknown option --zzz. Leave it out.",
+        ),
         ("-prompt cat", "Unknown option -prompt. Did you mean --prompt?"),
         ("--prompt -dark", "-dark is no option. A value that begins with - goes behind =: --prompt=-dark"),
         (
