@@ -119,6 +119,9 @@ class GenerationOptions:
             raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
         if self.from_file is not None and self.interactive:
             raise OptionError("--from_file and --interactive cannot be used together: give one of them")
+        if self.request.prompt is not None and (self.from_file is not None or self.interactive):
+            source = "--interactive" if self.interactive else "--from_file"
+            logger.warning("--prompt is ignored because the prompts come from %s", source)
         if self.latent_path and (self.from_file is not None or self.interactive):
             raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
         if self.post.tools and not self.output.decodes:

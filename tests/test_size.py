@@ -20,7 +20,7 @@ BUDGET = {
     "encoders": (2350, 22),
     "flux": (1950, 13),
     "frame_pack": (3450, 22),
-    "generation": (5850, 36),
+    "generation": (5900, 36),
     "hunyuan_image": (1850, 14),
     "hunyuan_model": (3950, 23),
     "lumina": (1900, 13),

@@ -73,6 +73,14 @@ def test_a_finer_rounding_of_nothing_is_told_of(tmp_path: Path, caplog: pytest.L
     assert "--upcast_quantization is ignored because --fp8_scaled is not given" in caplog.text
 
 
+@pytest.mark.parametrize("source", [["--from_file", __file__], ["--interactive"]])
+def test_a_prompt_beside_other_prompts_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, source: list[str]
+) -> None:
+    read(tmp_path, "--prompt", "a cat", *source)
+    assert f"--prompt is ignored because the prompts come from {source[0]}" in caplog.text
+
+
 def test_prores_needs_matroska(tmp_path: Path) -> None:
     assert read(tmp_path, "--prompt", "p", "--codec", "prores").output.format.suffix == ".mkv"
 
