@@ -81,8 +81,9 @@ def test_results_are_the_cpus(run: Run) -> None:
     for folder in (run.here, run.there):
         for file in (folder / "made").iterdir():  # their names have the time
             file.rename(folder / "made" / "latent.safetensors")
-    # on a CPU the VAE that encodes a given image has other kernels (modules/layers/convolution.py)
-    for name, share in (("output", 0.0), ("made", 1e-4)):
+    # on a CPU the VAE that encodes given images and control clips has other kernels
+    # (modules/layers/convolution.py); with both 1.2e-4 is seen behind a LoRA trained at a rate of 0.1
+    for name, share in (("output", 0.0), ("made", 1e-3)):
         found = differences(run.here / name, run.there / name, share)
         assert not found, "\n".join(found)
 
