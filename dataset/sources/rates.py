@@ -14,13 +14,14 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for this
 
 def compare_rates(found: float | None, stated: object, fps: float) -> str | None:
     """Return what is wrong if a file's rate is neither the stated one nor, if none is stated, the model's."""
-    is_number = isinstance(stated, (int, float))
-    if not found or (stated is not None and not is_number):
+    if isinstance(stated, (int, float)):
+        expected, cause = float(stated), f"source_fps says {stated:g}"
+    elif stated is None:
+        expected, cause = fps, "without source_fps all frames are used"
+    else:  # "auto"
         return None
-    expected = float(stated) if isinstance(stated, (int, float)) else fps
-    if abs(found / expected - 1) < TOLERANCE:
+    if not found or abs(found / expected - 1) < TOLERANCE:
         return None
-    cause = f"source_fps says {expected:g}" if is_number else "without source_fps all frames are used"
     return f"{cause}: the model sees it at {expected / found:.2g} times its speed"
 
 
