@@ -11,7 +11,7 @@ from dataset.options import read_latent_caching
 from families import identify
 from hunyuan_model.options import HunyuanLatentCachingOptions, add_latent_caching_arguments
 from modules.command import as_typed, command_line
-from modules.options import require
+from modules.option_values import require
 
 
 def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import modules.interpreter  # noqa: F401
 from dataset.captioning.options import CaptioningOptions, add_captioning_arguments
 from dataset.config import load_dataset_config
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.options import read_options
+from modules.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import modules.interpreter  # noqa: F401
 from families import GENERATION_SCRIPTS, identify
 from generation.compare_options import CompareOptions, add_compare_arguments, expand_patterns, family_of
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.installation import import_own
 from modules.options import read_options
+from modules.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import modules.interpreter  # noqa: F401
 from downloads.listing import print_list
 from downloads.options import DownloadOptions, add_download_arguments
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.options import read_options
+from modules.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

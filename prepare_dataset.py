@@ -9,9 +9,10 @@ from logging import getLogger
 import modules.interpreter  # noqa: F401
 from dataset.cogvideox.options import MAX_TOKENS, PrepareOptions, add_prepare_arguments
 from families import identify
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.errors import CheckpointError
 from modules.options import read_options
+from modules.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import modules.interpreter  # noqa: F401
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.environment import ROOT, prepare_environment
 from modules.errors import UserError
+from modules.parser import Parser
 
 FOLDER = ROOT / "quickstart"
 STEPS = 300

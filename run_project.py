@@ -6,8 +6,9 @@ All options: python run_project.py --help
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.options import read_options
+from modules.parser import Parser
 from project.options import RunOptions, add_run_arguments
 
 

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import modules.interpreter  # noqa: F401
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.environment import ROOT, prepare_environment
+from modules.parser import Parser
 
 # the models are tiny: workers share the cores better than threads
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -6,9 +6,10 @@ All options: python share_page.py --help
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.options import read_options
 from modules.pages.options import ShareOptions, add_share_arguments
+from modules.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

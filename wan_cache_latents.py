@@ -10,7 +10,7 @@ from dataset.config import load_dataset_config
 from dataset.options import read_latent_caching
 from families import identify
 from modules.command import as_typed, command_line
-from modules.options import require
+from modules.option_values import require
 from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
 
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn  # noqa: E402
 from generation.ahead import Check  # noqa: E402
 from generation.denoise import predictor  # noqa: E402
 from generation.experts import DitTurns, TurnRules  # noqa: E402
-from modules.command import Parser  # noqa: E402
 from modules.contract.loading import Placement  # noqa: E402
 from modules.contract.steps import Step  # noqa: E402
 from modules.offload.transfer import PlainTransfer  # noqa: E402
 from modules.offload.turns import HostCopy  # noqa: E402
+from modules.parser import Parser  # noqa: E402
 from modules.planning.dry_run import HOST, Ledger  # noqa: E402
 from modules.planning.kernels import PlannedKernels  # noqa: E402
 from tests.tiny import wan_dit  # noqa: E402

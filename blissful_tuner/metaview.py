@@ -15,10 +15,11 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.metaview_options import MetaviewOptions, add_metaview_arguments
-from modules.command import Parser, command_line
+from modules.command import command_line
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import MediaError, UserError
 from modules.options import read_options
+from modules.parser import Parser
 
 TENSORS = ".safetensors"
 VIDEOS = frozenset({".mkv", ".mp4", ".mov", ".webm", ".m4v"})

@@ -13,7 +13,7 @@ from modules.contract.generation import DitAt
 from modules.contract.prepared import Prepared
 from modules.contract.step_cache import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
 from modules.errors import OptionError
-from modules.options import MOST, check_at_least, check_at_most
+from modules.option_values import MOST, check_at_least, check_at_most
 from modules.step_cache.calibration import FEWEST_STEPS, Changes, Ratios, measure_pass
 from modules.step_cache.magcache import MagCacheRule, resample
 from modules.step_cache.runner import Rule, StepCache, run_around

@@ -5,7 +5,8 @@ import logging
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import NO_PIXELS, check_at_least
+from modules.option_values import check_at_least
+from modules.options import NO_PIXELS
 
 logger = logging.getLogger(__name__)
 

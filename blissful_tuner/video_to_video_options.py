@@ -8,7 +8,8 @@ from typing import Any
 
 from modules.contract.source import IMAGE, LATENTS, SOURCES, VIDEO
 from modules.errors import OptionError
-from modules.options import add_unsupported, check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
+from modules.parser import add_unsupported
 
 SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spellings
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import check_at_most, read_options, refuse_unsupported
+from modules.option_values import check_at_most
+from modules.options import read_options
+from modules.parser import Parser, refuse_unsupported
 
 T = TypeVar("T")
 AddArguments = Callable[[argparse.ArgumentParser], None]

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.options import MOST_AT_ONCE, MOST_SHARDS
-from modules.command import Parser, did_you_mean
+from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.options import check_at_most, read_options
+from modules.option_values import check_at_most
+from modules.options import read_options
+from modules.parser import Parser
 
 _PREFIXES = ("", "wan_", "fpack_", "flux_", "hunyuan_image_", "lumina_")  # of scripts; "": HunyuanVideo
 LATENT_SCRIPTS = tuple(f"{name}cache_latents" for name in _PREFIXES)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import add_unsupported, check_at_least, check_at_most, require
+from modules.option_values import check_at_least, check_at_most, require
+from modules.parser import add_unsupported
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 MOST_SIDE = 65_536  # pixels

@@ -17,9 +17,9 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import dataset_report  # noqa: E402
-from modules.command import Parser  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
+from modules.parser import Parser  # noqa: E402
 from tests.browser import open_page  # noqa: E402
 from tests.dataset.cutting.films import landscape  # noqa: E402
 from tests.pictures import picture  # noqa: E402

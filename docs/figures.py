@@ -14,9 +14,9 @@ from matplotlib.patches import Rectangle  # noqa: E402
 
 from dataset.config import DatasetTable, load_dataset_config  # noqa: E402
 from dataset.sources.frames import spans  # noqa: E402
-from modules.command import Parser  # noqa: E402
 from modules.flow.schedule import make_schedule, shift_sigmas  # noqa: E402
 from modules.media.buckets import Size, bucket_sizes, choose_bucket, fit_cover  # noqa: E402
+from modules.parser import Parser  # noqa: E402
 
 KEPT = 40  # frames of the clip in the figure of frame extraction
 MODES = (

@@ -26,9 +26,9 @@ from torch.nn.functional import interpolate, l1_loss  # noqa: E402
 
 from blissful_tuner import upscaler, yolo_blur  # noqa: E402
 from modules.atomic_write import save_tensors  # noqa: E402
-from modules.command import Parser  # noqa: E402
 from modules.media.reading import Frame, read_image, video_frames  # noqa: E402
 from modules.media.writing import write_png, write_video  # noqa: E402
+from modules.parser import Parser  # noqa: E402
 from pocket import drawing  # noqa: E402
 from post.chain_options import read_tool  # noqa: E402
 from post.contract import Clip, Picture  # noqa: E402

@@ -17,9 +17,9 @@ sys.path[0] = str(ROOT)
 import numpy as np  # noqa: E402
 
 import wan_generate_video  # noqa: E402
-from modules.command import Parser  # noqa: E402
 from modules.media.reading import Frame, video_frames  # noqa: E402
 from modules.media.writing import write_png  # noqa: E402
+from modules.parser import Parser  # noqa: E402
 
 FOLDER = ROOT / "docs" / "features"
 MODEL = ["--task", "t2v-1.3B", "--dit", "pocket/dit.safetensors", "--vae", "pocket/vae.safetensors"]

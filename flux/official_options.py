@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from flux.options import CHROMA, FLUX, USUAL_GUIDANCE
-from modules.command import Parser
 from modules.errors import OptionError
 from modules.minimal_options import (
     add_lora_arguments,
@@ -20,6 +19,7 @@ from modules.minimal_options import (
     read_minimal_options,
     read_strengths,
 )
+from modules.parser import Parser
 
 SIZE_STEP = 16
 STEPS_ARE_THE_MODELS = "default: 4 for schnell, 50 for others"

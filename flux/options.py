@@ -10,15 +10,9 @@ from modules.attention.options import add_split_argument
 from modules.command import as_typed
 from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
-from modules.options import (
-    FREE,
-    HABIT,
-    NO_PIXELS,
-    OF_DECODING,
-    add_unsupported,
-    check_at_least,
-    check_at_most,
-)
+from modules.option_values import check_at_least, check_at_most
+from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING
+from modules.parser import add_unsupported
 from modules.vae_options import VaeOptions, add_ae_argument, add_vae_arguments
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type

@@ -21,7 +21,8 @@ from hunyuan_model.options import (
 )
 from modules.command import as_typed
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, check_at_least
+from modules.option_values import check_at_least
+from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.requests import check_size, keep_usable_media, settle, size_of
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size, bucket_sizes, choose_bucket
-from modules.options import require, to_path
+from modules.option_values import require, to_path
 
 logger = logging.getLogger(__name__)
 

@@ -22,20 +22,11 @@ from generation.prompt_lines import LineOption
 from generation.request_options import RequestOptions, add_request_arguments
 from generation.script_options import ScriptDefaults
 from generation.sheet_options import Axis, SheetOptions, add_sheet_arguments
-from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import (
-    NO_PIXELS,
-    OF_DECODING,
-    OF_REQUEST,
-    check_at_least,
-    check_at_most,
-    facts_of,
-    option_values,
-    read_options,
-    refuse_unsupported,
-)
+from modules.option_values import check_at_least, check_at_most
+from modules.options import NO_PIXELS, OF_DECODING, OF_REQUEST, facts_of, option_values, read_options
 from modules.output_files import check_output_file
+from modules.parser import Parser, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
 from networks.options import (
     LoraOptions,

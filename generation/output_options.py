@@ -9,7 +9,8 @@ from generation.request_options import NO_VIDEOS, add_video_only
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.media.options import FormatOptions, add_format_arguments
-from modules.options import NO_PIXELS, OF_DECODING, refuse_value
+from modules.options import NO_PIXELS, OF_DECODING
+from modules.parser import refuse_values
 
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
@@ -95,7 +96,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaul
         help=_output_help(defaults.output_types),
     )
     if defaults.pictures:
-        refuse_value(kind, "video", "both", reason=NO_VIDEOS)
+        refuse_values(kind, dict.fromkeys(("video", "both"), NO_VIDEOS))
     group.add_argument(
         "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
     )

@@ -25,7 +25,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.requests import check_opens
 from modules.contract.source import SOURCES, Source
 from modules.errors import OptionError
-from modules.options import check_seed, show_number, to_path
+from modules.option_values import check_seed, show_number, to_path
 from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from blissful_tuner.video_to_video_options import SourceOptions
 from generation.prompt_lines import MOST_FPS
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
-from modules.options import SETTING, add_unsupported
+from modules.options import SETTING
+from modules.parser import add_unsupported
 
 SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "unipc": "unipc",

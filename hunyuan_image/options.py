@@ -11,7 +11,8 @@ from modules.attention.options import GENERATION_VALUES, TRAINING_FLAGS, add_spl
 from modules.command import as_typed
 from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
+from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING
 from modules.vae_options import VaeOptions, add_vae_arguments
 
 logger = logging.getLogger(__name__)

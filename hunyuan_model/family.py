@@ -53,7 +53,8 @@ from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import byte_clips, image_pixels
-from modules.options import NO_OPTIONS, require
+from modules.option_values import require
+from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 

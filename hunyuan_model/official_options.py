@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import add_unsupported, check_at_least, check_at_most, read_options, refuse_unsupported
+from modules.option_values import check_at_least, check_at_most
+from modules.options import read_options
+from modules.parser import Parser, add_unsupported, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 

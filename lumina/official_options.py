@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumina.options import CFG_TRUNC_RATIO, MAX_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
-from modules.command import Parser
 from modules.errors import OptionError
 from modules.minimal_options import (
     add_lora_arguments,
@@ -19,6 +18,7 @@ from modules.minimal_options import (
     read_minimal_options,
     read_strengths,
 )
+from modules.parser import Parser
 
 SIZE_STEP = 16
 

@@ -9,15 +9,9 @@ from typing import Any
 from modules.command import as_typed
 from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
-from modules.options import (
-    FREE,
-    HABIT,
-    OF_DECODING,
-    OF_REQUEST,
-    add_unneeded,
-    check_at_least,
-    check_at_most,
-)
+from modules.option_values import check_at_least, check_at_most
+from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST
+from modules.parser import add_unneeded
 from modules.vae_options import VaeOptions, add_ae_argument, add_vae_arguments, take_ae
 
 MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said

@@ -4,7 +4,9 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, NO_PIXELS, add_unsupported, check_at_least
+from modules.option_values import check_at_least
+from modules.options import FREE, HABIT, NO_PIXELS
+from modules.parser import add_unsupported
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (

@@ -8,9 +8,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import add_unneeded, check_at_least, check_at_most, list_unneeded, read_options
+from modules.option_values import check_at_least, check_at_most
+from modules.options import read_options
+from modules.parser import Parser, add_unneeded, list_unneeded
 
 logger = logging.getLogger(__name__)
 

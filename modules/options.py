@@ -1,52 +1,260 @@
-"""Build frozen option records from parsed arguments. Standard library only.
+"""Declare options once, as the fields of a record: parser, checks and messages are made of them.
 
-Defaults are in `add_argument` only; an option record has none. A record's fields are str, int, float, bool,
-Path, tuples of these, or another option record. If the public name is misleading, the field has another name
-and `metadata={"option": "public_name"}`.
+    class SavingOptions(Options, title="saving"):
+        output_dir: Path | None = option("folder to save into", often=True)
+        save_every_n_epochs: int | None = option("save after so many epochs", least=1)
+        save_n_epoch_ratio: int | None = option("so many saves", least=1, excludes="save_every_n_epochs")
+
+A field's type says what is typed: bool is a switch, a tuple takes several words, str, int, float and Path
+one. Other facts stand in `option`. `add_options(parser, SavingOptions)` (modules/parser.py) declares all of
+them to a parser, `read_options(SavingOptions, args)` makes the record. Standard library only.
 """
 
 import argparse
-import ast
 import dataclasses
-import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
-from modules.addresses import hide_secrets
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.paths import expand_path, explain_path, path_exists
-from modules.text_files import bad_character
+from modules.option_values import check_characters, check_numbers, convert_value, show_number
 
 T = TypeVar("T")
 
-MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
-UNBOUNDED = {"seed"}
-MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
-
-# Facts of a field, for `field(metadata=...)`; one that holds a record passes its own on to all options in it.
+# What a fact says of resuming and of the metadata of generated files; a field that holds a record passes its
+# own on to all options in it.
 IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
 CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
 HABIT = {"resume": "habit"}  # it may give another one, which is warned about
 FREE = {"resume": "free"}  # it may give another one
 SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
-# What the metadata of a generated file say of an option:
 SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
 OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 
+_UNSET: Any = object()
+_HINTS: dict[type, dict[str, Any]] = {}
+_Group = argparse._ActionsContainer
 
-@dataclasses.dataclass(frozen=True)
-class NoOptions:
+
+def option(
+    help: str = "",
+    *,
+    default: Any = _UNSET,
+    name: str = "",
+    flags: tuple[str, ...] = (),
+    often: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    one_of: Collection[str] = (),
+    hint: str = "",
+    needs: str | tuple[str, ...] = (),
+    excludes: str | tuple[str, ...] = (),
+    refused: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """Return a field of an `Options` record, with the facts of its option.
+
+    default: False for a switch, else None, when not given. name: the public name if the field has another;
+    flags: further spellings. often: -h shows it. least, most, above, below: limits of a number, or of each of
+    a tuple. one_of: its values, in any case, where the parser is not to know them. hint: stands behind the
+    message of a wrong value. needs: an option of this record that has to be given too; of a tuple, one of
+    them. excludes: what cannot be given beside it. refused: values of `choices` -> why there is no such
+    choice. facts: FREE, NO_PIXELS and the like. settings: further ones of `add_argument`. In front of a
+    record, only `facts` are of use.
+    """
+    words = {"needs": (needs,) if isinstance(needs, str) else needs}
+    words["excludes"] = (excludes,) if isinstance(excludes, str) else excludes
+    limits = {"least": least, "most": most, "above": above, "below": below}
+    found = {
+        **{fact: value for fact, value in {**limits, **words}.items() if value is not None and value != ()},
+        **({"one_of": tuple(one_of)} if one_of else {}),
+        **({"hint": hint} if hint else {}),
+        **({"option": name} if name else {}),
+    }
+    declared = Declared(help, default, flags, often, refused or {}, settings)
+    return dataclasses.field(metadata={**found, **(facts or {}), "declared": declared})
+
+
+class Declared(NamedTuple):
+    """What only the parser needs of an option."""
+
+    help: str
+    default: Any
+    flags: tuple[str, ...]
+    often: bool
+    refused: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+
+class Refusal(NamedTuple):
+    """An option of other programs that the parser knows and no record holds."""
+
+    help: str
+    reason: str  # why it is refused; empty: it is accepted
+    instead: str  # what happens without it; a line says so if it is given
+    values: tuple[Any, ...]  # besides the default, those that change nothing and are accepted in silence
+    settings: Mapping[str, Any]  # of `add_argument`
+
+
+def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
+    """Return a record's attribute for an option that --help lists and that is refused when it is used.
+
+    reason: completes "--flag is not supported yet: ...". It is a switch unless `settings` say what it takes.
+    """
+    return Refusal(help, reason, "", values, settings or {"action": "store_true"})
+
+
+def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
+    """Return a record's attribute for an option that asks for nothing here; `instead` is a sentence."""
+    return Refusal(help, "", instead, values, settings or {"action": "store_true"})
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(option, dataclasses.field)
+)
+class Options:
+    """Base of option records: a frozen dataclass whose fields are options, or records of them.
+
+    title: the heading of its options in the help; records of one title are listed together. A record checks
+    its facts when it is made, and then runs `__post_init__` for what is no fact.
+    """
+
+    heading: ClassVar[str] = ""
+    __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
+
+    def __init_subclass__(cls, title: str = "") -> None:
+        cls.heading = title
+        # no method is generated, as compiling a dozen of them takes longer than all the rest of --help
+        dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
+
+    def __init__(self, **values: Any) -> None:
+        """Make the record. Raises OptionError for a wrong value, TypeError for a name that no field has."""
+        known = dataclasses.fields(self)
+        unknown = values.keys() - {field.name for field in known}
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
+        for field in known:
+            value = values[field.name] if field.name in values else default_of(type(self), field)
+            object.__setattr__(self, field.name, value)
+        for field in known:
+            _check_facts(self, field)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Check what no fact says."""
+
+    @classmethod
+    def usual(cls, **values: Any) -> Self:
+        """Return the record with these values, by the names of its fields, and defaults for the others."""
+        return cls(**values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} cannot be set")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and list(_values(self)) == list(_values(other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(_values(self)))
+
+    def __repr__(self) -> str:
+        shown = zip(dataclasses.fields(self), _values(self), strict=True)
+        return f"{type(self).__name__}({', '.join(f'{field.name}={value!r}' for field, value in shown)})"
+
+
+class NoOptions(Options):
     """The option record of a family that has no options of its own."""
 
 
 NO_OPTIONS = NoOptions()
+
+
+def _values(record: Any) -> Iterator[Any]:
+    return (getattr(record, field.name) for field in dataclasses.fields(record))
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the types of a record's fields by name."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
+def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
+    """Return what a record's field has if nothing is given. Raises TypeError if it must be given."""
+    declared, hint = field.metadata.get("declared"), hints_of(cls)[field.name]
+    if declared is not None and declared.default is not _UNSET:
+        return declared.default
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    if isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint):
+        return None
+    if hint is bool:
+        return False
+    if record_of(hint) is not None:
+        return hint()
+    raise TypeError(f"{cls.__name__}.{field.name} must be given")
+
+
+def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a record's field has another value than its default."""
+    try:
+        return bool(getattr(record, field.name) != default_of(type(record), field))
+    except TypeError:  # it has none
+        return True
+
+
+def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Raise OptionError if the value of a field is against its facts."""
+    facts, value = field.metadata, getattr(record, field.name)
+    declared = facts.get("declared")
+    if value is None or declared is None:
+        return
+    option, hint = f"--{option_name(field)}", facts.get("hint", "")
+    behind = f" ({hint})" if hint else ""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not _fits(number, facts):
+            limits = " and ".join(f"{_LIMITS[fact]} {facts[fact]:,}" for fact in _LIMITS if fact in facts)
+            raise OptionError(f"{option} {show_number(number)}: give a number {limits}{behind}")
+    if "one_of" in facts and str(value).lower() not in facts["one_of"]:
+        near = f", not {shorten(str(value), 80)!r}" if not value else ""
+        raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{behind}")
+    others = {"--" + option_name(one): one for one in dataclasses.fields(record)}
+    needed = ["--" + name for name in facts.get("needs", ())]
+    if (needed or "excludes" in facts) and is_given(record, field):
+        if needed and not any(is_given(record, others[name]) for name in needed):
+            raise OptionError(f"{option} needs {_either(needed)}: give both{behind}")
+        for name in facts.get("excludes", ()):
+            if is_given(record, others[f"--{name}"]):
+                raise OptionError(f"{option} and --{name} exclude each other: give one of them{behind}")
+
+
+_LIMITS = {"least": "of at least", "most": "of at most", "above": "above", "below": "below"}
+
+
+def _fits(number: float, facts: Mapping[str, Any]) -> bool:
+    """Return whether a number is within the limits of an option; NaN is in none."""
+    return (
+        ("least" not in facts or number >= facts["least"])
+        and ("most" not in facts or number <= facts["most"])
+        and ("above" not in facts or number > facts["above"])
+        and ("below" not in facts or number < facts["below"])
+    )
+
+
+def _either(words: Collection[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def read_options(cls: type[T], args: argparse.Namespace) -> T:
@@ -59,7 +267,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
     user's.
     """
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         hint = hints[field.name]
@@ -72,11 +280,11 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         if not hasattr(args, option):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         value = getattr(args, option)
-        _check_characters(option, value)
-        values[field.name] = _convert(value, hint, option)
+        check_characters(option, value)
+        values[field.name] = convert_value(value, hint, option)
     made = cls(**values)  # first, as a record's own checks say more
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        _check_numbers(option_name(field), values[field.name])
+        check_numbers(option_name(field), values[field.name])
     return made
 
 
@@ -100,17 +308,17 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
         if dataclasses.is_dataclass(value):
             changes[field.name] = override_options(value, values)
         elif name in values:
-            _check_numbers(name, values[name])
+            check_numbers(name, values[name])
             changes[field.name] = values[name]
     return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
 def facts_of(cls: type) -> dict[str, dict[str, Any]]:
     """Return the facts of every option of a record by its public name, those of the records in it too."""
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     facts: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
-        own = {fact: value for fact, value in field.metadata.items() if fact != "option"}
+        own = {fact: value for fact, value in field.metadata.items() if fact not in {"option", "declared"}}
         record = record_of(hints[field.name])
         inner = {option_name(field): {}} if record is None else facts_of(record)
         facts |= {name: {**own, **more} for name, more in inner.items()}
@@ -131,215 +339,3 @@ def record_of(hint: Any) -> Any:
 def option_name(field: "dataclasses.Field[Any]") -> str:
     """Return the public name of a record's field."""
     return str(field.metadata.get("option", field.name))
-
-
-def _check_characters(option: str, value: Any) -> None:
-    texts = value if isinstance(value, (list, tuple)) else [value]
-    for text in texts:
-        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
-            raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
-        found = bad_character(text) if isinstance(text, str) else None
-        if found is not None:
-            raise OptionError(
-                f"--{option} holds {found}: set the terminal, or the file that it comes from, to UTF-8"
-            )
-
-
-def to_path(option: str, text: str) -> Path:
-    """Return the path with `~` resolved.
-
-    Raises OptionError for a name that no file can have, and for usual mistakes in one that is not there.
-    """
-    try:
-        path = expand_path(text)
-    except ValueError as error:
-        raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
-    why = None if path_exists(path) else explain_path(text)
-    if why is not None:
-        raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
-    return path
-
-
-def _check_numbers(option: str, value: Any) -> None:
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-        if not isinstance(number, (int, float)) or option in UNBOUNDED:
-            continue
-        if isinstance(number, float) and not math.isfinite(number):
-            raise OptionError(f"--{option} {number}: give a finite number")
-        if abs(number) > MOST:
-            raise OptionError(f"--{option} {show_number(number)}: give a number of at most {MOST:,}")
-
-
-def show_number(number: float) -> str:
-    """Return a number in few characters."""
-    if isinstance(number, int) and abs(number) >= 10**40:
-        return f"of {len(str(abs(number)))} digits"
-    return str(number) if isinstance(number, int) else f"{number:.12g}"
-
-
-def _convert(value: Any, hint: Any, option: str) -> Any:
-    if value is None:
-        return None
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(value) in kinds:
-        return value
-    for kind in kinds:
-        if kind is Path:
-            if not str(value):
-                raise OptionError(f"--{option} is empty: give a path, or leave the option out")
-            return to_path(f"--{option}", str(value))
-        if typing.get_origin(kind) is tuple:
-            items = value if isinstance(value, (list, tuple)) else [value]
-            return tuple(_convert(item, typing.get_args(kind)[0], option) for item in items)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-    return value
-
-
-def add_unsupported(
-    group: argparse._ActionsContainer,
-    *flags: str,
-    reason: str,
-    harmless: tuple[Any, ...] = (),
-    **settings: Any,
-) -> None:
-    """Declare an option that --help lists but that is refused when used.
-
-    reason: completes "--flag is not supported yet: ...". harmless: values, besides the default, that are
-    accepted because they change nothing. settings: those of `add_argument`, so that types, defaults and
-    choices are already fixed.
-    """
-    text = settings.pop("help", "")
-    action = group.add_argument(*flags, help=f"{text} (not supported yet)".strip(), **settings)
-    action.unsupported_reason = reason  # type: ignore[attr-defined]
-    action.harmless = (action.default, *harmless)  # type: ignore[attr-defined]
-
-
-def add_unneeded(
-    group: argparse._ActionsContainer,
-    *flags: str,
-    instead: str,
-    values: tuple[Any, ...] = (),
-    **settings: Any,
-) -> None:
-    """Declare an option of other programs that asks for nothing here: if it is given, a line says so.
-
-    instead: what happens instead, a sentence. values: those that need no line, besides the default. settings:
-    those of `add_argument`; a `help` stands before that sentence.
-    """
-    text = settings.pop("help", "")
-    action = group.add_argument(*flags, help=f"{text}; not needed: {instead}".removeprefix("; "), **settings)
-    action.instead = instead  # type: ignore[attr-defined]
-    action.silent = (action.default, *values)  # type: ignore[attr-defined]
-
-
-def list_unneeded(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Return a line for each option declared by `add_unneeded` that is given."""
-    return [
-        f"{action.option_strings[0]} is not needed: {action.instead}"
-        for action in parser._actions
-        if hasattr(action, "instead") and getattr(args, action.dest) not in getattr(action, "silent", ())
-    ]
-
-
-def refuse_value(action: argparse.Action, *values: str, reason: str) -> None:
-    """Have `Parser` say why these values are not among the choices of an option."""
-    known = getattr(action, "refused", {})
-    action.refused = {**known, **dict.fromkeys(values, reason)}  # type: ignore[attr-defined]
-
-
-def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise OptionError if an option declared by `add_unsupported` is used."""
-    for action in parser._actions:
-        reason = getattr(action, "unsupported_reason", None)
-        if reason is not None and getattr(args, action.dest, action.default) not in action.harmless:  # type: ignore[attr-defined]
-            raise OptionError(f"{action.option_strings[0]} is not supported yet: {reason}")
-
-
-def require(value: T | None, option: str, why: str) -> T:
-    """Return `value`. Raises OptionError, with the option's name, if it is None."""
-    if value is None:
-        raise OptionError(f"{option} is missing: {why}")
-    return value
-
-
-def check_at_least(option: str, value: float | None, minimum: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and is below `minimum` or NaN.
-
-    meaning: says what to give instead.
-    """
-    if value is not None and not value >= minimum:
-        raise OptionError(f"{option} {value}: must be at least {minimum} ({meaning})")
-
-
-def check_at_most(option: str, value: float | None, maximum: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and is above `maximum`; `meaning` says what to give instead."""
-    if value is not None and not value <= maximum:
-        raise OptionError(f"{option} {show_number(value)}: must be at most {maximum:,} ({meaning})")
-
-
-def check_below(option: str, value: float | None, limit: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
-    if value is not None and not value < limit:
-        raise OptionError(f"{option} {value}: must be below {limit} ({meaning})")
-
-
-def check_seed(option: str, seed: int | None) -> None:
-    """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
-    if seed is not None and not -(2**63) <= seed < 2**64:
-        raise OptionError(f"{option} {show_number(seed)} does not fit 64 bits: give a number below 2^64")
-
-
-def int_or_float(text: str) -> int | float:
-    """Parse a number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
-
-    Raises ArgumentTypeError if the text is neither, such as "1.5".
-    """
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a percentage") from None
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps and not a fraction from 0 to 1")
-    if text.endswith("%") or value < 1:
-        if value > 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run: give at most 100%")
-        return value if value else 0
-    if value != int(value):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number of steps; fractions of the run lie between 0 and 1"
-        )
-    return int(value)
-
-
-def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
-    """Parse `key=value` texts to a dictionary; the value may contain further `=`.
-
-    Raises OptionError if an item has no `=` or no key, or if it is too long to be meant.
-    """
-    pairs: dict[str, str] = {}
-    for item in items or ():
-        if len(item) > MOST_OF_ARGUMENT:
-            raise OptionError(
-                f"{option} {' '.join(item[:40].split())}...: {MOST_OF_ARGUMENT:,} characters are the most. "
-                "Write less, or leave it out"
-            )
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise OptionError(
-                f"{option} {item!r}: write key=value, without spaces around the =, or put all of it in quotes"
-            )
-        pairs[key.strip()] = value
-    return pairs
-
-
-def read_literals(option: str, items: Sequence[str] | None) -> dict[str, Any]:
-    """Parse `key=value` texts with values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
-    return {key: _literal(value) for key, value in split_pairs(option, items).items()}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply
-        return text

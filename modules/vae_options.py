@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import show_number
+from modules.option_values import show_number
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
 LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import add_unsupported
 from modules.output_files import check_output_file, refuse_replacing
+from modules.parser import add_unsupported
 from networks.options import multipliers_for, require_files
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, IDENTITY, split_pairs
+from modules.option_values import split_pairs
+from modules.options import FREE, HABIT, IDENTITY
 from modules.output_files import check_output_file, refuse_replacing
 from modules.paths import explain_missing
 

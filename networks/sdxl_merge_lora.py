@@ -12,8 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from modules.command import Parser, command_line
-from modules.options import read_options, refuse_unsupported
+from modules.command import command_line
+from modules.options import read_options
+from modules.parser import Parser, refuse_unsupported
 from networks.image_tools_options import WholeMergeOptions, add_whole_merge_arguments
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from modules.atomic_write import write_text
-from modules.command import read_folder
+from modules.parser import read_folder
 from pocket import drawing
 from pocket.captions import plain
 from pocket.clips import write_clips

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 from modules.atomic_write import write_text
-from modules.command import read_folder
 from modules.errors import MediaError
+from modules.parser import read_folder
 
 CAPTIONS = {
     "bigbuckbunny.mp4": "a big white rabbit in a green meadow, cartoon",

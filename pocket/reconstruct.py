@@ -13,9 +13,9 @@ import torch
 
 from generation.outputs import pixels_to_uint8
 from modules.atomic_write import write_text
-from modules.command import read_folder
 from modules.media.reading import resize_cover, video_frames
 from modules.media.writing import write_video
+from modules.parser import read_folder
 from pocket import drawing
 from pocket.train_vae import as_pixels, psnr
 from wan.vae import load_vae

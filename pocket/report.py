@@ -17,10 +17,10 @@ import numpy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modules.atomic_write import write_text
-from modules.command import read_folder
 from modules.errors import UserError
 from modules.media.reading import read_image, resize_cover, video_frames
 from modules.media.writing import write_png
+from modules.parser import read_folder
 from pocket import drawing
 from pocket.concepts import CONCEPTS, Concept
 from pocket.measure import FORMS

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.command import Parser, did_you_mean
+from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, option_values, read_options
+from modules.parser import Parser
 from post.model_places import default_model
 from post.run_options import ToolRunOptions, add_run_arguments
 from post.tools_options import TOOLS, Tool

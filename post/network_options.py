@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.options import NO_PIXELS  # noqa: F401  (facts of further fields)
+from modules.options import NO_PIXELS  # noqa: F401  (facts of further fields
 
 
 @dataclass(frozen=True)

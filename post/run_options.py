@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.media.options import FormatOptions, add_format_arguments
-from modules.options import to_path
+from modules.option_values import to_path
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from downloads.catalogue import ModelSet, model_sets
 from modules.asking import ask_on_terminal, has_terminal
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.option_values import check_at_least
 
 RUN_FILE = "run.toml"
 

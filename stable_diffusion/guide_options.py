@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
 
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
 _CLIP_FILES = "a whole CLIP with its config.json, such as that of laion/CLIP-ViT-B-32-laion2B-s34B-b79K"

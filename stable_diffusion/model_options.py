@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.option_values import check_at_least
 
 
 @dataclass(frozen=True)

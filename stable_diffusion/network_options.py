@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
 from networks.options import multipliers_for, require_files
 
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.command import Parser
 from modules.console_options import ConsoleOptions, add_console_arguments
 from modules.errors import OptionError
 from modules.options import read_options
+from modules.parser import Parser
 from stable_diffusion.control_options import ControlOptions, add_control_arguments, check_control
 from stable_diffusion.guide_options import GuideOptions, add_guide_arguments
 from stable_diffusion.highres_options import HighresOptions, add_highres_arguments

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
 
 SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a") + (
     *("dpmsolver", "dpmsolver++", "dpmsingle"),

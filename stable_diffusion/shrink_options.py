@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
 
 DEEPEST = 8
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.options import check_at_least
+from modules.option_values import check_at_least
 
 NORMALIZE_MODES = ("original", "none", "abs")
 

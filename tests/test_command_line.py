@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from modules import command
+from modules import parser as parsing
 from modules.errors import OptionError
-from modules.options import refuse_unsupported
+from modules.parser import refuse_unsupported
 from tests.faults.messages import assert_one_message, run_here
 from tests.test_imports import SCRIPTS, TOOLS
 
@@ -98,7 +98,7 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
     parser = _parser_of(json.loads(manifest.read_text(encoding="utf-8"))["script"], monkeypatch)
     defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
-        if getattr(action, "unsupported_reason", None) is None:
+        if not hasattr(action, "refusal") or not action.refusal.reason:
             continue
         used = argparse.Namespace(**{**defaults, action.dest: "something"})
         with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is not supported yet: \w+"):
@@ -141,7 +141,7 @@ def test_help_shows_defaults_and_colours_on_a_terminal_only(
 
     parser.print_help()
     plain = capsys.readouterr().out
-    monkeypatch.setattr(command, "wants_colour", lambda _: True)
+    monkeypatch.setattr(parsing, "wants_colour", lambda _: True)
     parser.print_help()
     coloured = capsys.readouterr().out
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.option_values import check_at_least
 
 
 @dataclass(frozen=True)

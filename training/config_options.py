@@ -10,7 +10,7 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import int_or_float, to_path
+from modules.option_values import int_or_float, to_path
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ Diffusion.
 import argparse
 from typing import Any
 
-from modules.options import add_unneeded, add_unsupported
+from modules.parser import add_unneeded, add_unsupported
 
 EPSILON = "it is for models that predict noise, such as Stable Diffusion; a flow model has no such schedule"
 OFFSET = "it is for models that predict noise, such as Stable Diffusion; a flow learns brightness without it"

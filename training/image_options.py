@@ -13,7 +13,9 @@ from typing import TypeVar
 from dataset.subset_options import add_subset_arguments
 from modules.console_options import ConsoleOptions, add_console_arguments
 from modules.errors import OptionError
-from modules.options import list_unneeded, read_options, to_path
+from modules.option_values import to_path
+from modules.options import read_options
+from modules.parser import list_unneeded, refuse_action
 from training.caching_options import add_caching_in_run_arguments
 from training.config_options import write_config_file
 from training.data.options import WEIGHTINGS
@@ -104,8 +106,7 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     # the launcher's setting; its default here takes effect with --torch_compile only
     actions["dynamo_backend"].not_given = "NO"  # type: ignore[attr-defined]
     for name, reason in defaults.refused.items():
-        actions[name].unsupported_reason = reason  # type: ignore[attr-defined]
-        actions[name].harmless = (actions[name].default,)  # type: ignore[attr-defined]
+        refuse_action(actions[name], reason)
     parser.set_defaults(
         timestep_sampling=defaults.timestep_sampling,
         discrete_flow_shift=defaults.discrete_flow_shift,

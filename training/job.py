@@ -27,7 +27,7 @@ from modules.contract.family import Family
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
-from modules.options import require
+from modules.option_values import require
 from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
 from training.optimizers.fused_backward import check_fused_backward

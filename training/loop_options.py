@@ -9,7 +9,8 @@ from pathlib import Path
 from dataset.options import CheckPageOptions, add_page_arguments
 from generation.prompt_lines import text_to_seed
 from modules.errors import OptionError
-from modules.options import HABIT, check_at_least, check_at_most, check_below, check_seed
+from modules.option_values import check_at_least, check_at_most, check_below, check_seed
+from modules.options import HABIT
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dataset.subset_options import SubsetOptions
-from modules.command import Parser
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, read_options, refuse_unsupported, require
+from modules.option_values import require
+from modules.options import FREE, HABIT, read_options
+from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
 from networks.options import NetworkOptions, add_network_arguments
 from training.average_options import AverageOptions, add_average_arguments
@@ -31,14 +32,7 @@ from training.optimizers.parts_options import PartsOptions
 from training.processes.options import AcceleratorOptions, add_accelerator_arguments
 from training.reports.options import LogOptions, add_log_arguments
 from training.sample_options import SampleOptions, add_sample_arguments
-from training.saving.options import (
-    HubOptions,
-    MetadataOptions,
-    SavingOptions,
-    add_hub_arguments,
-    add_metadata_arguments,
-    add_saving_arguments,
-)
+from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.start_options import StartOptions
 from training.whole_dit_options import WholeDitOptions
 
@@ -221,12 +215,11 @@ def training_parser(
     add_loss_arguments(parser)
     add_training_speed_arguments(parser)
     add_accelerator_arguments(parser)
-    add_saving_arguments(parser)
+    add_options(parser, SavingOptions)
     add_sample_arguments(parser)
     add_average_arguments(parser)
     add_log_arguments(parser)
-    add_metadata_arguments(parser)
-    add_hub_arguments(parser)
+    add_options(parser, MetadataOptions, HubOptions)
     return parser
 
 

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from dataset.batches.order import BatchOrder
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
-from modules.options import NO_OPTIONS, options_with, read_literals, to_path
+from modules.option_values import read_literals, to_path
+from modules.options import NO_OPTIONS, options_with
 from networks.lora_settings import DEFAULT_RANK
 from training.averages import PART as AVERAGE
 from training.averages import WeightAverage

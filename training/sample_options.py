@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.option_values import check_at_least
 from networks.options import require_files
 
 

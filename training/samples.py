@@ -29,7 +29,7 @@ from modules.contract.steps import StepDone
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
-from modules.options import to_path
+from modules.option_values import to_path
 from training.loss import Autocast, DitOf
 from training.sample_options import SampleOptions
 

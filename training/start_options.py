@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.options import add_unneeded, check_at_least
+from modules.option_values import check_at_least
+from modules.parser import add_unneeded
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import argparse
 from dataclasses import dataclass, field
 
-from modules.options import HABIT, IDENTITY, add_unsupported
+from modules.options import HABIT, IDENTITY
+from modules.parser import add_unsupported
 
 EVERYTHING = "."  # occurs in every name
 

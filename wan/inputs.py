@@ -11,7 +11,7 @@ from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.contract.requests import keep_usable_media
 from modules.media.pixels import image_pixels, read_pixels, video_pixels
-from modules.options import require
+from modules.option_values import require
 from wan import conditioning
 from wan.configs import WanTask
 from wan.spec import LATENT

@@ -10,18 +10,9 @@ from typing import Any
 from modules.command import as_typed
 from modules.dit_options import add_dit_dtype
 from modules.errors import OptionError
-from modules.options import (
-    FREE,
-    HABIT,
-    IDENTITY,
-    NO_PIXELS,
-    OF_DECODING,
-    OF_REQUEST,
-    add_unsupported,
-    check_at_least,
-    check_at_most,
-    refuse_value,
-)
+from modules.option_values import check_at_least, check_at_most
+from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
+from modules.parser import add_unsupported, refuse_values
 from modules.vae_options import VaeOptions, add_vae_arguments
 from wan.configs import TASKS
 
@@ -309,8 +300,7 @@ def _add_dit(group: argparse._ArgumentGroup) -> None:
     task = group.add_argument(
         "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
     )
-    for name, reason in NOT_BUILT.items():
-        refuse_value(task, name, reason=reason)
+    refuse_values(task, NOT_BUILT)
     group.add_argument(
         "--dit",
         type=str,

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from dataset.config_keys import MOST_WORDS
 from modules.errors import OptionError
-from modules.options import check_at_least, check_at_most, check_seed
+from modules.option_values import check_at_least, check_at_most, check_seed
 from modules.text_files import bad_character
 
 MOST_FRAMES = 1024

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_least, check_at_most, check_seed
+from modules.option_values import check_at_least, check_at_most, check_seed
 
 SIDES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)  # of the form; pixels
 FRAMES = 49  # of the form, for preparing

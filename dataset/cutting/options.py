@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.media.options import add_codec_arguments, holds_depth, suffix_of
-from modules.options import check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
 
 OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import check_at_most
+from modules.option_values import check_at_most
 from modules.output_files import check_place
 
 STDOUT = "-"  # of --json without a value

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError
-from modules.options import to_path
+from modules.option_values import to_path
 
 
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.command import as_typed
 from modules.errors import CheckpointError
-from modules.options import require
+from modules.option_values import require
 from modules.paths import explain_missing
 
 Found = TypeVar("Found")

@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.options import check_at_least
+from modules.option_values import check_at_least
 
 logger = logging.getLogger(__name__)
 

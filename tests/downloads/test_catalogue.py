@@ -42,9 +42,10 @@ from hunyuan_model import options as hunyuan_model
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from lumina import options as lumina
 from lumina.configs import LUMINA_2
-from modules.command import Parser, as_typed
+from modules.command import as_typed
 from modules.errors import UserError
 from modules.options import read_options
+from modules.parser import Parser
 from post.chain_options import read_chain
 from post.tools_options import TOOLS as TOOLS_ON_VIDEOS
 from stable_diffusion.options import read_gen_img

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from modules.command import Parser
+from modules.parser import Parser
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message
 from tests.faults.mistakes import COMMANDS, LOADED, try_mistake

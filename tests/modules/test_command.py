@@ -8,10 +8,11 @@ import pytest
 from modules import command
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
+from modules.parser import Parser
 
 
-def _parser() -> command.Parser:
-    parser = command.Parser(prog="make.py")
+def _parser() -> Parser:
+    parser = Parser(prog="make.py")
     parser.add_argument("--prompt")
     parser.add_argument("--save_path", required=True, help="folder, 90%% full")
     parser.add_argument("--codec", choices=["h264", "prores"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from modules.errors import OptionError
-from modules.options import read_literals
+from modules.option_values import read_literals
 from modules.output_files import check_output_file, check_output_name
 
 

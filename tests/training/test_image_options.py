@@ -76,7 +76,7 @@ def test_another_name_is_the_option_that_it_stands_for(argv: list[str], same_as:
         (["--initial_epoch", "2", "--initial_step", "3"], "both say where to begin"),
         (["--resolution", "512,x"], "--resolution 512,x: give 512"),
         (["--face_crop_aug_range", "4,2"], "--face_crop_aug_range 4,2: give two numbers"),
-        (["--save_n_epoch_ratio", "2", "--save_every_n_epochs", "1"], "both say after which epochs"),
+        (["--save_n_epoch_ratio", "2", "--save_every_n_epochs", "1"], "exclude each other"),
         (["--unet_lr", "-1"], "--unet_lr -1"),
         (["--output_config"], "--output_config writes to the file that --config_file names"),
     ],

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, check_at_least, check_at_most, refuse_value
+from modules.option_values import check_at_least, check_at_most
+from modules.options import FREE
+from modules.parser import refuse_values
 
 # mu of a shift that follows the size: how many tokens and mu there, at two places of a straight line
 SIZE_SHIFTS = {
@@ -151,8 +153,7 @@ def add_timestep_arguments(parser: argparse.ArgumentParser, samplers: Sequence[s
         help="how timesteps are drawn; the shift of flux_shift, qwen_shift, krea2_shift and of the "
         "qinglong mixtures grows with width and height",
     )
-    for sampler, reason in NOT_BUILT.items():
-        refuse_value(sampling, sampler, reason=reason)
+    refuse_values(sampling, NOT_BUILT)
     group.add_argument(
         "--discrete_flow_shift",
         type=float,

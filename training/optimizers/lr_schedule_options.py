@@ -6,7 +6,7 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.options import check_at_least, check_below, int_or_float, read_literals
+from modules.option_values import check_at_least, check_below, int_or_float, read_literals
 
 CURVES = (
     "constant",

@@ -5,7 +5,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.options import CHANGEABLE, HABIT, IDENTITY, check_at_least, check_below, read_literals
+from modules.option_values import check_at_least, check_below, read_literals
+from modules.options import CHANGEABLE, HABIT, IDENTITY
 
 logger = logging.getLogger(__name__)
 

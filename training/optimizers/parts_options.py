@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import CHANGEABLE, HABIT, IDENTITY, check_at_least, check_below
+from modules.option_values import check_at_least, check_below
+from modules.options import CHANGEABLE, HABIT, IDENTITY
 from training.optimizers.options import LARGEST_RATE
 
 

@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.options import FREE, HABIT, check_at_least, check_at_most
+from modules.option_values import check_at_least, check_at_most
+from modules.options import FREE, HABIT
 
 PRECISIONS = ("no", "fp16", "bf16")
 MOST_MINUTES = 525_600  # a year

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from dataset.captioning.options import CaptioningOptions, add_captioning_arguments
-from modules.command import Parser
 from modules.options import read_options
+from modules.parser import Parser
 from tests.dataset.making import make_image
 
 COLOURS = {"a": (200, 20, 20), "b b": (20, 200, 20), "ç": (20, 20, 200)}

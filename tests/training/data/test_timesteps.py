@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.command import Parser
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
+from modules.parser import Parser
 from tests.golden_cases import read_case
 from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions, add_timestep_arguments
 from training.data.timesteps import (

@@ -1,0 +1,174 @@
+"""Values of options: converted from what was typed, and checked. Standard library only."""
+
+import argparse
+import ast
+import math
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from modules.addresses import hide_secrets
+from modules.control_codes import shorten
+from modules.errors import OptionError
+from modules.paths import expand_path, explain_path, path_exists
+from modules.text_files import bad_character
+
+T = TypeVar("T")
+
+MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
+UNBOUNDED = {"seed"}
+MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
+
+
+def check_characters(option: str, value: Any) -> None:
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    for text in texts:
+        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
+            raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
+        found = bad_character(text) if isinstance(text, str) else None
+        if found is not None:
+            raise OptionError(
+                f"--{option} holds {found}: set the terminal, or the file that it comes from, to UTF-8"
+            )
+
+
+def to_path(option: str, text: str) -> Path:
+    """Return the path with `~` resolved.
+
+    Raises OptionError for a name that no file can have, and for usual mistakes in one that is not there.
+    """
+    try:
+        path = expand_path(text)
+    except ValueError as error:
+        raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
+    why = None if path_exists(path) else explain_path(text)
+    if why is not None:
+        raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
+    return path
+
+
+def check_numbers(option: str, value: Any) -> None:
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(number, (int, float)) or option in UNBOUNDED:
+            continue
+        if isinstance(number, float) and not math.isfinite(number):
+            raise OptionError(f"--{option} {number}: give a finite number")
+        if abs(number) > MOST:
+            raise OptionError(f"--{option} {show_number(number)}: give a number of at most {MOST:,}")
+
+
+def show_number(number: float) -> str:
+    """Return a number in few characters."""
+    if isinstance(number, int) and abs(number) >= 10**40:
+        return f"of {len(str(abs(number)))} digits"
+    return str(number) if isinstance(number, int) else f"{number:.12g}"
+
+
+def convert_value(value: Any, hint: Any, option: str) -> Any:
+    if value is None:
+        return None
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) in kinds:
+        return value
+    for kind in kinds:
+        if kind is Path:
+            if not str(value):
+                raise OptionError(f"--{option} is empty: give a path, or leave the option out")
+            return to_path(f"--{option}", str(value))
+        if typing.get_origin(kind) is tuple:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            return tuple(convert_value(item, typing.get_args(kind)[0], option) for item in items)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+    return value
+
+
+def require(value: T | None, option: str, why: str) -> T:
+    """Return `value`. Raises OptionError, with the option's name, if it is None."""
+    if value is None:
+        raise OptionError(f"{option} is missing: {why}")
+    return value
+
+
+def check_at_least(option: str, value: float | None, minimum: float, meaning: str) -> None:
+    """Raise OptionError if a value is given and is below `minimum` or NaN.
+
+    meaning: says what to give instead.
+    """
+    if value is not None and not value >= minimum:
+        raise OptionError(f"{option} {value}: must be at least {minimum} ({meaning})")
+
+
+def check_at_most(option: str, value: float | None, maximum: float, meaning: str) -> None:
+    """Raise OptionError if a value is given and is above `maximum`; `meaning` says what to give instead."""
+    if value is not None and not value <= maximum:
+        raise OptionError(f"{option} {show_number(value)}: must be at most {maximum:,} ({meaning})")
+
+
+def check_below(option: str, value: float | None, limit: float, meaning: str) -> None:
+    """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
+    if value is not None and not value < limit:
+        raise OptionError(f"{option} {value}: must be below {limit} ({meaning})")
+
+
+def check_seed(option: str, seed: int | None) -> None:
+    """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise OptionError(f"{option} {show_number(seed)} does not fit 64 bits: give a number below 2^64")
+
+
+def int_or_float(text: str) -> int | float:
+    """Parse a number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
+
+    Raises ArgumentTypeError if the text is neither, such as "1.5".
+    """
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a percentage") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps and not a fraction from 0 to 1")
+    if text.endswith("%") or value < 1:
+        if value > 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than the whole run: give at most 100%")
+        return value if value else 0
+    if value != int(value):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of steps; fractions of the run lie between 0 and 1"
+        )
+    return int(value)
+
+
+def split_pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
+    """Parse `key=value` texts to a dictionary; the value may contain further `=`.
+
+    Raises OptionError if an item has no `=` or no key, or if it is too long to be meant.
+    """
+    pairs: dict[str, str] = {}
+    for item in items or ():
+        if len(item) > MOST_OF_ARGUMENT:
+            raise OptionError(
+                f"{option} {' '.join(item[:40].split())}...: {MOST_OF_ARGUMENT:,} characters are the most. "
+                "Write less, or leave it out"
+            )
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise OptionError(
+                f"{option} {item!r}: write key=value, without spaces around the =, or put all of it in quotes"
+            )
+        pairs[key.strip()] = value
+    return pairs
+
+
+def read_literals(option: str, items: Sequence[str] | None) -> dict[str, Any]:
+    """Parse `key=value` texts with values as Python literals (0.9,0.95 is a tuple); bare words stay text."""
+    return {key: _literal(value) for key, value in split_pairs(option, items).items()}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply
+        return text

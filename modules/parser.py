@@ -1,0 +1,446 @@
+"""The parser of a script's options: what records declare, put into argparse, and how mistakes are answered.
+
+Standard library only, so that `--help` answers at once.
+"""
+
+import argparse
+import re
+import sys
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from textwrap import shorten
+from types import UnionType
+from typing import Any, NoReturn
+
+from modules.command import as_typed, did_you_mean, let_the_first_tell, one_line, plain_message, wants_colour
+from modules.errors import OptionError
+from modules.options import (
+    Declared,
+    Options,
+    Refusal,
+    default_of,
+    hints_of,
+    option_name,
+    read_options,
+    record_of,
+)
+from modules.paths import path_exists
+
+# type of an option -> what it takes, in words
+NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+# what word processors and web pages make of --
+_DASHES = re.compile(
+    "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
+)
+SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+_LINE_ENDS = {"\\", "^", "`", " "}
+_MISSING = "the following arguments are required: "  # as argparse says it
+_JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
+METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # others take a text
+FEW = 30  # options; so many are shown by -h too
+COLUMN = 34  # where texts begin in the short help
+_PLAIN_GROUPS = {"positional arguments", "options"}  # argparse's own
+_Group = argparse._ActionsContainer
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a script's options.
+
+    A mistake gives one message, with the option or value that was probably meant, and exit code 2. Help shows
+    defaults, and colours on a terminal.
+    """
+
+    def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
+        super().__init__(*args, add_help=False, **{"formatter_class": _HelpFormatter, **settings})  # type: ignore[misc]
+        if add_help:
+            self.add_argument(
+                "-h", action=_Help, dest="help", nargs=0, help="show the options that people use"
+            )
+            self.add_argument("--help", action=_Help, nargs=0, help="show all options")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print all options, by group, in colour on a terminal."""
+        self.print_in_colour(self.format_help(), file or sys.stdout)
+
+    def print_in_colour(self, text: str, file: Any) -> None:
+        """Print a help text; without colours if `file` is no terminal."""
+        self._print_message(_colour_help(text) if wants_colour(file) else text, file)
+
+    def format_help(self) -> str:
+        """Return all options: groups with much used ones first, what is refused or not needed at the end."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self._usage(), [], [])
+        formatter.add_text(self.description)
+        later: list[argparse.Action] = []
+        for group in sorted(self._action_groups, key=_rank):
+            actions = [action for action in group._group_actions if not hasattr(action, "refusal")]
+            later += [action for action in group._group_actions if hasattr(action, "refusal")]
+            _add_section(formatter, group.title, group.description, actions)
+        for title, is_refused in (("refused, with the reason", True), ("accepted, not needed", False)):
+            those = [action for action in later if bool(_refusal(action).reason) is is_refused]
+            _add_section(formatter, title, None, those)
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def format_short_help(self) -> str:
+        """Return one screen: what people use, then how many more each group has; all if they are few."""
+        actions = [action for action in self._actions if not hasattr(action, "refusal")]
+        often = [action for action in actions if action.required or getattr(action, "often", False)]
+        if not often or len(actions) <= FEW:
+            return self.format_help()
+        formatter = self._get_formatter()
+        width = max(40, formatter._width) - COLUMN
+        formatter.add_usage(self._usage(), [], [])
+        about = f"{self.description or ''}\n".splitlines()[0]
+        lines = [formatter.format_help() + about, ""]
+        for action in often:
+            words = formatter._format_action_invocation(action)
+            text = (action.help or "").replace("%%", "%").partition(";")[0]
+            lines += [f"  {words}"] if len(words) > COLUMN - 4 else []
+            start = " " * COLUMN if len(words) > COLUMN - 4 else f"  {words:{COLUMN - 2}}"
+            lines.append(start + shorten(text, width, placeholder=" ..."))
+        lines += ["", "and with --help:"]
+        for group in sorted(self._action_groups, key=_rank):
+            number = sum(action in actions and action not in often for action in group._group_actions)
+            if number and group.title not in _PLAIN_GROUPS:
+                lines.append(f"  {group.title:{COLUMN - 2}}{number} more option{'s' * (number > 1)}")
+        return "\n".join(lines) + "\n"
+
+    def _usage(self) -> str:
+        """Return the usage: what must be given, without the forest of all options."""
+        formatter, words = self._get_formatter(), []
+        for action in self._actions:
+            if not action.option_strings:
+                words.append(formatter._format_args(action, action.dest))
+            elif action.required:
+                value = formatter._format_args(action, action.dest.upper())
+                words.append(f"{action.option_strings[-1]} {value}".strip())
+        return " ".join(["%(prog)s", *(word.replace("%", "%%") for word in words), "[options]"])
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
+        words = sys.argv[1:] if args is None else list(args)
+        if not {"-h", "--help"} & set(words):
+            self._refuse_line_end(words)
+            self._refuse_unknown(words)
+            self._refuse_joined(words)
+        found, others = self.parse_known_args(words, namespace)
+        if others:
+            self.error(self._explain_rest(words, others))
+        return found
+
+    def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
+        """Say what is wrong with words that belong to no option."""
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        for before, path, word in zip(words, words[1:], words[2:], strict=False):
+            is_one = before in flags and flags[before].nargs is None
+            if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
+                return (
+                    f"{before} takes one path and has {len(others) + 1}, {path} {word} ...: the shell put "
+                    "all that fit in the place of a pattern (*). Give the one to use."
+                )
+        before = words[words.index(others[0]) - 1]
+        if before in flags and flags[before].nargs == 0 and others[0].lower() in SWITCHES:
+            return f"{before} is a switch: leave {others[0]} out, and to turn it off the switch too."
+        if any(mark in word for word in words for mark in "“”„«»"):
+            return (
+                f"{as_typed(others)} belongs to no option: the quotation marks “ ” are typographic, and the "
+                'shell knows straight ones only. Write "..." around a text with blanks.'
+            )
+        return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2, without the list of all options."""
+        if message.startswith(_MISSING):
+            message = "\n  ".join(map(self._explain_missing, message.removeprefix(_MISSING).split(", ")))
+        else:
+            message = message.replace("\n", "\\n")
+        message = plain_message(message, sys.argv)
+        let_the_first_tell()
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+
+    def _explain_missing(self, name: str) -> str:
+        """Say what an option is that must be given."""
+        for action in self._actions:
+            if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help:
+                return f"{name} is missing: {action.help.replace('%%', '%')}"
+        return f"{name} is missing"
+
+    def _refuse_line_end(self, words: Sequence[str]) -> None:
+        """Tell that lines were not joined: a sign at the end that another shell would have taken."""
+        *others, last = words or [""]
+        takes_it = any(others[-1] in one.option_strings and one.nargs != 0 for one in self._actions if others)
+        if last in _LINE_ENDS and not takes_it:
+            self.error(
+                f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as "
+                "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
+            )
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        said: dict[str, None] = {}  # each message once, in order
+        for before, word in pairwise(["", *words[: words.index("--") if "--" in words else None]]):
+            name = word.partition("=")[0]
+            is_number = self._negative_number_matcher.match(word) is not None
+            plain = _DASHES.sub("--", name)
+            if plain != name and " " not in name and any(flag.startswith(plain) for flag in flags):
+                message = f"{name} begins with a typographic dash, not with --. Write {plain}"
+                said[message] = None
+            # argparse takes the beginning of an option too
+            if not re.match(r"--.|-[^-]", name) or is_number or any(flag.startswith(name) for flag in flags):
+                continue
+            is_value = before in flags and flags[before].nargs != 0
+            if " " in name or (" " in word and (is_value or not word.startswith("--"))):
+                continue  # argparse takes what has blanks as a text
+            if is_value and not word.startswith("--"):
+                message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
+            else:
+                near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
+                message = f"Unknown option {name}.{near.replace('mean ', 'mean --') or ' Leave it out.'}"
+            said[message] = None
+        if said:
+            self.error(" ".join(said))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            shown = one_line(str(value))
+            reason = getattr(action, "refused", {}).get(value)
+            if reason is not None:
+                raise argparse.ArgumentError(action, f"{value}: {reason}. Use {', '.join(choices)}.")
+            raise argparse.ArgumentError(
+                action, f"{shown} is no choice. Use {', '.join(choices)}.{did_you_mean(str(value), choices)}"
+            )
+
+    def _refuse_joined(self, words: Sequence[str]) -> None:
+        """Say how to write two numbers if they are typed as one word: 480x832."""
+        numbers = [action for action in self._actions if action.nargs == 2 and action.type in NUMBERS]
+        pairs = {flag for action in numbers for flag in action.option_strings}
+        typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+        for before, word in pairwise(typed):
+            found = _JOINED.fullmatch(word)
+            if before in pairs and found is not None:
+                self.error(f"{before} {word}: give two numbers: {before} {found[1]} {found[2]}")
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        """Count an option's values as argparse does, but say which ones are wanted if there are too few."""
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError:
+            if not isinstance(action.metavar, tuple):
+                raise
+        names, default = action.metavar, action.default
+        example = f", such as {' '.join(map(str, default))}" if isinstance(default, list) else ""
+        raise argparse.ArgumentError(action, f"give {len(names)} values: {' and '.join(names)}{example}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Convert a word as argparse does, but say in plain words what an option takes."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in NUMBERS:
+                raise
+        example = action.default if type(action.default) in NUMBERS else 1
+        raise argparse.ArgumentError(
+            action, f"{one_line(arg_string)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
+        )
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to an option's help if it is a value and the text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        is_value = default not in (None, "", argparse.SUPPRESS) and not isinstance(default, bool)
+        if not is_value or "default" in text.lower() or hasattr(action, "refusal"):
+            return text
+        shown = str(default).replace("%", "%%")
+        return f"{text} (default: {shown})" if len(shown) <= _LONGEST_DEFAULT else text
+
+
+class _Help(argparse.Action):
+    """Print the help, the short one for -h, and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, Parser)
+        is_short = self.option_strings[0] == "-h"
+        parser.print_in_colour(parser.format_short_help(), sys.stdout) if is_short else parser.print_help()
+        parser.exit()
+
+
+def _rank(group: argparse._ArgumentGroup) -> int:
+    """Return the place of a group in the help: most used ones first, in the order of the parser."""
+    actions = group._group_actions
+    if not any(action.required or not action.option_strings for action in actions):
+        return 1 if any(getattr(action, "often", False) for action in actions) else 2
+    return 0
+
+
+def _add_section(
+    formatter: argparse.HelpFormatter, title: str | None, text: str | None, actions: Sequence[argparse.Action]
+) -> None:
+    if actions:
+        formatter.start_section(title)
+        formatter.add_text(text)
+        formatter.add_arguments(actions)
+        formatter.end_section()
+
+
+_LONGEST_DEFAULT = 80
+_BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
+
+
+def _colour_help(text: str) -> str:
+    text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
+    return re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
+
+
+def read_folder(about: str | None) -> Path:
+    """Return the folder that a script is given as its only argument; about: the script's docstring."""
+    parser = Parser(description=about)
+    parser.add_argument("folder", type=Path, help="where it works")
+    return Path(parser.parse_args().folder)
+
+
+def parse_options(
+    description: str | None, argv: Sequence[str] | None, *records: type[Options], **own: Any
+) -> list[Any]:
+    """Return the records of a script that has these options and no others. own: of `add_options`."""
+    parser = Parser(description=description)
+    add_options(parser, *records, **own)
+    args = parser.parse_args(argv)
+    refuse_unsupported(parser, args)
+    return [read_options(record, args) for record in records]
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    *records: type[Options],
+    group: _Group | None = None,
+    without: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Declare the options of records, and of the records in them, to a parser.
+
+    An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
+    `without` are options that the script does not have, whose record holds the default; `defaults` and
+    `settings` (of `add_argument`, such as `help`; `flags` for further spellings) are the script's own. group:
+    where a record without a title goes.
+    """
+    own, more = defaults or {}, settings or {}
+    for cls in records:
+        place = group_of(parser, cls.heading) if cls.heading else group or parser
+        for field in fields(cls):
+            declared, name = field.metadata.get("declared"), option_name(field)
+            hint = hints_of(cls)[field.name]
+            if record_of(hint) is hint:
+                add_options(parser, hint, group=place, without=without, defaults=own, settings=more)
+            elif declared is not None and declared.help:
+                required = declared.settings.get("required") or more.get(name, {}).get("required")
+                default = own[name] if name in own else None if required else default_of(cls, field)
+                if name in without:
+                    parser.set_defaults(**{name: default})
+                else:
+                    _add_option(place, name, hint, default, declared, more.get(name, {}))
+        for name, refusal in vars(cls).items():
+            if isinstance(refusal, Refusal) and name not in without:
+                add_refusal(place, f"--{name}", refusal=refusal)
+
+
+def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Return the parser's group of that title; it is made if there is none."""
+    found = [group for group in parser._action_groups if group.title == title]
+    return found[0] if found else parser.add_argument_group(title)
+
+
+def _add_option(
+    group: _Group, name: str, hint: Any, default: Any, declared: Declared, more: Mapping[str, Any]
+) -> None:
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    words: dict[str, Any] = {"help": declared.help, "default": default}
+    kind = next(kind for kind in kinds if kind is not type(None))
+    if typing.get_origin(kind) is tuple:
+        words["nargs"] = "*"
+        kind = typing.get_args(kind)[0]
+        words["default"] = list(default) if isinstance(default, tuple) else default
+    if kind is bool:
+        words["action"] = "store_true"
+    else:
+        words |= {"type": kind} if kind in NUMBERS else {}
+        words |= {} if "choices" in declared.settings else {"metavar": METAVARS.get(kind, "TEXT")}
+    words |= {**declared.settings, **more}
+    flags = (*words.pop("flags", declared.flags), f"--{name}")
+    action = group.add_argument(*flags, dest=name, **words)
+    action.often = declared.often  # type: ignore[attr-defined]
+    refuse_values(action, declared.refused)
+
+
+def add_refusal(group: _Group, *flags: str, refusal: Refusal) -> None:
+    """Declare an option that is refused when it is used, or that a line says is not needed."""
+    tail = "" if refusal.reason else f"not needed: {refusal.instead}"
+    text = "; ".join(part for part in (refusal.help, tail) if part)
+    action = group.add_argument(*flags, help=text or refusal.reason.replace("%", "%%"), **refusal.settings)
+    action.refusal = refusal  # type: ignore[attr-defined]
+
+
+def add_unsupported(
+    group: _Group, *flags: str, reason: str, harmless: tuple[Any, ...] = (), **settings: Any
+) -> None:
+    """Declare an option of one script that is refused when it is used; see `unsupported`."""
+    text = settings.pop("help", "")
+    add_refusal(group, *flags, refusal=Refusal(text, reason, "", harmless, settings))
+
+
+def add_unneeded(
+    group: _Group, *flags: str, instead: str, values: tuple[Any, ...] = (), **settings: Any
+) -> None:
+    """Declare an option of one script that asks for nothing here; see `not_needed`."""
+    text = settings.pop("help", "")
+    add_refusal(group, *flags, refusal=Refusal(text, "", instead, values, settings))
+
+
+def _refusal(action: argparse.Action) -> Refusal:
+    found: Refusal = getattr(action, "refusal")  # noqa: B009
+    return found
+
+
+def refuse_action(action: argparse.Action, reason: str) -> None:
+    """Refuse an option in this script, if it has another value than its default."""
+    action.refusal = Refusal(action.help or "", reason, "", (), {})  # type: ignore[attr-defined]
+
+
+def refuse_values(action: argparse.Action, reasons: Mapping[str, str]) -> None:
+    """Have the parser say why these values are not among the choices of an option."""
+    action.refused = reasons  # type: ignore[attr-defined]
+
+
+def list_unneeded(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return a line for each option that is given and not needed."""
+    return [
+        f"{flag} is not needed: {refusal.instead}" for flag, refusal in _used(parser, args) if refusal.instead
+    ]
+
+
+def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise OptionError if an option that is not supported is used."""
+    for flag, refusal in _used(parser, args):
+        if refusal.reason:
+            raise OptionError(f"{flag} is not supported yet: {refusal.reason}")
+
+
+def _used(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[tuple[str, Refusal]]:
+    """Yield the refusals whose options are given, with another value than those that change nothing."""
+    for action in parser._actions:
+        if hasattr(action, "refusal"):
+            refusal = _refusal(action)
+            if getattr(args, action.dest, action.default) not in (action.default, *refusal.values):
+                yield action.option_strings[0], refusal
