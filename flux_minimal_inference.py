@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         # without a negative prompt there is no guidance, whatever --cfg_scale says
         family = replace(family, negative_is_empty=False)
-        generate(replace(family, noise_dtype=torch.float32) if is_fp8(minimal.dtype) else family, options)
+        generate(
+            replace(family, noise_dtype=torch.float32) if is_fp8(minimal.model.dtype) else family, options
+        )
 
     generate_image(generation_words(minimal), make)
 

@@ -8,11 +8,11 @@ from families import identify
 from flux.options import (
     USUAL_GUIDANCE,
     FluxTrainingOptions,
-    add_training_arguments,
     caching_commands,
     generation_words,
 )
 from modules.command import command_line
+from modules.parser import declare
 from modules.vae_options import take_ae
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 
@@ -26,9 +26,7 @@ DEFAULTS = ImageTrainerDefaults(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, flux_options = read_image_training(
-        __doc__, add_training_arguments, FluxTrainingOptions, DEFAULTS, argv
-    )
+    options, flux_options = read_image_training(__doc__, FluxTrainingOptions, DEFAULTS, argv)
 
     from dataset.batches.finding import CachingCommands
     from flux.family import family_for_training
@@ -38,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, flux_options))
     scripts = FamilyScripts(
         "flux_train_network.py",
-        add_training_arguments,
+        declare(FluxTrainingOptions),
         partial(generation_words, flux_options),
         make_parser=partial(image_training_parser, None, DEFAULTS),
     )

@@ -9,16 +9,14 @@ import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_latent_caching
 from families import identify
-from frame_pack.options import FramePackLatentCachingOptions, add_latent_caching_arguments
+from frame_pack.options import FramePackLatentCachingOptions
 from modules.command import as_typed, command_line
 from modules.option_values import require
 
 
 def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
     """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
-    options, debug, fpack_options = read_latent_caching(
-        __doc__, add_latent_caching_arguments, FramePackLatentCachingOptions, argv
-    )
+    options, debug, fpack_options = read_latent_caching(__doc__, FramePackLatentCachingOptions, argv)
     if debug.debug_mode is None and not options.check:
         require(
             fpack_options.vae.file.vae,

@@ -9,15 +9,13 @@ import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_text_caching
 from families import identify
-from frame_pack.options import FramePackTextCachingOptions, add_text_caching_arguments
+from frame_pack.options import FramePackTextCachingOptions
 from modules.command import as_typed, command_line
 
 
 def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
     """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
-    options, fpack_options = read_text_caching(
-        __doc__, add_text_caching_arguments, FramePackTextCachingOptions, argv
-    )
+    options, fpack_options = read_text_caching(__doc__, FramePackTextCachingOptions, argv)
     config = load_dataset_config(options.dataset_config)
 
     from dataset.commands import run_text_caching  # torch loads here, after every option has been read

@@ -9,7 +9,7 @@ from dataclasses import replace
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from families import identify
-from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, add_generation_arguments
+from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions
 from frame_pack.section_syntax import parse_entries
 from generation.options import read_generation
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
@@ -37,9 +37,7 @@ DEFAULTS = ScriptDefaults(
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
     """Read the options, then `make(family, options)`; None: generate."""
-    options, fpack_options = read_generation(
-        __doc__, DEFAULTS, add_generation_arguments, FramePackGenerationOptions, argv
-    )
+    options, fpack_options = read_generation(__doc__, DEFAULTS, FramePackGenerationOptions, argv)
     if not options.prompts.draws:  # else it may be drawn for which sections a text is
         for name in ("prompt", "prompt_2"):  # raises OptionError if one cannot be parsed
             parse_entries(getattr(options.request, name) or "", f"--{name}")

@@ -7,18 +7,21 @@ import modules.interpreter  # noqa: F401
 from families import identify
 from frame_pack.options import (
     FramePackTrainingOptions,
-    add_training_arguments,
     caching_commands,
     generation_words,
 )
 from modules.command import command_line
+from modules.parser import declare
 from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, fpack_options = read_training(
-        __doc__, add_training_arguments, FramePackTrainingOptions, argv, add_learner=add_whole_dit_arguments
+        __doc__,
+        FramePackTrainingOptions,
+        argv,
+        add_learner=add_whole_dit_arguments,
     )
 
     from dataset.batches.finding import CachingCommands
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     scripts = FamilyScripts(
         "fpack_train.py",
-        add_training_arguments,
+        declare(FramePackTrainingOptions),
         partial(generation_words, fpack_options),
         add_whole_dit_arguments,
     )

@@ -7,16 +7,16 @@ import modules.interpreter  # noqa: F401
 from families import identify
 from frame_pack.options import (
     FramePackTrainingOptions,
-    add_training_arguments,
     caching_commands,
     generation_words,
 )
 from modules.command import command_line
+from modules.parser import declare
 from training.options import read_training
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, fpack_options = read_training(__doc__, add_training_arguments, FramePackTrainingOptions, argv)
+    options, fpack_options = read_training(__doc__, FramePackTrainingOptions, argv)
 
     from dataset.batches.finding import CachingCommands
     from frame_pack.family import family_for_training
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *caching_commands(options.loop.dataset_config, fpack_options, family.caching_switches)
     )
     scripts = FamilyScripts(
-        "fpack_train_network.py", add_training_arguments, partial(generation_words, fpack_options)
+        "fpack_train_network.py", declare(FramePackTrainingOptions), partial(generation_words, fpack_options)
     )
     code = train_network(family, options, commands, scripts)
     if code:

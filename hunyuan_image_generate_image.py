@@ -8,10 +8,11 @@ from families import identify
 from generation.options import read_generation
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
-from hunyuan_image.options import HunyuanImageGenerationOptions, add_generation_arguments
+from hunyuan_image.options import HunyuanImageGenerationOptions
 from modules.command import command_line
 
 DEFAULTS = ScriptDefaults(
+    splits_attention=True,
     fps=PICTURE_FPS,
     guidance_scale=3.5,
     infer_steps=50,
@@ -30,9 +31,7 @@ DEFAULTS = ScriptDefaults(
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
     """Read the options, then `make(family, options)`; None: generate."""
-    options, own_options = read_generation(
-        __doc__, DEFAULTS, add_generation_arguments, HunyuanImageGenerationOptions, argv
-    )
+    options, own_options = read_generation(__doc__, DEFAULTS, HunyuanImageGenerationOptions, argv)
 
     from generation.run import generate  # torch loads here, after every option has been read
     from hunyuan_image.family import family_for_generation

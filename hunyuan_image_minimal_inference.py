@@ -10,20 +10,19 @@ from collections.abc import Sequence
 import modules.interpreter  # noqa: F401
 from families import identify
 from generation.options import read_generation
-from hunyuan_image.options import HunyuanImageGenerationOptions, add_generation_arguments
+from hunyuan_image.options import HunyuanImageGenerationOptions
 from hunyuan_image_generate_image import DEFAULTS
 from modules.command import command_line
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the family's options, with the defaults of the guides."""
-    add_generation_arguments(parser)
+def set_defaults(parser: argparse.ArgumentParser) -> None:
+    """Set what the guides have as defaults."""
     parser.set_defaults(negative_prompt="")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, own_options = read_generation(
-        __doc__, DEFAULTS, add_arguments, HunyuanImageGenerationOptions, argv
+        __doc__, DEFAULTS, HunyuanImageGenerationOptions, argv, set_defaults
     )
 
     from generation.run import generate  # torch loads here, after every option has been read

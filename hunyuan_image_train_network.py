@@ -7,12 +7,12 @@ import modules.interpreter  # noqa: F401
 from families import identify
 from hunyuan_image.options import (
     HunyuanImageTrainingOptions,
-    add_training_arguments,
     caching_commands,
     generation_words,
     translate_training,
 )
 from modules.command import command_line
+from modules.parser import declare
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 
 DEFAULTS = ImageTrainerDefaults(
@@ -24,9 +24,7 @@ DEFAULTS = ImageTrainerDefaults(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, own_options = read_image_training(
-        __doc__, add_training_arguments, HunyuanImageTrainingOptions, DEFAULTS, argv
-    )
+    options, own_options = read_image_training(__doc__, HunyuanImageTrainingOptions, DEFAULTS, argv)
 
     from dataset.batches.finding import CachingCommands
     from hunyuan_image.family import family_for_training
@@ -36,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, own_options))
     scripts = FamilyScripts(
         "hunyuan_image_train_network.py",
-        add_training_arguments,
+        declare(HunyuanImageTrainingOptions),
         partial(generation_words, own_options),
         make_parser=partial(image_training_parser, None, DEFAULTS),
     )

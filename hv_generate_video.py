@@ -12,10 +12,11 @@ from families import identify
 from generation.options import read_generation
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS
 from generation.script_options import ScriptDefaults
-from hunyuan_model.options import HunyuanGenerationOptions, add_generation_arguments
+from hunyuan_model.options import HunyuanGenerationOptions
 from modules.command import command_line
 
 DEFAULTS = ScriptDefaults(
+    splits_attention=True,
     fps=24,
     guidance_scale=1.0,
     video_length=129,
@@ -37,9 +38,7 @@ DEFAULTS = ScriptDefaults(
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
     """Read the options, then `make(family, options)`; None: generate."""
-    options, hunyuan_options = read_generation(
-        __doc__, DEFAULTS, add_generation_arguments, HunyuanGenerationOptions, argv
-    )
+    options, hunyuan_options = read_generation(__doc__, DEFAULTS, HunyuanGenerationOptions, argv)
     if hunyuan_options.exclude_single_blocks:
         files = len(options.lora.lora_weight or ())
         options = replace(

@@ -7,19 +7,22 @@ import modules.interpreter  # noqa: F401
 from families import identify
 from hunyuan_model.options import (
     HunyuanTrainingOptions,
-    add_training_arguments,
     caching_commands,
     generation_words,
 )
 from modules.command import command_line
 from modules.dit_options import refuse_for_whole
+from modules.parser import declare
 from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, hunyuan_options = read_training(
-        __doc__, add_training_arguments, HunyuanTrainingOptions, argv, add_learner=add_whole_dit_arguments
+        __doc__,
+        HunyuanTrainingOptions,
+        argv,
+        add_learner=add_whole_dit_arguments,
     )
     refuse_for_whole(hunyuan_options.dit_dtype)
 
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     scripts = FamilyScripts(
         "hv_train.py",
-        add_training_arguments,
+        declare(HunyuanTrainingOptions),
         partial(generation_words, hunyuan_options),
         add_whole_dit_arguments,
     )

@@ -7,16 +7,16 @@ import modules.interpreter  # noqa: F401
 from families import identify
 from hunyuan_model.options import (
     HunyuanTrainingOptions,
-    add_training_arguments,
     caching_commands,
     generation_words,
 )
 from modules.command import command_line
+from modules.parser import declare
 from training.options import read_training
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, hunyuan_options = read_training(__doc__, add_training_arguments, HunyuanTrainingOptions, argv)
+    options, hunyuan_options = read_training(__doc__, HunyuanTrainingOptions, argv)
 
     from dataset.batches.finding import CachingCommands
     from hunyuan_model.family import family_for_training
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *caching_commands(options.loop.dataset_config, hunyuan_options, family.caching_switches)
     )
     scripts = FamilyScripts(
-        "hv_train_network.py", add_training_arguments, partial(generation_words, hunyuan_options)
+        "hv_train_network.py", declare(HunyuanTrainingOptions), partial(generation_words, hunyuan_options)
     )
     code = train_network(family, options, commands, scripts)
     if code:

@@ -9,15 +9,13 @@ import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import read_text_caching
 from families import identify
-from lumina.options import LuminaTextCachingOptions, add_text_caching_arguments
+from lumina.options import LuminaTextCachingOptions
 from modules.command import as_typed, command_line
 
 
 def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
     """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
-    options, lumina_options = read_text_caching(
-        __doc__, add_text_caching_arguments, LuminaTextCachingOptions, argv
-    )
+    options, lumina_options = read_text_caching(__doc__, LuminaTextCachingOptions, argv)
     config = load_dataset_config(options.dataset_config)
 
     from dataset.commands import run_text_caching  # torch loads here, after every option has been read

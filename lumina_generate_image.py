@@ -8,7 +8,7 @@ from families import identify
 from generation.options import read_generation
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
-from lumina.options import EXTRAS, LuminaGenerationOptions, add_generation_arguments
+from lumina.options import EXTRAS, LuminaGenerationOptions
 from modules.command import command_line
 
 DEFAULTS = ScriptDefaults(
@@ -34,9 +34,7 @@ DEFAULTS = ScriptDefaults(
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
     """Read the options, then `make(family, options)`; None: generate."""
-    options, lumina_options = read_generation(
-        __doc__, DEFAULTS, add_generation_arguments, LuminaGenerationOptions, argv
-    )
+    options, lumina_options = read_generation(__doc__, DEFAULTS, LuminaGenerationOptions, argv)
 
     from generation.run import generate  # torch loads here, after every option has been read
     from lumina.family import family_for_generation

@@ -7,12 +7,12 @@ import modules.interpreter  # noqa: F401
 from families import identify
 from lumina.options import (
     LuminaTrainingOptions,
-    add_training_arguments,
     caching_commands,
     generation_words,
     translate_training,
 )
 from modules.command import command_line
+from modules.parser import declare
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 
 DEFAULTS = ImageTrainerDefaults(
@@ -25,9 +25,7 @@ DEFAULTS = ImageTrainerDefaults(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, lumina_options = read_image_training(
-        __doc__, add_training_arguments, LuminaTrainingOptions, DEFAULTS, argv
-    )
+    options, lumina_options = read_image_training(__doc__, LuminaTrainingOptions, DEFAULTS, argv)
 
     from dataset.batches.finding import CachingCommands
     from lumina.family import family_for_training
@@ -37,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, lumina_options))
     scripts = FamilyScripts(
         "lumina_train_network.py",
-        add_training_arguments,
+        declare(LuminaTrainingOptions),
         partial(generation_words, lumina_options),
         make_parser=partial(image_training_parser, None, DEFAULTS),
     )

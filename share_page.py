@@ -7,15 +7,12 @@ from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.options import read_options
-from modules.pages.options import ShareOptions, add_share_arguments
-from modules.parser import Parser
+from modules.pages.options import ShareOptions
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_share_arguments(parser)
-    options = read_options(ShareOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, ShareOptions)
 
     from modules.pages.sharing import share_page
 

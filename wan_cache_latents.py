@@ -11,14 +11,12 @@ from dataset.options import read_latent_caching
 from families import identify
 from modules.command import as_typed, command_line
 from modules.option_values import require
-from wan.options import WanLatentCachingOptions, add_latent_caching_arguments
+from wan.options import WanLatentCachingOptions
 
 
 def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
     """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
-    options, debug, wan_options = read_latent_caching(
-        __doc__, add_latent_caching_arguments, WanLatentCachingOptions, argv
-    )
+    options, debug, wan_options = read_latent_caching(__doc__, WanLatentCachingOptions, argv)
     if debug.debug_mode is None and not options.check:
         require(
             wan_options.vae.vae,

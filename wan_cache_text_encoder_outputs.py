@@ -10,12 +10,12 @@ from dataset.config import load_dataset_config
 from dataset.options import read_text_caching
 from families import identify
 from modules.command import as_typed, command_line
-from wan.options import WanTextCachingOptions, add_text_caching_arguments
+from wan.options import WanTextCachingOptions
 
 
 def main(argv: Sequence[str] | None = None, run: Callable[..., None] | None = None) -> None:
     """Cache. run: called with what would be cached, in place of it (cache_on_ray.py)."""
-    options, wan_options = read_text_caching(__doc__, add_text_caching_arguments, WanTextCachingOptions, argv)
+    options, wan_options = read_text_caching(__doc__, WanTextCachingOptions, argv)
     config = load_dataset_config(options.dataset_config)
 
     from dataset.commands import run_text_caching  # torch loads here, after every option has been read

@@ -7,7 +7,7 @@ from families import identify
 from generation.options import read_generation
 from generation.script_options import FASTER, ScriptDefaults
 from modules.command import command_line
-from wan.options import WanGenerationOptions, add_generation_arguments
+from wan.options import WanGenerationOptions
 
 DEFAULTS = ScriptDefaults(
     fps=16,
@@ -20,9 +20,7 @@ DEFAULTS = ScriptDefaults(
 
 def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
     """Read the options, then `make(family, options)`; None: generate."""
-    options, wan_options = read_generation(
-        __doc__, DEFAULTS, add_generation_arguments, WanGenerationOptions, argv
-    )
+    options, wan_options = read_generation(__doc__, DEFAULTS, WanGenerationOptions, argv)
 
     from generation.run import generate  # torch loads here, after every option has been read
     from wan.family import family_for_generation

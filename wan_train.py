@@ -8,14 +8,15 @@ from families import identify
 from modules.command import command_line
 from modules.dit_options import refuse_for_whole
 from modules.errors import OptionError
+from modules.parser import declare
 from training.options import read_training
 from training.whole_dit_options import add_whole_dit_arguments
-from wan.options import WanTrainingOptions, add_training_arguments, caching_commands, generation_words
+from wan.options import WanTrainingOptions, caching_commands, generation_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, wan_options = read_training(
-        __doc__, add_training_arguments, WanTrainingOptions, argv, add_learner=add_whole_dit_arguments
+        __doc__, WanTrainingOptions, argv, add_learner=add_whole_dit_arguments
     )
     refuse_for_whole(wan_options.dit_dtype)
     if wan_options.mixed_precision_transformer:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = CachingCommands(*caching_commands(options.loop.dataset_config, wan_options))
     scripts = FamilyScripts(
         "wan_train.py",
-        add_training_arguments,
+        declare(WanTrainingOptions),
         partial(generation_words, wan_options),
         add_whole_dit_arguments,
     )

@@ -7,13 +7,16 @@ from functools import partial
 import modules.interpreter  # noqa: F401
 from families import identify
 from modules.command import command_line
+from modules.parser import add_options
 from training.expert_options import add_expert_training_arguments
 from training.options import read_training
-from wan.options import WanTrainingOptions, add_training_arguments, caching_commands, generation_words
+from wan.options import WanTrainingOptions, caching_commands, generation_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, wan_options = read_training(__doc__, _add_arguments, WanTrainingOptions, argv)
+    options, wan_options = read_training(
+        __doc__, WanTrainingOptions, argv, add_more=add_expert_training_arguments
+    )
 
     from dataset.batches.finding import CachingCommands
     from training.following import FamilyScripts
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     add_expert_training_arguments(parser)
 
 

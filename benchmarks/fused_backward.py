@@ -83,10 +83,12 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     from training.run import prepare_run
     from training.whole_dit_options import add_whole_dit_arguments
     from wan.family import family_for_training
-    from wan.options import WanTrainingOptions, add_training_arguments
+    from wan.options import WanTrainingOptions
 
     parser = training_parser("", add_whole_dit_arguments)
-    add_training_arguments(parser)
+    from modules.parser import add_options
+
+    add_options(parser, WanTrainingOptions)
     given = read_arguments(parser, [word.removeprefix("=") for word in words], {})
     family, options = (
         family_for_training(read_options(WanTrainingOptions, given)),

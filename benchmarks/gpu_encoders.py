@@ -28,8 +28,7 @@ def latents(row: Row, path: Path, device: torch.device) -> Bench:
     room = FAMILIES[row.model.family].room
     options, record = import_module(f"{room}.options"), FAMILIES[row.model.family].latents
     words = ["--dataset_config", "-", "--vae", str(path), *row.options]
-    arguments = options.add_latent_caching_arguments
-    *_, own = read_latent_caching(None, arguments, getattr(options, record), words)
+    *_, own = read_latent_caching(None, getattr(options, record), words)
     family = import_module(f"{room}.family").family_for_latent_caching(own)
     begun = time.monotonic()
     encoders = family.media_encoders(device, images=False)

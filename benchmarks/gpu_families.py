@@ -68,15 +68,15 @@ def training_family(row: Row, path: Path) -> tuple[Any, Any]:
 
     entry: BenchFamily = FAMILIES[row.model.family]
     options = import_module(f"{entry.room}.options")
-    record, arguments = getattr(options, entry.record), options.add_training_arguments
+    record = getattr(options, entry.record)
     dit = "--pretrained_model_name_or_path" if entry.train else "--dit"
     given = [dit, str(path), *TRAINING, *row.model.words, *row.options]
     if entry.train:
         defaults = import_module(entry.train).DEFAULTS
         words = [*given, "--network_train_unet_only", "--model_prediction_type", "raw"]
-        read, own = read_image_training(None, arguments, record, defaults, words)
+        read, own = read_image_training(None, record, defaults, words)
     else:
-        read, own = read_training(None, arguments, record, given)
+        read, own = read_training(None, record, given)
     return read, import_module(f"{entry.room}.family").family_for_training(own)
 
 

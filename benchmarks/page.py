@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from modules.parser import add_options
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 AIM = 1.005
@@ -46,10 +48,10 @@ def _measure_step(folder: Path, steps: int) -> float:
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run
     from wan.family import family_for_training
-    from wan.options import WanTrainingOptions, add_training_arguments
+    from wan.options import WanTrainingOptions
 
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     sizes = argparse.Namespace(dim=384, layers=3, size=128, precision="no")
     given = read_arguments(parser, [*_write_project(folder, sizes), "--no_page"], {})
     family = family_for_training(read_options(WanTrainingOptions, given))

@@ -88,7 +88,7 @@ def _measures(folder: Path, args: argparse.Namespace) -> tuple[Measure, Measure]
     stage = NamedStage(make_upscaler(options, device))
     network = load_upscaler(model, device, torch.float32).network
     frames = list(video_frames(clip))
-    form = FormatOptions(args.codec, "mkv", keep_pngs=False)
+    form = FormatOptions(codec=args.codec, container="mkv", keep_pngs=False)
 
     def bare() -> tuple[float, float]:
         start = time.perf_counter(), time.thread_time()

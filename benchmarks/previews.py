@@ -62,16 +62,14 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     from modules.devices import choose_device
     from modules.failures import Failures
     from wan.family import family_for_generation
-    from wan.options import WanGenerationOptions, add_generation_arguments
+    from wan.options import WanGenerationOptions
 
     words = ["--prompt", "a red circle moving left", "--seed", "1", "--save_path", str(folder)]
     words += ["--task", "t2v-1.3B", "--dit", str(ROOT / "pocket/dit.safetensors")]
     words += ["--vae", str(ROOT / "pocket/vae.safetensors"), "--t5", str(ROOT / "pocket/t5.safetensors")]
     words += ["--video_size", "64", "64", "--video_length", "17", "--infer_steps", str(args.steps)]
     words += ["--guidance_scale", "3", "--flow_shift", "3", "--preview_latent_every", "1"]
-    options, own = read_generation(
-        None, wan_generate_video.DEFAULTS, add_generation_arguments, WanGenerationOptions, words
-    )
+    options, own = read_generation(None, wan_generate_video.DEFAULTS, WanGenerationOptions, words)
     device, family = choose_device(args.device), family_for_generation(own)
     session = Session(family, device, dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session).with_previews()
@@ -117,7 +115,9 @@ def _large_clip(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float
     found = {}
     kinds = {"as colours": None} | ({} if args.preview_vae is None else {"by TAEHV": args.preview_vae})
     for name, path in kinds.items():
-        previews = make_previews(PreviewOptions(1, path), LATENT, folder, device, lambda _: True)
+        previews = make_previews(
+            PreviewOptions(preview_latent_every=1, preview_vae=path), LATENT, folder, device, lambda _: True
+        )
         assert previews is not None
         loop, thread = [], []
         for _ in range(4):

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from modules.parser import add_options
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 AIM = 1.005
@@ -65,11 +67,11 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run
     from wan.family import family_for_training
-    from wan.options import WanTrainingOptions, add_training_arguments
+    from wan.options import WanTrainingOptions
 
     start_logging()
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     shape = argparse.Namespace(dim=384, layers=3, size=128, precision="no")
     given = read_arguments(parser, _write_project(folder, shape), {})
     family = family_for_training(read_options(WanTrainingOptions, given))

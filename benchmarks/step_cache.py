@@ -84,14 +84,14 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
     from generation.session import Session, wanted_texts
     from pocket.measure import POCKET, model_options
     from wan.family import family_for_generation
-    from wan.options import WanGenerationOptions, add_generation_arguments
+    from wan.options import WanGenerationOptions
     from wan_generate_video import DEFAULTS
 
     device = torch.device("cpu")
 
     def read(*arguments: str) -> Any:
         given = ["--save_path", "unused", *model_options(POCKET), *CLIP, *arguments]
-        return read_generation(None, DEFAULTS, add_generation_arguments, WanGenerationOptions, given)
+        return read_generation(None, DEFAULTS, WanGenerationOptions, given)
 
     options, own = read("--prompt", "x")
     family = family_for_generation(own)

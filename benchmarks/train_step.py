@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modules.parser import add_options
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 AIM = 1.05  # for bare steps of 0.1 to 0.5 s
@@ -47,10 +49,10 @@ def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run
     from wan.family import family_for_training
-    from wan.options import WanTrainingOptions, add_training_arguments
+    from wan.options import WanTrainingOptions
 
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     given = read_arguments(parser, _write_project(folder, args), {})
     family = family_for_training(read_options(WanTrainingOptions, given))
     bare: list[float] = []

@@ -1,19 +1,25 @@
 """Options of what is done with prompts before they are encoded. Standard library only."""
 
-import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import Options, option
 
 
-@dataclass(frozen=True)
-class PromptOptions:
+class PromptOptions(Options, title="prompts"):
     """How the texts of a video are read: what is drawn in them, and which parts of them have weights."""
 
-    prompt_wildcards: Path | None  # folder of the files that `__name__` draws from
-    prompt_alternatives: bool  # {a|b} draws
-    prompt_weighting: bool  # (word:1.2) is a weight
+    prompt_wildcards: Path | None = option(
+        "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed"
+    )
+    prompt_alternatives: bool = option(
+        "{red|blue} in a prompt becomes one of them, drawn by the seed; {3::red|blue} draws red 3 times as "
+        "often"
+    )
+    prompt_weighting: bool = option(
+        "(word:1.4) in a prompt multiplies what the model is given for that part; (word) means 1.1, "
+        "\\( a parenthesis"
+    )
 
     def __post_init__(self) -> None:
         folder = self.prompt_wildcards
@@ -30,27 +36,4 @@ class PromptOptions:
         return self.prompt_wildcards is not None or self.prompt_alternatives
 
 
-PLAIN_PROMPTS = PromptOptions(prompt_wildcards=None, prompt_alternatives=False, prompt_weighting=False)
-
-
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `PromptOptions`."""
-    group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--prompt_wildcards",
-        type=str,
-        default=None,
-        help="folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed",
-    )
-    group.add_argument(
-        "--prompt_alternatives",
-        action="store_true",
-        help="{red|blue} in a prompt becomes one of them, drawn by the seed; {3::red|blue} draws red 3 times "
-        "as often",
-    )
-    group.add_argument(
-        "--prompt_weighting",
-        action="store_true",
-        help="(word:1.4) in a prompt multiplies what the model is given for that part; (word) means 1.1, "
-        "\\( a parenthesis",
-    )
+PLAIN_PROMPTS = PromptOptions()

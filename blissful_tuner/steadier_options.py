@@ -1,20 +1,26 @@
 """Options of videos that are longer than the model was trained for. Standard library only."""
 
-import argparse
-from dataclasses import dataclass, field
-
 from modules.errors import OptionError
-from modules.options import NO_PIXELS
+from modules.options import NO_PIXELS, Options, option
+
+# with the places of: of which videos, the number of frequencies
+RIFLEX = (
+    "RIFLEx, against repetition in long videos{}: which frequency of the frames' positions is slowed down, "
+    "1 to {}; 0 turns it off. Its period becomes 1.1 times the number of frames, as in the known tools "
+    "(the paper counts latent frames)"
+)
 
 
-@dataclass(frozen=True)
-class SteadierOptions:
+class SteadierOptions(Options, title="longer videos"):
     """Which frequency of the frames' positions is slowed down."""
 
-    riflex_index: int  # from 1; 0: none
+    riflex_index: int = option(  # from 1; 0: none
+        RIFLEX,
+        default=0,
+    )
     # what the script's family has; no options
-    riflex_frequencies: int = field(metadata=NO_PIXELS)
-    riflex_beyond: int = field(metadata=NO_PIXELS)  # frames: videos of up to so many are left as they are
+    riflex_frequencies: int = option(default=0, facts=NO_PIXELS)
+    riflex_beyond: int = option(default=0, facts=NO_PIXELS)  # frames: shorter videos are left as they are
 
     def __post_init__(self) -> None:
         if not 0 <= self.riflex_index <= self.riflex_frequencies:
@@ -23,21 +29,3 @@ class SteadierOptions:
                 "for the positions of frames. Give a number from 1 to "
                 f"{self.riflex_frequencies}, or 0 for none"
             )
-
-
-def add_steadier_arguments(parser: argparse.ArgumentParser, frequencies: int | None, beyond: int) -> None:
-    """Declare --riflex_index. frequencies, beyond: see `SteadierOptions`; None: there is no such option."""
-    parser.set_defaults(riflex_frequencies=frequencies or 0, riflex_beyond=beyond)
-    if frequencies is None:
-        parser.set_defaults(riflex_index=0)
-        return
-    group = parser.add_argument_group("longer videos")
-    only = f" of more than {beyond} frames" if beyond else ""
-    group.add_argument(
-        "--riflex_index",
-        type=int,
-        default=0,
-        help=f"RIFLEx, against repetition in long videos{only}: which frequency of the frames' positions is "
-        f"slowed down, 1 to {frequencies}; 0 turns it off. Its period becomes 1.1 times the number of "
-        "frames, as in the known tools (the paper counts latent frames)",
-    )

@@ -1,32 +1,63 @@
 """Options of step caches, which skip passes that resemble those before. Standard library only."""
 
-import argparse
 import logging
-from dataclasses import dataclass, field
 
 from modules.errors import OptionError
-from modules.option_values import check_at_least
-from modules.options import NO_PIXELS
+from modules.options import NO_PIXELS, Options, option
 
 logger = logging.getLogger(__name__)
 
 RETENTION, THRESHOLD, MOST_SKIPS = 0.2, 0.24, 6  # usual values of --magcache_...
 MOST_RATIO = 100  # a larger one is a slip of the finger
 MOST_COEFFICIENTS = 16
+NOTHING_SKIPPED = "0 skips nothing"
 
 
-@dataclass(frozen=True)
-class StepCacheOptions:
+class StepCacheOptions(Options, title="step caches: skip passes that resemble those before"):
     """Which step cache to use; `blissful_tuner.step_cache.choose_step_cache` adds a prompt line's values."""
 
-    magcache_mag_ratios: tuple[float, ...] | None  # None: no MagCache
-    magcache_retention_ratio: float  # share of the steps at the start of which none is skipped
-    magcache_threshold: float  # 0: nothing is skipped
-    magcache_k: int  # most passes skipped in a row
-    magcache_calibration: bool = field(metadata=NO_PIXELS)
-    teacache_threshold: float | None  # None and 0: no TeaCache
-    teacache_coefficients: tuple[float, ...] | None  # None: those of the family
-    teacache_calibration: bool = field(metadata=NO_PIXELS)
+    magcache_mag_ratios: tuple[float, ...] | None = option(  # None: no MagCache
+        "skip by MagCache, with these ratios as --magcache_calibration prints them; they are resampled to "
+        "the number of steps",
+        metavar="RATIO",
+    )
+    magcache_retention_ratio: float = option(
+        f"share of the steps at the start of which none is skipped; default {RETENTION:g}",
+        default=RETENTION,
+        least=0,
+        most=1,
+    )
+    magcache_threshold: float = option(
+        "largest error of passes skipped in a row: higher is faster and further from the plain video; "
+        f"default {THRESHOLD:g}",
+        default=THRESHOLD,
+        least=0,
+        hint=NOTHING_SKIPPED,
+    )
+    magcache_k: int = option(
+        f"largest number of passes skipped in a row; default {MOST_SKIPS}",
+        default=MOST_SKIPS,
+        least=0,
+        hint=NOTHING_SKIPPED,
+    )
+    magcache_calibration: bool = option(
+        "skip nothing, and print --magcache_mag_ratios as measured", facts=NO_PIXELS
+    )
+    teacache_threshold: float | None = option(  # None and 0: no TeaCache
+        "skip by TeaCache until the predicted change reaches this: 0.1 to 0.15 with the published "
+        "coefficients; higher is faster and further from the plain video",
+        least=0,
+        hint=NOTHING_SKIPPED,
+    )
+    teacache_coefficients: tuple[float, ...] | None = option(
+        "polynomial that predicts the change, highest power first; default: the model's published one, if "
+        "any",
+        nargs="+",
+        metavar="NUMBER",
+    )
+    teacache_calibration: bool = option(
+        "skip nothing, and print --teacache_coefficients as fitted", facts=NO_PIXELS
+    )
 
     def __post_init__(self) -> None:
         given = {
@@ -63,12 +94,6 @@ class StepCacheOptions:
                 )
 
     def _check_numbers(self) -> None:
-        share = self.magcache_retention_ratio
-        if not 0 <= share <= 1:  # nan too
-            raise OptionError(f"--magcache_retention_ratio {share:g}: give a share of the steps from 0 to 1")
-        check_at_least("--magcache_threshold", self.magcache_threshold, 0, "give 0 to skip nothing")
-        check_at_least("--magcache_k", self.magcache_k, 0, "give 0 to skip nothing")
-        check_at_least("--teacache_threshold", self.teacache_threshold, 0, "give 0 to skip nothing")
         count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
         if not 1 <= count <= MOST_COEFFICIENTS:
             raise OptionError(
@@ -90,62 +115,3 @@ class StepCacheOptions:
                     )
         if self.teacache_coefficients is not None and self.teacache_threshold is None:
             logger.warning("--teacache_coefficients is ignored because --teacache_threshold is not given")
-
-
-def add_step_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `StepCacheOptions`."""
-    group = parser.add_argument_group("step caches: skip passes that resemble those before")
-    group.add_argument(
-        "--magcache_mag_ratios",
-        type=float,
-        nargs="*",
-        default=None,
-        metavar="RATIO",
-        help="skip by MagCache, with these ratios as --magcache_calibration prints them; they are resampled "
-        "to the number of steps",
-    )
-    group.add_argument(
-        "--magcache_retention_ratio",
-        type=float,
-        default=RETENTION,
-        help=f"share of the steps at the start of which none is skipped; default {RETENTION:g}",
-    )
-    group.add_argument(
-        "--magcache_threshold",
-        type=float,
-        default=THRESHOLD,
-        help=f"largest error of passes skipped in a row: higher is faster and further from the plain video; "
-        f"default {THRESHOLD:g}",
-    )
-    group.add_argument(
-        "--magcache_k",
-        type=int,
-        default=MOST_SKIPS,
-        help=f"largest number of passes skipped in a row; default {MOST_SKIPS}",
-    )
-    group.add_argument(
-        "--magcache_calibration",
-        action="store_true",
-        help="skip nothing, and print --magcache_mag_ratios as measured",
-    )
-    group.add_argument(
-        "--teacache_threshold",
-        type=float,
-        default=None,
-        help="skip by TeaCache until the predicted change reaches this: 0.1 to 0.15 with the published "
-        "coefficients; higher is faster and further from the plain video",
-    )
-    group.add_argument(
-        "--teacache_coefficients",
-        type=float,
-        nargs="+",
-        default=None,
-        metavar="NUMBER",
-        help="polynomial that predicts the change, highest power first; default: the model's published one, "
-        "if any",
-    )
-    group.add_argument(
-        "--teacache_calibration",
-        action="store_true",
-        help="skip nothing, and print --teacache_coefficients as fitted",
-    )

@@ -1,20 +1,21 @@
 """Options of videos that start from another video, an image or saved latents. Standard library only."""
 
-import argparse
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modules.contract.source import IMAGE, LATENTS, SOURCES, VIDEO
 from modules.errors import OptionError
-from modules.option_values import check_at_least, check_at_most
-from modules.parser import add_unsupported
+from modules.options import Options, option
 
 SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spellings
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MOST_NOISE = 10
 USUAL_NOISE = "0.01 to 0.05 are usual"
+_SHARE = "how much is made anew: share of the steps that run; 1 replaces it completely"
+_NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
+_NO_VIDEO = "this script makes pictures. Give one to --i2i_path"
 USED_WITH = {  # options that count with some sources only
     "v2v_extra_noise": {VIDEO, LATENTS},
     "v2v_pad_mode": {VIDEO},
@@ -32,28 +33,65 @@ class SourceDefaults:
     takes_image: bool = True  # whether there is an --i2i_path
     takes_video: bool = True  # whether there is a --video_path
 
+    def declared(self) -> dict[str, Any]:
+        """Return what `add_options` is told of `SourceOptions` for the script."""
+        refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
+        refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
+        spelled = tuple(dict.fromkeys((f"--{self.share}", *SPELLINGS)))
+        other = next(name for name in SHARES if name != self.share)
+        defaults = {self.share: self.denoise, "v2v_pad_mode": self.pad_mode if self.takes_video else None}
+        return {
+            "refused": refused,
+            "settings": {self.share: {"flags": spelled}},
+            "defaults": defaults,
+            "without": (other,) if self.takes_image else (other, "i2_extra_noise"),
+        }
 
-@dataclass(frozen=True)
-class SourceOptions:
+    @property
+    def usual(self) -> dict[str, Any]:
+        """Return the script's defaults of what belongs to a source, by option."""
+        names = (self.share, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
+        record = SourceOptions()
+        return {name: self.declared()["defaults"].get(name, getattr(record, name)) for name in names}
+
+
+class SourceOptions(Options, title="video or image to start from"):
     """What videos start from instead of noise; a prompt line can override it."""
 
-    video_path: Path | None
-    i2i_path: Path | None
-    from_latent: Path | None
-    strength: float | None  # None: the script has the other of SHARES
-    v2v_denoise: float | None
-    v2v_noise_mode: str
-    v2v_pad_mode: str | None
-    v2v_extra_noise: float | None
-    i2_extra_noise: float | None
-    usual: Mapping[str, Any] = field(metadata={"option": "usual_sources"})  # the script's defaults, by option
+    video_path: Path | None = option("video, or folder of images, to start from instead of noise")
+    i2i_path: Path | None = option("image to make another image from")
+    from_latent: Path | None = option(
+        "latent file of an earlier run (--output_type latent or both) to start from"
+    )
+    strength: float | None = option(_SHARE)  # None: the script has the other of SHARES
+    v2v_denoise: float | None = option(_SHARE)
+    v2v_noise_mode: str = option(
+        "traditional: the share is one of the steps; direct: it is the noise level of the first step",
+        default="traditional",
+        choices=("traditional", "direct"),
+        flags=("--v2v_noise_mode", "--noise_mode"),
+    )
+    v2v_pad_mode: str | None = option(
+        "how a video that is too short is filled up: repeat its first or its last frame",
+        choices=("front", "end"),
+    )
+    v2v_extra_noise: float | None = option(
+        "noise added to the noisy video, for more change",
+        flags=("--v2v_extra_noise", "--v2_extra_noise"),
+        least=0,
+        most=MOST_NOISE,
+        hint=USUAL_NOISE,
+    )
+    i2_extra_noise: float | None = option(
+        "noise added to the noisy image of --i2i_path", least=0, most=MOST_NOISE, hint=USUAL_NOISE
+    )
+    of_script: Mapping[str, Any] = option(
+        name="usual_sources", default={}
+    )  # the script's defaults, by option
 
     def __post_init__(self) -> None:
         check_one_source({name: getattr(self, name) for name in SOURCES})
         check_share(f"--{self.share}", self.denoise)
-        for name in ("v2v_extra_noise", "i2_extra_noise"):
-            check_at_least(f"--{name}", getattr(self, name), 0, USUAL_NOISE)
-            check_at_most(f"--{name}", getattr(self, name), MOST_NOISE, USUAL_NOISE)
 
     @property
     def share(self) -> str:
@@ -72,7 +110,7 @@ class SourceOptions:
         used: those of SOURCES that videos start from.
         """
         found = {}
-        for name, usual in self.usual.items():
+        for name, usual in self.of_script.items():
             needed = USED_WITH.get(name, set(SOURCES))
             if getattr(self, name) != usual and not needed & set(used):
                 found[f"--{name} {getattr(self, name)}"] = " or ".join(
@@ -94,79 +132,4 @@ def check_share(option: str, share: float) -> None:
         raise OptionError(f"{option} {share:g}: give a share of the steps from 0 to 1")
 
 
-NO_SOURCE = SourceOptions(None, None, None, None, None, "traditional", None, None, None, {})
-
-
-def add_video_to_video_arguments(parser: argparse.ArgumentParser, defaults: SourceDefaults) -> None:
-    """Declare the options of `SourceOptions`, as the script has them."""
-    group = parser.add_argument_group("video to video" if defaults.takes_video else "image to image")
-    if defaults.takes_video:
-        group.add_argument(
-            "--video_path",
-            type=str,
-            default=None,
-            help="video, or folder of images, to start from instead of noise",
-        )
-    else:
-        no_video = "this script makes pictures. Give one to --i2i_path"
-        add_unsupported(group, "--video_path", type=str, default=None, reason=no_video)
-    if defaults.takes_image:
-        group.add_argument("--i2i_path", type=str, default=None, help="image to make another image from")
-    else:
-        add_unsupported(
-            group,
-            "--i2i_path",
-            type=str,
-            default=None,
-            reason="this model makes single images with --one_frame_inference and --control_image_path",
-            help="image to make another image from",
-        )
-    group.add_argument(
-        "--from_latent",
-        type=str,
-        default=None,
-        help="latent file of an earlier run (--output_type latent or both) to start from",
-    )
-    first = f"--{defaults.share}"
-    group.add_argument(
-        *(first, *(option for option in SPELLINGS if option != first)),
-        dest=defaults.share,
-        type=float,
-        default=defaults.denoise,
-        help="how much is made anew: share of the steps that run; 1 replaces it completely",
-    )
-    group.add_argument(
-        "--v2v_noise_mode",
-        "--noise_mode",
-        type=str,
-        default="traditional",
-        choices=["traditional", "direct"],
-        help="traditional: the share is one of the steps; direct: it is the noise level of the first step",
-    )
-    if defaults.takes_video:
-        group.add_argument(
-            "--v2v_pad_mode",
-            type=str,
-            default=defaults.pad_mode,
-            choices=["front", "end"],
-            help="how a video that is too short is filled up: repeat its first or its last frame"
-            + ("; default: it is refused" if defaults.pad_mode is None else ""),
-        )
-    else:
-        add_unsupported(group, "--v2v_pad_mode", type=str, default=None, reason=no_video)
-    group.add_argument(
-        "--v2v_extra_noise",
-        "--v2_extra_noise",
-        type=float,
-        default=None,
-        help="noise added to the noisy video, for more change",
-    )
-    if defaults.takes_image:
-        group.add_argument(
-            "--i2_extra_noise", type=float, default=None, help="noise added to the noisy image of --i2i_path"
-        )
-    else:
-        parser.set_defaults(i2_extra_noise=None)
-    parser.set_defaults(**{name: None for name in SHARES if name != defaults.share})
-    names = (defaults.share, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
-    parser.set_defaults(usual_sources={name: parser.get_default(name) for name in names})
+NO_SOURCE = SourceOptions()

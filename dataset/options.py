@@ -1,18 +1,18 @@
 """Options of all caching scripts."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from modules.errors import OptionError
 from modules.option_values import check_at_most
-from modules.options import read_options
-from modules.parser import Parser, refuse_unsupported
+from modules.options import Options, read_options
+from modules.parser import Parser, add_options, refuse_unsupported
 
 T = TypeVar("T")
-AddArguments = Callable[[argparse.ArgumentParser], None]
+R = TypeVar("R", bound=Options)
 
 GUESS = "guess"  # of --repair_captions without a value
 MOST_AT_ONCE = 1024  # items or threads
@@ -157,12 +157,12 @@ class DebugOptions:
 
 
 def read_latent_caching(
-    description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
-) -> tuple[CachingOptions, DebugOptions, T]:
-    """Read the options of a script that caches latents. add_arguments, record: the family's own."""
+    description: str | None, record: type[R], argv: Sequence[str] | None
+) -> tuple[CachingOptions, DebugOptions, R]:
+    """Read the options of a script that caches latents. record: the family's own."""
     parser = Parser(description=description)
     add_caching_arguments(parser)
-    add_arguments(parser)
+    add_options(parser, record)
     add_debug_arguments(parser)
     args = _parse(parser, argv)
     caching, debug = read_options(CachingOptions, args), read_options(DebugOptions, args)
@@ -172,12 +172,12 @@ def read_latent_caching(
 
 
 def read_text_caching(
-    description: str | None, add_arguments: AddArguments, record: type[T], argv: Sequence[str] | None
-) -> tuple[CachingOptions, T]:
-    """Read the options of a script that caches texts. add_arguments, record: the family's own."""
+    description: str | None, record: type[R], argv: Sequence[str] | None
+) -> tuple[CachingOptions, R]:
+    """Read the options of a script that caches texts. record: the family's own."""
     parser = Parser(description=description)
     add_caching_arguments(parser)
-    add_arguments(parser)
+    add_options(parser, record)
     args = _parse(parser, argv)
     return read_options(CachingOptions, args), read_options(record, args)
 

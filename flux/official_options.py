@@ -4,70 +4,38 @@ Standard library only.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flux.options import CHROMA, FLUX, USUAL_GUIDANCE
 from modules.errors import OptionError
-from modules.minimal_options import (
-    add_lora_arguments,
-    add_offload_argument,
-    check_side,
-    lora_words,
-    option_words,
-    read_minimal_options,
-    read_strengths,
-)
-from modules.parser import Parser
+from modules.minimal_options import MOST_SIDE, MinimalLoraOptions, lora_words, option_words
+from modules.options import Options, option
+from modules.parser import parse_options
 
 SIZE_STEP = 16
-STEPS_ARE_THE_MODELS = "default: 4 for schnell, 50 for others"
 
 
-@dataclass(frozen=True)
-class FluxMinimalOptions:
-    """Options of flux_minimal_inference.py."""
+class FluxModelOptions(MinimalLoraOptions, title="model"):
+    """The files of flux_minimal_inference.py, and how they compute."""
 
-    ckpt_path: Path
-    model_type: str
-    clip_l: Path | None
-    t5xxl: Path | None
-    ae: Path | None
-    apply_t5_attn_mask: bool
-    prompt: str
-    output_dir: Path
-    dtype: str
-    clip_l_dtype: str | None
-    ae_dtype: str | None
-    t5xxl_dtype: str | None
-    flux_dtype: str | None
-    seed: int | None
-    steps: int | None
-    guidance: float
-    negative_prompt: str | None
-    cfg_scale: float
-    lora_weights: tuple[str, ...]
-    width: int
-    height: int
-    interactive: bool
+    ckpt_path: Path = option("transformer checkpoint", required=True)
+    model_type: str = option("the file says it too", default=FLUX, choices=(FLUX, CHROMA))
+    clip_l: Path | None = option("CLIP-L text encoder; Chroma has none")
+    t5xxl: Path | None = option("T5-XXL text encoder")
+    ae: Path | None = option("autoencoder")
+    apply_t5_attn_mask: bool = option("leave padding out of attention; always for Chroma")
+    dtype: str = option("dtype of what has no option of its own", default="bfloat16")
+    clip_l_dtype: str | None = option("dtype of the CLIP-L")
+    ae_dtype: str | None = option("dtype of the autoencoder")
+    t5xxl_dtype: str | None = option("dtype of the T5, fp8 too")
+    flux_dtype: str | None = option("dtype of the transformer, fp8 too")
 
     def __post_init__(self) -> None:
-        for option, side in (("--width", self.width), ("--height", self.height)):
-            check_side(option, side, least=1)
         if is_fp8(self.ae_dtype):
             raise OptionError(f"--ae_dtype {self.ae_dtype}: the autoencoder computes in 16 or 32 bits")
-        _ = self.loras, self.text_dtype
-
-    @property
-    def loras(self) -> list[tuple[str, float]]:
-        """Return path and strength of each LoRA, given as `path` or `path;strength`."""
-        return read_strengths(self.lora_weights)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Return height and width, rounded up to whole tokens."""
-        return round_up(self.height), round_up(self.width)
+        super().__post_init__()
+        _ = self.text_dtype
 
     @property
     def base_dtype(self) -> str:
@@ -93,6 +61,41 @@ class FluxMinimalOptions:
         return given.pop() if given else self.base_dtype
 
 
+class FluxPictureOptions(Options, title="what to make"):
+    """The picture that flux_minimal_inference.py makes."""
+
+    prompt: str = option("what the picture shows", default="A photo of a cat")
+    output_dir: Path = option("output folder", default=Path())
+    seed: int | None = option("default: a random one")
+    steps: int | None = option("default: 4 for schnell, 50 for others")
+    guidance: float = option("guidance that FLUX.1 dev takes as an input", default=USUAL_GUIDANCE)
+    negative_prompt: str | None = option("what to avoid")
+    cfg_scale: float = option("guidance by the negative prompt; 1 turns it off", default=1.0)
+    width: int = option("in pixels; rounded up to a multiple of 16", default=1360, least=1, most=MOST_SIDE)
+    height: int = option("in pixels; rounded up to a multiple of 16", default=768, least=1, most=MOST_SIDE)
+    interactive: bool = option(
+        "ask for prompts; their options (--w --h --s --d --g --c --n --m) hold for later ones"
+    )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return height and width, rounded up to whole tokens."""
+        return round_up(self.height), round_up(self.width)
+
+
+class FluxMinimalOptions(Options):
+    """Options of flux_minimal_inference.py."""
+
+    model: FluxModelOptions
+    picture: FluxPictureOptions
+
+
+def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMinimalOptions:
+    """Read the command line. Raises OptionError for what does not work here."""
+    (options,) = parse_options(description, argv, FluxMinimalOptions)
+    return options
+
+
 def is_fp8(dtype: str | None) -> bool:
     """Return whether a dtype, as the guides write it, has 8 bits."""
     return dtype is not None and "8" in dtype and "16" not in dtype
@@ -103,90 +106,35 @@ def round_up(side: int) -> int:
     return -(-side // SIZE_STEP) * SIZE_STEP
 
 
-def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMinimalOptions:
-    """Read the command line. Raises OptionError for what does not work here."""
-    parser = Parser(description=description)
-    _add_model_arguments(parser)
-    _add_picture_arguments(parser)
-    return read_minimal_options(parser, FluxMinimalOptions, argv)
-
-
 def generation_words(options: FluxMinimalOptions) -> list[str]:
     """Return the same command as options of flux_generate_image.py."""
-    height, width = options.size
+    model, picture = options.model, options.picture
+    height, width = picture.size
     values = {
-        "--dit": options.ckpt_path,
-        "--model_type": options.model_type,
-        "--save_path": options.output_dir,
-        "--embedded_cfg_scale": options.guidance,
-        "--guidance_scale": options.cfg_scale,
-        "--dit_dtype": options.dit_dtype,
-        "--text_encoder_dtype": options.text_dtype,
-        "--vae_dtype": options.ae_dtype or options.base_dtype,
-        "--clip_l": options.clip_l,
-        "--t5xxl": options.t5xxl,
-        "--ae": options.ae,
-        "--seed": options.seed,
-        "--infer_steps": options.steps,
-        "--negative_prompt": options.negative_prompt,
-        "--prompt": None if options.interactive else options.prompt,
+        "--dit": model.ckpt_path,
+        "--model_type": model.model_type,
+        "--save_path": picture.output_dir,
+        "--embedded_cfg_scale": picture.guidance,
+        "--guidance_scale": picture.cfg_scale,
+        "--dit_dtype": model.dit_dtype,
+        "--text_encoder_dtype": model.text_dtype,
+        "--vae_dtype": model.ae_dtype or model.base_dtype,
+        "--clip_l": model.clip_l,
+        "--t5xxl": model.t5xxl,
+        "--ae": model.ae,
+        "--seed": picture.seed,
+        "--infer_steps": picture.steps,
+        "--negative_prompt": picture.negative_prompt,
+        "--prompt": None if picture.interactive else picture.prompt,
     }
     switches = {
-        "--fp8": is_fp8(options.flux_dtype or options.dtype),
-        "--fp8_t5": is_fp8(options.t5xxl_dtype or options.dtype),
-        "--apply_t5_attn_mask": options.apply_t5_attn_mask,
-        "--interactive": options.interactive,
+        "--fp8": is_fp8(model.flux_dtype or model.dtype),
+        "--fp8_t5": is_fp8(model.t5xxl_dtype or model.dtype),
+        "--apply_t5_attn_mask": model.apply_t5_attn_mask,
+        "--interactive": picture.interactive,
     }
     size = ["--image_size", str(height), str(width)]
-    return [*option_words(values, switches), *size, *lora_words(options.loras)]
-
-
-def _add_model_arguments(parser: Parser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--ckpt_path", type=str, required=True, help="transformer checkpoint")
-    group.add_argument(
-        "--model_type", type=str, default=FLUX, choices=[FLUX, CHROMA], help="the file says it too"
-    )
-    group.add_argument("--clip_l", type=str, default=None, help="CLIP-L text encoder; Chroma has none")
-    group.add_argument("--t5xxl", type=str, default=None, help="T5-XXL text encoder")
-    group.add_argument("--ae", type=str, default=None, help="autoencoder")
-    group.add_argument(
-        "--apply_t5_attn_mask", action="store_true", help="leave padding out of attention; always for Chroma"
-    )
-    group.add_argument("--dtype", type=str, default="bfloat16", help="dtype of what has no option of its own")
-    for name, what in (
-        ("clip_l", "CLIP-L"),
-        ("ae", "autoencoder"),
-        ("t5xxl", "T5, fp8 too"),
-        ("flux", "transformer, fp8 too"),
-    ):
-        group.add_argument(f"--{name}_dtype", type=str, default=None, help=f"dtype of the {what}")
-    add_offload_argument(group)
-    add_lora_arguments(group)
-
-
-def _add_picture_arguments(parser: Parser) -> None:
-    group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", type=str, default="A photo of a cat", help="what the picture shows")
-    group.add_argument("--output_dir", type=str, default=".", help="output folder")
-    group.add_argument("--seed", type=int, default=None, help="default: a random one")
-    group.add_argument("--steps", type=int, default=None, help=STEPS_ARE_THE_MODELS)
-    group.add_argument(
-        "--guidance", type=float, default=USUAL_GUIDANCE, help="guidance that FLUX.1 dev takes as an input"
-    )
-    group.add_argument("--negative_prompt", type=str, default=None, help="what to avoid")
-    group.add_argument(
-        "--cfg_scale", type=float, default=1.0, help="guidance by the negative prompt; 1 turns it off"
-    )
-    for side, usual in (("width", 1360), ("height", 768)):
-        group.add_argument(
-            f"--{side}", type=int, default=usual, help="in pixels; rounded up to a multiple of 16"
-        )
-    group.add_argument(
-        "--interactive",
-        action="store_true",
-        help="ask for prompts; their options (--w --h --s --d --g --c --n --m) hold for later ones",
-    )
+    return [*option_words(values, switches), *size, *lora_words(model.loras)]
 
 
 NO_NEGATIVE = "-"  # in a line: no negative prompt

@@ -1,57 +1,69 @@
 """FLUX.1's and Chroma's own options for caching, training and generation."""
 
-import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.attention.options import add_split_argument
 from modules.command import as_typed
-from modules.dit_options import add_dit_dtype
+from modules.dit_options import dit_dtype_option
 from modules.errors import OptionError
-from modules.option_values import check_at_least, check_at_most
-from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING
-from modules.parser import add_unsupported
-from modules.vae_options import VaeOptions, add_ae_argument, add_vae_arguments
+from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
+from modules.vae_options import AE, AE_HELP, VaeOptions
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
 USUAL_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
 MOST_TOKENS = 512  # that T5 was trained to read
 
 
-@dataclass(frozen=True)
-class FluxTextOptions:
+NAME = "FLUX.1 and Chroma"
+_TOKENIZER = "tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+
+
+class FluxTextOptions(Options):
     """Paths of the two text encoders and their tokenizers, and how they read."""
 
-    clip_l: Path | None
-    t5xxl: Path | None
-    clip_l_tokenizer: Path | None
-    t5xxl_tokenizer: Path | None
-    text_encoder_dtype: str | None
-    fp8_t5: bool
-    t5xxl_max_token_length: int | None  # None: as the transformer was trained
-    apply_t5_attn_mask: bool
+    clip_l: Path | None = option("CLIP-L text encoder: file or folder; Chroma has none", often=True)
+    clip_l_tokenizer: Path | None = option(_TOKENIZER)
+    t5xxl: Path | None = option("T5-XXL text encoder: file or folder", often=True)
+    t5xxl_tokenizer: Path | None = option(_TOKENIZER)
+    text_encoder_dtype: str | None = option(
+        "dtype of both encoders; default: bfloat16, but float32 if the transformer is float32, or for a "
+        "training with --mixed_precision no"
+    )
+    fp8_t5: bool = option(
+        "keep T5's linear layers in fp8: half the memory of bf16, slightly different states"
+    )
+    t5xxl_max_token_length: int | None = option(
+        "tokens that T5 reads; default: 512, for schnell 256",
+        least=2,
+        most=MOST_TOKENS,
+        hint="tokens of T5 with the end token; 512 for dev and Chroma, 256 for schnell",
+    )
+    apply_t5_attn_mask: bool = option(
+        "leave the padding behind a text out of T5's and of the transformer's attention; always so for Chroma"
+    )
 
-    def __post_init__(self) -> None:
-        what = "tokens of T5 with the end token; 512 for dev and Chroma, 256 for schnell"
-        check_at_least("--t5xxl_max_token_length", self.t5xxl_max_token_length, 2, what)
-        check_at_most("--t5xxl_max_token_length", self.t5xxl_max_token_length, MOST_TOKENS, what)
+
+def _model_type() -> Any:
+    return option(  # the transformer's file says it too
+        "kind of model; not needed where the transformer's file says it",
+        default=FLUX,
+        choices=(FLUX, CHROMA),
+        facts={**FREE, **NO_PIXELS},
+    )
 
 
-@dataclass(frozen=True)
-class FluxLatentCachingOptions:
+class FluxLatentCachingOptions(Options, title=NAME):
     """Options of flux_cache_latents.py besides the shared ones."""
 
-    vae: VaeOptions
+    vae: VaeOptions = option(settings=AE)
 
 
-@dataclass(frozen=True)
-class FluxTextCachingOptions:
+class FluxTextCachingOptions(Options, title=NAME):
     """Options of flux_cache_text_encoder_outputs.py besides the shared ones."""
 
+    model_type: str = _model_type()
     text: FluxTextOptions
-    model_type: str
 
     def __post_init__(self) -> None:
         if self.text.t5xxl is None:
@@ -63,132 +75,38 @@ class FluxTextCachingOptions:
             )
 
 
-@dataclass(frozen=True)
-class FluxTrainingOptions:
+class FluxTrainingOptions(Options, title=NAME):
     """Options of flux_train_network.py besides the shared ones."""
 
     # resume compares its name
-    dit: Path | None = field(metadata={"option": "pretrained_model_name_or_path", **FREE})
-    dit_dtype: str | None = field(metadata=HABIT)
-    model_type: str = field(metadata=FREE)  # the file says it too
-    vae: VaeOptions = field(metadata=FREE)
-    text: FluxTextOptions = field(metadata=HABIT)
-    embedded_guidance: float = field(metadata={"option": "guidance_scale", **HABIT})
+    dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
+    dit_dtype: str | None = dit_dtype_option()
+    model_type: str = _model_type()
+    ae: Path | None = option(AE_HELP, facts=FREE, often=True)  # read as --vae
+    vae: VaeOptions = option(facts=FREE, without=("vae",))
+    text: FluxTextOptions = option(facts=HABIT)
+    embedded_guidance: float = option(name="guidance_scale", facts=HABIT)
+    controlnet_model_name_or_path = unsupported(
+        "a LoRA is trained without ControlNet", "ControlNet beside the transformer", type=str
+    )
+    split_mode = unsupported(
+        "training both at once with --blocks_to_swap takes as little memory",
+        "train double and single blocks apart",
+    )
 
 
-@dataclass(frozen=True)
-class FluxGenerationOptions:
+class FluxGenerationOptions(Options, title=NAME):
     """Options of flux_generate_image.py besides the shared ones."""
 
-    dit: Path | None
-    dit_dtype: str | None
-    model_type: str = field(metadata=NO_PIXELS)  # the file says it too
-    vae: VaeOptions = field(metadata=OF_DECODING)
+    dit: Path | None = option(
+        "transformer checkpoint",
+        flags=("--dit", "--pretrained_model_name_or_path", "--ckpt_path"),
+        often=True,
+    )
+    dit_dtype: str | None = dit_dtype_option()
+    model_type: str = _model_type()
+    vae: VaeOptions = option(facts=OF_DECODING, settings=AE)
     text: FluxTextOptions
-
-
-def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --ae and its switches."""
-    add_vae_arguments(parser.add_argument_group("FLUX.1 and Chroma"), flags=("--ae", "--vae"))
-
-
-def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the text encoders, and for which model they encode."""
-    group = parser.add_argument_group("FLUX.1 and Chroma")
-    _add_model_type(group)
-    _add_text(group)
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the image trainers' own options do not have."""
-    group = parser.add_argument_group("FLUX.1 and Chroma")
-    add_dit_dtype(group)
-    _add_model_type(group)
-    add_ae_argument(group)
-    add_vae_arguments(group, flags=())
-    _add_text(group)
-    add_unsupported(
-        group,
-        "--controlnet_model_name_or_path",
-        type=str,
-        default=None,
-        reason="a LoRA is trained without ControlNet",
-        help="ControlNet beside the transformer",
-    )
-    add_unsupported(
-        group,
-        "--split_mode",
-        action="store_true",
-        reason="training both at once with --blocks_to_swap takes as little memory",
-        help="train double and single blocks apart",
-    )
-
-
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the checkpoints that generation needs, and the options of the text encoders."""
-    group = parser.add_argument_group("FLUX.1 and Chroma")
-    group.add_argument(
-        "--dit",
-        "--pretrained_model_name_or_path",
-        "--ckpt_path",
-        type=str,
-        default=None,
-        help="transformer checkpoint",
-    )
-    add_dit_dtype(group)
-    _add_model_type(group)
-    add_vae_arguments(group, flags=("--ae", "--vae"))
-    _add_text(group)
-    add_split_argument(group)
-
-
-def _add_model_type(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model_type",
-        type=str,
-        default=FLUX,
-        choices=[FLUX, CHROMA],
-        help="kind of model; not needed where the transformer's file says it",
-    )
-
-
-def _add_text(group: argparse._ArgumentGroup) -> None:
-    what = {
-        "clip_l": "CLIP-L text encoder: file or folder; Chroma has none",
-        "t5xxl": "T5-XXL text encoder: file or folder",
-    }
-    for name, text in what.items():
-        group.add_argument(f"--{name}", type=str, default=None, help=text)
-        group.add_argument(
-            f"--{name}_tokenizer",
-            type=str,
-            default=None,
-            help="tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub",
-        )
-    group.add_argument(
-        "--text_encoder_dtype",
-        type=str,
-        default=None,
-        help="dtype of both encoders; default: bfloat16, but float32 if the transformer is float32, or for a "
-        "training with --mixed_precision no",
-    )
-    group.add_argument(
-        "--fp8_t5",
-        action="store_true",
-        help="keep T5's linear layers in fp8: half the memory of bf16, slightly different states",
-    )
-    group.add_argument(
-        "--t5xxl_max_token_length",
-        type=int,
-        default=None,
-        help="tokens that T5 reads; default: 512, for schnell 256",
-    )
-    group.add_argument(
-        "--apply_t5_attn_mask",
-        action="store_true",
-        help="leave the padding behind a text out of T5's and of the transformer's attention; always so for "
-        "Chroma",
-    )
 
 
 def caching_commands(dataset_config: Path | None, options: FluxTrainingOptions) -> tuple[str, str]:

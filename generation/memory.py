@@ -166,7 +166,7 @@ def rehearse_denoising(
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
     weights, swap = dtypes_of(dit), speed.swap
-    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.ring.block_swap_ring_size)
+    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     blocks = family.dit.blocks(dit)
     with dry_run() as ledger, torch.no_grad():
         place(dit, ledger)

@@ -3,77 +3,105 @@
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blissful_tuner.guidance_options import GuidanceOptions, add_guidance_arguments
-from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
-from blissful_tuner.prompt_options import PromptOptions, add_prompt_arguments
-from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions, add_prompt_rewrite_arguments
-from blissful_tuner.steadier_options import SteadierOptions, add_steadier_arguments
-from blissful_tuner.step_cache_options import StepCacheOptions, add_step_cache_arguments
-from blissful_tuner.video_to_video_options import add_video_to_video_arguments
-from generation.expert_options import ExpertOptions, add_expert_arguments
-from generation.output_options import OutputOptions, add_output_arguments
-from generation.post_options import POST, PostOptions, add_post_arguments
-from generation.preset_options import add_preset_argument, given_among, use_preset
+from blissful_tuner.guidance_options import GuidanceOptions
+from blissful_tuner.preview_options import PreviewOptions
+from blissful_tuner.prompt_options import PromptOptions
+from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
+from blissful_tuner.steadier_options import SteadierOptions
+from blissful_tuner.step_cache_options import StepCacheOptions
+from generation.expert_options import ExpertOptions
+from generation.output_options import OutputOptions
+from generation.post_options import POST, PostOptions
+from generation.preset_options import given_among, use_preset
 from generation.prompt_lines import LineOption
-from generation.request_options import RequestOptions, add_request_arguments
-from generation.script_options import ScriptDefaults
-from generation.sheet_options import Axis, SheetOptions, add_sheet_arguments
+from generation.request_options import RequestOptions
+from generation.script_options import NO_VIDEOS, OPTIMIZED, ScriptDefaults
+from generation.sheet_options import Axis, SheetOptions
 from modules.errors import OptionError
-from modules.option_values import check_at_least, check_at_most
-from modules.options import NO_PIXELS, OF_DECODING, OF_REQUEST, facts_of, option_values, read_options
+from modules.options import (
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    Options,
+    facts_of,
+    not_needed,
+    option,
+    option_values,
+    read_options,
+)
 from modules.output_files import check_output_file
-from modules.parser import Parser, refuse_unsupported
-from modules.speed_options import GenerationSpeedOptions, add_generation_speed_arguments
+from modules.parser import Parser, add_options, refuse_unsupported, refuse_values
+from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
     LoraOptions,
     LoraPatternOptions,
-    add_lora_arguments,
-    add_lora_pattern_arguments,
     require_files,
 )
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+R = TypeVar("R", bound=Options)
 
 ALWAYS_RECORDED = frozenset({"sample_solver", "guidance_rescale"})  # by the known tools too
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
+class GenerationOptions(Options, title="run"):
     """One run of a generation script."""
 
-    request: RequestOptions = field(metadata=OF_REQUEST)
-    output: OutputOptions = field(metadata=NO_PIXELS)
-    post: PostOptions
-    sheet: SheetOptions = field(metadata=NO_PIXELS)
-    guidance: GuidanceOptions
+    request: RequestOptions = option(facts=OF_REQUEST)
+    scheduler: str | None = option(
+        "another spelling of --sample_solver", title="what to make", facts=OF_REQUEST
+    )
     prompts: PromptOptions
     rewriting: PromptRewriteOptions
-    preview: PreviewOptions = field(metadata=NO_PIXELS)
-    step_cache: StepCacheOptions
-    speed: GenerationSpeedOptions
+    guidance: GuidanceOptions
     steadier: SteadierOptions
-    lora: LoraOptions = field(metadata=OF_REQUEST)
-    lora_patterns: LoraPatternOptions
+    from_file: Path | None = option(
+        "file with a prompt and its options on each line", facts=NO_PIXELS, often=True
+    )
+    interactive: bool = option(
+        "ask for prompts; Ctrl-C drops the current one, quit ends", facts=NO_PIXELS, often=True
+    )
+    num_videos: int = option(  # each with its own seed
+        "how many to make of --prompt, with seed, seed + 1, ...",
+        default=1,
+        least=1,
+        most=10_000,
+        facts=NO_PIXELS,
+    )
+    latent_path: tuple[Path, ...] | None = option(
+        "latent files to decode; nothing else is done", facts=NO_PIXELS
+    )
+    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available", facts=OF_REQUEST)
+    cpu_noise: bool = option("draw the noise on the CPU, so that it is the same on every machine")
+    split_uncond: bool = option("run the guidance passes one after the other, which takes less memory")
+    output: OutputOptions = option(facts=NO_PIXELS)
+    post: PostOptions
+    preview: PreviewOptions = option(facts=NO_PIXELS)
+    sheet: SheetOptions = option(facts=NO_PIXELS)
+    lora: LoraOptions = option(facts=OF_REQUEST, title="LoRA")
+    lora_patterns: LoraPatternOptions = option(title="LoRA")
+    lycoris = not_needed("LoHa and LoKr files are recognised automatically")
+    save_merged_model: Path | None = option(
+        "write the model with the LoRAs merged in, then stop", title="LoRA", facts=NO_PIXELS
+    )
     experts: ExpertOptions
-    lycoris: bool = field(metadata=NO_PIXELS)  # files say it themselves
-    cpu_noise: bool
-    split_uncond: bool  # the passes of guidance one after the other
-    save_merged_model: Path | None = field(metadata=NO_PIXELS)
-    from_file: Path | None = field(metadata=NO_PIXELS)
-    interactive: bool = field(metadata=NO_PIXELS)
-    num_videos: int = field(metadata=NO_PIXELS)  # of the prompt, each with its own seed
-    latent_path: tuple[Path, ...] | None = field(metadata=NO_PIXELS)
-    remembers_lines: bool = field(metadata=NO_PIXELS)  # --interactive: options of a line hold for later ones
-    device: str | None = field(metadata=OF_REQUEST)
-    line_options: Mapping[str, LineOption]  # what the letters of a prompt line mean
-    settings: Mapping[str, Any]  # options that were given, the family's too, as metadata record them
-    decoding_options: frozenset[str]  # which of all there are say how latents are decoded
+    speed: GenerationSpeedOptions
+    optimized: bool = option(OPTIMIZED, title="preset", facts=OF_REQUEST, often=True)
+    step_cache: StepCacheOptions
+    # no options:
+    remembers_lines: bool = option(
+        default=False, facts=NO_PIXELS
+    )  # --interactive: a line's hold for later ones
+    line_options: Mapping[str, LineOption] = option(default={})  # what the letters of a prompt line mean
+    settings: Mapping[str, Any] = option(
+        default={}
+    )  # options given, the family's too, as metadata record them
+    decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
 
     @property
     def splits_guidance(self) -> bool:
@@ -100,8 +128,6 @@ class GenerationOptions:
         }
         if not any(given.values()):
             raise OptionError(f"nothing to do: give one of {', '.join(given)}")
-        check_at_least("--num_videos", self.num_videos, 1, "how many videos to make of the prompt")
-        check_at_most("--num_videos", self.num_videos, 10_000, "how many videos to make of the prompt")
         if self.num_videos > 1 and self.request.prompt is None:
             raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
         if self.num_videos > 1 and (self.from_file is not None or self.interactive):
@@ -150,12 +176,12 @@ class GenerationOptions:
             "--prompt_rewrite": self.rewriting.prompt_rewrite is not None,
             "--preview_latent_every": self.preview.preview_latent_every is not None,
         }
-        for option in (option for option, is_given in given.items() if is_given):
-            logger.warning("%s is ignored because --latent_path only decodes", option)
+        for name in (name for name, is_given in given.items() if is_given):
+            logger.warning("%s is ignored because --latent_path only decodes", name)
 
     def _check_sheet(self) -> None:
         """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""
-        for option, is_given in {
+        for other, is_given in {
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,
             "--output_type latent": not self.output.decodes,
@@ -163,7 +189,7 @@ class GenerationOptions:
         }.items():
             if is_given:
                 raise OptionError(
-                    f"--sheet and {option} cannot be used together: a sheet shows new videos. Leave one out"
+                    f"--sheet and {other} cannot be used together: a sheet shows new videos. Leave one out"
                 )
         if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
@@ -173,13 +199,14 @@ class GenerationOptions:
 def read_generation(
     description: str | None,
     defaults: ScriptDefaults,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    record: type[T],
+    record: type[R],
     argv: Sequence[str] | None,
-) -> tuple[GenerationOptions, T]:
-    """Read the options of a generation script. defaults, add_arguments, record: the family's own."""
+    add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[GenerationOptions, R]:
+    """Read the options of a generation script. defaults, record: the family's. add_more: the script's."""
     parser = generation_parser(description, defaults)
-    add_arguments(parser)
+    add_options(parser, record)
+    add_more(parser)
     args = read_arguments(parser, argv)
     options, own = read_options(GenerationOptions, args), read_options(record, args)
     values = option_values(options) | option_values(own)
@@ -203,32 +230,21 @@ def read_generation(
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
-    add_request_arguments(parser, defaults)
-    add_prompt_arguments(parser)
-    add_prompt_rewrite_arguments(parser)
-    add_video_to_video_arguments(parser, defaults.source)
-    add_guidance_arguments(parser, has_embedded=defaults.embedded_guidance is not None)
-    add_steadier_arguments(parser, defaults.riflex_frequencies, defaults.riflex_beyond)
-    _add_run_arguments(parser, defaults)
-    add_output_arguments(parser, defaults)
-    add_post_arguments(parser)
-    add_preview_arguments(parser)
-    add_sheet_arguments(parser)
-    _add_lora_arguments(parser)
-    add_expert_arguments(parser, defaults.has_experts)
-    add_generation_speed_arguments(parser, defaults.blocks_to_swap)
-    add_preset_argument(parser, defaults.optimized)
-    add_step_cache_arguments(parser)
+    add_options(parser, GenerationOptions, **defaults.declared())
+    if defaults.pictures:
+        kind = next(action for action in parser._actions if action.dest == "output_type")
+        refuse_values(kind, dict.fromkeys(("video", "both"), NO_VIDEOS))
     parser.set_defaults(
         extras=defaults.extras,
         line_options=defaults.line_options,
         numbers_single=defaults.numbers_single,
         pictures=defaults.pictures,
-        naming="",
-        remembers_lines=False,
         solver_names=defaults.solver_names,
+        preset=defaults.optimized,
+        usual_sources=defaults.source.usual,
+        riflex_frequencies=defaults.riflex_frequencies or 0,
+        riflex_beyond=defaults.riflex_beyond,
     )
-    parser.set_defaults(settings={}, decoding_options=frozenset())  # known when all options have been read
     return parser
 
 
@@ -255,64 +271,3 @@ def _use_scheduler(
             f"{args.sample_solver} is given too: give one of them"
         )
     args.sample_solver = solver
-
-
-def _add_run_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--from_file", type=str, default=None, help="file with a prompt and its options on each line"
-    )
-    group.add_argument(
-        "--interactive",
-        action="store_true",
-        help="ask for prompts; Ctrl-C drops the current one, quit ends",
-    )
-    what = "pictures" if defaults.pictures else "videos"
-    group.add_argument(
-        *(("--num_images", "--num_videos") if defaults.pictures else ("--num_videos",)),
-        dest="num_videos",
-        type=int,
-        default=1,
-        help=f"how many {what} to make of --prompt, with seed, seed + 1, ...",
-    )
-    group.add_argument(
-        "--latent_path",
-        type=str,
-        nargs="*",
-        default=None,
-        help="latent files to decode; nothing else is done",
-    )
-    group.add_argument(
-        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best available"
-    )
-    if defaults.noise_on_cpu:
-        parser.set_defaults(cpu_noise=True)
-    else:
-        group.add_argument(
-            "--cpu_noise",
-            action="store_true",
-            help="draw the noise on the CPU, so that it is the same on every machine",
-        )
-    if defaults.joins_guidance:
-        group.add_argument(
-            "--split_uncond",
-            action="store_true",
-            help="run the guidance passes one after the other, which takes less memory",
-        )
-    else:
-        parser.set_defaults(split_uncond=True)
-
-
-def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("LoRA")
-    add_lora_arguments(group)
-    add_lora_pattern_arguments(group)
-    group.add_argument(
-        "--lycoris", action="store_true", help="not needed: LoHa and LoKr files are recognised automatically"
-    )
-    group.add_argument(
-        "--save_merged_model",
-        type=str,
-        default=None,
-        help="write the model with the LoRAs merged in, then stop",
-    )

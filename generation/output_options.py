@@ -1,16 +1,11 @@
 """Options of what is written, and where. Standard library only."""
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from generation.request_options import NO_VIDEOS, add_video_only
-from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
-from modules.media.options import FormatOptions, add_format_arguments
-from modules.options import NO_PIXELS, OF_DECODING
-from modules.parser import refuse_values
+from modules.media.options import FormatOptions
+from modules.options import NO_PIXELS, OF_DECODING, Options, option
 
 LATENT_OUTPUTS = ("latent", "both", "latent_images")
 IMAGE_OUTPUTS = ("images", "latent_images")
@@ -26,28 +21,38 @@ OUTPUT_TYPES = {
 OF_RESULTS = {".mp4", ".mkv", ".mov", ".webm", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
 
 
-@dataclass(frozen=True)
-class OutputOptions:
+class OutputOptions(Options, title="output"):
     """What is written, and where."""
 
-    save_path: Path
-    output_type: str  # video, images, latent, both, latent_images
-    no_metadata: bool
-    trim_tail_frames: int = field(metadata=OF_DECODING)
-    no_progressive_save: bool
-    prompt_in_name: bool = field(metadata=NO_PIXELS)
-    save_last_frame: bool  # also as NAME_last.png
-    numbers_single: bool  # a single picture is NAME_000.png, never in a folder
-    pictures: bool = field(metadata=NO_PIXELS)  # only such are made: NAME.png with --output_type images too
-    # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
-    naming: str = field(metadata=NO_PIXELS)
+    save_path: Path = option("output folder; created if missing", required=True)
+    output_type: str = option("what is written", often=True)
+    no_metadata: bool = option("do not write the prompt, seed and settings into the files")
+    trim_tail_frames: int = option(
+        "number of frames to cut off the end, e.g. 3 that an end image has spoiled",
+        default=0,
+        least=0,
+        facts=OF_DECODING,
+    )
+    no_progressive_save: bool = option(
+        "do not write NAME_progress.mp4, a preview updated after each section and removed when the video is "
+        "finished; it makes the VAE decode about two more sections for each one. There is none with a tool "
+        "of --post that hides something"
+    )
+    prompt_in_name: bool = option(
+        "add the first words of the prompt to the file's name, after time and seed", facts=NO_PIXELS
+    )
+    save_last_frame: bool = option(
+        "also write the last frame of each video as NAME_last.png, to continue from"
+    )
     format: FormatOptions
+    # what the script has; no options
+    numbers_single: bool = option(default=False)  # a single picture is NAME_000.png, never in a folder
+    # only such are made: NAME.png with --output_type images too
+    pictures: bool = option(default=False, facts=NO_PIXELS)
+    # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
+    naming: str = option(default="", facts=NO_PIXELS)
 
     def __post_init__(self) -> None:
-        if self.trim_tail_frames < 0:
-            raise OptionError(
-                f"--trim_tail_frames {self.trim_tail_frames}: give 0 or the number of frames to cut off"
-            )
         if self.save_last_frame and not self.decodes:
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
@@ -84,58 +89,5 @@ class OutputOptions:
         return self.output_type != "latent"
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, defaults: ScriptDefaults) -> None:
-    """Declare the options of `OutputOptions` that the script has."""
-    group = parser.add_argument_group("output")
-    group.add_argument("--save_path", type=str, required=True, help="output folder; created if missing")
-    kind = group.add_argument(
-        "--output_type",
-        type=str,
-        default=defaults.output_types[0],
-        choices=list(defaults.output_types),
-        help=_output_help(defaults.output_types),
-    )
-    if defaults.pictures:
-        refuse_values(kind, dict.fromkeys(("video", "both"), NO_VIDEOS))
-    group.add_argument(
-        "--no_metadata", action="store_true", help="do not write the prompt, seed and settings into the files"
-    )
-    group.add_argument(
-        "--prompt_in_name",
-        action="store_true",
-        help="add the first words of the prompt to the file's name, after time and seed",
-    )
-    if defaults.pictures:
-        add_video_only(group, "--trim_tail_frames", type=int, default=0)
-        for flag in ("--save_last_frame", "--keep_pngs"):
-            add_video_only(group, flag, action="store_true")
-        for flag, usual in (("--codec", "h264"), ("--container", "mp4")):
-            add_video_only(group, flag, type=str, default=usual)
-        parser.set_defaults(no_progressive_save=False)
-        return
-    group.add_argument(
-        "--trim_tail_frames",
-        type=int,
-        default=0,
-        help="number of frames to cut off the end, e.g. 3 that an end image has spoiled",
-    )
-    group.add_argument(
-        "--save_last_frame",
-        action="store_true",
-        help="also write the last frame of each video as NAME_last.png, to continue from",
-    )
-    if defaults.in_sections:
-        group.add_argument(
-            "--no_progressive_save",
-            action="store_true",
-            help="do not write NAME_progress.mp4, a preview updated after each section and removed when the "
-            "video is finished; it makes the VAE decode about two more sections for each one. There is none "
-            "with a tool of --post that hides something",
-        )
-    else:
-        parser.set_defaults(no_progressive_save=False)
-    add_format_arguments(parser)
-
-
-def _output_help(types: Sequence[str]) -> str:
+def output_help(types: Sequence[str]) -> str:
     return "what to write: " + ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in types)

@@ -5,19 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def add_preset_argument(parser: argparse.ArgumentParser, preset: Mapping[str, Any]) -> None:
-    """Add --optimized, which stands for the options of `preset`: argument -> value."""
-    group = parser.add_argument_group("preset")
-    group.add_argument(
-        "--optimized",
-        action="store_true",
-        help=f"faster settings: {' '.join(as_typed(preset, name) for name in preset)}; what you give "
-        "yourself counts instead, and "
-        "what this machine lacks is left out with a warning",
-    )
-    parser.set_defaults(preset=preset)
-
-
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
     """The option as it is typed: `--attn_mode sageattn`, `--compile`."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"

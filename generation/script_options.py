@@ -4,8 +4,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blissful_tuner.steadier_options import RIFLEX
 from blissful_tuner.video_to_video_options import SourceDefaults
+from generation.output_options import output_help
+from generation.preset_options import as_typed
 from generation.prompt_lines import GENERATION_OPTIONS, LineOption
+from generation.request_options import MEDIA
+
+NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it out"
+# what a script of pictures refuses
+OF_VIDEOS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
+EXPERTS = (
+    *("lora_weight_high_noise", "lora_multiplier_high_noise"),
+    *("offload_inactive_dit", "lazy_loading"),
+)
+OPTIMIZED = (
+    "faster settings: {}; what you give yourself counts instead, and what this machine lacks is left out "
+    "with a warning"
+)
 
 PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures
 PICTURE_FPS = 1  # what stands where a video has its rate
@@ -34,6 +50,7 @@ class ScriptDefaults:
     source: SourceDefaults = SourceDefaults()  # of video-to-video
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
+    splits_attention: bool = False  # whether there is a --split_attn
     has_second_prompt: bool = False  # whether there is a --prompt_2
     has_length: bool = True  # whether there is a --video_length
     size: tuple[int, int] = (256, 256)  # height, width
@@ -52,3 +69,62 @@ class ScriptDefaults:
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
+
+    def declared(self) -> dict[str, Any]:
+        """Return what `add_options` is told of `GenerationOptions` for the script."""
+        source, pictures = self.source.declared(), self.pictures
+        absent = {
+            "prompt_2": not self.has_second_prompt,
+            "video_length": not self.has_length and not pictures,
+            "guidance_scale_high_noise": not self.has_experts,
+            "embedded_cfg_scale": self.embedded_guidance is None,
+            "disable_embedded_for_cfg": self.embedded_guidance is None,
+            "riflex_index": self.riflex_frequencies is None,
+            "no_progressive_save": not self.in_sections,
+            "split_attn": not self.splits_attention,
+            "split_uncond": not self.joins_guidance,
+            "cpu_noise": self.noise_on_cpu,
+            "scheduler": not self.solver_names,
+            **{name: name not in self.media for name in MEDIA},
+            **dict.fromkeys(EXPERTS, not self.has_experts),
+        }
+        defaults = {
+            "video_size": list(self.size),
+            "video_length": 1 if pictures else self.video_length,
+            "fps": self.fps,
+            "infer_steps": self.infer_steps,
+            "guidance_scale": self.guidance_scale,
+            "flow_shift": self.flow_shift,
+            "sample_solver": self.sample_solver,
+            "embedded_cfg_scale": self.embedded_guidance,
+            "output_type": self.output_types[0],
+            "blocks_to_swap": self.blocks_to_swap,
+            "cpu_noise": self.noise_on_cpu,
+            "split_uncond": not self.joins_guidance,
+            **source["defaults"],
+        }
+        spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}
+        only, frequencies = self.riflex_beyond, self.riflex_frequencies
+        long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
+        usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)
+        choices: dict[str, dict[str, Any]] = {
+            "output_type": {"choices": list(self.output_types), "help": output_help(self.output_types)},
+            "scheduler": {
+                "choices": list(self.solver_names),
+                "help": "another spelling of --sample_solver: "
+                + ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items()),
+            },
+            "optimized": {"help": OPTIMIZED.format(usual)},
+            "riflex_index": {"help": long},
+            "video_size": {"help": "size in pixels; default {} {}".format(*self.size)},
+        }
+        return {
+            "without": {*source["without"], *(name for name, is_absent in absent.items() if is_absent)},
+            "defaults": defaults,
+            "settings": {
+                **choices,
+                **source["settings"],
+                **{name: {**choices.get(name, {}), "flags": (flag,)} for name, flag in spelled.items()},
+            },
+            "refused": {**source["refused"], **(dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if pictures else {})},
+        }

@@ -3,7 +3,6 @@
 Standard library only.
 """
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from generation.prompt_lines import LineOption, Value, find_option, store
 from modules.errors import OptionError
+from modules.options import Options, option
 
 MOST_AXES = 2
 MOST_CELLS = 100  # of a sheet: their videos are open at once while it is drawn
@@ -34,11 +34,15 @@ class Axis:
     values: tuple[Value, ...]
 
 
-@dataclass(frozen=True)
-class SheetOptions:
+class SheetOptions(Options, title="comparison sheet"):
     """What a comparison sheet shows. None: none is asked for."""
 
-    sheet: tuple[str, ...] | None  # AXIS=v1,v2
+    sheet: tuple[str, ...] | None = option(
+        "make one labelled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
+        "guidance_scale=3,5. The first goes across, the second down. Values with commas: separate them with "
+        "| instead",
+        metavar="AXIS=V1,V2",
+    )
 
     @property
     def is_asked(self) -> bool:
@@ -71,19 +75,6 @@ class SheetOptions:
         if cells > MOST_CELLS:
             raise OptionError(f"--sheet has {cells} cells, {MOST_CELLS} are the most: give fewer values")
         return axes
-
-
-def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --sheet."""
-    parser.add_argument_group("comparison sheet").add_argument(
-        "--sheet",
-        nargs="*",
-        default=None,
-        metavar="AXIS=V1,V2",
-        help="make one labelled grid of all values of one or two options of a prompt line: --sheet "
-        "seed=1,2,3 guidance_scale=3,5. The first goes across, the second down. Values with commas: separate "
-        "them with | instead",
-    )
 
 
 def split_values(text: str) -> list[str]:

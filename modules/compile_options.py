@@ -1,12 +1,9 @@
 """Options for compiling the blocks of the transformer with torch."""
 
-import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.option_values import check_at_least
-from modules.options import FREE, HABIT, NO_PIXELS
-from modules.parser import add_unsupported
+from modules.options import FREE, HABIT, NO_PIXELS, Options, option, unsupported
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
@@ -66,19 +63,26 @@ class Compilation:
             )
 
 
-@dataclass(frozen=True)
-class CompileWords:
+class CompileWords(Options):
     """An option for each word of --compile_args, as newer tuners have them; None: as --compile_args says."""
 
-    compile_backend: str
-    compile_mode: str
-    compile_dynamic: str | None
-    compile_fullgraph: bool
-    compile_cache_size_limit: int | None = field(metadata=NO_PIXELS)
-
-    def __post_init__(self) -> None:
-        usual = "leave it out for enough"
-        check_at_least("--compile_cache_size_limit", self.compile_cache_size_limit, 1, usual)
+    compile_backend: str = option("another way to give BACKEND of --compile_args", default=INDUCTOR)
+    compile_mode: str = option(
+        "another way to give MODE of --compile_args; reduce-overhead is refused",
+        default=DEFAULT_MODE,
+        choices=MODES,
+    )
+    compile_dynamic: str | None = option(
+        "another way to give DYNAMIC of --compile_args", choices=("true", "false", "auto")
+    )
+    compile_fullgraph: bool = option("another way to give FULLGRAPH of --compile_args")
+    compile_cache_size_limit: int | None = option(
+        "how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
+        "uncompiled; default: at least 32",
+        least=1,
+        hint="leave it out for enough",
+        facts=NO_PIXELS,
+    )
 
     @property
     def given(self) -> dict[str, str]:
@@ -109,17 +113,47 @@ class CompileWords:
             )
 
 
-@dataclass(frozen=True)
-class TrainingCompileOptions:
+_COMPILE = (
+    "compile the transformer's blocks: the first step takes longer, the others are faster; needs Triton on a "
+    "GPU, a C++ compiler on a CPU"
+)
+_ARGS = (
+    "how to compile, default {}; DYNAMIC: auto compiles once more if sizes change, true makes all sizes "
+    "dynamic at once, false compiles for each size"
+)
+
+
+class TrainingCompileOptions(Options):
     """The two ways to ask for compilation in training: accelerate's options and those of generation."""
 
-    dynamo_backend: str = field(metadata=HABIT)
-    dynamo_mode: str | None = field(metadata=FREE)
-    dynamo_fullgraph: bool = field(metadata=FREE)
-    dynamo_dynamic: bool = field(metadata=FREE)
-    compile: bool = field(metadata=HABIT)
-    compile_args: tuple[str, ...] = field(metadata=FREE)
-    words: CompileWords = field(metadata=FREE)
+    dynamo_backend: str = option(
+        "compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, ...; "
+        "no: do not compile",
+        default="NO",
+        choices=(*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS)),
+        metavar="BACKEND",
+        facts=HABIT,
+    )
+    dynamo_mode: str | None = option(
+        "compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is "
+        "refused",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        facts=FREE,
+    )
+    dynamo_fullgraph: bool = option("stop if a part of a block cannot be compiled", facts=FREE)
+    dynamo_dynamic: bool = option(
+        "make all sizes dynamic from the start; without it a size becomes dynamic at its second value",
+        facts=FREE,
+    )
+    compile: bool = option(_COMPILE, facts=HABIT, often=True)
+    compile_args: tuple[str, ...] = option(
+        _ARGS.format(" ".join(TRAINING_ARGS)),
+        default=TRAINING_ARGS,
+        nargs=4,
+        metavar=COMPILE_ARGS,
+        facts=FREE,
+    )
+    words: CompileWords = option(facts=FREE)
 
     def __post_init__(self) -> None:
         backend, others = (
@@ -156,13 +190,19 @@ class TrainingCompileOptions:
         )
 
 
-@dataclass(frozen=True)
-class GenerationCompileOptions:
+class GenerationCompileOptions(Options):
     """Whether generation compiles the blocks, and how."""
 
-    compile: bool
-    compile_args: tuple[str, ...]
+    compile: bool = option(_COMPILE, often=True)
+    compile_args: tuple[str, ...] = option(
+        _ARGS.format(" ".join(GENERATION_ARGS)), default=GENERATION_ARGS, nargs=4, metavar=COMPILE_ARGS
+    )
     words: CompileWords
+    optimized_compile = unsupported(
+        "give --compile, which compiles whole blocks, attention and positions with them, once for all blocks "
+        "of a list",
+        "compile attention, positions and embeddings only",
+    )
 
     def __post_init__(self) -> None:
         _check_compile_args(self.compile, self.compile_args, GENERATION_ARGS)
@@ -202,85 +242,3 @@ def _switch(name: str, text: str, choices: str) -> bool:
 def _check_compile_args(is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
     if not is_on and args != usual:
         raise OptionError(f"--compile_args {' '.join(args)} does nothing without --compile: give both")
-
-
-def add_training_compile_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the arguments of `TrainingCompileOptions`."""
-    group.add_argument(
-        "--dynamo_backend",
-        default="NO",
-        choices=(*DYNAMO_BACKENDS, *(name.lower() for name in DYNAMO_BACKENDS)),
-        metavar="BACKEND",
-        help="compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, "
-        "...; no: do not compile",
-    )
-    group.add_argument(
-        "--dynamo_mode",
-        choices=("default", "reduce-overhead", "max-autotune"),
-        help="compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead "
-        "is refused",
-    )
-    group.add_argument(
-        "--dynamo_fullgraph", action="store_true", help="stop if a part of a block cannot be compiled"
-    )
-    group.add_argument(
-        "--dynamo_dynamic",
-        action="store_true",
-        help="make all sizes dynamic from the start; without it a size becomes dynamic at its second value",
-    )
-    _add_compile_arguments(group, TRAINING_ARGS)
-
-
-def add_generation_compile_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the arguments of `GenerationCompileOptions`."""
-    _add_compile_arguments(group, GENERATION_ARGS)
-    add_unsupported(
-        group,
-        "--optimized_compile",
-        action="store_true",
-        default=False,
-        reason="give --compile, which compiles whole blocks, attention and positions with them, once for all "
-        "blocks of a list",
-        help="compile attention, positions and embeddings only",
-    )
-
-
-def _add_compile_arguments(group: argparse._ArgumentGroup, usual: tuple[str, ...]) -> None:
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the transformer's blocks: the first step takes longer, the others are faster; needs "
-        "Triton on a GPU, a C++ compiler on a CPU",
-    )
-    group.add_argument(
-        "--compile_args",
-        nargs=4,
-        metavar=COMPILE_ARGS,
-        default=list(usual),
-        help=f"how to compile, default {' '.join(usual)}; DYNAMIC: auto compiles once more if sizes change, "
-        "true makes all sizes dynamic at once, false compiles for each size",
-    )
-    group.add_argument(
-        "--compile_backend", default=INDUCTOR, help="another way to give BACKEND of --compile_args"
-    )
-    group.add_argument(
-        "--compile_mode",
-        default=DEFAULT_MODE,
-        choices=MODES,
-        help="another way to give MODE of --compile_args; reduce-overhead is refused",
-    )
-    group.add_argument(
-        "--compile_dynamic",
-        choices=("true", "false", "auto"),
-        help="another way to give DYNAMIC of --compile_args",
-    )
-    group.add_argument(
-        "--compile_fullgraph", action="store_true", help="another way to give FULLGRAPH of --compile_args"
-    )
-    group.add_argument(
-        "--compile_cache_size_limit",
-        type=int,
-        metavar="N",
-        help="how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
-        "uncompiled; default: at least 32",
-    )

@@ -1,22 +1,20 @@
 """Options of log lines: how many, and where they go."""
 
-import argparse
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import Options, option
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-@dataclass(frozen=True)
-class ConsoleOptions:
+class ConsoleOptions(Options, title="log lines"):
     """Which log lines are shown, and where."""
 
-    console_log_level: str | None  # None: INFO
-    console_log_file: Path | None  # instead of standard error
-    console_log_simple: bool  # no colours, no boxes
+    console_log_level: str | None = option("least important lines shown; usually INFO", choices=LEVELS)
+    console_log_file: Path | None = option("write them to this file instead of the console")
+    console_log_simple: bool = option("plain lines: no colours, no boxes")
 
     def __post_init__(self) -> None:
         if self.console_log_file is not None and self.console_log_file.is_dir():
@@ -43,13 +41,3 @@ class ConsoleOptions:
             if type(old) is logging.StreamHandler:
                 root.removeHandler(old)
         root.addHandler(handler)
-
-
-def add_console_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `ConsoleOptions`."""
-    group = parser.add_argument_group("log lines")
-    group.add_argument(
-        "--console_log_level", choices=LEVELS, help="least important lines shown; usually INFO"
-    )
-    group.add_argument("--console_log_file", help="write them to this file instead of the console")
-    group.add_argument("--console_log_simple", action="store_true", help="plain lines: no colours, no boxes")

@@ -1,18 +1,14 @@
 """The option of all families for the dtype of their transformer. Standard library only."""
 
-import argparse
+from typing import Any
 
 from modules.errors import OptionError
+from modules.options import HABIT, option
 
 
-def add_dit_dtype(group: argparse._ArgumentGroup) -> None:
-    """Declare --dit_dtype. Its value is read by `modules.devices.choose_compute_dtype`."""
-    group.add_argument(
-        "--dit_dtype",
-        type=str,
-        default=None,
-        help="dtype that the transformer computes in; default: that of its file",
-    )
+def dit_dtype_option() -> Any:
+    """Return the field of a family's options that `modules.devices.choose_compute_dtype` reads."""
+    return option("dtype that the transformer computes in; default: that of its file", facts=HABIT)
 
 
 def refuse_for_whole(dit_dtype: str | None) -> None:

@@ -29,7 +29,7 @@ class Checkpointing:
 
 def swapped_weights(spec: DitSpec, swap: SwapOptions, device: torch.device) -> HostWeights | None:
     """Return the place in host memory for weights that are swapped, to load the network with; or None."""
-    plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.ring.block_swap_ring_size)
+    plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     return host_weights(plan, device)
 
 

@@ -3,60 +3,33 @@
 Standard library only.
 """
 
-import argparse
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import check_at_least, check_at_most
-from modules.options import read_options
-from modules.parser import Parser, add_unneeded, list_unneeded
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
+from modules.options import Options, not_needed, option
 
 MOST_SIDE = 16384  # pixels
 
 
-def add_offload_argument(group: argparse._ArgumentGroup) -> None:
-    """Declare --offload, which asks for nothing here."""
-    add_unneeded(
-        group,
-        "--offload",
-        instead="networks take turns on the device anyway.",
-        action="store_true",
-        help="keep networks in host memory while they are not used",
+class MinimalLoraOptions(Options):
+    """LoRAs as the minimal scripts take them, and what they need not be told."""
+
+    lora_weights: tuple[str, ...] = option("LoRAs to add", default=(), metavar="PATH;STRENGTH")
+    merge_lora_weights = not_needed(
+        "LoRAs are added to the weights while these are loaded.", "merge LoRAs into the model"
+    )
+    offload = not_needed(
+        "networks take turns on the device anyway.", "keep networks in host memory while they are not used"
     )
 
+    def __post_init__(self) -> None:
+        _ = self.loras
 
-def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
-    """Declare --lora_weights, which `read_strengths` reads, and --merge_lora_weights."""
-    group.add_argument(
-        "--lora_weights", type=str, nargs="*", default=[], metavar="PATH;STRENGTH", help="LoRAs to add"
-    )
-    add_unneeded(
-        group,
-        "--merge_lora_weights",
-        instead="LoRAs are added to the weights while these are loaded.",
-        action="store_true",
-        help="merge LoRAs into the model",
-    )
-
-
-def read_minimal_options(parser: Parser, record: type[T], argv: Sequence[str] | None) -> T:
-    """Read the command line into the record; log a line for each option that is not needed."""
-    args = parser.parse_args(argv)
-    for line in list_unneeded(parser, args):
-        logger.info(line)
-    return read_options(record, args)
-
-
-def check_side(option: str, side: int, least: int) -> None:
-    """Raise OptionError if a side is below `least` pixels or too large."""
-    check_at_least(option, side, least, "a side in pixels")
-    check_at_most(option, side, MOST_SIDE, "a side in pixels")
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """Return path and strength of each LoRA. Raises OptionError if a strength is no number."""
+        return [_read_lora_word(text) for text in self.lora_weights]
 
 
 def option_words(values: Mapping[str, Any], switches: Mapping[str, bool]) -> list[str]:
@@ -64,14 +37,6 @@ def option_words(values: Mapping[str, Any], switches: Mapping[str, bool]) -> lis
     # joined: a prompt may begin with a dash
     words = [f"{option}={value}" for option, value in values.items() if value is not None]
     return words + [switch for switch, is_on in switches.items() if is_on]
-
-
-def read_strengths(texts: Sequence[str]) -> list[tuple[str, float]]:
-    """Return path and strength of each text of --lora_weights, `path` or `path;strength`.
-
-    Raises OptionError if a strength is no number.
-    """
-    return [_read_lora_word(text) for text in texts]
 
 
 def lora_words(loras: Sequence[tuple[str, float]]) -> list[str]:

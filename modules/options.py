@@ -48,6 +48,8 @@ def option(
     name: str = "",
     flags: tuple[str, ...] = (),
     often: bool = False,
+    positional: bool = False,
+    title: str = "",
     least: float | None = None,
     most: float | None = None,
     above: float | None = None,
@@ -63,12 +65,14 @@ def option(
     """Return a field of an `Options` record, with the facts of its option.
 
     default: False for a switch, else None, when not given. name: the public name if the field has another;
-    flags: further spellings. often: -h shows it. least, most, above, below: limits of a number, or of each of
-    a tuple. one_of: its values, in any case, where the parser is not to know them. hint: stands behind the
-    message of a wrong value. needs: an option of this record that has to be given too; of a tuple, one of
-    them. excludes: what cannot be given beside it. refused: values of `choices` -> why there is no such
-    choice. facts: FREE, NO_PIXELS and the like. settings: further ones of `add_argument`. In front of a
-    record, only `facts` are of use.
+    flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
+    title: the heading of its group, if not that of the record. least, most,
+    above, below: limits of a number, or of each of a tuple. one_of: its values, in any case, where the parser
+    is not to know them. hint: stands behind the message of a wrong value. needs: an option of this record
+    that has to be given too; of a tuple, one of them. excludes: what cannot be given beside it. refused:
+    values of `choices` -> why there is no such choice. facts: FREE, NO_PIXELS and the like. settings: further
+    ones of `add_argument`. In front of a record, `facts` hold for all its options, and settings are those of
+    `add_options`.
     """
     words = {"needs": (needs,) if isinstance(needs, str) else needs}
     words["excludes"] = (excludes,) if isinstance(excludes, str) else excludes
@@ -79,7 +83,7 @@ def option(
         **({"hint": hint} if hint else {}),
         **({"option": name} if name else {}),
     }
-    declared = Declared(help, default, flags, often, refused or {}, settings)
+    declared = Declared(help, default, flags, often, positional, title, refused or {}, settings)
     return dataclasses.field(metadata={**found, **(facts or {}), "declared": declared})
 
 
@@ -90,6 +94,8 @@ class Declared(NamedTuple):
     default: Any
     flags: tuple[str, ...]
     often: bool
+    positional: bool
+    title: str
     refused: Mapping[str, str]
     settings: Mapping[str, Any]
 
@@ -118,7 +124,7 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 
 
 @dataclass_transform(
-    kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(option, dataclasses.field)
+    kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
 )
 class Options:
     """Base of option records: a frozen dataclass whose fields are options, or records of them.
@@ -276,10 +282,14 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
             is_there = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_there else None
             continue
-        option = option_name(field)
-        if not hasattr(args, option):
+        option, declared = option_name(field), field.metadata.get("declared")
+        argument = option.replace("-", "_")
+        if not hasattr(args, argument) and declared is not None and not declared.help:
+            values[field.name] = default_of(cls, field)
+            continue
+        if not hasattr(args, argument):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
-        value = getattr(args, option)
+        value = getattr(args, argument)
         check_characters(option, value)
         values[field.name] = convert_value(value, hint, option)
     made = cls(**values)  # first, as a record's own checks say more

@@ -4,10 +4,11 @@ Standard library only, so that `--help` answers at once.
 """
 
 import argparse
+import logging
 import re
 import sys
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,8 @@ SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _LINE_ENDS = {"\\", "^", "`", " "}
 _MISSING = "the following arguments are required: "  # as argparse says it
 _JOINED = re.compile(r"(\d+)[x*×,:](\d+)", re.IGNORECASE)  # 480x832
+logger = logging.getLogger(__name__)
+
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # others take a text
 FEW = 30  # options; so many are shown by -h too
 COLUMN = 34  # where texts begin in the short help
@@ -328,32 +331,50 @@ def add_options(
     without: Collection[str] = (),
     defaults: Mapping[str, Any] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> None:
     """Declare the options of records, and of the records in them, to a parser.
 
     An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
     `without` are options that the script does not have, whose record holds the default; `defaults` and
-    `settings` (of `add_argument`, such as `help`; `flags` for further spellings) are the script's own. group:
-    where a record without a title goes.
+    `settings` (of `add_argument`, such as `help`; `flags` for further spellings) are the script's own;
+    `refused` says why the script refuses an option. group: where a record without a title goes.
     """
     own, more = defaults or {}, settings or {}
     for cls in records:
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
             declared, name = field.metadata.get("declared"), option_name(field)
+            there = group_of(parser, declared.title) if declared is not None and declared.title else place
             hint = hints_of(cls)[field.name]
             if record_of(hint) is hint:
-                add_options(parser, hint, group=place, without=without, defaults=own, settings=more)
+                inner = {} if declared is None else declared.settings
+                add_options(
+                    parser,
+                    *((hint,) if issubclass(hint, Options) else ()),  # others are declared by functions
+                    group=there,
+                    without={*without, *inner.get("without", ())},
+                    defaults={**inner.get("defaults", {}), **own},
+                    settings={**inner.get("settings", {}), **more},
+                    refused={**inner.get("refused", {}), **(refused or {})},
+                )
             elif declared is not None and declared.help:
-                required = declared.settings.get("required") or more.get(name, {}).get("required")
+                required = {**declared.settings, **more.get(name, {})}.get("required") or declared.positional
                 default = own[name] if name in own else None if required else default_of(cls, field)
                 if name in without:
-                    parser.set_defaults(**{name: default})
+                    parser.set_defaults(**{name.replace("-", "_"): default})
                 else:
-                    _add_option(place, name, hint, default, declared, more.get(name, {}))
-        for name, refusal in vars(cls).items():
+                    action = _add_option(there, name, hint, default, declared, more.get(name, {}))
+                    if name in (refused or {}):
+                        refuse_action(action, (refused or {})[name])
+        for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):
             if isinstance(refusal, Refusal) and name not in without:
                 add_refusal(place, f"--{name}", refusal=refusal)
+
+
+def declare(*records: type[Options]) -> Callable[[argparse.ArgumentParser], None]:
+    """Return a function that declares the options of records to a parser."""
+    return lambda parser: add_options(parser, *records)
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
@@ -364,9 +385,12 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
 
 def _add_option(
     group: _Group, name: str, hint: Any, default: Any, declared: Declared, more: Mapping[str, Any]
-) -> None:
+) -> argparse.Action:
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    words: dict[str, Any] = {"help": declared.help, "default": default}
+    usual = "default: the task's" if default is None else f"default {default}"
+    words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
+    if isinstance(default, Path):
+        words["default"] = str(default)
     kind = next(kind for kind in kinds if kind is not type(None))
     if typing.get_origin(kind) is tuple:
         words["nargs"] = "*"
@@ -378,10 +402,14 @@ def _add_option(
         words |= {"type": kind} if kind in NUMBERS else {}
         words |= {} if "choices" in declared.settings else {"metavar": METAVARS.get(kind, "TEXT")}
     words |= {**declared.settings, **more}
-    flags = (*words.pop("flags", declared.flags), f"--{name}")
-    action = group.add_argument(*flags, dest=name, **words)
+    if declared.positional:
+        action = group.add_argument(name, **words)
+    else:
+        flags = dict.fromkeys((*words.pop("flags", declared.flags), f"--{name}"))  # one may be in both
+        action = group.add_argument(*flags, dest=name.replace("-", "_"), **words)
     action.often = declared.often  # type: ignore[attr-defined]
     refuse_values(action, declared.refused)
+    return action
 
 
 def add_refusal(group: _Group, *flags: str, refusal: Refusal) -> None:
@@ -423,18 +451,12 @@ def refuse_values(action: argparse.Action, reasons: Mapping[str, str]) -> None:
     action.refused = reasons  # type: ignore[attr-defined]
 
 
-def list_unneeded(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Return a line for each option that is given and not needed."""
-    return [
-        f"{flag} is not needed: {refusal.instead}" for flag, refusal in _used(parser, args) if refusal.instead
-    ]
-
-
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise OptionError if an option that is not supported is used."""
+    """Raise OptionError if an option that is not supported is used; say which are not needed."""
     for flag, refusal in _used(parser, args):
         if refusal.reason:
             raise OptionError(f"{flag} is not supported yet: {refusal.reason}")
+        logger.info("%s is not needed: %s", flag, refusal.instead)
 
 
 def _used(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[tuple[str, Refusal]]:

@@ -23,6 +23,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.command import command_line
 from modules.layers.rope import axis_angles
 from modules.options import read_options
+from modules.parser import add_options
 from pocket import train_text, train_vae
 from pocket.clips import write_clips, write_dataset
 from pocket.footage import real_clips
@@ -33,7 +34,7 @@ from training.whole_dit_options import add_whole_dit_arguments
 from wan.configs import WanConfig
 from wan.family import family_for_training
 from wan.model import WanModel
-from wan.options import WanTrainingOptions, add_training_arguments
+from wan.options import WanTrainingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     if not start.exists():
         write_random_dit(start, settings.seed)
     parser = training_parser(__doc__, add_whole_dit_arguments)
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     args = read_arguments(parser, dit_options(settings, dataset, start, vae, t5))
     family = family_for_training(read_options(WanTrainingOptions, args))
     with prepare_run(family, read_options(TrainingOptions, args)) as run:

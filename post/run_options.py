@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.media.options import FormatOptions, add_format_arguments
+from modules.media.options import FormatOptions
 from modules.option_values import to_path
+from modules.parser import add_options
 
 
 @dataclass(frozen=True)
@@ -60,4 +61,4 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu (default: the best there is)"
     )
-    add_format_arguments(parser, codec="prores", container="mkv")
+    add_options(parser, FormatOptions, defaults={"codec": "prores", "container": "mkv"})

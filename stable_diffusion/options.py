@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.console_options import ConsoleOptions, add_console_arguments
+from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import Parser, add_options
 from stable_diffusion.control_options import ControlOptions, add_control_arguments, check_control
 from stable_diffusion.guide_options import GuideOptions, add_guide_arguments
 from stable_diffusion.highres_options import HighresOptions, add_highres_arguments
@@ -96,7 +96,7 @@ def gen_img_parser(description: str | None) -> argparse.ArgumentParser:
     add_guide_arguments(parser)
     add_highres_arguments(parser)
     add_shrink_arguments(parser)
-    add_console_arguments(parser)
+    add_options(parser, ConsoleOptions)
     group = parser.add_argument_group("run")
     group.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the best available")
     return parser

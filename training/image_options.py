@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from dataset.subset_options import add_subset_arguments
-from modules.console_options import ConsoleOptions, add_console_arguments
+from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.options import read_options
-from modules.parser import list_unneeded, refuse_action
+from modules.options import Options, read_options
+from modules.parser import add_options, refuse_action
 from training.caching_options import add_caching_in_run_arguments
 from training.config_options import write_config_file
 from training.data.options import WEIGHTINGS
@@ -27,7 +27,7 @@ from training.start_options import add_start_arguments
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+R = TypeVar("R", bound=Options)
 
 IMAGE_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "logsnr")
 UNIFORM = "uniform"  # a --weighting_scheme that neither shapes the draws nor weights the loss, as none
@@ -56,24 +56,21 @@ class ImageTrainerDefaults:
 
 def read_image_training(
     doc: str | None,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    record: type[T],
+    record: type[R],
     defaults: ImageTrainerDefaults,
     argv: Sequence[str] | None,
-) -> tuple[TrainingOptions, T]:
+) -> tuple[TrainingOptions, R]:
     """Read the options of a script that trains an image model.
 
-    add_arguments, record: the family's own options. --pretrained_model_name_or_path and --vae are declared
+    record: the family's own options. --pretrained_model_name_or_path and --vae are declared
     here, and are read by a field of the record with that option name. Ends the program after --output_config.
     """
     parser = image_training_parser(doc, defaults)
-    add_arguments(parser)
+    add_options(parser, record)
     args = read_arguments(parser, argv)
     read_options(ConsoleOptions, args).apply()
     if args.output_config:
         _output_config(parser, args)
-    for line in list_unneeded(parser, args):
-        logger.info(line)
     _translate(args)
     defaults.translate(args)
     options = read_options(TrainingOptions, args)
@@ -97,7 +94,7 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     add_subset_arguments(parser)
     add_caching_in_run_arguments(parser)
     add_start_arguments(parser)
-    add_console_arguments(parser)
+    add_options(parser, ConsoleOptions)
     _add_other_names(parser.add_argument_group("other names"))
     add_foreign_arguments(parser)
     actions = {action.dest: action for action in parser._actions}

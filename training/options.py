@@ -9,9 +9,9 @@ from typing import TypeVar
 from dataset.subset_options import SubsetOptions
 from modules.errors import OptionError
 from modules.option_values import require
-from modules.options import FREE, HABIT, read_options
+from modules.options import FREE, HABIT, Options, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
-from modules.speed_options import TrainingSpeedOptions, add_training_speed_arguments
+from modules.speed_options import TrainingSpeedOptions
 from networks.options import NetworkOptions, add_network_arguments
 from training.average_options import AverageOptions, add_average_arguments
 from training.caching_options import CachingInRunOptions
@@ -36,7 +36,7 @@ from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.start_options import StartOptions
 from training.whole_dit_options import WholeDitOptions
 
-T = TypeVar("T")
+R = TypeVar("R", bound=Options)
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
 MOST_RANK = 4096
@@ -179,17 +179,18 @@ class TrainingOptions:
 
 def read_training(
     doc: str | None,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    record: type[T],
+    record: type[R],
     argv: Sequence[str] | None,
     add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments,
-) -> tuple[TrainingOptions, T]:
+    add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[TrainingOptions, R]:
     """Read the options of a script that trains.
 
-    add_arguments, record: the family's own options. doc, add_learner: see `training_parser`.
+    record: the family's own. doc, add_learner: see `training_parser`. add_more: declares the script's own.
     """
     parser = training_parser(doc, add_learner)
-    add_arguments(parser)
+    add_options(parser, record)
+    add_more(parser)
     args = read_arguments(parser, argv)
     return read_options(TrainingOptions, args), read_options(record, args)
 
@@ -213,7 +214,7 @@ def training_parser(
     add_timestep_arguments(parser, samplers)
     add_noise_arguments(parser)
     add_loss_arguments(parser)
-    add_training_speed_arguments(parser)
+    add_options(parser, TrainingSpeedOptions)
     add_accelerator_arguments(parser)
     add_options(parser, SavingOptions)
     add_sample_arguments(parser)

@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from blissful_tuner.preview_options import PreviewOptions, add_preview_arguments
+from blissful_tuner.preview_options import PreviewOptions
 from modules.errors import OptionError
 from modules.option_values import check_at_least
+from modules.parser import add_options
 from networks.options import require_files
 
 
@@ -88,7 +89,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "
         "samples of 4 steps; neither trained nor saved",
     )
-    add_preview_arguments(parser, "previews of samples", "the samples' folder")
+    add_options(parser, PreviewOptions)
     group.add_argument(
         "--sample_now",
         action="store_true",

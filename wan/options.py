@@ -1,22 +1,26 @@
 """Wan's own options for caching, training and generation."""
 
-import argparse
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modules.command import as_typed
-from modules.dit_options import add_dit_dtype
+from modules.dit_options import dit_dtype_option
 from modules.errors import OptionError
-from modules.option_values import check_at_least, check_at_most
-from modules.options import FREE, HABIT, IDENTITY, NO_PIXELS, OF_DECODING, OF_REQUEST
-from modules.parser import add_unsupported, refuse_values
-from modules.vae_options import VaeOptions, add_vae_arguments
+from modules.options import (
+    FREE,
+    HABIT,
+    IDENTITY,
+    NO_PIXELS,
+    OF_DECODING,
+    OF_REQUEST,
+    Options,
+    not_needed,
+    option,
+    unsupported,
+)
+from modules.vae_options import VaeOptions
 from wan.configs import TASKS
-
-logger = logging.getLogger(__name__)
 
 NOT_BUILT = {
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
@@ -25,35 +29,31 @@ NOT_BUILT = {
 MOST_TIMESTEP = 1000
 
 
-@dataclass(frozen=True)
-class WanTextOptions:
+class WanTextOptions(Options):
     """Paths of the umT5 encoder and its tokenizer."""
 
-    t5: Path | None
-    t5_tokenizer: Path | None
-    fp8_t5: bool
+    t5: Path | None = option("umT5 text encoder checkpoint", often=True)
+    t5_tokenizer: Path | None = option(
+        "folder or file of the tokenizer; default: beside the checkpoint, else from the hub"
+    )
+    fp8_t5: bool = option(
+        "keep T5's linear layers in fp8: half the memory of bf16, slightly different embeddings"
+    )
 
 
-@dataclass(frozen=True)
-class WanExpertOptions:
+class WanExpertOptions(Options):
     """The second transformer of a model that has one for much noise and one for little."""
 
-    dit_high_noise: Path | None
-    # 0..1 or 0..1000; None: that of the task. Resume compares where the experts begin
-    timestep_boundary: float | None = field(metadata=FREE)
-    force_v2_1_time_embedding: bool = field(metadata={**FREE, **NO_PIXELS})
-
-    def __post_init__(self) -> None:
-        boundary = self.timestep_boundary
-        if boundary is not None and not 0 < boundary < MOST_TIMESTEP:
-            raise OptionError(
-                f"--timestep_boundary {boundary:g}: give a share of noise, such as 0.875, or a timestep, "
-                "such as 875"
-            )
-        if self.force_v2_1_time_embedding:
-            logger.info(
-                "--force_v2_1_time_embedding is not needed: times are embedded once for each sample anyway"
-            )
+    dit_high_noise: Path | None = option("transformer for high noise (t2v-A14B, i2v-A14B)", often=True)
+    # resume compares where the experts begin
+    timestep_boundary: float | None = option(
+        "from which noise level on --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
+        above=0,
+        below=MOST_TIMESTEP,
+        hint="a share of noise, such as 0.875, or a timestep, such as 875",
+        facts=FREE,
+    )
+    force_v2_1_time_embedding = not_needed("each time is embedded once, whatever the model's version")
 
     @property
     def boundary(self) -> float | None:
@@ -62,55 +62,101 @@ class WanExpertOptions:
         return boundary if boundary is None or boundary > 1 else boundary * MOST_TIMESTEP
 
 
-@dataclass(frozen=True)
-class WanLatentCachingOptions:
+_CACHE_CPU = "keep the VAE's features between frames in host memory"
+_NO_ONE_FRAME = "Wan has no one-frame mode; the scripts of FramePack have. Use a dataset of images"
+_NO_CONTROLS = (
+    "Wan has no one-frame mode with control images; fpack_generate_video.py has. Use --video_length 1"
+)
+
+
+class WanLatentCachingOptions(Options, title="Wan"):
     """Options of wan_cache_latents.py besides the shared ones."""
 
     vae: VaeOptions
-    vae_cache_cpu: bool
-    clip: Path | None
-    i2v: bool
-    flf2v: bool
+    vae_cache_cpu: bool = option(_CACHE_CPU)
+    clip: Path | None = option(
+        "CLIP image encoder; also caches the image features that image-to-video training needs"
+    )
+    i2v: bool = option(
+        "cache the image condition without image features, for i2v-A14B; --clip caches both", often=True
+    )
+    flf2v: bool = option(
+        "with --clip or --i2v: condition on the first and the last frame (flf2v-14B, i2v-A14B)",
+        needs=("clip", "i2v"),
+        hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
+    )
+    one_frame = unsupported(f"{_NO_ONE_FRAME} and --task t2i-14B or t2v-A14B", "one-frame mode")
+
+
+class WanTextCachingOptions(Options, title="Wan"):
+    """Options of wan_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: WanTextOptions = option(settings={"t5": {"required": True}})
+
+
+class WanModelOptions(Options, title="Wan"):
+    """The files of the model and how they run, in training and generation."""
+
+    task: str = option(
+        "kind of model; sets defaults",
+        default="t2v-14B",
+        choices=tuple(TASKS),
+        refused=NOT_BUILT,
+        facts={**IDENTITY, **OF_REQUEST},
+        often=True,
+    )
+    dit: Path | None = option(  # resume compares its name
+        "transformer checkpoint; of a model with two experts the one for low noise", facts=FREE, often=True
+    )
+    dit_dtype: str | None = dit_dtype_option()
+    experts: WanExpertOptions = option(facts=FREE)
+    mixed_precision_transformer: bool = option(
+        "keep every tensor of the transformer in the dtype its file has", facts=HABIT
+    )
+    text_as_image_tokens: bool = option(
+        "Fun-Control without a start image: use text tokens in place of image features, as older tuners did; "
+        "for LoRAs trained that way",
+        facts=HABIT,
+    )
+    vae: VaeOptions = option(facts={**FREE, **OF_DECODING})
+    vae_cache_cpu: bool = option(_CACHE_CPU, facts={**FREE, **NO_PIXELS})
+    text: WanTextOptions = option(facts=FREE)
+    clip: Path | None = option("CLIP image encoder, for image-to-video models", facts=FREE)
+    rope_func: str = option(
+        "precision of the rotary embedding: default (float64) or comfy (float32)",
+        default="default",
+        choices=("default", "comfy"),
+        facts=HABIT,
+    )
 
     def __post_init__(self) -> None:
-        if self.flf2v and self.clip is None and not self.i2v:
+        if self.dit_dtype is not None and self.mixed_precision_transformer:
             raise OptionError(
-                "--flf2v needs --clip: the image encoder encodes the first and the last frame. Or give --i2v "
-                "for Wan2.2, which has no image encoder"
+                f"--dit_dtype {self.dit_dtype} with --mixed_precision_transformer, which keeps those of the "
+                "file: leave one of them out"
             )
 
 
-@dataclass(frozen=True)
-class WanTextCachingOptions:
-    """Options of wan_cache_text_encoder_outputs.py besides the shared ones."""
-
-    text: WanTextOptions
-
-
-@dataclass(frozen=True)
-class WanTrainingOptions:
+class WanTrainingOptions(WanModelOptions, title="Wan"):
     """Options of wan_train_network.py besides the shared ones."""
 
-    task: str = field(metadata=IDENTITY)
-    dit: Path | None = field(metadata=FREE)  # resume compares its name
-    dit_dtype: str | None = field(metadata=HABIT)
-    experts: WanExpertOptions = field(metadata=FREE)
-    sample_dit_other: Path | None = field(metadata=FREE)
-    vae: VaeOptions = field(metadata=FREE)
-    vae_cache_cpu: bool = field(metadata=FREE)
-    text: WanTextOptions = field(metadata=FREE)
-    clip: Path | None = field(metadata=FREE)
-    rope_func: str = field(metadata=HABIT)
-    mixed_precision_transformer: bool = field(metadata=HABIT)
-    text_as_image_tokens: bool = field(metadata=HABIT)
-    first_frame_probability: float | None = field(metadata=IDENTITY)  # None: that of the task
+    sample_dit_other: Path | None = option(
+        "training one transformer of a model with two: the file of the other one, for samples only. It is "
+        "not trained and gets no LoRA but those of --sample_lora; both wait in host memory",
+        facts=FREE,
+    )
+    first_frame_probability: float | None = option(
+        "ti2v-5B: share of the batches of clips that are trained from image to video, with the first frame "
+        "given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
+        least=0,
+        most=1,
+        facts=IDENTITY,
+    )
+    one_frame = unsupported(_NO_ONE_FRAME, "one-frame mode")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_first_frame()
-        # checked here, not with `choices`: the established command line has none for it
-        if self.rope_func not in {"default", "comfy"}:
-            raise OptionError(f"--rope_func {self.rope_func}: use default or comfy")
-        _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
         self._check_other()
 
     def _check_other(self) -> None:
@@ -133,8 +179,6 @@ class WanTrainingOptions:
         probability, task = self.first_frame_probability, TASKS[self.task]
         if probability is None:
             return
-        check_at_least("--first_frame_probability", probability, 0, "0 trains text to video alone")
-        check_at_most("--first_frame_probability", probability, 1, "1 trains image to video alone")
         if not task.keeps_image:
             why = "trains on its image condition" if task.takes_image else "starts from no image"
             raise OptionError(
@@ -143,25 +187,25 @@ class WanTrainingOptions:
             )
 
 
-@dataclass(frozen=True)
-class WanGenerationOptions:
+class WanGenerationOptions(WanModelOptions, title="Wan"):
     """Options of wan_generate_video.py besides the shared ones."""
 
-    task: str = field(metadata=OF_REQUEST)
-    dit: Path | None
-    dit_dtype: str | None
-    experts: WanExpertOptions
-    vae: VaeOptions = field(metadata=OF_DECODING)
-    vae_cache_cpu: bool = field(metadata=NO_PIXELS)
-    text: WanTextOptions
-    clip: Path | None
-    ckpt_dir: Path | None = field(metadata=OF_DECODING)
-    rope_func: str
-    mixed_precision_transformer: bool
-    text_as_image_tokens: bool
-    lower_precision_attention: bool
-    i2v_extra_noise: float | None
-    riflex_index: int  # read here only to be checked early
+    ckpt_dir: Path | None = option(
+        "folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without --dit, the "
+        "transformers are found in it",
+        facts=OF_DECODING,
+    )
+    lower_precision_attention: bool = option(
+        "time embedding, modulation and rotary embedding in float16 instead of float32: less memory, "
+        "slightly different videos"
+    )
+    i2v_extra_noise: float | None = option(
+        "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
+    )
+    riflex_index: int = option()  # read here only to be checked early
+    one_frame_inference = unsupported(_NO_CONTROLS, "one-frame mode", type=str)
+    control_image_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
+    control_image_mask_path = unsupported(_NO_CONTROLS, "one-frame mode", type=str, nargs="*")
 
     def __post_init__(self) -> None:
         if self.riflex_index and self.rope_func != "comfy":
@@ -169,192 +213,7 @@ class WanGenerationOptions:
                 f"--riflex_index {self.riflex_index} with --rope_func {self.rope_func}: it changes the table "
                 "of --rope_func comfy. Add --rope_func comfy."
             )
-        usual = "0.02 to 0.04 are usual"
-        check_at_least("--i2v_extra_noise", self.i2v_extra_noise, 0, usual)
-        check_at_most("--i2v_extra_noise", self.i2v_extra_noise, 10, usual)
-        _check_dtypes(self.dit_dtype, self.mixed_precision_transformer)
-
-
-def _check_dtypes(dit_dtype: str | None, keeps_file_dtypes: bool) -> None:
-    """Raise OptionError if one option asks for one dtype and another for those of the file."""
-    if dit_dtype is not None and keeps_file_dtypes:
-        raise OptionError(
-            f"--dit_dtype {dit_dtype} with --mixed_precision_transformer, which keeps those of the file: "
-            "leave one of them out"
-        )
-
-
-def add_latent_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --vae and its switches, and --clip for image-to-video caches."""
-    group = parser.add_argument_group("Wan")
-    _add_vae(group)
-    group.add_argument(
-        "--clip",
-        type=str,
-        default=None,
-        help="CLIP image encoder; also caches the image features that image-to-video training needs",
-    )
-    group.add_argument(
-        "--i2v",
-        action="store_true",
-        help="cache the image condition without image features, for i2v-A14B; --clip caches both",
-    )
-    group.add_argument(
-        "--flf2v",
-        action="store_true",
-        help="with --clip or --i2v: condition on the first and the last frame (flf2v-14B, i2v-A14B)",
-    )
-    _add_one_frame(group, "a dataset of images and --task t2i-14B or t2v-A14B")
-
-
-def add_text_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --t5 and its tokenizer."""
-    group = parser.add_argument_group("Wan")
-    _add_text(group, required=True)
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the checkpoint and the encoders that training samples need."""
-    group = parser.add_argument_group("Wan")
-    _add_dit(group)
-    group.add_argument(
-        "--sample_dit_other",
-        type=str,
-        default=None,
-        help="training one transformer of a model with two: the file of the other one, for samples only. It "
-        "is not trained and gets no LoRA but those of --sample_lora; both wait in host memory",
-    )
-    _add_vae(group)
-    _add_text(group, required=False)
-    group.add_argument(
-        "--clip", type=str, default=None, help="CLIP image encoder, for samples of image-to-video models"
-    )
-    group.add_argument(
-        "--rope_func",
-        type=str,
-        default="default",
-        help="precision of the rotary embedding: default (float64) or comfy (float32)",
-    )
-    _add_one_frame(group, "a dataset of images")
-    group.add_argument(
-        "--first_frame_probability",
-        type=float,
-        default=None,
-        help="ti2v-5B: share of the batches of clips that are trained from image to video, with the first "
-        "frame given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
-    )
-
-
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the checkpoints that generation needs."""
-    group = parser.add_argument_group("Wan")
-    group.add_argument(
-        "--ckpt_dir",
-        type=str,
-        default=None,
-        help="folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without "
-        "--dit, the transformers are found in it",
-    )
-    _add_dit(group)
-    _add_vae(group)
-    _add_text(group, required=False)
-    group.add_argument("--clip", type=str, default=None, help="CLIP image encoder, for image-to-video")
-    group.add_argument(
-        "--rope_func",
-        type=str,
-        default="default",
-        choices=["default", "comfy"],
-        help="precision of the rotary embedding: default (float64) or comfy (float32)",
-    )
-    group.add_argument(
-        "--lower_precision_attention",
-        action="store_true",
-        help="time embedding, modulation and rotary embedding in float16 instead of float32: less memory, "
-        "slightly different videos",
-    )
-    group.add_argument(
-        "--i2v_extra_noise",
-        type=float,
-        default=None,
-        help="noise added to the image condition, for more motion",
-    )
-    reason = (
-        "Wan has no one-frame mode with control images; fpack_generate_video.py has. Use --video_length 1"
-    )
-    for name, words in (
-        ("--one_frame_inference", {"type": str, "default": None}),
-        ("--control_image_path", {"type": str, "nargs": "*", "default": None}),
-        ("--control_image_mask_path", {"type": str, "nargs": "*", "default": None}),
-    ):
-        add_unsupported(group, name, reason=reason, help="one-frame mode", **words)
-
-
-def _add_one_frame(group: argparse._ArgumentGroup, instead: str) -> None:
-    reason = f"Wan has no one-frame mode; the scripts of FramePack have. Use {instead}"
-    add_unsupported(
-        group, "--one_frame", action="store_true", default=False, reason=reason, help="one-frame mode"
-    )
-
-
-def _add_dit(group: argparse._ArgumentGroup) -> None:
-    task = group.add_argument(
-        "--task", type=str, default="t2v-14B", choices=list(TASKS), help="kind of model; sets defaults"
-    )
-    refuse_values(task, NOT_BUILT)
-    group.add_argument(
-        "--dit",
-        type=str,
-        default=None,
-        help="transformer checkpoint; of a model with two experts the one for low noise",
-    )
-    group.add_argument(
-        "--dit_high_noise", type=str, default=None, help="transformer for high noise (t2v-A14B, i2v-A14B)"
-    )
-    add_dit_dtype(group)
-    group.add_argument(
-        "--timestep_boundary",
-        type=float,
-        default=None,
-        help="from which noise level on --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
-    )
-    group.add_argument(
-        "--force_v2_1_time_embedding",
-        action="store_true",
-        help="not needed: this program embeds each time once, whatever the model's version",
-    )
-    group.add_argument(
-        "--mixed_precision_transformer",
-        action="store_true",
-        help="keep every tensor of the transformer in the dtype its file has",
-    )
-    group.add_argument(
-        "--text_as_image_tokens",
-        action="store_true",
-        help="Fun-Control without a start image: use text tokens in place of image features, as older tuners "
-        "did; for LoRAs trained that way",
-    )
-
-
-def _add_vae(group: argparse._ArgumentGroup) -> None:
-    add_vae_arguments(group)
-    group.add_argument(
-        "--vae_cache_cpu", action="store_true", help="keep the VAE's features between frames in host memory"
-    )
-
-
-def _add_text(group: argparse._ArgumentGroup, required: bool) -> None:
-    group.add_argument("--t5", type=str, default=None, required=required, help="umT5 text encoder checkpoint")
-    group.add_argument(
-        "--t5_tokenizer",
-        type=str,
-        default=None,
-        help="folder or file of the tokenizer; default: beside the checkpoint, else from the hub",
-    )
-    group.add_argument(
-        "--fp8_t5",
-        action="store_true",
-        help="keep T5's linear layers in fp8: half the memory of bf16, slightly different embeddings",
-    )
+        super().__post_init__()
 
 
 def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -> tuple[str, str]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.media.options import add_codec_arguments, holds_depth, suffix_of
+from modules.media.options import FormatOptions, holds_depth, suffix_of
 from modules.option_values import check_at_least, check_at_most
+from modules.parser import add_options
 
 OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -166,7 +167,7 @@ def add_cutting_arguments(parser: argparse.ArgumentParser) -> None:
     _add_length_arguments(parser)
     _add_choice_arguments(parser)
     group = parser.add_argument_group("video format")
-    add_codec_arguments(group, "h264", "mp4")
+    add_options(parser, FormatOptions, without=("keep_pngs",))
     group.add_argument(
         "--crf",
         type=int,

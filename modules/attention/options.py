@@ -3,8 +3,9 @@
 Training has one flag for each back end, generation has --attn_mode.
 """
 
-import argparse
 from dataclasses import dataclass
+
+from modules.options import Options, option
 
 TRAINING_FLAGS = {  # mode -> flag of the training scripts; if several are given, the first counts
     "sdpa": "--sdpa",
@@ -34,17 +35,18 @@ class AttentionChoice:
 
 SDPA = AttentionChoice("sdpa")
 
+_SPLIT = "compute attention one sample at a time"
 
-@dataclass(frozen=True)
-class TrainingAttentionOptions:
+
+class TrainingAttentionOptions(Options, title="attention"):
     """The back end of training."""
 
-    sdpa: bool
-    flash_attn: bool
-    sage_attn: bool
-    xformers: bool
-    flash3: bool
-    split_attn: bool
+    sdpa: bool = option("torch's own kernels, the best one for the device (the default)")
+    flash_attn: bool = option("FlashAttention 2, from the package flash_attn", often=True)
+    sage_attn: bool = option("SageAttention: for generation only, it has no backward pass")
+    xformers: bool = option("xFormers' memory-efficient attention")
+    flash3: bool = option("FlashAttention 3, for Hopper GPUs")
+    split_attn: bool = option(_SPLIT)
 
     @property
     def choice(self) -> AttentionChoice:
@@ -61,12 +63,17 @@ class TrainingAttentionOptions:
         return [mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--"))]
 
 
-@dataclass(frozen=True)
-class GenerationAttentionOptions:
-    """The back end of generation."""
+class GenerationAttentionOptions(Options):
+    """The back end of generation. Some scripts have no --split_attn."""
 
-    attn_mode: str
-    split_attn: bool
+    attn_mode: str = option(
+        "attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, "
+        "xformers: packages",
+        default="torch",
+        choices=tuple(GENERATION_VALUES),
+        often=True,
+    )
+    split_attn: bool = option(_SPLIT)
 
     @property
     def choice(self) -> AttentionChoice:
@@ -79,44 +86,3 @@ def flag_of(mode: str, training: bool) -> str:
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
-
-
-def add_training_attention_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `TrainingAttentionOptions`."""
-    group = parser.add_argument_group("attention")
-    group.add_argument(
-        "--sdpa",
-        action="store_true",
-        help="torch's own kernels, the best one for the device (the default)",
-    )
-    group.add_argument(
-        "--flash_attn", action="store_true", help="FlashAttention 2, from the package flash_attn"
-    )
-    group.add_argument(
-        "--sage_attn", action="store_true", help="SageAttention: for generation only, it has no backward pass"
-    )
-    group.add_argument("--xformers", action="store_true", help="xFormers' memory-efficient attention")
-    group.add_argument("--flash3", action="store_true", help="FlashAttention 3, for Hopper GPUs")
-    add_split_argument(group)
-
-
-def add_generation_attention_arguments(
-    parser: argparse.ArgumentParser, group: argparse._ArgumentGroup
-) -> None:
-    """Add --attn_mode.
-
-    Scripts with --split_attn add it with `add_split_argument`; without it nothing is split.
-    """
-    group.add_argument(
-        "--attn_mode",
-        default="torch",
-        choices=tuple(GENERATION_VALUES),
-        help="attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, "
-        "xformers: packages",
-    )
-    parser.set_defaults(split_attn=False)
-
-
-def add_split_argument(group: argparse._ArgumentGroup) -> None:
-    """Add --split_attn."""
-    group.add_argument("--split_attn", action="store_true", help="compute attention one sample at a time")

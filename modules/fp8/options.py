@@ -3,13 +3,12 @@
 Training and generation name them differently.
 """
 
-import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from modules.errors import OptionError
+from modules.options import Options, option
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +26,30 @@ class Quantisation:
     product: Callable[..., Any] | None = None
 
 
-@dataclass(frozen=True)
-class TrainingFp8Options:
+_BASE = (
+    "keep the linear layers of the model's blocks in fp8: half the memory of bf16; weights already in fp8 "
+    "stay as they are"
+)
+_SCALED = (
+    "first divide each row of a weight by its own scale: much closer to the file's weights than a plain cast"
+)
+_FAST = (
+    "also multiply the linear layers of the blocks in fp8{when}, with a scale for each token: up to twice as "
+    "fast, a little less exact; for NVIDIA RTX 40, L4, H100 and later"
+)
+_UPCAST = "with --fp8_scaled: compute scales and rounding in float32 instead of the file's dtype"
+
+
+class TrainingFp8Options(Options):
     """How training stores the frozen model."""
 
-    fp8_base: bool
-    fp8_scaled: bool
-    fp8_fast: bool
-    upcast_quantization: bool
-
-    def __post_init__(self) -> None:
-        for option, is_given in (("--fp8_scaled", self.fp8_scaled), ("--fp8_fast", self.fp8_fast)):
-            if is_given and not self.fp8_base:
-                raise OptionError(f"{option} needs --fp8_base: give both")
+    fp8_base: bool = option(_BASE, often=True)
+    fp8_scaled: bool = option(f"with --fp8_base: {_SCALED}", needs="fp8_base", often=True)
+    fp8_fast: bool = option(
+        "with --fp8_base: " + _FAST.format(when=", both forward and for the gradient of their input"),
+        needs="fp8_base",
+    )
+    upcast_quantization: bool = option(_UPCAST)
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -50,22 +60,18 @@ class TrainingFp8Options:
         return Quantisation(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
 
 
-@dataclass(frozen=True)
-class GenerationFp8Options:
+class GenerationFp8Options(Options):
     """How generation stores the model."""
 
-    fp8: bool
-    fp8_scaled: bool
-    fp8_fast: bool
-    upcast_linear: bool
-    upcast_quantization: bool
+    fp8: bool = option(_BASE, often=True)
+    fp8_scaled: bool = option(f"the same, but {_SCALED}; replaces --fp8", often=True)
+    fp8_fast: bool = option(f"with --fp8_scaled or --fp8: {_FAST.format(when='')}")
+    upcast_linear: bool = option(
+        "with --fp8_scaled: compute these layers in float32; slow", needs="fp8_scaled"
+    )
+    upcast_quantization: bool = option(_UPCAST)
 
     def __post_init__(self) -> None:
-        if self.upcast_linear and not self.fp8_scaled:
-            raise OptionError(
-                "--upcast_linear needs --fp8_scaled: give both. It makes the layers of --fp8_scaled compute "
-                "in float32"
-            )
         if self.upcast_quantization and not self.fp8_scaled:
             logger.warning("--upcast_quantization is ignored because --fp8_scaled is not given")
         if self.fp8_fast and not (self.fp8 or self.fp8_scaled):
@@ -80,42 +86,3 @@ class GenerationFp8Options:
         if self.fp8_scaled:
             return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
         return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
-
-
-_BASE = (
-    "keep the linear layers of the model's blocks in fp8: half the memory of bf16; weights already in fp8 "
-    "stay as they are"
-)
-_SCALED = (
-    "first divide each row of a weight by its own scale: much closer to the file's weights than a plain cast"
-)
-_FAST = (
-    "also multiply the linear layers of the blocks in fp8{when}, with a scale for each token: up to twice as "
-    "fast, a little less exact; "
-    "for NVIDIA RTX 40, L4, H100 and later"
-)
-_UPCAST = "with --fp8_scaled: compute scales and rounding in float32 instead of the file's dtype"
-
-
-def add_training_fp8_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the arguments of `TrainingFp8Options`."""
-    group.add_argument("--fp8_base", action="store_true", help=_BASE)
-    group.add_argument("--fp8_scaled", action="store_true", help=f"with --fp8_base: {_SCALED}")
-    when = ", both forward and for the gradient of their input"
-    group.add_argument("--fp8_fast", action="store_true", help=f"with --fp8_base: {_FAST.format(when=when)}")
-    group.add_argument("--upcast_quantization", action="store_true", help=_UPCAST)
-
-
-def add_generation_fp8_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the arguments of `GenerationFp8Options`."""
-    group.add_argument("--fp8", action="store_true", help=_BASE)
-    group.add_argument("--fp8_scaled", action="store_true", help=f"the same, but {_SCALED}; replaces --fp8")
-    group.add_argument(
-        "--fp8_fast", action="store_true", help=f"with --fp8_scaled or --fp8: {_FAST.format(when='')}"
-    )
-    group.add_argument(
-        "--upcast_linear",
-        action="store_true",
-        help="with --fp8_scaled: compute these layers in float32; slow",
-    )
-    group.add_argument("--upcast_quantization", action="store_true", help=_UPCAST)

@@ -1,6 +1,5 @@
 """Guidance strategies on passes whose results are known."""
 
-import argparse
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from blissful_tuner.guidance import make_guidance, needs
 from blissful_tuner.guidance_options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
-    add_guidance_arguments,
 )
 from blissful_tuner.guidance_steps import choose_applied_steps, guidance_scales
 from modules.contract.data import Conditions
@@ -19,7 +17,6 @@ from modules.contract.experts import Expert
 from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
 from modules.contract.steps import Needs, Step
 from modules.errors import OptionError
-from modules.options import read_options
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
@@ -206,20 +203,6 @@ def test_rescaling_acts_on_what_skip_layer_guidance_makes() -> None:
     options = replace(skipping("original", "1"), guidance_rescale=1.0)
     velocity = make_guidance(replace(REQUEST, steps=4), options)(step(0), network, network.section)
     torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
-
-
-@pytest.mark.parametrize("has_embedded", [False, True])
-def test_nothing_is_on_that_is_not_given(has_embedded: bool) -> None:
-    parser = argparse.ArgumentParser()
-    add_guidance_arguments(parser, has_embedded)
-    assert read_options(GuidanceOptions, parser.parse_args([])) == PLAIN_GUIDANCE
-    assert ("--disable_embedded_for_cfg" in parser.format_help()) == has_embedded
-
-
-@pytest.mark.parametrize("share", [float("nan"), -0.1, 1.1])
-def test_rescaling_by_what_is_no_share_is_refused(share: float) -> None:
-    with pytest.raises(OptionError, match=f"--guidance_rescale {share}: give a share from 0 to 1"):
-        replace(PLAIN_GUIDANCE, guidance_rescale=share)
 
 
 @pytest.mark.parametrize("layers", ["a", "-1", "1;2"])

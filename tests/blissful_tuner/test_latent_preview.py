@@ -100,7 +100,9 @@ def test_a_tiny_vae_shows_every_frame_at_the_rate_of_the_video(tmp_path: Path) -
     from tests.tiny.taehv import write_taehv
 
     path = write_taehv(tmp_path / "taehv.pth")
-    previews = make_previews(PreviewOptions(1, path), LATENT, tmp_path, CPU, lambda _: True)
+    previews = make_previews(
+        PreviewOptions(preview_latent_every=1, preview_vae=path), LATENT, tmp_path, CPU, lambda _: True
+    )
     assert previews is not None
     with previews.of(24.0) as clip:
         clip.watch(step(0, 2, frames=3))
@@ -253,19 +255,24 @@ def test_without_previews_nothing_watches() -> None:
     with preview_clip(None, 16.0) as (watchers, on_section):
         assert watchers == []
         on_section(Section(draw(1), {}))
-    assert make_previews(PreviewOptions(None, None), LATENT, Path(), CPU, lambda _: True) is None
+    assert (
+        make_previews(
+            PreviewOptions(preview_latent_every=None, preview_vae=None), LATENT, Path(), CPU, lambda _: True
+        )
+        is None
+    )
 
 
 def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--preview_latent_every 0: must be at least 1"):
-        PreviewOptions(0, None)
+        PreviewOptions(preview_latent_every=0, preview_vae=None)
     with pytest.raises(OptionError, match=r"--preview_vae .*no.pth: no such file"):
-        PreviewOptions(1, tmp_path / "no.pth")
+        PreviewOptions(preview_latent_every=1, preview_vae=tmp_path / "no.pth")
     with pytest.raises(OptionError, match=r"add --preview_latent_every"):
-        PreviewOptions(None, tmp_path)
+        PreviewOptions(preview_latent_every=None, preview_vae=tmp_path)
     bare = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
     with pytest.raises(OptionError, match="no map from this model's latents to colours"):
-        check_preview(PreviewOptions(1, None), bare)
+        check_preview(PreviewOptions(preview_latent_every=1, preview_vae=None), bare)
 
 
 @pytest.mark.gpu
@@ -274,7 +281,7 @@ def test_taking_a_preview_does_not_wait_for_the_gpu(tmp_path: Path, has_vae: boo
     from tests.tiny.taehv import write_taehv
 
     cuda, path = torch.device("cuda"), write_taehv(tmp_path / "taehv.pth")
-    options = PreviewOptions(1, path if has_vae else None)
+    options = PreviewOptions(preview_latent_every=1, preview_vae=path if has_vae else None)
     previews = make_previews(options, LATENT, tmp_path, cuda, lambda _: True)
     assert previews is not None
     latents = draw(3).to(cuda)

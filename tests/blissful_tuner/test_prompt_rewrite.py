@@ -199,6 +199,6 @@ def test_a_missing_package_is_named_only_if_it_is_needed(
     chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert make_rewriter(PromptRewriteOptions(None, None)) is None
+    assert make_rewriter(PromptRewriteOptions(prompt_rewrite=None, prompt_rewrite_model=None)) is None
     with pytest.raises(OptionError, match="--prompt_rewrite needs the package transformers"):
-        make_rewriter(PromptRewriteOptions("normal", chat_model))
+        make_rewriter(PromptRewriteOptions(prompt_rewrite="normal", prompt_rewrite_model=chat_model))

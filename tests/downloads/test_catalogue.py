@@ -62,47 +62,34 @@ FILES = [file for component in known_components().values() for file in component
 TOOLS = {f"blissful_tuner/{tool.name}.py": tool.name for tool in TOOLS_ON_VIDEOS}
 READERS: dict[str, Callable[[list[str]], Any]] = {
     **{script: functools.partial(read_chain, name, "") for script, name in TOOLS.items()},
-    "wan_cache_latents.py": lambda argv: read_latent_caching(
-        "", wan.add_latent_caching_arguments, wan.WanLatentCachingOptions, argv
-    ),
-    "wan_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", wan.add_text_caching_arguments, wan.WanTextCachingOptions, argv
-    ),
-    "wan_train_network.py": lambda argv: read_training(
-        "", wan.add_training_arguments, wan.WanTrainingOptions, argv
-    ),
+    "wan_cache_latents.py": lambda argv: read_latent_caching("", wan.WanLatentCachingOptions, argv),
+    "wan_cache_text_encoder_outputs.py": lambda argv: read_text_caching("", wan.WanTextCachingOptions, argv),
+    "wan_train_network.py": lambda argv: read_training("", wan.WanTrainingOptions, argv),
     "wan_generate_video.py": lambda argv: read_generation(
         "",
         wan_generate_video.DEFAULTS,
-        wan.add_generation_arguments,
         wan.WanGenerationOptions,
         argv,
     ),
-    "cache_latents.py": lambda argv: read_latent_caching(
-        "", hunyuan_model.add_latent_caching_arguments, hunyuan_model.HunyuanLatentCachingOptions, argv
-    ),
+    "cache_latents.py": lambda argv: read_latent_caching("", hunyuan_model.HunyuanLatentCachingOptions, argv),
     "cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", hunyuan_model.add_text_caching_arguments, hunyuan_model.HunyuanTextCachingOptions, argv
+        "", hunyuan_model.HunyuanTextCachingOptions, argv
     ),
-    "hv_train_network.py": lambda argv: read_training(
-        "", hunyuan_model.add_training_arguments, hunyuan_model.HunyuanTrainingOptions, argv
-    ),
+    "hv_train_network.py": lambda argv: read_training("", hunyuan_model.HunyuanTrainingOptions, argv),
     "hv_generate_video.py": lambda argv: read_generation(
         "",
         hv_generate_video.DEFAULTS,
-        hunyuan_model.add_generation_arguments,
         hunyuan_model.HunyuanGenerationOptions,
         argv,
     ),
     "hunyuan_image_cache_latents.py": lambda argv: read_latent_caching(
-        "", hunyuan_image.add_latent_caching_arguments, hunyuan_image.HunyuanImageLatentCachingOptions, argv
+        "", hunyuan_image.HunyuanImageLatentCachingOptions, argv
     ),
     "hunyuan_image_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", hunyuan_image.add_text_caching_arguments, hunyuan_image.HunyuanImageTextCachingOptions, argv
+        "", hunyuan_image.HunyuanImageTextCachingOptions, argv
     ),
     "hunyuan_image_train_network.py": lambda argv: read_image_training(
         "",
-        hunyuan_image.add_training_arguments,
         hunyuan_image.HunyuanImageTrainingOptions,
         hunyuan_image_train_network.DEFAULTS,
         argv,
@@ -110,56 +97,49 @@ READERS: dict[str, Callable[[list[str]], Any]] = {
     "hunyuan_image_generate_image.py": lambda argv: read_generation(
         "",
         hunyuan_image_generate_image.DEFAULTS,
-        hunyuan_image.add_generation_arguments,
         hunyuan_image.HunyuanImageGenerationOptions,
         argv,
     ),
-    "flux_cache_latents.py": lambda argv: read_latent_caching(
-        "", flux.add_latent_caching_arguments, flux.FluxLatentCachingOptions, argv
-    ),
+    "flux_cache_latents.py": lambda argv: read_latent_caching("", flux.FluxLatentCachingOptions, argv),
     "flux_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", flux.add_text_caching_arguments, flux.FluxTextCachingOptions, argv
+        "", flux.FluxTextCachingOptions, argv
     ),
     "flux_train_network.py": lambda argv: read_image_training(
-        "", flux.add_training_arguments, flux.FluxTrainingOptions, flux_train_network.DEFAULTS, argv
+        "", flux.FluxTrainingOptions, flux_train_network.DEFAULTS, argv
     ),
     "flux_generate_image.py": lambda argv: read_generation(
         "",
         flux_generate_image.DEFAULTS,
-        flux.add_generation_arguments,
         flux.FluxGenerationOptions,
         argv,
     ),
-    "lumina_cache_latents.py": lambda argv: read_latent_caching(
-        "", lumina.add_latent_caching_arguments, lumina.LuminaLatentCachingOptions, argv
-    ),
+    "lumina_cache_latents.py": lambda argv: read_latent_caching("", lumina.LuminaLatentCachingOptions, argv),
     "lumina_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", lumina.add_text_caching_arguments, lumina.LuminaTextCachingOptions, argv
+        "", lumina.LuminaTextCachingOptions, argv
     ),
     "lumina_train_network.py": lambda argv: read_image_training(
-        "", lumina.add_training_arguments, lumina.LuminaTrainingOptions, lumina_train_network.DEFAULTS, argv
+        "",
+        lumina.LuminaTrainingOptions,
+        lumina_train_network.DEFAULTS,
+        argv,
     ),
     "lumina_generate_image.py": lambda argv: read_generation(
         "",
         lumina_generate_image.DEFAULTS,
-        lumina.add_generation_arguments,
         lumina.LuminaGenerationOptions,
         argv,
     ),
     "gen_img.py": lambda argv: read_gen_img("", argv),
     "fpack_cache_latents.py": lambda argv: read_latent_caching(
-        "", frame_pack.add_latent_caching_arguments, frame_pack.FramePackLatentCachingOptions, argv
+        "", frame_pack.FramePackLatentCachingOptions, argv
     ),
     "fpack_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", hunyuan_model.add_text_caching_arguments, hunyuan_model.HunyuanTextCachingOptions, argv
+        "", hunyuan_model.HunyuanTextCachingOptions, argv
     ),
-    "fpack_train_network.py": lambda argv: read_training(
-        "", frame_pack.add_training_arguments, frame_pack.FramePackTrainingOptions, argv
-    ),
+    "fpack_train_network.py": lambda argv: read_training("", frame_pack.FramePackTrainingOptions, argv),
     "fpack_generate_video.py": lambda argv: read_generation(
         "",
         FRAMEPACK_DEFAULTS,
-        frame_pack.add_generation_arguments,
         frame_pack.FramePackGenerationOptions,
         argv,
     ),

@@ -26,8 +26,17 @@ from tests.golden_cases import DRAWN, make_weights, read_case
 from tests.tiny.flux import CONFIGS, tiny_state, write_dit, write_tiny_flux
 
 CPU = torch.device("cpu")
-TEXT = FluxTextOptions(None, None, None, None, None, False, None, False)
-VAE = VaeOptions(None, None, False, None)
+TEXT = FluxTextOptions(
+    clip_l=None,
+    t5xxl=None,
+    clip_l_tokenizer=None,
+    t5xxl_tokenizer=None,
+    text_encoder_dtype=None,
+    fp8_t5=False,
+    t5xxl_max_token_length=None,
+    apply_t5_attn_mask=False,
+)
+VAE = VaeOptions(vae=None, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None)
 
 
 def golden_family(folder: Path, case: str, masks_text: bool = False) -> Flux:
@@ -166,8 +175,10 @@ def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
 
 def test_captions_for_chroma_need_no_clip() -> None:
     with pytest.raises(OptionError, match="--model_type chroma"):
-        FluxTextCachingOptions(FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), "flux")
-    options = FluxTextCachingOptions(FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), "chroma")
+        FluxTextCachingOptions(text=FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), model_type="flux")
+    options = FluxTextCachingOptions(
+        text=FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), model_type="chroma"
+    )
 
     family = family_for_text_caching(options)
 
@@ -179,7 +190,11 @@ def test_captions_for_chroma_need_no_clip() -> None:
 @pytest.mark.parametrize(("kind", "guidance"), [("dev", 2.5), ("chroma", 0.0)])
 def test_training_feeds_the_texts_and_the_guidance(tmp_path: Path, kind: str, guidance: float) -> None:
     path = write_dit(tmp_path, tiny_state(kind))
-    family = family_for_training(FluxTrainingOptions(path, None, "flux", VAE, TEXT, 2.5))
+    family = family_for_training(
+        FluxTrainingOptions(
+            dit=path, dit_dtype=None, model_type="flux", vae=VAE, text=TEXT, embedded_guidance=2.5
+        )
+    )
     inputs = tiny_inputs(kind)
     names = {"t5_out": "t5", "t5_attn_mask": "t5_mask", "l_pooled": "pooled"}
     tensors = {name: inputs[key] for name, key in names.items() if inputs[key] is not None}

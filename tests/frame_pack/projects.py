@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from frame_pack.family import family_for_training
-from frame_pack.options import FramePackTrainingOptions, add_training_arguments
+from frame_pack.options import FramePackTrainingOptions
 from modules.contract.loading import Placement
 from modules.options import read_options
+from modules.parser import add_options
 from networks.adapter import make_network
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
@@ -55,7 +56,7 @@ def sample_latents(tiny: TinyFamily, lora: Path, lines: str, folder: Path) -> li
     For in the project's folder.
     """
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, FramePackTrainingOptions)
     args = read_arguments(
         parser, [*tiny.train[1:], "--output_dir", str(folder), *OUTPUT, "--network_weights", str(lora)]
     )

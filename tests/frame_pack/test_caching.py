@@ -119,7 +119,8 @@ def test_a_clip_too_short_for_a_section_is_told_what_is_needed() -> None:
 
 def caching_options(**switches: Any) -> FramePackLatentCachingOptions:
     vae = HunyuanVaeOptions(
-        VaeOptions(None, None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None
+        file=VaeOptions(vae=None, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None),
+        vae_chunk_size=None,
     )
     given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | switches
     return FramePackLatentCachingOptions(vae=vae, image_encoder=None, **given)
@@ -136,7 +137,10 @@ def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tm
             {"one_frame": True, "one_frame_no_2x": no_2x, "one_frame_no_4x": no_4x} for no_4x in (False, True)
         ]
     vae = HunyuanVaeOptions(
-        VaeOptions(models["vae"], None, vae_tiling=False, vae_spatial_tile_sample_min_size=None), None
+        file=VaeOptions(
+            vae=models["vae"], vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None
+        ),
+        vae_chunk_size=None,
     )
     found = []
     for given in switches:

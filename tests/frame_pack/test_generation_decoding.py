@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from frame_pack.family import family_for_generation
-from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from frame_pack.options import FramePackGenerationOptions
 from frame_pack.sections import section_frames
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
 from modules.options import read_options
+from modules.parser import add_options
 from tests.frame_pack.stubs import RepeatingVae, family
 from tests.tiny.hunyuan_vae import write_vae
 
@@ -83,7 +84,7 @@ def test_latents_are_given_to_the_vae_as_it_makes_them() -> None:
 def test_what_is_decoded_together_is_cut_in_space_and_not_in_time(tmp_path: Path) -> None:
     """Sections have transitions of their own; the VAE's would be further ones within them."""
     parser = argparse.ArgumentParser()
-    add_generation_arguments(parser)
+    add_options(parser, FramePackGenerationOptions)
     args = parser.parse_args(
         ["--vae", str(write_vae(tmp_path / "vae.safetensors")), "--vae_dtype", "float32"]
     )

@@ -13,17 +13,13 @@ from dataset.sources.decoding import bucket_of
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
 from frame_pack.one_frame import OneFrame
-from frame_pack.options import (
-    FramePackGenerationOptions,
-    FramePackTrainingOptions,
-    add_generation_arguments,
-    add_training_arguments,
-)
+from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.errors import OptionError
 from modules.options import read_options
+from modules.parser import add_options
 from tests.dataset.making import make_table
 from tests.golden_cases import read_case
 from tests.tiny.framepack import write_siglip
@@ -330,9 +326,9 @@ def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_
     dit = write_dit(tmp_path, tiny_state(image_dim=SIGLIP_DIM))
     words = ["--dit", str(dit), "--image_encoder", str(write_siglip(tmp_path / "siglip.safetensors"))]
     training, generation = argparse.ArgumentParser(), argparse.ArgumentParser()
-    add_training_arguments(training)
+    add_options(training, FramePackTrainingOptions)
     training.add_argument("--guidance_scale", type=float, default=1.0)
-    add_generation_arguments(generation)
+    add_options(generation, FramePackGenerationOptions)
     samples = family_for_training(read_options(FramePackTrainingOptions, training.parse_args(words)))
     videos = family_for_generation(read_options(FramePackGenerationOptions, generation.parse_args(words)))
     asked = Request("a cat", 1, 48, 32, guidance_scale=3.0, extra={"image_path": str(picture)})

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from frame_pack.family import HISTORY, FramePack, family_for_generation
-from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from frame_pack.options import FramePackGenerationOptions
 from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
 from modules.contract.data import Conditions
 from modules.contract.generation import Turn, Tweaks
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import read_options
+from modules.parser import add_options
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.tiny.framepack_dit import tiny_state, write_dit
 
@@ -32,7 +33,7 @@ CONDITIONS: Conditions = {ours: INPUTS[theirs] for ours, theirs in NAMES.items()
 
 def options(*words: str) -> FramePackGenerationOptions:
     parser = argparse.ArgumentParser()
-    add_generation_arguments(parser)
+    add_options(parser, FramePackGenerationOptions)
     return read_options(FramePackGenerationOptions, parser.parse_args(list(words)))
 
 

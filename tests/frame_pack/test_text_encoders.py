@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from frame_pack.family import family_for_generation
-from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from frame_pack.options import FramePackGenerationOptions
 from frame_pack.text_encoders import TEXT_ROWS, FramePackTextEncoder, framepack_clip, framepack_llama
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from modules.options import read_options
+from modules.parser import add_options
 from modules.planning.dry_run import dry_run, largest, modules_in, place
 from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there
 from tests.tiny.hunyuan_encoders import (
@@ -137,7 +138,7 @@ def test_the_option_of_the_generation_script_reaches_the_language_model(
     folder: Path, told: str | None
 ) -> None:
     parser = argparse.ArgumentParser()
-    add_generation_arguments(parser)
+    add_options(parser, FramePackGenerationOptions)
     more = [] if told is None else ["--custom_system_prompt", told]
     args = parser.parse_args(["--text_encoder1", str(folder), "--text_encoder2", str(folder), *more])
     llama, clip = family_for_generation(read_options(FramePackGenerationOptions, args)).text_encoders()

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from frame_pack.family import family_for_training
-from frame_pack.options import FramePackTrainingOptions, add_training_arguments
+from frame_pack.options import FramePackTrainingOptions
 from modules.options import read_options
+from modules.parser import add_options
 from tests.faults.damage import flipped_data
 from tests.faults.messages import assert_one_message, run_here
 from tests.frame_pack.projects import FAST, OUTPUT, ProjectOf, train, write_project
@@ -89,7 +90,7 @@ def test_a_lora_says_what_it_was_trained_on(project_of: ProjectOf, tmp_path: Pat
 )
 def test_what_a_lora_is_trained_for_is_told_apart(switches: list[str], use: str) -> None:
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, FramePackTrainingOptions)
     options = read_options(FramePackTrainingOptions, read_arguments(parser, switches))
     assert family_for_training(options).metadata["trained_for"] == use
 

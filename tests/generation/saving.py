@@ -27,5 +27,5 @@ def output_options(
         numbers_single=numbered,
         pictures=False,
         naming="",
-        format=FormatOptions(codec, container, pngs),
+        format=FormatOptions(codec=codec, container=container, keep_pngs=pngs),
     )

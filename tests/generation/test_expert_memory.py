@@ -25,13 +25,14 @@ from modules.contract.generation import EncodedPrompts
 from modules.contract.loading import Placement
 from modules.contract.steps import Step
 from modules.options import read_options
+from modules.parser import add_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room
 from tests.tiny import wan_dit
 from tests.tiny.wan import write_tiny_wan
 from wan.family import Wan, family_for_generation
-from wan.options import WanGenerationOptions, add_generation_arguments
+from wan.options import WanGenerationOptions
 
 CUDA = torch.device("cuda")
 EXPERTS = (Expert(LOW_NOISE, 0.0), Expert("middle", 500.0), Expert(HIGH_NOISE, 900.0))
@@ -144,7 +145,7 @@ def two_experts(folder: Path, *words: str) -> tuple[Wan, GenerationOptions]:
         for seed, write_dit in enumerate([_write, _write])  # low noise, high noise
     ]
     parser = generation_parser("", ScriptDefaults(fps=16, has_experts=True))
-    add_generation_arguments(parser)
+    add_options(parser, WanGenerationOptions)
     dits = ["--dit", str(files[0]), "--dit_high_noise", str(files[1])]
     needed = ["--task", "t2v-A14B", *dits, "--prompt", "x", "--save_path", "out", "--video_size", "64", "96"]
     args = read_arguments(parser, [*needed, "--video_length", "9", "--infer_steps", "4", *words])

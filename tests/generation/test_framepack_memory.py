@@ -14,7 +14,7 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from fpack_generate_video import DEFAULTS
 from frame_pack.family import LATENT, FramePack, family_for_generation
-from frame_pack.options import FramePackGenerationOptions, add_generation_arguments
+from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
 from generation.denoise import predictor
 from generation.memory import (
@@ -33,6 +33,7 @@ from modules.contract.loading import Placement
 from modules.contract.steps import Step
 from modules.errors import MemoryPlanError
 from modules.options import read_options
+from modules.parser import add_options
 from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB, MemoryPart, Room
@@ -61,7 +62,7 @@ def text(tokens: int) -> dict[str, Any]:
 def test_denoising_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...]) -> None:
     path = write_dit(tmp_path, tiny_state(dtype=torch.bfloat16, double_blocks=5, single_blocks=6))
     parser = generation_parser("", DEFAULTS)
-    add_generation_arguments(parser)
+    add_options(parser, FramePackGenerationOptions)
     args = read_arguments(
         parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more]
     )
@@ -102,7 +103,7 @@ def made_for(folder: Path, *more: str) -> tuple[FramePack, GenerationOptions]:
     """A tiny family with all its files, and the options of a run on it."""
     files = write_tiny_framepack(folder / "models")
     parser = generation_parser("", DEFAULTS)
-    add_generation_arguments(parser)
+    add_options(parser, FramePackGenerationOptions)
     args = read_arguments(
         parser, [*files.models, "--latent_window_size", "2", "--save_path", str(folder / "out"), *more]
     )
@@ -154,7 +155,7 @@ def test_at_full_size_a_section_fits_a_card_of_6_gb(tmp_path: Path) -> None:
     path = tmp_path / "dit.safetensors"
     write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list("framepack-dit").items()})
     parser = generation_parser("", DEFAULTS)
-    add_generation_arguments(parser)
+    add_options(parser, FramePackGenerationOptions)
     found = {}
     for more in ((), ("--fp8_scaled",)):
         args = read_arguments(

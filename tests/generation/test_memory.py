@@ -18,6 +18,7 @@ from modules.contract.loading import Placement
 from modules.contract.step_cache import MagCache, TeaCache
 from modules.contract.steps import Step
 from modules.options import read_options
+from modules.parser import add_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import MemoryPart
@@ -26,7 +27,7 @@ from tests.preparing import prepare
 from tests.tiny import wan_dit
 from tests.tiny.families import FAMILIES, TinyFamily
 from wan.family import Wan, family_for_generation
-from wan.options import WanGenerationOptions, add_generation_arguments
+from wan.options import WanGenerationOptions
 
 QUICK = {"wan i2v-14B", "hunyuan_video", "framepack", "lumina"}
 CASES = [
@@ -68,7 +69,7 @@ def test_a_plan_is_printed_and_nothing_is_made(family: TinyFamily, tmp_path: Pat
 def tiny_generation(tmp_path: Path) -> tuple[Wan, GenerationOptions]:
     path = wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16, num_layers=6))
     parser = generation_parser("", ScriptDefaults(fps=16, guidance_scale=5.0))
-    add_generation_arguments(parser)
+    add_options(parser, WanGenerationOptions)
     args = read_arguments(
         parser, ["--task", "t2v-1.3B", "--dit", str(path), "--prompt", "x", "--save_path", "out"]
     )

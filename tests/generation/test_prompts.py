@@ -1,11 +1,9 @@
 """Weights, wildcards, alternatives and second prompts from the command line to latents, in all families."""
 
-import argparse
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from torch import Tensor
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from frame_pack import options as frame_pack
-from hunyuan_model import options as hunyuan
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE
 from modules.errors import OptionError
 from tests.tiny.framepack import write_tiny_framepack
@@ -313,20 +309,3 @@ def test_reproduce_asks_for_deterministic_algorithms(with_clip: Tiny) -> None:
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_hunyuan_video_and_framepack_read_texts_by_the_same_options() -> None:
-    def options(module: Any) -> dict[str, tuple[object, object]]:
-        parser = argparse.ArgumentParser()
-        module.add_generation_arguments(parser)
-        return {action.dest: (action.default, action.nargs) for action in parser._actions}
-
-    names = (
-        "custom_system_prompt",
-        "hidden_state_skip_layer",
-        "apply_final_norm",
-        "te_multiplier",
-        "reproduce",
-    )
-    first, second = options(hunyuan), options(frame_pack)
-    assert {name: first[name] for name in names} == {name: second[name] for name in names}

@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from generation.script_options import ScriptDefaults
 from generation.session import Session
 from hunyuan_model import options as hunyuan
 from modules.options import facts_of
+from modules.parser import add_options
 from tests.generation.toy_family import ToyFamily
 from tests.preparing import prepare
 from wan import options as wan
@@ -31,15 +32,14 @@ class Script:
     """A generation script's options."""
 
     defaults: ScriptDefaults
-    add_arguments: Callable[[argparse.ArgumentParser], None]
     record: type[Any]
 
     @functools.cached_property
     def actions(self) -> Mapping[str, argparse.Action]:
         """Its options by name, without those that are refused."""
         parser = generation_parser(None, self.defaults)
-        self.add_arguments(parser)
-        supported = [action for action in parser._actions if not hasattr(action, "unsupported_reason")]
+        add_options(parser, self.record)
+        supported = [action for action in parser._actions if not hasattr(action, "refusal")]
         return {action.dest: action for action in supported if action.dest != "help"}
 
     @functools.cached_property
@@ -54,19 +54,17 @@ class Script:
         }
 
     def read(self, *arguments: str) -> GenerationOptions:
-        return read_generation(
-            None, self.defaults, self.add_arguments, self.record, ["--save_path", "made", *arguments]
-        )[0]
+        return read_generation(None, self.defaults, self.record, ["--save_path", "made", *arguments])[0]
 
 
 SCRIPTS = {
-    "wan": Script(wan_generate_video.DEFAULTS, wan.add_generation_arguments, wan.WanGenerationOptions),
+    "wan": Script(wan_generate_video.DEFAULTS, wan.WanGenerationOptions),
     "hv": Script(
-        hv_generate_video.DEFAULTS, hunyuan.add_generation_arguments, hunyuan.HunyuanGenerationOptions
+        hv_generate_video.DEFAULTS,
+        hunyuan.HunyuanGenerationOptions,
     ),
     "fpack": Script(
         fpack_generate_video.DEFAULTS,
-        frame_pack.add_generation_arguments,
         frame_pack.FramePackGenerationOptions,
     ),
 }

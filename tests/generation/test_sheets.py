@@ -287,7 +287,7 @@ def test_a_line_with_long_names_makes_what_the_command_line_does(name: str, tmp_
 
 def test_a_length_counts_in_place_of_another_kind_of_length() -> None:
     def keys(axes: tuple[str, ...], line: dict[str, object]) -> list[dict[str, object]]:
-        read = SheetOptions(axes).axes(SECTIONED_GENERATION_OPTIONS)
+        read = SheetOptions(sheet=axes).axes(SECTIONED_GENERATION_OPTIONS)
         return [values for _, values in cells_of(read, line)]
 
     assert keys(("f=1,2",), {"video_sections": 3}) == [

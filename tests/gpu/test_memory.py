@@ -39,12 +39,7 @@ from training.options import read_training
 from training.planning.prediction import predict
 from training.planning.rehearsal import autocast_of
 from wan.family import family_for_generation, family_for_training
-from wan.options import (
-    WanGenerationOptions,
-    WanTrainingOptions,
-    add_generation_arguments,
-    add_training_arguments,
-)
+from wan.options import WanGenerationOptions, WanTrainingOptions
 
 MIB = 1 << 20
 
@@ -197,7 +192,7 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     """The bytes that the plan predicts for the device, and a step."""
     words = ["--task", "t2v-1.3B", "--dit", str(path), "--mixed_precision", "bf16", "--network_dim", "32"]
     words += ["--dataset_config", "-", "--output_dir", "-", "--output_name", "-", *case.options]
-    options, own = read_training(None, add_training_arguments, WanTrainingOptions, words)
+    options, own = read_training(None, WanTrainingOptions, words)
     family = family_for_training(own)
     config = family.files.dit_header().config
     size = (case.frames, 480, 832) if device.type == "cuda" else (5, 32, 32)
@@ -288,9 +283,7 @@ def test_a_generation_takes_what_the_plan_says(
         "-",
     ]
     defaults = ScriptDefaults(fps=16, guidance_scale=5.0)
-    options, own = read_generation(
-        None, defaults, add_generation_arguments, WanGenerationOptions, [*given, *words]
-    )
+    options, own = read_generation(None, defaults, WanGenerationOptions, [*given, *words])
     family = family_for_generation(own)
     config = family.files.dit_header().config
     size = (832, 480, 33) if device.type == "cuda" else (32, 32, 5)

@@ -20,7 +20,6 @@ from hunyuan_image.options import (
     AS_RELEASED,
     HunyuanImageTrainingOptions,
     ProjectedGuidanceOptions,
-    add_training_arguments,
     caching_commands,
     translate_training,
 )
@@ -33,6 +32,7 @@ from modules.errors import CacheError, CheckpointError, DatasetError, OptionErro
 from modules.flow.schedule import make_schedule
 from modules.flow.solvers import solver_for
 from modules.options import read_options
+from modules.parser import add_options
 from tests.golden_cases import FOLDER, read_case
 from tests.hunyuan_image.making import golden_model, tiny_model
 from tests.tiny.hunyuan_image import GLYPH_DIM, TEXT_DIM, tiny_state, write_dit, write_tiny_hunyuan_image
@@ -63,7 +63,11 @@ def text(ending: str, glyphs: bool = False) -> dict[str, Tensor | list[Tensor]]:
 @pytest.mark.parametrize("run", DESCRIPTION["runs"], ids=lambda run: run["name"])
 def test_whole_sampling_equals_the_recorded_latents(run: dict[str, Any], split: bool) -> None:
     start = run["apg_start_step"]
-    projection = ProjectedGuidanceOptions(start if run["ocr"] else 0, start, run["guidance_rescale_apg"])
+    projection = ProjectedGuidanceOptions(
+        apg_start_step_ocr=start if run["ocr"] else 0,
+        apg_start_step_general=start,
+        guidance_rescale_apg=run["guidance_rescale_apg"],
+    )
     family = replace(FAMILY, projection=projection)
     prompt = 'a sign "yes"' if run["ocr"] else "a cat"
     prepared = prepare(prompt, family, guidance_scale=run["guidance_scale"], steps=DESCRIPTION["steps"])
@@ -210,7 +214,7 @@ def test_numbers_of_guidance_that_cannot_be_are_refused(values: dict[str, Any]) 
 
 def training_args(*words: str) -> argparse.Namespace:
     parser = image_training_parser(None, TRAINING)
-    add_training_arguments(parser)
+    add_options(parser, HunyuanImageTrainingOptions)
     return parser.parse_args(["--pretrained_model_name_or_path", "dit", *words])
 
 

@@ -13,7 +13,7 @@ from generation.sections import make_latents
 from lumina.family import DEFAULTS, Lumina
 from lumina.files import LuminaFiles
 from lumina.official_options import generation_words, read_minimal
-from lumina.options import add_training_arguments, translate_training
+from lumina.options import LuminaTrainingOptions, translate_training
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
 from modules.contract.data import MediaTable
@@ -21,6 +21,7 @@ from modules.contract.generation import EncodedPrompts, Prompt, Request
 from modules.contract.prepared import Prepared
 from modules.errors import DatasetError, OptionError
 from modules.flow.schedule import make_schedule
+from modules.parser import add_options
 from tests.golden_cases import FOLDER, read_case
 from tests.lumina.making import golden_model
 from training.image_options import image_training_parser
@@ -122,7 +123,7 @@ def test_clips_and_control_images_are_refused() -> None:
 
 def test_training_has_luminas_names_of_shared_options() -> None:
     parser = image_training_parser(None, TRAINING)
-    add_training_arguments(parser)
+    add_options(parser, LuminaTrainingOptions)
 
     args = parser.parse_args(["--ae", "ae.safetensors", "--use_flash_attn"])
     translate_training(args)

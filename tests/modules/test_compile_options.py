@@ -1,9 +1,7 @@
 """How compilation is asked for, in training and in generation."""
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -12,25 +10,17 @@ from modules.compile_options import (
     Compilation,
     GenerationCompileOptions,
     TrainingCompileOptions,
-    add_generation_compile_arguments,
-    add_training_compile_arguments,
 )
 from modules.errors import OptionError
-from modules.options import read_options
-
-
-def _read(add: Callable[[Any], None], record: type[Any], argv: list[str]) -> Compilation | None:
-    parser = argparse.ArgumentParser()
-    add(parser.add_argument_group("speed"))
-    return read_options(record, parser.parse_args(argv)).choice
+from modules.parser import parse_options
 
 
 def training(*argv: str) -> Compilation | None:
-    return _read(add_training_compile_arguments, TrainingCompileOptions, list(argv))
+    return parse_options(None, argv, TrainingCompileOptions)[0].choice
 
 
 def generation(*argv: str) -> Compilation | None:
-    return _read(add_generation_compile_arguments, GenerationCompileOptions, list(argv))
+    return parse_options(None, argv, GenerationCompileOptions)[0].choice
 
 
 def test_nothing_is_compiled_without_being_asked_for() -> None:
@@ -143,7 +133,7 @@ def test_an_option_for_each_word_says_what_compile_args_says(ask: Callable[..., 
     [
         (["--compile_backend", "eager"], "--compile_backend does nothing without --compile"),
         (["--compile_cache_size_limit", "4"], "--compile_cache_size_limit does nothing without --compile"),
-        (["--compile", "--compile_cache_size_limit", "0"], "must be at least 1"),
+        (["--compile", "--compile_cache_size_limit", "0"], "of at least 1"),
         (["--compile", "--compile_mode", "reduce-overhead"], "CUDA graphs"),
         (
             ["--compile", "--compile_args", "eager", "default", "true", "false", "--compile_fullgraph"],

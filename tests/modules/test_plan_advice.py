@@ -80,7 +80,7 @@ def speed(tmp_path_factory: pytest.TempPathFactory) -> TrainingSpeedOptions:
 
 
 def asking(speed: TrainingSpeedOptions, blocks: int | str) -> TrainingSpeedOptions:
-    return replace(speed, swap=SwapOptions(blocks, False, speed.swap.ring))
+    return replace(speed, swap=SwapOptions(blocks_to_swap=blocks, img_in_txt_in_offloading=False))
 
 
 def test_auto_becomes_the_smallest_number_that_fits(speed: TrainingSpeedOptions) -> None:

@@ -15,7 +15,7 @@ from modules.contract.loading import Placement
 from modules.dressing import dress, swapped_weights
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import dequantise, quantise
-from modules.offload.options import SwapOptions, SwapRingOptions
+from modules.offload.options import SwapOptions
 from networks.added import AddedFile, add_loras
 from networks.convert import convert_file
 from networks.fitting import check_loras_fit
@@ -181,7 +181,11 @@ def test_fp8_weights_are_rounded_after_the_differences_are_added(case: Case) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["merged while loading", "added for samples"])
 def test_swapped_blocks_have_every_difference(tmp_path: Path, case: Case, how: str) -> None:
-    host = swapped_weights(DIT, SwapOptions(1, True, SwapRingOptions(False, False, 2)), CPU)
+    host = swapped_weights(
+        DIT,
+        SwapOptions(blocks_to_swap=1, img_in_txt_in_offloading=True),
+        CPU,
+    )
     patch = LoraPatch([case.use]) if how == "merged while loading" else None
     dit = load_dit(case.model, Placement(CPU, patch=patch, host=host))
     added = add_loras(dit, [AddedFile(case.use.lora, STRENGTH)] if patch is None else [])

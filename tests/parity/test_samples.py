@@ -18,6 +18,7 @@ from torch import Tensor
 from modules.contract.loading import Placement
 from modules.media.writing import write_png
 from modules.options import read_options
+from modules.parser import add_options
 from networks.adapter import make_network
 from tests.golden_cases import read_case
 from tests.parity import reference
@@ -31,7 +32,7 @@ from tests.training.watched import Watched
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.samples import prepare_samples
 from wan.family import family_for_training
-from wan.options import WanTrainingOptions, add_training_arguments
+from wan.options import WanTrainingOptions
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH, FRAMES, STEPS, SEED, SCALE, SHIFT = 32, 48, 9, 4, 77, 3.5, 2.0
@@ -81,7 +82,7 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Projec
 def sample_latents(project: Project, line: str, folder: Path) -> Tensor:
     """What a training that continues the project's LoRA would show at its next sample: 16 F h w."""
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     words = ["--task", project.task, *models_in(project.models), "--network_dim", "4", "--sdpa"]
     words += [
         "--dataset_config",

@@ -23,6 +23,7 @@ from modules.errors import UserError
 from modules.fp8 import products as fp8_matmul
 from modules.fp8.products import Product
 from modules.options import read_options
+from modules.parser import add_options
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, draw_known
 from pocket.measure import POCKET, model_options
@@ -31,7 +32,7 @@ from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run
 from wan.family import family_for_training
-from wan.options import WanTrainingOptions, add_training_arguments
+from wan.options import WanTrainingOptions
 
 STEPS, PARITY = 4, 0.01  # the loss may differ by 1 %
 TABLE = """
@@ -86,7 +87,7 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
     """The validation loss before and after training."""
     AcceleratorState._reset_state(reset_partial_state=True)
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     files = [
         "--dataset_config",
         folder / "dataset.toml",

@@ -19,6 +19,7 @@ from generation import session
 from modules.contract.data import Batch
 from modules.contract.loading import Placement
 from modules.options import read_options
+from modules.parser import add_options
 from pocket import drawing
 from pocket.captions import plain
 from pocket.measure import POCKET, judge, model_options
@@ -28,7 +29,7 @@ from training.loss import NoisyBatch, training_loss
 from training.options import read_arguments, training_parser
 from wan.family import Wan, family_for_training
 from wan.model import WanModel
-from wan.options import WanTrainingOptions, add_training_arguments
+from wan.options import WanTrainingOptions
 from wan.t5 import load_t5
 from wan.tokenizer import TOKENIZER
 from wan.tokens import WanTokens
@@ -112,7 +113,7 @@ def test_the_detectors_see_it(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture(scope="module")
 def family() -> Wan:
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     args = read_arguments(
         parser, [*model_options(POCKET), "--dataset_config", "-", "--output_dir", "-", "--output_name", "-"]
     )

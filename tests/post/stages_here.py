@@ -23,8 +23,8 @@ from post.stages import NamedStage
 from post.tools_options import Tool
 from tests.tiny.project import moving_square
 
-H264 = FormatOptions("h264", "mp4", False)
-PRORES = FormatOptions("prores", "mkv", False)
+H264 = FormatOptions(codec="h264", container="mp4", keep_pngs=False)
+PRORES = FormatOptions(codec="prores", container="mkv", keep_pngs=False)
 
 
 @dataclass

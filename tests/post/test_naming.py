@@ -71,7 +71,11 @@ def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.Log
 
 
 def test_prores_in_mp4_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    chain = chain_of(TOOL, write_clip(tmp_path / "a.mp4"), form=FormatOptions("prores", "mp4", False))
+    chain = chain_of(
+        TOOL,
+        write_clip(tmp_path / "a.mp4"),
+        form=FormatOptions(codec="prores", container="mp4", keep_pngs=False),
+    )
 
     tell_suffix(chain, plan_jobs(chain, Asked()))
 

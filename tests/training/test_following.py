@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from hunyuan_model.options import HunyuanTrainingOptions
-from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
 from hunyuan_model.options import generation_words as generate_hunyuan
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
+from modules.parser import add_options, declare
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
 from training.options import TrainingOptions, read_arguments, read_training, training_parser
 from training.reports.page import PageCommand
 from training.whole_dit_options import add_whole_dit_arguments
-from wan.options import WanTrainingOptions, add_training_arguments, generation_words
+from wan.options import WanTrainingOptions, generation_words
 
 NEEDED = ["--dataset_config", "my data.toml", "--output_dir", "out put", "--output_name", "it's \u00fc"]
-SCRIPTS = FamilyScripts("wan_train_network.py", add_training_arguments)
+SCRIPTS = FamilyScripts("wan_train_network.py", declare(WanTrainingOptions))
 EVERY_KIND = [
     *("--task", "i2v-14B", "--dit", "mo dels/dit.safetensors", "--vae", "v.pth", "--vae_tiling"),
     *("--network_args", "exclude_patterns=[r'.*ffn.*']", "rank_dropout=0.1", "--network_alpha", "16"),
@@ -34,12 +34,14 @@ EVERY_KIND = [
 
 
 def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions]:
-    return read_training(None, add_training_arguments, WanTrainingOptions, words)
+    return read_training(None, WanTrainingOptions, words)
 
 
 def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any) -> NextSteps:
     options, own = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
-    scripts = FamilyScripts("wan_train_network.py", add_training_arguments, partial(generation_words, own))
+    scripts = FamilyScripts(
+        "wan_train_network.py", declare(WanTrainingOptions), partial(generation_words, own)
+    )
     file = folder / "x.safetensors"
     given = given_options(options, own, scripts)
     return NextSteps(given, scripts, options, file, 40, processes, sample, converted_for="ComfyUI")
@@ -221,11 +223,14 @@ def test_a_sample_is_generated_again_with_all_that_it_shows(tmp_path: Path) -> N
 
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
     parser = training_parser("", add_whole_dit_arguments)
-    add_hunyuan_arguments(parser)
+    add_options(parser, HunyuanTrainingOptions)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
     scripts = FamilyScripts(
-        "hv_train.py", add_hunyuan_arguments, partial(generate_hunyuan, own), add_whole_dit_arguments
+        "hv_train.py",
+        declare(HunyuanTrainingOptions),
+        partial(generate_hunyuan, own),
+        add_whole_dit_arguments,
     )
     given = given_options(options, own, scripts)
 

@@ -23,7 +23,7 @@ NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", 
 
 
 def read(*argv: str) -> TrainingOptions:
-    return read_image_training(None, lambda _: None, NoOptions, DEFAULTS, [*NEEDED, *argv])[0]
+    return read_image_training(None, NoOptions, DEFAULTS, [*NEEDED, *argv])[0]
 
 
 def test_the_defaults_of_a_family_are_those_of_its_script() -> None:
@@ -100,13 +100,13 @@ def test_what_is_not_needed_is_answered_in_a_line(argv: list[str], caplog: pytes
 def test_folders_of_pictures_replace_the_toml_file(tmp_path: Path) -> None:
     argv = ["--train_data_dir", str(tmp_path), "--resolution", "768,1024", "--output_dir", "o"]
     argv += ["--output_name", "x"]
-    made, _ = read_image_training(None, lambda _: None, NoOptions, DEFAULTS, argv)
+    made, _ = read_image_training(None, NoOptions, DEFAULTS, argv)
 
     assert made.loop.dataset_config is None
     assert made.subset is not None
     assert made.subset.size == (768, 1024)
     with pytest.raises(OptionError, match="--dataset_config is missing"):
-        read_image_training(None, lambda _: None, NoOptions, DEFAULTS, argv[4:])
+        read_image_training(None, NoOptions, DEFAULTS, argv[4:])
 
 
 def test_options_are_written_to_a_file_that_gives_them_again(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_options_are_written_to_a_file_that_gives_them_again(tmp_path: Path) -> 
         read(*argv, "--output_config", "--config_file", str(path))
 
     assert ended.value.code == 0
-    again, _ = read_image_training(None, lambda _: None, NoOptions, DEFAULTS, ["--config_file", str(path)])
+    again, _ = read_image_training(None, NoOptions, DEFAULTS, ["--config_file", str(path)])
     assert again == read(*argv)
     with pytest.raises(OptionError, match="exists already"):
         read("--output_config", "--config_file", str(path))
@@ -162,8 +162,6 @@ def test_texts_are_encoded_as_precisely_as_the_rest_is_computed(
 ) -> None:
     record = next(value for name, value in vars(family).items() if name.endswith("TrainingOptions"))
 
-    _, own = read_image_training(
-        None, family.add_training_arguments, record, replace(DEFAULTS, refused={}), [*NEEDED, *argv]
-    )
+    _, own = read_image_training(None, record, replace(DEFAULTS, refused={}), [*NEEDED, *argv])
 
     assert own.text.text_encoder_dtype == dtype

@@ -11,9 +11,10 @@ import pytest
 from modules.attention.options import SDPA
 from modules.errors import OptionError, UserError
 from modules.options import read_options
+from modules.parser import add_options
 from training.expert_options import add_expert_training_arguments
 from training.options import TrainingOptions, read_arguments, training_parser
-from wan.options import add_training_arguments
+from wan.options import WanTrainingOptions
 
 MANIFEST = Path(__file__).parents[1] / "data" / "cli" / "wan_train_network.json"
 NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
@@ -21,7 +22,7 @@ NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", 
 
 def parser() -> argparse.ArgumentParser:
     made = training_parser("Train.")
-    add_training_arguments(made)
+    add_options(made, WanTrainingOptions)
     add_expert_training_arguments(made)
     return made
 

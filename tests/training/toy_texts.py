@@ -169,7 +169,7 @@ def image_toy_options(folder: Path, *arguments: object, prediction: str = "raw")
     usual += ["--max_data_loader_n_workers", 0, "--no_page"]
     defaults = ImageTrainerDefaults("uniform", 3.0, prediction)
     argv = [str(one) for one in (*usual, *arguments)]
-    return read_image_training(None, lambda _: None, NoOptions, defaults, argv)[0]
+    return read_image_training(None, NoOptions, defaults, argv)[0]
 
 
 def train_image_toy(

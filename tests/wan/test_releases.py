@@ -13,7 +13,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.names.wan import WAN
 from wan.chosen import files_and_boundary
 from wan.files import WanFiles
-from wan.options import WanGenerationOptions, add_generation_arguments
+from wan.options import WanGenerationOptions
 from wan.releases import add_release, check_names, read_release
 from wan.spec import LATENT, LATENT_5B
 from wan_generate_video import DEFAULTS
@@ -161,7 +161,7 @@ def test_a_boundary_without_a_second_transformer_is_ignored_with_a_warning(
     words = ["--save_path", "made", "--task", "t2v-A14B", "--dit", "one.st", "--timestep_boundary", "0.5"]
     words += ["--prompt", "a cat"]
     with caplog.at_level(logging.WARNING):
-        _, options = read_generation(None, DEFAULTS, add_generation_arguments, WanGenerationOptions, words)
+        _, options = read_generation(None, DEFAULTS, WanGenerationOptions, words)
         assert not caplog.records  # the folder is not looked at yet
         files_and_boundary(options, LATENT)
     assert caplog.text.count("--timestep_boundary is ignored because there is no --dit_high_noise") == 1

@@ -134,7 +134,7 @@ def predict(
     with quiet():
         dit = family.load_dit(placement)
     weights, swap = dtypes_of(dit), options.speed.swap
-    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.ring.block_swap_ring_size)
+    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     average = _average_bytes(options, dit)
     with quiet(), without_content(texts):
         moments, waiting = rehearse(family, options, dit, noisy_batch, texts)

@@ -1,6 +1,5 @@
 """Which back end an option asks for, and what the command lines refuse before anything is loaded."""
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,9 @@ from modules.attention.options import (
     AttentionChoice,
     GenerationAttentionOptions,
     TrainingAttentionOptions,
-    add_generation_attention_arguments,
-    add_split_argument,
-    add_training_attention_arguments,
     flag_of,
 )
-from modules.options import read_options
+from modules.parser import parse_options
 from tests.commands import assert_user_error, run_script
 
 TRAIN = (
@@ -32,18 +28,12 @@ TRAIN = (
 
 
 def _training(*arguments: str) -> TrainingAttentionOptions:
-    parser = argparse.ArgumentParser()
-    add_training_attention_arguments(parser)
-    return read_options(TrainingAttentionOptions, parser.parse_args(arguments))
+    return parse_options(None, arguments, TrainingAttentionOptions)[0]
 
 
 def _generation(*arguments: str, splits: bool = True) -> GenerationAttentionOptions:
-    parser = argparse.ArgumentParser()
-    group = parser.add_argument_group("speed")
-    add_generation_attention_arguments(parser, group)
-    if splits:
-        add_split_argument(group)
-    return read_options(GenerationAttentionOptions, parser.parse_args(arguments))
+    without = () if splits else ("split_attn",)
+    return parse_options(None, arguments, GenerationAttentionOptions, without=without)[0]
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,17 @@
-import argparse
-
 import pytest
 from torch import nn
 
 from hunyuan_model.checkpoints import DIT as HUNYUAN
 from modules.errors import OptionError
-from modules.offload.options import SwapOptions, add_swap_arguments
+from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan, most_blocks, plan_list
-from modules.options import read_options
+from modules.parser import parse_options
 from tests.modules.swap_cases import CASES
 from wan.checkpoints import DIT as WAN
 
 
 def options(*words: str) -> SwapOptions:
-    parser = argparse.ArgumentParser()
-    add_swap_arguments(parser.add_argument_group(), None)
-    return read_options(SwapOptions, parser.parse_args(words))
+    return parse_options(None, words, SwapOptions)[0]
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 30, 40])
@@ -37,7 +33,7 @@ def test_more_slots_take_the_place_of_blocks_that_stay(slots: int) -> None:
 
 
 def test_a_ring_of_one_block_is_refused() -> None:
-    with pytest.raises(OptionError, match="--block_swap_ring_size 1: must be at least 2"):
+    with pytest.raises(OptionError, match="--block_swap_ring_size 1: give a number of at least 2"):
         options("--block_swap_ring_size", "1")
 
 

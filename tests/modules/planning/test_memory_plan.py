@@ -12,7 +12,7 @@ from hunyuan_model.checkpoints import load_dit as load_hunyuan
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import MemoryPlanError, OptionError
-from modules.offload.options import SwapOptions, SwapRingOptions
+from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
 from modules.planning.memory_plan import (
@@ -39,7 +39,6 @@ from tests.manifests import tensor_list, write_hollow
 from wan.checkpoints import load_dit as load_wan
 
 SPEC = DitSpec(block_lists=("blocks",))
-RING = SwapRingOptions(False, False, 2)
 
 
 def model(blocks: int = 6) -> nn.Module:
@@ -178,9 +177,9 @@ def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_whe
 ) -> None:
     room = Room("a card of 16 GiB", 16 * GIB, 16 * GIB)
 
-    auto = presented(SwapOptions("auto", False, RING), room, capsys)
-    given = presented(SwapOptions(2, False, RING), room, capsys)
-    without = presented(SwapOptions(None, False, RING), None, capsys)
+    auto = presented(SwapOptions(blocks_to_swap="auto"), room, capsys)
+    given = presented(SwapOptions(blocks_to_swap=2), room, capsys)
+    without = presented(SwapOptions(blocks_to_swap=None), None, capsys)
 
     assert "--blocks_to_swap auto: 6. 14.00 GiB are predicted" in auto
     assert "Fits: 14.00 GiB" in auto
@@ -191,7 +190,12 @@ def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_whe
 
 
 @pytest.mark.parametrize(
-    "swap", [SwapOptions("auto", False, RING), SwapOptions(4, False, RING)], ids=["auto", "4"]
+    "swap",
+    [
+        SwapOptions(blocks_to_swap="auto"),
+        SwapOptions(blocks_to_swap=4),
+    ],
+    ids=["auto", "4"],
 )
 def test_a_rehearsal_that_fails_ends_a_run_only_where_auto_waits_for_it(
     swap: SwapOptions, caplog: pytest.LogCaptureFixture

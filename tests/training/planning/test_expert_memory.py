@@ -9,6 +9,7 @@ from torch import nn
 
 from modules.contract.family import Family
 from modules.options import read_options
+from modules.parser import add_options
 from modules.planning.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, largest
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import Phase
@@ -22,7 +23,7 @@ from training.planning import rehearsal
 from training.planning.memory import cheaper, remarks_on_host
 from training.planning.prediction import predict
 from wan.family import family_for_training
-from wan.options import WanTrainingOptions, add_training_arguments
+from wan.options import WanTrainingOptions
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
         state = wan_dit.tiny_state("t2v", seed, torch.bfloat16, num_layers=LAYERS)
         files.append(str(wan_dit.write_dit(folder, state, name=f"dit{seed}")))
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     add_expert_training_arguments(parser)
     network = ["--network_module", "networks.lora_wan", "--network_dim", "32"]
     dits = ["--task", "t2v-A14B", "--dit", files[0], "--dit_high_noise", files[1]]

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from frame_pack.family import family_for_training as framepack_family
 from frame_pack.options import FramePackTrainingOptions
-from frame_pack.options import add_training_arguments as add_framepack_arguments
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
-from hunyuan_model.options import add_training_arguments as add_hunyuan_arguments
 from modules import dressing
 from modules.contract.data import Batch
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.options import read_options
+from modules.parser import add_options
 from modules.planning.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB
@@ -33,7 +32,7 @@ from training.planning.prediction import predict
 from training.planning.rehearsal import rehearse
 from training.whole_dit_options import add_whole_dit_arguments
 from wan.family import family_for_training as wan_family
-from wan.options import WanTrainingOptions, add_training_arguments
+from wan.options import WanTrainingOptions
 
 GIVEN = ["--dataset_config", "data.toml", "--output_dir", "out", "--output_name", "name"]
 LAYERS = 5  # more than a rehearsal runs
@@ -43,7 +42,7 @@ CHECKPOINTED = ["--mixed_precision", "bf16", "--gradient_checkpointing"]
 def wan(folder: Path, *more: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Family, TrainingOptions]:
     path = wan_dit.write_dit(folder, wan_dit.tiny_state("t2v", dtype=dtype, num_layers=LAYERS))
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     network = ["--network_module", "networks.lora_wan", "--network_dim", "4"]
     args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-1.3B", "--dit", str(path), *more], {})
     return wan_family(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args)
@@ -53,7 +52,7 @@ def hunyuan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, T
     state = hunyuan_dit.tiny_state("t2v", dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
     path = hunyuan_dit.write_dit(folder, state)
     parser = training_parser("", add_whole_dit_arguments) if is_whole else training_parser("")
-    add_hunyuan_arguments(parser)
+    add_options(parser, HunyuanTrainingOptions)
     network = [] if is_whole else ["--network_module", "networks.lora", "--network_dim", "4"]
     args = read_arguments(parser, [*GIVEN, *network, "--dit", str(path), *more], {})
     return hunyuan_family(read_options(HunyuanTrainingOptions, args)), read_options(TrainingOptions, args)
@@ -63,7 +62,7 @@ def framepack(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
     state = framepack_dit.tiny_state(dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
     path = framepack_dit.write_dit(folder, state)
     parser = training_parser("")
-    add_framepack_arguments(parser)
+    add_options(parser, FramePackTrainingOptions)
     network = ["--network_module", "networks.lora_framepack", "--network_dim", "4"]
     args = read_arguments(parser, [*GIVEN, *network, "--dit", str(path), *more], {})
     return framepack_family(read_options(FramePackTrainingOptions, args)), read_options(TrainingOptions, args)
@@ -314,7 +313,7 @@ def full_size(folder: Path, *more: str) -> tuple[Family, TrainingOptions, NoisyB
     path = folder / "model.safetensors"
     write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list("wan2.1-t2v-14b").items()})
     parser = training_parser("")
-    add_training_arguments(parser)
+    add_options(parser, WanTrainingOptions)
     network = ["--network_module", "networks.lora_wan", "--network_dim", "32", *CHECKPOINTED]
     args = read_arguments(parser, [*GIVEN, *network, "--task", "t2v-14B", "--dit", str(path), *more], {})
     text = torch.zeros(512, 4096, dtype=torch.bfloat16)
