@@ -14,7 +14,7 @@ FAMILIES = {
     "hunyuan_video": "hunyuan_model.checkpoints",
     "wan": "wan.checkpoints",
 }
-# name -> its generation script, if compare.py can call it: gen_img.py has options and files of its own
+# name -> its generation script, if tools/compare.py can call it: gen_img.py has options and files of its own
 GENERATION_SCRIPTS = {
     "lumina": "lumina_generate_image",
     "flux": "flux_generate_image",

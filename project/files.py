@@ -191,7 +191,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
     names = ["--family", model.family, "--task", model.task, *fp8, "--to", choice.options.models.resolve()]
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
     train = ["python", script, "--config_file", (folder / RUN_FILE).as_posix()]
-    return [["python", "download.py", *map(str, names)], [*texts, "--check"], latents, texts, train]
+    return [["python", "tools/download.py", *map(str, names)], [*texts, "--check"], latents, texts, train]
 
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
@@ -267,7 +267,7 @@ def _tell(choice: Choice) -> list[str]:
         "pictures, of which this model learns nothing": (
             one for one in media if not one.is_clip and model.data.get("from_image")
         ),
-        "without a caption in a .txt file beside it; caption_dataset.py can write them": (
+        "without a caption in a .txt file beside it; tools/caption_dataset.py can write them": (
             one for one in media if one.caption is None
         ),
     }

@@ -153,6 +153,7 @@ SCRIPTS = sorted(
 )
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
+    "tools": (*("caption_dataset", "compare", "convert_cache", "dataset_report", "download", "split_video"),),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
     ),

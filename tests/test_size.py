@@ -29,8 +29,9 @@ BUDGET = {
     "package": (400, 7),
     "post": (8450, 74),
     "project": (550, 5),
-    "scripts": (2050, 50),
+    "scripts": (1870, 44),
     "stable_diffusion": (8500, 59),
+    "tools": (250, 7),
     "training": (14050, 93),
     "wan": (4150, 27),
 }

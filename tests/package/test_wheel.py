@@ -115,7 +115,7 @@ def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed)
     for name in NAMES:
         expected = scripts[name]
         for tool in TOOLS:
-            expected = expected.replace(f"python {tool}", Path(tool).stem)
+            expected = expected.replace(f"python {tool}", Path(tool).stem).replace(tool, Path(tool).stem)
         for other in NAMES:
             expected = expected.replace(f"python {other}.py", other).replace(f" {other}.py", f" {other}")
         assert "--" in expected

@@ -1,6 +1,6 @@
 """Compare LoRA files and strengths: one model, one prompt file, a grid of clips with a column for each.
 
-    python compare.py --lora my_lora-*.safetensors --lora_multiplier 0.6 0.8 1.0 --from_file prompts.txt ...
+    python tools/compare.py --lora my-*.safetensors --lora_multiplier 0.6 0.8 1.0 --from_file prompts.txt ...
 
 All other options are those of the family's generation script, such as wan_generate_video.py --help: the
 model's files, --from_file or --prompt, sizes, steps, --save_path.
@@ -10,6 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
 from families import GENERATION_SCRIPTS, identify
