@@ -52,12 +52,13 @@ class ScriptCommand:
 def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in a checkout's or the package's folder, by their words.
 
-    A script is a file there, or in one of `SCRIPT_ROOMS`, that runs `command_line`.
+    A script is a file there, or in one of `SCRIPT_ROOMS`, that runs `command_line` or a
+    `Script`.
     """
     commands = []
     for path in (path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if path.stem in OF_A_CHECKOUT or not re.search(r"^ +command_line\(", text, re.MULTILINE):
+        if path.stem in OF_A_CHECKOUT or not re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE):
             continue
         commands.append(ScriptCommand(tuple(name_words(path.stem).split()), path))
     return sorted(commands, key=lambda command: command.words)
