@@ -35,8 +35,7 @@ FLOORS = {
         {"paths"},
         {"answers", "atomic_write", "devices", "failures", "file_locks", "installation", "option_values"},
         {"options"},
-        {"asking", "command", "console", "environment", "families", "fp8", "output_files"}
-        | {"user_modules"},
+        {"asking", "command", "console", "environment", "families", "fp8", "output_files"} | {"user_modules"},
         {"parser", "scripts"},
         {"console_options"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
