@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
 from dataset.ray_options import read_ray_options
-from families import identify
 from modules.command import as_typed, command_line
+from modules.families import identify
 from modules.installation import import_own
 
 

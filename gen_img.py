@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from families import identify
 from modules.command import command_line
+from modules.families import identify
 from modules.hidden_packages import hide_packages
 from stable_diffusion.options import read_gen_img
 

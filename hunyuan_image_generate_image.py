@@ -1,15 +1,10 @@
 """Generate images with HunyuanImage-2.1. All options: python hunyuan_image_generate_image.py --help"""
 
-from collections.abc import Callable, Sequence
-
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from families import identify
-from generation.options import read_generation
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
-from hunyuan_image.options import HunyuanImageGenerationOptions
-from modules.command import command_line
+from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
@@ -27,17 +22,8 @@ DEFAULTS = ScriptDefaults(
     line_options=IMAGE_GENERATION_OPTIONS,
     output_types=PICTURE_OUTPUTS,
 )
-
-
-def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
-    """Read the options, then `make(family, options)`; None: generate."""
-    options, own_options = read_generation(__doc__, DEFAULTS, HunyuanImageGenerationOptions, argv)
-
-    from generation.run import generate  # torch loads here, after every option has been read
-    from hunyuan_image.family import family_for_generation
-
-    (make or generate)(family_for_generation(own_options), options)
+main = generation_script("hunyuan_image", DEFAULTS, __doc__)
 
 
 if __name__ == "__main__":
-    command_line(main, explain=identify)
+    main.run()

@@ -3,17 +3,15 @@
 All options: python hv_generate_video.py --help
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from families import identify
-from generation.options import read_generation
+from generation.options import GenerationOptions
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS
 from generation.script_options import ScriptDefaults
+from generation.scripts import generation_script
 from hunyuan_model.options import HunyuanGenerationOptions
-from modules.command import command_line
 
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
@@ -36,23 +34,19 @@ DEFAULTS = ScriptDefaults(
 )
 
 
-def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
-    """Read the options, then `make(family, options)`; None: generate."""
-    options, hunyuan_options = read_generation(__doc__, DEFAULTS, HunyuanGenerationOptions, argv)
-    if hunyuan_options.exclude_single_blocks:
+def settle(
+    options: GenerationOptions, own: HunyuanGenerationOptions
+) -> tuple[GenerationOptions, HunyuanGenerationOptions]:
+    """Make --exclude_single_blocks a pattern of the LoRAs."""
+    if own.exclude_single_blocks:
         files = len(options.lora.lora_weight or ())
-        options = replace(
-            options, lora_patterns=options.lora_patterns.also_excluding("single_(transformer_)?blocks", files)
-        )
+        patterns = options.lora_patterns.also_excluding("single_(transformer_)?blocks", files)
+        options = replace(options, lora_patterns=patterns)
+    return options, own
 
-    from generation.run import generate  # torch loads here, after every option has been read
-    from hunyuan_model.family import family_for_generation
-    from modules.devices import make_deterministic
 
-    if hunyuan_options.reproduce:
-        make_deterministic()
-    (make or generate)(family_for_generation(hunyuan_options), options)
+main = generation_script("hunyuan_video", DEFAULTS, __doc__, settle=settle)
 
 
 if __name__ == "__main__":
-    command_line(main, explain=identify)
+    main.run()

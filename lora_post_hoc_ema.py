@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from families import identify
 from modules.command import command_line
+from modules.families import identify
 from modules.options import read_options
 from modules.parser import Parser
 from networks.averaging_options import AveragingOptions, add_averaging_arguments

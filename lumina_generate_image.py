@@ -1,15 +1,11 @@
 """Generate images with Lumina-Image-2.0. All options: python lumina_generate_image.py --help"""
 
-from collections.abc import Callable, Sequence
-
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from families import identify
-from generation.options import read_generation
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
-from lumina.options import EXTRAS, LuminaGenerationOptions
-from modules.command import command_line
+from generation.scripts import generation_script
+from lumina.options import EXTRAS
 
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,
@@ -30,17 +26,8 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-
-
-def main(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
-    """Read the options, then `make(family, options)`; None: generate."""
-    options, lumina_options = read_generation(__doc__, DEFAULTS, LuminaGenerationOptions, argv)
-
-    from generation.run import generate  # torch loads here, after every option has been read
-    from lumina.family import family_for_generation
-
-    (make or generate)(family_for_generation(lumina_options), options)
+main = generation_script("lumina", DEFAULTS, __doc__)
 
 
 if __name__ == "__main__":
-    command_line(main, explain=identify)
+    main.run()

@@ -8,9 +8,9 @@ from logging import getLogger
 
 import modules.interpreter  # noqa: F401
 from dataset.cogvideox.options import MAX_TOKENS, PrepareOptions, add_prepare_arguments
-from families import identify
 from modules.command import command_line
 from modules.errors import CheckpointError
+from modules.families import identify
 from modules.options import read_options
 from modules.parser import Parser
 

@@ -14,8 +14,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from package.reelsmith.commands import find_commands  # noqa: E402
+
 BAR = 0.1
-NOT_COMMANDS = {"families.py", "run_tests.py", "quickstart.py", "reelsmith.py"}
 
 
 def seconds(command: list[str], runs: int) -> float:
@@ -29,11 +32,8 @@ def seconds(command: list[str], runs: int) -> float:
 
 
 def scripts() -> list[str]:
-    """Return the scripts that users call: those beside the rooms, and the tools in blissful_tuner."""
-    found = [path for path in sorted(ROOT.glob("*.py")) if path.name not in NOT_COMMANDS]
-    tools = sorted((ROOT / "blissful_tuner").glob("*.py"))
-    found += [path for path in tools if "command_line(main" in path.read_text(encoding="utf-8")]
-    return [path.relative_to(ROOT).as_posix() for path in found]
+    """Return the scripts that users call."""
+    return sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
 
 
 def main() -> None:

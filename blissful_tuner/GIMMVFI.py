@@ -12,8 +12,8 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from families import identify
 from modules.command import command_line
+from modules.families import identify
 from post.chain_options import read_chain
 
 

@@ -13,8 +13,8 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.model_utility_options import ModelUtilityOptions, add_model_utility_arguments
-from families import identify
 from modules.command import command_line
+from modules.families import identify
 from modules.options import read_options
 from modules.parser import Parser
 

@@ -1,4 +1,4 @@
-"""Options of `convert_cache.py`. Standard library only."""
+"""Options of `tools/convert_cache.py`. Standard library only."""
 
 import argparse
 from dataclasses import dataclass

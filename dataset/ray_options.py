@@ -8,13 +8,13 @@ from pathlib import Path
 from dataset.options import MOST_AT_ONCE, MOST_SHARDS
 from modules.command import did_you_mean
 from modules.errors import OptionError
+from modules.families import WITH_SCRIPTS
 from modules.option_values import check_at_most
 from modules.options import read_options
 from modules.parser import Parser
 
-_PREFIXES = ("", "wan_", "fpack_", "flux_", "hunyuan_image_", "lumina_")  # of scripts; "": HunyuanVideo
-LATENT_SCRIPTS = tuple(f"{name}cache_latents" for name in _PREFIXES)
-TEXT_SCRIPTS = tuple(f"{name}cache_text_encoder_outputs" for name in _PREFIXES)
+LATENT_SCRIPTS = tuple(f"{entry.cache}_latents" for entry in WITH_SCRIPTS.values())
+TEXT_SCRIPTS = tuple(f"{entry.cache}_text_encoder_outputs" for entry in WITH_SCRIPTS.values())
 
 
 @dataclass(frozen=True)

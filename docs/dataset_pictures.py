@@ -1,4 +1,4 @@
-"""Make docs/dataset_page.png, a page of dataset_report.py: python docs/dataset_pictures.py
+"""Make docs/dataset_page.png, a page of tools/dataset_report.py: python docs/dataset_pictures.py
 
 Its clips are drawn. It is photographed in a headless Chromium, as tests/browser.py finds it.
 """
@@ -16,13 +16,13 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import dataset_report  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from tests.browser import open_page  # noqa: E402
 from tests.dataset.cutting.films import landscape  # noqa: E402
 from tests.pictures import picture  # noqa: E402
+from tools import dataset_report  # noqa: E402
 
 CONFIG = """[general]
 resolution = [480, 272]

@@ -145,7 +145,7 @@ def download_hint(path: Path) -> str | None:
             for component in one.components:
                 parts = component.path.parts
                 if component.option is not None and path.parts[-len(parts) :] == parts:
-                    words = ["python", "download.py", "--family", one.family, "--task", one.task]
+                    words = ["python", "tools/download.py", "--family", one.family, "--task", one.task]
                     words += ["--fp8_encoders"] if in_fp8 else []
                     words += ["--to", str(path.parents[len(parts) - 1])]
                     return f"{as_typed(words)} downloads it"

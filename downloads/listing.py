@@ -67,7 +67,7 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
     """Return one line for each task, with the size of all its files."""
     rows = [(one.family, one.task, gigabytes(total_bytes(one.components)), one.about) for one in sets]
-    command = as_typed(["python", "download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
+    command = as_typed(["python", "tools/download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
     example = f"{command} shows the files of one"
     return [*_columns([("family", "task", "size", ""), *rows]), "", example]
 

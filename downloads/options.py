@@ -1,4 +1,4 @@
-"""Options of download.py. Standard library only."""
+"""Options of tools/download.py. Standard library only."""
 
 import argparse
 import difflib

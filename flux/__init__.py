@@ -1,0 +1,15 @@
+"""FLUX.1 and Chroma: read family.py first, then model.py.
+
+blocks: attention of pictures and text: double and single blocks
+checkpoints: transformer files, as published and as diffusers writes
+chroma: the network that makes Chroma's modulations
+conditioning: what the transformer takes besides noisy latents
+configs: dimensions of a transformer, releases and their settings
+encoders: autoencoder and text encoders: files, compute dtypes
+family: FLUX.1 and Chroma, described for the shared loops
+files: paths of a run, each checked against its option
+model: the transformer, with the names of published checkpoints
+official_options: the image guides' command line, in our words
+options: own options for caching, training and generation
+spec: latents, noise and names in the transformer
+"""

@@ -1,4 +1,4 @@
-"""Options of compare.py besides those of the family's generation script. Standard library only."""
+"""Options of tools/compare.py besides those of the family's generation script. Standard library only."""
 
 import argparse
 import glob

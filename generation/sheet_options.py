@@ -20,7 +20,7 @@ PROMPT = LineOption("prompt", str)
 # no axes, and why
 REFUSED = {
     "fps": "it changes no picture, and the cells of a sheet play at one rate. Leave it out",
-    "lora_multiplier": "it holds for a whole run. Use compare.py, which makes a column of each strength",
+    "lora_multiplier": "it holds for a whole run. tools/compare.py makes a column of each strength",
 }
 
 

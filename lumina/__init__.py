@@ -1,0 +1,15 @@
+"""Lumina-Image-2.0: read family.py first, then model.py.
+
+blocks: attention and feed-forward, modulated by the time
+checkpoints: transformer files: published, diffusers' layout, all-in-one
+configs: dimensions of transformer and text encoder, as data
+family: Lumina-Image-2.0, described for the shared loops
+files: paths of a run, each checked against its option
+gemma: Gemma 2 as text encoder: files and network
+model: the transformer, with the names of published checkpoints
+official_options: the image guides' command line, in our words
+options: own options for caching, training and generation
+spec: latents, noise and names in the transformer
+text_encoder: Gemma 2 behind the words of a system prompt
+tokenizer: Gemma 2's tokenizer, from wherever it may lie
+"""

@@ -17,6 +17,7 @@ from modules.errors import InstallationError
 ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
 PREFIX = __name__.rpartition("modules.")[0]
+SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
 MOST_BEFORE = 16  # words of a command before the script: options of the launcher
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
@@ -47,13 +48,13 @@ def command_words(words: Sequence[str]) -> list[str]:
     """
     words = list(words)
     if not PREFIX:
-        place = next((index for index, word in enumerate(words[:MOST_BEFORE]) if _is_script(word)), None)
+        place = next((index for index, word in enumerate(words[:MOST_BEFORE]) if find_script(word)), None)
         if place is not None and words[0] in {"python", "accelerate"}:
-            words[place] = str(_typed_folder() / words[place])
+            words[place] = str(_typed_folder() / (find_script(words[place]) or ""))
         return words
-    if words[:1] == ["python"] and any(map(_is_script, words[1:2])):
+    if words[:1] == ["python"] and any(map(find_script, words[1:2])):
         return [Path(words[1]).stem, *words[2:]]
-    place = next((index for index, word in enumerate(words) if _is_script(word)), None)
+    place = next((index for index, word in enumerate(words) if find_script(word)), None)
     if words[:2] == ["accelerate", "launch"] and place is not None:
         return [*words[:place], "-m", PREFIX + words[place].removesuffix(".py"), *words[place + 1 :]]
     return words
@@ -67,12 +68,18 @@ def _typed_folder() -> Path:
     except ValueError:
         inside = Path(typed.name)
     folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent
-    return folder if _is_script(inside.as_posix()) else Path()
+    return folder if find_script(inside.as_posix()) else Path()
 
 
-def _is_script(word: str) -> bool:
-    is_name = re.fullmatch(r"((blissful_tuner|networks)/)?\w+(\.py)?", word) is not None
-    return is_name and (ROOT / f"{word.removesuffix('.py')}.py").is_file()
+def find_script(word: str) -> Path | None:
+    """Return the path in ROOT of the script that a word of a command names; None if it names none.
+
+    word: `wan_train_network.py`, `tools/compare.py`; the room and .py may be left out.
+    """
+    if re.fullmatch(rf"(({'|'.join(SCRIPT_ROOMS)})/)?\w+(\.py)?", word) is None:
+        return None
+    name = f"{word.removesuffix('.py')}.py"
+    return next((Path(room, name) for room in ("", *SCRIPT_ROOMS) if (ROOT / room / name).is_file()), None)
 
 
 def read_requirements() -> list[str]:

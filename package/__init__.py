@@ -1,0 +1,7 @@
+"""The build of the installed package; wheels and source archives begin in backend.py.
+
+backend: the build backend that pyproject.toml names
+reelsmith/: what stands at the top of the package
+rewriting: imports and texts as they are below reelsmith
+staging: lays out the files of a distribution
+"""

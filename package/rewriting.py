@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Collection, Iterator
 
-from package.reelsmith.commands import TOOLS
+from modules.installation import SCRIPT_ROOMS
 
 PACKAGE = "reelsmith"
 FRONT = "package.reelsmith"  # what stands at the top of the package
@@ -75,7 +75,7 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     The launcher gets the module: `accelerate launch ... -m reelsmith.wan_train_network`. Commands in lists of
     words are translated when they are shown, by `command_words`.
     """
-    names, rooms = "|".join(sorted(scripts)), "|".join(TOOLS)
+    names, rooms = "|".join(sorted(scripts)), "|".join(SCRIPT_ROOMS)
     source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
     return re.sub(rf"(?:\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b", r"\1", source)
 

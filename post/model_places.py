@@ -1,4 +1,4 @@
-"""Find the models of tools that are named without one, where download.py puts them. Standard library only."""
+"""Find the models of tools that name none, where tools/download.py puts them. Standard library only."""
 
 import logging
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from modules.installation import ROOT
 
 logger = logging.getLogger(__name__)
 
-MODELS = Path("models")  # what download.py takes for --to without that option
+MODELS = Path("models")  # what tools/download.py takes for --to without that option
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ModelPlace:
 
     tool: str
     mode: str  # --mode that it is for; empty for tools without
-    task: str  # of download.py --family tools
+    task: str  # of tools/download.py --family tools
     files: tuple[str, ...]  # all that have to be there
     is_folder: bool = False  # --model takes the folder of the files, not the first of them
 
@@ -84,7 +84,7 @@ def default_model(
                 path = folder / place.given
                 logger.info("%s: --model is not given; %s is used", tool, path)
                 return path
-    command = as_typed(["python", "download.py", "--family", "tools", "--task", fitting[0].task])
+    command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", fitting[0].task])
     missing = folders[0] / fitting[0].files[0]
     raise OptionError(
         f"no model is given, and {missing} is not there.\n  Give --model FILE (model=FILE in a chain), or "

@@ -6,20 +6,22 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from dataset.sources.captions import add_trigger
+from dataset.sources.captions import add_trigger, caption_path, read_caption
 from downloads.catalogue import ModelSet
 from downloads.listing import print_lines
 from modules.atomic_write import write_text
 from modules.command import as_typed
-from modules.errors import OptionError, OutputError
+from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.installation import PREFIX
-from modules.media.reading import first_frame
+from modules.media.animations import ANIMATION_SUFFIXES, is_animation
+from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
+from modules.media.streams import source_info
 from modules.media.writing import write_png
-from project.looking import CAPTIONS, Media, look_at
 from project.options import RUN_FILE, NewOptions, choose_model, find_models
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -27,6 +29,20 @@ SMALL, LARGE = 16, 40  # GiB: below, text encoders have 8 bits; from here on, cl
 MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
 OTHER = "a dog runs on a beach"  # a sample that shows what else the LoRA changes
 SHOWN = 3  # names in a line
+CAPTIONS = ".txt"
+# sub-folders of a training's own, and of what belongs to media
+NOT_MEDIA = {"cache", "output", "control", "mask", "masks"}
+
+
+@dataclass(frozen=True)
+class Media:
+    """A clip or a picture."""
+
+    path: Path
+    is_clip: bool
+    size: tuple[int, int]  # width, height
+    seconds: Fraction | None  # None: a picture, or a clip whose file does not say
+    caption: str | None  # on one line; None: there is none
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,36 @@ def write_project(options: NewOptions) -> None:
             *(f"  {as_typed(words)}" for words in commands),
         ]
     )
+
+
+def look_at(folder: Path, problems: list[str]) -> list[Media]:
+    """Return the media of a folder and of its sub-folders; what cannot be read becomes a problem.
+
+    Raises DatasetError if there are none.
+    """
+    places = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    suffixes = VIDEO_SUFFIXES | image_suffixes() | ANIMATION_SUFFIXES
+    media = []
+    for place in (folder, *(path for path in places if path.name.lower() not in NOT_MEDIA)):
+        for path in sorted(place.iterdir()):
+            if path.suffix.lower() in suffixes and path.name[0] != "." and path.is_file():
+                try:
+                    media.append(_measure(path))
+                except (MediaError, DatasetError) as error:
+                    problems.append(str(error))
+    if not media:
+        raise DatasetError(f"{folder} has no clip and no picture that can be read. Give a folder that has.")
+    return media
+
+
+def _measure(path: Path) -> Media:
+    text = read_caption(caption_path(path, CAPTIONS))
+    caption = None if text is None else " ".join(text.split())
+    if path.suffix.lower() not in VIDEO_SUFFIXES and not is_animation(path):
+        return Media(path, False, image_size(path), None, caption)
+    info = source_info(path)
+    seconds = None if info.frames is None else info.frames / info.rate
+    return Media(path, True, (info.width, info.height), seconds, caption)
 
 
 def find_memory() -> float:
@@ -191,7 +237,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
     names = ["--family", model.family, "--task", model.task, *fp8, "--to", choice.options.models.resolve()]
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
     train = ["python", script, "--config_file", (folder / RUN_FILE).as_posix()]
-    return [["python", "download.py", *map(str, names)], [*texts, "--check"], latents, texts, train]
+    return [["python", "tools/download.py", *map(str, names)], [*texts, "--check"], latents, texts, train]
 
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
@@ -267,7 +313,7 @@ def _tell(choice: Choice) -> list[str]:
         "pictures, of which this model learns nothing": (
             one for one in media if not one.is_clip and model.data.get("from_image")
         ),
-        "without a caption in a .txt file beside it; caption_dataset.py can write them": (
+        "without a caption in a .txt file beside it; tools/caption_dataset.py can write them": (
             one for one in media if one.caption is None
         ),
     }

@@ -83,7 +83,7 @@ def add_new_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trigger_word", help="made-up word for what is learned, put before captions without it")
     add("--output_name", help="name of the LoRA; that of the folder when not given")
     add("--max_train_steps", type=int, default=2000, help="length of the training")
-    add("--models", type=Path, default="models", help="folder that download.py fills")
+    add("--models", type=Path, default="models", help="folder that tools/download.py fills")
     files = dict.fromkeys(part.option for one in find_models() for part in one.components if part.option)
     names = ", ".join(option.lstrip("-") for option in files)
     add(

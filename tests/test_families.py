@@ -233,7 +233,15 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     weights = ["--lora_weight", "output/lora.safetensors", "--lora_multiplier", "0.5"]
 
     succeed_here(
-        *("compare.py", *family.generate[1:], *options, "--output_type", "both", "--save_path", "compared"),
+        *(
+            "tools/compare.py",
+            *family.generate[1:],
+            *options,
+            "--output_type",
+            "both",
+            "--save_path",
+            "compared",
+        ),
         *("--lora", "output/lora.safetensors", "--lora_multiplier", "0.5"),
         folder=folder,
     )

@@ -26,8 +26,6 @@ MAY_IMPORT = {
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},
     "downloads": {"modules"},
     "project": {"modules", "dataset", "downloads", "training"},
-    "families": {"modules.installation", "wan", "hunyuan_model", "frame_pack", "downloads"}
-    | {"flux", "hunyuan_image", "lumina", "stable_diffusion"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
@@ -37,8 +35,8 @@ FLOORS = {
         {"paths"},
         {"answers", "atomic_write", "devices", "failures", "file_locks", "installation", "option_values"},
         {"options"},
-        {"asking", "command", "console", "environment", "fp8", "output_files", "user_modules"},
-        {"parser"},
+        {"asking", "command", "console", "environment", "families", "fp8", "output_files"} | {"user_modules"},
+        {"parser", "scripts"},
         {"console_options"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
         | {"minimal_options"},
@@ -61,6 +59,7 @@ FLOORS = {
         {"captioning", "checking", "cogvideox", "cutting"},
         {"check", "debug_views"},
         {"commands", "reporting"},
+        {"scripts"},
     ),
     "post": (
         {"contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
@@ -100,6 +99,7 @@ FLOORS = {
         {"job", "planning"},
         {"learning", "previews", "reporting", "saver", "summary"},
         {"run"},
+        {"scripts"},
     ),
 }
 LIGHT_FILES = {
@@ -109,6 +109,7 @@ LIGHT_FILES = {
     "modules/command.py",
     "modules/addresses.py",
     "modules/errors.py",
+    "modules/families.py",
     "modules/control_codes.py",
     "modules/installation.py",
     "modules/interpreter.py",
@@ -149,10 +150,11 @@ SLOW = ("hashlib", "json", "subprocess", "tomllib")
 SCRIPTS = sorted(
     path.name
     for path in ROOT.glob("*.py")
-    if path.name not in {"families.py", "run_tests.py", "quickstart.py", "reelsmith.py"}
+    if path.name not in {"run_tests.py", "quickstart.py", "reelsmith.py"}
 )
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
+    "tools": (*("caption_dataset", "compare", "convert_cache", "dataset_report", "download", "split_video"),),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
     ),
@@ -165,9 +167,7 @@ TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names
 
 
 def _sources() -> list[Path]:
-    return [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))] + [
-        ROOT / "families.py"
-    ]
+    return [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def _imported(path: Path) -> set[str]:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 from benchmarks import process_memory
-from families import identify
 from frame_pack.checkpoints import load_dit as load_framepack
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
+from modules.families import identify
 from networks import lora_framepack
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse

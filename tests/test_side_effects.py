@@ -13,7 +13,7 @@ from tests.test_imports import HEAVY
 from tests.tiny.picture_project import lay_out_flux, lay_out_pictures
 from tests.tiny.project import lay_out_models, write_clips, write_dataset
 
-FOLDERS = (".", "benchmarks", "blissful_tuner", "docs", "networks", "package/reelsmith", "pocket")
+FOLDERS = (".", "benchmarks", "blissful_tuner", "docs", "networks", "package/reelsmith", "pocket", "tools")
 # runs each script as `__main__` with --help; whatever would change something outside the process ends it
 WATCH = f"""
 import contextlib, io, json, os, runpy, sys, tempfile
@@ -106,10 +106,10 @@ LOOKS = (
     f"{TRAIN} --show_timesteps console",
     f"wan_generate_video.py {MODEL} {VAE} {T5} --save_path videos --prompt x --plan 12",
     f"{PICTURES} --check",
-    f"caption_dataset.py {DATA} --dry_run",
-    "split_video.py --input clips --output scenes --dry_run",
-    f"convert_cache.py {DATA} --to shards --dry_run",
-    "download.py --to elsewhere --list",
+    f"tools/caption_dataset.py {DATA} --dry_run",
+    "tools/split_video.py --input clips --output scenes --dry_run",
+    f"tools/convert_cache.py {DATA} --to shards --dry_run",
+    "tools/download.py --to elsewhere --list",
 )
 
 

@@ -86,7 +86,7 @@ def test_an_environment_that_is_there_is_named_with_its_command(tmp_path: Path) 
     copy = tmp_path / "a checkout"
     for name in find_rooms(ROOT):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("families.py", "convert_lora.py", "requirements.txt"):
+    for name in ("convert_lora.py", "requirements.txt"):
         shutil.copy(ROOT / name, copy / name)
     (copy / ".venv").mkdir()
 

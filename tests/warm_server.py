@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # what scripts load, heavy first; loading changes nothing by itself
 LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
-    *("cv2", "matplotlib.figure", "pandas", "transformers", "families", "training.run", "generation.run"),
+    *("cv2", "matplotlib.figure", "pandas", "transformers", "training.run", "generation.run"),
+    "modules.families",
     *("dataset.commands", "networks.lora_wan"),
     *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),
 )

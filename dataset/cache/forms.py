@@ -43,7 +43,7 @@ def unsound(store: CacheStore, names: Collection[str], table: DatasetTable, tag:
 def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | None = None) -> Iterator[str]:
     """Yield what is wrong if a table has caches of a family in the form that `cache_format` does not say.
 
-    Those that are there in both forms, as `convert_cache.py --keep` leaves them, are no fault. names_there:
+    Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault. names_there:
     of the table's store, so that a folder of single files is not listed again.
     """
     folder, form = table.cache_directory, table.cache_format
@@ -60,7 +60,7 @@ def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | Non
         names = [name for name in shards.names() if is_of(name, tag, table.kind)] if shards else ()
         found = next((name for name in names if not (folder / name).exists()), None)
     if found is not None:
-        words = ["python", "convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
+        words = ["python", "tools/convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
         is_in = "a file of its own" if form == "shards" else "a shard"
         yield (
             f'{table.name}: cache_format = "{form}", but in {folder} {found} is in {is_in}.\n'

@@ -1,4 +1,4 @@
-"""Options of caption_dataset.py."""
+"""Options of tools/caption_dataset.py."""
 
 import argparse
 import re
@@ -186,7 +186,7 @@ class CaptioningOptions:
 
 
 def add_captioning_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add all options of caption_dataset.py."""
+    """Add all options of tools/caption_dataset.py."""
     group = parser.add_argument_group("what to do")
     group.add_argument(
         "--dataset_config", type=str, required=True, help="dataset configuration, .toml or .json"

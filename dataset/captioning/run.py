@@ -1,4 +1,4 @@
-"""Run caption_dataset.py after its options are read: name what is missing, write captions, or edit them."""
+"""Run tools/caption_dataset.py after its options are read: name what is missing, write or edit captions."""
 
 import contextlib
 import itertools

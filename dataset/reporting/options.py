@@ -1,4 +1,4 @@
-"""Options of dataset_report.py."""
+"""Options of tools/dataset_report.py."""
 
 import argparse
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def _check_file(option: str, path: Path | None, suffixes: tuple[str, ...]) -> No
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of dataset_report.py."""
+    """Add the options of tools/dataset_report.py."""
     group = parser.add_argument_group("report")
     group.add_argument(
         "--dataset_config", type=str, required=True, help="dataset configuration, .toml or .json"

@@ -1,4 +1,4 @@
-"""Run dataset_report.py after its options are read."""
+"""Run tools/dataset_report.py after its options are read."""
 
 import json
 import logging

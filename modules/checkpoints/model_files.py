@@ -20,7 +20,7 @@ def require_file(path: Path | None, option: str, why: str) -> Path:
     Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
     """
     given = require(
-        path, option, f"{why}. {as_typed(['python', 'download.py', '--list'])} shows where it is from"
+        path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
     )
     if not given.exists():
         raise CheckpointError(

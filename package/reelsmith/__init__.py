@@ -1,1 +1,5 @@
-"""Teach open video models something new, and make videos with them. Commands: reelsmith --help"""
+"""Teach open video models something new, and make videos with them. Commands: reelsmith --help
+
+__main__: python -m reelsmith, the same as reelsmith
+commands: words to scripts, and the list of all
+"""

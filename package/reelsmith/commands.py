@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.installation import PREFIX, ROOT, import_own
+from modules.installation import PREFIX, ROOT, SCRIPT_ROOMS, import_own
 from modules.version import VERSION
 
 PROGRAM = "reelsmith" if PREFIX else "python reelsmith.py"
@@ -27,7 +27,6 @@ WORDS = {
     r"(\w+)_(?:lora|project)": "{family}",  # merge, convert, flux-merge; new, run
 }
 FAMILY = "hv"  # of scripts that name none
-TOOLS = ("blissful_tuner", "networks")  # the rooms that have scripts too
 # scripts that set up a checkout, and its door to the commands; the package has none of them
 OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests"}
 
@@ -47,18 +46,19 @@ class ScriptCommand:
     def module(self) -> str:
         """Its name as a module: `wan_train_network`, `blissful_tuner.metaview`."""
         room = self.path.parent.name
-        return f"{room}.{self.script}" if room in TOOLS else self.script
+        return f"{room}.{self.script}" if room in SCRIPT_ROOMS else self.script
 
 
 def find_commands(folder: Path) -> list[ScriptCommand]:
     """Return the commands of all scripts in a checkout's or the package's folder, by their words.
 
-    A script is a file there, or in one of its rooms of tools, that runs `command_line`.
+    A script is a file there, or in one of `SCRIPT_ROOMS`, that runs `command_line` or a
+    `Script`.
     """
     commands = []
-    for path in (*folder.glob("*.py"), *(path for room in TOOLS for path in (folder / room).glob("*.py"))):
+    for path in (path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if path.stem in OF_A_CHECKOUT or not re.search(r"^ +command_line\(", text, re.MULTILINE):
+        if path.stem in OF_A_CHECKOUT or not re.search(r"^ +(command_line|main\.run)\(", text, re.MULTILINE):
             continue
         commands.append(ScriptCommand(tuple(name_words(path.stem).split()), path))
     return sorted(commands, key=lambda command: command.words)

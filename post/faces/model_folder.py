@@ -50,7 +50,7 @@ def find_detector(model: Path, mode: str, named: str) -> Path:
     """
     if named in RETINAFACES:
         stem = RETINAFACES[named]
-        # download.py has the larger one only
+        # tools/download.py has the larger one only
         how = f"download it with {_command(mode)}, or" if stem == next(iter(RETINAFACES.values())) else "or"
         more = f"Give another file to --detection_model, {how}"
         return _find_helper(model, stem, f"the detector {named}", more)
@@ -74,7 +74,7 @@ def find_detector(model: Path, mode: str, named: str) -> Path:
 
 
 def _command(task: str) -> str:
-    return as_typed(["python", "download.py", "--family", "tools", "--task", task])
+    return as_typed(["python", "tools/download.py", "--family", "tools", "--task", task])
 
 
 def _find_helper(model: Path, stem: str, what: str, how: str) -> Path:

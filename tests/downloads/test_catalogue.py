@@ -157,7 +157,7 @@ def _title(model_set: ModelSet) -> str:
 
 
 def read_download(argv: list[str]) -> DownloadOptions:
-    """The options of a command line of download.py."""
+    """The options of a command line of tools/download.py."""
     parser = Parser()
     add_download_arguments(parser)
     return read_options(DownloadOptions, parser.parse_args(argv))
@@ -319,11 +319,11 @@ def test_downloads_that_a_page_shows_are_valid(page: Path) -> None:
 
 
 def test_a_missing_file_is_answered_with_its_download() -> None:
-    command = ["python", "download.py", "--family", "wan", "--task", "t2v-1.3B", "--to", "my models"]
+    command = ["python", "tools/download.py", "--family", "wan", "--task", "t2v-1.3B", "--to", "my models"]
     found = download_hint(Path("my models/wan2.1_t2v_1.3B_bf16.safetensors"))
     assert found == f"{as_typed(command)} downloads it"
     nested = download_hint(Path("m/hunyuan-video-t2v-720p/vae/pytorch_model.pt"))
-    assert nested == "python download.py --family hunyuan_video --task t2v --to m downloads it"
+    assert nested == "python tools/download.py --family hunyuan_video --task t2v --to m downloads it"
     in_fp8 = download_hint(Path("llava_llama3_fp8_scaled.safetensors"))
     assert in_fp8 is not None
     assert "--fp8_encoders --to ." in in_fp8

@@ -1,4 +1,4 @@
-"""download.py as a user types it, with a local server in place of the hub."""
+"""tools/download.py as a user types it, with a local server in place of the hub."""
 
 import dataclasses
 import io
@@ -12,7 +12,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from download import main
 from downloads.catalogue import ModelSet, model_sets
 from downloads.hubs import ON_MODELSCOPE
 from downloads.options import DownloadOptions
@@ -20,6 +19,7 @@ from downloads.run import run_download
 from modules.errors import DownloadError, OutputError
 from tests.commands import run_script
 from tests.downloads.fake_hub import FakeHub, serve
+from tools.download import main
 
 SMALL = next(one for one in model_sets() if one.task == "t2v-1.3B")
 
@@ -85,7 +85,7 @@ def test_the_script_downloads_what_a_task_needs_and_names_the_commands(tmp_path:
         _add_files(hub, SMALL)
         environment = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         words = ["--family", "wan", "--task", "t2v-1.3B", "--to", "my models", "--accept_changed"]
-        done = run_script("download.py", *words, folder=tmp_path, environment=environment)
+        done = run_script("tools/download.py", *words, folder=tmp_path, environment=environment)
 
     assert _names(tmp_path / "my models") == sorted(
         file.name for component in SMALL.components for file in component.files

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import families
 import hunyuan_model.checkpoints
 import wan.checkpoints
 from frame_pack.checkpoints import DIT, identify, load_dit, read_dit_header
+from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""compare.py: every prompt with every LoRA at every strength, on a model that is loaded once."""
+"""tools/compare.py: every prompt with every LoRA at every strength, on a model that is loaded once."""
 
 import logging
 import re
@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import compare
 import share_page
 import wan_generate_video
 from generation.compare_options import expand_patterns, family_of
@@ -19,6 +18,7 @@ from modules.media.tags import read_tags
 from tests.browser import open_page
 from tests.tiny.project import write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
+from tools import compare
 
 SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "2", "--device", "cpu")
 HOSTILE = "<script>alert(1)</script> a cat"

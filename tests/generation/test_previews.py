@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import compare
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
@@ -33,6 +32,7 @@ from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import moving_square, write_image, write_lora
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
+from tools import compare
 
 MP4, PNG = "latent_preview.mp4", "latent_preview.png"
 COLOURED = LatentSpec(

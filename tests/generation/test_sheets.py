@@ -313,7 +313,7 @@ def test_a_length_counts_in_place_of_another_kind_of_length() -> None:
         (["--sheet", "seed"], ["--sheet seed: no values are given"]),
         (["--sheet", "sead=1,2"], ["--sheet sead: it is no option of a prompt line", "seed"]),
         (["--sheet", "slg_scale=1,2"], ["--sheet slg_scale: it is no option of a prompt line"]),
-        (["--sheet", "lora_multiplier=1,2"], ["--sheet lora_multiplier", "compare.py"]),
+        (["--sheet", "lora_multiplier=1,2"], ["--sheet lora_multiplier", "tools/compare.py"]),
         (["--sheet", "s=1,x"], ["--sheet s: 'x' is not a whole number"]),
         (["--sheet", "s=1,1"], ["--sheet s: the value '1' is given twice"]),
         (["--sheet", "g=1", "guidance_scale=2"], ["both axes are guidance_scale"]),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import identify
 from hunyuan_image.checkpoints import load_dit, read_dit_header
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
+from modules.families import identify
 from tests.hunyuan_image.making import tiny_inputs, tiny_model
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.hunyuan_dit import tiny_state as video_state

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import families
 import wan.checkpoints
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
+from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError

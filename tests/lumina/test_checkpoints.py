@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import families
 from encoders.autoencoder import read_autoencoder_header
 from lumina.checkpoints import load_dit, read_dit_header
 from lumina.gemma import load_gemma, read_gemma
+from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError

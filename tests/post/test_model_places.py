@@ -1,4 +1,4 @@
-"""Models of tools that a chain does not name are found where download.py puts them."""
+"""Models of tools that a chain does not name are found where tools/download.py puts them."""
 
 import argparse
 import logging

@@ -109,7 +109,7 @@ def test_a_dry_run_shows_the_download_of_what_is_missing(collected: Path, tmp_pa
 
     said = run_script("run_project.py", tmp_path, "--dry_run").stdout
 
-    assert "download.py" in said
+    assert "tools/download.py" in said
     assert "--config_file" in said
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import families
+from modules import families
 from modules.errors import CheckpointError, OptionError, UserError
 from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import (

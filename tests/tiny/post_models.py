@@ -1,4 +1,4 @@
-"""Tiny networks of the tools for finished videos where download.py puts the released ones, and a video."""
+"""Tiny networks of tools for finished videos where tools/download.py puts the released ones; a video."""
 
 from pathlib import Path
 

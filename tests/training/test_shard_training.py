@@ -60,7 +60,9 @@ def test_a_lora_from_shards_is_that_from_files(family: TinyFamily, tmp_path: Pat
     code, said = run_here(*family.train, "--output_dir", "output", "--output_name", "x", folder=tmp_path)
     assert code == 1
     assert 'cache_format = "files", but in' in said
-    assert "convert_cache.py --dataset_config dataset.toml --to files" in said
-    succeed_here("convert_cache.py", "--dataset_config", "dataset.toml", "--to", "files", folder=tmp_path)
+    assert "tools/convert_cache.py --dataset_config dataset.toml --to files" in said
+    succeed_here(
+        "tools/convert_cache.py", "--dataset_config", "dataset.toml", "--to", "files", folder=tmp_path
+    )
     for path in (tmp_path / "single").iterdir():
         assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import convert_cache
 from dataset.cache.catalog import list_shards
 from dataset.cache.converting import files_to_shards, shards_to_files
 from dataset.cache.files import write_tensors
@@ -16,6 +15,7 @@ from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_table
 from tests.faults.messages import run_here
+from tools import convert_cache
 
 CACHES = [
     *(f"clip_{number}_00000-005_0032x0032_wan.safetensors" for number in range(4)),
@@ -62,7 +62,7 @@ def test_there_and_back_keeps_every_byte_and_leaves_other_files_alone(folder: Pa
 def test_a_dry_run_counts_and_changes_nothing(folder: Path) -> None:
     before = contents(folder)
     code, said = run_here(
-        "convert_cache.py", "--cache_directory", folder, "--to", "shards", "--dry_run", folder=folder
+        "tools/convert_cache.py", "--cache_directory", folder, "--to", "shards", "--dry_run", folder=folder
     )
     assert code == 0
     assert "9 entries would become shards" in said
@@ -87,7 +87,7 @@ def test_the_tables_of_a_dataset_file_are_converted(folder: Path) -> None:
     toml = folder.parent / "data.toml"
     toml.write_text('[[datasets]]\nvideo_directory = "clips"\ncache_directory = "cache"\n', encoding="utf-8")
     code, said = run_here(
-        "convert_cache.py", "--dataset_config", toml, "--to", "shards", folder=folder.parent
+        "tools/convert_cache.py", "--dataset_config", toml, "--to", "shards", folder=folder.parent
     )
     assert code == 0
     assert 'Set cache_format = "shards" in' in said
@@ -96,7 +96,7 @@ def test_the_tables_of_a_dataset_file_are_converted(folder: Path) -> None:
 
 @pytest.mark.parametrize("given", [[], ["--dataset_config", "data.toml", "--cache_directory", "cache"]])
 def test_one_way_to_name_the_folders_is_needed(folder: Path, given: list[str]) -> None:
-    code, said = run_here("convert_cache.py", *given, "--to", "shards", folder=folder.parent)
+    code, said = run_here("tools/convert_cache.py", *given, "--to", "shards", folder=folder.parent)
     assert code == 2
     assert "give either --dataset_config" in said
 

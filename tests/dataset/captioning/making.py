@@ -62,7 +62,7 @@ def everything_in(folder: Path) -> dict[Path, bytes]:
 
 def options_of(config: Path, *words: object) -> CaptioningOptions:
     """Options as from the command line."""
-    parser = Parser(prog="caption_dataset.py")
+    parser = Parser(prog="tools/caption_dataset.py")
     add_captioning_arguments(parser)
     return read_options(
         CaptioningOptions, parser.parse_args(["--dataset_config", str(config), *map(str, words)])

@@ -329,7 +329,7 @@ def test_a_killed_run_goes_on_between_two_captions(is_list: bool, tmp_path: Path
 
     with run_server(reply) as server:
         words = ["--api_base", server.address, "--api_model", "m", "--api_workers", "1"]
-        script = [str(ROOT / "caption_dataset.py"), "--dataset_config", str(config)]
+        script = [str(ROOT / "tools/caption_dataset.py"), "--dataset_config", str(config)]
         command = [sys.executable, *script, *words]
         process = subprocess.Popen(command, env={**os.environ, **QUIET}, stderr=subprocess.PIPE)
         try:
@@ -365,16 +365,18 @@ def _written(folder: Path, is_list: bool) -> list[str]:
 
 def test_the_script_ends_with_2_and_0_as_it_says(tmp_path: Path) -> None:
     config = make_folder(tmp_path)
-    code, said = run_here("caption_dataset.py", "--dataset_config", config, folder=tmp_path)
+    code, said = run_here("tools/caption_dataset.py", "--dataset_config", config, folder=tmp_path)
     assert_one_message(code, said, "--model or --api_base is missing")
     assert code == 2
 
-    code, said = run_here("caption_dataset.py", "--dataset_config", config, "--dry_run", folder=tmp_path)
+    code, said = run_here(
+        "tools/caption_dataset.py", "--dataset_config", config, "--dry_run", folder=tmp_path
+    )
     assert code == 0
 
     missing = tmp_path / "no model"
     words = ("--dataset_config", config, "--model", missing)
-    code, said = run_here("caption_dataset.py", *words, folder=tmp_path)
+    code, said = run_here("tools/caption_dataset.py", *words, folder=tmp_path)
     assert_one_message(code, said, missing, "no such folder")
     assert code == 1
 

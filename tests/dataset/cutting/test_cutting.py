@@ -21,12 +21,12 @@ from dataset.config import load_dataset_config
 from dataset.sources.listing import find_sources
 from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.media.streams import shown_frames, source_info
-from split_video import main
 from tests.commands import QUIET, ROOT
 from tests.dataset.cutting.films import find_frame, plain, scene, write_film
 from tests.dataset.toy_family import ToyFamily, options
 from tests.modules.media.test_sections import clicks_in, sound_of
 from tests.modules.media.test_sections import write_film as write_clicks
+from tools.split_video import main
 
 NTSC = Fraction(24000, 1001)
 # a film: two scenes that move, one that stands, black, and one that is too short
@@ -332,7 +332,7 @@ def replace(source, target):
     real(source, target)
     if number == {at}: os._exit(9)
 os.replace = writing.os.replace = replace
-from split_video import main
+from tools.split_video import main
 main(sys.argv[1:])
 """
 
@@ -365,7 +365,7 @@ def test_a_run_that_is_killed_at_any_moment_is_finished_by_the_next_one(
     times = random.Random(17)
     output, killed = tmp_path / "out", 0
     for _ in range(12):
-        process = start(film, output, ROOT / "split_video.py")
+        process = start(film, output, ROOT / "tools/split_video.py")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(times.uniform(1.5, 3.5))  # the libraries take a second or two
         killed += process.poll() is None

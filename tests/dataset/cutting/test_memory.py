@@ -17,7 +17,7 @@ from tests.dataset.cutting.films import scene, write_film
 PEAK = """
 import re, sys
 sys.path.insert(0, {root!r})
-from split_video import main
+from tools.split_video import main
 main(sys.argv[1:])
 print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-import dataset_report
 from modules.media.writing import write_video
 from tests.pictures import picture
+from tools import dataset_report
 
 GENERAL = (
     '[general]\nresolution = [64, 48]\ncaption_extension = ".txt"\nenable_bucket = true\nbatch_size = 2\n'

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset_report
 from dataset.caching.loop import cache_media
 from dataset.check import check_media
 from dataset.config import load_dataset_config
@@ -29,6 +28,7 @@ from tests.dataset.reporting.making import (
 )
 from tests.dataset.toy_family import ToyFamily, options
 from tests.pictures import picture
+from tools import dataset_report
 
 
 @pytest.fixture(scope="module")

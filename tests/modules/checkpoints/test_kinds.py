@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import identify
 from modules.checkpoints.dialects import other_kind
 from modules.checkpoints.kinds import OF_FAMILIES, OF_TOOLS, kind_of
 from modules.checkpoints.opening import open_checkpoint
+from modules.families import identify
 from tests.manifests import manifest_names, tensor_list, write_hollow
 
 # how the manifest's name begins -> a part of what its file is called

@@ -368,7 +368,9 @@ def test_the_command_that_downloads_a_missing_helper_is_told(
         if path.name != absent:
             (tmp_path / path.name).symlink_to(path)
 
-    with pytest.raises(CheckpointError, match=f"python download.py --family tools --task {mode}, or put it"):
+    with pytest.raises(
+        CheckpointError, match=f"python tools/download.py --family tools --task {mode}, or put it"
+    ):
         check_facefix(_options(tmp_path, "--mode", mode))
 
 

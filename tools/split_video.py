@@ -1,6 +1,12 @@
-"""Cut footage into clips for a dataset, at its scenes. All options: python split_video.py --help"""
+"""Cut footage into clips for a dataset, at its scenes. All options: python tools/split_video.py --help"""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
 from dataset.cutting.options import CuttingOptions, add_cutting_arguments

@@ -1,6 +1,6 @@
 """Compare LoRA files and strengths: one model, one prompt file, a grid of clips with a column for each.
 
-    python compare.py --lora my_lora-*.safetensors --lora_multiplier 0.6 0.8 1.0 --from_file prompts.txt ...
+    python tools/compare.py --lora my-*.safetensors --lora_multiplier 0.6 0.8 1.0 --from_file prompts.txt ...
 
 All other options are those of the family's generation script, such as wan_generate_video.py --help: the
 model's files, --from_file or --prompt, sizes, steps, --save_path.
@@ -11,10 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
 import modules.interpreter  # noqa: F401
-from families import GENERATION_SCRIPTS, identify
 from generation.compare_options import CompareOptions, add_compare_arguments, expand_patterns, family_of
 from modules.command import command_line
+from modules.families import WITH_SCRIPTS, identify
 from modules.installation import import_own
 from modules.options import read_options
 from modules.parser import Parser
@@ -22,7 +26,7 @@ from modules.parser import Parser
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    families = list(GENERATION_SCRIPTS)
+    families = list(WITH_SCRIPTS)
     add_compare_arguments(parser, families)
     args, others = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     loras = expand_patterns(tuple(map(Path, args.lora)))
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             "--lora_multiplier_high_noise: both LoRAs of a column have its strength, --lora_multiplier"
         )
-    script = import_own(GENERATION_SCRIPTS[asked.family or family_of(loras[0], families)])
+    script = import_own(WITH_SCRIPTS[asked.family or family_of(loras[0], families)].generation_script)
     others += ["--lora_weight", *map(str, loras)]
     others += ["--lora_weight_high_noise", *map(str, high)] if high else []
 

@@ -1,9 +1,15 @@
 """Write a page about a dataset: what a training will see of it, and what is wrong with it.
 
-All options: python dataset_report.py --help
+All options: python tools/dataset_report.py --help
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config

@@ -3,10 +3,16 @@
 Every image or clip of the dataset that has no caption gets one: a text file beside it, or in a JSONL list
 the "caption" of its line, where all else stays (the list as it was becomes .bak). What a person wrote is
 kept: the hidden file .captions_made.jsonl beside the captions says which of them this program wrote.
-All options: python caption_dataset.py --help
+All options: python tools/caption_dataset.py --help
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
 from dataset.captioning.options import CaptioningOptions, add_captioning_arguments

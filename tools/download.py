@@ -1,6 +1,12 @@
-"""Download the models that a task needs. All options: python download.py --help"""
+"""Download the models that a task needs. All options: python tools/download.py --help"""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
 from downloads.listing import print_list

@@ -1,9 +1,15 @@
 """Convert the caches of a dataset between single files and shards, byte for byte.
 
-All options: python convert_cache.py --help
+All options: python tools/convert_cache.py --help
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config

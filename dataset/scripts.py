@@ -1,0 +1,56 @@
+"""Make the caching scripts of a family: read its options, then hand it to the caching loop."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from dataset.config import load_dataset_config
+from dataset.options import read_latent_caching, read_text_caching
+from modules.command import as_typed
+from modules.families import FAMILIES
+from modules.option_values import require
+from modules.options import option_values
+from modules.scripts import Script
+
+
+def caching_script(family: str, kind: str, about: str | None) -> Script:
+    """Return the script that caches `latents` or `texts` of a family. about: the script's docstring.
+
+    Its function takes a second argument, which is called with what would be cached, in place of that
+    (cache_on_ray.py).
+    """
+    return Script(partial(cache_family_latents if kind == "latents" else cache_family_texts, family, about))
+
+
+def cache_family_latents(
+    family: str, about: str | None, argv: Sequence[str] | None = None, run: Callable[..., None] | None = None
+) -> None:
+    """Encode the images and clips of a dataset."""
+    entry = FAMILIES[family]
+    options, debug, own = read_latent_caching(about, entry.options_record("LatentCaching"), argv)
+    if debug.debug_mode is None and not options.check:
+        values = option_values(own)
+        for name, option, why in entry.encoders:
+            require(values[name], option, f"{why}; only --debug_mode and --check work without it")
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.commands import run_latent_caching  # torch loads here, after every option has been read
+
+    words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
+    following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
+    made = entry.make_family("latent_caching", own)
+    (run or run_latent_caching)(made, config, options, debug, following)
+
+
+def cache_family_texts(
+    family: str, about: str | None, argv: Sequence[str] | None = None, run: Callable[..., None] | None = None
+) -> None:
+    """Encode the captions of a dataset."""
+    entry = FAMILIES[family]
+    options, own = read_text_caching(about, entry.options_record("TextCaching"), argv)
+    config = load_dataset_config(options.dataset_config)
+
+    from dataset.commands import run_text_caching  # torch loads here, after every option has been read
+
+    words = ["python", f"{entry.script}_train_network.py", *entry.training]
+    following = as_typed([*words, "--dataset_config", str(options.dataset_config), "--check"])
+    (run or run_text_caching)(entry.make_family("text_caching", own), config, options, following)

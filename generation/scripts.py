@@ -1,0 +1,42 @@
+"""Make the generation scripts of a family: read its options, then hand it to the generation loop."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from generation.options import GenerationOptions, read_generation
+from generation.script_options import ScriptDefaults
+from modules.families import FAMILIES
+from modules.scripts import Script
+
+
+def generation_script(
+    family: str,
+    defaults: ScriptDefaults,
+    about: str | None,
+    *,
+    settle: Callable[[GenerationOptions, Any], tuple[GenerationOptions, Any]] | None = None,
+    add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> Script:
+    """Return the script that generates with a family.
+
+    about: the script's docstring. settle: checks and changes the shared and the family's options after they
+    are read. add_more: changes the parser, after the family's options. The script's function takes a second
+    argument, which is called with the family and the options in place of `generate`.
+    """
+    entry = FAMILIES[family]
+
+    def generate_with(argv: Sequence[str] | None = None, make: Callable[..., None] | None = None) -> None:
+        record = entry.options_record("Generation")
+        options, own = read_generation(about, defaults, record, argv, add_more)
+        if settle is not None:
+            options, own = settle(options, own)
+
+        from generation.run import generate  # torch loads here, after every option has been read
+        from modules.devices import make_deterministic
+
+        if getattr(own, "reproduce", False):
+            make_deterministic()
+        (make or generate)(entry.make_family("generation", own), options)
+
+    return Script(generate_with)

@@ -1,0 +1,113 @@
+"""The list of families by name: where each lies, how its scripts are called, and how to identify its files.
+
+No family is imported before it is asked for: a script that only prints its help reads its own alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modules.installation import import_own
+
+CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """Name the folder, scripts and option records of a family."""
+
+    room: str  # its folder; functions and records of its options.py have the same names in each
+    files: str = "checkpoints"  # the module in it with `identify`
+    script: str = ""  # what the names of its scripts begin with
+    cache: str = ""  # likewise, of its caching scripts
+    makes: str = "image"  # end of its generation script's name
+    record: str = ""  # what the names of its option records begin with
+    # files that encode latents: name of the value, how the option is typed, what for
+    encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
+    texts: str = ""  # options of the files that encode texts, in a command that is shown
+    training: tuple[str, ...] = ()  # likewise, of its training script
+
+    @property
+    def generation_script(self) -> str:
+        """Return the module of its generation script."""
+        return f"{self.script}_generate_{self.makes}"
+
+    @property
+    def options(self) -> ModuleType:
+        """Return its options.py, imported."""
+        return import_own(f"{self.room}.options")
+
+    def options_record(self, kind: str) -> Any:
+        """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
+        return getattr(self.options, f"{self.record}{kind}Options")
+
+    def make_family(self, kind: str, own: Any) -> Any:
+        """Return the family for the loops, from its options. kind: latent_caching, training, ..."""
+        return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(own)
+
+
+# Wan's is last: it also recognises files of no family
+FAMILIES = {
+    "stable_diffusion": FamilyEntry("stable_diffusion", files="kinds"),
+    "lumina": FamilyEntry(
+        "lumina",
+        script="lumina",
+        cache="lumina_cache",
+        record="Lumina",
+        encoders=(("vae", "--ae", PICTURES),),
+        texts="--gemma2 GEMMA2",
+    ),
+    "flux": FamilyEntry(
+        "flux",
+        script="flux",
+        cache="flux_cache",
+        record="Flux",
+        encoders=(("vae", "--ae", PICTURES),),
+        texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
+    ),
+    "framepack": FamilyEntry(
+        "frame_pack",
+        script="fpack",
+        cache="fpack_cache",
+        makes="video",
+        record="FramePack",
+        encoders=(("vae", "--vae", CLIPS), ("image_encoder", "--image_encoder", "it encodes first frames")),
+        texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
+    ),
+    "hunyuan_image": FamilyEntry(
+        "hunyuan_image",
+        script="hunyuan_image",
+        cache="hunyuan_image_cache",
+        record="HunyuanImage",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder QWEN_FILE --byt5 BYT5_FILE",
+        training=("--network_train_unet_only",),
+    ),
+    "hunyuan_video": FamilyEntry(
+        "hunyuan_model",
+        script="hv",
+        cache="cache",
+        makes="video",
+        record="Hunyuan",
+        texts="--text_encoder1 TEXT_ENCODER1 --text_encoder2 TEXT_ENCODER2",
+    ),
+    "wan": FamilyEntry("wan", script="wan", cache="wan_cache", makes="video", record="Wan", texts="--t5 T5"),
+}
+# those with scripts of their own for caching, training and generation; gen_img.py has files of its own
+WITH_SCRIPTS = {name: entry for name, entry in FAMILIES.items() if entry.script}
+
+
+def identify(path: Path) -> str | None:
+    """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
+
+    Returns None if no family knows the file, and for a missing file how to download it.
+    """
+    if not path.exists():
+        hint: str | None = import_own("downloads.catalogue").download_hint(path)
+        return hint
+    for entry in FAMILIES.values():
+        found: str | None = import_own(f"{entry.room}.{entry.files}").identify(path)
+        if found is not None:
+            return found
+    return None
