@@ -1,0 +1,129 @@
+"""Every fact of every declared option is kept: limits, choices, what an option needs, what it excludes."""
+
+import importlib
+import typing
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.errors import OptionError
+from modules.options import Options, default_of, hints_of, option_name, record_of
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OUTSIDE = {"tests", ".venv", "build"}
+
+
+def _files() -> list[Path]:
+    return [
+        path
+        for path in sorted(ROOT.rglob("*options.py"))
+        if not OUTSIDE & {path.relative_to(ROOT).parts[0]} and not path.name.startswith("test_")
+    ]
+
+
+def _records(base: type[Options] = Options) -> Iterator[type[Options]]:
+    for record in base.__subclasses__():
+        yield record
+        yield from _records(record)
+
+
+for file in _files():
+    importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+RECORDS = sorted(
+    {record for record in _records() if not record.__module__.startswith("tests")},
+    key=lambda one: one.__name__,
+)
+
+
+def _with(*facts: str) -> list[Any]:
+    return [
+        pytest.param(record, field, id=f"{record.__name__}.{option_name(field)}")
+        for record in RECORDS
+        for field in fields(record)
+        if {*facts} & {*field.metadata}
+    ]
+
+
+def _given(record: type[Options], name: str, number: float = 1) -> Any:
+    """A value of a field that is not its default, within its limits."""
+    field = next(field for field in fields(record) if name in {field.name, option_name(field)})
+    kinds = typing.get_args(hints_of(record)[field.name]) or (hints_of(record)[field.name],)
+    kind = next(kind for kind in kinds if kind is not type(None))
+    if kind is bool:
+        return True
+    if kind in (int, float):
+        least = field.metadata.get("least", field.metadata.get("above", 0))
+        return kind(max(number, least + 1))
+    if "choices" in field.metadata["declared"].settings:
+        return next(iter(field.metadata["declared"].settings["choices"]))
+    if kind is Path or kind is str:
+        return kind(field.metadata.get("one_of", ("x",))[0])
+    return (_one(typing.get_args(hints_of(record)[field.name])),)
+
+
+def _one(kinds: tuple[Any, ...]) -> Any:
+    inner = next(kind for kind in (*kinds, *typing.get_args(kinds[0])) if kind in (int, float, str, Path))
+    return inner("1")
+
+
+def _make(record: type[Options], **values: Any) -> Options:
+    """The record with these values, and something for each field that must be given."""
+    for field in fields(record):
+        if field.name in values or record_of(hints_of(record)[field.name]) is not None:
+            continue
+        try:
+            default_of(record, field)
+        except TypeError:
+            values[field.name] = _given(record, field.name)
+    for field in fields(record):
+        inner = record_of(hints_of(record)[field.name])
+        if inner is not None and inner is hints_of(record)[field.name] and field.name not in values:
+            values[field.name] = _make(inner)
+    return record(**values)
+
+
+@pytest.mark.parametrize(("record", "field"), _with("least", "most", "above", "below"))
+def test_a_number_out_of_its_limits_is_refused_by_name(record: type[Options], field: "Field[Any]") -> None:
+    facts = field.metadata
+    wrong = {"least": -1, "above": 0, "most": 1, "below": 0}
+    for fact, step in wrong.items():
+        if fact not in facts:
+            continue
+        is_tuple = "tuple" in str(hints_of(record)[field.name])
+        value: Any = facts[fact] + step
+        with pytest.raises(OptionError, match=f"^--{option_name(field)} .*: give a number "):
+            _make(record, **{field.name: (value,) if is_tuple else value})
+    if hints_of(record)[field.name] in (float, float | None):
+        with pytest.raises(OptionError, match=f"^--{option_name(field)} nan"):
+            _make(record, **{field.name: float("nan")})
+
+
+@pytest.mark.parametrize(("record", "field"), _with("one_of"))
+def test_a_word_that_is_no_choice_is_refused_by_name(record: type[Options], field: "Field[Any]") -> None:
+    with pytest.raises(OptionError, match=f"^--{option_name(field)} nothing: use "):
+        _make(record, **{field.name: "nothing"})
+
+
+@pytest.mark.parametrize(("record", "field"), _with("needs"))
+def test_an_option_without_what_it_needs_is_refused(record: type[Options], field: "Field[Any]") -> None:
+    with pytest.raises(OptionError, match=f"^--{option_name(field)} needs --"):
+        _make(record, **{field.name: _given(record, field.name)})
+
+
+@pytest.mark.parametrize(("record", "field"), _with("excludes"))
+def test_an_option_beside_what_it_excludes_is_refused(record: type[Options], field: "Field[Any]") -> None:
+    names = {option_name(one): one.name for one in fields(record)}
+    for other in field.metadata["excludes"]:
+        values = {name: _given(record, name) for name in (field.name, names[other])}
+        with pytest.raises(OptionError, match=f"--{option_name(field)} and --{other} exclude each other"):
+            _make(record, **values)
+
+
+def test_facts_name_options_of_their_record() -> None:
+    for record in RECORDS:
+        names = {option_name(field) for field in fields(record)}
+        for field in fields(record):
+            assert {*field.metadata.get("needs", ()), *field.metadata.get("excludes", ())} <= names, record
