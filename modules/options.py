@@ -231,6 +231,8 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not _fits(number, facts):
             limits = " and ".join(f"{_LIMITS[fact]} {facts[fact]:,}" for fact in _LIMITS if fact in facts)
+            if "least" in facts and "most" in facts:
+                limits = f"from {facts['least']:,} to {facts['most']:,}"
             raise OptionError(f"{option} {show_number(number)}: give a number {limits}{behind}")
     if "one_of" in facts and str(value).lower() not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
@@ -245,7 +247,7 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
                 raise OptionError(f"{option} and --{name} exclude each other: give one of them{behind}")
 
 
-_LIMITS = {"least": "of at least", "most": "of at most", "above": "above", "below": "below"}
+_LIMITS = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}
 
 
 def _fits(number: float, facts: Mapping[str, Any]) -> bool:

@@ -264,7 +264,7 @@ def test_without_previews_nothing_watches() -> None:
 
 
 def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--preview_latent_every 0: must be at least 1"):
+    with pytest.raises(OptionError, match="--preview_latent_every 0: give a number"):
         PreviewOptions(preview_latent_every=0, preview_vae=None)
     with pytest.raises(OptionError, match=r"--preview_vae .*no.pth: no such file"):
         PreviewOptions(preview_latent_every=1, preview_vae=tmp_path / "no.pth")

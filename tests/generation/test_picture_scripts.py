@@ -33,7 +33,7 @@ class NoOptions:
 
 def read(tmp_path: Path, *words: str) -> GenerationOptions:
     argv = ["--save_path", str(tmp_path), "--prompt", "a cat", *words]
-    options, _ = read_generation("", DEFAULTS, lambda parser: None, NoOptions, argv)
+    options, _ = read_generation("", DEFAULTS, NoOptions, argv)
     return options
 
 

@@ -170,7 +170,7 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
     assert words[words.index("--lora_weight") :][:3] == ["--lora_weight", str(lora), "other"]
     assert words[words.index("--lora_multiplier") :][:3] == ["--lora_multiplier", "0.5", "1"]
     with pytest.raises(OptionError, match="PATH;STRENGTH"):
-        replace(minimal, lora_weights=("a;b",))
+        replace(minimal.model, lora_weights=("a;b",))
 
 
 def test_prompt_lines_have_the_options_of_lumina_s_guidance() -> None:

@@ -65,7 +65,7 @@ def read(folder: Path, *arguments: object) -> TrainingOptions:
     usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS]
     argv = [str(one) for one in (*usual, *arguments)]
     defaults = ImageTrainerDefaults("uniform", 1.0, "raw")
-    return read_image_training("", lambda _: None, NoOptions, defaults, argv)[0]
+    return read_image_training("", NoOptions, defaults, argv)[0]
 
 
 def train(folder: Path, *arguments: object) -> dict[str, torch.Tensor]:
