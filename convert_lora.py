@@ -5,15 +5,12 @@ from collections.abc import Sequence
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.families import identify
-from modules.options import read_options
-from modules.parser import Parser
-from networks.options import ConvertOptions, add_convert_arguments
+from modules.parser import parse_options
+from networks.options import ConvertOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_convert_arguments(parser)
-    options = read_options(ConvertOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, ConvertOptions)
 
     from networks.convert import convert
 

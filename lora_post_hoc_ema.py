@@ -5,15 +5,12 @@ from collections.abc import Sequence
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.families import identify
-from modules.options import read_options
-from modules.parser import Parser
-from networks.averaging_options import AveragingOptions, add_averaging_arguments
+from modules.parser import parse_options
+from networks.averaging_options import AveragingOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_averaging_arguments(parser)
-    options = read_options(AveragingOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, AveragingOptions)
 
     from networks.averaging import average_files
 

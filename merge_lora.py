@@ -5,15 +5,12 @@ from collections.abc import Sequence
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.families import identify
-from modules.options import read_options
-from modules.parser import Parser
-from networks.options import MERGE_CHANNELS_UNCHECKED, MergeOptions, add_merge_arguments
+from modules.parser import parse_options
+from networks.options import MERGE_CHANNELS_UNCHECKED, MergeOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_merge_arguments(parser)
-    options = read_options(MergeOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, MergeOptions)
 
     from modules.devices import choose_device
     from networks.experts import expert_of_model

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
-from project.options import NewOptions, add_new_arguments
+from modules.parser import parse_options
+from project.options import NewOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_new_arguments(parser)
-    options = read_options(NewOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, NewOptions)
 
     from project.files import write_project  # libraries that read clips load here
 

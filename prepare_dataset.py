@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from logging import getLogger
 
 import modules.interpreter  # noqa: F401
-from dataset.cogvideox.options import MAX_TOKENS, PrepareOptions, add_prepare_arguments
+from dataset.cogvideox.options import MAX_TOKENS, PrepareOptions
 from modules.command import command_line
 from modules.errors import CheckpointError
 from modules.families import identify
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_prepare_arguments(parser)
-    options = read_options(PrepareOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, PrepareOptions)
 
     from dataset.cogvideox import pipeline  # torch loads here, after every option has been read
     from dataset.cogvideox.clips import DTYPES

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
-from project.options import RunOptions, add_run_arguments
+from modules.parser import parse_options
+from project.options import RunOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_run_arguments(parser)
-    options = read_options(RunOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, RunOptions)
 
     from project.running import run_project  # torch loads here
 

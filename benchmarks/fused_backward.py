@@ -78,14 +78,14 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     import transformers.optimization  # noqa: F401  # Adafactor: loaded now so that it does not count
 
     from modules.options import read_options
+    from training.learner_options import WholeDitOptions
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run
-    from training.whole_dit_options import add_whole_dit_arguments
     from wan.family import family_for_training
     from wan.options import WanTrainingOptions
 
-    parser = training_parser("", add_whole_dit_arguments)
+    parser = training_parser("", WholeDitOptions)
     from modules.parser import add_options
 
     add_options(parser, WanTrainingOptions)

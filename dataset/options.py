@@ -1,36 +1,34 @@
 """Options of all caching scripts."""
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from modules.errors import OptionError
-from modules.option_values import check_at_most
-from modules.options import Options, read_options
-from modules.parser import Parser, add_options, refuse_unsupported
+from modules.options import Options, option
+from modules.parser import parse_options
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Options)
 
 GUESS = "guess"  # of --repair_captions without a value
 MOST_AT_ONCE = 1024  # items or threads
-MOST_CHARACTERS = 1000
 MOST_SHARDS = 1_000_000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
 
-@dataclass(frozen=True)
-class CheckPageOptions:
+class CheckPageOptions(Options):
     """The page of --check."""
 
-    html: Path | None
-    html_items: int
+    html: Path | None = option(
+        "with --check: also write an HTML page that shows every item: frames with the crop, caption "
+        "with its tokens, sizes, what is left out and why"
+    )
+    html_items: int = option(
+        "most files that the page shows: those with faults first, then an even choice", default=500, least=1
+    )
 
     def __post_init__(self) -> None:
-        if self.html_items < 1:
-            raise OptionError(f"--html_items {self.html_items}: give at least 1")
         if self.html is not None and self.html.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
         if self.html is not None and self.html.is_dir():
@@ -42,32 +40,31 @@ class CheckPageOptions:
             raise OptionError("--html writes what --check finds: add --check")
 
 
-@dataclass(frozen=True)
-class ShardOptions:
+class ShardOptions(Options):
     """Which share of the work this run does, if several machines cache one dataset."""
 
-    num_shards: int | None  # None: this run does everything, and cleans up
-    shard_index: int | None
+    num_shards: int | None = option(
+        "share the work with other machines: each runs the same command with its own --shard_index, in "
+        "any order and number at a time, into one cache folder. When all are done, run the command once "
+        "without these two: it checks everything, makes what is missing and removes what is stale",
+        least=1,
+        most=MOST_SHARDS,
+        needs="shard_index",
+    )
+    shard_index: int | None = option(
+        "which share this run does, from 0 to N - 1: every N-th source (or batch of captions) from this one "
+        "on; several processes of accelerate launch divide it among themselves",
+        least=0,
+        needs="num_shards",
+        hint="from 0",
+    )
 
     def __post_init__(self) -> None:
-        if self.num_shards is None and self.shard_index is None:
-            return
-        if self.num_shards is None:
+        shards, index = self.num_shards, self.shard_index
+        if shards is not None and index is not None and index >= shards:
             raise OptionError(
-                f"--shard_index {self.shard_index} needs --num_shards, how many shards there are"
-            )
-        if self.shard_index is None:
-            raise OptionError(
-                f"--num_shards {self.num_shards} needs --shard_index, which of them this is: 0 to "
-                f"{max(0, self.num_shards - 1)}"
-            )
-        if self.num_shards < 1:
-            raise OptionError(f"--num_shards {self.num_shards}: give at least 1")
-        check_at_most("--num_shards", self.num_shards, MOST_SHARDS, "shards of the work")
-        if not 0 <= self.shard_index < self.num_shards:
-            raise OptionError(
-                f"--shard_index {self.shard_index}: shards are counted from 0, so with --num_shards "
-                f"{self.num_shards} give 0 to {self.num_shards - 1}"
+                f"--shard_index {index}: shards are counted from 0, so with --num_shards {shards} give 0 to "
+                f"{shards - 1}"
             )
 
     @property
@@ -90,41 +87,49 @@ class ShardOptions:
             )
 
 
-@dataclass(frozen=True)
-class CachingOptions:
+class CachingOptions(Options, title="caching"):
     """What to cache, on which device, and which files to keep."""
 
-    dataset_config: Path
-    device: str | None  # None: CUDA or MPS if there is one, else the CPU
-    batch_size: int | None  # None: that of each dataset table
-    num_workers: int | None  # None: the machine's cores minus one
-    skip_existing: bool
-    keep_cache: bool
-    verify: bool
-    disable_cudnn_backend: bool
-    check: bool
-    repair_captions: str | None  # an encoding, or GUESS
-    page: CheckPageOptions
+    dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
+    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available", often=True)
+    batch_size: int | None = option(
+        "items to encode at once; default: batch_size of each dataset", least=1, most=MOST_AT_ONCE, often=True
+    )
+    num_workers: int | None = option(
+        "threads that read ahead of the encoder; default: all cores but one", least=1, most=MOST_AT_ONCE
+    )
+    skip_existing: bool = option("also keep files made by other programs if their size is right", often=True)
+    keep_cache: bool = option("do not remove cache files that no longer belong to an item", often=True)
+    verify: bool = option(
+        "read every cache file again; without it, files that have not changed since they were last read "
+        "are not opened if a folder has thousands of them"
+    )
     shard: ShardOptions
+    disable_cudnn_backend: bool = option(
+        "compute without cuDNN, whose convolutions are slow or fail on some GPUs, mostly of AMD"
+    )
+    check: bool = option(
+        "print what would be cached and what is wrong with the dataset, then exit (0 or 1)", often=True
+    )
+    repair_captions: str | None = option(
+        "with --check: rewrite captions that are not UTF-8 as UTF-8 and keep the old files as .bak; "
+        "without ENCODING only if the guess is sure",
+        nargs="?",
+        const=GUESS,
+        metavar="ENCODING",
+        needs="check",
+    )
+    page: CheckPageOptions
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise OptionError(f"--batch_size {self.batch_size}: give at least 1")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise OptionError(f"--num_workers {self.num_workers}: give at least 1")
-        check_at_most("--batch_size", self.batch_size, MOST_AT_ONCE, "items to encode at once")
-        check_at_most("--num_workers", self.num_workers, MOST_AT_ONCE, "threads that read ahead")
         self.page.require_check(self.check)
         if self.check:
             self.shard.refuse_beside("--check")
-        if self.repair_captions is None:
-            return
-        if not self.check:
-            raise OptionError("--repair_captions is a part of --check: add --check")
-        if self.repair_captions != GUESS and not _is_encoding(self.repair_captions):
+        encoding = self.repair_captions
+        if encoding is not None and encoding != GUESS and not _is_encoding(encoding):
             raise OptionError(
-                f"--repair_captions {self.repair_captions}: no such encoding. Use for example cp1252, "
-                "shift_jis or gbk, or leave it out to guess."
+                f"--repair_captions {encoding}: no such encoding. Use for example cp1252, shift_jis or gbk, "
+                "or leave it out to guess."
             )
 
 
@@ -137,171 +142,87 @@ def _is_encoding(name: str) -> bool:
         return True
 
 
-@dataclass(frozen=True)
-class DebugOptions:
-    """How to show what the model will see, instead of caching it."""
+class CachingInRunOptions(Options, title="caches made by this command"):
+    """What is cached before training, where, and how many at once. Without it our own caches are read."""
 
-    debug_mode: str | None  # image, console or video
-    console_width: int  # characters
-    console_back: str | None  # one of COLOURS
-    console_num_images: int | None  # None: all
+    cache_latents: bool = option("encode all pictures once, and keep their latents")
+    cache_latents_to_disk: bool = option("the same, in files beside the pictures")
+    vae_batch_size: int = option("pictures to encode at once", default=1, least=1)
+    skip_cache_check: bool = option("use cache files that exist without looking into them")
+    cache_text_encoder_outputs: bool = option(
+        "encode all captions once, and free the text encoders; not with captions that vary"
+    )
+    cache_text_encoder_outputs_to_disk: bool = option("the same, in files")
+    text_encoder_batch_size: int | None = option(
+        "captions to encode at once; default: --train_batch_size", least=1
+    )
+
+    @property
+    def caches_latents(self) -> bool:
+        """Return whether latents are cached; to disk includes it."""
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def caches_texts(self) -> bool:
+        """Return whether texts are cached; to disk includes it."""
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
+
+
+class ConvertCacheOptions(Options):
+    """Which cache folders to convert, and to what; options of `tools/convert_cache.py`."""
+
+    dataset_config: Path | None = option(
+        "TOML or JSON file: convert the cache folders of its tables", excludes="cache_directory"
+    )
+    cache_directory: tuple[Path, ...] | None = option(
+        "convert these folders, without a dataset file", nargs="+"
+    )
+    to: str = option(
+        "files: a file for each entry, as other programs read them; shards: few large tar files, for "
+        'cache_format = "shards"',
+        required=True,
+        choices=("files", "shards"),
+    )
+    keep: bool = option("keep what was converted too, in its old form")
+    dry_run: bool = option("only count what would be converted")
 
     def __post_init__(self) -> None:
-        if self.console_width < 8:
-            raise OptionError(f"--console_width {self.console_width}: give at least 8 characters")
-        check_at_most("--console_width", self.console_width, MOST_CHARACTERS, "characters; 80 is usual")
-        if self.console_back is not None and self.console_back.lower() not in COLOURS:
-            raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLOURS)}")
-        if self.console_num_images is not None and self.console_num_images < 1:
-            raise OptionError(f"--console_num_images {self.console_num_images}: give at least 1")
+        if self.dataset_config is None and self.cache_directory is None:
+            raise OptionError(
+                "give either --dataset_config, for the cache folders of all its tables, or --cache_directory"
+            )
+        for folder in self.cache_directory or ():
+            if not folder.is_dir():
+                raise OptionError(f"--cache_directory {folder}: no such folder. Give that of existing caches")
+
+
+class DebugOptions(Options, title="looking at the dataset"):
+    """How to show what the model will see, instead of caching it."""
+
+    debug_mode: str | None = option(
+        "show what the model will see and cache nothing: in a window (or PNG files), as coloured text, "
+        "or as mp4 files",
+        choices=("image", "console", "video"),
+        often=True,
+    )
+    console_width: int = option("console: width in characters", default=80, least=8, most=1000)
+    console_back: str | None = option(f"console: background ({', '.join(COLOURS)})", one_of=COLOURS)
+    console_num_images: int | None = option("console: at most this many items of each dataset", least=1)
 
 
 def read_latent_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R]:
     """Read the options of a script that caches latents. record: the family's own."""
-    parser = Parser(description=description)
-    add_caching_arguments(parser)
-    add_options(parser, record)
-    add_debug_arguments(parser)
-    args = _parse(parser, argv)
-    caching, debug = read_options(CachingOptions, args), read_options(DebugOptions, args)
+    caching, own, debug = parse_options(description, argv, CachingOptions, record, DebugOptions)
     if debug.debug_mode is not None:
         caching.shard.refuse_beside("--debug_mode")
-    return caching, debug, read_options(record, args)
+    return caching, debug, own
 
 
 def read_text_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, R]:
     """Read the options of a script that caches texts. record: the family's own."""
-    parser = Parser(description=description)
-    add_caching_arguments(parser)
-    add_options(parser, record)
-    args = _parse(parser, argv)
-    return read_options(CachingOptions, args), read_options(record, args)
-
-
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    return args
-
-
-def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of both caching scripts."""
-    group = parser.add_argument_group("caching")
-    group.add_argument(
-        "--dataset_config", type=str, required=True, help="dataset configuration, .toml or .json"
-    )
-    group.add_argument(
-        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu; default: the best one available"
-    )
-    group.add_argument(
-        "--batch_size",
-        type=int,
-        default=None,
-        help="items to encode at once; default: batch_size of each dataset",
-    )
-    group.add_argument(
-        "--num_workers",
-        type=int,
-        default=None,
-        help="threads that read ahead of the encoder; default: all cores but one",
-    )
-    group.add_argument(
-        "--skip_existing",
-        action="store_true",
-        help="also keep files made by other programs if their size is right",
-    )
-    group.add_argument(
-        "--keep_cache", action="store_true", help="do not remove cache files that no longer belong to an item"
-    )
-    group.add_argument(
-        "--verify",
-        action="store_true",
-        help="read every cache file again; without it, files that have not changed since they were last read "
-        "are not opened if a folder has thousands of them",
-    )
-    _add_share_arguments(group)
-    group.add_argument(
-        "--disable_cudnn_backend",
-        action="store_true",
-        help="compute without cuDNN, whose convolutions are slow or fail on some GPUs, mostly of AMD",
-    )
-    group.add_argument(
-        "--check",
-        action="store_true",
-        help="print what would be cached and what is wrong with the dataset, then exit (0 or 1)",
-    )
-    group.add_argument(
-        "--repair_captions",
-        nargs="?",
-        const=GUESS,
-        default=None,
-        metavar="ENCODING",
-        help="with --check: rewrite captions that are not UTF-8 as UTF-8 and keep the old files as .bak; "
-        "without ENCODING only if the guess is sure",
-    )
-    add_page_arguments(group)
-
-
-def _add_share_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--num_shards",
-        type=int,
-        default=None,
-        metavar="N",
-        help="share the work with other machines: each runs the same command with its own --shard_index, in "
-        "any order and number at a time, into one cache folder. When all are done, run the command once "
-        "without these two: it checks everything, makes what is missing and removes what is stale",
-    )
-    group.add_argument(
-        "--shard_index",
-        type=int,
-        default=None,
-        metavar="I",
-        help="which share this run does, from 0 to N - 1: every N-th source (or batch of captions) from the "
-        "I-th on; several processes of accelerate launch divide it among themselves",
-    )
-
-
-def add_page_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options of the page that --check writes."""
-    group.add_argument(
-        "--html",
-        type=str,
-        default=None,
-        metavar="FILE",
-        help="with --check: also write an HTML page that shows every item: frames with the crop, caption "
-        "with its tokens, sizes, what is left out and why",
-    )
-    group.add_argument(
-        "--html_items",
-        type=int,
-        default=500,
-        help="most files that the page shows: those with faults first, then an even choice; default: 500",
-    )
-
-
-def add_debug_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of latent caching scripts that show the frames instead of encoding them."""
-    group = parser.add_argument_group("looking at the dataset")
-    group.add_argument(
-        "--debug_mode",
-        type=str,
-        default=None,
-        choices=["image", "console", "video"],
-        help="show what the model will see and cache nothing: in a window (or PNG files), as coloured text, "
-        "or as mp4 files",
-    )
-    group.add_argument("--console_width", type=int, default=80, help="console: width in characters")
-    group.add_argument(
-        "--console_back", type=str, default=None, help=f"console: background ({', '.join(COLOURS)})"
-    )
-    group.add_argument(
-        "--console_num_images",
-        type=int,
-        default=None,
-        help="console: at most this many items of each dataset",
-    )
+    caching, own = parse_options(description, argv, CachingOptions, record)
+    return caching, own

@@ -62,7 +62,7 @@ def _read_all(options: GenerationOptions, with_texts: bool) -> dict[str, list[Lo
     by_option = loras_of(options)
     files = [path for loras in by_option.values() for path in loras.lora_weight or ()]
     strengths = [strength for loras in by_option.values() for strength in loras.multipliers()]
-    loras_given = LoraOptions(tuple(files) or None, tuple(strengths))
+    loras_given = LoraOptions(lora_weight=tuple(files) or None, lora_multiplier=tuple(strengths))
     uses = lora_uses(loras_given, options.lora_patterns, with_texts)
     found: dict[str, list[LoraUse]] = {}
     for key, loras in by_option.items():
@@ -97,7 +97,8 @@ def with_loras(
     def files(key: str) -> LoraOptions:
         found = by_key.get(key, ())
         return LoraOptions(
-            tuple(use.lora.path for use in found) or None, tuple(use.multiplier for use in found)
+            lora_weight=tuple(use.lora.path for use in found) or None,
+            lora_multiplier=tuple(use.multiplier for use in found),
         )
 
     high = files(HIGH_NOISE)

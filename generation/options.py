@@ -83,7 +83,7 @@ class GenerationOptions(Options, title="run"):
     post: PostOptions
     preview: PreviewOptions = option(facts=NO_PIXELS)
     sheet: SheetOptions = option(facts=NO_PIXELS)
-    lora: LoraOptions = option(facts=OF_REQUEST, title="LoRA")
+    lora: LoraOptions = option(facts=OF_REQUEST, title="LoRA", defaults={"lora_multiplier": 1.0})
     lora_patterns: LoraPatternOptions = option(title="LoRA")
     lycoris = not_needed("LoHa and LoKr files are recognised automatically")
     save_merged_model: Path | None = option(

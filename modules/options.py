@@ -230,9 +230,10 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     behind = f" ({hint})" if hint else ""
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not _fits(number, facts):
-            limits = " and ".join(f"{_LIMITS[fact]} {facts[fact]:,}" for fact in _LIMITS if fact in facts)
-            if "least" in facts and "most" in facts:
-                limits = f"from {facts['least']:,} to {facts['most']:,}"
+            shown = {fact: _short(facts[fact]) for fact in _LIMITS if fact in facts}
+            limits = " and ".join(f"{_LIMITS[fact]} {limit}" for fact, limit in shown.items())
+            if "least" in shown and "most" in shown:
+                limits = f"from {shown['least']} to {shown['most']}"
             raise OptionError(f"{option} {show_number(number)}: give a number {limits}{behind}")
     if "one_of" in facts and str(value).lower() not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
@@ -240,11 +241,11 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     others = {"--" + option_name(one): one for one in dataclasses.fields(record)}
     needed = ["--" + name for name in facts.get("needs", ())]
     if (needed or "excludes" in facts) and is_given(record, field):
-        if needed and not any(is_given(record, others[name]) for name in needed):
-            raise OptionError(f"{option} needs {_either(needed)}: give both{behind}")
         for name in facts.get("excludes", ()):
             if is_given(record, others[f"--{name}"]):
                 raise OptionError(f"{option} and --{name} exclude each other: give one of them{behind}")
+        if needed and not any(is_given(record, others[name]) for name in needed):
+            raise OptionError(f"{option} needs {_either(needed)}: give both{behind}")
 
 
 _LIMITS = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}
@@ -258,6 +259,10 @@ def _fits(number: float, facts: Mapping[str, Any]) -> bool:
         and ("above" not in facts or number > facts["above"])
         and ("below" not in facts or number < facts["below"])
     )
+
+
+def _short(limit: float) -> str:
+    return f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
 
 
 def _either(words: Collection[str]) -> str:

@@ -13,15 +13,12 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
-from networks.image_tools_options import ComfyConvertOptions, add_comfy_convert_arguments
+from modules.parser import parse_options
+from networks.image_tools_options import ComfyConvertOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_comfy_convert_arguments(parser)
-    options = read_options(ComfyConvertOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, ComfyConvertOptions)
 
     from networks.names.hunyuan_image import HUNYUAN_IMAGE
     from networks.renaming import rename_file

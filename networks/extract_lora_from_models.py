@@ -13,15 +13,12 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
-from networks.image_tools_options import WholeExtractOptions, add_whole_extract_arguments
+from modules.parser import parse_options
+from networks.image_tools_options import ExtractOptions, WholeExtractWords
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_whole_extract_arguments(parser)
-    options = read_options(WholeExtractOptions, parser.parse_args(argv))
+    options, _ = parse_options(__doc__, argv, ExtractOptions, WholeExtractWords)
 
     from networks.extracting_whole import extract_whole
 

@@ -20,7 +20,7 @@ from networks.combining import as_known
 from networks.deltas import LORA
 from networks.extracting import decompose_change
 from networks.hashes import add_hashes
-from networks.image_tools_options import WholeExtractOptions
+from networks.image_tools_options import ExtractOptions
 from networks.key_formats import OURS, module_of_tensor
 from networks.merging_flux import DTYPES
 from networks.module_names import alias, choose_family, replace_dots
@@ -39,7 +39,7 @@ _WEIGHTS = ("weight", "bias")
 _IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
 
 
-def extract_whole(options: WholeExtractOptions) -> None:
+def extract_whole(options: ExtractOptions) -> None:
     """Write a LoRA whose product is near the difference of two checkpoints, tensor by tensor.
 
     Of a text encoder there is nothing if no value of it has changed by more than `min_diff`. Factors are
@@ -98,7 +98,7 @@ def _module(piece: TensorPiece, family: FamilyNames) -> str:
     return f"{piece.network}_{replace_dots(piece.name.removesuffix('.weight'))}"
 
 
-def _rank(module: str, options: WholeExtractOptions) -> int:
+def _rank(module: str, options: ExtractOptions) -> int:
     """Return the rank of a module's LoRA; 0: it gets none."""
     if module.startswith(OURS):
         if _ATTENTION.search(module):
@@ -167,7 +167,7 @@ def _text_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
             yield name, pieces[0].network
 
 
-def _metadata(options: WholeExtractOptions, family: FamilyNames) -> dict[str, str]:
+def _metadata(options: ExtractOptions, family: FamilyNames) -> dict[str, str]:
     rank = options.conv_dim
     arguments = {} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(float(rank))}
     metadata = {

@@ -13,15 +13,12 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
-from networks.image_tools_options import FluxMergeOptions, add_flux_merge_arguments
+from modules.parser import parse_options
+from networks.image_tools_options import FluxMergeOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_flux_merge_arguments(parser)
-    options = read_options(FluxMergeOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, FluxMergeOptions)
 
     from networks.merging_flux import merge_flux
 

@@ -13,17 +13,12 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser, refuse_unsupported
-from networks.image_tools_options import WholeMergeOptions, add_whole_merge_arguments
+from modules.parser import parse_options
+from networks.image_tools_options import WholeMergeOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_whole_merge_arguments(parser)
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    options = read_options(WholeMergeOptions, args)
+    (options,) = parse_options(__doc__, argv, WholeMergeOptions)
 
     from networks.merging_whole import merge_whole
 

@@ -27,10 +27,10 @@ from modules.parser import add_options
 from pocket import train_text, train_vae
 from pocket.clips import write_clips, write_dataset
 from pocket.footage import real_clips
+from training.learner_options import WholeDitOptions
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run
-from training.whole_dit_options import add_whole_dit_arguments
 from wan.configs import WanConfig
 from wan.family import family_for_training
 from wan.model import WanModel
@@ -121,7 +121,7 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     output, start = settings.work / "dit", settings.work / "dit" / "random.safetensors"
     if not start.exists():
         write_random_dit(start, settings.seed)
-    parser = training_parser(__doc__, add_whole_dit_arguments)
+    parser = training_parser(__doc__, WholeDitOptions)
     add_options(parser, WanTrainingOptions)
     args = read_arguments(parser, dit_options(settings, dataset, start, vae, t5))
     family = family_for_training(read_options(WanTrainingOptions, args))

@@ -1,47 +1,14 @@
 """Options of new_project.py and run_project.py. Standard library only."""
 
-import argparse
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, model_sets
 from modules.asking import ask_on_terminal, has_terminal
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.option_values import check_at_least
+from modules.options import Options, option
 
 RUN_FILE = "run.toml"
-
-
-@dataclass(frozen=True)
-class NewOptions:
-    """What to write about a folder."""
-
-    folder: Path
-    family: str | None
-    task: str | None
-    trigger_word: str | None
-    output_name: str | None
-    max_train_steps: int
-    models: Path
-    model_files: tuple[str, ...] = field(metadata={"option": "model_file"})  # NAME=PATH
-    memory: float | None  # GiB of the card; None: this machine's
-    overwrite: bool
-
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise OptionError(f"{self.folder}: there is no such folder. Give the one with clips or pictures.")
-        check_at_least("--max_train_steps", self.max_train_steps, 1, "1500 to 3000 are usual")
-        check_at_least("--memory", self.memory, 0, "the GiB of the card, such as 12; 0 for a CPU")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Which described folder to train on."""
-
-    folder: Path
-    download: bool
-    dry_run: bool
 
 
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
@@ -74,31 +41,44 @@ def _choose(option: str, given: str | None, known: dict[str, str]) -> str:
     return given
 
 
-def add_new_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `NewOptions`."""
-    parser.add_argument("folder", type=Path, help="clips, pictures or both, with captions in .txt files")
-    add = parser.add_argument
-    add("--family", help="kind of model, such as wan; asked for on a terminal")
-    add("--task", help="which of its models, such as t2v-1.3B; likewise")
-    add("--trigger_word", help="made-up word for what is learned, put before captions without it")
-    add("--output_name", help="name of the LoRA; that of the folder when not given")
-    add("--max_train_steps", type=int, default=2000, help="length of the training")
-    add("--models", type=Path, default="models", help="folder that tools/download.py fills")
+def _names() -> str:
     files = dict.fromkeys(part.option for one in find_models() for part in one.components if part.option)
-    names = ", ".join(option.lstrip("-") for option in files)
-    add(
-        "--model_file",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help=f"file of a model in another place, such as dit=my.safetensors; once for each: {names}",
+    return ", ".join(option.lstrip("-") for option in files)
+
+
+class NewOptions(Options):
+    """What to write about a folder."""
+
+    folder: Path = option("clips, pictures or both, with captions in .txt files", positional=True)
+    family: str | None = option("kind of model, such as wan; asked for on a terminal")
+    task: str | None = option("which of its models, such as t2v-1.3B; likewise")
+    trigger_word: str | None = option("made-up word for what is learned, put before captions without it")
+    output_name: str | None = option("name of the LoRA; that of the folder when not given")
+    max_train_steps: int = option(
+        "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
     )
-    add("--memory", type=float, help="GiB of the card; this machine's when not given, 0: a CPU")
-    add("--overwrite", action="store_true", help="replace dataset.toml, prompts.txt and run.toml")
+    models: Path = option("folder that tools/download.py fills", default=Path("models"))
+    model_files: tuple[str, ...] = option(
+        f"file of a model in another place, such as dit=my.safetensors; once for each: {_names()}",
+        default=(),
+        name="model_file",
+        action="append",
+        nargs=None,
+        metavar="NAME=PATH",
+    )
+    memory: float | None = option(
+        "GiB of the card; this machine's when not given, 0: a CPU", least=0, hint="such as 12; 0 for a CPU"
+    )
+    overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise OptionError(f"{self.folder}: there is no such folder. Give the one with clips or pictures.")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `RunOptions`."""
-    parser.add_argument("folder", type=Path, help="folder that `new` described")
-    parser.add_argument("--download", action="store_true", help="download the model, after its licences")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, and run none")
+class RunOptions(Options):
+    """Which described folder to train on."""
+
+    folder: Path = option("folder that `new` described", positional=True)
+    download: bool = option("download the model, after its licences")
+    dry_run: bool = option("print the commands, and run none")

@@ -48,7 +48,7 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "convert_options", "shard_names", "options", "subset_records"},
+        {"config_keys", "shard_names", "options", "subset_records"},
         {"key_reading", "subset_keys", "table"},
         {"subset_options"},
         {"subsets"},
@@ -75,10 +75,8 @@ FLOORS = {
     ),
     "training": (
         {
-            "average_options",
-            "caching_options",
             "config_options",
-            "expert_options",
+            "learner_options",
             "foreign_options",
             "loop_options",
             "loss_options",
@@ -86,9 +84,8 @@ FLOORS = {
             "progress",
             "reports",
             "sample_options",
-            "start_options",
         }
-        | {"step_numbers", "steps", "stopping", "trainable", "triggers", "whole_dit_options"},
+        | {"step_numbers", "steps", "stopping", "trainable", "triggers"},
         {"loss", "saving"},
         {"data", "optimizers", "samples"},
         {"averages", "caching_inside", "changes", "options", "validation"},

@@ -15,17 +15,14 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from dataset.captioning.options import CaptioningOptions, add_captioning_arguments
+from dataset.captioning.options import CaptioningOptions
 from dataset.config import load_dataset_config
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_captioning_arguments(parser)
-    options = read_options(CaptioningOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, CaptioningOptions)
     config = load_dataset_config(options.dataset_config)
 
     from dataset.captioning.run import run_captioning  # torch loads here, after every option has been read

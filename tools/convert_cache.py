@@ -13,16 +13,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
-from dataset.convert_options import ConvertCacheOptions, add_convert_cache_arguments
+from dataset.options import ConvertCacheOptions
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_convert_cache_arguments(parser)
-    options = read_options(ConvertCacheOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, ConvertCacheOptions)
     config = None if options.dataset_config is None else load_dataset_config(options.dataset_config)
 
     from dataset.cache.converting import convert_caches

@@ -13,16 +13,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
-from dataset.reporting.options import ReportOptions, add_report_arguments
+from dataset.reporting.options import ReportOptions
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_report_arguments(parser)
-    options = read_options(ReportOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, ReportOptions)
     config = load_dataset_config(options.dataset_config)
 
     from dataset.reporting.run import run_report  # the libraries that read media load here

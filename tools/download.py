@@ -10,16 +10,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from downloads.listing import print_list
-from downloads.options import DownloadOptions, add_download_arguments
+from downloads.options import DownloadOptions
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_download_arguments(parser)
-    options = read_options(DownloadOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, DownloadOptions)
 
     if options.list_only:
         print_list(options.sets(), options.to)

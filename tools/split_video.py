@@ -9,16 +9,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from dataset.cutting.options import CuttingOptions, add_cutting_arguments
+from dataset.cutting.options import CuttingOptions
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    add_cutting_arguments(parser)
-    options = read_options(CuttingOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, CuttingOptions)
 
     from dataset.cutting.run import cut_footage  # what reads videos loads here
 

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import settle_all
-from training.average_options import AverageOptions
 from training.optimizers.optimizer import is_schedule_free
+from training.optimizers.options import AverageOptions
 from training.saving.state_record import is_count, refuse
 from training.saving.states import RECORD, SavedState, info_of, require_finite
 from training.trainable import Trainable

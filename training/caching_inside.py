@@ -23,7 +23,7 @@ from dataset.caching.planning import Caches
 from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import CacheReport, conclude
 from dataset.caching.work import EntryPlaces, npz_names
-from dataset.options import CachingOptions, CheckPageOptions, ShardOptions
+from dataset.options import CachingInRunOptions, CachingOptions, CheckPageOptions, ShardOptions
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_all_sources, require_captions
 from dataset.sources.media_source import MediaSource
@@ -32,7 +32,6 @@ from modules.console import as_size
 from modules.errors import DatasetError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
-from training.caching_options import CachingInRunOptions
 from training.data.live_media import BatchSources, LiveMedia
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.option_values import int_or_float, to_path
+from modules.options import Options, option
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,11 @@ OTHERS_TABLE = "reelsmith"  # what run_project.py keeps in the file
 TYPING_MISTAKE = 0.9  # similarity of a name and the one that was meant; 1 is the same
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --config_file."""
-    parser.add_argument(
-        "--config_file",
-        help="TOML file with options by name; tables only group them; the command line overrides it",
+class ConfigOptions(Options):
+    """Options in a file."""
+
+    config_file: str | None = option(
+        "TOML file with options by name; tables only group them; the command line overrides it", often=True
     )
 
 

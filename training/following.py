@@ -10,8 +10,8 @@ from typing import Any
 
 from modules.contract.experts import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.installation import command_words
-from modules.options import option_values, options_with
-from networks.options import add_network_arguments
+from modules.options import Options, option_values, options_with
+from networks.options import NetworkOptions
 from training.options import TrainingOptions, training_parser
 from training.reports.page import PageCommand
 from training.saving.options import LATEST_ONLY
@@ -35,8 +35,8 @@ class FamilyScripts:
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     # given a sample as `Request` names its values: the script and the options that generate
     generation: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
-    add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments
-    # all shared options, as the script has them; None: `training_parser` with `add_learner`
+    learner: type[Options] = NetworkOptions
+    # all shared options, as the script has them; None: `training_parser` with `learner`
     make_parser: Callable[[], argparse.ArgumentParser] | None = None
 
 
@@ -70,7 +70,7 @@ class GivenOptions:
 
 def given_options(options: TrainingOptions, own: Any, scripts: FamilyScripts) -> GivenOptions:
     """Return the options of a run; own: the family's. Keys and tokens are left out."""
-    make = scripts.make_parser or (lambda: training_parser(None, scripts.add_learner))
+    make = scripts.make_parser or (lambda: training_parser(None, scripts.learner))
     parser = make()
     scripts.add_arguments(parser)
     values = option_values(own) | option_values(options)

@@ -4,10 +4,7 @@ Scripts of image trainers take the same command lines for all their models; most
 Diffusion.
 """
 
-import argparse
-from typing import Any
-
-from modules.parser import add_unneeded, add_unsupported
+from modules.options import Options, not_needed, unsupported
 
 EPSILON = "it is for models that predict noise, such as Stable Diffusion; a flow model has no such schedule"
 OFFSET = "it is for models that predict noise, such as Stable Diffusion; a flow learns brightness without it"
@@ -16,97 +13,76 @@ DEEPSPEED = (
     "DeepSpeed is not used. Use --blocks_to_swap, --gradient_checkpointing and --fp8_base to save memory, "
     "and accelerate launch for several processes"
 )
+ROUNDING = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
 SAMPLERS = (
     *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++"),
     *("dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
 )
 
 
-def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add them all."""
-    _add_diffusion_arguments(parser.add_argument_group("for other models"))
-    _add_deepspeed_arguments(parser.add_argument_group("DeepSpeed"))
-    group = parser.add_argument_group("not needed")
-    switch: dict[str, Any] = {"action": "store_true"}
-    add_unneeded(group, "--lowram", instead="weights are read in pieces, straight to the device.", **switch)
-    add_unneeded(group, "--highvram", instead="no cache of the device is emptied between steps.", **switch)
-    rounding = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
-    add_unneeded(group, "--full_fp16", instead=rounding, help="train in fp16", **switch)
-    add_unneeded(group, "--full_bf16", instead=rounding, help="train in bf16", **switch)
-    add_unneeded(
-        group,
-        "--no_half_vae",
-        instead="the VAE's precision is chosen so that nothing overflows.",
-        help="VAE in float32",
-        **switch,
-    )
-    add_unneeded(
-        group,
-        "--mem_eff_attn",
-        instead="torch's own attention (--sdpa) is as lean.",
-        help="attention in pieces",
-        **switch,
-    )
-    add_unneeded(
-        group,
-        "--disable_mmap_load_safetensors",
-        instead="safetensors files are read in pieces, never mapped.",
-        **switch,
-    )
-    add_unneeded(
-        group,
-        "--sample_sampler",
-        instead="samples are made with the Euler steps of the model's own flow.",
-        values=("euler", "k_euler"),
-        default="ddim",
-        choices=SAMPLERS,
-        help="solver of samples",
-    )
+class OtherModels(Options, title="for other models"):
+    """What trainers of Stable Diffusion have."""
 
-
-def _add_diffusion_arguments(group: argparse._ArgumentGroup) -> None:
-    switch: dict[str, Any] = {"action": "store_true"}
-    add_unsupported(group, "--v2", reason=CLIP, **switch)
-    add_unsupported(group, "--v_parameterization", reason=EPSILON, **switch)
-    add_unsupported(group, "--clip_skip", reason=CLIP, type=int)
-    add_unsupported(group, "--max_token_length", reason=CLIP, type=int, choices=(150, 225))
-    add_unsupported(
-        group,
-        "--tokenizer_cache_dir",
-        reason="tokenizers are looked for beside the text encoders and in the Hugging Face cache; set "
+    v2 = unsupported(CLIP)
+    v_parameterization = unsupported(EPSILON)
+    clip_skip = unsupported(CLIP, type=int)
+    max_token_length = unsupported(CLIP, type=int, choices=(150, 225))
+    tokenizer_cache_dir = unsupported(
+        "tokenizers are looked for beside the text encoders and in the Hugging Face cache; set "
         "HF_HOME to move that",
+        type=str,
     )
-    add_unsupported(
-        group,
-        "--weighted_captions",
-        reason="these models are trained with whole sentences; weights of words are for generation only",
-        **switch,
+    weighted_captions = unsupported(
+        "these models are trained with whole sentences; weights of words are for generation only"
     )
-    add_unsupported(group, "--noise_offset", reason=OFFSET, type=float)
-    add_unsupported(group, "--noise_offset_random_strength", reason=OFFSET, **switch)
-    add_unsupported(group, "--multires_noise_iterations", reason=OFFSET, type=int)
-    add_unsupported(group, "--multires_noise_discount", reason=OFFSET, type=float, default=0.3)
-    add_unsupported(group, "--adaptive_noise_scale", reason=OFFSET, type=float)
-    add_unsupported(group, "--zero_terminal_snr", reason=EPSILON, **switch)
-    add_unsupported(group, "--min_snr_gamma", reason=EPSILON, type=float)
-    add_unsupported(group, "--scale_v_pred_loss_like_noise_pred", reason=EPSILON, **switch)
-    add_unsupported(group, "--v_pred_like_loss", reason=EPSILON, type=float)
-    add_unsupported(group, "--debiased_estimation_loss", reason=EPSILON, **switch)
-    add_unsupported(
-        group,
-        "--save_model_as",
-        reason="only safetensors files are written: other forms can hold code",
+    noise_offset = unsupported(OFFSET, type=float)
+    noise_offset_random_strength = unsupported(OFFSET)
+    multires_noise_iterations = unsupported(OFFSET, type=int)
+    multires_noise_discount = unsupported(OFFSET, type=float, default=0.3)
+    adaptive_noise_scale = unsupported(OFFSET, type=float)
+    zero_terminal_snr = unsupported(EPSILON)
+    min_snr_gamma = unsupported(EPSILON, type=float)
+    scale_v_pred_loss_like_noise_pred = unsupported(EPSILON)
+    v_pred_like_loss = unsupported(EPSILON, type=float)
+    debiased_estimation_loss = unsupported(EPSILON)
+    save_model_as = unsupported(
+        "only safetensors files are written: other forms can hold code",
         default="safetensors",
         choices=("ckpt", "pt", "safetensors"),
     )
 
 
-def _add_deepspeed_arguments(group: argparse._ArgumentGroup) -> None:
-    switch: dict[str, Any] = {"action": "store_true"}
-    add_unsupported(group, "--deepspeed", reason=DEEPSPEED, **switch)
-    add_unsupported(group, "--zero_stage", reason=DEEPSPEED, type=int, default=2, choices=(0, 1, 2, 3))
-    for name in ("optimizer", "param"):
-        add_unsupported(group, f"--offload_{name}_device", reason=DEEPSPEED, choices=("cpu", "nvme"))
-        add_unsupported(group, f"--offload_{name}_nvme_path", reason=DEEPSPEED)
-    for name in ("zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients"):
-        add_unsupported(group, f"--{name}", reason=DEEPSPEED, **switch)
+class DeepspeedOptions(Options, title="DeepSpeed"):
+    """What trainers with DeepSpeed have."""
+
+    deepspeed = unsupported(DEEPSPEED)
+    zero_stage = unsupported(DEEPSPEED, type=int, default=2, choices=(0, 1, 2, 3))
+    offload_optimizer_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
+    offload_optimizer_nvme_path = unsupported(DEEPSPEED, type=str)
+    offload_param_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
+    offload_param_nvme_path = unsupported(DEEPSPEED, type=str)
+    zero3_init_flag = unsupported(DEEPSPEED)
+    zero3_save_16bit_model = unsupported(DEEPSPEED)
+    fp16_master_weights_and_gradients = unsupported(DEEPSPEED)
+
+
+class NotNeeded(Options, title="not needed"):
+    """What is so anyway."""
+
+    lowram = not_needed("weights are read in pieces, straight to the device.")
+    highvram = not_needed("no cache of the device is emptied between steps.")
+    full_fp16 = not_needed(ROUNDING, "train in fp16")
+    full_bf16 = not_needed(ROUNDING, "train in bf16")
+    no_half_vae = not_needed("the VAE's precision is chosen so that nothing overflows.", "VAE in float32")
+    mem_eff_attn = not_needed("torch's own attention (--sdpa) is as lean.", "attention in pieces")
+    disable_mmap_load_safetensors = not_needed("safetensors files are read in pieces, never mapped.")
+    sample_sampler = not_needed(
+        "samples are made with the Euler steps of the model's own flow.",
+        "solver of samples",
+        values=("euler", "k_euler"),
+        default="ddim",
+        choices=SAMPLERS,
+    )
+
+
+FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded)

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from dataset.subset_options import add_subset_arguments
+from dataset.options import CachingInRunOptions
+from dataset.subset_options import SubsetOptions
 from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.options import Options, read_options
+from modules.options import Options, option, read_options
 from modules.parser import add_options, refuse_action
-from training.caching_options import add_caching_in_run_arguments
 from training.config_options import write_config_file
 from training.data.options import WEIGHTINGS
-from training.foreign_options import add_foreign_arguments
-from training.loss_options import RAW, add_prediction_arguments
-from training.optimizers.parts_options import add_parts_arguments
+from training.foreign_options import FOREIGN
+from training.loop_options import StartOptions
+from training.loss_options import RAW, PredictionOptions
+from training.optimizers.options import PartsOptions
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.start_options import add_start_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -83,57 +83,45 @@ def read_image_training(
     return options, read_options(record, args)
 
 
+class OtherNames(Options, title="other names"):
+    """Other names of options; `_translate` puts them into those that records read."""
+
+    use_8bit_adam: bool = option("--optimizer_type AdamW8bit")
+    use_lion_optimizer: bool = option("--optimizer_type Lion")
+    torch_compile: bool = option("compile the blocks with --dynamo_backend (inductor)")
+    cpu_offload_checkpointing: bool = option("--gradient_checkpointing_cpu_offload")
+    fp8_base_unet: bool = option("--fp8_base: the transformer in fp8, the text encoders in 16 bits")
+    caption_extention: str | None = option("another spelling of --caption_extension")
+    output_config: bool = option(
+        "write the options that differ from their defaults to --config_file, then exit"
+    )
+
+
 def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> argparse.ArgumentParser:
     """A parser with all options that every image trainer has. doc: the script's docstring."""
-    parser = training_parser(doc, samplers=defaults.samplers)
+    own = {
+        "timestep_sampling": defaults.timestep_sampling,
+        "model_prediction_type": defaults.model_prediction_type,
+        "discrete_flow_shift": defaults.discrete_flow_shift,
+        "guidance_scale": defaults.guidance_scale,
+        "weighting_scheme": UNIFORM,
+    }
+    choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
+    settings = {name: {"choices": values} for name, values in choices.items()}
+    parser = training_parser(doc, defaults=own, settings=settings)
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", help="checkpoint of the transformer")
     group.add_argument("--vae", help="checkpoint of the VAE")
-    add_parts_arguments(parser)
-    add_prediction_arguments(parser)
-    add_subset_arguments(parser)
-    add_caching_in_run_arguments(parser)
-    add_start_arguments(parser)
-    add_options(parser, ConsoleOptions)
-    _add_other_names(parser.add_argument_group("other names"))
-    add_foreign_arguments(parser)
+    add_options(parser, PartsOptions, PredictionOptions, SubsetOptions, CachingInRunOptions, defaults=own)
+    add_options(parser, StartOptions, ConsoleOptions, OtherNames, *FOREIGN)
     actions = {action.dest: action for action in parser._actions}
-    actions["weighting_scheme"].choices = (*WEIGHTINGS, UNIFORM)
     actions["dynamo_backend"].choices = (*(actions["dynamo_backend"].choices or ()), TENSORRT)
     # the launcher's setting; its default here takes effect with --torch_compile only
     actions["dynamo_backend"].not_given = "NO"  # type: ignore[attr-defined]
     for name, reason in defaults.refused.items():
         refuse_action(actions[name], reason)
-    parser.set_defaults(
-        timestep_sampling=defaults.timestep_sampling,
-        discrete_flow_shift=defaults.discrete_flow_shift,
-        model_prediction_type=defaults.model_prediction_type,
-        guidance_scale=defaults.guidance_scale,
-        weighting_scheme=UNIFORM,
-        dynamo_backend="inductor",
-    )
+    parser.set_defaults(dynamo_backend="inductor")
     return parser
-
-
-def _add_other_names(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--use_8bit_adam", action="store_true", help="--optimizer_type AdamW8bit")
-    group.add_argument("--use_lion_optimizer", action="store_true", help="--optimizer_type Lion")
-    group.add_argument(
-        "--torch_compile", action="store_true", help="compile the blocks with --dynamo_backend (inductor)"
-    )
-    group.add_argument(
-        "--cpu_offload_checkpointing", action="store_true", help="--gradient_checkpointing_cpu_offload"
-    )
-    group.add_argument(
-        "--fp8_base_unet",
-        action="store_true",
-        help="--fp8_base: the transformer in fp8, the text encoders in 16 bits",
-    )
-    group.add_argument(
-        "--output_config",
-        action="store_true",
-        help="write the options that differ from their defaults to --config_file, then exit",
-    )
 
 
 def _translate(args: argparse.Namespace) -> None:

@@ -2,39 +2,28 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.errors import OptionError
 from modules.option_values import require
-from modules.options import FREE, HABIT, Options, read_options
+from modules.options import FREE, HABIT, Options, option, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
-from networks.options import NetworkOptions, add_network_arguments
-from training.average_options import AverageOptions, add_average_arguments
-from training.caching_options import CachingInRunOptions
-from training.config_options import add_config_argument, read_config_file
-from training.data.options import (
-    SAMPLERS,
-    NoiseOptions,
-    TimestepOptions,
-    add_noise_arguments,
-    add_timestep_arguments,
-)
-from training.expert_options import ONE_DIT, ExpertTrainingOptions
-from training.loop_options import LoopOptions, ValidationOptions, add_loop_arguments
-from training.loss_options import RAW, TIMESTEP, LossOptions, PredictionOptions, add_loss_arguments
-from training.optimizers.lr_schedule_options import LrScheduleOptions, add_lr_schedule_arguments
-from training.optimizers.options import OptimizerOptions, add_optimizer_arguments
-from training.optimizers.parts_options import PartsOptions
-from training.processes.options import AcceleratorOptions, add_accelerator_arguments
-from training.reports.options import LogOptions, add_log_arguments
-from training.sample_options import SampleOptions, add_sample_arguments
+from networks.options import NetworkOptions
+from training.config_options import ConfigOptions, read_config_file
+from training.data.options import NoiseOptions, TimestepOptions
+from training.learner_options import ONE_DIT, ExpertTrainingOptions, WholeDitOptions
+from training.loop_options import LoopOptions, StartOptions, ValidationOptions
+from training.loss_options import RAW, TIMESTEP, LossOptions, PredictionOptions
+from training.optimizers.lr_schedule_options import LrScheduleOptions
+from training.optimizers.options import AverageOptions, OptimizerOptions, PartsOptions
+from training.processes.options import AcceleratorOptions
+from training.reports.options import LogOptions
+from training.sample_options import SampleOptions
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
-from training.start_options import StartOptions
-from training.whole_dit_options import WholeDitOptions
 
 R = TypeVar("R", bound=Options)
 
@@ -44,34 +33,33 @@ MOST_RANK = 4096
 RANKED_NETWORKS = ("networks.lora", "networks.loha")
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(Options):
     """All options but the family's own."""
 
-    loop: LoopOptions = field(metadata=FREE)
-    validation: ValidationOptions = field(metadata=FREE)
+    loop: LoopOptions = option(facts=FREE)
+    validation: ValidationOptions = option(facts=FREE)
     optimizer: OptimizerOptions
-    lr_schedule: LrScheduleOptions = field(metadata=HABIT)
-    timesteps: TimestepOptions = field(metadata=HABIT)
-    noise: NoiseOptions = field(metadata=HABIT)
-    loss: LossOptions = field(metadata=HABIT)
-    prediction: PredictionOptions | None = field(metadata=HABIT)  # None: the output is the velocity
+    lr_schedule: LrScheduleOptions = option(facts=HABIT)
+    timesteps: TimestepOptions = option(facts=HABIT)
+    noise: NoiseOptions = option(facts=HABIT)
+    loss: LossOptions = option(facts=HABIT)
+    prediction: PredictionOptions | None = option(facts=HABIT)  # None: the output is the velocity
     network: NetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
-    saving: SavingOptions = field(metadata=FREE)
-    hub: HubOptions = field(metadata=FREE)
-    metadata: MetadataOptions = field(metadata=FREE)
-    samples: SampleOptions = field(metadata=FREE)
-    average: AverageOptions = field(metadata=FREE)
-    logs: LogOptions = field(metadata=FREE)
     accelerator: AcceleratorOptions
+    saving: SavingOptions = option(facts=FREE)
+    samples: SampleOptions = option(facts=FREE)
+    average: AverageOptions = option(facts=FREE)
+    logs: LogOptions = option(facts=FREE)
+    metadata: MetadataOptions = option(facts=FREE)
+    hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
     experts: ExpertTrainingOptions | None  # None: the script's models have one transformer
     # of image trainers; None in the others
     parts: PartsOptions | None
-    start: StartOptions | None = field(metadata=FREE)
-    subset: SubsetOptions | None = field(metadata=FREE)  # what it makes of the data is compared instead
-    caching: CachingInRunOptions | None = field(metadata=FREE)
+    start: StartOptions | None = option(facts=FREE)
+    subset: SubsetOptions | None = option(facts=FREE)  # what it makes of the data is compared instead
+    caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
@@ -181,46 +169,29 @@ def read_training(
     doc: str | None,
     record: type[R],
     argv: Sequence[str] | None,
-    add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments,
-    add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    learner: type[Options] = NetworkOptions,
+    more: Sequence[type[Options]] = (),
 ) -> tuple[TrainingOptions, R]:
     """Read the options of a script that trains.
 
-    record: the family's own. doc, add_learner: see `training_parser`. add_more: declares the script's own.
+    record: the family's own. doc, learner: see `training_parser`. more: further records of shared options.
     """
-    parser = training_parser(doc, add_learner)
-    add_options(parser, record)
-    add_more(parser)
+    parser = training_parser(doc, learner)
+    add_options(parser, record, *more)
     args = read_arguments(parser, argv)
     return read_options(TrainingOptions, args), read_options(record, args)
 
 
 def training_parser(
-    doc: str | None,
-    add_learner: Callable[[argparse.ArgumentParser], None] = add_network_arguments,
-    samplers: Sequence[str] = SAMPLERS,
+    doc: str | None, learner: type[Options] = NetworkOptions, **own: Any
 ) -> argparse.ArgumentParser:
     """A parser with all options that every family's training has.
 
-    doc: the script's docstring. add_learner: adds the arguments of what learns, `add_network_arguments` or
-    `add_whole_dit_arguments`. samplers: those of --timestep_sampling that the family can use.
+    doc: the script's docstring. learner: options of what learns, `NetworkOptions` or `WholeDitOptions`. own:
+    defaults and settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)
-    add_config_argument(parser)
-    add_loop_arguments(parser)
-    add_learner(parser)
-    add_optimizer_arguments(parser)
-    add_lr_schedule_arguments(parser)
-    add_timestep_arguments(parser, samplers)
-    add_noise_arguments(parser)
-    add_loss_arguments(parser)
-    add_options(parser, TrainingSpeedOptions)
-    add_accelerator_arguments(parser)
-    add_options(parser, SavingOptions)
-    add_sample_arguments(parser)
-    add_average_arguments(parser)
-    add_log_arguments(parser)
-    add_options(parser, MetadataOptions, HubOptions)
+    add_options(parser, ConfigOptions, learner, TrainingOptions, **own)
     return parser
 
 

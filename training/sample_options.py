@@ -1,36 +1,35 @@
 """Options of the samples made while training."""
 
-import argparse
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from blissful_tuner.preview_options import PreviewOptions
 from modules.errors import OptionError
-from modules.option_values import check_at_least
-from modules.parser import add_options
+from modules.options import Options, option
 from networks.options import require_files
 
 
-@dataclass(frozen=True)
-class SampleOptions:
+class SampleOptions(Options, title="samples while training"):
     """When to make samples, and from which prompts."""
 
-    sample_prompts: Path | None  # txt, toml or json
-    sample_every_n_steps: int | None
-    sample_every_n_epochs: int | None
-    sample_at_first: bool
-    sample_now: bool  # look for files that ask for samples or a save
-    sample_lora: tuple[Path, ...] | None  # "FILE" or "FILE:multiplier"; see `loras`
+    sample_prompts: Path | None = option(
+        "file with prompts (txt, toml, json) to make samples from", often=True
+    )
+    sample_every_n_steps: int | None = option("make samples after every so many steps", least=1)
+    sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
+    sample_at_first: bool = option("sample before the first step too")
+    sample_now: bool = option(
+        "look into --output_dir once a second: a file OUTPUT_NAME.sample asks for samples at the end of "
+        "the next step, OUTPUT_NAME.save for a save; it is removed when that is done"
+    )
+    sample_lora: tuple[Path, ...] | None = option(
+        "LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "
+        "samples of 4 steps; neither trained nor saved",
+        metavar="FILE[:MULTIPLIER]",
+    )
     preview: PreviewOptions  # of samples while they are made
 
     def __post_init__(self) -> None:
-        check_at_least(
-            "--sample_every_n_steps", self.sample_every_n_steps, 1, "leave it out for no samples by step"
-        )
-        check_at_least(
-            "--sample_every_n_epochs", self.sample_every_n_epochs, 1, "leave it out for no samples by epoch"
-        )
         path = self.sample_prompts
         if path is not None and (path.is_dir() or not path.exists()):
             what = "is a folder" if path.is_dir() else "no such file"
@@ -42,7 +41,6 @@ class SampleOptions:
                 "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
                 "prompts: give --sample_prompts"
             )
-
         self.loras()
 
     def loras(self) -> list[tuple[Path, float]]:
@@ -73,26 +71,3 @@ def _split_multiplier(given: Path) -> tuple[Path, float]:
     if not math.isfinite(multiplier):
         raise OptionError(f"--sample_lora {given}: the multiplier is {number}; give a finite number")
     return Path(name), multiplier
-
-
-def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `SampleOptions`."""
-    group = parser.add_argument_group("samples while training")
-    group.add_argument("--sample_prompts", help="file with prompts (txt, toml, json) to make samples from")
-    group.add_argument("--sample_every_n_steps", type=int, help="make samples after every so many steps")
-    group.add_argument("--sample_every_n_epochs", type=int, help="make samples after every so many epochs")
-    group.add_argument("--sample_at_first", action="store_true", help="sample before the first step too")
-    group.add_argument(
-        "--sample_lora",
-        nargs="*",
-        metavar="FILE[:MULTIPLIER]",
-        help="LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "
-        "samples of 4 steps; neither trained nor saved",
-    )
-    add_options(parser, PreviewOptions)
-    group.add_argument(
-        "--sample_now",
-        action="store_true",
-        help="look into --output_dir once a second: a file OUTPUT_NAME.sample asks for samples at the end of "
-        "the next step, OUTPUT_NAME.save for a save; it is removed when that is done",
-    )

@@ -3,8 +3,8 @@
 import logging
 
 from modules.errors import OptionError
+from training.loop_options import StartOptions
 from training.progress import Progress
-from training.start_options import StartOptions
 from training.steps import StepPlan
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataset.cache.files import PART, SUFFIX
 from dataset.cache.forms import single_files
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetConfig
-from dataset.convert_options import ConvertCacheOptions
+from dataset.options import ConvertCacheOptions
 from dataset.shard_names import INDEX
 from modules.atomic_write import explain_errors, remove_leftovers, write_bytes
 from modules.bars import track

@@ -68,7 +68,7 @@ class CachingActor:
                     os.chdir(self._folder)  # so that paths mean what they mean where they were typed
                 self._main(self._words, self._make)
             assert self._work is not None
-            report = self._work.encode_shard(ShardOptions(self._num_shards, index))
+            report = self._work.encode_shard(ShardOptions(num_shards=self._num_shards, shard_index=index))
         except UserError as failure:
             error = str(failure)
         return {

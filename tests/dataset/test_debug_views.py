@@ -7,7 +7,6 @@ import pytest
 from dataset.config import DatasetConfig
 from dataset.debug_views import coloured_text, sheet, show_datasets
 from dataset.options import DebugOptions
-from modules.errors import OptionError
 from modules.media.reading import image_size, read_image, video_frames
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import frame_numbers, make_clip, make_image, subset_table
@@ -72,11 +71,6 @@ def test_text_on_a_background_is_denser_where_it_is_light() -> None:
 def test_a_sheet_takes_frames_evenly() -> None:
     frames = np.arange(81, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     assert list(sheet(frames, most=5)[0, ::2, 0]) == [0, 20, 40, 60, 80]
-
-
-def test_an_unknown_background_is_refused() -> None:
-    with pytest.raises(OptionError, match="purple: use one of black"):
-        replace(DEBUG, console_back="purple")
 
 
 def test_what_changes_is_shown_as_it_may_be_trained_once(

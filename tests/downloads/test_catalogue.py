@@ -29,7 +29,7 @@ from downloads.catalogue import (
     model_sets,
 )
 from downloads.listing import describe_set, family_table, models_tables
-from downloads.options import DownloadOptions, add_download_arguments
+from downloads.options import DownloadOptions
 from flux import options as flux
 from flux.configs import RELEASES
 from fpack_generate_video import DEFAULTS as FRAMEPACK_DEFAULTS
@@ -44,8 +44,7 @@ from lumina import options as lumina
 from lumina.configs import LUMINA_2
 from modules.command import as_typed
 from modules.errors import UserError
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 from post.chain_options import read_chain
 from post.tools_options import TOOLS as TOOLS_ON_VIDEOS
 from stable_diffusion.options import read_gen_img
@@ -158,9 +157,7 @@ def _title(model_set: ModelSet) -> str:
 
 def read_download(argv: list[str]) -> DownloadOptions:
     """The options of a command line of tools/download.py."""
-    parser = Parser()
-    add_download_arguments(parser)
-    return read_options(DownloadOptions, parser.parse_args(argv))
+    return parse_options("", argv, DownloadOptions)[0]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.repository}/{file.file}")

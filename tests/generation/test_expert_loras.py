@@ -36,9 +36,13 @@ class Given:
     """The options that `expert_loras` reads."""
 
     def __init__(self, low: list[Path], high: list[Path], *patterns: str) -> None:
-        self.lora = LoraOptions(tuple(low) or None, (0.5,))
-        self.lora_patterns = LoraPatternOptions(tuple(patterns) or None, None)
-        self.experts: Any = type("Experts", (), {"loras": LoraOptions(tuple(high) or None, (2.0,))})
+        self.lora = LoraOptions.usual(lora_weight=tuple(low) or None, lora_multiplier=(0.5,))
+        self.lora_patterns = LoraPatternOptions.usual(include_patterns=tuple(patterns) or None)
+        self.experts: Any = type(
+            "Experts",
+            (),
+            {"loras": LoraOptions.usual(lora_weight=tuple(high) or None, lora_multiplier=(2.0,))},
+        )
 
 
 def names(uses: tuple[LoraUse, ...]) -> list[tuple[str, float]]:

@@ -153,10 +153,6 @@ def test_a_file_larger_than_a_lora_is_written_tensor_by_tensor_without_hashes(
     [
         ({"rank": 3}, (), ("holds another network", "equal ranks")),
         ({"alpha": 2.0}, (), ("alpha differs", "equal alphas")),
-        ({}, ("--beta", "1.5"), ("--beta 1.5",)),
-        ({}, ("--beta2", "nan"), ("--beta2 nan",)),
-        ({}, ("--sigma_rel", "0.5"), ("--sigma_rel 0.5", "0.2887")),
-        ({}, ("--sigma_rel", "0"), ("--sigma_rel 0",)),
         ({}, ("--output_file", "my lora-1.safetensors"), ("--output_file", "one of the files to read")),
         ({}, ("--output_file", "out.pth"), ("--output_file", ".safetensors")),
         ({}, ("--output_file", "folder"), ("--output_file", "folder")),

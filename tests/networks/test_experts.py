@@ -314,10 +314,6 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, pair: Pair) -> Non
         (["--input", low, "--output_high_noise", more, "--target", "other"], "holds a single one"),
         (["--input", low, "--expert", HIGH_NOISE, "--target", "other"], "holds a single one"),
         (["--input", both, "--output_high_noise", out, "--target", "other"], "give two names"),
-        (
-            ["--input", both, "--output_high_noise", more, "--expert", LOW_NOISE, "--target", "other"],
-            "leave --output_high_noise or it out",
-        ),
         (["--input", low, "--input_high_noise", out, "--target", "diffusers"], "no such file"),
     ):
         with pytest.raises(OptionError, match=text):

@@ -308,16 +308,6 @@ def test_the_randomised_decomposition_finds_what_the_whole_one_finds() -> None:
             "--ratios has 0 numbers",
         ),
         (flux_merge_lora.main, ["--models", "{lora}", "--ratios", "1"], "--save_to is missing"),
-        (
-            flux_merge_lora.main,
-            ["--models", "{lora}", "--ratios", "1", "--t5xxl", "{lora}"],
-            "--t5xxl_save_to is missing",
-        ),
-        (
-            flux_merge_lora.main,
-            ["--models", "{lora}", "--ratios", "1", "--save_to", "x.safetensors", "--precision", "fp4"],
-            "--precision fp4",
-        ),
         (convert_flux_lora.main, ["--src", "sd-scripts"], "are both sd-scripts"),
         (convert_flux_lora.main, ["--src_path", "{lora}"], "both needed"),
     ],

@@ -188,11 +188,17 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
     for file in files:
         save_file(tensors, file)
 
-    uses = lora_uses(LoraOptions(files, (0.5,)), LoraPatternOptions(("a",), None))
+    uses = lora_uses(
+        LoraOptions.usual(lora_weight=files, lora_multiplier=(0.5,)),
+        LoraPatternOptions.usual(include_patterns=("a",)),
+    )
 
     assert [(use.multiplier, use.include, use.exclude) for use in uses] == [
         (0.5, "a", None),
         (1.0, None, None),
     ]
     with pytest.raises(OptionError, match="--exclude_patterns has 3 patterns for 2"):
-        lora_uses(LoraOptions(files, (1.0,)), LoraPatternOptions(None, ("a", "b", "c")))
+        lora_uses(
+            LoraOptions.usual(lora_weight=files, lora_multiplier=(1.0,)),
+            LoraPatternOptions.usual(exclude_patterns=("a", "b", "c")),
+        )

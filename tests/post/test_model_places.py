@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from downloads.catalogue import known_components, model_sets
-from downloads.options import add_download_arguments
+from downloads.options import DownloadOptions
 from modules.errors import OptionError
+from modules.parser import add_options
 from post.model_places import MODELS, PLACES, ModelPlace, default_model
 from post.tools_options import TOOLS
 
@@ -38,7 +39,7 @@ def test_places_are_those_of_the_list_of_downloads(place: ModelPlace) -> None:
 
 def test_the_folder_is_that_of_a_download_without_to() -> None:
     parser = argparse.ArgumentParser()
-    add_download_arguments(parser)
+    add_options(parser, DownloadOptions)
 
     assert Path(parser.get_default("to")) == MODELS
 

@@ -18,8 +18,8 @@ from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.average_options import AverageOptions
 from training.averages import decay_at, make_average
+from training.optimizers.options import AverageOptions
 from training.planning.prediction import predict
 from training.run import train_network
 from training.trainable import Trainable
@@ -67,7 +67,7 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
         start_step=lambda: None,
     )
     optimizer = torch.optim.SGD(parameters, 0.1)
-    average = make_average(AverageOptions(0.5, 1, False), [dit], trainable, optimizer, keeps=True)
+    average = make_average(AverageOptions.usual(ema_decay=0.5), [dit], trainable, optimizer, keeps=True)
     swap = swap_of(dit)
     assert average is not None
     assert swap is not None
@@ -191,20 +191,6 @@ def test_samples_show_the_average_if_asked(tmp_path: Path) -> None:
 
     assert torch.equal(pictures[1], pictures[2])  # after the last step, and of the file
     assert same(expected, train_toy(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        (["--ema_decay", 1], "--ema_decay 1"),
-        (["--ema_decay", "nan"], "--ema_decay nan"),
-        (["--ema_decay", 0.9, "--ema_update_every", 0], "--ema_update_every 0"),
-        (["--sample_ema"], "--ema_decay"),
-    ],
-)
-def test_values_without_sense_are_refused(tmp_path: Path, given: list[object], named: str) -> None:
-    with pytest.raises(OptionError, match=named):
-        toy_options(tmp_path, *given)
 
 
 def test_samples_of_a_whole_model_with_its_average_are_refused(tmp_path: Path) -> None:

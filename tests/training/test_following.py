@@ -16,9 +16,9 @@ from modules.options import read_options
 from modules.parser import add_options, declare
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
+from training.learner_options import WholeDitOptions
 from training.options import TrainingOptions, read_arguments, read_training, training_parser
 from training.reports.page import PageCommand
-from training.whole_dit_options import add_whole_dit_arguments
 from wan.options import WanTrainingOptions, generation_words
 
 NEEDED = ["--dataset_config", "my data.toml", "--output_dir", "out put", "--output_name", "it's \u00fc"]
@@ -222,7 +222,7 @@ def test_a_sample_is_generated_again_with_all_that_it_shows(tmp_path: Path) -> N
 
 
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
-    parser = training_parser("", add_whole_dit_arguments)
+    parser = training_parser("", WholeDitOptions)
     add_options(parser, HunyuanTrainingOptions)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
@@ -230,7 +230,7 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
         "hv_train.py",
         declare(HunyuanTrainingOptions),
         partial(generate_hunyuan, own),
-        add_whole_dit_arguments,
+        WholeDitOptions,
     )
     given = given_options(options, own, scripts)
 

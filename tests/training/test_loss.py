@@ -122,7 +122,12 @@ RECORDED = [case for case in LOSSES["cases"] if case["loss_per_sample"] is not N
     "case", RECORDED, ids=lambda case: f"{case['loss_type']} {case['huber_schedule']} {case['huber_c']}"
 )
 def test_every_loss_is_the_recorded_one(case: dict[str, Any]) -> None:
-    options = LossOptions(case["loss_type"], case["huber_schedule"], case["huber_c"], case["huber_scale"])
+    options = LossOptions.usual(
+        loss_type=case["loss_type"],
+        huber_schedule=case["huber_schedule"],
+        huber_c=case["huber_c"],
+        huber_scale=case["huber_scale"],
+    )
     sigmas = torch.tensor(LOSSES["sigma"])
     thresholds = find_thresholds(options, NoiseSpec(), sigmas, 1000 * sigmas)
 
@@ -138,7 +143,7 @@ def test_every_loss_is_the_recorded_one(case: dict[str, Any]) -> None:
 
 
 def test_the_threshold_of_snr_falls_from_1_in_data_to_huber_c_in_noise() -> None:
-    options = LossOptions("huber", "snr", 0.1, 1.0)
+    options = LossOptions.usual(loss_type="huber")
     sigmas = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(
         find_thresholds(options, NoiseSpec(), sigmas, sigmas), torch.tensor([1.0, 0.325, 0.1])
@@ -152,7 +157,7 @@ def test_the_threshold_of_snr_falls_from_1_in_data_to_huber_c_in_noise() -> None
 def test_the_loss_that_options_ask_for_is_trained() -> None:
     plain = training_loss(ToyFamily(), Constant(0.5), noisy_batch(), nullcontext)
     absolute = training_loss(
-        ToyFamily(), Constant(0.5), noisy_batch(), nullcontext, LossRule(LossOptions("l1", "snr", 0.1, 1.0))
+        ToyFamily(), Constant(0.5), noisy_batch(), nullcontext, LossRule(LossOptions.usual(loss_type="l1"))
     )
     assert plain.item() == (1.5**2 + 3.5**2) / 2
     assert absolute.item() == (1.5 + 3.5) / 2
@@ -198,7 +203,7 @@ def test_moving_a_batch_moves_every_tensor_of_it() -> None:
 
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
 def test_a_mask_of_a_clip_weights_each_latent_and_the_mean_is_over_all(loss_type: str) -> None:
-    options = LossOptions(loss_type, "constant", 0.1, 1.0)
+    options = LossOptions.usual(loss_type=loss_type, huber_schedule="constant")
     plain = noisy_batch()
     mask = torch.tensor([[[[1.0, 0.5], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]], dtype=torch.float16)
     batch = replace(plain.batch, tensors={**plain.batch.tensors, LOSS_MASK: mask})

@@ -8,9 +8,9 @@ import pytest
 
 from modules.errors import OptionError
 from modules.options import read_options
+from training.learner_options import WholeDitOptions
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.whole_dit_options import add_whole_dit_arguments
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678)
 FAMILY = {
@@ -51,7 +51,7 @@ KEPT_KEYS = "ss_base_model_version ss_network_module ss_network_dim ss_network_a
 
 def metadata(*argv: str, whole_dit: bool = False) -> dict[str, str]:
     needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
-    parser = training_parser(None, add_whole_dit_arguments) if whole_dit else training_parser(None)
+    parser = training_parser(None, WholeDitOptions) if whole_dit else training_parser(None)
     options = read_options(TrainingOptions, read_arguments(parser, [*needed, *argv], {}))
     run = run_metadata(options, "wan", FAMILY, FACTS)
     return file_metadata(run, options, FAMILY, step=5, epoch=2, now=NOW)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
-from dataset.options import CachingOptions, add_caching_arguments
+from dataset.options import CachingOptions
 from modules.contract.noise import NoiseSpec
 from modules.options import read_options
+from modules.parser import add_options
 from tests.training.toy import same
 from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
 from training.data.options import SAMPLERS, SIZE_SAMPLERS
@@ -44,7 +45,7 @@ def cache(folder: Path, left: int = 255, right: int = 255) -> Path:
     )
     config = load_dataset_config(path)
     parser = argparse.ArgumentParser()
-    add_caching_arguments(parser)
+    add_options(parser, CachingOptions)
     given = ["--dataset_config", str(path), "--device", "cpu", "--num_workers", "1"]
     options = read_options(CachingOptions, parser.parse_args(given))
     assert cache_media(PictureFamily(), config, options).written == 3

@@ -15,8 +15,9 @@ from dataset.config import load_dataset_config
 from modules.contract.loading import Placement
 from modules.errors import DatasetError, OptionError
 from modules.options import read_options
+from modules.parser import add_options
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
-from training.loop_options import ValidationOptions, add_loop_arguments
+from training.loop_options import LoopOptions, ValidationOptions
 from training.run import train_network
 from training.validation import Validation
 
@@ -134,7 +135,7 @@ def test_it_falls_where_the_network_learns(tmp_path: Path, caplog: pytest.LogCap
 )
 def test_short_epochs_are_not_all_validated(words: tuple[str, ...], steps: int, due: list[int]) -> None:
     parser = argparse.ArgumentParser()
-    add_loop_arguments(parser)
+    add_options(parser, LoopOptions, ValidationOptions)
     options = read_options(ValidationOptions, parser.parse_args(words))
     ends = [(epoch, epoch * steps) for epoch in range(1, 120 // steps + 1)]
     assert [end for epoch, end in ends if options.is_due_after_epoch(epoch, end, steps, False)] == due

@@ -24,11 +24,11 @@ from modules.contract.requests import settle, size_of
 from modules.contract.tokens import CountTokens, TokenCount
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
-from training.expert_options import add_expert_training_arguments
+from modules.parser import add_options
+from training.learner_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
-from training.whole_dit_options import add_whole_dit_arguments
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
 TWO_EXPERTS = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 600.0))
@@ -252,8 +252,8 @@ def toy_options(
     # those that are given again would be warned of
     usual = [word for name, value in values.items() if name not in arguments for word in (name, value)]
     usual += [] if has_page else ["--no_page"]
-    parser = training_parser("", add_whole_dit_arguments) if whole_dit else training_parser("")
-    add_expert_training_arguments(parser)
+    parser = training_parser("", WholeDitOptions) if whole_dit else training_parser("")
+    add_options(parser, ExpertTrainingOptions)
     return read_options(
         TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
     )

@@ -1,12 +1,11 @@
-"""Options of the optimizer."""
+"""Options of the optimizer, of the parts that it steps, and of the average of the weights."""
 
-import argparse
 import logging
-from dataclasses import dataclass, field
 from typing import Any
 
-from modules.option_values import check_at_least, check_below, read_literals
-from modules.options import CHANGEABLE, HABIT, IDENTITY
+from modules.errors import OptionError
+from modules.option_values import read_literals
+from modules.options import CHANGEABLE, HABIT, IDENTITY, Options, option
 
 logger = logging.getLogger(__name__)
 
@@ -16,25 +15,39 @@ FIND_RATE = ("prodigy", "dadapt", "adafactor", "came")
 LARGEST_RATE = 1000.0  # far above any that learns; beyond it the first step only makes infinities
 
 
-@dataclass(frozen=True)
-class OptimizerOptions:
+class OptimizerOptions(Options, title="optimizer"):
     """Options of the optimizer: which one, with which arguments."""
 
-    optimizer_type: str = field(metadata=IDENTITY)  # a name or an import path; "" means AdamW
-    optimizer_args: tuple[str, ...] | None = field(metadata=IDENTITY)  # key=value
-    learning_rate: float = field(metadata=CHANGEABLE)
-    max_grad_norm: float = field(metadata=HABIT)  # 0 turns clipping off
+    optimizer_type: str = option(
+        "AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
+        "class or pkg.module.Class",
+        default="",
+        often=True,
+        facts=IDENTITY,
+    )
+    optimizer_args: tuple[str, ...] | None = option(
+        'arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
+        metavar="KEY=VALUE",
+        facts=IDENTITY,
+    )
+    learning_rate: float = option(
+        "how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+        default=2.0e-6,
+        least=0,
+        below=LARGEST_RATE,
+        hint="1e-4 is usual for a LoRA, 1 for Prodigy; 0 only makes sense if the optimizer finds its rate",
+        often=True,
+        facts=CHANGEABLE,
+    )
+    max_grad_norm: float = option(
+        "clip the gradient to this norm; 0 turns clipping off",
+        default=1.0,
+        least=0,
+        hint="0 turns clipping off",
+        facts=HABIT,
+    )
 
     def __post_init__(self) -> None:
-        check_at_least(
-            "--learning_rate",
-            self.learning_rate,
-            0,
-            "0 only makes sense with an optimizer that finds its own rate",
-        )
-        check_below(
-            "--learning_rate", self.learning_rate, LARGEST_RATE, "1e-4 is usual for a LoRA, 1 for Prodigy"
-        )
         name = self.optimizer_type.rpartition(".")[2].lower()
         if self.learning_rate > HIGH_RATE and not name.startswith(FIND_RATE):
             logger.warning(
@@ -43,38 +56,85 @@ class OptimizerOptions:
                 self.learning_rate,
                 self.optimizer_type or "AdamW",
             )
-        check_at_least("--max_grad_norm", self.max_grad_norm, 0, "0 turns clipping off")
-        read_literals("--optimizer_args", self.optimizer_args)
+        self.arguments()
 
     def arguments(self) -> dict[str, Any]:
         """Return `optimizer_args` with their values read as Python literals."""
         return read_literals("--optimizer_args", self.optimizer_args)
 
 
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `OptimizerOptions`."""
-    group = parser.add_argument_group("optimizer")
-    group.add_argument(
-        "--optimizer_type",
-        default="",
-        help="AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
-        "class or pkg.module.Class",
+class AverageOptions(Options, title="average of the weights (EMA)"):
+    """Options of the average that a run keeps beside its weights."""
+
+    ema_decay: float | None = option(
+        "keep an exponential moving average of the trained weights with this decay per step (0.999) and "
+        "save it as OUTPUT_NAME...-ema.safetensors beside each file",
+        above=0,
+        below=1,
+        hint="such as 0.999",
     )
-    group.add_argument(
-        "--optimizer_args",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help='arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
+    ema_update_every: int = option(
+        "update the average every N steps, with the decay of N steps: for a whole model, whose average "
+        "lies in host memory",
+        default=1,
+        least=1,
     )
-    group.add_argument(
+    sample_ema: bool = option("make samples with the average", needs="ema_decay", hint="0.999 is usual")
+
+
+class PartsOptions(Options, title="what is trained"):
+    """What gets a LoRA: the DiT, the text encoders, or both; and their learning rates."""
+
+    network_train_unet_only: bool = option(
+        "put the network into the transformer only",
+        excludes="network_train_text_encoder_only",
+        hint="else nothing is trained",
+        facts=IDENTITY,
+    )
+    network_train_text_encoder_only: bool = option(
+        "put the network into the text encoders only", facts=IDENTITY
+    )
+    unet_lr: float | None = option(
+        "learning rate of the transformer's network; default: --learning_rate",
+        least=0,
+        below=LARGEST_RATE,
+        hint="1e-4 is usual",
+        facts=CHANGEABLE,
+    )
+    text_encoder_lr: tuple[float, ...] | None = option(
+        "learning rates of the text encoders' networks, one for all or one for each; default: "
         "--learning_rate",
-        type=float,
-        default=2.0e-6,
-        help="how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+        least=0,
+        below=LARGEST_RATE,
+        hint="1e-4 is usual",
+        facts=CHANGEABLE,
     )
-    group.add_argument(
-        "--max_grad_norm",
-        type=float,
-        default=1.0,
-        help="clip the gradient to this norm; 0 turns clipping off",
+    fused_backward_pass: bool = option(
+        "step each weight as soon as its gradient is complete and free the gradient; needs one process, "
+        "no accumulation, an optimizer such as Adafactor; --max_grad_norm clips each weight's gradient by "
+        "itself",
+        facts=HABIT,
     )
+
+    @property
+    def trains_dit(self) -> bool:
+        """Return whether the DiT gets a LoRA."""
+        return not self.network_train_text_encoder_only
+
+    @property
+    def trains_texts(self) -> bool:
+        """Return whether those text encoders that can learn get one."""
+        return not self.network_train_unet_only
+
+    def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
+        """Return a learning rate for each of so many text encoders that can learn.
+
+        One value is for all of them, none means --learning_rate. Raises OptionError if there are too many.
+        """
+        given = self.text_encoder_lr or (learning_rate,)
+        if len(given) > max(count, 1):
+            raise OptionError(
+                f"--text_encoder_lr has {len(given)} values, but {count} text encoders can learn: give one "
+                "value, or one for each"
+            )
+        return (*given, *[given[-1]] * (count - len(given)))[:count]

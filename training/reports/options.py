@@ -1,26 +1,34 @@
 """Options of what is reported to TensorBoard and wandb."""
 
-import argparse
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import SECRET
+from modules.options import SECRET, Options, option
 
 
-@dataclass(frozen=True)
-class LogOptions:
+class LogOptions(Options, title="logs"):
     """Options of where loss curves go."""
 
-    logging_dir: Path | None
-    log_with: str | None  # tensorboard, wandb, all; None: tensorboard if there is a logging_dir
-    log_prefix: str | None
-    log_tracker_name: str | None
-    wandb_run_name: str | None
-    log_tracker_config: Path | None  # TOML, one table per tracker
-    wandb_api_key: str | None = field(metadata=SECRET)
-    log_config: bool
-    no_page: bool  # write neither OUTPUT_NAME.html, nor its history, nor sheets of samples
+    logging_dir: Path | None = option("folder for TensorBoard's files; each run gets a folder in it")
+    log_with: str | None = option(
+        "tensorboard when not given and --logging_dir is", choices=("tensorboard", "wandb", "all")
+    )
+    log_prefix: str | None = option("start of the run folder's name, before its date")
+    log_tracker_name: str | None = option(
+        "name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given"
+    )
+    wandb_run_name: str | None = option("name of the run in wandb")
+    log_tracker_config: Path | None = option(
+        "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name"
+    )
+    wandb_api_key: str | None = option(
+        "log in to wandb with this key; it is never written anywhere", facts=SECRET
+    )
+    log_config: bool = option("send the options, without keys and paths, to the trackers")
+    no_page: bool = option(
+        "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
+        "each time that samples are made"
+    )
 
     def __post_init__(self) -> None:
         if self.logging_dir is not None and self.logging_dir.is_file():
@@ -43,34 +51,3 @@ class LogOptions:
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
-
-
-def add_log_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `LogOptions`."""
-    group = parser.add_argument_group("logs")
-    group.add_argument("--logging_dir", help="folder for TensorBoard's files; each run gets a folder in it")
-    group.add_argument(
-        "--log_with",
-        choices=("tensorboard", "wandb", "all"),
-        help="tensorboard when not given and --logging_dir is",
-    )
-    group.add_argument("--log_prefix", help="start of the run folder's name, before its date")
-    group.add_argument(
-        "--log_tracker_name",
-        help="name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given",
-    )
-    group.add_argument("--wandb_run_name", help="name of the run in wandb")
-    group.add_argument(
-        "--log_tracker_config",
-        help="TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
-    )
-    group.add_argument("--wandb_api_key", help="log in to wandb with this key; it is never written anywhere")
-    group.add_argument(
-        "--log_config", action="store_true", help="send the options, without keys and paths, to the trackers"
-    )
-    group.add_argument(
-        "--no_page",
-        action="store_true",
-        help="do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
-        "each time that samples are made",
-    )

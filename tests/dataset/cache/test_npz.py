@@ -19,7 +19,7 @@ from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import EntryPlaces, npz_names
 from dataset.config import load_dataset_config
-from dataset.convert_options import ConvertCacheOptions
+from dataset.options import ConvertCacheOptions
 from dataset.subset_records import Augmentation
 from dataset.table import DatasetConfig
 from modules.contract.data import LOSS_MASK
@@ -427,7 +427,7 @@ def test_npz_files_of_other_pictures_are_left_out_and_told(
 
 
 def test_npz_files_are_not_converted(folder: Path) -> None:
-    wanted = ConvertCacheOptions(folder / "data.toml", None, "files", keep=False, dry_run=False)
+    wanted = ConvertCacheOptions.usual(dataset_config=folder / "data.toml", to="files")
 
     with pytest.raises(OptionError, match="only a caching script knows which of the sizes"):
         convert_caches(wanted, make_config(folder))

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from dataset.captioning.options import CaptioningOptions, add_captioning_arguments
-from modules.options import read_options
-from modules.parser import Parser
+from dataset.captioning.options import CaptioningOptions
+from modules.parser import parse_options
 from tests.dataset.making import make_image
 
 COLOURS = {"a": (200, 20, 20), "b b": (20, 200, 20), "ç": (20, 20, 200)}
@@ -62,8 +61,5 @@ def everything_in(folder: Path) -> dict[Path, bytes]:
 
 def options_of(config: Path, *words: object) -> CaptioningOptions:
     """Options as from the command line."""
-    parser = Parser(prog="tools/caption_dataset.py")
-    add_captioning_arguments(parser)
-    return read_options(
-        CaptioningOptions, parser.parse_args(["--dataset_config", str(config), *map(str, words)])
-    )
+    argv = ["--dataset_config", str(config), *map(str, words)]
+    return parse_options("", argv, CaptioningOptions)[0]

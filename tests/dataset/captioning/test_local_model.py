@@ -26,7 +26,7 @@ from tests.dataset.making import make_clip
 from tests.tiny.vision_model import TEMPLATE, VOCABULARY, WORDS, write_llava, write_qwen
 
 pytest.importorskip("transformers")
-ASK = AskOptions("a cat", None, 8, 4096, 8, 0.0, 0)
+ASK = AskOptions.usual(prompt="a cat", max_pixels=4096, max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, batch_size: int = 1, **ask: Any) -> LocalModel:
-    options = CaptionModelOptions(str(folder), batch_size, None, "cpu")
+    options = CaptionModelOptions.usual(model=str(folder), batch_size=batch_size, device="cpu")
     return load_model(options, dataclasses.replace(ASK, **ask))
 
 

@@ -7,8 +7,10 @@ from dataset.captioning.wording import clean_answer, reword, reword_lines
 from dataset.sources.captions import complete_captions
 from tests.dataset.making import make_table
 
-PLAIN = WordingOptions("", "", "", (), ())
-AROUND = WordingOptions("zxc", "A video of", "in 4k.", (), ())
+PLAIN = WordingOptions.usual()
+AROUND = WordingOptions.usual(
+    trigger_word="zxc", caption_prefix="A video of", caption_suffix="in 4k.", replace=(), replace_regex=()
+)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +45,10 @@ def test_words_are_put_in_as_the_keys_of_a_table_do_and_not_twice(tmp_path) -> N
 
 
 def test_texts_are_replaced_in_order_before_words_are_put_in() -> None:
-    wording = WordingOptions(
-        "cat", "", "", (("dog", "cat"), ("cat runs", "bird")), ((r"(\w+)s\b", r"\1S"), ("x", ""))
+    wording = WordingOptions.usual(
+        trigger_word="cat",
+        replace=(("dog", "cat"), ("cat runs", "bird")),
+        replace_regex=((r"(\w+)s\b", r"\1S"), ("x", "")),
     )
 
     assert reword("dog runs", wording) == "cat, bird"

@@ -15,7 +15,9 @@ from modules.errors import OptionError
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW
 
-CHOICE = ChoiceOptions(STATIC_CHANGE, BLACK_PIXEL, BLURRED_BELOW, False, False, False)
+CHOICE = ChoiceOptions.usual(
+    static_threshold=STATIC_CHANGE, black_threshold=BLACK_PIXEL, blur_threshold=BLURRED_BELOW
+)
 
 
 def lengths(**changes: Any) -> LengthOptions:

@@ -24,7 +24,7 @@ def find(frames: Sequence[Light], rate: float = RATE, detector: str = "own") -> 
 
 
 def find_in(frames: Sequence[Frame], rate: float = RATE, detector: str = "own") -> list[SceneChange]:
-    found = load_detector(SceneOptions(detector, None))(rate)
+    found = load_detector(SceneOptions.usual(detector=detector))(rate)
     for frame in frames:
         found.see(frame)
     return found.changes()
@@ -137,7 +137,7 @@ def test_without_the_package_the_other_detectors_say_what_to_install() -> None:
         import scenedetect  # noqa: F401
     except ImportError:
         with pytest.raises(InstallationError, match="pip install scenedetect-headless"):
-            load_detector(SceneOptions("pyscenedetect", None))
+            load_detector(SceneOptions.usual(detector="pyscenedetect"))
         return
     pytest.skip("PySceneDetect is installed")
 

@@ -1,18 +1,15 @@
 """Configurations of the image guides, and their options, for the tests of this folder."""
 
-import argparse
 from pathlib import Path
 
 from dataset.config import DatasetConfig, load_dataset_config
-from dataset.subset_options import SubsetOptions, add_subset_arguments
-from modules.options import read_options
+from dataset.subset_options import SubsetOptions
+from modules.parser import parse_options
 
 
 def given(*words: str | Path) -> SubsetOptions:
     """What a command line with these words says."""
-    parser = argparse.ArgumentParser()
-    add_subset_arguments(parser)
-    return read_options(SubsetOptions, parser.parse_args([str(word) for word in words]))
+    return parse_options("", [str(word) for word in words], SubsetOptions)[0]
 
 
 def load(folder: Path, text: str, *words: str | Path) -> DatasetConfig:

@@ -13,9 +13,9 @@ from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.noise import FLOW, NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import Parser, add_options
 from tests.golden_cases import read_case
-from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions, add_timestep_arguments
+from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 from training.data.timesteps import (
     Timesteps,
     check_reaches,
@@ -56,7 +56,7 @@ FED = {"flux": lambda fed: fed / 1000, "hunyuan_image": lambda fed: fed, "lumina
 
 def options(*argv: str, samplers: Sequence[str] = SAMPLERS) -> TimestepOptions:
     parser = argparse.ArgumentParser()
-    add_timestep_arguments(parser, samplers)
+    add_options(parser, TimestepOptions, settings={"timestep_sampling": {"choices": samplers}})
     return read_options(TimestepOptions, parser.parse_args(argv))
 
 
@@ -184,7 +184,7 @@ def test_a_sampler_without_a_meaning_here_is_refused_by_name(
     sampler: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = Parser()
-    add_timestep_arguments(parser)
+    add_options(parser, TimestepOptions)
 
     with pytest.raises(SystemExit):
         parser.parse_args(["--timestep_sampling", sampler])

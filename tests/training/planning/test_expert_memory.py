@@ -16,7 +16,7 @@ from modules.planning.memory_plan import Phase
 from networks.adapter import make_network
 from tests.tiny import wan_dit
 from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, LAYERS, placement, wan_batch
-from training.expert_options import add_expert_training_arguments
+from training.learner_options import ExpertTrainingOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
@@ -35,7 +35,7 @@ def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
         files.append(str(wan_dit.write_dit(folder, state, name=f"dit{seed}")))
     parser = training_parser("")
     add_options(parser, WanTrainingOptions)
-    add_expert_training_arguments(parser)
+    add_options(parser, ExpertTrainingOptions)
     network = ["--network_module", "networks.lora_wan", "--network_dim", "32"]
     dits = ["--task", "t2v-A14B", "--dit", files[0], "--dit_high_noise", files[1]]
     args = read_arguments(parser, [*GIVEN, *network, *CHECKPOINTED, *dits, *more], {})

@@ -25,12 +25,12 @@ from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
+from training.learner_options import WholeDitOptions
 from training.loss import NoisyBatch, measure_errors
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
 from training.planning.prediction import predict
 from training.planning.rehearsal import rehearse
-from training.whole_dit_options import add_whole_dit_arguments
 from wan.family import family_for_training as wan_family
 from wan.options import WanTrainingOptions
 
@@ -51,7 +51,7 @@ def wan(folder: Path, *more: str, dtype: torch.dtype = torch.bfloat16) -> tuple[
 def hunyuan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, TrainingOptions]:
     state = hunyuan_dit.tiny_state("t2v", dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
     path = hunyuan_dit.write_dit(folder, state)
-    parser = training_parser("", add_whole_dit_arguments) if is_whole else training_parser("")
+    parser = training_parser("", WholeDitOptions) if is_whole else training_parser("")
     add_options(parser, HunyuanTrainingOptions)
     network = [] if is_whole else ["--network_module", "networks.lora", "--network_dim", "4"]
     args = read_arguments(parser, [*GIVEN, *network, "--dit", str(path), *more], {})

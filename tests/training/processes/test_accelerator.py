@@ -42,7 +42,12 @@ def _fresh_processes() -> Iterator[None]:
 
 
 def options(precision: str = "no", fp16_accumulation: bool = False, ddp: bool = False) -> AcceleratorOptions:
-    return AcceleratorOptions(precision, fp16_accumulation, False, False, None, ddp, ddp)
+    return AcceleratorOptions.usual(
+        mixed_precision=precision,
+        fp16_accumulation=fp16_accumulation,
+        ddp_gradient_as_bucket_view=ddp,
+        ddp_static_graph=ddp,
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
@@ -111,7 +116,7 @@ def backends() -> Iterator[None]:
 @pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("is_on", [False, True])
 def test_tf32_and_the_search_for_fast_convolutions_are_switched_on_if_asked_for(is_on: bool) -> None:
-    make_accelerator(AcceleratorOptions("no", False, is_on, is_on, None, False, False))
+    make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on, cuda_cudnn_benchmark=is_on))
 
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
     assert torch.backends.cudnn.allow_tf32 is is_on
@@ -129,7 +134,7 @@ def test_accelerate_does_not_change_how_exact_float32_is(
         return Accelerator(**settings)
 
     monkeypatch.setattr("training.processes.accelerator.Accelerator", on_a_gpu)
-    make_accelerator(AcceleratorOptions("no", False, is_on, False, None, False, False))
+    make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on))
 
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
 
@@ -145,7 +150,7 @@ def test_processes_wait_for_one_that_makes_samples(
         return Accelerator(kwargs_handlers=kwargs_handlers, **settings)
 
     monkeypatch.setattr("training.processes.accelerator.Accelerator", watched)
-    make_accelerator(AcceleratorOptions("no", False, False, False, asked, False, False))
+    make_accelerator(AcceleratorOptions.usual(ddp_timeout=asked))
 
     assert [each.timeout for each in given] == [timedelta(minutes=minutes)]
 

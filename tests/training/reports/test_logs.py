@@ -31,7 +31,7 @@ from training.reports.logs import (
     tracker_arguments,
 )
 
-PLAIN = AcceleratorOptions("no", False, False, False, None, False, False)
+PLAIN = AcceleratorOptions.usual()
 
 
 def options(*argv: str) -> TrainingOptions:
