@@ -227,13 +227,10 @@ LISTS = {
             "img_in_txt_in_offloading",
             "vae_cache_cpu",
             "vae_chunk_size",
-            "lycoris",
             "dit_in_channels",
         ),
         *("magcache_calibration", "teacache_calibration"),
-        *("use_pinned_memory_for_block_swap", "block_swap_h2d_only", "block_swap_ring_size"),
-        *("disable_numpy_memmap", "compile_cache_size_limit"),
-        *("lazy_loading", "offload_inactive_dit", "force_v2_1_time_embedding"),
+        *("block_swap_ring_size", "compile_cache_size_limit", "lazy_loading", "offload_inactive_dit"),
     },
     "request": {
         *(
