@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generation.outputs import PREVIEW_SUFFIX, frames_of
+from generation.outputs import PREVIEW_SUFFIX
 from generation.session import CPU, Session
 from modules.atomic_write import give_name
 from modules.contract.generation import Piece
 from modules.devices import is_out_of_memory
 from modules.errors import OutputError
 from modules.media.fading import cross_fade
+from modules.media.pixels import frames_of
 from modules.media.writing import Segment, join_videos, measure_segment, write_video
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from blissful_tuner.video_to_video_options import SourceOptions
 from generation.expert_loras import loras_of
 from generation.memory import Peaks
 from generation.options import GenerationOptions
-from generation.post import PostTools
+from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line
 from generation.session import Session
 from modules.contract.family import Family
@@ -55,7 +55,7 @@ class GenerationRun:
     predicted: Peaks | None = None  # where it is known
     rewriter: PromptRewriter | None = None
     previews: LatentPreviews | None = None
-    post: PostTools | None = None  # what decoded frames go through
+    post: FrameTools | None = None  # what decoded frames go through
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":

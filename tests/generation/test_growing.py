@@ -18,7 +18,6 @@ from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.growing import fade_in_clip, grow_preview, remove_parts
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.outputs import pixels_to_uint8
 from generation.run import generate
 from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
@@ -28,6 +27,7 @@ from modules.contract.data import MediaEncoders
 from modules.contract.generation import EncodedPrompts, Piece, Request, Section
 from modules.contract.loading import Placement
 from modules.errors import OutputError
+from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import video_frames
 from modules.options import read_options
 from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
