@@ -31,6 +31,8 @@ class GenerationJob:
 
     label: str
     prepared: Prepared
+    stem: str | None = None  # of its files; None: the time, the seed and what the options add
+    metadata: Mapping[str, str] | None = None  # None: as the run says
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class GenerationRun:
             session.dit_can_stay,
         )
         return replace(self, previews=made)
+
+    def metadata_of(self, job: GenerationJob) -> Mapping[str, str] | None:
+        """Return what the files of a job record; None with --no_metadata."""
+        return job.metadata or self.metadata(job.prepared)
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the metadata of an output; None with --no_metadata."""
