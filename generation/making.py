@@ -17,11 +17,7 @@ from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import as_tags
 from blissful_tuner.prompt_rewrite import rewrite_prompts
 from generation.decoding import check_made, decode_all
-from generation.growing import (
-    grow_preview,
-    preview_path,
-    remove_parts,
-)
+from generation.growing import grow_preview, preview_path
 from generation.jobs import Denoised, GenerationJob, GenerationRun
 from generation.output_options import OutputOptions
 from generation.outputs import (
@@ -72,7 +68,6 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     start, jobs = time.monotonic(), rewrite_jobs(run, jobs)
     requests = [job.prepared for job in jobs]
     make_folder(run.options.output.save_path, "--save_path")
-    remove_parts(run.options.output.save_path)
     if not run.options.interactive:
         show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
     texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])

@@ -1,6 +1,7 @@
 """Write uint8 frames to image and video files, and join videos without encoding them again."""
 
 import contextlib
+import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from modules.media.encoding import (
     encode_pictures,
     name_write_errors,
 )
-from modules.media.opening import open_container, open_video
+from modules.media.ffmpeg import av
 from modules.media.reading import Frame
 from modules.media.sections import SectionSound, VideoSection, open_section
 from modules.media.timing import MOST_TICKS, Shown, Timing, ticks_per_second
@@ -179,72 +180,42 @@ def _create(path: Path, suffix: str, tags: Mapping[str, str] | None) -> Any:
     return create_container(path, suffix, tags, options)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A video written by `write_video`, to be joined with others of the same size, rate and settings."""
-
-    path: Path
-    frames: int
-    # by how many frames decoding order is ahead of display order: frames that refer to later ones are stored
-    # after them
-    lead: int
-
-
-def measure_segment(path: Path, fps: float) -> Segment:
-    """Measure a finished file. Raises MediaError if it cannot be read."""
-    with open_video(path) as (container, _):
-        places = [_place(packet, fps) for packet in _packets(container)]
-    return Segment(path, len(places), max(order - place for order, place in enumerate(places)))
+def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
+    """Encode frames quickly to an .mp4 in memory, stored in playing order, to be joined with others."""
+    remaining = iter(frames)
+    first = next(remaining)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = add_video_stream(
+            container, choose_codec(Path("x.mp4"), "h264"), first, _rate(fps), crf=12, preset="veryfast"
+        )
+        stream.options = {**stream.options, "bf": "0"}
+        for packet in encode_pictures(stream, itertools.chain(iter([first]), remaining)):
+            container.mux(packet)
+    return file.getvalue()
 
 
-def join_videos(
-    path: Path, segments: Sequence[Segment], fps: float, tags: Mapping[str, str] | None = None
+def join_segments(
+    path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Concatenate segments to one video (.mp4), completely or not at all. tags: as of `write_video`.
+    """Join what `encode_segment` has made to one video (.mp4), completely or not at all. tags: as above.
 
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
-    the earlier one. Raises MediaError if the segments' settings differ, OutputError if the file cannot be
-    written.
+    the earlier one. Raises OutputError if the file cannot be written.
     """
-    lead = max(segment.lead for segment in segments)
-    with atomic_path(path) as temporary, name_write_errors():
-        target = _create(temporary, ".mp4", tags)
-        with target:
-            stream: Any = None
-            settings, frames, order = b"", 0, 0
-            for segment in segments:
-                with open_container(segment.path) as source:
-                    original = source.streams.video[0]
-                    if stream is None:
-                        stream = target.add_stream_from_template(original, opaque=True)
-                        stream.time_base = 1 / _rate(fps)
-                        settings = bytes(original.codec_context.extradata or b"")
-                    if bytes(original.codec_context.extradata or b"") != settings:
-                        raise MediaError(
-                            f"{segment.path} and {segments[0].path} were encoded with different settings: "
-                            "they cannot be joined"
-                        )
-                    for packet in _packets(source):
-                        shown = frames + _place(packet, fps)
-                        packet.time_base, packet.duration = 1 / _rate(fps), 1
-                        # in storage order, never later than the display time
-                        packet.pts, packet.dts = shown, order - lead
-                        packet.stream = stream
+    with atomic_path(path) as temporary, name_write_errors(), _create(temporary, ".mp4", tags) as target:
+        stream: Any = None
+        number = itertools.count()
+        for segment in segments:
+            with av.open(io.BytesIO(segment)) as source:
+                if stream is None:
+                    stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+                    stream.time_base = 1 / _rate(fps)
+                for packet in source.demux(source.streams.video[0]):
+                    if packet.size:  # the last one is empty
+                        packet.time_base, packet.duration, packet.stream = 1 / _rate(fps), 1, stream
+                        packet.pts = packet.dts = next(number)
                         target.mux(packet)
-                        order += 1
-                frames += segment.frames
-
-
-def _packets(container: Any) -> Iterator[Any]:
-    """Yield the stored pictures in storage order."""
-    for packet in container.demux(container.streams.video[0]):
-        if packet.size:  # the last packet is empty
-            yield packet
-
-
-def _place(packet: Any, fps: float) -> int:
-    """Return the index of the frame that a stored picture is."""
-    return round(packet.pts * packet.time_base * _rate(fps))
 
 
 def _rate(fps: float) -> Fraction:
