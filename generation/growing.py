@@ -19,8 +19,7 @@ from generation.session import CPU, Session
 from modules.contract.generation import Piece
 from modules.devices import is_out_of_memory
 from modules.errors import OutputError
-from modules.media.fading import cross_fade
-from modules.media.pixels import frames_of
+from modules.media.pixels import cross_fade, frames_of
 from modules.media.writing import encode_segment, join_segments
 
 logger = logging.getLogger(__name__)

@@ -105,7 +105,7 @@ class AskedTools:
     @property
     def in_words(self) -> str:
         """Return what the tools do, as metadata keep it: without folders."""
-        return f" {THEN} ".join(in_words(tool, options) for tool, options in self.tools)
+        return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
 def read_asked(texts: Sequence[str], option: str) -> AskedTools:
@@ -186,7 +186,7 @@ def name_tool(name: str) -> Iterator[None]:
         raise
 
 
-def in_words(tool: Tool, options: Any) -> str:
+def tool_in_words(tool: Tool, options: Any) -> str:
     """Return a tool and its settings as metadata keep them: `upscaler model=x.pth scale=2.0`; files by name
     only, so that no folder is told.
     """

@@ -1,18 +1,59 @@
 """Make the stages of several tools, and lead pictures through them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError
+from post.blurring.options import BlurOptions
 from post.chain_options import ToolOptions, name_tool
-from post.compiling import check_compiling
 from post.contract import Clip, Picture, Stage
-from post.making import check_tool, make_stage
+from post.faces.options import FacefixOptions
+from post.interpolation.options import InterpolationOptions
+from post.precision import check_compiling
 from post.tiling import short_reason
+from post.upscaling.options import UpscalerOptions
+
+# From the options of tools to stages.
+
+
+Check = Callable[[Any], None]
+Make = Callable[[Any, torch.device], Stage]
+
+
+def check_tool(options: Any) -> None:
+    """Read the headers of a tool's model files. Raises UserError if they do not fit."""
+    check, _ = _import_tools()[type(options)]
+    check(options)
+
+
+def make_stage(options: Any, device: torch.device) -> Stage:
+    """Load the networks of a tool. Raises UserError if its model files do not fit."""
+    _, make = _import_tools()[type(options)]
+    return make(options, device)
+
+
+def _import_tools() -> dict[type, tuple[Check, Make]]:
+    """Return what checks and what makes each tool, by the type of its options.
+
+    Imported only when a tool is asked for: every generation could run one, and all their networks take a
+    tenth of a second.
+    """
+    from post.blurring.stage import check_blur, make_blur
+    from post.faces.stage import check_facefix, make_facefix
+    from post.interpolation.stage import check_interpolation, make_interpolation
+    from post.upscaling.stage import check_upscaler, make_upscaler
+
+    return {
+        UpscalerOptions: (check_upscaler, make_upscaler),
+        InterpolationOptions: (check_interpolation, make_interpolation),
+        FacefixOptions: (check_facefix, make_facefix),
+        BlurOptions: (check_blur, make_blur),
+    }
 
 
 @dataclass(frozen=True)

@@ -63,15 +63,14 @@ FLOORS = {
     ),
     "post": (
         {"contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
-        {"compiling", "pixels", "precision", "sizes"},
+        {"pixels", "precision"},
         {"faces", "interpolation", "upscaling"},
         {"blurring"},
-        {"making", "tools_options"},
+        {"tools_options"},
         {"chain_options"},
-        {"naming", "recording", "stages"},
-        {"pictures"},
-        {"videos"},
-        {"decoded", "frames", "run"},
+        {"naming", "stages"},
+        {"decoded", "videos"},
+        {"run"},
     ),
     "training": (
         {

@@ -12,8 +12,8 @@ import post.stages
 from modules.compile_options import Compilation
 from modules.errors import OptionError
 from post.chain_options import read_chain
-from post.compiling import check_compiling, compile_parts
 from post.network_options import ToolNetworkOptions
+from post.precision import check_compiling, compile_parts
 from post.run import run_chain
 from post.upscaling.files import load_upscaler
 from tests.post.stages_here import write_clip

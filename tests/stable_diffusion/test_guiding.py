@@ -16,10 +16,10 @@ from torch import Tensor
 from encoders.clip_vision import MEAN, STD, load_clip_vision
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import AskedPicture, DeepShrink, GradualLatent, PictureSettings
+from stable_diffusion.guiding import load_vgg16
 from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
-from stable_diffusion.vgg16 import load_vgg16
 from tests.parity.stable_diffusion import (
     CLASSES,
     Files,

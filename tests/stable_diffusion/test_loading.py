@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import SD2, SDXL, Model
-from stable_diffusion.vae_bands import band_convolutions
+from stable_diffusion.vae_checkpoints import band_convolutions
 from tests.stable_diffusion.loaded import CPU, load
 from tests.tiny.stable_diffusion import (
     KINDS,

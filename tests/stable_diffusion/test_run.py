@@ -10,8 +10,7 @@ import torch
 
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.media.tags import read_tags
-from stable_diffusion.run import generate
-from stable_diffusion.viewing import viewer_command
+from stable_diffusion.run import generate, viewer_command
 from tests.stable_diffusion.asked import PlainMaker, options, write_picture
 
 SIZE = ("--W", 16, "--H", 16)

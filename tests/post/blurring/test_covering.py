@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from post.blurring.covering import cover, kernel_of
 from post.blurring.options import BlurOptions
+from post.blurring.stage import cover, kernel_of
 from post.network_options import ToolNetworkOptions
 
 OLD = BlurOptions(

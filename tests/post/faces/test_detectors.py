@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from modules.errors import CheckpointError
-from post.faces.boxes import best_of
-from post.faces.contract import FoundFace
+from post.faces.boxes import FoundFace, best_of
 from post.faces.detectors import check_detector, load_detector
 from post.faces.yolo import YoloDetector, YoloLayout, letterbox
 from tests.post.faces.pictures import dotted, surrounds

@@ -11,13 +11,17 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, WORKING, dry_run, largest, place
 from post.interpolation.correlation import Correlation
-from post.interpolation.flowformer import TABLE_BYTES, FlowFormer, FlowFormerConfig, read_flowformer
-from post.interpolation.flowformer_decoder import FlowDecoderConfig
-from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
-from post.interpolation.flowformer_tokens import position_code
+from post.interpolation.files import is_with_raft, read_gimm
+from post.interpolation.flowformer import (
+    TABLE_BYTES,
+    FlowDecoderConfig,
+    FlowFormer,
+    FlowFormerConfig,
+    read_flowformer,
+)
+from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig, position_code
 from post.interpolation.gimm import GimmVfi
-from post.interpolation.layout import is_with_raft, read_gimm
-from post.interpolation.parts import CPU_BYTES, in_parts
+from post.interpolation.layers import CPU_BYTES, in_parts
 from post.interpolation.twins import WINDOW, StageConfig, attend, in_windows
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
