@@ -7,11 +7,10 @@ from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import BLANK, POSITIVE, GuidanceStage, Pass, Velocities
 from modules.contract.guidance import Projection
 
+
 # CFG-Zero*: guidance that also holds while the network's prediction is still poor, in the first steps.
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
-
-
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
     """`--cfgzerostar_scaling`: guidance with the negative velocity scaled to where it is nearest to the
     positive one. Each sample by itself.
@@ -37,8 +36,6 @@ def init_factor(options: GuidanceOptions, step: int) -> float:
 # Perpendicular negative guidance: avoid only what the negative prompt does not share with the prompt.
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
-
-
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
     """`--perp_neg`: guidance away from the empty prompt; of the negative direction only the part across the
     positive one counts, `weight` times. Each sample by itself. At a weight of 0 there is no negative pass.
@@ -63,8 +60,6 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 #
 # Source: the released code of Stable Diffusion 3.5, which leaves blocks out of a pass with the positive text;
 # the known video tools, whose numbers users know, take the negative one.
-
-
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
     """Return the steps, of those that are made, at which layers are skipped; none if it is off."""
     if not options.skipped_layers:
@@ -85,9 +80,6 @@ def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
     return GuidanceStage((POSITIVE, weakened), change)
 
 
-# Rescaling: undo a share of the increase that guidance causes in the velocity's standard deviation.
-
-
 def rescale(share: float) -> GuidanceStage:
     """`--guidance_rescale`, 0 to 1: against overexposed, too contrasty pictures. Each sample by itself.
 
@@ -100,9 +92,6 @@ def rescale(share: float) -> GuidanceStage:
         return velocity * (share * factor + (1 - share))
 
     return GuidanceStage((POSITIVE,), change)
-
-
-# A limit on the size of a guided velocity, as Lumina-Image-2.0's release has it.
 
 
 def limit_norm(limit: float) -> GuidanceStage:
@@ -124,8 +113,6 @@ def limit_norm(limit: float) -> GuidanceStage:
 # Adaptive projected guidance: what the difference of the passes has along the positive velocity is dropped.
 #
 # Source: Sadat et al. 2024, arXiv 2410.02416; `modules.contract.guidance.Projection` says from which step on.
-
-
 class Momentum:
     """A running sum of the differences of the passes over the steps of one section."""
 

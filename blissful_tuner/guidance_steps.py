@@ -63,9 +63,6 @@ def _alternate(ratio: float, num_steps: int) -> tuple[bool, ...]:
     return tuple(applied)
 
 
-# `--cfg_schedule`: at which steps classifier-free guidance runs, and how strongly.
-
-
 def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int, float]:
     """Return the guidance scale by step number, counted from 1; other steps run without guidance.
 

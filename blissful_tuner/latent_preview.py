@@ -29,9 +29,6 @@ from modules.media.writing import write_png, write_video
 logger = logging.getLogger(__name__)
 
 
-# Write previews in a thread of their own, so that the next step does not wait for an encoder.
-
-
 Item = TypeVar("Item")
 
 

@@ -30,9 +30,6 @@ from modules.output_files import check_output_file, refuse_replacing
 logger = logging.getLogger(__name__)
 
 
-# What a model file is, as text and as JSON: kind, dtypes, sizes, metadata, tensors, checksums.
-
-
 MOST_OF_VALUE = 200  # characters of a value of the metadata; metaview.py shows all
 MOST_VALUES = 40
 MOST_OF_KIND = 1000  # characters of what a file is; names of unknown tensors may be long

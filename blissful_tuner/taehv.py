@@ -28,8 +28,6 @@ from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
 #
 # The maps are data of each family, `LatentSpec.preview_factors` and `preview_bias`. Source: least squares
 # fits of latents to downscaled pixels, which all known tools use.
-
-
 LEAST_RANGE = 1e-6  # of colours: a clip of one colour stays dark instead of becoming noise
 
 

@@ -210,8 +210,6 @@ def _read_line(line: str, where: str) -> tuple[str, float]:
 #
 # Groups may be nested; nothing is drawn inside an alternative that is not chosen. Braces without a `|`
 # between them, and a brace without its partner, are plain text; so is what follows a backslash.
-
-
 MOST_NESTED = 50
 _MARKS = re.compile(r"\\[{}|]|[{}|]")
 _WEIGHT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)::")

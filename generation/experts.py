@@ -31,9 +31,6 @@ from modules.planning.memory_plan import gib
 logger = logging.getLogger(__name__)
 
 
-# Make something in a thread while other work goes on.
-
-
 T = TypeVar("T")
 
 PAUSE = 0.2  # seconds after which waiting looks whether someone pressed Ctrl-C, which Windows needs

@@ -20,8 +20,6 @@ from modules.devices import send, send_ahead
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
 
-# The random numbers of one request.
-
 
 class SeededNoise:
     """Random generator of one request, continued by every draw.

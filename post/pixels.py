@@ -39,9 +39,6 @@ def to_bytes(pixels: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-# The size of pictures that are enlarged.
-
-
 LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 
 

@@ -69,9 +69,6 @@ class Guarded:
         return self._exact(images).float()
 
 
-# torch.compile for the networks of all tools.
-
-
 USUAL = Compilation()
 
 

@@ -63,9 +63,6 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     failures.raise_if_any(len(jobs), f"{chain.run.input}: ")
 
 
-# Write the frames of a video as PNG files.
-
-
 FOLDER = "frames"
 
 

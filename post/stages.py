@@ -18,9 +18,6 @@ from post.precision import check_compiling
 from post.tiling import short_reason
 from post.upscaling.options import UpscalerOptions
 
-# From the options of tools to stages.
-
-
 Check = Callable[[Any], None]
 Make = Callable[[Any, torch.device], Stage]
 

@@ -29,9 +29,6 @@ from post.streaming import read_ahead, write_behind
 logger = logging.getLogger(__name__)
 
 
-# What the metadata of a result say about the tools that made it.
-
-
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
     """Return what has been done as post_1, post_2, counted on from the names that a file already has."""
     numbers = [int(found[1]) for name in names if (found := TOOL_TAG.fullmatch(name)) is not None]
@@ -42,9 +39,6 @@ def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
 def add_done(said: Mapping[str, str], done: Sequence[str]) -> dict[str, str]:
     """Return what a file said before, and what has been done since."""
     return {**said, **number_done(said, done)}
-
-
-# Run stages on a single picture, and read and write PNG files for videos too.
 
 
 SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it

@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 # The context of a text holds the states for all cross-attentions, one after the other, in the order of their
 # names: the released numbers of the U-Net's blocks, IN01 to OUT11. Source: Voynov et al. 2023,
 # arXiv 2303.09522 (P+).
-
-
 def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
     """Return the cross-attentions of a U-Net: their names in files -> diffusers' names of their modules.
 

@@ -17,8 +17,6 @@ from torch import Tensor
 # `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\( \) \[ \] \\` are the
 # characters themselves. Brackets that are open at the end are closed there; those that close nothing are
 # plain text. Round and square brackets are paired apart from each other.
-
-
 USUAL = 1.1  # of (x)
 MOST = 1000.0  # larger products would overflow float16
 _MARKS = re.compile(

@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 # Layers have torchvision's numbers (`features.19` is conv4_2, 20 its ReLU), and all sizes are read off the
 # file: where it has no weights, a ReLU follows a convolution and a pooling follows a ReLU. Source: Simonyan
 # and Zisserman 2014, arXiv 1409.1556.
-
-
 OPTION = "--vgg16_guidance_model"
 RELEASE = "torchvision's vgg16-397923af.pth"
 _START = "features."

@@ -21,8 +21,6 @@ from stable_diffusion.pixels import STRIDE, fit, latent_size, vae_batch
 # height, batch_size, vae_batch_size)`, which returns as many pictures (PIL) or latents (B 4 h w, as the U-Net
 # sees them). It gets pictures (`latents` is None), or latents (`imgs` is None) if its `support_latents()`
 # says so.
-
-
 OPTION = "--highres_fix_upscaler"
 OURS = "stable_diffusion.model_upscaler"
 

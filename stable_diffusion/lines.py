@@ -23,9 +23,6 @@ from stable_diffusion.prompt_options import PictureInputOptions
 logger = logging.getLogger(__name__)
 
 
-# Input pictures of a run, which prompts use in turn: for image to image, inpainting, ControlNets.
-
-
 @dataclass(frozen=True)
 class Inputs:
     """Input pictures in the order in which they are used; () where there are none."""

@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 # layer(x + multiplier * up(mid(join(conditioning1(guide), down(x)))))
 #
 # Positive and negative rows are changed alike. Source: the documents and files of kohya-ss/controlnet-lllite.
-
-
 OPTION = "--control_net_lllite_models"
 PREFIX = "lllite_unet_"  # then the layer's path in the released files, with "_" for "."
 _OTHER_PREFIX = "lllite_"  # of other models than SDXL

@@ -131,8 +131,6 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
 # \{ and \}           braces that stay
 #
 # Groups may hold groups: the innermost are replaced first.
-
-
 MOST_VARIANTS = 10_000  # of one prompt that enumerates
 JOINER = ", "
 _GROUP = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)\}", re.DOTALL)

@@ -22,9 +22,6 @@ from modules.errors import OptionError
 from modules.media.opening import open_image
 from stable_diffusion.contract import AskedPicture, Idea, TextState, UnetCall
 
-# Regions of the parts of a prompt, read from the colours of a mask image.
-
-
 _CHANNELS = 3
 _DARK = 1e-4  # below it, no part has a pixel: they share it
 

@@ -41,9 +41,6 @@ from stable_diffusion.prompt_lines import LINE_OPTIONS
 logger = logging.getLogger(__name__)
 
 
-# Show a picture in the system's viewer, for --interactive.
-
-
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
     """Return the program that opens a file as a click would; None if there is none, or no screen."""
     if platform == "win32":

@@ -28,8 +28,6 @@ from stable_diffusion.sampling_options import StartNoiseOptions
 #
 # All numbers come from the picture's own generator, and none is drawn by what is not asked for, so that a
 # picture depends neither on its batch nor on these options if they are left out.
-
-
 LEVELS = 6  # of pyramid noise at most, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
 LEAST_STEP, MOST_STEP = 2.0, 4.0
@@ -90,8 +88,6 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 
 # Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
-
-
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
     """Return a mask of that size, 1 1 H W: 1 where it is lighter than half grey, which is painted anew; else
     0. So it is in diffusers' pipelines, even with soft edges.

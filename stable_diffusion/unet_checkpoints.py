@@ -27,8 +27,6 @@ from stable_diffusion.kinds import GIVE
 #
 # The released names count the blocks from the input to the output in one row (`input_blocks.7`); diffusers
 # counts them within their level. Where a level ends is told by its downsampler.
-
-
 _OUTSIDE: Names = (  # of the numbered blocks
     (r"time_embed\.0\.(.+)", r"time_embedding.linear_1.\1"),
     (r"time_embed\.2\.(.+)", r"time_embedding.linear_2.\1"),

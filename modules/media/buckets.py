@@ -69,8 +69,6 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 # The buckets of image trainers: sizes by a shortest and a longest side, and how a picture fits one.
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
-
-
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
     """Return the buckets of at most the resolution's area, ascending: a square, and every width by `step`
     from `shortest` to `longest` with the greatest height that fits, each also turned.

@@ -120,9 +120,6 @@ def video_pixels(
     return to_pixels(torch.from_numpy(numpy.stack(found)[None]))
 
 
-# The transition between two clips over the frames that they share.
-
-
 def cross_fade(earlier: Tensor, later: Tensor) -> Tensor:
     """Blend linearly from `earlier` at the first frame to `later` at the last; computed in float32.
 

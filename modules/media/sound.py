@@ -103,8 +103,6 @@ def _silence(like: Any, samples: int) -> Any:
 # MP4 has such packets at negative times. FFmpeg would move everything else behind them, unless the stream
 # says how many samples they are; PyAV gives such a stream only for a Matroska file. So one is made in
 # memory.
-
-
 # Matroska's names of codecs, by those of FFmpeg's decoders
 _CODECS = {
     **{"aac": b"A_AAC", "mp3": b"A_MPEG/L3", "mp3float": b"A_MPEG/L3"},

@@ -28,9 +28,6 @@ from modules.media.ffmpeg import av
 from modules.media.reading import Frame
 from modules.media.sections import SectionSound, VideoSection, open_section
 
-# Give the packets of an encoder, which counts pictures, the times of those pictures.
-
-
 USUAL_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
 MOST_TICKS = 1_000_000
 LEAST_TICKS = 10_000

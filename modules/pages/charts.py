@@ -95,8 +95,6 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
 
 
 # Draw a histogram as SVG that takes its colours from the page, so that it is right in light and in dark.
-
-
 WIDTH, HEIGHT = 320, 110  # of the drawing, in its own units
 FLOOR, TOP = 92, 16  # the lower end of the bars, and the upper one of the highest
 GAP = 2  # between bars

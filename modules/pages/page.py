@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 # Make a copy of a page to give to others: without folders, commands, and links to files beside it.
 #
 # Templates put what is private between `PRIVATE` and `END`; `mark_folders` does so in all texts of a page.
-
-
 GENERATOR = '<meta name="generator" content="reelsmith">'  # of base.html
 PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")  # escaped texts cannot hold them
 # a drive, the root or the home folder, and all folders below it; their names may hold blanks inside

@@ -27,9 +27,6 @@ from post.precision import compile_parts
 logger = logging.getLogger(__name__)
 
 
-# Make what is in boxes unrecognisable, and leave all other pixels as they are.
-
-
 LEAST_OF_BOX = 0.5  # size of the blur as part of the longer side of what it covers
 LEAST_SIGMA = 0.25  # as part of the blur's size: below that a Gaussian uses only the middle of it
 COARSE = 48  # pixels: larger blurs are made on a copy in which they have this size

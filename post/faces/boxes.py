@@ -8,8 +8,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-# What a detector finds in a picture.
-
 
 @dataclass(frozen=True)
 class FoundFace:

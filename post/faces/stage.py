@@ -29,9 +29,6 @@ from post.pixels import enlarged_clip, enlarged_size, to_bytes
 logger = logging.getLogger(__name__)
 
 
-# Keep the landmarks of faces steady from picture to picture, so that restored faces do not tremble.
-
-
 # parts of the distance between the eyes: landmarks that moved so far have really moved
 MOVED = 0.1
 Landmarks = NDArray[np.float32]  # 5 2
@@ -70,9 +67,6 @@ class SteadyLandmarks:
 def _distance(new: Landmarks, old: Landmarks) -> float:
     """Return how far landmarks are from others, in distances between the eyes."""
     return float(np.hypot(*(new - old).T).mean()) / eye_distance(new)
-
-
-# Put restored faces back to where they were, through soft masks.
 
 
 # of masks of `TEMPLATE_SIZE`, those of other sizes in proportion

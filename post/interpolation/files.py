@@ -38,9 +38,6 @@ from post.interpolation.raft import (
 from post.interpolation.synthesis import PER_BLEND, RefinementConfig, SynthesisConfig, UpdateConfig
 from post.interpolation.twins import Twins
 
-# Read the dimensions of GIMM-VFI off the tensors of a file.
-
-
 ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
 IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is a constant
 PROJECTIONS = ("amt_second_last_cproj", "amt_last_cproj", "amt_fproj")

@@ -28,8 +28,6 @@ from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
 #
 # Sources: Huang et al. 2022, arXiv 2203.16194, section 3.3; Jiang et al. 2021, arXiv 2104.02409 (motion of
 # places that look alike, for those that are hidden in the second picture).
-
-
 COSTS = SIDE**2  # read about each place in every iteration
 
 

@@ -15,8 +15,6 @@ from post.interpolation.layers import in_parts, in_ranges, rows_of_part
 from post.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
 
 # What FlowFormer's encoder and decoder share: attention of a few tokens, and waves that tell places.
-
-
 HEADS = 8  # as trained, in all attentions but the trunk's; not seen in any tensor
 
 

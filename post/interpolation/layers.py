@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
-# What an estimator of optical flow is to the interpolation.
-
 
 @dataclass(frozen=True)
 class EncodedPicture:
@@ -32,9 +30,6 @@ class FlowEstimator(Protocol):
 
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         """Return 1 2 H W, float32: how far in x and y each pixel of the first picture moves to the second."""
-
-
-# Compute large things in parts, so that memory is bounded.
 
 
 CPU_BYTES = 1 << 24  # about what a part takes: what the caches hold is twice as fast as 256 MiB

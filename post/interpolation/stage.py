@@ -26,9 +26,6 @@ from post.precision import compile_parts, network_dtype
 logger = logging.getLogger(__name__)
 
 
-# The scene cuts that interpolation leaves alone, for its log.
-
-
 SHOWN = 5  # times of cuts in the log
 
 

@@ -18,8 +18,6 @@ from post.interpolation.warping import resize, warp
 #
 # Source: Li et al. 2023 (AMT), arXiv 2304.09790. Attributes of the modules are named as in the released files
 # of GIMM-VFI.
-
-
 SLOPE = 0.1
 
 

@@ -119,8 +119,6 @@ class RRDBNet(nn.Module):
 #
 # Made for videos: many times faster than RRDBNet. Source: the released realesr-animevideov3 and
 # realesr-general-x4v3 of Wang et al. 2021, arXiv 2107.10833.
-
-
 @dataclass(frozen=True)
 class CompactConfig:
     """Dimensions of a compact network."""

@@ -23,9 +23,6 @@ from post.upscaling.options import UpscalerOptions
 logger = logging.getLogger(__name__)
 
 
-# What enlarging a picture takes, found without a device.
-
-
 SIZES = (32, 64)  # of the pictures that are tried
 OUTSIDE = 3 + 3 * 2  # numbers of float32 for a pixel of a result: it, and its copies while it is resized
 
