@@ -229,15 +229,6 @@ def test_clip_reads_another_text(sd1: Project, maker: Maker) -> None:
     assert_same(made, follow(sd1, maker, *begin("ddim"), text="the old house"))
 
 
-def test_a_picture_does_not_depend_on_its_batch(sd1: Project, maker: Maker) -> None:
-    other = write_picture(sd1.folder / "other.png", (48, 20), 4)
-    pictures = [picture(sd1.guide), picture(other, seed=6), picture(sd1.guide, seed=7)]
-    together = maker.make(pictures, wants_images=False).latents
-
-    for latents, alone in zip(together, pictures, strict=True):
-        assert torch.equal(latents, latents_of(maker, alone)[0])
-
-
 def test_a_guide_draws_the_picture_towards_it(sd1: Project) -> None:
     """Features of the guide get nearer, in an oblong picture too, and from a picture as well."""
     maker = sd1.load(vgg16_guidance_scale=20.0)

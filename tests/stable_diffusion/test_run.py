@@ -125,13 +125,6 @@ def test_too_little_memory_says_what_to_do(tmp_path: Path) -> None:
         run(tmp_path, "--prompt", "a", maker=maker)
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
-    path = write_lines(tmp_path, "a", "stop", "c")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "--from_file", path, maker=PlainMaker(fails_on="stop", error=KeyboardInterrupt))
-    assert prompts_of(tmp_path) == ["a"]
-
-
 # Two stages
 
 

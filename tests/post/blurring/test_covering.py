@@ -96,13 +96,6 @@ def test_boxes_may_reach_outside_of_the_picture(box: tuple[float, float, float, 
         assert changed(cover(pixels, [box], options), pixels).any()
 
 
-@pytest.mark.parametrize("box", [(-40, 10, -5, 30), (10, 90, 20, 100), (130, 0, 140, 10)])
-def test_boxes_outside_of_the_picture_change_nothing(box: tuple[float, float, float, float]) -> None:
-    pixels = noise(80, 120)
-
-    assert (cover(pixels, [box], OLD) == pixels).all()
-
-
 def test_a_margin_covers_more() -> None:
     pixels = noise(100, 100)
 
