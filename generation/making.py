@@ -36,7 +36,6 @@ from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wan
 from modules.atomic_write import make_folder
 from modules.contract.data import Conditions
 from modules.contract.generation import DitAt, EncodedPrompts, Section
-from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
 from modules.devices import free_memory
 from modules.failures import Failures
@@ -167,16 +166,11 @@ def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManage
     """Return a block with the stem of a job's files, reserved unless the job names it."""
     if job.stem is not None:
         return nullcontext(job.stem)
-    return own_stem(output.save_path, _name(output, job.prepared))
-
-
-def _name(output: OutputOptions, prepared: Prepared) -> str:
-    now, prompt = datetime.now(), prepared.asked.prompt
-    if output.naming == "released":
-        return released_stem(now, prepared.seed, prompt)
-    if output.naming == "time":
-        return time_stem(now)
-    return output_stem(now, prepared.seed, prompt=prompt if output.prompt_in_name else "")
+    now, prompt, seed = datetime.now(), job.prepared.asked.prompt, job.prepared.seed
+    stem = output_stem(now, seed, prompt=prompt if output.prompt_in_name else "")
+    if output.naming:
+        stem = released_stem(now, seed, prompt) if output.naming == "released" else time_stem(now)
+    return own_stem(output.save_path, stem)
 
 
 @contextmanager

@@ -10,47 +10,27 @@ import torch
 from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError
 from post.blurring.options import BlurOptions
+from post.blurring.stage import check_blur, make_blur
 from post.chain_options import ToolOptions, name_tool
 from post.contract import Clip, Picture, Stage
 from post.faces.options import FacefixOptions
+from post.faces.stage import check_facefix, make_facefix
 from post.interpolation.options import InterpolationOptions
+from post.interpolation.stage import check_interpolation, make_interpolation
 from post.precision import check_compiling
 from post.tiling import short_reason
 from post.upscaling.options import UpscalerOptions
+from post.upscaling.stage import check_upscaler, make_upscaler
 
-Check = Callable[[Any], None]
+Check = Callable[[Any], None]  # of the options of a tool
 Make = Callable[[Any, torch.device], Stage]
-
-
-def check_tool(options: Any) -> None:
-    """Read the headers of a tool's model files. Raises UserError if they do not fit."""
-    check, _ = _import_tools()[type(options)]
-    check(options)
-
-
-def make_stage(options: Any, device: torch.device) -> Stage:
-    """Load the networks of a tool. Raises UserError if its model files do not fit."""
-    _, make = _import_tools()[type(options)]
-    return make(options, device)
-
-
-def _import_tools() -> dict[type, tuple[Check, Make]]:
-    """Return what checks and what makes each tool, by the type of its options.
-
-    Imported only when a tool is asked for: every generation could run one, and all their networks take a
-    tenth of a second.
-    """
-    from post.blurring.stage import check_blur, make_blur
-    from post.faces.stage import check_facefix, make_facefix
-    from post.interpolation.stage import check_interpolation, make_interpolation
-    from post.upscaling.stage import check_upscaler, make_upscaler
-
-    return {
-        UpscalerOptions: (check_upscaler, make_upscaler),
-        InterpolationOptions: (check_interpolation, make_interpolation),
-        FacefixOptions: (check_facefix, make_facefix),
-        BlurOptions: (check_blur, make_blur),
-    }
+# what reads the headers of each tool's model files, and what loads its networks, by the type of its options
+TOOLS: dict[type, tuple[Check, Make]] = {
+    UpscalerOptions: (check_upscaler, make_upscaler),
+    InterpolationOptions: (check_interpolation, make_interpolation),
+    FacefixOptions: (check_facefix, make_facefix),
+    BlurOptions: (check_blur, make_blur),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +48,8 @@ def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: tor
     """
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label):
-            check_tool(options)
+            check, _ = TOOLS[type(options)]
+            check(options)
             check_compiling(options.network, device)
 
 
@@ -79,7 +60,8 @@ def make_stages(
     stages = []
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label), _explain_memory("its network"):
-            stages.append(NamedStage(make_stage(options, device), label))
+            _, make = TOOLS[type(options)]
+            stages.append(NamedStage(make(options, device), label))
     return stages
 
 
